@@ -40,7 +40,7 @@ AnyExpert = str | Path | Mapping[str, Delta]
 """A directory of a library, an opened expert, or any mapping from weight names to deltas."""
 
 _IN_PLACE = "_modular_experts_applied"
-"""The attribute of a model with what is applied to it, the first first."""
+"""The attribute of a model that lists the experts applied to it, the first first."""
 
 
 def apply(
@@ -56,7 +56,7 @@ def apply(
 ) -> Check | None:
     """Write the base plus the sum of the experts' deltas as a full checkpoint, and verify it by loading it again.
 
-    The other arguments are those of `Base.open` and of `Base.write`.
+    The other arguments are as for `Base.open` and `Base.write`.
 
     Args:
         experts: Directories of the experts, or opened experts; their deltas are added up.
@@ -127,7 +127,7 @@ class Applied:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Make every weight what it was, bit for bit; a second call does nothing.
+        """Restore every weight, bit for bit; a second call does nothing.
 
         Raises:
             ValueError: Experts that were added later are still in the model.
@@ -157,7 +157,7 @@ def applied(
     scale: float = 1.0,
     check: bool = True,
 ) -> Applied:
-    """Add experts to a model for a while; afterwards every weight is what it was, bit for bit.
+    """Add experts to a model for a while; afterwards every weight is as it was, bit for bit.
 
     Many merges, or many scales of one, can be measured on one loaded model. A copy of each moved weight is held. One
     `applied` inside of another adds to it.

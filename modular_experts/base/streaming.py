@@ -32,8 +32,8 @@ class Rounding:
 
     Attributes:
         moved: Entries whose delta is not zero.
-        unchanged: Moved entries that are in the checkpoint what they are in the base.
-        lost: Norm of what rounding took from the deltas, as a share of their norm.
+        unchanged: Moved entries whose value in the checkpoint is still the base's.
+        lost: Norm of the rounding errors, as a share of the norm of the deltas.
     """
 
     moved: int = 0
@@ -77,7 +77,7 @@ class StreamedSum:
                     raise ValueError(f"{key} is stored as {name}, which is not read; the types are {', '.join(DTYPES)}")
                 stored = DTYPES[name]
                 self._layouts[file][key] = (dtype if dtype and stored.is_floating_point else stored), tuple(shape)
-        # Entries that move, entries of them that do not change, squared norms of what rounding took and of the deltas.
+        # Entries that move, entries of them that do not change, squared norms of the rounding errors and of the deltas.
         self._losses = np.zeros(4)
 
     @property

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """How far a reloaded checkpoint is from the model it was written from, and what its dtype could not hold.
+    """How far a reloaded checkpoint is from the model it was written from, and how much its dtype lost.
 
     Attributes:
         largest_difference: Largest absolute difference of a logit over the fixed prompts.

@@ -52,7 +52,7 @@ Ids = TypeVar("Ids", list[int], Tensor)
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A prompt and what follows it: `ids` `(length,)`, of which the first `prompt` are the prompt.
+    """A prompt and the tokens after it: `ids` `(length,)`, of which the first `prompt` are the prompt.
 
     `answers` `(length,)` is true on the places to learn, if they are others than all that follow the prompt.
     """
@@ -172,8 +172,8 @@ def packs(lengths: Sequence[int], longest: int) -> list[list[int]]:
 
     Rows go, the longest first, to the pack that is the shortest so far. The number of packs is halved until at most a
     twentieth of the batch is padding: attention costs the square of a pack's length where it makes scores of all pairs
-    of tokens, so packs are no longer than it takes. If packs of at most `longest` tokens do not reach that, the number
-    with the least padding is taken.
+    of tokens, so packs are not longer than necessary. If packs of at most `longest` tokens do not reach that, the
+    number with the least padding is taken.
     """
     ordered = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     best, least, count = [[row] for row in range(len(lengths))], 1.0, len(lengths)

@@ -1,8 +1,8 @@
 """Tokenise conversations with the tokenizer's chat template, and find the assistant's turns in them.
 
-A template that marks the turns by `{% generation %}` is believed. In any other, a turn is what it adds to the messages
-before it, which is exact only where the template of the first messages is the beginning of the template of them all;
-each row is checked, and a template that fails is refused.
+If the template marks the turns by `{% generation %}`, the marks count. Otherwise a turn is the text that it adds to the
+template of the messages before it. This is exact only if the template of the first messages begins the template of them
+all; each row is checked, and a template that fails is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ConversationTokenizer:
     Args:
         tokenizer: A fast tokenizer with a chat template.
         max_length: The most tokens of a row.
-        filled: What an answer may fill, and what to do then, for sentences.
+        filled: For errors: the limit that an answer fills, and the advice for this case.
 
     Raises:
         ValueError: The tokenizer has no chat template.

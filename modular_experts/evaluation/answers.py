@@ -29,7 +29,7 @@ def answered(
     longest: int,
     max_new_tokens: int = 64,
 ) -> list[Example]:
-    """Return the examples with what the model generates in the place of their targets.
+    """Return the examples with the model's answers in the place of their targets.
 
     An answer that reaches `max_new_tokens` has no end-of-sequence, so nothing learns to stop there. A row that is too
     long with its answer then loses tokens on the left of its prompt, as one with a target does; the log counts them.

@@ -115,7 +115,7 @@ def _scores(
     known: MutableMapping[Any, Any],
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
-    """Return the scores of models on test rows; `known` holds those of an earlier call, and keeps new ones."""
+    """Return the scores of models on test rows; `known` holds an earlier call's scores, and keeps new ones."""
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
     model: Any = base.load(dtype)
@@ -170,7 +170,7 @@ class Compared:
 
     @property
     def stored(self) -> list[StoredExpert]:
-        """Those of the experts that a library holds."""
+        """The experts that a library holds."""
         return [one for one in self.experts if isinstance(one, StoredExpert)]
 
     @property
@@ -219,7 +219,7 @@ class Compared:
 def open_models(
     base: str | Path | Base | None, experts: AnyModels, revision: str | None = None
 ) -> tuple[Base, list[Compared]]:
-    """Open a base and the models that are measured beside it; the arguments are those of `evaluate`.
+    """Open a base and the models that are measured beside it; the arguments are as for `evaluate`.
 
     One mix alone is called by its experts, its checkpoint, or base without any.
 

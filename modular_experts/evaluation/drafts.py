@@ -1,7 +1,7 @@
 """Score targets and decode answers without padding, with each target as the draft of its answer.
 
-The pass over packed rows that gives the losses also tells which tokens greedy decoding would write: those of the target
-up to the first that is not the likeliest, and the likeliest there (so does speculative decoding verify a draft:
+The pass over packed rows that gives the losses also tells which tokens greedy decoding would write: the target's tokens
+up to the first that is not the likeliest, and the likeliest there (speculative decoding verifies a draft in this way:
 Leviathan et al., 2023). A row whose target is right needs no decoding. The others go on from there, with the keys and
 values of the pass, and a row leaves the batch where it ends.
 """
@@ -41,7 +41,7 @@ def losses_and_answers(
     Args:
         model: A causal language model of which `packs_evaluation` is true, in evaluation mode.
         tokenizer: Its tokenizer.
-        batch: A batch whose rows fit into the model's context, as those of a `TaskMixture` do.
+        batch: A batch whose rows fit into the model's context, as a `TaskMixture` makes them.
         max_new_tokens: The most tokens of an answer.
     """
     packed = with_cache(model, repacked(batch))

@@ -90,8 +90,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Return the tokens that the model generates for each row, the one that ends the answer included.
 
-    An answer of `max_new_tokens`, or one that the model's context ends, may have no such token. The arguments are those
-    of `generate`.
+    An answer of `max_new_tokens`, or one that the model's context ends, may have no such token. The arguments are as
+    for `generate`.
     """
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -111,7 +111,7 @@ def check_packing(model: nn.Module) -> None:
 
 @torch.no_grad()
 def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
-    """Return whether the logits of three short packed rows are those of each row alone.
+    """Return whether three short packed rows get the same logits as each row alone.
 
     They are not if a model finds no places by `position_ids`, or keeps a state from token to token.
 
@@ -132,7 +132,7 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
         whole = model(input_ids=ids, use_cache=False).logits[0]
     # The rows begin alike, and no token sees what comes after it: the start of all rows read as one is each row alone.
     apart = torch.cat([whole[:length] for length in lengths])
-    # Rounding differs by the layout of a batch, and by far less than what another row changes.
+    # Rounding differs by the layout of a batch, and by far less than by a change of another row.
     allowed = torch.finfo(apart.dtype).eps ** 0.5 * (whole - apart).float().norm()
 
     def same(**inputs: Any) -> bool:

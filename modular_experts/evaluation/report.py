@@ -13,7 +13,7 @@ from modular_experts.reports.tables import Column, Line, Table, listed
 
 
 def write_report(results: Results, file: Path) -> None:
-    """Write the page of what `evaluate` returned, for one model or several."""
+    """Write the page of the results of `evaluate`, for one model or several."""
     facts, models, rows = results.facts, results.values("model"), results.facts["examples"]
     metric = results.main_metric
     role = next(role for role in ROLES if role in results.values("role"))
@@ -46,7 +46,7 @@ def every_task(results: Results) -> Table:
 
 
 def _leader(results: Results, metric: str, role: str) -> str:
-    """State which model is best on the tasks of a role, and what the first model is beside it."""
+    """State which model is best on the tasks of a role, with its score and the first model's."""
     values = {model: results.mean(metric, model=model, role=role) for model in results.values("model")}
     best = (min if metric == "loss" else max)(values, key=lambda model: values[model] or 0.0)
     first, unit = next(iter(values)), " %" * (metric in SHARES)
@@ -58,7 +58,7 @@ def _leader(results: Results, metric: str, role: str) -> str:
 
 
 def _are_best(top: list[str], models: Collection[str]) -> str:
-    """State which models are best, of which several may look alike."""
+    """State which models are best; several may have the same score."""
     if len(top) == len(models):
         return "All models are level"
     return f"{listed(top)} {'are' if len(top) > 1 else 'is'} best"

@@ -92,7 +92,7 @@ def push(
     except ConnectionError as error:
         if not dry_run:
             raise
-        log.warning("%s (this shows what a repository that is not there yet would get)", error)
+        log.warning("%s (this is the list for a repository that is not there yet)", error)
         repository, reachable = HubRepository(repo_id), False
     if private and repository.commit and not repository.private:
         raise PermissionError(f"{repo_id} is public; make it private on its page first, or leave out private")

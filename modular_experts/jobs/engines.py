@@ -58,8 +58,8 @@ class Where(Options):
     """Where pieces of work run.
 
     Args:
-        processes: How many pieces run at once on this machine; by default one a CUDA device or else one a core, at most
-            8, as many as fit into memory with twice the base each.
+        processes: How many pieces run at once on this machine; by default one per CUDA device, else one per core (at
+            most 8), and never more than fit into memory with twice the base each.
         engine: Local, slurm, dask or ray. Pieces run there; a dotted path names a class of yours, an Executor of
             concurrent.futures.
         engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as

@@ -1,4 +1,4 @@
-"""Define a piece of work, the store of results that makes a run restartable, and the account of what failed."""
+"""Define a piece of work, the store of results that makes a run restartable, and the account of failures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Piece:
             runs it, and the same arguments must give the same result.
         arguments: The arguments of the function.
         needs: The keys of pieces that must have a result before this one runs.
-        given: Those of `needs` whose results the function gets as further arguments.
+        given: The pieces in `needs` whose results the function gets as further arguments.
     """
 
     key: Key
@@ -95,7 +95,7 @@ class JSONLines(dict[Key, Any]):
         self._take(line)
 
     def _take(self, text: bytes) -> None:
-        """Read the finished lines of what follows those that are known."""
+        """Read the finished lines of `text`, which follows the known lines."""
         for line in text.splitlines(keepends=True):
             if line.endswith(b"\n"):
                 found = json.loads(line, parse_float=_shared_float)
@@ -113,7 +113,7 @@ class Outcome:
 
     Attributes:
         total: Number of pieces.
-        results: The results that this run computed, by key; the store has those of earlier runs too.
+        results: The results that this run computed, by key; the store has earlier runs' results too.
         failures: The error of each piece that failed, by key.
         skipped: The failed piece that each piece needs, directly or through others, and so did not run.
     """

@@ -79,7 +79,7 @@ def settled_by(inner: Future, explain: Callable[[BaseException], BaseException])
     """Return a future that settles with the `Call` of another one, and cancels that one if it is cancelled itself.
 
     Args:
-        inner: The future of a cluster's own library, whose result is what a `Call` returns.
+        inner: The future of a cluster's own library; its result is the return value of a `Call`.
         explain: Returns the error to report for one of the library.
     """
     outer: Future = Future()

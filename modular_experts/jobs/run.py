@@ -37,15 +37,16 @@ def run(
 
     Args:
         pieces: What to run, in any order; no two share a key. The first in the list that may run goes first.
-        store: Where results go; by default they are only in what is returned.
-        executor: Where the pieces run: any `concurrent.futures.Executor`, such as one of dask, Ray or SLURM. By
-            default those of `LocalProcesses`, which end with this call.
+        store: Where results go; by default only the returned outcome has them.
+        executor: Where the pieces run: any `concurrent.futures.Executor`, such as one of dask, Ray or SLURM. By default
+            `LocalProcesses`, which end with this call.
         progress: Called at the start and after each piece, also after one that could not run.
         failed: Called with each piece that fails and its error, before `progress`.
         begun: Called with each piece before the executor gets it.
 
     Returns:
-        The new results, the failures, and what was skipped for them. `.raise_failures()` turns failures into an error.
+        The new results, the failures, and the pieces that were skipped for them. `.raise_failures()` turns failures
+        into an error.
 
     Raises:
         ValueError: Two pieces have the same key, or one needs a piece that is not there, or, perhaps through others,
@@ -96,7 +97,7 @@ def run(
 
 
 class _Left:
-    """The pieces that are still to run, by what each of them waits for."""
+    """The pieces that are still to run, each with the pieces that it waits for."""
 
     def __init__(self, pieces: Sequence[Piece], done: Collection[Key]) -> None:
         for key, count in Counter(piece.key for piece in pieces).items():

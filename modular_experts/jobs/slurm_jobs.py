@@ -120,7 +120,7 @@ class SlurmJobs(Executor):
         self._queued |= {job.job_id for job in jobs}
 
     def _settle(self) -> None:
-        """Finish the futures of jobs that wrote a result; fail those of jobs that left the queue without one."""
+        """Finish the futures of jobs that wrote a result; fail the futures of jobs that left the queue without one."""
         before, self._queued = self._queued, self._look()
         # The folder comes after the queue: a job that has left the queue has written its result before. A change of the
         # folder's mode makes a network file system read it anew.
@@ -141,7 +141,7 @@ class SlurmJobs(Executor):
                 settle(future, outcome)
 
     def _look(self) -> set[str]:
-        """Return the user's jobs in the queue, those of an array one by one; all of ours if SLURM does not answer."""
+        """Return the user's jobs in the queue, each job of an array apart; all of ours if SLURM does not answer."""
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
         found = subprocess.run(command, capture_output=True, text=True)
         return {job.job_id for job in self._jobs.values()} if found.returncode else set(found.stdout.split())

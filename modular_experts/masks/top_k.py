@@ -16,7 +16,7 @@ from modular_experts.deltas.tiles import index_dtype, true_places
 from modular_experts.native.sparse_passes import exchanged_slots, find_at_least
 
 _BINS = 2**16
-_SAMPLED = 61  # one of so many scores is in the sample; a prime, so that the columns of a weight take turns
+_SAMPLED = 61  # one score in 61 is in the sample; a prime, so that the columns of a weight take turns
 _CHUNK = 2**20  # scores converted at a time, so that no second copy of all is made
 
 

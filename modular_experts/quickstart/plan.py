@@ -54,7 +54,7 @@ NEW_TOKENS = 10  # more than any answer has
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a run; the defaults are those of the quickstart."""
+    """The sizes of a run; the defaults make the quickstart."""
 
     seed: int = 0  # of words, weights and orders
     tasks: int = len(HELD_IN)  # held-in tasks, from 2 to 20

@@ -35,7 +35,7 @@ PIECE_SECONDS = {"experts": 1.3, "tests": 0.05, "settings": 0.8, "merges": 0.12}
 def run_plan(
     plan: Plan, out: Path, progress: Callable[[str, float, float], None] = lambda stage, done, total: None
 ) -> tuple[Study, State]:
-    """Do what is left to do of a plan in the directory `out`, and return the study and what is then done of it.
+    """Do the remaining work of a plan in the directory `out`, and return the study and its state.
 
     `progress` takes the stage (`base`, `study`), the work of both stages that is done, and all work that there is, in
     seconds of a small cloud machine; `TimeLeft` makes an estimate of them.

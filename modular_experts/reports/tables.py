@@ -51,7 +51,7 @@ class Table:
     columns: Sequence[Column]
     groups: Sequence[Sequence[Line]]
     name: str = ""
-    across: bool = False  # whether the best values are those of each line, and not of each column of a group
+    across: bool = False  # whether the best value is marked in each line, not in each column of a group
 
     def text(self, title: str | None = None) -> rich.table.Table:
         """Return the table for a terminal, under a headline."""

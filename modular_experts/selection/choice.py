@@ -27,7 +27,7 @@ ScoreScope = Literal["layer", "block", "global"]
 
 @dataclass(frozen=True)
 class SupportSettings:
-    """How supports are chosen, the same for all choices of a training; the settings are those of `MaskSchedule`.
+    """How supports are chosen, the same for all choices of a training; the settings are as in `MaskSchedule`.
 
     Args:
         norm: Whether a tile's score is the norm of its entries' scores instead of their sum.
@@ -57,7 +57,7 @@ class SupportSettings:
             layers: The layers to choose for.
             scoring: Draws the batches; called once for each statistic of the loss that scores ask for.
             memory: Looks at the memory in use whenever a statistic arrives.
-            position: The optimizer step about to be taken, or what else the rule counts.
+            position: The optimizer step about to be taken, or the micro-batch if the rule counts micro-batches.
             last: The position after which nothing is chosen.
             resize: Whether packed experts may keep another number of units than before.
 

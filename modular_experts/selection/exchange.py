@@ -1,4 +1,4 @@
-"""Move experts to new supports, together with their values and what the optimizers keep for each trained entry."""
+"""Move experts to new supports, together with their values and the optimizer state of each trained entry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modular_experts.selection.scoring import SelectableLayer
 
 
 class Exchange:
-    """Moves experts from one support to the next, and remembers what was trained and what left.
+    """Moves experts from one support to the next, and remembers the units that left and those that were trained.
 
     Args:
         leavers: What becomes of the value of a unit that leaves a packed expert: `revert` forgets it, `stash` keeps it,
@@ -48,8 +48,8 @@ class Exchange:
             optimizers: What may hold state of the expert's parameters.
             trained: Whether the present support was trained; a random one before the first step was not.
             rewind: Whether all values start anew from the base.
-            graded: Whether the packed parameter's gradient is that of the new support already. If not, what was
-                accumulated so far moves along, and a newcomer's gradient starts from zero.
+            graded: Whether the packed parameter's gradient belongs to the new support already. If not, the accumulated
+                gradient moves along, and a newcomer's gradient starts from zero.
         """
         expert = layer.expert
         packed = expert.packed

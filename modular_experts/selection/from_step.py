@@ -22,12 +22,12 @@ from modular_experts.selection.scoring import SelectableLayer
 class StepChoice:
     """Chooses the supports of packed experts within one optimizer step; the caller then moves the experts to them.
 
-    All layers' output and input gradients are those of the old supports, for nothing moves before the step's last
-    backward pass is over. The packed parameters' `.grad` is then that of the new supports, slot by slot.
+    All layers' output and input gradients come from the old supports, for nothing moves before the step's last backward
+    pass is over. The packed parameters' `.grad` then belongs to the new supports, slot by slot.
 
     With several micro-batches, gradients are summed over them in the memory of `budget`, and the last micro-batch
     chooses. A layer beyond the budget chooses at the first micro-batch, and for the others its own kernel makes the
-    gradient of what it chose. Either way the gradient is exactly the sum over all micro-batches.
+    gradient of the chosen units. Either way the gradient is exactly the sum over all micro-batches.
 
     Args:
         choice: Ranks and chooses; its layers all have packed experts.
@@ -112,7 +112,7 @@ class _Chooser(KeptGradient):
         return kept
 
     def _choose(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """Choose from the dense gradient, and return that of the chosen units."""
+        """Choose from the dense gradient, and return the gradient of the chosen units."""
         step, choice = self.step, self.step.choice
         if step.loss_scale is not None and not bool(gradient.isfinite().all()):
             return torch.full_like(self._kept(gradient, self.units), torch.inf)

@@ -43,7 +43,7 @@ def train_gates(
         learning_rate: Its constant rate.
 
     Raises:
-        ValueError: There is no batch, or the expert moves what is not the weight of a linear layer.
+        ValueError: There is no batch, or the expert moves something else than the weight of a linear layer.
     """
     given = list(batches)
     if not given:

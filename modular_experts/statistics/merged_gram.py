@@ -36,7 +36,7 @@ def merged_grams(
     """Return the Gram matrices of each weight, for each expert.
 
     Every block costs a pass of the model over the data of each expert. All matrices and a copy of the moved weights are
-    in memory. Afterwards every weight of the model is what it was, bit for bit.
+    in memory. Afterwards every weight of the model is as it was, bit for bit.
 
     Args:
         model: The base of the experts.

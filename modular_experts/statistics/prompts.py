@@ -59,7 +59,7 @@ def prompts(
 
 
 def _front(prompt: Tensor, before: int) -> Tensor:
-    """Return which tokens are cut from the front of each prompt, of which `before` came in earlier batches."""
+    """Return which tokens are cut from the front of each prompt; `before` prompts came in earlier batches."""
     lengths = prompt.sum(1)
     # Multiples of the golden ratio, without their whole parts, are spread evenly whatever the number of rows.
     shares = (torch.arange(before + 1, before + 1 + len(prompt), device=prompt.device) * 0.6180339887498949) % 1

@@ -1,7 +1,8 @@
-"""Estimate what a study will take before anything like it is done, by a few training steps and a batch of the tests.
+"""Estimate the time of a study from a few training steps and a batch of the tests, before anything like it is done.
 
-`run.py` judges pieces by finished pieces of their stage and kind. Where there are none, this file measures a few steps
-of each kind, which change nothing, and the first batch of the tests on the base, in a process like those of pieces.
+`run.py` judges pieces by finished pieces of their stage and kind. Where no such piece is finished, this file measures a
+few steps of each kind, which change nothing, and the first batch of the tests on the base, in a process like the
+pieces' own.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from modular_experts.training.settings import read_run
 from modular_experts.tuning.tune import most_trials
 
 Show = Callable[[str, int, int], None]
-"""Called with what is measured next, how much of it is measured, and how much there is."""
+"""Called with the name of the next measurement, the number of measurements done, and the number of all."""
 
 
 def measured_left(
     study: Study, state: State, executor: Executor | None = None, show: Show = lambda what, done, total: None
 ) -> tuple[Left, list[str]]:
-    """Return what the pieces left will take, by measuring where nothing alike is done, and what failed at that.
+    """Return the cost of the pieces left, measured where no similar piece is done, and the failures of measuring.
 
-    A test is judged by the base, whose answers go on to the limit where those of experts end. A merge is judged by its
-    tests, and a tuning by the losses that it measures, both without the merging itself. Nothing is
-    known of statistics and searches.
+    The base stands for every model in a test, although its answers go on to the limit and an expert's end earlier. The
+    estimate for a merge counts its tests, the one for a tuning its losses; the time of merging is left out. Statistics
+    and searches have no estimate.
 
     Args:
         study: What to do.

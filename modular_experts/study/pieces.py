@@ -1,8 +1,8 @@
-"""Cut a study into pieces of work, each named by what it does and by a digest of all that its result depends on.
+"""Cut a study into pieces of work, each named by its work and by a digest of all that its result depends on.
 
 A digest covers the settings of the piece and the code of the user's that they name, the base, the contents of the
-piece's tasks, and the digests of the pieces that it needs. So a change of the study gives new keys to what depends on
-it, and to nothing else.
+piece's tasks, and the digests of the pieces that it needs. So a change of the study gives new keys to the pieces that
+depend on it, and to no others.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _Plan:
             for group in several:
                 needs, made = needed(merge, group.own), merge.name
                 if isinstance(merge, Route) and merge.fallback:
-                    # The merge of all experts is in the library, and that of a few is made anew beside the route.
+                    # The merge of all experts is in the library; a merge of a few is made anew beside the route.
                     needs += [whole[merge.fallback.name]] * group.is_whole
                     made = made if group.is_whole else merge.fallback.name
                 given = [chosen[made, count]] if (made, count) in chosen else []

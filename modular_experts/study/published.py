@@ -1,4 +1,4 @@
-"""Show figures that others published beside those of a study, and keep the two apart.
+"""Show figures that others published beside a study's own, and keep the two apart.
 
 They stand in a table of their own and under `published` in the facts of `results.json`, never among the rows, so that
 no mean and no interval takes one of them for a measurement of ours.
@@ -26,7 +26,7 @@ class Published:
     """Figures of others for models of a study.
 
     Attributes:
-        source: Where they stand, and what was measured.
+        source: Where they stand, and what they measure.
         metric: The metric that they are of, by its name in results.
         rows: For each model of the study, as its tables name it, the mean over the tasks of a role (`held_in`,
             `held_out`). Exact match, Rouge-L and the accuracy of choices are in per cent, as in our tables.
@@ -69,7 +69,7 @@ def read_published(given: Mapping[str, Any], models: Collection[str]) -> Publish
 
 
 def beside_published(results: Results) -> Table | None:
-    """Return a table of our means and the published ones, a line for each model of theirs; None if there are none."""
+    """Return a table of our means and the published ones, a line for each model of theirs, or None without any."""
     published = results.facts.get("published")
     if not published:
         return None

@@ -35,7 +35,7 @@ def write_report(
         state: The pieces that they are from.
         file: Where to write.
         lede: What stands between the title and the sections.
-        more: Sections after those of the results.
+        more: Sections after the results.
     """
     facts, best = results.facts, best_merges(results)
     models, tasks = results.where(metric=results.main_metric).values("model"), [*facts["held_in"], *facts["held_out"]]
@@ -132,7 +132,7 @@ def _published(results: Results) -> Section | None:
     if table is None:
         return None
     about = f"Published: {results.facts['published']['source']}. These figures enter no other table and number here."
-    title = f"Our {metric_words(results.facts['published']['metric'])} beside that of others"
+    title = f"Our {metric_words(results.facts['published']['metric'])} beside published figures"
     return Section("Published", title, [table.html(), note(about)])
 
 
@@ -277,7 +277,7 @@ def _power_laws(fits: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def _every_task(results: Results) -> Section | None:
-    """Return the main metric of each model that was tested on several tasks, of merges those of the most experts."""
+    """Return the main metric of each model that was tested on several tasks; merges of fewer experts are left out."""
     metric, tested = results.main_metric, results.where(metric=results.main_metric)
     most = max((row["count"] or 0 for row in tested.rows), default=0)
     largest = Results([row for row in tested.rows if row["count"] in (None, most)])
@@ -307,7 +307,7 @@ def _singles(results: Results, task: str) -> list[str]:
 
 
 def _costs(results: Results) -> Section | None:
-    """Return what a training and a merge of all experts took, and what is stored of it."""
+    """Return the time of a training and of a merge of all experts, and the size of each on disk."""
     costs = results.facts.get("costs")
     if not costs:
         return None

@@ -1,9 +1,9 @@
-"""Make rows of what the pieces of a study found, and of what its merges did.
+"""Make rows of the results of a study's pieces, and of the effects of its merges.
 
 A row has the columns of `reports.Results`, and `kind`, `merge`, `count`, `group`, `seed`, whether the task is one of
 the model's `own` experts, and the 95 % `interval` of a text metric over the rows of the task. `effects` and `growth`
-add rows of what merges did, and describe their metrics and columns. Every comparison is paired: two models answer the
-same test rows, and an interval is that of the mean difference.
+add rows about the effects of merges, and describe their metrics and columns. Every comparison is paired: two models
+answer the same test rows, and an interval is for the mean difference.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from modular_experts.study.settings import Study
 RESULTS = "results.json"
 DRAWS = 500  # of a bootstrap
 GAIN, NORMALISED, EXPONENT, DRAWN = "gain", "normalised", "loss_exponent", "mean_over_draws"
-"""Metrics of the rows of what merges did."""
+"""Metrics of the rows about effects of merges."""
 
 
 def results_of(study: Study, state: State) -> Results:
-    """Return a row for each number that the finished pieces measured, and rows of what the merges did."""
+    """Return a row for each number that the finished pieces measured, and rows about the effects of merges."""
     rows: list[dict[str, Any]] = []
     for found in state.done.values():
         rows += found.get("rows", ())
@@ -64,7 +64,7 @@ def results_of(study: Study, state: State) -> Results:
 
 
 def costs(study: Study, state: State) -> list[dict[str, Any]]:
-    """Return the means of what trainings, and the merges of all experts, took and left on disk, by kind and merge."""
+    """Return the mean times and sizes on disk of trainings and of merges of all experts, by kind and merge."""
     found: dict[str, list[dict[str, Any]]] = {}
     for key, one in state.done.items():
         if expert := one.get("expert"):
@@ -135,11 +135,12 @@ def effects(state: State, metric: str) -> list[dict[str, Any]]:
         metric: The metric to compare.
 
     Returns:
-        Rows of results. `gain` is the metric of the merge minus that of the task's own expert, with the 95 % interval
-        of the paired difference over rows and seeds (None for the loss, which is not kept by row); `normalised` is
-        the one divided by the other (None if the expert has 0). Both name the metric (`of`), the expert's value
-        (`own_value`), and the best single expert of the kind on this task (`best_single`, `best_single_value`). A row
-        without a task is the mean over the tasks of the merge, of `normalised` over those where it is known.
+        Rows of results. `gain` is the metric of the merge minus the metric of the task's own expert, with the 95 %
+        interval of the paired difference over rows and seeds (None for the loss, which is not kept by row);
+        `normalised` is the first divided by the second (None if the expert has 0). Both name the metric (`of`), the
+        expert's value (`own_value`), and the best single expert of the kind on this task (`best_single`,
+        `best_single_value`). A row without a task is the mean over the tasks of the merge; for `normalised`, over the
+        tasks where it is known.
     """
     singles: dict[tuple, dict[str, Any]] = {}
     merged: dict[tuple, list[dict[str, Any]]] = {}
@@ -217,11 +218,11 @@ def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metr
 
 
 def over_draws(results: Results, counts: Collection[int]) -> list[dict[str, Any]]:
-    """Average what merges of random groups of experts scored, over the groups.
+    """Average the scores of merges of random groups of experts, over the groups.
 
     Args:
-        results: The rows of what was measured, and of `effects`.
-        counts: The counts of which random groups were drawn.
+        results: The measured rows, and the rows of `effects`.
+        counts: The sizes of the random groups.
 
     Returns:
         A row of results for each merge, count, role and metric (`of`): the mean over the groups (`draws`, how many) of

@@ -98,10 +98,10 @@ class Left(NamedTuple):
     """What pieces will take.
 
     Attributes:
-        seconds: An estimate for one process, without the pieces of which nothing alike was done.
-        unknown: How many these are.
-        bytes: An estimate of what trained experts will take on disk, without those of which nothing alike was trained.
-        counts: How many pieces these are, by stage and kind.
+        seconds: An estimate for one process, without the pieces that resemble no finished one.
+        unknown: How many pieces this estimate leaves out.
+        bytes: An estimate of the size of trained experts on disk, without experts that resemble no trained one.
+        counts: The number of pieces, by stage and kind.
         memory: The most bytes that a training of a few steps took; 0 if none was measured.
         failed: How many other pieces failed.
         waiting: How many others need a piece that failed.
@@ -120,7 +120,7 @@ class Left(NamedTuple):
 
 @dataclass
 class State:
-    """What is done of a study and what is left.
+    """The finished and the remaining pieces of a study.
 
     Attributes:
         pieces: All pieces, in order.
@@ -159,7 +159,7 @@ def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> Stat
 
 
 class Pace:
-    """Judges what pieces take by finished pieces of their stage and kind, or if there are none, of their stage."""
+    """Estimates the cost of pieces from finished pieces of their stage and kind, or else of their stage alone."""
 
     def __init__(self, done: Mapping[Key, Mapping[str, Any]]) -> None:
         self.seconds_of: dict[Key, list[float]] = {}
@@ -200,7 +200,7 @@ def run_study(
     processes: int | None = None,
     progress: Callable[[int, int, Left], None] = lambda done, total, left: None,
 ) -> State:
-    """Do what is left of a study, and return what is then done and what failed.
+    """Do the remaining pieces of a study, and return what is then done and which pieces failed.
 
     A piece that fails stops only those that need it. One that failed in an earlier call is tried again where a piece
     that it needs is done anew.
@@ -211,7 +211,8 @@ def run_study(
         only: The stages to do, with all that they need; by default every stage.
         retry: Whether all pieces that failed in an earlier call are tried again.
         executor: Where the pieces run; by default `processes` of this machine, one thread each.
-        processes: How many, if there is no executor; by default those of `LocalProcesses`, each with twice the base.
+        processes: How many, without an executor; by default as many as `LocalProcesses` starts, each with twice the
+            base.
         progress: Called at the start and after each piece, with how many pieces are finished, how many there are, and
             what the others will take. Finished are also those that failed or need one that failed. The seconds are
             divided by the `processes` of an `Engine`; for an executor without this number they are for one process.
@@ -269,7 +270,7 @@ class _Watch:
         return [replace(piece, needs=()) if piece.key in self.before.done else piece for piece in known]
 
     def show(self, done: int, total: int, piece: Piece | None) -> None:
-        """Count a piece that is finished, and report what is left."""
+        """Count a finished piece, and report the work left."""
         if piece is not None:
             self.left.remove(piece.key)
             if piece.key in self.lines:

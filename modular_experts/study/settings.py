@@ -253,7 +253,7 @@ def read_experts(given: Description) -> Kinds:
 
 
 def _multitask(given: Description, kinds: Mapping[str, list[Settings]]) -> dict[str, list[Settings]]:
-    """Return the configs of the multitask expert: those of a kind, or the shared settings, and then its own."""
+    """Return the configs of the multitask expert: a kind's configs, or the shared settings, and then its own."""
     if given.multitask is None:
         return {}
     own = {name: value for name, value in given.multitask.items() if name != "kind"}
@@ -331,7 +331,7 @@ def _draws(count: Any, draws: Any, size: int, tasks: int) -> int:
 
 
 def _models(kinds: Iterable[str], merges: Mapping[str, Entry], joint: Iterable[str]) -> list[str]:
-    """Return the names of the models of a study as its tables name them, of merges those of all experts."""
+    """Return the names of a study's models as its tables name them; merges are of all experts."""
     singles = [f"{kind}{SINGLE}" for kind in kinds]
     merged = [f"{kind} {name}" for name, entry in merges.items() for kind in entry.kinds]
     return [BASE, *singles, *merged, *joint]

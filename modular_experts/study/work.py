@@ -64,7 +64,7 @@ class Group:
     Attributes:
         kind: The kind of the experts.
         seed: The seed of their trainings.
-        number: The number of the group among those of its size.
+        number: The number of the group among the groups of its size.
         own: The held-in tasks of the experts.
         tested: The tasks of the test.
         is_whole: Whether these are all experts of the kind.
@@ -104,7 +104,7 @@ def train(
 def training_settings(
     study: Study, place: Path, configs: Sequence[Mapping[str, Any]], tasks: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """Return the settings of a training; a later config beats those before it, and `place` is for what one keeps."""
+    """Return the settings of a training, where a later config beats those before it; its files go to `place`."""
     own = {
         "seed_everything": seed,
         "model": {"base": study.base},
@@ -169,7 +169,7 @@ def merge_and_test(
 ) -> dict[str, Any]:
     """Merge a group of experts and test the merge; the merge of all experts is also put into the library.
 
-    Coefficients are searched on validation rows of the group's own tasks alone; `chosen` is what `choose` returned.
+    Coefficients are searched on validation rows of the group's own tasks alone; `chosen` comes from `choose`.
     """
     started = time.perf_counter()
     target = out / "library" / study.merge_name(group.kind, merge.name, group.seed)
@@ -189,8 +189,8 @@ def route_and_test(
 ) -> dict[str, Any]:
     """Put a group of experts behind a router and test it; the route of all experts is also put into the library.
 
-    A router learns from validation and training rows of the experts' own tasks, if it reads any. `chosen` is what
-    `choose` returned for the fallback.
+    A router learns from validation and training rows of the experts' own tasks, if it reads any. `chosen` comes from
+    `choose` for the fallback.
     """
     started = time.perf_counter()
     library, experts = out / "library", group.experts(study, out)
@@ -219,7 +219,7 @@ def route_and_test(
 
 
 def test_together(study: Study, out: Path, ensemble: Ensemble, group: Group) -> dict[str, Any]:
-    """Test a group of experts as an ensemble, of which nothing goes into the library."""
+    """Test a group of experts as an ensemble, without writing it into the library."""
     started = time.perf_counter()
     experts = group.experts(study, out)
     put = partial(ensembled, experts=experts, mean=ensemble.mean, check=False)
@@ -233,7 +233,7 @@ def _of_group(study: Study, name: str, group: Group, started: float) -> dict[str
     kind, count = group.kind, len(group.own)
     title = f"{kind} {name}" + ("" if group.is_whole else f" of {count}, group {group.number}")
     experts = [study.name(kind, task, group.seed) for task in group.own]
-    # In the order of the study, because that of a group is drawn.
+    # In the order of the study, because the order of a group is drawn.
     own = [task for task in study.held_in if task in group.own]
     about = {"model": title, "experts": experts, "kind": kind, "merge": name, "own": own, "count": count}
     return about | {"group": group.number, "seed": group.seed, "seconds": time.perf_counter() - started}
@@ -248,7 +248,7 @@ def _merged(
     chosen: Mapping[str, Any] | None,
     written: bool,
 ) -> tuple[Mapping[str, Delta], dict[str, Any]]:
-    """Return a merge, which is stored at `place` if it was searched or shall be written, and what was chosen for it."""
+    """Return a merge, which is stored at `place` if it was searched or shall be written, and its chosen settings."""
     paths = [expert.path for expert in experts]
     if merge.searched:
         starts = [make(MergeMethod, start) for start in merge.merges]
@@ -340,7 +340,7 @@ _MIXTURES: dict[Any, TaskMixture] = {}
 
 
 def _shared_rows(study: Study, kind: type[TaskMixture], tasks: Iterable[str], limit: int | None) -> TaskMixture:
-    """Return the mixture of which pieces take their tasks, so that a process reads and tokenises each of them once."""
+    """Return the mixture from which pieces take their tasks, so that a process reads and tokenises each task once."""
     key = json.dumps([Base.open(study.base).identity, study.data, limit, study.seen(tasks)])
     if (kind, key) not in _MIXTURES:
         model, tokenizer = loaded(study.base, study.dtype)
@@ -368,6 +368,6 @@ def _made(kind: Any, settings: str) -> Any:
 
 
 def _about(expert: StoredExpert) -> dict[str, Any]:
-    """Return what identifies an expert of the library, and what it costs there."""
+    """Return the name, the hash, the size and the kept share of an expert of the library."""
     found = {"name": expert.name, "content_hash": expert.content_hash, "bytes": expert.size_on_disk}
     return {"expert": found | ({"kept": expert.kept_share} if expert.mergeable else {})}

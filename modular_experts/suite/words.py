@@ -49,7 +49,7 @@ class WordTask(TaskSource):
 
     @classmethod
     def name(cls) -> str:
-        """Return the task's name, made from that of its class, such as `first-two`."""
+        """Return the task's name, made from the name of its class, such as `first-two`."""
         return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
     @abstractmethod

@@ -48,7 +48,8 @@ def check_callback(
     Args:
         make: Makes a callback with the same settings at each call.
         expert: The expert type that is trained, as the argument `expert` of `ExpertModule`.
-        result: Returns of a callback, after its fit, what else must be equal, such as the hash of what it exported.
+        result: Called with a callback after its fit; returns anything else that must be equal, such as the hash of its
+            exported expert.
         base: Directory of a base, for callbacks with settings that belong to one, such as a library of its experts. If
             it is not given, the battery makes a small Llama with random weights.
 
@@ -101,7 +102,7 @@ class _Case:
     def fit(
         self, callback: Callback, module: ExpertModule | None = None, rate: float = 2e-2, resume: Path | None = None
     ) -> tuple[ExpertModule, dict[str, Any]]:
-        """Train a fresh module or go on with one; return it and what is to be equal."""
+        """Train a fresh module or go on with one; return it and all that must be equal."""
         # What is drawn at random before the checkpoint is loaded must not matter.
         torch.manual_seed(1 if resume else 0)
         if module is None:

@@ -57,7 +57,7 @@ def check_expert(factory: Factory, compile: bool = True) -> None:
 def check_plan(plan: LayerPlan, compile: bool = True) -> None:
     """Check that the experts of a plan keep the contract of their types, all together.
 
-    The promises are those of `check_expert`. The model has two transformer blocks with the names of a Llama: `layers.0`
+    The promises are as in `check_expert`. The model has two transformer blocks with the names of a Llama: `layers.0`
     with `input_layernorm`, `self_attn.q_proj`, `k_proj`, `v_proj`, `o_proj`, `mlp.up_proj` and `mlp.down_proj`.
 
     Args:
@@ -146,7 +146,7 @@ class _Attention(nn.Module):
 
 @dataclass(frozen=True)
 class _Case:
-    """What makes the network, and what puts the experts under test into it."""
+    """A function that makes the network, and one that puts the experts under test into it."""
 
     build: Callable[[], nn.Module]
     equip: Callable[[nn.Module], object]

@@ -1,6 +1,6 @@
 """Check that a merge method, built-in or your own, keeps its promises: `check_merge_method(MyMethod())`.
 
-The battery always checks what every method must do, and what only some promise when you ask for it.
+The battery always checks the promises of every method; it checks promises that only some make when you ask for them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_merge_method(
     zero: bool = False,
     sparse: bool = False,
 ) -> None:
-    """Check that a merge method keeps the contract of `MergeMethod`, and what else it promises.
+    """Check that a merge method keeps the contract of `MergeMethod`, and its further promises.
 
     Always checked: deltas of every form, in every mix of two, of matrices and vectors, down to one entry, give a finite
     delta of the weight's shape and the deltas' widest dtype; what it was given stays as it was; the same call gives

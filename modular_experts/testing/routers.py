@@ -54,7 +54,7 @@ def check_router(router: Router, deltas: Sequence[Delta | None] | None = None, o
 
 
 class _Case:
-    """The router under test, what it learns from, and inputs `(n, size)` near the prompts of each expert."""
+    """The router under test, its statistics, and inputs `(n, size)` near the prompts of each expert."""
 
     def __init__(self, router: Router, deltas: Sequence[Delta | None] | None) -> None:
         draw = torch.Generator().manual_seed(0)
