@@ -66,7 +66,7 @@ def check_reloaded(directory: Path, prompts: Tensor, reference: Tensor, toleranc
     largest, mean = difference(logits(reloaded, prompts), reference)
     if not largest <= tolerance:  # written so that NaN is refused too
         raise ValueError(
-            f"the checkpoint was not written: loaded again, its logits differ by {largest:.3g} from those of the "
-            f"model in memory, and the tolerance is {tolerance:.3g}"
+            f"the checkpoint was not written: loaded again, its logits differ by {largest:.3g} from the logits of "
+            f"the model in memory, and the tolerance is {tolerance:.3g}"
         )
     return Check(largest, mean, tolerance, (prompts.shape[0], prompts.shape[1]), rounding)

@@ -1,4 +1,4 @@
-"""ExportExpert writes what was trained into a library, with a record of its origin and its scores.
+"""ExportExpert writes the trained expert into a library, with a record of its origin and its scores.
 
 With validation it exports the best state. It keeps that state in a folder of the run's own until training ends, so that
 an interrupted and resumed run still has it. Without validation it exports the last state.

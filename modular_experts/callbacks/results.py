@@ -1,4 +1,4 @@
-"""Write what a test or a prediction found: `results.json` with a table in the terminal, `predictions.jsonl`."""
+"""Write the results of a test (`results.json`, with a table in the terminal) or a prediction (`predictions.jsonl`)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Parse a command line, call one function of the library, and print what it returns.
 
 A file holds a group of commands. `command.py` runs a command that is one function, `training.py` those that run a
-trainer; `words.py` reads options as people type them, `help.py` writes help without importing torch. What an option
-means stands in `settings.py`, which studies use too. No other room imports this one.
+trainer; `words.py` reads options as people type them, `help.py` writes help without importing torch. `settings/` reads
+the settings that options and studies share. No other room imports this one.
 """

@@ -93,7 +93,7 @@ def recognise(columns: Collection[str]) -> Form:
     known = ", ".join("/".join(form.columns.values()) for form in FORMS)
     first, last = [*map(str, columns), "...", "..."][:2]
     raise ValueError(
-        f"the columns {listed} are not those of a known form ({known}); name your own in the task, such as "
+        f"the columns {listed} have no known form ({known}); name your own in the task, such as "
         f"--tasks '{{path: FILE, columns: {{input: {first}, target: {last}}}}}'"
     )
 

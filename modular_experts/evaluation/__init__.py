@@ -2,7 +2,7 @@
 
 Start with `compare.py`: `evaluate` measures a base with several experts in one call, by `measure` of `measure.py`.
 `report.py` writes its page, `scores.py` has the metrics and takes a user's own; `likelihood.py` and `generation.py` run
-the model, and `answers.py` takes what it writes as labels.
+the model, and `answers.py` makes labels of its answers.
 """
 
 from __future__ import annotations

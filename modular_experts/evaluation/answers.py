@@ -1,4 +1,4 @@
-"""Let a model answer inputs, and put its answers where labels would be.
+"""Let a model answer inputs, and use its answers as labels.
 
 An expert that has learned a task can label the task's inputs for others: for a search of a merge, or for statistics.
 """

@@ -1,7 +1,7 @@
 """Run the quickstart: make the base, then do the study of its experts and merges.
 
-The base is whole or not there, and the study stores every result as it comes. So an interrupted run goes on where it
-was, and ends with the same numbers.
+The base is written whole or not at all, and the study stores every result as it comes. So an interrupted run goes on
+where it was, and ends with the same numbers.
 """
 
 from __future__ import annotations

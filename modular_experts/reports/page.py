@@ -1,4 +1,4 @@
-"""Write the one page that shows results: a header, sections with a sentence to take away each, and how it was made."""
+"""Write the page that shows results: a header, sections that each begin with a main finding, and how it was made."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Choose which units layers keep, from a score over some batches; weights may compete with each other.
 
-`MaskSchedule` decides when a choice is made and moves the experts to it. `rules` decide how a new support follows from
-the old one.
+`MaskSchedule` decides when a choice is made and moves the experts to it. Rules (`masks/rules.py`) decide how a new
+support follows from the old one.
 """
 
 from __future__ import annotations

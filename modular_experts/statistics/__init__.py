@@ -1,7 +1,8 @@
-"""Measure what some merge methods need of an expert's data, and store it beside the expert.
+"""Measure the statistics of an expert's data for merge methods and routers, and store them beside the expert.
 
-`take.py` conducts it; open it first. `gram.py`, `fisher.py` and `merged_gram.py` each measure one kind. Statistics use
-validation rows only: a merge must not be tested on rows that it was made from. The files are `library/statistics.py`'s.
+Open `take.py` first, which takes and stores them. `gram.py`, `fisher.py`, `merged_gram.py`, `gates.py` and `prompts.py`
+measure one kind each. Statistics use validation rows, because a merge must not be tested on rows that it was made from;
+only prompts for routers take training rows too. `library/statistics.py` defines the files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Take statistics of experts on the validation rows of the tasks they were trained on, and store them."""
+"""Take statistics of experts on rows of the tasks they were trained on, and store them beside the experts."""
 
 from __future__ import annotations
 

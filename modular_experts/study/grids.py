@@ -1,4 +1,4 @@
-"""Spell out what the description of a study repeats: a kind for each combination of a grid, and settings by seed."""
+"""Write out the short forms of a study's description: a kind for each combination of a grid, and settings by seed."""
 
 from __future__ import annotations
 

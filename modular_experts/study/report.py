@@ -1,4 +1,4 @@
-"""Show what a study found on a page, with a figure."""
+"""Show the results of a study on a page, with a figure."""
 
 from __future__ import annotations
 
@@ -319,9 +319,7 @@ def _costs(results: Results) -> Section | None:
     lines = [Line(row["name"], row) for row in costs]
     slowest = max(costs, key=lambda row: row["seconds"])
     title = f"{slowest['name']} takes longest, with {number(slowest['seconds'], 1)} seconds each"
-    about = (
-        "Kept is the share of the base's entries that an expert moves. Seconds are those of one training, or one merge."
-    )
+    about = "Kept is the share of the base's entries that an expert moves. Seconds are for one training, or one merge."
     return Section("Costs", title, [Table(columns, [lines], "mean over").html(), note(about)])
 
 

@@ -1,8 +1,8 @@
 """Read the description of a study, and check all of it before anything runs.
 
 A `Description` holds the words of a YAML file, or of a call in Python. `read_study` makes a `Study` of it: the same as
-plain values, every short form spelt out. Processes that do a piece of the work get these values, and make objects of
-them where they need some.
+plain values, every short form spelt out. A process that does a piece of the work gets these values and makes objects of
+them where it needs some.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Show what a study found in a terminal: a table of all models, and a sentence for each kind of experts."""
+"""Show the results of a study in a terminal: a table of all models, and a sentence for each kind of experts."""
 
 from __future__ import annotations
 
