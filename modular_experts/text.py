@@ -33,7 +33,7 @@ def did_you_mean(name: object, known: Iterable[object], cutoff: float = 0.6) -> 
 def block_of(name: str) -> str | None:
     """Return the transformer block that a weight belongs to, such as `model.layers.3`, or None outside of the blocks.
 
-    A block is what lies before the first number between dots in the weight's full name.
+    The block's name is the part of the weight's full name up to the first number between dots.
     """
     found = re.match(r".*?\.\d+(?=\.)", name)
     return found[0] if found else None

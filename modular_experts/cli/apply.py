@@ -21,8 +21,8 @@ def apply(
     """Add experts to their base and write a full Hugging Face checkpoint that needs nothing of this package.
 
     The deltas of several experts are added up; to average them, merge first. Before the checkpoint takes its place,
-    plain transformers loads it again, and its logits are compared with those of the model in memory. Causal language
-    models only.
+    plain transformers loads it again, and its logits are compared with the logits of the model in memory. Causal
+    language models only.
 
     Args:
         experts: Directories of the experts.
@@ -53,12 +53,12 @@ def export(
     tolerance: float = 1e-3,
     overwrite: bool = False,
 ) -> None:
-    """Write an expert as a PEFT adapter, which PEFT and what builds on it load without this package.
+    """Write an expert as a PEFT adapter, which PEFT and programs that build on it load without this package.
 
     A low-rank expert is a LoRA exactly; any other expert is approximated at a rank, and the error is printed. A sparse
     expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira. Before the
     adapter takes its place it is loaded again, by PEFT if it is installed, and its logits are compared with the logits
-    of base plus deltas. Use `apply` for what these cannot carry, such as norms.
+    of base plus deltas. Use `apply` for weights that adapters cannot carry, such as norms.
 
     Args:
         expert: Directory of the expert.

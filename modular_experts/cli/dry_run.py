@@ -48,9 +48,9 @@ def print_estimate(found: FitEstimate) -> None:
         if taken:
             print(f"  {duration_text(taken):>8}  {counts[name]}")
     print("a fit would write:")
-    for what, place in found.places:
-        print(f"  {place}: {what}" + f", {bytes_text(found.on_disk)}" * (what == "the expert"))
-    if not any(what == "the expert" for what, _ in found.places):
+    for content, place in found.places:
+        print(f"  {place}: {content}" + f", {bytes_text(found.on_disk)}" * (content == "the expert"))
+    if not any(content == "the expert" for content, _ in found.places):
         print("  no expert; --out library/NAME keeps one")
     print("time and memory are judged by a few steps of rate zero; nothing was written")
 

@@ -111,7 +111,7 @@ def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
 def progress_by_tenths(
     *columns: str | ProgressColumn, line: Callable[[str, float, float], str], transient: bool = False
 ) -> Iterator[Callable[[str, float, float], None]]:
-    """Yield a function of what is going on, the work done and all work, which shows a bar on a terminal.
+    """Yield a function of a description, the work done and all work, which shows a bar on a terminal.
 
     Off a terminal it prints a line to the standard error at every tenth, unless all work was done at the first call. An
     interruption is answered by how to go on.

@@ -102,7 +102,7 @@ def _file_of_options(tree: ast.Module, kind: str) -> str | None:
 
 
 def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, str | None]]:
-    """Return the name, the type and the default (None without one) of what a function or a class takes."""
+    """Return the name, the type and the default (None without one) of each argument of a function or a class."""
     function: Any = found
     if isinstance(found, ast.ClassDef):
         function = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)

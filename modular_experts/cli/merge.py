@@ -58,10 +58,10 @@ def merge(
             The first match counts; without `method`, weights without a match stay at the base.
         overwrite: Replace an expert.
         tune: Choose the method's settings by the loss on validation rows. These are the scale, the exponent if there
-            is one, and those in `tune.grid`; the rows are those of the tasks in `tune.data`.
+            is one, and the settings in `tune.grid`; the rows come from the tasks in `tune.data`.
         dry_run: Only show the method, memory and time of each weight; nothing is tuned.
-        max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside what Python takes and, for a
-            checkpoint, the base that it is checked with.
+        max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside Python's own memory and, for
+            a checkpoint, beside the base that it is checked with.
         output: `checkpoint` writes base plus merge for transformers; the checkpoint is checked by loading it.
         base: The base of a checkpoint, a directory or hub id; the one in the experts' records by default.
         dtype: Data type of a checkpoint; the base's by default.
@@ -158,7 +158,7 @@ def _print_experts(merged: Merged, out: str) -> None:
 def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
     """Take an expert out of a merge by Average or TaskArithmetic; the other experts are not needed.
 
-    The result is what merging the others would give, but for rounding. Other methods are not linear: merge again.
+    A merge of the others would give the same result, but for rounding. Other methods are not linear: merge again.
 
     Args:
         merged: Directory of the merged expert.
@@ -187,7 +187,7 @@ def _print_plan(merged: Merged) -> None:
     groups: dict[tuple[Any, ...], list[WeightEstimate]] = {}
     for weight in weights:
         groups.setdefault((in_any_block(weight.name), weight.shape, _method_text(weight.method)), []).append(weight)
-    # What all names begin and end with would leave no room for what tells them apart; whole parts of names are cut.
+    # The beginning and the end that all names share are cut, in whole parts, so that the differences have room.
     names = [name for name, _, _ in groups]
     shared = "".join(os.path.commonprefix(names).rpartition(".")[:2]) if len(names) > 1 else ""  # noqa: RUF071
     for (name, shape, method), members in groups.items():

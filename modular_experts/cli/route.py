@@ -21,7 +21,7 @@ def route(
 ) -> None:
     """Put experts behind a router, which chooses by the prompt or the token, and write both as one routed expert.
 
-    A merge keeps part of what its experts can do; a router keeps each whole, and costs the memory of all of them. The
+    A merge keeps part of its experts' skill; a router keeps each whole, and costs the memory of all of them. The
     result is an expert for test, predict, generate, evaluate, show, verify and push. It needs the experts, which lie
     beside it in the library.
 
@@ -33,8 +33,8 @@ def route(
             Energy (by the deltas alone) or Phatgoose (by gates trained after the experts); for every input the same,
             Constant (a weighted sum, which `merge` takes); or the dotted path of a class of your own. Default:
             Centroid.
-        fallback: Directory of an expert, such as a merge, for prompts that are unlike those of all experts. Centroid,
-            Classifier and Oracle find such prompts; other routers take no fallback. Default: the base alone.
+        fallback: Directory of an expert, such as a merge, for prompts that are unlike the prompts of all experts.
+            Centroid, Classifier and Oracle find such prompts; other routers take no fallback. Default: the base alone.
         data: The experts' tasks, whose rows Centroid, Classifier and Phatgoose learn from; not needed if `statistics`
             took what they need.
         rows: The most rows of one task.

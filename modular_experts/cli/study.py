@@ -85,7 +85,7 @@ def study(
 
 @contextmanager
 def _progress(on_one: bool) -> Iterator[Callable[[int, int, Left], None]]:
-    """Yield the function that shows how far a study is; with `on_one`, times are those of one process."""
+    """Yield the function that shows how far a study is; with `on_one`, times are for one process."""
     columns, starts = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn()), True
     with progress_by_tenths(*columns, line=lambda what, done, total: what) as bar:
 
@@ -202,7 +202,7 @@ def _print_failures(state: State) -> None:
 
 
 def _time_text(left: Left, on_one: bool) -> str:
-    """Return an estimate of the time left, if there is one, and whether it is that of one process."""
+    """Return an estimate of the time left, if there is one, and whether it holds for one process."""
     if not left.seconds:
         return ""
     bound = "more than" if left.unknown else "about"

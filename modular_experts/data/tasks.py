@@ -91,11 +91,11 @@ class Task:
             )
         if sum(place is not None for place in (self.path, self.hub, self.source)) != 1:
             raise ValueError(f"task {self.name!r} needs exactly one of `path`, `hub` and `source`")
-        for what, words, known in (("role", [self.role], ROLES), ("columns key", self.columns, COLUMNS)):
+        for setting, words, known in (("role", [self.role], ROLES), ("columns key", self.columns, COLUMNS)):
             for word in words:
                 if word not in known:
                     near = did_you_mean(word, known)
-                    raise ValueError(f"task {self.name!r}: {what} {word!r} is not one of {', '.join(known)}{near}")
+                    raise ValueError(f"task {self.name!r}: {setting} {word!r} is not one of {', '.join(known)}{near}")
         for column, value in self.where.items():
             if not isinstance(value, str | int | float | bool):
                 raise ValueError(f"task {self.name!r}: where {column!r} is one text or number, not {value!r}")

@@ -83,7 +83,7 @@ def dot(tensor: Tensor, delta: Delta) -> Tensor:
 
 
 def dot_by_row(tensor: Tensor, delta: Delta) -> Tensor:
-    """Return the inner product of each row of a tensor `(out, in)` with that of a delta: `(out,)`, in at least float32.
+    """Return the inner product of each row of a tensor `(out, in)` with a delta's row: `(out,)`, in at least float32.
 
     The first dimension counts rows, also of a weight that has one dimension or more than two.
     """
@@ -132,7 +132,7 @@ def _values_at(delta: Delta, indices: Tensor) -> Tensor:
 
 
 def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
-    """Return the nearest delta of a rank, in float32, and the squared Frobenius norm of what it loses.
+    """Return the nearest delta of a rank, in float32, and the squared Frobenius norm of the rest.
 
     A delta whose factors have that rank or less is returned as it is and loses nothing. The singular vectors are
     eigenvectors of the smaller Gram matrix, in float64: for a matrix of a language model this takes a fraction of the

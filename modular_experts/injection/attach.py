@@ -37,8 +37,8 @@ def attached(
 
     Args:
         model: The experts' base, before anything is injected.
-        experts: One or several, as for `applied`; one that chooses by the input only alone, but for what was trained on
-            top of a routed expert, which stands beside it.
+        experts: One or several, as for `applied`; an expert that chooses by the input stands alone, or with
+            experts that were trained on top of it.
         check: Whether the model must be the base of the stored experts.
         as_trained: Put a single expert into the layers by its state, also one that is a delta.
 
@@ -84,7 +84,7 @@ def attached(
 
 
 class _Both(ExitStack):
-    """A routed expert, and the deltas of what was trained on top of it in the weights beneath it."""
+    """A routed expert, and in the weights beneath it the deltas of an expert that was trained on top of it."""
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""

@@ -99,7 +99,7 @@ def inject(
         modules: Patterns: ends of layers' names (`q_proj`), regular expressions for full names, or `all-linear`.
 
     Returns:
-        The names of the layers' weights, sorted, and behind them those of the other modules.
+        The names of the layers' weights, sorted, and behind them the names of the other modules.
 
     Raises:
         ValueError: A pattern matches no linear layer, or a layer whose weight is shared or quantised; a plan names a
@@ -228,7 +228,7 @@ def moves_tokens_alone(model: nn.Module) -> bool:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return how many tokens of a row the model's context holds beside what experts put in front, or None for any."""
+    """Return how many tokens of a row fit in the model's context behind the experts' tokens, or None for any."""
     context: int | None = getattr(model.config, "max_position_embeddings", None)
     return None if context is None else context - sum(one.tokens_in_front for *_, one in _equipped_modules(model))
 

@@ -130,10 +130,10 @@ def route_beneath(
     router: Router | Mapping[str, Router],
     fallback: AnyExpert | None = None,
 ) -> None:
-    """Add routed experts to what the layers of a model give, for good, and leave the layers free for other experts.
+    """Add routed experts to the outputs of a model's layers, for good, and leave the layers free for other experts.
 
-    So a new expert is trained on top of them. A router of scope `sample` reads prompts with what the new expert changes
-    in the first blocks. The arguments and errors are those of `routed`.
+    So a new expert is trained on top of them. A router of scope `sample` reads prompts with the new expert's changes in
+    the first blocks. The function takes the arguments and raises the errors of `routed`.
     """
     several, fitting = _fitting(model, experts, router, fallback, check=False)
     current = CurrentGates()

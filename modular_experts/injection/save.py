@@ -42,7 +42,7 @@ def save_expert(
         base: Directory or hub id of the base; where the model was loaded from if not given.
         applied: Library experts that were added to the base before `inject`; the new expert stands on top of them.
         scores: Numbers for the record, by name.
-        hyperparameters: Settings of the training for the record, beside those of the experts.
+        hyperparameters: Settings of the training for the record, beside the experts' own.
         overwrite: Replace an expert of this name.
         seed: Seed of the training.
 

@@ -26,7 +26,7 @@ class WeightReport:
         moved: Entries that differ from the base.
         rounded: Entries that did not move but lost digits to the checkpoint's narrower dtype.
         energy: Squared Frobenius norm of the difference.
-        lost: Squared Frobenius norm of what the delta lacks of the difference.
+        lost: Squared Frobenius norm of the part of the difference that the delta lacks.
         missed: Entries where base plus delta, rounded to the checkpoint's dtype, is not the checkpoint's entry; 0
             for a lossy delta.
         farthest: Largest absolute difference among the missed entries.
@@ -42,7 +42,7 @@ class WeightReport:
 
     @property
     def error(self) -> float:
-        """Frobenius norm of what is lost, as a share of the norm of the difference."""
+        """Frobenius norm of the lost part, as a share of the norm of the difference."""
         return math.sqrt(self.lost / self.energy) if self.energy else 0.0
 
 

@@ -59,7 +59,7 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
         report: What was kept and lost, by weight; each iteration fills it.
         vocabularies: Rows of each resized weight, `(in the checkpoint, in the base)`.
         tied: All names of each weight that is tied to another in the base.
-        wider_dtypes: Data types of the checkpoint that are wider than those of the base's weights.
+        wider_dtypes: Data types of the checkpoint that are wider than the base's.
     """
 
     def __init__(

@@ -190,7 +190,7 @@ def harness_tasks(
     """Return the test rows of tasks as tasks of the harness, by their names there.
 
     Each task becomes one that generates an answer, under its own name. Its rows with choices also become one that
-    compares their likelihoods, with `_choices` behind the name. Scores are those of `evaluate` for rows that fit the
+    compares their likelihoods, with `_choices` behind the name. Scores are as with `evaluate` for rows that fit the
     model's context, unless the tokenizer splits a text otherwise where the answer follows the prompt.
 
     Args:

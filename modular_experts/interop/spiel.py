@@ -38,7 +38,7 @@ def read_spiel(adapter: str | Path | AdapterFiles, base: str | Path | Base) -> I
         structure.check(name, structure.shapes.get(name, torch.Size()), source)
         structure.check_untied(name, source)
         shape = structure.shapes[name]
-        keys = [f"{module}{_SUFFIX}{what}" for what in ("values", "indices")]
+        keys = [f"{module}{_SUFFIX}{part}" for part in ("values", "indices")]
         if len({files.shapes.get(key) for key in keys}) > 1 or len(files.shapes[keys[0]]) != 1:
             raise ValueError(f"{source} is damaged: {module} does not have one value for each index")
         values, stored = (files.read(key) for key in keys)

@@ -1,6 +1,6 @@
 """Compute the gradient of only the kept square tiles by a Triton program, on the matrix units of a GPU.
 
-Reading is what takes the time. A 16-bit tile of side `s` that is made alone reads `2 s` values of 2 bytes for each
+Reading takes most of the time. A 16-bit tile of side `s` that is made alone reads `2 s` values of 2 bytes for each
 token and does `2 s^2` operations with them: `s / 2` FLOP per byte, 8 at 16, where an H100 could do over a hundred for
 each byte from its cache. So narrow tiles of one block row are made together, up to 256 columns of them: the row's piece
 of the output gradient stays on the chip while the inputs of `n` tiles pass by, and `s n / (n + 1)` FLOP per byte come
@@ -76,7 +76,7 @@ class TritonTiles(KeptGradient):
         program()  # raises now, rather than in the first backward pass, where Triton is missing
         wide = tile_grid(shape, tile)[1]
         rows, counts = torch.unique_consecutive(units.long() // wide, return_counts=True)
-        # A program has room for a power of two of tiles, at most for what the fullest row needs.
+        # A program has room for a power of two of tiles, at most for the tiles of the fullest row.
         fullest = int(counts.max()) if counts.numel() else 1
         most = SEGMENT_COLUMNS // tile[0] if tile[0] < 64 else 1
         self.tiles = min(max(1 << (fullest - 1).bit_length(), 64 // tile[0]), most)
@@ -135,7 +135,7 @@ def token_splits(segments: int, tokens: int, kept_bytes: int, processors: int) -
 
 
 def _segments(rows: Tensor, counts: Tensor, tiles: int) -> Tensor:
-    """Return the segments `(n, 3)`: row of tiles, first slot, last slot + 1; those of a row are about as long."""
+    """Return the segments `(n, 3)`: row of tiles, first slot, last slot + 1; all of a row are about as long."""
     pieces = -(-counts // tiles)
     piece = torch.arange(int(pieces.sum()), device=rows.device) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
     first, count = (counts.cumsum(0) - counts).repeat_interleave(pieces), counts.repeat_interleave(pieces)

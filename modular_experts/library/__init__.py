@@ -1,8 +1,8 @@
 """Keep experts in a directory, the library: each is written whole or not at all, and checked at every read.
 
 `expert.py` reads and writes one expert; open it first. `record.py` is its metadata, `packing.py` the forms of its
-tensors, `tensorfile.py` and `atomic.py` are its files, `statistics.py` is what is measured
-beside it, `compatibility.py` what several experts must have in common. No model is loaded here, and nothing is merged.
+tensors, `tensorfile.py` and `atomic.py` are its files, `statistics.py` holds measurements
+beside it, and `compatibility.py` checks that experts fit each other. No model is loaded here, and nothing is merged.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Library(Mapping[str, StoredExpert]):
         return (entry.name for entry in sorted(self.directory.iterdir()) if _problem(entry) is None)
 
     def incomplete(self) -> dict[str, str]:
-        """Return the directories that look like an expert but cannot be opened as one, by name, with what is wrong.
+        """Return the directories that look like an expert but cannot be opened as one, by name, with the reason.
 
         Names with a leading dot are left out: they are being written, or were when their writer was killed.
         """

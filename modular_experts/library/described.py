@@ -1,4 +1,4 @@
-"""Describe an object by its class and its settings, and make it again of what a record keeps.
+"""Describe an object by its class and its settings, and make it again from a record.
 
 A record leads to no foreign code. A class that it names is looked up in this package, by its path or, if the class has
 moved since, by its name; and in modules and classes that the user has named (`trust`), nowhere else. What is found must
@@ -47,7 +47,7 @@ def trust(*named: str | type | ModuleType) -> None:
 
 
 def trusted() -> tuple[str, ...]:
-    """Return the names of what this process trusts, for `trust` in another process."""
+    """Return the names that this process trusts, for `trust` in another process."""
     return tuple(one for one in _TRUSTED if "<" not in one and not one.startswith("__main__"))
 
 
@@ -93,7 +93,7 @@ def find_class(path: str, *contracts: type, owner: str = "the record") -> Any:
     """Return the class that a record names by its path, or by its name alone.
 
     Raises:
-        ValueError: No class of this package, or of what the user trusts, has this name and is of a contract.
+        ValueError: No class of this package, or that the user trusts, has this name and is of a contract.
     """
     for kind in _candidates(path, {one.__module__.rpartition(".")[0] for one in contracts}):
         if isinstance(kind, type) and issubclass(kind, contracts):

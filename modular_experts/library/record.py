@@ -46,7 +46,7 @@ DELTA_FILE = "delta.safetensors"
 RECORD_FILE = "expert.json"
 STATE_FILE = "state.safetensors"
 MERGE, ROUTED = "merge", "routed"
-"""Kinds of records of what was not trained."""
+"""Kinds of records of experts that were not trained."""
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 _TYPES = {"format": str, "kind": str, "base": dict, "tasks": list, "scores": dict, "parents": list, "content_hash": str}
 _OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "source", "training")

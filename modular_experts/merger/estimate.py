@@ -1,6 +1,6 @@
 """Estimate what a merge will read and hold in memory, weight by weight, before it begins.
 
-The sizes come from the tables of the experts' files and from what each method `needs`; no delta is read. The time is
+The sizes come from the tables of the experts' files and from each method's `needs`; no delta is read. The time is
 extrapolated from merging a few weights.
 """
 

@@ -338,7 +338,7 @@ def _made(method: Method) -> MergeMethod | None:
 
 
 class _Group(Iterable[Sequence[Delta]]):
-    """The weights that share one method, with what the method knows of them.
+    """The weights that share one method, with their context.
 
     Iterating gives the deltas of one weight after another, and reads the experts anew each time.
     """

@@ -29,7 +29,7 @@ def remove(
     """Take an expert out of a merge by Average or TaskArithmetic, as if it had not been merged.
 
     The result is the merge of the others with the same settings, but for rounding: the merge was stored in float32, so
-    an entry may differ by about N times its last digit. An entry within that of zero becomes zero.
+    an entry may differ by about N times its last digit. An entry so near zero becomes zero.
 
     Args:
         merged: Directory of the merged expert.

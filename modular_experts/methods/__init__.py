@@ -50,7 +50,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     "labelled rows of each task": ("Fisher",),
     "no data; an expert for each task beside the merge": ("EMR",),
 }
-"""The methods that one should try first, by what they need."""
+"""The methods that one should try first, by their needs."""
 
 __all__ = ["MergeMethod", *METHODS]
 

@@ -86,8 +86,8 @@ class TaskArithmetic(Linear):
     Args:
         scale: Factor of the sum. 1 adds every expert at full strength, 0.3 to 0.5 are common for many experts, `1/N`
             is the average, and a negative scale takes the experts' skill away.
-        weights: One weight per expert, in the order of the experts; unlike those of `Average` they are not
-            divided by their sum. Default: all 1.
+        weights: One weight per expert, in the order of the experts; they are not divided by
+            their sum, unlike in `Average`. Default: all 1.
     """
 
     checks = Checks(weights=finite)

@@ -129,7 +129,7 @@ class Breadcrumbs(MiddleEntries, PrunedSum):
 class BreadcrumbsTIES(MiddleEntries, PrunedElection):
     """Breadcrumbs with an election of signs: as Breadcrumbs, but per entry only what carries the elected sign counts.
 
-    The masks are those of Breadcrumbs, the election is that of TIES, and so are the properties: one expert merges to
+    Masks are as in `Breadcrumbs`, election and properties as in `TIES`: one expert merges to
     its masked self, and so do copies of it; the order of the experts does not matter; sparse stays sparse.
     """
 

@@ -235,7 +235,7 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch
         total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
         return total.to(dtype=dtype)
     shape, sums = deltas[0].shape, compiled_sums(deltas) if dtype == torch.float32 else None
-    if sums is not None:  # the same sums as below, without room for those of a chunk
+    if sums is not None:  # the same sums as below, without room for a chunk's
         return Sparse(*_trimmed(*sums.packed_total(shape.numel(), weights), shape.numel()), shape)
     return merge_by_chunks(deltas, lambda chunk: chunk.weighted_total(weights), dtype)
 

@@ -109,7 +109,7 @@ class PrunedElection(PruneFirst):
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
             experts = list(joined(pruned.entries(chunk), weights))
             elected = _votes(chunk, experts, self.vote).sign_()
-            elected += sign_of_zero / 2  # a half turns no sign but that of zero
+            elected += sign_of_zero / 2  # a half gives zero a sign, and turns no other
             total, voters = chunk.zeros(), chunk.zeros(torch.bool)
             divided = None if self.divisor == "none" else chunk.zeros()
             for entries, weight in experts:

@@ -33,7 +33,7 @@ class KnOTS(Wrapper):
 
     `U S [V_1^T .. V_N^T]` is the singular value decomposition of `[d_1 .. d_N]`, the experts side by side. Directions
     of singular value zero are left out. `inner` merges a weight that is not a matrix, or that no expert moves, as it
-    is. With a linear method (`Average`, `TaskArithmetic`) the result is that of the method alone; the order and the
+    is. With a linear method (`Average`, `TaskArithmetic`) the result is the same as without; the order and the
     scale of the experts matter as they do to the method.
 
     `U` comes from the left factors of the experts, and `S V_i^T` is `U^T d_i`, so that `[d_1 .. d_N]` is never formed.
@@ -73,12 +73,12 @@ class CoreSpace(Wrapper):
     The columns of B `(out, p)` and the rows of A `(q, in)` are orthonormal bases of all output and all input directions
     of the experts, from the singular value decompositions of their left factors and of their right factors side by
     side, so `d_i = B M_i A` holds exactly. p and q are at most the sum of the ranks, which may differ by expert. Unlike
-    in the paper's code, the factors are those of the singular value decomposition of `d_i`, so a LoRA that is written
+    in the paper's code, the factors come from the singular value decomposition of `d_i`, so a LoRA that is written
     as another product of factors merges to the same.
 
     Only low-rank experts have such a space. Where an expert that moves the weight is sparse or dense, and for a weight
     that is not a matrix, `inner` merges the deltas as they are. With a linear method (`Average`, `TaskArithmetic`) the
-    result is that of the method alone in any case. One expert, copies, order, factors and experts that move nothing are
+    result is the same as without in any case. One expert, copies, order, factors and experts that move nothing are
     as with `inner`, and the result is low-rank where that is smaller.
 
     Args:

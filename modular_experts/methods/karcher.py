@@ -31,7 +31,7 @@ class Karcher(MergeMethod):
     """Karcher: `scale * n * m`, with m the unit delta of least `sum_i w_i angle(m, d_i)^2` and `n = sum_i w_i |d_i|`,
     per weight.
 
-    Two experts of one length merge to what `SLERP` gives at `t = w_2 / (w_1 + w_2)`. It extends SLERP to any number of
+    Two experts of one length merge as with `SLERP` at `t = w_2 / (w_1 + w_2)`. It extends SLERP to any number of
     experts, of which none comes first.
 
     A delta of zero counts in the mean length only. Where the directions cancel, as two opposite ones do, the result is
@@ -44,7 +44,7 @@ class Karcher(MergeMethod):
 
     Args:
         weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.
-        max_iterations: Largest number of iterations, at least 0; with 0 the mean is that of `MultiSLERP`.
+        max_iterations: Largest number of iterations, at least 0; with 0 the mean is as in `MultiSLERP`.
         tolerance: Angle of a step, in radians, below which the iteration ends, at least 0.
     """
 

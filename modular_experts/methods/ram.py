@@ -23,8 +23,8 @@ from modular_experts.methods.settings import Checks, at_least
 class RAM(MergeMethod):
     """RAM: `scale * sum_i d_i / F` per entry, over the F experts with `|d_i| > epsilon` there.
 
-    Sparse experts merge to a sparse one. One expert merges to itself but for what is at most epsilon, and so do copies
-    of it. The order of the experts does not matter, and an expert that moves nothing changes nothing. At `epsilon: 0`,
+    Sparse experts merge to a sparse one. One expert merges to itself but for entries up to epsilon, and so do copies of
+    it. The order of the experts does not matter, and an expert that moves nothing changes nothing. At `epsilon: 0`,
     scaled experts merge to the scaled merge.
 
     Args:
@@ -55,7 +55,7 @@ class RAMPlus(RAM):
     """RAM+: as RAM, but what expert i alone moves is multiplied by `1 + r * min(shared_i / unique_i, alpha)`.
 
     `shared_i` and `unique_i` count the entries of the weight that expert i moves with others, and alone: the more of
-    an expert is averaged away, the more the rest of it is strengthened. The properties are those of RAM.
+    an expert is averaged away, the more the rest of it is strengthened. The properties are as in `RAM`.
 
     Args:
         r: How strongly the unique part grows, at least 0.

@@ -104,7 +104,7 @@ def _drop(entries: Entries, chance: float | Tensor, key: int, rescale: str) -> E
 def _row_ranks(entries: Entries, width: int) -> Tensor:
     """Return for each entry how many of its row rank below it: by magnitude, equal ones by their place in the row.
 
-    The entries must come in the order of the weight, as those of a chunk do. The entries of a row that a sparse expert
+    The entries must come in the order of the weight, as a chunk's do. The entries of a row that a sparse expert
     does not keep are zeros and rank lowest.
     """
     if entries.places is None and entries.values.numel() % width == 0:  # whole rows, with every entry
@@ -249,9 +249,9 @@ class DELLA(RankedDrops, PrunedElection):
 @with_presets({None: {"keep": 0.5, "epsilon": 0.15, **_SUM}, "mergekit": {"keep": 1.0, "rescale": "l1"}})
 @dataclass(frozen=True, kw_only=True)
 class DELLALinear(RankedDrops, PrunedSum):
-    """DELLA without an election: entries are dropped at random, the smaller the more often, and what stays is summed.
+    """DELLA without an election: entries are dropped at random, the smaller the more often, and the rest is summed.
 
-    The probabilities are those of DELLA. Linear in expectation with `rescale: probability`. Sparse experts merge to a
+    The probabilities are as in `DELLA`. Linear in expectation with `rescale: probability`. Sparse experts merge to a
     sparse one. The order of the experts matters, because each place in it has random numbers of its own.
     """
 

@@ -139,8 +139,8 @@ class SelfRegMean(MergeMethod):
     """SelfRegMean: `scale` times the d of least `sum_i |(d - d_i) d_i^T|^2 / |d_i|^2 + r |d - c|^2`, where c is
     `SparseAverage` of the experts and r is `ridge` times the mean diagonal of `sum_i d_i^T d_i / |d_i|^2`.
 
-    As far as the directions of the tasks differ, d maps the inputs of each task to what the task's own expert makes of
-    them. A weight that is not a matrix gets c. The result is dense. One expert merges to itself, and so do copies of
+    As far as the directions of the tasks differ, d maps the inputs of each task to the same outputs as the task's own
+    expert. A weight that is not a matrix gets c. The result is dense. One expert merges to itself, and so do copies of
     it; an expert that moves nothing changes nothing, and the order of the experts does not matter. Scaled experts merge
     to the scaled merge. The method is meant for experts that were trained on the whole input of a layer
     (sparse, tiles, full); the rows of a LoRA's delta lie where its random start put them.
@@ -203,7 +203,7 @@ def ridge_solution(deltas: Sequence[Delta], grams: Sequence[Callable[[], Tensor]
 
     c is the overlap-aware average, r is `ridge` times the mean of the diagonal of `sum_i G_i`, and the solution is
     `c + (sum_i (d_i - c) G_i)(sum_i G_i + r I)^-1`. The functions `grams` return the Gram matrices `(in, in)` one at a
-    time, so that those of one expert are in memory.
+    time, so that a single one is in memory.
     """
     center = overlap_average(deltas).dense()
     width = center.shape[1]

@@ -1,4 +1,4 @@
-"""Change the length of another method's merge: by depth (`LiNeS`), or to that of the experts (`Rescaled`).
+"""Change the length of another method's merge: by depth (`LiNeS`), or to the experts' length (`Rescaled`).
 
 Early blocks read features that all tasks share, so LiNeS lets the merge move them less than late ones (Wang et al.,
 "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", arXiv 2410.17146).
@@ -31,7 +31,7 @@ class LiNeS(Wrapper):
     """LiNeS: `scale * (1 + (last - 1) * t) * m`, where m is the merge of another method, `inner`, and t is where the
     weight lies, from 0 at the first transformer block to 1 at the last one that the experts move.
 
-    So `scale` is the scale of the first block and `scale * last` that of the last; the paper calls them alpha and alpha
+    So `scale` is the scale of the first block, and `scale * last` of the last; the paper calls them alpha and alpha
     plus beta. A weight outside of the blocks gets the scale of the first, as in the paper's code. `merge --tune` finds
     the scale by itself, and `last` with `--tune.grid '{last: [0.75, 1, 1.25, 1.5]}'`. The paper sets alpha by the norms
     of a sum and of an average, which is left out, because a tuned scale takes its place.

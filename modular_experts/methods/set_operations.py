@@ -1,6 +1,6 @@
 """Treat supports as sets; keep what several experts move in common, or what one moves alone.
 
-An expert's support is stored, so these sets are exact and need no threshold. The union is what sums and averages keep
+An expert's support is stored, so these sets are exact and need no threshold. Sums and averages keep the union
 (`TaskArithmetic`, `SparseAverage`), and `A - B` as values is a sum with the weights 1 and -1.
 """
 

@@ -29,9 +29,9 @@ def with_presets(presets: Presets) -> Callable[[type[Made]], type[Made]]:
 
     A preset holds what a peer means by the method's name. The settings are filled before the class is made with them,
     so that its fields, and the record of a merge, hold every value that counted. A value that is given beats the
-    preset; None counts as not given, because a command line passes it on for what was left out. The class refuses a
-    preset that does not exist, and one without a value for a setting that is not given. The docstring gets the
-    values; a text of `preset` in it must come last.
+    preset; None counts as not given, because a command line passes it on for a missing option. The class refuses a
+    preset that does not exist, and one without a value for a setting that is not given. The docstring gets the values;
+    a text of `preset` in it must come last.
 
     Args:
         presets: Values by the name of the preset; `presets[None]` holds the defaults, which a preset overrides. A value

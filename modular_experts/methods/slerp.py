@@ -95,8 +95,8 @@ MERGEKIT = {"straight": math.nextafter(1.0, 0.0), "shortest": 1e-7}
 class NuSLERP(MergeMethod):
     """NuSLERP: SLERP of two experts at `t = w_2 / (w_1 + w_2)`, times `scale`.
 
-    More than two are folded: the k-th is merged into what the ones before it gave at `t = w_k / (w_1 + ... + w_k)`, so
-    that each has its share, where the deltas all point one way exactly that of the weighted average. Two experts may
+    More than two are folded: the k-th is merged into the result of the ones before it at `t = w_k / (w_1 + ... + w_k)`,
+    so that each has its share, exactly as in the weighted average where the deltas all point one way. Two experts may
     change places with their weights; of more, the order matters a little, as arcs do not commute.
 
     Zero, equal and opposite directions are as in `SLERP`, and so are the forms. At scale 1, one expert merges to
@@ -151,10 +151,10 @@ class MultiSLERP(MergeMethod):
     """MultiSLERP: `scale * n * s / |s|`, with `s = sum_i w_i d_i / |d_i|` and `n = sum_i w_i |d_i|`, per weight.
 
     The direction is the mean of the directions, and the length the mean of the lengths. Two experts of one length and
-    equal weight merge to what `SLERP` gives at t = 0.5.
+    equal weight merge as with `SLERP` at t = 0.5.
 
     A delta of zero has no direction but counts in the mean length. Where the directions cancel (|s| below 1e-8, as of
-    two opposite ones; mergekit refuses that of more than two), the result is the weighted average of the deltas.
+    two opposite ones; mergekit refuses it with more than two), the result is the weighted average of the deltas.
 
     Linear but for the lengths, so every form is kept and none is made dense. At scale 1, one expert merges to itself,
     and so do copies of it. The order of the experts does not matter (the weights go with them). Scaled experts merge to

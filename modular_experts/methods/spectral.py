@@ -64,8 +64,8 @@ class TSVMerge(MergeMethod):
     in)` has `min(out, in)` singular values; each of the N experts that move it keeps the same whole number of them, at
     least one.
 
-    One expert merges to itself, and so do copies of an expert whose rank is at most its share; those of a higher rank
-    keep their largest directions. The order of the experts does not matter. Scaled experts merge to the scaled merge.
+    One expert merges to itself, and so do copies of an expert whose rank is at most its share; a higher rank
+    keeps its largest directions. The order of the experts does not matter. Scaled experts merge to the scaled merge.
     An expert that does not move a matrix changes nothing there.
 
     Args:

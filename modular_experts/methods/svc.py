@@ -33,7 +33,7 @@ class SVC(Wrapper):
     none moves stays as it is. A weight that is not a matrix counts as a single row, as in the paper.
 
     One expert, copies, order, scaled experts and experts that move nothing are as with `inner`. The directions of a
-    merge that are all equally strong, such as those of `IsoC`, are arbitrary, and so is their calibration. Sparse
+    merge that are all equally strong, as with `IsoC`, are arbitrary, and so is their calibration. Sparse
     experts give a dense result, low-rank ones a low-rank one where that is smaller. If a method gives each task an
     expert of its own, as `EMR` does, only the merged expert is calibrated.
 

@@ -30,8 +30,8 @@ class ConsensusTA(MergeMethod):
     sum.
 
     Args:
-        threshold: How large an expert's delta must be beside what all others add, at least 0. The paper searches 0.2 to
-            0.6, FusionBench takes 0.6.
+        threshold: How large an expert's delta must be beside the sum of all others, at least 0. The paper searches 0.2
+            to 0.6, FusionBench takes 0.6.
         agreement: To how many experts an entry must matter, at least 1.
         scale: Factor of the sum.
     """
@@ -63,7 +63,7 @@ class TALLMask(MergeMethod):
     itself where no other moves an entry.
 
     Args:
-        threshold: How large an expert's delta must be beside what all others add, at least 0.
+        threshold: How large an expert's delta must be beside the sum of all others, at least 0.
         scale: Factor of the sum.
     """
 

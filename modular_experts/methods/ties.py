@@ -67,15 +67,15 @@ class LargestEntries(PruneFirst):
 class TIES(LargestEntries, PrunedElection):
     """TIES: keep each expert's largest entries, elect a sign per entry, and average what has that sign.
 
-    `d_i` is pruned to its largest entries; the elected sign is that of `sum_i d_i`; the result is `scale` times the
+    `d_i` is pruned to its largest entries; the elected sign is the sign of `sum_i d_i`; the result is `scale` times the
     mean of the `d_i` that are not zero and carry the elected sign. Sparse experts merge to a sparse one. Without a
     preset, one expert merges to its pruned self, copies of it too, and an expert that moves nothing changes nothing.
     The order of the experts does not matter (the weights go with them). Scaled experts merge to the scaled merge where
     the factor is positive, and for `zero: none` also where it is negative.
 
     Args:
-        zero: Sign where the votes cancel: `none` (stay at the base), `positive`, that of most entries of the weight
-            (`weight_majority`), or of all weights (`majority`).
+        zero: Sign where the votes cancel: `none` (stay at the base), `positive`, the sign of most entries of the
+            weight (`weight_majority`), or of all weights (`majority`).
         scope: `weight` prunes each weight by itself, exactly, and of equal magnitudes keeps the lowest flat indices.
             `global` prunes the expert as a whole, at one magnitude at which every entry stays; it reads the experts
             three times instead of once.

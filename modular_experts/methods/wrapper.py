@@ -26,7 +26,7 @@ class Wrapper(MergeMethod):
 
     Attributes:
         inner: The method inside.
-        scale: Factor of the result, in addition to that of the inner method.
+        scale: Factor of the result, in addition to the inner method's.
         own: The memory that the wrapper needs beside the inner method.
         other_coordinates: Why the inner method may not need statistics of the experts' data: a place where they do not
             exist, such as "in the common basis"; empty if the inner method gets the experts as they are.
@@ -48,7 +48,7 @@ class Wrapper(MergeMethod):
 
     @abstractmethod
     def around(self, deltas: Sequence[Delta]) -> tuple[Sequence[Delta], Back]:
-        """Return the deltas that the inner method gets, and a function that makes the result of what it returns.
+        """Return the deltas that the inner method gets, and a function that makes the result of its merge.
 
         The function applies `scale`, and rounds to the deltas' widest dtype.
         """
@@ -84,7 +84,7 @@ class _Given(Iterable[Sequence[Delta]]):
 
 
 def settings_of(method: MergeMethod) -> dict[str, Any]:
-    """Return the settings of a method by their names; those of a method inside have names such as `inner.keep`."""
+    """Return the settings of a method by their names, such as `inner.keep` in a method inside."""
     if not is_dataclass(method):
         return {}
     found: dict[str, Any] = {}

@@ -18,13 +18,13 @@ FOLDS = 4
 class Centroid(Router):
     """The expert with the smallest Mahalanobis distance from its prompts' mean (linear discriminant analysis).
 
-    All experts share one covariance, that of the prompts around the means of their experts, shrunk towards a multiple
+    All experts share one covariance, taken of the prompts around the means of their experts, shrunk towards a multiple
     of the identity: `(1 - shrink) S + shrink tr(S) / size I`. The score of an expert is minus half of the squared
     distance, so the softmax of scores is the posterior under equal priors. It reads inputs only, and no answers.
 
     With `reject`, a prompt that is farther from every mean than this share of the experts' own prompts goes to the
     fallback, or to the base without one. The own distances are taken with means and covariance of other prompts
-    (4-fold), as those of new prompts are.
+    (4-fold), as the distances of new prompts are.
 
     Args:
         shrink: Weight of the identity, in (0, 1].

@@ -30,12 +30,12 @@ class Classifier(Router):
     It learns from whole prompts and from prompts without a part of their front, so that it also finds the expert of a
     prompt that lacks its instruction.
 
-    With `reject`, a prompt whose largest score is lower than that of this share of the experts' own prompts goes to the
-    fallback, or to the base without one (Hendrycks et al., arXiv 1911.11132). The own scores are those of classifiers
-    that learned from other prompts (4-fold), as new prompts have them.
+    With `reject`, a prompt whose largest score is lower than the score of this share of the experts' own prompts goes
+    to the fallback, or to the base without one (Hendrycks et al., arXiv 1911.11132). The own scores come from
+    classifiers that learned from other prompts (4-fold), as new prompts have them.
 
     Args:
-        decay: Weight decay; if not given, that of `DECAYS` with the smallest cross entropy on left-out prompts, by
+        decay: Weight decay; if not given, the one of `DECAYS` with the smallest cross entropy on left-out prompts, by
             4-fold cross-validation.
         reject: Share of the experts' own prompts that may be rejected, in [0, 1); None rejects nothing.
         depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings.
@@ -94,7 +94,7 @@ class Classifier(Router):
 class _Regression:
     """The regression on given prompts, in coordinates in which these have no covariance.
 
-    There the curvature is nearly that of each direction alone, by which a fit divides its steps. It starts at the
+    There a fit can divide its steps by the curvature of each direction alone, which is nearly exact. It starts at the
     minimum for the next stronger decay.
     """
 

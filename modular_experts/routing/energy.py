@@ -16,7 +16,7 @@ from modular_experts.routing.router import Router, Scope
 class Energy(Router):
     """The experts with the largest `|d_i x| / |d_i|`, x the layer's input and |d_i| the Frobenius norm of a delta.
 
-    `|d_i x|` is the length of what the expert would add to the output; by `|d_i x|^2 = sum_r s_r^2 (v_r . x)^2` it
+    `|d_i x|` is the length of the expert's addition to the output; by `|d_i x|^2 = sum_r s_r^2 (v_r . x)^2` it
     weighs every right singular vector of the delta, of which Arrow takes the first. It needs no data. Every expert is
     multiplied with every token, so it costs what `Softmax` gates over all experts do.
 

@@ -92,8 +92,8 @@ class Gates:
 
     Args:
         ids: Numbers of experts, `(n, k)` int64; an input has an expert at most once. The number of experts itself
-            stands for what takes rejected inputs: a fallback, or nothing but the base.
-        weights: How much of each, `(n, k)`; what has weight 0 is not computed.
+            stands for the fallback, or the base without one, and takes rejected inputs.
+        weights: How much of each, `(n, k)`; an expert of weight 0 is not computed.
     """
 
     ids: Tensor
@@ -120,7 +120,7 @@ class Gates:
         return found
 
     def of_places(self, row: Tensor) -> Gates:
-        """Return gates of places: each place takes those of its row, and padding, -1, those of the first row."""
+        """Return gates of places: each place takes its row's, and padding, -1, the first row's."""
         rows = row.flatten().clamp(min=0)
         return Gates(self.ids[rows], self.weights[rows])
 

@@ -29,7 +29,7 @@ from modular_experts.routing.router import Router
 
 
 class Mixture(NotMergeable, Expert):
-    """Adds to the base's output those of the experts that an input's gates name.
+    """Adds to the base's output the outputs of the experts that an input's gates name.
 
     One product with the base's weight serves all inputs, and each expert's delta multiplies its own inputs only. A gate
     is made for a whole row of a batch (scope `sample`), or for each token by a router of the transformer block (scope
@@ -71,7 +71,7 @@ class Mixture(NotMergeable, Expert):
         return self._added(F.linear(x, weight, bias), x)
 
     def beneath(self, layer: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Add to what a layer gives with another expert in it, as the layer's forward hook."""
+        """Add to the output of a layer with another expert in it, as the layer's forward hook."""
         return self._added(out.clone(memory_format=torch.contiguous_format), arguments[0])
 
     def _added(self, out: Tensor, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class Oracle(Router):
     router can be compared with.
 
     Args:
-        tasks: Number of the expert of each task; those of the experts' records if not given.
+        tasks: Number of the expert of each task; by default the experts' records tell it.
     """
 
     scope: ClassVar[Scope] = "sample"

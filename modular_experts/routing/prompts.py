@@ -83,7 +83,7 @@ class Growth:
         """Look at the token ids `(rows, length)` and the keyword arguments of a pass.
 
         Raises:
-            ValueError: The rows are those of the pass before and one token more, and `reading` tells of no prompt.
+            ValueError: The rows repeat the pass before with one token more, and `reading` tells of no prompt.
         """
         before, self._before = self._before, None
         if rows_at_hand().prompt is not None or named.get("use_cache") is not False:

@@ -36,7 +36,7 @@ class Router(nn.Module, ABC):
     needs: ClassVar[str | None] = None
     """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them: of scope `sample`
     `prompts`, or `prompt_parts`, where each prompt is followed by a part of itself; of scope `linear` any other, of
-    which a router gets those of its weight. None of scope `block`."""
+    which a router gets its weight's. None of scope `block`."""
 
     rejects: bool = True
     """Whether the router may send an input to the fallback. If it never does, `route` refuses a fallback."""

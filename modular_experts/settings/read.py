@@ -209,7 +209,7 @@ def _is_options(kind: Any) -> bool:
 def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the annotations and the defaults of the arguments of a function or class, but the first `given_by_us`.
 
-    An `Options` object stands for its fields, and arguments that a class passes on for those of its base class.
+    An `Options` object stands for its fields, and arguments that a class passes on for its base class's.
     """
     hints: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
@@ -272,7 +272,7 @@ def _named(option: str, base: Any, name: Any) -> Any:
         if [*known] == [base.__name__]:
             # Settings that have a class, but no other class takes its place.
             others = f"; its settings are {', '.join(f'{option}.{one}' for one in arguments_of(base)[0])}"
-        # `--model DIR` is what others call our `--base DIR`.
+        # Other tools call our `--base DIR` `--model DIR`.
         others = f"; did you mean {ELSEWHERE[option[2:]]}?" if option[2:] in ELSEWHERE else others
         raise UsageError(f"{option}: there is no class {name!r}{did_you_mean(name, known) or others}")
     try:

@@ -160,13 +160,13 @@ def _after(found: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], promise: str) -> None:
-    for what, value in wanted.items():
-        other = found[what]
-        if what == "trained tensors":
+    for part, value in wanted.items():
+        other = found[part]
+        if part == "trained tensors":
             unlike = [name for name in value.keys() | other.keys() if not _same(value.get(name), other.get(name))]
             assert not unlike, f"{promise}; {len(unlike)} of {len(value)} trained tensors differ, as {min(unlike)}"
         else:
-            assert other == value, f"{promise}; the {what} are {other} instead of {value}"
+            assert other == value, f"{promise}; the {part} are {other} instead of {value}"
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

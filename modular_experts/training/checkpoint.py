@@ -56,7 +56,7 @@ def check_base(checkpoint: Mapping[str, Any], base: str, fingerprint: str) -> No
 
 
 def check_sizes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise if the tensors of a checkpoint have other names or sizes than those of the experts."""
+    """Raise if the tensors of a checkpoint have other names or sizes than the experts'."""
     ours, theirs = ({key: tuple(tensor.shape) for key, tensor in state.items()} for state in (own, found))
     unlike = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if unlike:

@@ -18,7 +18,7 @@ from modular_experts.library import StoredExpert, warn_unlike_training
 
 
 class EvaluatedModule(LightningModule):
-    """Scores the rows of validation and test as `evaluate` does, and answers those of prediction."""
+    """Scores the rows of validation and test as `evaluate` does, and answers the rows of prediction."""
 
     model: Any
     tokenizer: Any

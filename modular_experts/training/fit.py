@@ -163,8 +163,8 @@ def fit(
         checkpoint = getattr(run.trainer.checkpoint_callback, "best_model_path", "")
         if not run.exports and checkpoint:
             log.info(
-                "no expert was exported; the same command with --ckpt_path '%s' --out library/NAME exports that of "
-                "the checkpoint",
+                "no expert was exported; the same command with --ckpt_path '%s' --out library/NAME exports the "
+                "checkpoint's",
                 checkpoint,
             )
     dev_run = run.trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -212,7 +212,7 @@ def estimate_fit(
 
 
 def measure(verb: str, *arguments: Any, **settings: Any) -> None:
-    """Let a trainer `validate`, `test` or `predict`; the arguments are those of `fit`, with or without an expert.
+    """Let a trainer `validate`, `test` or `predict`; the arguments are as for `fit`, with or without an expert.
 
     Rows are scored as `evaluate` scores them (`evaluation.scores`). `WriteResults` prints and writes what was found.
     """
@@ -347,7 +347,7 @@ def quiet() -> Iterator[None]:
 
 
 class _StandardError(logging.Handler):
-    """Prints each message to what standard error is now: a running progress bar puts itself in its place."""
+    """Prints each message to the present standard error, whose place a running progress bar takes."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(rank_zero_only, "rank", 0) == 0:

@@ -60,7 +60,7 @@ class WarmupRestarts(WarmupCosine):
     """Follows `WarmupCosine`, and rises again from near zero to it after each restart (ReLoRA, arXiv 2307.05695).
 
     Args:
-        every: Optimizer steps between restarts, those of a round of `Boosting`.
+        every: Optimizer steps between restarts, as many as a round of `Boosting` has.
         rise: Optimizer steps of each rise, fewer than `every`.
         warmup: Share of all steps that the first rise takes, in [0, 1).
     """

@@ -162,9 +162,9 @@ class ExpertModule(EvaluatedModule):
         """Raise before the model is loaded if training has no experts, experts have no layers, or the trainer's
         precision would round what is trained.
         """
-        # A checkpoint that was only tested has left its random states; that of a resumed fit is read later.
+        # A checkpoint that was only tested has left its random states; a resumed fit's is read later.
         self._random_states = None
-        # Lightning calls its own loaders by what torch deprecates.
+        # Lightning's own loaders use a class that torch deprecates.
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
             raise ValueError("model.experts replaces both model.expert and model.modules; give no other beside it")

@@ -100,7 +100,7 @@ def first_coefficients(combination: Combination, per: Per, first: Sequence[float
 
 
 def joint(batches: Sequence[Batch], tokens: int = PASS_TOKENS) -> list[Batch]:
-    """Join padded batches, those of the shortest rows first, while a joint one has at most so many tokens.
+    """Join padded batches, the shortest rows first, while a joint batch has at most `tokens` tokens.
 
     A batch that alone has more stays alone. Beside the columns of `data/batch.py`, `prediction` is joined.
     """
@@ -149,13 +149,13 @@ class AdaMerging(CoefficientSearch):
     """AdaMerging: Adam on the coefficients, down the mean over tasks of the entropy of the model's predictions.
 
     Each step takes the next batch of every task, in turn, and clamps every coefficient into [0, `largest`]. It returns
-    the last coefficients: the lowest entropy on the way would be that of the easiest batches.
+    the last coefficients: the easiest batches would have the lowest entropy on the way.
 
     Args:
         per: A coefficient for each `expert` (task-wise), for each of its weights (layer-wise, the paper's better one),
             or for each row of these.
         objective: `entropy` needs no labels, but a confident wrong answer lowers it too. `loss` is the loss of the
-            targets, `distill` the divergence from what the expert of a row's task predicts. (Four sparse experts of the
+            targets, `distill` the divergence from the prediction of the task's own expert. (Four sparse experts of the
             generated suite, one seed, 100 steps at rate 0.02, loss on test words: 0.54 with `entropy`, 0.24 with
             `loss`, 0.31 with a tuned SparseAverage.)
         steps: Number of steps.
@@ -198,7 +198,7 @@ class ATLAS(CoefficientSearch):
         learning_rate: Adam's rate; a coefficient moves by about this much in a step.
         start: Coefficients of the first merges and experts at the start, in order; the others start at 0. Default: the
             mean of the merges, or without merges all 0, as in the paper.
-        objective: `loss` of the targets, or `distill`, the divergence from what the expert of a row's task predicts in
+        objective: `loss` of the targets, or `distill`, the divergence from the prediction of the task's own expert in
             their place, or `entropy`.
         per: A coefficient for each `expert`, for each of its weights, or for each row of these: hundreds of times as
             many, which keep more of many experts and learn a few rows by heart (docs/results/smollm2.md).

@@ -32,7 +32,7 @@ class LoRAHub(CoefficientSearch):
         bound: Largest absolute value of a coefficient.
         penalty: Factor of the mean absolute coefficient, against overfitting few rows.
         seed: Seed of the random steps.
-        objective: `loss` of the targets, or `distill`, the divergence from what the expert of a row's task predicts in
+        objective: `loss` of the targets, or `distill`, the divergence from the prediction of the task's own expert in
             their place, or `entropy`.
     """
 

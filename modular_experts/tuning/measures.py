@@ -48,8 +48,8 @@ def batch_divergences(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each row's summed divergence from the prediction of its task's own expert, and its number of tokens.
 
     At a place where the expert gives the tokens the likelihoods p, and the model q, it is `KL(p || q) = sum_v p_v (log
-    p_v - log q_v)` in nats. Tokens that `Prediction` counts as one are one `v`, which makes it at most that of all
-    tokens, and keeps it 0 where q = p. `Objective.remember` puts the prediction into the batch.
+    p_v - log q_v)` in nats. Tokens that `Prediction` counts as one are one `v`, which never raises it, and keeps it
+    0 where q = p. `Objective.remember` puts the prediction into the batch.
     """
     expert: Prediction = batch["prediction"]
     likelihoods = _log_likelihoods(answer_logits(model, batch)[0], expert.ids.long())

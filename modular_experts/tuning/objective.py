@@ -152,7 +152,7 @@ def objective_on_base(
 ) -> Objective:
     """Return the objective on the base of stored experts, loaded on the GPU if there is one.
 
-    The arguments are those of `search`; the data gets the base's tokenizer unless it has one. With `distills` the
+    It takes the arguments of `search`; the data gets the base's tokenizer unless it has one. With `distills` the
     objective also keeps the predictions of each task's own expert.
 
     Raises:

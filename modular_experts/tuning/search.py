@@ -69,7 +69,7 @@ class SearchAlgorithm(ABC):
 
     @abstractmethod
     def run(self, experts: Sequence[str | Path], data: TaskMixture, out: str | Path, **settings: Any) -> SearchResult:
-        """Search, and write the expert; the arguments are those of the function `search`."""
+        """Search, and write the expert; it takes the arguments of the function `search`."""
 
 
 class CoefficientSearch(SearchAlgorithm):

@@ -126,7 +126,7 @@ def tune_groups(
             temporary files of the system.
 
     Returns:
-        All trials in order, and the best: that of the lowest mean loss, the earliest of equals.
+        All trials in order, and the best, which has the lowest mean loss, the earliest of equals.
 
     Raises:
         ValueError: The grid does not fit the method, or no trial gives a finite loss.

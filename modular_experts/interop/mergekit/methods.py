@@ -1,7 +1,7 @@
 """Map mergekit's merge methods to ours: the parameters that each takes, their defaults, and the method of this package
 that gives the same numbers.
 
-Names and defaults are those of mergekit 0.1.5, which keeps a whole number of entries, rounded down. Our methods get the
+Names and defaults come from mergekit 0.1.5, which keeps a whole number of entries, rounded down. Our methods get the
 share `count / entries`, so that they keep exactly that number.
 """
 
@@ -23,7 +23,7 @@ _CANCELLED = 1e-8
 class Parameters:
     """The values that a recipe gives the parameters of its method for the weight `name` with its number of entries.
 
-    `each` holds the parameters with a value for every model, `overall` those of the whole merge.
+    `each` holds the parameters with a value for every model, `overall` the parameters of the whole merge.
     """
 
     name: str
@@ -93,7 +93,7 @@ def _task_arithmetic(given: Parameters) -> MergeMethod:
 
 
 def _summed(given: Parameters) -> dict[str, Any]:
-    """Return the settings of a weighted sum of what survives the pruning."""
+    """Return the settings of a weighted sum of the entries that pruning leaves."""
     return {
         **{"weights": given.each["weight"], "scale": given.overall["lambda"], "preset": "mergekit"},
         "rescale": "l1" if given.overall["rescale"] else "none",

@@ -1,7 +1,7 @@
 """Parse the YAML file of a mergekit recipe, and check it.
 
-mergekit ignores keys that it does not know, and stops late on what it cannot do. Here every mapping of a recipe has its
-known keys, and a recipe with another key, unknown to mergekit or not supported here, is refused at once.
+mergekit ignores keys that it does not know, and stops late where it cannot follow one. Here every mapping of a recipe
+has its known keys, and a recipe with another key, unknown to mergekit or not supported here, is refused at once.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Recipe:
         method: The method's parameters, and ours that gives its numbers.
         slices: All layers of the model in order, with the same models in each slice.
         settings: Settings of the whole recipe.
-        module_settings: Settings of the model's one module, which come before those of the recipe.
+        module_settings: Settings of the model's one module, which come before the recipe's.
         base: The base, if the recipe names one.
         dtype: Data type to compute in, as the file gives it.
         out_dtype: Data type to write.

@@ -1,6 +1,6 @@
 """Ask PEFT for the deltas of any adapter that it can merge into weights.
 
-The delta of a weight is what PEFT states (`get_delta_weight`) if that is what PEFT's merge adds to the weight; else it
+The delta of a weight is the one that PEFT states (`get_delta_weight`) if PEFT's merge adds it to the weight; else it
 is the merged weight minus the base's, as for the types that multiply the weight (OFT, HiRA) or read it. So nothing
 here knows a type by its name. At the end of an iteration the logits of base plus deltas must be those that PEFT
 computes with the adapter. Tested with every type of peft 0.21 (`docs/reference/peft-types.md`).
@@ -202,7 +202,7 @@ def exact_form(difference: Tensor, rounding: float = 0.0) -> Delta:
 
     Args:
         difference: Finite float32 numbers.
-        rounding: Frobenius norm of what the difference may carry of rounding, beside that of its own numbers.
+        rounding: Frobenius norm of the rounding in the difference, beside the rounding of its own numbers.
     """
     lossless = Lossless().compress(difference)
     if difference.ndim != 2:
@@ -217,7 +217,7 @@ def exact_form(difference: Tensor, rounding: float = 0.0) -> Delta:
         core = basis.T @ matrix
         if (matrix - basis @ core).norm().item() <= allowed / 2:
             left, values, right = torch.linalg.svd(core, full_matrices=False)
-            rests = values.square().flip(0).cumsum(0).sqrt().flip(0)  # norm of what is lost from each rank on
+            rests = values.square().flip(0).cumsum(0).sqrt().flip(0)  # norm of the part that is lost from each rank on
             rank = max(1, int((rests > allowed / 2).count_nonzero()))
             if rank > most:
                 break

@@ -1,7 +1,7 @@
 """Read the two files of an adapter: `adapter_config.json`, and its tensors.
 
 A field of a plain LoRA's configuration is known to change nothing, or is understood by its reader; with any other one
-PEFT must read the adapter, so no setting that could move a weight is ignored. Names and defaults are those of PEFT.
+PEFT must read the adapter, so no setting that could move a weight is ignored. Names and defaults come from PEFT.
 """
 
 from __future__ import annotations

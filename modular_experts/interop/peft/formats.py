@@ -27,9 +27,9 @@ class EncodedWeight:
 
     Attributes:
         delta: The delta that the adapter stands for.
-        tensors: The adapter's tensors, by the last parts of their key; those of a bias may lie with its weight's.
+        tensors: The adapter's tensors, by the last parts of their key; a bias may have its tensors with its weight's.
         energy: Squared Frobenius norm of the expert's delta.
-        lost: Squared Frobenius norm of what the adapter lacks of it.
+        lost: Squared Frobenius norm of the part of it that the adapter lacks.
         padding: Number of entries that the format requires and the expert does not have.
     """
 
@@ -46,7 +46,7 @@ class EncodedWeight:
 
     @property
     def relative_error(self) -> float:
-        """Frobenius norm of what is lost, as a share of the norm of the delta."""
+        """Frobenius norm of the lost part, as a share of the norm of the delta."""
         return math.sqrt(self.lost / self.energy) if self.energy else 0.0
 
 
@@ -68,7 +68,7 @@ class PeftFormat(ABC):
         """Return whether the format can move the weights of a module."""
 
     def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> PeftFormat:
-        """Return the format with what it must know of the whole expert before it encodes these of its weights.
+        """Return the format with the facts about the whole expert that it needs before it encodes these weights.
 
         A sparsity that all modules share is chosen here, and a type's own tensors (`StoredExpert.state`) are read here;
         a ValueError means that the format is not for this expert.

@@ -47,8 +47,8 @@ def read_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base | None
 
 
 class _Product(NamedTuple):
-    """The factors of one delta by their keys, `(rows, rank)` and `(rank, columns)` of the base's parameter, and what
-    multiplies them; those of an embedding and of a `Conv1D` are stored transposed.
+    """The factors of one delta by their keys, `(rows, rank)` and `(rank, columns)` of the base's parameter, and the
+    scaling; an embedding and a `Conv1D` store them transposed.
     """
 
     left: str

@@ -1,4 +1,4 @@
-"""Verify a written adapter: load it onto its base again, and compare its logits with those of the deltas in memory.
+"""Verify a written adapter: load it onto its base again, and compare its logits with the deltas' in memory.
 
 PEFT loads it where PEFT is installed; elsewhere this package's own reader loads a LoRA.
 """

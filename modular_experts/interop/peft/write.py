@@ -48,7 +48,7 @@ class WrittenAdapter:
 
     @property
     def relative_error(self) -> float:
-        """Frobenius norm of what the adapter lacks, as a share of the norm of the whole task vector."""
+        """Frobenius norm of the part that the adapter lacks, as a share of the norm of the whole task vector."""
         energy = sum(weight.energy for weight in self.weights.values())
         return math.sqrt(sum(weight.lost for weight in self.weights.values()) / energy) if energy else 0.0
 

@@ -27,7 +27,7 @@ class PointLoRA(LayerPlan):
     PointLoRA trains transformers on point clouds. This plan is its analogue for text, and repeats no result on point
     clouds. A scorer looks at the embeddings of the prompt's tokens. The `tokens` with the largest scores, in their
     order, are multiplied by their scores and stand in front of the sequence, where every token attends to them. They
-    come from the prompt alone, so no logit of an answer depends on what comes after it. Logits of these positions are
+    come from the prompt alone, so no logit of an answer depends on later tokens. Logits of these positions are
     dropped; they take places of the model's context.
 
     A linear layer with input x adds `scale * up @ down @ x + mlp(x)`. All layers of one name and shape share the MLP
