@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from modular_experts import __version__
+from modular_experts.cli.command import guarded, run_command, unknown_command
 from modular_experts.cli.commands import VERBS, importing
-from modular_experts.cli.errors import guarded, unknown_command
 
 HELP = """\
 usage: modular-experts COMMAND [options]
@@ -43,7 +43,7 @@ def _run(argv: Sequence[str]) -> None:
     elif verb == "--version":
         print(f"modular-experts {__version__}")
     elif verb not in VERBS:
-        raise unknown_command(verb, list(VERBS))
+        raise unknown_command(verb, VERBS)
     elif {"-h", "--help"} & set(argv) or ({"--help-all", "--help_all"} & set(argv) and VERBS[verb].function):
         from modular_experts.cli.help import command_help, training_help
 
@@ -55,10 +55,8 @@ def _run(argv: Sequence[str]) -> None:
             sys.path.insert(0, os.getcwd())
         command = VERBS[verb]
         with importing():
-            module = importlib.import_module(command.module)
+            module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
         if command.function:
-            from modular_experts.cli.command import run_command
-
             run_command(getattr(module, command.function), argv, command.positional)
         else:
             module.run(argv)

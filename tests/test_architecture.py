@@ -162,7 +162,7 @@ def test_imports_keep_the_layers() -> None:
         ("merger.merged", "import transformers", "layer 2 is torch only"),
         ("merger.merged", "from safetensors.torch import save_file", "only base and hub and interop and library may"),
         ("training.module", "import safetensors", "only base and hub and interop and library may"),
-        ("training.module", "from modular_experts.cli.errors import guarded", "only __main__ opens"),
+        ("training.module", "from modular_experts.cli.command import guarded", "only __main__ opens"),
         ("cli", "import torch", "standard library only"),
         ("__main__", "import torch", "standard library only"),
         ("__main__", "from modular_experts.deltas import Dense", "imports no room"),
@@ -181,7 +181,7 @@ def test_a_forbidden_import_is_caught(module: str, line: str, sentence: str) -> 
         ("library.expert", "from safetensors import safe_open"),
         ("library.record", "import modular_experts\nmodular_experts.__version__"),
         ("callbacks.results", "from lightning.pytorch import Callback"),
-        ("__main__", "from modular_experts.cli.errors import guarded"),
+        ("__main__", "from modular_experts.cli.command import guarded"),
     ],
 )
 def test_an_allowed_import_goes_through(module: str, line: str) -> None:

@@ -1,23 +1,33 @@
 """Run a command that is one typed function: its arguments are the options, its docstring is the help.
 
 `words.py` reads the words of the command line, `settings.read_arguments` makes values of them, and the function is
-called with these.
+called with these. An error that a user can mend becomes one sentence on stderr and an exit code: 2 after a wrong
+command line, 130 after an interruption from the keyboard, 141 without a sentence where the reader of the output left
+(as `head` does), and 1 after every other error. An error without a sentence keeps its traceback: it is a bug, ours or
+the user's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+import stat
+import sys
+import traceback
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import yaml
 
 from modular_experts.cli.words import Option, as_typed, kinds_of, read_options, settings_of
 from modular_experts.settings import NO_SHORT_NAMES, UsageError
-from modular_experts.settings.read import arguments_of, class_named, read, read_arguments
+from modular_experts.settings.read import Read, arguments_of, class_named, read, read_arguments
+from modular_experts.text import did_you_mean
 
-TRUST: dict[str, Any] = {"trust": list[str]}
-"""The option of every command that names modules of the user."""
+OTHER_WORDS = {"compare": "evaluate", "train": "fit"}
+"""Commands of this package by words of other programs, which are spelt like another one of ours or like none."""
 
 
 def run_command(
@@ -31,51 +41,56 @@ def run_command(
     Raises:
         UsageError: The arguments do not fit; nothing was called.
     """
-    hints, _ = arguments_of(function)
-    options = read_options(argv[1:], hints | TRUST, positional, short)
-    with spelt_as_typed(options, short):
-        if helped := help_asked(options, hints):
-            print(helped)
-            return
-        settings = settings_of(options, hints | TRUST, short)
-        trust_named(settings)
-        found = read_arguments("--", function, settings)
-    if asks_for_config(options):
-        print_config(found.plain)
-    arguments = found.make()
-    function(**arguments)
+    make = partial(read_arguments, "--", function)
+    arguments = arguments_given(argv[1:], arguments_of(function)[0], make, positional, short)
+    if arguments is not None:
+        function(**arguments)
 
 
-def trust_named(settings: dict[str, Any]) -> None:
-    """Take the option `--trust` out of settings, and trust the user's own modules that it names."""
-    if named := read("--trust", list[str], settings.pop("trust", [])).make():
-        # Which imports torch.
-        from modular_experts.library.described import trust
+def arguments_given(
+    words: Sequence[str],
+    hints: Mapping[str, Any],
+    make: Callable[[dict[str, Any]], Read],
+    positional: Sequence[str] = (),
+    short: Mapping[str, str] = NO_SHORT_NAMES,
+    beneath: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda settings: {},
+) -> dict[str, Any] | None:
+    """Return the arguments that a command line gives; None if it asks for the help on a class, which is printed.
 
-        trust(*named)
+    With `--print_config` all settings are printed as a config file, and the program ends. `--trust` is an option of
+    every command, and names modules of the user.
 
-
-@contextmanager
-def spelt_as_typed(options: Sequence[Option], short: Mapping[str, str]) -> Iterator[None]:
-    """Let the sentences of usage errors name options as somebody typed them."""
+    Args:
+        words: The command line behind the name of the command.
+        hints: The types of the options.
+        make: Reads the settings.
+        positional, short: As for `read_options`.
+        beneath: Takes what the command line sets, and returns settings that lie beneath.
+    """
+    hints = {**hints, "trust": list[str]}
+    options = read_options(words, hints, positional, short)
     try:
-        yield
+        if helped := _help_asked(options, hints):
+            print(helped)
+            return None
+        settings = settings_of(options, hints, short)
+        if under := beneath(settings):
+            settings = settings_of(options, hints, short, under)
+        if named := read("--trust", list[str], settings.pop("trust", [])).make():
+            # Which imports torch.
+            from modular_experts.library.described import trust
+
+            trust(*named)
+        found = make(settings)
     except UsageError as error:
         raise UsageError(as_typed(str(error), options, short)) from None
+    if any(one.name == "print_config" for one in options):
+        print(yaml.safe_dump(found.plain, sort_keys=False, allow_unicode=True), end="")
+        raise SystemExit(0)
+    return found.make()
 
 
-def asks_for_config(options: Sequence[Option]) -> bool:
-    """Return whether the command line has the option `--print_config`."""
-    return any(one.name == "print_config" for one in options)
-
-
-def print_config(settings: Mapping[str, Any]) -> None:
-    """Print all settings as a config file, and leave."""
-    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
-    raise SystemExit(0)
-
-
-def help_asked(options: Sequence[Option], hints: Mapping[str, Any]) -> str:
+def _help_asked(options: Sequence[Option], hints: Mapping[str, Any]) -> str:
     """Return the help on the settings of a class, such as `--method.help TIES`; empty if nobody asks for it."""
     for one in options:
         if one.name.endswith(".help"):
@@ -87,3 +102,78 @@ def help_asked(options: Sequence[Option], hints: Mapping[str, Any]) -> str:
             kind, given_by_us = class_named(f"--{option}", kinds_of(option, hints), words[0] if words else None)
             return class_help(f"--{option}.", kind, given_by_us)
     return ""
+
+
+def unknown_command(verb: str, known: Collection[str]) -> UsageError:
+    """Return the error about a word that is not a command."""
+    what = "the command comes first, before" if verb.startswith("-") else "there is no command"
+    near = f"; did you mean {OTHER_WORDS[verb]}?" if verb in OTHER_WORDS else did_you_mean(verb, known)
+    return UsageError(f"{what} {verb}{near}; the commands are {', '.join(known)}")
+
+
+def guarded(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; print the sentence of an error that was raised on purpose."""
+    leaving = None
+    try:
+        try:
+            command()
+        except SystemExit as error:
+            leaving = error
+        if sys.stdout:
+            sys.stdout.flush()
+    except KeyboardInterrupt as interruption:
+        for note in getattr(interruption, "__notes__", ["interrupted"]):
+            print(note, file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and sys.stdout and stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            # Python's own flush at exit must not meet the broken pipe again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        # A parser wraps what a class raises about its arguments.
+        causes: list[BaseException] = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        ours = next((cause for cause in causes if _is_on_purpose(cause)), None)
+        if ours is None:
+            raise
+        notes = [f"({note})" for cause in causes for note in getattr(cause, "__notes__", ())]
+        rank = os.environ.get("LOCAL_RANK", "0")
+        where = "error" if rank == "0" else f"error in process {rank}"
+        # What the command has printed before comes first where both go into one file.
+        with suppress(AttributeError, ValueError, OSError):
+            sys.stdout.flush()
+        print(f"{where}: {' '.join([_sentence(ours), *notes])}", file=sys.stderr)
+        return 2 if isinstance(ours, UsageError) else 1
+    if leaving is None:
+        return 0
+    # Lightning turns an interruption into the exit code of an error.
+    if isinstance(leaving.__context__, KeyboardInterrupt):
+        return 130
+    raise leaving
+
+
+def _is_on_purpose(error: BaseException) -> bool:
+    if isinstance(error, OSError | UsageError):
+        return True
+    frame = _last_frame(error)
+    raised_in = frame.f_globals.get("__name__", "") if frame else ""
+    speaks = isinstance(error, ValueError | TypeError | ModuleNotFoundError)
+    speaks = speaks or type(error).__name__ == "MisconfigurationException"
+    return speaks and raised_in.partition(".")[0] in ("modular_experts", "lightning")
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error tells the user; of a package that is not installed also what needs it."""
+    text, frame = " ".join(str(error).split()), _last_frame(error)
+    if not isinstance(error, ModuleNotFoundError) or frame is None or "self" not in frame.f_locals:
+        return str(error)
+    needs = type(frame.f_locals["self"]).__name__
+    if needs == "TensorBoardLogger":
+        return f"{needs} needs tensorboard, which is not installed: pip install 'modular-experts[logging]'"
+    return f"{needs} needs a package that is not installed. {text}"
+
+
+def _last_frame(error: BaseException) -> types.FrameType | None:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1] if frames else None

@@ -33,11 +33,6 @@ class Command(NamedTuple):
         """The file in the package, without its suffix."""
         return self.file if "/" in self.file else f"cli/{self.file}"
 
-    @property
-    def module(self) -> str:
-        """The dotted name of the file."""
-        return f"modular_experts.{self.path.replace('/', '.')}"
-
 
 @contextmanager
 def importing() -> Iterator[None]:
@@ -74,7 +69,7 @@ VERBS = {
     "validate": Command("training", "", "measure a model on the validation rows"),
     "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
     "evaluate": Command("evaluate", "evaluate", "compare a base and experts: a table, results.json, and a page"),
-    "harness": Command("harness", "harness", "measure a base and experts on benchmarks, by the lm-evaluation-harness"),
+    "harness": Command("evaluate", "harness", "measure a base and experts on benchmarks, by the lm-evaluation-harness"),
     "predict": Command("training", "", "write a model's answers"),
     "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
     "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library", ("source",)),
@@ -89,9 +84,9 @@ VERBS = {
     "search": Command(
         "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)
     ),
-    "route": Command("route", "route", "put experts behind a router, which chooses by the input", ("experts",)),
+    "route": Command("search", "route", "put experts behind a router, which chooses by the input", ("experts",)),
     "mergekit": Command(
-        "mergekit", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", ("recipe", "out")
+        "import_", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", ("recipe", "out")
     ),
     "remove": Command("merge", "remove", "take one expert out of an average again", ("merged",)),
     "apply": Command("apply", "apply", "add experts to their base: an ordinary checkpoint", ("experts",)),
@@ -101,6 +96,6 @@ VERBS = {
     "list": Command("library", "list_library", "list the experts of a library", ("library",)),
     "show": Command("library", "show", "show everything about one expert", ("expert",)),
     "verify": Command("library", "verify", "check an expert's files and its base", ("expert",)),
-    "completion": Command("completion", "completion", "print what lets bash or zsh complete commands", ("shell",)),
+    "completion": Command("help", "completion", "print what lets bash or zsh complete commands", ("shell",)),
     **dict(system_commands()),
 }

@@ -2,7 +2,8 @@
 
 The signature of a command's function gives the options and their defaults, its docstring their texts, so that help
 follows every change of the function. A screen of 80 columns and 40 lines holds the required options first, the first
-sentence about each of the others, and examples at the end; `--help-all` prints whole texts.
+sentence about each of the others, and examples at the end; `--help-all` prints whole texts. The command `completion`
+takes the options from there.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from modular_experts.cli.commands import Command
+from modular_experts.cli.commands import VERBS, Command
 from modular_experts.settings.read import arguments_of
 
 _ROOT = Path(__file__).parents[1]
@@ -92,7 +93,6 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
 
 
 def _file_of_options(tree: ast.Module, kind: str) -> str | None:
-    """Return the file of a class, if it is imported here and its fields are options."""
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and kind in [one.name for one in node.names]:
             file = f"{(node.module or '').partition('.')[2].replace('.', '/')}.py"
@@ -231,3 +231,41 @@ def _screen(
             line = f"{line} {part}"
         screen.append(line)
     return "\n".join(screen)
+
+
+_SCRIPT = """\
+_modular_experts() {
+  local word=${COMP_WORDS[COMP_CWORD]} words=
+  if [ "$COMP_CWORD" = 1 ]; then
+    words="%s"
+  elif [[ $word == -* ]]; then
+    case ${COMP_WORDS[1]} in
+%s
+    esac
+  else
+    COMPREPLY=($(compgen -f -- "$word"))
+    return
+  fi
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o filenames -F _modular_experts modular-experts"""
+
+
+def completion(shell: Literal["bash", "zsh"]) -> None:
+    """Print a script for a shell's start-up file, which completes commands, options and paths.
+
+    Args:
+        shell: The shell that reads the script.
+
+    Examples:
+        modular-experts completion bash >> ~/.bashrc
+        modular-experts completion zsh >> ~/.zshrc
+    """
+    cases = []
+    for verb, command in VERBS.items():
+        shown = command_help(verb, command, True) if command.function else training_help(verb, command.summary)
+        options = re.findall(r"^  (--[\w-]+)", shown.partition("\nexamples:")[0], re.MULTILINE)
+        cases.append(f'      {verb}) words="{" ".join(options)}" ;;')
+    if shell == "zsh":
+        print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
+    print(_SCRIPT % (" ".join(VERBS), "\n".join(cases)))

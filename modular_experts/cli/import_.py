@@ -1,14 +1,17 @@
-"""Run `modular-experts import`, which brings a fine-tuning from elsewhere into a library."""
+"""Run `modular-experts import` and `mergekit`, which take the fine-tunings and the recipes of other programs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from modular_experts.cli.format import progress_bar, share_text, summary
 from modular_experts.interop.compression import Compression, KeepLargest, Truncated
 from modular_experts.interop.import_expert import import_expert
+from modular_experts.interop.mergekit.deviations import Deviation
+from modular_experts.interop.mergekit.parse import read_recipe
+from modular_experts.interop.mergekit.run import merge_recipe
 from modular_experts.library import StoredExpert
 
 
@@ -70,7 +73,6 @@ def import_(
 
 
 def _report(expert: StoredExpert, compression: Compression | None) -> Iterator[str]:
-    """Yield the lines about what the import of a full checkpoint found and kept."""
     origin = expert.record["source"]
     account = origin["account"]
     yield (
@@ -102,3 +104,35 @@ def _report(expert: StoredExpert, compression: Compression | None) -> Iterator[s
     if origin["wider_dtypes"]:
         wider = " and ".join(origin["wider_dtypes"])
         yield f"the checkpoint is in {wider}, wider than its base: apply it with --dtype to keep that"
+
+
+def mergekit(recipe: str, out: str, seed: int = 0, overwrite: bool = False) -> None:
+    """Run a recipe of mergekit, the YAML file that `mergekit-yaml` takes, and write the merged model as a checkpoint.
+
+    The numbers are mergekit's, up to the last digits; known exceptions are printed before the merge begins. mergekit
+    itself is not needed. A model may be a checkpoint, checkpoint+adapter (PEFT), or an expert of a library
+    whose base is the recipe's base_model. An unsupported or misspelt key of a recipe is an error.
+
+    Args:
+        recipe: The YAML file.
+        out: Directory of the checkpoint.
+        seed: Seed of the methods that drop entries at random (dare, della).
+        overwrite: Replace a checkpoint of ours.
+
+    Examples:
+        modular-experts mergekit recipe.yaml merged-checkpoint
+        modular-experts mergekit recipe.yaml merged-checkpoint --seed 1 --overwrite
+    """
+    parsed = read_recipe(recipe)
+    merge_recipe(parsed, out, seed, overwrite, progress_bar("merging"), _print_deviations)
+    print(f"merged {len(parsed.models)} models with {parsed.name}")
+    print(f"{out}: a checkpoint of {', '.join(map(str, parsed.models))}")
+
+
+def _print_deviations(found: Sequence[Deviation]) -> None:
+    if found:
+        print("where this recipe is not run as mergekit runs it:")
+    for deviation in found:
+        print(f"  {deviation.what}:")
+        print(f"    mergekit  {deviation.mergekit}")
+        print(f"    here      {deviation.here}")

@@ -219,7 +219,6 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
 
 
 def _costs(costs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield what a training's optimizer and its choices of supports took."""
     if "optimizer_bytes" in costs:
         yield "optimizer", f"{bytes_text(costs['optimizer_bytes'])} of state"
     if costs.get("selections"):
@@ -232,7 +231,6 @@ def _costs(costs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield how an expert was trained, as far as its record tells."""
     parts = {"batch_size": "batch size {}", "accumulate_grad_batches": "accumulated {} times", "rows": "{} rows"}
     parts |= {"dtype": "base in {}", "precision": "precision {}", "max_length": "at most {} tokens a row"}
     told = [text.format(facts[key]) for key, text in parts.items() if facts.get(key) is not None]

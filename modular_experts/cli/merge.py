@@ -115,7 +115,6 @@ def merge(
 
 
 def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrite: bool, written: bool) -> Tuned:
-    """Choose the settings of a method, and write the merge if it shall be an expert."""
     from modular_experts.tuning import tune as tune_settings
     from modular_experts.tuning.recipe import check_files_beside, trials_file
 
@@ -137,7 +136,6 @@ def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrit
 
 
 def _print_methods(merged: Merged) -> None:
-    """Print how many weights each method merged, and which stay at the base."""
     texts = Counter(map(_method_text, merged.rules.values()))
     for text, number in texts.items():
         weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
@@ -146,7 +144,6 @@ def _print_methods(merged: Merged) -> None:
 
 
 def _print_experts(merged: Merged, out: str) -> None:
-    """Print what was written: the merge, and the experts for single tasks beside it."""
     stored = open_expert(out)
     print(f"{out}: {summary(stored)}")
     for name in merged.beside():
@@ -176,7 +173,6 @@ def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
 
 
 def _print_plan(merged: Merged) -> None:
-    """Print which method each weight gets, what will be read and held, and about how long it will take."""
     weights = estimate(merged)
     table = Table("weight", "shape", "method", "experts", "to read", "memory", box=box.SIMPLE_HEAD, pad_edge=False)
     table.columns[0].overflow = "fold"

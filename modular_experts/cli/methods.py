@@ -50,7 +50,6 @@ def methods(name: str | None = None, all: bool = False) -> None:
 
 
 def _list(groups: Mapping[str, Sequence[str]]) -> None:
-    """Print the formulas of methods, group by group."""
     table = Table("method", "merged delta of experts with the deltas d_i", box=box.SIMPLE, pad_edge=False)
     for need, names in groups.items():
         if len(groups) > 1:

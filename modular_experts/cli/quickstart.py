@@ -80,7 +80,6 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
 
 
 def _about_base(place: Path) -> str:
-    """State what the base is, and what it answers in its own format."""
     facts = json.loads((place / "base" / FACTS).read_text(encoding="utf-8"))
     latent, missed = percent(facts["latent"]["held_in"]["exact_match"]), not facts["target_reached"]
     return (

@@ -101,7 +101,6 @@ def _progress(on_one: bool) -> Iterator[Callable[[int, int, Left], None]]:
 
 
 def _write_results(study: Study, place: Path, shows_page: bool) -> None:
-    """Write the results and the page of all that is done, and print the tables."""
     # What earlier runs measured stays in the tables, also of stages that this one left out.
     everything = state_of(pieces_of(study, place.absolute()), Lines(place))
     results = results_of(study, everything)
@@ -169,7 +168,6 @@ def _print_state(study: Study, state: State, dry_run: bool) -> None:
 
 
 def _print_start(over: str, left: Left, on_one: bool) -> None:
-    """Print what an earlier run has done and begun, and that what failed there is tried again with --retry alone."""
     count, anew = sum(left.counts.values()), ""
     if left.interrupted:
         verbs = "were interrupted and begin" if left.interrupted > 1 else "was interrupted and begins"
@@ -183,7 +181,6 @@ def _print_start(over: str, left: Left, on_one: bool) -> None:
 
 
 def _failed_text(failed: int, waiting: int) -> str:
-    """Return how many pieces failed, and how many do not run because they need one of these."""
     return f", {failed} failed" * bool(failed) + f", {waiting} need a failed one" * bool(waiting)
 
 

@@ -7,13 +7,22 @@ So the settings in a checkpoint are read first, as if they were the first config
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modular_experts.cli.command import arguments_given, run_command
 from modular_experts.cli.commands import importing
-from modular_experts.cli.words import Option, read_options, settings_of
 from modular_experts.settings import SHORT_NAMES, no_option
 from modular_experts.settings.read import arguments_of
+from modular_experts.text import bytes_text
+
+if TYPE_CHECKING:
+    from modular_experts.training.estimate import FitEstimate
 
 GROUPS = ("model", "data", "trainer")
 OTHERS = ("seed_everything", "ckpt_path", "trust")
@@ -30,57 +39,86 @@ def run(argv: Sequence[str]) -> None:
         if name.replace("-", "_").removesuffix("+") not in {*known, "config", "print_config", "help", "help_all"}:
             raise no_option(f"--{name}", [f"--{one}" for one in known])
     if "gate_of" in [name.replace("-", "_") for name in names]:
-        from modular_experts.cli.command import run_command
         from modular_experts.cli.search import gates
 
         run_command(gates, argv, short={"tasks": SHORT_NAMES["tasks"]})
-    else:
-        _run(verb, words, known)
-
-
-def _run(verb: str, words: Sequence[str], known: Sequence[str]) -> None:
+        return
     with importing():
-        from modular_experts.cli import command
-        from modular_experts.cli.dry_run import print_estimate
         from modular_experts.cli.help import class_help
         from modular_experts.training.fit import end_processes, estimate_fit, fit, measure
         from modular_experts.training.settings import RunSettings, read_run
     hints = {name: hint for name, hint in arguments_of(RunSettings)[0].items() if name in known}
-    hints |= command.TRUST
-    options = read_options(words, hints, short=SHORT_NAMES)
-    if any(one.name == "help_all" for one in options):
+    if {"--help_all", "--help-all"} & {*words}:
         print("\n\n".join(class_help(f"--{group}.", hints[group].__args__[-1]) for group in GROUPS))
         return
-    with command.spelt_as_typed(options, SHORT_NAMES):
-        if helped := command.help_asked(options, hints):
-            print(helped)
-            return
-        settings = _settings(options, hints)
-        command.trust_named(settings)
-        for name in settings:
-            if name not in hints:
-                raise no_option(f"--{name}", [f"--{one}" for one in known])
-        read = read_run(settings)
-    if command.asks_for_config(options):
-        command.print_config(read.plain)
-    arguments = read.make()
+    make = partial(read_run, known=known)
+    arguments = arguments_given(words, hints, make, short=SHORT_NAMES, beneath=_settings_of_checkpoint)
+    if arguments is None:
+        return
     try:
         if verb != "fit":
             measure(verb, **arguments)
-        elif settings.get("dry_run"):
-            print_estimate(estimate_fit(**arguments))
+        elif arguments["described"]["dry_run"]:
+            _print_estimate(estimate_fit(**arguments))
         else:
             fit(**arguments)
     finally:
         end_processes()
 
 
-def _settings(options: Sequence[Option], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint, config files and options set."""
+def _settings_of_checkpoint(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     from modular_experts.training.settings import settings_of_checkpoint
 
-    settings = settings_of(options, hints, SHORT_NAMES)
-    if settings.get("ckpt_path"):
-        beneath = settings_of_checkpoint(Path(settings["ckpt_path"]))
-        settings = settings_of(options, hints, SHORT_NAMES, beneath)
-    return settings
+    return settings_of_checkpoint(Path(settings["ckpt_path"])) if settings.get("ckpt_path") else {}
+
+
+def _print_estimate(found: FitEstimate) -> None:
+    """Print rows, what is trained, time and memory, and what would be written, in at most 80 columns."""
+    from modular_experts.cli.format import counted, duration_text, share_text
+
+    console = Console(markup=False, emoji=False, width=80)
+    rows = _table("task", "split", "rows", "tokens", "truncated", left=2)
+    for one in found.splits:
+        held_out = " (held out)" if one.role == "held_out" else ""
+        rows.add_row(one.task + held_out, one.split, f"{one.rows:,}", f"{one.tokens:,}", f"{one.truncated:,}")
+    console.print(rows)
+    weights = _table("weight", "weights", "entries", "trained", "share", left=1)
+    for group in found.weights:
+        share = share_text(group.trained / group.entries) if group.entries else ""
+        weights.add_row(group.name, str(group.weights), f"{group.entries:,}", f"{group.trained:,}", share)
+    console.print(weights)
+    length, seconds = found.length, found.seconds
+    trained, entries = (sum(getattr(one, name) for one in found.weights) for name in ("trained", "entries"))
+    share = f", {share_text(trained / entries)} of these weights" if entries else ""
+    print(f"{trained:,} trained parameters{share}")
+    epochs = f"{length.total_steps / length.steps_per_epoch:.3g}"
+    passes = f"{length.total_steps:,} steps ({epochs} epoch{'s' * (epochs != '1')})"
+    rates = " and ".join(f"{rate:g}" for rate in found.rates)
+    print(f"{passes} at learning rate {rates}; padding: {share_text(found.padding)} of the tokens")
+    print("memory: about " + bytes_text(found.peak))
+    for name, size in found.bytes.items():
+        print(f"  {bytes_text(size):>8}  {name}")
+    print("time: about " + duration_text(sum(seconds.values())))
+    counts = {
+        "router": "the router's tasks",
+        "steps": f"{length.total_steps:,} steps",
+        "choices": f"{counted(found.choices, 'choice')} of supports",
+        "validations": counted(found.validations, "validation"),
+    }
+    for name, taken in seconds.items():
+        if taken:
+            print(f"  {duration_text(taken):>8}  {counts[name]}")
+    print("a fit would write:")
+    for content, place in found.places:
+        print(f"  {place}: {content}" + f", {bytes_text(found.on_disk)}" * (content == "the expert"))
+    if not any(content == "the expert" for content, _ in found.places):
+        print("  no expert; --out library/NAME keeps one")
+    print("time and memory are judged by a few steps of rate zero; nothing was written")
+
+
+def _table(*names: str, left: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(names):
+        justify: Any = "left" if number < left else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=number >= left)
+    return table

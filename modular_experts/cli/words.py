@@ -93,7 +93,6 @@ def read_options(
 
 
 def _without_doubles(found: Iterable[tuple[str, str, list[str]]], hints: Mapping[str, Any]) -> list[Option]:
-    """Return one option of each name; raise if one has no value, or two under two names."""
     options: list[Option] = []
     for name, typed, taken in found:
         kinds = kinds_of(name.removesuffix("+"), hints)
@@ -139,7 +138,6 @@ def value_of(option: Option, hints: Mapping[str, Any]) -> Any:
 
 
 def _item(word: str) -> Any:
-    """Return a list, a mapping or null, and any other word as it is."""
     try:
         return from_yaml(word) if word[:1] in "[{" or word == "null" else word
     except yaml.YAMLError:

@@ -187,7 +187,6 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
 
 
 def _default(hint: Any, default: Any) -> Any:
-    """Return a default as a YAML file holds it."""
     with suppress(UsageError):
         return read("", hint, default).plain
     return _as_it_is(default).plain
@@ -233,7 +232,6 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
 
 
 def _makers(called: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """Return a function, a dataclass, or the constructors of a class, its own first."""
     if not inspect.isclass(called) or dataclasses.is_dataclass(called):
         return [called]
     return [vars(kind)["__init__"] for kind in called.__mro__ if "__init__" in vars(kind) and kind is not object]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ class RunSettings:
     dry_run: bool = False
 
 
-def read_run(settings: Mapping[str, Any]) -> Read:
-    """Read the settings of a run; they make the arguments of `fit`.
+def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
+    """Read the settings of a run; they make the arguments of `fit`. `known` are the options of the command, or all.
 
     Raises:
         UsageError: A setting does not exist or does not fit.
@@ -59,33 +59,34 @@ def read_run(settings: Mapping[str, Any]) -> Read:
         # Only these loggers must be told where to write; it is where everything else goes.
         where = {"save_dir": trainer["default_root_dir"]}
         trainer["logger"] = {"class_path": str(trainer["logger"]), "init_args": where}
-    known = [*SHORT_NAMES, *arguments_of(RunSettings)[0]]
+    known = known or [*SHORT_NAMES, *arguments_of(RunSettings)[0]]
     for name in settings:
         if name not in known:
             raise no_option(f"--{name}", [f"--{one}" for one in known])
     # Also an empty group has settings that must be given.
     whole = {"model": {}, "data": {}, **settings, "trainer": trainer}
     found = read_arguments("--", RunSettings, whole)
-    return Read(found.plain, lambda: _arguments(RunSettings(**found.make()), found.plain))
 
+    def made() -> dict[str, Any]:
+        run = RunSettings(**found.make())
+        groups: list[Any] = [run.model, run.data, run.trainer]
+        model, data, trainer = (dict(one.keywords) for one in groups)
+        return {
+            "base": model.pop("base"),
+            "tasks": data.pop("tasks"),
+            "expert": model.pop("expert", None),
+            "modules": model.pop("modules", None),
+            "out": run.out,
+            "overwrite": run.overwrite,
+            "seed": run.seed_everything,
+            "checkpoint": run.ckpt_path,
+            "model": model,
+            "data": data,
+            "trainer": trainer,
+            "described": found.plain,
+        }
 
-def _arguments(run: RunSettings, described: Mapping[str, Any]) -> dict[str, Any]:
-    groups: list[Any] = [run.model, run.data, run.trainer]
-    model, data, trainer = (dict(one.keywords) for one in groups)
-    return {
-        "base": model.pop("base"),
-        "tasks": data.pop("tasks"),
-        "expert": model.pop("expert", None),
-        "modules": model.pop("modules", None),
-        "out": run.out,
-        "overwrite": run.overwrite,
-        "seed": run.seed_everything,
-        "checkpoint": run.ckpt_path,
-        "model": model,
-        "data": data,
-        "trainer": trainer,
-        "described": described,
-    }
+    return Read(found.plain, made)
 
 
 def settings_of_checkpoint(path: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 
-from modular_experts.cli.errors import guarded
+from modular_experts.cli.command import guarded
 from modular_experts.library import check_name
 from modular_experts.settings import UsageError
 
-GUARDED = "import os, sys\nfrom modular_experts.cli.errors import guarded\ndef f(): {}\nsys.exit(guarded(f))"
+GUARDED = "import os, sys\nfrom modular_experts.cli.command import guarded\ndef f(): {}\nsys.exit(guarded(f))"
 
 
 def _interrupted_as_by_lightning() -> None:
