@@ -141,11 +141,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
 def _rehearsed(
     module: ExpertModule, data: TaskMixture, trainer: Trainer, probe: Callback
 ) -> tuple[Trainer, list[Batch], float, int]:
-    """Train for a few steps of rate zero, and leave the module as it was.
-
-    Returns:
-        The trainer of these steps, the validation batches, the seconds that a router learned, and the memory before.
-    """
+    """Return a trainer after steps of rate zero, the validation batches, a router's seconds, and the memory before."""
     device, before, loaded = trainer.strategy.root_device, module.learning_rate, hasattr(module, "model")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -166,7 +162,6 @@ def _rehearsed(
 
 
 def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
-    """Return a trainer of a few steps that keeps nothing, with copies of a trainer's schedules."""
     mine = [copy.deepcopy(schedule) for schedule in callbacks_of(trainer, Schedule)]
     return Trainer(
         max_steps=_STEPS,
@@ -188,7 +183,6 @@ def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
 
 
 def _take_steps(module: ExpertModule, data: TaskMixture, short: Trainer) -> tuple[list[Batch], float]:
-    """Load the model and train it with a short trainer; return the validation batches, and the seconds of a router."""
     module.trainer = short
     module.setup("fit")
     module.configure_model()
@@ -220,7 +214,6 @@ def _size(batch: Batch) -> int:
 
 
 def _typical(batches: Sequence[Batch]) -> Batch:
-    """Return the batch whose size is nearest to the mean."""
     mean = sum(map(_size, batches)) / len(batches)
     return min(batches, key=lambda batch: abs(_size(batch) - mean))
 
@@ -240,7 +233,6 @@ class _Batches(LightningDataModule, DataSource):
         return self._data.roles
 
     def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
-        """Let the data choose, and give the batches that it makes then."""
         self._data.choose_packing(keeps_rows_apart)
         self._batches = list(itertools.islice(self._data.train_dataloader(), _MOST_BATCHES))
         self._choose()
@@ -314,7 +306,6 @@ class _Probe(Callback):
 
 
 def _peak(device: torch.device) -> int:
-    """Return the most bytes that torch held on a GPU, or on a CPU this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,8 +2,7 @@
 
 It meets the data in a batch (`data/batch.py`), and asks a `DataSource` (`data/source.py`) for nothing else. Schedules
 (`callbacks/schedule.py`) choose what is trained, and `callbacks.ExportExpert` writes it to a library. This file holds
-the steps; `loading.py` loads what they train, `checkpoint.py` keeps it, `record.py` describes it, and `evaluated.py`
-measures it.
+the steps; `loading.py` loads what they train, `checkpoint.py` keeps and describes it, and `evaluated.py` measures it.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
 from modular_experts.training.evaluated import EvaluatedModule
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
-from modular_experts.training.record import log_training, peak_rates, training_facts
 
 if TYPE_CHECKING:
     BaseModel = str | Path | Base | nn.Module
@@ -260,7 +258,7 @@ class ExpertModule(EvaluatedModule):
     def on_fit_start(self) -> None:
         """Let experts prepare, log what is trained, and start from the same supports on every rank."""
         self.model.train()
-        if self.learning_rate is not None and set(peak_rates(self.trainer)) != {self.learning_rate}:
+        if self.learning_rate is not None and set(checkpoints.peak_rates(self.trainer)) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
         self.prepare_experts(datamodule_of(self.trainer))
@@ -269,7 +267,7 @@ class ExpertModule(EvaluatedModule):
             check_packing(self.model)
         else:
             source.choose_packing(lambda: moves_tokens_alone(self.model) and keeps_rows_apart(self.model))
-        log_training(self.model, self.trainer, self.length)
+        checkpoints.log_training(self.model, self.trainer, self.length)
         if self.trainer.world_size > 1:
             for buffer in (buffer for _, expert in named_experts(self.model) for buffer in expert.buffers()):
                 distributed.broadcast(buffer, src=0)
@@ -382,11 +380,13 @@ class ExpertModule(EvaluatedModule):
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):
             settings["modules"] = list(self.experts)
-        settings |= facts["hyperparameters"] | {"learning_rate": max(peak_rates(self.trainer), default=None)}
+        settings |= facts["hyperparameters"] | {
+            "learning_rate": max(checkpoints.peak_rates(self.trainer), default=None)
+        }
         return {
             **facts,
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
             "hyperparameters": settings,
-            "training": training_facts(self.trainer, self.dtype_name, self.config_file),
+            "training": checkpoints.training_facts(self.trainer, self.dtype_name, self.config_file),
             "parents": as_parents(self.applied_experts),
         }

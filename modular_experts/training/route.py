@@ -102,7 +102,6 @@ def route(
 def _members_of(
     experts: Sequence[str | Path | StoredExpert], out: str | Path, fallback: str | Path | StoredExpert | None = None
 ) -> list[StoredExpert]:
-    """Open the experts that are chosen from: without the fallback and `out`, which `library/*` names as well."""
     places = [
         Path(os.path.abspath(Path(one.path if isinstance(one, StoredExpert) else one)))
         for one in (*experts, out, *([] if fallback is None else [fallback]))
@@ -114,7 +113,6 @@ def _members_of(
 def _take_missing(
     router: Router, experts: Sequence[StoredExpert], data: TaskMixture | None, rows: int, progress: Progress
 ) -> None:
-    """Take the statistics that a router learns from and some experts lack."""
     kind: Any = router.needs
     lacking = [one.path for one in experts if kind and kind not in kinds_of_statistics(one)]
     if lacking and data is None:
@@ -127,7 +125,6 @@ def _take_missing(
 
 
 def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:
-    """Return the router after it has learned the experts, or one for each place if its scope is not `sample`."""
     router.hear_tasks([list(map(str, expert.record["tasks"])) for expert in experts])
     if router.scope == "sample":
         prompts = [_prompts(expert, router.needs, router.depths) for expert in experts] if router.needs else []
