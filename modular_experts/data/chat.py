@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens
-from modular_experts.data.rows import Row
+from modular_experts.data.rows import BadRow, Row
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class ConversationTokenizer:
                 while len(ids) > self.max_length and (shorter := _without_oldest(messages)):
                     messages = shorter
                     ids, answers = self._tokens(messages, row.target is not None)
-            except (_BadConversation, jinja2.TemplateError) as error:
+            except (BadRow, jinja2.TemplateError) as error:
                 refused = "the chat template refuses the conversation: " * isinstance(error, jinja2.TemplateError)
                 problems.append(f"{row.where}: {refused}{' '.join(str(error).split())}")
                 continue
@@ -121,7 +121,6 @@ class ConversationTokenizer:
         return examples, cut, problems
 
     def _tokens(self, messages: Messages, answered: bool) -> tuple[list[int], list[bool]]:
-        """Return the ids of a conversation, and which of them the assistant writes, its end included."""
         if not answered:
             ids = self._ids(self._render(messages, add_generation_prompt=True))
             return ids, [False] * len(ids)
@@ -132,14 +131,13 @@ class ConversationTokenizer:
         return ids, answers
 
     def _turns(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """Return the ids that the template makes of a conversation, and which of them are turns of the assistant."""
         if self._marks_turns:
             found: Any = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             ids, answers = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
             if not any(answers):
-                raise _BadConversation("the chat template marks no turn of the assistant ({% generation %})")
+                raise BadRow("the chat template marks no turn of the assistant ({% generation %})")
             return ids, answers
         text = self._render(messages)
         turns: list[tuple[int, int]] = []
@@ -149,7 +147,7 @@ class ConversationTokenizer:
             before = self._render(messages[:number], add_generation_prompt=True)
             after = self._render(messages[: number + 1])
             if not (text.startswith(after) and after.startswith(before)):
-                raise _BadConversation(
+                raise BadRow(
                     f"the chat template writes message {number + 1} differently once others follow or precede it, so "
                     "the assistant's turns cannot be told from the rest; put {% generation %} and {% endgeneration %} "
                     "around them in tokenizer.chat_template, or give rows of input and target"
@@ -185,12 +183,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return blake2b(template.encode(), digest_size=8).hexdigest()
 
 
-class _BadConversation(ValueError):
-    """A sentence on one conversation, for the report of all bad rows."""
-
-
 def _without_oldest(messages: Messages) -> list[dict[str, str]]:
-    """Return a conversation from its second message of the user on, after its system message, if it has one."""
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
     return [*system, *messages[users[1] :]] if len(users) > 1 else []

@@ -364,7 +364,6 @@ class TaskMixture(LightningDataModule, DataSource):
         return Collator(self._row_tokenizer().pad_id, False, self.max_length if self.packed else None)
 
     def _order(self, epoch: int) -> Tensor:
-        """Return the rows of an epoch, as indices into the training rows of all tasks."""
         examples = self._split("train")
         rows = epoch_order({name: len(rows) for name, rows in examples.items()}, self.counts, self.seed, epoch)
         if self.group_by_length:
@@ -372,7 +371,6 @@ class TaskMixture(LightningDataModule, DataSource):
         return rows
 
     def _lengths(self) -> Tensor:
-        """Return the number of tokens of each training row."""
         return torch.tensor([len(row.tokens.ids) for rows in self._split("train").values() for row in rows])
 
     def padding(self, batches: int = 1000) -> float:
@@ -451,7 +449,6 @@ class TaskMixture(LightningDataModule, DataSource):
         return {task.name: self._rows[task.name] for task in self.tasks}
 
     def _split(self, split: str) -> dict[str, list[Example]]:
-        """Return one split's examples by task; the first call tokenises them."""
         known, tasks = self._examples.setdefault(split, {}), self._with(split)
         if any(task.name not in known for task in tasks):
             tokenize, problems = self._row_tokenizer(), list[str]()
@@ -489,7 +486,6 @@ class TaskMixture(LightningDataModule, DataSource):
 
 
 def _repeats(task: str, rows: Sequence[Row]) -> str | None:
-    """Return a sentence on rows of validation or test that are also training rows, if there are any."""
     trained = {(row.input, row.target) for row in rows if row.split == "train"}
     counts = []
     for split in ("validation", "test"):

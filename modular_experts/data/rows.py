@@ -131,11 +131,11 @@ class RowReader:
         for record in records:
             try:
                 if record.problem is not None:
-                    raise _BadRow(record.problem)
+                    raise BadRow(record.problem)
                 if not isinstance(record.values, Mapping):
-                    raise _BadRow(f"a row is an object with 'input' and 'target', not {reprlib.repr(record.values)}")
+                    raise BadRow(f"a row is an object with 'input' and 'target', not {reprlib.repr(record.values)}")
                 rows.append(self._row(record.values, record.where))
-            except _BadRow as problem:
+            except BadRow as problem:
                 problems.append(f"{record.where}: {problem}")
         return rows, problems
 
@@ -147,13 +147,13 @@ class RowReader:
         messages = self._messages(values)
         target = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
         if target is None and self.targets:
-            raise _BadRow(
+            raise BadRow(
                 f"the conversation ends with a message of role {messages[-1]['role']!r}; to learn or to score, it must "
                 "end with the assistant's (predict answers such a row)"
             )
         before = messages if target is None else messages[:-1]
         if not any(message["role"] != "assistant" for message in before):
-            raise _BadRow("the conversation starts with the assistant; a message of the user comes before")
+            raise BadRow("the conversation starts with the assistant; a message of the user comes before")
         lines = [f"{message['role']}: {message['content']}" for message in before]
         text = before[0]["content"] if len(before) == 1 else "\n".join(lines)
         return Row(text, target, split, (), where, tuple(messages))
@@ -161,7 +161,7 @@ class RowReader:
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)
         if column not in values:
-            raise _BadRow(_no_column(column, values, is_fixed=key not in self.columns))
+            raise BadRow(_no_column(column, values, is_fixed=key not in self.columns))
         return _checked(column, values[column])
 
     def _input(self, values: Mapping[str, Any]) -> str:
@@ -174,9 +174,9 @@ class RowReader:
         known = dict(values) | {key: values[column] for key, column in self.columns.items() if column in values}
         for name in template_fields(self.template):
             if name not in known:
-                raise _BadRow(f"the template has {{{name}}}, but {_no_column(name, known)}")
+                raise BadRow(f"the template has {{{name}}}, but {_no_column(name, known)}")
             if known[name] is None:
-                raise _BadRow(f"the template has {{{name}}}, which is null here")
+                raise BadRow(f"the template has {{{name}}}, which is null here")
         return _checked("input", self.template.format_map(known))
 
     def _target(self, values: Mapping[str, Any]) -> str | None:
@@ -186,27 +186,25 @@ class RowReader:
     def _messages(self, values: Mapping[str, Any]) -> list[dict[str, str]]:
         column = self.columns["messages"]
         if column not in values:
-            raise _BadRow(_no_column(column, values))
+            raise BadRow(_no_column(column, values))
         listed = _listed(values[column])
         if not isinstance(listed, list | tuple) or not listed:
-            raise _BadRow(f"{column!r} must be a list of messages, not {reprlib.repr(listed)}")
+            raise BadRow(f"{column!r} must be a list of messages, not {reprlib.repr(listed)}")
         messages = []
         for number, message in enumerate(listed, 1):
             if not isinstance(message, Mapping):
-                raise _BadRow(f"message {number} must be {{role: ..., content: ...}}, not {reprlib.repr(message)}")
+                raise BadRow(f"message {number} must be {{role: ..., content: ...}}, not {reprlib.repr(message)}")
             for key in ("role", "content"):
                 if key not in message:
-                    raise _BadRow(f"message {number}: {_no_column(key, message, True).replace('the row', 'it', 1)}")
+                    raise BadRow(f"message {number}: {_no_column(key, message, True).replace('the row', 'it', 1)}")
             role = message["role"]
             if role not in CHAT_ROLES:
                 near = did_you_mean(str(role), CHAT_ROLES)
-                raise _BadRow(
-                    f"message {number}: role {reprlib.repr(role)} is not one of {', '.join(CHAT_ROLES)}{near}"
-                )
+                raise BadRow(f"message {number}: role {reprlib.repr(role)} is not one of {', '.join(CHAT_ROLES)}{near}")
             try:
                 messages.append({"role": role, "content": _checked("content", message["content"])})
-            except _BadRow as problem:
-                raise _BadRow(f"message {number}: {problem}") from None
+            except BadRow as problem:
+                raise BadRow(f"message {number}: {problem}") from None
         return messages
 
     def _split(self, values: Mapping[str, Any]) -> str | None:
@@ -215,7 +213,7 @@ class RowReader:
             return None
         if isinstance(split, str) and (name := _SPLIT_ALIASES.get(split.lower(), split.lower())) in SPLITS:
             return name
-        raise _BadRow(f"'split' is {reprlib.repr(split)}, not one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
+        raise BadRow(f"'split' is {reprlib.repr(split)}, not one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
 
     def _choices(self, values: Mapping[str, Any], target: str | None) -> tuple[str, ...]:
         column = self.columns.get("choices", "choices")
@@ -224,12 +222,12 @@ class RowReader:
             return ()
         choices = list(self.choices) if choices is None or choices == "" else _listed(choices)
         if not isinstance(choices, list | tuple):
-            raise _BadRow(f"{column!r} must be a list of texts, not {reprlib.repr(choices)}")
+            raise BadRow(f"{column!r} must be a list of texts, not {reprlib.repr(choices)}")
         texts = [_checked(column, choice) for choice in choices]
         if texts and (len(set(texts)) < len(texts) or len(texts) < 2):
-            raise _BadRow(f"{column!r} needs two or more different texts, not {reprlib.repr(texts)}")
+            raise BadRow(f"{column!r} needs two or more different texts, not {reprlib.repr(texts)}")
         if texts and target not in texts:
-            raise _BadRow(f"target {reprlib.repr(target)} is not among its choices {reprlib.repr(texts)}")
+            raise BadRow(f"target {reprlib.repr(target)} is not among its choices {reprlib.repr(texts)}")
         return tuple(texts)
 
 
@@ -258,19 +256,19 @@ def spread_evenly(rows: Sequence[Any], count: int) -> list[Any]:
     return [rows[place * len(rows) // count] for place in range(count)] if count < len(rows) else list(rows)
 
 
-class _BadRow(ValueError):
-    """A sentence on one record, for the report of all bad rows."""
+class BadRow(ValueError):
+    """A sentence on one record or conversation, for the report of all bad rows."""
 
 
 def _checked(column: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise _BadRow(f"{column!r} must be text, not {reprlib.repr(value)}")
+        raise BadRow(f"{column!r} must be text, not {reprlib.repr(value)}")
     if not value.strip():
-        raise _BadRow(f"{column!r} is empty")
+        raise BadRow(f"{column!r} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _BadRow(f"{column!r} holds a lone surrogate, half of a character: {ascii(value)[:60]}") from None
+        raise BadRow(f"{column!r} holds a lone surrogate, half of a character: {ascii(value)[:60]}") from None
     return value
 
 

@@ -104,7 +104,6 @@ def _directory_records(path: str, place: Path, where: Wanted) -> Iterator[Record
 
 
 def _dataset_records(name: str, loaded: Any, wanted: Wanted) -> Iterator[Record]:
-    """Yield the rows of a Dataset, or of a DatasetDict, whose keys stand for a missing `split` column."""
     import datasets
 
     splits = loaded if isinstance(loaded, Mapping) else {None: loaded}

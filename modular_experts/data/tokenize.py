@@ -103,7 +103,6 @@ class RowTokenizer:
         return examples, cut, problems
 
     def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """Tokenise, for each prompt, the targets that may follow it, each with its end-of-sequence."""
         flat = [joined(prompt, target) for prompt, several in zip(prompts, targets, strict=True) for target in several]
         ids = iter(self._ids(flat))
         return [[[*next(ids), self.tokenizer.eos_token_id] for _ in several] for several in targets]

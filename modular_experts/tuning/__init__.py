@@ -1,9 +1,9 @@
 """Choose on validation rows how experts are merged: the settings of a method (`tune`), or coefficients (`search`).
 
 The methods themselves are in `methods/`, and `merger/` writes their merges. Open `tune.py` or `search.py` first;
-`objective.py` holds the loss of both, with labels or with the experts' answers, `measures.py` the losses of a search,
-and `combination.py` the model that the algorithms of `search` move. `leave_out.py` measures a merge without each part,
-and `evolution.py` searches without gradients.
+`objective.py` holds the losses of both, with labels or with the experts' answers, and `combination.py` the model that
+the algorithms of `search` move. `leave_out.py` measures a merge without each part, and `evolution.py` searches without
+gradients.
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.measures import MEASURES, Aim, Measure, Prediction, check_aim
-from modular_experts.tuning.objective import Objective, Trial
+from modular_experts.tuning.objective import MEASURES, Aim, Measure, Objective, Prediction, Trial, check_aim
 from modular_experts.tuning.search import CoefficientSearch, Found
 
 Per = Literal["expert", "weight", "row"]

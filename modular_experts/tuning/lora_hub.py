@@ -15,8 +15,7 @@ import torch
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.evolution import Evolution, Genes, Real
-from modular_experts.tuning.measures import MEASURES, Aim, check_aim
-from modular_experts.tuning.objective import Objective, Trial
+from modular_experts.tuning.objective import MEASURES, Aim, Objective, Trial, check_aim
 from modular_experts.tuning.search import CoefficientSearch, Found
 
 

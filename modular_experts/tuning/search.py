@@ -103,18 +103,15 @@ class CoefficientSearch(SearchAlgorithm):
 
 @dataclass(frozen=True, eq=False)
 class Searched(SearchResult):
-    """What `search` found and wrote.
+    """What `search` found and wrote; `SearchResult` explains its other fields.
 
     Attributes:
-        expert: The merged expert.
         experts: Directories of all experts that it combines, in the order of the coefficients: merges first.
         found: Coefficients, losses and trials.
         base: The losses of the base alone, by task.
         recipe: The YAML file that `merge --config` takes to make the expert again; None where rows have coefficients,
             which are too many for it. The same search makes it again.
         trials: The JSON file of the trials.
-        agreement: The share of the experts' answers that match the target of their row, by task with targets; empty
-            unless experts gave the labels.
     """
 
     expert: StoredExpert
@@ -216,7 +213,6 @@ def search(
 
 
 def _places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:
-    """Return where the merges are written, none of which may be among the experts."""
     places: list[str] = []
     for one in merges:
         place, again = f"{Path(out)}-{type(one).__name__}", 2

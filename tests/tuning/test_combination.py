@@ -16,7 +16,7 @@ from modular_experts.deltas import Dense
 from modular_experts.deltas.algebra import dot
 from modular_experts.evaluation import batch_losses
 from modular_experts.tuning import Combination
-from modular_experts.tuning.measures import batch_entropies
+from modular_experts.tuning.objective import batch_entropies
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from modular_experts.evaluation import batch_losses
 from modular_experts.methods import Average
 from modular_experts.tuning import ATLAS, AdaMerging, Combination
 from modular_experts.tuning.gradient_search import joint
-from modular_experts.tuning.measures import batch_divergences, batch_entropies
+from modular_experts.tuning.objective import batch_divergences, batch_entropies
 
 
 @pytest.fixture

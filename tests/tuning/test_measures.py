@@ -11,7 +11,7 @@ from testbed.searching import NAMES, descent, objective_on, random_experts, same
 from modular_experts.base.apply import applied
 from modular_experts.data.batch import IGNORED
 from modular_experts.tuning import ATLAS, Combination, LoRAHub
-from modular_experts.tuning.measures import KEPT_TOKENS, _log_likelihoods, batch_divergences, prediction
+from modular_experts.tuning.objective import KEPT_TOKENS, _log_likelihoods, batch_divergences, prediction
 
 
 @pytest.fixture
