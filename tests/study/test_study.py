@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import gzip
 import json
 import re
@@ -90,7 +91,7 @@ class Watch(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert trainer.optimizers[0].state
-        self.trained.append(weakref.ref(module))
+        self.trained.append(weakref.ref(module.model))
         if len(self.trained) == 2:
             raise ValueError("this training fails")
 
@@ -98,7 +99,12 @@ class Watch(Callback):
 def test_neither_a_training_nor_a_failed_one_stays_in_memory(settings) -> None:
     """The next piece of its process may need all of it."""
     settings["fit"] = {"trainer": {"callbacks": [{"class_path": "test_study.Watch"}]}}
-    assert study(settings, "--only", "experts") == 1
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)  # which no command sets back, as it does `gc.disable`
+    try:
+        assert study(settings, "--only", "experts") == 1
+    finally:
+        gc.set_threshold(*thresholds)
     assert len(Watch.trained) == 2
     assert not any(one() for one in Watch.trained)
 
