@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import Progress, TimeElapsedColumn
 
-# So that a config names the generated tasks by their class alone.
 from modular_experts.base import DType
 from modular_experts.cli.format import open_page, progress_by_tenths
 from modular_experts.data import TaskMixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-# So that a config names the generated tasks by their class alone.
 from modular_experts.cli.format import call_text, counted, progress_bar, statistics_text, summary
 from modular_experts.cli.tuning import print_agreement
 from modular_experts.data import TaskMixture

@@ -37,13 +37,13 @@ _SCALARS: dict[Any, Any] = {bool: bool, int: int, float: (int, float), str: (str
 _SCALARS |= {list: list, dict: dict, tuple: tuple, Any: object, object: object}
 
 
-def make(kind: Any, settings: Any) -> Any:
-    """Return the object of a type, such as `MergeMethod` or `list[Task]`, that settings describe.
+def make(option: str, kind: Any, settings: Any) -> Any:
+    """Return the object of a type, such as `MergeMethod` or `list[Task]`, that an option's settings describe.
 
     Raises:
         UsageError: The settings do not fit the type.
     """
-    return read("--tasks" if get_origin(kind) is list else "--merges", kind, settings).make()
+    return read(option, kind, settings).make()
 
 
 def read(option: str, hint: Any, value: Any) -> Read:

@@ -115,7 +115,7 @@ def _test_seconds(
     merge, group = given.get("merge"), given.get("group")
     if piece.key[0] == "settings":
         assert isinstance(merge, Merge)
-        trials = most_trials(make(MergeMethod, merge.method), (merge.tune or {}).get("grid"))
+        trials = most_trials(make("--merges", MergeMethod, merge.method), (merge.tune or {}).get("grid"))
         tasks = [task for group in given["groups"] for task in group.own]
         return loss * trials * sum(min(merge.rows, rows["validation"].get(task, 0)) for task in tasks)
     seconds = answer * sum(rows["test"].get(task, 0) for task in (group.tested if group else given["tasks"]))

@@ -134,7 +134,7 @@ def _read_entry(entry: Any, before: Mapping[str, Entry], kinds: Mapping[str, Seq
 
 def _method(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
     """Return a merge by a method, as it comes or tuned."""
-    method, tune = make(MergeMethod, given["method"]), given.get("tune") or None
+    method, tune = make("--merges", MergeMethod, given["method"]), given.get("tune") or None
     for key in {} if tune is True else tune or {}:
         if key != "grid":
             raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
@@ -148,17 +148,17 @@ def _method(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[
 
 def _search(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
     """Return a merge whose coefficients are searched, from the merges of other methods."""
-    search, starts = make(CoefficientSearch, given["search"]), given.get("merges", [])
+    search, starts = make("--merges", CoefficientSearch, given["search"]), given.get("merges", [])
     name, rows = given.get("name", type(search).__name__), given.get("rows", TUNING_ROWS)
     if (labels := given.get("labels", "rows")) not in get_args(Labels):
         raise ValueError(f"labels={labels!r} must be one of {', '.join(get_args(Labels))}")
     merge = Merge(name, given["search"], True, None, rows, tuple(starts), labels)
-    return _entry(merge, kinds, *[make(MergeMethod, start).needs for start in starts])
+    return _entry(merge, kinds, *[make("--merges", MergeMethod, start).needs for start in starts])
 
 
 def _route(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
     """Return a route; its fallback is a merge that stands before it."""
-    router, wanted = make(Router, given["route"]), given.get("fallback")
+    router, wanted = make("--merges", Router, given["route"]), given.get("fallback")
     name, needs = type(router).__name__, {router.needs} if router.needs else set()
     if wanted is None:
         return Entry(Route(given.get("name", name), given["route"]), kinds, tuple(needs))

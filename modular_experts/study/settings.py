@@ -113,8 +113,8 @@ class Description(Options):
             raise ValueError(f"dtype={self.dtype!r} is not a data type of a base{near}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
-        text_metrics(make(dict[str, TextMetric], {**(self.metrics or {})}))
-        make(dict[str, Measure], {**(self.measures or {})})
+        text_metrics(make("--metrics", dict[str, TextMetric], {**(self.metrics or {})}))
+        make("--measures", dict[str, Measure], {**(self.measures or {})})
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def read_tasks(tasks: Any) -> tuple[dict[str, Settings], dict[str, Settings]]:
     for role, listed in by_role.items():
         for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
             for one in named_tasks(entry) if isinstance(entry, str) else [dict(entry)]:
-                (task,) = make(list[Task], [one | {"role": role}])
+                (task,) = make("--tasks", list[Task], [one | {"role": role}])
                 if any(task.name in known for known in found.values()):
                     raise ValueError(
                         f"two tasks have the name {task.name!r}; results are kept by name, so name one of them: "

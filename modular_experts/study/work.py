@@ -130,7 +130,7 @@ def measure_experts(study: Study, out: Path, kind: str, name: str, seed: int) ->
     """Measure the experts of a kind by a function of the user's, which returns a number for each."""
     started = time.perf_counter()
     experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in study.held_in]
-    values = [float(one) for one in make(dict[str, Measure], {name: study.measures[name]})[name](experts)]
+    values = [float(one) for one in make("--measures", dict[str, Measure], {name: study.measures[name]})[name](experts)]
     about = dict.fromkeys(("merge", "count", "group", "interval"))
     about |= {"kind": kind, "seed": seed, "role": "held_in", "own": True, "metric": name}
     rows = [
@@ -149,7 +149,7 @@ def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> di
     rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
     data = _shared_rows(study, ChoiceRows, study.held_in, rows)
     parts = [(group.experts(study, out), Objective(model, data.only(group.own))) for group in groups]
-    method, grid = _made(MergeMethod, json.dumps(merge.method)), merge.tune.get("grid")
+    method, grid = _made("--merges", MergeMethod, json.dumps(merge.method)), merge.tune.get("grid")
     trials, best = tune_groups(parts, method, grid, folder=out / "library")
     found = {"settings": best.settings, "trials": [{**trial.settings, "loss": trial.loss} for trial in trials]}
     return found | {"notes": notes_of(trials, best, rows, {}), "seconds": time.perf_counter() - started}
@@ -194,7 +194,7 @@ def route_and_test(
     """
     started = time.perf_counter()
     library, experts = out / "library", group.experts(study, out)
-    router, fallback, made = make(Router, wanted.router), None, list[Path]()
+    router, fallback, made = make("--merges", Router, wanted.router), None, list[Path]()
     # A routed expert must lie beside its experts, so the route of a few experts is in the library while it is tested.
     place = library / study.route_name(group.kind, wanted.name, group.seed)
     if not group.is_whole:
@@ -251,15 +251,15 @@ def _merged(
     """Return a merge, which is stored at `place` if it was searched or shall be written, and its chosen settings."""
     paths = [expert.path for expert in experts]
     if merge.searched:
-        starts = [make(MergeMethod, start) for start in merge.merges]
+        starts = [make("--merges", MergeMethod, start) for start in merge.merges]
         data = ChoiceRows(_tasks(study, group.own), **study.data)
         how: dict[str, Any] = {"merges": starts, "rows": merge.rows, "base": study.base, "overwrite": True}
         if merge.labels == "experts":
             how |= {"labels": merge.labels, "max_new_tokens": study.max_new_tokens}
-        done = search(paths, make(CoefficientSearch, merge.method), data, place, **how)
+        done = search(paths, make("--merges", CoefficientSearch, merge.method), data, place, **how)
         return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
     chosen = chosen or {"settings": {}, "notes": None}
-    method = with_settings(_made(MergeMethod, json.dumps(merge.method)), chosen["settings"])
+    method = with_settings(_made("--merges", MergeMethod, json.dumps(merge.method)), chosen["settings"])
     merged = Merged(experts, method)
     settings = chosen["settings"] or describe(method)
     return (write_merged(merged, place, True, notes=chosen["notes"]) if written else dict(merged.items())), settings
@@ -301,7 +301,7 @@ def _measured(
     with put(model) if put else attached(model, experts, check=False):
         switched = time.perf_counter() - began
         data.fit_context(context_length(model))
-        metrics = text_metrics(_made(dict[str, TextMetric], json.dumps(study.metrics)))
+        metrics = text_metrics(_made("--metrics", dict[str, TextMetric], json.dumps(study.metrics)))
         batches = data.test_dataloader()
         scores = measure(model, tokenizer, batches, data.roles, study.max_new_tokens, metrics, examples=EVERY_ROW)
         began = time.perf_counter()
@@ -358,13 +358,13 @@ def warn_of_copies(study: Study) -> None:
 
 
 def _tasks(study: Study, names: Iterable[str]) -> list[Task]:
-    return [_made(list[Task], json.dumps([study.tasks[name]]))[0] for name in names]
+    return [_made("--tasks", list[Task], json.dumps([study.tasks[name]]))[0] for name in names]
 
 
 @cache
-def _made(kind: Any, settings: str) -> Any:
+def _made(option: str, kind: Any, settings: str) -> Any:
     """Return the immutable object of settings in JSON, once in a process, because reading them takes 10 ms."""
-    return make(kind, json.loads(settings))
+    return make(option, kind, json.loads(settings))
 
 
 def _about(expert: StoredExpert) -> dict[str, Any]:

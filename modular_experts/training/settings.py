@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-# So that settings name the generated tasks by their class alone.
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.settings import SHORT_NAMES, no_option

@@ -568,6 +568,7 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
         ({"fit": {"stps": 3}}, "fit and experts.lora: there is no option --stps; did you mean --steps"),
         ({"tasks": {"heldin": ["upper.jsonl"]}}, "tasks.heldin is neither held_in nor held_out; did you mean held_in"),
         ({"merges": ["SparseAverag"]}, "did you mean SparseAverage"),
+        ({"metrics": {"mine": "nope.mine"}}, "--metrics.mine: nope.mine cannot be imported"),
         ({"merges": ["TIES", "TIES"]}, "two merges are called 'TIES'"),
         (
             {"merges": ["TIES", {"route": "Arrow", "fallback": "TIES"}]},

@@ -6,7 +6,6 @@ import time
 
 from rich.progress import Progress, TimeElapsedColumn
 
-# So that a config names the generated tasks by their class alone.
 from modular_experts.cli.format import duration_text, progress_by_tenths, share_text
 from modular_experts.data.tasks import Tasks
 from modular_experts.systems.compress.compress import Reduction
