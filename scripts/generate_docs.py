@@ -23,7 +23,7 @@ import yaml
 
 from modular_experts.__main__ import VERBS, main
 from modular_experts.methods import METHODS
-from modular_experts.methods.method import documentation
+from modular_experts.methods.method import PROMISES, documentation
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -57,7 +57,7 @@ def methods_page() -> str:
         parts.append("\n\n".join(lines).replace("\n\n- ", "\n- ").replace("**Settings**\n-", "**Settings**\n\n-"))
     head = (
         "# Merge methods\n\nA method makes one delta of the deltas that several experts have for one weight. "
-        "`d_i` is the delta of expert i. On the command line a method is `--method TIES`, and a setting "
+        f"`d_i` is the delta of expert i. {PROMISES} On the command line a method is `--method TIES`, and a setting "
         "`--method.keep 0.1`; `modular-experts methods TIES` prints what stands here. Which one to take is in "
         "[Choose a merge](../guides/choose-a-merge.md); how they compare, in "
         "[Which merge keeps most](../results/merging.md).\n\n| method | merged delta |\n|---|---|\n"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from modular_experts.cli.format import value_text
 from modular_experts.methods import FIRST, METHODS, MergeMethod
-from modular_experts.methods.method import documentation
+from modular_experts.methods.method import PROMISES, documentation
 from modular_experts.text import did_you_mean
 
 
@@ -63,7 +63,7 @@ def _list(groups: Mapping[str, Sequence[str]]) -> None:
 
 def _show(kind: type[MergeMethod]) -> None:
     about, settings = documentation(kind)
-    print(f"{about}\n\nSettings:")
+    print(f"{about}\n\n{textwrap.fill(PROMISES, 100)}\n\nSettings:")
     for setting, text in settings.items() or [("no settings", "")]:
         print(
             textwrap.fill(

@@ -161,9 +161,6 @@ class Dense(Delta):
     def T(self) -> Dense:  # noqa: N802
         return Dense(self.values.T.contiguous())
 
-    def __mul__(self, factor: float | Tensor) -> Dense:
-        return Dense(self.values * factor)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank(Delta):
@@ -320,17 +317,13 @@ class BlockSparse(Delta):
         return out.view(tall * height, -1)[: self.shape[0]].T.reshape(*x.shape[:-1], self.shape[0])
 
     def support(self) -> Tensor:
-        return self.as_sparse().indices
+        return self.by_entries().indices
 
     @property
     def units(self) -> tuple[Tile, Tensor]:
         return self.tile, self.blocks
 
     def by_entries(self) -> Sparse:
-        return self.as_sparse()
-
-    def as_sparse(self) -> Sparse:
-        """Return the same delta entry by entry; the support is the same."""
         return Sparse(*entries_in_order(self.blocks, self.values, self.shape), self.shape)
 
     @property

@@ -33,11 +33,7 @@ NATIVE_FROM = 2**16
 
 
 def check_backend(backend: str, shape: Sequence[int], tile: Tile) -> None:
-    """Refuse a backend that cannot serve these units.
-
-    Raises:
-        ValueError: No kernel of this name serves these units.
-    """
+    """Raise `ValueError` if no kernel of this name serves these units."""
     if backend != "auto" and backend not in _serving(shape, tile):
         known = backend in get_args(Backend)
         wrong = f"does not serve units of {tile[0]} x {tile[1]}" if known else "is not known"

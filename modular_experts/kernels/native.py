@@ -57,7 +57,8 @@ class NativeTiles(KeptGradient):
         assert tile[0] == tile[1] > 1, tile
         tall, wide = tile_grid(shape, tile)
         self.tiles = units.to(torch.int32, copy=True)
-        self.starts = _starts(units.long() // wide, tall)
+        # where each row of tiles begins in the sorted units, and where the last ends
+        self.starts = torch.searchsorted(units.long() // wide, torch.arange(tall + 1, device=units.device))
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         return torch.ops.modular_experts.kept_tiles(x, grad, self.tiles, self.starts, self.tile[0])
@@ -81,11 +82,6 @@ class NativeEntries(KeptGradient):
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         return torch.ops.modular_experts.kept_entries(x, grad, self.places, self.starts, self.order)
-
-
-def _starts(groups: Tensor, count: int) -> Tensor:
-    """Return where each of `count` groups begins in the sorted numbers of groups, and where the last ends."""
-    return torch.searchsorted(groups, torch.arange(count + 1, device=groups.device))
 
 
 # Operators of torch rather than plain functions, so that torch.compile calls them without tracing into them.

@@ -13,39 +13,18 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas.tiles import index_dtype, true_places
-from modular_experts.native.sparse_passes import exchanged_slots, find_at_least
+from modular_experts.native.sparse_passes import NAN, exchanged_slots, find_at_least
 
 _BINS = 2**16
 _SAMPLED = 61  # one score in 61 is in the sample; a prime, so that the columns of a weight take turns
 _CHUNK = 2**20  # scores converted at a time, so that no second copy of all is made
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Return the flat indices `(k,)`, sorted, of the k highest scores; ties go to the lowest index.
-
-    Raises:
-        ValueError: A score is NaN, which has no order.
-    """
-    return _top_k(scores.detach().reshape(-1), k)
-
-
 def top_k_outside(scores: Tensor, k: int, kept: Tensor) -> Tensor:
-    """Return the flat indices, sorted, of the k highest scores outside `kept`; ties go to the lowest index.
-
-    Scores of minus infinity do not count, so there may be fewer than k.
-
-    Args:
-        scores: A tensor of any shape.
-        k: How many to return.
-        kept: Flat indices, sorted, that are left out.
-
-    Raises:
-        ValueError: A score is NaN, which has no order.
-    """
-    flat = scores.detach().reshape(-1)
-    chosen = _top_k(flat, k, kept)
+    """Return `top_k` outside of `kept` without scores of minus infinity, so there may be fewer than k."""
+    chosen = top_k(scores, k, kept)
     # index_select reads by int32 as well, and is quicker than an index in brackets.
-    counts = flat.index_select(0, chosen) > -math.inf
+    counts = scores.detach().reshape(-1).index_select(0, chosen) > -math.inf
     return chosen if counts.all() else chosen[counts]
 
 
@@ -59,8 +38,18 @@ def ascending(units: Tensor) -> Tensor:
     return copy
 
 
-def _top_k(flat: Tensor, k: int, kept: Tensor | None = None) -> Tensor:
-    """Return the same of flat scores, from those at or above a bound below which most lie, as a sample shows."""
+def top_k(scores: Tensor, k: int, kept: Tensor | None = None) -> Tensor:
+    """Return the flat indices `(k,)`, sorted, of the k highest scores; ties go to the lowest index.
+
+    Args:
+        scores: A tensor of any shape.
+        k: How many to return.
+        kept: Flat indices, sorted, that are left out.
+
+    Raises:
+        ValueError: A score is NaN, which has no order.
+    """
+    flat = scores.detach().reshape(-1)
     every = flat.numel() - (0 if kept is None else kept.numel())
     if k <= 0 or k >= every:
         return find_at_least(flat, -math.inf, kept)[: max(k, 0)].clone()
@@ -126,15 +115,18 @@ class StreamingTopK:
             ValueError: A score is not a number.
         """
         flat = scores.reshape(-1)
-        _refuse_nan(flat)
+        if flat.isnan().any():
+            raise ValueError(NAN)
         counts = _histogram(flat)
         self._counts = counts if self._counts is None else self._counts + counts.to(self._counts.device)
-        self._candidates[name] = _at_least(flat, _lower_bound(self._counts, self.k))
+        bound, chunks = _lower_bound(self._counts, self.k), enumerate(flat.split(_CHUNK))
+        parts = [(chunk.to(torch.float32) >= bound).nonzero().view(-1) + n * _CHUNK for n, chunk in chunks]
+        places = torch.cat(parts).to(index_dtype(flat.shape))
+        self._candidates[name] = (places, flat[places])
         if self.held > self.limit:
-            bound = _lower_bound(self._counts, self.k)
-            for other, (places, held) in self._candidates.items():
+            for other, (those, held) in self._candidates.items():
                 stay = held.to(torch.float32) >= bound
-                self._candidates[other] = (places[stay], held[stay])
+                self._candidates[other] = (those[stay], held[stay])
 
     @property
     def held(self) -> int:
@@ -190,16 +182,3 @@ def _lower_bound(counts: Tensor, k: int) -> float:
     bound = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
     # The bin of minus infinity reaches into the bit patterns of NaN.
     return -math.inf if math.isnan(bound) else bound
-
-
-def _at_least(flat: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Return the ascending indices of the scores at or above a bound, and these scores."""
-    chunks = enumerate(flat.split(_CHUNK))
-    parts = [(chunk.to(torch.float32) >= bound).nonzero().view(-1) + n * _CHUNK for n, chunk in chunks]
-    places = torch.cat(parts).to(index_dtype(flat.shape))
-    return places, flat[places]
-
-
-def _refuse_nan(scores: Tensor) -> None:
-    if scores.isnan().any():
-        raise ValueError("a score is not a number (NaN): the loss or its gradient diverged before the mask was chosen")

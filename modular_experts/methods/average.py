@@ -51,7 +51,7 @@ class Average(Linear):
     """Average: `scale * sum_i w_i d_i / sum_i w_i`, with equal weights unless they are given.
 
     Linear, so every form is kept. At scale 1, the average of one expert is that expert, and so is the average of copies
-    of it. The order of the experts does not matter (the weights go with them).
+    of it.
 
     Args:
         weights: One weight per expert, in the order of the experts, divided by their sum; a weight may be negative.
@@ -81,7 +81,7 @@ class TaskArithmetic(Linear):
     """Task arithmetic: `scale * sum_i w_i d_i`, with weights of 1 unless they are given.
 
     Linear, so every form is kept. At scale 1 and without weights, one expert merges to itself; k copies of an expert
-    are k times it. The order of the experts does not matter (the weights go with them).
+    are k times it.
 
     Args:
         scale: Factor of the sum. 1 adds every expert at full strength, 0.3 to 0.5 are common for many experts, `1/N`
@@ -106,8 +106,8 @@ class TaskArithmetic(Linear):
 class SparseAverage(MergeMethod):
     """Overlap-aware average: `scale * sum_i d_i / F^exponent` per entry, over the F experts that move it.
 
-    Sparse experts merge to a sparse one. At scale 1, one expert merges to itself; k copies of an expert merge to
-    `k^(1 - exponent)` times it, at exponent 1 to itself. The order of the experts does not matter.
+    At scale 1, one expert merges to itself; k copies of an expert merge to `k^(1 - exponent)` times it, at exponent 1
+    to itself.
 
     Args:
         count: What F counts: `values` counts the experts whose delta at the entry is not zero (the paper), `supports`

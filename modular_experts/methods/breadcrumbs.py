@@ -91,9 +91,8 @@ class Breadcrumbs(MiddleEntries, PrunedSum):
     drops nothing of it, and `gamma: 0.01` the largest fifth. An expert that moves no more than `gamma` of a weight
     leaves it at the base.
 
-    Sparse experts merge to a sparse one. One expert merges to its masked self; k copies of an expert are k times that.
-    The order of the experts does not matter, an expert that moves nothing changes nothing, and scaled experts merge to
-    the scaled merge.
+    One expert merges to its masked self; k copies of an expert are k times that. An expert that moves nothing changes
+    nothing.
 
     Args:
         scope: `weight` drops both ends of each weight by itself, exactly. `global` drops them of the expert as a whole,

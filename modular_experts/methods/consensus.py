@@ -3,10 +3,6 @@
 Pruning is the first step of TIES, DARE, DELLA and Breadcrumbs, and each of them is defined with either second step: a
 subclass of `PrunedSum` or `PrunedElection` defines by `pruned` what stays of each expert. Implementations that share
 a method's name differ in the settings, which mean the same in all of these methods.
-
-A share of entries counts all entries of the weight, also those that a sparse expert does not keep: at `keep: 0.2` the
-largest 20 % of all entries include every entry of an expert at 5 %. Sparse experts merge to a sparse one that keeps
-what survives, tiles of one size to tiles, any other mix to a dense one.
 """
 
 from __future__ import annotations
@@ -58,7 +54,7 @@ class PruneFirst(MergeMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedSum(PruneFirst):
-    """Return `scale * sum_i w_i p_i` of the pruned experts, divided by the sum of the weights with `normalise`.
+    """Return `scale * sum_i w_i p_i` of the pruned experts.
 
     Args:
         normalise: Divide by the sum of the weights.

@@ -1,8 +1,5 @@
 """EMR makes one unified delta, and for each task a mask and a factor that bring it back to the task's own (Huang et
 al., "EMR-Merging", arXiv 2405.17461).
-
-The mask of a task keeps the entries where its own delta has the elected sign; the factor restores the mean magnitude.
-The merger writes the experts of the tasks beside the merged one.
 """
 
 from __future__ import annotations
@@ -28,8 +25,7 @@ class EMR(MergeMethod):
 
     An entry whose sum is exactly zero elects no sign and stays at the base. Sparse experts merge to a sparse one, and a
     task's expert keeps only what its mask does. One expert merges to itself, and so do copies of it, for their tasks
-    too. An expert that moves nothing changes nothing. The order of the experts does not matter. Scaled experts merge to
-    the scaled merge.
+    too. An expert that moves nothing changes nothing.
 
     Args:
         scale: Factor of the merged expert; a maximum of many experts is a long step.

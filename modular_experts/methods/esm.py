@@ -38,8 +38,7 @@ class ESM(MergeMethod):
 
     It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`; with `--labels experts` inputs
     suffice). A weight that is not the matrix of a linear layer gets the mean over all experts. One expert merges to its
-    directions made equally strong; at `power` 0 that is its `IsoC`. The order of the experts and factors of the Gram
-    matrices do not matter, and scaled experts merge to the scaled merge.
+    directions made equally strong; at `power` 0 that is its `IsoC`. Factors of the Gram matrices do not matter.
 
     Args:
         share: Share of a matrix's output directions that all experts together keep, in (0, 1].

@@ -26,9 +26,8 @@ class Fisher(MergeMethod):
     It needs `fisher` statistics of each expert (`modular-experts statistics --kind fisher`). An expert that does not
     move an entry still counts: if its loss depends on the entry, the entry stays near the base.
 
-    Sparse experts merge to a sparse one. At scale 1, one expert merges to itself, and so do copies of it. The order of
-    the experts does not matter. Scaled experts merge to the scaled merge, and a common factor of all Fisher
-    informations changes nothing.
+    At scale 1, one expert merges to itself, and so do copies of it. A common factor of all Fisher informations changes
+    nothing.
 
     Args:
         normalise: Divide each expert's Fisher information by its norm over all weights, so that all experts weigh the

@@ -39,8 +39,7 @@ class Karcher(MergeMethod):
     arcs lead to it.
 
     Linear but for the angles, so every form is kept. The cost grows with the square of the number of experts. At scale
-    1, one expert merges to itself, and so do copies of it. The order of the experts does not matter (the weights go
-    with them). Scaled experts merge to the scaled merge.
+    1, one expert merges to itself, and so do copies of it.
 
     Args:
         weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.

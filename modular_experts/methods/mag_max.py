@@ -1,7 +1,4 @@
-"""MagMax takes per entry the delta of the expert that moves it furthest (Marczak et al., "MagMax", arXiv 2407.06322).
-
-An entry keeps the strength that its winner gave it, however many experts there are.
-"""
+"""MagMax takes each entry from the expert that moves it furthest (Marczak et al., "MagMax", arXiv 2407.06322)."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ from modular_experts.methods.method import Context, MergeMethod
 class MagMax(MergeMethod):
     """MagMax: per entry, `scale * d_k`, where k is the expert with the largest `|d_k|` there.
 
-    Sparse experts merge to a sparse one. At scale 1, one expert merges to itself, and so do copies of it. Among equal
-    magnitudes the first expert wins, so the order of the experts matters only where the largest two are of opposite
-    sign. Scaled experts merge to the scaled merge if all have one factor.
+    At scale 1, one expert merges to itself, and so do copies of it. Among equal magnitudes the first expert wins, so
+    the order of the experts matters only where the largest two are of opposite sign. Scaled experts merge to the scaled
+    merge if all have one factor.
 
     Args:
         scale: Factor of the result. FusionBench takes 0.5.

@@ -20,6 +20,13 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.settings import Check, Checks, finite
 
+PROMISES = (
+    "Unless its text limits this, a method multiplies its result by `scale`, and by a common positive factor of the "
+    "experts; sparse experts merge to a sparse one; and the order of the experts does not matter, if their weights and "
+    "statistics go with them."
+)
+"""The promises of every method, which `check_merge_method` checks."""
+
 
 @dataclass(frozen=True, eq=False)
 class DataStatistic:
@@ -78,14 +85,9 @@ class Needs:
     def __add__(self, other: Needs) -> Needs:
         """Return the needs of two methods that hold their memory at the same time, one around the other."""
         assert not (self.statistics and other.statistics), (self, other)
-        return Needs(
-            self.statistics or other.statistics,
-            self.matrices + other.matrices,
-            self.matrices_per_expert + other.matrices_per_expert,
-            self.squares + other.squares,
-            self.copies + other.copies,
-            self.together or other.together,
-        )
+        held = ("matrices", "matrices_per_expert", "squares", "copies")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in held}
+        return Needs(self.statistics or other.statistics, together=self.together or other.together, **sums)
 
 
 class MergeMethod(ABC):
@@ -104,7 +106,11 @@ class MergeMethod(ABC):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        if "merge" in vars(cls) and not _takes_context(cls.merge):
+        if "merge" not in vars(cls):
+            return
+        parameters = inspect.signature(cls.merge).parameters.values()
+        positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+        if len(positional) <= 2 and not any(one.kind is one.VAR_POSITIONAL for one in parameters):
             cls.merge = _with_context(cls.merge)  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
@@ -162,12 +168,6 @@ class MergeMethod(ABC):
             elif isinstance(value, MergeMethod):
                 changed[setting.name] = value.for_others(expert, experts)
         return replace(self, **changed)  # type: ignore[type-var]
-
-
-def _takes_context(merge: Callable[..., Delta]) -> bool:
-    parameters = inspect.signature(merge).parameters.values()
-    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 2 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
 
 
 def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:

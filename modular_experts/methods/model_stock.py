@@ -37,8 +37,7 @@ class ModelStock(MergeMethod):
     they agree (c < 0, where mergekit steps backwards), t is 0 and the weight stays at the base. It is meant for experts
     of one task: deltas of different tasks are nearly orthogonal, so that they nearly vanish.
 
-    Linear but for t, so every form is kept. At scale 1, one expert merges to itself, and so do copies of it. The order
-    of the experts does not matter.
+    Linear but for t, so every form is kept. At scale 1, one expert merges to itself, and so do copies of it.
 
     Args:
         row_wise: Give each row `(in,)` of a weight `(out, in)` a cosine and a step of its own, as the paper's filters

@@ -35,8 +35,7 @@ class PCB(MergeMethod):
 
     The method makes all experts dense at once, in float64, and compares each pair, so it suits few experts or small
     weights. Sparse experts merge to a sparse one all the same. One expert merges to itself at its kept entries, and so
-    do copies of it. An expert that moves nothing changes nothing. The order of the experts does not matter. Scaled
-    experts merge to the scaled merge.
+    do copies of it. An expert that moves nothing changes nothing.
 
     Args:
         keep: Share of the weight's entries that are kept of each expert, in (0, 1]; rounded down to whole entries, but

@@ -52,10 +52,7 @@ def keep_largest(delta: Delta, share: float) -> Prune:
 
 
 def keep_band(delta: Delta, beta: float, gamma: float) -> Prune:
-    """Drop the share `gamma` of largest magnitude and the share `beta` of smallest, both of all entries of the weight.
-
-    `(1 - beta - gamma) * entries` entries stay, rounded down, but at least one.
-    """
+    """Drop the share `gamma` of largest magnitude and the share `beta` of smallest, counted as `Breadcrumbs` does."""
     size = delta.shape.numel()
     stay = kept_count(1 - beta - gamma, size)
     outliers = min(math.floor(gamma * size * (1 + 1e-12)), size - stay)
@@ -82,9 +79,8 @@ def _with_equal_l1(delta: Delta, prune: Prune) -> tuple[Delta, Prune]:
     it is nothing: a delta without entries would change the form of the result.
     """
     before = after = 0.0
-    whole = isinstance(delta, Sparse)
-    pieces = [Entries(delta.values, delta.indices, 0)] if isinstance(delta, Sparse) else None
-    for entries in pieces or (chunk.entries(0) for chunk in chunks_of([delta])):
+    whole = [Entries(delta.values, delta.indices, 0)] if isinstance(delta, Sparse) else []
+    for entries in whole or (chunk.entries(0) for chunk in chunks_of([delta])):
         left = prune(entries)
         before += torch.linalg.vector_norm(entries.values, 1, dtype=torch.float64).item()
         after += torch.linalg.vector_norm(left.values, 1, dtype=torch.float64).item()

@@ -23,9 +23,8 @@ from modular_experts.methods.settings import Checks, at_least
 class RAM(MergeMethod):
     """RAM: `scale * sum_i d_i / F` per entry, over the F experts with `|d_i| > epsilon` there.
 
-    Sparse experts merge to a sparse one. One expert merges to itself but for entries up to epsilon, and so do copies of
-    it. The order of the experts does not matter, and an expert that moves nothing changes nothing. At `epsilon: 0`,
-    scaled experts merge to the scaled merge.
+    One expert merges to itself but for entries up to epsilon, and so do copies of it. An expert that moves nothing
+    changes nothing. At `epsilon: 0`, scaled experts merge to the scaled merge.
 
     Args:
         epsilon: Magnitude up to which an entry counts as not moved and is dropped, at least 0. mergekit takes 1e-5.

@@ -69,12 +69,7 @@ def drop_at_random(keep: float, key: int, rescale: str) -> Prune:
 
 
 def drop_by_rank(delta: Delta, keep: float, epsilon: float, key: int, rescale: str) -> Prune:
-    """Keep each entry with a probability that rises with the rank of its magnitude in its row.
-
-    The entry of rank r, 0 for the smallest, stays with probability `keep - epsilon + 2 epsilon r / (width - 1)`, and
-    one that is alone in its row with `keep`. Entries that a sparse expert does not keep rank lowest. With `rescale:
-    probability`, an entry that stays is divided by its probability.
-    """
+    """Keep each entry with a probability that rises with the rank of its magnitude in its row, as `DELLA` describes."""
     width = delta.shape[-1] if delta.shape else 1
     if keep == 1 or width < 2:
         return drop_at_random(keep, key, rescale)
@@ -197,10 +192,9 @@ _ELECTION = {"scale": 1.0, "rescale": "probability", "vote": "sum", "divisor": "
 class DARE(RandomDrops, PrunedSum):
     """DARE: `scale * sum_i w_i r_i d_i`, where `r_i` drops each entry with probability `1 - keep` and makes up for it.
 
-    Linear in expectation: over many seeds the mean is the weighted sum. Sparse experts merge to a sparse one. At
-    `keep: 1` it is task arithmetic, exactly. The order of the experts matters, because each place in it has random
-    numbers of its own; an expert that moves nothing at the end of the list changes nothing; scaled experts merge to
-    the scaled merge.
+    Linear in expectation: over many seeds the mean is the weighted sum. At `keep: 1` it is task arithmetic, exactly.
+    The order of the experts matters, because each place in it has random numbers of its own; an expert that moves
+    nothing at the end of the list changes nothing; scaled experts merge to the scaled merge.
     """
 
     preset: Literal["paper", "mergekit", "peft", "fusion_bench"] | None = None
@@ -218,8 +212,7 @@ class DARETIES(RandomDrops, PrunedElection):
     """DARE with an election of signs: entries are dropped as in DARE, and per entry what carries the elected sign is
     averaged as in TIES.
 
-    Sparse experts merge to a sparse one. The order of the experts matters, because each place in it has random numbers
-    of its own. At `keep: 1` it is TIES without pruning.
+    At `keep: 1` it is TIES without pruning. The order of the experts matters as in `DARE`.
     """
 
     preset: Literal["mergekit", "peft"] | None = None
@@ -239,8 +232,7 @@ class DELLA(RankedDrops, PrunedElection):
 
     Within a row of the weight, the entry of rank r (0 for the smallest magnitude) stays with probability
     `keep - epsilon + 2 epsilon r / (width - 1)`; a row of one entry with `keep`. The entries that a sparse expert does
-    not keep rank lowest. Sparse experts merge to a sparse one. The order of the experts matters, because each place in
-    it has random numbers of its own.
+    not keep rank lowest. The order of the experts matters as in `DARE`.
     """
 
     preset: Literal["paper", "mergekit"] | None = None
@@ -251,8 +243,8 @@ class DELLA(RankedDrops, PrunedElection):
 class DELLALinear(RankedDrops, PrunedSum):
     """DELLA without an election: entries are dropped at random, the smaller the more often, and the rest is summed.
 
-    The probabilities are as in `DELLA`. Linear in expectation with `rescale: probability`. Sparse experts merge to a
-    sparse one. The order of the experts matters, because each place in it has random numbers of its own.
+    The probabilities are as in `DELLA`. Linear in expectation with `rescale: probability`. The order of the experts
+    matters as in `DARE`.
     """
 
     preset: Literal["mergekit"] | None = None

@@ -38,8 +38,8 @@ class RegMean(MergeMethod):
     the weight still counts, through its data.
 
     Low-rank experts merge to a low-rank one, sparse experts to a dense one. At scale 1, one expert merges to itself,
-    and so do copies of it; experts with equal Gram matrices merge to their average. The order of the experts does not
-    matter. Scaled experts merge to the scaled merge, and a common factor of all Gram matrices changes nothing.
+    and so do copies of it; experts with equal Gram matrices merge to their average. A common factor of all Gram
+    matrices changes nothing.
 
     Args:
         reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1]. The paper's 0.9 keeps the solution from
@@ -128,7 +128,6 @@ class RegMeanPlusPlus(RegMean):
     (`modular-experts statistics --experts a b --kind merged_gram`), and merges exactly those experts. For given Gram
     matrices it has all properties of RegMean. The statistics are taken with the default `reduce` and scale 1; other
     settings are solved with these same matrices.
-
     """
 
     needs = Needs(statistics="merged_gram", together=True, matrices=4.0, squares=6.0)
@@ -141,9 +140,8 @@ class SelfRegMean(MergeMethod):
 
     As far as the directions of the tasks differ, d maps the inputs of each task to the same outputs as the task's own
     expert. A weight that is not a matrix gets c. The result is dense. One expert merges to itself, and so do copies of
-    it; an expert that moves nothing changes nothing, and the order of the experts does not matter. Scaled experts merge
-    to the scaled merge. The method is meant for experts that were trained on the whole input of a layer
-    (sparse, tiles, full); the rows of a LoRA's delta lie where its random start put them.
+    it; an expert that moves nothing changes nothing. The method is meant for experts that were trained on the whole
+    input of a layer (sparse, tiles, full); the rows of a LoRA's delta lie where its random start put them.
 
     With `flatten` q above 0, `d = U S V^T` becomes `U S^(1-q) V^T` of d's norm: weak directions of a matrix gain on
     strong ones, and one expert merges to its flattened self.

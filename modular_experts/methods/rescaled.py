@@ -74,7 +74,6 @@ class Rescaled(Wrapper):
     scaled experts, experts that move nothing and the form of the result are as with `inner`, and a scale of `inner`
     changes nothing but by its sign. If a method gives each task an expert of its own, as `EMR` does, only the
     merged expert is rescaled.
-
     """
 
     inner: MergeMethod = field(default_factory=TSVMerge)

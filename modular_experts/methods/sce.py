@@ -30,10 +30,9 @@ class SCE(MergeMethod):
     """SCE: `scale * sum_i a_i c_i d_i / sum_i a_i c_i` on the entries of largest variance between the experts.
 
     `c_i` is expert i's share of the sum of squares over the selected entries of the weight, and `a_i` is 1 where `d_i`
-    has the sign of `sum_j d_j`, else 0. Sparse experts merge to a sparse one. The order of the experts does not
-    matter. With `keep: 1`, one expert merges to itself, and so do copies of it (below 1 nothing of them is selected, as
-    they do not differ); scaled experts merge to the scaled merge, but for `floor`. An expert that moves nothing changes
-    what is selected, and nothing else.
+    has the sign of `sum_j d_j`, else 0. With `keep: 1`, one expert merges to itself, and so do copies of it (below 1
+    nothing of them is selected, as they do not differ); scaled experts merge to the scaled merge, but for `floor`. An
+    expert that moves nothing changes what is selected, and nothing else.
 
     Args:
         keep: Share of the entries with a variance other than zero that are selected, in [0, 1], rounded down, ties from

@@ -23,8 +23,7 @@ class Intersection(MergeMethod):
     """Intersection: `scale` times the mean of the deltas at the entries that all experts keep, or enough of them.
 
     Sparse experts merge to a sparse one; a dense or low-rank expert keeps every entry, and one that does not move the
-    weight keeps nothing of it. One expert merges to itself, and so do copies of it. The order of the experts does not
-    matter, and scaled experts merge to the scaled merge.
+    weight keeps nothing of it. One expert merges to itself, and so do copies of it.
 
     Args:
         agreement: How many experts must keep an entry, at least 1; all of them if not given.
@@ -50,8 +49,8 @@ class Intersection(MergeMethod):
 class Difference(MergeMethod):
     """Difference: `scale` times the first expert's delta at the entries that no other expert keeps.
 
-    Sparse experts merge to a sparse one. One expert merges to itself, and copies of it to nothing. The order of all but
-    the first does not matter, and an expert that moves nothing changes nothing unless it is the first.
+    One expert merges to itself, and copies of it to nothing. The order of all but the first does not matter, and an
+    expert that moves nothing changes nothing unless it is the first.
     """
 
     scale: float = 1.0

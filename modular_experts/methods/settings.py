@@ -16,7 +16,6 @@ Presets = Mapping[str | None, Mapping[str, Any]]
 Check = Callable[[object, str, Any], None]
 """Refuses a bad value of a setting: it gets the method, the name of the setting, and the value."""
 
-
 Checks = dict[str, Check]
 """The checks of a method's settings by their names, such as `Checks(scale=finite)`."""
 

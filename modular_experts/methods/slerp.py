@@ -46,7 +46,6 @@ class SLERP(MergeMethod):
     `(1 - t) d_1 + t d_2`. Opposite deltas of one length cancel at t = 0.5.
 
     Linear but for the angle, so every form is kept. At scale 1, one expert merges to itself, and so do copies of it.
-    Scaled experts merge to the scaled merge.
 
     Args:
         t: How far to go from the first expert, at 0, to the second, at 1.
@@ -100,7 +99,7 @@ class NuSLERP(MergeMethod):
     change places with their weights; of more, the order matters a little, as arcs do not commute.
 
     Zero, equal and opposite directions are as in `SLERP`, and so are the forms. At scale 1, one expert merges to
-    itself, and so do copies of it. Scaled experts merge to the scaled merge.
+    itself, and so do copies of it.
 
     Args:
         weights: One weight per expert, each at least 0 (with the preset, any number), divided by their sum. Default:
@@ -157,8 +156,7 @@ class MultiSLERP(MergeMethod):
     two opposite ones; mergekit refuses it with more than two), the result is the weighted average of the deltas.
 
     Linear but for the lengths, so every form is kept and none is made dense. At scale 1, one expert merges to itself,
-    and so do copies of it. The order of the experts does not matter (the weights go with them). Scaled experts merge to
-    the scaled merge.
+    and so do copies of it.
 
     Args:
         weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.

@@ -35,8 +35,7 @@ class SVDAverage(MergeMethod):
     The mean is over all experts, also those that do not move the weight.
 
     At scale 1, one expert merges to its truncated self, which is the expert itself if its rank is at most `rank`, and
-    so do copies of it. The order of the experts does not matter. Scaled experts merge to the scaled merge. The result
-    is low-rank, of at most N times `rank`, where that is smaller, and else dense.
+    so do copies of it. The result is low-rank, of at most N times `rank`, where that is smaller, and else dense.
 
     Args:
         rank: Number of directions that each expert keeps, at least 1.
@@ -64,9 +63,8 @@ class TSVMerge(MergeMethod):
     in)` has `min(out, in)` singular values; each of the N experts that move it keeps the same whole number of them, at
     least one.
 
-    One expert merges to itself, and so do copies of an expert whose rank is at most its share; a higher rank
-    keeps its largest directions. The order of the experts does not matter. Scaled experts merge to the scaled merge.
-    An expert that does not move a matrix changes nothing there.
+    One expert merges to itself, and so do copies of an expert whose rank is at most its share; a higher rank keeps its
+    largest directions. An expert that does not move a matrix changes nothing there.
 
     Args:
         share: Share of a matrix's singular values that all experts together keep, in (0, 1].
@@ -96,8 +94,8 @@ class IsoC(MergeMethod):
     The paper flattens the *sum*, so the result can be N times as long as the average. Directions in which the sum does
     not move are arbitrary; they are left out, also of the mean of S, so a sum of low rank keeps its rank.
 
-    One expert merges to its own flattened self, and N copies of it to N times that. The order of the experts does not
-    matter. Scaled experts merge to the scaled merge. An expert that does not move a matrix changes nothing there.
+    One expert merges to its own flattened self, and N copies of it to N times that. An expert that does not move a
+    matrix changes nothing there.
     """
 
     needs = Needs(matrices=7.0)

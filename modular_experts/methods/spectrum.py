@@ -3,10 +3,6 @@
 A low-rank delta is decomposed through its factors; every other form becomes dense first. The arithmetic is float64: the
 decompositions take nearly all of the time in either precision, and rounding spoils small singular values first. A
 direction whose singular value is noise is left out, because its vectors are arbitrary.
-
-What the methods of directions (`TSVMerge`, `IsoC`, `IsoCTS`, `KnOTS`, `SVDAverage`, `WUDI`) have in common: they hold
-all experts' matrices of one weight at once; low-rank experts stay in factors where these are smaller than the matrix,
-and sparse experts give a dense result (`as_delta`); a weight that is not a matrix gets the mean over all experts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """TALL masks and consensus merging find which entries of a sum matter to which expert (Wang et al., "Localizing Task
 Information for Improved Model Merging and Compression", arXiv 2405.07813).
-
-The mask of an expert is true where its own delta is large beside the sum of the others. Consensus merging keeps the
-entries of the sum that matter to several experts; TALL masks give each task the entries that matter to it.
 """
 
 from __future__ import annotations
@@ -24,10 +21,8 @@ class ConsensusTA(MergeMethod):
     """Consensus task arithmetic: `scale * sum_i d_i` where at least `agreement` experts have `|d_i| >= threshold *
     |sum_j d_j - d_i|`; elsewhere the base.
 
-    Entries that matter to one expert alone (selfish) or to no expert (catastrophic) are dropped. Sparse experts merge
-    to a sparse one. The order of the experts does not matter, an expert that moves nothing changes nothing, and scaled
-    experts merge to the scaled merge. One expert alone is dropped unless `agreement` is 1; two copies merge to their
-    sum.
+    Entries that matter to one expert alone (selfish) or to no expert (catastrophic) are dropped. An expert that moves
+    nothing changes nothing. One expert alone is dropped unless `agreement` is 1; two copies merge to their sum.
 
     Args:
         threshold: How large an expert's delta must be beside the sum of all others, at least 0. The paper searches 0.2

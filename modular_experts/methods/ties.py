@@ -50,7 +50,7 @@ class LargestEntries(PruneFirst):
 
     Args:
         keep: Share of the entries that stay of each expert, in (0, 1], or one per expert; rounded down, but at least
-            one entry, and counted of all entries of the weight.
+            one entry, and counted of all entries of the weight: at 0.2, every entry of an expert at 5 % stays.
     """
 
     checks = Checks(keep=within("(0, 1]", "is the share of entries kept"))
@@ -68,10 +68,9 @@ class TIES(LargestEntries, PrunedElection):
     """TIES: keep each expert's largest entries, elect a sign per entry, and average what has that sign.
 
     `d_i` is pruned to its largest entries; the elected sign is the sign of `sum_i d_i`; the result is `scale` times the
-    mean of the `d_i` that are not zero and carry the elected sign. Sparse experts merge to a sparse one. Without a
-    preset, one expert merges to its pruned self, copies of it too, and an expert that moves nothing changes nothing.
-    The order of the experts does not matter (the weights go with them). Scaled experts merge to the scaled merge where
-    the factor is positive, and for `zero: none` also where it is negative.
+    mean of the `d_i` that are not zero and carry the elected sign. Without a preset, one expert merges to its pruned
+    self, copies of it too, and an expert that moves nothing changes nothing. Scaled experts merge to the scaled merge
+    where the factor is positive, and for `zero: none` also where it is negative.
 
     Args:
         zero: Sign where the votes cancel: `none` (stay at the base), `positive`, the sign of most entries of the
@@ -115,9 +114,8 @@ class TIES(LargestEntries, PrunedElection):
 class MagnitudePrune(LargestEntries, PrunedSum):
     """Magnitude pruning: `scale * sum_i w_i m_i d_i`, where the mask `m_i` keeps the entries of largest magnitude.
 
-    Sparse experts merge to a sparse one. One expert merges to its pruned self; k copies of an expert are k times that.
-    The order of the experts does not matter, an expert that moves nothing changes nothing, and scaled experts merge to
-    the scaled merge.
+    One expert merges to its pruned self; k copies of an expert are k times that. An expert that moves nothing changes
+    nothing.
     """
 
     keep: Shares = 0.2

@@ -46,8 +46,8 @@ class WUDI(MergeMethod):
 
     A weight that is not a matrix gets the mean over all experts, as in the paper's code. With `exact`, one expert
     merges to itself, copies of it too, and scaled experts merge to the scaled merge; with `adam`, one expert merges to
-    itself up to a few times the learning rate, and a common factor changes how far Adam gets. The order of the experts
-    does not matter. The result is dense, or with `exact` low-rank for low-rank experts where that is smaller.
+    itself up to a few times the learning rate, and a common factor changes how far Adam gets. The result is dense, or
+    with `exact` low-rank for low-rank experts where that is smaller.
 
     Args:
         preset: Fills the settings that are not given: `vit` (the default) and `roberta` are the paper's two programs,

@@ -24,6 +24,8 @@ from modular_experts.native.build import load
 LEAST = 2**12
 """Least number of entries for which the code is compiled and called; for fewer it would gain little."""
 
+NAN = "a score is not a number (NaN): the loss or its gradient diverged before the mask was chosen"
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -166,7 +168,7 @@ def pack_entries(total: Tensor, kept: Tensor, start: int, places: Tensor, values
 
 
 def spread_tiles(delta: BlockSparse) -> Sparse:
-    """Return a delta of tiles entry by entry, as `BlockSparse.as_sparse` does."""
+    """Return a delta of tiles entry by entry, as `BlockSparse.by_entries` does."""
     blocks, tiles, shape = delta.blocks, delta.values, delta.shape
     passes = serving(tiles.numel(), [blocks, tiles], [torch.int32, torch.float32])
     if passes is None or math.prod(shape) >= 2**31:
@@ -202,9 +204,13 @@ def add_rounded(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Added:
     """
     if dtype == weight.dtype == torch.bfloat16 and isinstance(delta, Sparse | BlockSparse):
         sparse = spread_tiles(delta) if isinstance(delta, BlockSparse) else delta
-        found = _add_entries(weight, sparse.indices, sparse.values)
-        if found is not None:
-            return found
+        places, values, dtypes = sparse.indices, sparse.values, [dtype, torch.int32, torch.float32]
+        passes = serving(places.numel(), [weight, places, values], dtypes)
+        if passes is not None and places.shape == values.shape:
+            total, counts, squares = weight.clone(), (ctypes.c_int64 * 2)(), (ctypes.c_double * 2)()
+            inputs = [places.data_ptr(), values.data_ptr(), places.numel(), total.numel(), total.data_ptr()]
+            _check(passes.add_rounded(*inputs, counts, squares))
+            return Added(total, *counts, *squares)
     wide = torch.promote_types(weight.dtype, torch.float32)
     exact = delta.add_to(weight.to(wide, copy=True))
     rounded = exact.to(dtype)
@@ -215,16 +221,6 @@ def add_rounded(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Added:
     changed = int(np.count_nonzero(unequal(rounded, weight.to(dtype))))
     lost = 0.0 if dtype == wide else rounded.to(wide).sub_(exact).norm().item() ** 2
     return Added(rounded, moved, changed, lost, norm)
-
-
-def _add_entries(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
-    passes = serving(places.numel(), [weight, places, values], [torch.bfloat16, torch.int32, torch.float32])
-    if passes is None or places.shape != values.shape:
-        return None
-    weight, counts, squares = weight.clone(), (ctypes.c_int64 * 2)(), (ctypes.c_double * 2)()
-    inputs = [places.data_ptr(), values.data_ptr(), places.numel(), weight.numel(), weight.data_ptr()]
-    _check(passes.add_rounded(*inputs, counts, squares))
-    return Added(weight, *counts, *squares)
 
 
 def unequal(one: Tensor, other: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -260,7 +256,7 @@ def find_at_least(scores: Tensor, bound: float, kept: Tensor | None = None) -> T
     if kept is not None:
         wrong[kept.long()] = high[kept.long()] = False
     if wrong.any():
-        raise ValueError("a score is not a number (NaN): the loss or its gradient diverged before the mask was chosen")
+        raise ValueError(NAN)
     return true_places(high).to(torch.int32 if scores.numel() < 2**31 else torch.int64)
 
 

@@ -54,7 +54,7 @@ def test_seed_weight_and_place_change_what_is_dropped(kind):
 @given(st.integers(1, 9), st.integers(1, 9), seeds)
 def test_form_of_the_delta_does_not_matter(kind, height, width, seed):
     tiles = random_delta("BlockSparse", (height, width), seed)
-    same = [tiles, tiles.as_sparse(), Dense(tiles.dense())]
+    same = [tiles, tiles.by_entries(), Dense(tiles.dense())]
     first, *others = [kind(keep=0.5, seed=seed).merge([delta, delta]).dense() for delta in same]
     for other in others:
         assert torch.equal(first, other)

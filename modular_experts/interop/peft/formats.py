@@ -231,7 +231,7 @@ def _pairs(expert: Mapping[str, Delta], names: Iterable[str]) -> Iterator[tuple[
 def _as_sparse(name: str, delta: Delta) -> Sparse:
     """Return a delta by its entries; a merge may have made it dense in form while few entries move."""
     if isinstance(delta, BlockSparse):
-        delta = delta.as_sparse()
+        delta = delta.by_entries()
     elif isinstance(delta, Dense):
         delta = Lossless().compress(delta.values)
     if not isinstance(delta, Sparse):
