@@ -137,7 +137,6 @@ def _target(model: nn.Module, layers: Mapping[str, Any], name: str) -> Tensor:
 
 
 def _in_place(layers: Mapping[str, Any], name: str) -> InPlaceExpert | None:
-    """Return the expert of a weight if it writes into the weight."""
     expert = layers[name].expert if name in layers else None
     return expert if isinstance(expert, InPlaceExpert) else None
 

@@ -2,14 +2,13 @@
 
 Start with `compare.py`: `evaluate` measures a base with several experts in one call, by `measure` of `measure.py`.
 `report.py` writes its page, `scores.py` has the metrics and takes a user's own; `likelihood.py` and `generation.py` run
-the model, and `answers.py` makes labels of its answers.
+the model.
 """
 
 from __future__ import annotations
 
-from modular_experts.evaluation.answers import agreement, answered
 from modular_experts.evaluation.compare import evaluate
-from modular_experts.evaluation.generation import answer_text, generate, generate_tokens
+from modular_experts.evaluation.generation import agreement, answer_text, answered, generate, generate_tokens
 from modular_experts.evaluation.likelihood import (
     answer_logits,
     batch_losses,

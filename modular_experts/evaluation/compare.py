@@ -255,7 +255,6 @@ def facts_of(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, An
 
 
 def _named(experts: Any) -> Mapping[str, Any]:
-    """Return the mixes by name; the name of one mix alone is empty."""
     one_mix = isinstance(experts, TaskVector) or (
         isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
     )
@@ -267,7 +266,6 @@ def _name(expert: Mapping[str, Delta]) -> str:
 
 
 def _checkpoint(mix: Any) -> Base | None:
-    """Return the checkpoint that stands in the place of a mix of experts, if one does."""
     one = mix[0] if isinstance(mix, list | tuple) and len(mix) == 1 else mix
     if isinstance(one, str | Path) and Path(one, "config.json").is_file():
         return Base.open(one)
@@ -275,7 +273,6 @@ def _checkpoint(mix: Any) -> Base | None:
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    """Return a hash of all that a measurement reads of its rows: tokens, choices and targets."""
     found = hashlib.sha256()
     for example in examples:
         found.update(json.dumps([example.task, example.target, example.correct]).encode())

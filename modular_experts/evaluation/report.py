@@ -46,7 +46,6 @@ def every_task(results: Results) -> Table:
 
 
 def _leader(results: Results, metric: str, role: str) -> str:
-    """State which model is best on the tasks of a role, with its score and the first model's."""
     values = {model: results.mean(metric, model=model, role=role) for model in results.values("model")}
     best = (min if metric == "loss" else max)(values, key=lambda model: values[model] or 0.0)
     first, unit = next(iter(values)), " %" * (metric in SHARES)
@@ -58,14 +57,12 @@ def _leader(results: Results, metric: str, role: str) -> str:
 
 
 def _are_best(top: list[str], models: Collection[str]) -> str:
-    """State which models are best; several may have the same score."""
     if len(top) == len(models):
         return "All models are level"
     return f"{listed(top)} {'are' if len(top) > 1 else 'is'} best"
 
 
 def _spread(results: Results, metric: str) -> str:
-    """State on how many tasks each model is best."""
     wins: dict[str, int] = dict.fromkeys(results.values("model"), 0)
     for task in results.values("task"):
         values = {model: results.mean(metric, task=task, model=model) for model in wins}

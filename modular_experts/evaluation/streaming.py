@@ -96,7 +96,6 @@ def generate(
 
 
 def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[torch.Tensor, list[int]]:
-    """Return the tokens of a prompt `(1, tokens)`, as a message of the user if `chat`, and those that end an answer."""
     stops: list[Any] = [tokenizer.eos_token_id]
     if chat:
         stops = list(dict.fromkeys([*stops, ConversationTokenizer(tokenizer, max_length=0).end]))

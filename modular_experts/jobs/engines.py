@@ -83,7 +83,6 @@ class Where(Options):
 
 
 def _executor_class(path: str) -> type[Executor]:
-    """Return the user's class of a dotted path."""
     module, _, name = path.rpartition(".")
     if not module:
         raise ValueError(

@@ -120,10 +120,10 @@ def start_process(devices: SimpleQueue[str] | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     logging.disable(logging.WARNING)  # a level of Lightning's logger would last until Lightning is imported
     warnings.filterwarnings("ignore")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
+    def end_with_parent() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)  # SIGTERM would not do: Lightning catches it while it trains, and the process would stay
 
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)  # SIGTERM would not do: Lightning catches it while it trains, and the process would stay
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -76,11 +76,9 @@ def settle(future: Future, outcome: tuple[bool, Any]) -> None:
 
 
 def settled_by(inner: Future, explain: Callable[[BaseException], BaseException]) -> Future:
-    """Return a future that settles with the `Call` of another one, and cancels that one if it is cancelled itself.
+    """Return a future that settles with the `Call` of a library's own one, and cancels that one if it is cancelled.
 
-    Args:
-        inner: The future of a cluster's own library; its result is the return value of a `Call`.
-        explain: Returns the error to report for one of the library.
+    `explain` returns the error to report for one of the library.
     """
     outer: Future = Future()
 
@@ -114,7 +112,6 @@ def needed(module: str, extra: str) -> ModuleType:
 
 
 def _picklable(error: Exception) -> Exception:
-    """Return an error, or one with its words if it cannot travel."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

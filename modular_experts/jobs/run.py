@@ -115,7 +115,11 @@ class _Left:
                 if key not in self.place:
                     raise ValueError(f"{piece} needs {key_text(key)}, which is not among the pieces; add it")
                 self.after.setdefault(key, []).append(piece)
-        _check_order(pieces)
+        try:
+            TopologicalSorter({piece.key: piece.needs for piece in pieces}).prepare()
+        except CycleError as error:
+            circle = " needs ".join(key_text(key) for key in reversed(error.args[1]))
+            raise ValueError(f"pieces wait for each other: {circle}; take one of these needs out") from None
         self.ready = [self.place[key] for key, keys in self.blockers.items() if not keys]
         heapify(self.ready)
 
@@ -143,15 +147,6 @@ class _Left:
                     dropped.append(later)
                     look.append(later)
         return dropped
-
-
-def _check_order(pieces: Sequence[Piece]) -> None:
-    """Refuse pieces that wait for each other in a circle."""
-    try:
-        TopologicalSorter({piece.key: piece.needs for piece in pieces}).prepare()
-    except CycleError as error:
-        circle = " needs ".join(key_text(key) for key in reversed(error.args[1]))
-        raise ValueError(f"pieces wait for each other: {circle}; take one of these needs out") from None
 
 
 def print_progress() -> JobProgress:

@@ -121,7 +121,11 @@ class SlurmJobs(Executor):
 
     def _settle(self) -> None:
         """Finish the futures of jobs that wrote a result; fail the futures of jobs that left the queue without one."""
-        before, self._queued = self._queued, self._look()
+        # The user's jobs in the queue, each job of an array apart; all of ours if SLURM does not answer.
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        ours = {job.job_id for job in self._jobs.values()}
+        before, self._queued = self._queued, ours if found.returncode else set(found.stdout.split())
         # The folder comes after the queue: a job that has left the queue has written its result before. A change of the
         # folder's mode makes a network file system read it anew.
         with suppress(OSError):
@@ -139,12 +143,6 @@ class SlurmJobs(Executor):
             del self._jobs[future]
             if future.set_running_or_notify_cancel():
                 settle(future, outcome)
-
-    def _look(self) -> set[str]:
-        """Return the user's jobs in the queue, each job of an array apart; all of ours if SLURM does not answer."""
-        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-        found = subprocess.run(command, capture_output=True, text=True)
-        return {job.job_id for job in self._jobs.values()} if found.returncode else set(found.stdout.split())
 
 
 class _Job(Call):

@@ -80,12 +80,10 @@ def _no_gpu() -> Iterator[None]:
 
 
 def _seconds(counts: Mapping[Key, int]) -> float:
-    """Return the seconds of pieces, whose numbers are given by stage and kind."""
     return sum(count * PIECE_SECONDS[str(stage)] for (stage, _), count in counts.items())
 
 
 def _check_plan(plan: Plan, base: Path) -> None:
-    """Raise ValueError if a base is there that another plan, or an older version, has trained."""
     if not base.exists():
         return
     try:

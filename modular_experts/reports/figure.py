@@ -88,7 +88,7 @@ def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark:
     Args:
         title: What they show.
         key: What the marks mean.
-        panels: The panels, all with the same rows.
+        panels: All have the same rows.
         wide: Whether the panels stand beside each other, for more than 800 pixels, or below each other, as on a phone.
         dark: Set the colours of a dark or of a light page; None leaves them to the page.
     """

@@ -32,13 +32,8 @@ def write_page(
 ) -> None:
     """Write a page that needs no other file, whole or not at all.
 
-    Args:
-        file: Where to write.
-        results: Its numbers, which it holds as downloads, and in their facts the date, the machine and the versions.
-        title: Its title.
-        sections: Its sections.
-        about: What the foot tells beside machine and versions, by name.
-        lede: What stands between the title and the sections.
+    The page holds the results as downloads. Their facts give the date, the machine and the versions, beside which the
+    foot tells `about` by name. `lede` stands between the title and the sections.
     """
     facts = results.facts
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

@@ -232,7 +232,6 @@ def _column(metric: str, compared: bool) -> Column:
 
 
 def _tested(rows: Results) -> int:
-    """Count the rows that were tested, each task's once."""
     return sum(rows.where(task=task).rows[0].get("rows") or 0 for task in rows.values("task"))
 
 
@@ -241,7 +240,6 @@ def _loss(value: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value in the types of JSON."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

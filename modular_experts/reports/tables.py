@@ -88,7 +88,6 @@ class Table:
         return element("div", element("table", element("thead", *head), *bodies), class_="scroll", tabindex="0")
 
     def _cells(self, line: Line) -> list[Cell]:
-        """Return the column, the value and the text of each cell of a line."""
         values = [(column, column.of(line.rows)) for column in self.columns]
         return [(column, value, "" if value is None else column.show(value)) for column, value in values]
 
@@ -121,13 +120,7 @@ def heat_map(
     """Return a heat map: a table of one number a cell, in a box that scrolls where the page is narrow.
 
     A tint, which also reads in grey, grows evenly from the worst value of the table, which has none, to the best one.
-
-    Args:
-        rows: Names of the rows.
-        columns: Names of the columns.
-        values: The value of each row and column; one that is missing, None or not finite leaves its cell without tint.
-        show: Returns the text of a value.
-        low_is_best: Whether the lowest value is the best.
+    A value that is missing, None or not finite leaves its cell without tint.
     """
     known = [value for value in values.values() if value is not None and math.isfinite(value)]
     low, high = min(known, default=0.0), max(known, default=0.0)

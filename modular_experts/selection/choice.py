@@ -122,7 +122,6 @@ class SupportSettings:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed what a score may draw from on this device, or on the CPU."""
     if device.type == "cpu":
         # torch.manual_seed notes the whole stack for each kind of device, which took a tenth of a choice's time.
         torch.default_generator.manual_seed(seed)

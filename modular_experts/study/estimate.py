@@ -36,13 +36,7 @@ def measured_left(
 
     The base stands for every model in a test, although its answers go on to the limit and an expert's end earlier. The
     estimate for a merge counts its tests, the one for a tuning its losses; the time of merging is left out. Statistics
-    and searches have no estimate.
-
-    Args:
-        study: What to do.
-        state: What is done of it.
-        executor: Where to measure; by default a process with one thread.
-        show: Called before each measurement.
+    and searches have no estimate. By default a process with one thread is the `executor`.
     """
     if executor is None:
         with LocalProcesses(1) as own:
@@ -84,7 +78,6 @@ def _arguments(piece: Piece) -> Mapping[str, Any]:
 
 
 def _training(piece: Piece) -> dict[str, float]:
-    """Return the seconds and the memory of a training, and the bytes of its expert on disk."""
     given = _arguments(piece)
     settings = training_settings(given["study"], given["out"], given["configs"], given["tasks"], given["seed"])
     found = estimate_fit(**read_run(settings).make())

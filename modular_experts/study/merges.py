@@ -12,7 +12,7 @@ from modular_experts.methods.method import Needs
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.settings.read import make
-from modular_experts.study.grids import each_method
+from modular_experts.study.short_forms import each_method
 from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch
 from modular_experts.tuning.objective import Labels
@@ -106,7 +106,6 @@ def read_entries(merges: Iterable[Any], kinds: Mapping[str, Sequence[str]]) -> d
 
 
 def _read_entry(entry: Any, before: Mapping[str, Entry], kinds: Mapping[str, Sequence[str]]) -> Entry:
-    """Return an entry of `merges`; `before` are the entries before it, by name."""
     given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
     every = sorted({*WAYS, *(setting for _, settings in WAYS.values() for setting in settings)})
     for key in given:
@@ -133,7 +132,6 @@ def _read_entry(entry: Any, before: Mapping[str, Entry], kinds: Mapping[str, Seq
 
 
 def _method(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    """Return a merge by a method, as it comes or tuned."""
     method, tune = make("--merges", MergeMethod, given["method"]), given.get("tune") or None
     for key in {} if tune is True else tune or {}:
         if key != "grid":
@@ -147,7 +145,6 @@ def _method(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[
 
 
 def _search(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    """Return a merge whose coefficients are searched, from the merges of other methods."""
     search, starts = make("--merges", CoefficientSearch, given["search"]), given.get("merges", [])
     name, rows = given.get("name", type(search).__name__), given.get("rows", TUNING_ROWS)
     if (labels := given.get("labels", "rows")) not in get_args(Labels):
@@ -157,7 +154,6 @@ def _search(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[
 
 
 def _route(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    """Return a route; its fallback is a merge that stands before it."""
     router, wanted = make("--merges", Router, given["route"]), given.get("fallback")
     name, needs = type(router).__name__, {router.needs} if router.needs else set()
     if wanted is None:
@@ -177,7 +173,6 @@ def _route(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[s
 
 
 def _ensemble(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    """Return an ensemble."""
     mean = given["ensemble"]
     if mean not in MEANS:
         near = did_you_mean(mean, MEANS)
@@ -195,7 +190,6 @@ WAYS: dict[str, tuple[Callable[..., Entry], tuple[str, ...]]] = {
 
 
 def _entry(merge: Merge, kinds: tuple[str, ...], *needs: Needs) -> Entry:
-    """Return the entry of a merge by methods with these needs."""
     statistics = sorted({one.statistics for one in needs if one.statistics})
     return Entry(merge, kinds, tuple(statistics), any(one.together for one in needs))
 

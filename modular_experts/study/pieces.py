@@ -46,17 +46,20 @@ STAGES = ("experts", "statistics", "settings", "merges", "tests")
 def pieces_of(study: Study, out: Path, only: Collection[str] = ()) -> list[Piece]:
     """Return the pieces of a study in the directory `out`, in the order in which they may run.
 
-    Args:
-        study: What to do.
-        out: Its directory.
-        only: The stages to return, with all that they need; by default every stage.
+    `only` are the stages to return, with all that they need; by default every stage.
     """
-    return _with_needs(_Plan(study, out).pieces, only)
+    pieces = _Plan(study, out).pieces
+    by_key = {piece.key: piece for piece in pieces}
+    kept, look = set(), [piece.key for piece in pieces if not only or piece.key[0] in only]
+    while look:
+        key = look.pop()
+        if key not in kept:
+            kept.add(key)
+            look += by_key[key].needs
+    return [piece for piece in pieces if piece.key in kept]
 
 
 class _Plan:
-    """The pieces of a study, made one after another."""
-
     def __init__(self, study: Study, out: Path) -> None:
         self.out = out
         self.pieces: list[Piece] = []
@@ -76,7 +79,6 @@ class _Plan:
                 self._experts_of(kind, seed)
 
     def _experts_of(self, kind: str, seed: int) -> None:
-        """Add the trainings, tests and statistics of one kind of experts, and all that combines them."""
         study = self.study
         trained: dict[str, Key] = {}
         for task in study.held_in:
@@ -95,7 +97,6 @@ class _Plan:
         self._combine(kind, seed, trained, statistics)
 
     def _combine(self, kind: str, seed: int, trained: Mapping[str, Key], statistics: Mapping[str, Key]) -> None:
-        """Add the choices of settings, the merges, the routes and the ensembles of one kind of experts."""
         study = self.study
         whole: dict[str, Key] = {}
         chosen: dict[tuple[str, int], Key] = {}
@@ -185,15 +186,3 @@ def settings_of(merge: Combination) -> dict[str, Any]:
 def title_of(key: Key) -> str:
     """Return the key of a piece without its digest, as people read it."""
     return key_text(key[:-1])
-
-
-def _with_needs(pieces: Sequence[Piece], only: Collection[str]) -> list[Piece]:
-    """Return the pieces of some stages, and those that they need."""
-    by_key = {piece.key: piece for piece in pieces}
-    kept, look = set(), [piece.key for piece in pieces if not only or piece.key[0] in only]
-    while look:
-        key = look.pop()
-        if key not in kept:
-            kept.add(key)
-            look += by_key[key].needs
-    return [piece for piece in pieces if piece.key in kept]

@@ -28,15 +28,7 @@ REPORT = "report.html"
 def write_report(
     results: Results, state: State, file: Path, lede: Sequence[Html] = (), more: Sequence[Section] = ()
 ) -> None:
-    """Write a study's page, which needs no other file.
-
-    Args:
-        results: The results of the study.
-        state: The pieces that they are from.
-        file: Where to write.
-        lede: What stands between the title and the sections.
-        more: Sections after the results.
-    """
+    """Write a study's page, which needs no other file; `lede` and `more` stand before and after its own sections."""
     facts, best = results.facts, best_merges(results)
     models, tasks = results.where(metric=results.main_metric).values("model"), [*facts["held_in"], *facts["held_out"]]
     if best and facts["examples"]:
@@ -62,7 +54,6 @@ def write_report(
 
 
 def _overview(results: Results, state: State) -> Section:
-    """Return the findings, the figure and the table of all models."""
     found, what = findings(results), metric_words(results.main_metric)
     most = max((row["count"] or 0 for row in results.where(metric=results.main_metric).rows), default=0)
     svg = [figure_of(results, wide) for wide in (True, False)] if results.main_metric in SHARES else ["", ""]
@@ -127,7 +118,6 @@ def _lines_of(merges: Sequence[Mapping[str, Any]], values: Mapping[str, float | 
 
 
 def _published(results: Results) -> Section | None:
-    """Return our means beside those that others published, if the study names any."""
     table = beside_published(results)
     if table is None:
         return None
@@ -158,7 +148,6 @@ def _kept(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | 
 
 
 def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | None:
-    """Return what the best merge of each kind changed on each task."""
     metric, show = results.main_metric, format_of(results.main_metric)
     names = {row["model"] for row in best.values()}
     gains = [row for row in results.where(metric=GAIN).rows if row["task"] and row["model"] in names]
@@ -189,7 +178,6 @@ def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section |
 
 
 def _random_groups(results: Results) -> Section | None:
-    """Return the means over random groups, of each merge and count, with their intervals."""
     drawn = results.where(metric=DRAWN)
     if not drawn.rows:
         return None
@@ -225,7 +213,6 @@ def _random_groups(results: Results) -> Section | None:
 
 
 def _by_count(results: Results) -> Section | None:
-    """Return the main metric by the number of merged experts, and the fits of a power law to the losses."""
     metric, fits = results.main_metric, results.where(metric=EXPONENT).rows
     counts = sorted(results.where(metric=metric).values("count"))
     if len(counts) < 2:
@@ -259,8 +246,6 @@ def _by_count(results: Results) -> Section | None:
 
 
 def _power_laws(fits: Sequence[Mapping[str, Any]]) -> Html:
-    """Return the table of the fits: the losses by count, the exponent, and how well it fits."""
-
     def at(row: Any, count: int) -> float | None:
         return dict(zip(row["counts"], row["losses"], strict=True)).get(count)
 
@@ -292,7 +277,6 @@ def _every_task(results: Results) -> Section | None:
 
 
 def _answers(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | None:
-    """Return answers to the first test row of each held-in task: the base's, its experts', and the best merges'."""
     rows = results.facts["examples"]
     merges = [row["model"] for row in best.values()]
     joint = results.facts.get("joint", [])
@@ -307,7 +291,6 @@ def _singles(results: Results, task: str) -> list[str]:
 
 
 def _costs(results: Results) -> Section | None:
-    """Return the time of a training and of a merge of all experts, and the size of each on disk."""
     costs = results.facts.get("costs")
     if not costs:
         return None
@@ -324,7 +307,6 @@ def _costs(results: Results) -> Section | None:
 
 
 def _failed(results: Results) -> Section | None:
-    """Return why pieces have no result."""
     failed = [Line(name, sentence) for name, sentence in results.facts["failed"].items()]
     count = f"{len(failed)} pieces have" if len(failed) > 1 else "1 piece has"
     table = Table([Column("why", str, left=True)], [failed], "piece")

@@ -130,10 +130,6 @@ def level_with(state: State) -> dict[tuple[str, str], bool]:
 def effects(state: State, metric: str) -> list[dict[str, Any]]:
     """Compare each merge with the experts that it was made of, each on its own task.
 
-    Args:
-        state: The finished pieces.
-        metric: The metric to compare.
-
     Returns:
         Rows of results. `gain` is the metric of the merge minus the metric of the task's own expert, with the 95 %
         interval of the paired difference over rows and seeds (None for the loss, which is not kept by row);
@@ -218,11 +214,7 @@ def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metr
 
 
 def over_draws(results: Results, counts: Collection[int]) -> list[dict[str, Any]]:
-    """Average the scores of merges of random groups of experts, over the groups.
-
-    Args:
-        results: The measured rows, and the rows of `effects`.
-        counts: The sizes of the random groups.
+    """Average the scores of merges of random groups of experts, over the groups, whose sizes are `counts`.
 
     Returns:
         A row of results for each merge, count, role and metric (`of`): the mean over the groups (`draws`, how many) of

@@ -87,7 +87,6 @@ class Lines(JSONLines):
         )
 
     def _hash_of(self, name: str) -> str | None:
-        """Return the content hash that the record of an expert of the library has, or None without a record."""
         try:
             return str(read_record(self.library / name / RECORD_FILE)["content_hash"])
         except (OSError, ValueError):
@@ -138,10 +137,7 @@ class State:
 def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> State:
     """Return what the lines of a study's directory tell of its pieces; another process may be at work there.
 
-    Args:
-        pieces: The pieces.
-        lines: The lines of the directory.
-        retry: Whether what failed is left to do.
+    With `retry`, what failed is left to do.
     """
     done = {piece.key: lines[piece.key] for piece in pieces if piece.key in lines}
     failed: dict[Key, Failure] = {}
@@ -245,8 +241,6 @@ def run_study(
 
 
 class _Watch:
-    """Follows the pieces of a run: which are left, which failed, and which have begun."""
-
     def __init__(
         self,
         before: State,

@@ -27,10 +27,9 @@ from modular_experts.library import StoredExpert, check_name
 from modular_experts.library.described import trusted
 from modular_experts.settings import SHORT_NAMES, Options, folded, plain, respelt
 from modular_experts.settings.read import make
-from modular_experts.study.grids import Kinds, for_seed, spelt_out
 from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entries
 from modular_experts.study.published import SINGLE, Published, read_published
-from modular_experts.study.tasks import content_hash, read_tasks
+from modular_experts.study.short_forms import Kinds, content_hash, for_seed, read_tasks, spelt_out
 from modular_experts.text import did_you_mean
 from modular_experts.training.settings import read_run
 
@@ -253,7 +252,6 @@ def read_experts(given: Description) -> Kinds:
 
 
 def _multitask(given: Description, kinds: Mapping[str, list[Settings]]) -> dict[str, list[Settings]]:
-    """Return the configs of the multitask expert: a kind's configs, or the shared settings, and then its own."""
     if given.multitask is None:
         return {}
     own = {name: value for name, value in given.multitask.items() if name != "kind"}
@@ -284,7 +282,6 @@ def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list
 
 
 def _check_fits(given: Description, kinds: Mapping[str, list[Settings]], task: Settings, seed: int) -> None:
-    """Raise ValueError if the configs of a fit, or how all rows are read, have settings that do not fit."""
     shared = "fit and " if given.fit else ""
     own = {"model": {"base": given.base}, "data": {**(given.data or {}), "tasks": [task]}}
     short = {full: name for name, full in SHORT_NAMES.items()}
@@ -338,7 +335,6 @@ def _models(kinds: Iterable[str], merges: Mapping[str, Entry], joint: Iterable[s
 
 
 def _check_names(study: Study) -> None:
-    """Raise ValueError if the library cannot take the name of an expert, or two experts would have the same."""
     names = [study.joint_name(kind, seed) for seed in study.seeds for kind in {MULTITASK: None, **study.joint}]
     for seed, kind in itertools.product(study.seeds, study.experts):
         names += [study.name(kind, task, seed) for task in study.held_in]

@@ -19,10 +19,7 @@ from modular_experts.study.settings import BASE
 def summary(results: Results, state: State, counts: Collection[int] | None = None) -> Table:
     """Return the table of a study: the base, and of each kind the single experts and every merge by its count.
 
-    Args:
-        results: The results of the study.
-        state: The pieces that they are from.
-        counts: Show only the merges of these numbers of experts.
+    With `counts` it shows only the merges of these numbers of experts.
     """
     metric = results.main_metric
     # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
@@ -123,7 +120,6 @@ def _over_draws(results: Results, row: Mapping[str, Any]) -> Sequence[Mapping[st
 
 
 def _worst(row: Mapping[str, Any]) -> str:
-    """Return which task lost most, if one lost anything."""
     lost = row["value"] if row["of"] == "loss" else -row["value"]
     if lost <= 0:
         return "no task is worse than by its own expert"
@@ -131,7 +127,6 @@ def _worst(row: Mapping[str, Any]) -> str:
 
 
 def _kept(share: float, metric: str) -> str:
-    """Say which share of their own score merged experts have."""
     if metric == "loss":
         return f"have {share:.2f} times their own loss"
     return f"keep {100 * share:.0f} % of their own {metric_words(metric)}"

@@ -229,7 +229,6 @@ def test_together(study: Study, out: Path, ensemble: Ensemble, group: Group) -> 
 
 
 def _of_group(study: Study, name: str, group: Group, started: float) -> dict[str, Any]:
-    """Return what identifies a merge, a route or an ensemble in results: its names, its experts and its group."""
     kind, count = group.kind, len(group.own)
     title = f"{kind} {name}" + ("" if group.is_whole else f" of {count}, group {group.number}")
     experts = [study.name(kind, task, group.seed) for task in group.own]
@@ -368,6 +367,5 @@ def _made(option: str, kind: Any, settings: str) -> Any:
 
 
 def _about(expert: StoredExpert) -> dict[str, Any]:
-    """Return the name, the hash, the size and the kept share of an expert of the library."""
     found = {"name": expert.name, "content_hash": expert.content_hash, "bytes": expert.size_on_disk}
     return {"expert": found | ({"kept": expert.kept_share} if expert.mergeable else {})}

@@ -81,8 +81,6 @@ def _check(case: _Case) -> None:
 
 
 class _Case:
-    """The callback under test, and fits of it."""
-
     def __init__(
         self,
         make: Callable[[], Callback],
@@ -174,7 +172,6 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _write_base(folder: Path) -> None:
-    """Write a Llama of two blocks with random weights, and a tokenizer of single characters."""
     tokens = ["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))]
     characters = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

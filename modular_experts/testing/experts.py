@@ -92,13 +92,10 @@ def _check(case: _Case, compile: bool) -> None:
 
 
 def _two_layers(moves_bias: bool) -> nn.Module:
-    """Return a network with a width that no tile divides; its second layer has a bias where experts move biases."""
     return nn.Sequential(nn.Linear(24, 36), nn.Tanh(), nn.Linear(36, 20, bias=moves_bias))
 
 
 class _TwoBlocks(nn.Module):
-    """Two transformer blocks and a head."""
-
     def __init__(self) -> None:
         super().__init__()
         self.layers, self.head = nn.Sequential(_Block(), _Block()), nn.Linear(24, 20)
@@ -108,8 +105,6 @@ class _TwoBlocks(nn.Module):
 
 
 class _Block(nn.Module):
-    """A transformer block with the names of a Llama's layers."""
-
     def __init__(self) -> None:
         super().__init__()
         self.input_layernorm, self.self_attn = nn.LayerNorm(24), _Attention()

@@ -105,7 +105,6 @@ def _check_mix(method: MergeMethod, deltas: Sequence[Delta]) -> None:
 
 
 def _check_stored(method: MergeMethod) -> None:
-    """Write experts, merge them from disk, and compare with the merge in memory."""
     if method.needs.statistics:
         return  # theirs are on disk, beside the experts, and hold for real ones
     record = make_record("battery", {"id": "none", "fingerprint": "0" * 64})
@@ -125,7 +124,6 @@ def _check_stored(method: MergeMethod) -> None:
 
 
 def _context(method: MergeMethod, deltas: Sequence[Delta]) -> Context:
-    """Return what the merger would give to the method for a single weight."""
     kind = method.needs.statistics
     statistics = [made_statistic(kind, deltas[0].shape, seed) for seed in range(len(deltas))] if kind else None
     return Context("weight", statistics, method.prepare([deltas]))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from modular_experts.study.grids import each_method, for_seed, spelt_out
 from modular_experts.study.merges import Merge, Route
 from modular_experts.study.pieces import settings_of
+from modular_experts.study.short_forms import each_method, for_seed, spelt_out
 
 
 def test_a_grid_makes_a_kind_of_each_combination_and_its_name_means_all() -> None:

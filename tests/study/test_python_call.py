@@ -16,7 +16,7 @@ from modular_experts.methods import TIES, SparseAverage
 from modular_experts.settings import plain
 from modular_experts.study import read_study, results_of, run_study
 from modular_experts.study.pieces import groups
-from modular_experts.study.tasks import named_tasks
+from modular_experts.study.short_forms import named_tasks
 
 
 def test_objects_do_what_their_settings_do(tmp_path, tiny_llama_dir) -> None:

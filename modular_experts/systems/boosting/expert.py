@@ -68,13 +68,8 @@ class BoostedLoRAExpert(LoRAExpert):
     def boost(self, generator: Generator) -> bool:
         """Add the trained product to the boosters, and start a fresh one at zero, so that the outputs stay as they are.
 
-        A product that has learned nothing stays what it is.
-
-        Args:
-            generator: Gives the fresh product's random numbers, on the CPU.
-
-        Returns:
-            Whether there is a new booster.
+        The generator of the fresh product is on the CPU. A product that has learned nothing stays what it is; the
+        return value tells whether there is a new booster.
         """
         if not self.up.any():
             return False

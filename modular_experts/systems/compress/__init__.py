@@ -1,7 +1,6 @@
 """Make a smaller base without training: search which parts to remove, correct the layers that read them.
 
 Open `compress.py` first, which takes these steps. `removable.py` knows the parts of a model and cuts them out,
-`ranking.py` ranks them, `reform.py` corrects the layers that read them, and `text.py` reads the rows and measures
-perplexity. `candidates.py` defines the candidates, and `tuning/evolution.py` searches. The result is an ordinary
-checkpoint.
+`ranking.py` ranks them, and `reform.py` corrects the layers that read them. `candidates.py` defines the candidates,
+and `tuning/evolution.py` searches. The result is an ordinary checkpoint.
 """

@@ -142,7 +142,6 @@ class Candidates:
 
 
 def _signs(members: Tensor, total: int) -> str:
-    """Return the mask of these members, as `Mask` writes it."""
     return "".join(map(str, torch.zeros(total, dtype=torch.int64).index_fill_(0, members, 1).tolist()))
 
 

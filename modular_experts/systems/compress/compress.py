@@ -1,7 +1,7 @@
 """Make a smaller base: search which blocks, heads and MLP channels stay, correct the layers that read them.
 
 The paper is Search for efficient LLMs (arXiv 2409.17372). Candidates are measured by their perplexity as they are cut;
-only the best is corrected, and no weight is trained. `candidates.py` defines the candidates of the search.
+only the best is corrected, and no weight is trained.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.base.files import MANIFEST, copy_companions, write_manifest
 from modular_experts.base.loading import quiet
 from modular_experts.base.streaming import Rounding
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
+from modular_experts.data import TaskMixture
+from modular_experts.data.batch import Example
+from modular_experts.data.rows import SPLITS
 from modular_experts.data.tasks import Tasks
 from modular_experts.jobs import JSONLines
 from modular_experts.library import check_target, new_directory
@@ -32,11 +37,11 @@ from modular_experts.systems.compress.candidates import Candidates, Members, Win
 from modular_experts.systems.compress.ranking import Ranking, rank
 from modular_experts.systems.compress.reform import LayerError, reform
 from modular_experts.systems.compress.removable import Kept, Removable
-from modular_experts.systems.compress.text import perplexity, read_texts
 from modular_experts.tuning.evolution import Evolution, Genes
 
 Written = Literal["base", "cut", "reformed"]
 _TRIALS = "search.jsonl"
+_MEASURED = 4  # models that are measured on the test rows: the base, and three smaller ones
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,6 @@ class Reduction(Options):
             return {"measuring": tokens["test"]}
         search = {"ranking": 2 * tokens["train"], "searching": self.evaluations * tokens["validation"]}
         return {"measuring": _MEASURED * tokens["test"], **search, "correcting": 3 * tokens["train"]}
-
-
-_MEASURED = 4
-"""How many models are measured on the test rows: the base, and three smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,8 @@ def compress(
     Args:
         base: A directory or hub id, or an opened base.
         tasks: Tasks whose rows are the text, as for `TaskMixture`.
-        out: Directory of the checkpoint.
         reduction: How much goes, and how that is searched: `Reduction(keep=0.8)`.
-        revision: Branch, tag or commit of a hub id.
         tolerance: Largest accepted difference of a logit between the model in memory and the reloaded checkpoint.
-        overwrite: Replace a checkpoint of ours that is there.
         progress: Called with the stage, the work done and all work, in tokens.
 
     Raises:
@@ -223,7 +221,6 @@ def compress(
 
 
 def _make(removable: Removable, reduction: Reduction, texts: dict[str, Tensor], trials: Path, count: _Work) -> _Made:
-    """Search, cut and correct; a copy of the base if nothing shall go."""
     found: dict[str, float] = {}
 
     def note(name: Written | Literal["magnitude"], measured: Any) -> None:
@@ -253,7 +250,6 @@ def _make(removable: Removable, reduction: Reduction, texts: dict[str, Tensor], 
 def _search(
     window: Window, ranking: Ranking, reduction: Reduction, text: Tensor, trials: Path, count: _Work
 ) -> tuple[Kept, list[float]]:
-    """Return the best candidate, and the perplexity of all in order."""
     candidates, evaluations = Candidates(window, ranking, reduction.members), reduction.evaluations
     store: Any = JSONLines(trials)
 
@@ -293,14 +289,13 @@ def _described(removable: Removable, made: _Made, tokens: int, check: Check) -> 
 
 
 class _Work:
-    """Counts work in tokens, and reports it."""
+    """Counts work in tokens, and reports it: called with a stage and how many parts it has, one of which is done."""
 
     def __init__(self, progress: Callable[[str, float, float], None], amounts: dict[str, int]) -> None:
         self._progress, self._amounts = progress, amounts
         self._done, self._total = 0.0, float(sum(amounts.values()))
 
     def __call__(self, what: str, parts: int) -> None:
-        """Note that one of the `parts` of a stage is done."""
         self._done += self._amounts[what] / parts
         self._progress(what, min(self._done, self._total), self._total)
 
@@ -309,3 +304,47 @@ class _Work:
 def _cast(model: Any, dtype: torch.dtype) -> None:
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
+
+
+def read_texts(
+    tasks: Tasks, tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int], length: int
+) -> dict[str, Tensor]:
+    """Return token ids `(rows, length)` of each split: inputs and targets one after the other, tasks taking turns.
+
+    Args:
+        tokens: By split how many tokens are taken at most; less if there is less text.
+        length: Tokens of a row; a text that is shorter makes one shorter row.
+
+    Raises:
+        ValueError: A row is bad, or a task has no rows of a split.
+    """
+    mixture = TaskMixture(tasks, tokenizer)
+    mixture.setup()
+    loaders: dict[str, Any] = dict(
+        zip(SPLITS, (mixture.train_dataloader, mixture.val_dataloader, mixture.test_dataloader), strict=True)
+    )
+    texts = {}
+    for split, most in tokens.items():
+        by_task: dict[str, list[Example]] = {}
+        rows = loaders[split]().dataset
+        for row in (rows[number] for number in range(len(rows))):
+            by_task.setdefault(row.task, []).append(row)
+        in_turns = [row for row in chain.from_iterable(zip_longest(*by_task.values())) if row is not None]
+        stream = torch.cat([row.tokens.ids for row in in_turns]).long()[:most]
+        width = min(length, len(stream))
+        texts[split] = stream[: len(stream) // width * width].view(-1, width)
+    return texts
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, text: Tensor, rows: int = 4) -> float:
+    """Return the exponential of the mean loss of each token of `text` `(rows, tokens)` but a row's first.
+
+    A pass reads `rows` rows.
+    """
+    losses = []
+    for part in text.to(model.device).split(rows):
+        logits = model(part, use_cache=False).logits[:, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none"))
+    return torch.cat(losses).double().mean().exp().item()

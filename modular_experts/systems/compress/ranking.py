@@ -124,15 +124,7 @@ def _by_member(values: Tensor, part: Part, count: int) -> Tensor:
 def best(
     removable: Removable, blocks: tuple[int, ...], groups: int, channels: int, scores: Callable[[int, Kind], Tensor]
 ) -> Kept:
-    """Return the parts with the highest scores.
-
-    Args:
-        removable: The parts.
-        blocks: Numbers of the blocks that stay.
-        groups: How many groups stay in each.
-        channels: How many channels stay in each.
-        scores: Gives the scores of a block's groups or channels.
-    """
+    """Return the parts with the highest scores: the same numbers of groups and channels in each of these blocks."""
 
     def of(kind: Kind, count: int) -> dict[int, Tensor]:
         if kind not in removable.readers:

@@ -91,9 +91,7 @@ def reform(
     states of the text are in memory beside the two models.
 
     Args:
-        removable: The parts of the whole model.
-        kept: What stays.
-        small: The model that was cut accordingly.
+        small: The model that was cut to `kept`.
         text: Token ids `(rows, tokens)`.
         damping: As for `reformed`.
         progress: Called after each block.

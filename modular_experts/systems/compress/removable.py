@@ -128,14 +128,7 @@ class Removable:
         return self._outside + blocks * (self._rest + groups * self._group + channels * self._channel)
 
     def widest(self, blocks: int, groups: int, limit: int, multiple: int = 1) -> int:
-        """Return the most channels within a limit of parameters, a multiple of a number unless all stay; 0 if none fit.
-
-        Args:
-            blocks: Number of blocks that stay.
-            groups: Number of groups in each.
-            limit: The most parameters.
-            multiple: What a smaller number of channels is a multiple of.
-        """
+        """Return the most channels within a limit of parameters, a multiple of `multiple` unless all stay, or 0."""
         room = (limit - self.count(blocks, groups, 0)) // (blocks * self._channel)
         return self.channels if room >= self.channels else max(0, room // multiple * multiple)
 
@@ -190,7 +183,6 @@ class Removable:
             yield f"{start}{new[block]}.{local}", tensor
 
     def _config(self, kept: Kept) -> Any:
-        """Return the configuration of the smaller model."""
         config: Any = copy.deepcopy(self.model.config)
         # Kinds of attention by block, and the like.
         for key, value in config.to_dict().items():
@@ -226,7 +218,6 @@ class Removable:
                 return
 
     def _channels(self) -> None:
-        """Find the channels of the MLP."""
         config, block = self.model.config, self.modules(self.model)[0]
         self._width_key = "n_inner" if hasattr(config, "n_inner") else "intermediate_size"
         for name, layer in block.named_modules():

@@ -176,7 +176,6 @@ class GLoRAExpert(Expert):
         return LowRank(column, column.new_ones(1, columns))
 
     def _column(self, part: str, kind: str, size: int) -> Tensor:
-        """Return a vector or a constant as a column `(size, 1)`."""
         up: Tensor = getattr(self, f"{part}_up")
         return up[: 1 if kind == "constant" else None, :1].expand(size, 1)
 

@@ -195,7 +195,6 @@ def search_paths(
 
 
 def _opened(expert: str | Path) -> tuple[StoredExpert, list[StoredExpert]]:
-    """Open a GLoRA, and the experts that it was trained on top of."""
     opened = open_expert(expert)
     if opened.record["kind"] != "GLoRAExpert" or not opened.state():
         raise ValueError(
@@ -215,7 +214,6 @@ def _opened(expert: str | Path) -> tuple[StoredExpert, list[StoredExpert]]:
 def _record(
     model: nn.Module, opened: StoredExpert, settings: dict[str, Any], losses: dict[str, float]
 ) -> dict[str, Any]:
-    """Return the record of the expert that the model holds now."""
     facts = describe_experts(model)
     notes = record_notes(facts.pop("hyperparameters") | settings, losses)
     kept = {name: opened.record[name] for name in ("base", "tasks", "parents", "seed")}
@@ -292,7 +290,6 @@ class _Losses(JSONLines):
 
 
 def _identity(experts: Sequence[StoredExpert], objective: Objective) -> str:
-    """Return a hash of the experts and of the rows."""
     digest = hashlib.sha256("".join(expert.content_hash for expert in experts).encode())
     for task, batches in objective.batches.items():
         digest.update(task.encode())

@@ -169,10 +169,7 @@ class TaskGate(ModuleExpert):
         return torch.cat([read[name_of(depth)].values for depth in self.router.depths], 1)
 
     def learn(self, prompts: Sequence[Tensor]) -> None:
-        """Teach the router its tasks.
-
-        Args:
-            prompts: Vectors of the prompts of each task, `(rows, size)`, as the statistic `prompt_parts` has them.
+        """Teach the router its tasks by vectors `(rows, size)` of the prompts of each, as `prompt_parts` has them.
 
         Raises:
             ValueError: There is another number of tasks than of experts, or a task has too few prompts.

@@ -337,7 +337,6 @@ class PromptAttention(ModuleExpert):
 
 
 def _attention(block: str, sites: Sequence[Site], prompts: int) -> str:
-    """Return the name of a block's attention, which prompts need."""
     found = {site.layer: site.name.rpartition(".")[0] for site in sites}
     places = {found.get(layer) for layer in ("q_proj", "k_proj", "v_proj", "o_proj")}
     (place,) = places if len(places) == 1 else (None,)

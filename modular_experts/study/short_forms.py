@@ -1,0 +1,170 @@
+"""Write out the short forms of a study's description.
+
+A word names tasks in five forms, a grid stands for a kind of experts for each combination of its values, a list of
+methods for an entry each, and `{seed}` for the seed of a training.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modular_experts.data.tasks import Task
+from modular_experts.settings.read import make
+from modular_experts.text import did_you_mean
+
+ROLES = ("held_in", "held_out")
+SEED = "{seed}"
+"""Stands in the base, in tasks and in settings of experts for the seed of the training."""
+
+Settings = dict[str, Any]
+
+
+def read_tasks(tasks: Any) -> tuple[dict[str, Settings], dict[str, Settings]]:
+    """Return the settings of the tasks of each role by name, held in first, every short form spelt out.
+
+    Tasks are given by role, as a list, or as one task; one that stands under no role is held in.
+    """
+    found: dict[str, dict[str, Settings]] = {role: {} for role in ROLES}
+    by_role = tasks if isinstance(tasks, Mapping) and set(tasks) <= set(ROLES) else {"held_in": tasks}
+    # A mapping that has, or nearly has, the name of a role means roles, and not the settings of one task.
+    for key in tasks if by_role is not tasks and isinstance(tasks, Mapping) else ():
+        near = did_you_mean(key, ROLES)
+        if key not in ROLES and (near or {*ROLES} & {*tasks}):
+            raise ValueError(f"tasks.{key} is neither held_in nor held_out{near}")
+    for role, listed in by_role.items():
+        for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
+            for one in named_tasks(entry) if isinstance(entry, str) else [dict(entry)]:
+                (task,) = make("--tasks", list[Task], [one | {"role": role}])
+                if any(task.name in known for known in found.values()):
+                    raise ValueError(
+                        f"two tasks have the name {task.name!r}; results are kept by name, so name one of them: "
+                        f"{{name: {task.name}-2, ...}}"
+                    )
+                found[role][task.name] = one | {"name": task.name, "role": role}
+    if not found["held_in"]:
+        raise ValueError("a study needs tasks that get experts, such as tasks: {held_in: tasks/*.jsonl}")
+    return found["held_in"], found["held_out"]
+
+
+def named_tasks(word: str) -> list[Settings]:
+    """Return the settings of the tasks that one word names, by the first of these forms that it has.
+
+    - a pattern, `tasks/*.jsonl`: each file that it matches;
+    - a path at which something is: that file, or a directory that `datasets.save_to_disk` wrote;
+    - a class of the suite, `FirstTwo`: that task, called `first-two`;
+    - a hub id, `owner/name` without a suffix: that data set;
+    - anything else: a file, whose absence has a sentence of its own.
+    """
+    path = Path(word)
+    if any(sign in word for sign in "*?["):
+        files = sorted(glob.glob(word, recursive=True))
+        if not files:
+            raise ValueError(f"no file matches {word!r}; the pattern starts from the current directory")
+        return [{"path": file} for file in files]
+    if path.exists():
+        if path.is_dir() and not [*path.glob("dataset_*.json")]:
+            raise ValueError(
+                f"{word} is a directory that datasets.save_to_disk did not write; give its files: {word}/*.jsonl"
+            )
+        return [{"path": word}]
+    if word.isidentifier() and word[0].isupper():
+        return [{"name": re.sub(r"(?<!^)(?=[A-Z])", "-", word).lower(), "source": word}]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not path.suffix:
+        return [{"hub": word}]
+    return [{"path": word}]
+
+
+def content_hash(name: str, task: Mapping[str, Any]) -> str:
+    """Return a hash of a task's file, or of the files of its directory."""
+    if task.get("path") is None:
+        return ""
+    path, found = Path(task["path"]), hashlib.sha256()
+    if not path.exists():
+        raise ValueError(f"task {name!r}: there is no file {path}; the path starts from the current directory")
+    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()
+
+
+class Kinds(NamedTuple):
+    """The kinds of experts of a study.
+
+    Attributes:
+        apart: The settings of each kind that has an expert for each task.
+        joint: The settings of each kind that has one expert of all tasks.
+        named: The kinds with an expert for each task that a name in `merges` stands for: one, or all of a grid.
+    """
+
+    apart: dict[str, Any]
+    joint: dict[str, Any]
+    named: dict[str, list[str]]
+
+
+def spelt_out(experts: Mapping[str, Any]) -> Kinds:
+    """Tell kinds with one expert of all tasks (`joint: true`) from others, and make a kind of each value of a grid.
+
+    `lora: {expert: LoRAExpert, grid: {learning_rate: [0.001, 0.003]}}` becomes the kinds `lora-0.001` and `lora-0.003`.
+    A key of a grid is a setting of `fit`, with dots where it stands inside of others. Its values are a list, or a
+    mapping from the names that they get in the names of kinds: `{trainer.callbacks: {once: [...], grow: [...]}}`.
+
+    Raises:
+        ValueError: A grid has something other than values for a setting.
+    """
+    kinds = Kinds({}, {}, {})
+    for name, given in experts.items():
+        found, is_joint = {name: given}, False
+        if isinstance(given, Mapping):
+            grid, is_joint = given.get("grid") or {}, bool(given.get("joint"))
+            if not isinstance(grid, Mapping) or not all(isinstance(of, list | dict) and of for of in grid.values()):
+                raise ValueError(
+                    f"experts.{name}.grid is {grid!r}; give lists of values: {{learning_rate: [0.001, 0.003]}}"
+                )
+            own = {key: value for key, value in given.items() if key not in ("grid", "joint")}
+            named = [of.items() if isinstance(of, dict) else [(_word(one), one) for one in of] for of in grid.values()]
+            found = {
+                "-".join([name, *(word for word, _ in pairs)]): [own, *map(_nested, grid, [one for _, one in pairs])]
+                for pairs in itertools.product(*named)
+            }
+        (kinds.joint if is_joint else kinds.apart).update(found)
+        if not is_joint:
+            kinds.named.update({one: [one] for one in found} | {name: [*found]})
+    return kinds
+
+
+def each_method(merges: Iterable[Any]) -> Iterator[Any]:
+    """Yield the entries of `merges`, and one for each method of an entry that lists several."""
+    for entry in merges:
+        methods = entry.get("method") if isinstance(entry, Mapping) else None
+        yield from [{**entry, "method": one} for one in methods] if isinstance(methods, list) else [entry]
+
+
+def for_seed(settings: Any, seed: int) -> Any:
+    """Return settings in which a seed stands in the place of `{seed}`."""
+    if isinstance(settings, Mapping):
+        return {key: for_seed(value, seed) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [for_seed(value, seed) for value in settings]
+    if settings == SEED:
+        return seed
+    return settings.replace(SEED, str(seed)) if isinstance(settings, str) else settings
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """Return a setting whose name has dots as settings inside of each other."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _word(value: Any) -> str:
+    """Return how a value of a grid stands in the name of a kind: the value, or the name of a class."""
+    if isinstance(value, Mapping):
+        value = value.get("class_path", "settings")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{value:g}" if isinstance(value, float) else str(value))
