@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
+from rich.table import Table
 
 from modular_experts.base.verify import Check
 from modular_experts.library import StoredExpert
@@ -72,6 +74,15 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         return str(float(f"{value:.4g}"))
     return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def table_of(*columns: str, left: int = 1) -> Table:
+    """Return an empty table: the first `left` columns hold text, which may wrap, and the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(columns):
+        is_text = number < left
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    return table
 
 
 def counted(number: int, thing: str) -> str:

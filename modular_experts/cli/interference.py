@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from modular_experts.cli.format import call_text, progress_bar, share_text
+from modular_experts.cli.format import call_text, progress_bar, share_text, table_of
 from modular_experts.cli.tuning import LeaveOut
 from modular_experts.merger.interference import Interference, mean_of_others
 from modular_experts.merger.interference import interference as compare
@@ -66,7 +65,7 @@ def interference(
 
         what, bar = leave_out.what, progress_bar("leaving out")
         trials = measure_without(experts, chosen, leave_out.data, what, leave_out.rows, leave_out.base, bar)
-        table = _table("without", "validation loss", "difference")
+        table = table_of("without", "validation loss", "difference")
         for trial in trials:
             difference = f"{trial.loss - trials[0].loss:+.4f}" if trial is not trials[0] else ""
             table.add_row(str(trial.settings["without"] or "(the whole merge)"), f"{trial.loss:.4f}", difference)
@@ -80,7 +79,7 @@ def interference(
 
 
 def _experts(found: Interference) -> Table:
-    table, sums = _table("expert", "norm", "overlap", "conflict", "cosine", "distance"), found.total
+    table, sums = table_of("expert", "norm", "overlap", "conflict", "cosine", "distance"), found.total
     means = [mean_of_others(pairs) for pairs in (sums.overlap, sums.conflict, sums.cosine)]
     for number, name in enumerate(found.experts):
         overlap, conflict, cosine = (mean[number].item() for mean in means)
@@ -91,7 +90,7 @@ def _experts(found: Interference) -> Table:
 
 
 def _layers(found: Interference, directions: bool) -> Table:
-    table = _table("layer", "energy", "overlap", "conflict", "cosine", "distance", *["count", "twice"] * directions)
+    table = table_of("layer", "energy", "overlap", "conflict", "cosine", "distance", *["count", "twice"] * directions)
     total = found.total.products.trace()
     for name in sorted(found.layers, key=lambda name: (not name, depth_of(f"{name}.weight"), name)):
         sums = found.layers[name]
@@ -108,7 +107,7 @@ def _layers(found: Interference, directions: bool) -> Table:
 
 def _pairs(found: Interference) -> Table:
     """Return the pairs with the highest cosines and, after a line, those with the lowest; all if they are few."""
-    table, sums = _table("pair", "overlap", "conflict", "cosine"), found.total
+    table, sums = table_of("pair", "overlap", "conflict", "cosine"), found.total
     pairs = [(one, other) for other in range(len(found.experts)) for one in range(other)]
     pairs.sort(key=lambda pair: -sums.cosine[pair].item())
     shown = pairs if len(pairs) <= 2 * PAIRS else [*pairs[:PAIRS], *pairs[-PAIRS:]]
@@ -121,10 +120,3 @@ def _pairs(found: Interference) -> Table:
 
 def _mean(values: Tensor) -> float:
     return values.nanmean().item()
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
-    return table

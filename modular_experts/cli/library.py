@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from modular_experts.base.base import Base, find_base
-from modular_experts.cli.format import call_text, counted, kind_text, share_text, statistics_text
+from modular_experts.cli.format import call_text, counted, kind_text, share_text, statistics_text, table_of
 from modular_experts.library import Library, StoredExpert, open_expert, open_statistics
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
@@ -48,12 +47,8 @@ def list_library(library: str) -> None:
             raise ValueError(f"{library} is an expert, not a library; `modular-experts show {library}` shows it")
         print(f"{library} has no experts yet; `fit` and `merge` write into it: --out {library}/NAME")
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     several = len({row[0] for row in rows.values() if row[0]}) > 1
-    for name in ("expert", "kind", "base", "tasks") if several else ("expert", "kind", "tasks"):
-        table.add_column(name, overflow="fold")
-    for name in ("weights", "kept", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = table_of("expert", "kind", *["base"] * several, "tasks", "weights", "kept", "size", left=3 + several)
     for name in sorted(rows):
         fingerprint, kind, base, *others = rows[name]
         table.add_row(name, kind, *[f"{base} {fingerprint[:7]}".strip()] * several, *others)
@@ -165,10 +160,7 @@ def show(expert: str, weights: bool = False) -> None:
     if not weights:
         groups = [("layer", depth_of), ("weights named", lambda name: name.removesuffix(".weight").rpartition(".")[2])]
     for heading, group in groups if measures else ():
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column(heading, overflow="fold")
-        for name in ("weights", "kept", "share", "norm"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table = table_of(heading, "weights", "kept", "share", "norm")
         parts: dict[Any, list[Measure]] = {}
         for name, measure in measures.items():
             parts.setdefault(group(name), []).append(measure)

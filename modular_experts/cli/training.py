@@ -11,9 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from modular_experts.cli.command import arguments_given, run_command
 from modular_experts.cli.commands import importing
@@ -74,15 +72,15 @@ def _settings_of_checkpoint(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _print_estimate(found: FitEstimate) -> None:
     """Print rows, what is trained, time and memory, and what would be written, in at most 80 columns."""
-    from modular_experts.cli.format import counted, duration_text, share_text
+    from modular_experts.cli.format import counted, duration_text, share_text, table_of
 
     console = Console(markup=False, emoji=False, width=80)
-    rows = _table("task", "split", "rows", "tokens", "truncated", left=2)
+    rows = table_of("task", "split", "rows", "tokens", "truncated", left=2)
     for one in found.splits:
         held_out = " (held out)" if one.role == "held_out" else ""
         rows.add_row(one.task + held_out, one.split, f"{one.rows:,}", f"{one.tokens:,}", f"{one.truncated:,}")
     console.print(rows)
-    weights = _table("weight", "weights", "entries", "trained", "share", left=1)
+    weights = table_of("weight", "weights", "entries", "trained", "share", left=1)
     for group in found.weights:
         share = share_text(group.trained / group.entries) if group.entries else ""
         weights.add_row(group.name, str(group.weights), f"{group.entries:,}", f"{group.trained:,}", share)
@@ -114,11 +112,3 @@ def _print_estimate(found: FitEstimate) -> None:
     if not any(content == "the expert" for content, _ in found.places):
         print("  no expert; --out library/NAME keeps one")
     print("time and memory are judged by a few steps of rate zero; nothing was written")
-
-
-def _table(*names: str, left: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(names):
-        justify: Any = "left" if number < left else "right"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=number >= left)
-    return table

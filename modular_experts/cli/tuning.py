@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from modular_experts.cli.format import counted, value_text
+from modular_experts.cli.format import counted, table_of, value_text
 
 if TYPE_CHECKING:
     from modular_experts.data import TaskMixture
@@ -67,9 +65,7 @@ def print_tuning(tuned: Tuned, searched: bool) -> None:
     from modular_experts.tuning.objective import mean_loss
     from modular_experts.tuning.tune import SCALES
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (*tuned.best.settings, "validation loss"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = table_of(*tuned.best.settings, "validation loss", left=0)
     for trial in sorted(tuned.trials, key=lambda trial: trial.loss)[:8]:
         loss = "not finite" if trial.loss == math.inf else f"{trial.loss:.4f}"
         table.add_row(*map(value_text, trial.settings.values()), loss)
