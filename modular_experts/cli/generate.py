@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from modular_experts.base import DType
@@ -53,9 +54,6 @@ def generate(
         prompt = sys.stdin.read().removesuffix("\n")
     if base is None and not experts:
         raise UsageError("--base or --experts must be given, on the command line or in --config")
-    generate_answer(base, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, revision, write=_print_piece)
+    write = partial(print, end="", flush=True)
+    generate_answer(base, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, revision, write=write)
     print()
-
-
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)

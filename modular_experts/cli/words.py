@@ -73,7 +73,11 @@ def read_options(
     for word in words:
         if word.startswith("--"):
             typed, equals, value = word.partition("=")
-            name = _full_name(typed[2:], hints, short)
+            head, dot, rest = typed[2:].partition(".")
+            name = head.replace("-", "_").removesuffix("+")
+            # Keys of a table are the user's, such as patterns of weights.
+            rest = rest if _is_table(name, hints) else rest.replace("-", "_")
+            name = short.get(name, name) + "+" * head.endswith("+") + dot + rest
             kinds = kinds_of(name.removesuffix("+"), hints)
             found.append((name, typed, [value] if equals else []))
             room = not equals and name != "print_config"
@@ -109,14 +113,6 @@ def _without_doubles(found: Iterable[tuple[str, str, list[str]]], hints: Mapping
             taken = [*before.words, *taken]
         options.append(Option(name, taken, typed))
     return options
-
-
-def _full_name(typed: str, hints: Mapping[str, Any], short: Mapping[str, str]) -> str:
-    """Return an option's full name with underscores, but for keys that are the user's, such as patterns of weights."""
-    head, dot, rest = typed.partition(".")
-    name = head.replace("-", "_").removesuffix("+")
-    plus = "+" * head.endswith("+")
-    return short.get(name, name) + plus + dot + (rest if _is_table(name, hints) else rest.replace("-", "_"))
 
 
 def value_of(option: Option, hints: Mapping[str, Any]) -> Any:
@@ -158,11 +154,7 @@ def as_typed(sentence: str, options: Iterable[Option], short: Mapping[str, str] 
 
 
 def read_config(file: str) -> dict[str, Any]:
-    """Return what a config file holds.
-
-    Raises:
-        UsageError: It does not exist, or is not a YAML file of options.
-    """
+    """Return what a config file holds."""
     try:
         settings = from_yaml(Path(file).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

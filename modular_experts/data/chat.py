@@ -75,16 +75,9 @@ class ConversationTokenizer:
         return self.tokenizer.eos_token_id if self._own_end is None else self._own_end
 
     def __call__(self, task: str, rows: Sequence[Row], learn: bool) -> tuple[list[Example], int, list[str]]:
-        """Tokenise conversations.
+        """Tokenise conversations, with the arguments and results of `RowTokenizer`.
 
-        Args:
-            task: Name of their task.
-            rows: Rows with messages.
-            learn: Whether all turns of the assistant are labelled, as for training, or only the last.
-
-        Returns:
-            The examples in the order of their rows, how many of them lost turns or tokens, and a sentence for each bad
-            row.
+        With `learn`, all turns of the assistant are labelled, otherwise only the last.
         """
         examples: list[Example] = []
         problems: list[str] = []

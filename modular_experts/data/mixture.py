@@ -141,10 +141,7 @@ class TaskMixture(LightningDataModule, DataSource):
         """Cut rows to the context of the model that reads them, as a shorter `max_length` would.
 
         Whatever loads a model for a mixture calls this before it takes batches. A row that was tokenised for another
-        context is tokenised again.
-
-        Args:
-            context: How many tokens of a row the model can read (`injection.context_length`); None for any number.
+        context is tokenised again. `injection.context_length` gives the number of tokens; None stands for any number.
         """
         before, self.context = self.longest, context
         after = self.longest
@@ -345,9 +342,6 @@ class TaskMixture(LightningDataModule, DataSource):
         """Pack training batches if `packing` is not given, much of them is padding, and the model keeps rows apart.
 
         Loaders that were made before follow the choice.
-
-        Args:
-            keeps_rows_apart: Tells of the model that is trained whether it keeps packed rows apart.
         """
         if self.packing is not None:
             return

@@ -50,7 +50,13 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        return _directory_records(path, place, where or {})
+        import datasets
+
+        try:
+            loaded = datasets.load_from_disk(str(place))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} was not written by datasets.save_to_disk; name a file in it") from error
+        return _never_empty(path, _dataset_records(path, loaded, where or {}))
     if not place.is_file():
         if _is_benchmark(path):
             raise ValueError(
@@ -91,16 +97,6 @@ def _hub_dataset(name: str, subset: str | None, revision: str | None) -> Any:
         raise ValueError(
             f"hub dataset {name!r} could not be loaded ({_one_line(error)}); without a network, give `path`"
         ) from error
-
-
-def _directory_records(path: str, place: Path, where: Wanted) -> Iterator[Record]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(place))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} was not written by datasets.save_to_disk; name a file in it") from error
-    return _never_empty(path, _dataset_records(path, loaded, where))
 
 
 def _dataset_records(name: str, loaded: Any, wanted: Wanted) -> Iterator[Record]:

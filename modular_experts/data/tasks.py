@@ -193,11 +193,7 @@ def _recognised(records: Iterable[Record]) -> tuple[Form, Iterator[Record]]:
 
 
 def _matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[Record]:
-    """Yield the records with the wanted values in their columns, and the records that could not be read.
-
-    Raises:
-        ValueError: There is no such record; the sentence names the first column that rules out every record.
-    """
+    """Yield the records with the wanted values in their columns, and the records that could not be read."""
     seen: dict[str, set[str]] = {column: set() for column in where}
     found = False
     for record in records:

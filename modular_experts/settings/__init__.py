@@ -72,11 +72,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT}
 
 
 def from_yaml(text: str) -> Any:
-    """Return what a YAML text holds.
-
-    Raises:
-        yaml.YAMLError: It is no YAML.
-    """
+    """Return what a YAML text holds, or raise a `yaml.YAMLError`."""
     return yaml.load(text, _Loader)
 
 

@@ -235,7 +235,9 @@ def prepare(
     trainer = _trainer(verb, out, settings)
     given = dict(settings.get("model", {}))
     if expert is not None:
-        given["expert" if modules is not None or _is_factory(expert) else "experts"] = expert
+        kind = getattr(expert, "func", expert)
+        is_factory = isinstance(kind, type) and issubclass(kind, Expert)
+        given["expert" if modules is not None or is_factory else "experts"] = expert
     given |= {} if modules is None else {"modules": modules}
     if "learning_rate" in settings:
         given["learning_rate"] = settings["learning_rate"]
@@ -250,11 +252,6 @@ def prepare(
     for export in run.exports:
         export.overwrite |= settings.get("overwrite", False)
     return run
-
-
-def _is_factory(expert: Any) -> bool:
-    kind = getattr(expert, "func", expert)
-    return isinstance(kind, type) and issubclass(kind, Expert)
 
 
 def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Trainer:

@@ -79,9 +79,7 @@ class WarmupRestarts(WarmupCosine):
 def training_length(trainer: Trainer, batches: int | None = None) -> TrainingLength:
     """Return the length of the fit that the trainer is about to start.
 
-    Args:
-        trainer: The trainer; without `batches`, it has its data.
-        batches: Training batches of one rank and epoch.
+    Without `batches`, the number of training batches of one rank and epoch, the trainer has its data.
 
     Raises:
         ValueError: Neither max_steps nor max_epochs bounds it.

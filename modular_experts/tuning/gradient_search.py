@@ -82,15 +82,9 @@ def descend(
 
 
 def first_coefficients(combination: Combination, per: Per, first: Sequence[float]) -> Tensor:
-    """Return the coefficients where a search starts, float64, alike in every weight and row.
+    """Return the coefficients where a search starts, float64: `first` for the first experts, and 0 for the others.
 
-    Args:
-        combination: The model with the experts.
-        per: What has a coefficient of its own.
-        first: Those of the first experts; the others start at 0.
-
-    Returns:
-        `(1, experts)`, `(weights, experts)` or `(rows of all weights, experts)`.
+    They are alike in every weight and row: `(1, experts)`, `(weights, experts)` or `(rows of all weights, experts)`.
     """
     count = {"expert": 1, "weight": len(combination.names), "row": sum(combination.rows)}[per]
     start = torch.zeros(count, combination.experts, dtype=torch.float64)

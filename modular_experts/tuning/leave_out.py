@@ -37,8 +37,7 @@ def leave_out(
         method: Merges them.
         data: Tasks whose validation rows are measured, or an objective on the experts' base.
         what: The parts, `experts` or `layers`.
-        rows: The most rows of one task, spread evenly over its validation rows.
-        base: The base's directory or hub id; the one in the experts' records by default.
+        rows, base: As for `search`.
 
     Raises:
         ValueError: There are fewer than two experts, there are no such parts, or `objective_on_base` refuses the data.

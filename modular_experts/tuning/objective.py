@@ -201,11 +201,7 @@ def own_experts(
     """Return the expert of each task: the one that `expert_of` gives, or the one whose record names the task.
 
     If several records name the task, the expert with the fewest tasks counts: a merge must not answer for its parents.
-
-    Args:
-        experts: The experts that are merged.
-        tasks: The tasks.
-        expert_of: Directories of experts, all among `experts`, by task.
+    The directories that `expert_of` gives are all among `experts`.
 
     Raises:
         ValueError: No record or several records name a task, or `expert_of` gives it an expert that is not there.

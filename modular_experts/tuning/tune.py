@@ -78,9 +78,7 @@ def tune(
         out: Directory of the merged expert. The trials are written beside it.
         grid: Values to try, by field of the method: {keep: [0.1, 0.2]}. One value fixes a field: {scale: [1]}. A field
             of the method inside a wrapper is `inner.keep`.
-        rows: The most rows of one task, spread evenly over its validation rows.
-        base: The base's directory or hub id; the one in the experts' records by default.
-        overwrite: Whether files that exist may be replaced.
+        rows, base, overwrite: As for `search`.
         labels, expert_of, max_new_tokens: Whether the tasks' own experts answer the rows, as for `search`.
 
     Raises:
