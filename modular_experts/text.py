@@ -14,10 +14,7 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
     """Return the known name that is most like `name`, or None if no one is. Case does not count.
 
-    Args:
-        name: What somebody wrote.
-        known: The names that exist.
-        cutoff: How alike the names must be, from 0 (anything) to 1 (equal).
+    `cutoff` says how alike the names must be, from 0 (anything) to 1 (equal).
     """
     spelt = {str(word).lower(): str(word) for word in known}
     found = difflib.get_close_matches(str(name).lower(), list(spelt), n=1, cutoff=cutoff)

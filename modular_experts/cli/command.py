@@ -58,14 +58,8 @@ def arguments_given(
     """Return the arguments that a command line gives; None if it asks for the help on a class, which is printed.
 
     With `--print_config` all settings are printed as a config file, and the program ends. `--trust` is an option of
-    every command, and names modules of the user.
-
-    Args:
-        words: The command line behind the name of the command.
-        hints: The types of the options.
-        make: Reads the settings.
-        positional, short: As for `read_options`.
-        beneath: Takes what the command line sets, and returns settings that lie beneath.
+    every command, and names modules of the user. `make` reads the settings, and `beneath` takes them and returns the
+    settings that lie beneath; the other arguments are as for `read_options`.
     """
     hints = {**hints, "trust": list[str]}
     options = read_options(words, hints, positional, short)

@@ -127,10 +127,7 @@ def progress_by_tenths(
     Off a terminal it prints a line to the standard error at every tenth, unless all work was done at the first call. An
     interruption is answered by how to go on.
 
-    Args:
-        columns: Columns of the bar.
-        line: Makes the line of the same arguments.
-        transient: Whether the bar disappears at the end.
+    The bar has the `columns`, and a `transient` one disappears at the end. `line` makes the line of the same arguments.
     """
     console, shown = Console(stderr=True), -1
     bar = Progress(*columns, console=console, expand=True, transient=transient, disable=not console.is_terminal)

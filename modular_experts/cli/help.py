@@ -56,13 +56,9 @@ class Source(NamedTuple):
 
 
 def read_source(file: str, name: str, group: str = "", brief: bool = False) -> Source:
-    """Read a function or class of the package without importing it.
+    """Read a function or class of a file of the package, such as `cli/merge.py`, without importing it.
 
-    Args:
-        file: Its file in the package, such as `cli/merge.py`.
-        name: Its name.
-        group: What stands before an argument's name in its option, such as `model.`.
-        brief: Take only the first sentence about each argument.
+    In an option, `group` stands before an argument's name. With `brief`, its text is the first sentence alone.
     """
     tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
     found: Any = next(node for node in tree.body if getattr(node, "name", None) == name)

@@ -113,8 +113,7 @@ class RowReader:
 
     Args:
         columns: The data's column for `input`, `target`, `messages`, `split` or `choices`, if it has another name.
-        template: The input text, with columns in braces: "Question: {question}\\nAnswer:".
-        choices: Possible targets of every row without choices of its own.
+        template, choices: As for `Task`.
         optional: A column whose text follows the input, after an empty line, where a row has it.
         targets: Whether every row needs a target.
     """

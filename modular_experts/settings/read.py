@@ -80,7 +80,10 @@ def read(option: str, hint: Any, value: Any) -> Read:
         made = tuple if origin is tuple else list
         return Read([one.plain for one in listed], lambda: made(one.make() for one in listed))
     if hint in _SCALARS:
-        return _read_scalar(option, hint, value)
+        # True is an int to Python.
+        if not isinstance(value, _SCALARS[hint]) or (isinstance(value, bool) and hint in (int, float, str)):
+            raise _refusal(option, [hint], value)
+        return _as_it_is(hint(value) if hint in (float, str) else value)
     if inspect.isclass(hint):
         return _read_class(option, hint, value)
     return _as_it_is(value)
@@ -91,13 +94,6 @@ def _as_it_is(value: Any) -> Read:
         return Read(plain(value), lambda: value)
     except ValueError:
         return Read(str(value), lambda: value)
-
-
-def _read_scalar(option: str, hint: Any, value: Any) -> Read:
-    # True is an int to Python.
-    if not isinstance(value, _SCALARS[hint]) or (isinstance(value, bool) and hint in (int, float, str)):
-        raise _refusal(option, [hint], value)
-    return _as_it_is(hint(value) if hint in (float, str) else value)
 
 
 def _read_word(option: str, hint: Any, word: Word) -> Read:

@@ -34,10 +34,8 @@ def place_of(base: Any, revision: str | None) -> tuple[str, str | None]:
 def open_applied(names: Sequence[str], trains: bool) -> list[StoredExpert]:
     """Open the experts that are added to a base, and refuse those that training cannot go on from.
 
-    Args:
-        names: Their directories.
-        trains: Whether new experts are put on top of them. These can go on from deltas and from one routed expert, but
-            from no other expert that chooses by the input.
+    If it `trains` new experts on top of them, these can go on from deltas and from one routed expert, but from no other
+    expert that chooses by the input.
     """
     applied = open_experts(names, mergeable=False) if names else []
     routed = [expert for expert in applied if expert.is_routed]

@@ -24,18 +24,7 @@ import_systems("callback")
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The groups and options of a config of `fit`, `validate`, `test` or `predict`.
-
-    Args:
-        model: Arguments of `ExpertModule`.
-        data: Arguments of `TaskMixture`.
-        trainer: Arguments of Lightning's `Trainer`.
-        seed_everything: Seed of all random numbers.
-        ckpt_path: Checkpoint to go on from; settings that are given beat its own.
-        out: Directory of the expert; without it, none is kept.
-        overwrite: Replace an expert.
-        dry_run: Only print what it would do, and the time and memory.
-    """
+    """The groups and options of a config of `fit`, `validate`, `test` or `predict`, as `fit --help` explains them."""
 
     model: Callable[[], ExpertModule]
     data: Callable[[], TaskMixture]

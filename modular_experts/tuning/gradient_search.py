@@ -49,8 +49,6 @@ def descend(
             (`joint`), because the inner product with every expert costs the same for one task and for many.
         measured: What is lowered.
         start: The first coefficients, as `first_coefficients` gives them.
-        learning_rate: Adam's rate.
-        steps: Number of steps.
         bounds: Interval into which every coefficient is clamped after each step.
         decay: Whether the rate falls linearly to 0.
     """
