@@ -1,7 +1,7 @@
 """Write base plus deltas, from the base's files into a checkpoint's, one weight in memory at a time.
 
 The files keep the base's division and its names of tensors; a tensor that no delta moves is copied as it is. Sums are
-taken in at least float32 and rounded once.
+taken in at least float32 and rounded once. Each tensor goes straight to its place behind the header of its file.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modular_experts.base.files import open_tensors, read_layouts
-from modular_experts.base.shards import ShardWriter, write_index
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta, Dense, all_finite
-from modular_experts.library.tensorfile import DTYPES, MappedTensors
+from modular_experts.library.tensorfile import DTYPES, MappedTensors, tensor_bytes
 from modular_experts.native.sparse_passes import add_rounded
 from modular_experts.progress import Progress
 
@@ -110,7 +112,7 @@ class StreamedSum:
             write_index(self._out, {source.name: layout for source, layout in self._layouts.items()})
 
     def _write(self, source: Path, losses: np.ndarray, steps: Iterator[str]) -> Iterator[tuple[str, Delta]]:
-        """Write one file; it gets its name when it is whole."""
+        """Write one file, which gets its name when it is whole, and count what rounding takes."""
         layout, part = self._layouts[source], self._out / f".{source.name}"
         tensors = MappedTensors(source)
         with ShardWriter(part, layout) as writer:
@@ -121,7 +123,13 @@ class StreamedSum:
                     writer.write(key, stored.to(dtype))
                 else:
                     delta = self._deltas[name]
-                    writer.write(key, _rounded_sum(name, stored, delta, dtype, losses))
+                    rounded, moved, changed, error, norm = add_rounded(stored, delta, dtype)
+                    losses += (moved, max(0, moved - changed), error, norm)
+                    if not all_finite(rounded):
+                        raise ValueError(
+                            f"{name} plus its delta is not finite in {dtype}; take a smaller scale, or a wider dtype"
+                        )
+                    writer.write(key, rounded)
                 tensors.release(key)  # the pages of the base would else stay until its file is through
                 if name is not None:
                     yield name, delta
@@ -144,15 +152,6 @@ class StreamedSum:
         return owner if owner in self._deltas else None
 
 
-def _rounded_sum(name: str, stored: Tensor, delta: Delta, dtype: torch.dtype, losses: np.ndarray) -> Tensor:
-    """Return a weight plus its delta in the checkpoint's dtype, and count what rounding took."""
-    rounded, moved, changed, error, norm = add_rounded(stored, delta, dtype)
-    losses += (moved, max(0, moved - changed), error, norm)
-    if not all_finite(rounded):
-        raise ValueError(f"{name} plus its delta is not finite in {dtype}; take a smaller scale, or a wider dtype")
-    return rounded
-
-
 def _finished(note: Path, file: Path) -> np.ndarray | None:
     """Return what rounding took in a file that an earlier run finished; None if it did not, or the file changed."""
     try:
@@ -165,3 +164,52 @@ def _finished(note: Path, file: Path) -> np.ndarray | None:
 def _hash(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of each tensor of a file, in the order in which they lie there."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class ShardWriter:
+    """Writes one file. Use it in a `with` block, and give it every tensor of the layout, in any order."""
+
+    def __init__(self, file: Path, layout: Layout) -> None:
+        header: dict[str, Any] = {}
+        end = 0
+        for name, (dtype, shape) in layout.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        text += b" " * (-len(text) % 8)
+        self._layout, self._missing = layout, set(layout)
+        self._starts = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+        self._file = file.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to its place."""
+        dtype, shape = self._layout[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), (name, tensor.dtype, tensor.shape)
+        self._missing.remove(name)
+        self._file.seek(self._starts[name])
+        self._file.write(tensor_bytes(tensor.detach().cpu().contiguous()))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        if kind is None:
+            assert not self._missing, f"the file lacks {sorted(self._missing)[:3]}"
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def write_index(directory: Path, files: Mapping[str, Layout]) -> None:
+    """Write the index of a checkpoint that has more than one file."""
+    size = sum(math.prod(shape) * dtype.itemsize for layout in files.values() for dtype, shape in layout.values())
+    owner = {name: file for file, layout in files.items() for name in layout}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(owner.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -9,9 +9,8 @@ from typing import Literal
 from modular_experts.cli.format import progress_bar, share_text, summary
 from modular_experts.interop.compression import Compression, KeepLargest, Truncated
 from modular_experts.interop.import_expert import import_expert
-from modular_experts.interop.mergekit.deviations import Deviation
 from modular_experts.interop.mergekit.parse import read_recipe
-from modular_experts.interop.mergekit.run import merge_recipe
+from modular_experts.interop.mergekit.run import Deviation, merge_recipe
 from modular_experts.library import StoredExpert
 
 

@@ -142,7 +142,6 @@ def _look_inside(
 
 
 def _open(experts: Sequence[str | Path] | str | Path) -> dict[str, StoredExpert]:
-    """Open the experts of a list or of a library, by name."""
     if isinstance(experts, str | Path):
         library = Library(experts)
         for name, problem in library.incomplete().items():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert, Trained
 from modular_experts.experts.in_place import InPlaceExpert, trains_weight
@@ -146,7 +147,7 @@ def _attach(module: nn.Module, factory: Factory) -> ModuleExpert:
 
 def _equip(site: Site, factory: Factory) -> Expert:
     layer: Any = site.module
-    transposed = _is_conv1d(layer)
+    transposed = is_transposed(layer)
     if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
         layer.weight.data = layer.weight.data.T.contiguous().T
     matrix = layer.weight.T if transposed else layer.weight
@@ -171,7 +172,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     owners = _owners(model)
     sites = []
     for name, module in _outside_of_experts(model):
-        if type(module) is nn.Linear or isinstance(module, ExpertLayer) or _is_conv1d(module):
+        if type(module) is nn.Linear or isinstance(module, ExpertLayer) or is_transposed(module):
             is_head = module is head or len(owners[id(module.weight)]) > 1
             sites.append(Site(name, name.rpartition(".")[2], depth_of(f"{name}."), module, is_head))
     return sorted(sites, key=lambda site: site.name)
@@ -409,10 +410,6 @@ def _outside_of_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside = f"{name}." if isinstance(module, Trained) else None
         if inside is None:
             yield name, module
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -1,7 +1,4 @@
-"""Store the difference of one weight: without loss, as its largest entries, or as a product of small rank.
-
-`fidelity.py` measures what a lossy compression costs.
-"""
+"""Store the difference of one weight: without loss, as its largest entries, or as a product of small rank."""
 
 from __future__ import annotations
 

@@ -3,23 +3,25 @@
 Names, shapes and dtypes are compared from the headers of the files first; then the files of both are read one weight at
 a time, and neither model is loaded. The difference is taken in float32. An entry that equals the base's once that is
 rounded to the checkpoint's narrower dtype did not move. Weights that are tied in the base are one weight here, under
-the first of their names, and its delta moves both.
+the first of their names, and its delta moves both. A report tells what a lossy compression costs, and what rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from modular_experts.base import Base
 from modular_experts.base.structure import Structure
-from modular_experts.deltas import Delta
+from modular_experts.deltas import Delta, Dense
 from modular_experts.interop.adapter import ImportedAdapter
 from modular_experts.interop.compression import Compression, Lossless
-from modular_experts.interop.fidelity import ImportReport, measure_loss
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 
@@ -163,3 +165,78 @@ def check_same_model(one: Structure, other: Structure) -> None:
                 f"{here.place} has {alone[0]}{more}, and {there.place} does not; the two differ in their number of "
                 "layers or in their biases, so they are not two states of one model"
             )
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What an import kept of one weight.
+
+    Attributes:
+        entries: Entries of the weight.
+        moved: Entries that differ from the base.
+        rounded: Entries that did not move but lost digits to the checkpoint's narrower dtype.
+        energy: Squared Frobenius norm of the difference.
+        lost: Squared Frobenius norm of the part of the difference that the delta lacks.
+        missed: Entries where base plus delta, rounded to the checkpoint's dtype, is not the checkpoint's entry; 0
+            for a lossy delta.
+        farthest: Largest absolute difference among the missed entries.
+    """
+
+    entries: int
+    moved: int
+    rounded: int
+    energy: float
+    lost: float
+    missed: int
+    farthest: float
+
+    @property
+    def error(self) -> float:
+        """Frobenius norm of the lost part, as a share of the norm of the difference."""
+        return math.sqrt(self.lost / self.energy) if self.energy else 0.0
+
+
+@dataclass
+class ImportReport:
+    """What an import kept of each weight that moved, and how many weights did not move (`same`)."""
+
+    weights: dict[str, WeightReport] = field(default_factory=dict)
+    same: int = 0
+
+    def total(self) -> WeightReport:
+        """Return the report of all weights together."""
+        reports = list(self.weights.values())
+        sums = {name: sum(getattr(report, name) for report in reports) for name in WeightReport.__annotations__}
+        return WeightReport(**sums | {"farthest": max((report.farthest for report in reports), default=0.0)})
+
+    def record(self) -> dict[str, Any]:
+        """Return the totals for a record, with the relative error of each weight that lost something."""
+        total = self.total()
+        lossy = {name: report.error for name, report in sorted(self.weights.items()) if report.lost}
+        shares = {"relative_error": total.error, "energy_kept": 1 - total.error**2}
+        return {**asdict(total), "same_weights": self.same, **shares, "relative_errors": lossy}
+
+
+def measure_loss(base: Tensor, tuned: Tensor, difference: Tensor, delta: Delta) -> WeightReport:
+    """Compare a delta with the weights, as stored, of base and checkpoint, and with their difference in float32."""
+    same = base.to(tuned.dtype) == tuned
+    rounded = 0
+    if base.dtype != tuned.dtype:
+        common = torch.promote_types(base.dtype, tuned.dtype)
+        rounded = int((same & (base.to(common) != tuned.to(common))).count_nonzero())
+    lost = 0.0 if isinstance(delta, Dense) else _squared_norm((-delta).add_to(difference.clone()))
+    missed, farthest = 0, 0.0
+    if not lost:
+        wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        restored = delta.add_to(wide).to(tuned.dtype)
+        wrong = restored != tuned
+        gaps = restored[wrong].double() - tuned[wrong].double()
+        missed, farthest = gaps.numel(), gaps.abs().max().item() if gaps.numel() else 0.0
+    moved, energy = difference.numel() - int(same.count_nonzero()), _squared_norm(difference)
+    return WeightReport(difference.numel(), moved, rounded, energy, lost, missed, farthest)
+
+
+def _squared_norm(tensor: Tensor) -> float:
+    # Sums run in float64 over slices, so that no second wide copy of a weight is made.
+    wide = (chunk.double() for chunk in tensor.reshape(-1).split(2**22))
+    return math.fsum(torch.dot(chunk, chunk).item() for chunk in wide)

@@ -26,7 +26,7 @@ from modular_experts.data.rows import Row, content_hash
 from modular_experts.data.sources import READERS
 from modular_experts.data.tasks import Task, Tasks, as_tasks
 from modular_experts.data.tokenize import joined
-from modular_experts.evaluation.compare import RESULTS, AnyModels, Compared, facts_of, open_models
+from modular_experts.evaluation.compare import RESULTS, AnyModels, facts_of, open_models
 from modular_experts.library import check_target
 from modular_experts.library.atomic import new_directory
 from modular_experts.reports import Results
@@ -100,7 +100,12 @@ def harness(
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"{batch_size=} and {max_new_tokens=} must be at least 1")
     names, files = benchmarks_and_tasks(tasks)
-    _check_installed()
+    try:
+        import lm_eval  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the lm-evaluation-harness is not installed ({error}): pip install 'modular-experts[eval]'"
+        ) from None
     found, models = open_models(base, experts, revision)
     tokenizer = found.tokenizer()
     ours = harness_tasks(TaskMixture(files, eval_limit=limit), tokenizer, max_new_tokens) if files else {}
@@ -116,9 +121,10 @@ def harness(
         rows: list[dict[str, Any]] = []
         for done, one in enumerate(models):
             progress(one.title, done, len(models))
+            reads_prompts = not all(stored.mergeable for stored in one.stored)
             with one.in_place(model, dtype, "cuda" if torch.cuda.is_available() else "cpu") as whole:
                 for suite in suites:
-                    measured = _measured(whole, tokenizer, suite, batch_size, alone=_reads_prompts(one))
+                    measured = _measured(whole, tokenizer, suite, batch_size, alone=reads_prompts)
                     facts["harness"]["tasks"] |= _versions(measured)
                     rows += [{"model": one.title, "experts": one.names, **row} for row in _rows(measured, ours, roles)]
     progress("", len(models), len(models))
@@ -288,15 +294,6 @@ def benchmarks_and_tasks(tasks: Tasks) -> tuple[list[str], list[Any]]:
     return list(dict.fromkeys(names)), files
 
 
-def _check_installed() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"the lm-evaluation-harness is not installed ({error}): pip install 'modular-experts[eval]'"
-        ) from None
-
-
 class _Suite(NamedTuple):
     """What the harness loaded, whether prompts begin with a token of the tokenizer's, and the most rows of a task."""
 
@@ -306,7 +303,6 @@ class _Suite(NamedTuple):
 
 
 def _loaded_files(tasks: Mapping[str, HarnessTask]) -> list[Any]:
-    """Load our tasks into the harness, from memory."""
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
@@ -346,15 +342,7 @@ def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> list[An
 def _measured(
     model: Any, tokenizer: PreTrainedTokenizerBase, suite: _Suite, batch_size: int, alone: bool
 ) -> dict[str, Any]:
-    """Let the harness measure a loaded model.
-
-    Args:
-        model: The model, on its device.
-        tokenizer: Its tokenizer.
-        suite: The tasks.
-        batch_size: Rows that are measured at once.
-        alone: Whether a row is measured alone, so that routers see its prompt and no padding.
-    """
+    """Let the harness measure a loaded model; with `alone` row by row, so that routers see a prompt and no padding."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -383,10 +371,6 @@ def _measured(
     return evaluate(lm, suite.loaded, limit=suite.limit, log_samples=False)
 
 
-def _reads_prompts(model: Compared) -> bool:
-    return not all(one.mergeable for one in model.stored)
-
-
 def _versions(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return of each task its version, the examples in its prompts, and of ours the hash of the rows."""
     found = {}
@@ -400,7 +384,6 @@ def _versions(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _rows(
     measured: Mapping[str, Any], ours: Mapping[str, HarnessTask], roles: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the harness's numbers as rows of results."""
     for name, scores in {**measured.get("groups", {}), **measured["results"]}.items():
         task = name.removesuffix(CHOICES) if name in ours else name
         count = measured["n-samples"].get(name, {}).get("effective")

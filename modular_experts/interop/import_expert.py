@@ -1,6 +1,6 @@
 """Import another tool's fine-tuning as an expert: find its format, read it, check it against its base, and write it.
 
-`peft/`, `composable_sft.py`, `spiel.py` and `full_checkpoint.py` read one format each.
+`peft/`, `sparse.py` and `full_checkpoint.py` read the formats.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from modular_experts.base import Base
 from modular_experts.base.files import weight_files
 from modular_experts.base.loading import fetch_from_hub
 from modular_experts.deltas import Delta
-from modular_experts.interop.composable_sft import DIFF_FILE, read_composable_sft
 from modular_experts.interop.compression import Compression
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, Vocabulary, read_full_checkpoint
 from modular_experts.interop.peft import AskedDeltas, read_peft
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
-from modular_experts.interop.spiel import PEFT_TYPE, read_spiel
+from modular_experts.interop.sparse import DIFF_FILE, PEFT_TYPE, read_composable_sft, read_spiel
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.progress import Progress
 

@@ -45,12 +45,7 @@ from modular_experts.library.record import (
     what_is_wrong,
 )
 from modular_experts.library.state import StoredState, write_state
-from modular_experts.library.tensorfile import (
-    MappedTensors,
-    TensorFileWriter,
-    damaged,
-    open_tensors,
-)
+from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, open_tensors
 from modular_experts.progress import Progress
 from modular_experts.text import bytes_text, did_you_mean
 
@@ -172,9 +167,6 @@ class StoredExpert(TaskVector):
     def __getitem__(self, name: str) -> Delta:
         return read_weight([self], name)[0]
 
-    def _stored(self, name: str) -> StoredWeight:
-        return StoredWeight(self._tensors, name, self._table[name], name in self._checked)
-
     def release(self, name: str) -> None:
         """Free the memory that a weight's delta was read into; a delta that is still held stays as it is."""
         for suffix in self._table[name]["tensors"]:
@@ -194,7 +186,6 @@ class StoredExpert(TaskVector):
         return f"StoredExpert({str(self.path)!r}, kind={self.record['kind']!r}, weights={len(self)})"
 
     def _repr_html_(self) -> str:
-        """Return a small table for notebooks."""
         record, entries = self.record, sum(shape.numel() for shape in self._shapes.values())
         kept = f"{len(self)}; {self.kept_share:.2%} of {entries:,} entries kept"
         rows = {
@@ -210,7 +201,7 @@ class StoredExpert(TaskVector):
 
 def read_weight(experts: Sequence[StoredExpert], name: str) -> list[Delta]:
     """Return the deltas of one weight in several experts that move it; in fewer and longer steps than one by one."""
-    deltas = deltas_of([expert._stored(name) for expert in experts])
+    deltas = deltas_of([StoredWeight(one._tensors, name, one._table[name], name in one._checked) for one in experts])
     for expert in experts:
         expert._checked.add(name)
     return deltas

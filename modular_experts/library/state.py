@@ -16,12 +16,7 @@ from torch import Tensor
 
 from modular_experts.deltas import all_finite
 from modular_experts.library.record import FORMAT_WITH_STATE
-from modular_experts.library.tensorfile import (
-    MappedTensors,
-    TensorFileWriter,
-    damaged,
-    open_tensors,
-)
+from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, open_tensors
 
 
 class StoredState:

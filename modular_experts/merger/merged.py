@@ -313,24 +313,19 @@ def method_of_each(
         used.add(pattern)
         if chosen is not None:
             found[name] = chosen
-    for pattern, _ in patterns:
-        if pattern not in used:
-            _refuse_unused(pattern, [one for one, _ in patterns], names)
+    for lost in [pattern for pattern, _ in patterns if pattern not in used]:
+        matched = [name for name in names if lost.fullmatch(name)]
+        for first, _ in patterns:
+            if any(map(first.fullmatch, matched)):
+                raise ValueError(
+                    f"per_weight: '{first.pattern}' comes first and matches all that '{lost.pattern}' matches; put the "
+                    "narrower first"
+                )
+        near = nearest(lost.pattern, names, cutoff=0.3) or names[0]
+        raise ValueError(f"per_weight: '{lost.pattern}' matches no weight that the experts move; one of them is {near}")
     if not found:
         raise ValueError("every weight that the experts move would stay at the base, so there is nothing to merge")
     return found
-
-
-def _refuse_unused(lost: re.Pattern[str], patterns: Sequence[re.Pattern[str]], names: Sequence[str]) -> None:
-    matched = [name for name in names if lost.fullmatch(name)]
-    for first in patterns:
-        if any(map(first.fullmatch, matched)):
-            raise ValueError(
-                f"per_weight: '{first.pattern}' comes first and matches all that '{lost.pattern}' matches; put the "
-                "narrower first"
-            )
-    near = nearest(lost.pattern, names, cutoff=0.3) or names[0]
-    raise ValueError(f"per_weight: '{lost.pattern}' matches no weight that the experts move; one of them is {near}")
 
 
 def _made(method: Method) -> MergeMethod | None:

@@ -49,14 +49,11 @@ class Arrow(Router):
 
     def _take(self, deltas: Iterable[Delta | None]) -> None:
         """Find the prototype of each delta, of which one at a time is in memory."""
-        found = [None if delta is None else self._prototype(delta) for delta in deltas]
+        pairs = [None if delta is None else top_direction(delta) for delta in deltas]
+        found = [None if pair is None else (pair[0] * pair[1] if self.scaled else pair[0]).float() for pair in pairs]
         still = torch.zeros_like(next(vector for vector in found if vector is not None))
         self.prototypes = torch.stack([still if vector is None else vector for vector in found])
         self.experts = len(found)
-
-    def _prototype(self, delta: Delta) -> Tensor:
-        vector, value = top_direction(delta)
-        return (vector * value if self.scaled else vector).float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))

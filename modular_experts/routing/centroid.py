@@ -61,11 +61,16 @@ class Centroid(Router):
     def learn(self, deltas: Sequence[Delta | None], prompts: Sequence[Tensor]) -> None:
         check_prompts("Centroid", prompts, 1 if self.reject is None else 2)
         self.experts = len(prompts)
-        means, precision = _fit([rows.double() for rows in prompts], self.shrink)
+        wide = [rows.double() for rows in prompts]
+        means, precision = _fit(wide, self.shrink)
         self.means, self.precision = means.float(), precision.float()
         if self.reject is not None:
-            own = torch.cat(self._own_distances([rows.double() for rows in prompts]))
-            self.farthest = own.quantile(1 - self.reject).float()
+            own = []
+            for fold in range(FOLDS):
+                left = [rows[torch.arange(len(rows)) % FOLDS != fold] for rows in wide]
+                out = [rows[torch.arange(len(rows)) % FOLDS == fold] for rows in wide]
+                own.append(_distances(torch.cat(out), *_fit(left, self.shrink)).amin(1))
+            self.farthest = torch.cat(own).quantile(1 - self.reject).float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         return -0.5 * _distances(hidden.float(), self.means, self.precision)
@@ -74,15 +79,6 @@ class Centroid(Router):
         scores = self.scores(hidden)
         gates = self.select(scores)
         return gates if self.reject is None else gates.without(-2 * scores.amax(1) > self.farthest, self.experts)
-
-    def _own_distances(self, prompts: Sequence[Tensor]) -> list[Tensor]:
-        """Return the smallest distance of each prompt from means of other prompts, by fold."""
-        found = []
-        for fold in range(FOLDS):
-            left = [rows[torch.arange(len(rows)) % FOLDS != fold] for rows in prompts]
-            out = [rows[torch.arange(len(rows)) % FOLDS == fold] for rows in prompts]
-            found.append(_distances(torch.cat(out), *_fit(left, self.shrink)).amin(1))
-        return found
 
 
 def _fit(prompts: Sequence[Tensor], shrink: float) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.native import products as compiled
 from modular_experts.native.products import Factor, Form, Part
-from modular_experts.routing.gates import CurrentGates, Gates, Segment
+from modular_experts.routing.gates import CurrentGates, Segment
 from modular_experts.routing.router import Router
 
 
@@ -77,7 +77,7 @@ class Mixture(NotMergeable, Expert):
     def _added(self, out: Tensor, x: Tensor) -> Tensor:
         if self.common is not None:
             out = out + self.common.linear(x)
-        gates = self._gates(x)
+        gates = self.gates.gates if self.router is None else self.router(x.reshape(-1, x.shape[-1]))
         if gates is None:
             return out
         inputs = x.to(out.dtype).reshape(len(gates.ids), -1, x.shape[-1]).contiguous()
@@ -89,11 +89,6 @@ class Mixture(NotMergeable, Expert):
                 change = moved.to(out.dtype).expand(len(inputs) if places is None else len(places), *added.shape[1:])
                 add_change(added, change, places, weights)
         return added.view_as(out)
-
-    def _gates(self, x: Tensor) -> Gates | None:
-        if self.router is None:
-            return self.gates.gates
-        return self.router(x.reshape(-1, x.shape[-1]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:
         super()._apply(fn, recurse)

@@ -1,15 +1,14 @@
 """Measure the statistics of an expert's data for merge methods and routers, and store them beside the expert.
 
-Open `take.py` first, which takes and stores them. `gram.py`, `fisher.py`, `merged_gram.py`, `gates.py` and `prompts.py`
-measure one kind each. Statistics use validation rows, because a merge must not be tested on rows that it was made from;
-only prompts for routers take training rows too. `library/statistics.py` defines the files.
+Open `take.py` first, which takes and stores them. `gram.py`, `fisher.py`, `gates.py` and `prompts.py` measure them.
+Statistics use validation rows, because a merge must not be tested on rows that it was made from; only prompts
+for routers take training rows too. `library/statistics.py` defines the files.
 """
 
 from __future__ import annotations
 
 from modular_experts.statistics.fisher import fisher
-from modular_experts.statistics.gram import gram
-from modular_experts.statistics.merged_gram import merged_grams
+from modular_experts.statistics.gram import gram, merged_grams
 from modular_experts.statistics.take import KINDS, take_statistics
 
 __all__ = ["KINDS", "fisher", "gram", "merged_grams", "take_statistics"]

@@ -2,11 +2,17 @@
 
 All tokens of a row count, the prompt's too; padding does not. The mean keeps long data of one expert from outweighing
 short data of another.
+
+`gram` measures one model. `merged_grams` measures along a merge, where a block's inputs come from merged blocks
+(RegMean++, Nguyen et al., arXiv 2508.03121): from the first transformer block to the last, run each expert's own block
+behind the blocks merged so far, on the expert's data; this gives the Gram matrices of the block's layers. Then merge
+the block. A weight outside of the blocks is a block of its own, in the order of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,9 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modular_experts.base.apply import applied
 from modular_experts.base.structure import is_transposed
 from modular_experts.data.batch import Batch
-from modular_experts.methods.method import DataStatistic
+from modular_experts.deltas import Delta, Sparse
+from modular_experts.methods import RegMeanPlusPlus
+from modular_experts.methods.method import Context, DataStatistic
+from modular_experts.progress import Progress
+from modular_experts.text import block_of
 
 
 @torch.no_grad()
@@ -101,3 +112,41 @@ def _inputs(name: str, layer: nn.Module) -> int | None:
     if not name.endswith(".weight"):
         return None
     return 1 if isinstance(layer, nn.Linear) else 0 if is_transposed(layer) else None
+
+
+def merged_grams(
+    model: PreTrainedModel,
+    experts: Sequence[Mapping[str, Delta]],
+    batches: Sequence[Sequence[Batch]],
+    names: Sequence[str],
+    progress: Progress = iter,
+) -> list[dict[str, DataStatistic | None]]:
+    """Return the Gram matrices of each weight, for each expert, where `RegMeanPlusPlus` merges each block.
+
+    Every block costs a pass of the model over the data of each expert. All matrices and a copy of the moved weights are
+    in memory. Afterwards every weight of the model is as it was, bit for bit.
+
+    Args:
+        model: The base of the experts.
+        experts: Name and delta of each weight.
+        batches: The data of each expert.
+        names: The weights that are merged.
+    """
+    method = RegMeanPlusPlus()
+    found: list[dict[str, DataStatistic | None]] = [{} for _ in experts]
+    wanted, blocks = set(names), dict[str, list[str]]()
+    for name, _ in model.named_parameters():
+        if name in wanted:
+            blocks.setdefault(block_of(name) or name, []).append(name)
+    with ExitStack() as applied_so_far:
+        for block in progress(list(blocks.values())):
+            for expert, data, grams in zip(experts, batches, found, strict=True):
+                with applied(model, {name: expert[name] for name in block if name in expert}):
+                    grams |= gram(model, data, block)
+            merged: dict[str, Delta] = {}
+            for name in block:
+                still = Sparse.zero(model.get_parameter(name).shape)
+                deltas = [expert.get(name, still).to(model.device) for expert in experts]
+                merged[name] = method.merge(deltas, Context(name, [grams[name] for grams in found]))
+            applied_so_far.enter_context(applied(model, merged))
+    return found

@@ -45,7 +45,12 @@ def prompts(
         prompt = (batch["labels"].to(model.device) != IGNORED).cumsum(1) == 0
         vectors = prompt_vectors(model, ids, mask, depths, prompt)
         if parts:
-            cut = mask * ~_front(prompt & mask.bool(), rows)
+            read = prompt & mask.bool()
+            lengths = read.sum(1)
+            # Multiples of the golden ratio, without their whole parts, are spread evenly whatever the number of rows.
+            shares = (torch.arange(rows + 1, rows + 1 + len(ids), device=ids.device) * 0.6180339887498949) % 1
+            left_out = (MOST_CUT * shares * lengths).long().clamp(max=(lengths - 1).clamp(min=0))
+            cut = mask * ~(read & (read.cumsum(1) <= left_out[:, None]))
             shorter = prompt_vectors(model, ids, cut, depths, prompt)
             vectors = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(vectors, shorter, strict=True)]
         found.append(vectors)
@@ -56,15 +61,6 @@ def prompts(
         name_of(depth): DataStatistic(torch.cat(rows))
         for depth, rows in zip(depths, zip(*found, strict=True), strict=True)
     }
-
-
-def _front(prompt: Tensor, before: int) -> Tensor:
-    """Return which tokens are cut from the front of each prompt; `before` prompts came in earlier batches."""
-    lengths = prompt.sum(1)
-    # Multiples of the golden ratio, without their whole parts, are spread evenly whatever the number of rows.
-    shares = (torch.arange(before + 1, before + 1 + len(prompt), device=prompt.device) * 0.6180339887498949) % 1
-    cut = (MOST_CUT * shares * lengths).long().clamp(max=(lengths - 1).clamp(min=0))
-    return prompt & (prompt.cumsum(1) <= cut[:, None])
 
 
 def name_of(depth: float) -> str:

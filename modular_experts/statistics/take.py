@@ -24,8 +24,7 @@ from modular_experts.library.statistics import StoredStatistics, check_statistic
 from modular_experts.progress import Progress
 from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.gates import train_gates
-from modular_experts.statistics.gram import gram
-from modular_experts.statistics.merged_gram import merged_grams
+from modular_experts.statistics.gram import gram, merged_grams
 from modular_experts.statistics.prompts import prompts
 
 StatisticKind = Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"]

@@ -10,8 +10,8 @@ import torch
 from conftest import build_model
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.interop.composable_sft import read_composable_sft
 from modular_experts.interop.import_expert import import_expert
+from modular_experts.interop.sparse import read_composable_sft
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"

@@ -125,7 +125,6 @@ def _slices(slices: Any, where: str, method: Method, base: ModelReference | None
 
 
 def _sources(listed: Any, where: str, method: Method, keys: Collection[str]) -> dict[ModelReference, Settings]:
-    """Parse a list of models with their settings."""
     sources: dict[ModelReference, Settings] = {}
     for i, entry in enumerate(_list(listed, where)):
         given = _mapping(entry, f"{where}[{i}]", keys)

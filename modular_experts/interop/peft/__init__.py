@@ -1,20 +1,13 @@
 """Read and write adapters of the library `peft`, the most common type without that library.
 
 `read.py` (open it first) reads a plain LoRA from `files.py`; `asked.py` asks PEFT for the deltas of any other adapter.
-`write.py` writes with `formats.py`, the kinds of adapter, and `verify.py`, which loads the result again.
+`write.py` writes with `formats.py`, the kinds of adapter, and loads the result again.
 """
 
 from modular_experts.interop.peft.asked import AskedDeltas, ask_peft
-from modular_experts.interop.peft.formats import (
-    EncodedWeight,
-    LoraFormat,
-    PeftFormat,
-    ShiraFormat,
-    SupertuningFormat,
-)
+from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, ShiraFormat, SupertuningFormat
 from modular_experts.interop.peft.read import read_peft
-from modular_experts.interop.peft.verify import AdapterCheck
-from modular_experts.interop.peft.write import WrittenAdapter, export, write_peft
+from modular_experts.interop.peft.write import AdapterCheck, WrittenAdapter, export, write_peft
 
 __all__ = [
     "AdapterCheck",

@@ -6,7 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -176,7 +176,7 @@ class ShiraFormat(_SparseFormat):
     peft_type = "SHIRA"
 
     def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> ShiraFormat:
-        kept = [(name, _as_sparse(name, delta).support_size, delta.shape) for name, delta in _pairs(expert, names)]
+        kept = [(name, _as_sparse(name, delta := expert[name]).support_size, delta.shape) for name in names]
         r = max(1, *(math.ceil(entries / sum(shape)) for _, entries, shape in kept))
         for name, _, shape in kept:
             if r * sum(shape) > shape.numel():
@@ -206,7 +206,7 @@ class SupertuningFormat(_SparseFormat):
     peft_type = "SUPERTUNING"
 
     def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> SupertuningFormat:
-        kept = [(max(_as_sparse(name, delta).support_size, 1), delta.shape) for name, delta in _pairs(expert, names)]
+        kept = [(max(_as_sparse(name, delta := expert[name]).support_size, 1), delta.shape) for name in names]
         sparsity = 1.0 - max(entries / shape.numel() for entries, shape in kept)
         fitted = replace(self, _sparsity=sparsity)
         while any(fitted.entries(shape) < entries for entries, shape in kept):  # rounding has cost an entry
@@ -222,10 +222,6 @@ class SupertuningFormat(_SparseFormat):
 
     def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
         return {"sparsity": self._sparsity, "select_top": True, "init_weights": True, "save_precomputed_indices": True}
-
-
-def _pairs(expert: Mapping[str, Delta], names: Iterable[str]) -> Iterator[tuple[str, Delta]]:
-    return ((name, expert[name]) for name in names)
 
 
 def _as_sparse(name: str, delta: Delta) -> Sparse:

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from inspect import isabstract
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from modular_experts.base import Base
+from modular_experts.base.apply import applied
 from modular_experts.base.files import MANIFEST, write_manifest
+from modular_experts.base.loading import quiet
+from modular_experts.base.verify import difference, fixed_prompts, logits
+from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE
-from modular_experts.interop.peft.formats import (
-    EncodedWeight,
-    LoraFormat,
-    PeftFormat,
-)
-from modular_experts.interop.peft.verify import AdapterCheck, verify_adapter
+from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat
+from modular_experts.interop.peft.read import read_peft
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.library.record import plain
 from modular_experts.progress import Progress
@@ -84,26 +87,20 @@ def export(
     Raises:
         ValueError: The format is unknown or takes no rank, or `write_peft` refuses the expert.
     """
-    kind = _format(form)
-    if rank is not None and kind is not LoraFormat:
-        raise ValueError(f"rank={rank} is a setting of form lora, and form is {form}; leave rank out")
-    format = LoraFormat(rank) if kind is LoraFormat else kind()
-    return write_peft(expert, out, format, base, revision, tolerance, overwrite, progress)
-
-
-def _format(form: str) -> type[PeftFormat]:
-    """Return the format of a name, or at the dotted path of a user's own."""
     import_systems("peft")
     # A format of a user's own, which may be of the same type, is found by its path.
     ours = [kind for kind in _kinds_of(PeftFormat) if kind.__module__.startswith("modular_experts.")]
     formats = {kind.peft_type.lower(): kind for kind in ours if not isabstract(kind)}
-    found: Any = formats.get(form) or (locate(form) if "." in form else None)
-    if not (isinstance(found, type) and issubclass(found, PeftFormat)):
+    kind: Any = formats.get(form) or (locate(form) if "." in form else None)
+    if not (isinstance(kind, type) and issubclass(kind, PeftFormat)):
         raise ValueError(
             f"form must be one of {', '.join(formats)}, or the dotted path of a PeftFormat, got "
             f"{form!r}{did_you_mean(form, formats)}"
         )
-    return found
+    if rank is not None and kind is not LoraFormat:
+        raise ValueError(f"rank={rank} is a setting of form lora, and form is {form}; leave rank out")
+    format = LoraFormat(rank) if kind is LoraFormat else kind()
+    return write_peft(expert, out, format, base, revision, tolerance, overwrite, progress)
 
 
 def _kinds_of(kind: type) -> Iterator[type[Any]]:
@@ -168,7 +165,6 @@ def _write_files(
     modules: Mapping[str, nn.Module],
     encoded: Mapping[str, EncodedWeight],
 ) -> None:
-    """Write the two files that PEFT reads."""
     config = {
         "peft_type": format.peft_type,
         "task_type": "CAUSAL_LM",
@@ -248,3 +244,88 @@ def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict
 
 def _can_move(format: PeftFormat, name: str, module: nn.Module) -> bool:
     return name.rpartition(".")[2] in format.parameters and format.supports(module)
+
+
+@dataclass(frozen=True)
+class AdapterCheck:
+    """How far a reloaded adapter is from the deltas that it was written from.
+
+    Attributes:
+        largest_difference: Largest absolute difference of a logit over the fixed prompts.
+        mean_difference: Mean absolute difference of a logit.
+        tolerance: Largest accepted difference.
+        prompts: Shape of the prompts, `(rows, tokens)`.
+        loaded_with: What loaded it: `peft` and its version, or `modular-experts` where PEFT is not installed.
+        largest_approximation: Largest absolute difference of a logit between the adapter and the expert itself; 0 if
+            the adapter is lossless.
+        mean_approximation: Mean absolute difference of a logit between the two.
+    """
+
+    largest_difference: float
+    mean_difference: float
+    tolerance: float
+    prompts: tuple[int, int]
+    loaded_with: str
+    largest_approximation: float
+    mean_approximation: float
+
+
+def verify_adapter(
+    base: Base,
+    directory: Path,
+    peft_type: str,
+    encoded: Mapping[str, Delta],
+    expert: Mapping[str, Delta] | None,
+    tolerance: float,
+) -> AdapterCheck:
+    """Load an adapter, and compare it with the deltas `encoded` that it stands for, on the base in float32.
+
+    `expert` holds the expert's own deltas where the adapter only approximates them.
+
+    Raises:
+        ValueError: A logit differs by more, PEFT misses a tensor in the adapter, or nothing installed can load it.
+    """
+    model = base.load("float32")
+    prompts = fixed_prompts(model)
+    with applied(model, [encoded]):
+        reference = logits(model, prompts)
+    approximation = (0.0, 0.0)
+    if expert is not None:
+        with applied(model, expert, check=False):
+            approximation = difference(logits(model, prompts), reference)
+    found = _logits_with_peft(model, directory, peft_type, prompts)  # PEFT leaves the adapter in the model
+    if found is not None:
+        loader = f"peft {metadata.version('peft')}"
+    elif peft_type != "LORA":
+        raise ValueError(
+            f"the adapter was not written: only PEFT itself can check a {peft_type} adapter; pip install 'peft>=0.21'"
+        )
+    else:
+        loader = "modular-experts"
+        with applied(model, [dict(read_peft(directory, base).deltas)]):
+            found = logits(model, prompts)
+    largest, mean = difference(found, reference)
+    if not largest <= tolerance:  # written so that NaN is refused too
+        raise ValueError(
+            f"the adapter was not written: loaded again with {loader}, its logits differ by {largest:.3g} from those "
+            f"of base plus deltas in memory, and the tolerance is {tolerance:.3g}"
+        )
+    return AdapterCheck(largest, mean, tolerance, (prompts.shape[0], prompts.shape[1]), loader, *approximation)
+
+
+def _logits_with_peft(model: PreTrainedModel, directory: Path, peft_type: str, prompts: Tensor) -> Tensor | None:
+    """Return the logits of base and adapter by PEFT, or None where PEFT is missing or too old for this kind."""
+    try:
+        from peft import PeftModel, PeftType
+    except ImportError:
+        return None
+    if peft_type not in PeftType.__members__:
+        return None
+    # PEFT warns of many things; only one warning means that the adapter lacks what PEFT looks for.
+    with quiet(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = logits(PeftModel.from_pretrained(model, directory), prompts)
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise ValueError(f"the adapter was not written: PEFT warns: {warning.message}")
+    return found

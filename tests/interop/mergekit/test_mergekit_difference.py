@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modular_experts.deltas import Sparse
-from modular_experts.interop.mergekit.difference import WeightDifference, weight_difference
+from modular_experts.interop.mergekit.inputs import WeightDifference, weight_difference
 
 KINDS = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modular_experts.deltas import Sparse
-from modular_experts.interop.mergekit.difference import WeightDifference, weight_difference
+from modular_experts.interop.mergekit.inputs import WeightDifference, weight_difference
 from modular_experts.interop.mergekit.parse import parse_setting, read_recipe
 from modular_experts.interop.mergekit.recipe import LayerPosition, ModelReference, layer_positions, value_at
 from modular_experts.methods import TIES, Average, ModelStock, TaskArithmetic
