@@ -75,6 +75,12 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is damaged: it is cut short or not a safetensors file ({error})") from error
 
 
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def fingerprint(directory: str | Path) -> str:
     """Return the SHA-256, in hexadecimal digits, over the name, the shape and the stored bytes of every tensor.
 
@@ -113,7 +119,7 @@ def reading(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json", "so it is not the directory of a model")
     return {
         "config": {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT},
-        "tokenizer": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in _found(directory, _TOKENIZER)},
+        "tokenizer": {f.name: file_hash(f) for f in _found(directory, _TOKENIZER)},
     }
 
 

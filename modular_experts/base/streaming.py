@@ -6,7 +6,6 @@ taken in at least float32 and rounded once. Each tensor goes straight to its pla
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import open_tensors, read_layouts
+from modular_experts.base.files import file_hash, open_tensors, read_layouts
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta, Dense, all_finite
 from modular_experts.library.tensorfile import DTYPES, MappedTensors, tensor_bytes
@@ -103,7 +102,7 @@ class StreamedSum:
                     yield name, delta
             if not kept and source is not last:  # with the last file all is there
                 part = note.with_suffix(".part")
-                part.write_text(json.dumps({"sha256": _hash(written), "losses": losses.tolist()}))
+                part.write_text(json.dumps({"sha256": file_hash(written), "losses": losses.tolist()}))
                 part.rename(note)
             self._losses += losses
         for source in self._layouts:
@@ -156,14 +155,9 @@ def _finished(note: Path, file: Path) -> np.ndarray | None:
     """Return what rounding took in a file that an earlier run finished; None if it did not, or the file changed."""
     try:
         content = json.loads(note.read_text())
-        return np.array(content["losses"]) if content["sha256"] == _hash(file) else None
+        return np.array(content["losses"]) if content["sha256"] == file_hash(file) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

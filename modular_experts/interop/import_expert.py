@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from modular_experts.base import Base
-from modular_experts.base.files import weight_files
+from modular_experts.base.files import file_hash, weight_files
 from modular_experts.base.loading import fetch_from_hub
 from modular_experts.deltas import Delta
 from modular_experts.interop.compression import Compression
@@ -75,7 +74,8 @@ def import_expert(
     else:
         reader = read_spiel if adapter.config.get("peft_type") == PEFT_TYPE else read_peft
         imported, files = reader(adapter, opened), [directory / CONFIG_FILE, adapter.file]
-    origin = {"id": str(source), "revision": source_revision, "format": format, "sha256": _hashes(files)}
+    hashes = {file.name: file_hash(file) for file in files}
+    origin = {"id": str(source), "revision": source_revision, "format": format, "sha256": hashes}
 
     def checked() -> Iterator[tuple[str, Delta]]:
         for name, delta in imported.deltas:
@@ -103,14 +103,6 @@ def _open_base(
     elif named is not None and not isinstance(base, Base) and Path(named).name != Path(base).name:
         log.warning("%s names %s as its base; it is imported as an expert of %s instead", source, named, base)
     return Base.open(base, revision=revision)
-
-
-def _hashes(files: Sequence[Path]) -> dict[str, str]:
-    hashes = {}
-    for file in files:
-        with file.open("rb") as content:
-            hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-    return hashes
 
 
 def _find(place: str | Path, revision: str | None) -> tuple[Path, str]:

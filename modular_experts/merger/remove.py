@@ -47,7 +47,19 @@ def remove(
     place = hashes.index(part.content_hash) if part.content_hash in hashes else None
     if len(parents) == 1:
         raise ValueError(f"{whole.name} was made of {parents[0]['name']} alone, so nothing would be left")
-    method = _linear_method(whole)
+    applied: dict[str, Any] = whole.record.get("method") or {}
+    # The factors of experts such as `0.5 * a` are not among the method's settings.
+    lazy = "experts" in (whole.record.get("hyperparameters") or {})
+    method: Linear | None = None
+    if applied and not lazy and not whole.record.get("per_weight"):
+        with suppress(ValueError):
+            method = rebuild(applied, Linear)
+    if method is None:
+        name = str(applied.get("class_path", "")).rpartition(".")[2]
+        raise ValueError(
+            f"{whole.name} is a {name or whole.record['kind']}, and an expert can be taken out of a merge by Average "
+            "or TaskArithmetic only; merge the others again"
+        )
     if place is None:
         names = ", ".join(parent["name"] for parent in parents)
         raise ValueError(f"{whole.name} was not made of {part.name} as it is now, but of {names}")
@@ -61,21 +73,6 @@ def remove(
     deltas = _Rest(whole, part, *method.without(place, len(parents)))
     write_expert(out, deltas, record, overwrite, progress=progress)
     return open_expert(out)
-
-
-def _linear_method(merged: StoredExpert) -> Linear:
-    """Return the method of a stored merge, if an expert can be taken out of its merges."""
-    record: dict[str, Any] = merged.record.get("method") or {}
-    # The factors of experts such as `0.5 * a` are not among the method's settings.
-    lazy = "experts" in (merged.record.get("hyperparameters") or {})
-    if record and not lazy and not merged.record.get("per_weight"):
-        with suppress(ValueError):
-            return rebuild(record, Linear)
-    name = str(record.get("class_path", "")).rpartition(".")[2]
-    raise ValueError(
-        f"{merged.name} is a {name or merged.record['kind']}, and an expert can be taken out of a merge by Average "
-        "or TaskArithmetic only; merge the others again"
-    )
 
 
 class _Rest(TaskVector):

@@ -108,7 +108,17 @@ def take_statistics(
         FileExistsError: An expert has statistics of this kind; nothing has been read yet.
         ValueError: Bases differ, or an expert has no validation rows; nothing has been measured yet.
     """
-    way = _checked_way(kind, rows, labels, steps)
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
+    way = KINDS[kind]
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1 row of a task")
+    if way.of_inputs and labels == "experts":
+        raise ValueError(f"{kind} are read without answers; leave labels out")
+    if labels not in ("rows", "experts"):
+        raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
+    if steps is not None and (not way.trains or steps < 1):
+        raise ValueError(f"steps={steps} must be at least 1, and is for gates alone, which are trained")
     opened = open_experts(experts)
     check_statistics_targets(opened, kind, overwrite)
     opened_base = Base.open(base, opened)
@@ -136,21 +146,6 @@ def take_statistics(
             write_statistics(expert, kind, found.items(), tasks, facts | {"tokens": tokens}, among, overwrite)
         )
     return stored
-
-
-def _checked_way(kind: str, rows: int, labels: str, steps: int | None) -> Way:
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
-    way = KINDS[kind]
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be at least 1 row of a task")
-    if way.of_inputs and labels == "experts":
-        raise ValueError(f"{kind} are read without answers; leave labels out")
-    if labels not in ("rows", "experts"):
-        raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
-    if steps is not None and (not way.trains or steps < 1):
-        raise ValueError(f"steps={steps} must be at least 1, and is for gates alone, which are trained")
-    return way
 
 
 def _answered(

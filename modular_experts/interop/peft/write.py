@@ -145,10 +145,27 @@ def write_peft(
     format = format.fit_to(opened, list(modules))
     encoded = {name: format.encode(name, modules[name], opened[name]) for name in progress(list(modules))}
     with new_directory(target, overwrite, MANIFEST) as directory:
-        _write_files(directory, found, format, modules, encoded)
+        config = {
+            "peft_type": format.peft_type,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": found.place,
+            "revision": found.revision,
+            "inference_mode": True,
+            "target_modules": list(dict.fromkeys(_module_of(name) for name in encoded)),
+            "modules_to_save": None,
+            **format.configuration(modules, encoded),
+        }
+        text = json.dumps(plain(config), indent=2, sort_keys=True)
+        (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        tensors = {
+            f"{PREFIX}{_module_of(name)}.{suffix}": tensor.contiguous()
+            for name, weight in encoded.items()
+            for suffix, tensor in weight.tensors.items()
+        }
+        save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
         deltas = {name: weight.delta for name, weight in encoded.items()}
         approximated = opened if any(weight.lost for weight in encoded.values()) else None
-        check = verify_adapter(found, directory, format.peft_type, deltas, approximated, tolerance)
+        check = _verify(found, directory, format.peft_type, deltas, approximated, tolerance)
         written = WrittenAdapter(encoded, check)
         origin = {
             "base": {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint},
@@ -156,33 +173,6 @@ def write_peft(
         }
         write_manifest(directory, origin | {"adapter": _account(format, written), "check": asdict(check)})
     return written
-
-
-def _write_files(
-    directory: Path,
-    base: Base,
-    format: PeftFormat,
-    modules: Mapping[str, nn.Module],
-    encoded: Mapping[str, EncodedWeight],
-) -> None:
-    config = {
-        "peft_type": format.peft_type,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.place,
-        "revision": base.revision,
-        "inference_mode": True,
-        "target_modules": list(dict.fromkeys(_module_of(name) for name in encoded)),
-        "modules_to_save": None,
-        **format.configuration(modules, encoded),
-    }
-    text = json.dumps(plain(config), indent=2, sort_keys=True)
-    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    tensors = {
-        f"{PREFIX}{_module_of(name)}.{suffix}": tensor.contiguous()
-        for name, weight in encoded.items()
-        for suffix, tensor in weight.tensors.items()
-    }
-    save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
 
 
 def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:
@@ -270,7 +260,7 @@ class AdapterCheck:
     mean_approximation: float
 
 
-def verify_adapter(
+def _verify(
     base: Base,
     directory: Path,
     peft_type: str,
@@ -280,10 +270,8 @@ def verify_adapter(
 ) -> AdapterCheck:
     """Load an adapter, and compare it with the deltas `encoded` that it stands for, on the base in float32.
 
-    `expert` holds the expert's own deltas where the adapter only approximates them.
-
-    Raises:
-        ValueError: A logit differs by more, PEFT misses a tensor in the adapter, or nothing installed can load it.
+    `expert` holds the expert's own deltas where the adapter only approximates them. PEFT loads the adapter where PEFT
+    is installed; elsewhere this package's own reader loads a LoRA.
     """
     model = base.load("float32")
     prompts = fixed_prompts(model)
