@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.experts.in_place import InPlaceExpert
+from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.injection import expert_layers, inject
 
 __all__ = ["CONTENDERS", "Contender", "Step", "Work", "language_model", "missing", "single_layer"]

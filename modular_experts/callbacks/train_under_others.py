@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
 from modular_experts.data.source import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
-from modular_experts.experts.in_place import InPlaceExpert, trains_weight
+from modular_experts.experts.expert import InPlaceExpert, trains_weight
 from modular_experts.injection import expert_layers
 from modular_experts.library import Library, StoredExpert, check_base, open_experts
 from modular_experts.library.expert import RECORD_FILE

@@ -2,8 +2,8 @@
 
 Read this file to write a type of your own; `ia3.py` in the tests is one in thirty lines. Most types own parameters
 beside a frozen weight, as LoRA does.
-`injection` puts experts into the layers of a model. An expert that writes into the weight is an `InPlaceExpert`
-(`in_place.py`), and one at another module than a linear layer a `ModuleExpert` (`module_expert.py`).
+`injection` puts experts into the layers of a model. An expert that writes into the weight is an `InPlaceExpert`, and
+one at another module than a linear layer a `ModuleExpert` (`module_expert.py`).
 """
 
 from __future__ import annotations
@@ -154,3 +154,25 @@ class NotMergeable:
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} has no delta: {self.not_mergeable_because}")
+
+
+class InPlaceExpert(Expert):
+    """Writes what it trains into the layer's own weight; a subclass gives `restore` beside `delta`."""
+
+    trains_weight: ClassVar[bool] = False
+    """Whether the weight itself is a trained parameter (in float32), as for a full fine-tune."""
+
+    def write(self, weight: Tensor) -> None:
+        """Bring the weight up to date with the trained state; a trained weight is so at any time."""
+
+    @abstractmethod
+    def restore(self, weight: Tensor, anchor: Callable[[], Tensor]) -> None:
+        """Give the weight back as it was before training, bit for bit; `anchor` reads that weight."""
+
+    def reanchor(self, weight: Tensor) -> None:
+        """Take the weight as it is now, which holds no trained state, for the base."""
+
+
+def trains_weight(expert: Expert) -> bool:
+    """Return whether an expert trains the layer's own weight."""
+    return isinstance(expert, InPlaceExpert) and expert.trains_weight

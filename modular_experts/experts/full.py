@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.deltas import Dense
-from modular_experts.experts.in_place import InPlaceExpert
+from modular_experts.experts.expert import InPlaceExpert
 
 
 class FullExpert(InPlaceExpert):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
-from modular_experts.experts.in_place import InPlaceExpert
+from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Granularity, Selectable
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
-from modular_experts.experts.expert import Expert, Trained
-from modular_experts.experts.in_place import InPlaceExpert, trains_weight
+from modular_experts.experts.expert import Expert, InPlaceExpert, Trained, trains_weight
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.site import (
     Factory,

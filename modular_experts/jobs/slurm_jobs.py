@@ -48,7 +48,17 @@ class SlurmJobs(Executor):
         submitit = needed("submitit", "slurm")
         if not isinstance(time, int):
             raise ValueError(f"time={time!r} of the engine slurm is not a number of minutes; write one, such as 240")
-        _try_options({"time": time, **options})
+        given = {"time": time, **options}.items()
+        flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given]
+        try:
+            # This starts nothing.
+            found = subprocess.run(["sbatch", "--test-only", *flags, "--wrap=true"], capture_output=True, text=True)
+        except FileNotFoundError:
+            raise ValueError(
+                "the engine slurm needs the command sbatch; run this on a login node of a cluster"
+            ) from None
+        if found.returncode:
+            raise ValueError(f"SLURM refuses {' '.join(flags)}: {found.stderr.strip().splitlines()[-1]}")
         self.folder, self.poll_seconds = Path(folder).absolute(), poll_seconds
         # A piece that ran out of time would run out of it again.
         self._submitit = submitit.SlurmExecutor(self.folder, max_num_timeout=0)
@@ -161,14 +171,3 @@ class _Job(Call):
 def _remove_files(job: Any) -> None:
     for name in ("submitted_pickle", "result_pickle", "stdout", "stderr"):
         getattr(job.paths, name).unlink(missing_ok=True)
-
-
-def _try_options(options: dict[str, Any]) -> None:
-    """Let `sbatch` check options, which starts nothing."""
-    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
-    try:
-        found = subprocess.run(["sbatch", "--test-only", *flags, "--wrap=true"], capture_output=True, text=True)
-    except FileNotFoundError:
-        raise ValueError("the engine slurm needs the command sbatch; run this on a login node of a cluster") from None
-    if found.returncode:
-        raise ValueError(f"SLURM refuses {' '.join(flags)}: {found.stderr.strip().splitlines()[-1]}")

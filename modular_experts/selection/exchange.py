@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from modular_experts.experts.in_place import InPlaceExpert
+from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.masks.top_k import ascending
 from modular_experts.native.sparse_passes import carried

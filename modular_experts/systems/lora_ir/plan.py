@@ -90,10 +90,7 @@ class TaskGate(ModuleExpert):
     Args:
         model: A causal language model.
         gates: Where the LoRAs find the gates.
-        experts: Number of experts.
-        k: How many of them a prompt takes.
-        depths: Where prompts are read.
-        prompts: The most training rows of a task that the router learns from.
+        experts, k, depths, prompts: As for `LoRAIR`.
     """
 
     not_mergeable_because: ClassVar[str] = "its router chooses by the prompt"

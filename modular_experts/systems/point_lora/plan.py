@@ -85,9 +85,7 @@ class TokenSelection(ModuleExpert):
 
     Args:
         module: The model without its head, which turns token ids into hidden states.
-        tokens: How many tokens of each prompt are selected.
-        hidden: Hidden size of the shared MLPs.
-        entropy: Weight of the scores' entropy in the loss.
+        tokens, hidden, entropy: As for `PointLoRA`.
     """
 
     learning_rate: ClassVar[float] = LoRAExpert.learning_rate
