@@ -23,7 +23,7 @@ _HOMES = {
     "modular_experts.library.described": ("trust",),
     "modular_experts.merger.interference": ("interference",),
     "modular_experts.merger.merged": ("Merged", "merge", "write_merged"),
-    "modular_experts.training.fit": ("check_fit", "estimate_fit", "fit"),
+    "modular_experts.training.fit": ("FitSettings", "check_fit", "estimate_fit", "fit"),
     "modular_experts.training.module": ("ExpertModule",),
     "modular_experts.data": ("Task", "TaskMixture"),
     "modular_experts.evaluation": ("evaluate", "measure"),

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from modular_experts.experts import Expert
+from modular_experts.routing import Centroid
 from modular_experts.settings import UsageError, Word
-from modular_experts.settings.read import read
+from modular_experts.settings.read import read, read_arguments
 
 WORDS = [
     (str, "0123", "0123"),
@@ -53,3 +54,12 @@ def test_a_factory_gets_its_first_arguments_later_and_its_settings_have_all_defa
 def test_a_value_of_another_type_is_refused_by_its_option(hint: Any, value: Any) -> None:
     with pytest.raises(UsageError, match=r"^--x must be "):
         read("--x", hint, value)
+
+
+def test_an_argument_without_annotation_has_the_one_of_the_base_class() -> None:
+    class Own(Centroid):
+        def __init__(self, select=None):
+            super().__init__(select=select)
+
+    made = read_arguments("--router.", Own, {"select": {"class_path": "TopK", "init_args": {"k": 2}}}).make()
+    assert made["select"].k == 2

@@ -11,7 +11,7 @@ from modular_experts.routing.centroid import Centroid
 from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.constant import Constant
 from modular_experts.routing.energy import Energy
-from modular_experts.routing.gates import Gates, Softmax, Threshold, TopK, UpTo
+from modular_experts.routing.gates import Gates, Selection, Softmax, Threshold, TopK, UpTo
 from modular_experts.routing.gen_know_sub import GenKnowSub
 from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.molora import MoLoRAExpert
@@ -32,6 +32,7 @@ __all__ = [
     "Oracle",
     "Phatgoose",
     "Router",
+    "Selection",
     "Softmax",
     "Threshold",
     "TopK",

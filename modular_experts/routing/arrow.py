@@ -35,7 +35,6 @@ class Arrow(Router):
     """
 
     scope: ClassVar[Scope] = "linear"
-    rejects = False
     prototypes: Tensor
 
     def __init__(self, unit_inputs: bool = False, scaled: bool = False, select: Selection | None = None) -> None:

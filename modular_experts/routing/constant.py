@@ -23,7 +23,6 @@ class Constant(Router):
     """
 
     scope: ClassVar[Scope] = "sample"
-    rejects = False
     depths = (0.0,)
     shares: Tensor
 

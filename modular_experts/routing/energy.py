@@ -25,7 +25,6 @@ class Energy(Router):
     """
 
     scope: ClassVar[Scope] = "linear"
-    rejects = False
     norms: Tensor
 
     def __init__(self, select: Selection | None = None) -> None:

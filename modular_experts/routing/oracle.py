@@ -25,6 +25,7 @@ class Oracle(Router):
     """
 
     scope: ClassVar[Scope] = "sample"
+    rejects = True
     depths = (0.0,)
 
     def __init__(self, tasks: Mapping[str, int] | None = None) -> None:

@@ -29,7 +29,6 @@ class Phatgoose(Router):
     """
 
     scope: ClassVar[Scope] = "linear"
-    rejects = False
     needs: ClassVar[str | None] = "gates"
     gates: Tensor
 

@@ -38,8 +38,9 @@ class Router(nn.Module, ABC):
     `prompts`, or `prompt_parts`, where each prompt is followed by a part of itself; of scope `linear` any other, of
     which a router gets its weight's. None of scope `block`."""
 
-    rejects: bool = True
-    """Whether the router may send an input to the fallback. If it never does, `route` refuses a fallback."""
+    rejects: bool = False
+    """Whether the router may send an input to the fallback, whose number in gates is the number of experts. `route`
+    refuses a fallback for a router that never does."""
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
@@ -67,7 +68,10 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, hidden: Tensor) -> Tensor:
-        """Return how well each expert fits each input, `(n, experts)`, for hidden states `(n, size)`."""
+        """Return how well each expert fits each input, `(n, experts)`, for hidden states `(n, size)`.
+
+        These have the data type of the model, and buffers are float32: write `hidden.float()` where types must agree.
+        """
 
     def held(self, deltas: Sequence[Delta | None]) -> tuple[Sequence[Delta | None], Delta | None]:
         """Return the deltas that gates weigh, and one that each input gets besides, or None.

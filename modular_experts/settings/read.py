@@ -220,7 +220,7 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
                 inner = arguments_of(known[one.name])
                 hints, defaults = hints | inner[0], defaults | inner[1]
             elif one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
-                hints.setdefault(one.name, known.get(one.name, Any))
+                hints.setdefault(one.name, known.get(one.name) or _inherited(called, one.name))
                 defaults.setdefault(one.name, factories.get(one.name, one.default))
         if not passes_on:
             break
@@ -231,6 +231,11 @@ def _makers(called: Callable[..., Any]) -> list[Callable[..., Any]]:
     if not inspect.isclass(called) or dataclasses.is_dataclass(called):
         return [called]
     return [vars(kind)["__init__"] for kind in called.__mro__ if "__init__" in vars(kind) and kind is not object]
+
+
+def _inherited(called: Callable[..., Any], name: str) -> Any:
+    """Return the annotation of an argument that a subclass leaves without one, from the nearest base class."""
+    return next((hints[name] for maker in _makers(called) if name in (hints := _hints_of(maker))), Any)
 
 
 def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:

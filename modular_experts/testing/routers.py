@@ -137,7 +137,7 @@ def _check_gates(case: _Case, router: Router, dtype: torch.dtype) -> None:
     assert 0 <= lowest <= highest <= count, (
         f"the ids must be from 0 to {count}, the fallback; got {lowest} to {highest}"
     )
-    assert highest < count or router.rejects, f"the id {count} is the fallback, which `rejects = False` rules out"
+    assert highest < count or router.rejects, f"the id {count} is the fallback, which only `rejects = True` allows"
     ordered = gates.ids.sort(1).values
     assert (ordered[:, 1:] != ordered[:, :-1]).all(), "an input must not have an expert twice"
 

@@ -38,7 +38,6 @@ class Nearest(Router):
     """
 
     scope: ClassVar[Scope] = "linear"
-    rejects = False
     lengths: Tensor
 
     def __init__(self, select: Selection | None = None) -> None:

@@ -120,8 +120,6 @@ class Twice(Norms):
 
 
 class Rejecting(Norms):
-    rejects = False
-
     def forward(self, hidden):
         return super().forward(hidden).without(hidden[:, 0] > 0, self.experts)
 
@@ -151,7 +149,7 @@ def test_a_router_of_ones_own_keeps_the_contract() -> None:
         (Numbered, "permuting the experts must permute their numbers only"),
         (Clipped, "more experts than there are must be refused"),
         (Twice, "an input must not have an expert twice"),
-        (Rejecting, "the id 4 is the fallback, which `rejects = False` rules out"),
+        (Rejecting, "the id 4 is the fallback, which only `rejects = True` allows"),
         (Uncounted, "learn must set experts to 4, not 0"),
         (Half, "the weights must be finite for torch.bfloat16 inputs"),
     ],
