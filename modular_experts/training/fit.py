@@ -171,24 +171,39 @@ def fit(
     return open_expert(run.exports[-1].target) if run.exports and not dev_run else None
 
 
-def check_fit(*arguments: Any, **settings: Any) -> None:
+def check_fit(
+    base: BaseModel,
+    tasks: Tasks | TaskMixture,
+    expert: ExpertKind | None = None,
+    modules: str | list[str] | None = None,
+    out: str | Path | None = None,
+    **settings: Unpack[FitSettings],
+) -> None:
     """Check the arguments of a `fit`, and read neither base nor rows.
 
     Raises:
         ValueError: A setting does not fit.
     """
     with quiet():
-        prepare("fit", *arguments, **{**settings, "seed": False})
+        settings["seed"] = False
+        prepare("fit", base, tasks, expert, modules, out, **settings)
 
 
-def estimate_fit(*arguments: Any, **settings: Any) -> FitEstimate:
+def estimate_fit(
+    base: BaseModel,
+    tasks: Tasks | TaskMixture,
+    expert: ExpertKind | None = None,
+    modules: str | list[str] | None = None,
+    out: str | Path | None = None,
+    **settings: Unpack[FitSettings],
+) -> FitEstimate:
     """Estimate by a few steps, which change nothing, what a `fit` with these arguments would read, train and take.
 
     Raises:
         ValueError: What a fit refuses.
     """
     with quiet():
-        run = prepare("fit", *arguments, **settings)
+        run = prepare("fit", base, tasks, expert, modules, out, **settings)
         run.check_targets()
         try:
             return estimate(run.module, run.data, run.trainer)
