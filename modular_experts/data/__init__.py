@@ -1,7 +1,7 @@
 """Read, check and tokenise the rows of tasks, and mix them into batches.
 
-`batch.py` defines a batch, and `source.py` what training may ask of its data beside batches; models and experts are
-unknown here. Open `mixture.py` first.
+`batch.py` defines a batch, and `source.py` what training may ask of its data beside batches; no model and no
+expert is loaded here. `sources.py` reads files and the hub. Open `mixture.py` first.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The class of the same layer object is swapped, so module names, the base's `state_dict` keys, `isinstance(m,
 nn.Linear)`, pickle, deepcopy, gradient checkpointing, DDP and tied weights keep working. GPT-2's `Conv1D` stores its
-weight as (in, out): this is the one place that transposes, so experts always see `(out, in)` and files always hold the
-base's own orientation. A module that is not a linear layer keeps its class; its expert sees its calls through hooks.
+weight as (in, out): experts always see `(out, in)`, and files always hold the base's own
+orientation. A module that is not a linear layer keeps its class; its expert sees its calls through hooks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Keep experts in a directory, the library: each is written whole or not at all, and checked at every read.
 
 `expert.py` reads and writes one expert; open it first. `record.py` is its metadata, `packing.py` the forms of its
-tensors, `tensorfile.py` and `atomic.py` are its files, `statistics.py` holds measurements
-beside it, and `compatibility.py` checks that experts fit each other. No model is loaded here, and nothing is merged.
+tensors, `state.py` the trained tensors of other experts, `tensorfile.py` and `atomic.py` are its files. `statistics.py`
+holds measurements beside it, `compatibility.py` checks that experts fit each other, `described.py` turns settings into
+objects again, and `result_key.py` names all that a measurement depends on. No model is loaded here, and nothing is
+merged.
 """
 
 from __future__ import annotations
