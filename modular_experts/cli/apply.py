@@ -45,8 +45,8 @@ def apply(
 
 def export(
     expert: str,
-    form: str,
     out: str,
+    form: str = "lora",
     rank: int | None = None,
     base: str | None = None,
     revision: str | None = None,

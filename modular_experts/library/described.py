@@ -43,7 +43,10 @@ def trust(*named: str | type | ModuleType) -> None:
         try:
             _TRUSTED[path] = pkgutil.resolve_name(path) if isinstance(one, str) else one
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"trust: there is no module or class {path} ({error})") from error
+            raise ValueError(
+                f"trust: there is no module or class {path} ({error}); Python looks in this directory, in PYTHONPATH, "
+                "and among installed packages"
+            ) from error
 
 
 def trusted() -> tuple[str, ...]:
