@@ -6,6 +6,7 @@ A system of `modular_experts/systems` may bring commands: the functions of its f
 from __future__ import annotations
 
 import ast
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -48,8 +49,15 @@ def importing() -> Iterator[None]:
         # Where all is imported already, there may be garbage.
         if len(sys.modules) > before:
             gc.freeze()
+            atexit.register(_unfreeze)
     finally:
         gc.enable()
+
+
+def _unfreeze() -> None:
+    # Triton's bindings report objects that nobody frees as leaks; without Triton the process ends faster.
+    if "triton" in sys.modules:
+        gc.unfreeze()
 
 
 def system_commands() -> Iterator[tuple[str, Command]]:
