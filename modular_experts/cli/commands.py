@@ -1,4 +1,4 @@
-"""List the commands, for the program, its help and completion; this file imports no other room.
+"""List the commands, for the program, its help and completion; it is imported by every command, so it imports no torch.
 
 A system of `modular_experts/systems` may bring commands: the functions of its file `commands.py`.
 """
@@ -11,10 +11,9 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
-SYSTEMS = Path(__file__).parents[1] / "systems"
+from modular_experts.discovery import SYSTEMS
 
 
 class Command(NamedTuple):

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from modular_experts.library.record import RECORD_FILE
+
 try:
     import fcntl
 except ImportError:  # on Windows there is no lock, and two processes that do the same work disturb each other
@@ -42,7 +44,7 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def check_target(path: str | Path, overwrite: bool = False, marker: str = "expert.json") -> Path:
+def check_target(path: str | Path, overwrite: bool = False, marker: str = RECORD_FILE) -> Path:
     """Return the absolute path of a directory that is to be written; call it before any work.
 
     Args:
@@ -55,7 +57,7 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
         PermissionError: The nearest directory above it cannot be written to.
     """
     target = Path(os.path.abspath(Path(path).expanduser()))
-    if marker == "expert.json":
+    if marker == RECORD_FILE:
         check_name(target.name)
     if os.path.lexists(target):
         if target.is_symlink() or not (target / marker).is_file():
@@ -78,7 +80,7 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
 
 @contextmanager
 def new_directory(
-    target: Path, overwrite: bool = False, marker: str = "expert.json", key: str | None = None
+    target: Path, overwrite: bool = False, marker: str = RECORD_FILE, key: str | None = None
 ) -> Iterator[Path]:
     """Yield a temporary directory beside the target, and move it into place when the block ends without an error.
 

@@ -38,7 +38,7 @@ from modular_experts.library import (
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.library.described import describe
 from modular_experts.library.expert import stored_in
-from modular_experts.library.record import MERGE
+from modular_experts.library.record import MERGE, RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
@@ -390,7 +390,7 @@ def _keys(vector: TaskVector) -> list[str]:
 
 def _is_written(path: Path, key: str) -> bool:
     """Return whether an interrupted merge of this key has written an expert beside it already."""
-    return (path / "expert.json").is_file() and open_expert(path).record.get("key") == key
+    return (path / RECORD_FILE).is_file() and open_expert(path).record.get("key") == key
 
 
 @cache

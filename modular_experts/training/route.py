@@ -32,11 +32,10 @@ from modular_experts.library.described import class_path, trust
 from modular_experts.library.record import ROUTED
 from modular_experts.library.statistics import kinds_of_statistics
 from modular_experts.progress import Progress
-from modular_experts.routing import Centroid, Router
+from modular_experts.routing import Centroid, Mixture, Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.statistics import take_statistics
 
-BECAUSE = "its router chooses experts by the input"
 BECAUSE_CONSTANT = "it needs the experts behind it, of which `merge` makes one expert if it gets this one"
 
 
@@ -86,6 +85,7 @@ def route(
     # Whoever gives the router trusts its code.
     trust(type(router), type(router.select))
     state = _state(_learned(router, opened), len(opened))
+    because = Mixture.not_mergeable_because if router.constant_weights() is None else BECAUSE_CONSTANT
     record = make_record(
         ROUTED,
         base,
@@ -93,7 +93,7 @@ def route(
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
         parents=as_parents(members),
         class_path=class_path(type(router)),
-        not_mergeable_because=BECAUSE_CONSTANT if router.constant_weights() is not None else BECAUSE,
+        not_mergeable_because=because,
     )
     write_expert(target, {}, record, overwrite, state=state)
     return open_expert(target)

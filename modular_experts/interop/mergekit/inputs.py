@@ -23,6 +23,7 @@ from modular_experts.interop.full_checkpoint import check_same_model
 from modular_experts.interop.mergekit.recipe import ModelReference, Recipe
 from modular_experts.interop.peft import read_peft
 from modular_experts.library import open_expert
+from modular_experts.library.record import RECORD_FILE
 from modular_experts.native.sparse_passes import unequal
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -107,7 +108,7 @@ def open_models(recipe: Recipe) -> dict[ModelReference, Model]:
     base = recipe.base
     for reference in dict.fromkeys([base, *recipe.models] if base else recipe.models):
         added: Mapping[str, Delta] = {}
-        if (Path(reference.path).expanduser() / "expert.json").is_file():
+        if (Path(reference.path).expanduser() / RECORD_FILE).is_file():
             if base is None or reference.adapter is not None or base.adapter is not None or reference == base:
                 raise ValueError(
                     f"{reference} is an expert, which moves a base and is not a model by itself; name the checkpoint "
