@@ -31,7 +31,7 @@ _HOMES = {
     "modular_experts.callbacks": (
         *("AverageStates", "ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
     ),
-    "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "leave_out", "search", "tune"),
+    "modular_experts.tuning": ("ATLAS", "AdaMerging", "Objective", "search", "tune"),
     "modular_experts.base": ("Base",),
     "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "check_loaded"),
     "modular_experts.interop.import_expert": ("import_expert",),

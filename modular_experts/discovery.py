@@ -17,7 +17,7 @@ def import_systems(*files: str) -> list[ModuleType]:
     Args:
         files: Names of files, such as `callback`, to import from the systems that have them, beside the `__init__`.
     """
-    folders = [found.name for found in pkgutil.iter_modules([str(SYSTEMS)])]
+    folders = [found.name for found in pkgutil.iter_modules([str(SYSTEMS)]) if found.ispkg]
     modules = [importlib.import_module(f"modular_experts.systems.{folder}") for folder in folders]
     names = [f"{module.__name__}.{file}" for module in modules for file in files]
     return modules + [importlib.import_module(name) for name in names if find_spec(name)]

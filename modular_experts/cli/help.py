@@ -22,8 +22,8 @@ from modular_experts.settings.read import arguments_of
 _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 80, 26
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
-_CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": "", "LeaveOut": ""}
-_METAVARS = {"bool": "", "int": " N", "float": " X", "LeaveOut": " SETTINGS"}
+_CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
+_METAVARS = {"bool": "", "int": " N", "float": " X"}
 _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 _METAVARS |= {"DType": " DTYPE"}
 # An argument in a docstring, with its type or without, and the lines of its text.

@@ -9,7 +9,6 @@ from rich.table import Table
 from torch import Tensor
 
 from modular_experts.cli.format import call_text, progress_bar, share_text, table_of
-from modular_experts.cli.tuning import LeaveOut
 from modular_experts.merger.interference import Interference, mean_of_others
 from modular_experts.merger.interference import interference as compare
 from modular_experts.methods import MergeMethod, SparseAverage
@@ -22,8 +21,6 @@ PAIRS = 5
 def interference(
     experts: list[str],
     method: MergeMethod | None = None,
-    directions: bool = False,
-    leave_out: LeaveOut | None = None,
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -39,42 +36,26 @@ def interference(
     Args:
         experts: Directories of two or more experts.
         method: The merge whose distance is shown; SparseAverage by default.
-        directions: Also decompose the merge of each matrix, and show how often it counts what experts do along each
-            of its directions: above 1 it counts shared directions more than once, below 1 it loses some of them.
-        leave_out: Also measure the merge without each expert, or without each layer, on validation rows.
         out: A JSON file for all numbers.
         overwrite: Replace that file.
 
     Examples:
         modular-experts interference library/a library/b
-        modular-experts interference --experts library/a library/b --leave_out.data.tasks a.jsonl b.jsonl
-        modular-experts interference --experts library/a library/b --method TIES --directions --out interference.json
+        modular-experts interference --experts library/a library/b --method TIES --out interference.json
     """
     if out and Path(out).exists() and not overwrite:
         raise FileExistsError(f"{out} exists already; choose another out, or replace it with --overwrite")
     chosen = method or SparseAverage()
-    found = compare(experts, chosen, directions, progress_bar("comparing"))
+    found = compare(experts, chosen, progress_bar("comparing"))
     console = Console(markup=False, emoji=False)
-    console.print(_experts(found), _layers(found, directions))
+    console.print(_experts(found), _layers(found))
     if len(found.experts) > 2:
         console.print(_pairs(found))
     print(f"distance is to a merge with {call_text(type(chosen).__name__, vars(chosen))}")
-    report = found.as_dict()
-    if leave_out:
-        from modular_experts.tuning import leave_out as measure_without
-
-        what, bar = leave_out.what, progress_bar("leaving out")
-        trials = measure_without(experts, chosen, leave_out.data, what, leave_out.rows, leave_out.base, bar)
-        table = table_of("without", "validation loss", "difference")
-        for trial in trials:
-            difference = f"{trial.loss - trials[0].loss:+.4f}" if trial is not trials[0] else ""
-            table.add_row(str(trial.settings["without"] or "(the whole merge)"), f"{trial.loss:.4f}", difference)
-        console.print(table)
-        report["leave_out"] = [{**trial.settings, "losses": trial.losses} for trial in trials]
     if out:
         from modular_experts.reports import write_json
 
-        write_json(out, report)
+        write_json(out, found.as_dict())
         print(f"all numbers are in {out}")
 
 
@@ -89,8 +70,8 @@ def _experts(found: Interference) -> Table:
     return table
 
 
-def _layers(found: Interference, directions: bool) -> Table:
-    table = table_of("layer", "energy", "overlap", "conflict", "cosine", "distance", *["count", "twice"] * directions)
+def _layers(found: Interference) -> Table:
+    table = table_of("layer", "energy", "overlap", "conflict", "cosine", "distance")
     total = found.total.products.trace()
     for name in sorted(found.layers, key=lambda name: (not name, depth_of(f"{name}.weight"), name)):
         sums = found.layers[name]
@@ -98,8 +79,6 @@ def _layers(found: Interference, directions: bool) -> Table:
         shares = [_mean(mean_of_others(pairs)) for pairs in (sums.overlap, sums.conflict)]
         cells = [share_text(share) for share in (energy, *shares)]
         cells += [f"{_mean(mean_of_others(sums.cosine)):.3f}", f"{_mean(sums.distance):.3f}"]
-        if directions:
-            cells += [f"{sums.count:.2f}", share_text(sums.counted_twice)]
         depth = depth_of(f"{name}.weight")
         table.add_row("others" if depth is None else str(depth), *cells)
     return table

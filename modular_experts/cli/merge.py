@@ -115,24 +115,14 @@ def merge(
 
 
 def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrite: bool, written: bool) -> Tuned:
+    from modular_experts.tuning import ValidationRows
     from modular_experts.tuning import tune as tune_settings
     from modular_experts.tuning.recipe import check_files_beside, trials_file
 
     check_files_beside([trials_file(out)], overwrite)
-    return tune_settings(
-        merged.stored,
-        method,
-        tune.data,
-        out if written else None,
-        grid=tune.grid,
-        rows=tune.rows,
-        base=tune.base,
-        overwrite=overwrite,
-        progress=progress_bar("tuning"),
-        labels=tune.labels,
-        expert_of=tune.expert_of,
-        max_new_tokens=tune.max_new_tokens,
-    )
+    rows = ValidationRows(tune.data, tune.rows, tune.base, tune.labels, tune.expert_of, tune.max_new_tokens)
+    target, bar = out if written else None, progress_bar("tuning")
+    return tune_settings(merged.stored, method, rows, target, tune.grid, overwrite, bar)
 
 
 def _print_methods(merged: Merged) -> None:

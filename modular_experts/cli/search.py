@@ -15,6 +15,7 @@ from modular_experts.routing import Centroid, Router
 from modular_experts.statistics import take_statistics
 from modular_experts.statistics.gates import STEPS
 from modular_experts.training.route import route as route_experts
+from modular_experts.tuning.objective import ValidationRows
 from modular_experts.tuning.search import SearchAlgorithm
 
 # So that a config names the searches of related systems by their class alone.
@@ -41,8 +42,8 @@ def search(
 
     Args:
         experts: Directories of the experts.
-        algorithm: ATLAS or AdaMerging (with gradients; for each weight of an expert, or row of it), LoRAHub (without;
-            for each expert), the search of a related system, or the dotted path of a class of your own.
+        algorithm: ATLAS or AdaMerging (with gradients; for each weight of an expert, or row of it), the search of a
+            related system, or the dotted path of a class of your own.
         data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
         out: Directory of the merged expert; its last part is the name.
         rows: The most rows of one task, spread evenly over its validation rows.
@@ -55,7 +56,7 @@ def search(
         max_new_tokens: The most tokens of an expert's answer.
 
     Examples:
-        modular-experts search --experts library/a library/b --algorithm LoRAHub --out library/ab \\
+        modular-experts search --experts library/a library/b --algorithm AdaMerging --out library/ab \\
             --data.tasks a.jsonl b.jsonl
         modular-experts search --experts library/a library/b --merges RegMean SparseAverage \\
             --algorithm ATLAS --out library/ab \\
@@ -68,19 +69,8 @@ def search(
         modular-experts merge --config library/ab.recipe.yaml --out library/again
         modular-experts search --algorithm.help AdaMerging
     """
-    done = algorithm.run(
-        experts,
-        data,
-        out,
-        merges=merges or (),
-        rows=rows,
-        base=base,
-        overwrite=overwrite,
-        progress=progress_bar("searching"),
-        labels=labels,
-        expert_of=expert_of,
-        max_new_tokens=max_new_tokens,
-    )
+    measured = ValidationRows(data, rows, base, labels, expert_of or {}, max_new_tokens)
+    done = algorithm.run(experts, measured, out, merges or (), overwrite, progress_bar("searching"))
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     print_agreement(done.expert.record, done.agreement)
     for line in done.report():
@@ -124,7 +114,8 @@ def statistics(
         modular-experts merge --experts library/a library/b --method RegMean --out library/ab
     """
     bar = progress_bar("measuring")
-    found = take_statistics(experts, kind, data, rows, base, overwrite, bar, labels, max_new_tokens)
+    measured = ValidationRows(data, rows, base, labels, max_new_tokens=max_new_tokens)
+    found = take_statistics(experts, kind, measured, overwrite, bar)
     for directory, stored in zip(experts, found, strict=True):
         place = stored.file.relative_to(stored.file.parents[1])
         print(f"{Path(directory, place)}: {kind} statistics of {statistics_text(stored)}")
@@ -151,7 +142,7 @@ def gates(
         overwrite: Replace the gates of these experts.
     """
     bar = progress_bar("training gates")
-    found = take_statistics(gate_of, "gates", data, rows, base, overwrite, bar, steps=steps)
+    found = take_statistics(gate_of, "gates", ValidationRows(data, rows, base), overwrite, bar, steps)
     for directory, stored in zip(gate_of, found, strict=True):
         place = stored.file.relative_to(stored.file.parents[1])
         print(f"{Path(directory, place)}: gates of {statistics_text(stored)}")

@@ -1,4 +1,4 @@
-"""Define the options `--tune` of `merge` and `--leave_out` of `interference`, and print what a tuning found.
+"""Define the options `--tune` of `merge`, and print what a tuning found.
 
 They name `TaskMixture` without importing it, so that a plain merge does without Lightning.
 """
@@ -41,23 +41,6 @@ class Tuning:
     labels: Literal["rows", "experts"] = "rows"
     expert_of: dict[str, str] = field(default_factory=dict)
     max_new_tokens: int = 64
-
-
-@dataclass(frozen=True)
-class LeaveOut:
-    """The rows on which a merge is measured without each of its parts.
-
-    Args:
-        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
-        what: Leave out each of the `experts` in turn, or the weights of each of the `layers`.
-        rows: The most rows of one task, spread evenly over its validation rows.
-        base: The base's directory or hub id; the one in the experts' records by default.
-    """
-
-    data: TaskMixture
-    what: Literal["experts", "layers"] = "experts"
-    rows: int = 64
-    base: str | None = None
 
 
 def print_tuning(tuned: Tuned, searched: bool) -> None:

@@ -1,7 +1,7 @@
 """Measure how experts get in each other's way, before they are merged: overlap, conflicts of sign, cosines.
 
 `interference` looks at deltas alone, one weight at a time; no base and no data are needed. What the experts lose is
-measured on rows by `tuning.leave_out`, and by every test of the merge.
+measured by every test of the merge.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.merger.merged import Merged
 from modular_experts.methods import MergeMethod, SparseAverage
 from modular_experts.methods.chunks import chunks_of, chunks_of_size
-from modular_experts.methods.spectrum import spectrum
-from modular_experts.methods.svc import counted
 from modular_experts.progress import Progress
 from modular_experts.text import block_of
 
@@ -39,8 +37,6 @@ class Sums:
         against: `(N, N)`, how many of these they move in opposite directions.
         merged: `(N,)`, the inner products `<m, d_i>`.
         energy: `<m, m>`.
-        counts: `(3,)`, of the directions of m: the energy of all, of those that m counts more than once, and the sum of
-            energy times count; zeros unless directions are looked at.
     """
 
     products: Tensor
@@ -48,7 +44,6 @@ class Sums:
     against: Tensor
     merged: Tensor
     energy: Tensor
-    counts: Tensor
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -79,20 +74,6 @@ class Sums:
         own = self.products.diagonal()
         return (self.energy - 2 * self.merged + own) / own.where(own > 0, torch.nan)
 
-    @property
-    def count(self) -> float:
-        """How often the merge counts its directions, as `SVC` defines it: the mean over directions, by their energy.
-
-        Above 1 the merge holds what its experts share more than once, below 1 it loses some of it. NaN where no
-        direction was looked at.
-        """
-        return (self.counts[2] / self.counts[0]).item()
-
-    @property
-    def counted_twice(self) -> float:
-        """Share of the merge's energy in directions that it counts more than once; NaN where none was looked at."""
-        return (self.counts[1] / self.counts[0]).item()
-
 
 @dataclass(frozen=True, eq=False)
 class Interference:
@@ -114,8 +95,7 @@ class Interference:
         def plain(sums: Sums) -> dict[str, Any]:
             found = {name: getattr(sums, name).tolist() for name in ("cosine", "overlap", "conflict", "distance")}
             energy = {"energy": sums.products.diagonal().tolist(), "merged_energy": sums.energy.item()}
-            twice = {"count": sums.count, "counted_twice": sums.counted_twice} if sums.counts[0] > 0 else {}
-            return found | energy | twice
+            return found | energy
 
         layers = {name: plain(sums) for name, sums in self.layers.items()}
         return {"experts": self.experts, **plain(self.total), "layers": layers}
@@ -129,7 +109,6 @@ def mean_of_others(pairs: Tensor) -> Tensor:
 def interference(
     experts: Sequence[str | Path | TaskVector],
     method: MergeMethod | None = None,
-    directions: bool = False,
     progress: Progress = iter,
 ) -> Interference:
     """Compare each pair of experts, and each expert with their merge, weight by weight.
@@ -137,7 +116,6 @@ def interference(
     Args:
         experts: Directories of at least two experts, opened experts, or task vectors.
         method: Merges them; `SparseAverage` by default.
-        directions: Also decompose the merge of each matrix, and find how often it counts its directions.
 
     Raises:
         ValueError: The list has fewer than two experts, or `Merged` refuses them.
@@ -148,14 +126,14 @@ def interference(
     layers: dict[str, Sums] = {}
     for name in progress(list(merged)):
         deltas = merged.deltas_of(name)
-        found = _sums(deltas, merged[name], directions)
+        found = _sums(deltas, merged[name])
         block = block_of(name) or ""
         layers[block] = layers[block] + found if block in layers else found
     total = sum(list(layers.values())[1:], next(iter(layers.values())))
     return Interference([getattr(one, "name", f"expert {n}") for n, one in enumerate(merged.experts, 1)], total, layers)
 
 
-def _sums(deltas: Sequence[Delta], merged: Delta, directions: bool) -> Sums:
+def _sums(deltas: Sequence[Delta], merged: Delta) -> Sums:
     """Return the sums of one weight, over chunks in which every expert's entries stand as plain numbers."""
     count = len(deltas)
     products, both, agreeing = (torch.zeros(count, count, dtype=torch.float64) for _ in range(3))
@@ -173,12 +151,4 @@ def _sums(deltas: Sequence[Delta], merged: Delta, directions: bool) -> Sums:
             both += (moved @ moved.T).double()
     along = torch.tensor([inner(merged, delta) for delta in deltas], dtype=torch.float64)
     energy = torch.tensor(merged.norm() ** 2, dtype=torch.float64)
-    counts = torch.zeros(3, dtype=torch.float64)
-    if directions and len(merged.shape) == 2:
-        found = spectrum(merged)
-        times = counted(found, deltas)
-        mean, squares = times.nanmean(0), found.values.square()
-        known = ~mean.isnan()
-        mean, squares = mean[known], squares[known]
-        counts = torch.stack([squares.sum(), squares[mean > 1 + 1e-6].sum(), (squares * mean).sum()])
-    return Sums(products, both, (both - agreeing) / 2, along, energy, counts)
+    return Sums(products, both, (both - agreeing) / 2, along, energy)

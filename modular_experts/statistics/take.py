@@ -26,8 +26,10 @@ from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.gates import train_gates
 from modular_experts.statistics.gram import gram, merged_grams
 from modular_experts.statistics.prompts import prompts
+from modular_experts.tuning.objective import ValidationRows
 
 StatisticKind = Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"]
+ROWS = 256
 
 
 class Way(NamedTuple):
@@ -38,13 +40,11 @@ class Way(NamedTuple):
             the statistics of each expert.
         of_inputs: Whether it reads inputs alone. It then takes training rows too: no test input is a training input.
         together: Whether the statistics hold only for a merge of exactly these experts.
-        trains: Whether it takes steps.
     """
 
     measure: Callable[..., Iterable[Mapping[str, Any]]]
     of_inputs: bool = False
     together: bool = False
-    trains: bool = False
 
 
 def _each(measure: Callable[..., Mapping[str, Any]], of_inputs: bool = False) -> Way:
@@ -63,16 +63,15 @@ def _gates(model: Any, experts: Any, batches: Any, names: Any, steps: int | None
         yield train_gates(model, expert, part, steps, progress=progress)[0]
 
 
+def _merged_grams(model: Any, experts: Any, batches: Any, names: Any, steps: int | None, progress: Progress) -> Any:
+    return merged_grams(model, experts, batches, names, progress)
+
+
 KINDS: dict[str, Way] = {
     "fisher": _each(fisher),
-    "gates": Way(_gates, trains=True),
+    "gates": Way(_gates),
     "gram": _each(gram),
-    "merged_gram": Way(
-        lambda model, experts, batches, names, steps, progress: merged_grams(
-            model, experts, batches, names, progress=progress
-        ),
-        together=True,
-    ),
+    "merged_gram": Way(_merged_grams, together=True),
     "prompt_parts": _each(partial(prompts, parts=True), of_inputs=True),
     "prompts": _each(prompts, of_inputs=True),
 }
@@ -81,13 +80,9 @@ KINDS: dict[str, Way] = {
 def take_statistics(
     experts: Sequence[str | Path],
     kind: StatisticKind,
-    data: TaskMixture,
-    rows: int = 256,
-    base: str | None = None,
+    data: ValidationRows | TaskMixture,
     overwrite: bool = False,
     progress: Progress = iter,
-    labels: Literal["rows", "experts"] = "rows",
-    max_new_tokens: int = 64,
     steps: int | None = None,
 ) -> list[StoredStatistics]:
     """Measure experts that are to be merged, each at every weight that any of them moves, and store the statistics.
@@ -96,12 +91,10 @@ def take_statistics(
         experts: Directories of the experts.
         kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts; or
             `prompts`, `prompt_parts` and `gates`, from which routers learn.
-        data: Their tasks. An expert is measured on the validation rows of the tasks that its record names.
-        rows: The most rows of one task, spread evenly over its validation rows, for prompts also its training rows.
-        base: The base's directory or hub id; what the experts' records name if not given.
+        data: The validation rows of their tasks, for prompts also the training rows; each expert is measured on the
+            tasks that its record names, and with `labels="experts"` answers them itself. A `TaskMixture` alone stands
+            for at most 256 labelled rows of each task.
         overwrite: Replace statistics of this kind that are there.
-        labels: `rows` takes the targets of the rows; `experts` needs inputs only, which the expert itself answers.
-        max_new_tokens: The most tokens of such an answer.
         steps: For `gates`, how many steps they are trained for; 100 if not given.
 
     Raises:
@@ -110,18 +103,17 @@ def take_statistics(
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
-    way = KINDS[kind]
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be at least 1 row of a task")
+    way, given = KINDS[kind], ValidationRows(data, ROWS) if isinstance(data, TaskMixture) else data
+    rows, data, labels = given.rows, given.data, given.labels
     if way.of_inputs and labels == "experts":
         raise ValueError(f"{kind} are read without answers; leave labels out")
-    if labels not in ("rows", "experts"):
-        raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
-    if steps is not None and (not way.trains or steps < 1):
+    if given.expert_of:
+        raise ValueError("each expert answers the rows of its own tasks; leave expert_of out")
+    if steps is not None and (kind != "gates" or steps < 1):
         raise ValueError(f"steps={steps} must be at least 1, and is for gates alone, which are trained")
     opened = open_experts(experts)
     check_statistics_targets(opened, kind, overwrite)
-    opened_base = Base.open(base, opened)
+    opened_base = Base.open(given.base, opened)
     if data.tokenizer is None:
         data.tokenizer = opened_base.tokenizer()
     splits, targets = (["train", "validation"], False) if way.of_inputs else (["validation"], labels == "rows")
@@ -133,7 +125,7 @@ def take_statistics(
     examples = [_own_examples(expert, data, rows, splits, targets) for expert in opened]
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if labels == "experts":
-        examples = _answered(model, opened, examples, data, max_new_tokens)
+        examples = _answered(model, opened, examples, data, given.max_new_tokens)
     batches = [batches_by_length(own, data) for own in examples]
     facts = {"split": " and ".join(splits), "max_length": data.max_length}
     facts |= {"labels": labels} if labels == "experts" else {}

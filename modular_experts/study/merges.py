@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
+from modular_experts.discovery import import_systems
 from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.method import Needs
@@ -17,6 +18,9 @@ from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch
 from modular_experts.tuning.objective import Labels
 from modular_experts.tuning.tune import most_trials
+
+# So that a study names the searches of related systems by their class alone.
+import_systems("search")
 
 TUNING_ROWS = 64
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from modular_experts.study.settings import Measure, Study
 from modular_experts.training.fit import fit
 from modular_experts.training.route import route
 from modular_experts.training.settings import read_run
-from modular_experts.tuning import CoefficientSearch, Objective, search
+from modular_experts.tuning import CoefficientSearch, Objective, ValidationRows, search
 from modular_experts.tuning.tune import notes_of, tune_groups
 
 EXAMPLES = 3  # test rows of each task whose answers are kept
@@ -120,7 +120,7 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, An
     started = time.perf_counter()
     experts = [out / "library" / study.name(kind, task, seed) for task in study.held_in]
     data = ChoiceRows(_tasks(study, study.held_in), **study.data)
-    stored = take_statistics(experts, of, data, base=study.base, overwrite=True)  # type: ignore[arg-type]
+    stored = take_statistics(experts, of, ValidationRows(data, 256, study.base), overwrite=True)  # type: ignore[arg-type]
     files = [str(one.file.relative_to(out / "library")) for one in stored]
     made_of = {expert.name: expert.content_hash for expert in map(open_expert, experts)}
     return {"files": files, "made_of": made_of, "seconds": time.perf_counter() - started}
@@ -252,10 +252,10 @@ def _merged(
     if merge.searched:
         starts = [make("--merges", MergeMethod, start) for start in merge.merges]
         data = ChoiceRows(_tasks(study, group.own), **study.data)
-        how: dict[str, Any] = {"merges": starts, "rows": merge.rows, "base": study.base, "overwrite": True}
+        rows = ValidationRows(data, merge.rows, study.base, merge.labels)
         if merge.labels == "experts":
-            how |= {"labels": merge.labels, "max_new_tokens": study.max_new_tokens}
-        done = search(paths, make("--merges", CoefficientSearch, merge.method), data, place, **how)
+            rows = replace(rows, max_new_tokens=study.max_new_tokens)
+        done = search(paths, make("--merges", CoefficientSearch, merge.method), rows, place, starts, overwrite=True)
         return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
     chosen = chosen or {"settings": {}, "notes": None}
     method = with_settings(_made("--merges", MergeMethod, json.dumps(merge.method)), chosen["settings"])

@@ -35,6 +35,7 @@ from modular_experts.progress import Progress
 from modular_experts.routing import Centroid, Mixture, Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.statistics import take_statistics
+from modular_experts.tuning.objective import ValidationRows
 
 BECAUSE_CONSTANT = "it needs the experts behind it, of which `merge` makes one expert if it gets this one"
 
@@ -121,7 +122,7 @@ def _take_missing(
             "from; give the tasks of all: --data.tasks a.jsonl b.jsonl"
         )
     if lacking and data is not None:
-        take_statistics(lacking, kind, data, rows, progress=progress)
+        take_statistics(lacking, kind, ValidationRows(data, rows), progress=progress)
 
 
 def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:

@@ -2,18 +2,14 @@
 
 The methods themselves are in `methods/`, and `merger/` writes their merges. Open `tune.py` or `search.py` first;
 `objective.py` holds the losses of both, with labels or with the experts' answers, and `combination.py` the model that
-the algorithms of `search` move. `leave_out.py` measures a merge without each part, and `evolution.py` searches without
-gradients.
+the algorithms of `search` move.
 """
 
 from __future__ import annotations
 
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.evolution import Evolution
 from modular_experts.tuning.gradient_search import ATLAS, AdaMerging
-from modular_experts.tuning.leave_out import leave_out
-from modular_experts.tuning.lora_hub import LoRAHub
-from modular_experts.tuning.objective import Objective, Trial, objective_on_base
+from modular_experts.tuning.objective import Objective, Trial, ValidationRows, objective_on_base
 from modular_experts.tuning.search import CoefficientSearch, Found, Searched, search
 from modular_experts.tuning.tune import Tuned, tune
 
@@ -22,14 +18,12 @@ __all__ = [
     "AdaMerging",
     "CoefficientSearch",
     "Combination",
-    "Evolution",
     "Found",
-    "LoRAHub",
     "Objective",
     "Searched",
     "Trial",
     "Tuned",
-    "leave_out",
+    "ValidationRows",
     "objective_on_base",
     "search",
     "tune",

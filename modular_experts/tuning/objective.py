@@ -1,9 +1,7 @@
 """Measure validation rows by task, of one loaded model and of deltas added to it: what a search lowers.
 
 That is the loss, the entropy, or the distance to each task's own expert. Each measure takes a model and a batch, and
-returns a sum and a count for each row, whose ratio is lowered. The loss is `evaluation.batch_losses`.
-
-The rows are tokenised once and stay in memory, so a candidate costs only its forward passes.
+returns a sum and a count for each row, whose ratio is lowered.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, get_args
@@ -67,8 +65,8 @@ class Objective:
     Attributes:
         batches: Each task's, in an order at random that is always the same.
         agreement: The share of answers that match their row's target, of each task with targets; empty unless experts
-            answer. Nothing else reads these targets.
-        origin: Entries for a record about experts that answered; empty if the labels are the rows' own.
+            answer.
+        origin: Entries for a record about experts that answered.
 
     Raises:
         ValueError: A task is held out, which reserves its rows for the test, or it has no validation rows.
@@ -106,11 +104,7 @@ class Objective:
 
     @torch.no_grad()
     def remember(self, experts: Mapping[str, Mapping[str, Delta]], progress: Progress = iter) -> None:
-        """Keep in each batch what the expert of its task predicts there; `batch_divergences` compares with it.
-
-        The model stands at the base. A token of an answer takes 8 bytes for each of the tokens that are kept of its
-        prediction, at most `KEPT_TOKENS`.
-        """
+        """Keep in each batch what the expert of its task predicts there, on the model at the base."""
         for task in progress(list(self.batches)):
             with applied(self.model, experts[task], check=False):
                 for batch in self.batches[task]:
@@ -145,51 +139,72 @@ def read_validation_rows(data: TaskMixture, targets: bool = True) -> dict[str, l
 
 
 Labels = Literal["rows", "experts"]
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """The rows that a tuning or a search measures, and who labels them.
+
+    Args:
+        data: Tasks whose validation rows are measured, and how their rows are read.
+        rows: The most rows of one task, spread evenly over its validation rows.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        labels: `rows` takes the targets of the rows. `experts` needs no targets: the expert of each task generates an
+            answer to every row, which takes the target's place.
+        expert_of: Directories of experts, all among those that are merged, by the task that they answer; by default the
+            expert whose record names the task.
+        max_new_tokens: The most tokens of such an answer.
+    """
+
+    data: TaskMixture
+    rows: int = ROWS
+    base: str | None = None
+    labels: Labels = "rows"
+    expert_of: Mapping[str, str | Path] = field(default_factory=dict)
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows={self.rows} must be at least 1 row of a task")
+        if self.labels not in get_args(Labels):
+            raise ValueError(f"labels={self.labels!r} must be 'rows', whose targets count, or 'experts', who answer")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
 
 
 def objective_on_base(
     experts: Sequence[StoredExpert],
-    data: TaskMixture,
-    rows: int = 64,
-    base: str | None = None,
-    labels: Labels = "rows",
-    expert_of: Mapping[str, str | Path] | None = None,
-    max_new_tokens: int = 64,
-    progress: Progress = iter,
+    given: ValidationRows | TaskMixture,
     distills: bool = False,
+    progress: Progress = iter,
 ) -> Objective:
     """Return the objective on the base of stored experts, loaded on the GPU if there is one.
 
-    It takes the arguments of `search`; the data gets the base's tokenizer unless it has one. With `distills` the
-    objective also keeps the predictions of each task's own expert.
+    The data gets the base's tokenizer unless it has one. With `distills` the objective also keeps the predictions of
+    each task's own expert.
 
     Raises:
         ValueError: The experts were trained on another base, a task's expert cannot be told, or `Objective` refuses
             the data; nothing has been loaded.
     """
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be at least 1 row of a task")
-    if labels not in get_args(Labels):
-        raise ValueError(
-            f"labels={labels!r} must be 'rows', for the targets of the rows, or 'experts', for their answers"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
-    by_experts = labels == "experts"
-    if expert_of and not (by_experts or distills):
+    given = ValidationRows(given) if isinstance(given, TaskMixture) else given
+    data, by_experts = given.data, given.labels == "experts"
+    if given.expert_of and not (by_experts or distills):
         raise ValueError("expert_of says whose expert answers a task; add labels=experts, or leave it out")
-    own = own_experts(experts, list(data.roles), expert_of) if by_experts or distills else {}
-    opened = Base.open(base, experts)
+    own = own_experts(experts, list(data.roles), given.expert_of) if by_experts or distills else {}
+    opened = Base.open(given.base, experts)
     data.tokenizer = data.tokenizer or opened.tokenizer()
-    data.eval_limit = min(rows, data.eval_limit or rows)
+    data.eval_limit = min(given.rows, data.eval_limit or given.rows)
     # A task that is refused is refused before the base is loaded.
     read_validation_rows(data, targets=not by_experts)
     model: Any = opened.load()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    objective = Objective(model, data, own if by_experts else None, max_new_tokens, progress)
+    objective = Objective(model, data, own if by_experts else None, given.max_new_tokens, progress)
     if own:
-        objective.origin = {"labels": labels, "expert_of": {task: expert.name for task, expert in own.items()}}
-        objective.origin |= {"max_new_tokens": max_new_tokens, "agreement": objective.agreement} if by_experts else {}
+        objective.origin = {"labels": given.labels, "expert_of": {task: expert.name for task, expert in own.items()}}
+    if by_experts:
+        objective.origin |= {"max_new_tokens": given.max_new_tokens, "agreement": objective.agreement}
     if distills:
         objective.remember(own, progress)
     return objective
@@ -201,26 +216,23 @@ def own_experts(
     """Return the expert of each task: the one that `expert_of` gives, or the one whose record names the task.
 
     If several records name the task, the expert with the fewest tasks counts: a merge must not answer for its parents.
-    The directories that `expert_of` gives are all among `experts`.
 
     Raises:
         ValueError: No record or several records name a task, or `expert_of` gives it an expert that is not there.
     """
     given, found = dict(expert_of or {}), {}
-    for task in given:
-        if task not in tasks:
-            raise ValueError(f"expert_of names {task!r}, which is not a task of the data; they are {', '.join(tasks)}")
+    if strange := [task for task in given if task not in tasks]:
+        known = ", ".join(tasks)
+        raise ValueError(f"expert_of names {strange[0]!r}, which is not a task of the data; they are {known}")
     for task in tasks:
-        if task in given:
-            places = [expert for expert in experts if expert.path.resolve() == Path(given[task]).resolve()]
-            if not places:
-                listed = ", ".join(str(expert.path) for expert in experts)
-                raise ValueError(f"expert_of gives {task} the expert {given[task]}, which is not among {listed}")
-            found[task] = places[0]
-            continue
         named = [expert for expert in experts if task in expert.record["tasks"]]
         fewest = min((len(expert.record["tasks"]) for expert in named), default=0)
         named = [expert for expert in named if len(expert.record["tasks"]) == fewest]
+        if task in given:
+            named = [expert for expert in experts if expert.path.resolve() == Path(given[task]).resolve()]
+            if not named:
+                listed = ", ".join(str(expert.path) for expert in experts)
+                raise ValueError(f"expert_of gives {task} the expert {given[task]}, which is not among {listed}")
         if len(named) != 1:
             why = f"the records of {' and '.join(str(one.path) for one in named)} name" if named else "no record names"
             example = f"expert_of={{{task}: {(named or list(experts))[0].path}}}"
@@ -261,8 +273,8 @@ def batch_divergences(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each row's summed divergence from the prediction of its task's own expert, and its number of tokens.
 
     At a place where the expert gives the tokens the likelihoods p, and the model q, it is `KL(p || q) = sum_v p_v (log
-    p_v - log q_v)` in nats. Tokens that `Prediction` counts as one are one `v`, which never raises it, and keeps it
-    0 where q = p. `Objective.remember` puts the prediction into the batch.
+    p_v - log q_v)` in nats; tokens that `Prediction` counts as one are one `v`. `Objective.remember` puts the
+    prediction into the batch.
     """
     expert: Prediction = batch["prediction"]
     likelihoods = _log_likelihoods(answer_logits(model, batch)[0], expert.ids.long())

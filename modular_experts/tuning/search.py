@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from modular_experts.merger.merged import Merged, merge
 from modular_experts.methods import MergeMethod, TaskArithmetic
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.objective import Labels, Objective, Trial, mean_loss, objective_on_base
+from modular_experts.tuning.objective import Objective, Trial, ValidationRows, mean_loss, objective_on_base
 from modular_experts.tuning.recipe import (
     as_methods,
     check_files_beside,
@@ -68,7 +67,15 @@ class SearchAlgorithm(ABC):
     """What the command `search` runs, from experts on disk to one expert; most are a `CoefficientSearch`."""
 
     @abstractmethod
-    def run(self, experts: Sequence[str | Path], data: TaskMixture, out: str | Path, **settings: Any) -> SearchResult:
+    def run(
+        self,
+        experts: Sequence[str | Path],
+        data: ValidationRows | TaskMixture,
+        out: str | Path,
+        merges: Sequence[MergeMethod] = (),
+        overwrite: bool = False,
+        progress: Progress = iter,
+    ) -> SearchResult:
         """Search, and write the expert; it takes the arguments of the function `search`."""
 
 
@@ -78,8 +85,16 @@ class CoefficientSearch(SearchAlgorithm):
     Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`.
     """
 
-    def run(self, experts: Sequence[str | Path], data: TaskMixture, out: str | Path, **settings: Any) -> Searched:
-        return search(experts, self, data, out, **settings)
+    def run(
+        self,
+        experts: Sequence[str | Path],
+        data: ValidationRows | TaskMixture,
+        out: str | Path,
+        merges: Sequence[MergeMethod] = (),
+        overwrite: bool = False,
+        progress: Progress = iter,
+    ) -> Searched:
+        return search(experts, self, data, out, merges, overwrite, progress)
 
     def check(self, experts: int) -> None:
         """Raise ValueError if the settings do not fit this number of experts and merges; most fit any."""
@@ -91,13 +106,8 @@ class CoefficientSearch(SearchAlgorithm):
 
     @abstractmethod
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
-        """Return the coefficients; the model may be left at any of them.
-
-        Args:
-            combination: The objective's model with the experts, inside its `with`.
-            objective: The rows to measure on.
-            progress: Iterator wrapper, e.g. `tqdm`.
-
+        """Return the coefficients of a combination of the objective's model, inside its `with`; the model may be left
+        at any of them.
         """
 
 
@@ -142,39 +152,28 @@ class Searched(SearchResult):
 def search(
     experts: Sequence[str | Path],
     algorithm: CoefficientSearch,
-    data: TaskMixture,
+    data: ValidationRows | TaskMixture,
     out: str | Path,
     merges: Sequence[MergeMethod] = (),
-    rows: int = 64,
-    base: str | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
-    labels: Labels = "rows",
-    expert_of: Mapping[str, str | Path] | None = None,
-    max_new_tokens: int = 64,
 ) -> Searched:
     """Find how much of each expert to merge by the loss on validation rows, and write the merge.
 
     Args:
         experts: Directories of the experts.
         algorithm: Finds the coefficients, e.g. `ATLAS()`.
-        data: Tasks whose validation rows are measured, and how their rows are read.
+        data: The rows that are measured; a `TaskMixture` alone stands for at most 64 labelled rows of each task.
         out: Directory of the merged expert. Its recipe and its trials are written beside it.
         merges: Methods whose merges of the experts are combined with the experts, as the first ones. Each merge is
             also written as an expert, named after `out` and the method.
-        rows: The most rows of one task, spread evenly over its validation rows.
-        base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Whether files that exist may be replaced.
-        labels: `rows` takes the targets of the rows. `experts` needs no targets: the expert of each task generates an
-            answer to every row, which takes the target's place.
-        expert_of: Directories of experts, all among `experts`, by the task that they answer; by default the expert
-            whose record names the task.
-        max_new_tokens: The most tokens of such an answer.
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
         ValueError: A merge would replace one of the experts, or `objective_on_base` refuses the data.
     """
+    data = ValidationRows(data) if isinstance(data, TaskMixture) else data
     places = _places_of(merges, experts, out)
     algorithm.check(len(merges) + len(experts))
     for target in [out, *places]:
@@ -182,17 +181,7 @@ def search(
     check_files_beside([recipe_file(out), trials_file(out)], overwrite)
     opened = open_experts(experts)
     lazy = [Merged(opened, method) for method in merges]
-    objective = objective_on_base(
-        opened,
-        data,
-        rows,
-        base,
-        labels=labels,
-        expert_of=expert_of,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-        distills=algorithm.distills,
-    )
+    objective = objective_on_base(opened, data, algorithm.distills, progress)
     before = objective.losses()
     held = [{name: one[name] for name in progress(list(one))} for one in lazy]
     with Combination(objective.model, [*held, *opened], len(held)) as combination:
@@ -200,7 +189,7 @@ def search(
     for place, deltas, merged in zip(places, held, lazy, strict=True):
         write_expert(place, deltas, merged.record(), overwrite)
     combined = [*places, *map(str, experts)]
-    settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows, **objective.origin}
+    settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": data.rows, **objective.origin}
     notes, trials = record_notes(settings, found.losses), write_trials(out, found.trials)
     if len(found.coefficients) > len(combination.names):
         record = Merged(combined, TaskArithmetic()).record() | {"method": None} | notes

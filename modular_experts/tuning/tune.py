@@ -22,7 +22,7 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import settings_of, with_settings
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
-from modular_experts.tuning.objective import Labels, Objective, Trial, objective_on_base
+from modular_experts.tuning.objective import ROWS, Objective, Trial, ValidationRows, objective_on_base
 from modular_experts.tuning.recipe import check_files_beside, record_notes, trials_file, write_trials
 
 SCALES = [float(f"{10 ** (step / 40):.4g}") for step in range(-40, 25)]
@@ -55,16 +55,11 @@ class Tuned:
 def tune(
     experts: Sequence[str | Path | StoredExpert],
     method: MergeMethod,
-    data: TaskMixture | Objective,
+    data: ValidationRows | TaskMixture | Objective,
     out: str | Path | None = None,
     grid: Mapping[str, Sequence[Any]] | None = None,
-    rows: int = 64,
-    base: str | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
-    labels: Labels = "rows",
-    expert_of: Mapping[str, str | Path] | None = None,
-    max_new_tokens: int = 64,
 ) -> Tuned:
     """Choose the settings of a merge method by the lowest mean loss over tasks, and merge if `out` is given.
 
@@ -74,12 +69,12 @@ def tune(
     Args:
         experts: Directories of the experts, or opened ones, in the order that the method gets.
         method: The method, with the settings that are not tuned.
-        data: Tasks whose validation rows are measured, or an objective on the experts' base.
+        data: The rows that are measured, or an objective on the experts' base; a `TaskMixture` alone stands for at most
+            64 labelled rows of each task.
         out: Directory of the merged expert. The trials are written beside it.
         grid: Values to try, by field of the method: {keep: [0.1, 0.2]}. One value fixes a field: {scale: [1]}. A field
             of the method inside a wrapper is `inner.keep`.
-        rows, base, overwrite: As for `search`.
-        labels, expert_of, max_new_tokens: Whether the tasks' own experts answer the rows, as for `search`.
+        overwrite: Whether files that exist may be replaced.
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
@@ -90,16 +85,11 @@ def tune(
     if out is not None:
         check_target(out, overwrite)
         check_files_beside([trials_file(out)], overwrite)
-    opened = [expert for expert in experts if isinstance(expert, StoredExpert)]
-    if len(opened) < max(len(experts), 1):
-        opened = open_experts([expert.path if isinstance(expert, StoredExpert) else expert for expert in experts])
-    answers: dict[str, Any] = {"labels": labels, "expert_of": expert_of, "max_new_tokens": max_new_tokens}
-    if isinstance(data, Objective):
-        objective = data
-    else:
-        objective = objective_on_base(opened, data, rows, base, progress=progress, **answers)
+    opened = open_experts(experts)
+    objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     trials, best = tune_groups([(opened, objective)], method, grid, progress)
     chosen = with_settings(method, best.settings)
+    rows = data.rows if isinstance(data, ValidationRows) else ROWS
     base_losses, notes, expert = objective.losses(), notes_of(trials, best, rows, objective.origin), None
     if out is not None:
         expert = write_merged(Merged(opened, chosen), out, overwrite, progress, notes)

@@ -1,4 +1,4 @@
-"""`interference` prints each expert, layer and pair, measures what is left out, and keeps a file that is there."""
+"""`interference` prints each expert, layer and pair, and keeps a file that is there."""
 
 from __future__ import annotations
 
@@ -22,18 +22,14 @@ def library(tiny_llama_dir, task_files, tmp_path_factory):
     return folder
 
 
-def test_experts_layers_pairs_and_what_is_left_out(library, task_files, tmp_path, capsys, monkeypatch):
+def test_experts_layers_and_pairs(library, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     out = tmp_path / "all.json"
-    words = ["interference", *map(str, sorted(library.iterdir())), "--directions", "--out", str(out)]
-    rows = ["--leave_out.what", "layers", "--leave_out.data.tasks", str(task_files["upper"]), "--leave_out.rows", "2"]
-    assert main([*words, *rows]) == 0
+    words = ["interference", *map(str, sorted(library.iterdir())), "--out", str(out)]
+    assert main(words) == 0
     shown, report = capsys.readouterr().out, json.loads(out.read_text())
     assert report["experts"] == sorted(form.lower() for form in FORMS)
-    for text in ("expert ", "count", "twice", "pair ", "dense and lowrank", "SparseAverage("):
+    for text in ("expert ", "pair ", "dense and lowrank", "SparseAverage("):
         assert text in shown
-    assert [row["without"] for row in report["leave_out"]] == [None, "model.layers.0", "model.layers.1"]
-    assert "(the whole merge)" in shown
-    assert "model.layers.1 " in shown
     assert main(words) == 1
     assert "exists already" in capsys.readouterr().err

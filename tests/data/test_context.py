@@ -18,7 +18,7 @@ from modular_experts.library import open_expert
 from modular_experts.methods import TaskArithmetic
 from modular_experts.statistics import take_statistics
 from modular_experts.training.estimate import estimate
-from modular_experts.tuning import tune
+from modular_experts.tuning import ValidationRows, tune
 
 CONTEXT = 40
 QUIET: dict[str, Any] = {
@@ -81,7 +81,9 @@ def test_other_commands_measure_what_they_measure_with_max_length_at_the_context
 
     def measured(**settings: Any) -> list[Any]:
         tuned = [
-            tune([expert], TaskArithmetic(), read(**settings), grid={"scale": [0.5]}, labels=labels).trials
+            tune(
+                [expert], TaskArithmetic(), ValidationRows(read(**settings), labels=labels), grid={"scale": [0.5]}
+            ).trials
             for labels in ("rows", "experts")
         ]
         (fisher,) = take_statistics([place], "fisher", read(**settings), overwrite=True)

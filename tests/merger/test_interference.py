@@ -7,11 +7,10 @@ import pytest
 import torch
 from testbed.random_deltas import random_delta
 
-from modular_experts.deltas import Dense
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merger.interference import interference, mean_of_others
 from modular_experts.merger.merged import Merged
-from modular_experts.methods import TIES, SparseAverage, TaskArithmetic
+from modular_experts.methods import TIES, SparseAverage
 
 SHAPES = {"model.layers.0.a.weight": (7, 10), "model.layers.1.a.weight": (6, 9), "head.weight": (4, 5)}
 BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
@@ -60,31 +59,9 @@ def test_every_measure_is_its_definition(library, method, monkeypatch):
     assert set(found.layers) == set(groups)
 
 
-def stored(folder, matrices):
-    for number, matrix in enumerate(matrices):
-        deltas = [("model.layers.0.a.weight", Dense(matrix))]
-        write_expert(folder / str(number), deltas, make_record("FullExpert", BASE))
-    return [folder / str(number) for number in range(len(matrices))]
-
-
-def test_a_sum_counts_a_shared_direction_as_often_as_experts_have_it_and_a_mean_loses_what_one_has(tmp_path):
-    shared, own = torch.zeros(3, 4), torch.zeros(3, 4)
-    shared[0, 0], own[1, 1] = 2.0, 1.0
-    experts = stored(tmp_path, [shared, shared, shared + own])
-    summed = interference(experts, TaskArithmetic(), directions=True).total
-    energies = 36.0, 1.0  # of the directions of the sum, which it counts 3 times and once
-    assert summed.count == pytest.approx((36 * 3 + 1) / sum(energies))
-    assert summed.counted_twice == pytest.approx(36 / 37)
-    mean = interference(experts, TaskArithmetic(1 / 3), directions=True).total
-    assert mean.count == pytest.approx((4 * 1 + 1 / 9 / 3) / (4 + 1 / 9))
-    assert mean.counted_twice == 0
-
-
-def test_without_directions_nothing_is_counted_and_the_report_is_plain(library):
+def test_the_report_is_plain(library):
     found = interference(library)
     report = found.as_dict()
-    assert "count" not in report
-    assert np.isnan(found.total.count)
     assert report["cosine"] == found.total.cosine.tolist()
     assert set(report["layers"]) == set(found.layers)
     torch.testing.assert_close(

@@ -10,7 +10,8 @@ from testbed.searching import NAMES, descent, objective_on, random_experts, same
 
 from modular_experts.base.apply import applied
 from modular_experts.data.batch import IGNORED
-from modular_experts.tuning import ATLAS, Combination, LoRAHub
+from modular_experts.systems.lora_hub.search import LoRAHub
+from modular_experts.tuning import ATLAS, Combination
 from modular_experts.tuning.objective import KEPT_TOKENS, _log_likelihoods, batch_divergences, prediction
 
 

@@ -2,5 +2,5 @@
 
 Open `compress.py` first, which takes these steps. `removable.py` knows the parts of a model and cuts them out,
 `ranking.py` ranks them, and `reform.py` corrects the layers that read them. `candidates.py` defines the candidates,
-and `tuning/evolution.py` searches. The result is an ordinary checkpoint.
+and `systems/evolution.py` searches. The result is an ordinary checkpoint.
 """

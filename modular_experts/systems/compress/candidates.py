@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modular_experts.systems.compress.ranking import Ranking, best, magnitudes
 from modular_experts.systems.compress.removable import Kept, Kind, Removable
-from modular_experts.tuning.evolution import Choice, Gene, Genes, Mask, Whole
+from modular_experts.systems.evolution import Choice, Gene, Genes, Mask, Whole
 
 Members = Literal["importance", "windows", "masks"]
 WINDOWS = 8

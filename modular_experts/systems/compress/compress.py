@@ -37,7 +37,7 @@ from modular_experts.systems.compress.candidates import Candidates, Members, Win
 from modular_experts.systems.compress.ranking import Ranking, rank
 from modular_experts.systems.compress.reform import LayerError, reform
 from modular_experts.systems.compress.removable import Kept, Removable
-from modular_experts.tuning.evolution import Evolution, Genes
+from modular_experts.systems.evolution import Evolution, Genes
 
 Written = Literal["base", "cut", "reformed"]
 _TRIALS = "search.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,10 +34,11 @@ from modular_experts.library import (
     write_expert,
 )
 from modular_experts.library.compatibility import open_parents
+from modular_experts.methods import MergeMethod
 from modular_experts.progress import Progress
+from modular_experts.systems.evolution import Choice, Evolution, Genes
 from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
-from modular_experts.tuning.evolution import Choice, Evolution, Genes
-from modular_experts.tuning.objective import Objective, Trial, mean_loss, objective_on_base
+from modular_experts.tuning.objective import ROWS, Objective, Trial, ValidationRows, mean_loss, objective_on_base
 from modular_experts.tuning.recipe import check_files_beside, record_notes, trials_file, write_trials
 from modular_experts.tuning.search import SearchAlgorithm, SearchResult
 
@@ -70,19 +71,17 @@ class PathSearch(Evolution, SearchAlgorithm):
     def run(
         self,
         experts: Sequence[str | Path],
-        data: TaskMixture,
+        data: ValidationRows | TaskMixture,
         out: str | Path,
-        merges: Sequence[Any] = (),
-        labels: str = "rows",
-        expert_of: Mapping[str, Any] | None = None,
-        max_new_tokens: int = 0,
-        **settings: Any,
+        merges: Sequence[MergeMethod] = (),
+        overwrite: bool = False,
+        progress: Progress = iter,
     ) -> SearchedPaths:
-        if labels != "rows" or expert_of:
+        if isinstance(data, ValidationRows) and (data.labels != "rows" or data.expert_of):
             raise ValueError("PathSearch measures the targets of the rows; leave labels and expert_of out")
         if (given := len(experts) + len(merges)) != 1:
             raise ValueError(f"PathSearch searches the paths of one expert, and {given} experts and merges are given")
-        return search_paths(experts[0], self, data, out, **settings)
+        return search_paths(experts[0], self, data, out, overwrite, progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +125,8 @@ class SearchedPaths(SearchResult):
 def search_paths(
     expert: str | Path,
     algorithm: PathSearch,
-    data: TaskMixture,
+    data: ValidationRows | TaskMixture,
     out: str | Path,
-    rows: int = 64,
-    base: str | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
 ) -> SearchedPaths:
@@ -141,10 +138,8 @@ def search_paths(
         expert: Directory of an expert of type `GLoRAExpert`. Experts that it was trained on top of must lie beside it;
             they are added to the base first.
         algorithm: Limit and budget.
-        data: Tasks whose validation rows are measured, and how their rows are read.
+        data: The rows that are measured, with labels of their own.
         out: Directory of the expert that is written; the trials are written beside it.
-        rows: The most rows of one task, spread evenly over its validation rows.
-        base: The base's directory or hub id; the one in the expert's record by default.
         overwrite: Whether files that exist may be replaced.
 
     Raises:
@@ -156,7 +151,7 @@ def search_paths(
     check_target(out, overwrite)
     check_files_beside([trials_file(out)], overwrite)
     opened, parents = _opened(expert)
-    objective = objective_on_base([opened, *parents], data, rows, base)
+    objective = objective_on_base([opened, *parents], data)
     model = objective.model
     with ExitStack() as meanwhile:
         meanwhile.enter_context(applied(model, parents, check=False))
@@ -182,7 +177,10 @@ def search_paths(
         )
         best, whole, numbers = losses(found.best), losses(space.largest), space.numbers(found.best)
         paths = space.paths(found.best)
-        settings = asdict(algorithm) | {"numbers": numbers, "rows": rows}
+        settings = asdict(algorithm) | {
+            "numbers": numbers,
+            "rows": data.rows if isinstance(data, ValidationRows) else ROWS,
+        }
         settings |= {"search": type(algorithm).__name__, "searched_in": opened.name}
         for name, layer in expert_layers(model):
             layer.expert = space.experts[name].only(paths[name], layer.matrix)

@@ -16,7 +16,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import attached
 from modular_experts.library import open_expert
 from modular_experts.systems.glora.search import PathSearch, search_paths
-from modular_experts.tuning import Objective
+from modular_experts.tuning import Objective, ValidationRows
 
 ALL = ["--model.expert.c", "lora", "--model.expert.d", "vector", "--model.expert.e", "vector"]
 RANDOM_PATHS = ["--trainer.callbacks", json.dumps([{"class_path": "RandomPaths"}])]
@@ -83,7 +83,7 @@ def test_a_search_repeats_and_goes_on_after_an_interruption(run, tiny_llama_dir,
     stored = Path("library/again.losses.jsonl").read_text().splitlines()
     assert len(stored) == 1 + 8
     with pytest.raises(ValueError, match=r"again\.losses\.jsonl holds losses of another expert or of other rows"):
-        search_paths("library/a", algorithm, data(), "library/again", rows=1)
+        search_paths("library/a", algorithm, ValidationRows(data(), rows=1), "library/again")
     again = search_paths("library/a", algorithm, data(), "library/again")
     assert again.paths == whole.paths
     assert again.losses == whole.losses

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
 
-from modular_experts.tuning import Combination, LoRAHub
+from modular_experts.systems.lora_hub.search import LoRAHub
+from modular_experts.tuning import Combination
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from modular_experts.progress import Progress
+from modular_experts.systems.evolution import Evolution, Genes, Real
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.evolution import Evolution, Genes, Real
 from modular_experts.tuning.objective import MEASURES, Aim, Objective, Trial, check_aim
 from modular_experts.tuning.search import CoefficientSearch, Found
 

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from modular_experts.jobs import JSONLines
-from modular_experts.tuning.evolution import Choice, Evolution, Mask, Real, Whole
+from modular_experts.systems.evolution import Choice, Evolution, Mask, Real, Whole
 
 SPACE = [Choice(4)] * 12
 COSTS = [1 + place % 3 for place in range(12)]

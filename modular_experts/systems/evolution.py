@@ -1,12 +1,7 @@
-"""Search by evolution: good candidates are changed and mixed, and a limit decides which may be measured at all.
+"""Search by evolution: the best candidates so far are changed and mixed, and a limit decides which may be measured.
 
-One engine serves the coefficients of LoRAHub and the searches of related systems. A candidate is a tuple of genes; the
-first are drawn at random, and each later one comes from the best that were measured so far. The papers (arXiv
-2306.07967, 2409.17372) evolve whole generations; here each candidate is measured before the next is made, so that a
-search learns from every measurement and needs no size of a generation.
-
-The engine needs no library, because it finds about as much as one: on categorical genes under a limit as much as
-CatCMAwM of the package cmaes (`docs/decisions.md`). nevergrad would install scikit-learn and pandas.
+A candidate is a tuple of genes. The papers (arXiv 2306.07967, 2409.17372) evolve whole generations; here each candidate
+is measured before the next is made. A library finds no more (`docs/decisions.md`).
 """
 
 from __future__ import annotations
@@ -85,11 +80,9 @@ class Real:
 class Mask:
     """Some of `count` members, as a text with 1 for each member that is in and 0 for each that is not.
 
-    A change keeps how many are in. It exchanges some of them for as many others: so few that more than `overlap` of
-    those that were in stay, but at least one.
-
-    The paper (Search for efficient LLMs, algorithm 1) draws whole masks until one of them overlaps enough. With many
-    members such a mask would hardly be found, so the exchange is drawn: first its size, then its members.
+    A change exchanges some of them for as many others: so few that more than `overlap` of those that were in stay, but
+    at least one. Algorithm 1 of arXiv 2409.17372 draws whole masks until one overlaps enough, which would hardly be
+    found among many members.
     """
 
     count: int
@@ -131,8 +124,8 @@ class Evolution:
     """An evolution of one candidate at a time, which keeps the best `parents` and makes each next one from them.
 
     A candidate is mixed from two parents, gene by gene, or is one parent with some genes changed. A number changes by a
-    normal step, whose length grows when the change is an improvement and shrinks when it is not. With one parent, no
-    crossover and all genes mutated this is the (1+1) evolution strategy with the one-fifth rule.
+    normal step, whose length grows with an improvement and else shrinks. With one parent, no crossover and all genes
+    mutated this is the (1+1) evolution strategy with the one-fifth rule.
 
     Args:
         evaluations: Candidates that are measured, the budget of the search.
@@ -177,8 +170,8 @@ class Evolution:
             function: Measures a candidate.
             start: Candidates that are measured first, such as the present one, or the smallest.
             within: Puts a candidate inside the limit, and returns it, or None for one that is outside and drawn anew.
-            store: Values by candidate. An interrupted search that gets the values it measured, such as
-                `jobs.JSONLines(file)`, goes on where it was, exactly. It must hold values of this function only.
+            store: Values of this function by candidate, such as `jobs.JSONLines(file)`, with which an interrupted
+                search goes on exactly where it was.
             progress: Iterator wrapper, e.g. `tqdm`.
 
         Raises:

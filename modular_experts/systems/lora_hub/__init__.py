@@ -1,0 +1,1 @@
+"""LoRAHub (arXiv 2307.13269): one coefficient for each expert, found without gradients."""
