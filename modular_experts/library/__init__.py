@@ -1,17 +1,12 @@
 """Keep experts in a directory, the library: each is written whole or not at all, and checked at every read.
 
-`expert.py` reads and writes one expert; open it first. `record.py` is its metadata, `packing.py` the forms of its
-tensors, `state.py` the trained tensors of other experts, `tensorfile.py` and `atomic.py` are its files. `statistics.py`
-holds measurements beside it, `compatibility.py` checks that experts fit each other, `described.py` turns settings into
-objects again, and `result_key.py` names all that a measurement depends on. No model is loaded here, and nothing is
-merged.
+Open `expert.py` first, which reads and writes one expert. No model is loaded here, and nothing is merged.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from html import escape
 from pathlib import Path
 
 from modular_experts.library.atomic import check_name, check_target, is_name, new_directory
@@ -37,7 +32,7 @@ from modular_experts.library.expert import (
 )
 from modular_experts.library.record import make_record
 from modular_experts.library.statistics import gather_statistics, open_statistics, write_statistics
-from modular_experts.text import bytes_text, did_you_mean
+from modular_experts.text import did_you_mean
 
 __all__ = [
     "Library",
@@ -93,22 +88,6 @@ class Library(Mapping[str, StoredExpert]):
 
     def __repr__(self) -> str:
         return f"Library({str(self.directory)!r}, {list(self)})"
-
-    def _repr_html_(self) -> str:
-        """Return a small table of the experts for notebooks; a damaged one has its sentence."""
-        rows = []
-        for name in self:
-            try:
-                expert = self[name]
-                tasks, share = ", ".join(expert.record["tasks"]), f"{expert.kept_share:.2%}" if len(expert) else ""
-                held = f"{len(expert.record['parents'])} experts" if expert.is_routed else str(len(expert))
-                cells = [name, expert.record["kind"], tasks, held, share, bytes_text(expert.size_on_disk)]
-            except (ValueError, OSError) as error:
-                cells = [name, "damaged", str(error), "", "", ""]
-            rows.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
-        head = "".join(f"<th>{name}</th>" for name in ("expert", "kind", "tasks", "weights", "kept", "size"))
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><caption>{escape(str(self.directory))}</caption><tr>{head}</tr>{body}</table>"
 
 
 _FILES = (RECORD_FILE, DELTA_FILE, STATE_FILE)

@@ -1,8 +1,4 @@
-"""Check the names of experts, and write directories and files whole or not at all.
-
-What is written has the permissions that the process's umask gives, also where another library made a file for its owner
-alone (safetensors does).
-"""
+"""Check the names of experts, and write directories and files whole or not at all, with the umask's permissions."""
 
 from __future__ import annotations
 
@@ -84,13 +80,10 @@ def new_directory(
 ) -> Iterator[Path]:
     """Yield a temporary directory beside the target, and move it into place when the block ends without an error.
 
-    A reader of the target sees nothing or the whole. To replace a directory, the old one is moved aside first: between
-    the two renames there is no directory, but never half of one.
+    A reader of the target sees nothing or the whole.
 
     Args:
-        target: The directory to write.
-        overwrite: Replace a directory that is there.
-        marker: The file that only directories of ours have.
+        target, overwrite, marker: As for `check_target`.
         key: What identifies this work. With it, a block that is interrupted, or whose process is killed, leaves its
             files, and the next block with the same key finds them. An error removes them.
 
@@ -122,10 +115,6 @@ def new_directory(
             if kept:
                 interruption.add_note(f"interrupted; the same command goes on where it stopped, with {temporary}")
             raise
-        except OSError as error:
-            # A full disk names no file.
-            error.filename = error.filename or str(target)
-            raise
         finally:
             if not kept:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -136,21 +125,15 @@ def new_file(target: Path) -> Iterator[Path]:
     """Yield a temporary place beside a file, and move what is written there into place if the block ends without an
     error; a reader sees the old file or the whole new one.
     """
-    made = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
     try:
         yield temporary
         _flush(temporary)
         os.replace(temporary, target)
-    except OSError as error:
-        error.filename = error.filename or str(target)
-        raise
     finally:
         for leftover in target.parent.glob(f"{temporary.name}*"):
             leftover.unlink()
-        if made and not any(target.parent.iterdir()):
-            target.parent.rmdir()
 
 
 @contextmanager
@@ -178,10 +161,9 @@ def locked(directory: Path, target: Path) -> Iterator[None]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what killed processes left half-written anywhere in a directory.
+    """Remove what killed processes left half-written anywhere in a directory, but for work that goes on by its key.
 
-    A temporary directory stays while another process holds its lock, and so does one whose work goes on by its key. The
-    caller knows that no other process is writing single files there.
+    The caller knows that no other process is writing single files there.
     """
     for left in list(directory.rglob(".*")):
         if _LEFTOVER.fullmatch(left.name) and not left.is_symlink():

@@ -77,13 +77,9 @@ def check_mergeable(experts: Sequence[StoredExpert]) -> None:
     """Raise ValueError for an expert whose deltas are not all that it does."""
     for expert in experts:
         if not expert.mergeable:
-            instead = "evaluate, generate and test use it as it is"
-            if len(experts) > 1:
-                instead = "leave it out of the list"
-            raise ValueError(
-                f"{expert.name} cannot be merged or added to its base, because {expert.not_mergeable_because}; "
-                + instead
-            )
+            instead = "leave it out of the list" if len(experts) > 1 else "evaluate, generate and test use it as it is"
+            why = expert.not_mergeable_because
+            raise ValueError(f"{expert.name} cannot be merged or added to its base, because {why}; {instead}")
 
 
 def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
@@ -126,8 +122,7 @@ def warn_unlike_training(
 ) -> None:
     """Log a sentence for each expert that meets rows or a base in another form than in its training.
 
-    `reading` is how rows of some tasks are read now, as `TaskMixture.reading_of` tells; `options` are the names of the
-    settings that change it.
+    `reading` tells how rows of tasks are read now, as `TaskMixture.reading_of`; `options` name the settings for it.
     """
     for expert in experts:
         trained, unlike, now = expert.record.get("training") or {}, [], reading(expert.record["tasks"])
@@ -164,10 +159,7 @@ def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:
 
 def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
     """Return the experts as records list parents: by name and content hash, with their tasks."""
-    return [
-        {"name": expert.name, "content_hash": expert.content_hash, "tasks": expert.record["tasks"]}
-        for expert in experts
-    ]
+    return [{"name": e.name, "content_hash": e.content_hash, "tasks": e.record["tasks"]} for e in experts]
 
 
 def parent_ids(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

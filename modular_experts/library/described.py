@@ -1,8 +1,7 @@
-"""Describe an object by its class and its settings, and make it again from a record.
+"""Describe an object by its class and its settings, and make it again from a record, which leads to no foreign code.
 
-A record leads to no foreign code. A class that it names is looked up in this package, by its path or, if the class has
-moved since, by its name; and in modules and classes that the user has named (`trust`), nowhere else. What is found must
-be a subclass of the contract that the reader asks for.
+A class that it names is looked up in this package, by its path or, if the class has moved since, by its name; and in
+modules and classes that the user trusts, nowhere else. It must be a subclass of the contract that the reader asks for.
 """
 
 from __future__ import annotations

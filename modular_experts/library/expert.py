@@ -5,9 +5,8 @@ The tensors of a weight are named after it and the form of its delta: `<weight>/
 `/blocks` (BlockSparse), either of which may be encoded in bytes as `/gaps` or `/mask`; `<weight>/up` with `/down`
 (LowRank), `<weight>/dense` (Dense). A table in the file's metadata gives, for each weight, its form, shape and number
 of kept entries, and dtype, shape and SHA-256 of each tensor; the content hash is the SHA-256 of that table, and of the
-state's where there is one, so it does not depend on the order of writing, but on how the support is encoded. That of a
-routed expert also covers its router's class and settings and its parents (`record.hash_of_all`). Every read is checked
-against the table, and the table against `expert.json`.
+state's where there is one, whatever the order of writing (of a routed expert see `record.hash_of_all`). Every read is
+checked against the table, and the table against `expert.json`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +42,9 @@ from modular_experts.library.record import (
     what_is_wrong,
 )
 from modular_experts.library.state import StoredState, write_state
-from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, open_tensors
+from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, read_table
 from modular_experts.progress import Progress
-from modular_experts.text import bytes_text, did_you_mean
-
-_READS = 10
-"""How often an expert is read that another process replaces meanwhile."""
+from modular_experts.text import did_you_mean
 
 
 class StoredExpert(TaskVector):
@@ -78,9 +72,7 @@ class StoredExpert(TaskVector):
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over names, forms, shapes, dtypes and bytes of all its tensors; of a routed expert also over its
-        router's class and settings and the content hashes of its parents. Equal hashes mean experts that act alike.
-        """
+        """SHA-256 over all that it does: equal hashes mean experts that act alike."""
         return self.record["content_hash"]
 
     def is_listed_as(self, parent: Mapping[str, Any]) -> bool:
@@ -114,11 +106,7 @@ class StoredExpert(TaskVector):
         return bool(self.record["kind"] == MERGE)
 
     def state(self) -> dict[str, Tensor]:
-        """Read the trained tensors of the type's own form, by `<weight>/<name>`; empty for an expert of deltas alone.
-
-        `injection.load_expert_state` puts them into a model with experts of the class that you name; the record's
-        `class_path` is only text.
-        """
+        """Read the trained tensors of the type's own form, by `<weight>/<name>`; none for an expert of deltas alone."""
         return {} if self._state is None else self._state.read()
 
     @property
@@ -174,29 +162,14 @@ class StoredExpert(TaskVector):
 
     def stored_bytes(self) -> dict[str, int]:
         """Return how many bytes the delta of each weight has in the file, without reading it."""
-        return {
-            name: sum(
-                getattr(torch, tensor["dtype"].removeprefix("torch.")).itemsize * math.prod(tensor["shape"])
-                for tensor in self._table[name]["tensors"].values()
-            )
-            for name in self
-        }
+        sizes = dict.fromkeys(self, 0)
+        for key, (dtype, shape) in self._tensors.layouts.items() if sizes else ():
+            assert isinstance(dtype, torch.dtype), key
+            sizes[key.rpartition("/")[0]] += dtype.itemsize * math.prod(shape)
+        return sizes
 
     def __repr__(self) -> str:
         return f"StoredExpert({str(self.path)!r}, kind={self.record['kind']!r}, weights={len(self)})"
-
-    def _repr_html_(self) -> str:
-        record, entries = self.record, sum(shape.numel() for shape in self._shapes.values())
-        kept = f"{len(self)}; {self.kept_share:.2%} of {entries:,} entries kept"
-        rows = {
-            "kind": record["kind"],
-            "tasks": ", ".join(record["tasks"]),
-            "base": str(record["base"].get("id")),
-            "weights": kept if self._table else "0: a state instead of deltas",
-            "size": bytes_text(self.size_on_disk),
-        }
-        cells = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
-        return f"<table><caption>{escape(self.name)}</caption>{cells}</table>"
 
 
 def read_weight(experts: Sequence[StoredExpert], name: str) -> list[Delta]:
@@ -215,32 +188,6 @@ def open_expert(path: str | Path) -> StoredExpert:
         ValueError: A file is damaged, or the directory is a link that leads out of its library.
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
-    for left in reversed(range(_READS)):
-        before = _version_of(directory)
-        try:
-            return _opened(path, directory)
-        except (OSError, RuntimeError, ValueError):
-            # Another process may replace the expert between the reads of its record and of its files, and between the
-            # two renames of that there is no directory but one beside it.
-            is_replaced = _version_of(directory) != before or (
-                before is None and any(directory.parent.glob(f".{directory.name}.*"))
-            )
-            if not is_replaced or not left:
-                raise
-            time.sleep(0.005)
-    raise AssertionError
-
-
-def _version_of(directory: Path) -> tuple[int, int] | None:
-    """Return what tells a directory from one that takes its place."""
-    try:
-        found = directory.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_ctime_ns
-
-
-def _opened(path: str | Path, directory: Path) -> StoredExpert:
     if not directory.is_dir():
         names = sorted(one.parent.name for one in directory.parent.glob(f"[!.]*/{RECORD_FILE}"))
         hint = f"; {directory.parent} has {', '.join(names[:8])}" if names else ""
@@ -351,13 +298,8 @@ def _write_deltas(
 
 def _read_table(file: Path) -> tuple[dict[str, Any], MappedTensors]:
     """Return the table of weights and the tensors, once it is known that the file holds just those that it names."""
-    open_tensors(file)  # which checks its header
-    tensors = MappedTensors(file)
+    table, tensors = read_table(file, FORMAT, "weights")
     try:
-        content = json.loads(tensors.metadata["modular_experts"])
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, and this version reads {FORMAT!r}")
-        table = content["weights"]
         stored = {f"{name}/{suffix}" for name, entry in table.items() for suffix in entry["tensors"]}
         if stored != tensors.layouts.keys():
             raise ValueError("its tensors are not those that its metadata names")
@@ -367,7 +309,7 @@ def _read_table(file: Path) -> tuple[dict[str, Any], MappedTensors]:
             if not isinstance(entry.get("kept", 0), int):
                 raise ValueError(f"its number of kept entries of {name} is not a whole number")
     except (KeyError, TypeError, AttributeError) as error:
-        raise damaged(file, f"its metadata does not describe an expert ({error!r})") from error
+        raise damaged(file, f"its metadata does not describe its weights ({error!r})") from error
     except ValueError as error:
         raise damaged(file, str(error)) from error
     return table, tensors

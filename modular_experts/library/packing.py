@@ -20,14 +20,8 @@ from modular_experts.library.tensorfile import Layout, MappedTensors, damaged
 from modular_experts.native.decoding import FURTHEST, decode_places, read_entries
 
 ENCODINGS = ("gaps", "mask")
-# The tensors of each form, except the kept numbers: name in the file -> field of the class.
-_FORMS: dict[str, dict[str, str]] = {
-    "Dense": {"dense": "values"},
-    "LowRank": {"up": "up", "down": "down"},
-    "Sparse": {"values": "values"},
-    "BlockSparse": {"values": "values"},
-}
-# The kept numbers: field of the class, and name in the file where they are stored as they are.
+# The tensors of each form beside the kept numbers, and the name of these where they are stored as they are.
+_FORMS = {"Dense": ("dense",), "LowRank": ("up", "down"), "Sparse": ("values",), "BlockSparse": ("values",)}
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
 
 Read = tuple[Tensor, int | None, bool]
@@ -46,8 +40,9 @@ def pack(delta: Delta) -> dict[str, Tensor]:
     if form not in _FORMS:
         raise TypeError(f"a delta to store must be one of {', '.join(_FORMS)}, got {form}")
     packed = {}
-    for name, field in _FORMS[form].items():
-        packed[name] = getattr(delta, field).detach().to("cpu", torch.float32).contiguous()
+    for name in _FORMS[form]:
+        values: Tensor = getattr(delta, "values" if name == "dense" else name)
+        packed[name] = values.detach().to("cpu", torch.float32).contiguous()
         if not all_finite(packed[name]):
             raise ValueError("it holds values that are not finite in float32")
     if form in _KEPT:
@@ -69,7 +64,7 @@ def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) 
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"its weight has the shape {shape}")
     shapes = {name: tuple(size) for name, (_, size) in layout.items()}
-    if not _is_delta(form, shape, shapes, kept):
+    if not _is_delta(form, tuple(shape), shapes, kept):
         raise ValueError(f"its tensors of shapes {shapes} are not a {form} delta of a weight {tuple(shape)}")
     for name, (dtype, _) in layout.items():
         wanted = index_dtype(shape) if name in _KEPT.values() else torch.float32
@@ -78,9 +73,9 @@ def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) 
             raise ValueError(f"its {name} are {dtype} and must be {wanted}")
 
 
-def _is_delta(form: str, shape: Sequence[int], shapes: Mapping[str, tuple[int, ...]], kept: Sequence[str]) -> bool:
+def _is_delta(form: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], kept: Sequence[str]) -> bool:
     if form == "Dense":
-        return shapes["dense"] == tuple(shape)
+        return shapes["dense"] == shape
     if form == "LowRank":
         up, down = shapes["up"], shapes["down"]
         return len(shape) == 2 and up == (shape[0], *down[:1]) and down == (*down[:1], shape[1])
@@ -124,13 +119,10 @@ def unpack(
 
 def _name_of_kept(form: str, names: Collection[str]) -> list[str]:
     """Return the name of the tensor of kept numbers: one for a sparse form, no name for the others."""
-    if form not in _KEPT:
-        return []
-    return [encoding_of(names) or _KEPT[form]]
+    return [encoding_of(names) or _KEPT[form]] if form in _KEPT else []
 
 
 def encoding_of(names: Collection[str]) -> str | None:
-    """Return the encoding of kept numbers from the names of the stored tensors, or None."""
     return next((name for name in ENCODINGS if name in names), None)
 
 
@@ -227,19 +219,15 @@ def deltas_of(weights: Sequence[StoredWeight]) -> list[Delta]:
             if file.sha256(key) != entry["tensors"][suffix]["sha256"]:
                 raise damaged(file.file, f"the {suffix} of {name} are not what was written")
         found.append({suffix: file[key] for suffix, key in stored.items()})
-    encodings = [encoding_of(tensors) for tensors in found]
-    together = [
-        place
-        for place, (weight, encoding) in enumerate(zip(weights, encodings, strict=True))
-        if encoding and index_dtype(weight.entry["shape"]) == torch.int32
-    ]
-    names = [encodings[place] or "" for place in together]
-    read = read_entries(
-        names,
-        [found[place][name] for place, name in zip(together, names, strict=True)],
-        [found[place]["values"] for place in together],
-    )
-    known = dict(zip(together, read, strict=True))
+    # Encoded numbers of several experts are decoded together, which takes fewer and longer steps.
+    encoded = {
+        place: name
+        for place, (weight, tensors) in enumerate(zip(weights, found, strict=True))
+        if (name := encoding_of(tensors)) and index_dtype(weight.entry["shape"]) == torch.int32
+    }
+    stored_numbers = [found[place][name] for place, name in encoded.items()]
+    read = read_entries(list(encoded.values()), stored_numbers, [found[place]["values"] for place in encoded])
+    known = dict(zip(encoded, read, strict=True))
     deltas = []
     for place, (weight, tensors) in enumerate(zip(weights, found, strict=True)):
         try:

@@ -3,25 +3,27 @@
 A record is plain JSON and never leads to code: nobody imports or builds what it names.
 
 Format 1 is an expert of deltas alone. Format 2 adds a state (`state.safetensors`): the record then lists the expert's
-`files`, of which `delta.safetensors` may be missing, the `class_path` of the type whose state it is, and, for a type
-that is not mergeable, the sentence why. Format 3 is a routed expert, whose content hash covers its router's class and
-settings and the content hashes of its parents, in their order; in format 2 it covered the router's state alone.
-`write_expert` writes the lowest format that an expert needs, so that earlier versions of this package go on reading
-every other expert. All formats are read; `read_record` returns a routed expert of format 2 as one of format 3.
+`files`, of which `delta.safetensors` may be missing. Format 3 is a routed expert, whose content hash covers more than
+its tensors (`hash_of_all`). `write_expert` writes the lowest format that an expert needs, and all formats are read.
 
-An expert that was trained here has a part `training`, which earlier records lack. A merge records `max_length`,
-`chat_template` and `dtype` only where all parents agree. Every key may be missing:
-
-| key                                                | what it holds                                               |
-|----------------------------------------------------|-------------------------------------------------------------|
-| `batch_size`, `accumulate_grad_batches`            | rows of a batch of all processes, and batches of a step     |
-| `rows`                                             | rows trained on up to the exported step                     |
-| `dtype`, `precision`                               | of the base, and of the trainer, such as `bf16-mixed`       |
-| `max_length`, `chat_template`                      | the most tokens of a row; hash of the template, or null     |
-| `data`                                             | of each task, `rows` by split and the `hash` of all of them |
-| `config`                                           | the file with the whole configuration of the run            |
-
-The exported step and the learning rate are among the `hyperparameters`.
+| key                     | what it holds                                                                           |
+|-------------------------|-----------------------------------------------------------------------------------------|
+| `kind`                  | class of the trained experts, such as `SparseExpert`, or `merge`, or `routed`            |
+| `base`                  | `id` (path or hub id), `revision`, `fingerprint`                                        |
+| `tasks`, `scores`       | names of the tasks it was trained on; what it scored                                    |
+| `parents`               | `name`, `content_hash`, `tasks` of each expert that it was made of or trained on top of |
+| `hyperparameters`       | settings of the kind, the exported step and the learning rate among them                |
+| `method`, `per_weight`  | of a merge: the method, `class_path` and `init_args`; methods by pattern of names       |
+| `costs`, `seed`         | memory and time of the training; seed of the run                                        |
+| `class_path`            | dotted path of the experts' class, for a reader of their state; it stays text           |
+| `not_mergeable_because` | why the deltas are not all that the experts do, as the end of a sentence                |
+| `plan`                  | `class` and `settings` of the `LayerPlan` that makes the experts again                  |
+| `training`              | how it was trained; of a merge where all parents agree; every key may be missing:       |
+| ` batch_size`, ` accumulate_grad_batches` | rows of a batch of all processes, and batches of a step               |
+| ` rows`                 | rows trained on up to the exported step                                                 |
+| ` dtype`, ` precision`  | of the base, and of the trainer, such as `bf16-mixed`                                   |
+| ` max_length`, ` chat_template` | the most tokens of a row; hash of the template, or null                         |
+| ` data`, ` config`      | of each task `rows` by split and their `hash`; the file with the configuration          |
 """
 
 from __future__ import annotations
@@ -55,57 +57,33 @@ _OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "so
 def make_record(
     kind: str,
     base: Mapping[str, Any],
-    *,
-    hyperparameters: Mapping[str, Any] | None = None,
     tasks: Sequence[str] = (),
-    scores: Mapping[str, Any] | None = None,
     parents: Sequence[Mapping[str, Any]] = (),
-    method: Mapping[str, Any] | None = None,
-    per_weight: Mapping[str, Any] | None = None,
-    costs: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    class_path: str | None = None,
-    not_mergeable_because: str | None = None,
-    plan: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Return the record of a new expert; `write_expert` adds the content hash.
 
     Args:
-        kind: Class of the trained experts, such as `SparseExpert`, or `merge`.
-        base: The base model: `id` (path or hub id), `revision`, `fingerprint`.
-        hyperparameters: Settings of the kind.
-        tasks: Names of the tasks it was trained on.
-        scores: What it scored, by task.
-        parents: `name`, `content_hash` and `tasks` of each expert that it was made from or trained on top of.
-        method: The merge method, `class_path` and `init_args`, of a merged expert.
-        per_weight: Merge methods of single weights by a pattern of their names; null for weights that stay at the base.
-        costs: Memory and time of the training: bytes of optimizer state, selections of the support and their cost.
-        training: How it was trained; the keys are listed above.
-        seed: Seed of the run.
-        class_path: Dotted path of the experts' class, for a reader of their state. It stays text.
-        not_mergeable_because: Why the deltas are not all that the experts do, as the end of a sentence.
-        plan: `class` and `settings` of the `LayerPlan` that made the experts, by which a model gets them again.
+        more: Other keys of the table above. One without a value, such as None, counts as not given.
     """
-    optional = {"class_path": class_path, "not_mergeable_because": not_mergeable_because}
-    return {
+    record = {
         "format": FORMAT,
         "kind": kind,
-        "hyperparameters": dict(hyperparameters or {}),
+        "hyperparameters": {},
         "base": {name: base.get(name) for name in ("id", "revision", "fingerprint")},
         "tasks": list(tasks),
-        "scores": dict(scores or {}),
+        "scores": {},
         "parents": [dict(parent) for parent in parents],
-        "method": dict(method) if method else None,
-        "per_weight": dict(per_weight or {}),
-        "costs": dict(costs or {}),
-        **({"training": dict(training)} if training else {}),
+        "method": None,
+        "per_weight": {},
+        "costs": {},
         "versions": package_versions(),
-        "seed": seed,
+        "seed": None,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{name: text for name, text in optional.items() if text},
-        **({"plan": dict(plan)} if plan else {}),
     }
+    known = {*record, "training", "class_path", "not_mergeable_because", "plan"}
+    assert more.keys() <= known, f"a record has no {sorted(more.keys() - known)}"
+    return record | {name: value for name, value in more.items() if value not in (None, {}, "")}
 
 
 def package_versions() -> dict[str, str]:

@@ -1,8 +1,7 @@
 """Read and write `state.safetensors`, the trained tensors of a type whose delta is not all that it does.
 
-The tensors are named `<weight>/<name in the expert>`. A table in the file's metadata gives dtype, shape and SHA-256 of
-each; it is part of the expert's content hash, and every read is checked against it. `expert.json` names the class of
-the tensors as text: the library never imports it.
+The tensors are named `<weight>/<name in the expert>`. A table in the file's metadata, which is part of the expert's
+content hash, gives dtype, shape and SHA-256 of each. `expert.json` names the class of the tensors as text.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from modular_experts.deltas import all_finite
 from modular_experts.library.record import FORMAT_WITH_STATE
-from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, open_tensors
+from modular_experts.library.tensorfile import TensorFileWriter, damaged, read_table
 
 
 class StoredState:
@@ -27,28 +26,20 @@ class StoredState:
     """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        open_tensors(file)  # which checks its header
-        self._tensors = MappedTensors(file)
+        self.table, self._tensors = read_table(file, FORMAT_WITH_STATE, "state")
         try:
-            content = json.loads(self._tensors.metadata["modular_experts"])
-            if content["format"] != FORMAT_WITH_STATE:
-                raise damaged(file, f"its format {content['format']!r} is not {FORMAT_WITH_STATE!r}")
-            self.table: dict[str, Any] = content["state"]
             named = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self.table.items()}
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise damaged(file, f"its metadata does not describe a state ({error!r})") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise damaged(file, f"its metadata does not describe its state ({error!r})") from error
         if named != {name: (str(dtype), shape) for name, (dtype, shape) in self._tensors.layouts.items()}:
             raise damaged(file, "its tensors are not those that its metadata names")
 
     def read(self) -> dict[str, Tensor]:
         """Return all tensors, each a copy of its own; raise ValueError if one is not what was written."""
-        found = {}
         for name, entry in self.table.items():
             if self._tensors.sha256(name) != entry["sha256"]:
-                raise damaged(self.file, f"the tensor {name} is not what was written")
-            found[name] = self._tensors[name].clone()
-        return found
+                raise damaged(self._tensors.file, f"the tensor {name} is not what was written")
+        return {name: self._tensors[name].clone() for name in self.table}
 
 
 def write_state(file: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:

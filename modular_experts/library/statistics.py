@@ -2,8 +2,7 @@
 
 Each tensor is float32 and named after its weight; tensors with the same bytes are stored once (the projections of one
 attention layer have the same inputs). The file's metadata hold the expert's content hash, the base's fingerprint, the
-data, and shape, norm and SHA-256 of each tensor. The expert's own files and its content hash stay as they are.
-`modular_experts.statistics` takes statistics.
+data, and shape, norm and SHA-256 of each tensor.
 """
 
 from __future__ import annotations

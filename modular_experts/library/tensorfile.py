@@ -42,13 +42,7 @@ class TensorFileWriter:
     """Writes `file`, which does not exist before `finish`. Use it in a `with` block.
 
     A writer that did not finish leaves its bytes and its notes in two files beside it; the next writer of the same
-    `file` takes up its tensors, up to the first note whose tensors are not what was written.
-
-    Args:
-        file: The file to write, in a directory that exists.
-
-    Attributes:
-        resumed: The notes that it took up.
+    `file` takes up its tensors, up to the first note whose tensors are not what was written: `resumed` has their notes.
     """
 
     def __init__(self, file: Path) -> None:
@@ -138,10 +132,9 @@ _DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)  # which Windows lacks
 
 
 class MappedTensors:
-    """The tensors of a file that `safetensors` has opened, and so checked, before.
+    """The tensors of a file that `safetensors` has opened, and so checked, before; each is a view of the mapped file.
 
-    A tensor is a view of the mapped file, in pages that the system may drop, and that `release` drops at once. The
-    mapping is copy-on-write, because torch warns of read-only memory.
+    The mapping is copy-on-write, because torch warns of read-only memory.
     """
 
     def __init__(self, file: Path) -> None:
@@ -184,8 +177,21 @@ def open_tensors(file: Path) -> Any:
         raise damaged(file, f"it is cut short or not a safetensors file ({error})") from error
 
 
+def read_table(file: Path, form: str, part: str) -> tuple[dict[str, Any], MappedTensors]:
+    """Return one part of the metadata of a file of this format, and its tensors, after a check of its header."""
+    open_tensors(file)
+    tensors = MappedTensors(file)
+    try:
+        content = json.loads(tensors.metadata["modular_experts"])
+        if content["format"] == form:
+            return content[part], tensors
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise damaged(file, f"its metadata does not describe its {part} ({error!r})") from error
+    raise damaged(file, f"its format is {content['format']!r}, and this version reads {form!r}")
+
+
 def damaged(file: Path, reason: str) -> ValueError:
-    """Return the error of an expert's file that is not what was written."""
+    """Return the error of a file that is not what was written."""
     return ValueError(f"{file} is damaged: {reason}; take it from a copy or export the expert again")
 
 

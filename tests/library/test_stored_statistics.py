@@ -135,7 +135,7 @@ def test_a_failed_write_leaves_what_was_there(one):
 
     with pytest.raises(ValueError, match=r"statistic of b.weight holds numbers that are not finite"):
         store(one, statistics=broken())
-    assert not (one.path / "statistics").exists()
+    assert not list(one.path.glob("statistics/*"))
     before = store(one).file.read_bytes()
     with pytest.raises(FileExistsError, match=r"gram.safetensors exists already; replace it with overwrite: true"):
         store(one)
