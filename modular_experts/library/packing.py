@@ -220,12 +220,11 @@ def deltas_of(weights: Sequence[StoredWeight]) -> list[Delta]:
                 raise damaged(file.file, f"the {suffix} of {name} are not what was written")
         found.append({suffix: file[key] for suffix, key in stored.items()})
     # Encoded numbers of several experts are decoded together, which takes fewer and longer steps.
-    encoded = {
-        place: name
-        for place, (weight, tensors) in enumerate(zip(weights, found, strict=True))
-        if (name := encoding_of(tensors)) and index_dtype(weight.entry["shape"]) == torch.int32
-    }
-    stored_numbers = [found[place][name] for place, name in encoded.items()]
+    encoded: dict[int, str] = {}
+    for place, (weight, tensors) in enumerate(zip(weights, found, strict=True)):
+        if (encoding := encoding_of(tensors)) and index_dtype(weight.entry["shape"]) == torch.int32:
+            encoded[place] = encoding
+    stored_numbers = [found[place][encoding] for place, encoding in encoded.items()]
     read = read_entries(list(encoded.values()), stored_numbers, [found[place]["values"] for place in encoded])
     known = dict(zip(encoded, read, strict=True))
     deltas = []
