@@ -131,8 +131,7 @@ def by_experts(
 
 def by_recipe(recipe: dict[str, Any], out: str) -> Work:
     """Our merge of full checkpoints, from mergekit's recipe."""
-    from modular_experts.interop.mergekit.parse import read_recipe
-    from modular_experts.interop.mergekit.run import merge_recipe
+    from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 
     _imports()
     file = Path(f"{out}.yaml")

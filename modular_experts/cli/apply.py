@@ -57,8 +57,8 @@ def export(
 
     A low-rank expert is a LoRA exactly; any other expert is approximated at a rank, and the error is printed. A sparse
     expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira. Before the
-    adapter takes its place it is loaded again, by PEFT if it is installed, and its logits are compared with the logits
-    of base plus deltas. Use `apply` for weights that adapters cannot carry, such as norms.
+    adapter takes its place, PEFT loads it, and its logits are compared with those of base plus deltas. Use `apply` for
+    weights that adapters cannot carry, such as norms.
 
     Args:
         expert: Directory of the expert.
@@ -94,6 +94,4 @@ def export(
         f"loaded again with {check.loaded_with}: a logit differs by up to {check.largest_difference:.3g}, "
         f"{check.mean_difference:.3g} on average (tolerance {check.tolerance:g})"
     )
-    if not check.loaded_with.startswith("peft"):
-        print("PEFT is not installed; to have PEFT itself check the adapter: pip install 'peft>=0.21'")
     print(f"{out}: a {form} adapter of {expert}, {len(written.weights)} weights")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 from modular_experts.cli.format import progress_bar, share_text, summary
-from modular_experts.interop.compression import Compression, KeepLargest, Truncated
+from modular_experts.interop.adapter import Compression, KeepLargest, Truncated
 from modular_experts.interop.import_expert import import_expert
-from modular_experts.interop.mergekit.parse import read_recipe
-from modular_experts.interop.mergekit.run import Deviation, merge_recipe
+from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 from modular_experts.library import StoredExpert
 
 
@@ -19,7 +18,6 @@ def import_(
     out: str,
     base: str | None = None,
     revision: str | None = None,
-    source_revision: str | None = None,
     keep_ratio: float | None = None,
     rank: int | None = None,
     vocab: Literal["error", "intersect"] = "error",
@@ -28,19 +26,16 @@ def import_(
 ) -> None:
     """Bring a fine-tuning from elsewhere into a library, where it can be merged, applied and measured like any expert.
 
-    The format is found from the files: a PEFT adapter (adapter_config.json), a sparse fine-tuning of composable-sft
-    (pytorch_diff.bin), or a full checkpoint (config.json and safetensors), which is compared with its base weight by
-    weight without loading either. LoRA, SHiRA and Super-Tuning need nothing else; for any other type that moves
-    weights PEFT must be installed, which loads the adapter onto its base. A full checkpoint is stored exactly unless
-    keep_ratio or rank is given: as single entries if few moved, else whole. Causal language models only; no code from
-    a file is run.
+    The format is found from the files: a PEFT adapter (adapter_config.json), or a full checkpoint (config.json and
+    safetensors), which is compared with its base weight by weight. A plain LoRA needs nothing else; any other type
+    that moves weights needs PEFT, which loads the adapter onto its base. A full checkpoint is stored exactly unless
+    keep_ratio or rank is given. Causal language models only; no code from a file is run.
 
     Args:
         source: Directory or hub id of the fine-tuning.
         out: Directory of the expert; its last part is the name.
         base: Directory or hub id of the model that was fine-tuned; the one that an adapter names by default.
         revision: Branch, tag or commit of the base on the hub.
-        source_revision: Branch, tag or commit of the source on the hub.
         keep_ratio: For a full checkpoint: keep only this share of each weight's entries: those that moved farthest.
         rank: For a full checkpoint: keep only the best approximation of this rank of each matrix.
         vocab: With intersect, a full checkpoint may have a resized vocabulary; the rows in common are compared.
@@ -57,9 +52,7 @@ def import_(
     compression: Compression | None = None if keep_ratio is None else KeepLargest(keep_ratio)
     compression = compression if rank is None else Truncated(rank)
     bar = progress_bar("importing")
-    expert = import_expert(
-        source, out, base, revision, source_revision, compression, vocab, tasks or (), overwrite, bar
-    )
+    expert = import_expert(source, out, base, revision, compression, vocab, tasks or (), overwrite, bar)
     origin = expert.record["source"]
     for line in _report(expert, compression) if "account" in origin else ():
         print(line)
@@ -108,9 +101,8 @@ def _report(expert: StoredExpert, compression: Compression | None) -> Iterator[s
 def mergekit(recipe: str, out: str, seed: int = 0, overwrite: bool = False) -> None:
     """Run a recipe of mergekit, the YAML file that `mergekit-yaml` takes, and write the merged model as a checkpoint.
 
-    The numbers are mergekit's, up to the last digits; known exceptions are printed before the merge begins. mergekit
-    itself is not needed. A model may be a checkpoint, checkpoint+adapter (PEFT), or an expert of a library
-    whose base is the recipe's base_model. An unsupported or misspelt key of a recipe is an error.
+    The numbers are mergekit's, up to the last digits, but for random draws and for entries of equal magnitude; mergekit
+    itself is not needed. Recipes merge whole checkpoints; a key that is not supported, or misspelt, is an error.
 
     Args:
         recipe: The YAML file.
@@ -123,15 +115,5 @@ def mergekit(recipe: str, out: str, seed: int = 0, overwrite: bool = False) -> N
         modular-experts mergekit recipe.yaml merged-checkpoint --seed 1 --overwrite
     """
     parsed = read_recipe(recipe)
-    merge_recipe(parsed, out, seed, overwrite, progress_bar("merging"), _print_deviations)
-    print(f"merged {len(parsed.models)} models with {parsed.name}")
-    print(f"{out}: a checkpoint of {', '.join(map(str, parsed.models))}")
-
-
-def _print_deviations(found: Sequence[Deviation]) -> None:
-    if found:
-        print("where this recipe is not run as mergekit runs it:")
-    for deviation in found:
-        print(f"  {deviation.what}:")
-        print(f"    mergekit  {deviation.mergekit}")
-        print(f"    here      {deviation.here}")
+    merge_recipe(parsed, out, seed, overwrite, progress_bar("merging"))
+    print(f"{out}: a checkpoint of {', '.join(parsed.models)}, merged with {parsed.name}")

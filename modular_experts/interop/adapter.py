@@ -1,19 +1,18 @@
-"""Describe an adapter that another tool trained, and read the pickled files in which older tools kept its tensors."""
+"""Hold what another tool trained, and store differences of weights: whole, by their largest entries, or of a rank."""
 
 from __future__ import annotations
 
-import pickle
-import re
-import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
+from torch import Tensor
 
-from modular_experts.deltas import Delta
+from modular_experts.deltas import Delta, Dense, Sparse
+from modular_experts.deltas.algebra import truncated_svd
+from modular_experts.deltas.tiles import index_dtype
+from modular_experts.masks import top_k
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,7 @@ class ImportedAdapter:
     """The deltas of another tool's fine-tuning, and what its files state about it.
 
     Attributes:
-        deltas: Name of each moved weight, as the loaded base calls it, and its delta. An iteration holds one weight
-            in memory at a time, and can be repeated.
+        deltas: Name of each moved weight, as the loaded base calls it, and its delta; an iteration can be repeated.
         kind: The tool's name for this kind of fine-tuning, such as `LORA`.
         base: Path or hub id of the base, as the files name it; None if they do not.
         revision: Branch, tag or commit of that base, as the files name it.
@@ -36,32 +34,66 @@ class ImportedAdapter:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-# What torch's unpickler raised over thousands of files with bytes changed at random.
-_DAMAGE = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError),
-    *(ValueError, TypeError, AssertionError, struct.error),
-)
+class Compression(ABC):
+    """A way to store the difference of a weight."""
+
+    @abstractmethod
+    def compress(self, difference: Tensor) -> Delta:
+        """Return the delta that stores a finite float32 difference of any shape."""
 
 
-def read_pickle(file: Path) -> dict[str, Any]:
-    """Read the mapping in a file that `torch.save` wrote, on the CPU, without running any code in it.
+@dataclass(frozen=True)
+class Lossless(Compression):
+    """Keep the whole difference, as `Sparse` where that takes fewer bytes, else as `Dense`."""
 
-    NumPy numbers pass too, because some writers leave them in a list of plain numbers.
+    def compress(self, difference: Tensor) -> Delta:
+        moved = int(difference.count_nonzero())
+        if moved * (4 + index_dtype(difference.shape).itemsize) < 4 * difference.numel():
+            return _entries(difference, difference.view(-1).nonzero()[:, 0])
+        return Dense(difference)
 
-    Raises:
-        ValueError: The file is damaged, holds something else than a mapping, or would run code.
+
+@dataclass(frozen=True)
+class KeepLargest(Compression):
+    """Keep the entries that moved farthest; among equals, the lowest flat index wins.
+
+    Args:
+        keep_ratio: Share of each weight's entries to keep, in (0, 1]; at least one entry.
     """
-    # A pickled NumPy number asks for these globals, under their names in NumPy 1 and 2.
-    scalar: Any = numpy.int64(0).__reduce__()[0]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    dtypes = [type(numpy.dtype(kind)) for kind in ("int64", "int32")]
-    try:
-        with torch.serialization.safe_globals([*((scalar, name) for name in names), numpy.dtype, *dtypes]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it asks to run {asked[1]}, and no code in a file is run" if asked else "it is damaged or not from torch"
-        raise ValueError(f"{file} was not read: {why}; get the weights as safetensors, or from another copy") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} was not read: it holds a {type(content).__name__} instead of a mapping")
-    return content
+
+    keep_ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}")
+
+    def compress(self, difference: Tensor) -> Delta:
+        kept = max(int(self.keep_ratio * difference.numel()), 1)
+        if int(difference.count_nonzero()) <= kept:
+            return _entries(difference, difference.view(-1).nonzero()[:, 0])
+        return _entries(difference, top_k(difference.abs(), kept))
+
+
+@dataclass(frozen=True)
+class Truncated(Compression):
+    """Keep the best approximation of a rank; a weight for which that is not smaller stays lossless.
+
+    Args:
+        rank: Rank of the two factors, at least 1.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+
+    def compress(self, difference: Tensor) -> Delta:
+        lossless = Lossless().compress(difference)
+        if difference.ndim != 2 or 4 * self.rank * sum(difference.shape) >= lossless.nbytes:
+            return lossless
+        return truncated_svd(Dense(difference), self.rank)[0]
+
+
+def _entries(difference: Tensor, indices: Tensor) -> Sparse:
+    return Sparse(indices.to(index_dtype(difference.shape)), difference.view(-1)[indices], difference.shape)

@@ -20,8 +20,7 @@ from torch import Tensor
 from modular_experts.base import Base
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta, Dense
-from modular_experts.interop.adapter import ImportedAdapter
-from modular_experts.interop.compression import Compression, Lossless
+from modular_experts.interop.adapter import Compression, ImportedAdapter, Lossless
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 

@@ -1,7 +1,4 @@
-"""Import another tool's fine-tuning as an expert: find its format, read it, check it against its base, and write it.
-
-`peft/`, `sparse.py` and `full_checkpoint.py` read the formats.
-"""
+"""Import another tool's fine-tuning as an expert: find its format, read it, check it against its base, and write it."""
 
 from __future__ import annotations
 
@@ -13,18 +10,16 @@ from modular_experts.base import Base
 from modular_experts.base.files import file_hash, weight_files
 from modular_experts.base.loading import fetch_from_hub
 from modular_experts.deltas import Delta
-from modular_experts.interop.compression import Compression
+from modular_experts.interop.adapter import Compression
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, Vocabulary, read_full_checkpoint
 from modular_experts.interop.peft import AskedDeltas, read_peft
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
-from modular_experts.interop.sparse import DIFF_FILE, PEFT_TYPE, read_composable_sft, read_spiel
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.progress import Progress
 
 log = logging.getLogger(__name__)
 
-_FORMATS = {CONFIG_FILE: "PEFT adapter", DIFF_FILE: "composable-sft", "config.json": "full checkpoint"}
-_FETCHED = ["*.json", "*.safetensors", "adapter_model.bin", DIFF_FILE]
+_FETCHED = ["*.json", "*.safetensors", "adapter_model.bin"]
 
 
 def import_expert(
@@ -32,7 +27,6 @@ def import_expert(
     out: str | Path,
     base: str | Path | Base | None = None,
     revision: str | None = None,
-    source_revision: str | None = None,
     compression: Compression | None = None,
     vocab: Vocabulary = "error",
     tasks: Sequence[str] = (),
@@ -42,11 +36,10 @@ def import_expert(
     """Write another tool's fine-tuning as an expert; its record lists the source, file by file.
 
     Args:
-        source: Directory or hub id of a PEFT adapter, a composable-sft file or a full checkpoint.
+        source: Directory or hub id of a PEFT adapter or a full checkpoint.
         out: Directory of the expert; its last part is the name.
         base: Directory or hub id of the base; the one that an adapter's configuration names if not given.
         revision: Branch, tag or commit of the base on the hub.
-        source_revision: Branch, tag or commit of the source on the hub.
         compression: How to store the differences of a full checkpoint; `Lossless` if not given.
         vocab: What to do with a full checkpoint's resized vocabulary.
         tasks: Names of the tasks that it was trained on.
@@ -58,24 +51,21 @@ def import_expert(
         ValueError: The format is not known, or a weight does not fit the base; nothing is written then.
     """
     check_target(out, overwrite)
-    directory, format = _find(source, source_revision)
-    adapter = AdapterFiles(directory) if format == "PEFT adapter" else None
+    directory = _find(source)
+    adapter = AdapterFiles(directory) if (directory / CONFIG_FILE).is_file() else None
     opened = _open_base(source, adapter, base, revision)
-    if format == "full checkpoint":
+    if adapter is None:
         imported = read_full_checkpoint(directory, opened, compression, vocab, progress)
-        files = weight_files(directory)
+        format, files = "full checkpoint", weight_files(directory)
     elif compression is not None or vocab != "error":
         raise ValueError(
-            f"{source} ({format}) is not a full checkpoint, so it is stored in the form that it has; leave out "
+            f"{source} is an adapter and not a full checkpoint, so it is stored in the form that it has; leave out "
             "keep_ratio, rank and vocab"
         )
-    elif adapter is None:
-        imported, files = read_composable_sft(directory, opened), [directory / DIFF_FILE]
     else:
-        reader = read_spiel if adapter.config.get("peft_type") == PEFT_TYPE else read_peft
-        imported, files = reader(adapter, opened), [directory / CONFIG_FILE, adapter.file]
+        imported, format, files = read_peft(adapter, opened), "PEFT adapter", [directory / CONFIG_FILE, adapter.file]
     hashes = {file.name: file_hash(file) for file in files}
-    origin = {"id": str(source), "revision": source_revision, "format": format, "sha256": hashes}
+    origin = {"id": str(source), "revision": None, "format": format, "sha256": hashes}
 
     def checked() -> Iterator[tuple[str, Delta]]:
         for name, delta in imported.deltas:
@@ -105,20 +95,18 @@ def _open_base(
     return Base.open(base, revision=revision)
 
 
-def _find(place: str | Path, revision: str | None) -> tuple[Path, str]:
-    """Return the directory of a fine-tuning, fetched if it is a hub id that is not in the cache yet, and its format."""
+def _find(place: str | Path) -> Path:
+    """Return the directory of a fine-tuning, fetched if it is a hub id that is not in the cache yet."""
     directory = Path(place).expanduser()
     if directory.is_file():
         raise ValueError(f"{place} is a file; give the directory that holds it and the files beside it")
     if not directory.is_dir():
         advice = "give the directory of a fine-tuning, or a hub id while the hub is reachable"
-        directory = fetch_from_hub("source", str(place), revision, _FETCHED, advice)
-    for file, format in _FORMATS.items():
-        if (directory / file).is_file():
-            return directory, format
-    names = sorted(path.name for path in directory.iterdir())[:6]
-    raise ValueError(
-        f"{place} holds no fine-tuning of a known format: looked for {CONFIG_FILE} (a PEFT adapter), {DIFF_FILE} "
-        "(composable-sft) and config.json with *.safetensors (a full checkpoint); it has "
-        f"{', '.join(names) or 'no files'}"
-    )
+        directory = fetch_from_hub("source", str(place), None, _FETCHED, advice)
+    if not any((directory / file).is_file() for file in (CONFIG_FILE, "config.json")):
+        names = sorted(path.name for path in directory.iterdir())[:6]
+        raise ValueError(
+            f"{place} holds no fine-tuning of a known format: looked for {CONFIG_FILE} (a PEFT adapter) and "
+            f"config.json with *.safetensors (a full checkpoint); it has {', '.join(names) or 'no files'}"
+        )
+    return directory

@@ -102,8 +102,7 @@ def no_processes(module, monkeypatch) -> None:
 @pytest.fixture
 def mergekit(monkeypatch, tmp_path) -> Path:
     """A program in the place of a Python with mergekit, and its two modules, which merge as ours do."""
-    from modular_experts.interop.mergekit.parse import read_recipe
-    from modular_experts.interop.mergekit.run import merge_recipe
+    from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 
     def run_merge(recipe: dict[str, Any], out: str, options: dict[str, Any]) -> None:
         assert options["random_seed"] == 0

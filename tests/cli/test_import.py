@@ -23,7 +23,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 @pytest.fixture
 def place(tiny_llama_dir, tmp_path, monkeypatch, capsys):
-    """A directory to stand in, with a base, a fine-tuned checkpoint, a LoRA and a sparse file."""
+    """A directory to stand in, with a base, a fine-tuned checkpoint, and a LoRA."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_llama_dir, tmp_path / "base")
     model = build_model("llama").bfloat16()
@@ -36,9 +36,6 @@ def place(tiny_llama_dir, tmp_path, monkeypatch, capsys):
         model.model.layers[1].mlp.up_proj.weight[0, :5] += 1
     model.save_pretrained(tmp_path / "tuned")
     write_lora(tmp_path / "lora")
-    (tmp_path / "sft").mkdir()
-    entry = {"size": torch.Size([32, 32]), "index_steps": [1, 2], "values": torch.tensor([0.5, -0.5])}
-    torch.save({"diffs": {Q: entry}, "abs": {}}, tmp_path / "sft/pytorch_diff.bin")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing/notes.txt").write_text("no weights here")
     capsys.readouterr()
@@ -109,18 +106,6 @@ def test_a_type_that_only_peft_reads_is_imported_and_its_check_is_printed(run, p
     assert "states 2 of the deltas; 0 are merged weight minus base; logits differ from PEFT's by at most " in out
     assert run("import", "--source", "lora", "--out", "library/lora")[0] == 0
     assert run("merge", "--experts", "library/loha", "library/lora", "--method", "TIES", "--out", "library/m")[0] == 0
-
-
-def test_a_sparse_file_is_imported_and_merges_with_the_others(run, place):
-    assert run("import", "--source", "sft", "--base", "base", "--out", "library/sft")[0] == 0
-    assert run("import", "--source", "lora", "--out", "library/lora")[0] == 0
-    assert open_expert("library/sft")[Q].indices.tolist() == [32, 96]  # places 1 and 3 of the first column
-    code, _, err = run("merge", "--experts", "[library/sft, library/lora]", "--method", "Average", "--out", "library/m")
-    assert (code, err) == (0, "")
-    assert run("verify", "library")[0] == 0
-    listed = run("list", "library")[1]
-    assert "composable-sft" in listed
-    assert "LORA" in listed
 
 
 def test_whatever_a_reader_gives_is_checked_against_the_base(run, place, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command `mergekit`: what it says before it merges, what it writes, and one sentence for a mistake."""
+"""The command `mergekit`: what it prints and what it writes."""
 
 import pytest
 import torch
@@ -23,15 +23,9 @@ def recipe(tmp_path, monkeypatch, tiny_llama_dir):
     return file
 
 
-def test_recipe_is_merged_after_its_differences_are_told(recipe, tmp_path, capsys, tiny_llama_dir):
+def test_recipe_is_merged(recipe, tmp_path, capsys, tiny_llama_dir):
     assert main(["mergekit", "recipe.yaml", "merged"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "where this recipe is not run as mergekit runs it:"
-    assert told[1:4] == [
-        "  equal magnitudes:",
-        "    mergekit  keeps any of them, as its sort leaves them; models in bfloat16 have many",
-        "    here      keeps those that come first",
-    ]
     assert told[-1].startswith("merged: a checkpoint of ")
     merged, base = load_file(tmp_path / "merged/model.safetensors"), load_file(tiny_llama_dir / "model.safetensors")
     assert merged.keys() == base.keys()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from modular_experts.base import weights as stored
 from modular_experts.base.apply import apply
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.interop.compression import KeepLargest, Lossless, Truncated
+from modular_experts.interop.adapter import KeepLargest, Lossless, Truncated
 from modular_experts.interop.full_checkpoint import read_full_checkpoint
 from modular_experts.interop.import_expert import import_expert
 

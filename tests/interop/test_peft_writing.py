@@ -16,7 +16,7 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.interop.peft import LoraFormat, ShiraFormat, SupertuningFormat, read_peft, write_peft
+from modular_experts.interop.peft import LoraFormat, ShiraFormat, SupertuningFormat, export, read_peft
 from modular_experts.library import make_record, open_expert, write_expert
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
@@ -65,7 +65,7 @@ def test_peft_computes_what_base_plus_deltas_does_and_reading_back_gives_the_sam
     architecture, names, form, kind = CASES[case]
     base = tiny(architecture)
     expert = open_expert(make(tmp_path / "one", base, names, form))
-    written = write_peft(expert.path, tmp_path / "adapter", kind)
+    written = export(expert.path, tmp_path / "adapter", kind)
     expected = expected_logits(base, dict(expert))
     assert (expected - logits(Base.open(base).load())).abs().max() > 0.01
     torch.testing.assert_close(peft_logits(base, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
@@ -89,7 +89,7 @@ def test_peft_computes_what_base_plus_deltas_does_and_reading_back_gives_the_sam
 def test_padding_stands_at_places_that_are_not_kept_each_one_once(tiny_llama_dir, tmp_path):
     expert = open_expert(make(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse"))
     for number, kind in enumerate((ShiraFormat(), SupertuningFormat())):
-        written = write_peft(expert.path, tmp_path / f"adapter{number}", kind)
+        written = export(expert.path, tmp_path / f"adapter{number}", kind)
         stored = load_file(tmp_path / f"adapter{number}/adapter_model.safetensors")
         counts = sum(tensor.numel() for key, tensor in stored.items() if key.endswith(("shira_weight", "values")))
         kept = {name: weight.delta for name, weight in written.weights.items()}
@@ -124,7 +124,7 @@ def test_what_an_approximation_loses_is_told_for_each_weight_and_in_all(tiny_lla
     deltas = {name: delta_of("Dense", shapes[name], seed) for seed, name in enumerate(LLAMA[:2])}
     deltas[LLAMA[2]] = delta_of("LowRank", shapes[LLAMA[2]], 1)
     expert = open_expert(store(tmp_path / "one", tiny_llama_dir, list(deltas.items())))
-    written = write_peft(expert.path, tmp_path / "adapter", LoraFormat(rank=4))
+    written = export(expert.path, tmp_path / "adapter", LoraFormat(rank=4))
     lost = energy = 0.0
     for name, delta in deltas.items():
         values = numpy.linalg.svd(delta.dense().double().numpy(), compute_uv=False) ** 2
@@ -152,7 +152,7 @@ def test_a_delta_that_is_dense_in_form_only_is_written_as_single_entries(tiny_ll
     sparse = delta_of("Sparse", shape, 1)
     expert = store(tmp_path / "one", tiny_llama_dir, [(LLAMA[0], Dense(sparse.dense()))])
     for kind in (SupertuningFormat(), ShiraFormat()):
-        encoded = write_peft(expert, tmp_path / kind.peft_type, kind).weights[LLAMA[0]]
+        encoded = export(expert, tmp_path / kind.peft_type, kind).weights[LLAMA[0]]
         assert torch.equal(encoded.delta.dense(), sparse.dense())
 
 
@@ -181,7 +181,7 @@ def test_what_an_adapter_cannot_store_is_refused_with_the_way_out(tiny_llama_dir
         else:
             expert = make(place, tiny_llama_dir, names, form)
         with pytest.raises(ValueError, match=sentence):
-            write_peft(expert, place.parent / "adapter", kind)
+            export(expert, place.parent / "adapter", kind)
         assert sorted(path.name for path in place.parent.iterdir()) == ["one"]
 
 
@@ -197,7 +197,7 @@ def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, 
 
         monkeypatch.setattr(PeftModel, "from_pretrained", load_another)
         with pytest.raises(ValueError, match=r"adapter was not written: loaded again with peft 0.21.2, its logits"):
-            write_peft(expert, tmp_path / "adapter", LoraFormat())
+            export(expert, tmp_path / "adapter", LoraFormat())
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
@@ -209,7 +209,7 @@ def test_a_merge_of_low_rank_experts_is_carried_exactly(tiny_llama_dir, tmp_path
     assert main(["merge", "--experts", both, "--method", "TaskArithmetic", "--out", str(tmp_path / "ac")]) == 0
     merged = open_expert(tmp_path / "ac")
     assert all(isinstance(delta, LowRank) for delta in merged.values())
-    written = write_peft(merged.path, tmp_path / "adapter", LoraFormat())
+    written = export(merged.path, tmp_path / "adapter", LoraFormat())
     assert written.relative_error == 0.0
     expected = expected_logits(tiny_llama_dir, dict(merged))
     torch.testing.assert_close(peft_logits(tiny_llama_dir, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)

@@ -1,5 +1,4 @@
-"""Run mergekit recipes, the YAML files of `mergekit-yaml`, with the merge methods of this package; mergekit itself is
-neither needed nor imported.
+"""Run recipes of mergekit, the YAML files of `mergekit-yaml`, by our merge methods; mergekit is not imported.
 
-Start with `run.py`: `merge_recipe` writes the checkpoint of a recipe that `read_recipe` in `parse.py` has checked.
+`recipe.py` (open it first) reads and runs a recipe, and `methods.py` finds our method of the same numbers.
 """

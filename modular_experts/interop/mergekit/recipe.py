@@ -1,123 +1,44 @@
-"""Hold a checked mergekit recipe, and find the value that it gives each parameter for one weight.
+"""Run a recipe of mergekit: read and check it, and merge weight by weight from the models' files into a checkpoint.
 
-A parameter may be set for a model in a slice, for a slice, for the module, or for the whole recipe; the nearest level
-with a value for the weight counts. A value may be a gradient over the layers: mergekit counts the layers of each output
-slice from 0 to 1, and puts everything outside the layers at 0 - the embeddings, but also the final norm and the head.
+The nearest level with a value for a weight counts: a model, the slice, the recipe. A list of numbers is a gradient over
+the layers from 0 to 1; mergekit puts everything outside the layers at 0, also the final norm and the head.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from modular_experts.interop.mergekit.methods import Method, Parameters, silent_models
+import torch
+import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from modular_experts.base import Base
+from modular_experts.base.files import MANIFEST, copy_companions, write_manifest
+from modular_experts.base.streaming import Layout, ShardWriter, write_index
+from modular_experts.deltas import Delta, Dense, Sparse, all_finite
+from modular_experts.deltas.tiles import index_dtype
+from modular_experts.interop.full_checkpoint import check_same_model
+from modular_experts.interop.mergekit.methods import METHODS, Method
+from modular_experts.library import check_target, new_directory
+from modular_experts.library.record import read_json
 from modular_experts.methods import MergeMethod
-from modular_experts.text import depth_of
+from modular_experts.methods.method import Context
+from modular_experts.progress import Progress
+from modular_experts.text import depth_of, did_you_mean
 
+SHARD = 2 * 10**9
+"""The most bytes of a file of the checkpoint, unless one weight alone has more."""
+_KEYS = ("merge_method", "base_model", "parameters", "models", "slices", "dtype", "out_dtype", "tokenizer_source")
+_DTYPES = ("float32", "bfloat16", "float16")
 
-@dataclass(frozen=True)
-class ModelReference:
-    """How a recipe names a model.
-
-    Attributes:
-        path: A directory or a hub id.
-        revision: Branch, tag or commit of a hub id.
-        adapter: The adapter on the model, if there is one.
-    """
-
-    path: str
-    revision: str | None = None
-    adapter: ModelReference | None = None
-
-    def __str__(self) -> str:
-        model = f"{self.path}@{self.revision}" if self.revision else self.path
-        return f"{model}+{self.adapter}" if self.adapter else model
-
-
-@dataclass(frozen=True)
-class Value:
-    """One value of a parameter, for all weights or for some of them.
-
-    Attributes:
-        values: Numbers of a gradient from the first layer to the last; a plain number is a gradient of one.
-        part: What a weight's name must contain; None for every weight.
-    """
-
-    values: tuple[float, ...]
-    part: str | None = None
-
-    def at(self, share: float) -> float:
-        """Return the value at a share in [0, 1] of the layers, interpolated linearly between the numbers."""
-        position = share * (len(self.values) - 1)
-        lower = int(position)
-        upper = min(lower + 1, len(self.values) - 1)
-        share = position - lower
-        return (1 - share) * self.values[lower] + share * self.values[upper]
-
-
-Settings = Mapping[str, tuple[Value, ...]]
-"""The rules of each parameter that one level of a recipe sets; the first rule that fits a weight counts."""
-
-
-def value_at(rules: Iterable[Value], name: str, share: float) -> float | None:
-    """Return the value of a parameter for the weight `name` at a share of the layers, or None if no rule fits it."""
-    return next((rule.at(share) for rule in rules if rule.part is None or rule.part in name), None)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Consecutive layers that are merged in one way.
-
-    Attributes:
-        sources: The models with their own settings, as in the file; the base comes last if only `base_model` names it.
-        settings: Settings of this slice.
-        layers: Its first layer and the one after its last; None for all layers.
-    """
-
-    sources: Mapping[ModelReference, Settings]
-    settings: Settings
-    layers: tuple[int, int] | None = None
-
-
-class LayerPosition(NamedTuple):
-    """The number of the output slice that a weight belongs to, and its position in the slice's layers, in [0, 1]."""
-
-    slice: int
-    share: float
-
-
-_BEFORE_THE_LAYERS = re.compile(r"emb(?!ed_out)|\bwte\b|\bwpe\b|\bshared\b|rotary|\bln_pre\b")
-
-
-def layer_positions(names: Iterable[str], slices: Sequence[tuple[int, int] | None]) -> dict[str, LayerPosition]:
-    """Return the position of each weight in the layers.
-
-    Args:
-        names: All weights of the model. The first number between points in a name is its layer.
-        slices: First layer of each slice and the one after its last; None for one slice of all layers.
-
-    Raises:
-        ValueError: The slices do not end with the model's last layer.
-    """
-    layers = {name: depth_of(name) for name in names}
-    count = 1 + max((layer for layer in layers.values() if layer is not None), default=-1)
-    spans = [span or (0, count) for span in slices]
-    if spans[-1][1] != count:
-        raise ValueError(
-            f"the slices end before layer {spans[-1][1]} and the models have {count} layers; "
-            "only merges that keep all layers, each in its place, are supported"
-        )
-    positions = {}
-    for name, layer in layers.items():
-        if layer is None:
-            positions[name] = LayerPosition(0 if _BEFORE_THE_LAYERS.search(name) else len(spans) - 1, 0.0)
-            continue
-        number = next(number for number, (_, end) in enumerate(spans) if layer < end)
-        start, end = spans[number]
-        positions[name] = LayerPosition(number, (layer - start) / (end - start - 1) if end - start > 1 else 1.0)
-    return positions
+Rules = Sequence[tuple[str, Sequence[float]]]
+"""Values of a parameter: the part of a weight's name, which may be empty, and the numbers of a gradient."""
+Settings = Mapping[str, Rules]
 
 
 @dataclass(frozen=True)
@@ -125,28 +46,23 @@ class Recipe:
     """A checked recipe.
 
     Attributes:
-        name: mergekit's name of the merge method.
-        method: The method's parameters, and ours that gives its numbers.
-        slices: All layers of the model in order, with the same models in each slice.
-        settings: Settings of the whole recipe.
-        module_settings: Settings of the model's one module, which come before the recipe's.
-        base: The base, if the recipe names one.
-        dtype: Data type to compute in, as the file gives it.
-        out_dtype: Data type to write.
+        models: Settings of each model, the base included; it comes last if only `base_model` names it.
+        settings: Settings of the slice and of the whole recipe.
+        layers: Number of layers that the file gives the models.
+        dtype: Data type of the checkpoint.
         tokenizer: Whether the file asks for the base's tokenizer.
         source: The file as plain values.
     """
 
     name: str
     method: Method
-    slices: tuple[Slice, ...]
-    settings: Settings
-    module_settings: Settings
-    base: ModelReference | None = None
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer: bool = False
-    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    models: Mapping[str, Settings]
+    settings: Sequence[Settings]
+    layers: int | None
+    base: str | None
+    dtype: str | None
+    tokenizer: bool
+    source: Mapping[str, Any]
 
     @property
     def on_deltas(self) -> bool:
@@ -154,61 +70,259 @@ class Recipe:
         return self.base is not None if self.method.on_deltas is None else self.method.on_deltas
 
     @property
-    def models(self) -> tuple[ModelReference, ...]:
-        """All models of the recipe, including the base where it is one of the sources."""
-        return tuple(self.slices[0].sources)
-
-    @property
-    def merged(self) -> tuple[ModelReference, ...]:
-        """The models that the method merges, in the order of its settings; the base only where it merges models."""
-        experts = tuple(model for model in self.models if model != self.base)
+    def merged(self) -> list[str]:
+        """The models that the method merges, in the order of its settings."""
+        tuned = [model for model in self.models if model != self.base]
         if self.name == "slerp":
-            assert self.base is not None
-            return self.base, *experts
-        return experts if self.on_deltas else self.models
+            return [str(self.base), *tuned]
+        return tuned if self.on_deltas else list(self.models)
 
-    def rules(self) -> Iterator[tuple[str, Value]]:
-        """Yield the name of each parameter that a level sets, with each of its rules."""
-        levels = [self.settings, self.module_settings, *(part.settings for part in self.slices)]
-        levels += [settings for part in self.slices for settings in part.sources.values()]
-        for settings in levels:
-            yield from ((name, rule) for name, rules in settings.items() for rule in rules)
-
-    def value(self, parameter: str, name: str, position: LayerPosition, model: ModelReference | None = None) -> float:
-        """Return the value of a parameter for the weight `name`, of one model if every model has a value.
-
-        Raises:
-            ValueError: The parameter has no default, and no setting gives a value for this weight.
-        """
-        part = self.slices[position.slice]
-        own = [settings for source, settings in part.sources.items() if source == model]
-        for settings in (*own, part.settings, self.module_settings, self.settings):
-            value = value_at(settings.get(parameter, ()), name, position.share)
+    def value(self, parameter: str, name: str, share: float, model: str | None = None) -> float:
+        """Return the value of a parameter for a weight at a share of the layers, of one model if each has a value."""
+        for settings in (self.models.get(model or "", {}), *self.settings):
+            value = value_at(settings.get(parameter, ()), name, share)
             if value is not None:
                 return value
         default = (self.method.overall if model is None else self.method.each)[parameter]
         if default is None:
-            owner = f" of {model}" if model else ""
             raise ValueError(
-                f"{self.name} needs the parameter {parameter}, and the recipe gives no value{owner} for {name}; add "
-                "one under parameters, without a filter"
+                f"{self.name} needs the parameter {parameter}, and the recipe gives no value"
+                f"{f' of {model}' if model else ''} for {name}; add one under parameters, without a filter"
             )
         return default
 
-    def step(
-        self, name: str, position: LayerPosition, entries: int, seed: int = 0
-    ) -> tuple[MergeMethod, frozenset[int]]:
-        """Return our method for one weight, and the places in `merged` of models that it keeps nothing of.
+    def method_for(self, name: str, share: float, entries: int, seed: int = 0) -> MergeMethod:
+        """Return our method for one weight with its number of entries."""
+        each = {one: [self.value(one, name, share, model) for model in self.merged] for one in self.method.each}
+        overall = {one: self.value(one, name, share) for one in self.method.overall}
+        return self.method.build({"name": name, "entries": entries, "seed": seed, **each, **overall})
 
-        Raises:
-            ValueError: A parameter has no value for this weight, or an impossible one.
-        """
-        models = self.merged
-        given = Parameters(
-            name=name,
-            entries=entries,
-            seed=seed,
-            each={each: [self.value(each, name, position, model) for model in models] for each in self.method.each},
-            overall={overall: self.value(overall, name, position) for overall in self.method.overall},
+
+def value_at(rules: Rules, name: str, share: float) -> float | None:
+    """Return the value of the first rule that fits a weight, interpolated linearly at a share of the layers."""
+    numbers = next((numbers for part, numbers in rules if part in name), None)
+    if numbers is None:
+        return None
+    lower = int(position := share * (len(numbers) - 1))
+    share = position - lower
+    return (1 - share) * numbers[lower] + share * numbers[min(lower + 1, len(numbers) - 1)]
+
+
+def read_recipe(file: str | Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not a recipe, or it has a key that is unknown or not supported.
+    """
+    try:
+        loaded = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    recipe = _mapping(loaded, str(file), _KEYS)
+    name = str(recipe.get("merge_method"))
+    if name not in METHODS:
+        known = f"; supported are {', '.join(METHODS)}, and mergekit runs the others"
+        raise ValueError(f"merge_method {name!r} is not supported{did_you_mean(name, METHODS)}{known}")
+    method = METHODS[name]
+    base = parse_model(recipe["base_model"], "base_model") if "base_model" in recipe else None
+    if method.base and base is None:
+        raise ValueError(f"merge_method {name} needs a base_model, and {file} names none")
+    models, layers, settings = _models(recipe, method)
+    settings = [settings, _settings(recipe, "", {*method.each, *method.overall})]
+    tuned = len(models.keys() - {base})
+    if not method.fewest <= tuned <= method.most:
+        wanted = f"{method.fewest} model(s)" if method.most == method.fewest else f"{method.fewest} models or more"
+        raise ValueError(f"merge_method {name} takes {wanted} beside the base, got {tuned}")
+    dtypes = [str(recipe[key]).removeprefix("torch.") for key in ("out_dtype", "dtype") if key in recipe]
+    if wrong := [dtype for dtype in dtypes if dtype not in _DTYPES]:
+        raise ValueError(f"dtype and out_dtype must be one of {', '.join(_DTYPES)}, got {wrong[0]!r}")
+    tokenizer = recipe.get("tokenizer_source")
+    if tokenizer and (base is None or tokenizer not in ("base", base)):
+        raise ValueError(f"the tokenizer must be that of base_model, got {tokenizer!r}; run mergekit for another one")
+    models |= {base: models.get(base, {})} if base else {}
+    return Recipe(name, method, models, settings, layers, base, next(iter(dtypes), None), bool(tokenizer), loaded)
+
+
+def _models(recipe: Mapping[str, Any], method: Method) -> tuple[dict[str, Settings], int | None, Settings]:
+    """Read `models`, or `slices` with one slice of all layers: each model's settings, the layers, the slice's."""
+    if ("models" in recipe) == ("slices" in recipe):
+        raise ValueError("a recipe must have exactly one of models and slices")
+    part, ranges = recipe, set()
+    if "slices" in recipe:
+        slices = recipe["slices"] if isinstance(recipe["slices"], list) else [None]
+        part = _mapping(slices[0], "slices[0]", ("sources", "parameters"))
+        ranges = {str(source.get("layer_range")) for source in part.get("sources") or () if isinstance(source, dict)}
+        if len(slices) > 1 or len(ranges) > 1:
+            raise ValueError("slices must be one slice of all layers; run mergekit to cut, repeat or mix layers")
+    listed, where = (part.get("sources"), "slices[0].sources") if ranges else (part.get("models"), "models")
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{where} must be a list with at least one entry, got {listed!r}")
+    models: dict[str, Settings] = {}
+    for number, entry in enumerate(listed):
+        given = _mapping(entry, f"{where}[{number}]", ("model", "parameters", *["layer_range"] * bool(ranges)))
+        model = parse_model(given.get("model"), f"{where}[{number}].model")
+        if model in models:
+            raise ValueError(f"{where} names {model} twice, and mergekit would use it once; list each model once")
+        models[model] = _settings(given, f"{where}[{number}].", method.each)
+    if not ranges:
+        return models, None, {}
+    layers = part["sources"][0].get("layer_range")
+    if not (isinstance(layers, list) and len(layers) == 2 and layers[0] == 0 and isinstance(layers[1], int)):
+        raise ValueError(f"the layer_range must be [0, number of layers], got {layers!r}; run mergekit to cut layers")
+    return models, layers[1], _settings(part, "slices[0].", {*method.each, *method.overall})
+
+
+def parse_model(value: Any, where: str) -> str:
+    """Return the `path` or `path@revision` of a checkpoint; all else is refused."""
+    parts = value.split("@") if isinstance(value, str) and "+" not in value else []
+    if len(parts) not in (1, 2) or not all(parts):
+        raise ValueError(
+            f"{where} must be a checkpoint, written path or path@revision, got {value!r}; add an adapter to its base "
+            "with `import` and `apply` first, or run mergekit"
         )
-        return self.method.build(given), silent_models(given)
+    return str(value)
+
+
+def _settings(given: Mapping[str, Any], where: str, known: Collection[str]) -> Settings:
+    parameters = _mapping(given.get("parameters", {}), f"{where}parameters", known)
+    return {name: parse_rules(value, f"{where}parameters.{name}") for name, value in parameters.items()}
+
+
+def parse_rules(value: Any, where: str) -> Rules:
+    """Read the value of a parameter: a number, a list of numbers, or a list of these with filters."""
+    if not isinstance(value, list) or not any(isinstance(entry, Mapping) for entry in value):
+        return [("", _numbers(value, where))]
+    rules = [_mapping(entry, f"{where}[{number}]", ("filter", "value")) for number, entry in enumerate(value)]
+    parts = [str(rule.get("filter", "*")) for rule in rules]
+    numbers = [_numbers(rule.get("value"), f"{where}[{number}].value") for number, rule in enumerate(rules)]
+    return [("" if part == "*" else part, one) for part, one in zip(parts, numbers, strict=True)]
+
+
+def _numbers(value: Any, where: str) -> list[float]:
+    try:
+        # YAML reads 1e-5, without a point, as text.
+        return [float(entry) for entry in (value if value and isinstance(value, list) else [value])]
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} must be a number, a list of them, or a list of filters, got {value!r}") from None
+
+
+def _mapping(value: Any, where: str, known: Collection[str]) -> Mapping[str, Any]:
+    """Check that a value is a mapping with known keys, and return it without the keys that are not set."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of keys to values, got {value!r}")
+    for key in value:
+        if key not in known:
+            hint = did_you_mean(key, sorted(known)) or f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"{where} has the key {key!r}, which is misspelt or needs mergekit itself{hint}")
+    return {key: entry for key, entry in value.items() if entry is not None}
+
+
+def merge_recipe(
+    recipe: Recipe, out: str | Path, seed: int = 0, overwrite: bool = False, progress: Progress = iter
+) -> Path:
+    """Run a mergekit recipe, and write the merged model as a Hugging Face checkpoint.
+
+    Args:
+        recipe: The recipe, from `read_recipe`.
+        out: Directory of the checkpoint.
+        seed: Seed of the methods that drop entries at random.
+        overwrite: Replace a checkpoint of ours.
+
+    Raises:
+        FileExistsError: `out` exists and may not be replaced; nothing has been read yet.
+        FileNotFoundError: A model or one of its files is missing.
+        ValueError: The models do not fit together, a parameter is missing or impossible, or a result is not finite;
+            nothing is written then.
+    """
+    target = check_target(out, overwrite, MANIFEST)
+    bases = {
+        model: Base.open(*model.split("@")[:1], revision=model.partition("@")[2] or None) for model in recipe.models
+    }
+    donor = bases[recipe.base or recipe.merged[0]]
+    _check_alike(recipe, donor, list(bases.values()))
+    stored, names = donor.weights, donor.structure.weights
+    shares = layer_shares(names, recipe.layers)
+    methods = {name: recipe.method_for(name, shares[name], stored.shape(name).numel(), seed) for name in names}
+    dtypes = {name: getattr(torch, recipe.dtype) if recipe.dtype else stored.dtype(name) for name in names}
+    merging = [bases[model].weights for model in recipe.merged]
+    keys = {stored.keys(name)[0]: name for name in names}
+
+    def merged(key: str) -> Tensor:
+        name = keys[key]
+        parts, start, context = [model.read(name) for model in merging], stored.read(name), Context(name)
+        if recipe.on_deltas:
+            delta = methods[name].merge([difference(part, start) for part in parts], context)
+            result = delta.add_to(start.to(_wide(start), copy=True)).to(dtypes[name])
+        else:
+            whole = [Dense(part if part.dtype == dtypes[name] else part.to(_wide(part))) for part in parts]
+            result = methods[name].merge(whole, context).dense().to(dtypes[name])
+        if not all_finite(result):
+            raise ValueError(f"{name} of the merge is not finite in {result.dtype}; write a wider out_dtype")
+        return result
+
+    with new_directory(target, overwrite, MANIFEST) as temporary:
+        _write(temporary, {key: (dtypes[n], tuple(stored.shape(n))) for key, n in keys.items()}, merged, progress)
+        copy_companions(donor.directory, temporary)
+        config = read_json(donor.directory / "config.json", "so it is not the directory of a model")
+        kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes.values()]
+        # The older name of the key, and the newer.
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(sorted(set(kinds)), key=kinds.count)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        directories = {model: str(base.directory) for model, base in bases.items()}
+        write_manifest(temporary, {"mergekit": recipe.source, "models": directories, "seed": seed})
+    return target
+
+
+def layer_shares(names: Iterable[str], layers: int | None = None) -> dict[str, float]:
+    """Return where each weight stands in the model's `layers`, in [0, 1]; everything outside of them stands at 0."""
+    depths = {name: depth_of(name) for name in names}
+    count = 1 + max((depth for depth in depths.values() if depth is not None), default=-1)
+    if layers not in (None, count):
+        raise ValueError(f"the layer_range ends at {layers}, and the models have {count} layers; give all of them")
+    return {name: 0.0 if depth is None else depth / (count - 1) if count > 1 else 1.0 for name, depth in depths.items()}
+
+
+def _wide(stored: Tensor) -> torch.dtype:
+    return torch.promote_types(stored.dtype, torch.float32)
+
+
+def difference(tuned: Tensor, start: Tensor) -> Delta:
+    """Return `tuned - start` in float32 or wider, by its entries if at most a tenth of them moved."""
+    wide = torch.promote_types(_wide(tuned), start.dtype)
+    moved = tuned.to(wide) - start.to(wide)
+    if int(moved.count_nonzero()) > moved.numel() / 10:
+        return Dense(moved)
+    indices = moved.reshape(-1).nonzero()[:, 0]
+    return Sparse(indices.to(index_dtype(moved.shape)), moved.reshape(-1)[indices], moved.shape)
+
+
+def _check_alike(recipe: Recipe, donor: Base, others: Sequence[Base]) -> None:
+    ours = donor.structure
+    for other in others:
+        theirs, place = other.structure, other.structure.place
+        check_same_model(ours, theirs)
+        if ours.weights != theirs.weights:
+            raise ValueError(f"only one of {ours.place} and {place} ties its embeddings")
+        if apart := [name for name in ours.shapes if ours.shapes[name] != theirs.shapes[name]]:
+            shapes = [tuple(one.shapes[apart[0]]) for one in (ours, theirs)]
+            raise ValueError(f"{apart[0]} has shape {shapes[0]} in {ours.place} and {shapes[1]} in {place}")
+        if recipe.tokenizer and other.tokenizer().get_vocab() != donor.tokenizer().get_vocab():
+            raise ValueError(f"{place} has another tokenizer than {recipe.base}; run mergekit to reorder embeddings")
+
+
+def _write(directory: Path, layout: Layout, tensor_of: Callable[[str], Tensor], progress: Progress) -> None:
+    """Write a checkpoint as one file, or as several of limited size and their index; one weight is in memory."""
+    empty = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in layout.items()}
+    split = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
+    )
+    files = {file: {key: layout[key] for key in keys} for file, keys in split.filename_to_tensors.items()}
+    steps = iter(progress(list(layout)))
+    for file, held in files.items():
+        with ShardWriter(directory / file, held) as writer:
+            for key in held:
+                next(steps)
+                writer.write(key, tensor_of(key))
+    if split.is_sharded:
+        write_index(directory, files)

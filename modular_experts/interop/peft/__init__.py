@@ -7,7 +7,7 @@
 from modular_experts.interop.peft.asked import AskedDeltas, ask_peft
 from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, ShiraFormat, SupertuningFormat
 from modular_experts.interop.peft.read import read_peft
-from modular_experts.interop.peft.write import AdapterCheck, WrittenAdapter, export, write_peft
+from modular_experts.interop.peft.write import AdapterCheck, WrittenAdapter, export
 
 __all__ = [
     "AdapterCheck",
@@ -21,5 +21,4 @@ __all__ = [
     "ask_peft",
     "export",
     "read_peft",
-    "write_peft",
 ]

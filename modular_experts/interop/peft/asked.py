@@ -21,13 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base import Base
-from modular_experts.base.files import open_tensors
 from modular_experts.base.loading import quiet
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
-from modular_experts.interop.adapter import ImportedAdapter
-from modular_experts.interop.compression import Lossless
-from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE, AdapterFiles
+from modular_experts.interop.adapter import ImportedAdapter, Lossless
+from modular_experts.interop.peft.files import CONFIG_FILE, NOT_SET, PREFIX, TENSOR_FILE, AdapterFiles
 from modular_experts.text import did_you_mean
 
 _NAME = "default"  # of the adapter, in PEFT's model
@@ -57,8 +55,7 @@ def ask_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base, tolera
     """Read an adapter with PEFT, as deltas of its base.
 
     An iteration over the deltas loads the base in float32, and the adapter, onto the CPU. A delta of small rank is
-    `LowRank`, one of few entries is `Sparse`, both up to rounding; any other is `Dense`. Everything that PEFT merges
-    is among them: biases, norms, `modules_to_save` and trained tokens too.
+    `LowRank`, one of few entries is `Sparse`, both up to rounding; any other is `Dense`.
 
     Args:
         adapter: The adapter's directory.
@@ -66,10 +63,8 @@ def ask_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base, tolera
         tolerance: Largest accepted difference of a logit between PEFT with the adapter and base plus deltas.
 
     Raises:
-        FileNotFoundError: The file of tensors is missing.
-        ValueError: PEFT is not installed or does not know the type, the type moves no weight, or a setting
-            might lead PEFT to other files. An iteration raises it where PEFT refuses the adapter or its merge, and
-            where the logits differ.
+        ValueError: PEFT is not installed or does not know the type, the type moves no weight, or a setting might lead
+            PEFT to other files; in an iteration, PEFT refuses the adapter or its merge, or the logits differ.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles(adapter)
     config = _configuration(files)
@@ -78,13 +73,7 @@ def ask_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base, tolera
 
 
 class AskedDeltas(Iterable[tuple[str, Delta]]):
-    """The deltas of an adapter, from PEFT; every iteration loads base and adapter anew.
-
-    Attributes:
-        stated: Number of weights whose delta PEFT states; the last iteration counts.
-        measured: Number of weights whose delta is the merged weight minus the base's.
-        largest_difference: Largest difference of a logit to PEFT's.
-    """
+    """The deltas of an adapter, from PEFT; every iteration loads base and adapter anew."""
 
     def __init__(self, files: AdapterFiles, config: Any, base: Base, tolerance: float) -> None:
         self._files, self._config, self._base, self._tolerance = files, config, base, tolerance
@@ -126,7 +115,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
             )
 
     def _load_twice(self) -> tuple[Any, Any, Tensor, Tensor]:
-        """Return the base, PEFT's model around it, prompts and its logits, once a second load has the same logits."""
+        """Return base, PEFT's model around it, prompts and its logits, once a second load has the same logits."""
         with _asking(self._files, "load"):
             model, tuned = self._load(seed=1)
             prompts = fixed_prompts(model)
@@ -157,8 +146,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        with open_tensors(self._files.file) as tensors:
-            state = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        state = dict(self._files.stored)
         model: Any = self._base.load("float32")
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
@@ -255,12 +243,11 @@ def _configuration(files: AdapterFiles) -> Any:
         )
     if files.file.name != TENSOR_FILE:
         raise ValueError(f"{files.file} is pickled, and PEFT gets only safetensors; save the adapter again with PEFT")
-    if not files.file.is_file():
-        raise FileNotFoundError(f"{files.file} is missing, so the adapter has no tensors")
+    assert files.stored  # missing or damaged ones are an error
     settings = {name: value for name, value in files.config.items() if name not in _LEFT_OUT}
     defaults = {field.name: field.default for field in fields(known[kind])}
     for name, value in settings.items():
-        if name not in defaults and value not in (None, False, {}, [], ""):
+        if name not in defaults and value not in NOT_SET:
             raise ValueError(f"{file} sets {name} to {value!r}, which peft {metadata.version('peft')} does not know")
         if name not in _TEXT and value != defaults.get(name) and (texts := list(_texts(value))):
             raise ValueError(

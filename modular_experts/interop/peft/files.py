@@ -6,6 +6,9 @@ PEFT must read the adapter, so no setting that could move a weight is ignored. N
 
 from __future__ import annotations
 
+import pickle
+import re
+import struct
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +18,11 @@ import torch
 from torch import Tensor
 
 from modular_experts.base.files import open_tensors
-from modular_experts.interop.adapter import read_pickle
 from modular_experts.library.record import read_json
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-_OLD_TENSOR_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
-
 LORA_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 """The last parts of the keys of a plain LoRA's tensors."""
 
@@ -37,18 +37,20 @@ _LORA = {
     *("corda_config", "eva_config", "lora_dropout", "lora_ga_config", "loftq_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
 }
-_NOT_SET: tuple[Any, ...] = (None, False, {}, [], "")
+NOT_SET: tuple[Any, ...] = (None, False, {}, [], "")
 # The initialisations that leave the base as it is; the others subtract their start from it.
 _HARMLESS_STARTS = (True, False, None, "true", "gaussian", "eva", "orthogonal")
+# What torch's unpickler raised over thousands of files with bytes changed at random.
+_DAMAGE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError),
+    *(ValueError, TypeError, AssertionError, struct.error),
+)
 
 
 class AdapterFiles:
-    """An adapter in a directory: its configuration, read at once, and its tensors by key, read when asked for.
-
-    Keys leave out the prefix `base_model.model.`, which all of them have in the file.
+    """An adapter in a directory: its configuration, read at once, and its tensors, read when asked for.
 
     Attributes:
-        directory: The adapter's directory.
         config: Content of `adapter_config.json`.
         file: The file of tensors.
     """
@@ -56,9 +58,8 @@ class AdapterFiles:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser()
         self.config = read_json(self.directory / CONFIG_FILE, f"so {self.directory} is not a PEFT adapter")
-        new, old = self.directory / TENSOR_FILE, self.directory / _OLD_TENSOR_FILE
-        self._is_old = old.is_file() and not new.is_file()
-        self.file = old if self._is_old else new
+        new, old = self.directory / TENSOR_FILE, self.directory / "adapter_model.bin"
+        self.file = old if old.is_file() and not new.is_file() else new
 
     @property
     def base(self) -> str | None:
@@ -74,7 +75,7 @@ class AdapterFiles:
     def settings(self) -> dict[str, Any]:
         """Return the fields about the adapter's training that are set."""
         left_out = _ABOUT - {"target_modules", "peft_version"}
-        return {name: value for name, value in self.config.items() if name not in left_out and value not in _NOT_SET}
+        return {name: value for name, value in self.config.items() if name not in left_out and value not in NOT_SET}
 
     def obstacle(self) -> str | None:
         """Return why this is not a plain LoRA, which needs no PEFT: its type, a setting or a tensor."""
@@ -82,42 +83,45 @@ class AdapterFiles:
         if kind != "LORA":
             return f"{file} has peft_type {kind!r}, which cannot be read"
         for field, value in self.config.items():
-            known = value in _NOT_SET or field in _ABOUT | _LORA
+            known = value in NOT_SET or field in _ABOUT | _LORA
             if not known or (field == "bias" and value != "none"):
                 return f"{file} sets {field} to {value!r}, which may move weights and cannot be read"
         start = self.config.get("init_lora_weights")
         if start not in _HARMLESS_STARTS:
             return f"{file} sets init_lora_weights to {start!r}, which may have changed the base and cannot be read"
-        others = [key for key in self.shapes if not key.endswith(tuple(f".{suffix}" for suffix in LORA_TENSORS))]
+        others = [key for key in self.tensors if not key.endswith(tuple(f".{suffix}" for suffix in LORA_TENSORS))]
         return f"{self.file} holds {others[0]}, which cannot be read" if others else None
 
     @cached_property
-    def shapes(self) -> Mapping[str, torch.Size]:
-        """Shape of each tensor, by key, sorted."""
-        if self._is_old:
-            shapes = {key: tensor.shape for key, tensor in self._pickled.items()}
-        elif not self.file.is_file():
+    def stored(self) -> Mapping[str, Tensor]:
+        """The tensors by their keys in the file."""
+        if self.file.name != TENSOR_FILE:
+            return _read_pickle(self.file)
+        if not self.file.is_file():
             raise FileNotFoundError(f"{self.file} is missing, so the adapter has no tensors")
-        else:
-            with open_tensors(self.file) as tensors:
-                shapes = {key: torch.Size(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        strangers = [key for key in shapes if not key.startswith(PREFIX)]
-        if strangers or not shapes:
-            what = f"the key {strangers[0]} does not begin with {PREFIX}" if strangers else "it holds no tensor"
+        with open_tensors(self.file) as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors of a LoRA by key, sorted, without the prefix `base_model.model.`, which all have in the file."""
+        strangers = [key for key in self.stored if not (isinstance(key, str) and key.startswith(PREFIX))]
+        if strangers or not self.stored or not all(isinstance(tensor, Tensor) for tensor in self.stored.values()):
+            what = (
+                f"the key {strangers[0]} does not begin with {PREFIX}" if strangers else "it holds no tensors by name"
+            )
             raise ValueError(f"{self.file} is not what PEFT saves: {what}")
-        return {key.removeprefix(PREFIX): shapes[key] for key in sorted(shapes)}
+        return {key.removeprefix(PREFIX): self.stored[key] for key in sorted(self.stored)}
 
-    def read(self, key: str) -> Tensor:
-        """Return one tensor as stored."""
-        if self._is_old:
-            return self._pickled[PREFIX + key]
-        with open_tensors(self.file) as tensors:
-            return tensors.get_tensor(PREFIX + key)
 
-    @cached_property
-    def _pickled(self) -> Mapping[str, Tensor]:
-        """The tensors of an older adapter, whose pickled file can only be read as a whole."""
-        loaded = read_pickle(self.file)
-        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in loaded.items()):
-            raise ValueError(f"{self.file} is not what PEFT saves: it holds more than tensors by their names")
-        return loaded
+def _read_pickle(file: Path) -> dict[str, Any]:
+    """Read the mapping in a file that `torch.save` wrote, without running any code in it."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it asks to run {asked[1]}, and no code in a file is run" if asked else "it is damaged or not from torch"
+        raise ValueError(f"{file} was not read: {why}; get the weights as safetensors, or from another copy") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} was not read: it holds a {type(content).__name__} instead of a mapping")
+    return content

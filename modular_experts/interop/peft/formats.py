@@ -17,7 +17,7 @@ from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import rows_and_columns
-from modular_experts.interop.compression import Lossless
+from modular_experts.interop.adapter import Lossless
 from modular_experts.library import StoredExpert
 
 

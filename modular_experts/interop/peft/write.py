@@ -18,8 +18,7 @@ from pydoc import locate
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
@@ -30,7 +29,6 @@ from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE
 from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat
-from modular_experts.interop.peft.read import read_peft
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.library.record import plain
 from modular_experts.progress import Progress
@@ -69,7 +67,7 @@ class WrittenAdapter:
 def export(
     expert: str | Path,
     out: str | Path,
-    form: str,
+    form: str | PeftFormat = "lora",
     rank: int | None = None,
     base: str | Path | Base | None = None,
     revision: str | None = None,
@@ -77,56 +75,16 @@ def export(
     overwrite: bool = False,
     progress: Progress = iter,
 ) -> WrittenAdapter:
-    """Write an expert as a PEFT adapter of a format that is given by name; `write_peft` explains the other arguments.
-
-    Args:
-        form: PEFT's type of the adapter in small letters, such as `lora`, `supertuning` or `shira`, or the dotted path
-            of a `PeftFormat` of your own.
-        rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
-
-    Raises:
-        ValueError: The format is unknown or takes no rank, or `write_peft` refuses the expert.
-    """
-    import_systems("peft")
-    # A format of a user's own, which may be of the same type, is found by its path.
-    ours = [kind for kind in _kinds_of(PeftFormat) if kind.__module__.startswith("modular_experts.")]
-    formats = {kind.peft_type.lower(): kind for kind in ours if not isabstract(kind)}
-    kind: Any = formats.get(form) or (locate(form) if "." in form else None)
-    if not (isinstance(kind, type) and issubclass(kind, PeftFormat)):
-        raise ValueError(
-            f"form must be one of {', '.join(formats)}, or the dotted path of a PeftFormat, got "
-            f"{form!r}{did_you_mean(form, formats)}"
-        )
-    if rank is not None and kind is not LoraFormat:
-        raise ValueError(f"rank={rank} is a setting of form lora, and form is {form}; leave rank out")
-    format = LoraFormat(rank) if kind is LoraFormat else kind()
-    return write_peft(expert, out, format, base, revision, tolerance, overwrite, progress)
-
-
-def _kinds_of(kind: type) -> Iterator[type[Any]]:
-    below: list[type[Any]] = kind.__subclasses__()
-    for one in below:
-        yield from (one, *_kinds_of(one))
-
-
-def write_peft(
-    expert: str | Path,
-    out: str | Path,
-    format: PeftFormat,
-    base: str | Path | Base | None = None,
-    revision: str | None = None,
-    tolerance: float = 1e-3,
-    overwrite: bool = False,
-    progress: Progress = iter,
-) -> WrittenAdapter:
-    """Write an expert as a PEFT adapter, and verify it by loading it again.
+    """Write an expert as a PEFT adapter, and verify it by loading it again with PEFT.
 
     The whole adapter and the base in float32 are in memory.
 
     Args:
         expert: Directory of the expert.
         out: Directory of the adapter.
-        format: The kind of adapter: such as `LoraFormat` or `SupertuningFormat`.
+        form: A `PeftFormat`, PEFT's type of the adapter in small letters, such as `lora`, `supertuning` or `shira`, or
+            the dotted path of a `PeftFormat` of your own.
+        rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
         base: The base's directory or hub id; what the expert's record names if not given.
         revision: Branch, tag or commit of a hub id.
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it stands
@@ -135,10 +93,12 @@ def write_peft(
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
-        ValueError: The expert was trained on another base, the format cannot store a weight, or the reloaded adapter
-            differs; nothing is written then.
+        ValueError: The format is unknown or takes no rank, the expert was trained on another base, the format cannot
+            store a weight, PEFT is not installed, or the reloaded adapter differs; nothing is written then.
     """
+    format = find_format(form, rank) if isinstance(form, str) else form
     target = check_target(out, overwrite, MANIFEST)
+    _check_peft(format.peft_type)
     (opened,) = open_experts([expert])
     found = Base.open(base, [opened], revision)
     modules = _moved_modules(opened, format, found)
@@ -165,7 +125,7 @@ def write_peft(
         save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
         deltas = {name: weight.delta for name, weight in encoded.items()}
         approximated = opened if any(weight.lost for weight in encoded.values()) else None
-        check = _verify(found, directory, format.peft_type, deltas, approximated, tolerance)
+        check = _verify(found, directory, deltas, approximated, tolerance)
         written = WrittenAdapter(encoded, check)
         origin = {
             "base": {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint},
@@ -175,8 +135,30 @@ def write_peft(
     return written
 
 
+def find_format(form: str, rank: int | None) -> PeftFormat:
+    """Return the format of a name or dotted path."""
+    import_systems("peft")
+    # A format of a user's own, which may be of the same type, is found by its path.
+    ours = [kind for kind in _kinds_of(PeftFormat) if kind.__module__.startswith("modular_experts.")]
+    formats = {kind.peft_type.lower(): kind for kind in ours if not isabstract(kind)}
+    kind: Any = formats.get(form) or (locate(form) if "." in form else None)
+    if not (isinstance(kind, type) and issubclass(kind, PeftFormat)):
+        raise ValueError(
+            f"form must be one of {', '.join(formats)}, or the dotted path of a PeftFormat, got "
+            f"{form!r}{did_you_mean(form, formats)}"
+        )
+    if rank is not None and kind is not LoraFormat:
+        raise ValueError(f"rank={rank} is a setting of form lora, and form is {form}; leave rank out")
+    return LoraFormat(rank) if kind is LoraFormat else kind()
+
+
+def _kinds_of(kind: type) -> Iterator[type[Any]]:
+    below: list[type[Any]] = kind.__subclasses__()
+    for one in below:
+        yield from (one, *_kinds_of(one))
+
+
 def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:
-    """Return what the manifest tells of an adapter: its format, and what it keeps of each weight and in all."""
     weights = {
         name: {
             "form": type(weight.delta).__name__,
@@ -195,6 +177,17 @@ def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:
         "padding": written.padding,
         "weights": weights,
     }
+
+
+def _check_peft(peft_type: str) -> None:
+    try:
+        from peft import PeftType
+    except ImportError as error:
+        raise ValueError(
+            "PEFT checks each adapter, and is not installed: pip install 'modular-experts[peft]'"
+        ) from error
+    if peft_type not in PeftType.__members__:
+        raise ValueError(f"peft {metadata.version('peft')} knows no {peft_type}: pip install -U peft")
 
 
 def _module_of(name: str) -> str:
@@ -238,14 +231,14 @@ def _can_move(format: PeftFormat, name: str, module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """How far a reloaded adapter is from the deltas that it was written from.
+    """How far a reloaded adapter is from the deltas that it was written from, over fixed prompts.
 
     Attributes:
-        largest_difference: Largest absolute difference of a logit over the fixed prompts.
+        largest_difference: Largest absolute difference of a logit.
         mean_difference: Mean absolute difference of a logit.
         tolerance: Largest accepted difference.
         prompts: Shape of the prompts, `(rows, tokens)`.
-        loaded_with: What loaded it: `peft` and its version, or `modular-experts` where PEFT is not installed.
+        loaded_with: `peft` and its version.
         largest_approximation: Largest absolute difference of a logit between the adapter and the expert itself; 0 if
             the adapter is lossless.
         mean_approximation: Mean absolute difference of a logit between the two.
@@ -263,16 +256,16 @@ class AdapterCheck:
 def _verify(
     base: Base,
     directory: Path,
-    peft_type: str,
     encoded: Mapping[str, Delta],
     expert: Mapping[str, Delta] | None,
     tolerance: float,
 ) -> AdapterCheck:
-    """Load an adapter, and compare it with the deltas `encoded` that it stands for, on the base in float32.
+    """Load an adapter with PEFT, and compare it with the deltas `encoded` that it stands for, on the base in float32.
 
-    `expert` holds the expert's own deltas where the adapter only approximates them. PEFT loads the adapter where PEFT
-    is installed; elsewhere this package's own reader loads a LoRA.
+    `expert` holds the expert's own deltas where the adapter only approximates them.
     """
+    from peft import PeftModel
+
     model = base.load("float32")
     prompts = fixed_prompts(model)
     with applied(model, [encoded]):
@@ -281,34 +274,6 @@ def _verify(
     if expert is not None:
         with applied(model, expert, check=False):
             approximation = difference(logits(model, prompts), reference)
-    found = _logits_with_peft(model, directory, peft_type, prompts)  # PEFT leaves the adapter in the model
-    if found is not None:
-        loader = f"peft {metadata.version('peft')}"
-    elif peft_type != "LORA":
-        raise ValueError(
-            f"the adapter was not written: only PEFT itself can check a {peft_type} adapter; pip install 'peft>=0.21'"
-        )
-    else:
-        loader = "modular-experts"
-        with applied(model, [dict(read_peft(directory, base).deltas)]):
-            found = logits(model, prompts)
-    largest, mean = difference(found, reference)
-    if not largest <= tolerance:  # written so that NaN is refused too
-        raise ValueError(
-            f"the adapter was not written: loaded again with {loader}, its logits differ by {largest:.3g} from those "
-            f"of base plus deltas in memory, and the tolerance is {tolerance:.3g}"
-        )
-    return AdapterCheck(largest, mean, tolerance, (prompts.shape[0], prompts.shape[1]), loader, *approximation)
-
-
-def _logits_with_peft(model: PreTrainedModel, directory: Path, peft_type: str, prompts: Tensor) -> Tensor | None:
-    """Return the logits of base and adapter by PEFT, or None where PEFT is missing or too old for this kind."""
-    try:
-        from peft import PeftModel, PeftType
-    except ImportError:
-        return None
-    if peft_type not in PeftType.__members__:
-        return None
     # PEFT warns of many things; only one warning means that the adapter lacks what PEFT looks for.
     with quiet(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -316,4 +281,11 @@ def _logits_with_peft(model: PreTrainedModel, directory: Path, peft_type: str, p
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
             raise ValueError(f"the adapter was not written: PEFT warns: {warning.message}")
-    return found
+    largest, mean = difference(found, reference)
+    loader = f"peft {metadata.version('peft')}"
+    if not largest <= tolerance:  # written so that NaN is refused too
+        raise ValueError(
+            f"the adapter was not written: loaded again with {loader}, its logits differ by {largest:.3g} from those "
+            f"of base plus deltas in memory, and the tolerance is {tolerance:.3g}"
+        )
+    return AdapterCheck(largest, mean, tolerance, (prompts.shape[0], prompts.shape[1]), loader, *approximation)

@@ -13,18 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from modular_experts.interop.mergekit.parse import read_recipe
-from modular_experts.interop.mergekit.run import merge_recipe
+from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 
 PYTHON = os.environ.get("MODULAR_EXPERTS_MERGEKIT") or (sys.executable if find_spec("mergekit") else "")
 pytestmark = [
     pytest.mark.peer,
     pytest.mark.skipif(not PYTHON, reason="mergekit is not installed here"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # in peft 0.21
 ]
 
 DRIVER = """
@@ -84,9 +80,6 @@ RECIPES = {
     "multislerp-base": WEIGHTED + BASE + "merge_method: multislerp\nparameters: {normalize_weights: false}",
     "karcher": models("", "", "") + "merge_method: karcher",
     "karcher-base": models("", "") + BASE + "merge_method: karcher",
-    "adapter": models("weight: 0.5", "weight: 0.3, density: 0.2", names=["base+adapter", "b"])
-    + BASE
-    + "merge_method: ties",
     "tokenizer": WEIGHTED + BASE + "merge_method: task_arithmetic\ntokenizer_source: base",
     "tied": models("weight: 0.3", "weight: [0, 1]", names=["tied-a", "tied-b"]) + "merge_method: linear",
     "gpt2": models("weight: [0, 1]", names=["gpt2-a"]) + "base_model: gpt2-b\nmerge_method: task_arithmetic",
@@ -94,9 +87,8 @@ RECIPES = {
     "slices": """
 merge_method: linear
 slices:
-  - sources: [{model: a, layer_range: [0, 3], parameters: {weight: [0.1, 0.9]}}, {model: b, layer_range: [0, 3]}]
+  - sources: [{model: a, layer_range: [0, 4], parameters: {weight: [0.1, 0.9]}}, {model: b, layer_range: [0, 4]}]
     parameters: {weight: 0.6}
-  - sources: [{model: a, layer_range: [3, 4], parameters: {weight: [0.1, 0.9]}}, {model: b, layer_range: [3, 4]}]
 parameters: {weight: 0.2}""",
 }
 DROPPING = {
@@ -115,9 +107,6 @@ def place(tmp_path_factory):
         save(moved("llama", seed, tie_word_embeddings=True), root / f"tied-{name}")
         save(moved("gpt2", seed), root / f"gpt2-{name}")
         save(moved("qwen3", seed), root / f"qwen3-{name}")
-    base = AutoModelForCausalLM.from_pretrained(root / "base")
-    lora = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    get_peft_model(base, lora).save_pretrained(root / "adapter")
     (root / "recipes").mkdir()
     for name, recipe in {**RECIPES, **DROPPING}.items():
         (root / "recipes" / f"{name}.yaml").write_text(recipe + "\ndtype: float32\nout_dtype: float32\n")

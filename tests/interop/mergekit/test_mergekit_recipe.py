@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 
-from modular_experts.deltas import Sparse
-from modular_experts.interop.mergekit.inputs import WeightDifference, weight_difference
-from modular_experts.interop.mergekit.parse import parse_setting, read_recipe
-from modular_experts.interop.mergekit.recipe import LayerPosition, ModelReference, layer_positions, value_at
+from modular_experts.deltas import Dense, Sparse
+from modular_experts.interop.mergekit.recipe import difference, layer_shares, parse_rules, read_recipe, value_at
 from modular_experts.methods import TIES, Average, ModelStock, TaskArithmetic
 from modular_experts.methods.method import Context
 
@@ -25,7 +23,6 @@ parameters: {weight: 2.0, normalize: false}
 dtype: float32
 """
 Q, MLP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
-A, B = ModelReference("a"), ModelReference("b")
 
 
 def read(tmp_path, text):
@@ -35,7 +32,7 @@ def read(tmp_path, text):
 
 
 def at(value, name, share):
-    return value_at(parse_setting(value, "weight"), name, share)
+    return value_at(parse_rules(value, "weight"), name, share)
 
 
 def test_gradient_is_straight_lines_between_its_numbers():
@@ -67,50 +64,44 @@ def test_first_filter_that_is_part_of_the_name_counts():
 
 
 def test_nearest_level_that_has_a_value_for_the_weight_counts(tmp_path):
-    recipe, middle = read(tmp_path, LEVELS), LayerPosition(0, 0.5)
-    assert recipe.value("weight", Q, middle, A) == 0.5
-    assert recipe.value("weight", MLP, middle, B) == 0.25
-    assert recipe.value("weight", Q, middle, B) == 2.0  # no filter of b's own fits
-    assert recipe.value("density", Q, middle, A) == 0.5
-    assert recipe.value("density", Q, middle, B) == 1.0
+    recipe, middle = read(tmp_path, LEVELS), 0.5
+    assert recipe.value("weight", Q, middle, "a") == 0.5
+    assert recipe.value("weight", MLP, middle, "b") == 0.25
+    assert recipe.value("weight", Q, middle, "b") == 2.0  # no filter of b's own fits
+    assert recipe.value("density", Q, middle, "a") == 0.5
+    assert recipe.value("density", Q, middle, "b") == 1.0
     assert recipe.value("normalize", Q, middle) == 0
     assert recipe.value("lambda", Q, middle) == 1
 
 
-def test_model_comes_before_slice_before_module_before_recipe(tmp_path):
+def test_model_comes_before_slice_before_recipe(tmp_path):
     text = """
 merge_method: linear
-modules:
-  default:
-    slices:
-      - sources:
-          - {model: a, layer_range: [0, 2], parameters: {weight: [{filter: q_proj, value: 1}]}}
-          - {model: b, layer_range: [0, 2]}
-        parameters: {weight: [{filter: self_attn, value: 2}]}
-      - sources: [{model: a, layer_range: [2, 4]}, {model: b, layer_range: [2, 4]}]
-    parameters: {weight: [{filter: layers, value: 3}]}
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 2], parameters: {weight: [{filter: q_proj, value: 1}]}}
+      - {model: b, layer_range: [0, 2]}
+    parameters: {weight: [{filter: self_attn, value: 2}]}
 parameters: {weight: 4}
 """
     recipe = read(tmp_path, text)
-    k_proj, norm = Q.replace("q_proj", "k_proj"), "model.norm.weight"
-    found = [recipe.value("weight", name, LayerPosition(0, 0), A) for name in (Q, k_proj, MLP, norm)]
-    assert found == [1, 2, 3, 4]
-    assert recipe.value("weight", Q, LayerPosition(0, 0), B) == 2
-    assert recipe.value("weight", Q, LayerPosition(1, 0), A) == 3
-    assert [part.layers for part in recipe.slices] == [(0, 2), (2, 4)]
+    k_proj = Q.replace("q_proj", "k_proj")
+    assert [recipe.value("weight", name, 0, "a") for name in (Q, k_proj, MLP)] == [1, 2, 4]
+    assert recipe.value("weight", Q, 0, "b") == 2
+    assert recipe.layers == 2
 
 
 def test_base_is_added_to_models_where_it_is_not_listed(tmp_path):
-    assert [str(model) for model in read(tmp_path, LEVELS).models] == ["a", "b", "base"]
+    assert list(read(tmp_path, LEVELS).models) == ["a", "b", "base"]
     listed = LEVELS.replace("models:", "models:\n  - model: base")
-    assert [str(model) for model in read(tmp_path, listed).models] == ["base", "a", "b"]
-    assert read(tmp_path, listed).merged == (A, B)
+    assert list(read(tmp_path, listed).models) == ["base", "a", "b"]
+    assert read(tmp_path, listed).merged == ["a", "b"]
 
 
 def test_missing_weight_is_an_error_with_model_and_name(tmp_path):
     recipe = read(tmp_path, LEVELS.replace("weight: 2.0, ", ""))
     with pytest.raises(ValueError, match=f"no value of b for {Q}"):
-        recipe.value("weight", Q, LayerPosition(0, 0), B)
+        recipe.value("weight", Q, 0, "b")
 
 
 NAMES = [
@@ -121,30 +112,20 @@ NAMES = [
 ]
 
 
-def test_each_slice_counts_its_layers_from_zero_to_one_and_all_else_stands_at_zero():
-    assert [position.share for position in layer_positions(NAMES, [None]).values()] == [0, 0, 0.25, 0.5, 0.75, 1, 0, 0]
-    expected = [(0, 0), (0, 0), (0, 0.5), (0, 1), (1, 1), (2, 1), (2, 0), (2, 0)]  # one layer alone stands at 1
-    found = layer_positions(NAMES, [(0, 3), (3, 4), (4, 5)])
-    assert list(found.values()) == [LayerPosition(number, share) for number, share in expected]
+def test_layers_count_from_zero_to_one_and_all_else_stands_at_zero():
+    assert list(layer_shares(NAMES).values()) == [0, 0, 0.25, 0.5, 0.75, 1, 0, 0]
     inner = [f"model.layers.{layer}.mlp.experts.{expert}.w1.weight" for layer in range(3) for expert in range(2)]
-    assert [position.share for position in layer_positions(inner, [None]).values()] == [0, 0, 0.5, 0.5, 1, 1]
-    with pytest.raises(ValueError, match="end before layer 4 and the models have 5 layers"):
-        layer_positions(NAMES, [(0, 2), (2, 4)])
-
-
-def test_embeddings_belong_to_the_first_slice_and_the_head_to_the_last():
-    layers = ["transformer.h.0.attn.weight", "transformer.h.1.attn.weight"]
-    first = ["transformer.wte.weight", "wpe.weight", "gpt_neox.embed_in.weight", "model.embed_tokens.weight"]
-    last = ["embed_out.weight", "lm_head.weight", "transformer.ln_f.bias"]
-    found = layer_positions([*first, *last, *layers], [(0, 1), (1, 2)])
-    assert [found[name].slice for name in (*first, *last)] == [0] * 4 + [1] * 3
+    assert list(layer_shares(inner).values()) == [0, 0, 0.5, 0.5, 1, 1]
+    assert layer_shares(["model.layers.0.w"], 1) == {"model.layers.0.w": 1}
+    with pytest.raises(ValueError, match="ends at 4, and the models have 5 layers"):
+        layer_shares(NAMES, 4)
 
 
 @pytest.fixture
 def step(tmp_path):
     def of(recipe, entries=100):
         parsed = read(tmp_path, "base_model: base\nmodels: [{model: a}, {model: b}]\n" + recipe)
-        return parsed.step(MLP, LayerPosition(0, 0), entries)[0]
+        return parsed.method_for(MLP, 0, entries)
 
     return of
 
@@ -195,9 +176,23 @@ def test_differences_held_entry_by_entry_merge_as_dense_ones_do(step, method, se
     moved = [torch.rand(start.shape, generator=draw) < 0.08 for _ in range(2)]
     tuned = [torch.where(few, torch.randn(start.shape, generator=draw).bfloat16(), start) for few in moved]
     merge = step(f"merge_method: {method}\nparameters: {{{settings}}}", start.numel()).merge
-    sparse = [weight_difference(one, start, torch.float32) for one in tuned]
-    dense = [weight_difference(one, start, torch.float32, sparse_up_to=0) for one in tuned]
-    assert [type(delta) for delta in (*sparse, *dense)] == [Sparse] * 2 + [WeightDifference] * 2
+    sparse = [difference(one, start) for one in tuned]
+    dense = [Dense(one.dense()) for one in sparse]
+    assert [type(delta) for delta in sparse] == [Sparse] * 2
     merged = merge(sparse, Context(MLP))
     assert not merged.is_empty
     torch.testing.assert_close(merged.dense(), merge(dense, Context(MLP)).dense(), rtol=1e-6, atol=3e-7)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+def test_a_difference_is_exact_and_held_by_entries_where_few_moved(dtypes):
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(40, 30, generator=draw).to(dtypes[1])
+    for share, form in ((0.05, Sparse), (0.3, Dense)):
+        changed = torch.rand(40, 30, generator=draw) < share
+        tuned = torch.where(changed, start.double() + 0.5, start.double()).to(dtypes[0])
+        found = difference(tuned, start)
+        assert (type(found), found.dtype) == (form, torch.float32)
+        assert torch.equal(found.dense(), (tuned.double() - start.double()).float())
+    assert difference(torch.tensor(2.0), torch.tensor(0.5)).dense().item() == 1.5
+    assert difference(start, start).is_empty

@@ -6,15 +6,11 @@ import math
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modular_experts.base.files import fingerprint
-from modular_experts.deltas import Sparse
-from modular_experts.interop.mergekit.parse import read_recipe
-from modular_experts.interop.mergekit.run import merge_recipe, write_shards
-from modular_experts.library import make_record, write_expert
+from modular_experts.interop.mergekit import recipe as mergekit_recipe
+from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 
 LAYERS = 3
 
@@ -136,45 +132,18 @@ parameters: {{lambda: 0.5, normalize: {str(normalize).lower()}}}
     assert_merge(merged, {name: expected(name) for name in base})
 
 
-def test_slices_count_their_layers_by_themselves(run, place):
+def test_one_slice_of_all_layers_is_the_whole_model(run, place):
     merged = run("""
 merge_method: linear
 slices:
   - sources:
-      - {model: a, layer_range: [0, 2], parameters: {weight: [0.25, 0.5]}}
-      - {model: b, layer_range: [0, 2]}
+      - {model: a, layer_range: [0, 3], parameters: {weight: [0.25, 0.75]}}
+      - {model: b, layer_range: [0, 3]}
     parameters: {weight: 1}
-  - sources: [{model: a, layer_range: [2, 3], parameters: {weight: [0, 2]}}, {model: b, layer_range: [2, 3]}]
-parameters: {weight: 1, normalize: false}
+parameters: {normalize: false}
 """)
     a, b = tensors(place, "a"), tensors(place, "b")
-
-    def weight(name):
-        if ".layers." in name:
-            return [0.25, 0.5, 2.0][int(name.split(".")[2])]
-        return 0.25 if "embed" in name else 0.0
-
-    assert_merge(merged, {name: weight(name) * a[name] + b[name] for name in a})
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft 0.21
-def test_adapter_and_expert_move_the_base_as_their_checkpoints_would(run, place, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(place / "base")
-    adapted = get_peft_model(base, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
-    merged_adapter = {name: tensor.double() for name, tensor in adapted.merge_and_unload().state_dict().items()}
-    up = "model.layers.1.mlp.up_proj.weight"
-    delta = Sparse(torch.tensor([3, 77], dtype=torch.int32), torch.tensor([0.5, -0.25]), torch.Size((48, 32)))
-    origin = {"id": str(place / "base"), "revision": None, "fingerprint": fingerprint(place / "base")}
-    write_expert(tmp_path / "library/x", [(up, delta)], make_record("SparseExpert", origin))
-    models = f"base_model: base\nmodels: [{{model: base+{tmp_path}/adapter}}, {{model: {tmp_path}/library/x}}]\n"
-    start = tensors(place, "base")
-    moved = {name: tensor.clone() for name, tensor in start.items()}
-    moved[up].view(-1)[[3, 77]] += torch.tensor([0.5, -0.25], dtype=torch.float64)
-    merged = run(models + "merge_method: task_arithmetic\nparameters: {weight: 0.5}")
-    assert_merge(merged, {key: 0.5 * merged_adapter[key] + 0.5 * moved[key] for key in start})
-    merged = run(models + "merge_method: linear\nparameters: {weight: 1}")
-    assert_merge(merged, {key: (merged_adapter[key] + moved[key] + start[key]) / 3 for key in start})
+    assert_merge(merged, {name: of_layer(name, [0.25, 0.5, 0.75]) * a[name] + b[name] for name in a})
 
 
 def test_dare_keeps_the_length_and_its_seed_gives_the_same_merge(run, place):
@@ -195,17 +164,14 @@ models: [{model: a, parameters: {weight: 1, density: 0.3}}]
 
 
 def test_merge_is_an_ordinary_checkpoint_in_the_asked_data_type(run, place, tmp_path):
-    told = []
     merged = run(
         "merge_method: slerp\nbase_model: base\nmodels: [{model: a}]\nparameters: {t: 0}\nout_dtype: bfloat16\n"
-        "tokenizer_source: base",
-        announce=told.extend,
+        "tokenizer_source: base"
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == build_tokenizer().get_vocab()
     assert_merge(merged, {name: tensor.bfloat16().double() for name, tensor in tensors(place, "base").items()})
-    assert [deviation.what for deviation in told] == ["weight that is zero in one of the two models"]
     manifest = json.loads((tmp_path / "merged/modular_experts.json").read_text())
     assert manifest["mergekit"]["merge_method"] == "slerp"
     assert set(manifest["models"]) == {"a", "base"}
@@ -229,12 +195,15 @@ def test_models_of_different_make_are_refused(run, place, changes, told, tmp_pat
     assert not (tmp_path / "merged").exists()
 
 
-def test_files_are_cut_at_the_limit_and_listed(tmp_path):
-    weights = {f"w{number}": torch.full((10,), float(number)) for number in range(5)}
-    write_shards(tmp_path, dict.fromkeys(weights, (torch.float32, (10,))), weights.items(), limit=100)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"] == {"total_size": 200}
-    files = [f"model-0000{number}-of-00003.safetensors" for number in (1, 1, 2, 2, 3)]
-    assert index["weight_map"] == dict(zip(weights, files, strict=True))
-    assert sorted(file.name for file in tmp_path.iterdir()) == [*sorted(set(files)), "model.safetensors.index.json"]
-    assert torch.equal(load_file(tmp_path / files[2])["w3"], weights["w3"])
+def test_files_are_cut_at_the_limit_and_listed(run, place, tmp_path, monkeypatch):
+    recipe = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}"
+    whole = run(recipe)
+    monkeypatch.setattr(mergekit_recipe, "SHARD", 20_000)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    merge_recipe(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "cut")
+    index = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "cut" / file)[name].double(), whole[name])

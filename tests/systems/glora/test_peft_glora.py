@@ -19,7 +19,7 @@ from modular_experts.base import Base
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers, inject
 from modular_experts.injection.save import save_expert
-from modular_experts.interop.peft import write_peft
+from modular_experts.interop.peft import export
 from modular_experts.systems.glora import GLoRAExpert
 from modular_experts.systems.glora.expert import GLoRAPath
 from modular_experts.systems.glora.peft import GloraFormat
@@ -75,7 +75,7 @@ def test_peft_computes_what_layers_of_all_kinds_of_paths_do_together_and_merged(
 ):
     base = base_of(architecture)
     expert, wanted = trained(base, tmp_path / "one", settings, many)
-    written = write_peft(expert, tmp_path / "adapter", GloraFormat())
+    written = export(expert, tmp_path / "adapter", GloraFormat())
     assert (wanted - logits(Base.open(base).load())).abs().max() > 0.1
     torch.testing.assert_close(peft_logits(base, tmp_path / "adapter"), wanted, rtol=0, atol=2e-5)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
@@ -99,7 +99,7 @@ def test_of_equal_layers_the_adapter_holds_the_experts_numbers_and_what_peft_its
     base = base_of("biased")
     settings = {"a": both, "b": both, "c": c, "d": rest, "e": rest}
     expert, wanted = trained(base, tmp_path / "one", settings, targets=TARGETS["llama"])
-    written = write_peft(expert, tmp_path / "adapter", GloraFormat())
+    written = export(expert, tmp_path / "adapter", GloraFormat())
     torch.testing.assert_close(peft_logits(base, tmp_path / "adapter"), wanted, rtol=0, atol=2e-5)
     config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     theirs = peft.get_peft_model_state_dict(peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config))
@@ -120,7 +120,7 @@ def test_a_layer_whose_bias_alone_moves_and_one_that_keeps_nothing(base_of, tmp_
     paths = [GLoRAPath("none", "none", "none", "none", "vector"), GLoRAPath(*["none"] * 5)]
     base = base_of("biased")
     expert, wanted = trained(base, tmp_path / "one", LARGEST, lambda number, _: paths[number % 2], TARGETS["llama"])
-    written = write_peft(expert, tmp_path / "adapter", GloraFormat())
+    written = export(expert, tmp_path / "adapter", GloraFormat())
     torch.testing.assert_close(peft_logits(base, tmp_path / "adapter"), wanted, rtol=0, atol=2e-5)
     layers = {name.rpartition(".")[0] for name in written.weights}
     assert written.weights.keys() == {f"{name}.{end}" for name in layers for end in ("weight", "bias")}
@@ -138,22 +138,22 @@ def test_what_pefts_glora_cannot_hold_is_refused_with_what_works(base_of, tmp_pa
         match=rf"can only move the weight and bias of a Linear, and moving also moves {conv}.bias, {conv}.weight; "
         r"write a full checkpoint with modular-experts apply$",
     ):
-        write_peft(moving, tmp_path / "adapter", GloraFormat())
+        export(moving, tmp_path / "adapter", GloraFormat())
     still, _ = trained(gpt2, tmp_path / "still", WITHOUT_BIAS, targets=conv)
     with pytest.raises(ValueError, match=r"modular-experts apply, or approximate it as lora with a rank$"):
-        write_peft(still, tmp_path / "adapter", GloraFormat())
+        export(still, tmp_path / "adapter", GloraFormat())
     model = Base.open(llama).load()
     inject(model, LoRAExpert, "q_proj")
     save_expert(model, tmp_path / "lora", base=llama)
     with pytest.raises(ValueError, match=r"lora is of kind LoRAExpert, .* export it as lora, with a rank"):
-        write_peft(tmp_path / "lora", tmp_path / "adapter", GloraFormat())
+        export(tmp_path / "lora", tmp_path / "adapter", GloraFormat())
     one, _ = trained(biased, tmp_path / "one", LARGEST, targets="q_proj")
     above, _ = trained(biased, tmp_path / "above", LARGEST, targets="q_proj", applied=[one])
     with pytest.raises(ValueError, match=r"above was trained on top of one, whose weights its parts multiply"):
-        write_peft(above, tmp_path / "adapter", GloraFormat())
+        export(above, tmp_path / "adapter", GloraFormat())
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"only PEFT itself can check a GLORA adapter; pip install 'peft>=0.21'"):
-        write_peft(one, tmp_path / "adapter", GloraFormat())
+    with pytest.raises(ValueError, match="PEFT checks each adapter, and is not installed"):
+        export(one, tmp_path / "adapter", GloraFormat())
     assert not (tmp_path / "adapter").exists()
 
 
