@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from modular_experts import __version__
-from modular_experts.cli.command import guarded, run_command, unknown_command
+from modular_experts.cli.command import guarded, run_command
 from modular_experts.cli.commands import VERBS, importing
+from modular_experts.settings import UsageError
+from modular_experts.text import did_you_mean
 
 HELP = """\
 usage: modular-experts COMMAND [options]
@@ -26,6 +28,8 @@ Each command has --help, --config FILE.yaml and --print_config. A first tour:
   modular-experts apply --experts library/ab --out merged-checkpoint
 
 options: --help, --version"""
+# Words of other programs that are spelt like another command of ours, or like none.
+_OTHER_WORDS = {"compare": "; did you mean evaluate?", "train": "; did you mean fit?"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,31 +39,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
-    """Print help, or import and run a command."""
-    verb = argv[0] if argv else "help"
+    verb, asked = argv[0] if argv else "help", {*argv}
     if verb in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
         print(HELP.format(verbs="\n".join(f"  {name:<{width}}  {command.summary}" for name, command in VERBS.items())))
-    elif verb == "--version":
+        return
+    if verb == "--version":
         print(f"modular-experts {__version__}")
-    elif verb not in VERBS:
-        raise unknown_command(verb, VERBS)
-    elif {"-h", "--help"} & set(argv) or ({"--help-all", "--help_all"} & set(argv) and VERBS[verb].function):
-        from modular_experts.cli.help import command_help, training_help
+        return
+    if verb not in VERBS:
+        what = "the command comes first, before" if verb.startswith("-") else "there is no command"
+        near = _OTHER_WORDS.get(verb) or did_you_mean(verb, VERBS)
+        raise UsageError(f"{what} {verb}{near}; the commands are {', '.join(VERBS)}")
+    command = VERBS[verb]
+    if {"-h", "--help"} & asked or ({"--help-all", "--help_all"} & asked and command.function):
+        from modular_experts.cli.help import command_help
 
-        whole, command = not {"-h", "--help"} & set(argv), VERBS[verb]
-        print(command_help(verb, command, whole) if command.function else training_help(verb, command.summary))
+        print(command_help(verb, command, whole=not {"-h", "--help"} & asked))
+        return
+    # A user's class lies beside the config, where a console script does not look.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    with importing():
+        module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
+    if command.function:
+        run_command(getattr(module, command.function), argv, command.positional)
     else:
-        # A user's class lies beside the config, where a console script does not look.
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        command = VERBS[verb]
-        with importing():
-            module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
-        if command.function:
-            run_command(getattr(module, command.function), argv, command.positional)
-        else:
-            module.run(argv)
+        module.run(argv)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,27 @@
 """Run a command that is one typed function: its arguments are the options, its docstring is the help.
 
-`words.py` reads the words of the command line, `settings.read_arguments` makes values of them, and the function is
-called with these. An error that a user can mend becomes one sentence on stderr and an exit code: 2 after a wrong
-command line, 130 after an interruption from the keyboard, 141 without a sentence where the reader of the output left
-(as `head` does), and 1 after every other error. An error without a sentence keeps its traceback: it is a bug, ours or
-the user's.
+An error that a user can mend becomes one sentence on stderr and an exit code: 2 after a wrong command line, 130 after
+an interruption, 141 without a sentence where the reader of the output left (as `head` does), and 1 after every other
+error. An error without a sentence keeps its traceback: it is a bug, ours or the user's.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 import traceback
-import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import yaml
 
-from modular_experts.cli.words import Option, as_typed, kinds_of, read_options, settings_of
-from modular_experts.settings import NO_SHORT_NAMES, UsageError
+from modular_experts.cli.words import Option, kinds_of, read_options, settings_of
+from modular_experts.settings import NO_SHORT_NAMES, UsageError, respelt
 from modular_experts.settings.read import Read, arguments_of, class_named, read, read_arguments
-from modular_experts.text import did_you_mean
-
-OTHER_WORDS = {"compare": "evaluate", "train": "fit"}
-"""Commands of this package by words of other programs, which are spelt like another one of ours or like none."""
 
 
 def run_command(
@@ -62,10 +56,11 @@ def arguments_given(
     settings that lie beneath; the other arguments are as for `read_options`.
     """
     hints = {**hints, "trust": list[str]}
+    spelt = {full: name for name, full in short.items()}
     options = read_options(words, hints, positional, short)
     try:
         if helped := _help_asked(options, hints):
-            print(helped)
+            print(respelt(helped, spelt))
             return None
         settings = settings_of(options, hints, short)
         if under := beneath(settings):
@@ -77,7 +72,7 @@ def arguments_given(
             trust(*named)
         found = make(settings)
     except UsageError as error:
-        raise UsageError(as_typed(str(error), options, short)) from None
+        raise UsageError(respelt(str(error), spelt)) from None
     if any(one.name == "print_config" for one in options):
         print(yaml.safe_dump(found.plain, sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
@@ -91,18 +86,10 @@ def _help_asked(options: Sequence[Option], hints: Mapping[str, Any]) -> str:
             from modular_experts.cli.help import class_help
 
             option = one.name.removesuffix(".help")
-            others = [other.words for other in options if other.name == option]
-            words = one.words or next(iter(others), [])
+            words = one.words or next((other.words for other in options if other.name == option), [])
             kind, given_by_us = class_named(f"--{option}", kinds_of(option, hints), words[0] if words else None)
             return class_help(f"--{option}.", kind, given_by_us)
     return ""
-
-
-def unknown_command(verb: str, known: Collection[str]) -> UsageError:
-    """Return the error about a word that is not a command."""
-    what = "the command comes first, before" if verb.startswith("-") else "there is no command"
-    near = f"; did you mean {OTHER_WORDS[verb]}?" if verb in OTHER_WORDS else did_you_mean(verb, known)
-    return UsageError(f"{what} {verb}{near}; the commands are {', '.join(known)}")
 
 
 def guarded(command: Callable[[], object]) -> int:
@@ -124,7 +111,6 @@ def guarded(command: Callable[[], object]) -> int:
             # Python's own flush at exit must not meet the broken pipe again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        # A parser wraps what a class raises about its arguments.
         causes: list[BaseException] = [error]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
@@ -137,37 +123,21 @@ def guarded(command: Callable[[], object]) -> int:
         # What the command has printed before comes first where both go into one file.
         with suppress(AttributeError, ValueError, OSError):
             sys.stdout.flush()
-        print(f"{where}: {' '.join([_sentence(ours), *notes])}", file=sys.stderr)
+        print(f"{where}: {' '.join([str(ours), *notes])}", file=sys.stderr)
         return 2 if isinstance(ours, UsageError) else 1
-    if leaving is None:
-        return 0
     # Lightning turns an interruption into the exit code of an error.
-    if isinstance(leaving.__context__, KeyboardInterrupt):
+    if leaving and isinstance(leaving.__context__, KeyboardInterrupt):
         return 130
-    raise leaving
+    if leaving:
+        raise leaving
+    return 0
 
 
 def _is_on_purpose(error: BaseException) -> bool:
     if isinstance(error, OSError | UsageError):
         return True
-    frame = _last_frame(error)
-    raised_in = frame.f_globals.get("__name__", "") if frame else ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
     speaks = isinstance(error, ValueError | TypeError | ModuleNotFoundError)
     speaks = speaks or type(error).__name__ == "MisconfigurationException"
-    return speaks and raised_in.partition(".")[0] in ("modular_experts", "lightning")
-
-
-def _sentence(error: BaseException) -> str:
-    """Return what an error tells the user; of a package that is not installed also what needs it."""
-    text, frame = " ".join(str(error).split()), _last_frame(error)
-    if not isinstance(error, ModuleNotFoundError) or frame is None or "self" not in frame.f_locals:
-        return str(error)
-    needs = type(frame.f_locals["self"]).__name__
-    if needs == "TensorBoardLogger":
-        return f"{needs} needs tensorboard, which is not installed: pip install 'modular-experts[logging]'"
-    return f"{needs} needs a package that is not installed. {text}"
-
-
-def _last_frame(error: BaseException) -> types.FrameType | None:
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1] if frames else None
+    return speaks and bool(re.match(r"(modular_experts|lightning)\b", raised_in))

@@ -17,10 +17,7 @@ from modular_experts.discovery import SYSTEMS
 
 
 class Command(NamedTuple):
-    """A command: its file in the package, its function (empty if it runs a trainer), and what it does.
-
-    A file without a folder lies in `cli/`.
-    """
+    """A command: its file in `cli/` or another folder, its function (empty if it runs a trainer), and what it does."""
 
     file: str
     function: str
@@ -38,8 +35,7 @@ class Command(NamedTuple):
 def importing() -> Iterator[None]:
     """Import what a command needs, and never look through it for garbage.
 
-    torch, Lightning and transformers bring a million objects that stay. Python would search them again and again, which
-    took a third of the time of `list`, and a quarter of the time of a fit of one step.
+    Searching a million objects that stay took a third of the time of `list`, and a quarter of a fit of one step.
     """
     before = len(sys.modules)
     gc.disable()

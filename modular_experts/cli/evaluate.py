@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,27 +15,43 @@ from modular_experts.cli.format import open_page, progress_by_tenths
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
-from modular_experts.evaluation.compare import REPORT, RESULTS, open_models
+from modular_experts.evaluation.compare import REPORT, RESULTS
 from modular_experts.evaluation.report import every_task
-from modular_experts.interop.harness import ABOUT, benchmarks_and_tasks, export_tasks
+from modular_experts.interop.harness import Measuring
 from modular_experts.interop.harness import harness as measure_by_harness
 from modular_experts.reports import Results
 from modular_experts.reports.tables import Column, Line, Table, number
-from modular_experts.settings import UsageError
+from modular_experts.settings import Options, UsageError
+
+
+@dataclass(frozen=True)
+class Reading(Options):
+    """How test rows are read and answered.
+
+    Args:
+        eval_limit: The most test rows of one task, spread evenly over its file.
+        max_new_tokens: Length limit of a generated answer.
+        batch_size: Rows that are measured at once; changes the speed only.
+        max_length: The most tokens of a row; longer rows lose tokens on the left of the input.
+        chat_template: Put the input as a user's message through the tokenizer's chat template.
+        dtype: Data type of the base.
+    """
+
+    eval_limit: int | None = None
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    max_length: int = 1024
+    chat_template: bool = False
+    dtype: DType = "float32"
 
 
 def evaluate(
     tasks: Tasks,
     out: str,
+    reading: Reading,
     base: str | None = None,
     experts: list[str] | None = None,
     held_out: Tasks | None = None,
-    eval_limit: int | None = None,
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
-    max_length: int = 1024,
-    chat_template: bool = False,
-    dtype: DType = "float32",
     overwrite: bool = False,
     open: bool = False,
 ) -> None:
@@ -46,16 +63,11 @@ def evaluate(
     Args:
         tasks: Task files, or tasks with settings, as for `fit`.
         out: Directory of the results.
+        reading: How rows are read.
         base: The base's directory or hub id; the one in the experts' records by default.
         experts: Directories of experts, such as library/a, and of checkpoints. To name one in the table:
             ties=library/x; to add several experts up: sum=library/a+library/b.
         held_out: Further tasks, which no expert was trained on; their means are apart.
-        eval_limit: The most test rows of one task, spread evenly over its file.
-        max_new_tokens: Length limit of a generated answer.
-        batch_size: Rows that are measured at once; changes the speed only.
-        max_length: The most tokens of a row; longer rows lose tokens on the left of the input.
-        chat_template: Put the input as a user's message through the tokenizer's chat template.
-        dtype: Data type of the base.
         overwrite: Replace the results in `out`.
         open: Show the page in the browser at the end.
 
@@ -71,10 +83,10 @@ def evaluate(
     outside = [] if held_out is None else [{**vars(task), "role": "held_out"} for task in as_tasks(held_out)]
     data = TaskMixture(
         [*as_tasks(tasks), *outside],
-        eval_batch_size=batch_size,
-        max_length=max_length,
-        eval_limit=eval_limit,
-        chat_template=chat_template,
+        eval_batch_size=reading.batch_size,
+        max_length=reading.max_length,
+        eval_limit=reading.eval_limit,
+        chat_template=reading.chat_template,
     )
     with progress_by_tenths(
         *Progress.get_default_columns(),
@@ -86,7 +98,9 @@ def evaluate(
         def show(model: str, done: int, total: int) -> None:
             bar(f"measuring {model}", done, total)
 
-        found = evaluate_experts(base, mixes, data, max_new_tokens, dtype, out=out, overwrite=overwrite, progress=show)
+        found = evaluate_experts(
+            base, mixes, data, reading.max_new_tokens, reading.dtype, out=out, overwrite=overwrite, progress=show
+        )
     console = Console(width=80)
     console.print(found.table())
     if len(mixes) > 1 and len(found.values("task")) > 1:
@@ -116,74 +130,36 @@ def mixes_of(experts: list[str]) -> dict[str, list[str]]:
 
 def harness(
     tasks: Tasks,
-    out: str | None = None,
-    export: str | None = None,
+    out: str,
+    measuring: Measuring,
     base: str | None = None,
     experts: list[str] | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
-    dtype: DType = "float32",
     overwrite: bool = False,
 ) -> None:
     """Measure a base, experts and checkpoints by the lm-evaluation-harness: on its benchmarks, and on task files.
 
     It needs lm-eval (`pip install 'modular-experts[eval]'`). The base is loaded once, and experts are added to it in
-    turn. With `--export`, nothing is measured: the task files are written as tasks of the harness, with which anybody
-    measures a checkpoint without this package.
+    turn.
 
     Args:
         tasks: Names of benchmarks or of groups of them, such as arc_easy,hellaswag (`lm_eval ls tasks` lists them),
             and task files, or tasks with settings, as for `fit`.
         out: Directory of the results.
-        export: Directory for the task files as tasks of the harness.
+        measuring: How the harness measures.
         base: The base's directory or hub id; the one in the experts' records by default.
         experts: Directories of the experts, named and added up as for `evaluate`, and of checkpoints.
-        limit: The most rows of one task: the first ones of a benchmark; of a task file, spread evenly over it.
-        num_fewshot: Examples in the prompt of a benchmark; the benchmark's own number by default.
-        max_new_tokens: Length limit of a generated answer to a row of a task file; benchmarks have their own.
-        batch_size: Rows that are measured at once. It changes scores in their last digits.
-        dtype: Data type of the base.
-        overwrite: Replace the results in `out`, or an earlier export.
+        overwrite: Replace the results in `out`.
 
     Examples:
         modular-experts harness --base DIR --experts library/a library/both \\
             --tasks arc_easy,hellaswag a.jsonl --out runs/benchmarks
-        modular-experts harness --base DIR --tasks a.jsonl b.jsonl --export tasks-for-the-harness
     """
-    mixes = mixes_of(experts or [])
-    if (out is None) == (export is None):
-        raise UsageError("give either --out DIR for the results, or --export DIR for tasks of the harness")
-    if export:
-        names, files = benchmarks_and_tasks(tasks)
-        if names:
-            raise UsageError(
-                f"--export writes task files, and {names[0]} is the name of a benchmark; give the path of a file"
-            )
-        found, _ = open_models(base, mixes)
-        written = export_tasks(files, export, found, max_new_tokens, limit, overwrite=overwrite)
-        print(f"{export}: {', '.join(written)}; {Path(export, ABOUT)} shows the command for them")
-        return
-    assert out is not None
 
     def show(model: str, done: int, total: int) -> None:
         if done < total:
             print(f"measuring {model}, {done + 1} of {total}", flush=True)
 
-    results = measure_by_harness(
-        base,
-        mixes,
-        tasks,
-        out,
-        overwrite,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-        progress=show,
-    )
+    results = measure_by_harness(base, mixes_of(experts or []), tasks, out, overwrite, measuring, show)
     Console(width=80).print(_table(results).text())
     print(f"\nthe results are in {Path(out, RESULTS)}")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 import webbrowser
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
+from tqdm import tqdm
 
 from modular_experts.base.verify import Check
 from modular_experts.library import StoredExpert
@@ -42,13 +43,9 @@ def statistics_text(stored: StoredStatistics) -> str:
 
 def duration_text(seconds: float) -> str:
     """Return a time such as `12 s`, `3 min` or `1.5 h`."""
-    return (
-        f"{seconds:.2g} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def kind_text(record: Mapping[str, Any]) -> str:
@@ -95,27 +92,9 @@ def share_text(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
-    """Return an iterator wrapper that draws a bar on a terminal.
-
-    Off a terminal, work of more than five seconds prints a line at every tenth.
-    """
-
-    def shown(items: Sequence[str]) -> Iterator[str]:
-        started, terminal = time.monotonic(), Console(stderr=True).is_terminal
-        with progress_by_tenths(
-            *Progress.get_default_columns(),
-            line=lambda what, done, total: f"{what}: {done} of {total}",
-            transient=True,
-        ) as show:
-            for done, item in enumerate(items):
-                if terminal or time.monotonic() > started + 5:
-                    show(description, done, len(items))
-                yield item
-            if items and (terminal or time.monotonic() > started + 5):
-                show(description, len(items), len(items))
-
-    return shown
+def progress_bar(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """Return an iterator wrapper that draws a bar on a terminal."""
+    return partial(tqdm, desc=description, disable=None, leave=False)
 
 
 @contextmanager
@@ -124,10 +103,8 @@ def progress_by_tenths(
 ) -> Iterator[Callable[[str, float, float], None]]:
     """Yield a function of a description, the work done and all work, which shows a bar on a terminal.
 
-    Off a terminal it prints a line to the standard error at every tenth, unless all work was done at the first call. An
-    interruption is answered by how to go on.
-
-    The bar has the `columns`, and a `transient` one disappears at the end. `line` makes the line of the same arguments.
+    Off a terminal it prints the `line` of the same arguments to the standard error at every tenth, unless all work was
+    done at the first call. An interruption is answered by how to go on.
     """
     console, shown = Console(stderr=True), -1
     bar = Progress(*columns, console=console, expand=True, transient=transient, disable=not console.is_terminal)

@@ -1,9 +1,8 @@
 """Write the help of a command from its source, so that help needs neither torch nor Lightning.
 
-The signature of a command's function gives the options and their defaults, its docstring their texts, so that help
-follows every change of the function. A screen of 80 columns and 40 lines holds the required options first, the first
-sentence about each of the others, and examples at the end; `--help-all` prints whole texts. The command `completion`
-takes the options from there.
+The signature of a command's function gives the options and their defaults, its docstring their texts. A screen of 80
+columns and 40 lines holds the required options first, the first sentence about each of the others, and examples at the
+end; `--help-all` prints whole texts. The command `completion` takes the options from there.
 """
 
 from __future__ import annotations
@@ -23,13 +22,10 @@ _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 80, 26
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
 _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
-_METAVARS = {"bool": "", "int": " N", "float": " X"}
+_METAVARS = {"bool": "", "int": " N", "float": " X", "DType": " DTYPE"}
 _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
-_METAVARS |= {"DType": " DTYPE"}
 # An argument in a docstring, with its type or without, and the lines of its text.
 _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
-# Both spellings work; the help shows the usual one.
-_HYPHENS = {"dry_run": "dry-run"}
 OWN_OPTIONS = {
     "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
     "--overwrite": "Replace an expert.",
@@ -37,8 +33,27 @@ OWN_OPTIONS = {
     "--dry-run": "Only print what it would do, and the time and memory.",
 }
 """Options of `fit` that are arguments of no class, and their texts."""
+_PLACES = {
+    "--base PLACE": "Directory or hub id of the model.",
+    "--tasks FILE [FILE ...]": "Task files, such as a.jsonl b.csv; a task is named after its file.",
+}
+_EXPERT = {
+    "--expert TYPE": "SparseExpert, LoRAExpert, FullExpert, MaskedExpert, ..., or module.Class of yours; "
+    "--expert.NAME X is a setting of it, and --expert.help TYPE lists them.",
+    "--modules A [B ...]": "Layers with an expert: ends of names (q_proj), patterns, or all-linear.",
+}
+_TRAINING = {
+    "--steps N": "Optimizer steps; without a length, 3 epochs.",
+    "--learning_rate X": "Peak rate; each type of expert has its own default.",
+    "--batch_size N": "Rows of a training batch, all processes together. (default: 8)",
+}
+_APPLIED = {"--applied A [B ...]": "Experts to add to the base first; also --experts."}
+_RUN = {
+    "--ckpt_path FILE": "Checkpoint to go on from; settings that are given beat its own.",
+    "--seed_everything N": "Seed of all random numbers. (default: 0)",
+    "--trainer.NAME X": "Settings of the Trainer; --help-all lists them and all others.",
+}
 _EVERYWHERE = {
-    # The option by which experts with routers and plans of one's own open (`library/described.py`).
     "--trust A [B ...]": "Your modules, whose classes records may name.",
     "--config FILE": "YAML file with options; of several, the last wins.",
     "--print_config": "Print all options as such a file, and do nothing.",
@@ -55,10 +70,10 @@ class Source(NamedTuple):
     examples: str
 
 
-def read_source(file: str, name: str, group: str = "", brief: bool = False) -> Source:
+def read_source(file: str, name: str, brief: bool = False) -> Source:
     """Read a function or class of a file of the package, such as `cli/merge.py`, without importing it.
 
-    In an option, `group` stands before an argument's name. With `brief`, its text is the first sentence alone.
+    With `brief`, the text of an option is the first sentence alone.
     """
     tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
     found: Any = next(node for node in tree.body if getattr(node, "name", None) == name)
@@ -68,12 +83,12 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
     texts = {argument: " ".join(text.split()) for argument, text in entries}
     source = Source(description.strip(), {}, {}, textwrap.dedent(examples).rstrip())
     for argument, kind, default in _arguments(found):
-        if home := _file_of_options(tree, kind):
-            inner = read_source(home, kind, group, brief)
+        if home := _file_of_options(file, tree, kind):
+            inner = read_source(home, kind, brief)
             source.required.update(inner.required)
             source.options.update(inner.options)
             continue
-        option, text = f"--{group}{_HYPHENS.get(argument, argument)}", texts[argument]
+        option, text = f"--{argument.replace('dry_run', 'dry-run')}", texts[argument]
         shown = _METAVARS.get(kind, f" {argument.rpartition('_')[2].upper()}")
         if literal := re.match(r"Literal\[(.*)\]", kind):
             shown = " {" + re.sub("[' ]", "", literal[1]) + "}"
@@ -88,35 +103,35 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
     return source
 
 
-def _file_of_options(tree: ast.Module, kind: str) -> str | None:
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and kind in [one.name for one in node.names]:
-            file = f"{(node.module or '').partition('.')[2].replace('.', '/')}.py"
-            if (_ROOT / file).is_file() and f"class {kind}(Options)" in (_ROOT / file).read_text(encoding="utf-8"):
-                return file
+def _file_of_options(file: str, tree: ast.Module, kind: str) -> str | None:
+    """Return the file with the class of an annotation, if its fields are options (`settings.Options`)."""
+    imported = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    homes = [f"{one.module}".partition(".")[2] for one in imported if kind in [name.name for name in one.names]]
+    for home in (file, *(f"{home.replace('.', '/')}.py" for home in homes)):
+        if (_ROOT / home).is_file() and f"class {kind}(Options)" in (_ROOT / home).read_text(encoding="utf-8"):
+            return home
     return None
 
 
 def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, str | None]]:
-    """Return the name, the type and the default (None without one) of each argument of a function or a class."""
-    function: Any = found
+    """Return the name, type and default (None without one) of each argument of a function or field of a dataclass."""
     if isinstance(found, ast.ClassDef):
-        function = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
-    if function:
-        taken = [one for one in function.args.args if one.arg != "self"]
-        defaults = [None] * (len(taken) - len(function.args.defaults)) + function.args.defaults
-        given = [(one.arg, one.annotation, default) for one, default in zip(taken, defaults, strict=True)]
-    else:  # a dataclass
-        fields: Any = [node for node in found.body if isinstance(node, ast.AnnAssign)]
-        given = [(node.target.id, node.annotation, node.value) for node in fields]
+        fields: list[Any] = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+        given = [(one.target.id, one.annotation, one.value) for one in fields]
+    else:
+        taken: list[Any] = found.args.args
+        values = [None] * (len(taken) - len(found.args.defaults)) + found.args.defaults
+        given = [(one.arg, one.annotation, value) for one, value in zip(taken, values, strict=True)]
     return [
-        (name, ast.unparse(kind).removesuffix(" | None"), default and ast.unparse(default).replace("'", ""))
-        for name, kind, default in given
+        (name, ast.unparse(kind).removesuffix(" | None"), value and ast.unparse(value).replace("'", ""))
+        for name, kind, value in given
     ]
 
 
 def command_help(verb: str, command: Command, whole: bool) -> str:
-    """Return the help of a command that is one function."""
+    """Return the help of a command: of one that is a function from its source."""
+    if not command.function:
+        return _training_help(verb, command.summary)
     source = read_source(f"{command.path}.py", command.function, brief=not whole)
     usage = []
     for option in source.required:
@@ -130,45 +145,18 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
     return _screen(" ".join([verb, *usage]), paragraphs, sections, examples if whole else examples[:2])
 
 
-def training_help(verb: str, summary: str) -> str:
+def _training_help(verb: str, summary: str) -> str:
     """Return the help of a command that runs a trainer: the options with short names, and where the others are."""
-    data = read_source("data/mixture.py", "TaskMixture", brief=True)
-    rows = next(text for option, text in data.options.items() if option.startswith("--batch_size"))
-    files = [("Sparse", "sparse"), ("Masked", "masked"), ("LoRA", "lora"), ("Full", "full")]
-    rates = [f"{name}Expert {_learning_rate(file):g}" for name, file in files]
-    required = {
-        "--base PLACE": "Directory or hub id of the model.",
-        "--tasks FILE [FILE ...]": "Task files, such as a.jsonl b.csv; a task is named after its file.",
-    }
-    kind = {
-        "--expert TYPE": "SparseExpert, LoRAExpert, FullExpert, MaskedExpert, ..., or module.Class of yours; "
-        "--expert.NAME X is a setting of it, and --expert.help TYPE lists them.",
-        "--modules A [B ...]": "Layers with an expert: ends of names (q_proj), patterns, or all-linear.",
-    }
-    options = {"--applied A [B ...]": "Experts to add to the base first; also --experts."}
-    if verb == "fit":
-        required |= kind
-        training = {
-            "--steps N": "Optimizer steps; without a length, 3 epochs.",
-            "--learning_rate X": f"Peak rate (default: {', '.join(rates)}).",
-            "--batch_size N": rows,
-        }
-        options = OWN_OPTIONS | training | options
-    run = {
-        "--ckpt_path FILE": "Checkpoint to go on from; settings that are given beat its own.",
-        "--seed_everything N": "Seed of all random numbers. (default: 0)",
-        "--trainer.NAME X": "Settings of the Trainer; --help-all lists them and all others.",
-    }
     line = f"modular-experts {verb} --base DIR --tasks a.jsonl"
+    sections = {"required": _PLACES, "options": _APPLIED, "": _RUN | _EVERYWHERE}
     examples = [f"{line} --experts library/a", f"modular-experts {verb} --config configs/test.yaml"]
     if verb == "fit":
-        more = "--expert SparseExpert --modules q_proj v_proj"
+        sections |= {"required": _PLACES | _EXPERT, "options": OWN_OPTIONS | _TRAINING | _APPLIED}
         examples = [
-            f"{line} {more} --steps 100 --out library/a",
+            f"{line} --expert SparseExpert --modules q_proj v_proj --steps 100 --out library/a",
             "modular-experts fit --config configs/fit/sparse.yaml --steps 20",
             "modular-experts fit --expert.help SparseExpert",
         ]
-    sections = {"required": required, "options": options, "": run | _EVERYWHERE}
     return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], sections, examples)
 
 
@@ -190,18 +178,9 @@ def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
     for name, default in defaults.items():
         text = texts.get(name, "")
         text += "" if default in (None, False, inspect.Parameter.empty) else f" (default: {default})"
-        lines += textwrap.wrap(
-            f"  {prefix}{name} {_METAVARS.get(getattr(hints[name], '__name__', ''), ' X').strip()}  {text}",
-            _WIDTH,
-            subsequent_indent=" " * 6,
-            break_on_hyphens=False,
-        )
+        option = f"  {prefix}{name} {_METAVARS.get(getattr(hints[name], '__name__', ''), ' X').strip()}  {text}"
+        lines += textwrap.wrap(option, _WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False)
     return "\n".join(lines)
-
-
-def _learning_rate(file: str) -> float:
-    source = (_ROOT / "experts" / f"{file}.py").read_text(encoding="utf-8")
-    return float(re.search(r"learning_rate: ClassVar\[float\] = (\S+)", source)[1])  # type: ignore[index]
 
 
 def _screen(
@@ -229,39 +208,18 @@ def _screen(
     return "\n".join(screen)
 
 
-_SCRIPT = """\
-_modular_experts() {
-  local word=${COMP_WORDS[COMP_CWORD]} words=
-  if [ "$COMP_CWORD" = 1 ]; then
-    words="%s"
-  elif [[ $word == -* ]]; then
-    case ${COMP_WORDS[1]} in
-%s
-    esac
-  else
-    COMPREPLY=($(compgen -f -- "$word"))
-    return
-  fi
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
-}
-complete -o filenames -F _modular_experts modular-experts"""
-
-
 def completion(shell: Literal["bash", "zsh"]) -> None:
-    """Print a script for a shell's start-up file, which completes commands, options and paths.
+    """Print a line for a shell's start-up file, by which it completes commands, options and paths.
 
     Args:
-        shell: The shell that reads the script.
+        shell: The shell that reads the line.
 
     Examples:
         modular-experts completion bash >> ~/.bashrc
         modular-experts completion zsh >> ~/.zshrc
     """
-    cases = []
-    for verb, command in VERBS.items():
-        shown = command_help(verb, command, True) if command.function else training_help(verb, command.summary)
-        options = re.findall(r"^  (--[\w-]+)", shown.partition("\nexamples:")[0], re.MULTILINE)
-        cases.append(f'      {verb}) words="{" ".join(options)}" ;;')
+    shown = "\n".join(command_help(verb, command, True) for verb, command in VERBS.items())
+    words = [*VERBS, *dict.fromkeys(re.findall(r"^  (--[\w-]+)", shown, re.MULTILINE))]
     if shell == "zsh":
         print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
-    print(_SCRIPT % (" ".join(VERBS), "\n".join(cases)))
+    print(f"complete -o default -W '{' '.join(words)}' modular-experts")

@@ -16,22 +16,21 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 
-from modular_experts.settings import NO_SHORT_NAMES, UsageError, Word, folded, from_yaml, no_option, respelt
+from modular_experts.settings import NO_SHORT_NAMES, UsageError, Word, folded, from_yaml, no_option
 from modular_experts.settings.read import arguments_of
 
 
 class Option(NamedTuple):
-    """An option of a command line: its full name with underscores, its words, and how it was typed."""
+    """An option of a command line: its full name with underscores, and its words."""
 
     name: str
-    words: Sequence[str]
-    typed: str = ""
+    words: list[str]
 
 
 def kinds_of(name: str, hints: Mapping[str, Any]) -> list[Any]:
     """Return the types that an option may have, also one inside a group such as `data.tasks`; empty if unknown."""
     head, _, rest = name.partition(".")
-    hint = hints.get(head)
+    hint = hints.get(head.removesuffix("+"))
     is_union = get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [kind for kind in (get_args(hint) if is_union else [hint]) if kind not in (None, type(None))]
     if not rest:
@@ -45,12 +44,8 @@ def kinds_of(name: str, hints: Mapping[str, Any]) -> list[Any]:
     return kinds_of(rest, arguments_of(groups[0])[0]) if len(groups) == 1 else []
 
 
-def _is_list(kinds: Sequence[Any]) -> bool:
-    return any(get_origin(kind) is list for kind in kinds)
-
-
-def _is_table(name: str, hints: Mapping[str, Any]) -> bool:
-    return any(get_origin(kind) is dict for kind in kinds_of(name, hints))
+def _is(form: type, name: str, hints: Mapping[str, Any]) -> bool:
+    return any(get_origin(kind) is form for kind in kinds_of(name, hints))
 
 
 def read_options(
@@ -65,69 +60,49 @@ def read_options(
     the options that may be given by position, `short` the full name of each option that has a short one.
 
     Raises:
-        UsageError: A word is neither an option nor the value of one, or an option has no value, or two.
+        UsageError: A word is neither an option nor the value of one, or an option has no value.
     """
-    found: list[tuple[str, str, list[str]]] = []
+    found: list[Option] = []
     places, room = list(positional), False
-    kinds: list[Any] = []
     for word in words:
         if word.startswith("--"):
             typed, equals, value = word.partition("=")
             head, dot, rest = typed[2:].partition(".")
             name = head.replace("-", "_").removesuffix("+")
             # Keys of a table are the user's, such as patterns of weights.
-            rest = rest if _is_table(name, hints) else rest.replace("-", "_")
+            rest = rest if _is(dict, name, hints) else rest.replace("-", "_")
             name = short.get(name, name) + "+" * head.endswith("+") + dot + rest
-            kinds = kinds_of(name.removesuffix("+"), hints)
-            found.append((name, typed, [value] if equals else []))
+            found.append(Option(name, [value] if equals else []))
             room = not equals and name != "print_config"
-        elif room and (kinds != [bool] or word.lower() in ("true", "false", "yes", "no")):
-            found[-1][2].append(word)
-            room = _is_list(kinds)
+        elif room and (kinds_of(found[-1].name, hints) != [bool] or word.lower() in ("true", "false", "yes", "no")):
+            found[-1].words.append(word)
+            room = _is(list, found[-1].name, hints)
         elif places:
-            found.append((places[0], "", [word]))
-            places = places if _is_list(kinds_of(places[0], hints)) else places[1:]
+            found.append(Option(places[0], [word]))
+            places = places if _is(list, places[0], hints) else places[1:]
             room = False
         else:
-            last = found[-1][0].partition(".")[0].removesuffix("+") if found else ""
+            last = found[-1].name.partition(".")[0].removesuffix("+") if found else ""
             if last and last not in {*hints, *short, "config", "print_config", "help", "help_all"}:
-                raise no_option(found[-1][1], [f"--{name}" for name in (*short, *hints)])
+                raise no_option(f"--{last}", [f"--{name}" for name in (*short, *hints)])
             raise UsageError(f"{word!r} is one argument too many; options start with --")
-    return _without_doubles(found, hints)
-
-
-def _without_doubles(found: Iterable[tuple[str, str, list[str]]], hints: Mapping[str, Any]) -> list[Option]:
-    options: list[Option] = []
-    for name, typed, taken in found:
-        kinds = kinds_of(name.removesuffix("+"), hints)
-        if not taken and (name == "config" or (kinds and kinds != [bool])):
-            raise UsageError(f"{typed} needs a value")
-        before = next((one for one in options if one.name == name), None)
-        if before and before.typed.replace("-", "_") != typed.replace("-", "_"):
-            if before.words != taken:
-                spelt = [text or taken[0] for text in (before.typed, typed)]
-                raise UsageError(f"{' and '.join(spelt)} give one option two values; give it once")
-        elif before and _is_list(kinds) and not name.endswith("+"):
-            # A list that is given in parts is one list; of any other option the last value counts.
-            options.remove(before)
-            taken = [*before.words, *taken]
-        options.append(Option(name, taken, typed))
-    return options
+    for name, taken in found:
+        if not taken and (name == "config" or kinds_of(name, hints) not in ([], [bool])):
+            raise UsageError(f"--{name} needs a value")
+    return found
 
 
 def value_of(option: Option, hints: Mapping[str, Any]) -> Any:
     """Return what an option sets: a word, or a list of words where its type is a list."""
-    kinds = kinds_of(option.name.removesuffix("+"), hints)
     if not option.words:
         return True
-    listed = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
     words = [Word(word) for word in option.words]
-    if not listed:
-        return words[0]
+    if not _is(list, option.name, hints):
+        return words[-1]
     items = [_item(word) for word in words]
     if len(words) == 1:
         # One word stays alone where a text or a class may stand instead of a list, and where it is a whole list.
-        return words[0] if isinstance(items[0], list | None) or len(kinds) > 1 else words
+        return words[0] if isinstance(items[0], list | None) or len(kinds_of(option.name, hints)) > 1 else words
     return [
         one for word, item in zip(words, items, strict=True) for one in (item if isinstance(item, list) else [word])
     ]
@@ -139,18 +114,6 @@ def _item(word: str) -> Any:
     except yaml.YAMLError:
         # A pattern such as [qv]_proj.
         return word
-
-
-def as_typed(sentence: str, options: Iterable[Option], short: Mapping[str, str] = NO_SHORT_NAMES) -> str:
-    """Return a sentence with its options as somebody typed them; those that nobody typed get their short names."""
-    spelt = {full: name for name, full in short.items()}
-    for option in options:
-        typed = option.typed[2:]
-        head = typed.partition(".")[0].removesuffix("+")
-        full = short.get(head.replace("-", "_"))
-        spelt = {name: text for name, text in spelt.items() if not f"{typed}.".startswith(f"{name}.")}
-        spelt |= ({full: head} if full else {}) | ({option.name: typed} if typed else {})
-    return respelt(sentence, spelt)
 
 
 def read_config(file: str) -> dict[str, Any]:
@@ -173,9 +136,14 @@ def settings_of(
     """Return what config files and options set, as nested dictionaries, over settings that lie beneath both."""
     files = [word for one in options if one.name == "config" for word in one.words]
     settings = copy.deepcopy(folded([(f"--config {file}", read_config(file)) for file in files], beneath, short))
-    for option in [one for one in options if one.name not in ("config", "print_config")]:
+    joined: dict[str, Option] = {}
+    for number, option in enumerate(options):
+        # A list that is given in parts is one list; of any other option the last value counts.
+        key = option.name if _is(list, option.name, hints) and "+" not in option.name else str(number)
+        joined[key] = Option(option.name, [*(joined[key].words if key in joined else ()), *option.words])
+    for option in [one for one in joined.values() if one.name not in ("config", "print_config")]:
         head, _, rest = option.name.partition(".")
-        *groups, key = [head, rest] if rest and _is_table(head, hints) else option.name.split(".")
+        *groups, key = [head, rest] if rest and _is(dict, head, hints) else option.name.split(".")
         inner: Any = settings
         place: Any
         for group in groups:

@@ -1,23 +1,16 @@
-"""Measure experts with EleutherAI's lm-evaluation-harness (the package lm-eval), and write our tasks in its format.
-
-`harness` runs benchmarks of the harness, and task files as tasks of the harness, on one loaded base with one mix of
-experts after another, and on checkpoints. `export_tasks` writes task files as YAML and JSONL, so that whoever has a
-checkpoint measures it with `lm_eval` alone.
-"""
+"""Measure experts with the lm-evaluation-harness (the package lm-eval), on its benchmarks and on task files."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base, DType
@@ -27,14 +20,11 @@ from modular_experts.data.sources import READERS
 from modular_experts.data.tasks import Task, Tasks, as_tasks
 from modular_experts.data.tokenize import joined
 from modular_experts.evaluation.compare import RESULTS, AnyModels, facts_of, open_models
-from modular_experts.library import check_target
-from modular_experts.library.atomic import new_directory
 from modular_experts.reports import Results
 from modular_experts.routing.gates import reading
+from modular_experts.settings import Options
 from modular_experts.text import did_you_mean
 
-ABOUT = "HARNESS.md"
-"""The file of an export that says how to use the others."""
 CHOICES = "_choices"
 """What the name of a harness task that scores choices has behind the name of the task."""
 FEWSHOT_SEED = 1234
@@ -50,18 +40,38 @@ class HarnessTask(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Measuring(Options):
+    """How the harness measures.
+
+    Args:
+        limit: The most rows of one task: the first ones of a benchmark; of a task file, spread evenly over it.
+        num_fewshot: Examples in the prompt of a benchmark; the benchmark's own number by default.
+        max_new_tokens: Length limit of a generated answer to a row of a task file; benchmarks have their own.
+        batch_size: Rows that are measured at once. It changes scores in their last digits.
+        dtype: Data type of the base.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    dtype: DType = "float32"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"batch_size={self.batch_size} and max_new_tokens={self.max_new_tokens} must be at least 1"
+            )
+
+
 def harness(
     base: str | Path | Base | None,
     experts: AnyModels,
     tasks: Tasks,
     out: str | Path | None = None,
     overwrite: bool = False,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
-    dtype: DType = "float32",
-    revision: str | None = None,
+    measuring: Measuring = Measuring(),
     progress: Callable[[str, int, int], None] = lambda model, done, total: None,
 ) -> Results:
     """Measure a base with experts by the lm-evaluation-harness, and return rows that print as a table.
@@ -80,25 +90,16 @@ def harness(
         tasks: Names of the harness's benchmarks or groups of them, and tasks of your own, as for `evaluate`.
         out: Directory of `results.json`, which `Results.read` reads.
         overwrite: Replace the results in `out`.
-        limit: The most rows of one task: the first ones of a benchmark; of a task file, spread evenly over it.
-        num_fewshot: Examples in the prompt of a benchmark; the benchmark's own number if not given.
-        max_new_tokens: Length limit of a generated answer to a row of a task file; benchmarks have their own.
-        batch_size: Rows that are measured at once. It changes scores in their last digits.
-        dtype: Data type of the base.
-        revision: Branch, tag or commit of a hub id.
         progress: Called with the name of a model, how many models are measured, and how many there are.
 
     Raises:
         FileExistsError: `out` holds results and may not be replaced; nothing was measured.
-        FileNotFoundError: The base was not found.
         ValueError: The harness is not installed, does not know a name, or could not load a benchmark; or anything that
             `evaluate` refuses.
     """
     folder = None if out is None else Path(out)
     if folder and (folder / RESULTS).exists() and not overwrite:
         raise FileExistsError(f"{folder / RESULTS} exists already; choose another out, or replace it with --overwrite")
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(f"{batch_size=} and {max_new_tokens=} must be at least 1")
     names, files = benchmarks_and_tasks(tasks)
     try:
         import lm_eval  # noqa: F401
@@ -106,27 +107,30 @@ def harness(
         raise ValueError(
             f"the lm-evaluation-harness is not installed ({error}): pip install 'modular-experts[eval]'"
         ) from None
-    found, models = open_models(base, experts, revision)
-    tokenizer = found.tokenizer()
-    ours = harness_tasks(TaskMixture(files, eval_limit=limit), tokenizer, max_new_tokens) if files else {}
-    with _quiet():
-        suites = [_Suite(loaded, False, None) for loaded in _loaded_files(ours)]
-        suites += [_Suite(loaded, None, limit) for loaded in _loaded_benchmarks(names, num_fewshot)]
-        facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
-        facts["harness"] = {"version": version("lm_eval"), "batch_size": batch_size, "limit": limit, "tasks": {}}
-        roles = {task.name: task.role for task in as_tasks(files)} if files else {}
-        model: Any = found.load(dtype)
-        for one in models:
-            one.check(model)
-        rows: list[dict[str, Any]] = []
-        for done, one in enumerate(models):
-            progress(one.title, done, len(models))
-            reads_prompts = not all(stored.mergeable for stored in one.stored)
-            with one.in_place(model, dtype, "cuda" if torch.cuda.is_available() else "cpu") as whole:
-                for suite in suites:
-                    measured = _measured(whole, tokenizer, suite, batch_size, alone=reads_prompts)
-                    facts["harness"]["tasks"] |= _versions(measured)
-                    rows += [{"model": one.title, "experts": one.names, **row} for row in _rows(measured, ours, roles)]
+    found, models = open_models(base, experts)
+    tokenizer, limit, dtype = found.tokenizer(), measuring.limit, measuring.dtype
+    mixture = TaskMixture(files, eval_limit=limit) if files else None
+    ours = harness_tasks(mixture, tokenizer, measuring.max_new_tokens) if mixture else {}
+    roles = {task.name: task.role for task in as_tasks(files)} if files else {}
+    facts = facts_of(found, dtype, models) | {"max_new_tokens": measuring.max_new_tokens}
+    facts["harness"] = {"version": version("lm_eval"), "batch_size": measuring.batch_size, "limit": limit, "tasks": {}}
+    rows: list[dict[str, Any]] = []
+    # It would log what a caller knows: that the model is in memory, and each setting of a task.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # What is loaded, whether prompts begin with a token of the tokenizer's, and the most rows of a task.
+    suites: list[Any] = [(loaded, False, None) for loaded in _loaded_files(ours)]
+    suites += [(loaded, None, limit) for loaded in _loaded_benchmarks(names, measuring.num_fewshot)]
+    model: Any = found.load(dtype)
+    for one in models:
+        one.check(model)
+    for done, one in enumerate(models):
+        progress(one.title, done, len(models))
+        alone = not all(stored.mergeable for stored in one.stored)
+        with one.in_place(model, dtype, "cuda" if torch.cuda.is_available() else "cpu") as whole:
+            for suite in suites:
+                measured = _measured(whole, tokenizer, suite, measuring.batch_size, alone)
+                facts["harness"]["tasks"] |= _versions(measured)
+                rows += [{"model": one.title, "experts": one.names, **row} for row in _rows(measured, ours, roles)]
     progress("", len(models), len(models))
     results = Results(rows, facts)
     if folder:
@@ -135,74 +139,14 @@ def harness(
     return results
 
 
-def export_tasks(
-    tasks: Tasks,
-    out: str | Path,
-    base: str | Path | Base,
-    max_new_tokens: int = 64,
-    limit: int | None = None,
-    revision: str | None = None,
-    overwrite: bool = False,
-) -> list[str]:
-    """Write the test rows of tasks as tasks of the harness: YAML, JSONL, and `HARNESS.md` with the command.
-
-    With these files `lm_eval` measures a checkpoint of the base, such as `apply` writes, without this package.
-
-    Args:
-        tasks: The tasks, as for `evaluate`.
-        out: Directory of the files.
-        base: The base's directory or hub id, or an opened base: its end-of-sequence ends every choice.
-        max_new_tokens: Length limit of a generated answer.
-        limit: The most rows of one task, spread evenly over its file.
-        revision: Branch, tag or commit of a hub id.
-        overwrite: Replace a directory that an export wrote.
-
-    Returns:
-        The names of the tasks of the harness.
-
-    Raises:
-        FileExistsError: `out` exists and may not be replaced.
-        ValueError: A task has no test rows, or holds conversations.
-    """
-    folder = Path(out)
-    check_target(folder, overwrite, ABOUT)
-    tokenizer = Base.open(base, (), revision).tokenizer()
-    found = harness_tasks(TaskMixture(tasks, eval_limit=limit), tokenizer, max_new_tokens)
-    with new_directory(folder, overwrite, ABOUT) as temporary:
-        for name, task in found.items():
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in task.rows)
-            (temporary / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-            place = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
-            settings = yaml.safe_dump({**task.settings, **place}, sort_keys=False, allow_unicode=True)
-            (temporary / f"{name}.yaml").write_text(settings, encoding="utf-8")
-        (temporary / ABOUT).write_text(EXPLAINED.format(tasks=",".join(found)), encoding="utf-8")
-    return list(found)
-
-
-EXPLAINED = """# Tasks of the lm-evaluation-harness
-
-modular-experts wrote these files. In this directory, with lm-eval 0.4.13 or a later release of 0.4:
-
-    lm_eval --model hf --model_args pretrained=CHECKPOINT,add_bos_token=False \\
-        --include_path . --tasks {tasks}
-
-CHECKPOINT is a model directory or hub id with the tokenizer that the choices end with: each has its end-of-sequence.
-"""
-
-
 def harness_tasks(
     data: TaskMixture, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 64
 ) -> dict[str, HarnessTask]:
     """Return the test rows of tasks as tasks of the harness, by their names there.
 
-    Each task becomes one that generates an answer, under its own name. Its rows with choices also become one that
-    compares their likelihoods, with `_choices` behind the name. Scores are as with `evaluate` for rows that fit the
-    model's context, unless the tokenizer splits a text otherwise where the answer follows the prompt.
-
-    Args:
-        data: The tasks, with `eval_limit`.
-        tokenizer: The model's tokenizer, whose end-of-sequence ends every choice.
-        max_new_tokens: Length limit of a generated answer.
+    Each task generates an answer. Rows with choices also become a task that compares their likelihoods, with `_choices`
+    behind the name. Scores are as with `evaluate` for rows that fit the model's context, unless the tokenizer splits a
+    text otherwise where the answer follows the prompt.
 
     Raises:
         ValueError: A task has no test rows, or holds conversations; or two tasks get one name.
@@ -217,8 +161,7 @@ def harness_tasks(
                 "modular-experts evaluate"
             )
         made = {name: _generation(name, rows, tokenizer, max_new_tokens)}
-        with_choices = [row for row in rows if row.choices]
-        if with_choices:
+        if with_choices := [row for row in rows if row.choices]:
             made[name + CHOICES] = _choice(name + CHOICES, with_choices, tokenizer)
         for taken in made.keys() & found.keys():
             raise ValueError(f"two tasks of the harness would be called {taken!r}; give one another name")
@@ -228,8 +171,7 @@ def harness_tasks(
 
 def _generation(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, longest: int) -> HarnessTask:
     settings = {
-        **_common(name, rows),
-        "output_type": "generate_until",
+        **_common(name, rows, "generate_until", "exact_match"),
         "doc_to_target": "target",
         # A checkpoint's own generation settings may differ.
         "generation_kwargs": {
@@ -243,19 +185,13 @@ def _generation(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
                 "filter": [{"function": "regex", "regex_pattern": r"(?s)^.*$"}, {"function": "take_first"}],
             }
         ],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     return HarnessTask(settings, [{"input": row.input, "target": str(row.target).strip()} for row in rows])
 
 
 def _choice(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> HarnessTask:
-    settings = {
-        **_common(name, rows),
-        "output_type": "multiple_choice",
-        "doc_to_choice": "choices",
-        "doc_to_target": "correct",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
+    settings = _common(name, rows, "multiple_choice", "acc")
+    settings |= {"doc_to_choice": "choices", "doc_to_target": "correct"}
     docs = [
         {
             "input": row.input,
@@ -267,14 +203,16 @@ def _choice(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) 
     return HarnessTask(settings, docs)
 
 
-def _common(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _common(name: str, rows: Sequence[Row], kind: str, metric: str) -> dict[str, Any]:
     return {
         "task": name,
         "test_split": "test",
+        "output_type": kind,
         "num_fewshot": 0,
         "doc_to_text": "input",
         # By default the harness puts a space before each choice, and ours begin with theirs.
         "target_delimiter": "",
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0, "content_hash": content_hash(rows)},
     }
 
@@ -292,14 +230,6 @@ def benchmarks_and_tasks(tasks: Tasks) -> tuple[list[str], list[Any]]:
         else:
             names += [name.strip() for name in str(given).split(",") if name.strip()]
     return list(dict.fromkeys(names)), files
-
-
-class _Suite(NamedTuple):
-    """What the harness loaded, whether prompts begin with a token of the tokenizer's, and the most rows of a task."""
-
-    loaded: Any
-    bos: bool | None
-    limit: int | None
 
 
 def _loaded_files(tasks: Mapping[str, HarnessTask]) -> list[Any]:
@@ -340,7 +270,7 @@ def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> list[An
 
 
 def _measured(
-    model: Any, tokenizer: PreTrainedTokenizerBase, suite: _Suite, batch_size: int, alone: bool
+    model: Any, tokenizer: PreTrainedTokenizerBase, suite: tuple[Any, Any, Any], batch_size: int, alone: bool
 ) -> dict[str, Any]:
     """Let the harness measure a loaded model; with `alone` row by row, so that routers see a prompt and no padding."""
     from lm_eval.evaluator import evaluate
@@ -364,15 +294,15 @@ def _measured(
             with reading(settings["attention_mask"].bool()):
                 return super()._model_generate(context, max_length, stop, **settings)
 
+    loaded, bos, limit = suite
     # Each model gets the same examples in its prompts.
-    for task in suite.loaded["tasks"].values():
+    for task in loaded["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
-    lm = Measured(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=suite.bos)
-    return evaluate(lm, suite.loaded, limit=suite.limit, log_samples=False)
+    lm = Measured(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos)
+    return evaluate(lm, loaded, limit=limit, log_samples=False)
 
 
 def _versions(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return of each task its version, the examples in its prompts, and of ours the hash of the rows."""
     found = {}
     for name, task_version in measured["versions"].items():
         metadata = measured["configs"].get(name, {}).get("metadata") or {}
@@ -386,7 +316,6 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     for name, scores in {**measured.get("groups", {}), **measured["results"]}.items():
         task = name.removesuffix(CHOICES) if name in ours else name
-        count = measured["n-samples"].get(name, {}).get("effective")
         for key, value in scores.items():
             metric, comma, how = key.partition(",")
             if not comma or metric.endswith("_stderr"):
@@ -399,17 +328,5 @@ def _rows(
                 # The harness writes "N/A" where it has no number.
                 "value": None if isinstance(value, str) else float(value),
                 "stderr": None if error is None or isinstance(error, str) else float(error),
-                "rows": count,
+                "rows": measured["n-samples"].get(name, {}).get("effective"),
             }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness from logging what a caller knows: that the model is in memory, and each setting of a task."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)

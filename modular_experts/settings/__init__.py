@@ -24,7 +24,7 @@ class UsageError(ValueError):
 
 
 class Options:
-    """A dataclass whose fields are options of a command, which takes the object as one argument."""
+    """Base class of a dataclass whose fields are options of a command, which takes the object as one argument."""
 
 
 class Word(str):
@@ -98,9 +98,6 @@ def path_of(named: Any) -> str:
 def plain(value: Any) -> Any:
     """Return settings in which classes and objects stand as a YAML file names them.
 
-    A class or function becomes its dotted path; a dataclass, such as a merge method, and `partial(LoRAExpert, rank=4)`
-    become `class_path` and `init_args`; a `Task` becomes its fields. Anything else that YAML cannot hold is refused.
-
     Raises:
         ValueError: An object has no such form.
     """
@@ -127,7 +124,7 @@ def plain(value: Any) -> Any:
 
 
 def respelt(sentence: str, spelt: Mapping[str, str]) -> str:
-    """Return the sentence of an error with other names of options: how somebody spells each one."""
+    """Return a text with the names of options that somebody types."""
     for name in sorted(spelt, key=len, reverse=True):
         sentence = re.sub(rf"--{re.escape(name)}(?![\w-])", f"--{spelt[name]}", sentence)
     return sentence

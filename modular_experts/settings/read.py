@@ -26,7 +26,7 @@ from modular_experts.text import did_you_mean
 
 
 class Read(NamedTuple):
-    """Settings that fit: all of them as a YAML file holds them, defaults too, and what makes the object of them."""
+    """Settings that fit, as a YAML file holds them with all defaults, and what makes the object of them."""
 
     plain: Any
     make: Callable[[], Any]
@@ -68,10 +68,7 @@ def read(option: str, hint: Any, value: Any) -> Read:
         if "class_path" in value:
             raise _refusal(option, [hint], value)
         items = {key: read(f"{option}.{key}", inner[1], one) for key, one in value.items()}
-        return Read(
-            {key: one.plain for key, one in items.items()},
-            lambda: {key: one.make() for key, one in items.items()},
-        )
+        return Read({key: one.plain for key, one in items.items()}, partial(_all_made, items))
     if origin in (list, tuple, Sequence, Iterable):
         if not isinstance(value, list | tuple):
             raise UsageError(f"{option} must be a list, written '[a, b]', got {value}")
@@ -87,6 +84,10 @@ def read(option: str, hint: Any, value: Any) -> Read:
     if inspect.isclass(hint):
         return _read_class(option, hint, value)
     return _as_it_is(value)
+
+
+def _all_made(items: Mapping[str, Read]) -> dict[str, Any]:
+    return {key: one.make() for key, one in items.items()}
 
 
 def _as_it_is(value: Any) -> Read:
@@ -154,14 +155,14 @@ def _read_class(option: str, base: Any, value: Any, given_by_us: int = 0, later:
         raise UsageError(f"{option}: a class is written as its name or as {written}, got {value}")
     kind = _named(option, base, settings["class_path"]) if "class_path" in settings else base
     # A setting given as an option of its own beats the one in the config.
-    outer = {key: one for key, one in settings.items() if key not in ("class_path", "init_args", "dict_kwargs")}
-    own, more = {**(settings.get("init_args") or {}), **outer}, settings.get("dict_kwargs") or {}
+    outer = {key: one for key, one in settings.items() if key not in ("class_path", "init_args")}
+    own = {**(settings.get("init_args") or {}), **outer}
     if not inspect.isclass(kind) and not own:
         return Read(path_of(kind), lambda: kind)
     given = read_arguments(f"{option}.", kind, own, given_by_us)
     described = {"class_path": path_of(kind), "init_args": given.plain} if "class_path" in settings else given.plain
     called = partial(partial, kind) if later else kind
-    return Read(described, lambda: called(**given.make(), **more))
+    return Read(described, lambda: called(**given.make()))
 
 
 def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[str, Any], given_by_us: int = 0) -> Read:
@@ -179,7 +180,7 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
             raise UsageError(f"{prefix}{name} must be given, on the command line or in --config")
     described = {name: _default(hints[name], default) for name, default in defaults.items()}
     described |= {name: one.plain for name, one in found.items()}
-    return Read(described, lambda: _grouped(called, {name: one.make() for name, one in found.items()}))
+    return Read(described, lambda: _grouped(called, _all_made(found)))
 
 
 def _default(hint: Any, default: Any) -> Any:
@@ -211,18 +212,16 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
     fields = dataclasses.fields(called) if inspect.isclass(called) and dataclasses.is_dataclass(called) else ()
     factories = {one.name: one.default_factory() for one in fields if one.default_factory is not dataclasses.MISSING}
     for maker in _makers(called):
-        known, passes_on = _hints_of(maker), False
+        known = _hints_of(maker)
         parameters = list(inspect.signature(maker).parameters.values())
-        parameters = parameters[given_by_us + (inspect.isclass(called) and maker is not called) :]
-        for one in parameters:
-            passes_on |= one.kind is one.VAR_KEYWORD
+        for one in parameters[given_by_us + (inspect.isclass(called) and maker is not called) :]:
             if _is_options(known.get(one.name)):
                 inner = arguments_of(known[one.name])
                 hints, defaults = hints | inner[0], defaults | inner[1]
             elif one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
                 hints.setdefault(one.name, known.get(one.name) or _inherited(called, one.name))
                 defaults.setdefault(one.name, factories.get(one.name, one.default))
-        if not passes_on:
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
     return hints, defaults
 
@@ -234,7 +233,7 @@ def _makers(called: Callable[..., Any]) -> list[Callable[..., Any]]:
 
 
 def _inherited(called: Callable[..., Any], name: str) -> Any:
-    """Return the annotation of an argument that a subclass leaves without one, from the nearest base class."""
+    # A subclass may leave an argument without annotation.
     return next((hints[name] for maker in _makers(called) if name in (hints := _hints_of(maker))), Any)
 
 

@@ -125,11 +125,7 @@ def test_the_configs_of_the_repository_name_options_that_exist() -> None:
 
 def test_bash_completes_commands_and_options(capsys) -> None:
     assert main(["completion", "bash"]) == 0
-    script = capsys.readouterr().out
-    for words, found in (("me", "methods merge mergekit"), ("fit --st", "--steps"), ("show --w", "--weights")):
-        parts = ["modular-experts", *words.split()]
-        line = f"COMP_WORDS=({' '.join(parts)}); COMP_CWORD={len(parts) - 1}; _modular_experts; echo ${{COMPREPLY[@]}}"
-        done = subprocess.run(["bash", "-c", f"{script}\n{line}"], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == found
+    words = re.search("-W '([^']+)' modular-experts$", capsys.readouterr().out.strip())[1].split()
+    assert {*VERBS, "--steps", "--weights", "--dry-run"} <= {*words}
     assert main(["completion", "zsh"]) == 0
     assert "bashcompinit" in capsys.readouterr().out

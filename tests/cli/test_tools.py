@@ -15,7 +15,7 @@ from modular_experts import generate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.cli.words import read_options, value_of
+from modular_experts.cli.words import read_options, settings_of
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.settings import UsageError
 
@@ -214,11 +214,11 @@ SPELT = {
     "--dry-run false --max-memory=2-GB": {"dry_run": "false", "max_memory": "2-GB"},
     "--dry-run=true a": {"dry_run": "true", "recipe": "a"},
     "--dry-run recipe.yaml": {"dry_run": True, "recipe": "recipe.yaml"},
-    "--dry-run --print-config": {"dry_run": True, "print_config": True},
+    "--dry-run --print-config": {"dry_run": True},
     "--dry_run False a": {"dry_run": "False", "recipe": "a"},
-    "--per-weight.a-b[0-9]=c-d": {"per_weight.a-b[0-9]": "c-d"},
-    "--per_weight.[p-r]_proj TIES": {"per_weight.[p-r]_proj": "TIES"},
-    "--tune.data.batch-size 3": {"tune.data.batch_size": "3"},
+    "--per-weight.a-b[0-9]=c-d": {"per_weight": {"a-b[0-9]": "c-d"}},
+    "--per_weight.[p-r]_proj TIES": {"per_weight": {"[p-r]_proj": "TIES"}},
+    "--tune.data.batch-size 3": {"tune": {"data": {"batch_size": "3"}}},
     "": {},
 }
 
@@ -226,7 +226,7 @@ SPELT = {
 def test_options_may_have_dashes_lists_spaces_and_flags_no_value():
     for given, spelt in SPELT.items():
         found = read_options(given.split(), HINTS, ["recipe"])
-        assert {one.name: value_of(one, HINTS) for one in found} == spelt
+        assert settings_of(found, HINTS) == spelt
     with pytest.raises(UsageError, match="'b' is one argument too many"):
         read_options(["--dry_run", "a", "b"], HINTS, ["recipe"])
     with pytest.raises(UsageError, match="--experts needs a value"):

@@ -172,12 +172,12 @@ MISTAKES = {
     "own class": (
         ["--model.expert", "own.Nope"],
         2,
-        "--model.expert: own.Nope cannot be imported: module 'own' has no attribute 'Nope'; did you mean Hope?",
+        "--expert: own.Nope cannot be imported: module 'own' has no attribute 'Nope'; did you mean Hope?",
     ),
     "syntax": (
         ["--model.expert", "broken.X"],
         2,
-        "--model.expert: broken.X cannot be imported: '(' was never closed (broken.py",
+        "--expert: broken.X cannot be imported: '(' was never closed (broken.py",
     ),
     "kind": (
         ["--model.expert", "torch.nn.Linear"],
@@ -187,17 +187,17 @@ MISTAKES = {
     "task": (
         ["--data.tasks", '[{"nme": "a"}]'],
         2,
-        "no option --data.tasks.nme; did you mean --data.tasks.name?",
+        "no option --tasks.nme; did you mean --tasks.name?",
     ),
     "setting": (
         ["--model.expert.keep_ratoi", "0.1"],
         2,
-        "there is no option --model.expert.keep_ratoi; did you mean --model.expert.keep_ratio?",
+        "there is no option --expert.keep_ratoi; did you mean --expert.keep_ratio?",
     ),
     "value": (
         ["--model.expert.keep_ratio", "much"],
         2,
-        "--model.expert.keep_ratio must be of type float, got much",
+        "--expert.keep_ratio must be of type float, got much",
     ),
     "monitor": (
         ["--trainer.callbacks", _export("a", monitor="val_los")],

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import build_model, build_tokenizer, write_rows
 from testbed.random_deltas import random_delta
 
-from modular_experts import apply, evaluate
+from modular_experts import evaluate
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
 from modular_experts.injection.attach import attached
-from modular_experts.interop.harness import export_tasks, harness, harness_tasks
+from modular_experts.interop.harness import Measuring, harness, harness_tasks
 from modular_experts.library import make_record, write_expert
 from modular_experts.reports import Results
 from modular_experts.routing import Centroid
@@ -98,7 +99,7 @@ def test_both_types_of_task_have_the_scores_of_evaluate(place, tmp_path, no_netw
     library, tasks = place / "library", [place / "turn.jsonl", {"path": str(place / "say.jsonl"), "role": "held_out"}]
     models = {"base": [], "turn": library / "turn", "sum": [library / "turn", library / "say"], "again": []}
     models["routed"] = library / "routed"
-    found = harness(None, models, tasks, out=tmp_path, max_new_tokens=TOKENS, batch_size=5)
+    found = harness(None, models, tasks, out=tmp_path, measuring=Measuring(max_new_tokens=TOKENS, batch_size=5))
     assert numbers(found) == pytest.approx(numbers(evaluate(None, models, tasks, max_new_tokens=TOKENS)))
     for metric in ("exact_match", "choice_accuracy"):
         assert 0 < found.mean(metric, model="turn", task="turn") < 1
@@ -121,28 +122,15 @@ def test_both_types_of_task_have_the_scores_of_evaluate(place, tmp_path, no_netw
         harness(None, models, tasks, out=tmp_path)
 
 
-def test_the_harness_alone_scores_a_checkpoint_like_its_expert_in_place(place, tmp_path, no_network, monkeypatch):
-    installed()
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    expert = place / "library" / "turn"
-    apply([expert], tmp_path / "checkpoint")
-    names = export_tasks([place / "turn.jsonl", place / "say.jsonl"], tmp_path / "tasks", place / "base", TOKENS)
-    assert names == ["turn", "turn_choices", "say", "say_choices"]
-    assert "--tasks turn,turn_choices,say,say_choices" in (tmp_path / "tasks" / "HARNESS.md").read_text()
-    monkeypatch.chdir(tmp_path / "tasks")
-    settings = {"pretrained": str(tmp_path / "checkpoint"), "add_bos_token": False, "dtype": "float32"}
-    manager = TaskManager(include_path=".", include_defaults=False)
-    alone = simple_evaluate("hf", settings, names, task_manager=manager, batch_size=16, device="cpu")["results"]
-    models = {"in place": expert, "checkpoint": tmp_path / "checkpoint"}
-    found = harness(None, models, [place / "turn.jsonl", place / "say.jsonl"], max_new_tokens=TOKENS)
-    assert found.facts["models"]["checkpoint"][0]["name"] == "checkpoint"
-    ours = numbers(found)
-    assert len(ours) == 2 * 4
-    for (_, task, metric), value in ours.items():
-        key = (task, "exact_match,none") if metric == "exact_match" else (f"{task}_choices", "acc,none")
-        assert alone[key[0]][key[1]] == pytest.approx(value)
+def export_tasks(place: Path, out: Path) -> list[str]:
+    """Write tasks of the harness, with their rows, as files."""
+    out.mkdir()
+    tasks = harness_tasks(TaskMixture([place / "turn.jsonl"]), Base.open(place / "base").tokenizer(), TOKENS)
+    for name, task in tasks.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task.rows))
+        rows = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
+        (out / f"{name}.yaml").write_text(yaml.safe_dump(task.settings | rows, sort_keys=False))
+    return list(tasks)
 
 
 def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place, tmp_path, no_network, monkeypatch):
@@ -150,12 +138,14 @@ def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place
     from lm_eval.tasks import TaskManager
 
     # In the place of the harness's own tasks, whose data are on the hub; the index of those takes ten seconds.
-    names = export_tasks([place / "turn.jsonl"], tmp_path / "tasks", place / "base", TOKENS)
+    names = export_tasks(place, tmp_path / "tasks")
     only = partial(TaskManager, include_path=tmp_path / "tasks", include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults=True: only())
     monkeypatch.chdir(tmp_path / "tasks")
     expert = place / "library" / "turn"
-    found = harness(None, {"turn": expert}, [",".join(names), place / "say.jsonl"], max_new_tokens=TOKENS, limit=5)
+    found = harness(
+        None, {"turn": expert}, [",".join(names), place / "say.jsonl"], measuring=Measuring(5, max_new_tokens=TOKENS)
+    )
     assert [(row["task"], row["metric"], row["role"], row["rows"]) for row in found.rows] == [
         ("say", "exact_match", "held_in", 5),
         ("say", "choice_accuracy", "held_in", 5),
@@ -168,7 +158,8 @@ def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place
     settings = tmp_path / "tasks" / "turn_choices.yaml"
     settings.write_text(settings.read_text().replace("num_fewshot: 0\n", ""))
     twice = {"one": expert, "two": expert}
-    scores = [harness(None, twice, ",".join(names), max_new_tokens=TOKENS, num_fewshot=shots) for shots in (None, 3)]
+    how = [Measuring(num_fewshot=shots, max_new_tokens=TOKENS) for shots in (None, 3)]
+    scores = [harness(None, twice, ",".join(names), measuring=one) for one in how]
     asked = [found.facts["harness"]["tasks"] for found in scores]
     assert [found["turn_choices"]["num_fewshot"] for found in asked] == [0, 3]
     assert [found["turn"]["num_fewshot"] for found in asked] == [0, 0]
@@ -179,15 +170,8 @@ def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place
         harness(None, expert, "turn")
 
 
-def test_the_command_shows_models_side_by_side_and_exports(place, tmp_path, run, monkeypatch, no_network):
+def test_the_command_shows_models_side_by_side(place, tmp_path, run, monkeypatch, no_network):
     monkeypatch.chdir(place)
-    code, out, err = run("harness", "--experts", "library/turn", "--tasks", "turn.jsonl", "--export", tmp_path / "x")
-    assert (code, err) == (0, "")
-    assert f"{tmp_path}/x: turn, turn_choices; {tmp_path}/x/HARNESS.md shows the command" in out
-    code, _, err = run("harness", "--base", "base", "--tasks", "turn.jsonl", "--export", tmp_path / "x")
-    assert code == 1
-    assert "exists already" in err
-    assert "turn,turn_choices" in (tmp_path / "x" / "HARNESS.md").read_text()
     installed()
     what = ["--base", "base", "--experts", "a=library/turn", "--tasks", "turn.jsonl", "--max_new_tokens", TOKENS]
     code, out, err = run("harness", *what, "--out", tmp_path / "o")

@@ -128,8 +128,8 @@ def read_recipe(file: str | Path) -> Recipe:
     base = parse_model(recipe["base_model"], "base_model") if "base_model" in recipe else None
     if method.base and base is None:
         raise ValueError(f"merge_method {name} needs a base_model, and {file} names none")
-    models, layers, settings = _models(recipe, method)
-    settings = [settings, _settings(recipe, "", {*method.each, *method.overall})]
+    models, layers, of_slice = _models(recipe, method)
+    settings = [of_slice, _settings(recipe, "", {*method.each, *method.overall})]
     tuned = len(models.keys() - {base})
     if not method.fewest <= tuned <= method.most:
         wanted = f"{method.fewest} model(s)" if method.most == method.fewest else f"{method.fewest} models or more"
@@ -236,9 +236,8 @@ def merge_recipe(
             nothing is written then.
     """
     target = check_target(out, overwrite, MANIFEST)
-    bases = {
-        model: Base.open(*model.split("@")[:1], revision=model.partition("@")[2] or None) for model in recipe.models
-    }
+    named = {model: model.partition("@") for model in recipe.models}
+    bases = {model: Base.open(place, revision=revision or None) for model, (place, _, revision) in named.items()}
     donor = bases[recipe.base or recipe.merged[0]]
     _check_alike(recipe, donor, list(bases.values()))
     stored, names = donor.weights, donor.structure.weights
