@@ -8,10 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from modular_experts import __version__
-from modular_experts.cli.command import guarded, run_command
+from modular_experts.cli.command import guarded, run_command, unknown_command
 from modular_experts.cli.commands import VERBS, importing
-from modular_experts.settings import UsageError
-from modular_experts.text import did_you_mean
 
 HELP = """\
 usage: modular-experts COMMAND [options]
@@ -28,8 +26,6 @@ Each command has --help, --config FILE.yaml and --print_config. A first tour:
   modular-experts apply --experts library/ab --out merged-checkpoint
 
 options: --help, --version"""
-# Words of other programs that are spelt like another command of ours, or like none.
-_OTHER_WORDS = {"compare": "; did you mean evaluate?", "train": "; did you mean fit?"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +44,7 @@ def _run(argv: Sequence[str]) -> None:
         print(f"modular-experts {__version__}")
         return
     if verb not in VERBS:
-        what = "the command comes first, before" if verb.startswith("-") else "there is no command"
-        near = _OTHER_WORDS.get(verb) or did_you_mean(verb, VERBS)
-        raise UsageError(f"{what} {verb}{near}; the commands are {', '.join(VERBS)}")
+        raise unknown_command(verb, VERBS)
     command = VERBS[verb]
     if {"-h", "--help"} & asked or ({"--help-all", "--help_all"} & asked and command.function):
         from modular_experts.cli.help import command_help

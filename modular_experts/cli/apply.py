@@ -57,7 +57,7 @@ def export(
 
     A low-rank expert is a LoRA exactly; any other expert is approximated at a rank, and the error is printed. A sparse
     expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira. Before the
-    adapter takes its place, PEFT loads it, and its logits are compared with those of base plus deltas. Use `apply` for
+    adapter takes its place, PEFT loads it, and its logits are compared with base plus deltas. Use `apply` for
     weights that adapters cannot carry, such as norms.
 
     Args:

@@ -12,7 +12,7 @@ import re
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ import yaml
 from modular_experts.cli.words import Option, kinds_of, read_options, settings_of
 from modular_experts.settings import NO_SHORT_NAMES, UsageError, respelt
 from modular_experts.settings.read import Read, arguments_of, class_named, read, read_arguments
+from modular_experts.text import did_you_mean
 
 
 def run_command(
@@ -90,6 +91,15 @@ def _help_asked(options: Sequence[Option], hints: Mapping[str, Any]) -> str:
             kind, given_by_us = class_named(f"--{option}", kinds_of(option, hints), words[0] if words else None)
             return class_help(f"--{option}.", kind, given_by_us)
     return ""
+
+
+def unknown_command(verb: str, known: Collection[str]) -> UsageError:
+    """Return the error about a word that is not a command."""
+    # Words of other programs that are spelt like another command of ours, or like none.
+    ours = {"compare": "evaluate", "train": "fit"}.get(verb)
+    what = "the command comes first, before" if verb.startswith("-") else "there is no command"
+    near = f"; did you mean {ours}?" if ours else did_you_mean(verb, known)
+    return UsageError(f"{what} {verb}{near}; the commands are {', '.join(known)}")
 
 
 def guarded(command: Callable[[], object]) -> int:

@@ -22,7 +22,7 @@ each model."""
 class Method(NamedTuple):
     """A merge method of mergekit.
 
-    `each` holds the defaults of the parameters with a value for every model, and `overall` those of the whole merge;
+    `each` holds the defaults of the parameters with a value for every model, and `overall` of the whole merge;
     None stands where a recipe must give one. `on_deltas` is None for a method that merges deltas where there is a base.
     """
 

@@ -53,7 +53,7 @@ slices:
         (LINEAR.replace("linear", "passthrough"), "and mergekit runs the others"),
         (LINEAR.replace("linear", "ties"), "ties needs a base_model"),
         (LINEAR + "dtype: float31", "dtype and out_dtype must be one of float32, bfloat16, float16, got 'float31'"),
-        (LINEAR + "tokenizer_source: union", "the tokenizer must be that of base_model, got 'union'; run mergekit"),
+        (LINEAR + "tokenizer_source: union", "the tokenizer must be the one of base_model, got 'union'; run mergekit"),
         (LINEAR + "---\n" + LINEAR, "is not valid YAML: expected a single document"),
         ("merge_method: linear", "must have exactly one of models and slices"),
         (LINEAR.replace("model: b", "model: a"), "names a twice"),
