@@ -139,7 +139,7 @@ def read_recipe(file: str | Path) -> Recipe:
         raise ValueError(f"dtype and out_dtype must be one of {', '.join(_DTYPES)}, got {wrong[0]!r}")
     tokenizer = recipe.get("tokenizer_source")
     if tokenizer and (base is None or tokenizer not in ("base", base)):
-        raise ValueError(f"the tokenizer must be the one of base_model, got {tokenizer!r}; run mergekit for another one")
+        raise ValueError(f"the tokenizer must be the one of base_model, got {tokenizer!r}; run mergekit for others")
     models |= {base: models.get(base, {})} if base else {}
     return Recipe(name, method, models, settings, layers, base, next(iter(dtypes), None), bool(tokenizer), loaded)
 
