@@ -155,13 +155,12 @@ def measure_layers(contenders: list[Contender], options: argparse.Namespace, pro
 
 def select(step: Step) -> None:
     """Take a step in which every layer chooses its support anew, from the step's own gradient."""
-    from modular_experts.selection.choice import Choice, SupportSettings
+    from modular_experts.selection.choice import Choice  # Lightning comes with these, which no step needs
     from modular_experts.selection.exchange import Exchange
     from modular_experts.selection.from_step import StepChoice
-    from modular_experts.selection.scoring import MemoryWatch  # Lightning comes with these, which no step needs
 
     layers: dict[str, Any] = dict(expert_layers(step.model))
-    choice = StepChoice(Choice(SupportSettings(), layers, MemoryWatch(torch.device("cpu")), position=100, last=1000))
+    choice = StepChoice(Choice(layers, position=100, last=1000))
     choice.next_part(is_last=True)
 
     def exchange() -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from modular_experts.callbacks.schedule import ExportSchedule, Schedule, TrainedModule, callbacks_of, exported_state
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, callbacks_of
 from modular_experts.data.source import source_of
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
@@ -210,15 +210,12 @@ class ExportExpert(Callback):
             costs=costs,
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
-        with exported_state(trainer, trained):
-            state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
-            return write_expert(
-                path, exported.task_vector(), record, self.overwrite or path != self.target, state=state
-            )
+        state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
+        return write_expert(path, exported.task_vector(), record, self.overwrite or path != self.target, state=state)
 
 
 def _is_exportable(trainer: Trainer, module: LightningModule) -> bool:
-    return all(one.is_exportable(cast(TrainedModule, module)) for one in callbacks_of(trainer, ExportSchedule))
+    return all(one.is_exportable(cast(TrainedModule, module)) for one in callbacks_of(trainer, Schedule))
 
 
 def _content_hash(place: str) -> str | None:

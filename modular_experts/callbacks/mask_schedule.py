@@ -19,24 +19,23 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
 from modular_experts.callbacks.progress import activity, say_done
-from modular_experts.callbacks.schedule import ExportSchedule, TrainedModule, TrainingLength, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength, seed_of_run
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.data.source import datamodule_of
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
-from modular_experts.library import StoredExpert, check_base, open_experts
+from modular_experts.library import check_base, open_experts
 from modular_experts.masks import Rule, Score
-from modular_experts.selection.avoid import count_others, open_neighbours, shared_units
-from modular_experts.selection.choice import Choice, ScoreScope, SupportSettings
+from modular_experts.selection.choice import Choice, Layers, selectable_layers, shared_units
 from modular_experts.selection.exchange import Exchange, optimizer_bytes
 from modular_experts.selection.from_step import StepChoice
-from modular_experts.selection.scoring import Layers, MemoryWatch, ScoringPass, selectable_layers
+from modular_experts.selection.scoring import ScoringPass, choose_by_passes
 from modular_experts.text import bytes_text
 
 log = logging.getLogger(__name__)
 
 
-class MaskSchedule(ExportSchedule):
+class MaskSchedule(Schedule):
     """Chooses what sparse and masked experts train, before the first step and again at the steps of a rule.
 
     A second fit of a module goes on with the entries and values of the first, so its first choice is like a choice at a
@@ -50,20 +49,10 @@ class MaskSchedule(ExportSchedule):
             `MaskedExpert`.
         batches: Where the gradient comes from that is scored. `step`: from the training step at which the choice is
             made, over all its micro-batches and ranks. A number: from extra passes over that number of training
-            batches, each weighted by its target tokens. A score that no step can give (a curvature, a choice before the
-            optimizer is made, a masked expert's) takes passes over four batches.
-        leavers: What becomes of the value of an entry that leaves a sparse expert: `revert` forgets it, `stash` keeps
-            it, and the entry resumes from it if it comes back. (A masked expert always keeps hidden values.)
+            batches, each weighted by its target tokens. A masked expert's score takes passes over four batches.
         seed: Seed of the batches and the random scores of each choice; the run's own (`seed_everything`) if not given.
         accumulator_mib: Memory for sums of gradients over several batches or micro-batches, in MiB. Layers beyond it
             take further passes over all batches; in a training step they choose at its first micro-batch.
-        scope: Within what entries compete: each weight keeps its own share (`layer`), or each transformer block
-            (`block`) or all weights together (`global`) keep theirs, wherever in them the scores are highest. How many
-            a weight keeps is then decided once, before the optimizer is made (for masked experts, at each choice).
-        block_score: A tile's, row's or column's score is the `sum` of its entries' scores, or their Euclidean `norm`.
-        avoid: Experts, or libraries of them, whose entries this expert leaves to them, so that supports overlap less.
-            Where that was measured, it did not make better merges (`docs/results/selection.md`).
-        penalty: Divide the scores by `1 + penalty * experts that keep the entry`, instead of excluding such entries.
         support: An expert whose support is used as it is, without a score, such as an earlier one of the same task.
     """
 
@@ -72,29 +61,17 @@ class MaskSchedule(ExportSchedule):
         score: Score | Callable[..., Any] | None = None,
         rule: Rule | None = None,
         batches: int | Literal["step"] = "step",
-        leavers: Literal["revert", "stash"] = "revert",
         seed: int | None = None,
         accumulator_mib: int = 1024,
-        scope: ScoreScope = "layer",
-        block_score: Literal["sum", "norm"] = "sum",
-        avoid: list[str] | str | None = None,
-        penalty: float | None = None,
         support: str | None = None,
     ) -> None:
         if batches != "step" and batches < 1:
             raise ValueError(f"batches={batches} must be at least 1, or 'step'")
-        if penalty is not None and (penalty <= 0 or not avoid):
-            raise ValueError(f"penalty={penalty} must be above 0, and takes effect only with experts to avoid")
-        if support is not None and (score or rule or avoid or scope != "layer"):
-            raise ValueError(f"support={support!r} is used as it is: give no score, rule, scope or avoid beside it")
+        if support is not None and (score or rule):
+            raise ValueError(f"support={support!r} is used as it is: give no score or rule beside it")
         self.score, self.rule, self.batches = score, rule, batches
-        self.scope, self.block_score, self.accumulator_mib = scope, block_score, accumulator_mib
-        self.avoid = [avoid] if isinstance(avoid, str) else list(avoid or [])
-        self.penalty, self.support = penalty, support
-        self.seed = seed_of_run(seed)
-        self.neighbours: list[StoredExpert] = []
+        self.seed, self.accumulator_mib, self.support = seed_of_run(seed), accumulator_mib, support
         self._is_listed = True
-        self.leavers = leavers
         self._start_afresh()
 
     @classmethod
@@ -105,9 +82,9 @@ class MaskSchedule(ExportSchedule):
         return schedule
 
     def _start_afresh(self) -> None:
-        self.selections = self.passes = self.peak_bytes = 0
+        self.selections = self.passes = 0
         self.seconds = 0.0
-        self._exchange = Exchange(self.leavers)
+        self._exchange = Exchange()
         self._last_position = -1
         self._step: StepChoice | None = None
         # Layers that got no gradient when they were due, and the position and the last one of that choice.
@@ -116,44 +93,27 @@ class MaskSchedule(ExportSchedule):
         self._settled: list[str] = []
 
     @property
-    def resizes(self) -> bool:
-        """Whether weights compete for the kept entries, or another expert gives the support."""
-        return self.scope != "layer" or self.support is not None
-
-    @property
     def scoring_batches(self) -> int:
         return 4 if self.batches == "step" else self.batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit, and open the experts to avoid, before anything is loaded."""
         if stage == "fit":
             self._start_afresh()
-            self.neighbours = open_neighbours(self.avoid)
 
-    def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> None:
-        """Choose the first supports here if that decides how many entries a weight keeps."""
-        check_base(self.neighbours, module.fingerprint, module.base)
+    def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> bool:
+        """Take the support of another expert, which decides how many entries a weight keeps."""
         layers = selectable_layers(module.model)
-        if self._last_position >= 0 or not layers:
-            return
-        packed = {name: layer for name, layer in layers.items() if layer.expert.packed is not None}
+        if self._last_position >= 0 or self.support is None or not layers:
+            return False
         if _settled(layers):
-            if self.support is not None:
-                log.warning("an earlier fit chose what the experts train, so support=%r has no effect", self.support)
-            # They keep their sizes and values.
-            return
-        if self.support is not None:
-            (other,) = open_experts([self.support])
-            check_base([other], module.fingerprint, module.base)
-            chosen = {name: shared_units(name, layer, other) for name, layer in layers.items()}
-        elif self.scope != "layer" and packed:
-            module.model.train().to(trainer.strategy.root_device)
-            chosen = self.choose(trainer, module, packed, 0, 1, resize=True)
-        else:
-            return
-        for name, units in chosen.items():
+            log.warning("an earlier fit chose what the experts train, so support=%r has no effect", self.support)
+            return False
+        (other,) = open_experts([self.support])
+        check_base([other], module.fingerprint, module.base)
+        for name, units in {name: shared_units(name, layer, other) for name, layer in layers.items()}.items():
             layers[name].expert.resize(layers[name].matrix, units)
         self._last_position = 0
+        return True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if a listed schedule has nothing to choose; refuse a rule that needs a dense start of sparse experts."""
@@ -186,18 +146,7 @@ class MaskSchedule(ExportSchedule):
             return
         self._last_position = position
         last = rule.last_update(scale * module.length.total_steps, scale * module.length.steps_per_epoch)
-        # A short training must not end with everything kept.
-        overdue = self.selections == 0 and position >= last
-        due = {}
-        for name, layer in layers.items():
-            rule = self._rule(layer.expert)
-            if name in self._settled:
-                # Its first choice, and its only one after a dense start, was made in an earlier fit.
-                is_due = position > 0 and not rule.needs_dense_start and rule.is_due(position, last)
-            else:
-                is_due = overdue or rule.is_due(position, last) if position else layer.expert.selects_at_start
-            if is_due:
-                due[name] = layer
+        due = {name: layer for name, layer in layers.items() if self._is_due(name, layer.expert, position, last)}
         within = {name: layer for name, layer in due.items() if self._in_step(layer.expert)}
         before = {name: layer for name, layer in due.items() if name not in within}
         if before:
@@ -209,29 +158,32 @@ class MaskSchedule(ExportSchedule):
             names, position, last = self._waiting
             within = {name: layers[name] for name in names}
         if within:
-            self._choose_in_step(trainer, within, position, last)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._step = StepChoice(
+                Choice(within, position, last, self.score, self.rule, self.seed),
+                trainer.accumulate_grad_batches,
+                self.accumulator_mib * 2**20,
+                partial(trainer.strategy.reduce, reduce_op="mean"),
+                partial(_agree, trainer.world_size),
+                scaler.get_scale() if scaler is not None and scaler.is_enabled() else None,
+            )
             self._begin_part(trainer, batch_idx)
+
+    def _is_due(self, name: str, expert: Selectable, position: int, last: int) -> bool:
+        rule = self._rule(expert)
+        if name in self._settled:
+            # Its first choice, and its only one after a dense start, was made in an earlier fit.
+            return position > 0 and not rule.needs_dense_start and rule.is_due(position, last)
+        if self.selections == 0 and position >= last:
+            # A short training must not end with everything kept.
+            return True
+        return rule.is_due(position, last) if position else expert.selects_at_start
 
     def _in_step(self, expert: Selectable) -> bool:
         """Return whether the next training step can give the statistic that an expert's choice needs."""
-        return (
-            self.batches == "step"
-            and expert.chooses_in_step
-            and self._rule(expert).unit == "optimizer_steps"
-            and self._selection().statistic(expert) in ("gradient", "squared_gradient")
-        )
-
-    def _choose_in_step(self, trainer: Trainer, layers: Layers, position: int, last: int) -> None:
-        memory = MemoryWatch(next(iter(layers.values())).matrix.device)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._step = StepChoice(
-            Choice(self._selection(), layers, memory, position, last),
-            trainer.accumulate_grad_batches,
-            self.accumulator_mib * 2**20,
-            partial(trainer.strategy.reduce, reduce_op="mean"),
-            partial(_agree, trainer.world_size),
-            scaler.get_scale() if scaler is not None and scaler.is_enabled() else None,
-        )
+        can = expert.chooses_in_step and self._rule(expert).unit == "optimizer_steps"
+        statistic = getattr(self.score or expert.score, "statistic", "gradient")
+        return self.batches == "step" and can and statistic != "none"
 
     def _begin_part(self, trainer: Trainer, batch_idx: int) -> None:
         if self._step is not None:
@@ -251,7 +203,6 @@ class MaskSchedule(ExportSchedule):
         seconds = step.seconds + time.perf_counter() - started
         say_done(trainer, f"chose what is trained in {len(chosen)} weights at step {trainer.global_step + 1}", seconds)
         self.seconds += seconds
-        self.peak_bytes = max(self.peak_bytes, choice.memory.most)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._step is not None:
@@ -262,39 +213,27 @@ class MaskSchedule(ExportSchedule):
         self.teardown(trainer, pl_module, "fit")
 
     def choose(
-        self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, last: int, resize: bool = False
+        self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, last: int
     ) -> dict[str, Tensor]:
         """Return the units that each layer is to keep, by the name of its weight, the same on every rank.
 
-        `position`, `last` and `resize` are as for `SupportSettings.choose`.
+        `position` and `last` are as for `Choice`.
         """
-        selection = self._selection()
-        started, memory = time.perf_counter(), MemoryWatch(next(iter(layers.values())).matrix.device)
+        choice, started = Choice(layers, position, last, self.score, self.rule, self.seed), time.perf_counter()
         done = f"chose what is trained in {len(layers)} weights before step {trainer.global_step + 1}"
         shown = activity(trainer, "choosing supports", done)
         with shown, torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             # Each rank draws dropout of its own.
             torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{trainer.global_rank}".encode()))
-            chosen, passes = selection.choose(
-                layers, lambda: self.scoring(trainer, module, position), memory, position, last, resize
-            )
+            self.passes += choose_by_passes(choice, lambda: self.scoring(trainer, module, position))
         self.selections += 1
-        self.passes += passes
         self.seconds += time.perf_counter() - started
-        self.peak_bytes = max(self.peak_bytes, memory.most)
-        return {name: _agree(trainer.world_size, units) for name, units in sorted(chosen.items())}
-
-    def _selection(self) -> SupportSettings:
-        return SupportSettings(
-            self.score, self.rule, self.scope, self.block_score == "norm", self.neighbours, self.penalty, self.seed
-        )
+        return {name: _agree(trainer.world_size, units) for name, units in sorted(choice.chosen.items())}
 
     def scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:
         """Return a scoring pass over this rank's batches for `position`, the same in every run."""
         source = datamodule_of(trainer)
         loader: Any = source.train_dataloader() if source is not None else trainer.train_dataloader
-        if loader is None:
-            raise ValueError(f"scope={self.scope!r} scores before training: give the rows as a LightningDataModule")
         sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             # No training comes to an epoch of this number, so the order is used by no epoch.
@@ -308,8 +247,7 @@ class MaskSchedule(ExportSchedule):
         return ScoringPass(module.loss, batches, shares, self.accumulator_mib * 2**20, mean_over_ranks)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(TrainedModule, pl_module)
-        shares = self.shares(module)
+        shares = self.shares(cast(TrainedModule, pl_module))
         if not shares:
             return
         times = "once" if self.selections == 1 else f"{self.selections} times"
@@ -317,8 +255,7 @@ class MaskSchedule(ExportSchedule):
             "chose trainable entries %s (%.1f s): %.2f %% kept, %.2f %% ever trained",
             *(times, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
         )
-        more = f"; a choice took up to {bytes_text(self.peak_bytes)} more memory" if self.peak_bytes else ""
-        log.info("the optimizer state takes %s%s", bytes_text(optimizer_bytes(trainer.optimizers)), more)
+        log.info("the optimizer state takes %s", bytes_text(optimizer_bytes(trainer.optimizers)))
 
     def is_exportable(self, module: TrainedModule) -> bool:
         experts = [layer.expert for layer in selectable_layers(module.model).values()]
@@ -334,14 +271,10 @@ class MaskSchedule(ExportSchedule):
         rule = self._rule(expert)
         scale = trainer.accumulate_grad_batches if rule.unit == "micro_batches" else 1
         last = rule.last_update(scale * length.total_steps, scale * length.steps_per_epoch)
-        positions = range(1, scale * length.total_steps)
-        choices = expert.selects_at_start + sum(rule.is_due(position, last) for position in positions)
+        choices = expert.selects_at_start + sum(rule.is_due(one, last) for one in range(1, scale * length.total_steps))
         # A dense start makes its first choice later than the steps that were measured.
-        first = round(self.seconds, 3) / self.selections if self.selections else self.scoring_batches * seconds
-        # Where weights compete, only the first choice takes passes; one in a step takes less than a pass over a batch.
-        cheaper = self.passes and any(self._in_step(layer.expert) for layer in layers.values())
-        later = min(first, seconds) if cheaper else first
-        return choices, min(choices, 1) * first + max(choices - 1, 0) * later
+        each = round(self.seconds, 3) / self.selections if self.selections else self.scoring_batches * seconds
+        return choices, choices * each
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
         experts = {name: layer.expert for name, layer in selectable_layers(module.model).items()}
@@ -353,32 +286,24 @@ class MaskSchedule(ExportSchedule):
         return {"kept": kept / total, "ever_trained": touched / total}
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
-        """Return what choices took, and how many experts to avoid keep a kept entry on average, the `overlap`."""
-        layers = selectable_layers(module.model)
-        if not layers:
+        if not selectable_layers(module.model):
             return {}
-        found: dict[str, float] = {"selections": self.selections, "selection_passes": self.passes}
-        found |= {"selection_seconds": round(self.seconds, 3), "selection_bytes": self.peak_bytes}
-        if self.neighbours:
-            kept = {name: layer.expert.support_units().long() for name, layer in layers.items()}
-            shared = sum(float(count_others(n, layers[n], self.neighbours)[units].sum()) for n, units in kept.items())
-            found["overlap"] = shared / max(sum(units.numel() for units in kept.values()), 1)
-        return found
+        counts = {"selections": self.selections, "selection_passes": self.passes}
+        return counts | {"selection_seconds": round(self.seconds, 3)}
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("selections", "seconds", "passes", "peak_bytes")}
-        moved = {"touched": dict(self._exchange.touched), "stash": dict(self._exchange.stash)}
+        counts = {name: getattr(self, name) for name in ("selections", "seconds", "passes")}
         places = {"last_position": self._last_position, "waiting": self._waiting, "settled": self._settled}
-        return counts | places | moved
+        return counts | places | {"touched": dict(self._exchange.touched)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in ("selections", "seconds", "passes", "peak_bytes"):
+        for name in ("selections", "seconds", "passes"):
             setattr(self, name, state_dict[name])
         self._last_position = state_dict["last_position"]
         # Version 1 had no layers that waited.
         self._waiting = state_dict.get("waiting", self._waiting)
         self._settled = state_dict.get("settled", [])
-        self._exchange.touched, self._exchange.stash = dict(state_dict["touched"]), dict(state_dict["stash"])
+        self._exchange.touched = dict(state_dict["touched"])
 
     def _rule(self, expert: Selectable) -> Rule:
         return self.rule or expert.rule
@@ -386,12 +311,12 @@ class MaskSchedule(ExportSchedule):
 
 def _settled(layers: Layers) -> list[str]:
     """Return the weights whose experts have moved, on a support of their own: a dense start is over, or had none."""
-    experts = {name: layer.expert for name, layer in layers.items()}
-    dense = [one for one in experts.values() if one.packed is None]
-    # It is decided for all together: a choice among all weights may leave everything to one of them.
-    over = sum(one.support_units().numel() for one in dense) < sum(one.units for one in dense)
-    moved = {name: one for name, one in experts.items() if over or one.packed is not None}
-    return [name for name, one in moved.items() if bool(one.unit_change().any())]
+    chosen = {
+        name: layer.expert
+        for name, layer in layers.items()
+        if layer.expert.packed is not None or layer.expert.support_units().numel() < layer.expert.units
+    }
+    return [name for name, expert in chosen.items() if bool(expert.unit_change().any())]
 
 
 def _agree(ranks: int, units: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ ask every schedule among `trainer.callbacks`, in the order of the list.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -53,24 +52,24 @@ class Schedule(Callback):
 
     A subclass does its work in the ordinary hooks of a Lightning callback (`on_train_batch_start` runs before every
     step), keeps its progress in `state_dict`, and forgets it in `setup` when another fit begins, which
-    `testing.check_callback` checks. It overrides those members below that it needs. One that decides what an expert
-    keeps of its training is an `ExportSchedule`.
+    `testing.check_callback` checks. It overrides those members below that it needs.
     """
 
-    @property
-    def resizes(self) -> bool:
-        """Whether trained parameters may have other sizes than the settings of their experts give.
-
-        A checkpoint of such a run gives its sizes to the experts that load it; any other checkpoint must have theirs.
-        """
-        return False
-
-    def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> None:
+    def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> bool:
         """Change the sizes of trained parameters, when the model is loaded and an optimizer does not exist yet.
 
         The module's `length` is not known here, nor whether a checkpoint will be loaded. If one is, it replaces the
-        values that are chosen here. A trainer that is given a LightningDataModule already has its rows.
+        values that are chosen here.
+
+        Returns:
+            Whether trained parameters may have other sizes than the settings of their experts give. A checkpoint of
+            such a run gives its sizes to the experts that load it; any other checkpoint must have theirs.
         """
+        return False
+
+    def is_exportable(self, module: TrainedModule) -> bool:
+        """Return whether this may be the best state; it may not while more is trained than the expert keeps."""
+        return True
 
     def expected_choices(
         self, trainer: Trainer, module: TrainedModule, length: TrainingLength, seconds: float
@@ -95,18 +94,6 @@ class Schedule(Callback):
         A name that ends in `_seconds` is the time between training steps.
         """
         return {}
-
-
-class ExportSchedule(Schedule):
-    """A schedule that decides what `ExportExpert` writes after a validation and at the end."""
-
-    def is_exportable(self, module: TrainedModule) -> bool:
-        """Return whether this may be the best state; it may not while more is trained than the expert keeps."""
-        return True
-
-    def exported(self, module: TrainedModule) -> AbstractContextManager[None]:
-        """Return a context in which the module holds the state to export instead of the state that it trains."""
-        return nullcontext()
 
 
 def experts_of(module: TrainedModule, kind: type[E], owner: str) -> dict[str, E]:
@@ -137,12 +124,3 @@ def seconds_between_steps(trainer: Trainer, module: TrainedModule) -> float:
     """Return how many seconds the schedules of a fit have taken between its steps."""
     costs = [schedule.costs(trainer, module) for schedule in callbacks_of(trainer, Schedule)]
     return sum(value for found in costs for name, value in found.items() if name.endswith("_seconds"))
-
-
-@contextmanager
-def exported_state(trainer: Trainer, module: TrainedModule) -> Iterator[None]:
-    """Let the module hold the state that all schedules of a fit export."""
-    with ExitStack() as stack:
-        for schedule in callbacks_of(trainer, ExportSchedule):
-            stack.enter_context(schedule.exported(module))
-        yield

@@ -215,11 +215,8 @@ def _costs(costs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "optimizer", f"{bytes_text(costs['optimizer_bytes'])} of state"
     if costs.get("selections"):
         passes, seconds = costs["selection_passes"], costs["selection_seconds"]
-        held = f"at most {bytes_text(costs['selection_bytes'])} more memory in use than before"
         times = "once" if costs["selections"] == 1 else f"{costs['selections']} times"
-        yield "selection", f"{times}, {passes} passes, {seconds:.3g} s, {held}"
-    if "overlap" in costs:
-        yield "overlap", f"of the experts to avoid, {costs['overlap']:.3g} keep an entry that is kept here, on average"
+        yield "selection", f"{times}, {passes} passes, {seconds:.3g} s"
 
 
 def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

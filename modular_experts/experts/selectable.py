@@ -69,14 +69,9 @@ class Selectable(Expert):
         """Number of kept units: by the keep ratio, rounded down but at least one, until `resize`."""
         return self._kept_units
 
-    def unit_scores(self, scores: Tensor, norm: bool = False) -> Tensor:
-        """Return one score per unit `(units,)` from one per entry `(out, in)`: the sum of its entries' scores.
-
-        With `norm`, a tile gets their Euclidean norm instead.
-        """
-        if self.tile == (1, 1):
-            return scores.reshape(-1)
-        return tile_sums(scores.square(), self.tile).sqrt() if norm else tile_sums(scores, self.tile)
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """Return one score per unit `(units,)` from one per entry `(out, in)`: the sum of its entries' scores."""
+        return scores.reshape(-1) if self.tile == (1, 1) else tile_sums(scores, self.tile)
 
     @abstractmethod
     def support_units(self) -> Tensor:
@@ -130,16 +125,10 @@ class Probe:
     Attributes:
         receive: Called with the weight's gradient `(out, in)`.
         leaf: A scalar that requires a gradient, so that backward reaches the layer even if its input needs none.
-        shift: Added to the weight while the probe is set, `(out, in)`, if given.
     """
 
     receive: Callable[[Tensor], None]
     leaf: Tensor
-    shift: Tensor | None = None
-
-    def shifted(self, weight: Tensor) -> Tensor:
-        """Return the weight that the scoring pass computes with."""
-        return weight if self.shift is None else weight + self.shift
 
 
 class _ProbedLinear(torch.autograd.Function):
@@ -147,11 +136,11 @@ class _ProbedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, leaf, probe):
         ctx.save_for_backward(x, weight)
         ctx.probe = probe
-        return F.linear(x, probe.shifted(weight), bias)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         ctx.probe.receive((flat.T @ x.reshape(-1, x.shape[-1])).to(torch.promote_types(flat.dtype, torch.float32)))
-        return grad @ ctx.probe.shifted(weight), None, None, grad.new_zeros(()), None
+        return grad @ weight, None, None, grad.new_zeros(()), None

@@ -13,12 +13,11 @@ from modular_experts.masks.scores import (
     FisherInformation,
     GradientMagnitude,
     GradientStatistic,
-    GraSP,
     RandomScore,
     Score,
     WeightMagnitude,
 )
-from modular_experts.masks.top_k import StreamingTopK, kth_highest, top_k
+from modular_experts.masks.top_k import kth_highest, top_k
 
 __all__ = [
     "SNIP",
@@ -26,7 +25,6 @@ __all__ = [
     "ConnectionSensitivity",
     "DenseThenSparse",
     "FisherInformation",
-    "GraSP",
     "GradientMagnitude",
     "GradientStatistic",
     "GrowAndDrop",
@@ -35,7 +33,6 @@ __all__ = [
     "Rule",
     "Score",
     "SelectOnce",
-    "StreamingTopK",
     "WeightMagnitude",
     "kth_highest",
     "top_k",

@@ -4,7 +4,7 @@ A score gets the weight, its delta and the *statistic* of the loss's gradient th
 gradient, delta) serves too.
 
 Sources: the paper (arXiv 2507.07140) for `ConnectionSensitivity`; SNIP (arXiv 1810.02340); FISH masks (arXiv
-2111.09839) for `FisherInformation`; GraSP (arXiv 2002.07376); LT-SFT (arXiv 2110.07560) for `ChangeMagnitude`.
+2111.09839) for `FisherInformation`; LT-SFT (arXiv 2110.07560) for `ChangeMagnitude`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 
-GradientStatistic = Literal["gradient", "squared_gradient", "curvature", "none"]
-"""What a score gets: the mean gradient g over the scoring batches, the mean of the squares of the batches' gradients,
-the Hessian times g, or zeros, which cost no scoring pass.
-"""
+GradientStatistic = Literal["gradient", "squared_gradient", "none"]
+"""What a score gets: the mean gradient over the scoring batches, the mean of the squares of the batches' gradients, or
+zeros, which cost no scoring pass."""
 
 
 class Score(ABC):
@@ -86,20 +85,6 @@ class FisherInformation(Score):
 
     def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
         return gradient
-
-
-@dataclass(frozen=True)
-class GraSP(Score):
-    """`w * (H g)`: the entries whose removal would weaken the gradient's flow most (Wang et al.).
-
-    The Hessian's product with the gradient of all scored weights is a difference of two gradients, so it needs three
-    passes over the batches, two copies of that gradient, and a base in float32.
-    """
-
-    statistic: ClassVar[GradientStatistic] = "curvature"
-
-    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
-        return weight.to(gradient.dtype) * gradient
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from modular_experts.deltas.tiles import index_dtype, true_places
-from modular_experts.native.sparse_passes import NAN, exchanged_slots, find_at_least
+from modular_experts.deltas.tiles import true_places
+from modular_experts.native.sparse_passes import exchanged_slots, find_at_least
 
 _BINS = 2**16
 _SAMPLED = 61  # one score in 61 is in the sample; a prime, so that the columns of a weight take turns
@@ -94,57 +94,6 @@ def kth_highest(scores: Tensor, k: int) -> Tensor:
     return _smallest_of(torch.cat(chunks), k - better)
 
 
-class StreamingTopK:
-    """Finds the k highest scores of several weights, each seen once, in any order.
-
-    Args:
-        k: How many to keep over all weights.
-    """
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.limit = int(1.25 * k) + _BINS
-        """Number of candidates above which they are thinned out."""
-        self._counts: Tensor | None = None
-        self._candidates: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def add(self, name: str, scores: Tensor) -> None:
-        """Take the scores of one weight, of any shape.
-
-        Raises:
-            ValueError: A score is not a number.
-        """
-        flat = scores.reshape(-1)
-        if flat.isnan().any():
-            raise ValueError(NAN)
-        counts = _histogram(flat)
-        self._counts = counts if self._counts is None else self._counts + counts.to(self._counts.device)
-        bound, chunks = _lower_bound(self._counts, self.k), enumerate(flat.split(_CHUNK))
-        parts = [(chunk.to(torch.float32) >= bound).nonzero().view(-1) + n * _CHUNK for n, chunk in chunks]
-        places = torch.cat(parts).to(index_dtype(flat.shape))
-        self._candidates[name] = (places, flat[places])
-        if self.held > self.limit:
-            for other, (those, held) in self._candidates.items():
-                stay = held.to(torch.float32) >= bound
-                self._candidates[other] = (those[stay], held[stay])
-
-    @property
-    def held(self) -> int:
-        """Number of candidates held."""
-        return sum(places.numel() for places, _ in self._candidates.values())
-
-    def finish(self) -> dict[str, Tensor]:
-        """Return the kept flat indices of each weight, sorted; ties go to the first name, then to the lowest index."""
-        names = sorted(self._candidates)
-        if not names:
-            return {}
-        kept = top_k(torch.cat([self._candidates[name][1] for name in names]), self.k)
-        ends = torch.tensor([self._candidates[name][0].numel() for name in names]).cumsum(0)
-        parts = kept.long().tensor_split(torch.searchsorted(kept.long().cpu(), ends[:-1]))
-        starts = [0, *ends[:-1].tolist()]
-        return {n: self._candidates[n][0][part - start] for n, part, start in zip(names, parts, starts, strict=True)}
-
-
 def _smallest_of(candidates: Tensor, k: int) -> Tensor:
     """Return the smallest of the k highest numbers."""
     # On the CPU numpy's partition is five times faster than torch's top-k.
@@ -171,14 +120,3 @@ def _upper(scores: Tensor) -> Tensor:
 def _upper_bits(place: int) -> int:
     """Return the upper bits of a bin's numbers; bins go up from 0 for positive, down from -1 for negative."""
     return place if place >= 0 else (place ^ 0x7FFF)
-
-
-def _lower_bound(counts: Tensor, k: int) -> float:
-    """Return the lower edge of the highest bin such that it and the bins above hold at least k scores."""
-    above = counts.flip(0).cumsum(0)
-    reached = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
-    place = max(_BINS // 2 - 1 - reached, -_BINS // 2)
-    bits = _upper_bits(place) << 16 | (0 if place >= 0 else 0xFFFF)
-    bound = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
-    # The bin of minus infinity reaches into the bit patterns of NaN.
-    return -math.inf if math.isnan(bound) else bound

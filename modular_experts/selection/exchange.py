@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.masks.top_k import ascending
 from modular_experts.native.sparse_passes import carried
-from modular_experts.selection.scoring import SelectableLayer
+from modular_experts.selection.choice import SelectableLayer
 
 
 class Exchange:
-    """Moves experts from one support to the next, and remembers the units that left and those that were trained.
+    """Moves experts from one support to the next, and remembers the units that were trained."""
 
-    Args:
-        leavers: What becomes of the value of a unit that leaves a packed expert: `revert` forgets it, `stash` keeps it,
-            and the unit resumes from it when it comes back.
-    """
-
-    def __init__(self, leavers: Literal["revert", "stash"] = "revert") -> None:
-        self.leavers = leavers
+    def __init__(self) -> None:
         self.touched: dict[str, Tensor] = {}
         """The units of each weight that were trained and left; some may be back, or in it more than once."""
-        self.stash: dict[str, tuple[Tensor, Tensor]] = {}
-        """The units of each weight that left, and their values."""
 
     def move(
         self,
@@ -52,15 +43,11 @@ class Exchange:
                 gradient moves along, and a newcomer's gradient starts from zero.
         """
         expert = layer.expert
-        packed = expert.packed
-        # Copies, for the expert changes its support and values in place.
+        # A copy, for the expert changes its support in place.
         before = expert.support_units().clone()
-        values = packed.detach().clone() if packed is not None and self.leavers == "stash" else None
         slots, gone = expert.reselect(layer.matrix, units)
-        left = before[gone]
-        earlier = self.touched.get(name, left[:0])
-        # What is there before the first step was not trained.
-        touched = torch.cat([earlier.to(left), left]) if trained else left[:0].clone()
+        left = before[gone] if trained else before[:0]
+        touched = torch.cat([self.touched.get(name, left[:0]).to(left), left]) if trained else left
         # A unit may leave many times, and sorting at each choice would take as long as the choice.
         self.touched[name] = touched if touched.numel() <= 4 * before.numel() else touched.unique()
         if rewind:
@@ -68,24 +55,12 @@ class Exchange:
             for optimizer in optimizers:
                 for parameter in expert.parameters():
                     optimizer.state.pop(parameter, None)
-        if packed is None:
+        if (packed := expert.packed) is None:
             return
         for optimizer in optimizers:
             carry_state(optimizer.state.get(packed, {}), packed, slots)
         if packed.grad is not None and not graded:
             packed.grad.copy_(carried(packed.grad, slots))
-        if values is not None:
-            # Put the values of the leavers aside, and give newcomers that were here before theirs back.
-            now = expert.support_units()
-            aside, kept = self.stash.get(name, (left[:0], values[:0]))
-            # The stash of a resumed run comes from the CPU.
-            aside, kept = torch.cat([aside.to(left), left]), torch.cat([kept.to(values), values[gone]])
-            back = torch.isin(aside, now)
-            with torch.no_grad():
-                packed[torch.searchsorted(now, aside[back])] = kept[back]
-            self.stash[name] = (aside[~back], kept[~back])
-            if isinstance(expert, InPlaceExpert):
-                expert.write(layer.matrix)
 
     def ever_trained(self, name: str, expert: Selectable) -> Tensor:
         """Return the units `(k,)` of a weight that are trained now or were trained at any time, sorted."""

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from modular_experts.deltas.tiles import gather_tiles
 from modular_experts.kernels import KeptGradient
-from modular_experts.selection.choice import Choice
-from modular_experts.selection.scoring import SelectableLayer
+from modular_experts.selection.choice import Choice, SelectableLayer
 
 
 class StepChoice:
@@ -73,7 +72,7 @@ class StepChoice:
         """
         for layer in self.choice.layers.values():
             layer.expert.chooser = None
-        chosen = self.choice.finish()
+        chosen = self.choice.chosen
         return chosen, [name for name in self.choice.layers if name not in chosen]
 
 
@@ -94,9 +93,6 @@ class _Chooser(KeptGradient):
         if self.kernel is not None:
             return self.kernel.gradient(self.kernel.saved(x), grad)
         started, step = time.perf_counter(), self.step
-        if not step.seconds:
-            # The activations of the forward pass are the training's memory, not the choice's.
-            step.choice.memory.restart()
         gradient = (grad.T @ x).to(torch.promote_types(grad.dtype, torch.float32))
         if self.sums:
             self.total = gradient if self.total is None else self.total.add_(gradient)
@@ -119,7 +115,7 @@ class _Chooser(KeptGradient):
         # Scores get the mean gradient of the micro-batches, as if the loss had no factor.
         factor = step.parts / (step.part if self.sums else 1) / (step.loss_scale or 1.0)
         statistic, version = gradient if factor == 1 else gradient * factor, gradient._version
-        if choice.selection.statistic(self.layer.expert) == "squared_gradient":
+        if choice.statistic(self.layer.expert) == "squared_gradient":
             statistic = statistic.square()
         device = self.layer.matrix.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -28,7 +28,6 @@ from modular_experts.callbacks.schedule import (
     Schedule,
     TrainingLength,
     callbacks_of,
-    exported_state,
     seconds_between_steps,
 )
 from modular_experts.data import Batch, TaskMixture
@@ -133,7 +132,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         seconds=seconds,
         bytes=parts,
         peak=sum(parts.values()),
-        on_disk=_on_disk(module, short),
+        on_disk=_on_disk(module),
         places=_places(trainer),
     )
 
@@ -361,9 +360,8 @@ def _validations(trainer: Trainer, data: TaskMixture, length: TrainingLength, ba
     return length.total_steps * trainer.accumulate_grad_batches // every
 
 
-def _on_disk(module: ExpertModule, trainer: Trainer) -> int:
-    with exported_state(trainer, module):
-        stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta).values()]
+def _on_disk(module: ExpertModule) -> int:
+    stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta).values()]
     return sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values()))
 
 

@@ -190,8 +190,7 @@ class ExpertModule(EvaluatedModule):
         source_of(trainer).fit_context(context_length(self.model))
         if trainer is not None and trainer.state.fn == "fit" and self.has_experts:
             for schedule in callbacks_of(trainer, Schedule):
-                schedule.before_optimizers(trainer, self)
-                self._resized |= schedule.resizes
+                self._resized |= bool(schedule.before_optimizers(trainer, self))
 
     def _load(self) -> None:
         self.applied_experts = loading.open_applied(self.applied, self.has_experts)

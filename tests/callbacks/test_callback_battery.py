@@ -12,16 +12,14 @@ import torch
 from testbed import runs
 
 from modular_experts.callbacks import (
-    AverageStates,
     EvenValidation,
     ExportExpert,
-    GradientMask,
     LogProgress,
     MaskSchedule,
     Schedule,
     TrainUnderOthers,
 )
-from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import DenseThenSparse, GrowAndDrop, Reselect
@@ -30,11 +28,9 @@ from modular_experts.testing import check_callback
 DROPOUT = partial(LoRAExpert, rank=2, dropout=0.3)
 CASES: dict[str, tuple[Callable, Callable]] = {
     "mask": (MaskSchedule, SparseExpert),
-    "mask-stash": (partial(MaskSchedule, rule=Reselect(every=1, until=1.0), leavers="stash"), SparseExpert),
-    "mask-global": (partial(MaskSchedule, scope="global", rule=GrowAndDrop(every=3, until=0.9)), SparseExpert),
+    "mask-passes": (partial(MaskSchedule, batches=2, rule=GrowAndDrop(every=3, until=0.9)), SparseExpert),
     "mask-masked": (partial(MaskSchedule, rule=Reselect(every=1)), MaskedExpert),
     "mask-dense": (partial(MaskSchedule, rule=DenseThenSparse(0.3, rewind=True)), MaskedExpert),
-    "averages": (partial(AverageStates, share=0.8), DROPOUT),
     "validation": (partial(EvenValidation, times=2), DROPOUT),
 }
 
@@ -59,9 +55,8 @@ def library(tmp_path_factory, tiny_llama_dir, task_files) -> Path:
     [
         (partial(MaskSchedule, support="a"), SparseExpert),
         (partial(TrainUnderOthers, others="a", count=1), SparseExpert),
-        (partial(GradientMask, masks="a"), FullExpert),
     ],
-    ids=["support", "others", "gradient-mask"],
+    ids=["support", "others"],
 )
 def test_so_does_one_that_reads_a_library(kind, expert, library, tiny_llama_dir) -> None:
     (setting,) = (name for name, value in kind.keywords.items() if value == "a")

@@ -152,26 +152,6 @@ def test_a_newcomer_starts_at_the_base_with_zero_moments(tiny_llama_dir, task_fi
         assert torch.equal(layer.weight.reshape(-1)[outside], wanted[outside])
 
 
-def test_stashed_values_come_back() -> None:
-    expert = SparseExpert(torch.zeros(4, 4), keep_ratio=0.25)
-    weight, exchange = torch.zeros(4, 4), Exchange("stash")
-    expert.reselect(weight, torch.tensor([0, 1, 2, 3]))
-    with torch.no_grad():
-        expert.values.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-
-    layer = SimpleNamespace(matrix=weight, expert=expert)
-    exchange.move("w", layer, torch.tensor([1, 3, 8, 9]), [])
-    assert expert.values.tolist() == [2.0, 4.0, 0.0, 0.0]
-    assert weight.view(-1)[[0, 1, 2, 3]].tolist() == [0.0, 2.0, 0.0, 4.0]  # the leavers are hidden
-    exchange.move("w", layer, torch.tensor([0, 1, 2, 8]), [])
-    assert expert.values.tolist() == [1.0, 2.0, 3.0, 0.0]
-    assert weight.view(-1)[[0, 1, 2, 3]].tolist() == [1.0, 2.0, 3.0, 0.0]
-    with torch.no_grad():
-        expert.values[0] = 5.0
-    exchange.move("w", layer, torch.tensor([0, 1, 2, 3]), [])
-    assert expert.values.tolist() == [5.0, 2.0, 3.0, 4.0]  # what stays keeps what it learned since it came back
-
-
 def test_units_that_leave_again_and_again_are_kept_in_mind_once() -> None:
     expert, exchange = SparseExpert(torch.zeros(4, 4), keep_ratio=0.125), Exchange()
     layer = SimpleNamespace(matrix=torch.zeros(4, 4), expert=expert)

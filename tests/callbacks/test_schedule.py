@@ -21,12 +21,11 @@ SPARSE = partial(SparseExpert, keep_ratio=0.1)
 class Halve(Schedule):
     """Halves the number of kept entries before the optimizer is made."""
 
-    resizes = True
-
-    def before_optimizers(self, trainer, module) -> None:
+    def before_optimizers(self, trainer, module) -> bool:
         assert not trainer.optimizers
         for _, layer in expert_layers(module.model):
             layer.expert.resize(layer.matrix, torch.arange(layer.expert.kept_units // 2))
+        return True
 
     def shares(self, module) -> dict[str, float]:
         return {"halved": 0.5}

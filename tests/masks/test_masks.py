@@ -16,14 +16,12 @@ from modular_experts.masks import (
     DenseThenSparse,
     FisherInformation,
     GradientMagnitude,
-    GraSP,
     GrowAndDrop,
     RandomScore,
     Reselect,
     SelectOnce,
     WeightMagnitude,
 )
-from modular_experts.selection.avoid import crowded, refuse_too_few
 
 
 def test_scores_are_their_formulas() -> None:
@@ -37,7 +35,6 @@ def test_scores_are_their_formulas() -> None:
         ConnectionSensitivity("negative"): -change * gradient,
         ConnectionSensitivity("absolute"): np.abs(change * gradient),
         FisherInformation(): gradient,  # the statistic is squared already
-        GraSP(): weight * gradient,  # the statistic is the Hessian's product
         WeightMagnitude(): np.abs(weight),
         WeightMagnitude(smallest=True): -np.abs(weight),
         ChangeMagnitude(): np.abs(change),
@@ -50,7 +47,6 @@ def test_scores_name_the_statistic_that_their_formula_needs() -> None:
     wanted = {
         "gradient": [GradientMagnitude(), SNIP(), ConnectionSensitivity()],
         "squared_gradient": [FisherInformation()],
-        "curvature": [GraSP()],
         "none": [WeightMagnitude(), ChangeMagnitude(), RandomScore()],
     }
     assert {name: [score.statistic for score in scores] for name, scores in wanted.items()} == {
@@ -60,10 +56,9 @@ def test_scores_name_the_statistic_that_their_formula_needs() -> None:
 
 def test_a_score_of_a_half_precision_weight_has_the_gradients_precision() -> None:
     weight, gradient = torch.tensor([[1.5, -3.0]], dtype=torch.bfloat16), torch.tensor([[1.0 + 2**-20, 2.0]])
-    scores = {score: score(weight, gradient, Dense(gradient)) for score in (SNIP(), GraSP(), WeightMagnitude())}
+    scores = {score: score(weight, gradient, Dense(gradient)) for score in (SNIP(), WeightMagnitude())}
     assert {tensor.dtype for tensor in scores.values()} == {torch.float32}
     assert scores[SNIP()].tolist() == [[1.5 + 1.5 * 2**-20, 6.0]]
-    assert scores[GraSP()].tolist() == [[1.5 + 1.5 * 2**-20, -6.0]]
     assert scores[WeightMagnitude()].tolist() == [[1.5, 3.0]]
 
 
@@ -100,38 +95,13 @@ def test_grow_and_drop_with_nothing_outside_keeps_all() -> None:
 
 
 def test_grow_and_drop_exchanges_no_more_than_there_are_candidates() -> None:
-    """What other experts keep scores minus infinity; a support never grows into it, and never shrinks."""
+    """A score may exclude entries by minus infinity; a support never grows into them, and never shrinks."""
     scores = torch.tensor([-math.inf, 5.0, -math.inf, -math.inf, 1.0, 1.0, 1.0, 1.0])
     kept, change = torch.tensor([4, 5, 6, 7]), torch.tensor([4.0, 3.0, 2.0, 1.0])
     rule = GrowAndDrop(every=1, until=1.0, replace=1.0)
     assert rule.choose(scores, 4, kept, change, step=1, last=10**9).tolist() == [1, 4, 5, 6]
     scores[1] = -math.inf
     assert rule.choose(scores, 4, kept, change, step=1, last=10**9).tolist() == [4, 5, 6, 7]
-
-
-def test_grow_and_drop_of_an_empty_support_keeps_it_empty() -> None:
-    """As a weight may have it after a choice among all weights."""
-    nothing = torch.empty(0, dtype=torch.int32)
-    assert GrowAndDrop().choose(torch.rand(6), 0, nothing, torch.empty(0), 3, 10).tolist() == []
-
-
-def test_crowded_scores_are_divided_where_positive_and_multiplied_where_negative() -> None:
-    scores, others = np.array([3.0, -3.0, 0.0, 2.0, -2.0, 5.0]), np.array([2.0, 2.0, 4.0, 0.0, 0.0, 0.25])
-    found = crowded(torch.tensor(scores), torch.tensor(others), penalty=0.5)
-    wanted = [3.0 / 2, -3.0 * 2, 0.0, 2.0, -2.0, 5.0 / 1.125]
-    np.testing.assert_array_equal(found.numpy(), wanted)
-    assert (found.numpy() <= scores).all(), "no entry gains by company"
-
-
-def test_without_a_penalty_what_others_keep_even_in_part_is_out_of_the_question() -> None:
-    scores, others = torch.tensor([9.0, -1.0, 8.0, 0.0]), torch.tensor([1.0, 0.0, 0.004, 0.0])
-    assert crowded(scores, others, None).tolist() == [-math.inf, -1.0, -math.inf, 0.0]
-
-
-def test_too_few_free_units_are_refused_and_just_enough_are_not() -> None:
-    refuse_too_few(free=5, units=9, k=5)
-    with pytest.raises(ValueError, match=r"leave 1,234 of 56,789 units free, and 1,235 are to be kept; avoid fewer"):
-        refuse_too_few(free=1234, units=56789, k=1235)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modular_experts.masks import GrowAndDrop, StreamingTopK, top_k
+from modular_experts.masks import GrowAndDrop, top_k
 from modular_experts.masks.top_k import _CHUNK, top_k_outside
 from modular_experts.native.sparse_passes import LEAST, carried, exchanged_slots
 
@@ -49,37 +49,6 @@ def test_chunks_do_not_show() -> None:
     scores = torch.randn(2 * _CHUNK + 3, generator=draw)
     wanted = scores.sort(descending=True, stable=True).indices[:1000].sort().values
     assert torch.equal(top_k(scores, 1000).long(), wanted)
-
-
-@pytest.mark.parametrize("choose", [lambda scores: top_k(scores, 1), lambda scores: StreamingTopK(1).add("a", scores)])
-def test_what_has_no_order_is_refused(choose) -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        choose(torch.tensor([1.0, math.nan]))
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.lists(numbers, min_size=1, max_size=9), min_size=1, max_size=6), st.integers(0, 60), dtypes, st.data()
-)
-def test_streaming_is_one_sort_of_everything_in_the_order_of_names(weights, k, dtype, data) -> None:
-    scores = {f"w{number}": torch.tensor(values, dtype=dtype) for number, values in enumerate(weights)}
-    stream = StreamingTopK(k)
-    stream.limit = k  # thin out at every step
-    for name in data.draw(st.permutations(sorted(scores))):
-        stream.add(name, scores[name])
-    flat = [(name, place) for name in sorted(scores) for place in range(scores[name].numel())]
-    kept = [flat[place] for place in _sorted_by_hand(torch.cat([scores[n] for n in sorted(scores)]).tolist(), k)]
-    found = stream.finish()
-    assert [(name, place) for name in sorted(found) for place in found[name].tolist()] == kept
-
-
-def test_streaming_holds_little_more_than_k() -> None:
-    draw, k = torch.Generator().manual_seed(0), 100_000
-    stream = StreamingTopK(k)
-    for number in range(40):
-        stream.add(f"{number:02}", torch.randn(50_000, generator=draw).abs() * (1 + number % 7))
-        assert stream.held <= 1.3 * k + 2**16
-    assert sum(places.numel() for places in stream.finish().values()) == k
 
 
 SIZE = 8 * LEAST + 5

@@ -18,16 +18,15 @@ from modular_experts.injection import expert_layers, inject
 from modular_experts.masks import (
     SNIP,
     FisherInformation,
-    GraSP,
     GrowAndDrop,
     RandomScore,
     Reselect,
     SelectOnce,
     top_k,
 )
-from modular_experts.selection.choice import Choice, SupportSettings
+from modular_experts.selection.choice import Choice, selectable_layers
 from modular_experts.selection.from_step import StepChoice
-from modular_experts.selection.scoring import MemoryWatch, ScoringPass, selectable_layers
+from modular_experts.selection.scoring import ScoringPass
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 KINDS = {
@@ -198,8 +197,7 @@ def test_newcomers_start_without_moments_and_move_in_the_step_that_chose_them(
     [
         (SPARSE, {"score": FisherInformation()}, 0),
         (SPARSE, {"score": RandomScore()}, 0),
-        (SPARSE, {"score": GraSP()}, 3 * 3 * 4),  # three choices of three passes over four batches
-        (SPARSE, {"scope": "global"}, 4),  # only the first choice, before the optimizer is made
+        (SPARSE, {"batches": 4}, 3 * 4),  # three choices over four batches
         (partial(MaskedExpert, keep_ratio=0.1), {"rule": Reselect(every=2, until=1.0)}, 4 * 2),
     ],
 )
@@ -290,8 +288,7 @@ def _small_choice(**settings: Any) -> tuple[torch.nn.Module, StepChoice]:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     inject(model, SPARSE, ".*")
     layers = selectable_layers(model)
-    choice = Choice(SupportSettings(**settings), layers, MemoryWatch(torch.device("cpu")), 0, 10)
-    step = StepChoice(choice)
+    step = StepChoice(Choice(layers, 0, 10, **settings))
     step.next_part(True)
     return model, step
 

@@ -15,7 +15,8 @@ from modular_experts.callbacks import MaskSchedule
 from modular_experts.data.batch import Collator, Example, Tokens
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers, inject
-from modular_experts.selection.scoring import ScoringPass, selectable_layers
+from modular_experts.selection.choice import selectable_layers
+from modular_experts.selection.scoring import ScoringPass
 
 BATCHES = [torch.arange(start, start + 24).view(2, 12) % 90 + 3 for start in (0, 30, 55)]
 PATTERN = r".*\.(q_proj|down_proj)"
@@ -123,68 +124,6 @@ def test_a_gradient_is_averaged_over_ranks_before_it_is_squared() -> None:
     wanted = _dense_gradients(BATCHES[:1])
     for name in layers:
         torch.testing.assert_close(found[name], wanted[name] ** 2 / 4, rtol=1e-3, atol=1e-10)
-
-
-class Double(torch.nn.Module):
-    """A GPT-2 with a loss in its own dtype: transformers takes losses, and the norms of Llama, in float32."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model = conftest.build_model("gpt2").to(dtype)
-        self.model.set_attn_implementation("eager")  # only that can be differentiated twice
-
-    def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=ids).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def _curvature(kind: partial, dtype: torch.dtype, train: bool = False, step: float = 0.03) -> dict[str, torch.Tensor]:
-    probed = Double(dtype).train(train)
-    inject(probed.model, kind, conftest.TARGETS["gpt2"])
-    layers = selectable_layers(probed.model)
-    before, found = {name: tensor.clone() for name, tensor in probed.state_dict().items()}, {}
-    torch.manual_seed(3)
-    ScoringPass(probed.loss, BATCHES, curvature_step=step).curvature(layers, found.__setitem__)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in probed.state_dict().items())
-    assert all(layer.expert.probe is None for layer in layers.values())
-    return found
-
-
-def _exact_curvature(train: bool = False) -> dict[str, torch.Tensor]:
-    """Return the Hessian's product with the mean gradient of all layers together, as experts see it, `(out, in)`."""
-    dense = Double(torch.float64).train(train)
-    names = [name for name, _ in _targets(dense.model)]
-    weights = [dense.model.get_parameter(name) for name in names]
-    torch.manual_seed(3)
-    loss = sum(dense.loss(ids) for ids in BATCHES) / len(BATCHES)
-    gradients = torch.autograd.grad(loss, weights, create_graph=True)
-    products = torch.autograd.grad(gradients, weights, [gradient.detach() for gradient in gradients])
-    return {name: product.T for name, product in zip(names, products, strict=True)}
-
-
-def _targets(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(n, p) for n, p in model.named_parameters() if n.endswith(("c_attn.weight", "c_proj.weight"))]
-
-
-def _error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """Return how far products are from the exact ones, in the norm over all layers."""
-    assert found.keys() == wanted.keys()
-    far = sum(float((found[name].double() - wanted[name]).square().sum()) for name in wanted)
-    return (far / sum(float(exact.square().sum()) for exact in wanted.values())) ** 0.5
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype", "tolerance"), [(KINDS[0], torch.float64, 5e-6), (KINDS[1], torch.float32, 5e-4)]
-)
-def test_curvature_is_the_hessians_product_with_the_gradient_of_all_layers(
-    kind: partial, dtype: torch.dtype, tolerance: float
-) -> None:
-    found = _curvature(kind, dtype)
-    wanted = _exact_curvature()
-    assert len(found) == 6
-    assert _error(found, wanted) < tolerance
-    for name, exact in wanted.items():
-        assert _error({name: found[name]}, {name: exact}) < 5 * tolerance
 
 
 def _rows() -> list[Example]:

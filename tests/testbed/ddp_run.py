@@ -28,7 +28,7 @@ from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
-from modular_experts.masks import ConnectionSensitivity, FisherInformation, GraSP, GrowAndDrop, Reselect, Score
+from modular_experts.masks import ConnectionSensitivity, FisherInformation, GrowAndDrop, Reselect
 from modular_experts.training.module import ExpertModule
 
 FEW_ROWS = ("molora", "point-lora")
@@ -75,11 +75,11 @@ class Watch(Callback):
             self.synchronised_buffers = len(wrapped.modules_buffers)
 
 
-def choose_among_all(folder: Path, base: Path, files: dict[str, Path], ranks: int, score: Score) -> dict:
-    """Train a few steps with supports chosen among all weights; return supports after each, values and passes."""
+def choose_by_passes(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
+    """Train a few steps with supports chosen by extra passes; return supports after each, values and passes."""
     seed_everything(ranks, verbose=False)
     rule = GrowAndDrop(every=2, until=1.0, replace=0.4)
-    watch, schedule = Watch(), MaskSchedule(score=score, rule=rule, batches=2, seed=0, scope="global")
+    watch, schedule = Watch(), MaskSchedule(FisherInformation(), rule, batches=2, seed=0)
     module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64")
     trainer = runs.trainer(folder, watch, schedule, max_steps=3, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
     trainer.fit(module, runs.mixture(files, base, seed=0))
@@ -208,8 +208,7 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
         rest, again = prepare(folder, base, ranks, enable_checkpointing=False, use_distributed_sampler=False)
         again.fit(rest, runs.mixture(files, base, seed=0), ckpt_path=folder / "step=4.ckpt")
         found["resumed"] = values(rest)
-    for score in (FisherInformation(), GraSP()):
-        found[type(score).__name__] = choose_among_all(folder, base, files, ranks, score)
+    found["passes"] = choose_by_passes(folder, base, files, ranks)
     for parts, mib in STEPS:
         found[f"step {parts} {mib}"] = choose_in_steps(folder, base, files, ranks, parts, mib)
     for name, plan in PLANS.items():

@@ -72,22 +72,6 @@ def test_choices_and_validations_are_counted_as_the_fit_makes_them(
     assert found.rates == [expert.learning_rate]
 
 
-def test_only_the_first_choice_among_all_weights_takes_passes(tiny_llama_dir, task_files, tmp_path, monkeypatch):
-    """Four seconds for its four passes; the four later ones, within steps, take at most a step each."""
-    choose = MaskSchedule.choose
-
-    def slow(self, *arguments, **settings):
-        chosen = choose(self, *arguments, **settings)
-        self.seconds = 4.0
-        return chosen
-
-    monkeypatch.setattr(MaskSchedule, "choose", slow)
-    run = trainer(tmp_path, MaskSchedule(scope="global"), max_steps=60)
-    found = estimate(module(tiny_llama_dir, SparseExpert), mixture(task_files, tiny_llama_dir), run)
-    assert found.choices == 6
-    assert 4 < found.seconds["choices"] < 5
-
-
 def test_rows_tokens_and_trained_numbers_are_counted(tiny_llama_dir, task_files, tmp_path):
     data = mixture(task_files, tiny_llama_dir, max_length=13)
     found = estimate(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path))

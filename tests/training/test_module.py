@@ -406,7 +406,7 @@ def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | Non
     module = ExpertModule(
         str(base), [r".*\.q_proj", r".*\.down_proj"], Both(), optimizer=partial(torch.optim.AdamW, lr=1e-2)
     )
-    schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), leavers="stash")
+    schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4))
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="last", enable_version_counter=False)
     run = runs.trainer(folder, losses, schedule, saving, max_steps=10, enable_checkpointing=True)
     torch.manual_seed(5 if ckpt is None else 77)

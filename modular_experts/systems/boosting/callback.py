@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from modular_experts.callbacks.average_states import AverageStates
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, experts_of, seed_of_run
 from modular_experts.injection import expert_layers
 from modular_experts.systems.boosting.expert import BoostedLoRAExpert
@@ -50,17 +49,9 @@ class Boosting(Schedule):
         self.every, self.share = every, share
         self.seed = seed_of_run(seed)
 
-    @property
-    def resizes(self) -> bool:
+    def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> bool:
         """Boosters become more with each round."""
         return True
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise if something else averages values over rounds."""
-        if any(isinstance(one, AverageStates) for one in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "AverageStates would average products of several rounds of Boosting; leave one of them out"
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if an expert cannot be boosted; log the rounds."""

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from testbed import runs
 
-from modular_experts.callbacks import AverageStates
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers
 from modular_experts.selection.exchange import optimizer_bytes
@@ -214,7 +213,7 @@ def test_the_rate_rises_again_after_each_restart() -> None:
     assert shares[20:] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-def test_settings_and_companions_that_cannot_be(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_settings_that_cannot_be(tiny_llama_dir, task_files, tmp_path) -> None:
     for settings, sentence in [
         ({"every": 0}, "every=0, the optimizer steps of a round, must be at least 1"),
         ({"share": 0.0}, r"share=0.0, .* is outside \(0, 1\]"),
@@ -226,8 +225,6 @@ def test_settings_and_companions_that_cannot_be(tiny_llama_dir, task_files, tmp_
         WarmupRestarts(every=8, rise=8)
     with pytest.raises(ValueError, match=r"down_proj.weight has a LoRAExpert; give model.expert BoostedLoRAExpert"):
         fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, Boosting())
-    with pytest.raises(ValueError, match="AverageStates would average products of several rounds"):
-        fit(tiny_llama_dir, task_files, tmp_path, BoostedLoRAExpert, Boosting(), AverageStates())
 
 
 class Failure(Callback):
