@@ -41,7 +41,6 @@ from modular_experts.injection import inject
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"packing": False},
-    "by length": {"group_by_length": True, "packing": False},
     "packed": {"packing": True},
 }
 

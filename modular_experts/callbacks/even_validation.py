@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from modular_experts.callbacks.schedule import TrainedModule
-from modular_experts.data.source import source_of
+from modular_experts.data.batch import source_of
 
 # If the trainer's interval is not 1.0, early stopping and checkpoints look after each validation. This one has no other
 # effect, because `EvenValidation` says after which batch to validate. It is a number that no user types, and so the

@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, callbacks_of
-from modular_experts.data.source import source_of
+from modular_experts.data.batch import source_of
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.atomic import locked

@@ -18,10 +18,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
-from modular_experts.callbacks.progress import activity, say_done
+from modular_experts.callbacks.progress import say_done
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength, seed_of_run
-from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.data.source import datamodule_of
+from modular_experts.data.batch import IGNORED, Batch, datamodule_of
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.library import check_base, open_experts
@@ -220,14 +219,15 @@ class MaskSchedule(Schedule):
         `position` and `last` are as for `Choice`.
         """
         choice, started = Choice(layers, position, last, self.score, self.rule, self.seed), time.perf_counter()
-        done = f"chose what is trained in {len(layers)} weights before step {trainer.global_step + 1}"
-        shown = activity(trainer, "choosing supports", done)
-        with shown, torch.random.fork_rng(), trainer.precision_plugin.forward_context():
+        with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             # Each rank draws dropout of its own.
             torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{trainer.global_rank}".encode()))
             self.passes += choose_by_passes(choice, lambda: self.scoring(trainer, module, position))
         self.selections += 1
-        self.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        done = f"chose what is trained in {len(layers)} weights before step {trainer.global_step + 1}"
+        say_done(trainer, done, seconds)
         return {name: _agree(trainer.world_size, units) for name, units in sorted(choice.chosen.items())}
 
     def scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:

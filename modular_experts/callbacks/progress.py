@@ -1,7 +1,4 @@
-"""Show how a fit goes: `LogProgress` in a few lines of the log, `TrainingBar` in one line of a terminal.
-
-`activity` is for work between two steps that a reader would wonder about, such as the choice of supports.
-"""
+"""Show how a fit goes: `LogProgress` in a few lines of the log, `TrainingBar` in one line of a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from modular_experts.callbacks.even_validation import share_done
 from modular_experts.callbacks.export_expert import ExportExpert
@@ -49,17 +46,18 @@ class _Clock:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, cast(TrainedModule, module)
-        self._first, self.started = share_done(trainer, self._module), time.monotonic()
+        self._first, self.started = self.done(), time.monotonic()
         self.total_steps = self._module.length.total_steps
 
+    def done(self) -> float:
+        return share_done(self._trainer, self._module)
+
     def tenths(self) -> int:
-        """Return how many tenths of the fit are done."""
-        return int(10 * share_done(self._trainer, self._module) + 1e-9)
+        return int(10 * self.done() + 1e-9)
 
     def left(self) -> str:
         """Return the hours, minutes and seconds left, or an empty string before anything was done."""
-        done = share_done(self._trainer, self._module)
-        if done <= self._first:
+        if (done := self.done()) <= self._first:
             return ""
         seconds = (time.monotonic() - self.started) / (done - self._first) * (1 - done)
         return f"{timedelta(seconds=round(seconds))} left"
@@ -82,7 +80,7 @@ class LogProgress(Callback):
         self.last_loss: float | None = None
         """Newest validation loss."""
         self._rows: int | torch.Tensor = 0
-        self._seconds, self._clock, self._folder = 0.0, cast(_Clock | None, None), cast(str | None, None)
+        self._seconds, self._clock = 0.0, cast(_Clock | None, None)
         # For the next line: sum and number of its losses, and whether a new validation loss arrived.
         self._sum, self._count, self._is_new, self._is_due, self._tenths = torch.zeros(()), 0, False, False, 0
 
@@ -113,9 +111,9 @@ class LogProgress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the folder of the run and the loss before the first step, which the loggers get as the loss of step 0."""
         self._clock = _Clock(trainer, pl_module)
-        self._tenths, self._folder = self._clock.tenths(), trainer.log_dir
+        self._tenths = self._clock.tenths()
         if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            log.info("metrics and checkpoints go to %s", self._folder)
+            log.info("metrics and checkpoints go to %s", trainer.log_dir)
         if self.first_loss is not None and trainer.global_step == 0:
             log.info("the validation loss before training is %.4g", self.first_loss)
             for logger in trainer.loggers:
@@ -163,13 +161,10 @@ class LogProgress(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("fast_dev_run wrote nothing, neither an expert nor a checkpoint")
             return
-        files = [Path(logger.log_dir) / "metrics.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-        config: Path | None = getattr(pl_module, "config_file", None)
-        files += [] if config is None else [config]
         places = [f"the expert is in {one.target}" for one in exports]
-        for folder in dict.fromkeys(file.parent for file in files):
-            names = [file.name for file in files if file.parent == folder]
-            places.append(f"{' and '.join(names)} {'are' if names[1:] else 'is'} in {folder}")
+        places += [f"metrics.csv is in {one.log_dir}" for one in trainer.loggers if isinstance(one, CSVLogger)]
+        if config := cast(Path | None, getattr(pl_module, "config_file", None)):
+            places.append(f"its settings are in {config}")
         log.info("%s", ", ".join(places))
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,63 +177,57 @@ class LogProgress(Callback):
 
 
 class TrainingBar(ProgressBar):
-    """One bar for a whole fit, or for all batches of another command, in one line of 80 columns on standard error.
-
-    It shows the current activity, the steps, the newest training and validation losses, and the time left.
-    """
+    """One bar for a whole fit, or for all batches of another command, in one line of 80 columns on standard error."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        columns = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("numbers", "left")]
+        doing = TextColumn("{task.description:<10}", markup=False)
+        # The console finds the width of the terminal each time; the bar takes what the numbers leave.
+        self._bar = Progress(doing, BarColumn(None), MofNCompleteColumn(), *columns, console=Console(stderr=True))
+        self._bar.expand = True
         self._clock: _Clock | None = None
-        self._is_enabled = True
 
     def disable(self) -> None:
-        self._stop()
-        self._is_enabled = False
+        self._bar.disable = True
 
     def enable(self) -> None:
-        self._is_enabled = True
+        self._bar.disable = False
 
-    @contextmanager
-    def labelled(self, what: str) -> Iterator[None]:
-        before = self._bar.tasks[self._task].description if self._bar else ""
-        self._show(description=what)
-        yield
-        self._show(description=before)
+    def _start(self, trainer: Trainer, doing: str, total: float, completed: int = 0) -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task(doing, total=int(total), completed=completed, numbers="", left="")
+        if trainer.is_global_zero:
+            self._bar.start()
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, "validating", cast(TrainedModule, pl_module).length.total_steps)
+    def _show(self, **changes: Any) -> None:
+        for task in self._bar.task_ids:
+            self._bar.update(task, refresh="description" in changes, **changes)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock = _Clock(trainer, pl_module)
-        self._start(trainer, "training", self._clock.total_steps)
-        self._show(description="training", completed=trainer.global_step)
+        self._start(trainer, "training", self._clock.total_steps, trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Show the steps, the newest training and validation losses, and the time left."""
         shown = {"loss": "loss", "val_loss": "validation"}
         found = {word: trainer.callback_metrics.get(name) for name, word in shown.items()}
         numbers = " ".join(f"{word} {float(value):.3f}" for word, value in found.items() if value is not None)
         self._show(completed=trainer.global_step, numbers=numbers, left=self._clock.left() if self._clock else "")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_batch_end(trainer, pl_module, None, None, 0)
-        self._show(description="trained", left="")
-        self._stop()
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._start(trainer, "validating", sum(trainer.num_val_batches))
-        self._show(description="validating")
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._show(description="validating")
+        else:
+            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+            self._start(trainer, "validating", sum(batches))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
             self._show(description="training")
         else:
-            self._stop()
+            self._bar.stop()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, "testing", sum(trainer.num_test_batches))
@@ -246,62 +235,18 @@ class TrainingBar(ProgressBar):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, "predicting", sum(trainer.num_predict_batches))
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        if trainer.state.fn != "fit":
-            self._advance()
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            self._show(advance=1)
 
-    def _advance(self, *args: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task)
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._bar.stop()
 
-    def _stop(self, *args: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    on_test_batch_end = on_predict_batch_end = _advance
-    on_test_end = on_predict_end = on_exception = _stop
-
-    def _start(self, trainer: Trainer, doing: str, total: float) -> None:
-        if self._bar is None and self._is_enabled and trainer.is_global_zero:
-            columns = [
-                "{task.description:<17}",
-                "{task.completed}/{task.total}",
-                "{task.fields[numbers]}",
-                "{task.fields[left]}",
-            ]
-            first, *rest = (TextColumn(column, markup=False) for column in columns)
-            # The console finds the width of the terminal each time; the bar takes what the numbers leave.
-            console = Console(stderr=True)
-            self._bar = Progress(first, BarColumn(None), *rest, console=console, expand=True)
-            self._task = self._bar.add_task(doing, total=int(total), numbers="", left="")
-            self._bar.start()
-
-    def _show(self, **changes: Any) -> None:
-        if self._bar is not None:
-            # A label may stand for long, and the bar's own clock would show it only with the next line of the log.
-            self._bar.update(self._task, refresh="description" in changes, **changes)
-
-
-@contextmanager
-def activity(trainer: Trainer, doing: str, done: str) -> Iterator[None]:
-    """Show on a `TrainingBar` what takes its time between two steps; without one, log afterwards how long it took.
-
-    Args:
-        trainer: The trainer of the fit.
-        doing: Label of the bar, such as `choosing supports`; at most 17 characters.
-        done: A sentence that `in 1.2 s` ends, such as `chose the supports of 4 weights`.
-    """
-    bar, started = trainer.progress_bar_callback, time.monotonic()
-    if isinstance(bar, TrainingBar):
-        with bar.labelled(doing):
-            yield
-    else:
-        yield
-        say_done(trainer, done, time.monotonic() - started)
+    on_validation_batch_end = on_predict_batch_end = on_test_batch_end
+    on_test_end = on_predict_end = on_exception = on_train_end
 
 
 def say_done(trainer: Trainer, done: str, seconds: float) -> None:
-    """Log a finished activity and its time, unless a `TrainingBar` shows the run."""
+    """Log a finished activity between two steps and its time, unless a `TrainingBar` shows the run."""
     if not isinstance(trainer.progress_bar_callback, TrainingBar):
         log.info("%s in %.1f s", done, seconds)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
-from modular_experts.data.source import source_of
+from modular_experts.data.batch import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.experts.expert import InPlaceExpert, trains_weight
 from modular_experts.injection import expert_layers

@@ -1,15 +1,14 @@
 """Read, check and tokenise the rows of tasks, and mix them into batches.
 
-`batch.py` defines a batch, and `source.py` what training may ask of its data beside batches; no model and no
-expert is loaded here. `sources.py` reads files and the hub. Open `mixture.py` first.
+`batch.py` defines a batch, and what training may ask of its data beside batches; no model and no expert is loaded
+here. `sources.py` reads files and the hub. Open `mixture.py` first.
 """
 
 from __future__ import annotations
 
-from modular_experts.data.batch import Batch, is_filler, prompts
+from modular_experts.data.batch import Batch, DataSource, is_filler, prompts
 from modular_experts.data.mixture import TaskMixture
 from modular_experts.data.sampler import Equal, Mixing, Proportional, Temperature
-from modular_experts.data.source import DataSource
 from modular_experts.data.sources import TaskSource
 from modular_experts.data.tasks import Task
 

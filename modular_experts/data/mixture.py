@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
-from modular_experts.data.batch import LITTLE_PADDING, Collator, Example, ExampleSet, packs
+from modular_experts.data.batch import LITTLE_PADDING, Collator, DataSource, Example, ExampleSet, packs
 from modular_experts.data.chat import template_hash, warn_once
 from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.sampler import (
@@ -36,9 +34,8 @@ from modular_experts.data.sampler import (
     ResumableLoader,
     epoch_counts,
     epoch_order,
-    group_by_length,
+    next_batch,
 )
-from modular_experts.data.source import DataSource
 from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits
 from modular_experts.data.tokenize import RowTokenizer
 
@@ -65,8 +62,7 @@ class TaskMixture(LightningDataModule, DataSource):
             such as `messages`.
         tokenizer: Model directory or hub id whose tokenizer is used, or a tokenizer; the command line takes the
             model's own.
-        batch_size: Rows of a training batch, all processes together. Results do not depend on how many share it: where
-            the last batch of an epoch does not divide among them, rows that no loss counts make up the difference.
+        batch_size: Rows of a training batch, all processes together. Results do not depend on how many share it.
         eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only, but for
             a search of merging coefficients, each step of which takes one batch of every task.
         max_length: The most tokens of a row; longer rows lose tokens on the left of the input and keep their target. So
@@ -83,15 +79,9 @@ class TaskMixture(LightningDataModule, DataSource):
             sequences of at most `max_length` tokens as leave little padding. If not given, rows are packed where more
             than a twentieth of the batches would be padding, the model keeps packed rows apart, and its experts are
             deltas; with true, a model that mixes rows is refused.
-        group_by_length: Fill each training batch with rows of nearly the same length, so that it needs little padding.
-            Each stretch of 32 batches keeps its rows, but batches differ more from each other, and experts of 50 or 100
-            steps ended with higher losses; prefer `packing`, which changes no loss.
         chat_template: Put the input as a user's message through the tokenizer's chat template; `messages` always go
             through it.
-        num_workers: Worker processes of a loader. Rows are tokenised in advance, so 0 is seldom slower.
     """
-
-    allow_zero_length_dataloader_with_multiple_devices = False
 
     def __init__(
         self,
@@ -107,9 +97,7 @@ class TaskMixture(LightningDataModule, DataSource):
         split_seed: int = 0,
         eval_limit: int | None = None,
         chat_template: bool = False,
-        num_workers: int = 0,
         packing: bool | None = None,
-        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "eval_limit": eval_limit}
@@ -118,19 +106,15 @@ class TaskMixture(LightningDataModule, DataSource):
                 raise ValueError(f"{name}={value} must be at least 1")
         if min(validation_ratio, test_ratio) < 0 or validation_ratio + test_ratio >= 1:
             raise ValueError(f"{validation_ratio=} and {test_ratio=} must be 0 or more and leave rows to train on")
-        self.tasks = as_tasks(tasks)
-        self.tokenizer = tokenizer
+        self.tasks, self.tokenizer = as_tasks(tasks), tokenizer
         self.context: int | None = None
         """How many tokens of a row the model can read, where a model is known (`fit_context`)."""
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.mixing = Proportional() if mixing is None else mixing
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        self.split_seed, self.eval_limit = split_seed, eval_limit
+        self.split_seed, self.eval_limit, self.chat_template = split_seed, eval_limit, chat_template
         self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
-        self.chat_template, self.num_workers = chat_template, num_workers
-        self.packing, self.group_by_length = packing, group_by_length
-        self.packed = bool(packing)
-        """Whether training batches are packed; without a setting, a fit decides it (`choose_packing`)."""
+        self.packing, self.packed = packing, bool(packing)
         self._predicts = False
         # What was read and tokenised, by task, which the mixtures that `only` returns share.
         self._rows: dict[str, list[Row]] = {}
@@ -144,11 +128,10 @@ class TaskMixture(LightningDataModule, DataSource):
         context is tokenised again. `injection.context_length` gives the number of tokens; None stands for any number.
         """
         before, self.context = self.longest, context
-        after = self.longest
         read = chain.from_iterable(chain.from_iterable(tasks.values()) for tasks in self._examples.values())
-        if before != after and (
+        if before != self.longest and (
             self._truncated.total()
-            or any(len(one.ids) > after for example in read for one in (example.tokens, *example.choices))
+            or any(len(one.ids) > self.longest for example in read for one in (example.tokens, *example.choices))
         ):
             self._examples, self._truncated = {}, Counter()
 
@@ -197,10 +180,10 @@ class TaskMixture(LightningDataModule, DataSource):
     @cached_property
     def contents(self) -> dict[str, dict[str, Any]]:
         """The rows of each held-in task by split, and the hash of their contents."""
-        rows = {name: found for name, found in self._read().items() if self.roles[name] == "held_in"}
         return {
             name: {"rows": dict(Counter(str(row.split) for row in found)), "hash": content_hash(found)}
-            for name, found in rows.items()
+            for name, found in self._read().items()
+            if self.roles[name] == "held_in"
         }
 
     def sizes(self) -> list[SplitSize]:
@@ -208,10 +191,10 @@ class TaskMixture(LightningDataModule, DataSource):
         found = []
         for name, role in self.roles.items():
             for split in SPLITS:
-                rows = self._split(split).get(name, [])
-                tokens = sum(len(row.tokens.ids) for row in rows)
-                found.append(SplitSize(name, role, split, len(rows), tokens, self._truncated[name, split]))
-        return [size for size in found if size.rows]
+                if rows := self._split(split).get(name):
+                    tokens = sum(len(row.tokens.ids) for row in rows)
+                    found.append(SplitSize(name, role, split, len(rows), tokens, self._truncated[name, split]))
+        return found
 
     def rows(self, split: str) -> dict[str, list[Row]]:
         """Return the rows of one split by task: all training rows, or at most `eval_limit` others of a task.
@@ -262,9 +245,9 @@ class TaskMixture(LightningDataModule, DataSource):
             total = sum(self.counts.values())
             for name, count in self.counts.items():
                 share, passes = count / total, count / len(self._split("train")[name])
-                self._log(logging.INFO, f"{name}: {count} of {total} rows an epoch ({share:.1%}), {passes:.2f} passes")
+                self._log(f"{name}: {count} of {total} rows an epoch ({share:.1%}), {passes:.2f} passes")
             more = " (data.packing leaves it out)" if self.packing is False else ""
-            self._log(logging.INFO, f"padding is {self.padding():.1%} of the tokens of training batches{more}")
+            self._log(f"padding is {self.padding():.1%} of the tokens of training batches{more}")
 
     def validation_examples(self, targets: bool = True) -> dict[str, list[Example]]:
         """Return the validation rows of each held-in task; without targets, as `input_examples` gives them.
@@ -289,32 +272,29 @@ class TaskMixture(LightningDataModule, DataSource):
         Raises:
             ValueError: A row is bad, or a task has no such rows.
         """
-        which = " or ".join(splits)
-        known, problems = self._examples.setdefault(f"inputs of {which}", {}), list[str]()
-        tasks = [task for task in self.tasks if task.held_in]
-        for task in tasks:
-            if task.name in known:
-                continue
-            rows, bad = task.read(targets=False)
-            rows = [row if row.target or row.split else replace(row, split="validation") for row in rows]
-            rows = fill_splits(rows, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in)
-            rows = spread_evenly([row for row in rows if row.split in splits], self.eval_limit or len(rows))
-            if not (rows or bad):
-                raise ValueError(f"task {task.name!r} has no {which} rows; give some rows the split {splits[-1]!r}")
-            asked = [
+        which, kept, asked = " or ".join(splits), dict[str, list[Row]](), dict[str, list[Row]]()
+        kind, problems = f"inputs of {which}", list[str]()
+        for task in (task for task in self.tasks if task.held_in):
+            rows: list[Row] = []
+            if task.name not in self._examples.get(kind, {}):
+                rows, bad = task.read(targets=False)
+                problems += bad
+                rows = [row if row.target or row.split else replace(row, split="validation") for row in rows]
+                rows = [row for row in self._divided(task, rows) if row.split in splits]
+                if not (rows or bad):
+                    raise ValueError(f"task {task.name!r} has no {which} rows; give some rows the split {splits[-1]!r}")
+            kept[task.name] = spread_evenly(rows, self.eval_limit or len(rows))
+            asked[task.name] = [
                 replace(row, target=None, choices=(), messages=row.messages[:-1] if row.target else row.messages)
-                for row in rows
+                for row in kept[task.name]
             ]
-            tokenize = self._row_tokenizer()
-            found, cut, worse = tokenize(task.name, asked)
-            problems += bad + worse
-            self._truncated[task.name, f"inputs of {which}"] = cut
-            self._log_cut(task.name, cut, len(rows), which, tokenize.limit)
-            if not (bad or worse):
-                pairs = zip(found, rows, strict=True)
-                known[task.name] = [replace(example, target=row.target) for example, row in pairs]
         raise_for_bad_rows(problems)
-        return {task.name: known[task.name] for task in tasks}
+        known = self._tokenised(kind, asked)
+        for name, rows in kept.items():
+            if rows:
+                pairs = zip(known[name], rows, strict=True)
+                known[name][:] = [replace(example, target=row.target) for example, row in pairs]
+        return known
 
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
@@ -322,20 +302,18 @@ class TaskMixture(LightningDataModule, DataSource):
         Reading the trainer's current epoch starts after the batches that the trainer has finished. Every other epoch
         starts at its beginning, so a callback may read batches of its own without touching the training's batches.
         """
-        counts, place = self.counts, self._place()
-        examples = list(chain.from_iterable(self._split("train").values()))
+        examples, counts = self._split("train"), self.counts
+        sizes, position = {name: len(rows) for name, rows in examples.items()}, partial(next_batch, self.trainer)
+        order = partial(epoch_order, sizes, counts, self.seed)
+        sampler = MixtureSampler(order, sum(counts.values()), self.batch_size, *self._place(), position)
         loader = ResumableLoader(
-            dataset=ExampleSet(examples),
-            batch_size=max(1, self.batch_size // place[1]),
-            sampler=MixtureSampler(self._order, sum(counts.values()), self.batch_size, *place, self._position),
+            dataset=ExampleSet(list(chain.from_iterable(examples.values()))),
+            batch_size=max(1, self.batch_size // sampler.num_replicas),
+            sampler=sampler,
             collate_fn=self._training_collator,
-            num_workers=self.num_workers,
-            # Without a generator of its own, a loader takes numbers from the global one.
             generator=torch.Generator(),
         )
         loader.identity = {"rows": counts, "batch_size": self.batch_size, "seed": self.seed}
-        if self.group_by_length:
-            loader.identity["group_by_length"] = True
         return loader
 
     def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
@@ -349,29 +327,19 @@ class TaskMixture(LightningDataModule, DataSource):
         self.packed = self.padding() > LITTLE_PADDING and keeps_rows_apart()
         self._training_collator.pack_length = self.max_length if self.packed else None
         if self.packed:
-            self._log(
-                logging.INFO, f"rows are packed, which leaves {self.padding():.1%} (data.packing false pads them)"
-            )
+            self._log(f"rows are packed, which leaves {self.padding():.1%} (data.packing false pads them)")
 
     @cached_property
     def _training_collator(self) -> Collator:
         return Collator(self._row_tokenizer().pad_id, False, self.max_length if self.packed else None)
 
-    def _order(self, epoch: int) -> Tensor:
-        examples = self._split("train")
-        rows = epoch_order({name: len(rows) for name, rows in examples.items()}, self.counts, self.seed, epoch)
-        if self.group_by_length:
-            rows = group_by_length(rows, self._lengths(), self.batch_size, self.seed, epoch)
-        return rows
-
-    def _lengths(self) -> Tensor:
-        return torch.tensor([len(row.tokens.ids) for rows in self._split("train").values() for row in rows])
-
     def padding(self, batches: int = 1000) -> float:
         """Return the share of padding among the tokens of the first training batches of this process."""
-        rank, processes = self._place()
-        size, lengths = max(1, self.batch_size // processes), self._lengths()[self._order(0)].tolist()[rank::processes]
-        tokens = read = 0
+        (rank, processes), examples = self._place(), self._split("train")
+        order = epoch_order({name: len(rows) for name, rows in examples.items()}, self.counts, self.seed, 0)
+        known = [len(row.tokens.ids) for rows in examples.values() for row in rows]
+        lengths = [known[row] for row in order.tolist()[rank::processes]]
+        size, tokens, read = max(1, self.batch_size // processes), 0, 0
         for first in range(0, min(len(lengths), size * batches), size):
             batch = lengths[first : first + size]
             divided = packs(batch, self.max_length) if self.packed else [[row] for row in range(len(batch))]
@@ -398,12 +366,13 @@ class TaskMixture(LightningDataModule, DataSource):
 
     def _evaluation_loader(self, examples: Sequence[Example], by_length: bool) -> DataLoader:
         order = sorted(range(len(examples)), key=lambda row: -len(examples[row].tokens.ids)) if by_length else None
+        sampler = EvaluationSampler(len(examples), *self._place(), order)
         return DataLoader(
             dataset=ExampleSet(examples),
             batch_size=self.eval_batch_size,
-            sampler=EvaluationSampler(len(examples), *self._place(), order),
+            sampler=sampler,
             collate_fn=Collator(self._row_tokenizer().pad_id),
-            num_workers=self.num_workers,
+            # Without a generator of its own, a loader takes numbers from the global one.
             generator=torch.Generator(),
         )
 
@@ -416,65 +385,57 @@ class TaskMixture(LightningDataModule, DataSource):
         """Return the number of this process, and how many there are."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _position(self, epoch: int) -> tuple[int, int]:
-        """Return which epoch to read and how many of its batches are finished."""
-        # The trainer's count of epochs is one too high after a resume from the end of an epoch; its count of all
-        # batches is right. Where a fit was refused before it began, its epochs have no length.
-        loop = None if self.trainer is None else self.trainer.fit_loop
-        unknown = loop is None or math.isinf(loop.max_batches)
-        if loop is None or unknown or epoch != loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
-            return epoch, 0
-        return divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))  # type: ignore[attr-defined]
-
     def _read(self) -> dict[str, list[Row]]:
         problems = []
-        for task in self.tasks:
-            if task.name not in self._rows:
-                found, bad = task.read(not self._predicts, lambda sentence: self._log(logging.INFO, sentence))
-                problems += bad
-                if not bad:
-                    self._rows[task.name] = rows = fill_splits(
-                        found, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in
-                    )
-                    repeated = _repeats(task.name, rows)
-                    if repeated and (self.trainer is None or self.trainer.is_global_zero):
-                        warn_once(repeated)
+        for task in (task for task in self.tasks if task.name not in self._rows):
+            found, bad = task.read(not self._predicts, self._log)
+            problems += bad
+            if not bad:
+                self._rows[task.name] = rows = self._divided(task, found)
+                repeated = _repeats(task.name, rows)
+                if repeated and (self.trainer is None or self.trainer.is_global_zero):
+                    warn_once(repeated)
         raise_for_bad_rows(problems)
         return {task.name: self._rows[task.name] for task in self.tasks}
 
+    def _divided(self, task: Task, rows: Sequence[Row]) -> list[Row]:
+        return fill_splits(rows, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in)
+
     def _split(self, split: str) -> dict[str, list[Example]]:
-        known, tasks = self._examples.setdefault(split, {}), self._with(split)
-        if any(task.name not in known for task in tasks):
-            tokenize, problems = self._row_tokenizer(), list[str]()
-            for name, rows in self.rows(split).items():
-                if name not in known:
-                    examples, cut, bad = tokenize(name, rows, learn=split == "train")
-                    problems += bad
-                    self._truncated[name, split] = cut
-                    self._log_cut(name, cut, len(rows), split, tokenize.limit)
-                    if not bad:
-                        known[name] = examples
-            raise_for_bad_rows(problems)
-        return {task.name: known[task.name] for task in tasks}
+        known, tasks = self._examples.get(split, {}), self._with(split)
+        if all(task.name in known for task in tasks):
+            return {task.name: known[task.name] for task in tasks}
+        return self._tokenised(split, self.rows(split))
+
+    def _tokenised(self, kind: str, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
+        """Return the examples of a kind, by task, of which those are made that are not known yet."""
+        known, tokenize, problems = self._examples.setdefault(kind, {}), self._row_tokenizer(), list[str]()
+        for name, found in rows.items():
+            if name in known:
+                continue
+            examples, cut, bad = tokenize(name, found, learn=kind == "train")
+            problems += bad
+            self._truncated[name, kind] = cut
+            if cut:
+                which = f"{cut} of {len(found)} {kind} rows are longer than {tokenize.limit}"
+                self._log(f"{name}: {which} and lost their start", logging.WARNING)
+            if not bad:
+                known[name] = examples
+        raise_for_bad_rows(problems)
+        return {name: known[name] for name in rows}
 
     def _with(self, split: str) -> list[Task]:
         """Return the tasks that have rows of a split: held-out ones have only test rows."""
         return [task for task in self.tasks if split == "test" or task.held_in]
 
     def _row_tokenizer(self) -> RowTokenizer:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
+        if self.tokenizer is None:
             raise ValueError("the task mixture has no tokenizer; set data.tokenizer to the model's directory or hub id")
-        if isinstance(tokenizer, str):
-            tokenizer = self.tokenizer = Base.open(tokenizer).tokenizer()
-        return RowTokenizer(tokenizer, self.max_length, self.chat_template, self.context)
+        if isinstance(self.tokenizer, str):
+            self.tokenizer = Base.open(self.tokenizer).tokenizer()
+        return RowTokenizer(self.tokenizer, self.max_length, self.chat_template, self.context)
 
-    def _log_cut(self, task: str, cut: int, rows: int, split: str, limit: str) -> None:
-        if cut:
-            longer = f"{cut} of {rows} {split} rows are longer than {limit}"
-            self._log(logging.WARNING, f"{task}: {longer} and lost their start")
-
-    def _log(self, level: int, sentence: str) -> None:
+    def _log(self, sentence: str, level: int = logging.INFO) -> None:
         if self.trainer is None or self.trainer.is_global_zero:
             log.log(level, sentence)
 

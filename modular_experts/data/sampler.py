@@ -17,15 +17,13 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from modular_experts.data.batch import FILLER
 
 log = logging.getLogger(__name__)
-
-WINDOW = 32
-"""Batches within which `group_by_length` sorts rows."""
 
 
 class MixtureSampler(DistributedSampler):
@@ -82,20 +80,12 @@ class EvaluationSampler(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A training loader that begins to read at the first `next`, not at `iter`.
-
-    Lightning asks for the iterator before it has set the epoch and the counters of a resumed run; a loader with workers
-    would read the wrong rows ahead.
-    """
+    """A training loader whose state is the settings that its order depends on; the trainer keeps the position."""
 
     identity: Mapping[str, Any]
     """What must be equal for a resumed run to see the rows that an uninterrupted one would have seen."""
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
-
     def state_dict(self) -> dict[str, Any]:
-        """Return what the order depends on; the trainer keeps the position."""
         return dict(self.identity)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -104,6 +94,16 @@ class ResumableLoader(DataLoader):
             before, now = state.get(key), self.identity.get(key)
             if before != now:
                 log.warning("the resumed run reads other rows: %s was %s and is %s", key, before, now)
+
+
+def next_batch(trainer: Trainer | None, epoch: int) -> tuple[int, int]:
+    """Return which epoch a trainer reads if it asks for this one, and how many of its batches are finished."""
+    # The trainer's count of epochs is one too high after a resume from the end of an epoch; its count of all
+    # batches is right. Where a fit was refused before it began, its epochs have no length.
+    loop: Any = None if trainer is None else trainer.fit_loop
+    if loop is None or math.isinf(loop.max_batches) or epoch != loop.epoch_progress.current.processed:
+        return epoch, 0
+    return divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))
 
 
 class Mixing(ABC):
@@ -183,28 +183,6 @@ def epoch_order(sizes: Mapping[str, int], counts: Mapping[str, int], seed: int, 
         offset += size
     together = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
     return together[_permutation(len(together), (seed, "epoch", epoch))]
-
-
-def group_by_length(rows: Tensor, lengths: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
-    """Return the rows of an epoch in an order in which the rows of a batch have nearly the same length.
-
-    In each window of `WINDOW` batches rows are sorted by length, ties in their order, and the batches are shuffled. A
-    window holds the rows that it held before, so its mixture of tasks stays. A last batch that is not full stays as it
-    is.
-
-    Args:
-        rows: Indices of the rows in the order of the epoch.
-        lengths: Number of tokens of each row, by index.
-        batch_size: Rows of a global batch.
-        seed, epoch: As for `epoch_order`.
-    """
-    whole = len(rows) // batch_size * batch_size
-    found = [rows[whole:]]
-    for first in reversed(range(0, whole, WINDOW * batch_size)):
-        window = rows[first : min(first + WINDOW * batch_size, whole)]
-        batches = window[lengths[window].argsort(stable=True)].view(-1, batch_size)
-        found.append(batches[_permutation(len(batches), (seed, "batches", epoch, first))].flatten())
-    return torch.cat(found[::-1])
 
 
 def _permutation(size: int, key: tuple[object, ...]) -> Tensor:

@@ -105,7 +105,7 @@ def check_packing(model: nn.Module) -> None:
     if not keeps_rows_apart(model):
         raise ValueError(
             f"data.packing=True: {type(model).__name__} does not keep packed rows apart (its logits of a row change "
-            "with the rows before it); leave data.packing out, or set data.group_by_length for less padding"
+            "with the rows before it); leave data.packing out"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 
 from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.schedule import TrainingLength, callbacks_of
-from modular_experts.data.source import source_of
+from modular_experts.data.batch import source_of
 from modular_experts.injection import expert_layers, named_experts
 
 log = logging.getLogger(__name__)

@@ -31,8 +31,8 @@ from modular_experts.callbacks.schedule import (
     seconds_between_steps,
 )
 from modular_experts.data import Batch, TaskMixture
+from modular_experts.data.batch import DataSource
 from modular_experts.data.mixture import SplitSize
-from modular_experts.data.source import DataSource
 from modular_experts.injection import ExpertLayer, context_length, expert_layers, named_experts
 from modular_experts.library.packing import pack
 from modular_experts.selection.exchange import optimizer_bytes

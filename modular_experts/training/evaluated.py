@@ -8,8 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from modular_experts.base.base import DType
-from modular_experts.data.batch import is_filler
-from modular_experts.data.source import source_of
+from modular_experts.data.batch import is_filler, source_of
 from modular_experts.evaluation import TaskScores, score_batch
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
@@ -23,7 +22,6 @@ class EvaluatedModule(LightningModule):
     model: Any
     tokenizer: Any
     max_new_tokens: int
-    generate_in_fit: bool
     metrics: dict[str, TextMetric]
     applied_experts: list[StoredExpert]
     dtype_name: DType
@@ -52,9 +50,8 @@ class EvaluatedModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score one batch; within `fit` by its loss, unless `generate_in_fit`."""
-        generates = self.generate_in_fit or self.trainer.state.fn != "fit"
-        tokens = self.max_new_tokens if generates else None
+        """Score one batch; within `fit` by its loss alone."""
+        tokens = None if self.trainer.state.fn == "fit" else self.max_new_tokens
         score_batch(self.scores, self.model, self.tokenizer, batch, tokens, self._packs_evaluation)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

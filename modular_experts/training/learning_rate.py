@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from lightning.pytorch import Trainer
 
 from modular_experts.callbacks.schedule import TrainingLength
-from modular_experts.data.source import datamodule_of
+from modular_experts.data.batch import datamodule_of
 
 
 class LearningRateShape(ABC):

@@ -56,15 +56,14 @@ def opened_base(place: str, applied: Sequence[StoredExpert], revision: str | Non
     return Base.open(place, applied, revision)
 
 
-def check_given(model: nn.Module, base: Base, trains: bool, check_base: bool) -> None:
-    """Raise if a model in memory holds experts, or, where that is checked, is not its base."""
+def check_given(model: nn.Module, base: Base, trains: bool) -> None:
+    """Raise if a model in memory holds experts, or is not its base."""
     if trains and (there := len(named_experts(model))):
         raise ValueError(
             f"the model holds {there} experts already; fit their module again to train them further, or take "
             "them out with modular_experts.eject(model)"
         )
-    if check_base:
-        base.check_loaded(model)
+    base.check_loaded(model)
 
 
 def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool) -> None:

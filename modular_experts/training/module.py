@@ -1,6 +1,6 @@
 """ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule.
 
-It meets the data in a batch (`data/batch.py`), and asks a `DataSource` (`data/source.py`) for nothing else. Schedules
+It meets the data in a batch (`data/batch.py`), and asks a `DataSource` there for nothing else. Schedules
 (`callbacks/schedule.py`) choose what is trained, and `callbacks.ExportExpert` writes it to a library. This file holds
 the steps; `loading.py` loads what they train, `checkpoint.py` keeps and describes it, and `evaluated.py` measures it.
 """
@@ -29,8 +29,7 @@ from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of
-from modular_experts.data.batch import is_filler
-from modular_experts.data.source import datamodule_of, source_of
+from modular_experts.data.batch import datamodule_of, is_filler, source_of
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses, check_packing, text_metrics
 from modular_experts.evaluation.likelihood import keeps_rows_apart
@@ -86,10 +85,8 @@ class ExpertModule(EvaluatedModule):
         scheduler: A shape (`WarmupLinear`, `WarmupCosine`, `Constant`) or any torch scheduler, stepped every optimizer
             step. The default is `WarmupLinear`.
         max_new_tokens: Length limit of generated answers.
-        generate_in_fit: Whether validation during training also generates answers, beside taking the loss.
         experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert}; or
             a plan, a function from sites to expert types (`experts.site`).
-        check_base: Whether a loaded model is compared with the files of its base, weight by weight.
         learning_rate: Peak rate of the default optimizer; the expert type's own if not given. An `optimizer` has a rate
             of its own.
         metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
@@ -110,9 +107,7 @@ class ExpertModule(EvaluatedModule):
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         scheduler: LearningRateShape | Callable[[Optimizer], LRScheduler] | None = None,
         max_new_tokens: int = 64,
-        generate_in_fit: bool = False,
         experts: Experts | None = None,
-        check_base: bool = True,
         learning_rate: float | None = None,
         metrics: dict[str, Callable[[str, str], float]] | None = None,
     ) -> None:
@@ -135,11 +130,11 @@ class ExpertModule(EvaluatedModule):
         self.base, self.revision = loading.place_of(base, revision)
         self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
-        self.dtype_name, self.gradient_checkpointing, self.check_base = dtype, gradient_checkpointing, check_base
+        self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
         self.learning_rate = learning_rate
         """Peak rate of the optimizer, whichever it is, if set by the time it is made; Lightning's finder sets it."""
-        self.max_new_tokens, self.generate_in_fit = max_new_tokens, generate_in_fit
+        self.max_new_tokens = max_new_tokens
         self.metrics = text_metrics(metrics)
         # Checkpoints hold trained tensors only; `on_load_checkpoint` is strict in Lightning's place.
         self.strict_loading = False
@@ -201,7 +196,7 @@ class ExpertModule(EvaluatedModule):
         model: Any
         if self._given:
             model = self._given[0]
-            loading.check_given(model, self.opened_base, self.has_experts, self.check_base)
+            loading.check_given(model, self.opened_base, self.has_experts)
             self.dtype_name = cast(DType, str(model.dtype).removeprefix("torch."))
         else:
             model = self.opened_base.load(self.dtype_name)

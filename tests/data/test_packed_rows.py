@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers import BloomConfig, BloomForCausalLM
 from modular_experts.data import Task, TaskMixture
 from modular_experts.data.batch import IGNORED, Collator, Example, packs
 from modular_experts.data.rows import Row
-from modular_experts.data.sampler import epoch_order, group_by_length
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import batch_losses, check_packing
 from modular_experts.evaluation.likelihood import keeps_rows_apart
@@ -118,21 +116,6 @@ def test_a_window_of_attention_slides_within_a_row() -> None:
     wanted, _ = batch_losses(model, Collator(0, texts=False)(rows))
     found, _ = batch_losses(model, Collator(0, texts=False, pack_length=200)(rows))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
-
-
-@given(st.integers(1, 300), st.integers(1, 9), st.integers(0, 3))
-@settings(deadline=None, max_examples=40)
-def test_batches_by_length_keep_the_rows_of_each_window(count: int, batch_size: int, epoch: int) -> None:
-    order = epoch_order({"a": count}, {"a": count}, 0, epoch)
-    lengths = torch.randint(1, 50, (count,), generator=torch.Generator().manual_seed(count))
-    rows, whole = group_by_length(order, lengths, batch_size, 0, epoch), count // batch_size * batch_size
-    assert torch.equal(rows, group_by_length(order, lengths, batch_size, 0, epoch))
-    assert torch.equal(rows[whole:], order[whole:])
-    for first in range(0, whole, 32 * batch_size):
-        window = slice(first, min(first + 32 * batch_size, whole))
-        assert sorted(rows[window].tolist()) == sorted(order[window].tolist())
-        spans = sorted((int(batch.min()), int(batch.max())) for batch in lengths[rows[window]].view(-1, batch_size))
-        assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
 def mixture(files: dict[str, Path], **options: Any) -> TaskMixture:

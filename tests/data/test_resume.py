@@ -61,8 +61,7 @@ def run(
     module = Recorder(early)
     when = trainer.pop("saved", {"every_n_train_steps": 1})
     save = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **when)
-    data = mixture(files, num_workers=trainer.pop("workers", 0), group_by_length=trainer.pop("grouped", False))
-    Trainer(**QUIET, **trainer, callbacks=[save]).fit(module, datamodule=data, ckpt_path=resume)
+    Trainer(**QUIET, **trainer, callbacks=[save]).fit(module, datamodule=mixture(files), ckpt_path=resume)
     return module
 
 
@@ -77,7 +76,6 @@ CASES = {
     },
     "saved after the epoch": {"saved": {"every_n_epochs": 1, "save_on_train_epoch_end": True}},
     "with steps asked for early": {"early": True},
-    "by length": {"grouped": True},
 }
 
 
@@ -90,12 +88,6 @@ def test_resumed_from_any_step_equals_uninterrupted(task_files: dict[str, Path],
     for step in steps if case == "plain" else {steps[0], steps[len(steps) // 3], steps[len(steps) // 2], steps[-1]}:
         rest = run(task_files, tmp_path / str(step), tmp_path / "whole" / f"step={step}.ckpt", **CASES[case])
         assert rest.seen == [entry for entry in whole.seen if entry[0] >= step], f"resumed at step {step}"
-
-
-def test_resumed_with_workers_that_read_ahead(task_files: dict[str, Path], tmp_path: Path) -> None:
-    whole = run(task_files, tmp_path / "whole")
-    rest = run(task_files, tmp_path / "rest", tmp_path / "whole" / "step=9.ckpt", workers=1)
-    assert rest.seen == whole.seen[9:]
 
 
 def test_an_epoch_is_every_row_once(task_files: dict[str, Path], tmp_path: Path) -> None:

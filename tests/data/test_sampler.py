@@ -145,14 +145,13 @@ def test_a_temperature_below_one_is_refused() -> None:
 ORDER = partial(epoch_order, {"a": 23}, {"a": 23}, 0)
 
 
-def batches(rank: int, world_size: int, batch_size: int = 4, epoch: int = 0, done: int = 0, workers: int = 0) -> list:
+def batches(rank: int, world_size: int, batch_size: int = 4, epoch: int = 0, done: int = 0) -> list:
     sampler = MixtureSampler(ORDER, 23, batch_size, rank, world_size, lambda number: (number, done))
     loader = ResumableLoader(
         {row: row for row in (*range(23), FILLER)},
         batch_size=batch_size // world_size,
         sampler=sampler,
         collate_fn=list,
-        num_workers=workers,
     )
     sampler.set_epoch(epoch)
     assert len(loader) == 6
@@ -177,19 +176,9 @@ def test_the_slices_of_all_processes_are_the_global_batch() -> None:
             assert sorted(row for part in parts for row in part) == sorted([*batch, FILLER])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_epoch_is_the_rest_of_it(workers: int) -> None:
+def test_a_resumed_epoch_is_the_rest_of_it() -> None:
     for rank in (0, 1):
-        assert batches(rank, 2, epoch=1, done=2, workers=workers) == batches(rank, 2, epoch=1)[2:]
-
-
-def test_the_place_is_asked_for_at_the_first_batch_and_not_at_iter() -> None:
-    done = 0
-    sampler = MixtureSampler(ORDER, 23, 4, position=lambda epoch: (epoch, done))
-    reading = iter(ResumableLoader(range(23), batch_size=4, sampler=sampler, collate_fn=list, num_workers=1))
-    done = 5
-    sampler.set_epoch(7)
-    assert list(reading) == [ORDER(7).tolist()[20:]]
+        assert batches(rank, 2, epoch=1, done=2) == batches(rank, 2, epoch=1)[2:]
 
 
 def test_a_resumed_run_over_other_data_logs_what_differs(caplog: pytest.LogCaptureFixture) -> None:

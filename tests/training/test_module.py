@@ -159,17 +159,16 @@ def test_a_loaded_model_trains_like_its_directory(tiny_llama_dir, task_files, tm
     }
 
 
-def test_a_model_that_is_not_its_base_is_refused_unless_that_is_wanted(tiny_llama_dir) -> None:
+def test_a_model_that_is_not_its_base_is_refused(tiny_llama_dir) -> None:
     model = _loaded(tiny_llama_dir, dtype=torch.bfloat16)
-    ExpertModule(model, "q_proj", FullExpert).configure_model()
+    module = ExpertModule(model, "q_proj", FullExpert)
+    module.configure_model()
+    assert module.dtype_name == "bfloat16"
     model = _loaded(tiny_llama_dir, dtype=torch.bfloat16)
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[0] += 1
     with pytest.raises(ValueError, match=r"model\.norm\.weight of the model is not that of its base"):
         ExpertModule(model, "q_proj", FullExpert).configure_model()
-    module = ExpertModule(model, "q_proj", FullExpert, check_base=False)
-    module.configure_model()
-    assert module.dtype_name == "bfloat16"
     with pytest.raises(ValueError, match="does not name its directory"):
         ExpertModule(conftest.build_model("llama"), "q_proj", FullExpert).configure_model()
 
