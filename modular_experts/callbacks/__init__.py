@@ -7,7 +7,7 @@ supports, and `selection/` makes its choices. Open `schedule.py` first.
 from modular_experts.callbacks.even_validation import EvenValidation
 from modular_experts.callbacks.export_expert import ExportExpert
 from modular_experts.callbacks.mask_schedule import MaskSchedule
-from modular_experts.callbacks.progress import LogProgress, TrainingBar
+from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule
 from modular_experts.callbacks.train_under_others import TrainUnderOthers
@@ -19,7 +19,6 @@ __all__ = [
     "MaskSchedule",
     "Schedule",
     "TrainUnderOthers",
-    "TrainingBar",
     "WritePredictions",
     "WriteResults",
 ]

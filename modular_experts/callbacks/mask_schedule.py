@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
-from modular_experts.callbacks.progress import say_done
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength, seed_of_run
 from modular_experts.data.batch import IGNORED, Batch, datamodule_of
 from modular_experts.experts.selectable import Selectable
@@ -200,8 +199,7 @@ class MaskSchedule(Schedule):
             self._exchange.move(name, choice.layers[name], units, trainer.optimizers, choice.position > 0, graded=True)
         self._waiting = (waiting, choice.position, choice.last)
         seconds = step.seconds + time.perf_counter() - started
-        say_done(trainer, f"chose what is trained in {len(chosen)} weights at step {trainer.global_step + 1}", seconds)
-        self.seconds += seconds
+        self._log_choice(len(chosen), f"at step {trainer.global_step + 1}", seconds)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._step is not None:
@@ -224,11 +222,12 @@ class MaskSchedule(Schedule):
             torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{trainer.global_rank}".encode()))
             self.passes += choose_by_passes(choice, lambda: self.scoring(trainer, module, position))
         self.selections += 1
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        done = f"chose what is trained in {len(layers)} weights before step {trainer.global_step + 1}"
-        say_done(trainer, done, seconds)
+        self._log_choice(len(layers), f"before step {trainer.global_step + 1}", time.perf_counter() - started)
         return {name: _agree(trainer.world_size, units) for name, units in sorted(choice.chosen.items())}
+
+    def _log_choice(self, weights: int, when: str, seconds: float) -> None:
+        self.seconds += seconds
+        log.info("chose what is trained in %d weights %s in %.1f s", weights, when, seconds)
 
     def scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:
         """Return a scoring pass over this rank's batches for `position`, the same in every run."""

@@ -1,4 +1,4 @@
-"""Show how a fit goes: `LogProgress` in a few lines of the log, `TrainingBar` in one line of a terminal."""
+"""LogProgress tells in a few lines of the log how a fit goes; Lightning's own bar draws each epoch on a terminal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from modular_experts.callbacks.even_validation import share_done
 from modular_experts.callbacks.export_expert import ExportExpert
@@ -66,9 +63,9 @@ class _Clock:
 class LogProgress(Callback):
     """Logs where a run keeps its files, how training goes, and its result.
 
-    Without a progress bar, a line comes at every tenth of the fit: the mean loss since the line before, a new
-    validation loss, and the time left. `ExpertModule` adds this callback to every trainer; its lines are records of
-    level INFO of the logger `modular_experts`.
+    A line comes at every tenth of the fit: the mean loss since the line before, a new validation loss, and the time
+    left. `ExpertModule` adds this callback to every trainer; its lines are records of level INFO of the logger
+    `modular_experts`.
     """
 
     def __init__(self) -> None:
@@ -131,7 +128,7 @@ class LogProgress(Callback):
         self._sum = self._sum.to(outputs["mean_loss"].device) + outputs["mean_loss"]
         self._count += 1
         before, self._tenths = self._tenths, self._clock.tenths()
-        self._is_due |= self._tenths > before and trainer.progress_bar_callback is None
+        self._is_due |= self._tenths > before
 
     def _log_line(self, trainer: Trainer) -> None:
         if not self._is_due or self._clock is None:
@@ -167,6 +164,16 @@ class LogProgress(Callback):
             places.append(f"its settings are in {config}")
         log.info("%s", ", ".join(places))
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Log how to resume when training is interrupted from the keyboard."""
+        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
+            return
+        keeper: Any = trainer.checkpoint_callback
+        if path := keeper and (keeper.last_model_path or keeper.best_model_path):
+            log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
+        else:
+            log.info("interrupted before the first checkpoint, which the first validation writes")
+
     def state_dict(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("first_loss", "last_loss", "rows")}
         return kept | {"seconds": self.seconds}
@@ -174,79 +181,3 @@ class LogProgress(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds = state_dict["seconds"]
         self.first_loss, self.last_loss, self._rows = (state_dict[one] for one in ("first_loss", "last_loss", "rows"))
-
-
-class TrainingBar(ProgressBar):
-    """One bar for a whole fit, or for all batches of another command, in one line of 80 columns on standard error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        columns = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("numbers", "left")]
-        doing = TextColumn("{task.description:<10}", markup=False)
-        # The console finds the width of the terminal each time; the bar takes what the numbers leave.
-        self._bar = Progress(doing, BarColumn(None), MofNCompleteColumn(), *columns, console=Console(stderr=True))
-        self._bar.expand = True
-        self._clock: _Clock | None = None
-
-    def disable(self) -> None:
-        self._bar.disable = True
-
-    def enable(self) -> None:
-        self._bar.disable = False
-
-    def _start(self, trainer: Trainer, doing: str, total: float, completed: int = 0) -> None:
-        for task in self._bar.task_ids:
-            self._bar.remove_task(task)
-        self._bar.add_task(doing, total=int(total), completed=completed, numbers="", left="")
-        if trainer.is_global_zero:
-            self._bar.start()
-
-    def _show(self, **changes: Any) -> None:
-        for task in self._bar.task_ids:
-            self._bar.update(task, refresh="description" in changes, **changes)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock = _Clock(trainer, pl_module)
-        self._start(trainer, "training", self._clock.total_steps, trainer.global_step)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Show the steps, the newest training and validation losses, and the time left."""
-        shown = {"loss": "loss", "val_loss": "validation"}
-        found = {word: trainer.callback_metrics.get(name) for name, word in shown.items()}
-        numbers = " ".join(f"{word} {float(value):.3f}" for word, value in found.items() if value is not None)
-        self._show(completed=trainer.global_step, numbers=numbers, left=self._clock.left() if self._clock else "")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._show(description="validating")
-        else:
-            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-            self._start(trainer, "validating", sum(batches))
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._show(description="training")
-        else:
-            self._bar.stop()
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, "testing", sum(trainer.num_test_batches))
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, "predicting", sum(trainer.num_predict_batches))
-
-    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            self._show(advance=1)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._bar.stop()
-
-    on_validation_batch_end = on_predict_batch_end = on_test_batch_end
-    on_test_end = on_predict_end = on_exception = on_train_end
-
-
-def say_done(trainer: Trainer, done: str, seconds: float) -> None:
-    """Log a finished activity between two steps and its time, unless a `TrainingBar` shows the run."""
-    if not isinstance(trainer.progress_bar_callback, TrainingBar):
-        log.info("%s in %.1f s", done, seconds)

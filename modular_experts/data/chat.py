@@ -57,8 +57,7 @@ class ConversationTokenizer:
     @cached_property
     def _own_end(self) -> int | None:
         """The special token by which the template ends a turn of the assistant, if it does."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text = self._render(probe).rstrip()
+        text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).rstrip()
         last = self._ids(text)[-1]
         if last in self.tokenizer.added_tokens_decoder:
             return last
@@ -79,51 +78,44 @@ class ConversationTokenizer:
 
         With `learn`, all turns of the assistant are labelled, otherwise only the last.
         """
-        examples: list[Example] = []
-        problems: list[str] = []
-        cut, end = 0, self.end
+        examples, problems, cut = list[Example](), list[str](), 0
         for row in rows:
             try:
-                messages = list(row.messages)
-                ids, answers = self._tokens(messages, row.target is not None)
-                while len(ids) > self.max_length and (shorter := _without_oldest(messages)):
-                    messages = shorter
-                    ids, answers = self._tokens(messages, row.target is not None)
+                tokens, shortened = self._row(row, learn)
             except (BadRow, jinja2.TemplateError) as error:
                 refused = "the chat template refuses the conversation: " * isinstance(error, jinja2.TemplateError)
                 problems.append(f"{row.where}: {refused}{' '.join(str(error).split())}")
                 continue
-            cut += len(ids) > self.max_length or len(messages) < len(row.messages)
-            # What the template writes behind the last answer is neither read nor learned.
-            last = next((place for place in reversed(range(len(ids))) if answers[place]), None)
-            stop = len(ids) if last is None else last + 1
-            start = stop
-            while start and answers[start - 1]:
-                start -= 1
-            first = max(0, stop - self.max_length)
-            if start <= first:
-                problems.append(f"{row.where}: the assistant's last turn fills {self._filled}")
-                continue
-            labelled = torch.tensor([learn and answer for answer in answers[first:stop]])
-            # Nothing predicts the first token.
-            labelled[0] = False
-            tokens = Tokens(
-                torch.tensor(ids[first:stop], dtype=torch.int32), start - first, labelled if learn else None
-            )
-            examples.append(Example(task, row.input, row.target, tokens, end=end, number=len(examples)))
+            cut += shortened
+            examples.append(Example(task, row.input, row.target, tokens, end=self.end, number=len(examples)))
         return examples, cut, problems
 
+    def _row(self, row: Row, learn: bool) -> tuple[Tokens, bool]:
+        """Return the tokens of a conversation, and whether it was shortened."""
+        messages, answered = list(row.messages), row.target is not None
+        ids, answers = self._tokens(messages, answered)
+        while len(ids) > self.max_length and (shorter := _without_oldest(messages)):
+            messages = shorter
+            ids, answers = self._tokens(messages, answered)
+        # What the template writes behind the last answer is neither read nor learned.
+        start = stop = next((place + 1 for place in reversed(range(len(ids))) if answers[place]), len(ids))
+        while start and answers[start - 1]:
+            start -= 1
+        first = max(0, stop - self.max_length)
+        if start <= first:
+            raise BadRow(f"the assistant's last turn fills {self._filled}")
+        labelled = torch.tensor([learn and answer for answer in answers[first:stop]])
+        # Nothing predicts the first token.
+        labelled[0] = False
+        kept = torch.tensor(ids[first:stop], dtype=torch.int32)
+        shortened = len(ids) > self.max_length or len(messages) < len(row.messages)
+        return Tokens(kept, start - first, labelled if learn else None), shortened
+
     def _tokens(self, messages: Messages, answered: bool) -> tuple[list[int], list[bool]]:
+        """Return the tokens of messages, and which of them the assistant says."""
         if not answered:
             ids = self._ids(self._render(messages, add_generation_prompt=True))
             return ids, [False] * len(ids)
-        ids, answers = self._turns(messages)
-        if self._own_end is None and any(answers):
-            stop = len(answers) - answers[::-1].index(True)
-            return [*ids[:stop], self.end], [*answers[:stop], True]
-        return ids, answers
-
-    def _turns(self, messages: Messages) -> tuple[list[int], list[bool]]:
         if self._marks_turns:
             found: Any = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -131,12 +123,20 @@ class ConversationTokenizer:
             ids, answers = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
             if not any(answers):
                 raise BadRow("the chat template marks no turn of the assistant ({% generation %})")
-            return ids, answers
-        text = self._render(messages)
+        else:
+            text = self._render(messages)
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            turns, ids = self._turns(messages, text), list(encoded["input_ids"])
+            answers = [any(first <= start < stop for first, stop in turns) for start, _ in encoded["offset_mapping"]]
+        if self._own_end is None and any(answers):
+            stop = len(answers) - answers[::-1].index(True)
+            return [*ids[:stop], self.end], [*answers[:stop], True]
+        return ids, answers
+
+    def _turns(self, messages: Messages, text: str) -> list[tuple[int, int]]:
+        """Return where each turn of the assistant begins and ends in the text of all messages."""
         turns: list[tuple[int, int]] = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
             before = self._render(messages[:number], add_generation_prompt=True)
             after = self._render(messages[: number + 1])
             if not (text.startswith(after) and after.startswith(before)):
@@ -147,18 +147,13 @@ class ConversationTokenizer:
                 )
             # White space behind the token that ends a turn belongs to the next turn.
             spoken = after.rstrip()
-            spoken = after if spoken.endswith(message["content"].rstrip()) else spoken
+            spoken = after if spoken.endswith(messages[number]["content"].rstrip()) else spoken
             turns.append((len(before), len(spoken)))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        return list(encoded["input_ids"]), [any(first <= start < stop for first, stop in turns) for start in starts]
+        return turns
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
+        render = self.tokenizer.apply_chat_template
+        return str(render(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -86,15 +86,13 @@ def recognise(columns: Collection[str]) -> Form:
     listed = ", ".join(map(repr, columns))
     if found:
         setting = ", ".join(f"{key}: {column}" for key, column in found[0].columns.items())
-        raise ValueError(
-            f"the columns {listed} can be read in more than one way; name those to take in the task, such as "
-            f"--tasks '{{path: FILE, columns: {{{setting}}}}}'"
-        )
-    known = ", ".join("/".join(form.columns.values()) for form in FORMS)
-    first, last = [*map(str, columns), "...", "..."][:2]
+        problem = "can be read in more than one way; name those to take"
+    else:
+        known = ", ".join("/".join(form.columns.values()) for form in FORMS)
+        setting = "input: {}, target: {}".format(*[*map(str, columns), "...", "..."][:2])
+        problem = f"have no known form ({known}); name your own"
     raise ValueError(
-        f"the columns {listed} have no known form ({known}); name your own in the task, such as "
-        f"--tasks '{{path: FILE, columns: {{input: {first}, target: {last}}}}}'"
+        f"the columns {listed} {problem} in the task, such as --tasks '{{path: FILE, columns: {{{setting}}}}}'"
     )
 
 
@@ -160,7 +158,7 @@ class RowReader:
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)
         if column not in values:
-            raise BadRow(_no_column(column, values, is_fixed=key not in self.columns))
+            raise BadRow(_no_column(column, values))
         return _checked(column, values[column])
 
     def _input(self, values: Mapping[str, Any]) -> str:
@@ -195,15 +193,12 @@ class RowReader:
                 raise BadRow(f"message {number} must be {{role: ..., content: ...}}, not {reprlib.repr(message)}")
             for key in ("role", "content"):
                 if key not in message:
-                    raise BadRow(f"message {number}: {_no_column(key, message, True).replace('the row', 'it', 1)}")
+                    raise BadRow(f"message {number}: {_no_column(key, message).replace('the row', 'it', 1)}")
             role = message["role"]
             if role not in CHAT_ROLES:
                 near = did_you_mean(str(role), CHAT_ROLES)
                 raise BadRow(f"message {number}: role {reprlib.repr(role)} is not one of {', '.join(CHAT_ROLES)}{near}")
-            try:
-                messages.append({"role": role, "content": _checked("content", message["content"])})
-            except BadRow as problem:
-                raise BadRow(f"message {number}: {problem}") from None
+            messages.append({"role": role, "content": _checked(f"content of message {number}", message["content"])})
         return messages
 
     def _split(self, values: Mapping[str, Any]) -> str | None:
@@ -279,9 +274,7 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _no_column(column: str, values: Mapping[str, Any], is_fixed: bool = False) -> str:
-    """Return the sentence for a column that a row lacks; one with a fixed name is misspelt in the row, if anywhere."""
+def _no_column(column: str, values: Mapping[str, Any]) -> str:
     names = [str(name) for name in values]
-    sentence = f"the row has no {column!r}, only {', '.join(map(repr, names)) or 'nothing'}"
-    near = nearest(column, names)
-    return sentence + (f"; is {near!r} meant to be {column!r}?" if is_fixed and near else did_you_mean(column, names))
+    hint = f"; is {near!r} meant?" if (near := nearest(column, names)) else ""
+    return f"the row has no {column!r}, only {', '.join(map(repr, names)) or 'nothing'}{hint}"

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,7 @@ class TaskSource(ABC):
 def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     """Read a JSONL, JSON, CSV, TSV or Parquet file, or a directory written by `datasets.save_to_disk`.
 
-    `where` is a hint: a directory may skip rows that it rules out. The caller filters all records by it.
+    A directory may skip rows that `where` rules out; the caller filters all records by it.
 
     Raises:
         ValueError: The path does not exist, or its suffix is unknown.
@@ -56,29 +54,22 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
             loaded = datasets.load_from_disk(str(place))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} was not written by datasets.save_to_disk; name a file in it") from error
-        return _never_empty(path, _dataset_records(path, loaded, where or {}))
+        return _dataset_records(path, loaded, where or {})
     if not place.is_file():
-        if _is_benchmark(path):
-            raise ValueError(
-                f"{path} is a benchmark of the lm-evaluation-harness, and nothing is trained, tuned or searched on "
-                f"benchmarks; measure experts by modular-experts harness --tasks {path}"
-            )
         near = did_you_mean(place.name, [entry.name for entry in place.parent.glob("*")])
         raise ValueError(
             f"{path}: no such file in {str(place.parent.absolute())!r}{near} "
-            "(hub ids go into `hub`, classes that make rows into `source`)"
+            "(hub ids go into `hub`, classes that make rows into `source`; benchmarks are for the command harness)"
         )
     if place.suffix.lower() not in READERS:
         raise ValueError(f"{path}: a task file ends in one of {', '.join(READERS)}, not in {place.suffix!r}")
-    return _never_empty(path, READERS[place.suffix.lower()](path, place))
+    return READERS[place.suffix.lower()](path, place)
 
 
 def hub_records(
     name: str, subset: str | None = None, revision: str | None = None, where: Wanted | None = None
 ) -> Iterator[Record]:
-    """Read all splits of a dataset of the Hugging Face hub; class labels become their names.
-
-    `where` is a hint: rows that it rules out may be skipped. The caller filters all records by it.
+    """Read all splits of a dataset of the Hugging Face hub; class labels become names, and `where` is as for a path.
 
     Raises:
         ValueError: The hub, or the dataset on it, could not be reached or read.
@@ -190,45 +181,14 @@ def _parquet(path: str, place: Path) -> Iterator[Record]:
     from pyarrow import parquet
 
     try:
-        batches = parquet.ParquetFile(place).iter_batches()
-        number = 0
-        for batch in batches:
-            for values in batch.to_pylist():
-                number += 1
-                yield Record(f"{path}:{number}", values)
+        rows = (values for batch in parquet.ParquetFile(place).iter_batches() for values in batch.to_pylist())
+        yield from (Record(f"{path}:{number}", values) for number, values in enumerate(rows, 1))
     except (pyarrow.ArrowException, OSError) as error:
         yield Record(f"{path}:1", problem=f"not a readable Parquet file: {_one_line(error)}")
 
 
-READERS = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json_file,
-    ".csv": _delimited,
-    ".tsv": _delimited,
-    ".parquet": _parquet,
-}
-
-
-def _is_benchmark(name: str) -> bool:
-    """Return whether the lm-evaluation-harness, if it is installed, has a task or a group of this name.
-
-    The harness takes ten seconds to make its own index, and this look into its files takes one.
-    """
-    spec = find_spec("lm_eval") if re.fullmatch(r"\w[\w-]*", name) else None
-    if spec is None or not spec.submodule_search_locations:
-        return False
-    line = re.compile(rf"^(task|group): *['\"]?{name}['\"]? *$".encode(), re.MULTILINE)
-    return any(line.search(file.read_bytes()) for file in Path(spec.submodule_search_locations[0]).rglob("*.yaml"))
-
-
-def _never_empty(path: str, records: Iterator[Record]) -> Iterator[Record]:
-    empty = True
-    for record in records:
-        empty = False
-        yield record
-    if empty:
-        yield Record(f"{path}:1", problem="the file is empty: it has no rows")
+READERS = dict.fromkeys((".jsonl", ".ndjson"), _json_lines) | dict.fromkeys((".csv", ".tsv"), _delimited)
+READERS |= {".json": _json_file, ".parquet": _parquet}
 
 
 def _one_line(error: Exception) -> str:

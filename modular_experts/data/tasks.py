@@ -78,16 +78,11 @@ class Task:
         if place and self.name == "":
             # The only way to set a field of a frozen dataclass.
             object.__setattr__(self, "name", Path(place).stem if self.path else Path(place).name)
-            if not NAME.fullmatch(self.name):
-                fitting = re.sub("[^A-Za-z0-9._-]+", "-", self.name).strip("._-")[:64] or "mine"
-                raise ValueError(
-                    f"{self.name!r} cannot be the name of a task, which is up to 64 of A-Z a-z 0-9 . _ - and starts "
-                    f"with a letter or digit; name the task: {{name: {fitting}, {'path' if self.path else 'hub'}: "
-                    f"{place}}}"
-                )
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            fitting = re.sub("[^A-Za-z0-9._-]+", "-", str(self.name)).strip("._-")[:64] or "mine"
             raise ValueError(
-                f"a task name is up to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit, not {self.name!r}"
+                f"{self.name!r} cannot be the name of a task, which is up to 64 of A-Z a-z 0-9 . _ - and starts "
+                f"with a letter or digit; name the task: {{name: {fitting}, path: {place}}}"
             )
         if sum(place is not None for place in (self.path, self.hub, self.source)) != 1:
             raise ValueError(f"task {self.name!r} needs exactly one of `path`, `hub` and `source`")
@@ -143,7 +138,8 @@ class Task:
                     report(f"{self.name}: {form}")
             if "messages" in columns and self.choices:
                 raise ValueError("choices are for rows of input and target, and these rows are conversations")
-            return RowReader(columns, self.template, self.choices, form.optional, targets).read(records)
+            found, bad = RowReader(columns, self.template, self.choices, form.optional, targets).read(records)
+            return found, bad if found or bad else [f"{place}:1: the file is empty: it has no rows"]
         except ValueError as error:
             raise ValueError(f"task {self.name!r}: {error}") from error
 
@@ -165,13 +161,11 @@ def as_tasks(tasks: Tasks) -> list[Task]:
     made: dict[str, Task] = {}
     known = [entry.name for entry in fields(Task)]
     for given in [tasks] if isinstance(tasks, Task | Mapping | str | os.PathLike) else tasks:
-        if isinstance(given, str | os.PathLike):
-            given = {"path": os.fspath(given)}
         if isinstance(given, Mapping):
-            for key in given:
-                if key not in known:
-                    raise ValueError(f"a task has no {key!r}; it has {', '.join(known)}{did_you_mean(key, known)}")
-        task = given if isinstance(given, Task) else Task(**given)
+            for key in (key for key in given if key not in known):
+                raise ValueError(f"a task has no {key!r}; it has {', '.join(known)}{did_you_mean(key, known)}")
+            given = Task(**given)
+        task = given if isinstance(given, Task) else Task(path=os.fspath(given))
         if task.name in made:
             places = [one.path or one.hub or type(one.source).__name__ for one in (made[task.name], task)]
             raise ValueError(

@@ -22,7 +22,7 @@ class RowTokenizer:
     """Tokenises the rows of a task.
 
     Args:
-        tokenizer: The model's tokenizer; it stays as it is.
+        tokenizer: The model's tokenizer.
         max_length, chat_template: As for `TaskMixture`; the length counts end-of-sequence.
         context: How many tokens of a row the model can read, if that is known (`injection.context_length`).
 
@@ -61,11 +61,7 @@ class RowTokenizer:
     def __call__(self, task: str, rows: Sequence[Row], learn: bool = False) -> tuple[list[Example], int, list[str]]:
         """Tokenise all rows of one task.
 
-        Args:
-            task: Its name.
-            rows: Its rows.
-            learn: Whether they are to be trained on: without their choices, and conversations with each turn of the
-                assistant as a target, not only the last.
+        Rows to `learn` have no choices, and conversations each turn of the assistant as a target, not only the last.
 
         Returns:
             The examples in the order of their rows, how many of them lost tokens, and a sentence for each bad row.
@@ -79,9 +75,7 @@ class RowTokenizer:
         prompts = self._ids(texts)
         targets = self._ends(texts, [[row.target or ""] for row in rows])
         options = self._ends(texts, [() if learn else row.choices for row in rows])
-        examples: list[Example] = []
-        problems: list[str] = []
-        cut = 0
+        examples, problems, cut = list[Example](), list[str](), 0
         for row, prompt, (target,), ends in zip(rows, prompts, targets, options, strict=True):
             target = target if row.target is not None else []
             most = max(map(len, [target, *ends]))

@@ -1,8 +1,7 @@
 """An expert trains something at one linear layer, and states the delta it stands for; each type has a file.
 
 Open `expert.py` first, the contract of a type of your own; then `lora.py`, the shortest type. `selectable.py` has what
-types that train a chosen part of a weight share, `site.py` which layer gets which expert, and `module_expert.py` what
-is trained at other modules. They need torch alone, and train in any loop, with or without Lightning.
+types that train a chosen part of a weight share, `site.py` which layer gets which expert.
 """
 
 from modular_experts.experts.expert import Expert

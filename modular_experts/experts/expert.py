@@ -1,9 +1,7 @@
 """Define the contract of an expert, which owns the trained state of one site and states its delta.
 
-Read this file to write a type of your own; `ia3.py` in the tests is one in thirty lines. Most types own parameters
-beside a frozen weight, as LoRA does.
-`injection` puts experts into the layers of a model. An expert that writes into the weight is an `InPlaceExpert`, and
-one at another module than a linear layer a `ModuleExpert` (`module_expert.py`).
+An expert that writes into the weight is an `InPlaceExpert`, and one at another module than a linear layer a
+`ModuleExpert` (`module_expert.py`).
 """
 
 from __future__ import annotations
@@ -43,8 +41,7 @@ class Trained(nn.Module):
         """Get ready for a training that begins, alike in every process; return whether that took work.
 
         Args:
-            module: The `ExpertModule`: its `model` is in training mode and on its device, and `batch_losses` is the
-                function that it computes losses with, which the expert may replace.
+            module: The `ExpertModule`, with its `model` on its device; the expert may replace its `batch_losses`.
             data: The trainer's data module, or None.
         """
         return False
@@ -60,22 +57,21 @@ class Trained(nn.Module):
         """
 
     def extra_loss(self) -> dict[str, Tensor]:
-        """Return terms that are added to the training loss; training asks once after each forward pass.
+        """Return terms, by name, that are added to the training loss; training asks once after each forward pass.
 
-        The keys are names. Training adds the terms of a name up over all experts, and logs them as `penalty/<name>`.
+        It logs the sum of a name over all experts as `penalty/<name>`.
         """
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that the library keeps beside, or instead of, the delta.
+        """Return the tensors that the library keeps beside, or instead of, the delta; `load_state_dict` takes them.
 
-        Here every parameter and buffer of a type that is not mergeable, and nothing for others, whose delta holds all.
-        Override it where the trained form is smaller than the delta. `load_state_dict` takes what it returns.
+        Override it where the trained form of a mergeable type is smaller than the delta.
         """
         return {} if self.mergeable else dict(self.state_dict())
 
     def settings(self) -> dict[str, bool | int | float | str]:
-        """Return the plain values that the expert was made with, for its record and for the summary of a run."""
+        """Return the plain values that the expert was made with, for its record."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
         return {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
 
@@ -113,8 +109,8 @@ class Expert(Trained, ABC):
     def bias_delta(self, bias: Tensor, weight: Tensor) -> Delta | None:
         """Return how far the bias has moved from the base, or None for an expert that leaves it alone.
 
-        The layer's bias itself stays frozen: the expert keeps its change beside it, and `forward` adds it. Exports and
-        merges treat it as the weight `<name>.bias`.
+        The layer's bias itself stays frozen, and `forward` adds the change. Exports and merges treat it as the weight
+        `<name>.bias`.
 
         Args:
             bias: The layer's bias `(out,)`, as it was before training.

@@ -1,8 +1,4 @@
-"""The paper's own algorithm, dense and masked: train a dense change D, show only `D * M` (arXiv 2507.07140).
-
-It is the faithful reference beside `SparseExpert`: it exports the same form, at the cost of a dense D, its optimizer
-state, a mask and a second matrix product in each layer.
-"""
+"""The paper's own algorithm, dense and masked: train a dense change D, show only `D * M` (arXiv 2507.07140)."""
 
 from __future__ import annotations
 

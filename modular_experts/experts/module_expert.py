@@ -1,8 +1,6 @@
 """A module expert owns the trained state at a module that is not a linear layer, such as a transformer block.
 
-Through forward hooks it sees the inputs and outputs of the module's calls. A plan names the module (`experts/site.py`),
-and `injection` attaches the expert. In a system of several parts, such as layers with one router, one part registers
-the shared module, and the others `refer` to it.
+Through forward hooks it sees the inputs and outputs of the module's calls.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def refer(expert: Trained, **others: nn.Module) -> None:
-    """Keep modules that another expert owns as attributes of these names, so that their tensors exist once."""
+    """Keep modules that another expert owns, such as a router, as attributes, so that their tensors exist once."""
     # `nn.Module.__setattr__` would register them.
     for name, module in others.items():
         object.__setattr__(expert, name, module)
@@ -27,9 +25,8 @@ def refer(expert: Trained, **others: nn.Module) -> None:
 class ModuleExpert(Trained):
     """Owns trained state at a module, and may change its inputs and outputs; a subclass gives `before` or `after`.
 
-    With gradient checkpointing, the hooks of a transformer block run outside of the part that is computed again, and
-    the hooks of modules inside of it run again. So whatever `before` of a block keeps for the layers inside must stay
-    until the next pass.
+    With gradient checkpointing, the hooks of modules inside of a block run again and the block's own do not, so what
+    `before` of a block keeps for the layers inside must stay until the next pass.
     """
 
     mergeable: ClassVar[bool] = False
@@ -52,10 +49,8 @@ class ModuleExpert(Trained):
         """Become a submodule of a module, `expert` if it is to be ejected, and see its calls from now on."""
         module.add_module(name, self)
         # Bound methods, which a copied or pickled model takes along.
-        self._hooks = [
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
-            module.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        before = module.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._hooks = [before, module.register_forward_hook(self._after, with_kwargs=True)]
 
     def detach(self, module: nn.Module) -> None:
         """Leave the module as it was before `attach`."""

@@ -1,8 +1,4 @@
-"""The base class of expert types that train a chosen part of a weight: its size, its units, hooks of a selection.
-
-`selection` computes scores and calls these hooks, `masks` has the scores and rules, and the `MaskSchedule` callback
-decides when, on which batches.
-"""
+"""The base class of expert types that train a chosen part of a weight: its size, its units, hooks of a selection."""
 
 from __future__ import annotations
 
@@ -120,15 +116,11 @@ class Selectable(Expert):
 
 @dataclass(frozen=True)
 class Probe:
-    """The receiver of a weight's dense gradient, which a scoring pass puts into an expert.
-
-    Attributes:
-        receive: Called with the weight's gradient `(out, in)`.
-        leaf: A scalar that requires a gradient, so that backward reaches the layer even if its input needs none.
-    """
+    """The receiver of a weight's dense gradient `(out, in)`, which a scoring pass puts into an expert."""
 
     receive: Callable[[Tensor], None]
     leaf: Tensor
+    """A scalar that requires a gradient, so that backward reaches the layer even if its input needs none."""
 
 
 class _ProbedLinear(torch.autograd.Function):

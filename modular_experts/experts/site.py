@@ -1,8 +1,7 @@
 """Sites are the places in a model that an expert can take; a plan says which expert each of them gets.
 
-A *plan* is a function from the sites of a model to an expert factory for each site that gets an expert. A mapping
-`{pattern: factory}` is a plan too: `by_pattern` makes the function. A plan may also name modules that are not linear
-layers, such as a transformer block. `injection` finds the sites and carries a plan out.
+A *plan* is a function from the sites of a model to an expert factory for each site that gets an expert; `by_pattern`
+makes one of a mapping `{pattern: factory}`. `injection` finds the sites and carries a plan out.
 """
 
 from __future__ import annotations
@@ -83,8 +82,8 @@ def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised
 
     Args:
         experts: Pattern and factory.
-        where: Name of the argument, for the sentences of errors.
-        quantised: Names of layers that cannot take an expert because their weight is quantised, for these sentences.
+        where: Name of the argument, for errors.
+        quantised: Names of layers whose weight is quantised, for errors.
 
     Raises:
         ValueError: (by the plan) A pattern matches no site, or is not a valid regular expression.

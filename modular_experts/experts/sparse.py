@@ -1,8 +1,7 @@
 """Sparse experts train a few entries of a weight, in place, at the price of those entries.
 
-The expert writes the kept entries into the frozen weight, so the forward pass is one matrix product; backward computes
-only their gradient (`kernels`), and the optimizer sees one packed vector. No second copy of the model and no dense mask
-exists.
+The forward pass is one matrix product with the written weight; backward computes only the gradient of the kept entries
+(`kernels`), and the optimizer sees one packed vector.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A mask chooses which entries of a weight are trained, from a score of each.
 
 A *score* (`scores.py`) ranks the entries of a weight; a *rule* (`rules.py`) turns scores into the kept units when
-training starts and at later updates. A config names both by class; a score may also be a plain function. `top_k.py`
-finds the highest scores. `selection` computes the scores and changes the experts.
+training starts and at later updates. `top_k.py` finds the highest scores. Open `scores.py` first.
 """
 
 from modular_experts.masks.rules import DenseThenSparse, GrowAndDrop, Reselect, Rule, SelectOnce

@@ -25,9 +25,8 @@ class Rule(ABC):
     needs_dense_start: ClassVar[bool] = False
     """Whether it only makes sense after training all entries, as `MaskedExpert` does at first."""
     rewind: bool = False
-    """Whether values go back to the base when the support is chosen, and are trained anew."""
+    """Whether values go back to the base when the support is chosen."""
     unit: Unit = "optimizer_steps"
-    """What the rule's numbers of steps count."""
 
     @abstractmethod
     def last_update(self, total_steps: int, steps_per_epoch: int) -> int:

@@ -1,8 +1,6 @@
-"""Find exactly the k highest scores, ties to the lowest index, in one weight or in many that stream by once.
+"""Find exactly the k highest scores of a weight, ties to the lowest index.
 
-A sample of one weight's scores gives a bound below which most of them lie. While scores of many weights stream by, a
-histogram of their upper 16 bits as float32, which sort like the numbers, gives one that only rises, so that a choice
-among all weights holds little more than k candidates and never all scores.
+A sample of the scores gives a bound below which most of them lie.
 """
 
 from __future__ import annotations
@@ -79,9 +77,9 @@ def top_k(scores: Tensor, k: int, kept: Tensor | None = None) -> Tensor:
 
 
 def kth_highest(scores: Tensor, k: int) -> Tensor:
-    """Return the k-th highest score, k from 1 to their number, exactly and without sorting them.
+    """Return the k-th highest score, k from 1 to their number, exactly; no score may be NaN.
 
-    No score may be NaN.
+    A histogram of the upper 16 bits as float32, which sort like the numbers, leaves few candidates.
     """
     flat = scores.reshape(-1)
     if flat.numel() <= _BINS:

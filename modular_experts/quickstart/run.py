@@ -7,6 +7,7 @@ where it was, and ends with the same numbers.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import warnings
@@ -23,7 +24,7 @@ from modular_experts.quickstart.plan import Plan
 from modular_experts.study import Study, read_study, run_study
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.run import PIECES, Left, State, claim
-from modular_experts.training.estimate import errors_only
+from modular_experts.training.estimate import logging_from
 
 # What parts of a run take on one idle core of a small cloud machine.
 BASE_SECONDS = 43.0
@@ -55,7 +56,7 @@ def run_plan(
         total = BASE_SECONDS + study_seconds
         if not (base / FACTS).exists():
             # Lightning's advice is about a trainer this small.
-            with errors_only("lightning.pytorch"), warnings.catch_warnings(action="ignore"):
+            with logging_from(logging.ERROR, "lightning.pytorch"), warnings.catch_warnings(action="ignore"):
                 make_base(plan, base, lambda share: progress("base", share * BASE_SECONDS, total))
         study = read_study(**plan.study(base))
         work = _seconds(Counter(piece.key[:2] for piece in pieces_of(study, out)))

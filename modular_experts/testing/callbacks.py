@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +23,7 @@ from modular_experts.base.loading import quiet
 from modular_experts.callbacks import Schedule
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert, SparseExpert
-from modular_experts.training.estimate import errors_only
+from modular_experts.training.estimate import logging_from
 from modular_experts.training.module import ExpertModule
 
 _STEPS, _SAVED = 5, 3
@@ -48,19 +49,17 @@ def check_callback(
     Args:
         make: Makes a callback with the same settings at each call.
         expert: The expert type that is trained, as the argument `expert` of `ExpertModule`.
-        result: Called with a callback after its fit; returns anything else that must be equal, such as the hash of its
-            exported expert.
-        base: Directory of a base, for callbacks with settings that belong to one, such as a library of its experts. If
-            it is not given, the battery makes a small Llama with random weights.
+        result: Called with a callback after its fit; returns anything else that must be equal.
+        base: Directory of a base, for callbacks whose settings belong to one; a small random Llama if not given.
 
     Raises:
         AssertionError: The callback breaks a promise; the message names it.
     """
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), errors_only("lightning.pytorch"):
+    silent = logging_from(logging.ERROR, "lightning.pytorch")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), silent, torch.random.fork_rng():
         # Lightning warns of folders that are not empty, and of loaders without workers.
         warnings.simplefilter("ignore")
-        with torch.random.fork_rng():
-            _check(_Case(make, expert, result, Path(folder), base))
+        _check(_Case(make, expert, result, Path(folder), base))
 
 
 def _check(case: _Case) -> None:
@@ -68,15 +67,21 @@ def _check(case: _Case) -> None:
     first, whole = case.fit(used)
     _compare(case.fit(used)[1], whole, "a callback in two fits must act as two fresh ones")
     saved = case.folder / "saved" / f"step={_SAVED}.ckpt"
-    later = {name: _after(found) if isinstance(found, dict) else found for name, found in whole.items()}
+    # What is known by steps counts after the checkpoint; tensors have names in place of steps.
+    later = {
+        name: {key: one for key, one in found.items() if not isinstance(key, int) or key > _SAVED}
+        if isinstance(found, dict)
+        else found
+        for name, found in whole.items()
+    }
     for callback, which in ((case.make(), "fresh"), (used, "used")):
         _, rest = case.fit(callback, resume=saved)
         _compare(rest, later, f"a run that a {which} callback resumes must end as if it had not been interrupted")
-    _, again = case.fit(used, first, rate=0.0)
-    before, after = (cast(dict[int, float], found["validation losses"]) for found in (whole, again))
-    assert abs(after[max(after)] - before[max(before)]) < 1e-5, (
+    again = case.fit(used, first, rate=0.0)[1]["validation losses"]
+    before, after = whole["validation losses"][max(whole["validation losses"])], again[max(again)]
+    assert abs(after - before) < 1e-5, (
         "a second fit must begin with all that the first one trained; at a rate of zero, the validation loss goes from "
-        f"{before[max(before)]:.6f} to {after[max(after)]:.6f}"
+        f"{before:.6f} to {after:.6f}"
     )
 
 
@@ -103,8 +108,7 @@ class _Case:
         """Train a fresh module or go on with one; return it and all that must be equal."""
         # What is drawn at random before the checkpoint is loaded must not matter.
         torch.manual_seed(1 if resume else 0)
-        if module is None:
-            module = ExpertModule(self.base, "all-linear", self.expert)
+        module = module or ExpertModule(self.base, "all-linear", self.expert)
         module.optimizer = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0)
         module.scheduler = lambda optimizer: LambdaLR(optimizer, lambda step: 1.0 if step < _STEPS - 1 else -1.0)
         watch = _Watch()
@@ -121,8 +125,7 @@ class _Case:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        tasks = [{"name": "battery", "path": str(self.tasks)}]
-        data = TaskMixture(tasks, batch_size=4, tokenizer=self.base, seed=0)
+        data = TaskMixture({"name": "battery", "path": str(self.tasks)}, batch_size=4, tokenizer=self.base, seed=0)
         trainer.fit(module, data, ckpt_path=resume)
         found: dict[str, Any] = {"losses": watch.losses, "validation losses": watch.validations}
         found["trained tensors"] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -152,23 +155,16 @@ class _Watch(Callback):
             self.validations[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
 
 
-def _after(found: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the losses after the checkpoint; tensors have names in place of steps."""
-    return {key: value for key, value in found.items() if not isinstance(key, int) or key > _SAVED}
-
-
 def _compare(found: dict[str, Any], wanted: dict[str, Any], promise: str) -> None:
     for part, value in wanted.items():
         other = found[part]
         if part == "trained tensors":
-            unlike = [name for name in value.keys() | other.keys() if not _same(value.get(name), other.get(name))]
+            nothing = torch.empty(0)
+            pairs = {name: (value.get(name, nothing), other.get(name, nothing)) for name in value.keys() | other.keys()}
+            unlike = [name for name, pair in pairs.items() if not torch.equal(*pair)]
             assert not unlike, f"{promise}; {len(unlike)} of {len(value)} trained tensors differ, as {min(unlike)}"
         else:
             assert other == value, f"{promise}; the {part} are {other} instead of {value}"
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
 
 
 def _write_base(folder: Path) -> None:

@@ -1,8 +1,4 @@
-"""Check expert types, built-in or your own: `check_expert(lambda weight: MyExpert(weight))`, `check_plan(MyPlan())`.
-
-Each check builds a small model, of two linear layers or of two transformer blocks, so that a whole battery takes
-seconds. A check that fails raises an `AssertionError` that names the broken promise.
-"""
+"""Check expert types, built-in or your own: `check_expert(lambda weight: MyExpert(weight))`, `check_plan(MyPlan())`."""
 
 from __future__ import annotations
 
@@ -67,26 +63,21 @@ def check_plan(plan: LayerPlan, compile: bool = True) -> None:
     Raises:
         AssertionError: A promise is broken; the message names it.
     """
-    given = settings(plan)
+    given, promise = settings(plan), "the settings of a plan must be plain values that make an equal one"
     try:
         again = type(plan)(**json.loads(json.dumps(given)))
     except TypeError as error:
-        raise AssertionError(f"the settings of a plan must be plain values that make an equal one: {error}") from error
-    assert settings(again) == given, "the settings of a plan must be plain values that make an equal one"
+        raise AssertionError(f"{promise}: {error}") from error
+    assert settings(again) == given, promise
     _check(_Case(_TwoBlocks, partial(inject, experts=plan)), compile)
 
 
 def _check(case: _Case, compile: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        _check_identity_at_start(case, dtype)
-        _check_gradients(case, dtype)
-        _check_export_reproduces(case, dtype)
-    _check_state(case)
-    _check_extra_loss(case)
-    _check_eject(case)
-    _check_copies(case)
-    _check_state_dict(case)
-    _check_gradient_checkpointing(case)
+        for check in (_check_identity_at_start, _check_gradients, _check_export_reproduces, _check_eject):
+            check(case, dtype)
+    for check_one in (_check_state, _check_extra_loss, _check_copies, _check_state_dict, _check_gradient_checkpointing):
+        check_one(case)
     if compile:
         _check_compile(case)
 
@@ -125,8 +116,6 @@ class _MLP(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Attention of two heads without a mask."""
-
     head_dim = 12
 
     def __init__(self) -> None:
@@ -141,7 +130,7 @@ class _Attention(nn.Module):
 
 @dataclass(frozen=True)
 class _Case:
-    """A function that makes the network, and one that puts the experts under test into it."""
+    """Makes the network, and puts the experts under test into it."""
 
     build: Callable[[], nn.Module]
     equip: Callable[[nn.Module], object]
@@ -157,7 +146,6 @@ class _Case:
         return network.eval()
 
     def base(self, dtype: torch.dtype) -> Callable[[str], Tensor]:
-        """Return the function from the name of a weight to its value before training."""
         return self.plain(dtype).state_dict().__getitem__
 
 
@@ -186,7 +174,7 @@ def _check_bias(factory: Factory) -> bool:
     layer = nn.Linear(24, 36)
     network = nn.Sequential(layer)
     inject(network, factory, "0")
-    moved = _expert(network).bias_delta(layer.bias, layer.weight)
+    moved = next(expert_layers(network))[1].expert.bias_delta(layer.bias, layer.weight)
     if moved is None:
         return False
     assert moved.shape == layer.bias.shape, f"the delta of the bias must have its shape, not {tuple(moved.shape)}"
@@ -239,19 +227,13 @@ def _check_export_reproduces(case: _Case, dtype: torch.dtype) -> None:
     assert gap <= tolerance, f"base plus exported delta must give the trained outputs in {dtype}; gap {gap:.1e}"
 
 
-def _expert(network: nn.Module) -> Expert:
-    return next(expert_layers(network))[1].expert
-
-
 def _check_state(case: _Case) -> None:
     """Check that a state gives the trained outputs, and that a type that is not mergeable has one and says why."""
     network, twin, x = case.equipped(), case.equipped(), _inputs()
     _train(network)
     state = {name: tensor.clone() for name, tensor in expert_state(network).items()}
     exported = {name for name, _ in task_vector(network, case.base(torch.float32))}
-    for name, expert in named_experts(network):
-        if expert.mergeable:
-            continue
+    for name, expert in ((name, one) for name, one in named_experts(network) if not one.mergeable):
         assert expert.not_mergeable_because, "a type that is not mergeable must say why"
         assert name not in exported, "a type that is not mergeable must not export deltas"
         assert state, "a type that is not mergeable must have a state"
@@ -278,15 +260,14 @@ def _check_extra_loss(case: _Case) -> None:
             assert added.requires_grad, f"the term {name} must have a gradient"
 
 
-def _check_eject(case: _Case) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        network, base = case.equipped(dtype), case.plain(dtype).state_dict()
-        _train(network)
-        eject(network, case.base(dtype))
-        after = network.state_dict()
-        assert after.keys() == base.keys(), "eject must leave no tensor behind"
-        changed = [name for name in base if not torch.equal(after[name], base[name])]
-        assert not changed, f"eject must restore the base bit for bit; {changed} differ"
+def _check_eject(case: _Case, dtype: torch.dtype) -> None:
+    network, base = case.equipped(dtype), case.plain(dtype).state_dict()
+    _train(network)
+    eject(network, case.base(dtype))
+    after = network.state_dict()
+    assert after.keys() == base.keys(), "eject must leave no tensor behind"
+    changed = [name for name in base if not torch.equal(after[name], base[name])]
+    assert not changed, f"eject must restore the base bit for bit; {changed} differ"
 
 
 def _check_copies(case: _Case) -> None:

@@ -59,22 +59,22 @@ def check_merge_method(
         if zero:
             deltas = [made_delta(form, shape, seed) for seed, form in enumerate(_FORMS)]
             more = _merged(method, [*deltas, Sparse.zero(shape)])
-            _close(more, _merged(method, deltas), "an expert that moves nothing must change nothing")
+            close(more, _merged(method, deltas), "an expert that moves nothing must change nothing")
     _check_mix(method, [Dense(torch.randn(5)), Sparse(torch.tensor([3]), torch.tensor([2.0]), torch.Size([5]))])
     still = Dense(torch.zeros(4, 6))
     for zeros in ([Sparse.zero((4, 6))] * 3, [still] * 3, [Sparse.zero((4, 6)), still]):
         assert not _merged(method, zeros).any(), "experts that move nothing must merge to nothing"
     for form in _FORMS if alone else ():
         delta = made_delta(form, (6, 8), 3)
-        _close(_merged(method, [delta]), delta.dense(), "one expert must merge to itself")
+        close(_merged(method, [delta]), delta.dense(), "one expert must merge to itself")
         if copies:
-            _close(_merged(method, [delta] * 3), delta.dense(), "copies of an expert must merge to it")
+            close(_merged(method, [delta] * 3), delta.dense(), "copies of an expert must merge to it")
     if order:
         for forms in (_FORMS, ("Sparse",) * 3):
             deltas = [made_delta(form, (6, 8), seed) for seed, form in enumerate(forms)]
             expected = _merged(method, deltas)
             for turned in (deltas[::-1], [*deltas[1:], deltas[0]]):
-                _close(_merged(method, turned), expected, "the order of the experts must not matter")
+                close(_merged(method, turned), expected, "the order of the experts must not matter")
     for form, shape in itertools.product(("Sparse", "BlockSparse") if sparse else (), _SHAPES[:2]):
         deltas = [made_delta(form, shape, seed) for seed in range(3)]
         merged = method.merge(deltas, _context(method, deltas))
@@ -97,11 +97,11 @@ def _check_mix(method: MergeMethod, deltas: Sequence[Delta]) -> None:
             assert torch.equal(tensor, tensors[name]), f"merge must not change what it is given, for {mix}"
     again = _merged(method, deltas)
     assert torch.equal(again, merged.dense()), f"the same call must give the same result, for {mix}"
-    _close(_merged(method, [delta * 2.0 for delta in deltas]), 2 * again, "twice the experts must merge to twice it")
+    close(_merged(method, [delta * 2.0 for delta in deltas]), 2 * again, "twice the experts must merge to twice it")
     if is_dataclass(method) and "scale" in {field.name for field in fields(method)}:
         scale: float = method.scale
         half: Any = replace(method, scale=0.5 * scale)
-        _close(_merged(half, deltas), 0.5 * again, "the scale must be a factor of the result")
+        close(_merged(half, deltas), 0.5 * again, "the scale must be a factor of the result")
 
 
 def _check_stored(method: MergeMethod) -> None:
@@ -143,7 +143,7 @@ def made_statistic(kind: str | None, shape: torch.Size, seed: int) -> DataStatis
     return DataStatistic(inputs.T @ inputs)
 
 
-def _close(found: Tensor, expected: Tensor, promise: str) -> None:
+def close(found: Tensor, expected: Tensor, promise: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{promise}: {text}")
 
 

@@ -16,7 +16,7 @@ from modular_experts.injection.attach import describe_router, make_router
 from modular_experts.library.described import class_path, trust
 from modular_experts.routing import Gates, Router, TopK
 from modular_experts.routing.gates import reading
-from modular_experts.testing.methods import made_delta, made_statistic
+from modular_experts.testing.methods import close, made_delta, made_statistic
 
 _COUNT, _SHAPE = 4, (10, 12)
 _FORMS = ("Dense", "LowRank", "Sparse", "BlockSparse")
@@ -104,10 +104,7 @@ def _near(middle: Tensor, count: int, draw: torch.Generator) -> Tensor:
 
 
 def _check_learning(case: _Case) -> None:
-    before = [
-        {name: tensor.clone() for name, tensor in one.tensors().items()} for one in case.deltas if one is not None
-    ]
-    taken, states = [one.clone() for one in case.statistics], []
+    before, taken, states = copy.deepcopy(case.deltas), [one.clone() for one in case.statistics], []
     with torch.random.fork_rng(devices=[]):
         for seed in (0, 1):
             torch.manual_seed(seed)
@@ -120,9 +117,13 @@ def _check_learning(case: _Case) -> None:
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), f"learning the same again must give the same {name}"
         assert tensor.isfinite().all(), f"{name} of the state must be finite"
-    there = [one.tensors() for one in case.deltas if one is not None]
-    for old, new in zip(before, there, strict=True):
-        assert all(torch.equal(old[name], new[name]) for name in old), "learning must not change the deltas"
+    for old, new in zip(before, case.deltas, strict=True):
+        pairs = (
+            zip(old.tensors().values(), new.tensors().values(), strict=True)
+            if old is not None and new is not None
+            else ()
+        )
+        assert all(torch.equal(*pair) for pair in pairs), "learning must not change the deltas"
     same = all(torch.equal(old, new) for old, new in zip(taken, case.statistics, strict=True))
     assert same, "learning must not change the statistics"
 
@@ -134,9 +135,7 @@ def _check_gates(case: _Case, router: Router, dtype: torch.dtype) -> None:
     assert gates.ids.shape == gates.weights.shape == wanted, f"ids and weights must have the shape {wanted}"
     assert gates.weights.isfinite().all(), f"the weights must be finite for {dtype} inputs"
     lowest, highest = int(gates.ids.min()), int(gates.ids.max())
-    assert 0 <= lowest <= highest <= count, (
-        f"the ids must be from 0 to {count}, the fallback; got {lowest} to {highest}"
-    )
+    assert 0 <= lowest <= highest <= count, f"the ids must be from 0 to {count}, not {lowest} to {highest}"
     assert highest < count or router.rejects, f"the id {count} is the fallback, which only `rejects = True` allows"
     ordered = gates.ids.sort(1).values
     assert (ordered[:, 1:] != ordered[:, :-1]).all(), "an input must not have an expert twice"
@@ -145,9 +144,9 @@ def _check_gates(case: _Case, router: Router, dtype: torch.dtype) -> None:
 def _check_inputs(case: _Case, router: Router) -> None:
     together = case.shares(router)
     backwards = case.shares(router, range(len(case.inputs) - 1, -1, -1)).flip(0)
-    _close(backwards, together, "the order of the inputs must not matter")
+    close(backwards, together, "the order of the inputs must not matter")
     alone = torch.cat([case.shares(router, [row]) for row in range(len(case.inputs))])
-    _close(alone, together, "the gates of an input must not depend on the other inputs")
+    close(alone, together, "the gates of an input must not depend on the other inputs")
 
 
 def _check_stored(case: _Case, router: Router) -> None:
@@ -156,9 +155,7 @@ def _check_stored(case: _Case, router: Router) -> None:
     try:
         plain = json.loads(json.dumps(settings))
     except TypeError as error:
-        raise AssertionError(
-            f"the settings of {kind} must be plain values, which a record can keep: {error}"
-        ) from error
+        raise AssertionError(f"the settings of {kind} must be plain values, for a record: {error}") from error
     trust(type(router), type(router.select))
     again = make_router(class_path(type(router)), plain)
     again.load_state({name: tensor.clone() for name, tensor in router.state().items()}, router.experts)
@@ -174,7 +171,7 @@ def _check_order(case: _Case, router: Router) -> None:
     order = [2, 0, 3, 1]
     turned = case.shares(case.learned(case.router, order))
     there = torch.tensor([*order, len(order)])
-    _close(turned, case.shares(router)[:, there], "permuting the experts must permute their numbers only")
+    close(turned, case.shares(router)[:, there], "permuting the experts must permute their numbers only")
 
 
 def _check_too_many(case: _Case) -> None:
@@ -185,7 +182,3 @@ def _check_too_many(case: _Case) -> None:
     except ValueError:
         return
     raise AssertionError("more experts than there are must be refused with a ValueError, as TopK does")
-
-
-def _close(found: Tensor, expected: Tensor, promise: str) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{promise}: {text}")

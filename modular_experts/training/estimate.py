@@ -1,7 +1,7 @@
 """Estimate what a fit will read, train, hold in memory and take, before it begins.
 
-Four real steps give the time and the memory: three on a batch of typical length, of which the first warms up, and one
-on the longest. They run with a learning rate of zero and without loggers, so nothing is trained and nothing is written.
+Four real steps with a learning rate of zero give the time and the memory: three on a batch of typical length, of which
+the first warms up, and one on the longest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from modular_experts.callbacks import EvenValidation, ExportExpert
 from modular_experts.callbacks.schedule import (
@@ -100,11 +101,11 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     if data.tokenizer is None:
         data.tokenizer = module.base
     # The short fit would log itself as the whole one.
-    with errors_only("modular_experts", "lightning.pytorch"):
+    with logging_from(logging.ERROR, "modular_experts", "lightning.pytorch"):
         data.setup("fit")
         length = training_length(trainer, len(data.train_dataloader()))
         probe = _Probe(length)
-        short, validation, taught, python = _rehearsed(module, data, trainer, probe)
+        short, validation = _rehearsed(module, data, trainer, probe)
         optimizer = module.configure_optimizers()["optimizer"]
     planned = [
         one.expected_choices(trainer, module, length, probe.forward_backward) for one in callbacks_of(short, Schedule)
@@ -113,14 +114,8 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     # The last batch of a validation is seldom full.
     whole = sum(map(_size, validation)) / _size(_typical(validation)) if validation else 0.0
     step = trainer.accumulate_grad_batches * probe.forward_backward + probe.optimizer_step
-    seconds = {
-        **({"router": taught} if taught else {}),
-        "steps": length.total_steps * step,
-        "choices": sum(taken for _, taken in planned),
-        "validations": validations * whole * probe.validation,
-    }
     # Where the process was larger before than now, its parts add up to more than its peak in the steps.
-    parts = _bytes(module, probe, python)
+    parts = _bytes(module, probe)
     return FitEstimate(
         splits=data.sizes(),
         padding=data.padding(),
@@ -129,7 +124,12 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         length=length,
         choices=sum(number for number, _ in planned),
         validations=validations,
-        seconds=seconds,
+        seconds={
+            **({"router": probe.router} if probe.router else {}),
+            "steps": length.total_steps * step,
+            "choices": sum(taken for _, taken in planned),
+            "validations": validations * whole * probe.validation,
+        },
         bytes=parts,
         peak=sum(parts.values()),
         on_disk=_on_disk(module),
@@ -137,27 +137,31 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     )
 
 
-def _rehearsed(
-    module: ExpertModule, data: TaskMixture, trainer: Trainer, probe: Callback
-) -> tuple[Trainer, list[Batch], float, int]:
-    """Return a trainer after steps of rate zero, the validation batches, a router's seconds, and the memory before."""
+def _rehearsed(module: ExpertModule, data: TaskMixture, trainer: Trainer, probe: _Probe) -> tuple[Trainer, list[Batch]]:
+    """Return a trainer after steps of rate zero, and the validation batches."""
     device, before, loaded = trainer.strategy.root_device, module.learning_rate, hasattr(module, "model")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    python = 0 if loaded else _peak(device)
+    probe.python = 0 if loaded else _peak(device)
     # The schedules of the short fit may exchange what an earlier fit trained.
     kept = {name: tensor.clone() for name, tensor in module.state_dict().items()} if loaded else {}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         short = _short_trainer(trainer, probe, folder)
         try:
-            module.learning_rate = 0.0
-            validation, taught = _take_steps(module, data, short)
+            module.learning_rate, module.trainer = 0.0, short
+            module.setup("fit")
+            module.configure_model()
+            data.fit_context(context_length(module.model))
+            validation = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
+            module.model.to(device)
+            probe.router = module.prepare_experts(data)
+            short.fit(module, _Batches(data, validation))
         finally:
             module.learning_rate = before
             if kept:
                 resize_like(module.model, kept)
                 module.load_state_dict(kept, strict=False)
-    return short, validation, taught, python
+    return short, validation
 
 
 def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
@@ -181,31 +185,18 @@ def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
     )
 
 
-def _take_steps(module: ExpertModule, data: TaskMixture, short: Trainer) -> tuple[list[Batch], float]:
-    module.trainer = short
-    module.setup("fit")
-    module.configure_model()
-    data.fit_context(context_length(module.model))
-    batches = list(itertools.islice(data.train_dataloader(), _MOST_BATCHES))
-    validation = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
-    module.model.to(short.strategy.root_device)
-    taught = module.prepare_experts(data)
-    short.fit(module, _Batches(data, batches, validation))
-    return validation, taught
-
-
 @contextmanager
-def errors_only(*names: str) -> Iterator[None]:
-    """Let the loggers of these names log errors only."""
+def logging_from(level: int, *names: str) -> Iterator[None]:
+    """Let the loggers of these names log nothing below a level."""
     loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
+    before = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(level)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger, old in zip(loggers, before, strict=True):
+            logger.setLevel(old)
 
 
 def _size(batch: Batch) -> int:
@@ -218,13 +209,12 @@ def _typical(batches: Sequence[Batch]) -> Batch:
 
 
 class _Batches(LightningDataModule, DataSource):
-    """Gives the typical batch three times, then the longest, and after these the typical one without an end."""
+    """Gives the typical batch three times, then the longest, and after these the typical one."""
 
-    def __init__(self, data: TaskMixture, batches: Sequence[Batch], validation: Sequence[Batch]) -> None:
+    def __init__(self, data: TaskMixture, validation: Sequence[Batch]) -> None:
         super().__init__()
-        self._data, self._batches = data, list(batches)
-        self._given: list[Batch] = []
-        self._validation = [_typical(validation)] if validation else []
+        self._data, self._given = data, list[Batch]()
+        self._validation = [_typical(validation)] * 2 if validation else []
         self._choose()
 
     @property
@@ -233,34 +223,19 @@ class _Batches(LightningDataModule, DataSource):
 
     def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
         self._data.choose_packing(keeps_rows_apart)
-        self._batches = list(itertools.islice(self._data.train_dataloader(), _MOST_BATCHES))
         self._choose()
 
     def _choose(self) -> None:
         # In place, for loaders that were made before.
-        typical = _typical(self._batches)
-        self._given[:] = [typical, typical, typical, max(self._batches, key=_size)]
+        batches = list(itertools.islice(self._data.train_dataloader(), _MOST_BATCHES))
+        typical = _typical(batches)
+        self._given[:] = [typical, typical, typical, max(batches, key=_size), *[typical] * _MOST_BATCHES]
 
-    def train_dataloader(self) -> Any:
-        return _Loader(self._given)
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(cast(Any, self._given), batch_size=None, collate_fn=lambda batch: batch)
 
-    def val_dataloader(self) -> Any:
-        return _Loader(self._validation) if self._validation else []
-
-
-class _Loader:
-    """Gives some batches, and after them the first of them without an end."""
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        yield from self._batches
-        while True:
-            yield self._batches[0]
-
-    def __len__(self) -> int:
-        return sys.maxsize
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(cast(Any, self._validation), batch_size=None, collate_fn=lambda batch: batch)
 
 
 class _Probe(Callback):
@@ -269,7 +244,9 @@ class _Probe(Callback):
     def __init__(self, length: TrainingLength) -> None:
         self.length = length
         self.forward_backward = self.optimizer_step = self.validation = 0.0
-        self.peak = self.optimizer = 0
+        self.router = 0.0
+        """Seconds in which experts got ready."""
+        self.peak = self.optimizer = self.python = 0
         self._started = self._chosen = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -332,15 +309,11 @@ def _weights(module: ExpertModule) -> list[TrainedWeights]:
     ]
 
 
-def _bytes(module: ExpertModule, probe: _Probe, python: int) -> dict[str, int]:
-    trained = frozen = 0
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            trained += parameter.nbytes
-        else:
-            frozen += parameter.nbytes
-    parts = {"base": frozen, "trained numbers and gradients": 2 * trained, "optimizer state": probe.optimizer}
-    parts |= {"Python and its libraries": python} if python else {}
+def _bytes(module: ExpertModule, probe: _Probe) -> dict[str, int]:
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    parts = {"base": sum(parameter.nbytes for parameter in module.parameters()) - trained}
+    parts |= {"trained numbers and gradients": 2 * trained, "optimizer state": probe.optimizer}
+    parts |= {"Python and its libraries": probe.python} if probe.python else {}
     return parts | {"activations and the rest": max(probe.peak - sum(parts.values()), 0)}
 
 

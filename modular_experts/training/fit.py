@@ -1,17 +1,14 @@
-"""Train an expert in one call.
-
-`fit` makes what one can make oneself: an `ExpertModule`, a `TaskMixture` and a Lightning `Trainer` with its callbacks,
-and calls `trainer.fit(module, data)`. It adds no step of its own.
+"""Train an expert in one call: `fit` makes an `ExpertModule`, a `TaskMixture` and a Lightning `Trainer` with callbacks,
+and calls `trainer.fit(module, data)`.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -24,12 +21,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed, nn
 
 from modular_experts.base import Base
-from modular_experts.callbacks import EvenValidation, ExportExpert, TrainingBar
+from modular_experts.callbacks import EvenValidation, ExportExpert
+from modular_experts.callbacks.schedule import callbacks_of
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks
 from modular_experts.experts import Expert
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
-from modular_experts.training.estimate import FitEstimate, estimate
+from modular_experts.training.estimate import FitEstimate, estimate, logging_from
 from modular_experts.training.module import BaseModel, ExpertModule, Experts
 
 log = logging.getLogger(__name__)
@@ -94,8 +92,7 @@ class Run:
     @property
     def exports(self) -> list[ExportExpert]:
         """The callbacks that write an expert, of which the last one has the place that was given."""
-        callbacks: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [one for one in callbacks if isinstance(one, ExportExpert)]
+        return callbacks_of(self.trainer, ExportExpert)
 
     def check_targets(self) -> None:
         """Raise if an expert exists already and shall not be replaced."""
@@ -154,7 +151,8 @@ def fit(
             log.info("this run keeps no expert; --out library/NAME keeps it")
         run.check_targets()
         try:
-            _train(run)
+            run.share_tokenizer()
+            run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint)
         finally:
             if not isinstance(base, nn.Module):
                 run.release()
@@ -162,11 +160,8 @@ def fit(
         run.trainer.strategy.barrier()
         checkpoint = getattr(run.trainer.checkpoint_callback, "best_model_path", "")
         if not run.exports and checkpoint:
-            log.info(
-                "no expert was exported; the same command with --ckpt_path '%s' --out library/NAME exports the "
-                "checkpoint's",
-                checkpoint,
-            )
+            command = f"the same command with --ckpt_path '{checkpoint}' --out library/NAME exports the checkpoint's"
+            log.info("no expert was exported; %s", command)
     dev_run = run.trainer.fast_dev_run  # type: ignore[attr-defined]
     return open_expert(run.exports[-1].target) if run.exports and not dev_run else None
 
@@ -274,7 +269,7 @@ def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Traine
     given = TRAINER | dict(settings.get("trainer", {}))
     given |= {"max_steps": settings["steps"]} if "steps" in settings else {}
     listed = given.get("callbacks") or []
-    callbacks = [*(listed if isinstance(listed, Sequence) else [listed]), _ResumeHint()]
+    callbacks: list[Callback] = [*listed] if isinstance(listed, Sequence) else [listed]
     if verb == "fit" and out is not None:
         place = Path(out)
         check_name(place.name)
@@ -297,50 +292,27 @@ def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Traine
         # Lightning's default is a thousand.
         given["max_epochs"] = 3
     if given.get("enable_progress_bar") is None and not any(isinstance(one, ProgressBar) for one in callbacks):
-        given["enable_progress_bar"] = sys.stderr.isatty()
-        callbacks += [TrainingBar()] * given["enable_progress_bar"]
+        given["enable_progress_bar"] = sys.stdout.isatty() and sys.stderr.isatty()
     if verb == "fit" and not given.get("fast_dev_run") and "described" in settings:
         callbacks.append(_SavedConfig(settings["described"]))
     return Trainer(**given | {"callbacks": callbacks})
 
 
-def _train(run: Run) -> None:
-    """Train, and leave no log of a run that fails before its first step."""
-    run.share_tokenizer()
-    try:
-        run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint)
-    except BaseException:
-        logger = run.trainer.logger
-        if run.trainer.is_global_zero and not run.trainer.global_step and isinstance(logger, CSVLogger):
-            folder = Path(logger.log_dir)
-            if folder.is_dir() and {file.name for file in folder.iterdir()} <= {CONFIG_FILE, "hparams.yaml"}:
-                shutil.rmtree(folder)
-                with suppress(OSError):  # it holds the folders of other runs
-                    folder.parent.rmdir()
-        raise
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Log what this package reports to stderr, on the first rank only, and of Lightning only its warnings."""
-    ours = logging.getLogger("modular_experts")
-    theirs = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    handler, levels = _StandardError(), [one.level for one in (ours, *theirs)]
-    ours.setLevel(logging.INFO)
-    ours.addHandler(handler)
-    for one in theirs:
-        one.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    ours, handler = logging.getLogger("modular_experts"), _StandardError()
+    theirs = logging_from(logging.WARNING, "lightning.pytorch", "lightning.fabric")
+    with theirs, logging_from(logging.INFO, ours.name), warnings.catch_warnings():
         # A user cannot mend the deprecated calls of Lightning.
         warnings.simplefilter("ignore", DeprecationWarning)
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
+        ours.addHandler(handler)
         try:
             yield
         finally:
             ours.removeHandler(handler)
-            for one, level in zip((ours, *theirs), levels, strict=True):
-                one.setLevel(level)
 
 
 class _StandardError(logging.Handler):
@@ -363,16 +335,3 @@ class _SavedConfig(Callback):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(yaml.safe_dump(self.described, sort_keys=False, allow_unicode=True), encoding="utf-8")
         pl_module.config_file = file  # type: ignore[assignment]
-
-
-class _ResumeHint(Callback):
-    """Logs how to resume when training is interrupted from the keyboard."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
-            return
-        keeper: Any = trainer.checkpoint_callback
-        if path := keeper and (keeper.last_model_path or keeper.best_model_path):
-            log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
-        else:
-            log.info("interrupted before the first checkpoint, which the first validation writes")

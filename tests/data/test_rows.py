@@ -44,7 +44,7 @@ def test_choices_of_the_task_stand_in_and_a_cell_may_hold_a_list() -> None:
 BAD = {
     "missing key": (
         {"input": "a", "taget": "b"},
-        "the row has no 'target', only 'input', 'taget'; is 'taget' meant to be 'target'?",
+        "the row has no 'target', only 'input', 'taget'; is 'taget' meant?",
     ),
     "wrong type": ({"input": "a", "target": 5}, "'target' must be text, not 5"),
     "blank input": ({"input": " \n", "target": "b"}, "'input' is empty"),
@@ -89,6 +89,6 @@ def test_a_template_that_the_row_does_not_fill() -> None:
     assert "the template has {qeustion}, but the row has no 'qeustion'" in read(
         {"question": "a", "target": "b"}, template="{qeustion}"
     )
-    assert "did you mean question?" in read({"question": "a", "target": "b"}, template="{qeustion}")
+    assert "is 'question' meant?" in read({"question": "a", "target": "b"}, template="{qeustion}")
     assert "which is null here" in read({"question": None, "target": "b"}, template="{question}")
     assert "'input' is empty" in read({"question": "", "target": "b"}, template="{question}")

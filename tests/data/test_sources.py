@@ -84,7 +84,6 @@ BROKEN = {
     ),
     ("latin.jsonl", '{"input": "é"}\n'.encode("latin-1")): (1, "not UTF-8"),
     ("list.json", b'[\n {"input": "a"},\n {"input" "b"}\n]'): (3, "broken JSON"),
-    ("header.csv", b"input,target\n"): (1, "the file is empty"),
     ("short.csv", b"input,target\na,b\nc\n"): (3, "1 fields, but the header has 2"),
     ("text.parquet", b"hello"): (1, "not a readable Parquet file"),
 }

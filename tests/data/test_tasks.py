@@ -40,7 +40,7 @@ def test_a_users_source_gives_rows_and_its_bad_rows_are_named() -> None:
 
 def test_a_name_that_is_not_plain_is_refused() -> None:
     for name in ("../x", "a/b", "-a", "a b", "x" * 65, "a\n"):
-        with pytest.raises(ValueError, match="a task name is up to 64"):
+        with pytest.raises(ValueError, match="cannot be the name of a task, which is up to 64"):
             Task(name, path="a.jsonl")
 
 
