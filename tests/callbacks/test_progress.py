@@ -1,4 +1,4 @@
-"""LogProgress says in lines how a fit goes and what came of it; TrainingBar shows all of it in one line."""
+"""LogProgress says in lines how a fit goes and what came of it."""
 
 from __future__ import annotations
 
