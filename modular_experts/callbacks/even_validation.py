@@ -1,32 +1,26 @@
-"""EvenValidation validates at even steps of the whole fit and at its end, however many epochs it has.
-
-Lightning itself counts within an epoch: a run that ends in the middle of one would end without a validation, and its
-last steps could not be exported as the best ones.
-"""
+"""EvenValidation validates at even steps of the whole fit and at its end; Lightning itself counts within an epoch."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
-from modular_experts.callbacks.schedule import TrainedModule
+from modular_experts.callbacks.schedule import TrainedModule, callbacks_of
 from modular_experts.data.batch import source_of
 
-# If the trainer's interval is not 1.0, early stopping and checkpoints look after each validation. This one has no other
-# effect, because `EvenValidation` says after which batch to validate. It is a number that no user types, and so the
-# mark of a trainer that an earlier fit took over.
+# If the trainer's interval is not 1.0, early stopping and checkpoints look after each validation. No user types this
+# one, so it marks a trainer that an earlier fit took over.
 _INTERVAL = 0.5 + 2**-20
 
 
 def share_done(trainer: Trainer, module: TrainedModule) -> float:
     """Return how much of a fit is done, from 0 to 1: of its steps, or of `trainer.max_time` if that ends it first."""
     shares = [trainer.global_step / module.length.total_steps]
-    for timer in _timers(trainer):
+    for timer in callbacks_of(trainer, Timer):
         elapsed, left = timer.time_elapsed(), timer.time_remaining()
         shares += [] if left is None else [elapsed / max(elapsed + left, 1e-9)]
     return min(max(shares), 1.0)
@@ -99,7 +93,7 @@ class EvenValidation(Callback):
 
     def _parts_done(self, trainer: Trainer, module: TrainedModule) -> int:
         share = share_done(trainer, module)
-        if trainer.world_size > 1 and _timers(trainer):
+        if trainer.world_size > 1 and callbacks_of(trainer, Timer):
             # The clocks of the ranks differ, and all ranks must validate after the same batch.
             share = trainer.strategy.broadcast(share)
         return int(self._times * share + 1e-9)
@@ -107,8 +101,3 @@ class EvenValidation(Callback):
     def _validate(self, trainer: Trainer, now: bool) -> None:
         # Lightning validates where the number of the batch in its epoch is a multiple of this.
         trainer.val_check_batch = trainer.fit_loop.epoch_loop.batch_idx + 1 if now else sys.maxsize
-
-
-def _timers(trainer: Trainer) -> list[Timer]:
-    callbacks: Iterable[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, Timer)]

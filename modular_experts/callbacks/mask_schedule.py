@@ -42,9 +42,8 @@ class MaskSchedule(Schedule):
     Args:
         score: Ranks the entries: a class such as `SNIP`, or a function of (weight, gradient, delta). The default is the
             expert type's: `GradientMagnitude` for `SparseExpert`, `ConnectionSensitivity` for `MaskedExpert`.
-        rule: When and how the support changes: `SelectOnce`, `Reselect`, `GrowAndDrop` or `DenseThenSparse`. The
-            default is the expert type's: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for
-            `MaskedExpert`.
+        rule: When and how the support changes: `SelectOnce`, `Reselect` or `GrowAndDrop`. The default is the expert
+            type's: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for `MaskedExpert`.
         batches: Where the gradient comes from that is scored. `step`: from the training step at which the choice is
             made, over all its micro-batches and ranks. A number: from extra passes over that number of training
             batches, each weighted by its target tokens. A masked expert's score takes passes over four batches.
@@ -69,15 +68,7 @@ class MaskSchedule(Schedule):
             raise ValueError(f"support={support!r} is used as it is: give no score or rule beside it")
         self.score, self.rule, self.batches = score, rule, batches
         self.seed, self.accumulator_mib, self.support = seed_of_run(seed), accumulator_mib, support
-        self._is_listed = True
         self._start_afresh()
-
-    @classmethod
-    def by_default(cls) -> MaskSchedule:
-        """Return the schedule of a trainer that lists none; it is silent where it has nothing to choose."""
-        schedule = cls()
-        schedule._is_listed = False
-        return schedule
 
     def _start_afresh(self) -> None:
         self.selections = self.passes = 0
@@ -114,19 +105,12 @@ class MaskSchedule(Schedule):
         return True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if a listed schedule has nothing to choose; refuse a rule that needs a dense start of sparse experts."""
+        """Warn if a schedule with settings has nothing to choose."""
         module = cast(TrainedModule, pl_module)
         layers = selectable_layers(module.model)
         if self._last_position < 0:
             self._settled = _settled(layers)
-        for expert in (layer.expert for name, layer in layers.items() if name not in self._settled):
-            some = expert.support_units().numel() < expert.units and self.selections == 0
-            if self._rule(expert).needs_dense_start and (some or expert.packed is not None):
-                raise ValueError(
-                    f"rule={type(self.rule).__name__} first trains all entries, and {type(expert).__name__} has "
-                    "only some; use MaskedExpert with dense_start"
-                )
-        if self._is_listed and trainer.is_global_zero and not layers:
+        if (self.score or self.rule or self.support) and trainer.is_global_zero and not layers:
             kinds = ", ".join(sorted({type(layer.expert).__name__ for _, layer in expert_layers(module.model)}))
             log.warning("MaskSchedule has no effect: it chooses for sparse and masked experts, and these are %s", kinds)
 
@@ -149,8 +133,7 @@ class MaskSchedule(Schedule):
         before = {name: layer for name, layer in due.items() if name not in within}
         if before:
             for name, units in self.choose(trainer, module, before, position, last).items():
-                rewind = self._rule(due[name].expert).rewind
-                self._exchange.move(name, due[name], units, trainer.optimizers, position > 0, rewind)
+                self._exchange.move(name, due[name], units, trainer.optimizers, position > 0)
         self.selections += bool(within) and not before
         if not within and self._waiting[0]:
             names, position, last = self._waiting
@@ -170,8 +153,8 @@ class MaskSchedule(Schedule):
     def _is_due(self, name: str, expert: Selectable, position: int, last: int) -> bool:
         rule = self._rule(expert)
         if name in self._settled:
-            # Its first choice, and its only one after a dense start, was made in an earlier fit.
-            return position > 0 and not rule.needs_dense_start and rule.is_due(position, last)
+            # Its first choice was made in an earlier fit.
+            return position > 0 and rule.is_due(position, last)
         if self.selections == 0 and position >= last:
             # A short training must not end with everything kept.
             return True

@@ -42,10 +42,7 @@ class WriteResults(Callback):
 
 
 class WritePredictions(BasePredictionWriter):
-    """Writes the rows of `predict` to `file` in `trainer.default_root_dir`, in the order of the data.
-
-    If `predictions.jsonl` is there, the next ones are in `predictions-2.jsonl`.
-    """
+    """Writes the rows of `predict` to `file` in `trainer.default_root_dir`, in the order of the data."""
 
     def __init__(self, file: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="epoch")

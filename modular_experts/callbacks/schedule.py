@@ -1,7 +1,6 @@
 """Define the contract of callbacks that change, while a model trains, what its experts train.
 
-`MaskSchedule` implements it, and `ExpertModule` adds one where no schedule is given. `ExpertModule` and `ExportExpert`
-ask every schedule among `trainer.callbacks`, in the order of the list.
+`ExpertModule` and `ExportExpert` ask every schedule among `trainer.callbacks`, in the order of the list.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""TrainUnderOthers trains an expert while other experts of a library are in the base, so that it merges better.
-
-A merge adds an expert to the deltas of other experts. Here each training step already adds a few of them, so that the
-expert learns what is still missing.
-"""
+"""TrainUnderOthers trains an expert while other experts of a library are in the base, so that it merges better."""
 
 from __future__ import annotations
 
@@ -28,10 +24,9 @@ from modular_experts.library.expert import RECORD_FILE
 class TrainUnderOthers(Schedule):
     """Computes each step's loss at `W + d + scale * (d_1 + ... + d_count)`, with others drawn anew for each step.
 
-    `W` is the base, `d` the expert that is trained. After the step the others are taken out again, bit for bit, so that
-    validations, checkpoints and exports hold the expert alone. The draw depends on the seed and the step only: a
-    resumed run repeats it, and all ranks share it. The base must be the base of the others. Full experts lose the
-    others before the optimizer moves their weights, so that no rounding of a sum stays in them.
+    `W` is the base, also of the others, and `d` the expert that is trained. After the step the others are taken out
+    again, bit for bit, so that validations, checkpoints and exports hold the expert alone. The draw depends on the seed
+    and the step only: a resumed run repeats it, and all ranks share it.
 
     Args:
         others: Experts, or libraries of them. Experts of a task that is trained are left out, merges of it too. Their
@@ -99,7 +94,7 @@ class TrainUnderOthers(Schedule):
                 inside.reanchor(weight)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the others out of weights that the optimizer itself is about to move."""
+        """Take the others out of weights that the optimizer itself is about to move, or their rounding would stay."""
         layers = expert_layers(cast(TrainedModule, pl_module).model)
         self.remove(cast(TrainedModule, pl_module), {name for name, layer in layers if trains_weight(layer.expert)})
 

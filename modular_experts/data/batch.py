@@ -84,10 +84,7 @@ class Example:
 
 
 def fitted(prompt: Ids, answer: int, longest: int) -> Ids:
-    """Return a prompt that leaves room for `answer` tokens in a row of `longest`: all of it, or its last tokens.
-
-    Every path that shortens a prompt calls this with an answer that is there, or with one token.
-    """
+    """Return a prompt that leaves room for `answer` tokens in a row of `longest`: all of it, or its last tokens."""
     return prompt[max(0, len(prompt) + answer - longest) :]
 
 
@@ -111,8 +108,7 @@ class ExampleSet(Dataset):
 class Collator:
     """Makes a batch of examples, padded with `pad_id`; without `texts`, as in training, also without choices.
 
-    With `pack_length` the batch is packed, in packs of at most that many tokens, or of the longest row; it may be set
-    after a loader was made.
+    With `pack_length` the batch is packed, in packs of at most that many tokens, or of the longest row.
     """
 
     pad_id: int
@@ -172,9 +168,8 @@ def packs(lengths: Sequence[int], longest: int) -> list[list[int]]:
     """Divide rows among packs, and return the rows of each pack.
 
     Rows go, the longest first, to the pack that is the shortest so far. The number of packs is halved until at most a
-    twentieth of the batch is padding: attention costs the square of a pack's length where it makes scores of all pairs
-    of tokens, so packs are not longer than necessary. If packs of at most `longest` tokens do not reach that, the
-    number with the least padding is taken.
+    twentieth of the batch is padding, for attention may cost the square of a pack's length. If packs of at most
+    `longest` tokens do not reach that, the number with the least padding is taken.
     """
     ordered = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     best, least, count = [[row] for row in range(len(lengths))], 1.0, len(lengths)
@@ -228,8 +223,7 @@ def _padded(rows: Sequence[Tokens], pad_id: int) -> Batch:
 class DataSource:
     """What the data of a trainer tell about themselves; `TaskMixture` answers all of it.
 
-    A LightningDataModule of your own subclasses it too, and sets or overrides what it knows. The defaults stand for
-    loaders without a data module, and for data modules of other packages.
+    A LightningDataModule of your own subclasses it too, and sets or overrides what it knows.
     """
 
     batch_size: int = 0

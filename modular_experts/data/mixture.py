@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.data.batch import LITTLE_PADDING, Collator, DataSource, Example, ExampleSet, packs
-from modular_experts.data.chat import template_hash, warn_once
+from modular_experts.data.chat import template_hash
 from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.sampler import (
     EvaluationSampler,
@@ -36,7 +36,7 @@ from modular_experts.data.sampler import (
     epoch_order,
     next_batch,
 )
-from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits
+from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits, warn_of_repeats
 from modular_experts.data.tokenize import RowTokenizer
 
 log = logging.getLogger(__name__)
@@ -122,10 +122,9 @@ class TaskMixture(LightningDataModule, DataSource):
         self._truncated: Counter[tuple[str, str]] = Counter()
 
     def fit_context(self, context: int | None) -> None:
-        """Cut rows to the context of the model that reads them, as a shorter `max_length` would.
+        """Cut rows to the context of the model that reads them, as a shorter `max_length` would; None for any length.
 
-        Whatever loads a model for a mixture calls this before it takes batches. A row that was tokenised for another
-        context is tokenised again. `injection.context_length` gives the number of tokens; None stands for any number.
+        Whatever loads a model for a mixture calls this before it takes batches (`injection.context_length`).
         """
         before, self.context = self.longest, context
         read = chain.from_iterable(chain.from_iterable(tasks.values()) for tasks in self._examples.values())
@@ -149,9 +148,6 @@ class TaskMixture(LightningDataModule, DataSource):
         """Return the mixture of some of the tasks, in the given order.
 
         Either mixture takes what the other has read and tokenised, so change no setting such as `eval_limit` in one.
-
-        Raises:
-            KeyError: A task is not in this mixture.
         """
         by_name = {task.name: task for task in self.tasks}
         found = copy.copy(self)
@@ -167,9 +163,8 @@ class TaskMixture(LightningDataModule, DataSource):
         return epoch_counts(sizes, self.mixing, weights, {task.name: task.cap for task in self.tasks})
 
     def reading_of(self, tasks: Iterable[str]) -> dict[str, Any]:
-        """Return how rows of some tasks become tokens: `max_length`, and a hash of the chat template, or None without.
-
-        If the mixture has none of the tasks, this counts for all of its rows.
+        """Return how rows of some tasks, or of all if it has none of these, become tokens: `max_length`, and a hash of
+        the chat template, or None without.
         """
         read = self._read()
         mine = [read[task] for task in tasks if task in read] or list(read.values())
@@ -197,13 +192,7 @@ class TaskMixture(LightningDataModule, DataSource):
         return found
 
     def rows(self, split: str) -> dict[str, list[Row]]:
-        """Return the rows of one split by task: all training rows, or at most `eval_limit` others of a task.
-
-        Held-out tasks have test rows alone.
-
-        Raises:
-            ValueError: A file is missing, or a row is bad.
-        """
+        """Return the rows of one split by task: all training rows, or at most `eval_limit` others of a task."""
         found, read = {}, self._read()
         for task in self._with(split):
             mine = [row for row in read[task.name] if row.split == split]
@@ -211,18 +200,8 @@ class TaskMixture(LightningDataModule, DataSource):
             found[task.name] = spread_evenly(mine, most)
         return found
 
-    def prepare_data(self) -> None:
-        """Download hub datasets; one process of each machine does it, and the others find them in the cache."""
-        for task in self.tasks:
-            if task.hub is not None:
-                task.read()
-
     def setup(self, stage: str | None = None) -> None:
-        """Read all rows, and tokenise those that the stage needs.
-
-        Raises:
-            ValueError: A file is missing, a row is bad, or a task has no rows for the stage. Nothing has run yet.
-        """
+        """Read all rows, and tokenise those that the stage needs; raise if one is bad, or a task has none for it."""
         # Worker processes would gain nothing: the rows are in memory and tokenised.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         if self._predicts != (stage == "predict"):
@@ -250,11 +229,7 @@ class TaskMixture(LightningDataModule, DataSource):
             self._log(f"padding is {self.padding():.1%} of the tokens of training batches{more}")
 
     def validation_examples(self, targets: bool = True) -> dict[str, list[Example]]:
-        """Return the validation rows of each held-in task; without targets, as `input_examples` gives them.
-
-        Raises:
-            ValueError: A row is bad, or a task has no validation rows.
-        """
+        """Return the validation rows of each held-in task; without targets, as `input_examples` gives them."""
         if not targets:
             return self.input_examples(["validation"])
         self.setup("validate")
@@ -265,12 +240,6 @@ class TaskMixture(LightningDataModule, DataSource):
 
         One with neither target nor split counts as a validation row. The text of a target that is there stays in the
         example, so that it can be compared with an answer.
-
-        Args:
-            splits: Names of the splits that are read.
-
-        Raises:
-            ValueError: A row is bad, or a task has no such rows.
         """
         which, kept, asked = " or ".join(splits), dict[str, list[Row]](), dict[str, list[Row]]()
         kind, problems = f"inputs of {which}", list[str]()
@@ -299,8 +268,8 @@ class TaskMixture(LightningDataModule, DataSource):
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
 
-        Reading the trainer's current epoch starts after the batches that the trainer has finished. Every other epoch
-        starts at its beginning, so a callback may read batches of its own without touching the training's batches.
+        The trainer's current epoch starts after the batches that the trainer has finished, every other one at its
+        beginning.
         """
         examples, counts = self._split("train"), self.counts
         sizes, position = {name: len(rows) for name, rows in examples.items()}, partial(next_batch, self.trainer)
@@ -366,11 +335,10 @@ class TaskMixture(LightningDataModule, DataSource):
 
     def _evaluation_loader(self, examples: Sequence[Example], by_length: bool) -> DataLoader:
         order = sorted(range(len(examples)), key=lambda row: -len(examples[row].tokens.ids)) if by_length else None
-        sampler = EvaluationSampler(len(examples), *self._place(), order)
         return DataLoader(
             dataset=ExampleSet(examples),
             batch_size=self.eval_batch_size,
-            sampler=sampler,
+            sampler=EvaluationSampler(len(examples), *self._place(), order),
             collate_fn=Collator(self._row_tokenizer().pad_id),
             # Without a generator of its own, a loader takes numbers from the global one.
             generator=torch.Generator(),
@@ -391,10 +359,9 @@ class TaskMixture(LightningDataModule, DataSource):
             found, bad = task.read(not self._predicts, self._log)
             problems += bad
             if not bad:
-                self._rows[task.name] = rows = self._divided(task, found)
-                repeated = _repeats(task.name, rows)
-                if repeated and (self.trainer is None or self.trainer.is_global_zero):
-                    warn_once(repeated)
+                self._rows[task.name] = self._divided(task, found)
+                if self.trainer is None or self.trainer.is_global_zero:
+                    warn_of_repeats(task.name, self._rows[task.name])
         raise_for_bad_rows(problems)
         return {task.name: self._rows[task.name] for task in self.tasks}
 
@@ -438,20 +405,6 @@ class TaskMixture(LightningDataModule, DataSource):
     def _log(self, sentence: str, level: int = logging.INFO) -> None:
         if self.trainer is None or self.trainer.is_global_zero:
             log.log(level, sentence)
-
-
-def _repeats(task: str, rows: Sequence[Row]) -> str | None:
-    trained = {(row.input, row.target) for row in rows if row.split == "train"}
-    counts = []
-    for split in ("validation", "test"):
-        again = [(row.input, row.target) in trained for row in rows if row.split == split]
-        counts += [f"{sum(again)} of {len(again)} {split} rows"] if any(again) else []
-    if not counts:
-        return None
-    return (
-        f"{task}: {' and '.join(counts)} are also training rows, which an expert may know by heart; remove the copies, "
-        "or give all copies of a row one `split`"
-    )
 
 
 def _taking_turns(tasks: Sequence[Sequence[Any]]) -> list[Any]:

@@ -1,8 +1,7 @@
 """Choose the rows that a process reads: mixing tasks into an epoch, its order, and its slices for each process.
 
-Both samplers are `DistributedSampler`s, so Lightning does not divide the loader among processes a second time, whatever
-`use_distributed_sampler` is. Samplers count no position: a run that resumes in the middle of an epoch starts after the
-batches that the trainer has counted as finished.
+Samplers count no position: a resumed run starts after the batches that the trainer has counted as finished. Both are
+`DistributedSampler`s, so that Lightning does not divide the loader among processes a second time.
 """
 
 from __future__ import annotations
@@ -66,8 +65,7 @@ class MixtureSampler(DistributedSampler):
 class EvaluationSampler(DistributedSampler):
     """Gives the rows of one process in evaluation: of `length` rows in `order`, every `world_size`-th from `rank` on.
 
-    All processes get equally many rows, because a process that runs one batch more than the others would wait for them
-    forever. `FILLER`, a row that no score and no loss counts, makes up the difference.
+    `FILLER` completes them to equal numbers, because a process with one batch more would wait for the others forever.
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1, order: Sequence[int] | None = None) -> None:

@@ -14,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from modular_experts.data.chat import warn_once
 from modular_experts.data.rows import OWN, Form, Row, RowReader, recognise, template_fields
 from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records
 from modular_experts.text import did_you_mean
@@ -235,3 +236,17 @@ def fill_splits(rows: Sequence[Row], validation_ratio: float, test_ratio: float,
         split = "test" if place < test else "validation" if place < test + validation else "train"
         found[index] = replace(rows[index], split=split)
     return found
+
+
+def warn_of_repeats(task: str, rows: Sequence[Row]) -> None:
+    """Warn, once in a process, of validation and test rows that are also training rows."""
+    trained = {(row.input, row.target) for row in rows if row.split == "train"}
+    counts = []
+    for split in ("validation", "test"):
+        again = [(row.input, row.target) in trained for row in rows if row.split == split]
+        counts += [f"{sum(again)} of {len(again)} {split} rows"] if any(again) else []
+    if counts:
+        warn_once(
+            f"{task}: {' and '.join(counts)} are also training rows, which an expert may know by heart; remove the "
+            "copies, or give all copies of a row one `split`"
+        )

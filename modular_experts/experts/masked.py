@@ -90,10 +90,6 @@ class MaskedExpert(Selectable):
         self.change.zero_()
         self._show(units)
 
-    @torch.no_grad()
-    def rewind(self, weight: Tensor) -> None:
-        self.change.zero_()
-
     def _show(self, units: Tensor) -> None:
         self.mask.zero_()
         if self.tile == (1, 1):

@@ -95,10 +95,6 @@ class Selectable(Expert):
             if units.numel() != self.kept_units:
                 self.resize(weight, units)
 
-    def rewind(self, weight: Tensor) -> None:
-        """Set the kept values back to the base."""
-        raise NotImplementedError(f"{type(self).__name__} does not train all entries first, so it cannot rewind")
-
     def probed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output; its backward pass hands the gradient of the weight to `probe`."""
         assert self.probe is not None

@@ -4,10 +4,9 @@ A *score* (`scores.py`) ranks the entries of a weight; a *rule* (`rules.py`) tur
 training starts and at later updates. `top_k.py` finds the highest scores. Open `scores.py` first.
 """
 
-from modular_experts.masks.rules import DenseThenSparse, GrowAndDrop, Reselect, Rule, SelectOnce
+from modular_experts.masks.rules import GrowAndDrop, Reselect, Rule, SelectOnce
 from modular_experts.masks.scores import (
     SNIP,
-    ChangeMagnitude,
     ConnectionSensitivity,
     FisherInformation,
     GradientMagnitude,
@@ -20,9 +19,7 @@ from modular_experts.masks.top_k import kth_highest, top_k
 
 __all__ = [
     "SNIP",
-    "ChangeMagnitude",
     "ConnectionSensitivity",
-    "DenseThenSparse",
     "FisherInformation",
     "GradientMagnitude",
     "GradientStatistic",

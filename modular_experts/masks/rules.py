@@ -1,7 +1,7 @@
 """Rules decide when the kept units of a weight are chosen, and how the new ones follow from the old.
 
 Sources: the paper (arXiv 2507.07140) for `Reselect`; RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405) for
-`GrowAndDrop`; LT-SFT (arXiv 2110.07560) for the rewinding of `DenseThenSparse`.
+`GrowAndDrop`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,6 @@ Unit = Literal["optimizer_steps", "micro_batches"]
 class Rule(ABC):
     """Decides at which optimizer steps the support of a weight is chosen, and how the new one follows from the old."""
 
-    needs_dense_start: ClassVar[bool] = False
-    """Whether it only makes sense after training all entries, as `MaskedExpert` does at first."""
-    rewind: bool = False
-    """Whether values go back to the base when the support is chosen."""
     unit: Unit = "optimizer_steps"
 
     @abstractmethod
@@ -90,34 +86,6 @@ class Reselect(Rule):
 
     def is_due(self, step: int, last: int) -> bool:
         return step <= last and step % self.every == 0
-
-
-@dataclass(frozen=True)
-class DenseThenSparse(Rule):
-    """Train everything at first, then choose once by score and train only the kept units; for `MaskedExpert`.
-
-    With `ChangeMagnitude` and `rewind` this is LT-SFT (lottery-ticket sparse fine-tuning), except that the schedule of
-    the learning rate does not start again.
-
-    Args:
-        dense: Share of all steps in which everything is trained, in (0, 1), or `first_epoch`.
-        rewind: Set the kept values back to the base after the choice.
-    """
-
-    dense: float | Literal["first_epoch"] = "first_epoch"
-    rewind: bool = False
-    needs_dense_start: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.dense, str) and not 0 < self.dense < 1:
-            raise ValueError(f"dense={self.dense} is outside (0, 1); it is the share of steps that train everything")
-
-    def last_update(self, total_steps: int, steps_per_epoch: int) -> int:
-        dense = steps_per_epoch if self.dense == "first_epoch" else math.ceil(self.dense * total_steps)
-        return max(min(dense, total_steps - 1), 1)
-
-    def is_due(self, step: int, last: int) -> bool:
-        return step == last
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A score gets the weight, its delta and the *statistic* of the loss's gradient th
 gradient, delta) serves too.
 
 Sources: the paper (arXiv 2507.07140) for `ConnectionSensitivity`; SNIP (arXiv 1810.02340); FISH masks (arXiv
-2111.09839) for `FisherInformation`; LT-SFT (arXiv 2110.07560) for `ChangeMagnitude`.
+2111.09839) for `FisherInformation`.
 """
 
 from __future__ import annotations
@@ -101,16 +101,6 @@ class WeightMagnitude(Score):
     def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
         size = weight.abs().to(gradient.dtype)
         return -size if self.smallest else size
-
-
-@dataclass(frozen=True)
-class ChangeMagnitude(Score):
-    """`|D|`: what training has moved furthest; with the rule `DenseThenSparse(rewind=True)` it is LT-SFT."""
-
-    statistic: ClassVar[GradientStatistic] = "none"
-
-    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
-        return delta.dense().abs()
 
 
 @dataclass(frozen=True)

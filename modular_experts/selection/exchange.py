@@ -29,7 +29,6 @@ class Exchange:
         units: Tensor,
         optimizers: Iterable[Optimizer],
         trained: bool = True,
-        rewind: bool = False,
         graded: bool = False,
     ) -> None:
         """Let the expert of the weight `name` keep other units, sorted, in place.
@@ -38,7 +37,6 @@ class Exchange:
             name, layer, units: The weight's name and layer, and the units to keep.
             optimizers: What may hold state of the expert's parameters.
             trained: Whether the present support was trained; a random one before the first step was not.
-            rewind: Whether all values start anew from the base.
             graded: Whether the packed parameter's gradient belongs to the new support already. If not, the accumulated
                 gradient moves along, and a newcomer's gradient starts from zero.
         """
@@ -50,11 +48,6 @@ class Exchange:
         touched = torch.cat([self.touched.get(name, left[:0]).to(left), left]) if trained else left
         # A unit may leave many times, and sorting at each choice would take as long as the choice.
         self.touched[name] = touched if touched.numel() <= 4 * before.numel() else touched.unique()
-        if rewind:
-            expert.rewind(layer.matrix)
-            for optimizer in optimizers:
-                for parameter in expert.parameters():
-                    optimizer.state.pop(parameter, None)
         if (packed := expert.packed) is None:
             return
         for optimizer in optimizers:

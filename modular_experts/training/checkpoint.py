@@ -94,10 +94,10 @@ def log_training(model: nn.Module, trainer: Trainer, length: TrainingLength) -> 
     """Log the experts, how many numbers they train, and the length of the training."""
     layers = [layer for _, layer in expert_layers(model)]
     experts = [expert for _, expert in named_experts(model)]
-    kinds = set()
-    for expert in experts:
-        settings = ", ".join(f"{name}={value}" for name, value in expert.settings().items())
-        kinds.add(f"{type(expert).__name__}({settings})")
+    kinds = {
+        f"{type(expert).__name__}({', '.join(f'{name}={value}' for name, value in expert.settings().items())})"
+        for expert in experts
+    }
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     places = f"{len(layers)} weights"
     if others := len(experts) - len(layers):

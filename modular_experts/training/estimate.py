@@ -48,10 +48,7 @@ _MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the lo
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """The weights of one name in all transformer blocks: how many, their entries, and how many numbers are trained.
-
-    A module that is not a linear layer has no entries here.
-    """
+    """The weights of one name in all transformer blocks: how many, their entries, and how many numbers are trained."""
 
     name: str
     weights: int
@@ -61,35 +58,28 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class FitEstimate:
-    """What a fit will do.
-
-    Attributes:
-        splits: Rows and tokens of each task and split.
-        padding: Share of padding among the tokens of training batches.
-        weights: What is trained.
-        rates: The peak learning rates of the optimizer.
-        length: Optimizer steps of an epoch, and of the fit.
-        choices: How often supports are chosen.
-        validations: How often the validation rows are measured.
-        seconds: The time of steps, choices and validations, by these names.
-        bytes: Memory of the base, the trained numbers with their gradients, the optimizer state, and the rest.
-        peak: The most memory that the process, or the GPU, needs; the sum of `bytes`.
-        on_disk: What the tensors of the expert take in a library, without the record beside them.
-        places: What is written, and where.
-    """
+    """What a fit will do."""
 
     splits: list[SplitSize]
     padding: float
+    """Share of padding among the tokens of training batches."""
     weights: list[TrainedWeights]
     rates: list[float]
+    """The peak learning rates of the optimizer."""
     length: TrainingLength
     choices: int
+    """How often supports are chosen."""
     validations: int
     seconds: dict[str, float]
+    """The time of steps, choices and validations, by these names."""
     bytes: dict[str, int]
+    """Memory of the base, the trained numbers with their gradients, the optimizer state, and the rest."""
     peak: int
+    """The most memory that the process, or the GPU, needs; the sum of `bytes`."""
     on_disk: int
+    """What the tensors of the expert take in a library."""
     places: list[tuple[str, Path]]
+    """What is written, and where."""
 
 
 def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEstimate:
@@ -253,11 +243,10 @@ class _Probe(Callback):
         pl_module.length = self.length  # type: ignore[assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started, self._chosen = time.perf_counter(), seconds_between_steps(trainer, cast(ExpertModule, pl_module))
+        self._started, self._chosen = _now(pl_module), seconds_between_steps(trainer, cast(ExpertModule, pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        _wait(pl_module.device)
-        now = time.perf_counter()
+        now = _now(pl_module)
         if trainer.global_step in (1, 2):
             # Schedules that come after this callback choose supports within that time.
             chosen = seconds_between_steps(trainer, cast(ExpertModule, pl_module)) - self._chosen
@@ -265,20 +254,24 @@ class _Probe(Callback):
         self._started = now
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        _wait(pl_module.device)
         if trainer.global_step in (2, 3):
-            self.optimizer_step += (time.perf_counter() - self._started) / 2
+            self.optimizer_step += (_now(pl_module) - self._started) / 2
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.optimizer = optimizer_bytes(trainer.optimizers)
         self.peak = _peak(pl_module.device)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        self._started = time.perf_counter()
+        self._started = _now(pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        _wait(pl_module.device)
-        self.validation = time.perf_counter() - self._started  # of the last batch; the first one warms up
+        self.validation = _now(pl_module) - self._started  # of the last batch; the first one warms up
+
+
+def _now(module: LightningModule) -> float:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+    return time.perf_counter()
 
 
 def _peak(device: torch.device) -> int:
@@ -286,11 +279,6 @@ def _peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _weights(module: ExpertModule) -> list[TrainedWeights]:

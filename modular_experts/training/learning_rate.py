@@ -77,15 +77,11 @@ class WarmupRestarts(WarmupCosine):
 
 
 def training_length(trainer: Trainer, batches: int | None = None) -> TrainingLength:
-    """Return the length of the fit that the trainer is about to start.
+    """Return the length of the fit that the trainer is about to start; raise if nothing bounds it.
 
     Without `batches`, the number of training batches of one rank and epoch, the trainer has its data.
-
-    Raises:
-        ValueError: Neither max_steps nor max_epochs bounds it.
     """
-    # The batches of one rank and epoch. A data module can be asked; plain loaders have no position that is lost when
-    # the trainer sets them up.
+    # A data module can be asked; plain loaders have no position that is lost when the trainer sets them up.
     datamodule = datamodule_of(trainer)
     if datamodule is None and batches is None:
         trainer.fit_loop.setup_data()

@@ -112,18 +112,15 @@ def warn_of_slow_bfloat16(trainer: Trainer | None, dtype: str) -> None:
     """Log which settings are slow on a processor without instructions for bfloat16."""
     if trainer is None or trainer.strategy.root_device.type != "cpu":
         return
-    options = ["model.dtype float32"] if dtype == "bfloat16" else []
-    options += ["trainer.precision 32-true"] if str(trainer.precision).startswith("bf16") else []
+    options = ["model.dtype float32"] * (dtype == "bfloat16")
+    options += ["trainer.precision 32-true"] * str(trainer.precision).startswith("bf16")
     can = torch.cpu.get_capabilities()
     # On x86 and on ARM; a processor of another kind is not known to be slow.
     instructions = {"x86_64": ["avx512_bf16", "amx_bf16", "avx10_2"], "arm64": ["bf16"], "aarch64": ["bf16"]}
     known = instructions.get(str(can.get("architecture")), [])
     if options and known and not any(can.get(name) for name in known):
-        log.warning(
-            "this processor has no instructions for bfloat16, which took seven times as long as float32 on such a "
-            "one; %s avoids that",
-            " and ".join(options),
-        )
+        avoid = f"{' and '.join(options)} avoids that"
+        log.warning("this processor has no instructions for bfloat16, which took seven times as long; %s", avoid)
 
 
 def _added(applied: Sequence[StoredExpert]) -> list[StoredExpert]:

@@ -1,8 +1,6 @@
 """ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule.
 
-It meets the data in a batch (`data/batch.py`), and asks a `DataSource` there for nothing else. Schedules
-(`callbacks/schedule.py`) choose what is trained, and `callbacks.ExportExpert` writes it to a library. This file holds
-the steps; `loading.py` loads what they train, `checkpoint.py` keeps and describes it, and `evaluated.py` measures it.
+This file holds the steps; `loading.py` loads what they train, `checkpoint.py` keeps it, and `evaluated.py` measures it.
 """
 
 from __future__ import annotations
@@ -114,8 +112,8 @@ class ExpertModule(EvaluatedModule):
         super().__init__()
         if learning_rate is not None and optimizer is not None:
             raise ValueError(
-                f"learning_rate={learning_rate:g} is the rate of the default optimizer, and the one that is given has "
-                "its own; set model.optimizer.lr, or leave model.optimizer out"
+                f"learning_rate={learning_rate:g} is for the default optimizer; set model.optimizer.lr, or leave "
+                "model.optimizer out"
             )
         if learning_rate is not None and not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate={learning_rate} must be above 0, such as 0.002")
@@ -152,9 +150,7 @@ class ExpertModule(EvaluatedModule):
         self._extra: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
-        """Raise before the model is loaded if training has no experts, experts have no layers, or the trainer's
-        precision would round what is trained.
-        """
+        """Raise before the model is loaded if settings do not fit each other, or would round what is trained."""
         # A checkpoint that was only tested has left its random states; a resumed fit's is read later.
         self._random_states = None
         # Lightning's own loaders use a class that torch deprecates.
@@ -163,10 +159,8 @@ class ExpertModule(EvaluatedModule):
             raise ValueError("model.experts replaces both model.expert and model.modules; give no other beside it")
         if (self.expert is None) != (not self.modules_pattern):
             given, missing = ("expert", "modules") if self.expert else ("modules", "expert")
-            raise ValueError(
-                f"{given} is given but not {missing}; give both (--expert LoRAExpert --modules q_proj v_proj), or "
-                "neither to test a base"
-            )
+            both = "give both (--expert LoRAExpert --modules q_proj v_proj), or neither to test a base"
+            raise ValueError(f"{given} is given but not {missing}; {both}")
         if stage == "fit" and not self.has_experts:
             raise ValueError("fit has no experts to train: give model.expert and model.modules")
         if self._trainer is not None and self.has_experts:
@@ -203,11 +197,8 @@ class ExpertModule(EvaluatedModule):
         loading.put_applied(model, self.applied_experts, self.has_experts)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if self.experts is not None:
-            inject(model, self.experts)
-        elif self.expert is not None and self.modules_pattern:
-            inject(model, self.expert, self.modules_pattern)
         if self.has_experts:
+            inject(model, cast(Any, self.experts or self.expert), self.modules_pattern)
             loading.check_on_top(model, self.applied_experts)
         loading.warn_of_slow_bfloat16(self._trainer, self.dtype_name)
         self.model, self._given = model, []
@@ -220,7 +211,7 @@ class ExpertModule(EvaluatedModule):
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one."""
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        defaults = [MaskSchedule.by_default(), EvenValidation(), LogProgress(), WriteResults(), WritePredictions()]
+        defaults = [MaskSchedule(), EvenValidation(), LogProgress(), WriteResults(), WritePredictions()]
         added = [default for default in defaults if not any(isinstance(one, type(default)) for one in listed)]
         if self.trainer.state.fn == "fit":
             next(one for one in [*listed, *added] if isinstance(one, EvenValidation)).take_over(self.trainer)
@@ -282,7 +273,7 @@ class ExpertModule(EvaluatedModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return the loss per target token plus what experts add (`loss`), its mean over ranks (`mean_loss`), and the
-        number of rows of all ranks (`rows`). That mean is logged, and the means of the added terms by name.
+        number of rows of all ranks (`rows`).
         """
         loss = self.loss(batch)
         means = {"loss": loss.detach()} | {f"penalty/{name}": term for name, term in self._extra.items()}
@@ -303,7 +294,7 @@ class ExpertModule(EvaluatedModule):
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean loss per target token of the global batch, plus the sum of the terms that experts add.
 
-        The average of the loss over ranks is the loss of one process with all rows.
+        Its average over ranks is the loss of one process with all rows.
         """
         measure = self.batch_losses if self.model.training else batch_losses
         sums, counts, *more = measure(self.model, batch)
@@ -374,9 +365,8 @@ class ExpertModule(EvaluatedModule):
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):
             settings["modules"] = list(self.experts)
-        settings |= facts["hyperparameters"] | {
-            "learning_rate": max(checkpoints.peak_rates(self.trainer), default=None)
-        }
+        rate = max(checkpoints.peak_rates(self.trainer), default=None)
+        settings |= facts["hyperparameters"] | {"learning_rate": rate}
         return {
             **facts,
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},

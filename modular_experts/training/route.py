@@ -1,6 +1,4 @@
-"""Make a routed expert of experts in a library: the state of a router, and names and content hashes of the experts
-behind it, which lie in the same library. `injection/attach.py` puts it into a model.
-"""
+"""Make a routed expert of experts in a library; `injection/attach.py` puts it into a model."""
 
 from __future__ import annotations
 
@@ -50,7 +48,8 @@ def route(
     overwrite: bool = False,
     progress: Progress = iter,
 ) -> StoredExpert:
-    """Let a router learn some experts, and write both as one routed expert.
+    """Let a router learn some experts, and write both as one routed expert: the router's state, and the experts' names
+    and content hashes.
 
     Args:
         experts: Directories of the experts; the fallback among them counts as the fallback alone.
@@ -63,10 +62,9 @@ def route(
         progress: Iterator wrapper around the experts whose statistics are taken, e.g. `tqdm`.
 
     Raises:
-        FileExistsError: An expert of this name is there and may not be replaced; nothing has been read yet.
-        ValueError: An expert has another base, lies in another library or is not mergeable, two experts disagree on
-            the shape of a weight, there are too few, the router would never use the fallback, or there are neither
-            data nor statistics to learn from.
+        FileExistsError: An expert of this name is there and may not be replaced.
+        ValueError: An expert has another base, lies in another library or is not mergeable, there are too few, the
+            router would never use the fallback, or there are neither data nor statistics to learn from.
     """
     target = check_target(out, overwrite)
     router = router or Centroid()
@@ -101,14 +99,13 @@ def route(
 
 
 def _members_of(
-    experts: Sequence[str | Path | StoredExpert], out: str | Path, fallback: str | Path | StoredExpert | None = None
+    experts: Sequence[str | Path | StoredExpert], out: str | Path, fallback: str | Path | StoredExpert | None
 ) -> list[StoredExpert]:
-    places = [
-        Path(os.path.abspath(Path(one.path if isinstance(one, StoredExpert) else one)))
-        for one in (*experts, out, *([] if fallback is None else [fallback]))
-    ]
-    left_out = places[len(experts) :]
-    return open_experts([one for one, place in zip(experts, places, strict=False) if place not in left_out])
+    def place(one: str | Path | StoredExpert) -> str:
+        return os.path.abspath(one.path if isinstance(one, StoredExpert) else one)
+
+    left_out = {place(one) for one in (out, fallback) if one is not None}
+    return open_experts([one for one in experts if place(one) not in left_out])
 
 
 def _take_missing(

@@ -37,11 +37,7 @@ class RunSettings:
 
 
 def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
-    """Read the settings of a run; they make the arguments of `fit`. `known` are the options of the command, or all.
-
-    Raises:
-        UsageError: A setting does not exist or does not fit.
-    """
+    """Read the settings of a run; they make the arguments of `fit`. `known` are the options of the command, or all."""
     trainer = TRAINER | dict(settings.get("trainer") or {})
     if trainer.get("logger") in ("CSVLogger", "TensorBoardLogger"):
         # Only these loggers must be told where to write; it is where everything else goes.

@@ -22,7 +22,7 @@ from modular_experts.callbacks import (
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
-from modular_experts.masks import DenseThenSparse, GrowAndDrop, Reselect
+from modular_experts.masks import GrowAndDrop, Reselect
 from modular_experts.testing import check_callback
 
 DROPOUT = partial(LoRAExpert, rank=2, dropout=0.3)
@@ -30,7 +30,6 @@ CASES: dict[str, tuple[Callable, Callable]] = {
     "mask": (MaskSchedule, SparseExpert),
     "mask-passes": (partial(MaskSchedule, batches=2, rule=GrowAndDrop(every=3, until=0.9)), SparseExpert),
     "mask-masked": (partial(MaskSchedule, rule=Reselect(every=1)), MaskedExpert),
-    "mask-dense": (partial(MaskSchedule, rule=DenseThenSparse(0.3, rewind=True)), MaskedExpert),
     "validation": (partial(EvenValidation, times=2), DROPOUT),
 }
 

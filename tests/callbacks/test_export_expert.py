@@ -15,7 +15,7 @@ from testbed import runs
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.library import Library, open_expert
-from modular_experts.masks import DenseThenSparse
+from modular_experts.masks import Reselect
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:The dirpath has changed")
@@ -75,7 +75,7 @@ def test_a_state_that_trains_more_than_the_expert_keeps_is_never_the_best(tiny_l
         def on_validation_end(self, trainer, pl_module) -> None:
             seen.append((trainer.global_step, export.best_step))
 
-    schedule = MaskSchedule(rule=DenseThenSparse(dense=0.6))
+    schedule = MaskSchedule(rule=Reselect(every=8, until=1.0))
     dense = partial(MaskedExpert, keep_ratio=0.1)
     runs.fit(tiny_llama_dir, task_files, tmp_path, dense, export, Remember(), schedule, max_steps=12)
     assert [best for step, best in seen if step < 8] == [0] * sum(step < 8 for step, _ in seen) != []
@@ -92,7 +92,7 @@ def test_a_training_that_stops_before_the_choice_says_that_it_keeps_more(
     export, stop, said = ExportExpert(str(tmp_path / "library"), "mine", overwrite=True), Stop(), []
     for stop.at in (2, 10):
         caplog.clear()
-        schedule = MaskSchedule(rule=DenseThenSparse(dense=0.5))
+        schedule = MaskSchedule(rule=Reselect(every=6, until=1.0))
         dense = partial(MaskedExpert, keep_ratio=0.1)
         runs.fit(tiny_llama_dir, task_files, tmp_path, dense, export, stop, schedule, max_steps=12)
         said.append([record.getMessage() for record in caplog.records if record.levelname == "WARNING"])

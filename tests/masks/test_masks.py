@@ -11,9 +11,7 @@ import torch
 from modular_experts.deltas import Dense
 from modular_experts.masks import (
     SNIP,
-    ChangeMagnitude,
     ConnectionSensitivity,
-    DenseThenSparse,
     FisherInformation,
     GradientMagnitude,
     GrowAndDrop,
@@ -37,7 +35,6 @@ def test_scores_are_their_formulas() -> None:
         FisherInformation(): gradient,  # the statistic is squared already
         WeightMagnitude(): np.abs(weight),
         WeightMagnitude(smallest=True): -np.abs(weight),
-        ChangeMagnitude(): np.abs(change),
     }
     for score, formula in wanted.items():
         np.testing.assert_array_equal(score(*tensors).numpy(), formula)
@@ -47,7 +44,7 @@ def test_scores_name_the_statistic_that_their_formula_needs() -> None:
     wanted = {
         "gradient": [GradientMagnitude(), SNIP(), ConnectionSensitivity()],
         "squared_gradient": [FisherInformation()],
-        "none": [WeightMagnitude(), ChangeMagnitude(), RandomScore()],
+        "none": [WeightMagnitude(), RandomScore()],
     }
     assert {name: [score.statistic for score in scores] for name, scores in wanted.items()} == {
         name: [name] * len(scores) for name, scores in wanted.items()
@@ -107,10 +104,6 @@ def test_grow_and_drop_exchanges_no_more_than_there_are_candidates() -> None:
 @pytest.mark.parametrize(
     ("rule", "due"),
     [
-        (DenseThenSparse(), [5]),
-        (DenseThenSparse(dense=0.5), [10]),
-        (DenseThenSparse(dense=0.01), [1]),
-        (DenseThenSparse(dense=0.99), [19]),
         (SelectOnce(), [0]),
         (Reselect(every=3, until=0.5), [0, 3, 6, 9]),
         (Reselect(every=3, until="first_epoch"), [0, 3]),
@@ -128,16 +121,9 @@ def test_the_first_epoch_ends_with_training_where_that_is_shorter() -> None:
     assert Reselect().last_update(total_steps=2, steps_per_epoch=100) == 1
 
 
-def test_a_dense_start_leaves_at_least_one_sparse_step() -> None:
-    assert DenseThenSparse().last_update(total_steps=4, steps_per_epoch=100) == 3
-    assert DenseThenSparse(dense=0.9).last_update(total_steps=2, steps_per_epoch=100) == 1
-
-
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: DenseThenSparse(dense=0.0), r"dense=0.0 is outside \(0, 1\)"),
-        (lambda: DenseThenSparse(dense=1.0), r"dense=1.0 is outside \(0, 1\)"),
         (lambda: Reselect(every=0), "every=0"),
         (lambda: GrowAndDrop(until=1.5), r"until=1.5 is outside \(0, 1\]"),
         (lambda: GrowAndDrop(replace=0.0), r"replace=0.0 is outside \(0, 1\]"),

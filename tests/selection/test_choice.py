@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import conftest
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,9 +20,7 @@ from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import (
     SNIP,
-    ChangeMagnitude,
     ConnectionSensitivity,
-    DenseThenSparse,
     FisherInformation,
     GradientMagnitude,
     GrowAndDrop,
@@ -116,47 +113,6 @@ def test_a_support_is_shared_as_it_is(other: str, kind, neighbours, tiny_llama_d
     assert (costs["selections"], costs["selection_passes"]) == (0, 0)
 
 
-class Rewound(Watch):
-    """Looks at dense changes and moments on both sides of the one selection."""
-
-    before: dict[str, np.ndarray]
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        layers = dict(expert_layers(pl_module.model))
-        self.before = {name: layer.expert.change.detach().double().numpy().copy() for name, layer in layers.items()}
-        done = self.selections
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.selections > done:
-            self.step, self.changes = trainer.global_step, self.before
-            self.after = {name: layer.expert.change.detach().clone() for name, layer in layers.items()}
-            states = [trainer.optimizers[0].state.get(layer.expert.change, {}) for layer in layers.values()]
-            self.moments = [float(state["exp_avg_sq"].sum()) if state else 0.0 for state in states]
-
-
-@pytest.mark.parametrize("rewind", [True, False])
-def test_lottery_tickets_are_the_most_changed_entries_trained_anew_from_the_base(
-    rewind: bool, tiny_llama_dir, task_files, tmp_path
-) -> None:
-    look = Rewound(score=ChangeMagnitude(), rule=DenseThenSparse(dense=0.5, rewind=rewind))
-    module, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, look, max_steps=8)
-    assert (look.step, look.selections, look.passes) == (4, 1, 0)
-    for name, layer in expert_layers(module.model):
-        expert, size = layer.expert, look.changes[name].size
-        assert np.abs(look.changes[name]).min() > 0, "all of it was trained"
-        ranked = np.argsort(-np.abs(look.changes[name]).reshape(-1), kind="stable")
-        wanted = sorted(ranked[: int(0.1 * size)].tolist())
-        assert expert.support_units().tolist() == wanted
-        assert bool(look.after[name].any()) is not rewind
-        outside = torch.ones(size, dtype=torch.bool)
-        outside[wanted] = False
-        hidden = expert.change.detach().view(-1)[outside]
-        assert bool(hidden.any()) is not rewind
-        steps = trainer.optimizers[0].state[expert.change]["step"]
-        assert int(steps) == (4 if rewind else 8)
-        assert expert.change.detach().view(-1)[~outside].ne(0).all()
-    assert all((moment == 0.0) is rewind for moment in look.moments)
-
-
 SCORES = [
     GradientMagnitude(),
     SNIP(),
@@ -164,7 +120,6 @@ SCORES = [
     FisherInformation(),
     WeightMagnitude(),
     WeightMagnitude(smallest=True),
-    ChangeMagnitude(),
     RandomScore(),
 ]
 
@@ -264,10 +219,9 @@ def test_a_run_resumed_from_any_step_ends_with_the_same_supports_and_values(
         (SPARSE, {"batches": 2}, 1),
         (partial(SparseExpert, **UNITS["block"]), {}, 1),
         (MASKED, {}, 3),
-        (MASKED, {"rule": DenseThenSparse(0.5, rewind=True)}, 3),
         (partial(MaskedExpert, dense_start=False), {}, 3),
     ],
-    ids=["default", "once", "passes", "tiles", "masked", "dense-start", "random-start"],
+    ids=["default", "once", "passes", "tiles", "masked", "random-start"],
 )
 def test_a_second_fit_begins_with_all_that_the_first_trained(
     kind, settings, steps, tiny_llama_dir, task_files, tmp_path
