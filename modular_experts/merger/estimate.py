@@ -1,7 +1,7 @@
 """Estimate what a merge will read and hold in memory, weight by weight, before it begins.
 
-The sizes come from the tables of the experts' files and from each method's `needs`; no delta is read. The time is
-extrapolated from merging a few weights.
+The sizes come from the tables of the experts' files and from each method's `needs`. The time is extrapolated from
+merging a few weights.
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
 def seconds(merged: Merged, weights: Sequence[WeightEstimate], budget: float = 2.0) -> float:
     """Return about how many seconds the merge will take, from merging weights for `budget` seconds.
 
-    The first look of some methods at all weights, and compilation, count once. The smallest and the largest weight are
-    merged first, and their time is scaled by the number of entries.
+    The first look of some methods at all weights, and compilation, count once.
     """
     order = sorted(weights, key=lambda weight: (weight.read, weight.name))
     order = [order[0], order[-1], *order[1:-1]] if len(order) > 1 else order
