@@ -83,7 +83,7 @@ class Breadcrumbs(MiddleEntries, PrunedSum):
     largest magnitude.
 
     `(1 - beta - gamma) * entries` entries stay, rounded down, but at least one; equal magnitudes rank by flat index,
-    the lowest as the largest. Of an expert at 5 % the zeros go first, so `beta` drops nothing of it, and `gamma: 0.01`
+    the lowest as the largest. The zeros of an expert at 5 % go first, so `beta` drops nothing of it, and `gamma: 0.01`
     the largest fifth. `gamma` is the share that goes; the paper gives the percentile above which entries go (0.99).
 
     Args:
