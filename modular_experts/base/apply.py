@@ -53,7 +53,7 @@ def apply(
 ) -> Check | None:
     """Write the base plus the sum of the experts' deltas as a full checkpoint, and verify it by loading it again.
 
-    The other arguments are as for `Base.open` and `Base.write`, and so is what it raises.
+    The other arguments are as for `Base.open` and `Base.write`, and so are its errors.
 
     Args:
         experts: Directories of the experts, or opened experts; their deltas are added up.

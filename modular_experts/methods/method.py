@@ -50,7 +50,7 @@ class Context:
     Attributes:
         name: The weight's name.
         statistics: One per expert, of the kind that the method `needs`; an element is None where the kind does not
-            describe this weight, such as the Gram matrix of a bias.
+            describe this weight.
         prepared: What the method's `prepare` returned.
         depth: Where the weight lies, from 0 at the first transformer block to 1 at the last that is merged; 0 outside.
     """
@@ -159,8 +159,6 @@ class MergeMethod(ABC):
 
 
 def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:
-    """Let a user's `merge(self, deltas)` be called with a context, which it ignores."""
-
     @functools.wraps(merge)
     def with_context(self: MergeMethod, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         return merge(self, deltas)

@@ -119,9 +119,6 @@ def tune_groups(
         folder: Where the merges of several groups lie meanwhile, each as large as the base; by default among the
             temporary files of the system.
 
-    Returns:
-        All trials in order, and the best, which has the lowest mean loss, the earliest of equals.
-
     Raises:
         ValueError: The grid does not fit the method, or no trial gives a finite loss.
     """
