@@ -49,8 +49,8 @@ test-harness: $(DEVELOPS) ## install lm-eval and test `harness` with it
 	$(PIP) --quiet -e '.[eval]'
 	$(BIN)/python -m pytest tests/interop/test_harness.py -rs $(ARGS)
 
-test-engines: $(DEVELOPS) ## install dask, Ray and submitit, and test with them
-	$(PIP) --quiet -e '.[dask,ray,slurm]'
+test-engines: $(DEVELOPS) ## install submitit, and test with SLURM
+	$(PIP) --quiet -e '.[slurm]'
 	$(BIN)/python -m pytest -m cluster -rs $(ARGS)
 
 test-quickstart: $(DEVELOPS) ## run the whole quickstart and check what it shows

@@ -1,8 +1,8 @@
 """What does an engine add to each piece of work?
 
 It runs pieces that do nothing on each engine that is there, and prints the seconds that a piece takes, and how many of
-them the program computes that hands out the pieces. dask and Ray start on this machine, with two processes each; SLURM
-is the cluster at hand, such as the one of `tests/testbed/slurm.py`:
+them the program computes that hands out the pieces. SLURM is the cluster at hand, such as the one of
+`tests/testbed/slurm.py`:
 
     python tests/testbed/slurm.py python benchmarks/engine_overhead.py
 
@@ -33,21 +33,9 @@ PROCESSES = 2
 @contextmanager
 def engines(name: str) -> Iterator[Executor]:
     """Start a cluster on this machine and the engine for it."""
-    settings: dict[str, Any] = {}
     with ExitStack() as stack:
         if name == "local":
-            settings = {"processes": PROCESSES}
-        elif name == "dask":
-            import distributed
-
-            cluster = distributed.LocalCluster(n_workers=PROCESSES, threads_per_worker=1, dashboard_address=":0")
-            settings = {"address": stack.enter_context(cluster).scheduler_address}
-        elif name == "ray":
-            import ray
-
-            os.environ["RAY_AUTH_MODE"] = "disabled"  # a new version writes a token into the home directory
-            ray.init(num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False)
-            stack.callback(ray.shutdown)
+            settings: dict[str, Any] = {"processes": PROCESSES}
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir="."))
             settings = {"folder": folder, "poll_seconds": 1.0, "array_parallelism": PROCESSES}
@@ -67,9 +55,7 @@ def measured(name: str, count: int) -> dict[str, float]:
 
 def is_here(name: str) -> bool:
     """Return whether an engine can run on this machine."""
-    modules = {"dask": "distributed", "ray": "ray", "slurm": "submitit"}
-    installed = name == "local" or importlib.util.find_spec(modules[name]) is not None
-    return installed and (name != "slurm" or shutil.which("sbatch") is not None)
+    return name == "local" or bool(importlib.util.find_spec("submitit") and shutil.which("sbatch"))
 
 
 def main() -> None:
@@ -77,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few pieces, to see that it runs")
     parser.add_argument("--json", action="store_true", help="print the numbers for a program")
-    parser.add_argument("--engines", nargs="*", default=["local", "dask", "ray", "slurm"])
+    parser.add_argument("--engines", nargs="*", default=["local", "slurm"])
     given = parser.parse_args()
     found = {}
     for name in given.engines:

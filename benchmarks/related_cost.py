@@ -36,7 +36,7 @@ from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
 from modular_experts.experts.site import Site
 from modular_experts.injection import draw, extra_losses, inject, named_experts
-from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
+from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
 from modular_experts.routing import MoLoRAExpert
 from modular_experts.systems.ada_mix import AdaMixExpert
 from modular_experts.systems.boosting import BoostedLoRAExpert
@@ -153,7 +153,7 @@ def costs(store: JSONLines, part: str, names: Sequence[str], repeats: int, small
     with LocalProcesses(1) as pool:
         pieces = [Piece(("memory", name), _memory, (part, name, small)) for name in names]
         pieces.append(Piece(("time", *names), _times, (part, names, repeats, small)))
-        run(pieces, store, pool, print_progress()).raise_failures()
+        run(pieces, store, pool, lambda *now: print(*now, file=sys.stderr)).raise_failures()
     peaks, times = {name: store["memory", name] for name in names}, store["time", *names]
     first = names[0]
     return [

@@ -32,7 +32,7 @@ FLOPS, DECODE_STEP = 0.35 * 989e12, 0.025  # seconds for one token of a batch, b
 START = 15.0  # seconds of a process until it reads its base
 NODE_READS, ALL_READS = 2e9, 20e9  # bytes per second
 # Measured: CPU seconds of the program for a piece that does nothing.
-HANDLING = {"slurm": 0.006, "dask or ray": 0.004}
+HANDLING = {"slurm": 0.006, "workers that stay": 0.004}
 
 
 @dataclass(frozen=True)

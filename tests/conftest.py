@@ -28,7 +28,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
-from testbed.clusters import cluster, dask_address, ray_started, slurm_started  # noqa: F401
+from testbed.clusters import cluster, slurm_started  # noqa: F401
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -15,12 +15,11 @@ from modular_experts.cli.format import counted, duration_text, open_page, progre
 from modular_experts.jobs.engines import Where
 from modular_experts.jobs.processes import at_once
 from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
-from modular_experts.study.estimate import measured_left
 from modular_experts.study.pieces import STAGES, title_of
 from modular_experts.study.published import beside_published
 from modular_experts.study.report import REPORT, write_report
 from modular_experts.study.results import RESULTS
-from modular_experts.study.run import PIECES, Left, Lines, State, state_of
+from modular_experts.study.run import PIECES, Failure, Left, Lines, Pace, State, measure_trainings, state_of
 from modular_experts.study.settings import Description
 from modular_experts.study.summary import findings, summary
 from modular_experts.text import bytes_text
@@ -52,7 +51,7 @@ def study(
         out: Directory of the study.
         where: Where the pieces run.
         only: Do only experts, statistics, settings, merges, tests. What these need is done too.
-        dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
+        dry_run: Only print the pieces and what they will take. It measures a few training steps.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
         open: Show the page in the browser at the end.
@@ -65,13 +64,13 @@ def study(
     place, found = Path(out), read_study(**vars(description))
     pieces = pieces_of(found, place.absolute(), only or ())
     if dry_run or status:
-        _print_state(found, state_of(pieces, Lines(place), retry and dry_run), dry_run)
+        _print_state(state_of(pieces, Lines(place), retry and dry_run), dry_run)
         return
     try:
         with ExitStack() as stack:
             executor = stack.enter_context(engine) if (engine := where.made()) else None
             # Nobody knows how many pieces a cluster will run at once.
-            show = stack.enter_context(_progress(on_one=executor is not None and at_once(executor) is None))
+            show = stack.enter_context(study_progress(on_one=executor is not None and at_once(executor) is None))
             state = run_study(found, place, only or (), retry, executor, where.processes, show)
         _write_results(found, place, open)
     except (BlockingIOError, FileExistsError):
@@ -84,18 +83,19 @@ def study(
 
 
 @contextmanager
-def _progress(on_one: bool) -> Iterator[Callable[[int, int, Left], None]]:
+def study_progress(on_one: bool = False) -> Iterator[Callable[[State, Left], None]]:
     """Yield the function that shows how far a study is; with `on_one`, times are for one process."""
     columns, starts = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn()), True
     with progress_by_tenths(*columns, line=lambda what, done, total: what) as bar:
 
-        def show(done: int, total: int, left: Left) -> None:
+        def show(state: State, left: Left) -> None:
             nonlocal starts
-            over = f"{done - left.failed - left.waiting} of {counted(total, 'piece')} done"
-            if starts:
-                _print_start(over, left, on_one)
-            starts = False
-            bar(f"{over}{_failed_text(left.failed, left.waiting)}{_time_text(left, on_one)}", done, total)
+            if starts and state.failed:
+                counts = f"{counted(len(state.failed), 'piece')} failed or need one that failed in an earlier run"
+                print(f"{counts}; --retry tries again", file=sys.stderr, flush=True)
+            starts, total = False, len(state.pieces)
+            over = f"{len(state.done)} of {counted(total, 'piece')} done{_failed_text(state.failed.values())}"
+            bar(over + _time_text(left, on_one), len(state.done) + len(state.failed), total)
 
         yield show
 
@@ -125,8 +125,8 @@ def check_finished(state: State, place: Path) -> None:
         _print_failures(state)
         raise UnfinishedStudyError(
             f"{len(state.failed)} of {counted(len(state.pieces), 'piece')} have no result"
-            f"{_failed_text(state.left.failed, state.left.waiting)}; {place / PIECES} holds the traces, and the same "
-            "command with --retry tries again"
+            f"{_failed_text(state.failed.values())}; {place / PIECES} holds the traces, and the same command with "
+            "--retry tries again"
         )
 
 
@@ -134,53 +134,40 @@ class UnfinishedStudyError(ValueError):
     """Some pieces of a study failed; the message says how many, and what to do."""
 
 
-def _print_state(study: Study, state: State, dry_run: bool) -> None:
+def _print_state(state: State, dry_run: bool) -> None:
     """Print what is done and what is left of each stage, and what failed; of a dry run also each piece, and measure."""
-    if dry_run:
-        for piece in state.pieces:
-            mark = "done" if piece.key in state.done else "failed" if piece.key in state.failed else "to do"
-            print(f"{mark:<8}{title_of(piece.key)}")
+    for piece in state.pieces if dry_run else ():
+        mark = "done" if piece.key in state.done else "failed" if piece.key in state.failed else "to do"
+        print(f"{mark:<8}{title_of(piece.key)}")
     for stage in STAGES:
-        mine = [piece.key for piece in state.pieces if piece.key[0] == stage]
-        if mine:
-            done, failures = sum(key in state.done for key in mine), [state.failed.get(key) for key in mine]
-            waiting = sum(one is not None and one.needed is not None for one in failures)
-            failed = len(failures) - failures.count(None) - waiting
-            print(f"{stage:<12}{done} of {len(mine)} done{_failed_text(failed, waiting)}")
-    left, refused = state.left, list[str]()
+        if mine := [piece.key for piece in state.pieces if piece.key[0] == stage]:
+            failures = [state.failed[key] for key in mine if key in state.failed]
+            print(f"{stage:<12}{sum(key in state.done for key in mine)} of {len(mine)} done{_failed_text(failures)}")
+    pace, memory, refused = Pace(state.done), 0, list[str]()
     if dry_run:
-        columns = (TextColumn("measuring {task.description}"), BarColumn(None), TaskProgressColumn())
-        with progress_by_tenths(*columns, line=lambda what, done, total: f"measuring {what}", transient=True) as bar:
-            left, refused = measured_left(study, state, show=bar)
-    print(f"{counted(sum(state.left.counts.values()), 'piece')} left{_time_text(left, on_one=True)}")
+        columns = (TextColumn("measuring a few steps of {task.description}"), BarColumn(None), TaskProgressColumn())
+        with progress_by_tenths(
+            *columns, line=lambda kind, *_: f"measuring a few steps of {kind}", transient=True
+        ) as bar:
+            memory, refused = measure_trainings(state, pace, bar)
+    left = pace.left(state.left)
+    print(f"{counted(len(state.left), 'piece')} left{_time_text(left, on_one=True)}")
     for sentence in refused:
-        print(f"could not measure {sentence}")
+        print(f"could not measure a few steps of {sentence}")
     if left.unknown:
-        like = "like them is done or can be measured before" if dry_run else "like them is done yet"
-        print(f"the time of {left.unknown} of them is not known, because nothing {like}")
+        print(f"the time of {left.unknown} of them is not known, because nothing like them is done yet")
     if left.bytes:
         print(f"their experts will take about {bytes_text(left.bytes)} of disk")
-    if left.memory:
-        print(f"a training takes up to {bytes_text(left.memory)} of memory; --processes limits how many run at once")
+    if memory:
+        print(f"a training takes up to {bytes_text(memory)} of memory; --processes limits how many run at once")
     _print_failures(state)
     if state.failed:
         print("the study leaves these out until it gets --retry")
 
 
-def _print_start(over: str, left: Left, on_one: bool) -> None:
-    count, anew = sum(left.counts.values()), ""
-    if left.interrupted:
-        verbs = "were interrupted and begin" if left.interrupted > 1 else "was interrupted and begins"
-        anew = f" ({left.interrupted} of them {verbs} anew)"
-    if count and (anew or not over.startswith("0 ")):
-        print(f"found {over}, {count} left{anew}{_time_text(left, on_one)}", file=sys.stderr, flush=True)
-    if left.failed:
-        more = f", and {left.waiting} need a failed one" * bool(left.waiting)
-        sentence = f"{counted(left.failed, 'piece')} failed in an earlier run{more}; --retry tries again"
-        print(sentence, file=sys.stderr, flush=True)
-
-
-def _failed_text(failed: int, waiting: int) -> str:
+def _failed_text(failures: Collection[Failure]) -> str:
+    waiting = sum(one.needed is not None for one in failures)
+    failed = len(failures) - waiting
     return f", {failed} failed" * bool(failed) + f", {waiting} need a failed one" * bool(waiting)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts
+from modular_experts.evaluation.scores import exact_match
 from modular_experts.injection import context_length
 from modular_experts.routing.gates import reading
 
@@ -197,3 +198,15 @@ def answered(
             longest,
         )
     return found
+
+
+def agreement(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float | None:
+    """Return the share of answers that match the text of their row's target; None if no row has one."""
+    matches = [
+        exact_match(
+            answer_text(tokenizer, example.tokens.ids[example.tokens.prompt :].tolist(), example.end), example.target
+        )
+        for example in examples
+        if example.target is not None
+    ]
+    return sum(matches) / len(matches) if matches else None

@@ -1,28 +1,19 @@
-"""Name the place where pieces of work run: this machine, a cluster, or an executor of the user's own."""
+"""Name the place where pieces of work run: this machine, SLURM, or an executor of the user's own."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-from modular_experts.jobs.dask_workers import DaskWorkers
 from modular_experts.jobs.processes import LocalProcesses
-from modular_experts.jobs.ray_tasks import RayTasks
 from modular_experts.jobs.slurm_jobs import SlurmJobs
 from modular_experts.settings import Options
+from modular_experts.settings.read import class_named
 from modular_experts.text import did_you_mean
 
-ENGINES: dict[str, type[Executor]] = {
-    "local": LocalProcesses,
-    "slurm": SlurmJobs,
-    "dask": DaskWorkers,
-    "ray": RayTasks,
-}
+ENGINES: dict[str, type[Executor]] = {"local": LocalProcesses, "slurm": SlurmJobs}
 
 
 def engine(name: str = "local", **settings: Any) -> Executor:
@@ -34,14 +25,19 @@ def engine(name: str = "local", **settings: Any) -> Executor:
     ```
 
     Args:
-        name: `local`, `slurm`, `dask`, `ray`, or the dotted path of a class that is a `concurrent.futures.Executor`,
-            such as `mine.Pool` of a file `mine.py` in the current directory.
-        settings: What the class takes, by name: `LocalProcesses`, `SlurmJobs`, `DaskWorkers`, `RayTasks`.
+        name: `local`, `slurm`, or the dotted path of a class that is a `concurrent.futures.Executor`, or of a function
+            that returns one, such as `mine.Pool` of a file `mine.py`.
+        settings: The arguments of the class or function, by name: those of `LocalProcesses` and `SlurmJobs`.
 
     Raises:
         ValueError: No engine has this name or takes these settings, or it cannot start; the message says why.
     """
-    kind = ENGINES.get(name) or _executor_class(name)
+    if name not in ENGINES and "." not in name:
+        raise ValueError(
+            f"no engine has the name {name}; take {', '.join(ENGINES)}, or the dotted path of an Executor of your own"
+            + did_you_mean(name, ENGINES)
+        )
+    kind = ENGINES.get(name) or class_named("--engine", [Executor], name)[0]
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:
@@ -60,8 +56,8 @@ class Where(Options):
     Args:
         processes: How many pieces run at once on this machine; by default one per CUDA device, else one per core (at
             most 8), and never more than fit into memory with twice the base each.
-        engine: Local, slurm, dask or ray. Pieces run there; a dotted path names a class of yours, an Executor of
-            concurrent.futures.
+        engine: Local or slurm. Pieces run there; a dotted path names a class of yours, an Executor of
+            concurrent.futures, or a function that returns one.
         engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as
             --engine_settings.partition gpu, and a few of its own.
     """
@@ -80,21 +76,3 @@ class Where(Options):
         if self.engine == "local" and not self.engine_settings:
             return None
         return engine(self.engine, **(self.engine_settings or {}))
-
-
-def _executor_class(path: str) -> type[Executor]:
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ValueError(
-            f"no engine has the name {path}; take {', '.join(ENGINES)}, or the dotted path of an Executor of your own"
-            + did_you_mean(path, ENGINES)
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the engine {path} cannot be imported: {error}") from error
-    if not (inspect.isclass(found) and issubclass(found, Executor)):
-        raise ValueError(f"the engine {path} is not a class of concurrent.futures.Executor; name one that is")
-    return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import traceback
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 try:
     import fcntl
@@ -28,9 +28,8 @@ class Piece:
 
     Args:
         key: Names the piece among all pieces of a run, such as `("experts", "lora", "reverse")`.
-        function: Computes the result from the arguments alone. It must be importable, because a process of its own
+        function: Computes the result from the `arguments` alone. It must be importable, because a process of its own
             runs it, and the same arguments must give the same result.
-        arguments: The arguments of the function.
         needs: The keys of pieces that must have a result before this one runs.
         given: The pieces in `needs` whose results the function gets as further arguments.
     """
@@ -45,25 +44,11 @@ class Piece:
         return key_text(self.key)
 
 
-class Store(Protocol):
-    """Where results go, by key. A `dict` is one that lasts as long as the program; `JSONLines` lasts on disk."""
-
-    def __contains__(self, key: Key, /) -> bool:
-        """Return whether the result of a piece is there, so that the piece need not run."""
-
-    def __getitem__(self, key: Key, /) -> Any:
-        """Return the result of a piece."""
-
-    def __setitem__(self, key: Key, result: Any, /) -> None:
-        """Keep a result; when this returns, an interruption no longer loses it."""
-
-
 class JSONLines(dict[Key, Any]):
     """Results in a file, one JSON object a line: `{"key": [...], "result": ...}`.
 
-    The first result makes the file, with its directory. A run that is killed while it writes leaves an unfinished last
-    line. Reading skips it, and the next result cuts it off. Several processes may add to one file; each learns of the
-    others' results when it adds one.
+    The first result makes the file, with its directory. Reading skips the unfinished last line of a killed run, and the
+    next result cuts it off. Several processes may add to one file; each learns of the others' results when it adds one.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -103,8 +88,8 @@ class JSONLines(dict[Key, Any]):
                 self._whole += len(line)
 
 
-class FailedPiecesError(RuntimeError):
-    """Some pieces of a run have no result; the message names the first of them and their reasons."""
+class KilledError(BrokenExecutor):
+    """The process of one call ended without a result, such as for its memory; other calls are not concerned."""
 
 
 @dataclass
@@ -124,24 +109,13 @@ class Outcome:
     skipped: dict[Key, Key] = field(default_factory=dict)
 
     def raise_failures(self) -> None:
-        """Raise if any piece failed.
-
-        Raises:
-            FailedPiecesError: It names up to three pieces and their reasons, and shows the trace of the first.
-        """
-        if not self.failures:
-            return
-        shown = []
-        for key, error in list(self.failures.items())[:3]:
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].removesuffix(":")
-            shown.append(f"{key_text(key)} ({reason})")
-        more = f" and {len(self.failures) - 3} more" if len(self.failures) > 3 else ""
-        trace = "".join(traceback.format_exception(next(iter(self.failures.values()))))
-        skipped = f", and {len(self.skipped)} that need them did not run" if self.skipped else ""
-        raise FailedPiecesError(
-            f"{len(self.failures)} of {self.total} pieces failed: {', '.join(shown)}{more}{skipped}; run the same "
-            f"again to retry only these\n\n{trace}"
-        )
+        """Raise a RuntimeError with the first failure as its cause, if any piece failed."""
+        if self.failures:
+            key, error = next(iter(self.failures.items()))
+            raise RuntimeError(
+                f"{len(self.failures)} of {self.total} pieces failed, first {key_text(key)}: {error}; run the same "
+                "again to retry only these"
+            ) from error
 
 
 def key_text(key: Key) -> str:

@@ -16,22 +16,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 MOST_PROCESSES = 8
 PROCESS_BYTES = 500_000_000  # of a process that holds torch and transformers
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """An executor that tells how many calls it runs at once; any other takes all, and begins them later."""
-
-    processes: int
-
-
 def at_once(executor: Executor) -> int | None:
-    """Return how many calls an executor runs at once, or None if it does not tell."""
-    return executor.processes if isinstance(executor, Engine) else None
+    """Return how many calls an executor runs at once; None if it takes all, and begins them later."""
+    return getattr(executor, "processes", None)
 
 
 class LocalProcesses(Executor):

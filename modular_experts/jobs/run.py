@@ -1,23 +1,17 @@
-"""Run the pieces of a plan that have no result yet, several at a time.
-
-Results are stored as they come, so an interrupted run goes on where it was. The loop records a piece that raises, or
-whose process the system kills, as failed, leaves out what needs it, and goes on with the others.
-"""
+"""Run the pieces that have no result yet, several at a time; an interrupted run goes on where it was."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import ExitStack
 from graphlib import CycleError, TopologicalSorter
 from heapq import heapify, heappop, heappush
+from typing import Any
 
-from modular_experts.jobs.pieces import Key, Outcome, Piece, Store, key_text
+from modular_experts.jobs.pieces import Key, KilledError, Outcome, Piece, key_text
 from modular_experts.jobs.processes import LocalProcesses, at_once
-from modular_experts.jobs.remote import KilledError
 
 JobProgress = Callable[[int, int, Piece | None], None]
 """Called with how many pieces are finished, how many there are, and the piece that finished (None at the start)."""
@@ -25,11 +19,10 @@ JobProgress = Callable[[int, int, Piece | None], None]
 
 def run(
     pieces: Sequence[Piece],
-    store: Store | None = None,
+    store: dict[Key, Any] | None = None,
     executor: Executor | None = None,
     progress: JobProgress = lambda done, total, piece: None,
     failed: Callable[[Piece, BaseException], None] = lambda piece, error: None,
-    begun: Callable[[Piece], None] = lambda piece: None,
 ) -> Outcome:
     """Run each piece whose result the store lacks, after those that it needs, and store its result.
 
@@ -37,16 +30,10 @@ def run(
 
     Args:
         pieces: What to run, in any order; no two share a key. The first in the list that may run goes first.
-        store: Where results go; by default only the returned outcome has them.
-        executor: Where the pieces run: any `concurrent.futures.Executor`, such as one of dask, Ray or SLURM. By default
-            `LocalProcesses`, which end with this call.
+        store: Where results go, by key: a `dict`, or `JSONLines` on disk; by default the returned outcome alone.
+        executor: Where the pieces run; by default `LocalProcesses`, which end with this call.
         progress: Called at the start and after each piece, also after one that could not run.
         failed: Called with each piece that fails and its error, before `progress`.
-        begun: Called with each piece before the executor gets it.
-
-    Returns:
-        The new results, the failures, and the pieces that were skipped for them. `.raise_failures()` turns failures
-        into an error.
 
     Raises:
         ValueError: Two pieces have the same key, or one needs a piece that is not there, or, perhaps through others,
@@ -73,7 +60,6 @@ def run(
             while (left.ready and not suspects and len(running) < slots) or (suspects and not running):
                 piece = suspects.popleft() if suspects else left.take()
                 given = [store[key] for key in piece.given]
-                begun(piece)
                 running[pool.submit(piece.function, *piece.arguments, *given)] = piece
             alone = len(running) == 1
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -147,18 +133,3 @@ class _Left:
                     dropped.append(later)
                     look.append(later)
         return dropped
-
-
-def print_progress() -> JobProgress:
-    """Return a progress that prints a line to standard error for each piece, with the time that is left."""
-    started, before = time.monotonic(), 0
-
-    def show(done: int, total: int, piece: Piece | None) -> None:
-        nonlocal before
-        if piece is None:
-            before = done
-            return
-        minutes = (time.monotonic() - started) / (done - before) * (total - done) / 60
-        print(f"{done} of {total}, {minutes:.0f} minutes left: {piece}", file=sys.stderr, flush=True)
-
-    return show

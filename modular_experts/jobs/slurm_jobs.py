@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pickle
 import queue
 import subprocess
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
@@ -13,7 +17,8 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from modular_experts.jobs.remote import Call, KilledError, needed, settle
+from modular_experts.jobs.pieces import KilledError
+from modular_experts.jobs.processes import use_one_thread
 
 MOST_IN_ARRAY = 1000  # SLURM's MaxArraySize is 1001, unless a site sets another
 
@@ -45,7 +50,12 @@ class SlurmJobs(Executor):
         poll_seconds: float = 5.0,
         **options: Any,
     ) -> None:
-        submitit = needed("submitit", "slurm")
+        try:
+            submitit = importlib.import_module("submitit")
+        except ModuleNotFoundError:
+            raise ValueError(
+                "the engine slurm needs submitit, which is not installed: pip install 'modular-experts[slurm]'"
+            ) from None
         if not isinstance(time, int):
             raise ValueError(f"time={time!r} of the engine slurm is not a number of minutes; write one, such as 240")
         given = {"time": time, **options}.items()
@@ -65,7 +75,7 @@ class SlurmJobs(Executor):
         self._submitit.update_parameters(
             time=time, job_name="modular-experts", array_parallelism=array_parallelism, additional_parameters=options
         )
-        self._waiting: queue.SimpleQueue[tuple[Future, Call]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[Future, Job]] = queue.SimpleQueue()
         self._jobs: dict[Future, Any] = {}
         self._queued: set[str] = set()
         self._closed = self._cancels = False
@@ -77,7 +87,7 @@ class SlurmJobs(Executor):
         if self._closed:
             raise RuntimeError("the engine slurm was shut down and takes no more work")
         future: Future = Future()
-        self._waiting.put((future, _Job(fn, args, kwargs)))
+        self._waiting.put((future, Job(fn, args, kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -111,7 +121,7 @@ class SlurmJobs(Executor):
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
 
-    def _submit(self, calls: Sequence[tuple[Future, Call]]) -> None:
+    def _submit(self, calls: Sequence[tuple[Future, Job]]) -> None:
         """Submit calls as one array; if SLURM refuses it, such as for a limit, each fails with its words."""
         try:
             jobs = self._submitit.submit_array([call for _, call in calls]) if calls else []
@@ -120,12 +130,6 @@ class SlurmJobs(Executor):
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
             return
-        for job in jobs[:1]:
-            # SLURM has a copy of the script that starts them, and submitit leaves a link to it.
-            job.paths.submission_file.unlink()
-            for file in self.folder.glob(".submission_file_*"):
-                if not file.exists():
-                    file.unlink(missing_ok=True)
         self._jobs.update(zip([future for future, _ in calls], jobs, strict=True))
         self._queued |= {job.job_id for job in jobs}
 
@@ -133,9 +137,9 @@ class SlurmJobs(Executor):
         """Finish the futures of jobs that wrote a result; fail the futures of jobs that left the queue without one."""
         # The user's jobs in the queue, each job of an array apart; all of ours if SLURM does not answer.
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-        found = subprocess.run(command, capture_output=True, text=True)
+        shown = subprocess.run(command, capture_output=True, text=True)
         ours = {job.job_id for job in self._jobs.values()}
-        before, self._queued = self._queued, ours if found.returncode else set(found.stdout.split())
+        before, self._queued = self._queued, ours if shown.returncode else set(shown.stdout.split())
         # The folder comes after the queue: a job that has left the queue has written its result before. A change of the
         # folder's mode makes a network file system read it anew.
         with suppress(OSError):
@@ -143,29 +147,52 @@ class SlurmJobs(Executor):
         files = set(os.listdir(self.folder))
         for future, job in list(self._jobs.items()):
             if job.paths.result_pickle.name in files:
-                outcome = job.result()
+                succeeded, found = job.result()
                 _remove_files(job)
             elif job.job_id in before | self._queued:
                 # A second look decides, for a job that is being requeued, and for a slow file system.
                 continue
             else:
-                outcome = False, (KilledError(f"job {job.job_id} was killed; see {job.paths.stderr}"), "")
+                succeeded, found = False, KilledError(f"job {job.job_id} was killed; see {job.paths.stderr}")
             del self._jobs[future]
             if future.set_running_or_notify_cancel():
-                settle(future, outcome)
+                (future.set_result if succeeded else future.set_exception)(found)
 
 
-class _Job(Call):
-    """A call that begins again when SLURM preempts its job."""
+class Job:
+    """A function with its arguments, which the process of a job calls as this one would.
+
+    The process gets this one's directory, import path and one thread, so a module beside the user is found, relative
+    paths hold, and sums have the same bits. The directory must exist there.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Pickled here, because the path by which a function is imported must be set before it is unpickled.
+        self.pickled = importlib.import_module("cloudpickle").dumps((function, args, kwargs))
+        self.directory, self.path = os.getcwd(), [place or os.getcwd() for place in sys.path]
 
     def __call__(self) -> tuple[bool, Any]:
+        """Return True and the result, or False and the error, whose trace is a note of it."""
         # Lightning would take the tasks of the job for processes of its own.
         os.environ.pop("SLURM_NTASKS", None)
-        return super().__call__()
+        try:
+            os.chdir(self.directory)
+            sys.path += [place for place in self.path if place not in sys.path]
+            use_one_thread()
+            function, args, kwargs = pickle.loads(self.pickled)
+            return True, function(*args, **kwargs)
+        except Exception as error:
+            trace = traceback.format_exc()
+            try:
+                found: Exception = pickle.loads(pickle.dumps(error))
+            except Exception:
+                found = RuntimeError(f"{type(error).__name__}: {error}")
+            found.add_note(trace)
+            return False, found
 
     def checkpoint(self) -> Any:
-        """Return what submitit submits again."""
-        return needed("submitit.helpers", "slurm").DelayedSubmission(self)
+        """Return what submitit submits again when SLURM preempts the job."""
+        return importlib.import_module("submitit.helpers").DelayedSubmission(self)
 
 
 def _remove_files(job: Any) -> None:

@@ -1,4 +1,8 @@
-"""Measure how experts get in each other's way, before they are merged: overlap, conflicts of sign, cosines."""
+"""Measure how experts get in each other's way, before they are merged: overlap, conflicts of sign, cosines.
+
+`interference` looks at deltas alone, one weight at a time; no base and no data are needed. What the experts lose is
+measured by every test of the merge.
+"""
 
 from __future__ import annotations
 

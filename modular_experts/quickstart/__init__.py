@@ -5,6 +5,6 @@ the table and the page, as for any study.
 """
 
 from modular_experts.quickstart.plan import Plan
-from modular_experts.quickstart.run import TimeLeft, run_plan
+from modular_experts.quickstart.run import prepare_base, run_plan
 
-__all__ = ["Plan", "TimeLeft", "run_plan"]
+__all__ = ["Plan", "prepare_base", "run_plan"]

@@ -16,7 +16,7 @@ from modular_experts.reports.page import Section, answers_section, example, tell
 from modular_experts.reports.results import METRICS, ROLES, SHARES, format_of
 from modular_experts.reports.tables import Column, Line, Table, heat_map, listed, number, share
 from modular_experts.study.published import SINGLE, beside_published
-from modular_experts.study.results import DRAWN, EXPONENT, GAIN, NORMALISED
+from modular_experts.study.results import DRAWN, GAIN, NORMALISED
 from modular_experts.study.run import State
 from modular_experts.study.settings import BASE
 from modular_experts.study.summary import best_merges, findings, interval_text, judged, metric_words, signed, summary
@@ -213,7 +213,7 @@ def _random_groups(results: Results) -> Section | None:
 
 
 def _by_count(results: Results) -> Section | None:
-    metric, fits = results.main_metric, results.where(metric=EXPONENT).rows
+    metric = results.main_metric
     counts = sorted(results.where(metric=metric).values("count"))
     if len(counts) < 2:
         return None
@@ -228,37 +228,10 @@ def _by_count(results: Results) -> Section | None:
         alone = Results([{**row, "count": 1} for row in mine.where(merge=None).rows])
         merges = [Line(f"  {merge}", mine.where(merge=merge)) for merge in mine.values("merge")]
         groups.append([Line(f"{kind}{SINGLE}", alone, strong=True), *merges])
-    parts = [Table(columns, groups, f"{METRICS.get(metric, metric)} by experts").html()]
     title = f"The {metric_words(metric)} of 1 to {counts[-1]} experts in one model"
-    if fits:
-        steepest = max(fits, key=lambda row: row["value"])
-        ends = [number(steepest["losses"][place], 3) for place in (0, -1)]
-        title = (
-            f"From {steepest['counts'][0]} to {steepest['counts'][-1]} experts the {ROLES[steepest['role']]} loss of "
-            f"{steepest['model']} goes from {ends[0]} to {ends[1]}"
-        )
-        about = (
-            "The fit is loss = factor * count ^ exponent, over the tasks that all counts have; 1 is the single "
-            "experts. R² is the share of the variance that it explains."
-        )
-        parts += [_power_laws(fits), note(about)]
-    return Section("Number of experts", title, parts)
-
-
-def _power_laws(fits: Sequence[Mapping[str, Any]]) -> Html:
-    def at(row: Any, count: int) -> float | None:
-        return dict(zip(row["counts"], row["losses"], strict=True)).get(count)
-
-    digits: Any = partial(number, digits=3)
-    counts = sorted({count for row in fits for count in row["counts"]})
-    columns = [Column(str(count), partial(at, count=count), digits, over="loss by experts") for count in counts]
-    columns += [
-        Column("exponent", lambda row: row["value"], digits, over="power law"),
-        Column("R²", lambda row: row["r2"], digits, over="power law"),
-    ]
-    roles = dict.fromkeys(row["role"] for row in fits)
-    groups = [[Line(f"{row['model']}, {ROLES[role]}", row) for row in fits if row["role"] == role] for role in roles]
-    return Table(columns, groups, "merge").html()
+    return Section(
+        "Number of experts", title, [Table(columns, groups, f"{METRICS.get(metric, metric)} by experts").html()]
+    )
 
 
 def _every_task(results: Results) -> Section | None:

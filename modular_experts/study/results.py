@@ -9,7 +9,7 @@ answer the same test rows, and an interval is for the mean difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from statistics import fmean
@@ -26,7 +26,7 @@ from modular_experts.study.settings import Study
 
 RESULTS = "results.json"
 DRAWS = 500  # of a bootstrap
-GAIN, NORMALISED, EXPONENT, DRAWN = "gain", "normalised", "loss_exponent", "mean_over_draws"
+GAIN, NORMALISED, DRAWN = "gain", "normalised", "mean_over_draws"
 """Metrics of the rows about effects of merges."""
 
 
@@ -60,7 +60,7 @@ def results_of(study: Study, state: State) -> Results:
     }
     measured = Results(rows, facts)
     known = Results([*rows, *effects(state, measured.main_metric)], facts)
-    return Results([*known.rows, *over_draws(known, study.draws), *growth(measured)], facts)
+    return Results([*known.rows, *over_draws(known, study.draws)], facts)
 
 
 def costs(study: Study, state: State) -> list[dict[str, Any]]:
@@ -235,55 +235,3 @@ def over_draws(results: Results, counts: Collection[int]) -> list[dict[str, Any]
         span = interval(means) if len(means) > 1 else None
         rows.append({**about, "value": fmean(means), "interval": span, "draws": len(means)})
     return rows
-
-
-def growth(results: Results) -> list[dict[str, Any]]:
-    """Fit a power law to the mean loss over the number of experts: `loss = factor * count ** exponent`.
-
-    The means are over the tasks that every count was tested on, each with the mean over its merges. The fit is least
-    squares in the logarithms of both; single experts on their own tasks are the count 1. A line always fits two points,
-    so three or more counts are needed.
-
-    Returns:
-        A row of results for each kind, merge and role with enough counts: `loss_exponent`, with `factor`, `counts`, the
-        `losses` at them, and `r2`, the share of the variance of the logarithms that the fit explains.
-    """
-    rows = []
-    for kind in results.values("kind"):
-        mine = results.where(kind=kind, metric="loss")
-        for merge in mine.values("merge"):
-            for role in ("held_in", "held_out"):
-                judged = [row for row in mine.where(role=role).rows if row["own"] or role == "held_out"]
-                by_count: dict[int, list[Mapping[str, Any]]] = {}
-                for row in judged:
-                    if row["merge"] in (None, merge) and row["value"] is not None:
-                        by_count.setdefault(row["count"] or 1, []).append(row)
-                if len(by_count) < 3:
-                    continue
-                # A count that does not divide the tasks leaves some out, and a mean without a hard task is lower.
-                shared = set.intersection(*({row["task"] for row in found} for found in by_count.values()))
-                if not shared:
-                    continue
-                losses = {count: _mean_of_tasks(by_count[count], shared) for count in sorted(by_count)}
-                if not all(math.isfinite(one) and one > 0 for one in losses.values()):
-                    continue
-                x, y = (torch.tensor([*side], dtype=torch.float64).log() for side in (losses, losses.values()))
-                across, along = x - x.mean(), y - y.mean()
-                exponent = ((across * along).sum() / across.square().sum()).item()
-                missed = (along - exponent * across).square().sum().item()
-                total = along.square().sum().item()
-                about = {"model": f"{kind} {merge}", "experts": [], "kind": kind, "merge": merge, "task": None}
-                about |= dict.fromkeys(("count", "group", "seed", "own", "interval"))
-                fit = {"factor": math.exp(y.mean().item() - exponent * x.mean().item()), "counts": [*losses]}
-                fit |= {"losses": [*losses.values()], "r2": 1 - missed / total if total else None}
-                rows.append({**about, "role": role, "metric": EXPONENT, "value": exponent, **fit})
-    return rows
-
-
-def _mean_of_tasks(rows: Iterable[Mapping[str, Any]], tasks: Collection[str]) -> float:
-    """Return the mean over tasks of the mean value of each, because random groups have some tasks more often."""
-    values: dict[str, list[float]] = {task: [] for task in tasks}
-    for row in rows:
-        if row["task"] in values:
-            values[row["task"]].append(row["value"])
-    return fmean(fmean(mine) for mine in values.values())

@@ -13,11 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +31,9 @@ from modular_experts.library.atomic import locked, remove_leftovers
 from modular_experts.library.record import RECORD_FILE, read_record
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.settings import Study
-from modular_experts.study.work import warn_of_copies
+from modular_experts.study.work import estimate, warn_of_copies
 
 PIECES = "pieces.jsonl"
-BEGUN = ".begun"
-"""A line for each piece that a run has begun, as long as the run has not come to its end."""
 
 
 @dataclass(frozen=True)
@@ -94,27 +91,17 @@ class Lines(JSONLines):
 
 
 class Left(NamedTuple):
-    """What pieces will take.
+    """The cost of the pieces that are left.
 
     Attributes:
-        seconds: An estimate for one process, without the pieces that resemble no finished one.
+        seconds: An estimate, without the pieces that resemble no finished one.
         unknown: How many pieces this estimate leaves out.
         bytes: An estimate of the size of trained experts on disk, without experts that resemble no trained one.
-        counts: The number of pieces, by stage and kind.
-        memory: The most bytes that a training of a few steps took; 0 if none was measured.
-        failed: How many other pieces failed.
-        waiting: How many others need a piece that failed.
-        interrupted: How many pieces an earlier run had begun when it was interrupted.
     """
 
-    seconds: float
-    unknown: int
-    bytes: int
-    counts: Mapping[Key, int] = MappingProxyType({})
-    memory: int = 0
-    failed: int = 0
-    waiting: int = 0
-    interrupted: int = 0
+    seconds: float = 0.0
+    unknown: int = 0
+    bytes: int = 0
 
 
 @dataclass
@@ -125,13 +112,16 @@ class State:
         pieces: All pieces, in order.
         done: The results of those that are done, by key.
         failed: Why others have none, by key.
-        left: What the others will take.
     """
 
     pieces: list[Piece]
     done: dict[Key, dict[str, Any]]
     failed: dict[Key, Failure]
-    left: Left
+
+    @property
+    def left(self) -> list[Piece]:
+        """The pieces that are still to do."""
+        return [piece for piece in self.pieces if piece.key not in self.done and piece.key not in self.failed]
 
 
 def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> State:
@@ -139,52 +129,70 @@ def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> Stat
 
     With `retry`, what failed is left to do.
     """
-    done = {piece.key: lines[piece.key] for piece in pieces if piece.key in lines}
-    failed: dict[Key, Failure] = {}
+    state = State(list(pieces), {piece.key: lines[piece.key] for piece in pieces if piece.key in lines}, {})
     for piece in () if retry else pieces:
-        needed = next((key for key in piece.needs if key in failed), None)
+        needed = next((key for key in piece.needs if key in state.failed), None)
         # What is done anew may be what the piece lacked.
-        is_left = needed is None and any(key not in done for key in piece.needs)
+        is_left = needed is None and any(key not in state.done for key in piece.needs)
         if (sentence := lines.failure(piece.key)) is not None and not is_left:
-            failed[piece.key] = Failure(sentence)
-        elif needed is not None and piece.key not in done:
-            failed[piece.key] = Failure(failed[needed].sentence, failed[needed].needed or needed)
-    left = Pace(done).left(piece.key for piece in pieces if piece.key not in done and piece.key not in failed)
-    waiting = sum(failure.needed is not None for failure in failed.values())
-    return State(list(pieces), done, failed, left._replace(failed=len(failed) - waiting, waiting=waiting))
+            state.failed[piece.key] = Failure(sentence)
+        elif needed is not None and piece.key not in state.done:
+            failure = state.failed[needed]
+            state.failed[piece.key] = Failure(failure.sentence, failure.needed or needed)
+    return state
 
 
 class Pace:
     """Estimates the cost of pieces from finished pieces of their stage and kind, or else of their stage alone."""
 
     def __init__(self, done: Mapping[Key, Mapping[str, Any]]) -> None:
-        self.seconds_of: dict[Key, list[float]] = {}
-        self.bytes_of: dict[Key, list[float]] = {}
+        self.seconds: dict[Key, list[float]] = {}
+        self.bytes: dict[Key, list[float]] = {}
         for key, found in done.items():
             self.add(key, found)
 
     def add(self, key: Key, found: Mapping[str, Any]) -> None:
         """Count a piece that is done."""
         for sort in (key[:2], key[:1]):
-            self.seconds_of.setdefault(sort, []).append(found["seconds"])
+            self.seconds.setdefault(sort, []).append(found["seconds"])
             if size := (found.get("expert") or {}).get("bytes"):
-                self.bytes_of.setdefault(sort, []).append(size)
+                self.bytes.setdefault(sort, []).append(size)
 
-    def left(self, keys: Iterable[Key]) -> Left:
-        """Return what the pieces of these keys will take."""
-        sorts = Counter(key[:2] for key in keys)
-        seconds = {sort: _mean(self.seconds_of, sort) for sort in sorts}
-        space = {sort: _mean(self.bytes_of, sort) for sort in sorts}
-        return Left(
-            sum(count * (seconds[sort] or 0.0) for sort, count in sorts.items()),
-            sum(count for sort, count in sorts.items() if seconds[sort] is None),
-            int(sum(count * (space[sort] or 0.0) for sort, count in sorts.items() if sort[0] == "experts")),
-            sorts,
-        )
+    def left(self, pieces: Iterable[Piece]) -> Left:
+        """Return what these pieces will take on one process."""
+        seconds, unknown, space = 0.0, 0, 0.0
+        for sort, count in Counter(piece.key[:2] for piece in pieces).items():
+            mean = _mean(self.seconds, sort)
+            seconds += count * (mean or 0.0)
+            unknown += count * (mean is None)
+            space += count * (_mean(self.bytes, sort) or 0.0) * (sort[0] == "experts")
+        return Left(seconds, unknown, int(space))
 
 
 def _mean(known: Mapping[Key, Sequence[float]], sort: Key) -> float | None:
     return next((fmean(known[one]) for one in (sort, sort[:1]) if one in known), None)
+
+
+def measure_trainings(
+    state: State, pace: Pace, show: Callable[[str, int, int], None] = lambda kind, done, total: None
+) -> tuple[int, list[str]]:
+    """Let `pace` know the kinds of experts of which none is trained, by a few steps of each, which change nothing.
+
+    Returns:
+        The most bytes of memory that these steps took, and why kinds could not be measured.
+    """
+    first = {piece.key[:2]: piece for piece in reversed(state.left) if piece.key[0] == "experts"}
+    new, memory, refused = [first[sort] for sort in first if sort not in pace.seconds], 0, list[str]()
+    with LocalProcesses(1) as pool:
+        for number, piece in enumerate(reversed(new)):
+            show(str(piece.key[1]), number, len(new))
+            future = pool.submit(estimate, *piece.arguments)
+            if error := future.exception():
+                refused.append(f"{piece.key[1]}: {sentence_of(error)}")
+            else:
+                pace.add(piece.key, found := future.result())
+                memory = max(memory, found["memory"])
+    return memory, refused
 
 
 def run_study(
@@ -194,7 +202,7 @@ def run_study(
     retry: bool = False,
     executor: Executor | None = None,
     processes: int | None = None,
-    progress: Callable[[int, int, Left], None] = lambda done, total, left: None,
+    progress: Callable[[State, Left], None] = lambda state, left: None,
 ) -> State:
     """Do the remaining pieces of a study, and return what is then done and which pieces failed.
 
@@ -209,9 +217,8 @@ def run_study(
         executor: Where the pieces run; by default `processes` of this machine, one thread each.
         processes: How many, without an executor; by default as many as `LocalProcesses` starts, each with twice the
             base.
-        progress: Called at the start and after each piece, with how many pieces are finished, how many there are, and
-            what the others will take. Finished are also those that failed or need one that failed. The seconds are
-            divided by the `processes` of an `Engine`; for an executor without this number they are for one process.
+        progress: Called at the start and after each piece, with what is done then, and what is left. The seconds are
+            divided by the `processes` of an executor; for one without this number they are for one process.
 
     Raises:
         BlockingIOError: Another process runs a study in `out`; nothing was done.
@@ -226,73 +233,35 @@ def run_study(
         remove_leftovers(out)
         lines = Lines(out)
         lines.file.touch()
-        before = state_of(pieces, lines, retry)
+        state = state_of(pieces, lines, retry)
         pool = executor or stack.enter_context(LocalProcesses(processes, _bytes_each(study)))
-        watch = _Watch(before, lines, out / BEGUN, at_once(pool), progress)
-        if watch.left:
+        pace, width = Pace(state.done), at_once(pool) or 1
+        # A done piece needs nothing, not even one that failed since.
+        todo = [replace(piece, needs=()) if piece.key in state.done else piece for piece in pieces]
+        todo, before = [piece for piece in todo if piece.key not in state.failed], {*state.done}
+        if state.left:
             warn_of_copies(study.at(study.seeds[0]))
-        run(watch.todo, lines, pool, watch.show, watch.failed, watch.begin)
-        watch.begun.unlink(missing_ok=True)
+
+        def show(done: int, total: int, piece: Piece | None) -> None:
+            if piece is not None and piece.key in lines:
+                state.done[piece.key] = lines[piece.key]
+                pace.add(piece.key, lines[piece.key])
+            elif piece is not None:
+                sentence = lines.failure(piece.key)
+                state.failed[piece.key] = Failure(sentence or "", None if sentence else piece.needs[0])
+            left = pace.left(state.left)
+            progress(state, left._replace(seconds=left.seconds / width))
+
+        def failed(piece: Piece, error: BaseException) -> None:
+            trace = "".join(traceback.format_exception(error))
+            lines[piece.key] = {"failed": sentence_of(error), "trace": trace}
+
+        run(todo, lines, pool, show, failed)
     after = state_of(pieces, lines)
-    if before.done.keys() - after.done.keys():
+    if before - after.done.keys():
         # An expert was trained anew and came out otherwise, so what was made of it is left to do.
         return run_study(study, out, only, False, executor, processes, progress)
     return after
-
-
-class _Watch:
-    def __init__(
-        self,
-        before: State,
-        lines: Lines,
-        begun: Path,
-        processes: int | None,
-        progress: Callable[[int, int, Left], None],
-    ) -> None:
-        self.before, self.lines, self.begun, self.processes, self.progress = before, lines, begun, processes, progress
-        self.left = {piece.key for piece in before.pieces if piece.key not in before.failed} - before.done.keys()
-        self.pace = Pace(before.done)
-        self.over = Counter(failed=before.left.failed, waiting=before.left.waiting)
-        of_before = {*begun.read_text().split()} if begun.exists() else set()
-        self.interrupted = sum(key[-1] in of_before and lines.failure(key) is None for key in self.left)
-        begun.unlink(missing_ok=True)
-
-    @property
-    def todo(self) -> list[Piece]:
-        """The pieces to run, and those that are done; a done piece needs nothing, not even one that failed since."""
-        known = [piece for piece in self.before.pieces if piece.key not in self.before.failed]
-        return [replace(piece, needs=()) if piece.key in self.before.done else piece for piece in known]
-
-    def show(self, done: int, total: int, piece: Piece | None) -> None:
-        """Count a finished piece, and report the work left."""
-        if piece is not None:
-            self.left.remove(piece.key)
-            if piece.key in self.lines:
-                self.pace.add(piece.key, self.lines[piece.key])
-            else:
-                self.over["failed" if self.lines.failure(piece.key) else "waiting"] += 1
-        found = self.pace.left(self.left)
-        self.progress(
-            done + len(self.before.failed),
-            len(self.before.pieces),
-            found._replace(
-                seconds=found.seconds / (self.processes or 1),
-                failed=self.over["failed"],
-                waiting=self.over["waiting"],
-                interrupted=self.interrupted,
-            ),
-        )
-
-    def begin(self, piece: Piece) -> None:
-        """Note that a piece begins, if the executor does not take all pieces at once and begin them later."""
-        if self.processes:
-            with suppress(OSError), self.begun.open("a") as file:
-                file.write(f"{piece.key[-1]}\n")
-
-    def failed(self, piece: Piece, error: BaseException) -> None:
-        """Store why a piece failed."""
-        trace = "".join(traceback.format_exception(error))
-        self.lines[piece.key] = {"failed": sentence_of(error), "trace": trace}
 
 
 def claim(out: Path) -> None:

@@ -43,7 +43,7 @@ from modular_experts.settings.read import make
 from modular_experts.statistics import take_statistics
 from modular_experts.study.merges import Ensemble, Merge, Route
 from modular_experts.study.settings import Measure, Study
-from modular_experts.training.fit import fit
+from modular_experts.training.fit import estimate_fit, fit
 from modular_experts.training.route import route
 from modular_experts.training.settings import read_run
 from modular_experts.tuning import CoefficientSearch, Objective, ValidationRows, search
@@ -99,6 +99,14 @@ def train(
     with lines_shown(show):
         fit(**read_run(settings | {"out": str(target), "overwrite": True}).make())
     return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
+
+
+def estimate(
+    study: Study, out: Path, configs: Sequence[Mapping[str, Any]], tasks: Sequence[str], name: str, seed: int
+) -> dict[str, Any]:
+    """Return what `train` of the same arguments would take, by a few steps that change nothing."""
+    found = estimate_fit(**read_run(training_settings(study, out, configs, tasks, seed)).make())
+    return {"seconds": sum(found.seconds.values()), "expert": {"bytes": found.on_disk}, "memory": found.peak}
 
 
 def training_settings(

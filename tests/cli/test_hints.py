@@ -32,7 +32,7 @@ PACKAGE = Path(modular_experts.__file__).parent
 GROUPS = {"model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
 EVERYWHERE = {"help", "help-all", "config", "print_config", "version", "trust"}
 # Programs of others.
-STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ", "dask ")
+STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ")
 
 
 def texts() -> Iterator[tuple[str, str]]:

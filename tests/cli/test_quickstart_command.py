@@ -1,4 +1,4 @@
-"""The quickstart ends with commands that work as typed, and shows one bar that fits a terminal."""
+"""The quickstart ends with commands that work as typed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
-
 from modular_experts.__main__ import main
-from modular_experts.cli.quickstart import how_to_open, next_steps
+from modular_experts.cli.quickstart import next_steps
 from modular_experts.library import Library
 from modular_experts.quickstart import Plan
 
@@ -33,21 +31,3 @@ def test_the_commands_at_the_end_work_as_typed(tmp_path, monkeypatch, tiny_llama
         assert words[0] == "modular-experts"
         assert main(words[1:]) == 0, capsys.readouterr().err
     assert "two" in Library(place / "library")
-
-
-@pytest.mark.parametrize(
-    ("platform", "display", "opener", "shown"),
-    [
-        ("darwin", "", None, "open 'a b/report.html'"),
-        ("linux", ":0", "/usr/bin/xdg-open", "xdg-open 'a b/report.html'"),
-        ("linux", ":0", None, "file:///home/me/a%20b/report.html"),
-        ("linux", "", "/usr/bin/xdg-open", "file:///home/me/a%20b/report.html"),
-    ],
-)
-def test_the_report_opens_as_the_machine_can(monkeypatch, platform, display, opener, shown) -> None:
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(shutil, "which", lambda name: opener)
-    monkeypatch.setattr(Path, "absolute", lambda path: Path("/home/me", path))
-    monkeypatch.setenv("DISPLAY", display)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    assert how_to_open(Path("a b/report.html")) == shown

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from modular_experts.jobs import FailedPiecesError, JSONLines, Piece, run
+from modular_experts.jobs import JSONLines, Piece, run
 
 DONE: list[str] = []
 
@@ -70,8 +70,6 @@ def test_a_failure_stops_only_what_needs_it_directly_or_through_others() -> None
     assert failed == [("bad", "bad is bad")]
     assert [done for done, _ in seen] == [0, 1, 2, 3, 4, 5]
     assert {name for _, name in seen[1:]} == {"top", "middle", "bad", "good", "beside"}
-    with pytest.raises(FailedPiecesError, match=r"^1 of 5 pieces failed: bad \(ValueError: bad is bad\), and 2 that"):
-        found.raise_failures()
 
 
 def test_a_stored_result_is_what_a_later_piece_needs() -> None:

@@ -21,7 +21,7 @@ from modular_experts.cli.study import UnfinishedStudyError, check_finished
 from modular_experts.library import Library, open_expert
 from modular_experts.quickstart.base import FACTS
 from modular_experts.quickstart.plan import METHODS, Plan, untuned
-from modular_experts.quickstart.run import TimeLeft, run_plan
+from modular_experts.quickstart.run import run_plan
 from modular_experts.reports import Results
 from modular_experts.reports.html import element
 from modular_experts.reports.page import Section
@@ -62,7 +62,7 @@ def _no_processes() -> Iterator[None]:
 Made = tuple[Path, Results, State]
 
 
-def made(out: Path, progress: Callable[[str, float, float], None] = lambda *shown: None) -> Made:
+def made(out: Path, progress: Callable[..., None] = lambda *shown: None) -> Made:
     study, state = run_plan(SMALL, out, progress)
     return out, results_of(study, state), state
 
@@ -144,14 +144,12 @@ def test_a_run_that_lost_results_or_experts_makes_only_these_again_with_the_same
     (copy / "base").rename(tmp_path / "base")  # the same base at another place
     (copy / "base").symlink_to(tmp_path / "base")
     shown = []
-    again = made(copy, lambda *one: shown.append(one))
+    again = made(copy, lambda state, left: shown.append(len(state.done)))
     assert numbers(again[1]) == numbers(finished[1])
     assert len((copy / "pieces.jsonl").read_text().splitlines()) == len(kept) + len(lost) + 1
-    done, totals = [entry for _, entry, _ in shown], {total for _, _, total in shown}
-    assert {stage for stage, _, _ in shown} == {"study"}, "the base was made again"
-    assert done == sorted(done)
-    assert 0.5 < done[0] / done[-1] < 0.95  # most was there already
-    assert done[-1] == pytest.approx(*totals)
+    assert shown == sorted(shown)
+    assert 0.5 < shown[0] / shown[-1] < 0.95  # most was there already
+    assert shown[-1] == len(again[2].pieces)
 
 
 def test_a_piece_that_fails_gets_a_sentence_and_is_tried_again(finished, tmp_path, monkeypatch) -> None:
@@ -170,29 +168,6 @@ def test_a_piece_that_fails_gets_a_sentence_and_is_tried_again(finished, tmp_pat
         with pytest.raises(UnfinishedStudyError, match="pieces have no result, 1 failed"):
             check_finished(state, copy)
     assert numbers(made(copy)[1]) == numbers(finished[1])
-
-
-def test_the_time_left_follows_the_pace_of_this_run() -> None:
-    now = 100.0
-    clock = TimeLeft(lambda: now)
-    clock.update(0.0, 180.0)
-    assert clock.left == 180.0  # nothing is known of this machine
-    now += 60.0
-    assert clock.left == 120.0  # it counts down between two updates
-    clock.update(30.0, 180.0)  # half as fast
-    assert clock.left == pytest.approx(150.0 * (60 + clock.PRIOR) / (30 + clock.PRIOR))
-    now += 300.0
-    clock.update(180.0, 180.0)
-    assert (clock.elapsed, clock.left) == (360.0, 0.0)
-
-
-def test_the_time_left_of_a_run_that_goes_on_leaves_out_what_was_done_before() -> None:
-    now = 0.0
-    clock = TimeLeft(lambda: now)
-    clock.update(120.0, 180.0)
-    now += 20.0
-    clock.update(140.0, 180.0)
-    assert clock.left == pytest.approx(40.0)
 
 
 @pytest.mark.parametrize(("name", "text"), [("report.html", "mine"), ("results.json", "{")])

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from modular_experts.jobs import Piece
 from modular_experts.reports import Results
 from modular_experts.reports.tables import heat_map
 from modular_experts.study.report import write_report
-from modular_experts.study.results import effects, growth, interval, level_with, over_draws
+from modular_experts.study.results import effects, interval, level_with, over_draws
 from modular_experts.study.run import Left, Pace, State
 from modular_experts.study.summary import findings, summary
 
@@ -40,7 +41,7 @@ def merged(merge: str, right: int, seed: int = 0, count: int = 2) -> dict[str, A
 
 def test_a_merge_is_level_with_the_best_if_the_difference_lies_inside_the_noise() -> None:
     done = [merged("best", 80), merged("close", 79), merged("far", 40), merged("few", 99, count=1)]
-    state = State([], {(number,): found for number, found in enumerate(done)}, {}, Left(0.0, 0, 0))
+    state = State([], {(number,): found for number, found in enumerate(done)}, {})
     level = {("lora", "best"): True, ("lora", "close"): True, ("lora", "far"): False}
     assert level_with(state) == level
     # The best one has no result of this seed, such as after a failure.
@@ -51,8 +52,7 @@ def test_a_merge_is_level_with_the_best_if_the_difference_lies_inside_the_noise(
 def test_time_left_counts_what_nothing_alike_was_measured_of() -> None:
     pace = Pace({("experts", "lora", "a", 0, "x"): {"seconds": 4.0, "expert": {"bytes": 100}}})
     keys = [("experts", "lora", "b", 0, "y"), ("experts", "sparse", "b", 0, "y"), ("tests", "lora", "a", 0, "z")]
-    counts = {("experts", "lora"): 1, ("experts", "sparse"): 1, ("tests", "lora"): 1}
-    assert pace.left(keys) == Left(8.0, 1, 200, counts)
+    assert pace.left([Piece(key, print) for key in keys]) == Left(8.0, 1, 200)
 
 
 def test_the_heat_map_tints_the_best_strongest_and_shows_every_number() -> None:
@@ -73,7 +73,7 @@ def found(model: str, own: list[str], right: dict[str, int], merge: str | None =
 
 
 def state(*done: dict[str, Any]) -> State:
-    return State([], {(number,): one for number, one in enumerate(done)}, {}, Left(0.0, 0, 0))
+    return State([], {(number,): one for number, one in enumerate(done)}, {})
 
 
 def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_single_one() -> None:
@@ -150,42 +150,6 @@ def test_seeds_of_the_same_merge_are_pooled_and_other_groups_are_not() -> None:
     assert high > 0.02
 
 
-def losses(by_count: dict[int, float]) -> Results:
-    rows = [
-        {"kind": "lora", "merge": "X" if count > 1 else None, "count": count if count > 1 else None, "role": "held_in"}
-        | {"metric": "loss", "value": value, "own": True, "task": "a", "model": f"{count}"}
-        for count, value in by_count.items()
-    ]
-    return Results(rows)
-
-
-def test_a_power_law_is_found_again_and_two_counts_give_none() -> None:
-    (row,) = growth(losses({count: 0.3 * count**0.7 for count in (1, 2, 5, 10)}))
-    assert [row["value"], row["factor"], row["r2"]] == pytest.approx([0.7, 0.3, 1.0])
-    assert row["counts"] == [1, 2, 5, 10]
-    assert growth(losses({1: 0.3, 4: 0.5})) == []
-    # By hand: losses 1, 2, 1 at 1, 2, 4 lie on no power law at all.
-    (row,) = growth(losses({1: 1.0, 2: 2.0, 4: 1.0}))
-    assert [row["value"], row["r2"]] == pytest.approx([0.0, 0.0], abs=1e-12)
-
-
-def test_the_power_law_compares_losses_of_the_same_tasks() -> None:
-    # A task that no pair has, since two do not divide three.
-    found = losses({1: 1.0, 2: 2.0, 3: 3.0})
-    hard = [{**row, "task": "hard", "value": 100.0} for row in found.rows if row["count"] != 2]
-    (row,) = growth(Results([*found.rows, *hard]))
-    assert row["losses"] == [1.0, 2.0, 3.0]
-    assert growth(Results([{**row, "task": f"{row['count']}"} for row in found.rows])) == []
-
-
-def test_the_power_law_weighs_tasks_alike_however_often_random_groups_have_them() -> None:
-    found = losses({1: 1.0, 2: 2.0, 3: 3.0})
-    hard = [{**row, "task": "hard", "value": 10 * row["value"]} for row in found.rows]
-    often = [{**row, "group": 1} for row in hard if row["count"] == 2]
-    (row,) = growth(Results([*found.rows, *hard, *often]))
-    assert row["losses"] == [5.5, 11.0, 16.5]
-
-
 def draws(merge: str, values: list[float], metric: str = "exact_match", count: int = 2) -> list[dict[str, Any]]:
     """Return rows of random groups of experts, each with its value on two tasks."""
     about = {"kind": "lora", "merge": merge, "count": count, "seed": 0, "role": "held_in", "own": True}
@@ -241,4 +205,4 @@ def test_the_best_merge_is_marked_only_among_merges_of_as_many_experts(counts, m
         for number, count in enumerate(counts)
     ]
     found = Results(rows, {"kinds": ["lora"], "held_in": ["a"]})
-    assert str(summary(found, State([], {}, {}, Left(0.0, 0, 0))).html()).count("best") == marked
+    assert str(summary(found, State([], {}, {})).html()).count("best") == marked

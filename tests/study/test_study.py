@@ -352,7 +352,7 @@ def test_a_failing_piece_fails_alone_and_is_tried_again_with_retry(settings, cap
     assert study(settings) == 1
     assert len(lines()) == before, "what failed ran again without --retry"
     first, *_ = capsys.readouterr().err.splitlines()
-    assert first == "2 pieces failed in an earlier run, and 2 need a failed one; --retry tries again"
+    assert first == "4 pieces failed or need one that failed in an earlier run; --retry tries again"
     assert study(settings, "--status") == 0
     shown = capsys.readouterr().out
     assert "experts     1 of 2 done, 1 failed\nmerges      0 of 1 done, 1 need a failed one\n" in shown
@@ -370,7 +370,7 @@ def test_dry_run_and_status_write_nothing(settings, capsys) -> None:
     assert study(settings, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "to do   experts lora upper 0\n" in shown
-    assert re.search(r"^6 pieces left, about .* left on one process$", shown, re.MULTILINE)
+    assert re.search(r"^6 pieces left, more than .* left on one process$", shown, re.MULTILINE)
     assert re.search(r"^their experts will take about [\d.]+ .?B of disk$", shown, re.MULTILINE)
     assert re.search(r"^a training takes up to [\d.]+ .B of memory; --processes limits", shown, re.MULTILINE)
     assert study(settings, "--status") == 0
@@ -417,7 +417,6 @@ def test_random_groups_are_merged_tested_and_averaged(settings, tmp_path, capsys
     (row,) = results().where(metric="mean_over_draws", of="loss").rows
     assert (row["count"], row["draws"], row["value"]) == (2, 2, pytest.approx(mean))
     assert row["interval"][0] <= mean <= row["interval"][1]
-    assert results().where(metric="loss_exponent").rows[0]["counts"] == [1, 2, 3]
     assert "Means over random groups of 2 experts" in Path("runs/mine/report.html").read_text()
     before = len(lines())
     # More draws add to those that are there, and `all` in a mapping is the group that the list has.

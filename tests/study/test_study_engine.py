@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -35,19 +34,6 @@ class Broken(Executor):
         future = Future()
         future.set_exception(BrokenExecutor("the cluster dropped the call"))
         return future
-"""
-
-
-STOPPED = """
-from pathlib import Path
-from testbed.here import Here
-
-
-class Stopped(Here):
-    def submit(self, *call):
-        if not Path("go").exists() and Path("mine/pieces.jsonl").read_bytes().count(b"\\n") == 2:
-            raise KeyboardInterrupt
-        return super().submit(*call)
 """
 
 
@@ -110,17 +96,3 @@ def test_a_study_on_a_cluster_has_the_numbers_of_this_machine(config, cluster) -
     hashes = [{key: one.content_hash for key, one in Library(f"{out}/library").items()} for out in ("here", "there")]
     assert hashes[0] == hashes[1]
     assert len(hashes[0]) == 3
-
-
-def test_an_interrupted_study_tells_what_it_found(config, capsys) -> None:
-    Path("study_stopped.py").write_text(STOPPED)
-    assert study("mine", "--engine", "study_stopped.Stopped") == 130
-    assert "found" not in capsys.readouterr().err
-    Path("go").touch()
-    assert study("mine", "--engine", "study_stopped.Stopped") == 0
-    shown = capsys.readouterr().err
-    found = r"^found 2 of 6 pieces done, 4 left \(1 of them was interrupted and begins anew\), more than .* left$"
-    assert re.search(found, shown, re.MULTILINE)
-    assert not Path("mine/.begun").exists()
-    assert not study("mine", "--engine", "study_stopped.Stopped")
-    assert "found" not in capsys.readouterr().err

@@ -32,4 +32,4 @@ def work_here(patch: pytest.MonkeyPatch, *modules: str) -> None:
         patch.setattr(f"{module}.LocalProcesses", Here)
 
 
-STUDY = ("modular_experts.study.run", "modular_experts.study.estimate")
+STUDY = ("modular_experts.study.run",)
