@@ -28,8 +28,8 @@ import torch
 
 from modular_experts.reports import Results
 from modular_experts.reports.results import SHARES
+from modular_experts.study.plan import BASE
 from modular_experts.study.results import RESULTS, interval
-from modular_experts.study.settings import BASE
 
 ALONE = "alone"
 Pairs = Mapping[tuple[int, str], float]

@@ -15,8 +15,7 @@ from modular_experts.cli.format import open_page, progress_by_tenths
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
-from modular_experts.evaluation.compare import REPORT, RESULTS
-from modular_experts.evaluation.report import every_task
+from modular_experts.evaluation.compare import REPORT, RESULTS, every_task
 from modular_experts.interop.harness import Measuring
 from modular_experts.interop.harness import harness as measure_by_harness
 from modular_experts.reports import Results

@@ -20,7 +20,6 @@ def generate(
     seed: int = 0,
     chat: bool | None = None,
     dtype: DType = "float32",
-    revision: str | None = None,
 ) -> None:
     """Answer a prompt with a base and experts, and print the answer while it comes.
 
@@ -37,7 +36,6 @@ def generate(
         chat: Put the prompt as a user's message through the tokenizer's chat template; by default as the experts were
             trained.
         dtype: Data type of the base.
-        revision: Branch, tag or commit of a hub id.
 
     Examples:
         modular-experts generate --base DIR "The capital of France is"
@@ -55,5 +53,5 @@ def generate(
     if base is None and not experts:
         raise UsageError("--base or --experts must be given, on the command line or in --config")
     write = partial(print, end="", flush=True)
-    generate_answer(base, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, revision, write=write)
+    generate_answer(base, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, write)
     print()

@@ -7,19 +7,15 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn
 
 from modular_experts.cli.format import progress_by_tenths
-from modular_experts.cli.study import check_finished, study_progress
+from modular_experts.cli.study import check_finished, study_progress, write_results
 from modular_experts.quickstart import Plan, prepare_base, run_plan
-from modular_experts.quickstart.base import FACTS
-from modular_experts.reports.html import element
+from modular_experts.quickstart.run import FACTS
 from modular_experts.reports.page import Section
-from modular_experts.reports.tables import percent
-from modular_experts.study.report import REPORT, figure_of, write_report
-from modular_experts.study.results import RESULTS, results_of
-from modular_experts.study.summary import findings, summary
+from modular_experts.reports.tables import element, percent
+from modular_experts.study.report import REPORT, figure_of
 
 
 def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> None:
@@ -46,19 +42,12 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     with study_progress() as show:
         study, state = run_plan(plan, place, show)
     check_finished(state, place)
-    results, about = results_of(study, state), _about_base(place)
-    results.write(place / RESULTS)
-    steps, report = next_steps(plan, place), place / REPORT
+    about, steps = _about_base(place), next_steps(plan, place)
     commands = [element("pre", element("code", command)) for command in steps]
     more = Section("Try next", "Look into the library, and merge two of these experts yourself", commands)
-    write_report(results, state, report, [element("p", about, class_="lede")], [more])
+    results = write_results(study, place, [plan.tasks], [element("p", about, class_="lede")], [more])
     (place / "quickstart.svg").write_text(figure_of(results, dark=False), encoding="utf-8")
-    Console(width=80).print(summary(results, state, [plan.tasks]).text())
-    for sentence in [about, *findings(results)]:
-        print(f"\n{textwrap.fill(sentence, 80)}")
-    print(f"\nall numbers are in {place / RESULTS}")
-    print(f"the experts and merges are in {place / 'library'}")
-    print(f"the report is {report}; a browser shows it at\n  {report.absolute().as_uri()}")
+    print(f"a browser shows the page at\n  {(place / REPORT).absolute().as_uri()}\n\n{textwrap.fill(about, 80)}\n")
     print("to go on:")
     for command in steps:
         print(textwrap.indent(command, "  "))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -13,16 +14,16 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from modular_experts.cli.format import counted, duration_text, open_page, progress_by_tenths
 from modular_experts.jobs.engines import Where
-from modular_experts.jobs.processes import at_once
+from modular_experts.reports import Results
+from modular_experts.reports.page import Section
+from modular_experts.reports.tables import Html
 from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
 from modular_experts.study.pieces import STAGES, title_of
-from modular_experts.study.published import beside_published
 from modular_experts.study.report import REPORT, write_report
 from modular_experts.study.results import RESULTS
-from modular_experts.study.run import PIECES, Failure, Left, Lines, Pace, State, measure_trainings, state_of
+from modular_experts.study.run import PIECES, Failure, Lines, State, state_of
 from modular_experts.study.settings import Description
-from modular_experts.study.summary import findings, summary
-from modular_experts.text import bytes_text
+from modular_experts.study.summary import beside_published, findings, summary
 
 NAMED = 3
 """How many of the pieces that failed for the same reason are named."""
@@ -51,7 +52,7 @@ def study(
         out: Directory of the study.
         where: Where the pieces run.
         only: Do only experts, statistics, settings, merges, tests. What these need is done too.
-        dry_run: Only print the pieces and what they will take. It measures a few training steps.
+        dry_run: Only print the pieces and what they will take. Pieces like them that are done tell it.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
         open: Show the page in the browser at the end.
@@ -69,54 +70,61 @@ def study(
     try:
         with ExitStack() as stack:
             executor = stack.enter_context(engine) if (engine := where.made()) else None
-            # Nobody knows how many pieces a cluster will run at once.
-            show = stack.enter_context(study_progress(on_one=executor is not None and at_once(executor) is None))
+            show = stack.enter_context(study_progress())
             state = run_study(found, place, only or (), retry, executor, where.processes, show)
-        _write_results(found, place, open)
+        results = write_results(found, place)
     except (BlockingIOError, FileExistsError):
         raise
     except OSError:
         # A full disk makes pieces fail before it ends the study, and the user wants to know which.
         _print_failures(state_of(pieces, Lines(place)))
         raise
+    if open and results.rows:
+        open_page(place / REPORT)
     check_finished(state, place)
 
 
 @contextmanager
-def study_progress(on_one: bool = False) -> Iterator[Callable[[State, Left], None]]:
-    """Yield the function that shows how far a study is; with `on_one`, times are for one process."""
+def study_progress() -> Iterator[Callable[[State, int | None], None]]:
+    """Yield the function that shows how far a study is."""
     columns, starts = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn()), True
     with progress_by_tenths(*columns, line=lambda what, done, total: what) as bar:
 
-        def show(state: State, left: Left) -> None:
+        def show(state: State, processes: int | None) -> None:
             nonlocal starts
             if starts and state.failed:
                 counts = f"{counted(len(state.failed), 'piece')} failed or need one that failed in an earlier run"
                 print(f"{counts}; --retry tries again", file=sys.stderr, flush=True)
             starts, total = False, len(state.pieces)
             over = f"{len(state.done)} of {counted(total, 'piece')} done{_failed_text(state.failed.values())}"
-            bar(over + _time_text(left, on_one), len(state.done) + len(state.failed), total)
+            bar(over + _time_text(state, processes), len(state.done) + len(state.failed), total)
 
         yield show
 
 
-def _write_results(study: Study, place: Path, shows_page: bool) -> None:
+def write_results(
+    study: Study,
+    place: Path,
+    counts: Collection[int] | None = None,
+    lede: Sequence[Html] = (),
+    more: Sequence[Section] = (),
+) -> Results:
+    """Write the results and the page, and print the table and the findings; arguments are of `summary` and the page."""
     # What earlier runs measured stays in the tables, also of stages that this one left out.
     everything = state_of(pieces_of(study, place.absolute()), Lines(place))
     results = results_of(study, everything)
     results.write(place / RESULTS)
-    print(f"the experts are in {place / 'library'}")
     if results.rows:
-        write_report(results, everything, place / REPORT)
+        write_report(results, everything, place / REPORT, lede, more)
         console = Console(width=80)
-        console.print(summary(results, everything).text())
+        console.print(summary(results, everything, counts).text())
         if table := beside_published(results):
             console.print("", table.text(), f"published: {results.facts['published']['source']}", markup=False)
-        if sentences := findings(results):
-            print("", *sentences, sep="\n")
+        for sentence in findings(results):
+            print(f"\n{textwrap.fill(sentence, 80)}")
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
-        if shows_page:
-            open_page(place / REPORT)
+    print(f"the experts are in {place / 'library'}")
+    return results
 
 
 def check_finished(state: State, place: Path) -> None:
@@ -135,7 +143,7 @@ class UnfinishedStudyError(ValueError):
 
 
 def _print_state(state: State, dry_run: bool) -> None:
-    """Print what is done and what is left of each stage, and what failed; of a dry run also each piece, and measure."""
+    """Print what is done and what is left of each stage, and what failed; of a dry run also each piece."""
     for piece in state.pieces if dry_run else ():
         mark = "done" if piece.key in state.done else "failed" if piece.key in state.failed else "to do"
         print(f"{mark:<8}{title_of(piece.key)}")
@@ -143,23 +151,11 @@ def _print_state(state: State, dry_run: bool) -> None:
         if mine := [piece.key for piece in state.pieces if piece.key[0] == stage]:
             failures = [state.failed[key] for key in mine if key in state.failed]
             print(f"{stage:<12}{sum(key in state.done for key in mine)} of {len(mine)} done{_failed_text(failures)}")
-    pace, memory, refused = Pace(state.done), 0, list[str]()
-    if dry_run:
-        columns = (TextColumn("measuring a few steps of {task.description}"), BarColumn(None), TaskProgressColumn())
-        with progress_by_tenths(
-            *columns, line=lambda kind, *_: f"measuring a few steps of {kind}", transient=True
-        ) as bar:
-            memory, refused = measure_trainings(state, pace, bar)
-    left = pace.left(state.left)
-    print(f"{counted(len(state.left), 'piece')} left{_time_text(left, on_one=True)}")
-    for sentence in refused:
-        print(f"could not measure a few steps of {sentence}")
-    if left.unknown:
-        print(f"the time of {left.unknown} of them is not known, because nothing like them is done yet")
-    if left.bytes:
-        print(f"their experts will take about {bytes_text(left.bytes)} of disk")
-    if memory:
-        print(f"a training takes up to {bytes_text(memory)} of memory; --processes limits how many run at once")
+    time, (_, unknown) = _time_text(state, 1), state.seconds_left()
+    print(f"{counted(len(state.left), 'piece')} left{time}{' on one process' * bool(time)}")
+    if unknown:
+        like = "nothing like them is done yet; `fit --dry-run` with the settings of a kind measures one training"
+        print(f"the time of {unknown} of them is not known, because {like}")
     _print_failures(state)
     if state.failed:
         print("the study leaves these out until it gets --retry")
@@ -185,9 +181,7 @@ def _print_failures(state: State) -> None:
         print(f"left out because of that: {counted(left_out, 'piece')}")
 
 
-def _time_text(left: Left, on_one: bool) -> str:
-    """Return an estimate of the time left, if there is one, and whether it holds for one process."""
-    if not left.seconds:
-        return ""
-    bound = "more than" if left.unknown else "about"
-    return f", {bound} {duration_text(left.seconds)} left{' on one process' * on_one}"
+def _time_text(state: State, processes: int | None) -> str:
+    seconds, unknown = state.seconds_left()
+    bound = "more than" if unknown else "about"
+    return f", {bound} {duration_text(seconds / processes)} left" if seconds and processes else ""

@@ -1,8 +1,6 @@
 """Measure models on tasks: losses, generated answers and choices, as scores by task.
 
 Start with `compare.py`: `evaluate` measures a base with several experts in one call, by `measure` of `measure.py`.
-`report.py` writes its page, `scores.py` has the metrics and takes a user's own; `likelihood.py` and `generation.py` run
-the model.
 """
 
 from __future__ import annotations

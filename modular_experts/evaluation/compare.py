@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from modular_experts.data.tasks import Tasks
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.evaluation.measure import measure
-from modular_experts.evaluation.report import write_report
 from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
@@ -32,7 +32,9 @@ from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, warn_of_missing_parents, warn_unlike_training
 from modular_experts.library.result_key import result_key
 from modular_experts.reports import Results
-from modular_experts.reports.results import examples_of, provenance
+from modular_experts.reports.page import Section, answers_section, telling_example, write_page
+from modular_experts.reports.results import METRICS, ROLES, SHARES, better, examples_of, format_of, provenance
+from modular_experts.reports.tables import Column, Line, Table, listed, note
 
 RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
 AnyModels = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert] | Base]
@@ -53,12 +55,10 @@ def evaluate(
 ) -> Results:
     """Measure a base with experts on the test rows of tasks, and return rows that print as a table.
 
-    The base is loaded once, and each mix of experts is added in place for as long as it is measured:
-
         evaluate("runs/base", {"base": [], "TIES": "library/ties", "sum": ["library/a", "library/b"]}, tasks)
 
-    With `out` there are also files: `results.json`, which `Results.read` reads, `report.html`, and `measured.jsonl`.
-    From the last one an interrupted call goes on, and a call with one more expert measures only that one.
+    With `out` there are also files: `results.json`, which `Results.read` reads, `report.html`, and `measured.jsonl`,
+    from which an interrupted call goes on, and a call with one more expert measures only that one.
 
     Args:
         base: The base's directory or hub id, or an opened base, such as `Base.open(place, revision=...)`; None is the
@@ -96,9 +96,10 @@ def evaluate(
     scores = _scores(found, models, data, dtype, max_new_tokens, metrics, known, progress)
     facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
-    facts["examples"] = examples_of([(one.title, mine["examples"]) for one, mine in zip(models, scores, strict=True)])
-    rows = [Results.of_scores(mine, one.title, one.names).rows for one, mine in zip(models, scores, strict=True)]
-    results = Results([row for several in rows for row in several], facts)
+    pairs = [*zip(models, scores, strict=True)]
+    facts["examples"] = examples_of([(one.title, mine["examples"]) for one, mine in pairs])
+    rows = [row for one, mine in pairs for row in Results.of_scores(mine, one.title, one.names).rows]
+    results = Results(rows, facts)
     if folder:
         results.write(folder / RESULTS)
         write_report(results, folder / REPORT)
@@ -136,8 +137,7 @@ def _scores(
             one.check(model)
     found = []
     for one, key in zip(models, keys, strict=True):
-        scores = known.get(key)
-        if scores is None:
+        if (scores := known.get(key)) is None:
             with one.in_place(model, dtype, device) as measured:
                 data.fit_context(context_length(measured))
                 scores = measure(measured, tokenizer, counted(one.title), data.roles, max_new_tokens, metrics, EXAMPLES)
@@ -151,13 +151,7 @@ def _scores(
 
 @dataclass(frozen=True)
 class Compared:
-    """A model that is measured: the base with experts, or a checkpoint that stands in their place.
-
-    Attributes:
-        title: Its name in results.
-        experts: The experts whose deltas are added up; none for a checkpoint.
-        checkpoint: The checkpoint, or None.
-    """
+    """A model that is measured, by its name in results: the base with experts, or a checkpoint in their place."""
 
     title: str
     experts: Sequence[Mapping[str, Delta]]
@@ -191,13 +185,7 @@ class Compared:
         ]
 
     def check(self, model: PreTrainedModel) -> None:
-        """Put the experts into the loaded base and take them out again, or look at the files of the checkpoint.
-
-        Call it for all models before the first is measured, because a measurement may take hours.
-
-        Raises:
-            ValueError: Anything that `attached` refuses, or a file is damaged.
-        """
+        """Raise what stands against measuring it, before any model is measured, because that may take hours."""
         if self.checkpoint:
             read_layouts(self.checkpoint.directory)
         with attached(model, self.experts):
@@ -205,27 +193,17 @@ class Compared:
 
     @contextmanager
     def in_place(self, model: PreTrainedModel, dtype: DType, device: str) -> Iterator[PreTrainedModel]:
-        """Yield the loaded base with the experts in place, or the checkpoint, on a device; call `check` before.
-
-        Deltas are added on the CPU, as `apply` adds them, whatever the device.
-        """
+        """Yield the loaded base with the experts in place, or the checkpoint, on a device."""
         whole: Any = self.checkpoint.load(dtype) if self.checkpoint else model
+        # Deltas are added on the CPU, as `apply` adds them.
         with attached(whole, self.experts, check=False):
             whole.to(device)
             yield whole
             whole.to("cpu")
 
 
-def open_models(
-    base: str | Path | Base | None, experts: AnyModels, revision: str | None = None
-) -> tuple[Base, list[Compared]]:
-    """Open a base and the models that are measured beside it; the arguments are as for `evaluate`.
-
-    One mix alone is called by its experts, its checkpoint, or base without any.
-
-    Raises:
-        ValueError: A checkpoint has another tokenizer than the base.
-    """
+def open_models(base: str | Path | Base | None, experts: AnyModels) -> tuple[Base, list[Compared]]:
+    """Open a base and the models that are measured beside it; the arguments are as for `evaluate`."""
     models = []
     for name, given in _named(experts).items():
         checkpoint = _checkpoint(given)
@@ -233,7 +211,7 @@ def open_models(
         title = name or " + ".join(map(_name, mix)) or (Path(checkpoint.place).name if checkpoint else "base")
         models.append(Compared(title, mix, checkpoint))
         warn_of_missing_parents(models[-1].stored)
-    found = Base.open(base, [one for each in models for one in each.stored], revision)
+    found = Base.open(base, [one for each in models for one in each.stored])
     for one in models:
         if one.checkpoint and one.checkpoint.tokenizer().get_vocab() != found.tokenizer().get_vocab():
             raise ValueError(
@@ -279,3 +257,64 @@ def _digest(examples: Sequence[Example]) -> str:
         for tokens in (example.tokens, *example.choices):
             found.update(json.dumps([tokens.prompt, tokens.ids.tolist()]).encode())
     return found.hexdigest()
+
+
+def write_report(results: Results, file: Path) -> None:
+    """Write the page of the results of `evaluate`, for one model or several."""
+    facts, models, rows, metric = results.facts, results.values("model"), results.facts["examples"], results.main_metric
+    sections = [Section("All models", _leader(results, metric), [results.html(), note(_about(results))])]
+    if len(models) > 1:
+        title = f"{METRICS.get(metric, metric)} of each model, task by task"
+        sections.append(Section("Every task", title, [every_task(results).html()]))
+    sections += [answers_section(rows)] * bool(rows)
+    about = {"base": facts["base"], "data type": facts["dtype"]}
+    about |= {
+        model: " + ".join(one["place"] for one in mix) or "the base alone" for model, mix in facts["models"].items()
+    }
+    write_page(file, results, sections, about, telling_example(rows, models[0], models[-1]) if rows else ())
+
+
+def every_task(results: Results) -> Table:
+    """Return a table with a line for each task, grouped by roles, and a column for each model: its main metric."""
+    metric = results.main_metric
+    columns = [
+        Column(
+            model,
+            partial(Results.mean, metric=metric, model=model),
+            format_of(metric),
+            metric in SHARES,
+            best=better(metric),
+        )
+        for model in results.values("model")
+    ]
+    groups = [
+        [Line(task, results.where(task=task)) for task in results.where(role=role).values("task")]
+        for role in ROLES
+        if role in results.values("role")
+    ]
+    return Table(columns, groups, f"{METRICS.get(metric, metric)} of every task", across=True)
+
+
+def _leader(results: Results, metric: str) -> str:
+    role = next(role for role in ROLES if role in results.values("role"))
+    values = {model: results.mean(metric, model=model, role=role) for model in results.values("model")}
+    best = (min if metric == "loss" else max)(values, key=lambda model: values[model] or 0.0)
+    first, unit = next(iter(values)), " %" * (metric in SHARES)
+    texts = {model: format_of(metric)(value) + unit for model, value in values.items() if value is not None}
+    top = [model for model in texts if texts[model] == texts[best]]
+    beside = f", {first} {texts[first]}" if first not in top else ""
+    what = f"{ROLES[role]} tasks: {METRICS.get(metric, metric).removesuffix(' %')} {texts[best]}{beside}"
+    if len(values) == 1:
+        return f"{best} on {what}"
+    leaders = f"{listed(top)} {'are' if len(top) > 1 else 'is'} best"
+    return f"{leaders if len(top) < len(texts) else 'All models are level'} on {what}"
+
+
+def _about(results: Results) -> str:
+    rows = {task: results.where(task=task).rows[0]["rows"] for task in results.values("task")}
+    tokens = results.facts["max_new_tokens"]
+    answers = f" Answers are greedy, and at most {tokens} tokens long." if tokens else ""
+    return (
+        f"Each number is a mean over tasks, of {sum(rows.values())} test rows in all. Bold marks the best of a group. "
+        f"The loss is in nats per target token.{answers}"
+    )

@@ -40,9 +40,7 @@ def losses_and_answers(
 
     Args:
         model: A causal language model of which `packs_evaluation` is true, in evaluation mode.
-        tokenizer: Its tokenizer.
         batch: A batch whose rows fit into the model's context, as a `TaskMixture` makes them.
-        max_new_tokens: The most tokens of an answer.
     """
     packed = with_cache(model, repacked(batch))
     logits, labels = answer_logits(model, packed)

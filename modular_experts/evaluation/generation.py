@@ -1,8 +1,6 @@
-"""Generate greedily after the prompts of a batch.
+"""Generate greedily after the prompts of a batch, by `model.generate` with a configuration of this file alone.
 
-`model.generate` decodes, with left padding and a configuration of this file alone, so that a checkpoint's sampling or
-repetition settings do not change a measurement. Model and tokenizer are left as they were. An expert that has learned a
-task can label the task's inputs for others by `answered`: for a search of a merge, or for statistics.
+So a checkpoint's sampling or repetition settings do not change a measurement. Model and tokenizer stay as they were.
 """
 
 from __future__ import annotations
@@ -11,10 +9,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts
@@ -52,26 +52,22 @@ def cut_answers(
 
 def warn_of_cut_answers(model: nn.Module, cut: int, rows: int, most: int, task: str = "") -> None:
     """Log how many of the answers to `rows` the model's context ended, if any."""
+    sentence = (
+        "%s%d of %d answers ended where the model's context of %s tokens does, before max_new_tokens=%d; shorten their "
+        "prompts, which a lower max_length does as well"
+    )
     if cut:
-        log.warning(
-            "%s%d of %d answers ended where the model's context of %s tokens does, before max_new_tokens=%d; shorten "
-            "their prompts, which a lower max_length does as well",
-            task and f"{task}: ",
-            cut,
-            rows,
-            context_length(model),
-            most,
-        )
+        log.warning(sentence, task and f"{task}: ", cut, rows, context_length(model), most)
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int = 64
 ) -> list[str]:
-    """Return the text that the model generates for each row, up to end-of-sequence, without white space at its ends.
+    """Return the text that the model generates for each row, without white space at its ends.
 
-    The labels of the batch show where its prompts end, and `end` what ends an answer beside end-of-sequence. An answer
-    also ends where the model's context does.
+    The labels of the batch show where its prompts end. An answer ends at end-of-sequence, at the row's `end`, and where
+    the model's context does.
     """
     return answer_texts(tokenizer, batch, generate_tokens(model, tokenizer, batch, max_new_tokens))
 
@@ -92,11 +88,7 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end: 
 def generate_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int = 64
 ) -> list[list[int]]:
-    """Return the tokens that the model generates for each row, the one that ends the answer included.
-
-    An answer of `max_new_tokens`, or one that the model's context ends, may have no such token. The arguments are as
-    for `generate`.
-    """
+    """Return the tokens that `generate` makes a text of, with the one that ends the answer, if one does."""
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows, rooms = answer_rooms(model, prompts(batch), max_new_tokens)
@@ -105,20 +97,15 @@ def generate_tokens(
     # Rows that end alike are generated together, so that no row stops at the end of another or leaves its context.
     for end, room in dict.fromkeys(zip(ends, rooms, strict=True)):
         chosen = [number for number in range(len(rows)) if (ends[number], rooms[number]) == (end, room)]
-        length = max(len(rows[number]) for number in chosen)
-        ids = rows[0].new_full((len(chosen), length), pad)
-        mask = torch.zeros_like(ids)
-        for place, number in enumerate(chosen):
-            ids[place, length - len(rows[number]) :] = rows[number]
-            mask[place, length - len(rows[number]) :] = 1
+        together = [rows[number] for number in chosen]
+        ids = pad_sequence(together, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in together], batch_first=True, padding_side="left")
         stops = list(dict.fromkeys([eos, end]))
-        config = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=room, eos_token_id=stops, pad_token_id=pad
-        )
-        with evaluating(model, config), reading(mask.bool(), tasks and [tasks[number] for number in chosen]):
-            written = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config
-            )[:, length:]
+        with reading(mask.bool(), tasks and [tasks[number] for number in chosen]):
+            config = GenerationConfig(
+                do_sample=False, num_beams=1, max_new_tokens=room, eos_token_id=stops, pad_token_id=pad
+            )
+            written = continued(model, ids, mask, config)
         for number, row in zip(chosen, written.tolist(), strict=True):
             stop = next((place for place, token in enumerate(row) if token in stops), len(row))
             answers[number] = row[: stop + 1]
@@ -127,6 +114,15 @@ def generate_tokens(
 
 def _ends(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[int]:
     return batch.get("end", [tokenizer.eos_token_id] * len(batch["input_ids"]))
+
+
+def continued(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, streamer: Any = None
+) -> Tensor:
+    """Return the tokens that the model writes after prompts with padding on their left."""
+    with evaluating(model, config):
+        given = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "streamer": streamer}
+        return model.generate(**given)[:, ids.shape[1] :]  # type: ignore[operator]
 
 
 @contextmanager
@@ -156,18 +152,17 @@ def answered(
     longest: int,
     max_new_tokens: int = 64,
 ) -> list[Example]:
-    """Return the examples with the model's answers in the place of their targets.
+    """Return the examples with the model's answers in the place of their targets, for a search or for statistics.
 
     An answer that reaches `max_new_tokens` has no end-of-sequence, so nothing learns to stop there. A row that is too
-    long with its answer then loses tokens on the left of its prompt, as one with a target does; the log counts them.
+    long with its answer then loses tokens on the left of its prompt; the log counts them.
 
     Args:
-        model: The base with the expert applied; its weights do not change.
+        model: The base with the expert applied.
         examples: Prompts, as `TaskMixture.validation_examples(targets=False)` gives them.
         collate: Makes a batch, with texts.
         size: Rows that are generated together.
         longest: The most tokens of a row, such as `TaskMixture.longest`.
-        max_new_tokens: The most tokens of an answer.
     """
     written, cut = dict[int, list[int]](), 0
     # A row has a token of its prompt beside the answer.
@@ -191,22 +186,16 @@ def answered(
         for row, (new, old) in enumerate(zip(found, examples, strict=True))
     )
     if shortened:
-        log.warning(
-            "%d of %d rows are longer than %d tokens with their answers and lost their start",
-            shortened,
-            len(found),
-            longest,
-        )
+        sentence = "%d of %d rows are longer than %d tokens with their answers and lost their start"
+        log.warning(sentence, shortened, len(found), longest)
     return found
 
 
 def agreement(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float | None:
     """Return the share of answers that match the text of their row's target; None if no row has one."""
-    matches = [
-        exact_match(
-            answer_text(tokenizer, example.tokens.ids[example.tokens.prompt :].tolist(), example.end), example.target
-        )
-        for example in examples
-        if example.target is not None
-    ]
+    matches = []
+    for one in examples:
+        if one.target is not None:
+            answer = answer_text(tokenizer, one.tokens.ids[one.tokens.prompt :].tolist(), one.end)
+            matches.append(exact_match(answer, one.target))
     return sum(matches) / len(matches) if matches else None

@@ -1,4 +1,4 @@
-"""Compute the loss of a row's target, whether the target is the likeliest answer, and the likelihood of its choices."""
+"""Compute the loss of a row's target, whether it is the likeliest answer, and the likelihood of its choices."""
 
 from __future__ import annotations
 
@@ -16,19 +16,15 @@ from modular_experts.routing.gates import reading
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits that predict the `m` labelled tokens of a batch, and these tokens.
+    """Return the logits `(m, vocabulary)` that predict the `m` labelled tokens of a batch, and these tokens `(m,)`.
 
     The model's head makes these logits alone: it gets the hidden states of their places in one piece, so neither
-    prompts nor padding cost time or memory there. What the model does with its logits, such as a soft cap or a scale,
-    it does with these.
+    prompts nor padding cost time or memory there.
 
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`; for a
             packed batch `position_ids` take the place of the mask.
         batch: A batch as `data/batch.py` describes it; with a `cache`, the model leaves its state there.
-
-    Returns:
-        Logits `(m, vocabulary)`, and labels `(m,)`, in the order in which `row_sums` takes values.
     """
     labels, labelled = _predicted(batch)
     chosen = labels[labelled]
@@ -65,11 +61,7 @@ def _prompts(batch: Batch) -> Tensor:
 
 
 def row_sums(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up, for each row, the values `(m,)` of its labelled tokens.
-
-    Returns:
-        Sums `(n,)`, and the numbers of labelled tokens `(n,)` int64.
-    """
+    """Return for each row the sum `(n,)` of the values `(m,)` of its labelled tokens, and their number `(n,)`."""
     _, labelled = _predicted(batch)
     if "row" not in batch:
         labelled = labelled[:, int(labelled.any(0).int().argmax()) :]
@@ -97,11 +89,7 @@ def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def check_packing(model: nn.Module) -> None:
-    """Check that a model keeps packed rows apart (`keeps_rows_apart`).
-
-    Raises:
-        ValueError: It mixes them.
-    """
+    """Raise ValueError if a model mixes packed rows."""
     if not keeps_rows_apart(model):
         raise ValueError(
             f"data.packing=True: {type(model).__name__} does not keep packed rows apart (its logits of a row change "
@@ -113,11 +101,8 @@ def check_packing(model: nn.Module) -> None:
 def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
     """Return whether three short packed rows get the same logits as each row alone.
 
-    They are not if a model finds no places by `position_ids`, or keeps a state from token to token.
-
-    Args:
-        model: A causal language model.
-        cached: Also ask this of a pass that keeps keys and values (`with_cache`), which the model must be able to take.
+    They do not if a model finds no places by `position_ids`, or keeps a state from token to token. `cached` also asks
+    this of a pass that keeps keys and values (`with_cache`), which the model must be able to take.
     """
     # A model that takes no positions at all reads the rows as one.
     if not {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters):
@@ -148,11 +133,9 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
 
 
 def with_cache(model: PreTrainedModel, packed: Batch) -> Batch:
-    """Return a packed batch for a pass that keeps keys and values.
-
-    With a cache, a model of transformers does not look for packed rows in the positions, so it gets their mask.
-    """
+    """Return a packed batch for a pass that keeps keys and values."""
     places = packed["position_ids"]
+    # With a cache, a model of transformers does not look for packed rows in the positions, so it gets their mask.
     mask = create_masks_for_generate(
         config=model.config,
         inputs_embeds=torch.empty((*places.shape, 0), dtype=model.dtype, device=places.device),
@@ -165,10 +148,9 @@ def with_cache(model: PreTrainedModel, packed: Batch) -> Batch:
 
 @torch.no_grad()
 def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16, packed: bool = False) -> Tensor:
-    """Return the summed log-likelihood `(m,)` of each of a batch's `choices`, its end-of-sequence included.
+    """Return the summed log-likelihood `(m,)` of each of a batch's `choices`, `rows` of them in a forward pass.
 
-    A forward pass takes `rows` of them, which bounds the memory: one row of a batch may have many choices. `task` among
-    the choices, a list of m names, is for routers that choose by it.
+    `task` among the choices, a list of m names, is for routers that choose by it.
     """
     scores = []
     for first in range(0, len(choices["labels"]), rows):
@@ -183,11 +165,7 @@ def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16, pac
 
 @torch.no_grad()
 def greedy_matches(model: nn.Module, batch: Batch) -> Tensor:
-    """Return for each row whether greedy decoding would generate its target and then stop, `(n,)` booleans.
-
-    One pass over the target decides it: each token must be the likeliest after the tokens before it. Generation gives
-    the same, unless two logits are equal, in a pass for each token.
-    """
+    """Return for each row whether greedy decoding would generate its target and then stop, `(n,)` booleans."""
     logits, labels = answer_logits(model, batch)
     wrong, _ = row_sums(batch, (logits.argmax(-1) != labels).int())
     return wrong == 0

@@ -1,7 +1,4 @@
-"""Measure a loaded model on the batches of tasks.
-
-`ExpertModule` scores its validation and test batches with the same `score_batch`, so that numbers agree.
-"""
+"""Measure a loaded model on the batches of tasks; `ExpertModule` scores with the same `score_batch`."""
 
 from __future__ import annotations
 
@@ -31,8 +28,6 @@ def measure(
     """Return the scores of a loaded model by task, as `TaskScores.compute` gives them.
 
     Args:
-        model: A causal language model; it is in evaluation mode while it is measured.
-        tokenizer: Its tokenizer.
         batches: Such as `TaskMixture.test_dataloader()`.
         roles: Each task's role by name, such as `TaskMixture.roles`.
         max_new_tokens: As for `evaluate`.
@@ -79,15 +74,14 @@ def score_batch(
     if "choices" in batch:
         tasks = [batch["task"][row] for row in batch["choices"]["row"].tolist()]
         choices = choice_log_likelihoods(model, batch["choices"] | {"task": tasks}, packed=packed)
-    tokens: list[list[int]] | None = None
-    if packed and max_new_tokens:
+    if not max_new_tokens:
+        scores.update(batch, *batch_losses(model, repacked(batch) if packed else batch), None, choices)
+        return None
+    if packed:
         losses, tokens = losses_and_answers(model, tokenizer, batch, max_new_tokens)
     else:
-        tokens = generate_tokens(model, tokenizer, batch, max_new_tokens) if max_new_tokens else None
-        losses = batch_losses(model, repacked(batch) if packed else batch)
-    if tokens is None or not max_new_tokens:
-        scores.update(batch, *losses, None, choices)
-        return None
+        tokens = generate_tokens(model, tokenizer, batch, max_new_tokens)
+        losses = batch_losses(model, batch)
     texts = answer_texts(tokenizer, batch, tokens)
     scores.update(batch, *losses, texts, choices, cut_answers(model, tokenizer, batch, tokens, max_new_tokens))
     return texts

@@ -1,8 +1,4 @@
-"""Score tasks by sums over rows, so that any division into batches and processes gives the same result.
-
-A task has its loss per target token, its choice accuracy, and the mean of each text metric: exact match, Rouge-L, and
-any function of a generated text and its target that the user adds, or puts in their place (`stemmed_rouge_l`).
-"""
+"""Score tasks by sums over rows, so that any division into batches and processes gives the same result."""
 
 from __future__ import annotations
 
@@ -43,9 +39,6 @@ def stemmed_rouge_l(generated: str, target: str) -> float:
     """Return Rouge-L over the stems of English words (Porter's), as the evaluation of arXiv 2507.07140 takes it.
 
     Words of up to three letters stay as they are. It needs nltk: `pip install 'modular-experts[rouge]'`.
-
-    Raises:
-        ValueError: nltk is not installed.
     """
     try:
         return _rouge_l(generated, target, use_stemmer=True)
@@ -73,11 +66,7 @@ TEXT_METRICS: dict[str, TextMetric] = {"exact_match": exact_match, "rougeL": rou
 
 
 def text_metrics(own: Mapping[str, TextMetric] | None) -> dict[str, TextMetric]:
-    """Return exact match and Rouge-L with metrics of one's own beside them, or in their place where a name is theirs.
-
-    Raises:
-        ValueError: One of them gives no number, or needs a package that is not installed; a long run does not begin.
-    """
+    """Return exact match and Rouge-L with one's own metrics beside them, or in their place where a name is theirs."""
     for name, metric in (own or {}).items():
         value = metric("one answer", "one answer")
         if not isinstance(value, int | float):
@@ -116,10 +105,10 @@ class TaskScores(Metric):
         choice_scores: Tensor | None = None,
         cut: Sequence[bool] | None = None,
     ) -> None:
-        """Count one batch with texts, filler rows left out.
+        """Count one batch of `n` rows with texts, filler rows left out.
 
         Args:
-            batch: A batch of `n` rows.
+            batch: The batch.
             token_loss_sums: `(n,)` from `batch_losses`.
             token_counts: `(n,)` from `batch_losses`.
             generations: The text that the model generated for each row.
@@ -154,9 +143,8 @@ class TaskScores(Metric):
     def compute(self) -> dict[str, Any]:
         """Return the scores: "tasks" by name, and "held_in" and "held_out", unweighted means over tasks that have rows.
 
-        A task without rows is left out, and so is a score that was not measured. Exact match, Rouge-L and choice
-        accuracy are shares between 0 and 1; the loss is in nats per target token, end-of-sequence included. Afterwards
-        `cut` has the number of answers of each task that the model's context ended.
+        Exact match, Rouge-L and choice accuracy are shares between 0 and 1; the loss is in nats per target token,
+        end-of-sequence included. Afterwards `cut` has the number of answers of each task that the context ended.
         """
         self.cut = {name: int(self.cut_count[index]) for index, name in enumerate(self.roles)}  # type: ignore[index]
         tasks = {}

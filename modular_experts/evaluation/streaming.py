@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.data.chat import ConversationTokenizer, template_hash
-from modular_experts.evaluation.generation import answer_rooms, evaluating
+from modular_experts.evaluation.generation import answer_rooms, continued
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert
@@ -31,22 +31,20 @@ def generate(
     seed: int = 0,
     chat: bool | None = None,
     dtype: DType = "float32",
-    revision: str | None = None,
     write: Callable[[str], object] | None = None,
 ) -> str:
     """Return the answer of a base with experts to one prompt, without white space at its ends.
 
     Args:
         base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
-        prompt: The text to answer. It stays as it is, but for the chat template.
+        prompt: The text to answer.
         experts: One or several, whose deltas are added up: directories of a library, opened experts or task vectors.
         max_new_tokens: The most tokens of the answer, which also ends where the base's context does.
         temperature: 0 takes the likeliest token each time; above 0, tokens are sampled, more freely the higher it is.
-        seed: Seed of the samples; the random numbers of the caller stay as they are.
+        seed: Seed of the samples.
         chat: Whether the prompt goes through the chat template, as a message of the user; None is as the experts were
             trained, by their records.
         dtype: Data type of the base.
-        revision: Branch, tag or commit of a hub id.
         write: Takes each piece of the answer as it comes.
 
     Raises:
@@ -61,7 +59,7 @@ def generate(
     opened = open_several(experts)
     stored = [expert for expert in opened if isinstance(expert, StoredExpert)]
     warn_of_missing_parents(stored)
-    found = Base.open(base, stored, revision)
+    found = Base.open(base, stored)
     tokenizer = found.tokenizer()
     if chat is None:
         chat = bool(stored) and bool(training_in_common(stored).get("chat_template"))
@@ -72,8 +70,7 @@ def generate(
     model: Any = found.load(dtype)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
-    config = GenerationConfig(do_sample=temperature > 0, eos_token_id=stops, pad_token_id=pad, **sampling)
-    with attached(model, opened, check=False), torch.random.fork_rng(), evaluating(model, config), torch.no_grad():
+    with attached(model, opened, check=False), torch.random.fork_rng(), torch.no_grad():
         context = context_length(model)
         if context is not None and ids.shape[1] >= context:
             raise ValueError(
@@ -81,14 +78,13 @@ def generate(
                 "prompt"
             )
         _, (room,) = answer_rooms(model, [ids[0]], max_new_tokens)
-        config.max_new_tokens = room
+        how: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops, "pad_token_id": pad}
+        config = GenerationConfig(do_sample=temperature > 0, **how, **sampling)
         model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
         ids = ids.to(device)
         torch.manual_seed(seed)
         streamer = _Streamer(tokenizer, write) if write else None
-        written = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
-        )[0, ids.shape[1] :]
+        written = continued(model, ids, torch.ones_like(ids), config, streamer)[0]
         model.to("cpu")
     if len(written) == room < max_new_tokens and int(written[-1]) not in stops:
         log.warning("the answer ended where the model's context of %d tokens does; shorten the prompt", context)
@@ -105,8 +101,6 @@ def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tup
 
 
 class _Streamer(TextStreamer):
-    """Hands over the text of an answer as it comes, without white space at its beginning."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self.write, self.begun = write, False

@@ -27,7 +27,7 @@ def engine(name: str = "local", **settings: Any) -> Executor:
     Args:
         name: `local`, `slurm`, or the dotted path of a class that is a `concurrent.futures.Executor`, or of a function
             that returns one, such as `mine.Pool` of a file `mine.py`.
-        settings: The arguments of the class or function, by name: those of `LocalProcesses` and `SlurmJobs`.
+        settings: What the class or function takes, by name (`LocalProcesses`, `SlurmJobs`).
 
     Raises:
         ValueError: No engine has this name or takes these settings, or it cannot start; the message says why.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import ExitStack
 from graphlib import CycleError, TopologicalSorter
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import Any
 
 from modular_experts.jobs.pieces import Key, KilledError, Outcome, Piece, key_text
@@ -42,9 +42,9 @@ def run(
         OSError: The store cannot keep a result, such as on a full disk; the results before it are kept.
     """
     store = {} if store is None else store
-    left = _Left(pieces, [piece.key for piece in pieces if piece.key in store])
+    left = _Left(pieces, store)
     outcome = Outcome(len(pieces))
-    done = len(pieces) - len(left.blockers)
+    done = len(pieces) - len(left.needs)
     progress(done, len(pieces), None)
     running: dict[Future, Piece] = {}
     suspects: deque[Piece] = deque()
@@ -58,7 +58,7 @@ def run(
             # processes, so few are under suspicion, and each of these runs again alone: whichever then breaks its
             # process is the one that failed. A `KilledError` concerns one piece, and needs no second run.
             while (left.ready and not suspects and len(running) < slots) or (suspects and not running):
-                piece = suspects.popleft() if suspects else left.take()
+                piece = suspects.popleft() if suspects else pieces[heappop(left.ready)]
                 given = [store[key] for key in piece.given]
                 running[pool.submit(piece.function, *piece.arguments, *given)] = piece
             alone = len(running) == 1
@@ -70,11 +70,11 @@ def run(
                 dropped = []
                 if error is None:
                     outcome.results[piece.key] = store[piece.key] = future.result()
-                    left.finish(piece)
+                    left.finish(piece.key)
                 else:
                     outcome.failures[piece.key] = error
                     failed(piece, error)
-                    dropped = left.drop(piece)
+                    dropped = left.drop(piece.key)
                     outcome.skipped |= dict.fromkeys([one.key for one in dropped], piece.key)
                 for one in [piece, *dropped]:
                     done += 1
@@ -83,53 +83,39 @@ def run(
 
 
 class _Left:
-    """The pieces that are still to run, each with the pieces that it waits for."""
+    """The pieces that are still to run: what each needs, and the places in the list of those that are `ready`."""
 
-    def __init__(self, pieces: Sequence[Piece], done: Collection[Key]) -> None:
+    def __init__(self, pieces: Sequence[Piece], store: dict[Key, Any]) -> None:
         for key, count in Counter(piece.key for piece in pieces).items():
             if count > 1:
                 raise ValueError(f"two pieces have the key {key_text(key)}; give each a key of its own")
-        self.place = {piece.key: number for number, piece in enumerate(pieces)}
-        self.pieces = pieces
-        self.after: dict[Key, list[Piece]] = {}
-        """The pieces that need a piece, by its key."""
-        done = set(done)
-        self.blockers = {piece.key: set(piece.needs) - done for piece in pieces if piece.key not in done}
-        """The keys that a piece waits for, of each that has not finished."""
+        self.pieces, self.place = pieces, {piece.key: number for number, piece in enumerate(pieces)}
         for piece in pieces:
             for key in piece.needs:
                 if key not in self.place:
                     raise ValueError(f"{piece} needs {key_text(key)}, which is not among the pieces; add it")
-                self.after.setdefault(key, []).append(piece)
+        done = {piece.key for piece in pieces if piece.key in store}
+        self.needs = {piece.key: {*piece.needs} - done for piece in pieces if piece.key not in done}
+        self.sorter, self.ready, self.lost = TopologicalSorter(self.needs), list[int](), set[Key]()
         try:
-            TopologicalSorter({piece.key: piece.needs for piece in pieces}).prepare()
+            self.order = [*TopologicalSorter(self.needs).static_order()]
         except CycleError as error:
             circle = " needs ".join(key_text(key) for key in reversed(error.args[1]))
             raise ValueError(f"pieces wait for each other: {circle}; take one of these needs out") from None
-        self.ready = [self.place[key] for key, keys in self.blockers.items() if not keys]
-        heapify(self.ready)
+        self.sorter.prepare()
+        self.finish()
 
-    def take(self) -> Piece:
-        """Return the first piece that waits for nothing."""
-        return self.pieces[heappop(self.ready)]
+    def finish(self, *keys: Key) -> None:
+        """Make the pieces ready that waited for these alone."""
+        self.sorter.done(*keys)
+        for key in self.sorter.get_ready():
+            heappush(self.ready, self.place[key])
 
-    def finish(self, piece: Piece) -> None:
-        """Let the pieces run that waited for this one alone."""
-        del self.blockers[piece.key]
-        for later in self.after.get(piece.key, ()):
-            if blockers := self.blockers.get(later.key):
-                blockers.discard(piece.key)
-                if not blockers:
-                    heappush(self.ready, self.place[later.key])
-
-    def drop(self, piece: Piece) -> list[Piece]:
-        """Take out a piece and all that need it, directly or through others, and return these."""
-        del self.blockers[piece.key]
-        dropped, look = [], deque([piece])
-        while look:
-            for later in self.after.get(look.popleft().key, ()):
-                if later.key in self.blockers:
-                    del self.blockers[later.key]
-                    dropped.append(later)
-                    look.append(later)
-        return dropped
+    def drop(self, failed: Key) -> list[Piece]:
+        """Return the pieces that need this one, directly or through others, and no other that failed before."""
+        before = {*self.lost}
+        self.lost.add(failed)
+        for key in self.order:
+            if self.needs[key] & self.lost:
+                self.lost.add(key)
+        return [self.pieces[self.place[key]] for key in self.order if key in self.lost - before - {failed}]

@@ -26,9 +26,8 @@ MOST_IN_ARRAY = 1000  # SLURM's MaxArraySize is 1001, unless a site sets another
 class SlurmJobs(Executor):
     """An executor whose calls are jobs of SLURM, one process each.
 
-    A job that SLURM preempts, or whose node fails, begins again if the partition allows that. A job that is killed for
-    another reason, or runs out of time, fails. As a context manager it waits for its jobs at the end, and on any error
-    (Ctrl-C too) it cancels them.
+    A job that SLURM preempts, or whose node fails, begins again if the partition allows that. As a context manager it
+    waits for its jobs at the end, and on any error (Ctrl-C too) it cancels them.
 
     Args:
         folder: Directory on the file system that all nodes share, for calls, results and logs. Only the files of jobs
@@ -100,7 +99,6 @@ class SlurmJobs(Executor):
         self.shutdown(cancel_futures=kind is not None)
 
     def _watch(self) -> None:
-        """Submit, cancel and settle jobs until none is left; if that fails, all that are left fail with its error."""
         try:
             while not self._closed or self._jobs or not self._waiting.empty():
                 sleep(self.poll_seconds)
@@ -122,10 +120,9 @@ class SlurmJobs(Executor):
                     future.set_exception(error)
 
     def _submit(self, calls: Sequence[tuple[Future, Job]]) -> None:
-        """Submit calls as one array; if SLURM refuses it, such as for a limit, each fails with its words."""
         try:
             jobs = self._submitit.submit_array([call for _, call in calls]) if calls else []
-        except Exception as error:
+        except Exception as error:  # such as a limit
             for future, _ in calls:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
@@ -134,7 +131,6 @@ class SlurmJobs(Executor):
         self._queued |= {job.job_id for job in jobs}
 
     def _settle(self) -> None:
-        """Finish the futures of jobs that wrote a result; fail the futures of jobs that left the queue without one."""
         # The user's jobs in the queue, each job of an array apart; all of ours if SLURM does not answer.
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
         shown = subprocess.run(command, capture_output=True, text=True)

@@ -115,6 +115,10 @@ def new_directory(
             if kept:
                 interruption.add_note(f"interrupted; the same command goes on where it stopped, with {temporary}")
             raise
+        except OSError as error:
+            # A full disk names no file.
+            error.filename = error.filename or str(target)
+            raise
         finally:
             if not kept:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -131,6 +135,9 @@ def new_file(target: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
     finally:
         for leftover in target.parent.glob(f"{temporary.name}*"):
             leftover.unlink()

@@ -1,7 +1,7 @@
 """Train a small base on the generated suite, and do a study of experts of four kinds and their merges.
 
-`plan.py` holds the settings of the study, `base.py` trains the base, and `run.py` does both. `study` makes the results,
-the table and the page, as for any study.
+`plan.py` holds the settings of the study; `run.py` trains the base and runs the study, which makes the results, the
+table and the page.
 """
 
 from modular_experts.quickstart.plan import Plan

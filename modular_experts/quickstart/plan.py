@@ -1,8 +1,7 @@
-"""Plan the quickstart: which experts are trained on which tasks, and which merges are made of them.
+"""Plan the quickstart: the paper's experiment at the size of a laptop.
 
-It is the paper's experiment at the size of a laptop: a base that has the skill but answers in another format, twenty
-experts that all learn the same shift of format, and merges that keep more or less of it. All but the base is a study,
-whose settings `Plan.study` returns.
+A base has the skill but answers in another format, twenty experts all learn the same shift of format, and merges keep
+more or less of it. All but the base is a study, whose settings `Plan.study` returns.
 """
 
 from __future__ import annotations

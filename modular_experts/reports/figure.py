@@ -1,7 +1,4 @@
-"""Draw values between 0 and 1 as SVG: a mark on a line for each model, in panels that share their rows.
-
-Text stays text, in the reader's own font. Its width is therefore unknown, so there is room after each text.
-"""
+"""Draw values between 0 and 1 as SVG: a mark on a line for each model, in panels that share their rows."""
 
 from __future__ import annotations
 
@@ -15,11 +12,9 @@ from modular_experts.reports.tables import percent
 ROW, GAP, HEAD = 18, 10, 58  # pixels of a row, between groups, and of a panel's title and references
 NAMES, NUMBERS = 148.0, 66.0  # pixels beside a panel, for the names of rows and for their values
 
-LIGHT = {"paper": "#ffffff", "ink": "#1f2328", "quiet": "#59636e", "reference": "#8c959f", "rule": "#e1e4e8"}
-LIGHT |= {"accent": "#0072b2"}
-DARK = {"paper": "#0d1117", "ink": "#e6edf3", "quiet": "#9198a1", "reference": "#6e7681", "rule": "#30363d"}
-DARK |= {"accent": "#56b4e9"}
 # A page sets the colours itself.
+LIGHT = "--paper: #ffffff; --ink: #1f2328; --quiet: #59636e; --reference: #8c959f; --rule: #e1e4e8; --accent: #0072b2; "
+DARK = "--paper: #0d1117; --ink: #e6edf3; --quiet: #9198a1; --reference: #6e7681; --rule: #30363d; --accent: #56b4e9; "
 LOOK = """
 .dots { background: var(--paper); }
 .dots text { fill: var(--ink); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
@@ -104,8 +99,8 @@ def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark:
         found += panel.draw(left, top, room, named=not (wide and number))
         left, top = (left + room + NUMBERS, top) if wide else (left, top + panel.height + 16)
     height = top + (panels[0].height if wide else 0)
-    colours = "" if dark is None else "".join(f"--{name}: {hue}; " for name, hue in (DARK if dark else LIGHT).items())
-    style = f"<style>{LOOK}{f'.dots {{ {colours}}}' if colours else ''}</style>"
+    colours = "" if dark is None else f".dots {{ {DARK if dark else LIGHT}}}"
+    style = f"<style>{LOOK}{colours}</style>"
     about = f'xmlns="http://www.w3.org/2000/svg" class="dots" role="img" aria-label="{escape(title)}"'
     return f'<svg {about} viewBox="0 0 {width} {height:g}">{style}{"".join(found)}</svg>\n'
 

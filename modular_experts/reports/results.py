@@ -5,7 +5,6 @@ Every table, chart and page reads results in this form, and so does pandas: `pan
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import itertools
@@ -29,8 +28,7 @@ from rich.console import Console
 from modular_experts.jobs import cores
 from modular_experts.library.atomic import new_file
 from modular_experts.library.record import package_versions
-from modular_experts.reports.html import Html, element
-from modular_experts.reports.tables import Column, Line, Table, number, percent
+from modular_experts.reports.tables import Column, Html, Line, Table, element, number, percent
 
 FORMAT = "modular-experts/results/1"
 ROLES = {"held_in": "held-in", "held_out": "held-out"}
@@ -72,11 +70,7 @@ class Results:
 
     @classmethod
     def read(cls, path: str | Path) -> Results:
-        """Read what `write` wrote.
-
-        Raises:
-            ValueError: The file holds something else.
-        """
+        """Read what `write` wrote; ValueError if the file holds something else."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             if found["format"] == FORMAT:
@@ -114,10 +108,7 @@ class Results:
         return fmean(math.nan if value is None else value for value in values) if values else None
 
     def table(self) -> rich.table.Table:
-        """Return a table for the terminal, 80 columns wide at most for the metrics of this package.
-
-        For each role, one model has a line for each task and their mean; several models have a line each, with means.
-        """
+        """Return a table for the terminal: a line for each model and role, or for each task of one model."""
         return self._table().text()
 
     def __str__(self) -> str:
@@ -133,27 +124,14 @@ class Results:
         """Return the same table for a page or a notebook."""
         return self._table().html()
 
-    def csv(self) -> str:
-        """Return the rows as CSV, with a column for each key of any row; lists stand in their cells as JSON."""
-        columns = list(dict.fromkeys(column for row in self.rows for column in row))
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            writer.writerow({key: json.dumps(one) if isinstance(one, list) else one for key, one in row.items()})
-        return stream.getvalue()
-
-    def downloads(self) -> Html:
-        """Return links to these results as JSON and as CSV, which a page holds in itself, packed by gzip."""
+    def download(self) -> Html:
+        """Return a link to these results as JSON, which a page holds in itself, packed by gzip."""
         whole = json.dumps(_plain({"format": FORMAT, "facts": self.facts, "rows": self.rows}), ensure_ascii=False)
-        files = {"results.json": whole, "results.csv": self.csv()}
         # Without a time, the same results give the same page.
-        packed = {name: b64encode(gzip.compress(text.encode(), mtime=0)).decode() for name, text in files.items()}
-        links = [
-            element("a", name, download=f"{name}.gz", href=f"data:application/gzip;base64,{data}")
-            for name, data in packed.items()
-        ]
-        return element("p", "All numbers: ", links[0], " · ", links[1], class_="note")
+        packed = b64encode(gzip.compress(whole.encode(), mtime=0)).decode()
+        href = f"data:application/gzip;base64,{packed}"
+        link = element("a", "results.json", download="results.json.gz", href=href)
+        return element("p", "All numbers: ", link, class_="note")
 
     def _table(self) -> Table:
         named = "model" if len(self.values("model")) > 1 else "task"
@@ -171,13 +149,9 @@ class Results:
 
 
 def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Mapping[str, str]]]]]) -> list[dict[str, Any]]:
-    """Return the first test rows of each task with the answers of models, for the fact `examples` of results.
+    """Return the first test rows of each task with the `answers` by model, for the fact `examples` of results.
 
-    Args:
-        answered: For each model its name, and by task the `input`, `target` and `answer` of the first rows.
-
-    Returns:
-        For each row its `task`, `input` and `target`, and the `answers` by model.
+    `answered` has for each model its name, and by task the `input`, `target` and `answer` of the first rows.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for model, by_task in answered:
@@ -240,12 +214,11 @@ def _loss(value: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "item"):  # a tensor or numpy scalar
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """Return what JSON holds: a tensor or numpy scalar is a number, and a number that is not finite is null."""
+
+    def number(one: Any) -> Any:
+        if not hasattr(one, "item"):
+            raise TypeError(f"{type(one).__name__} has no form in JSON")
+        return one.item()
+
+    return json.loads(json.dumps(value, default=number, ensure_ascii=False), parse_constant=lambda name: None)

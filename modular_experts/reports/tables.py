@@ -1,6 +1,6 @@
-"""Show tables by columns: a column is a title and a function of a line's rows, and all columns show every line.
+"""Show tables in a terminal and on a page: a column is a title and a function of a line's rows.
 
-To add a column to a report, add a `Column` to its list; the terminal and the page both show it.
+HTML is built from elements, whose text is escaped unless it is `Html` already, so that any XML parser can check a page.
 """
 
 from __future__ import annotations
@@ -8,15 +8,52 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape as escape_html
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 import rich.table
 from rich.markup import escape
 
-from modular_experts.reports.html import Html, element
-
+HEAD = '<meta charset="utf-8" /><meta name="viewport" content="width=device-width, initial-scale=1" />'
+STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 NAME_WIDTH = 25  # so that a name and eight short columns fit 80 characters; longer names are folded, not cut
+
+
+class Html(str):
+    """Text that is HTML."""
+
+
+def element(name: str, *children: str, **attributes: object) -> Html:
+    """Return an element: children that are `Html` as they are, others escaped; `class_` is `class`, and `_` is `-`."""
+    shown = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape_html(str(value))}"' for key, value in attributes.items()
+    )
+    return Html(f"<{name}{shown}>{joined(children)}</{name}>")
+
+
+def joined(parts: Iterable[str]) -> Html:
+    """Return parts one after the other."""
+    return Html("".join(part if isinstance(part, Html) else escape_html(part) for part in parts))
+
+
+def page(title: str, *main: Html) -> str:
+    """Return a whole page that needs no other file, in light and dark colours, for a desk and for a phone."""
+    style = element("style", Html(STYLE.read_text(encoding="utf-8")))
+    head = element("head", Html(HEAD), element("title", title), style)
+    script = element("script", Html(SCRIPT.read_text(encoding="utf-8")))
+    return f"<!DOCTYPE html>\n{element('html', head, element('body', element('main', *main), script), lang='en')}\n"
+
+
+def note(text: str) -> Html:
+    """Return a paragraph in small print, such as how a table was measured."""
+    return element("p", kept_together(text), class_="note")
+
+
+def kept_together(text: str) -> Html:
+    """Return a text in which no line ends between a number and its unit."""
+    return Html(joined([text]).replace(" %", "&#160;%").replace(" points", "&#160;points"))
 
 
 @dataclass(frozen=True)
@@ -53,11 +90,9 @@ class Table:
     name: str = ""
     across: bool = False  # whether the best value is marked in each line, not in each column of a group
 
-    def text(self, title: str | None = None) -> rich.table.Table:
-        """Return the table for a terminal, under a headline."""
-        table = rich.table.Table(
-            box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold"
-        )
+    def text(self) -> rich.table.Table:
+        """Return the table for a terminal."""
+        table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(self.name, max_width=NAME_WIDTH, overflow="fold")
         for column in self.columns:
             heading = f"{column.over}\n{column.title}" if column.over else column.title
@@ -117,11 +152,7 @@ def heat_map(
     show: Callable[[float], str],
     low_is_best: bool = False,
 ) -> Html:
-    """Return a heat map: a table of one number a cell, in a box that scrolls where the page is narrow.
-
-    A tint, which also reads in grey, grows evenly from the worst value of the table, which has none, to the best one.
-    A value that is missing, None or not finite leaves its cell without tint.
-    """
+    """Return a table of one number a cell, whose tint grows evenly from the worst value to the best one."""
     known = [value for value in values.values() if value is not None and math.isfinite(value)]
     low, high = min(known, default=0.0), max(known, default=0.0)
 
@@ -145,11 +176,6 @@ def heat_map(
 def percent(share: float) -> str:
     """Return a score in per cent, such as `55.6`."""
     return number(100 * share, 1)
-
-
-def share(value: float) -> str:
-    """Return a share in per cent, such as `5 %` or `5.45 %`."""
-    return f"{100 * value:.3g} %"
 
 
 def number(value: float, digits: int) -> str:

@@ -1,38 +1,51 @@
-"""Read what an entry of a study's `merges` can be: a merge method, a search, a route or an ensemble."""
+"""Read, choose and make what an entry of a study's `merges` can be: a merge, a search, a route or an ensemble."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, get_args
 
+from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
-from modular_experts.injection.ensemble import MEANS, Mean
+from modular_experts.injection.ensemble import MEANS, Mean, ensembled
+from modular_experts.library import StoredExpert
+from modular_experts.library.described import describe
+from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
-from modular_experts.methods.method import Needs
+from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.settings.read import make
+from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
+from modular_experts.study.work import ChoiceRows, about_expert, loaded, made, measured, shared_rows, tasks_of
 from modular_experts.text import did_you_mean
-from modular_experts.tuning import CoefficientSearch
+from modular_experts.training.route import route
+from modular_experts.tuning import CoefficientSearch, Objective, ValidationRows, search
 from modular_experts.tuning.objective import Labels
-from modular_experts.tuning.tune import most_trials
+from modular_experts.tuning.tune import most_trials, notes_of, tune_groups
 
 # So that a study names the searches of related systems by their class alone.
 import_systems("search")
 
 TUNING_ROWS = 64
+Put = Callable[..., Any] | None
+Combined = tuple[Sequence[Mapping[str, Delta]], Mapping[str, Any], Put]
+"""Experts to add up in the base, the settings that were chosen, and what puts them in place otherwise."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One way to merge the experts of a kind.
+    """One way to merge the experts of a kind: settings of a merge method, or of a `CoefficientSearch` if `searched`.
 
     Attributes:
-        name: Its name in results.
-        method: The settings of a merge method, or of a search if `searched`.
-        searched: Whether the merge is searched by a `CoefficientSearch`.
         tune: What the tuning of the method may be given, a `grid` or nothing; None if the method is not tuned. The
             groups of a count share what it chooses.
         rows: The most validation rows of a task that a search or a tuning reads.
@@ -47,155 +60,210 @@ class Merge:
     rows: int = TUNING_ROWS
     merges: tuple[Any, ...] = ()
     labels: Labels = "rows"
+    fallback: ClassVar[None] = None
+    kept_as: ClassVar[str] = "merge"
+
+    @classmethod
+    def of_method(cls, given: Mapping[str, Any], fallbacks: Mapping[str, Merge]) -> Merge:
+        method, tune = made("--merges", MergeMethod, given["method"]), given.get("tune") or None
+        for key in {} if tune is True else tune or {}:
+            if key != "grid":
+                raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
+        tune = {} if tune is True else tune
+        if tune is not None:
+            most_trials(method, tune.get("grid"))  # refuses a grid that does not fit
+        name = given.get("name", type(method).__name__ + " tuned" * (tune is not None))
+        return cls(name, given["method"], False, tune, given.get("rows", TUNING_ROWS))
+
+    @classmethod
+    def of_search(cls, given: Mapping[str, Any], fallbacks: Mapping[str, Merge]) -> Merge:
+        name = given.get("name", type(make("--merges", CoefficientSearch, given["search"])).__name__)
+        if (labels := given.get("labels", "rows")) not in get_args(Labels):
+            raise ValueError(f"labels={labels!r} must be one of {', '.join(get_args(Labels))}")
+        starts = tuple(given.get("merges", ()))
+        return cls(name, given["search"], True, None, given.get("rows", TUNING_ROWS), starts, labels)
+
+    @property
+    def methods(self) -> list[MergeMethod]:
+        """The merge method, or the methods that a search starts from."""
+        return [made("--merges", MergeMethod, one) for one in (self.merges if self.searched else [self.method])]
+
+    @property
+    def statistics(self) -> set[str]:
+        """The kinds of statistics of the experts' data that it needs."""
+        return {one.needs.statistics for one in self.methods if one.needs.statistics}
+
+    @property
+    def together(self) -> bool:
+        """Whether its statistics hold only for the merge of all experts."""
+        return any(one.needs.together for one in self.methods)
+
+    @contextmanager
+    def combined(self, study: Study, out: Path, group: Group, chosen: Mapping[str, Any] | None) -> Iterator[Combined]:
+        """Yield a merge of a group; the merge of all experts is also put into the library."""
+        place = out / "library" / study.combined_name("merge", group.kind, self.name, group.seed)
+        # A stored merge of a few can be as large as the base, so it takes the disk of the library, under a hidden name.
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+            place = place if group.is_whole else Path(folder, place.name)
+            merged, settings = self.merged(study, group, group.experts(study, out), place, chosen, group.is_whole)
+            yield [merged], settings, None
+
+    def merged(
+        self,
+        study: Study,
+        group: Group,
+        experts: Sequence[StoredExpert],
+        place: Path,
+        chosen: Mapping[str, Any] | None,
+        written: bool,
+    ) -> tuple[Mapping[str, Delta], dict[str, Any]]:
+        """Return the merge, stored at `place` if it was searched or shall be `written`, and its chosen settings.
+
+        Coefficients are searched on validation rows of the group's own tasks alone; `chosen` comes from `choose`.
+        """
+        if self.searched:
+            data = ChoiceRows(tasks_of(study, group.own), **study.data)
+            rows = ValidationRows(data, self.rows, study.base, self.labels)
+            if self.labels == "experts":
+                rows = replace(rows, max_new_tokens=study.max_new_tokens)
+            searcher = make("--merges", CoefficientSearch, self.method)
+            paths = [one.path for one in experts]
+            done = search(paths, searcher, rows, place, self.methods, overwrite=True)
+            return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
+        chosen = chosen or {"settings": {}, "notes": None}
+        method = with_settings(self.methods[0], chosen["settings"])
+        merged = Merged(experts, method)
+        settings = chosen["settings"] or describe(method)
+        return (write_merged(merged, place, True, notes=chosen["notes"]) if written else dict(merged.items())), settings
 
 
 @dataclass(frozen=True)
 class Route:
-    """One way to choose among the experts of a kind by the input.
-
-    Attributes:
-        name: Its name in results.
-        router: The settings of a router.
-        fallback: The merge of the same experts that takes what the router rejects; the base alone if None.
-    """
+    """One way to choose among the experts of a kind by the input; the `fallback` takes what the router rejects."""
 
     name: str
     router: Any
     fallback: Merge | None = None
+    tune: ClassVar[None] = None
+    kept_as: ClassVar[str] = "route"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], fallbacks: Mapping[str, Merge]) -> Route:
+        router, wanted = make("--merges", Router, given["route"]), given.get("fallback")
+        name = type(router).__name__
+        if wanted is None:
+            return cls(given.get("name", name), given["route"])
+        check_fallback(router, wanted)
+        if wanted not in fallbacks:
+            near = did_you_mean(str(wanted), fallbacks) or f"; before it are {', '.join(fallbacks) or 'no merges'}"
+            raise ValueError(
+                f"fallback: {wanted!r} must be the name of a merge of these kinds that stands before the route{near}"
+            )
+        return cls(given.get("name", f"{name} else {wanted}"), given["route"], fallbacks[wanted])
+
+    @property
+    def statistics(self) -> set[str]:
+        """The kinds of statistics of the experts' data that it needs."""
+        needs = make("--merges", Router, self.router).needs
+        return ({needs} if needs else set()) | (self.fallback.statistics if self.fallback else set())
+
+    @property
+    def together(self) -> bool:
+        """Whether its fallback's statistics hold only for the merge of all experts."""
+        return self.fallback is not None and self.fallback.together
+
+    @contextmanager
+    def combined(self, study: Study, out: Path, group: Group, chosen: Mapping[str, Any] | None) -> Iterator[Combined]:
+        """Yield a group behind the router; the route of all experts is also put into the library."""
+        experts, fallback = group.experts(study, out), None
+        # A routed expert must lie beside its experts, so the route of a few experts is in the library while it is used.
+        place = out / "library" / study.combined_name("route", group.kind, self.name, group.seed)
+        with ExitStack() as stack:
+            if not group.is_whole:
+                place = place.with_name(f"{place.name}-{len(group.own)}-{group.number}")
+                stack.callback(shutil.rmtree, place, ignore_errors=True)
+            if self.fallback and group.is_whole:
+                fallback = place.with_name(study.combined_name("merge", group.kind, self.fallback.name, group.seed))
+            elif self.fallback:
+                fallback = place.with_name(f"{place.name}-fallback")
+                stack.callback(shutil.rmtree, fallback, ignore_errors=True)
+                self.fallback.merged(study, group, experts, fallback, chosen, written=True)
+            routed = route(experts, place, make("--merges", Router, self.router), fallback, overwrite=True)
+            yield [routed], routed.record["hyperparameters"], None
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """One way to average what the experts of a kind predict.
-
-    Attributes:
-        name: Its name in results.
-        mean: What is averaged, as for `ensembled`.
-    """
+    """One way to average what the experts of a kind predict, by a `mean` as for `ensembled`."""
 
     name: str
     mean: Mean
+    tune: ClassVar[None] = None
+    fallback: ClassVar[None] = None
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    together: ClassVar[bool] = False
+    kept_as: ClassVar[str] = "merge"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], fallbacks: Mapping[str, Merge]) -> Ensemble:
+        if (mean := given["ensemble"]) not in MEANS:
+            near = did_you_mean(mean, MEANS)
+            raise ValueError(f"ensemble: {mean!r} is not a mean of {' or '.join(MEANS)}{near}")
+        return cls(given.get("name", f"Ensemble of {mean}"), mean)
+
+    @contextmanager
+    def combined(self, study: Study, out: Path, group: Group, chosen: Mapping[str, Any] | None) -> Iterator[Combined]:
+        """Yield the experts of a group side by side."""
+        experts = group.experts(study, out)
+        yield experts, {"mean": self.mean}, partial(ensembled, experts=experts, mean=self.mean, check=False)
 
 
-Combination = Merge | Route | Ensemble
+Way = Merge | Route | Ensemble
 """One way to combine the experts of a kind."""
 
-
-class Entry(NamedTuple):
-    """An entry of `merges`, checked.
-
-    Attributes:
-        merge: The merge, the route or the ensemble.
-        kinds: The kinds of experts that it combines.
-        needs: The kinds of statistics of the experts' data that it needs.
-        together: Whether one of these statistics holds only for the merge of all experts.
-    """
-
-    merge: Combination
-    kinds: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    together: bool = False
+WAYS: dict[str, tuple[Callable[..., Way], tuple[str, ...]]] = {
+    "method": (Merge.of_method, ("tune", "rows", "name", "kinds")),
+    "search": (Merge.of_search, ("merges", "labels", "rows", "name", "kinds")),
+    "route": (Route.of, ("fallback", "name", "kinds")),
+    "ensemble": (Ensemble.of, ("name", "kinds")),
+}
+"""What an entry of `merges` can be: its reader, and the settings that it may have beside the key."""
 
 
-def read_entries(merges: Iterable[Any], kinds: Mapping[str, Sequence[str]]) -> dict[str, Entry]:
-    """Return the entries of `merges` by name, checked against each other and the kinds that each name stands for."""
-    found: dict[str, Entry] = {}
-    for given in each_method(merges):
-        entry = _read_entry(given, found, kinds)
-        name = entry.merge.name
-        if name in found:
-            raise ValueError(f"two merges are called {name!r}; name one of them: {{method: {name}, name: mine}}")
-        found[name] = entry
+def read_ways(merges: Iterable[Any], kinds: Mapping[str, Sequence[str]]) -> dict[str, tuple[Way, list[str]]]:
+    """Return what the entries of `merges` mean, by name, each with the kinds of experts that it combines."""
+    found: dict[str, tuple[Way, list[str]]] = {}
+    for entry in each_method(merges):
+        given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
+        read = _reader(given)
+        of = given.get("kinds", [*kinds])
+        if isinstance(of, str) or not of:
+            raise ValueError(f"kinds={of!r} must be a list of kinds of experts, such as [{next(iter(kinds), 'lora')}]")
+        check_kinds(f"the merge {given}", of, kinds)
+        combines = list(dict.fromkeys(kind for name in of for kind in kinds[name]))
+        before = {name: one for name, (one, its) in found.items() if isinstance(one, Merge) and {*combines} <= {*its}}
+        way = read(given, before)
+        if way.name in found:
+            raise ValueError(
+                f"two merges are called {way.name!r}; name one of them: {{method: {way.name}, name: mine}}"
+            )
+        found[way.name] = way, combines
     return found
 
 
-def _read_entry(entry: Any, before: Mapping[str, Entry], kinds: Mapping[str, Sequence[str]]) -> Entry:
-    given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
-    every = sorted({*WAYS, *(setting for _, settings in WAYS.values() for setting in settings)})
-    for key in given:
-        if key not in every:
-            near = did_you_mean(key, every) or (
-                "; settings of a method or a router stand inside it: "
-                f"{{method: {{class_path: TIES, init_args: {{keep: 0.2}}}}}}; an entry has {', '.join(every)}"
-            )
-            raise ValueError(f"an entry of merges has no setting {key!r}{near}")
+def _reader(given: Mapping[str, Any]) -> Callable[..., Way]:
     ways = [way for way in WAYS if way in given]
     if len(ways) != 1:
         raise ValueError(f"the merge {given} needs exactly one of `method`, `search`, `route` and `ensemble`")
     read, settings = WAYS[ways[0]]
     for key in given:
-        if key != ways[0] and key not in settings:
-            known = ", ".join(settings)
-            raise ValueError(f"{key} is not a setting of a {ways[0]}; the merge {given} may have {known}")
-    of = given.get("kinds", [*kinds])
-    if isinstance(of, str) or not of:
-        named = next(iter(kinds), "lora")
-        raise ValueError(f"kinds={of!r} must be a list of kinds of experts, such as [{named}]")
-    check_kinds(f"the merge {given}", of, kinds)
-    return read(given, before, tuple(dict.fromkeys(kind for name in of for kind in kinds[name])))
-
-
-def _method(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    method, tune = make("--merges", MergeMethod, given["method"]), given.get("tune") or None
-    for key in {} if tune is True else tune or {}:
-        if key != "grid":
-            raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
-    tune = {} if tune is True else tune
-    if tune is not None:
-        most_trials(method, tune.get("grid"))  # refuses a grid that does not fit
-    name = given.get("name", type(method).__name__ + " tuned" * (tune is not None))
-    merge = Merge(name, given["method"], False, tune, given.get("rows", TUNING_ROWS))
-    return _entry(merge, kinds, method.needs)
-
-
-def _search(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    search, starts = make("--merges", CoefficientSearch, given["search"]), given.get("merges", [])
-    name, rows = given.get("name", type(search).__name__), given.get("rows", TUNING_ROWS)
-    if (labels := given.get("labels", "rows")) not in get_args(Labels):
-        raise ValueError(f"labels={labels!r} must be one of {', '.join(get_args(Labels))}")
-    merge = Merge(name, given["search"], True, None, rows, tuple(starts), labels)
-    return _entry(merge, kinds, *[make("--merges", MergeMethod, start).needs for start in starts])
-
-
-def _route(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    router, wanted = make("--merges", Router, given["route"]), given.get("fallback")
-    name, needs = type(router).__name__, {router.needs} if router.needs else set()
-    if wanted is None:
-        return Entry(Route(given.get("name", name), given["route"]), kinds, tuple(needs))
-    check_fallback(router, wanted)
-    merges = {
-        name: entry for name, entry in before.items() if isinstance(entry.merge, Merge) and {*kinds} <= {*entry.kinds}
-    }
-    if wanted not in merges:
-        near = did_you_mean(str(wanted), merges) or f"; before it are {', '.join(merges) or 'no merges'}"
-        raise ValueError(
-            f"fallback: {wanted!r} must be the name of a merge of these kinds that stands before the route{near}"
-        )
-    fallback = merges[wanted]
-    route = Route(given.get("name", f"{name} else {wanted}"), given["route"], fallback.merge)  # type: ignore[arg-type]
-    return Entry(route, kinds, tuple(sorted({*needs, *fallback.needs})), fallback.together)
-
-
-def _ensemble(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    mean = given["ensemble"]
-    if mean not in MEANS:
-        near = did_you_mean(mean, MEANS)
-        raise ValueError(f"ensemble: {mean!r} is not a mean of {' or '.join(MEANS)}{near}")
-    return Entry(Ensemble(given.get("name", f"Ensemble of {mean}"), mean), kinds)
-
-
-WAYS: dict[str, tuple[Callable[..., Entry], tuple[str, ...]]] = {
-    "method": (_method, ("tune", "rows", "name", "kinds")),
-    "search": (_search, ("merges", "labels", "rows", "name", "kinds")),
-    "route": (_route, ("fallback", "name", "kinds")),
-    "ensemble": (_ensemble, ("name", "kinds")),
-}
-"""What an entry of `merges` can be: its reader, and the settings that it may have beside the key."""
-
-
-def _entry(merge: Merge, kinds: tuple[str, ...], *needs: Needs) -> Entry:
-    statistics = sorted({one.statistics for one in needs if one.statistics})
-    return Entry(merge, kinds, tuple(statistics), any(one.together for one in needs))
+        if key not in (*ways, *settings):
+            near = did_you_mean(key, settings) or (
+                f"; it may have {', '.join(settings)}, and settings of a class stand inside it: "
+                "{method: {class_path: TIES, init_args: {keep: 0.2}}}"
+            )
+            raise ValueError(f"the merge {given} has no setting {key!r}{near}")
+    return read
 
 
 def check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:
@@ -204,3 +272,40 @@ def check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:
         if kind not in kinds:
             near = did_you_mean(str(kind), kinds) or f"; the kinds are {', '.join(kinds)}"
             raise ValueError(f"{of} names the kind {kind!r}, which is not among the experts{near}")
+
+
+def settings_of(way: Way) -> dict[str, Any]:
+    """Return what a digest takes of a way, without a setting that older results have not."""
+    return asdict(way, dict_factory=lambda pairs: dict(pair for pair in pairs if pair != ("labels", "rows")))
+
+
+def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> dict[str, Any]:
+    """Choose the settings of a merge method, which all groups of a count share, on validation rows of their tasks."""
+    assert merge.tune is not None
+    model, _ = loaded(study.base, study.dtype)
+    rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
+    data = shared_rows(study, ChoiceRows, study.held_in, rows)
+    parts = [(group.experts(study, out), Objective(model, data.only(group.own))) for group in groups]
+    trials, best = tune_groups(parts, merge.methods[0], merge.tune.get("grid"), folder=out / "library")
+    found = {"settings": best.settings, "trials": [{**trial.settings, "loss": trial.loss} for trial in trials]}
+    return found | {"notes": notes_of(trials, best, rows, {})}
+
+
+def combine_and_test(
+    study: Study, out: Path, way: Way, group: Group, chosen: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Combine a group of experts in one way, and test that."""
+    started = time.perf_counter()
+    with way.combined(study, out, group, chosen) as (experts, settings, put):
+        seconds = time.perf_counter() - started
+        found = measured(study, experts, group.tested, put)
+        found |= {"settings": settings, "merge_seconds": seconds}
+        if group.is_whole and put is None and isinstance(experts[0], StoredExpert):
+            found |= about_expert(experts[0])
+    kind, count = group.kind, len(group.own)
+    title = f"{kind} {way.name}" + ("" if group.is_whole else f" of {count}, group {group.number}")
+    names = [study.name(kind, task, group.seed) for task in group.own]
+    # In the order of the study, because the order of a group is drawn.
+    own = [task for task in study.held_in if task in group.own]
+    about = {"model": title, "experts": names, "kind": kind, "merge": way.name, "own": own, "count": count}
+    return found | about | {"group": group.number, "seed": group.seed}

@@ -8,9 +8,7 @@ depend on it, and to no others.
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +16,9 @@ from modular_experts.base import Base
 from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library.result_key import result_key
-from modular_experts.study.merges import Combination, Ensemble, Merge, Route
-from modular_experts.study.settings import BASE, Study
-from modular_experts.study.work import (
-    Group,
-    choose,
-    measure_experts,
-    merge_and_test,
-    route_and_test,
-    take,
-    test,
-    test_together,
-    train,
-)
-
-WORK: dict[type, Callable[..., dict[str, Any]]] = {
-    Merge: merge_and_test,
-    Route: route_and_test,
-    Ensemble: test_together,
-}
-"""The function that combines the experts of a group, for each way to do it."""
+from modular_experts.study.merges import Way, choose, combine_and_test, settings_of
+from modular_experts.study.plan import BASE, Study, groups
+from modular_experts.study.work import do, measure_experts, take, test, train
 
 STAGES = ("experts", "statistics", "settings", "merges", "tests")
 """What `--only` takes; the key of a piece begins with one of them."""
@@ -48,15 +29,12 @@ def pieces_of(study: Study, out: Path, only: Collection[str] = ()) -> list[Piece
 
     `only` are the stages to return, with all that they need; by default every stage.
     """
-    pieces = _Plan(study, out).pieces
-    by_key = {piece.key: piece for piece in pieces}
-    kept, look = set(), [piece.key for piece in pieces if not only or piece.key[0] in only]
-    while look:
-        key = look.pop()
-        if key not in kept:
-            kept.add(key)
-            look += by_key[key].needs
-    return [piece for piece in pieces if piece.key in kept]
+    kept, needed = list[Piece](), set[Key]()
+    for piece in reversed(_Plan(study, out).pieces):
+        if not only or piece.key[0] in only or piece.key in needed:
+            kept.append(piece)
+            needed.update(piece.needs)
+    return kept[::-1]
 
 
 class _Plan:
@@ -89,7 +67,7 @@ class _Plan:
             self._test(name, (name,), tested, (kind, task, seed), [trained[task]], **about)
         statistics = {
             of: self._add(("statistics", kind, of, seed), take, (kind, of, seed), [study.data], trained.values())
-            for of in sorted({of for merge in study.merges[kind] for of in study.needs[merge.name]})
+            for of in sorted(set[str]().union(*(way.statistics for way in study.merges[kind])))
         }
         for name, path in study.measures.items():
             measured = (kind, name, seed)
@@ -101,31 +79,31 @@ class _Plan:
         whole: dict[str, Key] = {}
         chosen: dict[tuple[str, int], Key] = {}
 
-        def needed(merge: Combination, tasks: Sequence[str]) -> list[Key]:
-            return [trained[task] for task in tasks] + [statistics[of] for of in study.needs[merge.name]]
+        def needed(way: Way, tasks: Sequence[str]) -> list[Key]:
+            return [trained[task] for task in tasks] + [statistics[of] for of in sorted(way.statistics)]
 
-        for merge, count in itertools.product(study.merges[kind], study.counts):
+        for way, count in itertools.product(study.merges[kind], study.counts):
             several = groups(study, kind, count, seed)
-            if isinstance(merge, Merge) and merge.tune is not None:
+            if way.tune is not None:
                 members = [group.own for group in several]
                 tasks = [task for own in members for task in own]
-                chosen[merge.name, count] = self._add(
-                    ("settings", kind, merge.name, count, seed),
+                chosen[way.name, count] = self._add(
+                    ("settings", kind, way.name, count, seed),
                     choose,
-                    (merge, several),
-                    [settings_of(merge), members, study.seen(tasks), study.data, study.dtype],
-                    needed(merge, tasks),
+                    (way, several),
+                    [settings_of(way), members, study.seen(tasks), study.data, study.dtype],
+                    needed(way, tasks),
                 )
             for group in several:
-                needs, made = needed(merge, group.own), merge.name
-                if isinstance(merge, Route) and merge.fallback:
+                needs, made = needed(way, group.own), way.name
+                if way.fallback:
                     # The merge of all experts is in the library; a merge of a few is made anew beside the route.
-                    needs += [whole[merge.fallback.name]] * group.is_whole
-                    made = made if group.is_whole else merge.fallback.name
+                    needs += [whole[way.fallback.name]] * group.is_whole
+                    made = made if group.is_whole else way.fallback.name
                 given = [chosen[made, count]] if (made, count) in chosen else []
-                key = ("merges", kind, merge.name, count, group.number, seed)
-                settings = [settings_of(merge), group.own, study.seen(group.tested), self.rows]
-                whole[merge.name] = self._add(key, WORK[type(merge)], (merge, group), settings, [*needs, *given], given)
+                key = ("merges", kind, way.name, count, group.number, seed)
+                settings = [settings_of(way), group.own, study.seen(group.tested), self.rows]
+                whole[way.name] = self._add(key, combine_and_test, (way, group), settings, [*needs, *given], given)
 
     def _train(
         self, configs: list[dict[str, Any]], tasks: Sequence[str], name: str, words: tuple[str, str], seed: int
@@ -150,37 +128,8 @@ class _Plan:
     ) -> Key:
         needs = tuple(needs)
         full = (*key, result_key(self.base, key, settings, [need[-1] for need in needs])[:16])
-        self.pieces.append(Piece(full, function, (self.study, self.out, *arguments), needs, tuple(given)))
+        self.pieces.append(Piece(full, do, (function, self.study, self.out, *arguments), needs, tuple(given)))
         return full
-
-
-def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
-    """Return the groups of `count` experts that are combined; all kinds and methods share them.
-
-    The seed draws disjoint groups, as many as fit, or as many different random ones as the study wants. More draws add
-    groups, and leave those before them as they are.
-    """
-    names = list(study.held_in)
-    if wanted := study.draws.get(count):
-        drawn, draw = dict[tuple[int, ...], None](), random.Random(f"draws/{count}/{seed}")
-        while len(drawn) < wanted:
-            drawn[tuple(sorted(draw.sample(range(len(names)), count)))] = None
-        members = [[names[place] for place in places] for places in drawn]
-    else:
-        random.Random(f"groups/{seed}").shuffle(names)
-        members = [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
-    is_whole = count == len(names)
-    # Held-out tasks judge what all experts together have become.
-    held_out = [*study.held_out] if study.matrix or is_whole else []
-    return [
-        Group(kind, seed, number, own, [*(study.held_in if study.matrix else own), *held_out], is_whole)
-        for number, own in enumerate(members)
-    ]
-
-
-def settings_of(merge: Combination) -> dict[str, Any]:
-    """Return what a digest takes of a combination, without a setting that older results have not."""
-    return asdict(merge, dict_factory=lambda pairs: dict(pair for pair in pairs if pair != ("labels", "rows")))
 
 
 def title_of(key: Key) -> str:

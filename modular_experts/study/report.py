@@ -11,15 +11,23 @@ from typing import Any
 
 from modular_experts.reports import Results
 from modular_experts.reports.figure import Panel, Row, draw
-from modular_experts.reports.html import Html, element, note
-from modular_experts.reports.page import Section, answers_section, example, telling, write_page
+from modular_experts.reports.page import Section, answers_section, telling_example, write_page
 from modular_experts.reports.results import METRICS, ROLES, SHARES, format_of
-from modular_experts.reports.tables import Column, Line, Table, heat_map, listed, number, share
-from modular_experts.study.published import SINGLE, beside_published
+from modular_experts.reports.tables import Column, Html, Line, Table, element, heat_map, listed, note, number
+from modular_experts.study.plan import BASE, SINGLE
 from modular_experts.study.results import DRAWN, GAIN, NORMALISED
 from modular_experts.study.run import State
-from modular_experts.study.settings import BASE
-from modular_experts.study.summary import best_merges, findings, interval_text, judged, metric_words, signed, summary
+from modular_experts.study.summary import (
+    beside_published,
+    best_merges,
+    findings,
+    interval_text,
+    judged,
+    largest_count,
+    metric_words,
+    signed,
+    summary,
+)
 from modular_experts.text import bytes_text
 
 REPORT = "report.html"
@@ -30,11 +38,16 @@ def write_report(
 ) -> None:
     """Write a study's page, which needs no other file; `lede` and `more` stand before and after its own sections."""
     facts, best = results.facts, best_merges(results)
-    models, tasks = results.where(metric=results.main_metric).values("model"), [*facts["held_in"], *facts["held_out"]]
-    if best and facts["examples"]:
-        row = telling(facts["examples"], BASE, next(iter(best.values()))["model"])
-        shown = [BASE, *_singles(results, row["task"]), *[one["model"] for one in best.values()]]
-        lede = [*lede, element("p", f"One test row of {row['task']}:", class_="note"), example(row, shown)]
+    examples, merges = facts["examples"], [row["model"] for row in best.values()]
+
+    def shown(task: str) -> list[str]:
+        joint = facts.get("joint", [])
+        own = dict.fromkeys(row["model"] for row in results.where(task=task, merge=None, own=True).rows)
+        return list(dict.fromkeys([BASE, *own, *merges, *joint]))
+
+    if best and examples:
+        lede = [*lede, *telling_example(examples, BASE, merges[0], shown)]
+    examples = [row for row in examples if row["task"] in facts["held_in"]]
     sections = [
         _overview(results, state),
         _published(results),
@@ -43,36 +56,29 @@ def write_report(
         _random_groups(results),
         _by_count(results),
         _every_task(results),
-        _answers(results, best),
+        answers_section(examples, shown) if examples else None,
         _costs(results),
         _failed(results),
         *more,
     ]
     about = {"base": facts["base"], "seeds": ", ".join(map(str, facts["seeds"]))}
-    title = f"{len(models)} models on {len(tasks)} tasks"
-    write_page(file, results, title, [one for one in sections if one], about, lede)
+    write_page(file, results, sections, about, lede)
 
 
 def _overview(results: Results, state: State) -> Section:
-    found, what = findings(results), metric_words(results.main_metric)
-    most = max((row["count"] or 0 for row in results.where(metric=results.main_metric).rows), default=0)
-    svg = [figure_of(results, wide) for wide in (True, False)] if results.main_metric in SHARES else ["", ""]
-    drawn = [element("div", Html(one), class_=look) for one, look in zip(svg, ("wide", "narrow"), strict=True) if one]
-    return Section(
-        "Overview",
-        found[0].partition(" (")[0] if found else f"The {what} of every model",
-        [
-            *[element("p", sentence) for sentence in found],
-            *[element("figure", *drawn)] * bool(drawn),
-            summary(results, state, [most]).html(),
-            note(
-                "Each number is a mean over tasks, groups and seeds. Single experts, and merges of few, are tested on "
-                'the tasks of their own experts. "Of own" divides a merge by the expert of each task. "Level" marks '
-                "merges that are not certainly worse than the best of their kind: the 95 % interval of the difference "
-                "contains zero. ± is half the 95 % interval over random groups."
-            ),
-        ],
+    found, most = findings(results), largest_count(results)
+    svg = [figure_of(results, wide) for wide in (True, False)] if results.main_metric in SHARES else []
+    drawn = [element("div", Html(one), class_=look) for one, look in zip(svg, ("wide", "narrow"), strict=False) if one]
+    about = (
+        "Each number is a mean over tasks, groups and seeds. Single experts, and merges of few, are tested on "
+        'the tasks of their own experts. "Of own" divides a merge by the expert of each task. "Level" marks '
+        "merges that are not certainly worse than the best of their kind: the 95 % interval of the difference "
+        "contains zero. ± is half the 95 % interval over random groups."
     )
+    sentences = [element("p", sentence) for sentence in found[1:]]
+    figure = [element("figure", *drawn)] * bool(drawn)
+    parts = [*sentences, *figure, summary(results, state, [most]).html(), note(about)]
+    return Section("Overview", [*found, f"The {metric_words(results.main_metric)} of every model"][0], parts)
 
 
 def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> str:
@@ -81,8 +87,7 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
     A method that the study also tunes has one line, from its value as it comes to its tuned value. `dark` is as for
     `reports.figure.draw`.
     """
-    metric, facts = results.main_metric, results.facts
-    most = max((row["count"] or 0 for row in results.where(metric=metric).rows), default=0)
+    metric, facts, most = results.main_metric, results.facts, largest_count(results)
     panels = []
     for role, words in ROLES.items():
         if not facts[role]:
@@ -90,17 +95,14 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
         groups = []
         for kind in facts["kinds"]:
             mine = judged(results, kind)
-            alone = Results(mine.where(merge=None, role="held_in").rows).mean(metric) if role == "held_in" else None
+            alone = mine.where(merge=None, role="held_in").mean(metric) if role == "held_in" else None
             merged = {one: mine.where(merge=one, count=most, role=role).mean(metric) for one in mine.values("merge")}
             groups.append([Row(f"{kind}{SINGLE}", alone, head=True), *_lines_of(facts["merges"].get(kind, ()), merged)])
         known = {model: results.where(model=model, role=role).mean(metric) for model in (BASE, *facts.get("joint", []))}
         references = {model: value for model, value in known.items() if value is not None}
         panels.append(Panel(f"{len(facts[role])} {words} tasks", groups, references))
-    title = (
-        f"{metric_words(metric).capitalize()} of {most} experts in one model"
-        if most
-        else f"{metric_words(metric)} of experts"
-    )
+    words = metric_words(metric)
+    title = f"{words.capitalize()} of {most} experts in one model" if most else f"{words} of experts"
     key = "in % of test rows · filled: merged, with settings chosen in validation if there is a choice · hollow: the "
     key += "same method as it comes · bar: single experts, each on its own task"
     return draw(title, key, panels, wide, dark)
@@ -129,8 +131,7 @@ def _published(results: Results) -> Section | None:
 def _kept(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | None:
     """Return what share of each task's own expert every merge of the most experts has."""
     metric = results.main_metric
-    most = max((row["count"] for row in best.values()), default=0)
-    shares = results.where(metric=NORMALISED, count=most, group=0)
+    shares = results.where(metric=NORMALISED, count=max((row["count"] for row in best.values()), default=0), group=0)
     cells = {(row["model"], row["task"] or "mean"): row["value"] for row in shares.rows}
     if all(value is None for value in cells.values()):
         return None
@@ -140,9 +141,11 @@ def _kept(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | 
     known = {task: value for task in columns[1:] if (value := cells.get((model, task))) is not None}
     title = f"The {metric_words(metric)} of each merge, divided by the one of each task's own expert"
     if known and metric != "loss":
-        ends = [choose(known, key=lambda task: known[task]) for choose in (max, min)]
-        most_kept, least_kept = (f"{task} ({known[task]:.2f})" for task in ends)
-        title = f"{model} keeps most on {most_kept} and least on {least_kept}"
+        most, least = (
+            f"{task} ({known[task]:.2f})"
+            for task in (max(known, key=known.__getitem__), min(known, key=known.__getitem__))
+        )
+        title = f"{model} keeps most on {most} and least on {least}"
     about = "Each number is the merge divided by the task's own expert. A cell is empty where the own expert has 0."
     return Section("What merges kept", title, [heat, note(about)])
 
@@ -181,29 +184,24 @@ def _random_groups(results: Results) -> Section | None:
     drawn = results.where(metric=DRAWN)
     if not drawn.rows:
         return None
-    columns = [
-        Column("experts", lambda rows: rows.rows[0]["count"]),
-        Column("draws", lambda rows: rows.rows[0]["draws"]),
-    ]
-    for role, of in itertools.product(drawn.values("role"), dict.fromkeys((results.main_metric, "loss"))):
-        show, over = format_of(of), f"{ROLES[role]} {METRICS.get(of, of)}"
 
-        def found(rows: Results, name: str, role: str = role, of: str = of) -> Any:
-            return next((row[name] for row in rows.where(role=role, of=of).rows), None)
+    def of(rows: Results, name: str, **wanted: str) -> Any:
+        return next((row[name] for row in rows.where(**wanted).rows), None)
 
-        def span(ends: Sequence[float], show: Callable[[float], str] = show) -> str:
-            return " to ".join(map(show, ends))
+    def span(ends: Sequence[float], show: Callable[[float], str]) -> str:
+        return " to ".join(map(show, ends))
 
-        columns.append(Column("mean", partial(found, name="value"), show, over=over))
-        columns.append(Column("95 % interval", partial(found, name="interval"), span, over=over))
-    groups = [
-        [
-            Line(f"{kind} {merge}", drawn.where(kind=kind, merge=merge, count=count))
-            for count in drawn.where(kind=kind, merge=merge).values("count")
-        ]
-        for kind in drawn.values("kind")
-        for merge in drawn.where(kind=kind).values("merge")
-    ]
+    columns = [Column("experts", partial(of, name="count")), Column("draws", partial(of, name="draws"))]
+    for role, metric in itertools.product(drawn.values("role"), dict.fromkeys((results.main_metric, "loss"))):
+        show, over = format_of(metric), f"{ROLES[role]} {METRICS.get(metric, metric)}"
+        columns.append(Column("mean", partial(of, name="value", role=role, of=metric), show, over=over))
+        interval = partial(of, name="interval", role=role, of=metric)
+        columns.append(Column("95 % interval", interval, partial(span, show=show), over=over))
+    by_merge: dict[tuple[str, str], dict[int, Results]] = {}
+    for row in drawn.rows:
+        kind, merge, count = row["kind"], row["merge"], row["count"]
+        by_merge.setdefault((kind, merge), {})[count] = drawn.where(kind=kind, merge=merge, count=count)
+    groups = [[Line(f"{kind} {merge}", rows) for rows in sizes.values()] for (kind, merge), sizes in by_merge.items()]
     counts = listed([str(count) for count in sorted(drawn.values("count"))])
     about = (
         "A group counts with the mean over its tasks. The interval tells how much the mean depends on the groups drawn."
@@ -236,8 +234,7 @@ def _by_count(results: Results) -> Section | None:
 
 def _every_task(results: Results) -> Section | None:
     """Return the main metric of each model that was tested on several tasks; merges of fewer experts are left out."""
-    metric, tested = results.main_metric, results.where(metric=results.main_metric)
-    most = max((row["count"] or 0 for row in tested.rows), default=0)
+    metric, tested, most = results.main_metric, results.where(metric=results.main_metric), largest_count(results)
     largest = Results([row for row in tested.rows if row["count"] in (None, most)])
     wide = [model for model in largest.values("model") if len(largest.where(model=model).values("task")) > 1]
     if not wide:
@@ -249,26 +246,12 @@ def _every_task(results: Results) -> Section | None:
     return Section("Every task", title, [heat, note("A stronger tint is better. An empty cell was not tested.")])
 
 
-def _answers(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | None:
-    rows = results.facts["examples"]
-    merges = [row["model"] for row in best.values()]
-    joint = results.facts.get("joint", [])
-    shown = {task: [BASE, *_singles(results, task), *merges, *joint] for task in results.facts["held_in"]}
-    return answers_section(rows, shown) if rows else None
-
-
-def _singles(results: Results, task: str) -> list[str]:
-    """Return the experts of one task; an expert of all tasks, which has every task as its own, is left out."""
-    own = dict.fromkeys(row["model"] for row in results.where(task=task, merge=None, own=True).rows)
-    return [one for one in own if one not in results.facts.get("joint", [])]
-
-
 def _costs(results: Results) -> Section | None:
     costs = results.facts.get("costs")
     if not costs:
         return None
     columns = [
-        Column("kept", lambda row: row.get("kept"), share),
+        Column("kept", lambda row: row.get("kept"), lambda share: f"{100 * share:.3g} %"),
         Column("on disk", lambda row: row["bytes"], bytes_text),
         Column("seconds", lambda row: row["seconds"], partial(number, digits=1)),
     ]

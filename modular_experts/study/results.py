@@ -1,9 +1,8 @@
 """Make rows of the results of a study's pieces, and of the effects of its merges.
 
 A row has the columns of `reports.Results`, and `kind`, `merge`, `count`, `group`, `seed`, whether the task is one of
-the model's `own` experts, and the 95 % `interval` of a text metric over the rows of the task. `effects` and `growth`
-add rows about the effects of merges, and describe their metrics and columns. Every comparison is paired: two models
-answer the same test rows, and an interval is for the mean difference.
+the model's `own` experts, and the 95 % `interval` of a text metric over the rows of the task. Every comparison is
+paired: two models answer the same test rows, and an interval is for the mean difference.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ import torch
 from modular_experts.reports import Results
 from modular_experts.reports.results import examples_of, provenance
 from modular_experts.study.pieces import title_of
-from modular_experts.study.published import SINGLE
+from modular_experts.study.plan import SINGLE, Study
 from modular_experts.study.run import State
-from modular_experts.study.settings import Study
 
 RESULTS = "results.json"
 DRAWS = 500  # of a bootstrap
@@ -50,7 +48,7 @@ def results_of(study: Study, state: State) -> Results:
         "seeds": [*study.seeds],
         "joint": [*study.joint],
         "experts": study.experts,
-        "merges": {kind: [asdict(merge) for merge in merges] for kind, merges in study.merges.items()},
+        "merges": {kind: [asdict(way) for way in ways] for kind, ways in study.merges.items()},
         "data": study.data,
         "published": asdict(study.published) if study.published else None,
         "failed": {title_of(key): failure.sentence for key, failure in state.failed.items()},
@@ -97,14 +95,10 @@ def _draws(rows: int, seed: int) -> torch.Tensor:
 
 
 def level_with(state: State) -> dict[tuple[str, str], bool]:
-    """Tell which merges of all experts are level with the best one of their kind, on held-in tasks.
+    """Tell by kind and merge whether a merge of all experts is level with the best one of its kind.
 
-    The difference of two merges in exact match is taken row by row, over the rows of all tasks and seeds. It is inside
-    the noise if the 95 % interval of its mean contains zero.
-
-    Returns:
-        By kind and merge: True for the best, and for those that are level with it; nothing for a merge that no seed has
-        beside the best.
+    Their difference in exact match is taken row by row, over the rows of all held-in tasks and seeds. It is inside the
+    noise if the 95 % interval of its mean contains zero. A merge that no seed has beside the best is left out.
     """
     values: dict[tuple[str, str], dict[tuple, float]] = {}
     whole: dict[str, int] = {}
@@ -128,15 +122,13 @@ def level_with(state: State) -> dict[tuple[str, str], bool]:
 
 
 def effects(state: State, metric: str) -> list[dict[str, Any]]:
-    """Compare each merge with the experts that it was made of, each on its own task.
+    """Return rows that compare each merge with the experts that it was made of, each on its own task.
 
-    Returns:
-        Rows of results. `gain` is the metric of the merge minus the metric of the task's own expert, with the 95 %
-        interval of the paired difference over rows and seeds (None for the loss, which is not kept by row);
-        `normalised` is the first divided by the second (None if the expert has 0). Both name the metric (`of`), the
-        expert's value (`own_value`), and the best single expert of the kind on this task (`best_single`,
-        `best_single_value`). A row without a task is the mean over the tasks of the merge; for `normalised`, over the
-        tasks where it is known.
+    `gain` is the metric of the merge minus the metric of the task's own expert, with the interval of the paired
+    difference over rows and seeds (None for the loss, which is not kept by row); `normalised` is the first divided by
+    the second (None if the expert has 0). Both name the metric (`of`), the expert's value (`own_value`), and the best
+    single expert of the kind on this task (`best_single`, `best_single_value`). A row without a task is the mean over
+    the tasks where it is known.
     """
     singles: dict[tuple, dict[str, Any]] = {}
     merged: dict[tuple, list[dict[str, Any]]] = {}
@@ -160,7 +152,6 @@ def effects(state: State, metric: str) -> list[dict[str, Any]]:
 def _effects_of(
     several: Sequence[Mapping[str, Any]], singles: Mapping[tuple, Mapping[str, Any]], metric: str
 ) -> list[dict[str, Any]]:
-    """Compare the seeds of one merge with the single experts of its tasks: a row for each task, and their mean."""
     first = several[0]
     by_task: list[dict[str, Any]] = []
     means: list[torch.Tensor] = []
@@ -190,13 +181,11 @@ def _effects_of(
 
 
 def _score(found: Mapping[str, Any], task: str, metric: str) -> float:
-    """Return the value of a metric of a model on a task: NaN if its loss was not finite."""
     value = found["scores"]["tasks"][task][metric]
     return math.nan if value is None else value
 
 
 def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], task: str, metric: str) -> list[float]:
-    """Return the differences of two models in a metric, row by row: an empty list for a metric without row values."""
     pairs = [found["values"].get(task, {}).get(metric, []) for found in (mine, theirs)]
     return [one - other for one, other in zip(*pairs, strict=True)]
 
@@ -214,11 +203,10 @@ def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metr
 
 
 def over_draws(results: Results, counts: Collection[int]) -> list[dict[str, Any]]:
-    """Average the scores of merges of random groups of experts, over the groups, whose sizes are `counts`.
+    """Return the mean over random groups of experts, whose sizes are `counts`, of their means over tasks.
 
-    Returns:
-        A row of results for each merge, count, role and metric (`of`): the mean over the groups (`draws`, how many) of
-        their means over tasks, with its 95 % interval by a bootstrap over the groups; None for one group alone.
+    There is a row for each merge, count, role and metric (`of`), with the number of groups (`draws`) and the interval
+    by a bootstrap over them; None for one group alone.
     """
     by_line: dict[tuple, dict[tuple, list[float]]] = {}
     for row in results.rows:

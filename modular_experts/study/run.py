@@ -1,8 +1,7 @@
 """Run the pieces of a study that have no result yet, in its directory.
 
 The directory holds the library, `pieces.jsonl` with a line for every piece that was done or failed, and `results.json`
-and `report.html`, which are made of these lines. All of it may be interrupted at any moment: a line is whole or is not
-counted, and so is an expert.
+and `report.html`, which are made of these lines. It may be interrupted at any moment.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,8 +29,8 @@ from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked, remove_leftovers
 from modular_experts.library.record import RECORD_FILE, read_record
 from modular_experts.study.pieces import pieces_of
-from modular_experts.study.settings import Study
-from modular_experts.study.work import estimate, warn_of_copies
+from modular_experts.study.plan import Study
+from modular_experts.study.work import warn_of_copies
 
 PIECES = "pieces.jsonl"
 
@@ -45,7 +44,7 @@ class Failure:
 
 
 class Lines(JSONLines):
-    """The results of a study's pieces. A result counts only while the expert that its piece made is in the library.
+    """The results of a study's pieces, which count only while their expert is in the library as it was.
 
     Statistics, merges and routes count no longer when an expert that they were made of has other contents. A failure is
     a line too: `{"failed": sentence, "trace": ...}`.
@@ -64,20 +63,18 @@ class Lines(JSONLines):
         return own and self._is_there(found.get("expert")) and all(file.exists() for file in files)
 
     def failure(self, key: Key) -> str | None:
-        """Return why a piece failed, if that is the last that is known of it."""
+        """Return why a piece failed, if it has no result since."""
         return (self.get(key) or {}).get("failed")
 
     def _is_there(self, expert: Mapping[str, Any] | None) -> bool:
-        """Return whether the library has the expert of a result, and not one of other settings under its name.
-
-        A merge or a route stays while an expert that it was made of is missing: that may come back as it was.
-        """
+        """Return whether the library has the expert of a result, and not one of other settings under its name."""
         if expert is None:
             return True
         try:
             found = open_expert(self.library / expert["name"])
         except (OSError, ValueError):
             return False
+        # A merge or a route stays while an expert that it was made of is missing: that may come back as it was.
         parents = found.record["parents"] if found.is_routed or found.is_merge else []
         return found.content_hash == expert["content_hash"] and all(
             self._hash_of(parent["name"]) in (None, parent["content_hash"]) for parent in parents
@@ -90,29 +87,9 @@ class Lines(JSONLines):
             return None
 
 
-class Left(NamedTuple):
-    """The cost of the pieces that are left.
-
-    Attributes:
-        seconds: An estimate, without the pieces that resemble no finished one.
-        unknown: How many pieces this estimate leaves out.
-        bytes: An estimate of the size of trained experts on disk, without experts that resemble no trained one.
-    """
-
-    seconds: float = 0.0
-    unknown: int = 0
-    bytes: int = 0
-
-
 @dataclass
 class State:
-    """The finished and the remaining pieces of a study.
-
-    Attributes:
-        pieces: All pieces, in order.
-        done: The results of those that are done, by key.
-        failed: Why others have none, by key.
-    """
+    """The pieces of a study in order, the results of those that are done, and why others have none, by key."""
 
     pieces: list[Piece]
     done: dict[Key, dict[str, Any]]
@@ -122,6 +99,22 @@ class State:
     def left(self) -> list[Piece]:
         """The pieces that are still to do."""
         return [piece for piece in self.pieces if piece.key not in self.done and piece.key not in self.failed]
+
+    def seconds_left(self) -> tuple[float, int]:
+        """Estimate the time of the remaining pieces on one process, and tell how many pieces this leaves out.
+
+        A piece takes the mean of the finished pieces of its stage and kind, or else of its stage.
+        """
+        known: dict[Key, list[float]] = {}
+        for key, found in self.done.items():
+            for sort in (key[:2], key[:1]):
+                known.setdefault(sort, []).append(found["seconds"])
+        seconds, unknown = 0.0, 0
+        for sort, count in Counter(piece.key[:2] for piece in self.left).items():
+            alike = known.get(sort) or known.get(sort[:1])
+            seconds += count * fmean(alike) if alike else 0.0
+            unknown += 0 if alike else count
+        return seconds, unknown
 
 
 def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> State:
@@ -142,59 +135,6 @@ def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> Stat
     return state
 
 
-class Pace:
-    """Estimates the cost of pieces from finished pieces of their stage and kind, or else of their stage alone."""
-
-    def __init__(self, done: Mapping[Key, Mapping[str, Any]]) -> None:
-        self.seconds: dict[Key, list[float]] = {}
-        self.bytes: dict[Key, list[float]] = {}
-        for key, found in done.items():
-            self.add(key, found)
-
-    def add(self, key: Key, found: Mapping[str, Any]) -> None:
-        """Count a piece that is done."""
-        for sort in (key[:2], key[:1]):
-            self.seconds.setdefault(sort, []).append(found["seconds"])
-            if size := (found.get("expert") or {}).get("bytes"):
-                self.bytes.setdefault(sort, []).append(size)
-
-    def left(self, pieces: Iterable[Piece]) -> Left:
-        """Return what these pieces will take on one process."""
-        seconds, unknown, space = 0.0, 0, 0.0
-        for sort, count in Counter(piece.key[:2] for piece in pieces).items():
-            mean = _mean(self.seconds, sort)
-            seconds += count * (mean or 0.0)
-            unknown += count * (mean is None)
-            space += count * (_mean(self.bytes, sort) or 0.0) * (sort[0] == "experts")
-        return Left(seconds, unknown, int(space))
-
-
-def _mean(known: Mapping[Key, Sequence[float]], sort: Key) -> float | None:
-    return next((fmean(known[one]) for one in (sort, sort[:1]) if one in known), None)
-
-
-def measure_trainings(
-    state: State, pace: Pace, show: Callable[[str, int, int], None] = lambda kind, done, total: None
-) -> tuple[int, list[str]]:
-    """Let `pace` know the kinds of experts of which none is trained, by a few steps of each, which change nothing.
-
-    Returns:
-        The most bytes of memory that these steps took, and why kinds could not be measured.
-    """
-    first = {piece.key[:2]: piece for piece in reversed(state.left) if piece.key[0] == "experts"}
-    new, memory, refused = [first[sort] for sort in first if sort not in pace.seconds], 0, list[str]()
-    with LocalProcesses(1) as pool:
-        for number, piece in enumerate(reversed(new)):
-            show(str(piece.key[1]), number, len(new))
-            future = pool.submit(estimate, *piece.arguments)
-            if error := future.exception():
-                refused.append(f"{piece.key[1]}: {sentence_of(error)}")
-            else:
-                pace.add(piece.key, found := future.result())
-                memory = max(memory, found["memory"])
-    return memory, refused
-
-
 def run_study(
     study: Study,
     out: str | Path,
@@ -202,7 +142,7 @@ def run_study(
     retry: bool = False,
     executor: Executor | None = None,
     processes: int | None = None,
-    progress: Callable[[State, Left], None] = lambda state, left: None,
+    progress: Callable[[State, int | None], None] = lambda state, processes: None,
 ) -> State:
     """Do the remaining pieces of a study, and return what is then done and which pieces failed.
 
@@ -217,8 +157,8 @@ def run_study(
         executor: Where the pieces run; by default `processes` of this machine, one thread each.
         processes: How many, without an executor; by default as many as `LocalProcesses` starts, each with twice the
             base.
-        progress: Called at the start and after each piece, with what is done then, and what is left. The seconds are
-            divided by the `processes` of an executor; for one without this number they are for one process.
+        progress: Called at the start and after each piece, with the state then, and how many pieces run at once
+            (None for an executor that does not tell).
 
     Raises:
         BlockingIOError: Another process runs a study in `out`; nothing was done.
@@ -235,7 +175,6 @@ def run_study(
         lines.file.touch()
         state = state_of(pieces, lines, retry)
         pool = executor or stack.enter_context(LocalProcesses(processes, _bytes_each(study)))
-        pace, width = Pace(state.done), at_once(pool) or 1
         # A done piece needs nothing, not even one that failed since.
         todo = [replace(piece, needs=()) if piece.key in state.done else piece for piece in pieces]
         todo, before = [piece for piece in todo if piece.key not in state.failed], {*state.done}
@@ -245,12 +184,10 @@ def run_study(
         def show(done: int, total: int, piece: Piece | None) -> None:
             if piece is not None and piece.key in lines:
                 state.done[piece.key] = lines[piece.key]
-                pace.add(piece.key, lines[piece.key])
             elif piece is not None:
                 sentence = lines.failure(piece.key)
                 state.failed[piece.key] = Failure(sentence or "", None if sentence else piece.needs[0])
-            left = pace.left(state.left)
-            progress(state, left._replace(seconds=left.seconds / width))
+            progress(state, at_once(pool))
 
         def failed(piece: Piece, error: BaseException) -> None:
             trace = "".join(traceback.format_exception(error))
@@ -265,11 +202,7 @@ def run_study(
 
 
 def claim(out: Path) -> None:
-    """Make the directory of a study, unless it is there.
-
-    Raises:
-        FileExistsError: It holds other things.
-    """
+    """Make the directory of a study, unless it is there; FileExistsError if it holds other things."""
     others = [one for one in out.iterdir() if is_name(one.name) and one.suffix != ".yaml"] if out.exists() else []
     if others and not (out / PIECES).exists():
         raise FileExistsError(f"{out} holds other things than a study; give another --out to keep them")
@@ -279,11 +212,8 @@ def claim(out: Path) -> None:
 def _bytes_each(study: Study) -> int:
     """Return what a process takes in memory: the base that it tests, and the one that it trains."""
     layouts = read_layouts(Base.open(study.at(study.seeds[0]).base).directory).values()
-    return (
-        2
-        * getattr(torch, study.dtype).itemsize
-        * sum(math.prod(shape) for layout in layouts for _, shape in layout.values())
-    )
+    entries = sum(math.prod(shape) for layout in layouts for _, shape in layout.values())
+    return 2 * getattr(torch, study.dtype).itemsize * entries
 
 
 def sentence_of(error: BaseException) -> str:

@@ -1,9 +1,4 @@
-"""Read the description of a study, and check all of it before anything runs.
-
-A `Description` holds the words of a YAML file, or of a call in Python. `read_study` makes a `Study` of it: the same as
-plain values, every short form spelt out. A process that does a piece of the work gets these values and makes objects of
-them where it needs some.
-"""
+"""Read the description of a study, and check all of it before anything runs."""
 
 from __future__ import annotations
 
@@ -12,10 +7,10 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -23,25 +18,22 @@ from modular_experts.base.base import DType
 from modular_experts.data.tasks import NAME
 from modular_experts.evaluation import text_metrics
 from modular_experts.evaluation.scores import TextMetric
-from modular_experts.library import StoredExpert, check_name
-from modular_experts.library.described import trusted
+from modular_experts.library import check_name
+from modular_experts.reports.results import ROLES
 from modular_experts.settings import SHORT_NAMES, Options, folded, plain, respelt
 from modular_experts.settings.read import make
-from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entries
-from modular_experts.study.published import SINGLE, Published, read_published
-from modular_experts.study.short_forms import Kinds, content_hash, for_seed, read_tasks, spelt_out
+from modular_experts.study.merges import check_kinds, read_ways
+from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
+from modular_experts.study.short_forms import Kinds, Settings, content_hash, for_seed, read_tasks, spelt_out
 from modular_experts.text import did_you_mean
 from modular_experts.training.settings import read_run
 
 log = logging.getLogger(__name__)
 
-MULTITASK, BASE = "multitask", "base"
 RESERVED = (MULTITASK, BASE, "merge", "route")
 DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limit", "chat_template", "eval_batch_size")
 """Settings of `TaskMixture` that hold for the training and for every measurement alike."""
 
-Settings = dict[str, Any]
-Measure = Callable[[Sequence[StoredExpert]], Sequence[float]]
 Count = int | str
 
 
@@ -107,88 +99,11 @@ class Description(Options):
                 raise ValueError(f"data.{key} is not a setting of how the rows of a study are read{near}")
         if len(set(self.seeds or ())) < len(self.seeds or ()):
             raise ValueError(f"seeds={self.seeds} must be one or more different numbers, such as [0, 1, 2]")
-        if self.dtype not in get_args(DType):
-            near = did_you_mean(str(self.dtype), get_args(DType)) or f"; they are {', '.join(get_args(DType))}"
-            raise ValueError(f"dtype={self.dtype!r} is not a data type of a base{near}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
+        make("--dtype", DType, self.dtype)
         text_metrics(make("--metrics", dict[str, TextMetric], {**(self.metrics or {})}))
         make("--measures", dict[str, Measure], {**(self.measures or {})})
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything that a study does, as plain values; what is not told here is as in its `Description`.
-
-    Attributes:
-        held_in: Settings of the tasks that get experts, by name.
-        held_out: Settings of the tasks that are only tested, by name.
-        contents: A hash of the files of each task, by name; empty for rows from elsewhere.
-        experts: For each kind with an expert for each task the configs of its fit, of which a later one wins.
-        merges: For each kind of expert its merges, routes and ensembles.
-        counts: How many experts are merged, in ascending order.
-        draws: For each count whose groups are random, how many there are; the groups of other counts are disjoint.
-        joint: The configs of the fit of each kind with one expert of all held-in tasks.
-        needs: The kinds of statistics that each merge needs, by its name.
-    """
-
-    base: str
-    held_in: dict[str, Settings]
-    held_out: dict[str, Settings]
-    contents: dict[str, str]
-    experts: dict[str, list[Settings]]
-    merges: dict[str, tuple[Combination, ...]]
-    counts: tuple[int, ...]
-    joint: dict[str, list[Settings]]
-    matrix: bool
-    seeds: tuple[int, ...]
-    data: Settings
-    max_new_tokens: int
-    dtype: DType
-    metrics: dict[str, str] = field(default_factory=dict)
-    measures: dict[str, str] = field(default_factory=dict)
-    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    draws: dict[int, int] = field(default_factory=dict)
-    published: Published | None = None
-    trust: tuple[str, ...] = field(default_factory=trusted)
-    """Modules and classes that pieces trust in their processes, as this process does (`library/described.py`)."""
-
-    @property
-    def tasks(self) -> dict[str, Settings]:
-        """Settings of all tasks by name, those that get experts first."""
-        return {**self.held_in, **self.held_out}
-
-    def at(self, seed: int) -> Study:
-        """Return the study of a seed, which stands in the place of `{seed}`."""
-        parts = {name: getattr(self, name) for name in ("base", "held_in", "held_out", "experts", "joint")}
-        found = {name: for_seed(part, seed) for name, part in parts.items()}
-        tasks = {**found["held_in"], **found["held_out"]}
-        changed = {name: content_hash(name, task) for name, task in tasks.items() if task != self.tasks[name]}
-        return replace(self, **found, contents=self.contents | changed) if found != parts else self
-
-    def seen(self, tasks: Iterable[str]) -> list[list[Any]]:
-        """Return the settings and the contents of tasks: all that a result on these tasks depends on."""
-        every = self.tasks
-        return [[every[task], self.contents[task]] for task in tasks]
-
-    def name(self, kind: str, task: str, seed: int) -> str:
-        """Return the name of an expert in the library."""
-        return f"{kind}-{task}{self._of(seed)}"
-
-    def merge_name(self, kind: str, merge: str, seed: int) -> str:
-        """Return the name in the library of the merge of all experts of a kind."""
-        return f"merge-{kind}-{re.sub('[^A-Za-z0-9._-]+', '-', merge)}{self._of(seed)}"
-
-    def route_name(self, kind: str, route: str, seed: int) -> str:
-        """Return the name in the library of all experts of a kind behind a router."""
-        return self.merge_name(kind, route, seed).replace("merge", "route", 1)
-
-    def joint_name(self, kind: str, seed: int) -> str:
-        """Return the name in the library of an expert of all tasks."""
-        return f"{kind}{self._of(seed)}"
-
-    def _of(self, seed: int) -> str:
-        return f"-seed{seed}" if len(self.seeds) > 1 else ""
 
 
 def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges: Any = None, **more: Any) -> Study:
@@ -205,10 +120,10 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
     kinds, joint, named = read_experts(given)
     seeds = tuple(given.seeds or [0])
     _check_fits(given, {**kinds, **joint}, next(iter(held_in.values())), seeds[0])
-    entries = read_entries(given.merges or [], named)
-    wanted: Any = given.counts or ["all"]
-    counts = read_counts(wanted, len(held_in))
-    if [*counts] != [len(held_in)] and (together := [name for name, entry in entries.items() if entry.together]):
+    ways = read_ways(given.merges or [], named)
+    counts = read_counts(given.counts or ["all"], len(held_in))  # type: ignore[arg-type]
+    together = [name for name, (way, _) in ways.items() if way.together]
+    if together and [*counts] != [len(held_in)]:
         raise ValueError(f"{together[0]} is measured for one merge of all experts; give counts: [all]")
     study = Study(
         base=given.base,
@@ -216,7 +131,7 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         held_out=held_out,
         contents={name: content_hash(name, for_seed(task, seeds[0])) for name, task in {**held_in, **held_out}.items()},
         experts=kinds,
-        merges={kind: tuple(entry.merge for entry in entries.values() if kind in entry.kinds) for kind in kinds},
+        merges={kind: tuple(way for way, its in ways.values() if kind in its) for kind in kinds},
         counts=tuple(counts),
         draws={size: draws for size, draws in counts.items() if draws},
         joint=joint,
@@ -227,9 +142,9 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         dtype=given.dtype,
         metrics={**(given.metrics or {})},
         measures={**(given.measures or {})},
-        needs={name: entry.needs for name, entry in entries.items()},
-        published=read_published(given.published, _models(kinds, entries, joint)) if given.published else None,
     )
+    if given.published:
+        study = replace(study, published=_read_published(given.published, _models(study)))
     _check_names(study)
     for seed in seeds[1:]:
         study.at(seed)  # refuses files that are not there
@@ -248,17 +163,14 @@ def read_experts(given: Description) -> Kinds:
         {kind: _configs(kind, settings, given.fit) for kind, settings in part.items()}
         for part in (found.apart, found.joint)
     )
-    return Kinds(apart, joint | _multitask(given, apart), found.named)
-
-
-def _multitask(given: Description, kinds: Mapping[str, list[Settings]]) -> dict[str, list[Settings]]:
-    if given.multitask is None:
-        return {}
-    own = {name: value for name, value in given.multitask.items() if name != "kind"}
-    if "kind" not in given.multitask:
-        return {MULTITASK: _configs(MULTITASK, own, given.fit)}
-    check_kinds("multitask", [given.multitask["kind"]], kinds)
-    return {MULTITASK: [*kinds[given.multitask["kind"]], *[own] * bool(own)]}
+    if given.multitask is not None:
+        own = dict(given.multitask)
+        if kind := own.pop("kind", None):
+            check_kinds("multitask", [kind], apart)
+            joint[MULTITASK] = [*apart[kind], *[own] * bool(own)]
+        else:
+            joint[MULTITASK] = _configs(MULTITASK, own, given.fit)
+    return Kinds(apart, joint, found.named)
 
 
 def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list[Settings]:
@@ -298,28 +210,25 @@ def read_counts(counts: Sequence[Any] | Mapping[Any, Any], tasks: int) -> dict[i
     """Return how many random groups there are of each size, in ascending order; 0 of a size with disjoint groups."""
     found: dict[int, int] = {}
     for entry in [counts] if isinstance(counts, Mapping) else counts:
-        for count, draws in entry.items() if isinstance(entry, Mapping) else [(entry, None)]:
+        for count, draws in entry.items() if isinstance(entry, Mapping) else [(entry, 0)]:
             # A command line and the keys of a mapping give numbers as text.
             size = tasks if count == "all" else int(str(count)) if re.fullmatch(r"\d+", str(count)) else 0
-            if count != "all" and not 2 <= size <= tasks:
+            number = re.fullmatch(r"(\d+)( draws?)?", str(draws))
+            fits = count == "all" or 2 <= size <= tasks
+            if number is None or (isinstance(entry, Mapping) and not int(number[1])) or not fits:
                 raise ValueError(
-                    f"counts holds {count}; give numbers from 2 to the {tasks} held-in tasks, or `all`: [2, 5, all], "
+                    f"counts holds {entry}; give numbers from 2 to the {tasks} held-in tasks, or `all`: [2, 5, all], "
                     "or random groups: [2: 10 draws, all]"
                 )
-            wanted = _draws(count, draws, size, tasks) if isinstance(entry, Mapping) else 0
+            wanted = _drawn(int(number[1]), size, tasks)
             if found.setdefault(size, wanted) != wanted:
                 raise ValueError(f"counts names {size} experts twice, with other groups; leave one of the two out")
     return dict(sorted(found.items()))
 
 
-def _draws(count: Any, draws: Any, size: int, tasks: int) -> int:
-    """Return how many random groups `10 draws` means; 0 for the group of all experts, which drawn is the same."""
-    number = re.fullmatch(r"([1-9]\d*)( draws?)?", str(draws))
-    if number is None:
-        raise ValueError(
-            f"counts: {count} has {draws!r}; give how many random groups to draw, such as [{count}: 10 draws]"
-        )
-    wanted, most = int(number[1]), math.comb(tasks, size)
+def _drawn(wanted: int, size: int, tasks: int) -> int:
+    """Return how many groups are drawn at random; 0 for the group of all experts, which drawn is the same."""
+    most = math.comb(tasks, size)
     if most < wanted:
         groups = f"{most} different group{'s' * (most > 1)}"
         sentence = "counts: %d experts have only %s of %d, so the study takes each once instead of %d draws"
@@ -327,20 +236,35 @@ def _draws(count: Any, draws: Any, size: int, tasks: int) -> int:
     return 0 if size == tasks else min(wanted, most)
 
 
-def _models(kinds: Iterable[str], merges: Mapping[str, Entry], joint: Iterable[str]) -> list[str]:
+def _read_published(given: Mapping[str, Any], models: Collection[str]) -> Published:
+    found: Published = make("published", Published, {**given})
+    for name, figures in found.rows.items():
+        if name not in models:
+            near = did_you_mean(name, models) or f"; they are {', '.join(models)}"
+            raise ValueError(f"published.rows: {name!r} is not a model of this study{near}")
+        if not set(figures) <= set(ROLES):
+            raise ValueError(
+                f"published.rows: {name} has {figures}; give the means as {{held_in: 51.4, held_out: 43.1}}"
+            )
+    return found
+
+
+def _models(study: Study) -> list[str]:
     """Return the names of a study's models as its tables name them; merges are of all experts."""
-    singles = [f"{kind}{SINGLE}" for kind in kinds]
-    merged = [f"{kind} {name}" for name, entry in merges.items() for kind in entry.kinds]
-    return [BASE, *singles, *merged, *joint]
+    singles = [f"{kind}{SINGLE}" for kind in study.experts]
+    return [
+        BASE,
+        *singles,
+        *[f"{kind} {way.name}" for kind in study.merges for way in study.merges[kind]],
+        *study.joint,
+    ]
 
 
 def _check_names(study: Study) -> None:
     names = [study.joint_name(kind, seed) for seed in study.seeds for kind in {MULTITASK: None, **study.joint}]
     for seed, kind in itertools.product(study.seeds, study.experts):
         names += [study.name(kind, task, seed) for task in study.held_in]
-        for merge in study.merges[kind]:
-            named = study.route_name if isinstance(merge, Route) else study.merge_name
-            names.append(named(kind, merge.name, seed))
+        names += [study.combined_name(way.kept_as, kind, way.name, seed) for way in study.merges[kind]]
     for name, count in Counter(map(check_name, names)).items():
         if count > 1:
             raise ValueError(f"two experts would have the name {name} in the library; rename a kind, a task or a merge")

@@ -1,8 +1,4 @@
-"""Write out the short forms of a study's description.
-
-A word names tasks in five forms, a grid stands for a kind of experts for each combination of its values, a list of
-methods for an entry each, and `{seed}` for the seed of a training.
-"""
+"""Write out the short forms of a study's description: words for tasks, grids, lists of methods, and `{seed}`."""
 
 from __future__ import annotations
 
@@ -30,13 +26,14 @@ def read_tasks(tasks: Any) -> tuple[dict[str, Settings], dict[str, Settings]]:
 
     Tasks are given by role, as a list, or as one task; one that stands under no role is held in.
     """
-    found: dict[str, dict[str, Settings]] = {role: {} for role in ROLES}
-    by_role = tasks if isinstance(tasks, Mapping) and set(tasks) <= set(ROLES) else {"held_in": tasks}
+    by_role = {"held_in": tasks}
     # A mapping that has, or nearly has, the name of a role means roles, and not the settings of one task.
-    for key in tasks if by_role is not tasks and isinstance(tasks, Mapping) else ():
-        near = did_you_mean(key, ROLES)
-        if key not in ROLES and (near or {*ROLES} & {*tasks}):
-            raise ValueError(f"tasks.{key} is neither held_in nor held_out{near}")
+    if isinstance(tasks, Mapping) and any(key in ROLES or did_you_mean(key, ROLES) for key in tasks):
+        by_role = dict(tasks)
+        for key in by_role:
+            if key not in ROLES:
+                raise ValueError(f"tasks.{key} is neither held_in nor held_out{did_you_mean(key, ROLES)}")
+    found: dict[str, dict[str, Settings]] = {role: {} for role in ROLES}
     for role, listed in by_role.items():
         for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
             for one in named_tasks(entry) if isinstance(entry, str) else [dict(entry)]:
@@ -53,13 +50,10 @@ def read_tasks(tasks: Any) -> tuple[dict[str, Settings], dict[str, Settings]]:
 
 
 def named_tasks(word: str) -> list[Settings]:
-    """Return the settings of the tasks that one word names, by the first of these forms that it has.
+    """Return the settings of the tasks that one word names.
 
-    - a pattern, `tasks/*.jsonl`: each file that it matches;
-    - a path at which something is: that file, or a directory that `datasets.save_to_disk` wrote;
-    - a class of the suite, `FirstTwo`: that task, called `first-two`;
-    - a hub id, `owner/name` without a suffix: that data set;
-    - anything else: a file, whose absence has a sentence of its own.
+    That is each file of a pattern (`tasks/*.jsonl`), the file or data set at a path, a class of the suite (`FirstTwo`,
+    called `first-two`), a hub id (`owner/name` without a suffix), or else a file that is not there.
     """
     path = Path(word)
     if any(sign in word for sign in "*?["):
@@ -67,17 +61,14 @@ def named_tasks(word: str) -> list[Settings]:
         if not files:
             raise ValueError(f"no file matches {word!r}; the pattern starts from the current directory")
         return [{"path": file} for file in files]
-    if path.exists():
-        if path.is_dir() and not [*path.glob("dataset_*.json")]:
-            raise ValueError(
-                f"{word} is a directory that datasets.save_to_disk did not write; give its files: {word}/*.jsonl"
-            )
-        return [{"path": word}]
-    if word.isidentifier() and word[0].isupper():
+    if path.is_dir() and not [*path.glob("dataset_*.json")]:
+        raise ValueError(
+            f"{word} is a directory that datasets.save_to_disk did not write; give its files: {word}/*.jsonl"
+        )
+    if not path.exists() and word.isidentifier() and word[0].isupper():
         return [{"name": re.sub(r"(?<!^)(?=[A-Z])", "-", word).lower(), "source": word}]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not path.suffix:
-        return [{"hub": word}]
-    return [{"path": word}]
+    is_on_hub = not path.exists() and not path.suffix and re.fullmatch(r"[\w.-]+/[\w.-]+", word)
+    return [{"hub" if is_on_hub else "path": word}]
 
 
 def content_hash(name: str, task: Mapping[str, Any]) -> str:
@@ -94,16 +85,10 @@ def content_hash(name: str, task: Mapping[str, Any]) -> str:
 
 
 class Kinds(NamedTuple):
-    """The kinds of experts of a study.
+    """Settings of the kinds of experts, and the kinds that a name in `merges` stands for: one, or all of a grid."""
 
-    Attributes:
-        apart: The settings of each kind that has an expert for each task.
-        joint: The settings of each kind that has one expert of all tasks.
-        named: The kinds with an expert for each task that a name in `merges` stands for: one, or all of a grid.
-    """
-
-    apart: dict[str, Any]
-    joint: dict[str, Any]
+    apart: dict[str, Any]  # with an expert for each task
+    joint: dict[str, Any]  # with one expert of all tasks
     named: dict[str, list[str]]
 
 
@@ -113,15 +98,12 @@ def spelt_out(experts: Mapping[str, Any]) -> Kinds:
     `lora: {expert: LoRAExpert, grid: {learning_rate: [0.001, 0.003]}}` becomes the kinds `lora-0.001` and `lora-0.003`.
     A key of a grid is a setting of `fit`, with dots where it stands inside of others. Its values are a list, or a
     mapping from the names that they get in the names of kinds: `{trainer.callbacks: {once: [...], grow: [...]}}`.
-
-    Raises:
-        ValueError: A grid has something other than values for a setting.
     """
     kinds = Kinds({}, {}, {})
     for name, given in experts.items():
-        found, is_joint = {name: given}, False
+        found, is_joint = {name: given}, isinstance(given, Mapping) and bool(given.get("joint"))
         if isinstance(given, Mapping):
-            grid, is_joint = given.get("grid") or {}, bool(given.get("joint"))
+            grid = given.get("grid") or {}
             if not isinstance(grid, Mapping) or not all(isinstance(of, list | dict) and of for of in grid.values()):
                 raise ValueError(
                     f"experts.{name}.grid is {grid!r}; give lists of values: {{learning_rate: [0.001, 0.003]}}"
@@ -133,8 +115,7 @@ def spelt_out(experts: Mapping[str, Any]) -> Kinds:
                 for pairs in itertools.product(*named)
             }
         (kinds.joint if is_joint else kinds.apart).update(found)
-        if not is_joint:
-            kinds.named.update({one: [one] for one in found} | {name: [*found]})
+        kinds.named.update({} if is_joint else {one: [one] for one in found} | {name: [*found]})
     return kinds
 
 

@@ -8,19 +8,15 @@ from statistics import fmean
 from typing import Any
 
 from modular_experts.reports import Results
-from modular_experts.reports.results import METRICS, SHARES, better, format_of
+from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
 from modular_experts.reports.tables import Column, Line, Table, number
-from modular_experts.study.published import SINGLE
+from modular_experts.study.plan import BASE, SINGLE
 from modular_experts.study.results import DRAWN, GAIN, NORMALISED, level_with
 from modular_experts.study.run import State
-from modular_experts.study.settings import BASE
 
 
 def summary(results: Results, state: State, counts: Collection[int] | None = None) -> Table:
-    """Return the table of a study: the base, and of each kind the single experts and every merge by its count.
-
-    With `counts` it shows only the merges of these numbers of experts.
-    """
+    """Return the table of a study, of which `counts` may name the numbers of experts of the merges to show."""
     metric = results.main_metric
     # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
     best = "" if len(counts or results.where(metric=metric).values("count")) > 1 else better(metric)
@@ -64,6 +60,35 @@ def _summary_columns(metric: str, best: Any) -> list[Column]:
     ]
 
 
+def largest_count(results: Results) -> int:
+    """Return how many experts the largest merge has; 0 without merges."""
+    return max((row["count"] or 0 for row in results.where(metric=results.main_metric).rows), default=0)
+
+
+def beside_published(results: Results) -> Table | None:
+    """Return a table of our means and the published ones, a line for each model of theirs, or None without any."""
+    if not (published := results.facts.get("published")):
+        return None
+    metric = published["metric"]
+    show: Any = {"ours": format_of(metric), "published": partial(number, digits=2 if metric in SHARES else 3)}
+
+    def of(line: tuple[Results, Mapping[str, float]], whose: str, role: str) -> float | None:
+        return line[0].mean(metric, role=role) if whose == "ours" else line[1].get(role)
+
+    columns = [
+        Column(whose, partial(of, whose=whose, role=role), show[whose], over=words)
+        for role, words in ROLES.items()
+        for whose in show
+    ]
+    lines = [Line(name, (_ours(results, name), figures)) for name, figures in published["rows"].items()]
+    return Table(columns, [lines], METRICS[metric])
+
+
+def _ours(results: Results, model: str) -> Results:
+    kind = model.removesuffix(SINGLE)
+    return results.where(model=model) if kind == model else judged(results, kind).where(merge=None)
+
+
 def judged(results: Results, kind: str) -> Results:
     """Return the rows of a kind by which its models are judged: the tasks of their own experts, and held-out ones."""
     return Results([row for row in results.where(kind=kind).rows if row["own"] or row["role"] == "held_out"])
@@ -73,35 +98,36 @@ def findings(results: Results) -> list[str]:
     """Say for each kind which share of the single experts' score the best merge of the largest group keeps."""
     sentences = []
     for kind, row in best_merges(results).items():
-        gains = results.where(model=row["model"], metric=GAIN).rows
-        worst = (max if row["of"] == "loss" else min)(
-            (one for one in gains if one["task"]), key=lambda one: one["value"]
-        )
-        share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
-        experts, metric = f"{row['count']} {kind} experts", metric_words(row["of"])
-        over = ""
+        metric, of_model = row["of"], results.where(model=row["model"])
+        gains = [one for one in of_model.where(metric=GAIN).rows if one["task"]]
+        worst = (max if metric == "loss" else min)(gains, key=lambda one: one["value"])
+        share = of_model.where(metric=NORMALISED, task=None).rows[0]["value"]
+        experts, over = f"{row['count']} {kind} experts", ""
         if drawn := {one["of"]: one for one in _over_draws(results, row)}:
             row = {**row, **{name: drawn[GAIN][name] for name in ("value", "interval")}}
             share = drawn[NORMALISED]["value"] if NORMALISED in drawn else None
             over = f" in the mean of {drawn[GAIN]['draws']} random groups"
+        span = f", 95 % interval {interval_text(row['interval'], metric)}" if row["interval"] else ""
+        change = f"{signed(row['value'], metric)}{' points' * (metric in SHARES)}{span}"
         if share is None:
             # Nothing is less than 0, so an interval that starts there holds no difference too.
             is_more = row["value"] > 0 and (row["interval"] is None or row["interval"][0] > 0)
             merge = f"; {row['merge']} adds" if is_more else f", and {row['merge']} is level with them:"
-            sentences.append(f"The {experts} score 0 in {metric} alone{merge} {_change(row)}{over}")
+            sentences.append(f"The {experts} score 0 in {metric_words(metric)} alone{merge} {change}{over}")
             continue
+        kept = f"keep {100 * share:.0f} % of their own {metric_words(metric)}"
+        kept = f"have {share:.2f} times their own loss" if metric == "loss" else kept
+        lost = f"most is lost on {worst['task']} ({signed(worst['value'], metric)})"
+        if (worst["value"] if metric == "loss" else -worst["value"]) <= 0:
+            lost = "no task is worse than by its own expert"
         sentences.append(
-            f"Merged by {row['merge']}, the {experts} {_kept(share, row['of'])}{over} "
-            f"({_change(row)}){'' if over else f'; {_worst(worst)}'}"
+            f"Merged by {row['merge']}, the {experts} {kept}{over} ({change}){'' if over else f'; {lost}'}"
         )
     return sentences
 
 
 def best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Return by kind the row of results with the mean gain of the best merge of the most experts.
-
-    The best merge of random groups is that with the best mean over them, and the row is of its first group.
-    """
+    """Return by kind the row with the mean gain of the best merge of the most experts; of random groups, the first."""
     means = results.where(metric=GAIN, task=None).rows
     best: dict[str, Mapping[str, Any]] = {}
     for kind in results.facts["kinds"]:
@@ -117,26 +143,6 @@ def best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
 def _over_draws(results: Results, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """Return the means over the random groups of a merge and its count on held-in tasks; none of disjoint groups."""
     return results.where(metric=DRAWN, kind=row["kind"], merge=row["merge"], count=row["count"], role="held_in").rows
-
-
-def _worst(row: Mapping[str, Any]) -> str:
-    lost = row["value"] if row["of"] == "loss" else -row["value"]
-    if lost <= 0:
-        return "no task is worse than by its own expert"
-    return f"most is lost on {row['task']} ({signed(row['value'], row['of'])})"
-
-
-def _kept(share: float, metric: str) -> str:
-    if metric == "loss":
-        return f"have {share:.2f} times their own loss"
-    return f"keep {100 * share:.0f} % of their own {metric_words(metric)}"
-
-
-def _change(row: Mapping[str, Any]) -> str:
-    """Return a gain and its interval, such as `-2.1 points, 95 % interval -4.0 to -0.3`."""
-    unit = " points" if row["of"] in SHARES else ""
-    span = f", 95 % interval {interval_text(row['interval'], row['of'])}" if row["interval"] else ""
-    return f"{signed(row['value'], row['of'])}{unit}{span}"
 
 
 def interval_text(span: Sequence[float], metric: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modular_experts.quickstart.base import BaseTraining
 from modular_experts.quickstart.plan import Plan
+from modular_experts.quickstart.run import BaseTraining
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero_once_the_target_is_met() -> None:

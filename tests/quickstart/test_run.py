@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from testbed.here import Here
 from modular_experts.base import Base
 from modular_experts.cli.study import UnfinishedStudyError, check_finished
 from modular_experts.library import Library, open_expert
-from modular_experts.quickstart.base import FACTS
 from modular_experts.quickstart.plan import METHODS, Plan, untuned
-from modular_experts.quickstart.run import run_plan
+from modular_experts.quickstart.run import FACTS, run_plan
 from modular_experts.reports import Results
-from modular_experts.reports.html import element
 from modular_experts.reports.page import Section
+from modular_experts.reports.tables import element
 from modular_experts.study import results_of
 from modular_experts.study.report import figure_of, write_report
 from modular_experts.study.run import State
@@ -47,9 +44,9 @@ MERGES = [("sparse", method) for method in METHODS] + [
 
 
 class WithoutDevices(Here):
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "a GPU would give other numbers"
-        return super().submit(fn, *args, **kwargs)
+    def __init__(self, devices: list[str]) -> None:
+        super().__init__()
+        assert {*devices} == {""}, "a GPU would give other numbers"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,7 +179,7 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name:
 
 
 def test_another_plan_in_the_same_directory_is_refused(finished) -> None:
-    with pytest.raises(ValueError, match=r"holds a quickstart with seed=0; continue it with the same settings, give"):
+    with pytest.raises(ValueError, match=r"holds a quickstart of other settings, such as another seed, or of"):
         run_plan(replace(SMALL, seed=1), finished[0])
 
 
@@ -193,6 +190,6 @@ def test_a_directory_of_an_older_version_is_refused_and_left_alone(finished, tmp
     del facts["plan"]
     file.write_text(json.dumps(facts))
     (tmp_path / "out" / "pieces.jsonl").touch()
-    with pytest.raises(ValueError, match="holds a quickstart of an older version of this package; give another --out"):
+    with pytest.raises(ValueError, match="or of an older version; give another --out"):
         run_plan(SMALL, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "pieces.jsonl"]

@@ -47,7 +47,5 @@ def test_a_wide_figure_names_its_rows_once_and_lies_inside_its_width() -> None:
 
 def test_colours_are_those_of_the_page_or_of_a_light_or_dark_file() -> None:
     assert "--ink:" not in draw("t", "k", PANELS)
-    light, dark = (draw("t", "k", PANELS, dark=one) for one in (False, True))
-    assert "--paper: #ffffff" in light
-    assert "--paper: #0d1117" in dark
-    assert draw("t", "k", PANELS, dark=True) == dark
+    assert "--paper: #ffffff" in draw("t", "k", PANELS, dark=False)
+    assert "--paper: #0d1117" in draw("t", "k", PANELS, dark=True)

@@ -14,7 +14,7 @@ from modular_experts.reports import Results
 from modular_experts.reports.tables import heat_map
 from modular_experts.study.report import write_report
 from modular_experts.study.results import effects, interval, level_with, over_draws
-from modular_experts.study.run import Left, Pace, State
+from modular_experts.study.run import State
 from modular_experts.study.summary import findings, summary
 
 
@@ -50,9 +50,9 @@ def test_a_merge_is_level_with_the_best_if_the_difference_lies_inside_the_noise(
 
 
 def test_time_left_counts_what_nothing_alike_was_measured_of() -> None:
-    pace = Pace({("experts", "lora", "a", 0, "x"): {"seconds": 4.0, "expert": {"bytes": 100}}})
     keys = [("experts", "lora", "b", 0, "y"), ("experts", "sparse", "b", 0, "y"), ("tests", "lora", "a", 0, "z")]
-    assert pace.left([Piece(key, print) for key in keys]) == Left(8.0, 1, 200)
+    done = {("experts", "lora", "a", 0, "x"): {"seconds": 4.0}}
+    assert State([Piece(key, print) for key in (*done, *keys)], done, {}).seconds_left() == (8.0, 1)
 
 
 def test_the_heat_map_tints_the_best_strongest_and_shows_every_number() -> None:

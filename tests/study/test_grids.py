@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modular_experts.study.merges import Merge, Route
-from modular_experts.study.pieces import settings_of
+from modular_experts.study.merges import Merge, Route, settings_of
 from modular_experts.study.short_forms import each_method, for_seed, spelt_out
 
 

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from modular_experts.reports import Results
-from modular_experts.study.published import beside_published
+from modular_experts.study.summary import beside_published
 
 THEIRS = {"lora TIES": {"held_in": 50.21, "held_out": 46.16}, "lora, single": {"held_in": 77.5}}
 GIVEN = {"source": "arXiv 2507.07140", "metric": "rougeL", "rows": THEIRS}

@@ -15,7 +15,7 @@ from modular_experts.library import Library
 from modular_experts.methods import TIES, SparseAverage
 from modular_experts.settings import plain
 from modular_experts.study import read_study, results_of, run_study
-from modular_experts.study.pieces import groups
+from modular_experts.study.plan import groups
 from modular_experts.study.short_forms import named_tasks
 
 

@@ -370,9 +370,7 @@ def test_dry_run_and_status_write_nothing(settings, capsys) -> None:
     assert study(settings, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "to do   experts lora upper 0\n" in shown
-    assert re.search(r"^6 pieces left, more than .* left on one process$", shown, re.MULTILINE)
-    assert re.search(r"^their experts will take about [\d.]+ .?B of disk$", shown, re.MULTILINE)
-    assert re.search(r"^a training takes up to [\d.]+ .B of memory; --processes limits", shown, re.MULTILINE)
+    assert "6 pieces left\nthe time of 6 of them is not known, because nothing like them is done yet" in shown
     assert study(settings, "--status") == 0
     assert "the time of 6 of them is not known, because nothing like them is done yet" in capsys.readouterr().out
     assert not Path("runs").exists()
@@ -380,6 +378,10 @@ def test_dry_run_and_status_write_nothing(settings, capsys) -> None:
     assert study(settings, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "done    experts lora upper 0\n" in shown
+    Path("upper.jsonl").write_text(Path("upper.jsonl").read_text() + '{"input": "a", "target": "A", "split": "test"}\n')
+    assert study(settings, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^5 pieces left, more than .* left on one process$", shown, re.MULTILINE)
     assert study(settings | {"experts": {"lora": LORA | {"steps": 1}}}, "--status") == 0
     assert "experts     0 of 2 done" in capsys.readouterr().out
 

@@ -1,0 +1,143 @@
+"""Hold everything that a study does as plain values, and the groups of experts that its merges are made of."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from modular_experts.base.base import DType
+from modular_experts.library import StoredExpert, open_expert
+from modular_experts.library.described import trusted
+from modular_experts.study.short_forms import Settings, content_hash, for_seed
+
+MULTITASK, BASE = "multitask", "base"
+SINGLE = ", single"
+"""What stands after a kind where its single experts are meant, each on its own task."""
+Measure = Callable[[Sequence[StoredExpert]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures of others for models of a study, as its tables name them; shares are in per cent.
+
+    Args:
+        source: Where they stand, and what they measure.
+        metric: The metric that they are of.
+        rows: For each model the mean over the tasks of a role (`held_in`, `held_out`).
+    """
+
+    source: str
+    metric: Literal["loss", "exact_match", "rougeL", "choice_accuracy"]
+    rows: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a study does, as plain values; what is not told here is as in its `Description`.
+
+    Attributes:
+        held_in: Settings of the tasks that get experts, by name.
+        held_out: Settings of the tasks that are only tested, by name.
+        contents: A hash of the files of each task, by name; empty for rows from elsewhere.
+        experts: For each kind with an expert for each task the configs of its fit, of which a later one wins.
+        merges: For each kind of expert its merges, routes and ensembles (`study/merges.py`).
+        counts: How many experts are merged, in ascending order.
+        draws: For each count whose groups are random, how many there are; the groups of other counts are disjoint.
+        joint: The configs of the fit of each kind with one expert of all held-in tasks.
+    """
+
+    base: str
+    held_in: dict[str, Settings]
+    held_out: dict[str, Settings]
+    contents: dict[str, str]
+    experts: dict[str, list[Settings]]
+    merges: dict[str, tuple[Any, ...]]
+    counts: tuple[int, ...]
+    joint: dict[str, list[Settings]]
+    matrix: bool
+    seeds: tuple[int, ...]
+    data: Settings
+    max_new_tokens: int
+    dtype: DType
+    metrics: dict[str, str] = field(default_factory=dict)
+    measures: dict[str, str] = field(default_factory=dict)
+    draws: dict[int, int] = field(default_factory=dict)
+    published: Published | None = None
+    trust: tuple[str, ...] = field(default_factory=trusted)
+    """Modules and classes that pieces trust in their processes, as this process does (`library/described.py`)."""
+
+    @property
+    def tasks(self) -> dict[str, Settings]:
+        """Settings of all tasks by name, those that get experts first."""
+        return {**self.held_in, **self.held_out}
+
+    def at(self, seed: int) -> Study:
+        """Return the study of a seed, which stands in the place of `{seed}`."""
+        parts = {name: getattr(self, name) for name in ("base", "held_in", "held_out", "experts", "joint")}
+        found = {name: for_seed(part, seed) for name, part in parts.items()}
+        tasks = {**found["held_in"], **found["held_out"]}
+        changed = {name: content_hash(name, task) for name, task in tasks.items() if task != self.tasks[name]}
+        return replace(self, **found, contents=self.contents | changed) if found != parts else self
+
+    def seen(self, tasks: Iterable[str]) -> list[list[Any]]:
+        """Return the settings and the contents of tasks: all that a result on these tasks depends on."""
+        every = self.tasks
+        return [[every[task], self.contents[task]] for task in tasks]
+
+    def name(self, kind: str, task: str, seed: int) -> str:
+        """Return the name of an expert in the library."""
+        return self.joint_name(f"{kind}-{task}", seed)
+
+    def combined_name(self, way: str, kind: str, name: str, seed: int) -> str:
+        """Return the name in the library of the merge or the route (the `way`) of all experts of a kind."""
+        return self.joint_name(f"{way}-{kind}-{re.sub('[^A-Za-z0-9._-]+', '-', name)}", seed)
+
+    def joint_name(self, kind: str, seed: int) -> str:
+        """Return the name in the library of an expert of all tasks."""
+        return f"{kind}-seed{seed}" if len(self.seeds) > 1 else kind
+
+
+@dataclass(frozen=True)
+class Group:
+    """The experts of some held-in tasks (`own`) that are combined, and the tasks that the combination is `tested` on.
+
+    It has a `number` among the groups of its size, and `is_whole` if these are all experts of the kind.
+    """
+
+    kind: str
+    seed: int
+    number: int
+    own: Sequence[str]
+    tested: Sequence[str]
+    is_whole: bool
+
+    def experts(self, study: Study, out: Path) -> list[StoredExpert]:
+        """Open the experts in the library of a study."""
+        return [open_expert(out / "library" / study.name(self.kind, task, self.seed)) for task in self.own]
+
+
+def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
+    """Return the groups of `count` experts that are combined: disjoint ones, or as many random ones as the study wants.
+
+    All kinds and methods share them. More draws add groups, and leave those before them as they are.
+    """
+    names = list(study.held_in)
+    if wanted := study.draws.get(count):
+        drawn, draw = dict[tuple[int, ...], None](), random.Random(f"draws/{count}/{seed}")
+        while len(drawn) < wanted:
+            drawn[tuple(sorted(draw.sample(range(len(names)), count)))] = None
+        members = [[names[place] for place in places] for places in drawn]
+    else:
+        random.Random(f"groups/{seed}").shuffle(names)
+        members = [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
+    is_whole = count == len(names)
+    # Held-out tasks judge what all experts together have become.
+    held_out = [*study.held_out] if study.matrix or is_whole else []
+    return [
+        Group(kind, seed, number, own, [*(study.held_in if study.matrix else own), *held_out], is_whole)
+        for number, own in enumerate(members)
+    ]
