@@ -1,7 +1,4 @@
-"""Add experts to their base: on disk, as an ordinary checkpoint, and in memory, for good or for a while.
-
-Deltas are simply added up; to average them or to settle conflicts between them, merge first.
-"""
+"""Add experts to their base: on disk, as an ordinary checkpoint, and in memory, for good or for a while."""
 
 from __future__ import annotations
 
@@ -56,17 +53,12 @@ def apply(
 ) -> Check | None:
     """Write the base plus the sum of the experts' deltas as a full checkpoint, and verify it by loading it again.
 
-    The other arguments are as for `Base.open` and `Base.write`.
+    The other arguments are as for `Base.open` and `Base.write`, and so are its errors.
 
     Args:
         experts: Directories of the experts, or opened experts; their deltas are added up.
         out: Directory of the checkpoint.
         base: The base's directory or hub id; what the experts' records name if not given.
-
-    Raises:
-        FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
-        ValueError: The base is not the one the experts were trained on, a weight does not fit, or the reloaded
-            checkpoint differs; nothing is written then.
     """
     check_target(out, overwrite, MANIFEST)
     opened = open_experts(experts)
@@ -90,9 +82,7 @@ def check_fit(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
     """
     structure = Structure(model)
     for expert in experts:
-        shapes = (
-            expert.shapes() if isinstance(expert, TaskVector) else {name: delta.shape for name, delta in expert.items()}
-        )
+        shapes = expert.shapes() if isinstance(expert, TaskVector) else {n: d.shape for n, d in expert.items()}
         structure.check_fit(shapes, expert.name if isinstance(expert, StoredExpert) else "the expert")
 
 
@@ -159,11 +149,10 @@ def applied(
 ) -> Applied:
     """Add experts to a model for a while; afterwards every weight is as it was, bit for bit.
 
-    Many merges, or many scales of one, can be measured on one loaded model. A copy of each moved weight is held. One
-    `applied` inside of another adds to it.
-
         with applied(model, "library/a", scale=0.5):
             ...
+
+    A copy of each moved weight is held. One `applied` inside of another adds to it.
 
     Args:
         model: As for `apply_deltas`.
@@ -199,12 +188,10 @@ def open_several(experts: AnyExpert | Sequence[AnyExpert]) -> list[Mapping[str, 
 def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
     """Refuse a model in memory whose weights are not those that the experts' deltas start from.
 
-    Evenly spaced rows of each weight that an expert moves, about 65,000 entries, are compared with the stored base: the
-    directory that the model was loaded from, or the one that the experts' records name, if it has the recorded
-    fingerprint. A weight that `applied` has moved counts as it was before. A weight in another dtype than stored is
-    compared in that dtype, and one whose numbers all fit into a narrower dtype in the narrower one. If no such
-    directory is on this machine, a warning is logged instead. Task vectors that are not stored have no recorded base,
-    and pass.
+    Evenly spaced rows of each weight that an expert moves are compared with the stored base: the directory that the
+    model was loaded from, or the one that the experts' records name, if it has the recorded fingerprint. A weight that
+    `applied` has moved counts as it was before. If no such directory is on this machine, a warning is logged instead.
+    Task vectors that are not stored have no recorded base, and pass.
 
     Raises:
         ValueError: A weight of the model, which has no experts injected yet, differs from the experts' base.

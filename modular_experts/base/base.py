@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -22,7 +23,7 @@ from modular_experts.base.files import (
     reading,
     write_manifest,
 )
-from modular_experts.base.loading import Unfilled, fetch, quiet
+from modular_experts.base.loading import fetch, quiet
 from modular_experts.base.streaming import Rounding, StreamedSum
 from modular_experts.base.structure import Structure
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
@@ -89,10 +90,7 @@ class Base:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over all that its outputs depend on: its weights, its configuration and the files of its tokenizer.
-
-        An expert fits every base of its fingerprint; results that were measured on it hold for one identity.
-        """
+        """SHA-256 over all that its outputs depend on: its weights, its configuration and its tokenizer's files."""
         content = [self.fingerprint, reading(self.directory)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -101,7 +99,7 @@ class Base:
         """Its weights and layers without their numbers, from its configuration."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        with quiet(), Unfilled(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return Structure(model, str(self.directory))
@@ -147,13 +145,11 @@ class Base:
             ValueError: A weight is missing or differs.
         """
         in_memory = dict(model.named_parameters(remove_duplicate=False))
-        for key, name in sorted(self._stored.items()):
+        for name, _, stored in self.sample(sorted(set(self._stored.values())), entries=sys.maxsize):
             if name not in in_memory:
                 raise ValueError(f"the model has no weight {name}, which its base {self.place} has")
             found = in_memory[name].detach()
-            with open_tensors(self._files[key]) as tensors:
-                wanted = tensors.get_tensor(key).to(found)
-            if not torch.equal(found, wanted):
+            if not torch.equal(found, stored.to(found)):
                 raise ValueError(
                     f"{name} of the model is not that of its base {self.place}, so a delta against the base would be "
                     "wrong; save the model and name the new directory as the base"
@@ -162,9 +158,8 @@ class Base:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer, with a padding token that is not the end-of-sequence token where the vocabulary has one.
 
-        A tokenizer that pads with its end-of-sequence token, or not at all, gets another token of its vocabulary: a
-        usual name for it, or the unknown token. If the vocabulary has neither, tell padding from the end of sequence by
-        length, never by number. No token is added, and the padding and truncation sides stay as they are.
+        A tokenizer that pads with its end-of-sequence token, or not at all, gets a usual name of the vocabulary for it,
+        or the unknown token; no token is added.
 
         Raises:
             FileNotFoundError: It has no tokenizer.
@@ -189,9 +184,9 @@ class Base:
         return tokenizer
 
     def weight(self, name: str) -> Tensor:
-        """Return one weight, named as in the loaded model, as it is stored, without loading the others.
+        """Return one weight, named as in the loaded model, as it is stored; raise ValueError for a wrong name.
 
-        A weight that only transformers can put together costs loading the model. Raises ValueError for a wrong name.
+        A weight that only transformers can put together costs loading the model.
         """
         key = self._key(name)
         if key is None:
@@ -202,11 +197,8 @@ class Base:
     def sample(self, names: Iterable[str], entries: int = 2**16) -> Iterator[tuple[str, int, Tensor]]:
         """Yield the name of each weight, a step, and every step-th row of the stored weight, reading little else.
 
-        Weights that only transformers can put together are left out.
-
-        Args:
-            names: The parameters' names in the loaded model.
-            entries: The most entries of a weight, unless one row has more.
+        Weights that only transformers can put together are left out. At most about `entries` entries of a weight are
+        read.
         """
         keys = {name: key for name in names if (key := self._key(name)) is not None}
         # One file is open at a time, as a checkpoint may have more than a process may open.
@@ -315,9 +307,6 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
     """Return where the experts' base is: where a record names it, or at the same path or name beside the library.
 
     A place that is not a directory here is returned as the first record names it, such as a hub id.
-
-    Raises:
-        ValueError: The first record does not name a base.
     """
     for expert in experts:
         recorded, beside = str(expert.record["base"].get("id") or ""), expert.path.parent.parent

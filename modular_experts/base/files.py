@@ -6,16 +6,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from modular_experts.library.record import package_versions, plain, read_json
+from modular_experts.library.tensorfile import open_tensors
 
 MANIFEST = "modular_experts.json"
 """The file in a checkpoint of ours that records what it was made from; only such a directory is ever replaced."""
@@ -47,8 +47,7 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{directory} has no {file.name}, and only safetensors weights are read; save the model with "
                 "transformers' save_pretrained, or fetch the missing file"
             )
-        with open_tensors(file):
-            pass
+        open_tensors(file)  # which checks its header
     return files
 
 
@@ -65,18 +64,8 @@ def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]
     return layouts
 
 
-@contextmanager
-def open_tensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file; raise ValueError, which names the file, if it is damaged."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: it is cut short or not a safetensors file ({error})") from error
-
-
 def file_hash(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -84,10 +73,9 @@ def file_hash(file: Path) -> str:
 def fingerprint(directory: str | Path) -> str:
     """Return the SHA-256, in hexadecimal digits, over the name, the shape and the stored bytes of every tensor.
 
-    It depends neither on where the files are, nor on how they are sharded, nor on the dtype in which the model is
-    loaded. Because hashing a large model takes a while, `$XDG_CACHE_HOME/modular-experts` (or
-    `~/.cache/modular-experts`) keeps it for as long as path, size and time stamps of the weight files stay the same.
-    It raises what `weight_files` does.
+    It depends neither on where the files are, nor on how they are sharded. `$XDG_CACHE_HOME/modular-experts` (or
+    `~/.cache/modular-experts`) keeps it for as long as path, size and time stamps of the weight files stay the same. It
+    raises what `weight_files` does.
     """
     files = weight_files(Path(directory))
     stats = [(str(file.resolve()), file.stat()) for file in files]
@@ -128,7 +116,7 @@ def _found(directory: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what makes a checkpoint usable - tokenizer, generation settings, licence - byte for byte."""
+    """Copy what makes a checkpoint usable: tokenizer, generation settings, licence."""
     for file in _found(source, _COMPANIONS):
         shutil.copyfile(file, target / file.name)
 

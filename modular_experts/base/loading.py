@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from modular_experts.base.files import weight_files
 from modular_experts.library.record import read_json
@@ -91,13 +87,3 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
-
-
-class Unfilled(TorchFunctionMode):
-    """Make layers without drawing their numbers: on the meta device that takes two thirds of the time of a model."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if function in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_) and "tensor" in given:
-            return given["tensor"]
-        return function(*args, **given)

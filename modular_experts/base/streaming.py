@@ -1,7 +1,6 @@
 """Write base plus deltas, from the base's files into a checkpoint's, one weight in memory at a time.
 
-The files keep the base's division and its names of tensors; a tensor that no delta moves is copied as it is. Sums are
-taken in at least float32 and rounded once. Each tensor goes straight to its place behind the header of its file.
+The files keep the base's division and its names of tensors. Sums are taken in at least float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -50,8 +49,6 @@ class StreamedSum:
     difference to the base.
 
     Args:
-        directory: Directory of the base.
-        structure: The weights of its model.
         deltas: Delta of each weight that moves, by its name in the model; each is read once.
         out: Directory that gets the files.
         dtype: Data type of the floating-point tensors; the base's own if not given.
@@ -183,7 +180,6 @@ class ShardWriter:
         self._file.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor to its place."""
         dtype, shape = self._layout[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), (name, tensor.dtype, tensor.shape)
         self._missing.remove(name)
@@ -202,7 +198,6 @@ class ShardWriter:
 
 
 def write_index(directory: Path, files: Mapping[str, Layout]) -> None:
-    """Write the index of a checkpoint that has more than one file."""
     size = sum(math.prod(shape) * dtype.itemsize for layout in files.values() for dtype, shape in layout.values())
     owner = {name: file for file, layout in files.items() for name in layout}
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(owner.items()))}

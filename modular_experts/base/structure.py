@@ -19,7 +19,7 @@ class Structure:
     """What a model is made of, without its numbers.
 
     Attributes:
-        model: The model, on any device; a causal language model where `vocabulary`, `name_of` or `is_unused` are used.
+        model: The model, on any device; a causal language model for `vocabulary`, `name_of` and `is_unused`.
         place: What an error's sentence calls it; the name of its class if not given.
     """
 
@@ -29,7 +29,6 @@ class Structure:
 
     @property
     def architecture(self) -> str:
-        """Name of the model's class."""
         return type(self.model).__name__
 
     @cached_property
@@ -64,7 +63,6 @@ class Structure:
         return frozenset(self.owners[name] for name, weight in self._parameters.items() if id(weight) in theirs)
 
     def layer(self, weight: str) -> nn.Module:
-        """Return the module that holds a weight."""
         return self.model.get_submodule(weight.rpartition(".")[0])
 
     def name_of(self, key: str) -> str | None:
@@ -81,7 +79,6 @@ class Structure:
 
     @cached_property
     def _renamings(self) -> list[Any]:
-        """How transformers renames what files of this architecture hold."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
@@ -93,11 +90,7 @@ class Structure:
         return any(re.search(pattern, key) for pattern in patterns)
 
     def check(self, name: str, shape: torch.Size, source: str = "the expert") -> None:
-        """Refuse a delta that does not fit.
-
-        Raises:
-            ValueError: The model has no such weight, or has it in another shape; the sentence names the source.
-        """
+        """Raise ValueError, which names the source, if the model lacks a weight or has it in another shape."""
         if name not in self.shapes:
             raise ValueError(
                 f"{source} moves {name}, and {self.place} has no such weight{did_you_mean(name, self.shapes)}"
@@ -117,11 +110,7 @@ class Structure:
             )
 
     def check_fit(self, shapes: Mapping[str, torch.Size], source: str = "the expert") -> None:
-        """Refuse deltas that cannot be added: `check` for each, and each under the first name of its tensor.
-
-        Raises:
-            ValueError: A weight does not exist, has another shape, or is tied to a weight with an earlier name.
-        """
+        """Refuse deltas that cannot be added: `check` for each, and each under the first name of its tensor."""
         for name, shape in shapes.items():
             self.check(name, shape, source)
             owner = self.owners[name]

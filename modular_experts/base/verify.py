@@ -48,7 +48,6 @@ def logits(model: Any, prompts: Tensor) -> Tensor:
 
 
 def difference(found: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return the largest and the mean absolute difference."""
     apart = (found - reference).abs()
     return apart.max().item(), apart.mean().item()
 

@@ -16,11 +16,8 @@ from modular_experts.library.tensorfile import DTYPES, MappedTensors
 class StoredWeights:
     """The weights of one checkpoint on disk; only the last one that was read is in memory.
 
-    `read` reads a weight; the headers of the files answer everything else.
-
     Args:
         layouts: Dtype and shape of each stored tensor, by file, from `read_layouts`.
-        structure: What the checkpoint's model is made of.
 
     Raises:
         ValueError: The files lack a weight of the model, hold one in another shape, or hold a quantised one.

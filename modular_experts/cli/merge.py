@@ -12,12 +12,12 @@ from rich.table import Table
 
 from modular_experts.base import DType
 from modular_experts.base.files import MANIFEST
-from modular_experts.cli.format import counted, duration_text, print_check, progress_bar, summary, value_text
+from modular_experts.cli.format import counted, print_check, progress_bar, summary, value_text
 from modular_experts.cli.tuning import Tuning, print_tuning
 from modular_experts.library import check_target, open_expert
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
-from modular_experts.merger.estimate import WeightEstimate, check_memory, estimate, largest, seconds
+from modular_experts.merger.estimate import WeightEstimate, check_memory, estimate, largest
 from modular_experts.merger.merged import Merged, write_checkpoint, write_merged
 from modular_experts.merger.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
@@ -98,7 +98,7 @@ def merge(
     elif tuned is None:
         write_merged(merged, out, overwrite, bar)
     if tuned and tune:
-        from modular_experts.tuning.recipe import trials_file, write_trials
+        from modular_experts.tuning.objective import trials_file, write_trials
 
         if output == "checkpoint":
             write_trials(out, tuned.trials)
@@ -117,9 +117,9 @@ def merge(
 def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrite: bool, written: bool) -> Tuned:
     from modular_experts.tuning import ValidationRows
     from modular_experts.tuning import tune as tune_settings
-    from modular_experts.tuning.recipe import check_files_beside, trials_file
+    from modular_experts.tuning.objective import check_trials_file
 
-    check_files_beside([trials_file(out)], overwrite)
+    check_trials_file(out, overwrite)
     rows = ValidationRows(tune.data, tune.rows, tune.base, tune.labels, tune.expert_of, tune.max_new_tokens)
     target, bar = out if written else None, progress_bar("tuning")
     return tune_settings(merged.stored, method, rows, target, tune.grid, overwrite, bar)
@@ -197,8 +197,7 @@ def _print_plan(merged: Merged) -> None:
     read = bytes_text(sum(weight.read for weight in weights))
     print(f"{len(weights)} weights of {len(merged.experts)} experts, {read} to read")
     print(f"memory beside Python's own: about {bytes_text(most.peak)}, for {most.name}")
-    time = duration_text(seconds(merged, weights))
-    print(f"time: about {time}, judged by merging a few of the weights; nothing was written")
+    print("nothing was written")
 
 
 def _print_kept(merged: Merged) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from modular_experts.cli.format import call_text, counted, progress_bar, statistics_text, summary
-from modular_experts.cli.tuning import print_agreement
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
@@ -37,8 +36,7 @@ def search(
 ) -> None:
     """Find how much of each expert to merge, by the loss on validation rows, and merge.
 
-    A recipe, which `merge --config` takes, and the trials are written beside the merged expert. With `--algorithm.per
-    row` there is no recipe: the same command makes the expert again.
+    The trials are written beside the merged expert; the same command makes it again.
 
     Args:
         experts: Directories of the experts.
@@ -48,7 +46,7 @@ def search(
         out: Directory of the merged expert; its last part is the name.
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
-        overwrite: Replace an expert, a recipe and trials.
+        overwrite: Replace an expert and trials.
         merges: Methods whose merges of the experts are combined with the experts, as the first ones, such as
             RegMean SparseAverage. Each merge is also written as an expert, named after `out` and the method.
         labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
@@ -66,13 +64,11 @@ def search(
         modular-experts search --experts library/a library/b --merges SelfRegMean \\
             --algorithm ATLAS --algorithm.per row --out library/ab \\
             --data.eval_batch_size 4 --rows 320 --data.tasks a.jsonl b.jsonl
-        modular-experts merge --config library/ab.recipe.yaml --out library/again
         modular-experts search --algorithm.help AdaMerging
     """
     measured = ValidationRows(data, rows, base, labels, expert_of or {}, max_new_tokens)
     done = algorithm.run(experts, measured, out, merges or (), overwrite, progress_bar("searching"))
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
-    print_agreement(done.expert.record, done.agreement)
     for line in done.report():
         print(line)
     print(f"{done.expert.path}: {summary(done.expert)}")

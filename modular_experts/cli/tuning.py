@@ -6,9 +6,7 @@ They name `TaskMixture` without importing it, so that a plain merge does without
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -55,23 +53,9 @@ def print_tuning(tuned: Tuned, searched: bool) -> None:
     Console(markup=False, emoji=False).print(table)
     base, best, tasks = mean_loss(tuned.base), tuned.best.loss, counted(len(tuned.base), "task")
     where = f"on validation rows of {tasks}"
-    print_agreement(tuned.notes, tuned.agreement)
     print(f"chose the best of {len(tuned.trials)} settings {where}: loss {best:.4f}, and {base:.4f} of the base alone")
     if best >= base:
         print("no setting lowers the loss of the base: these experts do not help on these tasks")
     scale = tuned.best.settings.get("scale")
     if searched and scale in (SCALES[0], SCALES[-1]):
         print(f"the best scale, {scale:g}, is at the end of the search; name scales beyond it in --tune.grid.scale")
-
-
-def print_agreement(notes: Mapping[str, Any], agreement: Mapping[str, float]) -> None:
-    """Print how many of the experts' answers match the rows' targets, if experts gave the labels."""
-    if notes["hyperparameters"].get("labels") != "experts":
-        return
-    if not agreement:
-        print("the labels are the answers of the experts; no row has a target to compare them with")
-        return
-    worst = min(agreement, key=agreement.__getitem__)
-    shares = [f"{share:.1%}".replace("%", " %") for share in (fmean(agreement.values()), agreement[worst])]
-    least = f", in {worst} {shares[1]}" if len(agreement) > 1 else ""
-    print(f"the labels are the answers of the experts, of which {shares[0]} match the rows' targets{least}")

@@ -1,8 +1,7 @@
 """Take inner products, scale rows, and find the first singular vector or the nearest delta of a rank.
 
-Inner products say how far two experts point the same way. They are computed entry by entry in float64: the norms of
-sums would give them too, `(|a + b|^2 - |a|^2 - |b|^2) / 2`, but lose every digit where two deltas are nearly orthogonal
-or of very different length.
+Inner products are computed entry by entry in float64, because the norms of sums lose every digit where two deltas are
+nearly orthogonal or of very different length.
 """
 
 from __future__ import annotations
@@ -49,9 +48,8 @@ def inner_by_row(one: Delta, other: Delta) -> Tensor:
 
 
 def scale_rows(delta: Delta, factors: Tensor) -> Delta:
-    """Multiply each row of a delta by its factor `(rows,)`, in at least float32; the form stays.
-
-    The first dimension counts rows; with a single factor, the whole weight is one row.
+    """Multiply each row of a delta by its factor `(rows,)`, in at least float32; a single factor is for the whole
+    weight.
     """
     factors = factors.to(delta.device, torch.promote_types(delta.dtype, torch.float32))
     if len(factors) == 1:
@@ -83,10 +81,7 @@ def dot(tensor: Tensor, delta: Delta) -> Tensor:
 
 
 def dot_by_row(tensor: Tensor, delta: Delta) -> Tensor:
-    """Return the inner product of each row of a tensor `(out, in)` with a delta's row: `(out,)`, in at least float32.
-
-    The first dimension counts rows, also of a weight that has one dimension or more than two.
-    """
+    """Return the inner product of each row of a tensor `(out, in)` with a delta's row: `(out,)`, in at least float32."""
     wide = torch.promote_types(torch.promote_types(tensor.dtype, delta.dtype), torch.float32)
     tensor, rows = tensor.to(wide), delta.shape[0] if delta.shape else 1
     if isinstance(delta, Sparse):
@@ -132,15 +127,10 @@ def _values_at(delta: Delta, indices: Tensor) -> Tensor:
 
 
 def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
-    """Return the nearest delta of a rank, in float32, and the squared Frobenius norm of the rest.
+    """Return the nearest delta of a rank of at least 1, in float32, and the squared Frobenius norm of the rest.
 
-    A delta whose factors have that rank or less is returned as it is and loses nothing. The singular vectors are
-    eigenvectors of the smaller Gram matrix, in float64: for a matrix of a language model this takes a fraction of the
-    time of a full decomposition, and what squaring loses lies far below float32.
-
-    Args:
-        delta: A delta of a matrix, `(out, in)`.
-        rank: Largest rank of the result, at least 1.
+    A delta whose factors have that rank or less loses nothing. The singular vectors are eigenvectors of the smaller
+    Gram matrix, in float64, which takes a fraction of the time of a full decomposition.
     """
     if isinstance(delta, LowRank) and delta.rank <= rank:
         return LowRank(delta.up.float(), delta.down.float()), 0.0
@@ -171,12 +161,8 @@ def top_direction(delta: Delta, tolerance: float = 1e-8) -> tuple[Tensor, float]
     """Return the right singular vector v `(in,)` of the largest singular value s, float64, and s.
 
     The sign of v is arbitrary. It is found by power iteration on `d^T d` with a block of vectors from a fixed start, of
-    which each step takes the best combination (Rayleigh-Ritz); a low-rank delta stays in its factors. A delta whose
-    first singular values are too close for this is decomposed. One that moves nothing gives zeros.
-
-    Args:
-        delta: A delta of a matrix, `(out, in)`.
-        tolerance: The iteration ends when `|d^T d v - s^2 v|` is at most this share of `s^2`.
+    which each step takes the best combination (Rayleigh-Ritz), until `|d^T d v - s^2 v|` is at most `tolerance` times
+    `s^2`. A delta whose first singular values are too close for this is decomposed. One that moves nothing gives zeros.
     """
     size = delta.shape[1]
     if isinstance(delta, LowRank):

@@ -1,8 +1,7 @@
 """A delta is how far one weight moved from the base, `W - W0`: an immutable value in one of four exact forms.
 
-The four forms are `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (tiles: squares, rows, columns). They
-form a vector space: `a + b`, `a - b`, `2 * a`. A sum stays in the cheapest form that is still exact, by the rule of
-`add`.
+`Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (tiles: squares, rows, columns) form a vector space; a
+sum stays in the cheapest form that is still exact (`add`).
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ class Delta(ABC):
 
     @abstractmethod
     def add_to(self, target: Tensor) -> Tensor:
-        """Add this delta to `target` `(out, in)` in place and return it.
-
-        The sum is computed in at least float32 and rounded once to the target's dtype, so a bfloat16 weight becomes
-        `cast(weight + delta)`.
+        """Add this delta to `target` `(out, in)` in place and return it: in at least float32, rounded once to its
+        dtype.
         """
 
     @abstractmethod
@@ -269,7 +266,7 @@ class Sparse(Delta):
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockSparse(Delta):
     """Tiles of one height and width: `values` `(n, height, width)` of the sorted, unique `blocks` `(n,)`, numbered
-    row-major over the grid of tiles. Whole rows are tiles `(1, in)`, whole columns `(out, 1)`.
+    row-major over the grid of tiles.
 
     Where the tile does not divide the weight, the last row and column of tiles reach over its edge; entries there are
     zero.
@@ -378,7 +375,6 @@ def all_finite(values: Tensor) -> bool:
 
 
 def _union(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Add up the values of equal indices; return the sorted, unique indices and the sums."""
     indices, place = torch.unique(torch.cat([index for index, _ in parts]), return_inverse=True)
     values = torch.cat(_promoted([value for _, value in parts]))
     return indices, values.new_zeros(indices.numel(), *values.shape[1:]).index_add_(0, place, values)

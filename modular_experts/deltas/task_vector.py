@@ -1,7 +1,6 @@
 """A task vector maps weight names to the deltas of one expert, and reads or makes each when somebody needs it.
 
-Stored experts, merges and sums all have this one face. `a + b`, `a - b` and `0.5 * a` are task vectors too; their
-deltas are computed one weight at a time, when somebody merges, applies or writes them.
+Stored experts, merges and sums all have this one face. `a + b`, `a - b` and `0.5 * a` are task vectors too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Number, read and write the tiles of a matrix.
 
-A tile is a rectangle of entries, `(height, width)`: `(16, 16)` for a square, `(1, in)` for a row, `(out, 1)` for a
-column. Tiles are numbered row-major over the grid that covers the matrix, and entries row-major over the matrix. Where
-the tile does not divide the matrix, the last row and column of tiles reach over its edge. Parameters called `blocks`
-are the numbers of tiles, as in `BlockSparse` and in files.
+A tile is a rectangle of entries, `(height, width)`: `(1, in)` for a row, `(out, 1)` for a column. Tiles are numbered
+row-major over the grid that covers the matrix. Where the tile does not divide the matrix, the last row and column of
+tiles reach over its edge. Parameters called `blocks` are the numbers of tiles.
 """
 
 from __future__ import annotations

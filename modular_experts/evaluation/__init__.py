@@ -6,7 +6,7 @@ Start with `compare.py`: `evaluate` measures a base with several experts in one 
 from __future__ import annotations
 
 from modular_experts.evaluation.compare import evaluate
-from modular_experts.evaluation.generation import agreement, answer_text, answered, generate, generate_tokens
+from modular_experts.evaluation.generation import answer_text, answered, generate, generate_tokens
 from modular_experts.evaluation.likelihood import (
     answer_logits,
     batch_losses,
@@ -21,7 +21,6 @@ from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores, stemmed_
 __all__ = [
     "TEXT_METRICS",
     "TaskScores",
-    "agreement",
     "answer_logits",
     "answer_text",
     "answered",

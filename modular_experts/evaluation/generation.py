@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts
-from modular_experts.evaluation.scores import exact_match
 from modular_experts.injection import context_length
 from modular_experts.routing.gates import reading
 
@@ -189,13 +188,3 @@ def answered(
         sentence = "%d of %d rows are longer than %d tokens with their answers and lost their start"
         log.warning(sentence, shortened, len(found), longest)
     return found
-
-
-def agreement(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float | None:
-    """Return the share of answers that match the text of their row's target; None if no row has one."""
-    matches = []
-    for one in examples:
-        if one.target is not None:
-            answer = answer_text(tokenizer, one.tokens.ids[one.tokens.prompt :].tolist(), one.end)
-            matches.append(exact_match(answer, one.target))
-    return sum(matches) / len(matches) if matches else None

@@ -50,8 +50,6 @@ from modular_experts.text import did_you_mean
 class StoredExpert(TaskVector):
     """The deltas of an expert on disk by weight name; each access reads one, and the first access checks it.
 
-    An expert of a type that moves no weight has a `state()` and no deltas.
-
     Attributes:
         path: Directory of the expert.
         name: Its name in the library.
@@ -97,7 +95,7 @@ class StoredExpert(TaskVector):
 
     @property
     def is_routed(self) -> bool:
-        """Whether it is a router with other experts behind it, which lie beside it in the library."""
+        """Whether it is a router with other experts, which lie beside it in the library."""
         return bool(self.record["kind"] == ROUTED)
 
     @property
@@ -128,9 +126,8 @@ class StoredExpert(TaskVector):
         return {name: tuple(table["tensors"]["values"]["shape"][1:]) for name, table in tables.items()}
 
     def kept_entries(self) -> dict[str, int]:
-        """Return how many entries of each weight are kept, without reading it.
-
-        A dense delta keeps the entries that are not zero, a low-rank one all.
+        """Return how many entries of each weight are kept, without reading it: of a dense delta those that are not
+        zero.
         """
         found = {}
         for name in self:

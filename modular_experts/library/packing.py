@@ -95,8 +95,7 @@ def unpack(
     the result of `read_entries`, if it was asked.
 
     Raises:
-        ValueError: A value is not finite; or the kept numbers are out of bounds, out of order or doubled, or more or
-            fewer than the values.
+        ValueError: A value is not finite, or the kept numbers are not what `pack` stores.
     """
     for name, tensor in tensors.items() if check else ():
         if tensor.is_floating_point() and not (read[2] if read else all_finite(tensor)):

@@ -1,7 +1,5 @@
-"""Define what a stored result depends on, for `evaluate`, `study` and a merge that goes on after an interruption.
-
-A result depends on its settings, on the experts, the rows and the base, each given by a hash
-(`StoredExpert.content_hash`, `Base.identity`), on this package, and on the code of the user's that the settings name.
+"""Define what a stored result depends on, for `evaluate`, `study` and a merge that goes on after an interruption: its
+settings, the experts, the rows and the base by their hashes, this package, and the user's code that the settings name.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ def result_key(*parts: Any) -> str:
 def own_code(settings: Any) -> dict[str, str]:
     """Return the hash of each file of code that settings name, and of the user's files that those import, by module.
 
-    The version stands for the code of this package. In other installed packages only the files count that the settings
-    name. A module without a file, such as a notebook, does not count.
+    In other installed packages only the files count that the settings name. A module without a file does not count.
     """
     found: dict[str, str] = {}
     look = [(name, True) for name in _modules_in(settings)]

@@ -115,12 +115,7 @@ class StoredStatistics(Mapping[str, "DataStatistic | None"]):
 
 
 def open_statistics(expert: StoredExpert, kind: str) -> StoredStatistics:
-    """Open an expert's statistics of one kind, reading only the header.
-
-    Raises:
-        FileNotFoundError: The expert has no such statistics.
-        ValueError: The file is damaged, a link that leads elsewhere, or was made for other contents of the expert.
-    """
+    """Open an expert's statistics of one kind, reading only the header; raise what `StoredStatistics` does."""
     if not _file(expert, kind).is_file():
         raise FileNotFoundError(f"{expert.path} has no {kind} statistics; take them: {command_for([expert], kind)}")
     return StoredStatistics(expert, kind)
@@ -151,13 +146,10 @@ def write_statistics(
     """Write statistics beside an expert, one tensor in memory at a time; the file appears when it is complete.
 
     Args:
-        expert: The expert whose statistics they are.
-        kind: Their kind.
         statistics: Name and statistic of each weight, None where the kind is not defined; the norms are not read.
         tasks: Number of rows of each task.
         data: How the rows were read, in plain values.
         among: The experts of the merge that the statistics hold for, if they hold only in that merge.
-        overwrite: Replace statistics that are there.
 
     Raises:
         FileExistsError: The expert has statistics of this kind, and they may not be replaced.

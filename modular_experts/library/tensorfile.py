@@ -192,7 +192,7 @@ def read_table(file: Path, form: str, part: str) -> tuple[dict[str, Any], Mapped
 
 def damaged(file: Path, reason: str) -> ValueError:
     """Return the error of a file that is not what was written."""
-    return ValueError(f"{file} is damaged: {reason}; take it from a copy or export the expert again")
+    return ValueError(f"{file} is damaged: {reason}; take it from a copy, or make it again")
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

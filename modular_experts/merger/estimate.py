@@ -1,13 +1,10 @@
 """Estimate what a merge will read and hold in memory, weight by weight, before it begins.
 
-The sizes come from the tables of the experts' files and from each method's `needs`; no delta is read. The time is
-extrapolated from merging a few weights.
+The sizes come from the tables of the experts' files and from each method's `needs`.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,24 +85,3 @@ def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
             f"{bytes_text(most.peak)} of memory, and max_memory is {bytes_text(limit)}; raise it, merge fewer experts, "
             f"{other}or keep the weight at the base with per_weight"
         )
-
-
-def seconds(merged: Merged, weights: Sequence[WeightEstimate], budget: float = 2.0) -> float:
-    """Return about how many seconds the merge will take, from merging weights for `budget` seconds.
-
-    The first look of some methods at all weights, and compilation, count once. The smallest and the largest weight are
-    merged first, and their time is scaled by the number of entries.
-    """
-    order = sorted(weights, key=lambda weight: (weight.read, weight.name))
-    order = [order[0], order[-1], *order[1:-1]] if len(order) > 1 else order
-    started = time.perf_counter()
-    merged[order[0].name]
-    once_until = time.perf_counter()
-    done = 0
-    for weight in order:
-        merged[weight.name]
-        done += math.prod(weight.shape)
-        now = time.perf_counter()
-        if now - started > budget:
-            break
-    return once_until - started + (now - once_until) * sum(math.prod(weight.shape) for weight in weights) / done

@@ -1,8 +1,4 @@
-"""Measure how experts get in each other's way, before they are merged: overlap, conflicts of sign, cosines.
-
-`interference` looks at deltas alone, one weight at a time; no base and no data are needed. What the experts lose is
-measured by every test of the merge.
-"""
+"""Measure how experts get in each other's way, before they are merged: overlap, conflicts of sign, cosines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Merge many experts, weight by weight, with one merge method or one per pattern of weight names.
 
 `merge` is the whole of it in one call. `Merged` is the lazy result: a task vector that merges a weight when it is asked
-for, so that the experts may be larger than memory; `write_merged` writes it into a library. No base is needed, because
-experts are deltas.
+for. No base is needed, because experts are deltas.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -53,8 +52,7 @@ Experts = Sequence[str | Path | TaskVector]
 class Merged(TaskVector):
     """The deltas of a merge by weight name; a lookup merges the weight and does not keep the result.
 
-    It is made with the arguments of `merge`, and used like an expert that is not written anywhere: applied to a model,
-    written to a checkpoint, measured, or merged again.
+    It is made with the arguments of `merge`, and used like an expert that is not written anywhere.
 
     Attributes:
         experts: The experts, in the order in which the methods get them.
@@ -70,14 +68,11 @@ class Merged(TaskVector):
         taken = [mergeable_as(one) for one in found]
         check_mergeable([one for one, vector in zip(found, taken, strict=True) if vector in (one, None)])
         opened = iter(vector for vector in taken if vector is not None)
-        self.experts: list[TaskVector] = [
-            next(opened) if not isinstance(one, TaskVector) or isinstance(one, StoredExpert) else one for one in experts
-        ]
+        kept = (isinstance(one, TaskVector) and not isinstance(one, StoredExpert) for one in experts)
+        self.experts: list[Any] = [one if keep else next(opened) for one, keep in zip(experts, kept, strict=True)]
         self.stored = stored_in(self.experts)
         if not self.stored:
-            raise ValueError(
-                "no task vector comes from a stored expert, so the base is unknown; store one by write_expert"
-            )
+            raise ValueError("no task vector comes from a stored expert, so the base is unknown; store one of them")
         self.base = common_base(self.stored)
         self._method = _made(method)
         self._per_weight = {pattern: _made(chosen) for pattern, chosen in (per_weight or {}).items()}
@@ -129,17 +124,14 @@ class Merged(TaskVector):
             error.add_note(f"while {kind} merged {name}")
             raise
         if not isinstance(merged, Delta) or merged.shape != shape:
-            found = repr(merged) if isinstance(merged, Delta) else f"a {type(merged).__name__}"
-            if isinstance(merged, torch.Tensor):
-                found = "a tensor; wrap it, as in Dense(tensor)"
+            found = repr(merged) if isinstance(merged, Delta) else f"a {type(merged).__name__}; wrap a tensor in Dense"
             raise ValueError(f"{kind}.merge must return a delta of shape {tuple(shape)} for {name}, got {found}")
         self.release(name)
         return merged
 
     def beside(self) -> dict[str, TaskVector]:
-        """Return the task vector that belongs to the task of each expert, by the expert's name.
-
-        It is empty unless a method, such as EMR, gives each task an expert of its own.
+        """Return the task vector that belongs to the task of each expert, by the expert's name; empty unless a method,
+        such as EMR, gives each task an expert of its own.
         """
         if not any(group.method.has_tasks for group in self._groups):
             return {}
@@ -152,7 +144,6 @@ class Merged(TaskVector):
         return {name: _OfTask(self, place) for place, name in enumerate(names)}
 
     def record(self) -> dict[str, Any]:
-        """Return the record of the merge as an expert."""
         return make_record(
             MERGE,
             self.base,
@@ -165,10 +156,7 @@ class Merged(TaskVector):
         )
 
     def key(self) -> str:
-        """Return a hash of all that the result depends on: experts, their statistics, settings and code of the methods.
-
-        An interrupted merge is taken up only by one with the same key.
-        """
+        """Return a hash of all that the result depends on: experts, statistics, settings and code of the methods."""
         record = self.record()
         content = [parent_ids(record["parents"]), record["method"], record["versions"]]
         content += [list(record["per_weight"].items())]  # their order counts
@@ -183,11 +171,6 @@ class Merged(TaskVector):
         return any(not isinstance(expert, StoredExpert) for expert in self.experts)
 
 
-@overload
-def merge(experts: Experts, method: Method, out: None = None, *, per_weight: Rules | None = None) -> Merged: ...
-
-
-@overload
 def merge(
     experts: Experts,
     method: Method,
@@ -196,18 +179,7 @@ def merge(
     progress: Progress = iter,
     per_weight: Rules | None = None,
     notes: Mapping[str, Any] | None = None,
-) -> StoredExpert: ...
-
-
-def merge(
-    experts: Experts,
-    method: Method,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    progress: Progress = iter,
-    per_weight: Rules | None = None,
-    notes: Mapping[str, Any] | None = None,
-) -> StoredExpert | Merged:
+) -> StoredExpert:
     """Merge experts of one base into a new expert.
 
         merge(["library/a", lib["b"], 0.5 * lib["c"]], "TIES", out="library/abc")
@@ -220,8 +192,7 @@ def merge(
         experts: Directories of experts, opened experts, or task vectors such as `0.5 * a + b`. A routed expert with
             constant gates counts as the weighted sum that it is.
         method: What merges the deltas of one weight, or its name for its default settings.
-        out: Directory of the merged expert; without it, the merge is returned and each weight merged when it is asked
-            for.
+        out: Directory of the merged expert. `Merged` is the same merge without one.
         overwrite: Whether an existing expert may be replaced.
         per_weight: Pattern of weight names and method, or None for weights that stay at the base. The first pattern
             that matches the whole name counts; without `method`, a weight that no pattern matches stays at the base.
@@ -232,8 +203,6 @@ def merge(
         ValueError: The list is empty or names an expert twice, bases or shapes differ, a file is damaged, a pattern
             matches nothing, or an expert lacks the statistics that a method needs.
     """
-    if out is None:
-        return Merged(experts, method, per_weight)
     check_target(out, overwrite)
     return write_merged(Merged(experts, method, per_weight), out, overwrite, progress, notes)
 
@@ -285,12 +254,8 @@ def write_checkpoint(
 def method_of_each(
     names: Sequence[str], method: MergeMethod | None, per_weight: Mapping[str, MergeMethod | None]
 ) -> dict[str, MergeMethod]:
-    """Return the method of each weight that is merged, without the weights that stay at the base.
-
-    Args:
-        names: Names of the weights that any expert moves.
-        method: The method of weights that no pattern matches; without one, these weights stay at the base.
-        per_weight: Method by pattern, or None for weights that stay at the base.
+    """Return the method of each weight that is merged, by the first pattern that matches it, without the weights that
+    stay at the base.
 
     Raises:
         ValueError: There is no method at all, a pattern is not a regular expression or matches no weight, or every
@@ -313,16 +278,12 @@ def method_of_each(
         used.add(pattern)
         if chosen is not None:
             found[name] = chosen
-    for lost in [pattern for pattern, _ in patterns if pattern not in used]:
-        matched = [name for name in names if lost.fullmatch(name)]
-        for first, _ in patterns:
-            if any(map(first.fullmatch, matched)):
-                raise ValueError(
-                    f"per_weight: '{first.pattern}' comes first and matches all that '{lost.pattern}' matches; put the "
-                    "narrower first"
-                )
-        near = nearest(lost.pattern, names, cutoff=0.3) or names[0]
-        raise ValueError(f"per_weight: '{lost.pattern}' matches no weight that the experts move; one of them is {near}")
+    for lost in [pattern.pattern for pattern, _ in patterns if pattern not in used]:
+        near = nearest(lost, names, cutoff=0.3) or names[0]
+        raise ValueError(
+            f"per_weight: '{lost}' matches no weight that the experts move, or an earlier pattern takes all that it "
+            f"matches; put the narrower first; one of the weights is {near}"
+        )
     if not found:
         raise ValueError("every weight that the experts move would stay at the base, so there is nothing to merge")
     return found
@@ -333,14 +294,10 @@ def _made(method: Method) -> MergeMethod | None:
 
 
 class _Group(Iterable[Sequence[Delta]]):
-    """The weights that share one method, with their context.
-
-    Iterating gives the deltas of one weight after another, and reads the experts anew each time.
-    """
+    """The weights that share one method; iterating reads one weight of all experts after another."""
 
     def __init__(self, merged: Merged, method: MergeMethod, names: list[str]) -> None:
-        self._merged = merged
-        self.method, self.names = method, names
+        self._merged, self.method, self.names = merged, method, names
         kind, shapes = method.needs.statistics, {name: merged.shapes()[name] for name in names}
         stored = [expert for expert in merged.experts if isinstance(expert, StoredExpert)]
         if kind and len(stored) < len(merged.experts):
@@ -360,13 +317,10 @@ class _Group(Iterable[Sequence[Delta]]):
 
 def _groups_of(merged: Merged) -> list[_Group]:
     """Group the weights whose rule is the same object; two methods of equal settings prepare apart."""
-    found: list[tuple[MergeMethod, list[str]]] = []
+    found: dict[int, list[str]] = {}
     for name, method in merged.rules.items():
-        names = next((names for other, names in found if other is method), None)
-        if names is None:
-            found.append((method, names := []))
-        names.append(name)
-    return [_Group(merged, method, names) for method, names in found]
+        found.setdefault(id(method), []).append(name)
+    return [_Group(merged, merged.rules[names[0]], names) for names in found.values()]
 
 
 class _OfTask(TaskVector):
@@ -384,12 +338,10 @@ class _OfTask(TaskVector):
 
 
 def _keys(vector: TaskVector) -> list[str]:
-    """Return the keys of the merges in a lazy task vector."""
     return [vector.key()] if isinstance(vector, Merged) else [key for term in vector.terms() for key in _keys(term)]
 
 
 def _is_written(path: Path, key: str) -> bool:
-    """Return whether an interrupted merge of this key has written an expert beside it already."""
     return (path / RECORD_FILE).is_file() and open_expert(path).record.get("key") == key
 
 
@@ -397,7 +349,6 @@ def _is_written(path: Path, key: str) -> bool:
 def _keep_freed_memory() -> None:
     """Let glibc reuse the memory of one weight for the next: a merge by sums then takes a quarter less CPU time.
 
-    glibc maps large allocations anew, so every weight would pay page faults. Freeing one mapped allocation raises the
-    limit from which it does so to that size, at most 32 MB; of the allocation made here no page is ever touched.
+    Freeing one mapped allocation raises the limit from which glibc maps them anew to its size, at most 32 MB.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def remove(
         tasks = sorted({task for parent in others for task in parent["tasks"]})
     else:  # an older version did not record which expert had which task
         tasks = [task for task in whole.record["tasks"] if task not in part.record["tasks"]]
-    rest = method.for_others(place, len(parents))
+    weights = method.weights and [*method.weights[:place], *method.weights[place + 1 :]]
+    rest = replace(method, weights=weights)  # type: ignore[type-var]
     record = make_record(MERGE, whole.record["base"], tasks=tasks, parents=others, method=describe(rest))
     deltas = _Rest(whole, part, *method.without(place, len(parents)))
     write_expert(out, deltas, record, overwrite, progress=progress)

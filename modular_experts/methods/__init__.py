@@ -1,9 +1,8 @@
 """Merge methods make one delta of the deltas that several experts have for one weight.
 
-`method.py` is the contract; open it first, then `average.py` and `ties.py`. `chunks.py` lets a rule work entry by
-entry, `prune.py` and `consensus.py` hold the steps that several methods share. Each method is imported here once; the
-imports are the catalogue of `modular-experts methods` and of names such as `modular_experts.TIES`.
-`modular_experts.merger` applies methods to stored experts.
+Open `method.py` first, the contract, then `average.py` and `ties.py`. `chunks.py` lets a rule work entry by entry,
+`prune.py` holds the steps that several methods share. The imports are the catalogue of `modular-experts methods` and of
+names such as `modular_experts.TIES`.
 """
 
 # ruff: noqa: F401 - `METHODS` finds what is imported here
@@ -13,24 +12,21 @@ from __future__ import annotations
 from modular_experts.methods.average import Average, SparseAverage, TaskArithmetic
 from modular_experts.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
 from modular_experts.methods.coordinates import CoreSpace, CtM, KnOTS
-from modular_experts.methods.emr import EMR
 from modular_experts.methods.esm import ESM
 from modular_experts.methods.fisher import Fisher
 from modular_experts.methods.karcher import Karcher
 from modular_experts.methods.mag_max import MagMax
 from modular_experts.methods.method import MergeMethod
 from modular_experts.methods.model_stock import ModelStock
+from modular_experts.methods.overlap import RAM, Difference, Intersection, RAMPlus
 from modular_experts.methods.pcb import PCB
-from modular_experts.methods.ram import RAM, RAMPlus
 from modular_experts.methods.random_drops import DARE, DARETIES, DELLA, DELLALinear
 from modular_experts.methods.reg_mean import RegMean, RegMeanPlusPlus, SelfRegMean
-from modular_experts.methods.rescaled import LiNeS, Rescaled
+from modular_experts.methods.rescaled import SVC, LiNeS, Rescaled
 from modular_experts.methods.sce import SCE
-from modular_experts.methods.set_operations import Difference, Intersection
 from modular_experts.methods.slerp import SLERP, MultiSLERP, NuSLERP
 from modular_experts.methods.spectral import IsoC, IsoCTS, SVDAverage, TSVMerge
-from modular_experts.methods.svc import SVC
-from modular_experts.methods.tall_mask import ConsensusTA, TALLMask
+from modular_experts.methods.task_masks import EMR, ConsensusTA, TALLMask
 from modular_experts.methods.ties import TIES, MagnitudePrune
 from modular_experts.methods.wudi import WUDI
 from modular_experts.text import did_you_mean

@@ -1,8 +1,4 @@
-"""Sum or average deltas, plainly, with weights, or aware of which experts move an entry.
-
-In a plain average an entry that only one of N experts moves shrinks to 1/N of its value; `SparseAverage` divides each
-entry by the number of experts that move it.
-"""
+"""Sum or average deltas, plainly, with weights, or aware of which experts move an entry."""
 
 from __future__ import annotations
 
@@ -48,16 +44,11 @@ class Linear(MergeMethod):
 
 @dataclass(frozen=True)
 class Average(Linear):
-    """Average: `scale * sum_i w_i d_i / sum_i w_i`, with equal weights unless they are given.
-
-    Linear, so every form is kept. At scale 1, the average of one expert is that expert, and so is the average of copies
-    of it.
+    """Average: `scale * sum_i w_i d_i / sum_i w_i`; an entry that one of N experts moves shrinks to 1/N of its value.
 
     Args:
-        weights: One weight per expert, in the order of the experts, divided by their sum; a weight may be negative.
-            Default: all equal.
-        scale: Factor of the result. The plain average of many experts is a short step; with a scale of N it is their
-            sum.
+        weights: One weight per expert, in the order of the experts; a weight may be negative. Default: all equal.
+        scale: Factor of the result; a scale of N makes the plain average the sum.
     """
 
     checks = Checks(weights=not_cancelling)
@@ -80,14 +71,9 @@ class Average(Linear):
 class TaskArithmetic(Linear):
     """Task arithmetic: `scale * sum_i w_i d_i`, with weights of 1 unless they are given.
 
-    Linear, so every form is kept. At scale 1 and without weights, one expert merges to itself; k copies of an expert
-    are k times it.
-
     Args:
-        scale: Factor of the sum. 1 adds every expert at full strength, 0.3 to 0.5 are common for many experts, `1/N`
-            is the average, and a negative scale takes the experts' skill away.
-        weights: One weight per expert, in the order of the experts; they are not divided by
-            their sum, unlike in `Average`. Default: all 1.
+        scale: Factor of the sum: 0.3 to 0.5 are common for many experts, a negative one takes the experts' skill away.
+        weights: One weight per expert, in the order of the experts, not divided by their sum. Default: all 1.
     """
 
     checks = Checks(weights=finite)
@@ -106,14 +92,11 @@ class TaskArithmetic(Linear):
 class SparseAverage(MergeMethod):
     """Overlap-aware average: `scale * sum_i d_i / F^exponent` per entry, over the F experts that move it.
 
-    At scale 1, one expert merges to itself; k copies of an expert merge to `k^(1 - exponent)` times it, at exponent 1
-    to itself.
-
     Args:
-        count: What F counts: `values` counts the experts whose delta at the entry is not zero (the paper), `supports`
-            those that keep the entry, also where its value ended at zero.
+        count: What F counts: `values` the experts whose delta at the entry is not zero (the paper, arXiv 2507.07140),
+            `supports` those that keep the entry, also where its value ended at zero.
         exponent: How much an entry that several experts move is averaged, at least 0: 1 is their mean (the paper), 0
-            their sum (task arithmetic), 0.5 between the two. What one expert alone moves is the same at each.
+            their sum (task arithmetic).
     """
 
     checks = Checks(

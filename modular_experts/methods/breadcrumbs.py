@@ -1,8 +1,5 @@
 """Breadcrumbs drops the smallest entries and the outliers of each expert, and combines the rest (Davari and Belilovsky,
 "Model Breadcrumbs", arXiv 2312.06795).
-
-Both ends are dropped weight by weight, as published, unless `scope` takes the expert as a whole. The paper gives
-`gamma` as the percentile above which entries go (0.99); here, as in mergekit, it is the share that goes (0.01).
 """
 
 from __future__ import annotations
@@ -12,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.consensus import PrunedElection, PrunedSum, PruneFirst
 from modular_experts.methods.method import Context
 from modular_experts.methods.prune import (
     Cutoff,
     Pruned,
+    PrunedElection,
+    PrunedSum,
+    PruneFirst,
     Shares,
     band,
     keep_band,
@@ -30,7 +29,6 @@ from modular_experts.methods.settings import (
     one_of,
     one_per_expert,
     paired,
-    with_presets,
     within,
 )
 from modular_experts.methods.ties import Pruning
@@ -79,29 +77,22 @@ class MiddleEntries(PruneFirst):
         return prune(deltas, [keep_band(*own) for own in zip(deltas, beta, gamma, strict=True)], self.rescale)
 
 
-@with_presets(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class Breadcrumbs(MiddleEntries, PrunedSum):
     """Breadcrumbs: `scale * sum_i w_i m_i d_i`, where the mask `m_i` drops the shares `beta` of smallest and `gamma` of
     largest magnitude.
 
-    `(1 - beta - gamma) * entries` entries stay, rounded down, but at least one, and `gamma * entries` larger ones go,
-    or all that there are; equal magnitudes rank by flat index, the lowest as the largest. The shares count all entries
-    of the weight, also those that a sparse expert does not keep: of an expert at 5 % the zeros go first, so `beta`
-    drops nothing of it, and `gamma: 0.01` the largest fifth. An expert that moves no more than `gamma` of a weight
-    leaves it at the base.
-
-    One expert merges to its masked self; k copies of an expert are k times that. An expert that moves nothing changes
-    nothing.
+    `(1 - beta - gamma) * entries` entries stay, rounded down, but at least one; equal magnitudes rank by flat index,
+    the lowest as the largest. The zeros of an expert at 5 % go first, so `beta` drops nothing of it, and `gamma: 0.01`
+    the largest fifth. `gamma` is the share that goes; the paper gives the percentile above which entries go (0.99).
 
     Args:
         scope: `weight` drops both ends of each weight by itself, exactly. `global` drops them of the expert as a whole,
-            at two magnitudes: what ties at the lower one stays, what ties at the upper one goes. It reads the experts
-            up to five times instead of once.
-        preset: Fills what is not given (`paper-code` is the code of arXiv 2507.07140, where the upper bound is the
-            maximum, and the lower one the 10th percentile of the whole expert).
+            at two magnitudes: what ties at the lower one stays, what ties at the upper one goes.
+        preset: Fills what is not given (`paper-code` is the code of arXiv 2507.07140).
     """
 
+    presets = PRESETS
     checks = Checks(scope=one_of(Pruning))
 
     scope: Pruning = FROM_PRESET
@@ -123,13 +114,11 @@ class Breadcrumbs(MiddleEntries, PrunedSum):
         return prune(deltas, [band(*ends) for ends in context.prepared], self.rescale)
 
 
-@with_presets(TIES_PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class BreadcrumbsTIES(MiddleEntries, PrunedElection):
-    """Breadcrumbs with an election of signs: as Breadcrumbs, but per entry only what carries the elected sign counts.
-
-    Masks are as in `Breadcrumbs`, election and properties as in `TIES`: one expert merges to
-    its masked self, and so do copies of it; the order of the experts does not matter; sparse stays sparse.
+    """Breadcrumbs with an election of signs: as `Breadcrumbs`, but per entry only what carries the elected sign counts,
+    as in `TIES`.
     """
 
+    presets = TIES_PRESETS
     preset: Literal["mergekit"] | None = None

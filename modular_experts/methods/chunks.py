@@ -1,15 +1,15 @@
 """Iterate over a weight in chunks of rows, with the entries that each expert keeps there.
 
 A rule that works entry by entry gets one `Chunk` at a time and returns its merged values: `merge_by_chunks(deltas,
-rule)`. The rule iterates over the experts (`for entries in chunk`) and adds, marks or writes their `Entries` into flat
-scratch tensors (`chunk.zeros()`), whatever the form of their deltas. Memory holds the deltas, the result and one chunk.
-Where all experts are sparse, compiled passes (`modular_experts.native`) take over, with the same results to the bit.
+rule)`. It adds, marks or writes the `Entries` of each expert into flat scratch tensors (`chunk.zeros()`), whatever the
+form of their deltas. Where all experts are sparse, compiled passes (`modular_experts.native`) take over, with the same
+results to the bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -24,9 +24,6 @@ from modular_experts.native.sparse_passes import CompiledSums, compiled_sums, pa
 
 # Entries of a chunk, unless one row, or one row of tiles, has more: small enough for a processor's cache.
 _SIZE: ContextVar[int] = ContextVar("chunk size", default=2**18)
-
-# Entries of sparse experts that `joined` takes together, unless one expert alone keeps more of the chunk.
-JOINED = 2**17
 
 
 def chunk_size() -> int:
@@ -46,7 +43,7 @@ def chunks_of_size(entries: int) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The entries that one expert keeps of a chunk, or several experts (`joined`).
+    """The entries that one expert keeps of a chunk.
 
     Attributes:
         values: Their values, `(n,)`, in the expert's dtype.
@@ -79,7 +76,7 @@ class Entries:
             scratch.index_fill_(0, places.long(), True)
 
     def write_to(self, scratch: Tensor, values: Tensor) -> None:
-        """Write values into a flat tensor of the chunk at these entries, which must belong to one expert."""
+        """Write values into a flat tensor of the chunk at these entries."""
         if self.places is None:
             scratch.copy_(values)
         else:
@@ -102,8 +99,7 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some rows of a weight, with the deltas of all experts. Iterate over it for the `Entries` of one expert after
-    another.
+    """Some rows of a weight, with the deltas of all experts; iterating gives the `Entries` of one expert after another.
 
     Attributes:
         deltas: The deltas of the whole weight; of tiles, the single entries of those that reach into these rows.
@@ -139,7 +135,7 @@ class Chunk:
     def total(self) -> Tensor:
         """Return the sum of the experts' entries, in the dtype of `zeros`."""
         total = self.zeros()
-        for entries, _ in joined(self, [1.0] * len(self.deltas)):
+        for entries in self:
             entries.add_to(total)
         return total
 
@@ -149,7 +145,7 @@ class Chunk:
         alike = len(set(weights)) == 1
         total = self.zeros(None if alike else torch.float64)
         kept = self.zeros(torch.bool) if all_sparse(self.deltas) else None
-        for entries, weight in joined(self, weights):
+        for entries, weight in zip(self, weights, strict=True):
             entries.add_to(total, factor=1.0 if alike else weight)
             if kept is not None:
                 entries.mark(kept)
@@ -158,7 +154,7 @@ class Chunk:
     def counts(self, moved: bool = False) -> Tensor:
         """Return how many experts keep each entry, or with `moved` how many have a value other than zero there."""
         counts = self.zeros()
-        for entries, _ in joined(self, [1.0] * len(self.deltas)):
+        for entries in self:
             entries.add_to(counts, entries.values != 0 if moved else torch.ones_like(entries.values))
         return counts
 
@@ -214,7 +210,7 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: EntryRule, dtype: torch.dtype
         total, kept = rule(chunk)
         if kept is None:
             kept = chunk.zeros(torch.bool)
-            for entries, _ in joined(chunk, [1.0] * len(deltas)):
+            for entries in chunk:
                 entries.mark(kept)
         room_left = places[count:], values[count:]
         if tile:
@@ -274,38 +270,9 @@ def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     return reduce(torch.promote_types, [delta.dtype for delta in deltas if not delta.is_empty] or [deltas[0].dtype])
 
 
-def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = JOINED) -> Iterator[tuple[Entries, float]]:
-    """Yield the experts' entries with their weights, for rules to which an entry's owner does not matter.
-
-    Where all weights are equal, the entries of several sparse experts come as one, up to `most` of them, which takes
-    fewer and longer operations; an index may then occur several times.
-    """
-    if len(set(weights)) > 1:
-        yield from zip(entries, weights, strict=True)
-        return
-    group: list[Entries] = []
-    for one in entries:
-        if group and (one.places is None or sum(len(held.values) for held in group) + len(one.values) > most):
-            yield _as_one(group), weights[0]
-            group = []
-        if one.places is None:
-            yield one, weights[0]
-        else:
-            group.append(one)
-    if group:
-        yield _as_one(group), weights[0]
-
-
 def _trimmed(places: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """Return entries or tiles that were written into room for more; a view of few would keep the memory of all."""
     return (places.clone(), values.clone()) if 2 * len(places) < room else (places, values)
-
-
-def _as_one(group: Sequence[Entries]) -> Entries:
-    if len(group) == 1:
-        return group[0]
-    places = torch.cat([one.places for one in group if one.places is not None])
-    return Entries(torch.cat([one.values for one in group]), places, group[0].start)
 
 
 def _pack_tiles(

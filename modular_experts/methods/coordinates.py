@@ -1,14 +1,8 @@
 """Express the experts in common coordinates, in which another method merges them.
 
-LoRAs of different tasks use different directions for the same purpose, so rules that compare their entries mislead.
-`KnOTS` takes the output directions of all experts side by side (Stoica et al., "Model merging with SVD to tie the
-KnOTS", arXiv 2410.19735), `CoreSpace` their output and their input directions (Panariello et al., "Accurate and
-Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786), both without loss. `CtM`, Compress-then-Merge, takes
-as many as a rank allows, so that the result is one LoRA (He et al., "Compress then Merge: From Multiple LoRAs into One
-Low-Rank Adapter", arXiv 2606.03723); the other way round, `export --rank` truncates a merge.
-
-A method that needs statistics of the experts' data cannot be inside. Sparse experts give a dense result, low-rank ones
-a low-rank one where that is smaller.
+LoRAs of different tasks use different directions for the same purpose, so rules that compare their entries mislead. A
+method that needs statistics of the experts' data cannot be inside. Sparse experts give a dense result, low-rank ones a
+low-rank one where that is smaller. One expert, copies, order, factors and zeros are as with the method inside.
 """
 
 from __future__ import annotations
@@ -29,16 +23,12 @@ from modular_experts.methods.wrapper import Back, Wrapper
 
 @dataclass(frozen=True)
 class KnOTS(Wrapper):
-    """KnOTS: `scale * U m(S V_1^T, .., S V_N^T)`, where m is another merge method, `inner`.
+    """KnOTS: `scale * U m(S V_1^T, .., S V_N^T)`, where m is another merge method, `inner` (Stoica et al., "Model
+    merging with SVD to tie the KnOTS", arXiv 2410.19735).
 
     `U S [V_1^T .. V_N^T]` is the singular value decomposition of `[d_1 .. d_N]`, the experts side by side. Directions
     of singular value zero are left out. `inner` merges a weight that is not a matrix, or that no expert moves, as it
-    is. With a linear method (`Average`, `TaskArithmetic`) the result is the same as without; the order and the
-    scale of the experts matter as they do to the method.
-
-    `U` comes from the left factors of the experts, and `S V_i^T` is `U^T d_i`, so that `[d_1 .. d_N]` is never formed.
-    A method that reads all weights first, such as `TIES` with `scope: global` (the paper's), repeats the decomposition
-    at each reading.
+    is. With a linear method (`Average`, `TaskArithmetic`) the result is the same as without.
 
     Args:
         inner: Merges in the common basis; TIES, as in the paper, by default. A share of entries counts the entries of
@@ -68,18 +58,13 @@ def _basis(deltas: Sequence[Delta]) -> Tensor:
 
 @dataclass(frozen=True)
 class CoreSpace(Wrapper):
-    """Core Space: `scale * B m(M_1, .., M_N) A` with `M_i = B^T d_i A^T`, where m is another merge method, `inner`.
+    """Core Space: `scale * B m(M_1, .., M_N) A` with `M_i = B^T d_i A^T`, where m is another merge method, `inner`
+    (Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786).
 
     The columns of B `(out, p)` and the rows of A `(q, in)` are orthonormal bases of all output and all input directions
-    of the experts, from the singular value decompositions of their left factors and of their right factors side by
-    side, so `d_i = B M_i A` holds exactly. p and q are at most the sum of the ranks, which may differ by expert. Unlike
-    in the paper's code, the factors come from the singular value decomposition of `d_i`, so a LoRA that is written
-    as another product of factors merges to the same.
-
-    Only low-rank experts have such a space. Where an expert that moves the weight is sparse or dense, and for a weight
-    that is not a matrix, `inner` merges the deltas as they are. With a linear method (`Average`, `TaskArithmetic`) the
-    result is the same as without in any case. One expert, copies, order, factors and experts that move nothing are
-    as with `inner`, and the result is low-rank where that is smaller.
+    of the experts, so `d_i = B M_i A` holds exactly; a LoRA that is written as another product of factors merges to the
+    same. Where an expert that moves the weight is sparse or dense, and for a weight that is not a matrix, `inner`
+    merges the deltas as they are.
 
     Args:
         inner: Merges in the core space; TIES by default. A share of entries counts the entries of the `M_i` `(p, q)`.
@@ -120,17 +105,14 @@ MOST_ROUNDS, LEAST_GAIN = 200, 1e-10
 @dataclass(frozen=True)
 class CtM(Wrapper):
     """Compress-then-Merge: `scale * U m(C_1, .., C_N) V^T` with `C_i = U^T d_i V`, where m is another merge method,
-    `inner`, and U `(out, rank)` and V `(in, rank)` are the orthonormal columns that hold most of the experts.
+    `inner`, and U `(out, rank)` and V `(in, rank)` are the orthonormal columns that hold most of the experts (He et
+    al., "Compress then Merge: From Multiple LoRAs into One Low-Rank Adapter", arXiv 2606.03723).
 
     They make `sum_i |U^T d_i V|^2 / |d_i|^2` large (Frobenius norms): from the strongest directions of all experts,
     each of norm 1, U is solved for given V and V for given U until the sum stays the same (higher-order orthogonal
-    iteration, as in the paper's code). Its `beta`, by which longer experts can count more in this sum, is left out.
-    U and V are found without the bases of all experts in which the paper's code looks for them, which changes nothing.
-
-    The result has at most the given rank, whatever `inner` does, and is low-rank where that is smaller. Experts may
-    have any form. A weight that is not a matrix is merged by `inner` as it is. If all experts together have directions
-    for no more than the rank, this is `CoreSpace` but for the choice of its axes; with a linear method, U and V then
-    change nothing. One expert of that rank, copies, order, factors and experts that move nothing are as with `inner`.
+    iteration, as in the paper's code, without its `beta`). The result has at most the given rank, whatever `inner`
+    does; the other way round, `export --rank` truncates a merge. A weight that is not a matrix is merged by `inner` as
+    it is.
 
     Args:
         inner: Merges the `C_i` `(rank, rank)`; TIES by default. A share of entries counts the entries of the `C_i`.

@@ -1,9 +1,5 @@
 """ESM merges what each expert changes in a layer's outputs, in the few directions that change most (Li et al., "Model
-Merging in the Essential Subspace", arXiv 2602.20208; extended in "Essential Subspace Merging for Multi-Task Learning",
-arXiv 2606.19164).
-
-`TSVMerge` takes the strongest directions of the weights; these are the strongest of the outputs on real inputs. The
-covariance of the outputs' change `d_i x` over the inputs x is `d_i G_i d_i^T`, so Gram matrices of the inputs suffice.
+Merging in the Essential Subspace", arXiv 2602.20208 and 2606.19164).
 """
 
 from __future__ import annotations
@@ -27,21 +23,16 @@ class ESM(MergeMethod):
     expert's outputs.
 
     The columns of `E_i` are the eigenvectors of `d_i G_i d_i^T` with the largest eigenvalues, where `G_i` is the Gram
-    matrix `(in, in)` of the layer's inputs on the data of expert i. Each of the N experts that move the matrix keeps
-    the same whole number of them, a share of `share / N` of the out directions and at least one. `w_i` are the
-    `power`-th powers of their eigenvalues, divided by their mean. `P(X) = mean(S) U V^T` of the singular value
-    decomposition `U S V^T` makes the directions orthogonal and equally strong. Directions without any output are left
-    out, also of the mean.
-
-    This is the authors' program for RoBERTa (github.com/kiddo127/ESM), without the scales of its last step, which need
-    all weights at once, and without three constants of its program for vision, which made merges of the suite worse.
+    matrix `(in, in)` of the layer's inputs on the data of expert i. `w_i` are the `power`-th powers of the eigenvalues,
+    divided by their mean. `P(X) = mean(S) U V^T` of the singular value decomposition `U S V^T` makes the directions
+    orthogonal and equally strong. This is the authors' program for RoBERTa (github.com/kiddo127/ESM) without the scales
+    of its last step, which need all weights at once.
 
     It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`; with `--labels experts` inputs
-    suffice). A weight that is not the matrix of a linear layer gets the mean over all experts. One expert merges to its
-    directions made equally strong; at `power` 0 that is its `IsoC`. Factors of the Gram matrices do not matter.
+    suffice). A weight that is not the matrix of a linear layer gets the mean over all experts.
 
     Args:
-        share: Share of a matrix's output directions that all experts together keep, in (0, 1].
+        share: Share of a matrix's output directions that all experts together keep, in (0, 1]; each at least one.
         power: Power of the eigenvalues by which stronger directions count more, at least 0; 0 counts all alike.
     """
 
@@ -77,6 +68,5 @@ class ESM(MergeMethod):
 
 
 def _evened(matrix: Tensor) -> Tensor:
-    """Return `mean(S) U V^T` of the singular value decomposition `U S V^T` of a matrix."""
     found = spectrum(Dense(matrix))
     return found.values.mean() * found.left @ found.right

@@ -1,7 +1,5 @@
 """Fisher merging weighs each expert at an entry by how much its loss depends on the entry (Matena and Raffel, "Merging
 Models with Fisher-Weighted Averaging", arXiv 2111.09832).
-
-The peers add a fixed 1e-6 to the Fisher information; here the floor is a share of its mean, so that only ratios matter.
 """
 
 from __future__ import annotations
@@ -26,14 +24,11 @@ class Fisher(MergeMethod):
     It needs `fisher` statistics of each expert (`modular-experts statistics --kind fisher`). An expert that does not
     move an entry still counts: if its loss depends on the entry, the entry stays near the base.
 
-    At scale 1, one expert merges to itself, and so do copies of it. A common factor of all Fisher informations changes
-    nothing.
-
     Args:
-        normalise: Divide each expert's Fisher information by its norm over all weights, so that all experts weigh the
-            same in total. Otherwise an expert with a large loss, whose gradients are large, outweighs the others.
-        floor: Share of the weight's mean Fisher information that is added to each entry of each expert, above 0. Where
-            no loss depends on an entry, it gets the plain average.
+        normalise: Divide each expert's Fisher information by its norm over all weights, so that an expert with a large
+            loss does not outweigh the others.
+        floor: Share of the weight's mean Fisher information that is added to each entry of each expert, above 0; the
+            peers add a fixed 1e-6.
     """
 
     checks = Checks(floor=above(0))

@@ -1,9 +1,8 @@
 """The Karcher mean has the mean direction of several deltas on the sphere, and their mean length (mergekit's
 `karcher`).
 
-It has the least sum of squared angles to all deltas. An iteration finds it: take the tangent from the current mean to
-every delta along its arc, and go along the average of these tangents. Every point on the way is a combination of the
-deltas, so an iteration works on one number per expert; only the inner products read the deltas.
+An iteration goes along the average of the tangents from the current mean to every delta. Every point on the way is a
+combination of the deltas, so it works on one number per expert; only the inner products read the deltas.
 """
 
 from __future__ import annotations
@@ -31,15 +30,8 @@ class Karcher(MergeMethod):
     """Karcher: `scale * n * m`, with m the unit delta of least `sum_i w_i angle(m, d_i)^2` and `n = sum_i w_i |d_i|`,
     per weight.
 
-    Two experts of one length merge as with `SLERP` at `t = w_2 / (w_1 + w_2)`. It extends SLERP to any number of
-    experts, of which none comes first.
-
-    A delta of zero counts in the mean length only. Where the directions cancel, as two opposite ones do, the result is
-    the weighted average of the deltas. An iteration skips a delta that lies opposite to the current mean, because many
-    arcs lead to it.
-
-    Linear but for the angles, so every form is kept. The cost grows with the square of the number of experts. At scale
-    1, one expert merges to itself, and so do copies of it.
+    It extends SLERP to any number of experts, of which none comes first. A delta of zero counts in the mean length
+    only. Where the directions cancel, the result is the weighted average of the deltas.
 
     Args:
         weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.

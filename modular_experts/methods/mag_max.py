@@ -15,11 +15,9 @@ from modular_experts.methods.method import Context, MergeMethod
 
 @dataclass(frozen=True)
 class MagMax(MergeMethod):
-    """MagMax: per entry, `scale * d_k`, where k is the expert with the largest `|d_k|` there.
+    """MagMax: per entry, `scale * d_k`, where k is the expert with the largest `|d_k|` there, the first of equals.
 
-    At scale 1, one expert merges to itself, and so do copies of it. Among equal magnitudes the first expert wins, so
-    the order of the experts matters only where the largest two are of opposite sign. Scaled experts merge to the scaled
-    merge if all have one factor.
+    The order of the experts matters only where the largest two are of one magnitude and opposite sign.
 
     Args:
         scale: Factor of the result. FusionBench takes 0.5.

@@ -1,8 +1,7 @@
 """A merge method makes one delta of the deltas that several experts have for one weight; this is its contract.
 
-A method is a pure function with settings. `modular_experts.merger` reads the experts, walks over the weights, calls the
-method for each of them and writes the result. To write a method of your own, subclass `MergeMethod` as a frozen
-dataclass whose fields are the settings, and define `merge(self, deltas)`.
+A method is a pure function with settings. To write one of your own, subclass `MergeMethod` as a frozen dataclass whose
+fields are the settings, and define `merge(self, deltas)`.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.settings import Check, Checks, finite
+from modular_experts.methods.settings import Check, Checks, Presets, fill_from_preset, finite, with_table
 
 PROMISES = (
     "Unless its text limits this, a method multiplies its result by `scale`, and by a common positive factor of the "
@@ -51,7 +50,7 @@ class Context:
     Attributes:
         name: The weight's name.
         statistics: One per expert, of the kind that the method `needs`; an element is None where the kind does not
-            describe this weight, such as the Gram matrix of a bias.
+            describe this weight.
         prepared: What the method's `prepare` returned.
         depth: Where the weight lies, from 0 at the first transformer block to 1 at the last that is merged; 0 outside.
     """
@@ -99,21 +98,23 @@ class MergeMethod(ABC):
 
     Attributes:
         checks: What refuses bad settings when a method is made, such as `Checks(ridge=at_least(0))`.
+        presets: Values of the settings that are not given, by the name of the setting `preset`.
         scale: Factor of the result.
     """
 
     checks = Checks(scale=finite)
+    presets: ClassVar[Presets] = {}
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        if "merge" not in vars(cls):
-            return
-        parameters = inspect.signature(cls.merge).parameters.values()
-        positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-        if len(positional) <= 2 and not any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        if "presets" in vars(cls):
+            cls.__doc__ = with_table(cls.__doc__ or "", cls.presets)
+        if "merge" in vars(cls) and len(inspect.signature(cls.merge).parameters) == 2:
             cls.merge = _with_context(cls.merge)  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
+        if self.presets:
+            fill_from_preset(self, self.presets)
         checks: dict[str, Check] = {}
         for kind in reversed(type(self).__mro__):
             checks |= vars(kind).get("checks", {})
@@ -139,7 +140,7 @@ class MergeMethod(ABC):
         """Look at every weight of every expert, and return what `merge` shall find as `context.prepared`.
 
         Methods with statistics over the whole expert, such as one threshold for all weights, define this. The stream
-        gives the deltas of one weight after another, as `merge` will get them. Each iteration reads the experts anew.
+        gives the deltas of one weight after another; each iteration reads the experts anew.
         """
         return None
 
@@ -149,30 +150,15 @@ class MergeMethod(ABC):
         return type(self).per_task is not MergeMethod.per_task
 
     def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
-        """Return the delta of one weight in the expert that is written for the task of one of the experts.
+        """Return the delta of one weight in the expert that is written for the task of one of the experts, by its
+        index.
 
-        Methods that give each task an expert of its own beside the merged one define this; `expert` is the index of
-        the task's expert among the deltas.
+        Methods that give each task an expert of its own beside the merged one define this.
         """
         return self.merge(deltas, context)
 
-    def for_others(self, expert: int, experts: int) -> Self:
-        """Return the method for a merge without one of the experts, by its index: each list of one value per expert
-        loses that expert's.
-        """
-        changed: dict[str, Any] = {}
-        for setting in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, setting.name)
-            if isinstance(value, list) and len(value) == experts:
-                changed[setting.name] = [*value[:expert], *value[expert + 1 :]]
-            elif isinstance(value, MergeMethod):
-                changed[setting.name] = value.for_others(expert, experts)
-        return replace(self, **changed)  # type: ignore[type-var]
-
 
 def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:
-    """Let a user's `merge(self, deltas)` be called with a context, which it ignores."""
-
     @functools.wraps(merge)
     def with_context(self: MergeMethod, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         return merge(self, deltas)
@@ -181,9 +167,7 @@ def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:
 
 
 def documentation(kind: type[MergeMethod]) -> tuple[str, dict[str, str]]:
-    """Return what the docstring of a method tells, and the text of each of its settings, which a class above it may
-    hold.
-    """
+    """Return what the docstring of a method tells, and the text of each of its settings, maybe of a class above it."""
     about, texts = "", dict[str, str]()
     for each in reversed(kind.__mro__):
         about, *lists = re.split(r"^(?:Args|Attributes):\n", inspect.cleandoc(each.__doc__ or ""), flags=re.MULTILINE)

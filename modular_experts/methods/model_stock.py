@@ -1,16 +1,14 @@
 """Model Stock goes towards the average, the further the smaller the angles between the deltas are (Jang et al., "Model
 Stock", arXiv 2403.19522).
 
-Fine-tunings of one task scatter around a centre: the more their deltas agree, the nearer their average is to it. The
-paper derives the step for one angle and leaves open which one for more than two experts; here as in mergekit it is the
-one whose cosine is the mean over all pairs.
+The paper derives the step for one angle; here as in mergekit its cosine is the mean over all pairs of experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,33 +17,29 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import scale_rows
 from modular_experts.methods.chunks import chunks_of, weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import with_presets
+from modular_experts.methods.settings import Presets
 
-PRESETS: dict[str | None, dict[str, Any]] = {None: {}, "mergekit": {}}
+PRESETS: Presets = {None: {}, "mergekit": {}}
 
 # What mergekit takes for the product of two lengths if it is smaller, so that the cosine of tiny deltas shrinks.
 SHORTEST = 1e-6
 
 
-@with_presets(PRESETS)
 @dataclass(frozen=True)
 class ModelStock(MergeMethod):
     """Model Stock: `scale * t * mean_i d_i` with `t = N c / (1 + (N - 1) c)`, where c is the mean cosine between the
-    deltas of two experts, taken over each weight by itself.
+    deltas of two of the N experts that move the weight.
 
-    Only the N experts whose delta is not zero count; one alone has t = 1. Where the deltas oppose each other more than
-    they agree (c < 0, where mergekit steps backwards), t is 0 and the weight stays at the base. It is meant for experts
-    of one task: deltas of different tasks are nearly orthogonal, so that they nearly vanish.
-
-    Linear but for t, so every form is kept. At scale 1, one expert merges to itself, and so do copies of it.
+    One expert alone has t = 1. Where c < 0, t is 0 and the weight stays at the base. It is meant for experts of one
+    task: deltas of different tasks are nearly orthogonal, so that they nearly vanish.
 
     Args:
-        row_wise: Give each row `(in,)` of a weight `(out, in)` a cosine and a step of its own, as the paper's filters
-            have (mergekit's `filter_wise: true`). By default a weight is one long vector.
-        preset: `mergekit` counts all experts, also those that do not move the weight, and steps backwards where the
-            deltas oppose each other.
+        row_wise: Give each row `(in,)` of a weight `(out, in)` a cosine and a step of its own (mergekit's `filter_wise:
+            true`).
+        preset: `mergekit` counts all experts, also those that do not move the weight, and steps backwards where c < 0.
     """
 
+    presets = PRESETS
     scale: float = 1.0
     row_wise: bool = False
     preset: Literal["mergekit"] | None = None

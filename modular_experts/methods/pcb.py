@@ -1,9 +1,5 @@
 """PCB takes a weighted mean per entry, where the weight of an expert at an entry is its score there (Du et al.,
 "Parameter Competition Balancing for Model Merging", arXiv 2410.02396).
-
-The paper leaves `Norm` open. Here it stretches the values to [0, 1], as the paper's code does; mergekit divides by the
-Euclidean norm, after which the experts' scores are nearly equal. This is the paper, weight by weight; its code scores
-by `tanh(d_i * sum_j d_j)`.
 """
 
 from __future__ import annotations
@@ -28,14 +24,10 @@ class PCB(MergeMethod):
     """PCB: `scale * sum_i b_i d_i / sum_i b_i` per entry, over the experts that keep the entry.
 
     The score is `b_i = softmax(N norm(d_i d_i)) * sum_j softmax(norm(d_i d_j))`, where products are per entry, `norm`
-    stretches a weight's values to [0, 1], the softmax is over its entries and N is the number of experts that move the
-    weight. The entries of each expert with the largest scores are kept, and all that tie with the last of them; an
-    entry that no expert keeps stays at the base. An expert counts also where its own delta is zero, if it keeps the
-    entry.
-
-    The method makes all experts dense at once, in float64, and compares each pair, so it suits few experts or small
-    weights. Sparse experts merge to a sparse one all the same. One expert merges to itself at its kept entries, and so
-    do copies of it. An expert that moves nothing changes nothing.
+    stretches a weight's values to [0, 1] as the paper's code does, the softmax is over its entries and N is the number
+    of experts that move the weight. The entries of each expert with the largest scores are kept, and all that tie with
+    the last of them; an entry that no expert keeps stays at the base. All experts are dense at once, in float64, and
+    each pair is compared, so it suits few experts or small weights.
 
     Args:
         keep: Share of the weight's entries that are kept of each expert, in (0, 1]; rounded down to whole entries, but

@@ -1,16 +1,18 @@
-"""Prune experts before they are combined: keep the largest entries or a band of them.
+"""Prune experts, and combine what is left by a weighted sum or by an election of signs.
 
-Pruning is the first half of TIES, Breadcrumbs and the methods in `random_drops.py`; `consensus.py` is the second. Each
-function here looks at one expert's delta of a weight and returns a `Prune`, which is then applied to that delta chunk
-by chunk. The largest entries are those above a `Cutoff`: a magnitude and, where entries tie at it, the last one that
-stays, so that any chunk can be pruned by itself and neither a ranking nor a mask of the weight is held.
+TIES, DARE, DELLA and Breadcrumbs are subclasses of `PrunedSum` or `PrunedElection` that define by `pruned` what stays.
+A `Prune` is made of one expert's delta of a weight and applied to it chunk by chunk. The largest entries are those
+above a `Cutoff`: a magnitude and, where entries tie at it, the last one that stays, so that any chunk can be pruned by
+itself.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.tiles import true_places
 from modular_experts.masks import kth_highest
-from modular_experts.methods.chunks import Chunk, Entries, chunks_of
+from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
+from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, sum_of_weights
 
 Prune = Callable[[Entries], Entries]
 """Gets the entries that an expert keeps of a chunk; returns those that pruning leaves, or zeros in place of others."""
@@ -190,3 +194,129 @@ def _bin_of_rank(counts: Tensor, k: int) -> tuple[int, int]:
     place = min(int(torch.searchsorted(from_top, k)), counts.numel() - 1)
     above = int(from_top[place - 1]) if place else 0
     return counts.numel() - 1 - place, k - above
+
+
+Rescale = Literal["l1", "none"]
+Vote = Literal["sum", "weighted", "count"]
+Divisor = Literal["count", "weights", "none"]
+TieBreak = Literal["none", "positive", "weight_majority"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFirst(MergeMethod):
+    """A method that prunes each expert before it combines them.
+
+    Args:
+        rescale: `l1` scales what stays of an expert to the sum of magnitudes that it had in the weight; `none` leaves
+            it.
+        weights: One weight per expert, in the order of the experts; it may be negative. Default: 1 for all.
+    """
+
+    checks = Checks(rescale=one_of(Rescale))
+
+    rescale: Rescale = FROM_PRESET
+    weights: list[float] | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(copies=1.0 if self.rescale == "l1" else 0.0)
+
+    @abstractmethod
+    def pruned(self, deltas: Sequence[Delta], context: Context | None) -> Pruned:
+        """Return the deltas of one weight, and how to prune each of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedSum(PruneFirst):
+    """Return `scale * sum_i w_i p_i` of the pruned experts.
+
+    Args:
+        normalise: Divide by the sum of the weights.
+    """
+
+    normalise: bool = FROM_PRESET
+    scale: float = FROM_PRESET
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        weights = one_per_expert(self, "weights", len(deltas))
+        scale = self.scale / (sum_of_weights(self, weights) if self.normalise else 1.0)
+        pruned = self.pruned(deltas, context)
+
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            total, moved = chunk.zeros(), chunk.zeros(torch.bool)
+            for entries, weight in zip(pruned.entries(chunk), weights, strict=True):
+                entries.add_to(total, factor=weight)
+                entries.mark(moved, entries.values != 0)
+            return total.mul_(scale), moved
+
+        return merge_by_chunks(pruned.deltas, rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedElection(PruneFirst):
+    """Elect a sign for each entry, and return `scale` times the mean of the pruned entries that carry it.
+
+    Args:
+        vote: What elects the sign of an entry: the `sum` of the pruned deltas, their `weighted` sum (a negative weight
+            turns its expert around), or the sign that most of them have (`count`).
+        divisor: What divides the sum of the deltas of that sign: their `count`, the sum of their `weights`, or `none`.
+        zero: Sign of an entry whose votes sum to exactly zero: `none` leaves it at the base, `positive` is plus, and
+            `weight_majority` the sign that most entries of the weight elect.
+    """
+
+    checks = Checks(vote=one_of(Vote), divisor=one_of(Divisor), zero=one_of(TieBreak))
+
+    scale: float = FROM_PRESET
+    vote: Vote = FROM_PRESET
+    divisor: Divisor = FROM_PRESET
+    zero: TieBreak = FROM_PRESET
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        weights = one_per_expert(self, "weights", len(deltas))
+        pruned = self.pruned(deltas, context)
+        sign_of_zero = self.sign_of_zero(pruned, weights, context)
+
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            experts = list(zip(pruned.entries(chunk), weights, strict=True))
+            elected = _votes(chunk, experts, self.vote).sign_()
+            elected += sign_of_zero / 2  # a half gives zero a sign, and turns no other
+            total, voters = chunk.zeros(), chunk.zeros(torch.bool)
+            divided = None if self.divisor == "none" else chunk.zeros()
+            for entries, weight in experts:
+                values = entries.values
+                side = values * weight if self.vote == "weighted" else values
+                agrees = side * entries.of(elected) > 0
+                entries.add_to(total, values * agrees, weight)
+                entries.mark(voters, agrees)
+                if divided is not None:
+                    entries.add_to(divided, agrees, weight if self.divisor == "weights" else 1.0)
+            total *= self.scale
+            # The divisor is zero where no entry agrees, or where the weights of those that do cancel.
+            if divided is not None:
+                total /= divided.clamp_(min=1.0) if self.divisor == "count" else divided.masked_fill_(divided == 0, 1.0)
+            return total, voters
+
+        return merge_by_chunks(pruned.deltas, rule)
+
+    def sign_of_zero(self, pruned: Pruned, weights: Sequence[float], context: Context | None) -> float:
+        """Return the sign of the entries whose votes sum to exactly zero: 1, -1, or 0 to leave them at the base."""
+        if self.zero == "weight_majority":
+            difference = self.majority(pruned, weights)
+            return float(difference > 0) - float(difference < 0)
+        return 1.0 if self.zero == "positive" else 0.0
+
+    def majority(self, pruned: Pruned, weights: Sequence[float]) -> float:
+        """Return how many more entries of a weight elect plus than minus."""
+        difference = 0.0
+        for chunk in chunks_of(pruned.deltas):
+            votes = _votes(chunk, zip(pruned.entries(chunk), weights, strict=True), self.vote)
+            difference += votes.sign_().sum().item()
+        return difference
+
+
+def _votes(chunk: Chunk, experts: Iterable[tuple[Entries, float]], vote: Vote) -> Tensor:
+    votes = chunk.zeros()
+    for entries, weight in experts:
+        own = entries.values.sign() if vote == "count" else entries.values
+        entries.add_to(votes, own, weight if vote == "weighted" else 1.0)
+    return votes

@@ -1,9 +1,8 @@
 """DARE drops entries at random, rescales what stays, and combines the rest (Yu et al., "Language Models are Super
 Mario", arXiv 2311.03099); DELLA drops small entries more often (Deep et al., "DELLA-Merging", arXiv 2406.11617).
 
-The random numbers come from a counter-based generator (SplitMix64, Steele, Lea and Flood 2014): the number of an entry
-is a hash of the entry, the expert, the weight's name and the seed. So the same entries are dropped in whatever form a
-delta is stored, in whatever chunks and order the weights are read, on any number of threads, and after an interruption.
+The random number of an entry is a hash (SplitMix64, Steele, Lea and Flood 2014) of the entry, the expert, the weight's
+name and the seed, so the same entries are dropped in any form, in any chunks, and after an interruption.
 """
 
 from __future__ import annotations
@@ -11,23 +10,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods.chunks import Entries
-from modular_experts.methods.consensus import PrunedElection, PrunedSum, PruneFirst
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Prune, Pruned, Shares, keep_all, prune
+from modular_experts.methods.prune import (
+    Prune,
+    Pruned,
+    PrunedElection,
+    PrunedSum,
+    PruneFirst,
+    Shares,
+    keep_all,
+    prune,
+)
 from modular_experts.methods.settings import (
     FROM_PRESET,
     Checks,
+    Presets,
     one_of,
     one_per_expert,
     paired,
-    with_presets,
     within,
 )
 
@@ -99,8 +106,7 @@ def _drop(entries: Entries, chance: float | Tensor, key: int, rescale: str) -> E
 def _row_ranks(entries: Entries, width: int) -> Tensor:
     """Return for each entry how many of its row rank below it: by magnitude, equal ones by their place in the row.
 
-    The entries must come in the order of the weight, as a chunk's do. The entries of a row that a sparse expert
-    does not keep are zeros and rank lowest.
+    The entries come in the order of the weight. Those that a sparse expert does not keep are zeros and rank lowest.
     """
     if entries.places is None and entries.values.numel() % width == 0:  # whole rows, with every entry
         order = entries.values.abs().view(-1, width).argsort(dim=1, stable=True)
@@ -179,72 +185,63 @@ _SUM = {"scale": 1.0, "rescale": "probability", "normalise": False}
 _ELECTION = {"scale": 1.0, "rescale": "probability", "vote": "sum", "divisor": "count", "zero": "none"}
 
 
-@with_presets(
-    {
+@dataclass(frozen=True, kw_only=True)
+class DARE(RandomDrops, PrunedSum):
+    """DARE: `scale * sum_i w_i r_i d_i`, where `r_i` drops each entry with probability `1 - keep` and makes up for it.
+
+    The order of the experts matters, because each place in it has random numbers of its own.
+    """
+
+    presets: ClassVar[Presets] = {
         None: {"keep": 0.1, **_SUM},
         "paper": {},
         "mergekit": {"keep": 1.0, "rescale": "l1"},
         "peft": {"keep": None},
         "fusion_bench": {"keep": 0.5, "scale": 0.3},
     }
-)
-@dataclass(frozen=True, kw_only=True)
-class DARE(RandomDrops, PrunedSum):
-    """DARE: `scale * sum_i w_i r_i d_i`, where `r_i` drops each entry with probability `1 - keep` and makes up for it.
-
-    Linear in expectation: over many seeds the mean is the weighted sum. At `keep: 1` it is task arithmetic, exactly.
-    The order of the experts matters, because each place in it has random numbers of its own; an expert that moves
-    nothing at the end of the list changes nothing; scaled experts merge to the scaled merge.
-    """
-
     preset: Literal["paper", "mergekit", "peft", "fusion_bench"] | None = None
 
 
-@with_presets(
-    {
+@dataclass(frozen=True, kw_only=True)
+class DARETIES(RandomDrops, PrunedElection):
+    """DARE with an election of signs: entries are dropped as in `DARE`, and per entry what carries the elected sign is
+    averaged as in `TIES`.
+    """
+
+    presets: ClassVar[Presets] = {
         None: {"keep": 0.1, **_ELECTION},
         "mergekit": {"keep": 1.0, "rescale": "l1", "vote": "weighted", "divisor": "none", "zero": "positive"},
         "peft": {"keep": None, "zero": "positive"},
     }
-)
-@dataclass(frozen=True, kw_only=True)
-class DARETIES(RandomDrops, PrunedElection):
-    """DARE with an election of signs: entries are dropped as in DARE, and per entry what carries the elected sign is
-    averaged as in TIES.
-
-    At `keep: 1` it is TIES without pruning. The order of the experts matters as in `DARE`.
-    """
-
     preset: Literal["mergekit", "peft"] | None = None
 
 
-@with_presets(
-    {
+@dataclass(frozen=True, kw_only=True)
+class DELLA(RankedDrops, PrunedElection):
+    """DELLA: entries are dropped at random, the smaller the more often, and per entry what carries the elected sign is
+    averaged as in `TIES`.
+
+    Within a row of the weight, the entry of rank r (0 for the smallest magnitude) stays with probability `keep -
+    epsilon + 2 epsilon r / (width - 1)`; a row of one entry with `keep`. The entries that a sparse expert does not keep
+    rank lowest. The order of the experts matters as in `DARE`.
+    """
+
+    presets: ClassVar[Presets] = {
         None: {"keep": 0.5, "epsilon": 0.15, **_ELECTION},
         "paper": {},
         "mergekit": {"keep": 1.0, "rescale": "l1", "vote": "weighted", "divisor": "weights", "zero": "positive"},
     }
-)
-@dataclass(frozen=True, kw_only=True)
-class DELLA(RankedDrops, PrunedElection):
-    """DELLA: entries are dropped at random, the smaller the more often, and per entry what carries the elected sign is
-    averaged as in TIES.
-
-    Within a row of the weight, the entry of rank r (0 for the smallest magnitude) stays with probability
-    `keep - epsilon + 2 epsilon r / (width - 1)`; a row of one entry with `keep`. The entries that a sparse expert does
-    not keep rank lowest. The order of the experts matters as in `DARE`.
-    """
-
     preset: Literal["paper", "mergekit"] | None = None
 
 
-@with_presets({None: {"keep": 0.5, "epsilon": 0.15, **_SUM}, "mergekit": {"keep": 1.0, "rescale": "l1"}})
 @dataclass(frozen=True, kw_only=True)
 class DELLALinear(RankedDrops, PrunedSum):
-    """DELLA without an election: entries are dropped at random, the smaller the more often, and the rest is summed.
-
-    The probabilities are as in `DELLA`. Linear in expectation with `rescale: probability`. The order of the experts
-    matters as in `DARE`.
+    """DELLA without an election: entries are dropped at random, with the probabilities of `DELLA`, and the rest is
+    summed.
     """
 
+    presets: ClassVar[Presets] = {
+        None: {"keep": 0.5, "epsilon": 0.15, **_SUM},
+        "mergekit": {"keep": 1.0, "rescale": "l1"},
+    }
     preset: Literal["mergekit"] | None = None

@@ -1,10 +1,7 @@
 """RegMean finds the weight whose outputs are closest to each expert's outputs on that expert's data (Jin et al.,
 "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849).
 
-The paper solves for the merged weight W, `W = (sum_i W_i G_i)(sum_i G_i)^-1`. With `W_i = W_0 + d_i` the base cancels,
-`W_0 (sum_i G_i)(sum_i G_i)^-1 = W_0`, so the same formula merges the deltas without a base. `RegMeanPlusPlus` takes the
-Gram matrices in another way, and `SelfRegMean` makes them from the deltas themselves. `ridge_solution` solves both with
-a ridge.
+The paper's `W = (sum_i W_i G_i)(sum_i G_i)^-1` with `W_i = W_0 + d_i` is W_0 plus the same formula of the deltas.
 """
 
 from __future__ import annotations
@@ -30,16 +27,10 @@ class RegMean(MergeMethod):
     """RegMean: `scale * (sum_i d_i G_i)(sum_i G_i)^-1`, where `G_i` is the Gram matrix `(in, in)` of the layer's inputs
     on the data of expert i, the mean of `x x^T` over tokens, with its off-diagonal multiplied by `reduce`.
 
-    At `reduce` 1 it minimises `sum_i mean_x |d x - d_i x|^2`, where x are the inputs of the layer on the data of expert
-    i; where that leaves d open, it is the solution closest to the plain average. A weight that is not the matrix of a
-    linear layer (a bias, a norm, an embedding) is averaged.
-
-    It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`). An expert that does not move
-    the weight still counts, through its data.
-
-    Low-rank experts merge to a low-rank one, sparse experts to a dense one. At scale 1, one expert merges to itself,
-    and so do copies of it; experts with equal Gram matrices merge to their average. A common factor of all Gram
-    matrices changes nothing.
+    At `reduce` 1 it minimises `sum_i mean_x |d x - d_i x|^2`; where that leaves d open, it is the solution closest to
+    the plain average. A weight that is not the matrix of a linear layer (a bias, a norm, an embedding) is averaged. It
+    needs `gram` statistics of each expert (`modular-experts statistics --kind gram`). Low-rank experts merge to a
+    low-rank one, sparse experts to a dense one.
 
     Args:
         reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1]. The paper's 0.9 keeps the solution from
@@ -103,8 +94,7 @@ def _divider(total: Tensor, singular: bool) -> Callable[[Tensor], Tensor]:
     """Return a function that divides rows `(n, in)` by a sum of Gram matrices from the right.
 
     The sum is scaled to a unit diagonal first. With a reduced off-diagonal its eigenvalues are at least `1 - reduce`,
-    and a Cholesky factor suffices. Otherwise there may be fewer tokens than inputs, and directions without any input
-    are left out.
+    and a Cholesky factor suffices; otherwise directions without any input are left out.
     """
     size = total.diagonal().clamp(min=0).sqrt()
     scale = torch.where(size > 0, 1 / size, torch.zeros_like(size))
@@ -122,12 +112,10 @@ def _divider(total: Tensor, singular: bool) -> Callable[[Tensor], Tensor]:
 @dataclass(frozen=True)
 class RegMeanPlusPlus(RegMean):
     """RegMean++: RegMean, `scale * (sum_i d_i G_i)(sum_i G_i)^-1`, with the Gram matrix `G_i` of the inputs that the
-    layer gets on the data of expert i after all transformer blocks before it have been merged.
+    layer gets on the data of expert i after all transformer blocks before it have been merged (arXiv 2508.03121).
 
-    It needs `merged_gram` statistics, taken of all the experts together
-    (`modular-experts statistics --experts a b --kind merged_gram`), and merges exactly those experts. For given Gram
-    matrices it has all properties of RegMean. The statistics are taken with the default `reduce` and scale 1; other
-    settings are solved with these same matrices.
+    It needs `merged_gram` statistics, taken of all the experts together with the default `reduce` and scale 1
+    (`modular-experts statistics --experts a b --kind merged_gram`), and merges exactly those experts.
     """
 
     needs = Needs(statistics="merged_gram", together=True, matrices=4.0, squares=6.0)
@@ -139,21 +127,15 @@ class SelfRegMean(MergeMethod):
     `SparseAverage` of the experts and r is `ridge` times the mean diagonal of `sum_i d_i^T d_i / |d_i|^2`.
 
     As far as the directions of the tasks differ, d maps the inputs of each task to the same outputs as the task's own
-    expert. A weight that is not a matrix gets c. The result is dense. One expert merges to itself, and so do copies of
-    it; an expert that moves nothing changes nothing. The method is meant for experts that were trained on the whole
-    input of a layer (sparse, tiles, full); the rows of a LoRA's delta lie where its random start put them.
-
-    With `flatten` q above 0, `d = U S V^T` becomes `U S^(1-q) V^T` of d's norm: weak directions of a matrix gain on
-    strong ones, and one expert merges to its flattened self.
-
-    ACE-Merging (arXiv 2603.02945) also takes the experts' own `d_i^T d_i` for the Gram matrices of their inputs, with
-    other constants: an absolute ridge to the plain average, centred columns, and a division by `|d_i|^2` only where the
-    norms of the experts differ much.
+    expert. A weight that is not a matrix gets c; the result is dense. The method is meant for experts that were trained
+    on the whole input of a layer (sparse, tiles, full); the rows of a LoRA's delta lie where its random start put them.
+    ACE-Merging (arXiv 2603.02945) also takes `d_i^T d_i` for the Gram matrices, with other constants.
 
     Args:
         ridge: Strength, above 0, with which d is drawn to c where the experts leave it open.
         inputs: Dimension of the weight along which the layer's inputs are: 1 of `nn.Linear`, 0 of GPT-2's `Conv1D`.
-        flatten: How much the singular values are evened out, in [0, 1]: 0 leaves them, 1 makes all of them equal.
+        flatten: How much the singular values are evened out, in [0, 1]: at q, `d = U S V^T` becomes `U S^(1-q) V^T` of
+            d's norm, so that weak directions gain on strong ones.
     """
 
     checks = Checks(ridge=above(0), inputs=one_of(Literal[0, 1]), flatten=within("[0, 1]"))
@@ -199,9 +181,8 @@ def overlap_average(deltas: Sequence[Delta]) -> Delta:
 def ridge_solution(deltas: Sequence[Delta], grams: Sequence[Callable[[], Tensor]], ridge: float) -> Delta:
     """Return the d of least `sum_i tr((d - d_i) G_i (d - d_i)^T) + r |d - c|^2`, dense and in float64.
 
-    c is the overlap-aware average, r is `ridge` times the mean of the diagonal of `sum_i G_i`, and the solution is
-    `c + (sum_i (d_i - c) G_i)(sum_i G_i + r I)^-1`. The functions `grams` return the Gram matrices `(in, in)` one at a
-    time, so that a single one is in memory.
+    c is the overlap-aware average, r is `ridge` times the mean of the diagonal of `sum_i G_i`, and the solution is `c +
+    (sum_i (d_i - c) G_i)(sum_i G_i + r I)^-1`. `grams` return the Gram matrices `(in, in)` one at a time.
     """
     center = overlap_average(deltas).dense()
     width = center.shape[1]

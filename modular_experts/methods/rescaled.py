@@ -1,12 +1,6 @@
-"""Change the length of another method's merge: by depth (`LiNeS`), or to the experts' length (`Rescaled`).
-
-Early blocks read features that all tasks share, so LiNeS lets the merge move them less than late ones (Wang et al.,
-"LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", arXiv 2410.17146).
-
-Methods that keep apart what the experts do (`TSVMerge`, `SelfRegMean`) make a step that grows with the number of
-experts, and a few times the step of one LoRA leaves the region where the base works. On the suite, with 2, 5, 10 and 20
-LoRAs, the best step of `TSVMerge` had 0.9, 0.9, 1.0 and 1.6 times the norm of an expert, and the sum divided by the
-root of their number has 1.0, 1.1, 1.2 and 1.4 times; `TSVMerge` at scale 1 has 1.4 to 4.5 times.
+"""Change the length of another method's merge: by depth (`LiNeS`, Wang et al., arXiv 2410.17146), to the experts'
+length (`Rescaled`), or direction by direction (`SVC`, Li et al., "When Shared Knowledge Hurts: Spectral
+Over-Accumulation in Model Merging", arXiv 2602.05536).
 """
 
 from __future__ import annotations
@@ -16,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from modular_experts.deltas import Delta
+from modular_experts.deltas.algebra import inner
 from modular_experts.methods.average import SparseAverage
 from modular_experts.methods.chunks import weighted_sum
-from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import Checks, at_least
+from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.settings import Checks, at_least, within
 from modular_experts.methods.spectral import TSVMerge
+from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, spectrum
 from modular_experts.methods.wrapper import Back, Wrapper
 
 
@@ -31,13 +28,10 @@ class LiNeS(Wrapper):
     """LiNeS: `scale * (1 + (last - 1) * t) * m`, where m is the merge of another method, `inner`, and t is where the
     weight lies, from 0 at the first transformer block to 1 at the last one that the experts move.
 
-    So `scale` is the scale of the first block, and `scale * last` of the last; the paper calls them alpha and alpha
-    plus beta. A weight outside of the blocks gets the scale of the first, as in the paper's code. `merge --tune` finds
-    the scale by itself, and `last` with `--tune.grid '{last: [0.75, 1, 1.25, 1.5]}'`. The paper sets alpha by the norms
-    of a sum and of an average, which is left out, because a tuned scale takes its place.
-
-    The properties of `inner` hold for the weights of the first block, and in the others up to the factor, also for a
-    method that gives each task an expert of its own, such as `EMR`.
+    Early blocks read features that all tasks share, so the merge moves them less. `scale` is the scale of the first
+    block, and `scale * last` of the last (the paper's alpha, and alpha plus beta). A weight outside of the blocks gets
+    the scale of the first. `merge --tune` finds the scale by itself, and `last` with `--tune.grid '{last: [0.75, 1,
+    1.25, 1.5]}'`.
 
     Args:
         last: How many times the scale of the first block the last one gets, at least 0; 1 treats all blocks alike.
@@ -67,13 +61,10 @@ class Rescaled(Wrapper):
     """Rescaled: `scale * |sum_i d_i| / sqrt(N) * m / |m|`, where m is the merge of another method, `inner`, and N the
     number of experts that move the weight (Frobenius norms).
 
-    Where the experts have nothing in common, the result is as long as one of them; what they share makes it longer. It
-    is meant for LoRAs and for methods that keep the experts' directions, such as `TSVMerge` and `SelfRegMean`.
-
-    If `inner` merges one expert to itself, so does Rescaled; copies of an expert merge to `sqrt(N)` times that. Order,
-    scaled experts, experts that move nothing and the form of the result are as with `inner`, and a scale of `inner`
-    changes nothing but by its sign. If a method gives each task an expert of its own, as `EMR` does, only the
-    merged expert is rescaled.
+    Where the experts have nothing in common, the result is as long as one of them. It is meant for LoRAs and for
+    methods that keep the experts' directions, such as `TSVMerge` and `SelfRegMean`, whose step grows with the number of
+    experts: a few times the step of one LoRA leaves the region where the base works. If a method gives each task an
+    expert of its own, as `EMR` does, only the merged expert is rescaled.
     """
 
     inner: MergeMethod = field(default_factory=TSVMerge)
@@ -92,3 +83,57 @@ class Rescaled(Wrapper):
             return merged
         total = weighted_sum(movers, [1.0] * len(movers), dtype=torch.float64)
         return merged * (self.scale * total.norm() / math.sqrt(len(movers)) / length)
+
+
+@dataclass(frozen=True)
+class SVC(Wrapper):
+    """Singular value calibration: `scale * U diag(g S) V^T`, where `U S V^T` is the merge m of another method, `inner`,
+    and `1 / g_r` the mean over the experts of `max(alpha, s_ri)` with `s_ri = <u_r^T m, u_r^T d_i> / |u_r^T d_i|^2`.
+
+    `s_ri` is how far m does along the output direction `u_r` what expert i does there: above 1 the merge counts it too
+    often, below 1 it loses some of it. The mean is over the experts that move the direction; a direction that none
+    moves stays as it is. A weight that is not a matrix counts as a single row, as in the paper. Sparse experts give a
+    dense result. If a method gives each task an expert of its own, as `EMR` does, only the merged expert is calibrated.
+
+    Args:
+        alpha: The least `s_ri` that counts, in (0, 1]. At 1 directions only become weaker, below it they become up to
+            `1 / alpha` times as strong.
+    """
+
+    checks = Checks(alpha=within("(0, 1]"))
+    own = Needs(matrices=7.0)
+
+    inner: MergeMethod = field(default_factory=SparseAverage)
+    scale: float = 1.0
+    alpha: float = 0.5
+
+    def around(self, deltas: Sequence[Delta]) -> tuple[Sequence[Delta], Back]:
+        return deltas, lambda merged: self._calibrated(merged, deltas)
+
+    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
+        return self.inner.per_task(deltas, expert, context) * self.scale
+
+    def _calibrated(self, merged: Delta, deltas: Sequence[Delta]) -> Delta:
+        movers = [delta for delta in deltas if not delta.is_empty and delta.norm() > 0]
+        if len(merged.shape) != 2:
+            same = [max(self.alpha, inner(merged, delta) / delta.norm() ** 2) for delta in movers]
+            return merged * (self.scale * (len(same) / sum(same) if same else 1.0))
+        found = spectrum(merged)
+        mean = counted(found, movers).clamp(min=self.alpha).nanmean(0)
+        gain = torch.where(mean.isnan(), 1.0, 1 / mean)
+        return as_delta(self.scale * found.left * (gain * found.values), found.right, deltas)
+
+
+def counted(found: Spectrum, deltas: Sequence[Delta]) -> Tensor:
+    """Return `s_ri` `(experts, directions)` for the spectrum of a merge and what was merged.
+
+    It is NaN where an expert moves nothing along a direction.
+    """
+    counts = torch.full((len(deltas), found.count), torch.nan, dtype=torch.float64, device=found.values.device)
+    for row, delta in zip(counts, deltas, strict=True):
+        moved = delta.to(dtype=torch.float64).T.linear(found.left.T)  # (directions, in)
+        size = moved.square().sum(1)
+        moves = size > (NOISE * delta.norm()) ** 2
+        along = found.values * torch.linalg.vecdot(found.right, moved)
+        row[moves] = (along / size)[moves]
+    return counts

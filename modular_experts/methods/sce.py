@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,35 +15,33 @@ from modular_experts.deltas import Delta
 from modular_experts.masks import top_k
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import FROM_PRESET, Checks, finite, one_of, with_presets, within
+from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, finite, one_of, within
 
 Zero = Literal["none", "positive"]
-PRESETS: dict[str | None, dict[str, Any]] = {
+PRESETS: Presets = {
     None: {"keep": 1.0, "floor": 0.0, "zero": "none", "scale": 1.0},
     "mergekit": {"floor": 1e-6, "zero": "positive"},
 }
 
 
-@with_presets(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class SCE(MergeMethod):
     """SCE: `scale * sum_i a_i c_i d_i / sum_i a_i c_i` on the entries of largest variance between the experts.
 
     `c_i` is expert i's share of the sum of squares over the selected entries of the weight, and `a_i` is 1 where `d_i`
-    has the sign of `sum_j d_j`, else 0. With `keep: 1`, one expert merges to itself, and so do copies of it (below 1
-    nothing of them is selected, as they do not differ); scaled experts merge to the scaled merge, but for `floor`. An
-    expert that moves nothing changes what is selected, and nothing else.
+    has the sign of `sum_j d_j`, else 0.
 
     Args:
         keep: Share of the entries with a variance other than zero that are selected, in [0, 1], rounded down, ties from
             the lowest flat index; 1 selects all entries of the weight. Default 1.
         scale: Factor of the result. Default 1.
-        floor: Where the mean squares of the experts sum to less than this, all count alike; also the least that the
-            sum is divided by. Default 0.
+        floor: Where the mean squares of the experts sum to less than this, all count alike; also the least that the sum
+            is divided by. Default 0.
         zero: Sign where the deltas cancel: `none` (stay at the base, the default) or `positive`.
         preset: Fills what is not given: `mergekit` (floor 1e-6, zero positive).
     """
 
+    presets = PRESETS
     checks = Checks(floor=finite, zero=one_of(Zero), keep=within("[0, 1]", "is the share of entries selected"))
     needs = Needs(matrices=4.0)
 
@@ -89,7 +87,7 @@ def _selected(entries: Entries, chunk: Chunk, selected: Tensor | None) -> Tensor
 
 
 def _most_varied(deltas: Sequence[Delta], keep: float) -> Tensor:
-    """Return which flat entries are selected, as booleans: one tensor of the weight's size is held."""
+    """Return which flat entries are selected, as booleans."""
     variance = torch.empty(deltas[0].shape.numel(), dtype=torch.float64, device=deltas[0].device)
     for chunk in chunks_of(deltas):
         mean, square, absent = chunk.zeros(), chunk.zeros(), chunk.zeros().fill_(len(deltas))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from modular_experts.text import did_you_mean
 
-Made = TypeVar("Made")
 Presets = Mapping[str | None, Mapping[str, Any]]
 Check = Callable[[object, str, Any], None]
 """Refuses a bad value of a setting: it gets the method, the name of the setting, and the value."""
@@ -23,54 +20,37 @@ FROM_PRESET: Any = None
 """Default of a setting that the preset fills; once a method is made, the setting holds a value."""
 
 
-def with_presets(presets: Presets) -> Callable[[type[Made]], type[Made]]:
-    """Let a class take the settings that are not given from its `preset`: a decorator above `@dataclass`.
+def fill_from_preset(method: Any, presets: Presets) -> None:
+    """Give the settings that are None their values of the method's `preset`, a peer's meaning of the method's name.
 
-    A preset holds what a peer means by the method's name. The settings are filled before the class is made with them,
-    so that its fields, and the record of a merge, hold every value that counted. A value that is given beats the
-    preset; None counts as not given, because a command line passes it on for a missing option. The class refuses a
-    preset that does not exist, and one without a value for a setting that is not given. The docstring gets the values;
-    a text of `preset` in it must come last.
+    The fields, and so the record of a merge, then hold every value that counted. None counts as not given, because a
+    command line passes it on for a missing option.
 
     Args:
         presets: Values by the name of the preset; `presets[None]` holds the defaults, which a preset overrides. A value
             of None means that the peer has no default: it must be given.
     """
-
-    def decorated(kind: type[Made]) -> type[Made]:
-        make: Callable[..., None] = kind.__init__
-        signature = inspect.signature(make)
-
-        @functools.wraps(make)
-        def filled(self: Any, *positional: Any, **settings: Any) -> None:
-            bound = signature.bind(self, *positional, **settings).arguments
-            given = {name: value for name, value in list(bound.items())[1:] if value is not None}
-            preset = given.get("preset")
-            if preset not in presets:
-                known = [known for known in presets if known]
-                hint = did_you_mean(str(preset), known) or f"; the presets are {', '.join(known)}"
-                raise ValueError(f"{kind.__name__}: there is no preset {preset!r}{hint}")
-            complete = {**presets[None], **presets[preset], **given}
-            for setting, value in complete.items():
-                if value is None:
-                    raise ValueError(f"{kind.__name__}: {preset} has no default for {setting}; give a value")
-            make(self, **complete)
-
-        kind.__init__ = filled  # type: ignore[method-assign]
-        text = (kind.__doc__ or "").rstrip()
-        text += "" if "\n        preset: " in text else "\n\n    Args:\n        preset: Fills what is not given."
-        kind.__doc__ = f"{text}{_table(presets)}\n    "
-        return kind
-
-    return decorated
+    name, preset = type(method).__name__, method.preset
+    if preset not in presets:
+        known = [known for known in presets if known]
+        hint = did_you_mean(str(preset), known) or f"; the presets are {', '.join(known)}"
+        raise ValueError(f"{name}: there is no preset {preset!r}{hint}")
+    for setting, value in {**presets[None], **presets[preset]}.items():
+        if getattr(method, setting) is None:
+            if value is None:
+                raise ValueError(f"{name}: {preset} has no default for {setting}; give a value")
+            object.__setattr__(method, setting, value)
 
 
-def _table(presets: Presets) -> str:
+def with_table(text: str, presets: Presets) -> str:
+    """Return a docstring whose last text, of `preset`, ends with the values of all presets."""
+    text = text.rstrip()
+    text += "" if "\n        preset: " in text else "\n\n    Args:\n        preset: Fills what is not given."
     parts = []
     for name, values in presets.items():
         given = [f"{one} {value}" if value is not None else f"no default for {one}" for one, value in values.items()]
         parts.append(f"{f'`{name}`' if name else 'Without it'}: {', '.join(given) or 'the same'}")
-    return f" {'; '.join(parts)}."
+    return f"{text} {'; '.join(parts)}.\n    "
 
 
 def one_per_expert(method: object, setting: str, experts: int) -> list[float]:

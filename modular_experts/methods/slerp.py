@@ -1,7 +1,6 @@
 """SLERP goes from one delta to the next along the arc between them instead of the chord (Shoemake, 1985).
 
-The average of two orthogonal deltas of length 1 has length 0.71, the middle of their arc has length 1. mergekit turns
-whole models, whose angles are tiny; here deltas are turned, which gives another result.
+mergekit turns whole models, whose angles are tiny; here deltas are turned, which gives another result.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +21,10 @@ from modular_experts.methods.chunks import weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod
 from modular_experts.methods.settings import (
     Checks,
+    Presets,
     not_cancelling,
     parts_of_whole,
     shares,
-    with_presets,
     within,
 )
 
@@ -39,13 +38,9 @@ class SLERP(MergeMethod):
     """SLERP: `scale * (sin((1 - t) a) d_1 + sin(t a) d_2) / sin a`, with a the angle between the deltas of a weight.
 
     The rule is for two experts. More are folded, as arXiv 2507.07140 does at t = 0.5: the second is merged into the
-    first, the third into the result, and so on. So the order of the experts matters: later ones weigh more at t = 0.5.
-    Two in the other order need `1 - t`. `NuSLERP` folds without favour, `Karcher` and `MultiSLERP` without order.
-
-    Where the cosine is above 0.9995 or below -0.9995, and where a delta is zero, the line takes the arc's place:
-    `(1 - t) d_1 + t d_2`. Opposite deltas of one length cancel at t = 0.5.
-
-    Linear but for the angle, so every form is kept. At scale 1, one expert merges to itself, and so do copies of it.
+    first, the third into the result, and so on, so later ones weigh more. `NuSLERP` folds without favour, `Karcher` and
+    `MultiSLERP` without order. Where the cosine is above 0.9995 or below -0.9995, and where a delta is zero, the line
+    takes the arc's place: `(1 - t) d_1 + t d_2`.
 
     Args:
         t: How far to go from the first expert, at 0, to the second, at 1.
@@ -73,9 +68,8 @@ def slerp(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, shorte
 
 
 def arc_weights(cosines: Tensor, t: float, straight: float = STRAIGHT) -> tuple[Tensor, Tensor]:
-    """Return the factors of the first and of the second of two vectors, one pair for each of the cosines.
-
-    Where a cosine is not a number, a vector has length zero and no direction, and the chord replaces the arc.
+    """Return the factors of the first and of the second of two vectors, one pair for each of the cosines; NaN is a
+    chord.
     """
     curved = cosines.abs() <= straight
     angles = torch.where(curved, cosines, 0.0).acos()
@@ -83,34 +77,30 @@ def arc_weights(cosines: Tensor, t: float, straight: float = STRAIGHT) -> tuple[
     return first, second
 
 
-PRESETS: dict[str | None, dict[str, Any]] = {None: {}, "mergekit": {}}
+PRESETS: Presets = {None: {}, "mergekit": {}}
 
 # mergekit's `nuslerp` follows the arc until the cosine is 1, and gives a delta of zero the length 1e-7.
 MERGEKIT = {"straight": math.nextafter(1.0, 0.0), "shortest": 1e-7}
 
 
-@with_presets(PRESETS)
 @dataclass(frozen=True)
 class NuSLERP(MergeMethod):
     """NuSLERP: SLERP of two experts at `t = w_2 / (w_1 + w_2)`, times `scale`.
 
     More than two are folded: the k-th is merged into the result of the ones before it at `t = w_k / (w_1 + ... + w_k)`,
-    so that each has its share, exactly as in the weighted average where the deltas all point one way. Two experts may
-    change places with their weights; of more, the order matters a little, as arcs do not commute.
-
-    Zero, equal and opposite directions are as in `SLERP`, and so are the forms. At scale 1, one expert merges to
-    itself, and so do copies of it.
+    so that each has its share. The order of more than two matters a little, as arcs do not commute. Zero, equal and
+    opposite directions are as in `SLERP`.
 
     Args:
         weights: One weight per expert, each at least 0 (with the preset, any number), divided by their sum. Default:
             all equal.
         row_wise: Turn each row `(in,)` of a weight `(out, in)` by its own angle (mergekit's `nuslerp_flatten: false`).
-            By default a weight is one long vector.
         column_wise: Turn each column `(out,)` by its own angle instead (mergekit's `nuslerp_row_wise: true`).
         preset: `mergekit` follows the arc also beyond a cosine of 0.9995, where two fine-tuned models of one base lie,
             and gives a delta of zero a right angle to every other.
     """
 
+    presets = PRESETS
     weights: list[float] | None = None
     scale: float = 1.0
     row_wise: bool = False
@@ -147,16 +137,11 @@ CANCELLED = 1e-8  # length of the mean of unit deltas below which it has no dire
 
 @dataclass(frozen=True)
 class MultiSLERP(MergeMethod):
-    """MultiSLERP: `scale * n * s / |s|`, with `s = sum_i w_i d_i / |d_i|` and `n = sum_i w_i |d_i|`, per weight.
+    """MultiSLERP: `scale * n * s / |s|`, with `s = sum_i w_i d_i / |d_i|` and `n = sum_i w_i |d_i|`, per weight: the
+    mean direction and the mean length (mergekit's `multislerp`).
 
-    The direction is the mean of the directions, and the length the mean of the lengths. Two experts of one length and
-    equal weight merge as with `SLERP` at t = 0.5.
-
-    A delta of zero has no direction but counts in the mean length. Where the directions cancel (|s| below 1e-8, as of
-    two opposite ones; mergekit refuses it with more than two), the result is the weighted average of the deltas.
-
-    Linear but for the lengths, so every form is kept and none is made dense. At scale 1, one expert merges to itself,
-    and so do copies of it.
+    A delta of zero has no direction but counts in the mean length. Where the directions cancel (|s| below 1e-8), the
+    result is the weighted average of the deltas.
 
     Args:
         weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.

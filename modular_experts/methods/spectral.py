@@ -1,15 +1,7 @@
 """Merge the strongest directions of the experts (singular vectors) instead of their entries.
 
-`TSVMerge` makes the strongest directions of all experts orthogonal to each other (Gargiulo et al., "Task Singular
-Vectors: Reducing Task Interference in Model Merging", arXiv 2412.00081). `IsoC` and `IsoCTS` make all directions of the
-sum equally strong, because in a sum the few directions that many tasks share drown the others; Iso-CTS also keeps
-directions of single experts that the sum hides (Marczak et al., "No Task Left Behind: Isotropic Model Merging with
-Common and Task-Specific Subspaces", arXiv 2502.04959). `SVDAverage` averages truncated experts: the truncated
-decomposition is the nearest matrix of its rank (Eckart and Young, 1936).
-
-All of them hold all experts' matrices of one weight at once; low-rank experts stay in factors where these are smaller
-than the matrix, and sparse experts give a dense result (`as_delta`); a weight that is not a matrix gets the mean over
-all experts.
+Low-rank experts stay in factors where these are smaller than the matrix, and sparse experts give a dense result
+(`as_delta`); a weight that is not a matrix gets the mean over all experts.
 """
 
 from __future__ import annotations
@@ -30,12 +22,8 @@ from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, join, ne
 
 @dataclass(frozen=True)
 class SVDAverage(MergeMethod):
-    """SVD average: `scale * mean_i T(d_i)`, where T keeps the directions of the `rank` largest singular values.
-
-    The mean is over all experts, also those that do not move the weight.
-
-    At scale 1, one expert merges to its truncated self, which is the expert itself if its rank is at most `rank`, and
-    so do copies of it. The result is low-rank, of at most N times `rank`, where that is smaller, and else dense.
+    """SVD average: `scale * mean_i T(d_i)`, where T keeps the directions of the `rank` largest singular values, which
+    gives the nearest matrix of that rank (Eckart and Young, 1936).
 
     Args:
         rank: Number of directions that each expert keeps, at least 1.
@@ -56,15 +44,13 @@ class SVDAverage(MergeMethod):
 
 @dataclass(frozen=True)
 class TSVMerge(MergeMethod):
-    """TSV-Merge: `scale * P([U_1 .. U_N]) diag(S_1 .. S_N) P([V_1 .. V_N])^T`, of each expert's largest directions.
+    """TSV-Merge: `scale * P([U_1 .. U_N]) diag(S_1 .. S_N) P([V_1 .. V_N])^T`, of each expert's largest directions
+    (Gargiulo et al., "Task Singular Vectors", arXiv 2412.00081).
 
     `U_i S_i V_i^T` are the largest `share / N` of the singular values of `d_i` with their directions, and `P(X) = U
     V^T` of the singular value decomposition of X makes directions orthogonal (orthogonal Procrustes). A matrix `(out,
     in)` has `min(out, in)` singular values; each of the N experts that move it keeps the same whole number of them, at
     least one.
-
-    One expert merges to itself, and so do copies of an expert whose rank is at most its share; a higher rank keeps its
-    largest directions. An expert that does not move a matrix changes nothing there.
 
     Args:
         share: Share of a matrix's singular values that all experts together keep, in (0, 1].
@@ -89,13 +75,12 @@ class TSVMerge(MergeMethod):
 
 @dataclass(frozen=True)
 class IsoC(MergeMethod):
-    """Iso-C: `scale * mean(S) * U V^T` of the singular value decomposition `U S V^T` of the sum `sum_i d_i`.
+    """Iso-C: `scale * mean(S) * U V^T` of the singular value decomposition `U S V^T` of the sum `sum_i d_i` (Marczak et
+    al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959).
 
-    The paper flattens the *sum*, so the result can be N times as long as the average. Directions in which the sum does
-    not move are arbitrary; they are left out, also of the mean of S, so a sum of low rank keeps its rank.
-
-    One expert merges to its own flattened self, and N copies of it to N times that. An expert that does not move a
-    matrix changes nothing there.
+    In a sum the few directions that many tasks share drown the others; here all are equally strong. The paper flattens
+    the *sum*, so the result can be N times as long as the average. Directions in which the sum does not move are left
+    out, also of the mean of S.
     """
 
     needs = Needs(matrices=7.0)
@@ -111,16 +96,14 @@ class IsoC(MergeMethod):
 
 @dataclass(frozen=True)
 class IsoCTS(MergeMethod):
-    """Iso-CTS: `scale * mean(S) * P(U) P(V)^T`, of the sum's strongest directions and each expert's own beside them.
+    """Iso-CTS: `scale * mean(S) * P(U) P(V)^T`, of the sum's strongest directions and each expert's own beside them
+    (the same paper as `IsoC`).
 
     `P(X) = U V^T` of the singular value decomposition of X makes directions orthogonal. The sum moves in r directions
     (`min(out, in)` in the paper, fewer for low-rank experts). Each of the N experts that move the matrix gets the whole
     number nearest to `(1 - common) r / N` of them, and the sum's strongest directions get the rest; `U_C` are the left
-    ones. An expert's own directions are the strongest of `d_i - U_C U_C^T d_i`. As in the paper, the *sum* of the
-    experts is decomposed, and S has the singular values of the sum and of these remainders.
-
-    One expert merges to its own flattened self, and `common: 1.0` is Iso-C. In all else Iso-CTS is like Iso-C: weights
-    that are not matrices, order, scale, experts that do not move a matrix, and the form of the result.
+    ones. An expert's own directions are the strongest of `d_i - U_C U_C^T d_i`, and S has the singular values of the
+    sum and of these remainders. `common: 1.0` is Iso-C.
 
     Args:
         common: Share of the directions that the sum gets, in [0, 1]; the experts divide the others.

@@ -1,8 +1,7 @@
-"""Decompose deltas into singular values and directions, for methods that merge directions instead of entries.
+"""Decompose deltas into singular values and directions, in float64, for methods that merge directions.
 
-A low-rank delta is decomposed through its factors; every other form becomes dense first. The arithmetic is float64: the
-decompositions take nearly all of the time in either precision, and rounding spoils small singular values first. A
-direction whose singular value is noise is left out, because its vectors are arbitrary.
+A low-rank delta is decomposed through its factors; every other form becomes dense first. A direction whose singular
+value is noise is left out, because its vectors are arbitrary.
 """
 
 from __future__ import annotations
@@ -77,8 +76,7 @@ def join(spectra: Sequence[Spectrum]) -> Spectrum:
 def nearest_isometry(matrix: Tensor) -> Tensor:
     """Return `U V^T` of the singular value decomposition `U S V^T`, the solution of the orthogonal Procrustes problem.
 
-    Linearly independent columns become orthonormal and move as little as possible. For dependent ones (copies of a
-    direction, more columns than rows) the directions of singular value zero, which are arbitrary, are left out.
+    The directions of singular value zero, which are arbitrary, are left out.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     kept = values > NOISE * values[:1].sum()

@@ -1,8 +1,5 @@
 """TIES prunes small entries, elects a sign per entry, and averages what agrees with it (Yadav et al., "TIES-Merging",
-arXiv 2306.01708).
-
-Pruning keeps the *largest* entries, as the paper says; `PrunedElection` in `consensus.py` does the rest.
-Implementations differ in the settings; the presets are theirs. `MagnitudePrune` is the first step with a sum.
+arXiv 2306.01708). Implementations differ in the settings; the presets are theirs.
 """
 
 from __future__ import annotations
@@ -12,10 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.consensus import PrunedElection, PrunedSum, PruneFirst, Rescale
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Cutoff, Pruned, Shares, keep_largest, prune, streamed_thresholds
-from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, with_presets, within
+from modular_experts.methods.prune import (
+    Cutoff,
+    Pruned,
+    PrunedElection,
+    PrunedSum,
+    PruneFirst,
+    Rescale,
+    Shares,
+    keep_largest,
+    prune,
+    streamed_thresholds,
+)
+from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, within
 
 Pruning = Literal["weight", "global"]
 TieBreakOfTIES = Literal["none", "positive", "weight_majority", "majority"]
@@ -62,25 +69,22 @@ class LargestEntries(PruneFirst):
         return prune(deltas, [keep_largest(*pair) for pair in zip(deltas, keep, strict=True)], self.rescale)
 
 
-@with_presets(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class TIES(LargestEntries, PrunedElection):
     """TIES: keep each expert's largest entries, elect a sign per entry, and average what has that sign.
 
     `d_i` is pruned to its largest entries; the elected sign is the sign of `sum_i d_i`; the result is `scale` times the
-    mean of the `d_i` that are not zero and carry the elected sign. Without a preset, one expert merges to its pruned
-    self, copies of it too, and an expert that moves nothing changes nothing. Scaled experts merge to the scaled merge
-    where the factor is positive, and for `zero: none` also where it is negative.
+    mean of the `d_i` that are not zero and carry the elected sign.
 
     Args:
-        zero: Sign where the votes cancel: `none` (stay at the base), `positive`, the sign of most entries of the
-            weight (`weight_majority`), or of all weights (`majority`).
+        zero: Sign where the votes cancel: `none` (stay at the base), `positive`, the sign of most entries of the weight
+            (`weight_majority`), or of all weights (`majority`).
         scope: `weight` prunes each weight by itself, exactly, and of equal magnitudes keeps the lowest flat indices.
-            `global` prunes the expert as a whole, at one magnitude at which every entry stays; it reads the experts
-            three times instead of once.
+            `global` prunes the expert as a whole, at one magnitude at which every entry stays.
         preset: Fills what is not given (`paper-code` is the code of arXiv 2507.07140).
     """
 
+    presets = PRESETS
     checks = Checks(scope=one_of(Pruning), zero=one_of(TieBreakOfTIES))
 
     zero: TieBreakOfTIES = FROM_PRESET  # type: ignore[assignment]
@@ -112,11 +116,7 @@ class TIES(LargestEntries, PrunedElection):
 
 @dataclass(frozen=True, kw_only=True)
 class MagnitudePrune(LargestEntries, PrunedSum):
-    """Magnitude pruning: `scale * sum_i w_i m_i d_i`, where the mask `m_i` keeps the entries of largest magnitude.
-
-    One expert merges to its pruned self; k copies of an expert are k times that. An expert that moves nothing changes
-    nothing.
-    """
+    """Magnitude pruning: `scale * sum_i w_i m_i d_i`, where the mask `m_i` keeps the entries of largest magnitude."""
 
     keep: Shares = 0.2
     rescale: Rescale = "none"

@@ -1,8 +1,4 @@
-"""Put a merge method around another one: `KnOTS`, `CoreSpace` and `SVC` are such wrappers.
-
-A wrapper changes what its `inner` method gets of a weight, or what it gives back. Statistics, a first look at all
-weights and experts for single tasks are the inner method's, and pass through.
-"""
+"""Put a merge method around another one, as `KnOTS`, `CoreSpace` and `SVC` do."""
 
 from __future__ import annotations
 
@@ -21,15 +17,15 @@ Back = Callable[[Delta], Delta]
 class Wrapper(MergeMethod):
     """A merge method around another one. Subclass it as a frozen dataclass, and write `around`.
 
-    The command line takes `--method KnOTS --method.inner TIES --method.inner.keep 0.1`; `merge --tune` calls that
-    setting `inner.keep`.
+    Statistics, a first look at all weights and experts for single tasks are the inner method's, and pass through.
+    `merge --tune` calls a setting of the inner method `inner.keep`.
 
     Attributes:
         inner: The method inside.
         scale: Factor of the result, in addition to the inner method's.
         own: The memory that the wrapper needs beside the inner method.
         other_coordinates: Why the inner method may not need statistics of the experts' data: a place where they do not
-            exist, such as "in the common basis"; empty if the inner method gets the experts as they are.
+            exist, such as "in the common basis".
     """
 
     own = Needs()

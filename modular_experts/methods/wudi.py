@@ -1,16 +1,13 @@
 """WUDI finds the delta whose output on each expert's input subspace is closest to that expert's own output (Cheng et
 al., "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors", arXiv
-2503.08099).
-
-The rows of an expert's matrix lie in the space of the inputs that it was trained on, so they stand for these inputs and
-the method needs no data. The paper's two programs, FusionBench and mttl use different settings; these are the presets.
+2503.08099). The rows of an expert's matrix stand for the inputs that it was trained on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +16,12 @@ from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.methods.average import Average
 from modular_experts.methods.chunks import weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import FROM_PRESET, Checks, at_least, one_of, with_presets
+from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, at_least, one_of
 from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 
 Solver = Literal["adam", "exact"]
 
-PRESETS: dict[str | None, dict[str, Any]] = {
+PRESETS: Presets = {
     None: {"power": 1.0, "learning_rate": 1e-5, "steps": 300, "average": False},
     "vit": {},
     "roberta": {"power": 2.0, "learning_rate": 2e-5},
@@ -33,21 +30,14 @@ PRESETS: dict[str | None, dict[str, Any]] = {
 }
 
 
-@with_presets(PRESETS)
 @dataclass(frozen=True)
 class WUDI(MergeMethod):
     """WUDI: `scale * t`, where t makes `sum_i |(t - d_i) d_i^T|^2 / |d_i|^power` small (Frobenius norms).
 
     Solver `exact` gives the minimum of this quadratic loss, `t = (sum_i d_i A_i) (sum_i A_i)^+` with `A_i = d_i^T d_i /
-    |d_i|^power`; of several minima the one of least norm. Solver `adam` is the published one: it starts from the sum
-    and stops long before the minimum, because no entry moves further than about `steps * learning_rate` (0.003 at the
-    defaults). The minimum keeps experts apart that read different inputs; where their inputs nearly coincide and their
-    outputs differ, it can be far longer than any expert.
-
-    A weight that is not a matrix gets the mean over all experts, as in the paper's code. With `exact`, one expert
-    merges to itself, copies of it too, and scaled experts merge to the scaled merge; with `adam`, one expert merges to
-    itself up to a few times the learning rate, and a common factor changes how far Adam gets. The result is dense, or
-    with `exact` low-rank for low-rank experts where that is smaller.
+    |d_i|^power`, which can be far longer than any expert where inputs nearly coincide and outputs differ. Solver `adam`
+    is the published one: it starts from the sum and stops long before the minimum, because no entry moves further than
+    about `steps * learning_rate`. A weight that is not a matrix gets the mean over all experts, as in the paper's code.
 
     Args:
         preset: Fills the settings that are not given: `vit` (the default) and `roberta` are the paper's two programs,
@@ -60,6 +50,7 @@ class WUDI(MergeMethod):
         solver: `adam` as published, or `exact`, which ignores `learning_rate` and `steps`.
     """
 
+    presets = PRESETS
     checks = Checks(solver=one_of(Solver), power=at_least(0), learning_rate=at_least(0), steps=at_least(0))
     needs = Needs(matrices=4.0, matrices_per_expert=4.0, squares=6.0)
 
@@ -93,10 +84,7 @@ class WUDI(MergeMethod):
         return Dense((scale * found.detach()).to(widest_dtype(deltas)))
 
     def _loss(self, movers: Sequence[Delta]) -> tuple[Tensor, Tensor]:
-        """Return X `(in, k)` and Y `(out, k)` for which the loss of t is `|t X - Y|^2`.
-
-        `|(t - d) d^T|` stays the same if a right factor of d, which has the same `d^T d`, replaces `d^T`.
-        """
+        """Return X `(in, k)` and Y `(out, k)` for which the loss of t is `|t X - Y|^2`."""
         inputs = [left_factor(delta.T) / delta.norm() ** (self.power / 2) for delta in movers]
         outputs = [delta.linear(x.T).T for delta, x in zip(movers, inputs, strict=True)]
         return torch.cat(inputs, 1), torch.cat(outputs, 1)

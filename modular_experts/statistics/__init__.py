@@ -1,8 +1,7 @@
 """Measure the statistics of an expert's data for merge methods and routers, and store them beside the expert.
 
-Open `take.py` first, which takes and stores them. `gram.py`, `fisher.py`, `gates.py` and `prompts.py` measure them.
-Statistics use validation rows, because a merge must not be tested on rows that it was made from; only prompts
-for routers take training rows too. `library/statistics.py` defines the files.
+Open `take.py` first. Statistics use validation rows, because a merge must not be tested on rows that it was made from;
+only prompts for routers take training rows too. `library/statistics.py` defines the files.
 """
 
 from __future__ import annotations

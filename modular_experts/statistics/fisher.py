@@ -1,8 +1,6 @@
-"""Measure the diagonal of the Fisher information: how much the targets' likelihood depends on each entry of a weight.
+"""Measure the diagonal of the Fisher information: the mean over rows of the squared gradient of a row's log-likelihood.
 
-It is the mean over rows of the squared gradient of a row's log-likelihood. The targets are the data's own (the
-"empirical" Fisher information). The theory draws them from the model, which would mean to generate many texts for each
-row; an expert that has learned its task would mostly write the data's targets anyway.
+The targets are the data's own (the "empirical" Fisher information).
 """
 
 from __future__ import annotations
@@ -20,10 +18,7 @@ from modular_experts.methods.method import DataStatistic
 
 
 def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic]:
-    """Return the mean squared gradient of each weight, of its shape, in at least float32.
-
-    Each row costs a pass of its own, because the squared gradient of a batch is not the sum of its rows' squared
-    gradients. The sums, one number per measured entry, and the gradient of one weight at a time are in memory.
+    """Return the mean squared gradient of each weight, of its shape, in at least float32; each row costs a pass.
 
     Args:
         model: A causal language model with the expert applied; it is in evaluation mode while it is measured.
@@ -61,7 +56,6 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
 
 
 def _add_square(total: Tensor, weight: Tensor) -> None:
-    """Add the square of a weight's gradient to a sum, and free the gradient at once."""
     assert weight.grad is not None
     gradient = weight.grad.to(total.dtype)
     total.addcmul_(gradient, gradient)

@@ -1,12 +1,8 @@
-"""Measure Gram matrices: `X^T X` over the inputs X `(tokens, in)` of a linear layer, as a mean over tokens.
-
-All tokens of a row count, the prompt's too; padding does not. The mean keeps long data of one expert from outweighing
-short data of another.
+"""Measure Gram matrices: `X^T X` over the inputs X `(tokens, in)` of a linear layer, as a mean over all tokens.
 
 `gram` measures one model. `merged_grams` measures along a merge, where a block's inputs come from merged blocks
-(RegMean++, Nguyen et al., arXiv 2508.03121): from the first transformer block to the last, run each expert's own block
-behind the blocks merged so far, on the expert's data; this gives the Gram matrices of the block's layers. Then merge
-the block. A weight outside of the blocks is a block of its own, in the order of the model.
+(RegMean++, Nguyen et al., arXiv 2508.03121): each expert's own block runs behind the blocks merged so far, on the
+expert's data; then the block is merged.
 """
 
 from __future__ import annotations
@@ -32,10 +28,8 @@ from modular_experts.text import block_of
 
 @torch.no_grad()
 def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic | None]:
-    """Return the Gram matrix `(in, in)` of the inputs of each weight's layer, in at least float32.
-
-    A weight that is not the matrix of a linear layer (a bias, a norm, an embedding) gives None. One matrix per layer
-    and the inputs of one batch are in memory.
+    """Return the Gram matrix `(in, in)` of the inputs of each weight's layer, in at least float32; None for a weight
+    that is not the matrix of a linear layer.
 
     Args:
         model: A causal language model; it is in evaluation mode while it is measured.
@@ -123,14 +117,8 @@ def merged_grams(
 ) -> list[dict[str, DataStatistic | None]]:
     """Return the Gram matrices of each weight, for each expert, where `RegMeanPlusPlus` merges each block.
 
-    Every block costs a pass of the model over the data of each expert. All matrices and a copy of the moved weights are
-    in memory. Afterwards every weight of the model is as it was, bit for bit.
-
-    Args:
-        model: The base of the experts.
-        experts: Name and delta of each weight.
-        batches: The data of each expert.
-        names: The weights that are merged.
+    Every block costs a pass of the model over the data of each expert. Afterwards every weight of the model is as it
+    was, bit for bit.
     """
     method = RegMeanPlusPlus()
     found: list[dict[str, DataStatistic | None]] = [{} for _ in experts]

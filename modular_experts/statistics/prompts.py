@@ -29,10 +29,7 @@ def prompts(
     front, between 0 and `MOST_CUT`, which is where an instruction stands. The shares are spread evenly.
 
     Args:
-        model: The base, without experts.
-        batches: Batches as `data/batch.py` describes them.
         names: The experts' weights, which do not matter here.
-        parts: Whether each prompt is read a second time, cut.
         depths: Where prompts are read, rising: after these shares of the transformer blocks.
 
     Raises:

@@ -1,8 +1,7 @@
 """Move a loaded model to `base + sum_i c_i d_i`, with a coefficient for each expert and weight, or row of a weight.
 
-One model is in memory, one copy of the weights that move, and the deltas in the experts' own forms. The sum is linear
-in a coefficient, so its gradient is an inner product, `dL/dc_i = <dL/dW, d_i>`, or one of a row: autograd needs no
-graph through the sum, and one dense gradient exists at a time.
+The sum is linear in a coefficient, so its gradient is an inner product, `dL/dc_i = <dL/dW, d_i>`, or one of a row:
+autograd needs no graph through the sum, and one dense gradient exists at a time.
 """
 
 from __future__ import annotations

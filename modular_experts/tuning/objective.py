@@ -6,10 +6,11 @@ returns a sum and a count for each row, whose ratio is lowered.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,9 +26,10 @@ from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Batch, Collator, Example
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.deltas import Delta
-from modular_experts.evaluation import agreement, answer_logits, answered, batch_losses, row_sums
+from modular_experts.evaluation import answer_logits, answered, batch_losses, row_sums
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert
+from modular_experts.library.record import plain
 from modular_experts.progress import Progress
 
 Aim = Literal["loss", "entropy", "distill"]
@@ -64,8 +66,6 @@ class Objective:
 
     Attributes:
         batches: Each task's, in an order at random that is always the same.
-        agreement: The share of answers that match their row's target, of each task with targets; empty unless experts
-            answer.
         origin: Entries for a record about experts that answered.
 
     Raises:
@@ -80,7 +80,7 @@ class Objective:
         max_new_tokens: int = 64,
         progress: Progress = iter,
     ) -> None:
-        self.model, self.batches, self.agreement = model.eval(), dict[str, list[Batch]](), dict[str, float]()
+        self.model, self.batches = model.eval(), dict[str, list[Batch]]()
         self.origin: dict[str, Any] = {}
         data.fit_context(context_length(model))
         size, examples = data.eval_batch_size, read_validation_rows(data, targets=answered_by is None)
@@ -93,8 +93,6 @@ class Objective:
                     asked = replace(collate, texts=True)
                     together = max(size, ANSWERED_ROWS)
                     rows = answered(model, tokenizer, rows, asked, together, data.longest, max_new_tokens)
-                if (share := agreement(tokenizer, rows)) is not None:
-                    self.agreement[task] = share
             # Shorter rows first, to save padding.
             rows = sorted(rows, key=lambda row: len(row.tokens.ids))
             parts = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -204,7 +202,7 @@ def objective_on_base(
     if own:
         objective.origin = {"labels": given.labels, "expert_of": {task: expert.name for task, expert in own.items()}}
     if by_experts:
-        objective.origin |= {"max_new_tokens": given.max_new_tokens, "agreement": objective.agreement}
+        objective.origin |= {"max_new_tokens": given.max_new_tokens}
     if distills:
         objective.remember(own, progress)
     return objective
@@ -239,6 +237,29 @@ def own_experts(
             raise ValueError(f"{why} the task {task}; name the expert that answers it, such as {example}")
         found[task] = named[0]
     return found
+
+
+def trials_file(out: str | Path) -> Path:
+    return Path(out).with_name(f"{Path(out).name}.trials.json")
+
+
+def check_trials_file(out: str | Path, overwrite: bool) -> None:
+    """Refuse to replace the trials beside an expert; call it before any work."""
+    if trials_file(out).exists() and not overwrite:
+        raise FileExistsError(f"{trials_file(out)} exists already; choose another out, or replace it with --overwrite")
+
+
+def write_trials(out: str | Path, trials: Sequence[Trial]) -> Path:
+    """Write the trials as JSON beside an expert, in order; a loss that is not finite becomes null."""
+    file, rows = trials_file(out), [{**asdict(trial), "loss": trial.loss} for trial in trials]
+    file.write_text(json.dumps(plain(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return file
+
+
+def record_notes(settings: Mapping[str, Any], losses: Mapping[str, float]) -> dict[str, Any]:
+    """Return for the record of a merge how it was searched: the settings, and the losses on its validation rows."""
+    scores = {"val_loss": mean_loss(losses), **{f"val_loss/{task}": loss for task, loss in losses.items()}}
+    return {"hyperparameters": {**settings, "tuned_on": sorted(losses)}, "scores": scores}
 
 
 def mean_loss(losses: Mapping[str, float]) -> float:

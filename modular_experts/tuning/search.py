@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from modular_experts.merger.merged import Merged, merge
 from modular_experts.methods import MergeMethod, TaskArithmetic
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.objective import Objective, Trial, ValidationRows, mean_loss, objective_on_base
-from modular_experts.tuning.recipe import (
-    as_methods,
-    check_files_beside,
-    recipe_file,
+from modular_experts.tuning.objective import (
+    Objective,
+    Trial,
+    ValidationRows,
+    check_trials_file,
+    mean_loss,
+    objective_on_base,
     record_notes,
-    trials_file,
-    write_recipe,
     write_trials,
 )
 
@@ -47,16 +48,9 @@ class Found:
 
 
 class SearchResult(ABC):
-    """What a search found and wrote.
-
-    Attributes:
-        expert: The expert that it wrote.
-        agreement: The share of the experts' answers that match the target of their row, by task with targets; empty
-            unless experts gave the labels.
-    """
+    """What a search found; `expert` is the expert that it wrote."""
 
     expert: StoredExpert
-    agreement: dict[str, float]
 
     @abstractmethod
     def report(self) -> Iterator[str]:
@@ -113,14 +107,13 @@ class CoefficientSearch(SearchAlgorithm):
 
 @dataclass(frozen=True, eq=False)
 class Searched(SearchResult):
-    """What `search` found and wrote; `SearchResult` explains its other fields.
+    """What `search` found and wrote.
 
     Attributes:
+        expert: The expert.
         experts: Directories of all experts that it combines, in the order of the coefficients: merges first.
         found: Coefficients, losses and trials.
         base: The losses of the base alone, by task.
-        recipe: The YAML file that `merge --config` takes to make the expert again; None where rows have coefficients,
-            which are too many for it. The same search makes it again.
         trials: The JSON file of the trials.
     """
 
@@ -128,25 +121,18 @@ class Searched(SearchResult):
     experts: list[str]
     found: Found
     base: dict[str, float]
-    recipe: Path | None
     trials: Path
-    agreement: dict[str, float]
 
     def report(self) -> Iterator[str]:
         coefficients = self.found.coefficients
         for expert, values in zip(self.experts, coefficients.T, strict=True):
             low, high = values.min().item(), values.max().item()
-            by = "weight" if self.recipe else "row"
-            spread = f", from {low:.3f} to {high:.3f} by {by}" if low < high else ""
+            spread = f", from {low:.3f} to {high:.3f}" if low < high else ""
             yield f"  {values.mean().item():.3f} of {expert}{spread}"
         if not coefficients.any():
             yield "the search ended at the base, so the merge moves nothing; take more steps, or a smaller penalty"
         yield f"validation loss {mean_loss(self.found.losses):.4f}, and {mean_loss(self.base):.4f} of the base alone"
-        if self.recipe:
-            yield f"the recipe is {self.recipe}, the trials are in {self.trials}"
-        else:
-            count = f"{coefficients.numel():,} coefficients"
-            yield f"no recipe holds {count}; this command makes the expert again. The trials are in {self.trials}"
+        yield f"the trials are in {self.trials}; the same command makes the expert again"
 
 
 def search(
@@ -164,7 +150,7 @@ def search(
         experts: Directories of the experts.
         algorithm: Finds the coefficients, e.g. `ATLAS()`.
         data: The rows that are measured; a `TaskMixture` alone stands for at most 64 labelled rows of each task.
-        out: Directory of the merged expert. Its recipe and its trials are written beside it.
+        out: Directory of the merged expert. Its trials are written beside it.
         merges: Methods whose merges of the experts are combined with the experts, as the first ones. Each merge is
             also written as an expert, named after `out` and the method.
         overwrite: Whether files that exist may be replaced.
@@ -178,7 +164,7 @@ def search(
     algorithm.check(len(merges) + len(experts))
     for target in [out, *places]:
         check_target(target, overwrite)
-    check_files_beside([recipe_file(out), trials_file(out)], overwrite)
+    check_trials_file(out, overwrite)
     opened = open_experts(experts)
     lazy = [Merged(opened, method) for method in merges]
     objective = objective_on_base(opened, data, algorithm.distills, progress)
@@ -191,14 +177,15 @@ def search(
     combined = [*places, *map(str, experts)]
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": data.rows, **objective.origin}
     notes, trials = record_notes(settings, found.losses), write_trials(out, found.trials)
-    if len(found.coefficients) > len(combination.names):
+    rows = found.coefficients.tolist()
+    if len(rows) > len(combination.names):  # for each row of a weight, which no merge method has
         record = Merged(combined, TaskArithmetic()).record() | {"method": None} | notes
         write_expert(out, combination.deltas(found.coefficients), record, overwrite)
-        return Searched(open_expert(out), combined, found, before, None, trials, objective.agreement)
-    method, per_weight = as_methods(combination.names, found.coefficients)
-    expert = merge(combined, method, out, overwrite, progress, per_weight, notes=notes)
-    recipe = write_recipe(out, combined, method, per_weight)
-    return Searched(expert, combined, found, before, recipe, trials, objective.agreement)
+        return Searched(open_expert(out), combined, found, before, trials)
+    method = TaskArithmetic(weights=rows[0]) if all(row == rows[0] for row in rows) else None
+    weights = {re.escape(n): TaskArithmetic(weights=row) for n, row in zip(combination.names, rows, strict=True)}
+    expert = merge(combined, method, out, overwrite, progress, {} if method else weights, notes)
+    return Searched(expert, combined, found, before, trials)
 
 
 def _places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:

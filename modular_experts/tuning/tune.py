@@ -22,8 +22,16 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import settings_of, with_settings
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
-from modular_experts.tuning.objective import ROWS, Objective, Trial, ValidationRows, objective_on_base
-from modular_experts.tuning.recipe import check_files_beside, record_notes, trials_file, write_trials
+from modular_experts.tuning.objective import (
+    ROWS,
+    Objective,
+    Trial,
+    ValidationRows,
+    check_trials_file,
+    objective_on_base,
+    record_notes,
+    write_trials,
+)
 
 SCALES = [float(f"{10 ** (step / 40):.4g}") for step in range(-40, 25)]
 """Scales that are searched: 40 to a decade, from 0.1 to 3.981."""
@@ -38,7 +46,6 @@ class Tuned:
         best: The trial of the lowest mean loss, the earliest of equals.
         trials: All trials, in order.
         base: The losses of the base alone, by task.
-        agreement: As `Searched.agreement`.
         notes: Entries about the choice for the record of a merge.
         expert: The merge, if it was written.
     """
@@ -47,7 +54,6 @@ class Tuned:
     best: Trial
     trials: list[Trial]
     base: dict[str, float]
-    agreement: dict[str, float]
     notes: dict[str, Any]
     expert: StoredExpert | None = None
 
@@ -84,7 +90,7 @@ def tune(
     _candidates(method, grid or {})  # refuses a bad grid before anything is read
     if out is not None:
         check_target(out, overwrite)
-        check_files_beside([trials_file(out)], overwrite)
+        check_trials_file(out, overwrite)
     opened = open_experts(experts)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     trials, best = tune_groups([(opened, objective)], method, grid, progress)
@@ -94,7 +100,7 @@ def tune(
     if out is not None:
         expert = write_merged(Merged(opened, chosen), out, overwrite, progress, notes)
         write_trials(out, trials)
-    return Tuned(chosen, best, trials, base_losses, objective.agreement, notes, expert)
+    return Tuned(chosen, best, trials, base_losses, notes, expert)
 
 
 def tune_groups(
@@ -112,9 +118,6 @@ def tune_groups(
         grid: As for `tune`.
         folder: Where the merges of several groups lie meanwhile, each as large as the base; by default among the
             temporary files of the system.
-
-    Returns:
-        All trials in order, and the best, which has the lowest mean loss, the earliest of equals.
 
     Raises:
         ValueError: The grid does not fit the method, or no trial gives a finite loss.

@@ -91,8 +91,6 @@ def test_search_config_searches(config: Path) -> None:
     found = open_expert(f"library/{config.stem}")
     merges = [f"{config.stem}-{name}" for name in ("RegMean", "SparseAverage") if config.stem in ("atlas", "by-row")]
     assert [parent["name"] for parent in found.record["parents"]] == [*merges, *NEEDED]
-    # A coefficient for each row is too much for a recipe.
-    assert (found.path.parent / f"{config.stem}.recipe.yaml").exists() == (config.stem != "by-row")
 
 
 def test_the_studies_are_read(capsys) -> None:

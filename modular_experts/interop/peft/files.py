@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import open_tensors
 from modular_experts.library.record import read_json
+from modular_experts.library.tensorfile import open_tensors
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"

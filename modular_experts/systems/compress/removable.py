@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modular_experts.base.loading import Unfilled, quiet
+from modular_experts.base.loading import quiet
 from modular_experts.base.structure import Structure, is_transposed
 from modular_experts.text import block_of
 
@@ -244,3 +245,13 @@ class Removable:
             self.readers[kind] = name
         elif layer.bias is not None:
             self.parts[f"{name}.bias"] = Part(kind, 0, units)
+
+
+class Unfilled(TorchFunctionMode):
+    """Make layers without drawing their numbers."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_) and "tensor" in given:
+            return given["tensor"]
+        return function(*args, **given)

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -38,8 +38,17 @@ from modular_experts.methods import MergeMethod
 from modular_experts.progress import Progress
 from modular_experts.systems.evolution import Choice, Evolution, Genes
 from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
-from modular_experts.tuning.objective import ROWS, Objective, Trial, ValidationRows, mean_loss, objective_on_base
-from modular_experts.tuning.recipe import check_files_beside, record_notes, trials_file, write_trials
+from modular_experts.tuning.objective import (
+    ROWS,
+    Objective,
+    Trial,
+    ValidationRows,
+    check_trials_file,
+    mean_loss,
+    objective_on_base,
+    record_notes,
+    write_trials,
+)
 from modular_experts.tuning.search import SearchAlgorithm, SearchResult
 
 
@@ -107,7 +116,6 @@ class SearchedPaths(SearchResult):
     largest: dict[str, float]
     base: dict[str, float]
     trials: Path
-    agreement: dict[str, float] = field(default_factory=dict)
 
     def report(self) -> Iterator[str]:
         for path, count in Counter(map(str, self.paths.values())).most_common(8):
@@ -149,7 +157,7 @@ def search_paths(
             changed, the losses of another search lie beside `out`, or `objective_on_base` refuses the data.
     """
     check_target(out, overwrite)
-    check_files_beside([trials_file(out)], overwrite)
+    check_trials_file(out, overwrite)
     opened, parents = _opened(expert)
     objective = objective_on_base([opened, *parents], data)
     model = objective.model

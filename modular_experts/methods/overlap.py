@@ -1,8 +1,5 @@
-"""RAM adds the entries that one expert alone moves and averages those that several move, above a threshold (mergekit's
-`ram` and `ramplus_tl`, after "Reinforced Agent Merging", arXiv 2601.13572).
-
-With `epsilon: 0` RAM is `SparseAverage`. The threshold is meant for deltas of full checkpoints, where rounding moves
-entries that nobody trained.
+"""Treat an entry by how many experts move it: sets of supports, and RAM (mergekit's `ram` and `ramplus_tl`, after
+"Reinforced Agent Merging", arXiv 2601.13572).
 """
 
 from __future__ import annotations
@@ -20,14 +17,58 @@ from modular_experts.methods.settings import Checks, at_least
 
 
 @dataclass(frozen=True)
+class Intersection(MergeMethod):
+    """Intersection: `scale` times the mean of the deltas at the entries that all experts keep, or enough of them.
+
+    A dense or low-rank expert keeps every entry, and one that does not move the weight keeps nothing of it.
+
+    Args:
+        agreement: How many experts must keep an entry, at least 1; all of them if not given.
+    """
+
+    checks = Checks(agreement=at_least(1, "is a number of experts, at least 1"))
+
+    agreement: int | None = None
+    scale: float = 1.0
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        needed = len(deltas) if self.agreement is None else self.agreement
+
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            keepers = chunk.counts()
+            kept = keepers >= needed
+            return chunk.total().mul_(self.scale).mul_(kept).div_(keepers.clamp_(min=1)), kept
+
+        return merge_by_chunks(deltas, rule)
+
+
+@dataclass(frozen=True)
+class Difference(MergeMethod):
+    """Difference: `scale` times the first expert's delta at the entries that no other expert keeps."""
+
+    scale: float = 1.0
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            total, first, others = chunk.zeros(), chunk.zeros(torch.bool), chunk.zeros(torch.bool)
+            own, *rest = chunk
+            own.add_to(total, factor=self.scale)
+            own.mark(first)
+            for entries in rest:
+                entries.mark(others)
+            kept = first & ~others
+            return total.mul_(kept), kept
+
+        return merge_by_chunks(deltas, rule)
+
+
+@dataclass(frozen=True)
 class RAM(MergeMethod):
     """RAM: `scale * sum_i d_i / F` per entry, over the F experts with `|d_i| > epsilon` there.
 
-    One expert merges to itself but for entries up to epsilon, and so do copies of it. An expert that moves nothing
-    changes nothing. At `epsilon: 0`, scaled experts merge to the scaled merge.
-
     Args:
-        epsilon: Magnitude up to which an entry counts as not moved and is dropped, at least 0. mergekit takes 1e-5.
+        epsilon: Magnitude up to which an entry counts as not moved and is dropped, at least 0, for deltas of full
+            checkpoints, where rounding moves entries that nobody trained; mergekit takes 1e-5. 0 is `SparseAverage`.
     """
 
     checks = Checks(epsilon=at_least(0))
@@ -51,10 +92,8 @@ class RAM(MergeMethod):
 
 @dataclass(frozen=True)
 class RAMPlus(RAM):
-    """RAM+: as RAM, but what expert i alone moves is multiplied by `1 + r * min(shared_i / unique_i, alpha)`.
-
-    `shared_i` and `unique_i` count the entries of the weight that expert i moves with others, and alone: the more of
-    an expert is averaged away, the more the rest of it is strengthened. The properties are as in `RAM`.
+    """RAM+: as RAM, but what expert i alone moves is multiplied by `1 + r * min(shared_i / unique_i, alpha)`, where
+    `shared_i` and `unique_i` count the entries of the weight that it moves with others, and alone.
 
     Args:
         r: How strongly the unique part grows, at least 0.
