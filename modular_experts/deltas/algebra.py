@@ -81,7 +81,7 @@ def dot(tensor: Tensor, delta: Delta) -> Tensor:
 
 
 def dot_by_row(tensor: Tensor, delta: Delta) -> Tensor:
-    """Return the inner product of each row of a tensor `(out, in)` with a delta's row: `(out,)`, in at least float32."""
+    """Return the inner products of the rows of a tensor `(out, in)` and a delta: `(out,)`, in at least float32."""
     wide = torch.promote_types(torch.promote_types(tensor.dtype, delta.dtype), torch.float32)
     tensor, rows = tensor.to(wide), delta.shape[0] if delta.shape else 1
     if isinstance(delta, Sparse):
