@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modular_experts.base import DType
 from modular_experts.base.apply import apply as apply_experts
-from modular_experts.cli.format import print_check, progress_bar, share_text
+from modular_experts.cli.format import print_check, progress_bar
 from modular_experts.interop.peft import export as export_expert
 
 
@@ -12,7 +12,6 @@ def apply(
     experts: list[str],
     out: str,
     base: str | None = None,
-    revision: str | None = None,
     dtype: DType | None = None,
     tolerance: float = 1e-3,
     overwrite: bool = False,
@@ -28,7 +27,6 @@ def apply(
         experts: Directories of the experts.
         out: Directory of the checkpoint.
         base: The base's directory or hub id; the one in the experts' records by default.
-        revision: Branch, tag or commit of a hub id.
         dtype: Data type of the checkpoint; the base's by default.
         tolerance: Largest accepted difference of a logit between the model in memory and the reloaded one.
         overwrite: Replace a checkpoint of ours.
@@ -36,9 +34,8 @@ def apply(
 
     Examples:
         modular-experts apply --base runs/base --experts library/ab --out merged-checkpoint
-        modular-experts apply --experts library/ab --out merged-checkpoint --dtype bfloat16
     """
-    found = apply_experts(experts, out, base, revision, dtype, tolerance, overwrite, progress_bar("applying"), check)
+    found = apply_experts(experts, out, base, None, dtype, tolerance, overwrite, progress_bar("applying"), check)
     print_check(found)
     print(f"{out}: a checkpoint of the base and {', '.join(experts)}")
 
@@ -49,25 +46,23 @@ def export(
     form: str = "lora",
     rank: int | None = None,
     base: str | None = None,
-    revision: str | None = None,
     tolerance: float = 1e-3,
     overwrite: bool = False,
 ) -> None:
     """Write an expert as a PEFT adapter, which PEFT and programs that build on it load without this package.
 
     A low-rank expert is a LoRA exactly; any other expert is approximated at a rank, and the error is printed. A sparse
-    expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira. Before the
+    expert is carried exactly by supertuning (PEFT 0.21 or newer). Before the
     adapter takes its place, PEFT loads it, and its logits are compared with base plus deltas. Use `apply` for
     weights that adapters cannot carry, such as norms.
 
     Args:
         expert: Directory of the expert.
-        form: Kind of the adapter: lora, supertuning, shira, the form of a related system, or the dotted path of a
+        form: Kind of the adapter: lora, supertuning, the form of a related system, or the dotted path of a
             PeftFormat of your own.
         out: Directory of the adapter.
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
         base: The base's directory or hub id; the one in the expert's record by default.
-        revision: Branch, tag or commit of a hub id.
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it carries.
         overwrite: Replace an adapter of ours.
 
@@ -75,17 +70,15 @@ def export(
         modular-experts export --expert library/a --form supertuning --out adapter
         modular-experts export --expert library/ab --form lora --rank 16 --out adapter
     """
-    written = export_expert(expert, out, form, rank, base, revision, tolerance, overwrite, progress_bar("exporting"))
+    written = export_expert(expert, out, form, rank, base, tolerance, overwrite, progress_bar("exporting"))
     check = written.check
     lossy = sorted((-weight.relative_error, name) for name, weight in written.weights.items() if weight.lost)
     if lossy:
         print(f"{len(lossy)} of {len(written.weights)} weights are approximated; these lose most:")
         for error, name in lossy[:5]:
-            kept = share_text(written.weights[name].kept_energy)
-            print(f"  {name}: {kept} of its squared norm kept, relative error {-error:.3g}")
+            print(f"  {name}: relative error {-error:.3g}")
         print(
-            f"in all: {share_text(written.kept_energy)} of the squared norm kept, relative error "
-            f"{written.relative_error:.3g}; a logit differs from the expert's by up to "
+            f"in all: relative error {written.relative_error:.3g}; a logit differs from the expert's by up to "
             f"{check.largest_approximation:.3g}, {check.mean_approximation:.3g} on average"
         )
     if written.padding:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import Progress, TimeElapsedColumn
 
 from modular_experts.base import DType
-from modular_experts.cli.format import open_page, progress_by_tenths
+from modular_experts.cli.format import open_page, progress_by_tenths, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
-from modular_experts.evaluation.compare import REPORT, RESULTS, every_task
+from modular_experts.evaluation.compare import REPORT, RESULTS
 from modular_experts.interop.harness import Measuring
 from modular_experts.interop.harness import harness as measure_by_harness
-from modular_experts.reports import Results
-from modular_experts.reports.tables import Column, Line, Table, number
 from modular_experts.settings import Options, UsageError
 
 
@@ -75,8 +71,6 @@ def evaluate(
             --tasks a.jsonl b.jsonl --out runs/comparison
         modular-experts evaluate --experts ties=library/ab sum=library/a+library/b \\
             --tasks a.jsonl b.jsonl --held_out c.jsonl --out runs/ways
-        modular-experts evaluate --experts library/ab checkpoint=merged-checkpoint \\
-            --tasks a.jsonl b.jsonl --out runs/checkpoint
     """
     mixes = mixes_of(experts or [])
     outside = [] if held_out is None else [{**vars(task), "role": "held_out"} for task in as_tasks(held_out)]
@@ -100,12 +94,7 @@ def evaluate(
         found = evaluate_experts(
             base, mixes, data, reading.max_new_tokens, reading.dtype, out=out, overwrite=overwrite, progress=show
         )
-    console = Console(width=80)
-    console.print(found.table())
-    if len(mixes) > 1 and len(found.values("task")) > 1:
-        table = every_task(found).text()
-        if Measurement.get(Console(width=1000), console.options.update(width=1000), table).maximum <= console.width:
-            console.print("", table)
+    Console(width=80).print(found.table())
     print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")
     if open:
         open_page(Path(out, REPORT))
@@ -159,17 +148,11 @@ def harness(
             print(f"measuring {model}, {done + 1} of {total}", flush=True)
 
     results = measure_by_harness(base, mixes_of(experts or []), tasks, out, overwrite, measuring, show)
-    Console(width=80).print(_table(results).text())
-    print(f"\nthe results are in {Path(out, RESULTS)}")
-
-
-def _table(results: Results) -> Table:
-    def value(rows: Results, model: str) -> float | None:
-        return rows.where(model=model).rows[0]["value"]
-
-    columns = [
-        Column(name, partial(value, model=name), lambda value: number(value, 4)) for name in results.values("model")
-    ]
     pairs = dict.fromkeys((row["task"], row["metric"]) for row in results.rows)
-    lines = [Line(f"{task} {metric}", results.where(task=task, metric=metric)) for task, metric in pairs]
-    return Table(columns, [lines], "task and metric")
+    names = results.values("model")
+    table = table_of("task and metric", *names)
+    for task, metric in pairs:
+        rows = {row["model"]: row["value"] for row in results.where(task=task, metric=metric).rows}
+        table.add_row(f"{task} {metric}", *["" if rows[name] is None else f"{rows[name]:.4f}" for name in names])
+    Console(markup=False, emoji=False).print(table)
+    print(f"\nthe results are in {Path(out, RESULTS)}")

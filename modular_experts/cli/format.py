@@ -26,7 +26,7 @@ INTERRUPTED = "interrupted; the same command goes on from here"
 
 
 def summary(expert: StoredExpert) -> str:
-    """Return kind, number of weights or of experts behind a router, kept share and size on disk in one line."""
+    """Return an expert in one line."""
     size = bytes_text(expert.size_on_disk)
     if expert.is_routed:
         return f"{kind_text(expert.record)}, {counted(len(expert.record['parents']), 'expert')}, {size}"
@@ -36,7 +36,7 @@ def summary(expert: StoredExpert) -> str:
 
 
 def statistics_text(stored: StoredStatistics) -> str:
-    """Return the number of weights, the rows and the size on disk of stored statistics in one line."""
+    """Return stored statistics in one line."""
     rows = ", ".join(f"{count} rows of {task}" for task, count in sorted(stored.facts["tasks"].items()))
     return f"{len(stored)} weights on {rows}, {bytes_text(stored.size_on_disk)}"
 
@@ -131,7 +131,7 @@ def progress_by_tenths(
 
 
 def print_check(found: Check | None) -> None:
-    """Print how a checkpoint compared with the model in memory, and what its dtype could not hold."""
+    """Print how a checkpoint compared with the model in memory, and what rounding took."""
     if found is None:
         print("not loaded again, because check is false")
         return

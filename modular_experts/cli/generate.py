@@ -40,7 +40,6 @@ def generate(
     Examples:
         modular-experts generate --base DIR "The capital of France is"
         modular-experts generate --experts library/a library/b "Which card did I use?"
-        modular-experts generate --base DIR --temperature 0.7 --seed 1 < prompt.txt
     """
     experts = list(experts or [])
     if prompt is None and experts and " " in experts[-1] and not Path(experts[-1]).is_dir():

@@ -99,7 +99,9 @@ def read_source(file: str, name: str, brief: bool = False) -> Source:
         if default is None:
             source.required[option + shown] = text
         else:
-            source.options[option + shown] = text + f" (default: {default})" * (default not in ("None", "False"))
+            source.options[option + shown] = text + f" (default: {default})" * (
+                not re.match("None|False|field", default)
+            )
     return source
 
 

@@ -12,12 +12,9 @@ from modular_experts.text import bytes_text
 
 
 def push(
+    experts: list[str],
     repo: str,
-    experts: list[str] | None = None,
-    library: str | None = None,
     private: bool = False,
-    branch: str | None = None,
-    message: str | None = None,
     overwrite: bool = False,
     statistics: bool = False,
     dry_run: bool = False,
@@ -29,25 +26,19 @@ def push(
     and the tasks as you named them, paths included.
 
     Args:
+        experts: Directories of experts, such as library/*, which the shell expands.
         repo: The repository, written owner/name; it is created if necessary. Log in with `hf auth login` first.
-        experts: Directories of experts.
-        library: Directory of a library to push whole, instead of `experts`.
         private: Make the repository private; an existing one must be private already.
-        branch: Branch to write to, created if necessary.
-        message: Subject of the commit.
         overwrite: Replace experts of the same name.
         statistics: Push the experts' statistics too.
         dry_run: Print the card and the files, and write nothing.
 
     Examples:
         modular-experts push --experts library/a library/b --repo owner/name --dry-run
-        modular-experts push --experts library/a library/b --repo owner/name --private
-        modular-experts push --library library --repo owner/name
+        modular-experts push --experts library/* --repo owner/name
     """
-    if (experts is None) == (library is None):
-        raise ValueError("give what to push in one way: --experts library/a library/b, or --library library")
-    given, bar = library or list(experts or []), progress_bar("checking")
-    pushed = push_experts(given, repo, private, branch, message, overwrite, statistics, dry_run, bar)
+    bar = progress_bar("checking")
+    pushed = push_experts(experts, repo, private, overwrite, statistics, dry_run, bar)
     if pushed.card is None:
         print(f"{CARD_FILE} of {repo} has a text of its own and stays as it is")
     elif dry_run:
@@ -90,7 +81,6 @@ def pull(
 
     Examples:
         modular-experts pull --repo owner/name --out library
-        modular-experts pull --repo owner/name --out library --experts a b
         modular-experts pull --repo owner/name --out library --revision 0123456789abcdef0123456789abcdef01234567
     """
     pulled = pull_experts(repo, out, experts, revision, overwrite, statistics, progress_bar("checking"))

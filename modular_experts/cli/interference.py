@@ -14,9 +14,6 @@ from modular_experts.merger.interference import interference as compare
 from modular_experts.methods import MergeMethod, SparseAverage
 from modular_experts.text import depth_of
 
-PAIRS = 5
-"""How many of the most and of the least alike pairs are shown."""
-
 
 def interference(
     experts: list[str],
@@ -49,8 +46,6 @@ def interference(
     found = compare(experts, chosen, progress_bar("comparing"))
     console = Console(markup=False, emoji=False)
     console.print(_experts(found), _layers(found))
-    if len(found.experts) > 2:
-        console.print(_pairs(found))
     print(f"distance is to a merge with {call_text(type(chosen).__name__, vars(chosen))}")
     if out:
         from modular_experts.reports import write_json
@@ -81,19 +76,6 @@ def _layers(found: Interference) -> Table:
         cells += [f"{_mean(mean_of_others(sums.cosine)):.3f}", f"{_mean(sums.distance):.3f}"]
         depth = depth_of(f"{name}.weight")
         table.add_row("others" if depth is None else str(depth), *cells)
-    return table
-
-
-def _pairs(found: Interference) -> Table:
-    """Return the pairs with the highest cosines and, after a line, those with the lowest; all if they are few."""
-    table, sums = table_of("pair", "overlap", "conflict", "cosine"), found.total
-    pairs = [(one, other) for other in range(len(found.experts)) for one in range(other)]
-    pairs.sort(key=lambda pair: -sums.cosine[pair].item())
-    shown = pairs if len(pairs) <= 2 * PAIRS else [*pairs[:PAIRS], *pairs[-PAIRS:]]
-    for number, (one, other) in enumerate(shown, 1):
-        shares = [share_text(measure[one, other].item()) for measure in (sums.overlap, sums.conflict)]
-        names, cosine = f"{found.experts[one]} and {found.experts[other]}", f"{sums.cosine[one, other].item():.3f}"
-        table.add_row(names, *shares, cosine, end_section=number == PAIRS and len(shown) < len(pairs))
     return table
 
 

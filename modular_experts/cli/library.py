@@ -25,8 +25,6 @@ from modular_experts.text import bytes_text, depth_of
 def list_library(library: str) -> None:
     """List the experts in a library, one a line, damaged and incomplete ones too.
 
-    The base is shown if the experts have different ones.
-
     Args:
         library: Directory of the library.
 
@@ -34,7 +32,7 @@ def list_library(library: str) -> None:
         modular-experts list library
     """
     found = Library(library)
-    broken = ("", "damaged", "", "'verify' names the reason")
+    broken = ("damaged", "'verify' names the reason")
     rows: dict[str, tuple[str, ...]] = dict.fromkeys(found.incomplete(), broken)
     for name in found:
         try:
@@ -47,28 +45,24 @@ def list_library(library: str) -> None:
             raise ValueError(f"{library} is an expert, not a library; `modular-experts show {library}` shows it")
         print(f"{library} has no experts yet; `fit` and `merge` write into it: --out {library}/NAME")
         return
-    several = len({row[0] for row in rows.values() if row[0]}) > 1
-    table = table_of("expert", "kind", *["base"] * several, "tasks", "weights", "kept", "size", left=3 + several)
+    table = table_of("expert", "kind", "tasks", "weights", "kept", "size", left=3)
     for name in sorted(rows):
-        fingerprint, kind, base, *others = rows[name]
-        table.add_row(name, kind, *[f"{base} {fingerprint[:7]}".strip()] * several, *others)
+        table.add_row(name, *rows[name])
     # Off a terminal the table is as wide as it needs to be, so that grep sees whole names.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
     Console(markup=False, emoji=False, width=width).print(table)
 
 
 def _row(expert: StoredExpert) -> tuple[str, ...]:
-    """Return the fingerprint of an expert's base, and the cells of the expert."""
-    tasks, base = expert.record["tasks"], expert.record["base"]
+    tasks = expert.record["tasks"]
     shown = ", ".join(tasks) if len(tasks) <= 4 else f"{len(tasks)} tasks"
-    place = (base.get("id") or "").rstrip("/").rpartition("/")[2]
     holds = (str(len(expert)), share_text(expert.kept_share)) if expert.forms() else ("", "")
     if expert.is_routed:
         holds = counted(len(expert.record["parents"]), "expert"), ""
-    return base["fingerprint"], kind_text(expert.record), place, shown, *holds, bytes_text(expert.size_on_disk)
+    return kind_text(expert.record), shown, *holds, bytes_text(expert.size_on_disk)
 
 
-def verify(expert: str, base: str | None = None, revision: str | None = None) -> None:
+def verify(expert: str, base: str | None = None) -> None:
     """Read an expert, or all experts of a library, and check every byte against its hash.
 
     Shapes, data types, bounds and order of the indices are checked too, and that all values are finite; of a routed
@@ -78,22 +72,20 @@ def verify(expert: str, base: str | None = None, revision: str | None = None) ->
     Args:
         expert: Directory of an expert, or of a library.
         base: The base's directory or hub id.
-        revision: Branch, tag or commit of a hub id.
 
     Examples:
         modular-experts verify library/ab
         modular-experts verify library
-        modular-experts verify library/ab --base runs/base
     """
     place = Path(expert)
     if not place.is_dir() or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE)):
-        print(f"{expert}: {_verified(open_expert(expert), base, revision)}")
+        print(f"{expert}: {_verified(open_expert(expert), base)}")
         return
     library = Library(expert)
     failed = dict(library.incomplete())
     for name in library:
         try:
-            print(f"{place / name}: {_verified(open_expert(place / name), base, revision)}")
+            print(f"{place / name}: {_verified(open_expert(place / name), base)}")
         except (ValueError, OSError) as error:
             failed[name] = str(error)
     for name, problem in failed.items():
@@ -106,7 +98,7 @@ def verify(expert: str, base: str | None = None, revision: str | None = None) ->
     print(f"{expert}: all {len(library)} experts are intact")
 
 
-def _verified(expert: StoredExpert, base: str | None, revision: str | None) -> str:
+def _verified(expert: StoredExpert, base: str | None) -> str:
     expert.verify()
     holds = f"{len(expert)} weights"
     if expert.is_routed:
@@ -117,7 +109,7 @@ def _verified(expert: StoredExpert, base: str | None, revision: str | None) -> s
     place = base or find_base([expert])
     if base is None and not Path(place).is_dir():
         return f"{intact}; base not checked ({place} is not a directory here; give --base)"
-    Base.open(place, [expert], revision)
+    Base.open(place, [expert])
     return f"{intact}; base {place} is the one it was trained on"
 
 
@@ -129,13 +121,13 @@ class Measure(NamedTuple):
     kept: int
     squares: float
 
+    @classmethod
+    def total(cls, measures: Iterable[Measure]) -> Measure:
+        return cls(*map(sum, zip(cls(0, 0, 0, 0.0), *measures, strict=True)))
+
     def cells(self) -> tuple[str, ...]:
         share = share_text(self.kept / max(self.entries, 1))
         return str(self.weights), f"{self.kept:,}", share, f"{math.sqrt(self.squares):.4g}"
-
-
-def _total(measures: Iterable[Measure]) -> Measure:
-    return Measure(*map(sum, zip(Measure(0, 0, 0, 0.0), *measures, strict=True)))
 
 
 def show(expert: str, weights: bool = False) -> None:
@@ -153,7 +145,7 @@ def show(expert: str, weights: bool = False) -> None:
     kept = stored.kept_entries()
     measures = {name: Measure(1, delta.shape.numel(), kept[name], delta.norm() ** 2) for name, delta in stored.items()}
     facts = Table.grid(padding=(0, 2))
-    for name, text in _facts(stored, _total(measures.values())):
+    for name, text in _facts(stored, Measure.total(measures.values())):
         facts.add_row(name, text)
     console.print(facts)
     groups: list[tuple[str, Callable[[str], Any]]] = [("weight", str)]
@@ -165,7 +157,7 @@ def show(expert: str, weights: bool = False) -> None:
         for name, measure in measures.items():
             parts.setdefault(group(name), []).append(measure)
         for part in sorted(parts, key=lambda part: (part is None, part)):
-            table.add_row("none" if part is None else str(part), *_total(parts[part]).cells())
+            table.add_row("none" if part is None else str(part), *Measure.total(parts[part]).cells())
         console.print(table)
 
 
@@ -198,7 +190,8 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "kept", f"{total.kept:,} of {total.entries:,} entries ({total.cells()[2]})"
     if shares[1] is not None:
         yield "trained", f"{share_text(shares[0])} of the units at the end, {share_text(shares[1])} at any time"
-    yield from _costs(record.get("costs") or {})
+    if costs := record.get("costs"):
+        yield "costs", _costs(costs)
     if forms:
         yield "norm", total.cells()[3]
     for kind in kinds_of_statistics(expert):
@@ -210,24 +203,15 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
 
 
-def _costs(costs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    if "optimizer_bytes" in costs:
-        yield "optimizer", f"{bytes_text(costs['optimizer_bytes'])} of state"
-    if costs.get("selections"):
-        passes, seconds = costs["selection_passes"], costs["selection_seconds"]
-        times = "once" if costs["selections"] == 1 else f"{costs['selections']} times"
-        yield "selection", f"{times}, {passes} passes, {seconds:.3g} s"
+def _costs(costs: Mapping[str, Any]) -> str:
+    shown = {name: bytes_text(value) if name.endswith("bytes") else f"{value:.3g}" for name, value in costs.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
 
 
 def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    parts = {"batch_size": "batch size {}", "accumulate_grad_batches": "accumulated {} times", "rows": "{} rows"}
-    parts |= {"dtype": "base in {}", "precision": "precision {}", "max_length": "at most {} tokens a row"}
-    told = [text.format(facts[key]) for key, text in parts.items() if facts.get(key) is not None]
-    told = [one for one in told if one != "accumulated 1 times"]
-    if "chat_template" in facts:
-        told.append(f"chat template {facts['chat_template']}" if facts["chat_template"] else "no chat template")
-    if told:
-        yield "training", ", ".join(told)
+    plain = {name: value for name, value in facts.items() if name not in ("data", "config") and value is not None}
+    if plain:
+        yield "training", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plain.items())
     for task, data in (facts.get("data") or {}).items():
         rows = ", ".join(f"{count} {split}" for split, count in data["rows"].items())
         yield "rows", f"{task}: {rows} (content {data['hash'][:12]})"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from modular_experts.base import DType
 from modular_experts.base.files import MANIFEST
-from modular_experts.cli.format import counted, print_check, progress_bar, summary, value_text
+from modular_experts.cli.format import counted, print_check, progress_bar, summary, table_of, value_text
 from modular_experts.cli.tuning import Tuning, print_tuning
 from modular_experts.library import check_target, open_expert
 from modular_experts.library.described import describe
@@ -21,10 +19,36 @@ from modular_experts.merger.estimate import WeightEstimate, check_memory, estima
 from modular_experts.merger.merged import Merged, write_checkpoint, write_merged
 from modular_experts.merger.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
+from modular_experts.settings import Options
 from modular_experts.text import bytes_of, bytes_text, in_any_block
 
 if TYPE_CHECKING:
     from modular_experts.tuning import Tuned
+
+
+@dataclass(frozen=True)
+class Output(Options):
+    """What a merge writes.
+
+    Args:
+        output: `checkpoint` writes base plus merge for transformers; the checkpoint is checked by loading it.
+        base: The base of a checkpoint, a directory or hub id; the one in the experts' records by default.
+        dtype: Data type of a checkpoint; the base's by default.
+        tolerance: Largest accepted difference of a logit between a checkpoint and the model in memory.
+    """
+
+    output: Literal["expert", "checkpoint"] = "expert"
+    base: str | None = None
+    dtype: DType | None = None
+    tolerance: float = 1e-3
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.output == "checkpoint"
+
+    def __post_init__(self) -> None:
+        if not self.is_checkpoint and (self.base or self.dtype or self.tolerance != 1e-3):
+            raise ValueError("base, dtype and tolerance are settings of a checkpoint; add --output checkpoint")
 
 
 def merge(
@@ -36,10 +60,7 @@ def merge(
     tune: Tuning | None = None,
     dry_run: bool = False,
     max_memory: str | None = None,
-    output: Literal["expert", "checkpoint"] = "expert",
-    base: str | None = None,
-    dtype: DType | None = None,
-    tolerance: float = 1e-3,
+    written: Output = Output(),
 ) -> None:
     """Merge experts of one base into a new expert, weight by weight, or straight into a checkpoint.
 
@@ -62,26 +83,18 @@ def merge(
         dry_run: Only show the method, memory and time of each weight; nothing is tuned.
         max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside Python's own memory and, for
             a checkpoint, beside the base that it is checked with.
-        output: `checkpoint` writes base plus merge for transformers; the checkpoint is checked by loading it.
-        base: The base of a checkpoint, a directory or hub id; the one in the experts' records by default.
-        dtype: Data type of a checkpoint; the base's by default.
-        tolerance: Largest accepted difference of a logit between a checkpoint and the model in memory.
+        written: What is written.
 
     Examples:
         modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab
         modular-experts merge --experts library/a library/b --method TIES --method.keep 0.1 --out library/ab
-        modular-experts merge --config merge.yaml --dry-run
-        modular-experts merge --experts library/a library/b --method TIES --output checkpoint --out merged-checkpoint
-        modular-experts merge --method.help TIES
         modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab \\
             --tune.data.tasks a.jsonl b.jsonl
     """
-    if output != "checkpoint" and (base or dtype or tolerance != 1e-3):
-        raise ValueError("base, dtype and tolerance are settings of a checkpoint; add --output checkpoint")
     if tune and (method is None or per_weight):
         raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
     if not dry_run:
-        check_target(out, overwrite, MANIFEST if output == "checkpoint" else RECORD_FILE)
+        check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
     merged, tuned, check = Merged(experts, method, per_weight), None, None
     if max_memory:
         check_memory(estimate(merged), bytes_of(max_memory))
@@ -89,23 +102,23 @@ def merge(
         _print_plan(merged)
         return
     if tune and method:
-        tuned = _tuned(merged, method, tune, out, overwrite, written=output == "expert")
+        tuned = _tuned(merged, method, tune, out, overwrite, written.output == "expert")
         merged = Merged(merged.stored, tuned.method)
     bar = progress_bar("merging")
-    if output == "checkpoint":
-        notes = tuned.notes if tuned else {}
-        check = write_checkpoint(merged, out, base, dtype, tolerance, overwrite=overwrite, progress=bar, notes=notes)
+    if written.is_checkpoint:
+        notes, how = tuned.notes if tuned else {}, (written.base, written.dtype, written.tolerance)
+        check = write_checkpoint(merged, out, *how, overwrite=overwrite, progress=bar, notes=notes)
     elif tuned is None:
         write_merged(merged, out, overwrite, bar)
     if tuned and tune:
         from modular_experts.tuning.objective import trials_file, write_trials
 
-        if output == "checkpoint":
+        if written.is_checkpoint:
             write_trials(out, tuned.trials)
         print_tuning(tuned, searched="scale" not in tune.grid)
         print(f"all trials are in {trials_file(out)}")
     _print_methods(merged)
-    if output == "checkpoint":
+    if written.is_checkpoint:
         print_check(check)
         print(f"{out}: a checkpoint of the base and the merge")
         if merged.beside():
@@ -137,9 +150,7 @@ def _print_experts(merged: Merged, out: str) -> None:
     stored = open_expert(out)
     print(f"{out}: {summary(stored)}")
     for name in merged.beside():
-        path = stored.path.with_name(f"{stored.name}-{name}")
-        shown = path if os.path.isabs(out) else os.path.relpath(path)
-        print(f"{shown}: for the tasks of {name}, {summary(open_expert(path))}")
+        print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
 
 
 def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
@@ -164,20 +175,14 @@ def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
 
 def _print_plan(merged: Merged) -> None:
     weights = estimate(merged)
-    table = Table("weight", "shape", "method", "experts", "to read", "memory", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[3:]:
-        column.justify = "right"
+    table = table_of("weight", "shape", "method", "experts", "to read", "memory", left=3)
     numbers = {text: n for n, text in enumerate(dict.fromkeys(_method_text(one.method) for one in weights), 1)}
     # Weights that differ in the number of their layer alone share a row.
     groups: dict[tuple[Any, ...], list[WeightEstimate]] = {}
     for weight in weights:
         groups.setdefault((in_any_block(weight.name), weight.shape, _method_text(weight.method)), []).append(weight)
-    # The beginning and the end that all names share are cut, in whole parts, so that the differences have room.
-    names = [name for name, _, _ in groups]
-    shared = "".join(os.path.commonprefix(names).rpartition(".")[:2]) if len(names) > 1 else ""  # noqa: RUF071
     for (name, shape, method), members in groups.items():
-        name = (members[0].name if len(members) == 1 else name).removeprefix(shared).removesuffix(".weight")
+        name = (members[0].name if len(members) == 1 else name).removesuffix(".weight")
         few, many = min(one.experts for one in members), max(one.experts for one in members)
         table.add_row(
             f"{len(members)} x {name}" if len(members) > 1 else name,
@@ -188,8 +193,6 @@ def _print_plan(merged: Merged) -> None:
             bytes_text(max(one.peak for one in members)),
         )
     Console(markup=False, emoji=False).print(table)
-    if shared:
-        print(f"the names of the weights begin with {shared}")
     for text, number in numbers.items():
         print(f"method {number}: {text}")
     _print_kept(merged)

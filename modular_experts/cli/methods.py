@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from rich.table import Table
 from modular_experts.cli.format import value_text
 from modular_experts.methods import FIRST, METHODS, MergeMethod
 from modular_experts.methods.method import PROMISES, documentation
-from modular_experts.text import did_you_mean
+from modular_experts.settings.read import class_named
 
 
 def methods(name: str | None = None, all: bool = False) -> None:
@@ -33,20 +32,8 @@ def methods(name: str | None = None, all: bool = False) -> None:
         _list({"all methods": by_name} if all else FIRST)
         more = "" if all else f"All {len(METHODS)} methods: modular-experts methods --all\n"
         print(f"{more}Everything about one: modular-experts methods TIES")
-    elif name in METHODS:
-        _show(METHODS[name])
-    elif "." in name:
-        module, _, last = name.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module), last)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{name} cannot be imported: {error}") from error
-        if not (inspect.isclass(found) and issubclass(found, MergeMethod)):
-            raise ValueError(f"{name} is not a subclass of modular_experts.MergeMethod; give one that is")
-        _show(found)
     else:
-        hint = did_you_mean(name, METHODS) or f"; the methods are {', '.join(METHODS)}"
-        raise ValueError(f"there is no merge method {name!r}{hint}")
+        _show(class_named("name", [MergeMethod], name)[0])
 
 
 def _list(groups: Mapping[str, Sequence[str]]) -> None:

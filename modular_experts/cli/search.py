@@ -24,15 +24,10 @@ import_systems("search")
 def search(
     experts: list[str],
     algorithm: SearchAlgorithm,
-    data: TaskMixture,
+    measured: ValidationRows,
     out: str,
-    rows: int = 64,
-    base: str | None = None,
-    overwrite: bool = False,
     merges: list[MergeMethod] | None = None,
-    labels: Literal["rows", "experts"] = "rows",
-    expert_of: dict[str, str] | None = None,
-    max_new_tokens: int = 64,
+    overwrite: bool = False,
 ) -> None:
     """Find how much of each expert to merge, by the loss on validation rows, and merge.
 
@@ -42,16 +37,11 @@ def search(
         experts: Directories of the experts.
         algorithm: ATLAS or AdaMerging (with gradients; for each weight of an expert, or row of it), the search of a
             related system, or the dotted path of a class of your own.
-        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
+        measured: The rows on which the loss is measured.
         out: Directory of the merged expert; its last part is the name.
-        rows: The most rows of one task, spread evenly over its validation rows.
-        base: The base's directory or hub id; the one in the experts' records by default.
-        overwrite: Replace an expert and trials.
         merges: Methods whose merges of the experts are combined with the experts, as the first ones, such as
             RegMean SparseAverage. Each merge is also written as an expert, named after `out` and the method.
-        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
-        expert_of: Directory of the expert of each task, such as {dates: library/dates}; by default the record tells it.
-        max_new_tokens: The most tokens of an expert's answer.
+        overwrite: Replace an expert and trials.
 
     Examples:
         modular-experts search --experts library/a library/b --algorithm AdaMerging --out library/ab \\
@@ -59,14 +49,7 @@ def search(
         modular-experts search --experts library/a library/b --merges RegMean SparseAverage \\
             --algorithm ATLAS --out library/ab \\
             --data.tasks a.jsonl b.jsonl
-        modular-experts search --experts library/a library/b --labels experts \\
-            --algorithm ATLAS --out library/ab --data.tasks a-inputs.jsonl b-inputs.jsonl
-        modular-experts search --experts library/a library/b --merges SelfRegMean \\
-            --algorithm ATLAS --algorithm.per row --out library/ab \\
-            --data.eval_batch_size 4 --rows 320 --data.tasks a.jsonl b.jsonl
-        modular-experts search --algorithm.help AdaMerging
     """
-    measured = ValidationRows(data, rows, base, labels, expert_of or {}, max_new_tokens)
     done = algorithm.run(experts, measured, out, merges or (), overwrite, progress_bar("searching"))
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     for line in done.report():
@@ -176,7 +159,6 @@ def route(
 
     Examples:
         modular-experts route --experts library/a library/b --data.tasks a.jsonl b.jsonl --out library/routed
-        modular-experts route --experts library/a library/b --fallback library/ab --out library/routed
         modular-experts evaluate --experts library/routed --tasks a.jsonl b.jsonl --out runs/routed
     """
     chosen = router or Centroid()

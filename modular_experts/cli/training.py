@@ -1,7 +1,6 @@
 """Run `fit`, `validate`, `test` and `predict`: their options are arguments of the model, the data and the trainer.
 
-The command line beats the config files, and these beat a checkpoint: Lightning alone lets the checkpoint win silently.
-So the settings in a checkpoint are read first, as if they were the first config file.
+The command line beats the config files, and these beat a checkpoint, whose settings are read first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Pull experts from a repository of the hub into a library, after checking every byte against its hash.
 
-The files go into a temporary directory beside the library first, so a library never holds an unchecked file. `pull`
-returns their commit and does not write it into the records.
+The files go into a temporary directory beside the library first, so a library never holds an unchecked file.
 """
 
 from __future__ import annotations
@@ -25,13 +24,7 @@ from modular_experts.progress import Progress
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull wrote.
-
-    Attributes:
-        experts: The experts that were written.
-        present: Experts that the library had already, undamaged and with the same content hash.
-        commit: The commit that they come from.
-    """
+    """The experts that a pull wrote, those that the library had already with the same content hash, and their commit."""
 
     experts: Sequence[StoredExpert]
     present: Sequence[StoredExpert]
@@ -112,7 +105,6 @@ def _wanted(
     overwrite: bool,
     statistics: bool,
 ) -> dict[str, list[str]]:
-    """Return the paths of the files of each expert that the library lacks."""
     files: dict[str, list[str]] = {}
     for name, record in records.items():
         if missing := repository.missing(name, record):

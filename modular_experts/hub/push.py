@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +16,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from modular_experts.hub.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.hub.repository import HubRepository, check_contents, hub_errors, is_hub_model, look
-from modular_experts.library import Library, StoredExpert, open_experts
+from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.atomic import is_name
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,9 @@ class Pushed:
 
     Attributes:
         files: The files beside the card, by their path in the repository.
-        removed: Files that were removed: what a replaced expert had and its successor does not have.
-        present: Experts that the repository had already, with the same record and so the same deltas.
+        removed: What a replaced expert had and its successor does not have.
+        present: Experts that the repository had already, with the same record.
         card: The card; None if the repository has one with a text of its own, which stays.
-        address: The page of the repository, or of the commit.
         commit: The commit; None after a dry run, or if there was nothing to write.
     """
 
@@ -54,11 +50,9 @@ class Pushed:
 
 
 def push(
-    experts: Sequence[str | Path] | str | Path,
+    experts: Sequence[str | Path],
     repo_id: str,
     private: bool = False,
-    branch: str | None = None,
-    message: str | None = None,
     overwrite: bool = False,
     statistics: bool = False,
     dry_run: bool = False,
@@ -67,15 +61,12 @@ def push(
     """Write experts and a card into a repository of the hub.
 
     Args:
-        experts: Directories of experts, or the directory of a library, for all its experts. The experts behind a router
-            go with it.
+        experts: Directories of experts. The experts behind a router go with it.
         repo_id: `owner/name`; made if it does not exist.
         private: Make the repository private; one that exists must be.
-        branch: Branch to write to, made if it does not exist; the main branch if not given.
-        message: Subject of the commit.
         overwrite: Replace experts of the same name.
         statistics: Push the experts' statistics too.
-        dry_run: Check everything and write nothing. Where the hub is out of reach, assume an empty repository.
+        dry_run: Check everything and write nothing.
 
     Raises:
         ValueError: An expert is damaged, the list is empty, or two experts have the same name.
@@ -86,14 +77,7 @@ def push(
     for name in progress(list(opened)):
         contents = check_contents(opened[name], statistics)
         files |= {f"{name}/{file}": opened[name].path / file for file in contents}
-    reachable = True
-    try:
-        repository = look(repo_id, branch, writing=True)
-    except ConnectionError as error:
-        if not dry_run:
-            raise
-        log.warning("%s (this is the list for a repository that is not there yet)", error)
-        repository, reachable = HubRepository(repo_id), False
+    repository = look(repo_id, writing=True)
     if private and repository.commit and not repository.private:
         raise PermissionError(f"{repo_id} is public; make it private on its page first, or leave out private")
     present, entries, earlier = _look_inside(repository, opened, overwrite)
@@ -106,14 +90,14 @@ def push(
         and path.split("/")[1:2] in ([FOLDER], [DELTA_FILE], [STATE_FILE])
         and path not in new
     ]
-    on_hub = cache(lambda base: isinstance(base, str) and is_hub_model(base, ask=reachable))
+    on_hub = cache(lambda base: isinstance(base, str) and is_hub_model(base))
     bases = [entry.record["base"].get("id") for entry in entries]
     entries = [replace(e, hub_base=base if on_hub(base) else None) for e, base in zip(entries, bases, strict=True)]
     card = model_card(repo_id, entries, earlier) if is_ours(earlier) else None
     plan = Pushed(new, removed, present, card, f"{HfApi().endpoint}/{repo_id}")
     if dry_run or not (new or removed or card not in (None, earlier)):
         return plan
-    return _commit(repository, plan, private, branch, message)
+    return _commit(repository, plan, private)
 
 
 def _look_inside(
@@ -138,15 +122,10 @@ def _look_inside(
                     "with overwrite: true"
                 )
         earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
-    return present, entries + [CardEntry.of(expert) for expert in opened.values()], earlier
+    return present, entries + [CardEntry(one.name, one.record, one.size_on_disk) for one in opened.values()], earlier
 
 
-def _open(experts: Sequence[str | Path] | str | Path) -> dict[str, StoredExpert]:
-    if isinstance(experts, str | Path):
-        library = Library(experts)
-        for name, problem in library.incomplete().items():
-            raise ValueError(f"{library.directory / name} cannot be pushed: {problem}; remove it, or name the experts")
-        experts = [library.directory / name for name in library]
+def _open(experts: Sequence[str | Path]) -> dict[str, StoredExpert]:
     named, opened = open_experts(experts, mergeable=False), dict[str, StoredExpert]()
     # A router is of no use without the experts behind it.
     behind = [one for expert in named if expert.is_routed for one in open_parents(expert)]
@@ -167,23 +146,19 @@ def _entry(repository: HubRepository, name: str, file: Path) -> list[CardEntry]:
     if repository.missing(name, record):
         return []
     size = sum(repository.files[f"{name}/{part}"] for part in (*files_of(record), RECORD_FILE))
-    kept = repository.kept_share(name) if DELTA_FILE in files_of(record) else None
-    return [CardEntry(name, record, kept, size)]
+    return [CardEntry(name, record, size)]
 
 
-def _commit(repository: HubRepository, plan: Pushed, private: bool, branch: str | None, message: str | None) -> Pushed:
+def _commit(repository: HubRepository, plan: Pushed, private: bool) -> Pushed:
     """Write a plan in one commit on top of the one that it was made for."""
     api, repo_id = HfApi(), repository.repo_id
     operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in plan.files.items()]
     operations += [CommitOperationAdd(CARD_FILE, plan.card.encode())] if plan.card else []
     operations += [CommitOperationDelete(path) for path in plan.removed]
     names = ", ".join(dict.fromkeys(path.split("/")[0] for path in plan.files))
-    with hub_errors(repo_id, branch, writing=True):
+    with hub_errors(repo_id, writing=True):
         if repository.commit is None:
             api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if branch and (repository.commit is None or not repository.has_revision):
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-        subject = message or f"Add {names or CARD_FILE}"
-        head = repository.commit
-        done = api.create_commit(repo_id, operations, commit_message=subject, revision=branch, parent_commit=head)
+        subject, head = f"Add {names or CARD_FILE}", repository.commit
+        done = api.create_commit(repo_id, operations, commit_message=subject, parent_commit=head)
     return replace(plan, commit=done.oid, address=str(done.commit_url))

@@ -5,15 +5,12 @@ A repository is like a library: each expert in it is a folder with the files tha
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HFValidationError,
@@ -21,13 +18,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    SafetensorsParsingError,
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from modular_experts.library import StoredExpert, check_name, open_statistics
-from modular_experts.library.record import DELTA_FILE, RECORD_FILE, files_of
+from modular_experts.library.record import RECORD_FILE, files_of
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.text import did_you_mean
 
@@ -40,14 +36,12 @@ class HubRepository:
         repo_id: `owner/name`.
         commit: The commit; None for a repository that does not exist yet.
         private: Whether only its owner sees it.
-        has_revision: Whether the requested branch exists; if not, this is the main branch.
         files: Size of each file in bytes, by its path.
     """
 
     repo_id: str
     commit: str | None = None
     private: bool = False
-    has_revision: bool = True
     files: Mapping[str, int] = field(default_factory=dict)
 
     def folders(self) -> list[str]:
@@ -86,18 +80,6 @@ class HubRepository:
                     self.repo_id, revision=self.commit, allow_patterns=list(files), local_dir=directory, tqdm_class=_Bar
                 )
 
-    def kept_share(self, name: str) -> float | None:
-        """Return the share of entries that an expert keeps, from the header of its file; None if that has none."""
-        with hub_errors(self.repo_id):
-            try:
-                file = f"{name}/{DELTA_FILE}"
-                header = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
-                weights = json.loads(header.metadata["modular_experts"])["weights"].values()
-                total = sum(math.prod(entry["shape"]) for entry in weights)
-                return sum(entry["kept"] for entry in weights) / total
-            except (SafetensorsParsingError, json.JSONDecodeError, LookupError, TypeError, ArithmeticError):
-                return None
-
 
 class _Bar(tqdm):
     """A bar on a terminal, nothing in a log."""
@@ -107,7 +89,7 @@ class _Bar(tqdm):
 
 
 def look(repo_id: str, revision: str | None = None, writing: bool = False) -> HubRepository:
-    """Return what a repository holds now at a revision; if `writing`, neither it nor the branch need exist.
+    """Return what a repository holds now at a revision; if `writing`, it need not exist.
 
     Raises:
         ValueError: The id is not written `owner/name`.
@@ -115,7 +97,7 @@ def look(repo_id: str, revision: str | None = None, writing: bool = False) -> Hu
     """
     if not (_is_id(repo_id) and "/" in repo_id):
         raise ValueError(f"{repo_id!r} cannot be a repository of the hub; it is written 'owner/name'")
-    api, has_revision = HfApi(), True
+    api = HfApi()
     with hub_errors(repo_id, revision, writing):
         try:
             info = api.model_info(repo_id, revision=revision)
@@ -123,23 +105,18 @@ def look(repo_id: str, revision: str | None = None, writing: bool = False) -> Hu
             if not writing:
                 raise
             return HubRepository(repo_id)
-        except RevisionNotFoundError:
-            if not writing:
-                raise
-            info, has_revision = api.model_info(repo_id), False
         tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
         files = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    return HubRepository(repo_id, info.sha, bool(info.private), has_revision, files)
+    return HubRepository(repo_id, info.sha, bool(info.private), files)
 
 
-def is_hub_model(name: str, ask: bool) -> bool:
-    """Return whether a name is the id of a model on the hub and not a path here; only its form counts unless `ask`."""
+def is_hub_model(name: str) -> bool:
+    """Return whether a name is the id of a model on the hub and not a path here."""
     if not _is_id(name) or Path(name).expanduser().exists():
         return False
     with hub_errors(name):
         try:
-            if ask:
-                HfApi().model_info(name)
+            HfApi().model_info(name)
         except RepositoryNotFoundError:
             return False
     return True
@@ -167,12 +144,7 @@ def check_contents(expert: StoredExpert, statistics: bool) -> list[str]:
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Turn what the hub's client raises in a block into an error of one sentence.
-
-    Raises:
-        OSError: The hub was not reached (ConnectionError), has no such repository or revision that this user may see
-            (FileNotFoundError), refuses to write (PermissionError), or answers with another error.
-    """
+    """Turn what the hub's client raises in a block into an OSError of one sentence."""
     try:
         yield
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
@@ -184,11 +156,10 @@ def hub_errors(repo_id: str, revision: str | None = None, writing: bool = False)
 
 def _in_a_sentence(error: Exception, status: int | None, repo_id: str, revision: str | None, writing: bool) -> OSError:
     login = "log in with 'hf auth login'"
-    if status is None and huggingface_hub.constants.HF_HUB_OFFLINE:
-        return ConnectionError(f"{repo_id} was not looked up, because HF_HUB_OFFLINE is set; unset it to use the hub")
     if status is None:
         which = f"{repo_id} ({type(error).__name__} at {HfApi().endpoint})"
-        return ConnectionError(f"the hub was not reached for {which}; check the network, or HF_ENDPOINT if you set it")
+        advice = "check the network, and HF_ENDPOINT and HF_HUB_OFFLINE if you set them"
+        return ConnectionError(f"the hub was not reached for {which}; {advice}")
     if isinstance(error, RevisionNotFoundError):
         return FileNotFoundError(f"{repo_id} has no branch, tag or commit {revision!r}")
     if writing and status in (401, 403):

@@ -1,76 +1,59 @@
 """Compare a fine-tuned checkpoint with its base, weight by weight, and return the differences as deltas.
 
-Names, shapes and dtypes are compared from the headers of the files first; then the files of both are read one weight at
-a time, and neither model is loaded. The difference is taken in float32. An entry that equals the base's once that is
-rounded to the checkpoint's narrower dtype did not move. Weights that are tied in the base are one weight here, under
-the first of their names, and its delta moves both. A report tells what a lossy compression costs, and what rounding.
+The difference is taken in float32. An entry that equals the base's once that is rounded to the checkpoint's narrower
+dtype did not move. Weights that are tied in the base are one weight here, under the first of their names.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from modular_experts.base import Base
 from modular_experts.base.structure import Structure
-from modular_experts.deltas import Delta, Dense
-from modular_experts.interop.adapter import Compression, ImportedAdapter, Lossless
+from modular_experts.deltas import Delta
+from modular_experts.interop.adapter import ImportedAdapter, lossless
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 
-Vocabulary = Literal["error", "intersect"]
-
 
 def read_full_checkpoint(
-    checkpoint: str | Path | Base,
-    base: str | Path | Base,
-    compression: Compression | None = None,
-    vocab: Vocabulary = "error",
-    progress: Progress = iter,
+    checkpoint: str | Path | Base, base: str | Path | Base, progress: Progress = iter
 ) -> ImportedAdapter:
     """Compare a fine-tuned checkpoint with its base; an iteration over the deltas reads the numbers.
 
     Args:
         checkpoint: The fine-tuned model: configuration and safetensors weights, in one file or several.
         base: The model that it was made from.
-        compression: How to store the difference of a weight; `Lossless` if not given.
-        vocab: What to do with embeddings that have another number of rows: raise an error, or compare the rows in
-            common.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: The two are not two states of one model; the sentence names a weight that shows it.
     """
-    compression = compression or Lossless()
-    deltas = CheckpointDeltas(Base.open(checkpoint), Base.open(base), compression, vocab, progress)
-    resized = {"vocab": vocab} if deltas.vocabularies else {}
-    return ImportedAdapter(deltas, kind="checkpoint", settings=vars(compression) | resized)
+    return ImportedAdapter(CheckpointDeltas(Base.open(checkpoint), Base.open(base), progress), kind="checkpoint")
+
+
+class WeightReport(NamedTuple):
+    """Entries of a weight, how many moved, how many base plus delta misses by rounding, and by how much at most."""
+
+    entries: int
+    moved: int
+    missed: int
+    farthest: float
 
 
 class CheckpointDeltas(Iterable[tuple[str, Delta]]):
-    """The deltas of the weights that moved; `read_full_checkpoint` explains the arguments.
+    """The deltas of the weights that moved; each iteration fills the `report` of them, and counts the others (`same`).
 
-    Attributes:
-        report: What was kept and lost, by weight; each iteration fills it.
-        vocabularies: Rows of each resized weight, `(in the checkpoint, in the base)`.
-        tied: All names of each weight that is tied to another in the base.
-        wider_dtypes: Data types of the checkpoint that are wider than the base's.
+    `tied` has all names of each weight that is tied in the base.
     """
 
-    def __init__(
-        self, tuned: Base, base: Base, compression: Compression, vocab: Vocabulary, progress: Progress
-    ) -> None:
-        self._tuned, self._base = tuned.weights, base.weights
-        self._compression, self._progress = compression, progress
-        self.report = ImportReport()
-        self.wider_dtypes: set[str] = set()
-        self.vocabularies: dict[str, tuple[int, int]] = {}
+    def __init__(self, tuned: Base, base: Base, progress: Progress) -> None:
+        self._tuned, self._base, self._progress = tuned.weights, base.weights, progress
+        self.report, self.same = dict[str, WeightReport](), 0
         ours, theirs = base.structure, tuned.structure
         self.tied = {name: twins for name in ours.weights if len(twins := ours.twins(name)) > 1}
         check_same_model(theirs, ours)
@@ -81,29 +64,20 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
                 f"{did_you_mean(min(unknown), theirs.shapes)}; save the checkpoint without it"
             )
         for name in ours.weights:
-            here, there = self._base.shape(name), self._tuned.shape(name)
-            if here == there:
-                continue
-            if name not in ours.vocabulary or here[1:] != there[1:]:
-                raise ValueError(
-                    f"{name} has shape {tuple(there)} in {theirs.place} and {tuple(here)} in {ours.place}, so it was "
-                    "made from another base"
-                )
-            if vocab == "error":
-                raise ValueError(
-                    f"{name} has {there[0]} rows in {theirs.place} and {here[0]} in {ours.place}: its vocabulary was "
-                    f"resized or padded; vocab: intersect takes the {min(here[0], there[0])} rows in common and leaves "
-                    "the others as they are in the base"
-                )
-            self.vocabularies[name] = (there[0], here[0])
+            here, there = tuple(self._base.shape(name)), tuple(self._tuned.shape(name))
+            if here != there:
+                why = "so it was made from another base"
+                if name in ours.vocabulary and here[1:] == there[1:]:
+                    why = "so its vocabulary was resized or padded; give its embeddings the base's number of rows"
+                raise ValueError(f"{name} has shape {there} in {theirs.place} and {here} in {ours.place}, {why}")
 
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
-        self.report, self.wider_dtypes = ImportReport(), set()
+        self.report, self.same = {}, 0
         for name in self._progress(self._base.structure.weights):
             delta = self._delta(name)
             if delta is not None:
                 yield name, delta
-        if not self.report.weights:
+        if not self.report:
             raise ValueError(
                 f"{self._tuned.structure.place} holds the same weights as {self._base.structure.place}, so there is "
                 "nothing to import; is it the fine-tuned one?"
@@ -120,31 +94,29 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
                     f"in {self._tuned.structure.place}, which no delta can express; import it against the base with "
                     "untied embeddings (load it with tie_word_embeddings=False, and save it)"
                 )
-        if torch.promote_types(base.dtype, tuned.dtype) != base.dtype:
-            self.wider_dtypes.add(str(tuned.dtype).removeprefix("torch."))
-        if name in self.vocabularies:
-            rows = min(self.vocabularies[name])
-            tuned = torch.cat([tuned[:rows], base[rows:].to(tuned.dtype)])
         wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
         difference = tuned.to(wide, copy=True).sub_(base)
         if base.dtype != tuned.dtype:  # rounding to a narrower dtype is not a move
             difference.masked_fill_(base.to(tuned.dtype) == tuned, 0)
         difference = difference.float()
         if not difference.any():
-            self.report.same += 1
+            self.same += 1
             return None
-        delta = self._compression.compress(difference)
-        self.report.weights[name] = measure_loss(base, tuned, difference, delta)
+        delta = lossless(difference)
+        restored = delta.add_to(base.to(torch.promote_types(base.dtype, torch.float32), copy=True)).to(tuned.dtype)
+        wrong = restored != tuned
+        gaps = (restored[wrong].double() - tuned[wrong].double()).abs()
+        moved = int((base.to(tuned.dtype) != tuned).count_nonzero())
+        farthest = gaps.max().item() if gaps.numel() else 0.0
+        self.report[name] = WeightReport(difference.numel(), moved, gaps.numel(), farthest)
         return delta
 
     def record(self) -> dict[str, Any]:
         """Return what a record notes about the import, after an iteration."""
-        return {
-            "account": self.report.record(),
-            "vocabularies": self.vocabularies,
-            "tied": {name: twins for name, twins in self.tied.items() if name in self.report.weights},
-            "wider_dtypes": sorted(self.wider_dtypes),
-        }
+        reports = list(self.report.values())
+        sums = {name: sum(getattr(one, name) for one in reports) for name in ("entries", "moved", "missed")}
+        account = {**sums, "farthest": max((one.farthest for one in reports), default=0.0), "same_weights": self.same}
+        return {"account": account, "tied": {name: twins for name, twins in self.tied.items() if name in self.report}}
 
 
 def check_same_model(one: Structure, other: Structure) -> None:
@@ -164,78 +136,3 @@ def check_same_model(one: Structure, other: Structure) -> None:
                 f"{here.place} has {alone[0]}{more}, and {there.place} does not; the two differ in their number of "
                 "layers or in their biases, so they are not two states of one model"
             )
-
-
-@dataclass(frozen=True)
-class WeightReport:
-    """What an import kept of one weight.
-
-    Attributes:
-        entries: Entries of the weight.
-        moved: Entries that differ from the base.
-        rounded: Entries that did not move but lost digits to the checkpoint's narrower dtype.
-        energy: Squared Frobenius norm of the difference.
-        lost: Squared Frobenius norm of the part of the difference that the delta lacks.
-        missed: Entries where base plus delta, rounded to the checkpoint's dtype, is not the checkpoint's entry; 0
-            for a lossy delta.
-        farthest: Largest absolute difference among the missed entries.
-    """
-
-    entries: int
-    moved: int
-    rounded: int
-    energy: float
-    lost: float
-    missed: int
-    farthest: float
-
-    @property
-    def error(self) -> float:
-        """Frobenius norm of the lost part, as a share of the norm of the difference."""
-        return math.sqrt(self.lost / self.energy) if self.energy else 0.0
-
-
-@dataclass
-class ImportReport:
-    """What an import kept of each weight that moved, and how many weights did not move (`same`)."""
-
-    weights: dict[str, WeightReport] = field(default_factory=dict)
-    same: int = 0
-
-    def total(self) -> WeightReport:
-        """Return the report of all weights together."""
-        reports = list(self.weights.values())
-        sums = {name: sum(getattr(report, name) for report in reports) for name in WeightReport.__annotations__}
-        return WeightReport(**sums | {"farthest": max((report.farthest for report in reports), default=0.0)})
-
-    def record(self) -> dict[str, Any]:
-        """Return the totals for a record, with the relative error of each weight that lost something."""
-        total = self.total()
-        lossy = {name: report.error for name, report in sorted(self.weights.items()) if report.lost}
-        shares = {"relative_error": total.error, "energy_kept": 1 - total.error**2}
-        return {**asdict(total), "same_weights": self.same, **shares, "relative_errors": lossy}
-
-
-def measure_loss(base: Tensor, tuned: Tensor, difference: Tensor, delta: Delta) -> WeightReport:
-    """Compare a delta with the weights, as stored, of base and checkpoint, and with their difference in float32."""
-    same = base.to(tuned.dtype) == tuned
-    rounded = 0
-    if base.dtype != tuned.dtype:
-        common = torch.promote_types(base.dtype, tuned.dtype)
-        rounded = int((same & (base.to(common) != tuned.to(common))).count_nonzero())
-    lost = 0.0 if isinstance(delta, Dense) else _squared_norm((-delta).add_to(difference.clone()))
-    missed, farthest = 0, 0.0
-    if not lost:
-        wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-        restored = delta.add_to(wide).to(tuned.dtype)
-        wrong = restored != tuned
-        gaps = restored[wrong].double() - tuned[wrong].double()
-        missed, farthest = gaps.numel(), gaps.abs().max().item() if gaps.numel() else 0.0
-    moved, energy = difference.numel() - int(same.count_nonzero()), _squared_norm(difference)
-    return WeightReport(difference.numel(), moved, rounded, energy, lost, missed, farthest)
-
-
-def _squared_norm(tensor: Tensor) -> float:
-    # Sums run in float64 over slices, so that no second wide copy of a weight is made.
-    wide = (chunk.double() for chunk in tensor.reshape(-1).split(2**22))
-    return math.fsum(torch.dot(chunk, chunk).item() for chunk in wide)

@@ -10,8 +10,7 @@ from modular_experts.base import Base
 from modular_experts.base.files import file_hash, weight_files
 from modular_experts.base.loading import fetch_from_hub
 from modular_experts.deltas import Delta
-from modular_experts.interop.adapter import Compression
-from modular_experts.interop.full_checkpoint import CheckpointDeltas, Vocabulary, read_full_checkpoint
+from modular_experts.interop.full_checkpoint import CheckpointDeltas, read_full_checkpoint
 from modular_experts.interop.peft import AskedDeltas, read_peft
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
@@ -27,8 +26,6 @@ def import_expert(
     out: str | Path,
     base: str | Path | Base | None = None,
     revision: str | None = None,
-    compression: Compression | None = None,
-    vocab: Vocabulary = "error",
     tasks: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress = iter,
@@ -40,8 +37,6 @@ def import_expert(
         out: Directory of the expert; its last part is the name.
         base: Directory or hub id of the base; the one that an adapter's configuration names if not given.
         revision: Branch, tag or commit of the base on the hub.
-        compression: How to store the differences of a full checkpoint; `Lossless` if not given.
-        vocab: What to do with a full checkpoint's resized vocabulary.
         tasks: Names of the tasks that it was trained on.
         overwrite: Replace an expert that is there.
 
@@ -55,13 +50,8 @@ def import_expert(
     adapter = AdapterFiles(directory) if (directory / CONFIG_FILE).is_file() else None
     opened = _open_base(source, adapter, base, revision)
     if adapter is None:
-        imported = read_full_checkpoint(directory, opened, compression, vocab, progress)
+        imported = read_full_checkpoint(directory, opened, progress)
         format, files = "full checkpoint", weight_files(directory)
-    elif compression is not None or vocab != "error":
-        raise ValueError(
-            f"{source} is an adapter and not a full checkpoint, so it is stored in the form that it has; leave out "
-            "keep_ratio, rank and vocab"
-        )
     else:
         imported, format, files = read_peft(adapter, opened), "PEFT adapter", [directory / CONFIG_FILE, adapter.file]
     hashes = {file.name: file_hash(file) for file in files}

@@ -77,7 +77,7 @@ def from_yaml(text: str) -> Any:
 
 
 def no_option(option: str, known: Collection[str]) -> UsageError:
-    """Return the sentence for an option that is not among the known ones; all have their dashes."""
+    """Return the error about an option that is not among the known ones; all have their dashes."""
     ours = ELSEWHERE.get(option.rpartition("--")[2].rpartition(".")[2], "")
     if ours.partition(".")[0] in known:
         return UsageError(f"there is no option {option}; did you mean {ours}?")
@@ -135,11 +135,7 @@ def folded(
     beneath: Mapping[str, Any] | None = None,
     short: Mapping[str, str] = NO_SHORT_NAMES,
 ) -> dict[str, Any]:
-    """Return several configs, each with its name, as one under full names; a later one beats those before it.
-
-    Raises:
-        UsageError: A config gives one option under two names.
-    """
+    """Return several configs, each with its name, as one under full names; a later one beats those before it."""
     config: dict[str, Any] = dict(beneath or {})
     for named, given in configs:
         found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}

@@ -1,8 +1,7 @@
-"""Make objects of settings.
+"""Make objects of settings, by walking along the annotations of a function or class.
 
-A class is its name, or `class_path` and `init_args`. `read` walks along the annotations of a function or class until a
-value does not fit, and then says so with the full name of the option. A name stands for a class that is imported
-already, a dotted path for any class of the user.
+A class is its name, or `class_path` and `init_args`. A name stands for a class that is imported already, a dotted path
+for any class of the user.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -38,11 +37,7 @@ _SCALARS |= {list: list, dict: dict, tuple: tuple, Any: object, object: object}
 
 
 def make(option: str, kind: Any, settings: Any) -> Any:
-    """Return the object of a type, such as `MergeMethod` or `list[Task]`, that an option's settings describe.
-
-    Raises:
-        UsageError: The settings do not fit the type.
-    """
+    """Return the object of a type, such as `MergeMethod` or `list[Task]`, that settings describe."""
     return read(option, kind, settings).make()
 
 
@@ -143,7 +138,7 @@ def _refusal(option: str, kinds: Sequence[Any], value: Any) -> UsageError:
 
 
 def _read_class(option: str, base: Any, value: Any, given_by_us: int = 0, later: bool = False) -> Read:
-    """Read the name of a class and its settings; `base` itself need not be named if it can be made."""
+    """Read a class and its settings; `base` itself need not be named if it can be made."""
     base = base if inspect.isclass(base) and base is not Any else object
     if base is not object and isinstance(value, base):
         return _as_it_is(value)
@@ -166,10 +161,7 @@ def _read_class(option: str, base: Any, value: Any, given_by_us: int = 0, later:
 
 
 def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[str, Any], given_by_us: int = 0) -> Read:
-    """Read the settings of a function or class; they make its arguments, and their plain form holds its defaults too.
-
-    The sentences of errors have `prefix` before each name. The first `given_by_us` arguments are left out.
-    """
+    """Read the settings of a function or class; they make its arguments, but the first `given_by_us`."""
     hints, defaults = arguments_of(called, given_by_us)
     for name in settings:
         if name not in hints:
@@ -190,7 +182,6 @@ def _default(hint: Any, default: Any) -> Any:
 
 
 def _grouped(called: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments in which the fields of an `Options` object have become the object."""
     hints = {} if inspect.isclass(called) else _hints_of(called)
     for name, kind in hints.items():
         if _is_options(kind):
@@ -205,7 +196,7 @@ def _is_options(kind: Any) -> bool:
 def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the annotations and the defaults of the arguments of a function or class, but the first `given_by_us`.
 
-    An `Options` object stands for its fields, and arguments that a class passes on for its base class's.
+    An `Options` object stands for its fields, and `**` for the arguments of the base class.
     """
     hints: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
@@ -246,7 +237,7 @@ def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
 
 
 def class_named(option: str, hints: Iterable[Any], name: str | None) -> tuple[Any, int]:
-    """Return the class that a name stands for, or that need not be named, and how many arguments the package gives."""
+    """Return the class of a name, or the one that need not be named, and how many arguments the package gives."""
     refused = UsageError(f"{option} takes no class, so it has no settings")
     for hint in hints:
         called = get_origin(hint) is Callable
@@ -260,7 +251,6 @@ def class_named(option: str, hints: Iterable[Any], name: str | None) -> tuple[An
 
 
 def _named(option: str, base: Any, name: Any) -> Any:
-    """Return the class that a name stands for: a known subclass, or what a dotted path leads to."""
     known = _named_by(base)
     if name in known:
         return known[name]
@@ -281,10 +271,7 @@ def _named(option: str, base: Any, name: Any) -> Any:
     if not callable(found) or (inspect.isclass(found) and not issubclass(found, base)):
         raise UsageError(f"{option}: {name} is not a subclass of {base.__name__}; name one that is")
     if inspect.isabstract(found):
-        raise UsageError(
-            f"{option}: {name} is abstract, so nothing can be made of it; name a subclass, such as "
-            f"{' or '.join(sorted(known)[:2])}"
-        )
+        raise UsageError(f"{option}: {name} is abstract; name a subclass, such as {' or '.join(sorted(known)[:2])}")
     return found
 
 
@@ -298,8 +285,5 @@ def _named_by(hint: Any) -> dict[str, Any]:
     return {kind.__name__: kind for kind in _subclasses(base) if not inspect.isabstract(kind)}
 
 
-def _subclasses(base: type) -> Iterator[type[Any]]:
-    yield base
-    kind: type[Any]
-    for kind in base.__subclasses__():
-        yield from _subclasses(kind)
+def _subclasses(base: Any) -> list[type[Any]]:
+    return [base, *(one for kind in base.__subclasses__() for one in _subclasses(kind))]

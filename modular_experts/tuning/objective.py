@@ -31,6 +31,7 @@ from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert
 from modular_experts.library.record import plain
 from modular_experts.progress import Progress
+from modular_experts.settings import Options
 
 Aim = Literal["loss", "entropy", "distill"]
 Measure = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
@@ -137,26 +138,23 @@ def read_validation_rows(data: TaskMixture, targets: bool = True) -> dict[str, l
 
 
 Labels = Literal["rows", "experts"]
-ROWS = 64
 
 
 @dataclass(frozen=True)
-class ValidationRows:
+class ValidationRows(Options):
     """The rows that a tuning or a search measures, and who labels them.
 
     Args:
-        data: Tasks whose validation rows are measured, and how their rows are read.
+        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
-        labels: `rows` takes the targets of the rows. `experts` needs no targets: the expert of each task generates an
-            answer to every row, which takes the target's place.
-        expert_of: Directories of experts, all among those that are merged, by the task that they answer; by default the
-            expert whose record names the task.
-        max_new_tokens: The most tokens of such an answer.
+        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+        expert_of: Directory of the expert of each task, such as {dates: library/dates}; by default the record tells it.
+        max_new_tokens: The most tokens of an expert's answer.
     """
 
     data: TaskMixture
-    rows: int = ROWS
+    rows: int = 64
     base: str | None = None
     labels: Labels = "rows"
     expert_of: Mapping[str, str | Path] = field(default_factory=dict)

@@ -23,7 +23,6 @@ from modular_experts.methods.wrapper import settings_of, with_settings
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 from modular_experts.tuning.objective import (
-    ROWS,
     Objective,
     Trial,
     ValidationRows,
@@ -95,7 +94,7 @@ def tune(
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     trials, best = tune_groups([(opened, objective)], method, grid, progress)
     chosen = with_settings(method, best.settings)
-    rows = data.rows if isinstance(data, ValidationRows) else ROWS
+    rows = data.rows if isinstance(data, ValidationRows) else ValidationRows.rows
     base_losses, notes, expert = objective.losses(), notes_of(trials, best, rows, objective.origin), None
     if out is not None:
         expert = write_merged(Merged(opened, chosen), out, overwrite, progress, notes)

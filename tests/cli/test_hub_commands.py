@@ -54,7 +54,7 @@ def test_push_and_pull(run, place, hub):
 
 
 def test_a_dry_run_prints_the_card_and_the_files(run, place, hub):
-    code, out, err = run("push", "--library", "library", "--repo", REPO, "--dry_run", "true")
+    code, out, err = run("push", "--experts", "library/a", "library/b", "--repo", REPO, "--dry_run", "true")
     assert (code, err) == (0, "")
     assert out.startswith("---\nlibrary_name: modular-experts\n")
     size = Path("library/a/delta.safetensors").stat().st_size
@@ -70,11 +70,11 @@ def card_commands(card):
 
 
 def test_the_commands_of_a_card_work_as_written(run, place, hub, tiny_llama_dir, monkeypatch):
-    run("push", "--library", "library", "--repo", REPO)
+    run("push", "--experts", "library/a", "library/b", "--repo", REPO)
     card = hub.repositories[REPO].files()["README.md"].decode()
     commands = [words for words in card_commands(card) if words[0] == "modular-experts"]
     verbs = [words[1] for words in commands]
-    assert verbs == ["pull", "show", "evaluate", "merge", "apply"]
+    assert verbs == ["pull", "show", "evaluate", "apply"]
     assert set(verbs) <= set(VERBS)
     assert "`BASE` is the directory of the base" in card
     (place / "user").mkdir()
@@ -84,12 +84,12 @@ def test_the_commands_of_a_card_work_as_written(run, place, hub, tiny_llama_dir,
     for words in commands:
         code, _, err = run(*words[1:])
         assert code == 0, (words, err)
-    assert list(Library("library")) == ["a", "b", "merged"]
+    assert list(Library("library")) == ["a", "b"]
     assert Path("checkpoint/config.json").is_file()
 
 
 def test_the_real_command_asks_the_hub_that_the_environment_names(run, place, hub, hub_server):
-    run("push", "--library", "library", "--repo", REPO, "--private", "true")
+    run("push", "--experts", "library/a", "library/b", "--repo", REPO, "--private", "true")
     names = {"HF_ENDPOINT": hub_server[1], "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(place / "home")}
     command = [sys.executable, "-m", "modular_experts", "pull", "--out", "new", "--repo", REPO]
     environment = {**os.environ, **names, "OMP_NUM_THREADS": "1"}

@@ -49,8 +49,8 @@ def test_each_method_shows_its_settings_defaults_and_source(capsys):
 
 def test_unknown_method_gets_a_near_name(capsys):
     for name in ("TEIS", "ties"):
-        assert main(["methods", name]) == 1
-        assert f"there is no merge method '{name}'; did you mean TIES?" in capsys.readouterr().err
+        assert main(["methods", name]) == 2
+        assert f"there is no class '{name}'; did you mean TIES?" in capsys.readouterr().err
 
 
 def test_settings_are_options_of_the_command_line(capsys):

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from modular_experts.base import weights as stored
 from modular_experts.base.apply import apply
-from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.interop.adapter import KeepLargest, Lossless, Truncated
+from modular_experts.deltas import Dense, Sparse
 from modular_experts.interop.full_checkpoint import read_full_checkpoint
 from modular_experts.interop.import_expert import import_expert
 
@@ -73,7 +72,7 @@ def test_base_plus_delta_is_the_checkpoint_in_every_entry(tmp_path, architecture
     base, before = save(tmp_path / "base", architecture, dtype)
     tuned, after = save(tmp_path / "tuned", architecture, dtype, noise=0.01)
     deltas, source = read(tuned, base)
-    total = source.report.total()
+    total = source.record()["account"]
     assert deltas.keys() <= before.keys()
     for name, weight in after.items():
         assert name in deltas or torch.equal(before[name], weight)
@@ -81,10 +80,9 @@ def test_base_plus_delta_is_the_checkpoint_in_every_entry(tmp_path, architecture
         restored = (before[name].float() + delta).to(dtype)
         assert dtype == torch.float32 or torch.equal(restored, weight), name
         np.testing.assert_allclose(float64(restored), float64(weight), rtol=0, atol=1e-8)
-    assert total.moved == sum(int((before[name] != weight).sum()) for name, weight in after.items())
-    assert total.entries == sum(after[name].numel() for name in deltas)
-    assert total.lost == 0
-    assert dtype == torch.float32 or total.missed == 0
+    assert total["moved"] == sum(int((before[name] != weight).sum()) for name, weight in after.items())
+    assert total["entries"] == sum(after[name].numel() for name in deltas)
+    assert dtype == torch.float32 or total["missed"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -120,7 +118,7 @@ def test_weights_that_are_the_bases_are_left_out(tmp_path):
     deltas, source = read(tuned, base)
     assert all("self_attn" in name for name in deltas)
     assert len(deltas) == 8
-    assert source.report.same == 13
+    assert source.same == 13
 
 
 def test_an_old_checkpoint_without_the_prefix_is_understood(tmp_path):
@@ -159,61 +157,6 @@ def test_few_changed_entries_are_stored_singly_and_without_loss(tmp_path):
         assert delta.nbytes <= 4 * delta.shape.numel()
 
 
-@pytest.mark.parametrize("keep_ratio", [0.03, 0.5])
-def test_keep_ratio_keeps_exactly_the_entries_that_moved_farthest_and_ties_go_first(tmp_path, keep_ratio):
-    generator = torch.Generator().manual_seed(1)
-
-    def grid(weights):  # few distinct differences, all exact
-        for weight in weights.values():
-            weight.copy_((weight * 64).round() / 64)
-
-    def step(weights):
-        grid(weights)
-        for weight in weights.values():
-            weight += torch.randint(-3, 4, weight.shape, generator=generator) / 64
-
-    base, before = save(tmp_path / "base", change=grid)
-    tuned, after = save(tmp_path / "tuned", change=step)
-    deltas, source = read(tuned, base, KeepLargest(keep_ratio))
-    lost = energy = 0.0
-    for name, delta in deltas.items():
-        difference = (float64(after[name]) - float64(before[name])).ravel()
-        kept = max(int(keep_ratio * difference.size), 1)
-        order = sorted(range(difference.size), key=lambda i: (-abs(difference[i]), i))[:kept]
-        expected = np.zeros(difference.size)
-        expected[order] = difference[order]
-        assert isinstance(delta, Sparse)
-        assert delta.support_size == min(kept, np.count_nonzero(difference))
-        np.testing.assert_array_equal(float64(delta.dense()).ravel(), expected)
-        error = np.linalg.norm(difference - expected) / np.linalg.norm(difference)
-        assert source.report.weights[name].error == pytest.approx(error, rel=1e-9, abs=1e-12)
-        lost, energy = lost + np.sum((difference - expected) ** 2), energy + np.sum(difference**2)
-    record = source.report.record()
-    assert record["relative_error"] == pytest.approx(np.sqrt(lost / energy), rel=1e-9, abs=1e-12)
-    assert record["energy_kept"] == pytest.approx(1 - lost / energy, rel=1e-9)
-    assert record["relative_errors"].keys() == {n for n in deltas if source.report.weights[n].lost > 0}
-
-
-def test_rank_gives_the_best_approximation_of_each_matrix_and_all_of_the_rest(tmp_path):
-    rank = 5
-    base, before = save(tmp_path / "base")
-    tuned, after = save(tmp_path / "tuned", noise=0.01)
-    deltas, source = read(tuned, base, Truncated(rank))
-    for name, weight in after.items():
-        difference = float64(weight) - float64(before[name])
-        if difference.ndim != 2:
-            assert isinstance(deltas[name], Dense)
-            assert torch.equal(deltas[name].values, weight - before[name])
-            continue
-        assert isinstance(deltas[name], LowRank)
-        assert deltas[name].rank == rank
-        u, s, v = np.linalg.svd(difference, full_matrices=False)
-        best = (u[:, :rank] * s[:rank]) @ v[:rank]
-        np.testing.assert_allclose(float64(deltas[name].dense()), best, rtol=0, atol=3e-7)
-        error = np.sqrt(np.sum(s[rank:] ** 2) / np.sum(s**2))
-        assert source.report.weights[name].error == pytest.approx(error, rel=1e-5)
-
-
 def test_what_float32_cannot_hold_is_counted(tmp_path):
     large, small = torch.tensor([1.0, 1.0, 1e8]), torch.tensor([3e-9, 0.75, -0.123])
     base, _ = save(tmp_path / "base", change=lambda weights: weights[NORM][:3].copy_(large))
@@ -223,7 +166,7 @@ def test_what_float32_cannot_hold_is_counted(tmp_path):
     restored = one + (other - one)  # float32 throughout
     wrong = restored != other
     assert wrong.tolist() == [True, False, True]
-    entry = source.report.weights[NORM]
+    entry = source.report[NORM]
     assert entry.missed == 2
     assert entry.farthest == pytest.approx(np.abs(restored.astype(float) - other.astype(float)).max(), rel=1e-12)
 
@@ -240,12 +183,8 @@ def test_entries_that_only_lost_bits_did_not_move(tmp_path):
     assert list(deltas) == [Q]
     assert deltas[Q].indices.tolist() == places
     assert torch.equal((before[Q] + deltas[Q].dense()).bfloat16(), after[Q])
-    entry = source.report.weights[Q]
+    entry = source.report[Q]
     assert (entry.moved, entry.missed) == (3, 0)
-    changed = before[Q].bfloat16().float() != before[Q]
-    changed.view(-1)[places] = False
-    assert entry.rounded == int(changed.sum()) > 900
-    assert not source.wider_dtypes
 
 
 def test_one_pair_of_weights_is_held_at_a_time_and_no_model_is_loaded(tmp_path, monkeypatch):
@@ -316,19 +255,9 @@ def test_a_checkpoint_that_parted_what_is_tied_in_the_base_is_refused_unless_the
 
 
 @pytest.mark.parametrize("rows", [90, 108])
-def test_a_resized_vocabulary_is_refused_or_compared_in_the_common_rows(tmp_path, rows):
+def test_a_resized_vocabulary_is_refused(tmp_path, rows):
     base, before = save(tmp_path / "base", dtype=torch.bfloat16)
-    tuned, after = save(tmp_path / "tuned", dtype=torch.bfloat16, vocab_size=rows, noise=0.01)
+    tuned, _ = save(tmp_path / "tuned", dtype=torch.bfloat16, vocab_size=rows, noise=0.01)
     ours = before[EMBEDDING].shape[0]
-    sentence = rf"{HEAD} has {rows} rows in .*tuned and {ours} in .*base: .* vocab: intersect takes the"
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=rf"shape \({rows}, .* and \({ours}, .*, so its vocabulary was resized"):
         read(tuned, base)
-    deltas, source = read(tuned, base, Lossless(), "intersect")
-    common = min(rows, ours)
-    assert source.vocabularies == {EMBEDDING: (rows, ours), HEAD: (rows, ours)}
-    for name in (EMBEDDING, HEAD):
-        dense = deltas[name].dense()
-        assert dense.shape == before[name].shape
-        assert torch.equal(dense[:common], after[name][:common].float() - before[name][:common].float())
-        assert not dense[common:].any()
-    assert source.report.total().missed == 0

@@ -311,7 +311,7 @@ def _check_alike(recipe: Recipe, donor: Base, others: Sequence[Base]) -> None:
 
 
 def _write(directory: Path, layout: Layout, tensor_of: Callable[[str], Tensor], progress: Progress) -> None:
-    """Write a checkpoint as one file, or as several of limited size and their index; one weight is in memory."""
+    """Write a checkpoint as one file, or as several of limited size and their index."""
     empty = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in layout.items()}
     split = split_torch_state_dict_into_shards(
         empty, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD

@@ -1,9 +1,8 @@
 """Ask PEFT for the deltas of any adapter that it can merge into weights.
 
 The delta of a weight is the one that PEFT states (`get_delta_weight`) if PEFT's merge adds it to the weight; else it
-is the merged weight minus the base's, as for the types that multiply the weight (OFT, HiRA) or read it. So nothing
-here knows a type by its name. At the end of an iteration the logits of base plus deltas must be those that PEFT
-computes with the adapter. Tested with every type of peft 0.21 (`docs/reference/peft-types.md`).
+is the merged weight minus the base's, as for the types that multiply the weight (OFT, HiRA) or read it. At the end the
+logits of base plus deltas must be PEFT's. Tested with every type of peft 0.21 (`docs/reference/peft-types.md`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from modular_experts.base import Base
 from modular_experts.base.loading import quiet
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
-from modular_experts.interop.adapter import ImportedAdapter, Lossless
+from modular_experts.interop.adapter import ImportedAdapter, lossless
 from modular_experts.interop.peft.files import CONFIG_FILE, NOT_SET, PREFIX, TENSOR_FILE, AdapterFiles
 from modular_experts.text import did_you_mean
 
@@ -133,7 +132,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         return model, tuned, prompts, expected
 
     def record(self) -> dict[str, Any]:
-        """Return what a record notes about the import, after an iteration."""
+        """Return what a record notes about the import: how many weights PEFT states, and how many were measured."""
         return {
             "read_with": f"peft {metadata.version('peft')}",
             "stated_weights": self.stated,
@@ -163,7 +162,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         return model, tuned
 
     def _delta(self, name: str, merged: nn.Parameter, stated: Tensor | None) -> Delta | None:
-        """Return how far a weight moved, or None, and put base plus delta in the merged weight's place."""
+        """Return how far a weight moved, and put base plus delta in the merged weight's place."""
         self._base.structure.check(name, merged.shape, str(self._files.directory))
         before = self._base.weight(name).to(merged.dtype)
         moved = merged - before
@@ -186,19 +185,16 @@ def exact_form(difference: Tensor, rounding: float = 0.0) -> Delta:
     """Return a difference in the form that takes the fewest bytes and equals it up to rounding.
 
     A difference `(out, in)` of rank r is found by its action on 16, then 64, 256, ... random directions: with r of them
-    or more, their images span all columns (Halko et al. 2011, "Finding structure with randomness").
-
-    Args:
-        difference: Finite float32 numbers.
-        rounding: Frobenius norm of the rounding in the difference, beside the rounding of its own numbers.
+    or more, their images span all columns (Halko et al. 2011, "Finding structure with randomness"). `rounding` is the
+    Frobenius norm of the rounding in the difference, beside the rounding of its own numbers.
     """
-    lossless = Lossless().compress(difference)
+    whole = lossless(difference)
     if difference.ndim != 2:
-        return lossless
+        return whole
     matrix = difference.double()
     allowed = max(rounding, 8 * torch.finfo(torch.float32).eps * matrix.norm().item())
     draw = torch.Generator().manual_seed(0)
-    tried, most = 16, (lossless.nbytes - 1) // (4 * sum(matrix.shape))  # the largest rank that is smaller
+    tried, most = 16, (whole.nbytes - 1) // (4 * sum(matrix.shape))  # the largest rank that is smaller
     while most:
         directions = torch.randn(matrix.shape[1], min(tried, *matrix.shape), generator=draw, dtype=torch.float64)
         basis = torch.linalg.qr(matrix @ directions.to(matrix.device)).Q
@@ -214,7 +210,7 @@ def exact_form(difference: Tensor, rounding: float = 0.0) -> Delta:
         if tried >= most:
             break
         tried *= 4
-    return lossless
+    return whole
 
 
 def _configuration(files: AdapterFiles) -> Any:
@@ -258,7 +254,6 @@ def _configuration(files: AdapterFiles) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a value from JSON, but names of fields and empty ones."""
     if isinstance(value, str) and value:
         yield value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
@@ -290,7 +285,6 @@ def _statement(layer: Any) -> Tensor | None:
 
 @contextmanager
 def _asking(files: AdapterFiles, what: str) -> Iterator[None]:
-    """Let PEFT work in silence, and say in one sentence what it refuses."""
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,8 +1,4 @@
-"""Write an expert as a PEFT adapter, and verify the adapter by loading it again before it takes its place.
-
-Beside PEFT's two files the directory gets a manifest: what was written, from which expert, for which base, and what an
-approximation lost.
-"""
+"""Write an expert as a PEFT adapter, with a manifest, and verify it by loading it again before it takes its place."""
 
 from __future__ import annotations
 
@@ -37,12 +33,7 @@ from modular_experts.text import did_you_mean
 
 @dataclass(frozen=True)
 class WrittenAdapter:
-    """An adapter that was written.
-
-    Attributes:
-        weights: Each weight as the adapter stores it, by name.
-        check: What loading it again showed.
-    """
+    """An adapter that was written: each weight as it stores it, and what loading it again showed."""
 
     weights: Mapping[str, EncodedWeight]
     check: AdapterCheck
@@ -52,11 +43,6 @@ class WrittenAdapter:
         """Frobenius norm of the part that the adapter lacks, as a share of the norm of the whole task vector."""
         energy = sum(weight.energy for weight in self.weights.values())
         return math.sqrt(sum(weight.lost for weight in self.weights.values()) / energy) if energy else 0.0
-
-    @property
-    def kept_energy(self) -> float:
-        """Share of the task vector's squared Frobenius norm that the adapter keeps, in [0, 1]."""
-        return 1.0 - self.relative_error**2
 
     @property
     def padding(self) -> int:
@@ -70,7 +56,6 @@ def export(
     form: str | PeftFormat = "lora",
     rank: int | None = None,
     base: str | Path | Base | None = None,
-    revision: str | None = None,
     tolerance: float = 1e-3,
     overwrite: bool = False,
     progress: Progress = iter,
@@ -82,11 +67,10 @@ def export(
     Args:
         expert: Directory of the expert.
         out: Directory of the adapter.
-        form: A `PeftFormat`, PEFT's type of the adapter in small letters, such as `lora`, `supertuning` or `shira`, or
-            the dotted path of a `PeftFormat` of your own.
+        form: A `PeftFormat`, PEFT's type of the adapter in small letters, such as `lora` or `supertuning`, or the
+            dotted path of a `PeftFormat` of your own.
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
         base: The base's directory or hub id; what the expert's record names if not given.
-        revision: Branch, tag or commit of a hub id.
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it stands
             for. What an approximation costs is reported and not limited.
         overwrite: Replace an adapter of ours that is there.
@@ -100,7 +84,7 @@ def export(
     target = check_target(out, overwrite, MANIFEST)
     _check_peft(format.peft_type)
     (opened,) = open_experts([expert])
-    found = Base.open(base, [opened], revision)
+    found = Base.open(base, [opened])
     modules = _moved_modules(opened, format, found)
     format = format.fit_to(opened, list(modules))
     encoded = {name: format.encode(name, modules[name], opened[name]) for name in progress(list(modules))}
@@ -164,7 +148,6 @@ def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:
             "form": type(weight.delta).__name__,
             "kept": getattr(weight.delta, "rank", weight.delta.support_size),
             "padding": weight.padding,
-            "kept_energy": weight.kept_energy,
             "relative_error": weight.relative_error,
         }
         for name, weight in written.weights.items()
@@ -172,7 +155,6 @@ def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:
     return {
         "peft_type": format.peft_type,
         "settings": {name: value for name, value in vars(format).items() if not name.startswith("_")},
-        "kept_energy": written.kept_energy,
         "relative_error": written.relative_error,
         "padding": written.padding,
         "weights": weights,
@@ -195,10 +177,7 @@ def _module_of(name: str) -> str:
 
 
 def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict[str, nn.Module]:
-    """Return the modules that the expert moves by the names of their weights, if the format can move them.
-
-    If the bias of a module moves alone, its weight is there too.
-    """
+    """Return the modules that the expert moves by the names of their weights, if the format can move them."""
     structure = base.structure
     moved = [name for name in expert if not expert[name].is_empty]
     if not moved:
@@ -231,17 +210,10 @@ def _can_move(format: PeftFormat, name: str, module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """How far a reloaded adapter is from the deltas that it was written from, over fixed prompts.
+    """Largest and mean absolute differences of a logit over fixed prompts, of shape `(rows, tokens)`.
 
-    Attributes:
-        largest_difference: Largest absolute difference of a logit.
-        mean_difference: Mean absolute difference of a logit.
-        tolerance: Largest accepted difference.
-        prompts: Shape of the prompts, `(rows, tokens)`.
-        loaded_with: `peft` and its version.
-        largest_approximation: Largest absolute difference of a logit between the adapter and the expert itself; 0 if
-            the adapter is lossless.
-        mean_approximation: Mean absolute difference of a logit between the two.
+    A difference is between the reloaded adapter and the deltas that it was written from; an approximation is between
+    the adapter and the expert itself, and 0 if the adapter is lossless.
     """
 
     largest_difference: float

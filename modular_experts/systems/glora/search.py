@@ -39,7 +39,6 @@ from modular_experts.progress import Progress
 from modular_experts.systems.evolution import Choice, Evolution, Genes
 from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
 from modular_experts.tuning.objective import (
-    ROWS,
     Objective,
     Trial,
     ValidationRows,
@@ -187,7 +186,7 @@ def search_paths(
         paths = space.paths(found.best)
         settings = asdict(algorithm) | {
             "numbers": numbers,
-            "rows": data.rows if isinstance(data, ValidationRows) else ROWS,
+            "rows": data.rows if isinstance(data, ValidationRows) else ValidationRows.rows,
         }
         settings |= {"search": type(algorithm).__name__, "searched_in": opened.name}
         for name, layer in expert_layers(model):
