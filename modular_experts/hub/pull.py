@@ -24,7 +24,7 @@ from modular_experts.progress import Progress
 
 @dataclass(frozen=True)
 class Pulled:
-    """The experts that a pull wrote, those that the library had already with the same content hash, and their commit."""
+    """The experts that a pull wrote, those that the library had already (by content hash), and their commit."""
 
     experts: Sequence[StoredExpert]
     present: Sequence[StoredExpert]

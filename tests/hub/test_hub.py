@@ -67,8 +67,12 @@ def header(card):
 # There and back
 
 
+def experts_of(library):
+    return sorted(record.parent for record in library.glob("*/expert.json"))
+
+
 def test_what_was_pushed_is_pulled_byte_for_byte(hub, library, tmp_path):
-    pushed = push(sorted(library.iterdir()), REPO)
+    pushed = push(experts_of(library), REPO)
     pulled = pull(REPO, tmp_path / "other")
     assert contents(tmp_path / "other") == contents(library)
     assert pulled.commit == pushed.commit == hub.repositories[REPO].branches["main"]
@@ -85,16 +89,15 @@ def test_a_state_goes_and_comes_like_deltas_and_disappears_with_its_expert(hub, 
     state = {"w0/router": torch.arange(6.0).view(2, 3)}
     record = make_record("Mixture", BASE, tasks=["first"], not_mergeable_because=reason)
     write_expert(library / "routed", {}, record, state=state)
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     card = hub.repositories[REPO].files()["README.md"].decode()
     assert "| routed | Mixture | first |" in card
-    assert "merge library/a library/b --method" in card
     pull(REPO, tmp_path / "other")
     assert contents(tmp_path / "other") == contents(library)
     assert torch.equal(open_expert(tmp_path / "other/routed").state()["w0/router"], state["w0/router"])
     shutil.rmtree(library / "routed")
     write(library / "routed")
-    assert push(sorted(library.iterdir()), REPO, overwrite=True).removed == ["routed/state.safetensors"]
+    assert push(experts_of(library), REPO, overwrite=True).removed == ["routed/state.safetensors"]
     assert "routed/state.safetensors" not in hub.repositories[REPO].files()
 
 
@@ -112,12 +115,12 @@ def test_only_an_experts_own_files_go(hub, library):
     (library / "a" / "notes.txt").write_text("private")
     (library / "a" / "token.json").write_text("private")
     (library / "stray").mkdir()
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     assert set(hub.repositories[REPO].files()) == {"README.md", *(f"{name}/{file}" for name in "ab" for file in FILES)}
 
 
 def test_only_an_experts_own_files_come(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     change(hub, a__extra=b"run me", a__other_json=b"{}", **{"a__statistics__x.bin": b"x"})
     pull(REPO, tmp_path / "other", statistics=True)
     assert contents(tmp_path / "other") == contents(library)
@@ -165,7 +168,7 @@ def test_statistics_that_are_damaged_are_refused(hub, library, tmp_path):
 
 
 def test_what_the_library_has_is_left_alone(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     pull(REPO, tmp_path / "other", ["a"])
     before = (tmp_path / "other/a/delta.safetensors").stat()
     hub.requests.clear()
@@ -176,7 +179,7 @@ def test_what_the_library_has_is_left_alone(hub, library, tmp_path):
 
 
 def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_request(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     other = write(tmp_path / "other" / "b", seed=99)
     hub.requests.clear()
     with pytest.raises(FileExistsError, match=r"exists already, damaged or with other contents .* overwrite: true"):
@@ -189,7 +192,7 @@ def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_r
 
 
 def test_a_damaged_copy_is_not_taken_for_the_expert(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     pull(REPO, tmp_path / "other")
     file = tmp_path / "other/a/delta.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
@@ -200,26 +203,26 @@ def test_a_damaged_copy_is_not_taken_for_the_expert(hub, library, tmp_path):
 
 
 def test_a_directory_of_someone_else_is_never_replaced(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     (tmp_path / "other/a").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="not a directory of ours"):
         pull(REPO, tmp_path / "other", overwrite=True)
 
 
 def test_another_expert_of_the_same_name_is_not_replaced_unasked(hub, library):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     there = hub.repositories[REPO].files()
     shutil.rmtree(library / "a")
     write(library / "a", seed=99)
     with pytest.raises(FileExistsError, match=f"{REPO} has another expert called a; .* overwrite: true"):
-        push(sorted(library.iterdir()), REPO)
+        push(experts_of(library), REPO)
     assert hub.repositories[REPO].files() == there
-    push(sorted(library.iterdir()), REPO, overwrite=True)
+    push(experts_of(library), REPO, overwrite=True)
     assert hub.repositories[REPO].files()["a/expert.json"] == (library / "a/expert.json").read_bytes()
 
 
 def test_private_is_private(hub, library, tmp_path, monkeypatch):
-    push(sorted(library.iterdir()), REPO, private=True)
+    push(experts_of(library), REPO, private=True)
     assert hub.repositories[REPO].private
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(FileNotFoundError, match="no model repository someone/experts that you may see"):
@@ -237,7 +240,7 @@ def test_private_experts_do_not_go_to_a_public_repository(hub, library):
 
 
 def test_a_tampered_file_is_refused_and_nothing_is_left(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     original = hub.repositories[REPO].files()["b/delta.safetensors"]
     for place in (-1, 200):
         tampered = bytearray(original)
@@ -252,7 +255,7 @@ def test_a_tampered_file_is_refused_and_nothing_is_left(hub, library, tmp_path):
 
 
 def test_another_experts_deltas_under_a_record_are_refused(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     change(hub, **{"b__delta.safetensors": hub.repositories[REPO].files()["a/delta.safetensors"]})
     with pytest.raises(ValueError, match=r"its content hash is not the one in b/expert.json"):
         pull(REPO, tmp_path / "other")
@@ -260,7 +263,7 @@ def test_another_experts_deltas_under_a_record_are_refused(hub, library, tmp_pat
 
 
 def test_paths_that_lead_out_are_refused(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     good = hub.repositories[REPO].files()
     for path in ("../x/expert.json", "../expert.json", "/x/expert.json", "a/../../x", "..\\x\\expert.json"):
         hub.repositories[REPO].commit("main", good | {path: b"{}"}, "changed")
@@ -272,7 +275,7 @@ def test_paths_that_lead_out_are_refused(hub, library, tmp_path):
 
 
 def test_names_that_no_expert_may_have_are_refused(hub, library, tmp_path):
-    push(sorted(library.iterdir()), REPO)
+    push(experts_of(library), REPO)
     tree = hub.repositories[REPO].files()
     for name in ("..", ".a", "a b", "-a", "a/b", "x" * 65):
         if "/" not in name and name != "..":
@@ -289,7 +292,7 @@ def test_a_damaged_expert_is_not_pushed(hub, library):
     file = library / "b/delta.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(ValueError, match=r"b/delta.safetensors is damaged"):
-        push(sorted(library.iterdir()), REPO)
+        push(experts_of(library), REPO)
     assert hub.requests == []
 
 
