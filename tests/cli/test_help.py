@@ -118,7 +118,7 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
 
 
 def test_the_configs_of_the_repository_name_options_that_exist() -> None:
-    parameters = inspect.signature(function_of("merge")).parameters
+    parameters = arguments_of(function_of("merge"))[0]
     for file in (PACKAGE.parent / "configs" / "merge").rglob("*.yaml"):
         assert set(yaml.safe_load(file.read_text())) <= set(parameters), file
 
