@@ -1,8 +1,4 @@
-"""ExportExpert writes the trained expert into a library, with a record of its origin and its scores.
-
-With validation it exports the best state. It keeps that state in a folder of the run's own until training ends, so that
-an interrupted and resumed run still has it. Without validation it exports the last state.
-"""
+"""ExportExpert writes the best or the last state of a training into a library, with a record."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -31,6 +27,7 @@ from modular_experts.text import did_you_mean
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class ExportedModule(Protocol):
     """What `ExportExpert` asks of its module; a module may also have `expert_state()` (`injection.expert_state`)."""
 
@@ -45,9 +42,8 @@ class ExportExpert(Callback):
     """Writes `library/<name>/` when training ends, under `ExpertModule` or any other `ExportedModule`.
 
     Until then the best state so far is an ordinary expert in `best-of-<name>-.../<name>` in the trainer's
-    `default_root_dir`. A resumed run goes on from the best state of its checkpoint if that is still there, or in the
-    library, where the run had ended and is resumed to train longer. Otherwise the best of the new steps is exported,
-    and a warning comes before them. A score that is not a number is never the best.
+    `default_root_dir`. A resumed run goes on from it, or from the expert in the library, if either is the best state of
+    its checkpoint; otherwise a warning comes, and the best of the new steps is exported.
 
     Args:
         library: Directory of the library; made if missing.
@@ -55,8 +51,7 @@ class ExportExpert(Callback):
         overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
         monitor: Logged metric whose lowest value marks the best state; with null, the last state is exported.
 
-    Where training is stopped before a schedule has chosen what the expert keeps, as `EarlyStopping` may do, a warning
-    says that the last state holds more. A trainer with `fast_dev_run` writes nothing.
+    A trainer with `fast_dev_run` writes nothing.
     """
 
     def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:
@@ -80,12 +75,8 @@ class ExportExpert(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; raise if the module cannot be exported or the target cannot be written."""
-        missing = [name for name in ("task_vector", "record_facts") if not hasattr(pl_module, name)]
-        if missing:
-            raise TypeError(
-                f"ExportExpert cannot export {type(pl_module).__name__}, which has no {'() and no '.join(missing)}(): "
-                "the methods of callbacks.export_expert.ExportedModule"
-            )
+        if not isinstance(pl_module, ExportedModule):
+            raise TypeError(f"ExportExpert cannot export {type(pl_module).__name__}, which is no ExportedModule")
         if stage == "fit":
             self._start_afresh()
             check_target(self.target, self.overwrite)
@@ -130,15 +121,10 @@ class ExportExpert(Callback):
         if self.best is not None:
             _copy(self._best_place(trainer), self.target, self.overwrite)
             what = "validation loss" if self.monitor == "val_loss" else self.monitor
-            step, last = self.best_step, trainer.global_step
-            name = f"step {step}, the last," if step == last else f"step {step}"
-            sentences = [f"exported {name} with {what} {self.best:.4g} to {self.target}"]
-            if step < self.validated_step:
-                newest = "the last step" if self.validated_step == last else "the last one validated"
-                sentences.append(f"{newest}, {self.validated_step}, had {self.newest:.4g}")
-            if unseen := last - self.validated_step:
-                sentences.append(f"the last {unseen} steps were not validated (trainer.val_check_interval)")
-            log.info("%s", "; ".join(sentences))
+            name = f"step {self.best_step} of {trainer.global_step}"
+            later = f"; step {self.validated_step}, the last one validated, had {self.newest:.4g}"
+            later = later if self.best_step < self.validated_step else ""
+            log.info("exported %s with %s %.4g to %s%s", name, what, self.best, self.target, later)
         else:
             self._write(trainer, pl_module, self.target)
             why = f", as {self.monitor} was never a number" if math.isnan(self.newest or 0.0) else ""
@@ -181,7 +167,6 @@ class ExportExpert(Callback):
 
     @property
     def _prefix(self) -> str:
-        """How the names of this expert's folders begin: experts of one name in other libraries have other folders."""
         place = hashlib.sha256(str(_absolute(self.target)).encode()).hexdigest()[:8]
         return f"best-of-{self.target.name}-{place}-"
 

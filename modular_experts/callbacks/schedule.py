@@ -50,15 +50,13 @@ class Schedule(Callback):
     """A callback that changes what experts train: their entries, their sizes, which of them take part.
 
     A subclass does its work in the ordinary hooks of a Lightning callback (`on_train_batch_start` runs before every
-    step), keeps its progress in `state_dict`, and forgets it in `setup` when another fit begins, which
-    `testing.check_callback` checks. It overrides those members below that it needs.
+    step), keeps its progress in `state_dict`, and forgets it in `setup` when another fit begins.
     """
 
     def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> bool:
         """Change the sizes of trained parameters, when the model is loaded and an optimizer does not exist yet.
 
-        The module's `length` is not known here, nor whether a checkpoint will be loaded. If one is, it replaces the
-        values that are chosen here.
+        The module's `length` is not known here; a checkpoint that is loaded later replaces the values.
 
         Returns:
             Whether trained parameters may have other sizes than the settings of their experts give. A checkpoint of
@@ -88,10 +86,7 @@ class Schedule(Callback):
         return {}
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
-        """Return counts and times of the schedule's work, by name, for the costs in an expert's record.
-
-        A name that ends in `_seconds` is the time between training steps.
-        """
+        """Return counts and times (`*_seconds`, between steps) of the schedule's work, for an expert's record."""
         return {}
 
 

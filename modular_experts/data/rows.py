@@ -1,7 +1,6 @@
 """Turn records into rows: an input text and a target text, or a conversation, perhaps with a split and choices.
 
-The columns of a task show once which form its rows have (`recognise`). Every record that is not a good row becomes one
-sentence, `file:line: what is wrong`. `sources.py` reads the records.
+Every record that is not a good row becomes one sentence, `file:line: what is wrong`.
 """
 
 from __future__ import annotations

@@ -109,8 +109,8 @@ def _dataset_records(name: str, loaded: Any, wanted: Wanted) -> Iterator[Record]
 def _possible_rows(dataset: Any, wanted: Wanted) -> Sequence[int]:
     """Return the numbers of rows that may be wanted, from the table's columns of text, without reading rows.
 
-    The comparison ends at the first wanted column that does not hold text. If a column rules out every row, the result
-    is one row of each of its values, so that the caller's error can list them.
+    If a column rules out every row, the result is one row of each of its values, so that the caller's error can list
+    them.
     """
     from pyarrow import compute
 

@@ -216,9 +216,8 @@ def _matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[
 def fill_splits(rows: Sequence[Row], validation_ratio: float, test_ratio: float, seed: int, held_in: bool) -> list[Row]:
     """Give every row without a split one, and keep the order of the rows.
 
-    All such rows of a held-out task are test rows, and so are rows without a target, which can only be predicted. In a
-    held-in task, `validation_ratio` of them go to validation and `test_ratio` to the test, rounded, and at least one
-    row for a ratio above zero if there are three rows.
+    All such rows of a held-out task are test rows, and so are rows without a target. In a held-in task, the ratios are
+    rounded, to at least one row for a ratio above zero if there are three rows.
     """
 
     def digest(index: int) -> bytes:

@@ -18,9 +18,9 @@ from modular_experts.deltas import Delta
 
 
 class Trained(nn.Module):
-    """Owns the trained state at one place of a model; `Expert` and `ModuleExpert` are the two kinds.
+    """Owns the trained state at one place of a model, in float32 also when the model moves to bfloat16.
 
-    A float32 parameter stays float32 when the model moves to bfloat16, so that small updates are not rounded away.
+    `Expert` and `ModuleExpert` are the two kinds.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -47,9 +47,7 @@ class Trained(nn.Module):
         return False
 
     def draw(self, key: str) -> None:
-        """Draw what is random in the next training step; most types draw nothing.
-
-        Gradient checkpointing repeats a forward pass, which must not draw anew; nor must the micro-batches of a step.
+        """Draw what is random in the next training step, for all of its micro-batches; most types draw nothing.
 
         Args:
             key: Names seed, step and place: `random.Random(key)` gives the same numbers on all ranks, and again in a

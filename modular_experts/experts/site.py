@@ -59,8 +59,8 @@ there when the experts of linear layers are made."""
 class LayerPlan(ABC):
     """A plan that is made of settings, so that a configuration can name it: `experts: {class_path: ...}`.
 
-    A subclass keeps each argument of its `__init__` as an attribute of the same name, in plain values. The library
-    keeps them with an expert that cannot be merged, and makes the plan again to put the expert into a model.
+    A subclass keeps each argument of its `__init__` as an attribute of the same name, in plain values, of which the
+    library makes the plan again.
     """
 
     @abstractmethod
@@ -164,7 +164,6 @@ def _no_match(pattern: str, sites: Sequence[Site], where: str, quantised: Sequen
     kinds = sorted({site.layer for site in sites})
     words = [word for word in re.findall(r"\w+", pattern) if word not in kinds]
     hint = next(filter(None, (did_you_mean(word, kinds, 0.5) for word in words)), "")
-    if not words and "," in pattern:
-        hint = "; separate patterns by spaces"
+    hint = "; separate patterns by spaces" if not words and "," in pattern else hint
     there = f"its linear layers end in {', '.join(kinds)}, as in {sites[0].name}" if sites else "it has none"
     return f"{where}={pattern!r} matches no linear layer of the model; {there}{hint}"

@@ -57,10 +57,8 @@ class SNIP(Score):
 
 @dataclass(frozen=True)
 class ConnectionSensitivity(Score):
-    """`D * g`, the gradient of the loss with respect to the mask (the paper's score), where D is the dense trained
-    change.
-
-    It is zero everywhere while D is zero, so it needs training before its first use.
+    """`D * g`, the gradient of the loss with respect to the mask (the paper's score); D is the dense trained change, so
+    it is zero before training.
 
     Args:
         sign: `signed` is the paper's: to first order it keeps the entries that the loss pulls back to zero. `negative`

@@ -1,8 +1,7 @@
 """Choose supports from the gradient of a training step that is made anyway, inside of its backward pass.
 
-For this one step a `_Chooser` takes the place of each layer's kernel: it makes the layer's dense gradient, lets the
-score and the rule choose from it, returns the gradient of the units that were chosen, and frees the rest. So a choice
-costs no forward pass and no second backward pass, and one layer's gradient is held at a time.
+For this one step a `_Chooser` takes the place of each layer's kernel, so a choice costs no forward pass and no second
+backward pass, and one layer's gradient is held at a time.
 """
 
 from __future__ import annotations

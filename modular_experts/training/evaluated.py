@@ -59,7 +59,7 @@ class EvaluatedModule(LightningModule):
         score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens, self._packs_evaluation)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Return the task, input, target and generation of each row; a row of the data without a target has none."""
+        """Return the task, input, target, if there is one, and generation of each row."""
         answers = generate_tokens(self.model, self.tokenizer, batch, self.max_new_tokens)
         cut = cut_answers(self.model, self.tokenizer, batch, answers, self.max_new_tokens)
         self._cut += [one for one, filler in zip(cut, is_filler(batch), strict=True) if not filler]

@@ -15,10 +15,11 @@ from typing import Any, TypedDict, Unpack
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed, nn
+from tqdm import tqdm
 
 from modular_experts.base import Base
 from modular_experts.callbacks import EvenValidation, ExportExpert
@@ -126,9 +127,9 @@ def fit(
     out: str | Path | None = None,
     **settings: Unpack[FitSettings],
 ) -> StoredExpert | None:
-    """Train an expert on tasks, and put it into a library.
+    """Train an expert on tasks, and put it into a library; lines on stderr tell how far it is.
 
-    Lines on stderr tell how far it is. The same in Lightning's words is
+    The same in Lightning's words is
     `Trainer(callbacks=[ExportExpert(library, name)]).fit(ExpertModule(base, modules, expert), TaskMixture(tasks))`.
 
     Args:
@@ -207,10 +208,7 @@ def estimate_fit(
 
 
 def measure(verb: str, *arguments: Any, **settings: Any) -> None:
-    """Let a trainer `validate`, `test` or `predict`; the arguments are as for `fit`, with or without an expert.
-
-    Rows are scored as `evaluate` scores them (`evaluation.scores`). `WriteResults` prints and writes what was found.
-    """
+    """Let a trainer `validate`, `test` or `predict`; the arguments are as for `fit`, with or without an expert."""
     with quiet():
         run = prepare(verb, *arguments, **settings)
         run.share_tokenizer()
@@ -293,6 +291,7 @@ def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Traine
         given["max_epochs"] = 3
     if given.get("enable_progress_bar") is None and not any(isinstance(one, ProgressBar) for one in callbacks):
         given["enable_progress_bar"] = sys.stdout.isatty() and sys.stderr.isatty()
+        callbacks += [TQDMProgressBar()] * given["enable_progress_bar"]
     if verb == "fit" and not given.get("fast_dev_run") and "described" in settings:
         callbacks.append(_SavedConfig(settings["described"]))
     return Trainer(**given | {"callbacks": callbacks})
@@ -316,11 +315,11 @@ def quiet() -> Iterator[None]:
 
 
 class _StandardError(logging.Handler):
-    """Prints each message to the present standard error, whose place a running progress bar takes."""
+    """Prints each message to the present standard error, above a running bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            print(self.format(record), file=sys.stderr)
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _SavedConfig(Callback):
