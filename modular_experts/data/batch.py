@@ -40,6 +40,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 IGNORED = -100
@@ -196,9 +197,10 @@ def _packed(rows: Sequence[Tokens], divided: Sequence[Sequence[int]], pad_id: in
     ids, places, labels, owners = [], [], [], []
     for pack in divided:
         padding = longest - sum(len(rows[number].ids) for number in pack)
-        lengths = [len(rows[number].ids) for number in pack] + [padding]
-        ids.append(torch.cat([*(rows[number].ids for number in pack), torch.full((padding,), pad_id)]))
-        labels.append(torch.cat([*(rows[number].labels for number in pack), torch.full((padding,), IGNORED)]))
+        parts = [*(rows[number] for number in pack), Tokens(torch.full((padding,), pad_id), padding)]
+        lengths = [len(part.ids) for part in parts]
+        ids.append(torch.cat([part.ids for part in parts]))
+        labels.append(torch.cat([part.labels for part in parts]))
         places.append(torch.cat([torch.arange(length) for length in lengths]))
         owners.append(torch.tensor([*pack, -1]).repeat_interleave(torch.tensor(lengths)))
     columns = {"input_ids": ids, "position_ids": places, "labels": labels, "row": owners}
@@ -209,14 +211,9 @@ def _packed(rows: Sequence[Tokens], divided: Sequence[Sequence[int]], pad_id: in
 
 
 def _padded(rows: Sequence[Tokens], pad_id: int) -> Batch:
-    shape = len(rows), max(len(row.ids) for row in rows)
-    ids = torch.full(shape, pad_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = row.ids
-        mask[number, : len(row.ids)] = 1
-        labels[number, : len(row.ids)] = row.labels
+    ids = pad_sequence([row.ids.long() for row in rows], batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones(len(row.ids), dtype=torch.int64) for row in rows], batch_first=True)
+    labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
