@@ -71,14 +71,12 @@ class TaskMixture(LightningDataModule, DataSource):
         seed: Seed of the order of training, together with the epoch; the run's own (`seed_everything`) if not given.
         validation_ratio: Share of a held-in task's rows without a `split` that go to validation.
         test_ratio: Share of a held-in task's rows without a `split` that go to the test; of held-out tasks all do.
-        split_seed: Seed of this division. It is not `seed`, so that no test meets rows that a run with another seed
-            trained on.
+        split_seed: Seed of this division, apart from `seed`, so that no test meets rows that another run trained on.
         eval_limit: The most validation rows, and the most test rows, of one task, spread evenly over its file.
-        packing: Whether the rows of a training batch stand one behind the other instead of each being padded. A batch
-            keeps its `batch_size` rows and its loss, because no row attends to another; its tokens fill as few
-            sequences of at most `max_length` tokens as leave little padding. If not given, rows are packed where more
-            than a twentieth of the batches would be padding, the model keeps packed rows apart, and its experts are
-            deltas; with true, a model that mixes rows is refused.
+        packing: Whether the rows of a training batch stand one behind the other, in sequences of at most `max_length`
+            tokens, instead of each being padded; no row attends to another, so the loss is the same. If not given, rows
+            are packed where more than a twentieth of the batches would be padding, the model keeps packed rows apart,
+            and its experts are deltas; with true, a model that mixes rows is refused.
         chat_template: Put the input as a user's message through the tokenizer's chat template; `messages` always go
             through it.
     """
@@ -286,10 +284,7 @@ class TaskMixture(LightningDataModule, DataSource):
         return loader
 
     def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
-        """Pack training batches if `packing` is not given, much of them is padding, and the model keeps rows apart.
-
-        Loaders that were made before follow the choice.
-        """
+        """Pack training batches if `packing` is not given, much of them is padding, and the model keeps rows apart."""
         if self.packing is not None:
             return
         self.packed = False
@@ -317,15 +312,12 @@ class TaskMixture(LightningDataModule, DataSource):
         return 1 - tokens / read
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """Return the validation rows of the held-in tasks, in an order as in the test; an empty list without rows."""
+        """Return the validation rows of the held-in tasks, ordered as in the test; an empty list without rows."""
         examples = _taking_turns(list(self._split("validation").values()))
         return self._evaluation_loader(examples, self._unlimited("limit_val_batches")) if examples else []
 
     def test_dataloader(self) -> DataLoader:
-        """Return the test rows of all tasks, the longest first, so that batches need little padding.
-
-        Where the trainer limits the number of batches, tasks take turns, so that the first batches reach each of them.
-        """
+        """Return the test rows of all tasks, the longest first, or in turns where the trainer limits the batches."""
         examples = _taking_turns(list(self._split("test").values()))
         return self._evaluation_loader(examples, self._unlimited("limit_test_batches"))
 

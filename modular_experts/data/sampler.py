@@ -26,9 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class MixtureSampler(DistributedSampler):
-    """Gives the rows of one process in training: of each global batch, every `world_size`-th row from `rank` on.
-
-    All processes get equally many rows; where the last batch does not divide among them, `FILLER` completes it.
+    """Gives the rows of one process in training: of each global batch, every `world_size`-th row from `rank` on, and
+    `FILLER` where the last batch does not divide.
 
     Args:
         order: Returns the global order of an epoch, given its number.
