@@ -274,7 +274,7 @@ class PrunedElection(PruneFirst):
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         weights = one_per_expert(self, "weights", len(deltas))
         pruned = self.pruned(deltas, context)
-        sign_of_zero = self.sign_of_zero(pruned, weights, context)
+        sign_of_zero = self._sign_of_zero(pruned, weights)
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
             experts = list(zip(pruned.entries(chunk), weights, strict=True))
@@ -298,20 +298,15 @@ class PrunedElection(PruneFirst):
 
         return merge_by_chunks(pruned.deltas, rule)
 
-    def sign_of_zero(self, pruned: Pruned, weights: Sequence[float], context: Context | None) -> float:
+    def _sign_of_zero(self, pruned: Pruned, weights: Sequence[float]) -> float:
         """Return the sign of the entries whose votes sum to exactly zero: 1, -1, or 0 to leave them at the base."""
-        if self.zero == "weight_majority":
-            difference = self.majority(pruned, weights)
-            return float(difference > 0) - float(difference < 0)
-        return 1.0 if self.zero == "positive" else 0.0
-
-    def majority(self, pruned: Pruned, weights: Sequence[float]) -> float:
-        """Return how many more entries of a weight elect plus than minus."""
+        if self.zero != "weight_majority":
+            return 1.0 if self.zero == "positive" else 0.0
         difference = 0.0
         for chunk in chunks_of(pruned.deltas):
             votes = _votes(chunk, zip(pruned.entries(chunk), weights, strict=True), self.vote)
             difference += votes.sign_().sum().item()
-        return difference
+        return float(difference > 0) - float(difference < 0)
 
 
 def _votes(chunk: Chunk, experts: Iterable[tuple[Entries, float]], vote: Vote) -> Tensor:

@@ -197,9 +197,8 @@ class DARE(RandomDrops, PrunedSum):
         "paper": {},
         "mergekit": {"keep": 1.0, "rescale": "l1"},
         "peft": {"keep": None},
-        "fusion_bench": {"keep": 0.5, "scale": 0.3},
     }
-    preset: Literal["paper", "mergekit", "peft", "fusion_bench"] | None = None
+    preset: Literal["paper", "mergekit", "peft"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

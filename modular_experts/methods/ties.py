@@ -5,7 +5,7 @@ arXiv 2306.01708). Implementations differ in the settings; the presets are their
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from modular_experts.deltas import Delta
@@ -25,7 +25,6 @@ from modular_experts.methods.prune import (
 from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, within
 
 Pruning = Literal["weight", "global"]
-TieBreakOfTIES = Literal["none", "positive", "weight_majority", "majority"]
 
 PRESETS: Presets = {
     None: {
@@ -35,20 +34,8 @@ PRESETS: Presets = {
     "paper": {"scope": "global"},
     "mergekit": {"keep": 1.0, "vote": "weighted", "divisor": "weights", "zero": "positive"},
     "peft": {"keep": None, "zero": "positive"},
-    "fusion_bench": {"scale": 0.3, "scope": "global", "divisor": "none", "zero": "majority"},
-    "mttl": {"scope": "global"},
     "paper-code": {"keep": 0.8, "scope": "global", "zero": "weight_majority"},
 }
-
-
-@dataclass(frozen=True)
-class OverAllWeights:
-    """What TIES finds over all weights: with `scope: global` one threshold per expert, with `zero: majority` the sign
-    that most entries elect.
-    """
-
-    thresholds: Sequence[Cutoff] = ()
-    majority_sign: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,41 +64,25 @@ class TIES(LargestEntries, PrunedElection):
     mean of the `d_i` that are not zero and carry the elected sign.
 
     Args:
-        zero: Sign where the votes cancel: `none` (stay at the base), `positive`, the sign of most entries of the weight
-            (`weight_majority`), or of all weights (`majority`).
         scope: `weight` prunes each weight by itself, exactly, and of equal magnitudes keeps the lowest flat indices.
             `global` prunes the expert as a whole, at one magnitude at which every entry stays.
         preset: Fills what is not given (`paper-code` is the code of arXiv 2507.07140).
     """
 
     presets = PRESETS
-    checks = Checks(scope=one_of(Pruning), zero=one_of(TieBreakOfTIES))
+    checks = Checks(scope=one_of(Pruning))
 
-    zero: TieBreakOfTIES = FROM_PRESET  # type: ignore[assignment]
     scope: Pruning = FROM_PRESET
-    preset: Literal["paper", "mergekit", "peft", "fusion_bench", "mttl", "paper-code"] | None = None
+    preset: Literal["paper", "mergekit", "peft", "paper-code"] | None = None
 
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> OverAllWeights:
-        found = OverAllWeights()
-        if self.scope == "global":
-            found = replace(found, thresholds=streamed_thresholds(stream, self.keep))
-        if self.zero == "majority":
-            difference = 0.0
-            for deltas in stream:
-                pruned = self.pruned(deltas, Context(prepared=found))
-                difference += self.majority(pruned, one_per_expert(self, "weights", len(deltas)))
-            found = replace(found, majority_sign=float(difference > 0) - float(difference < 0))
-        return found
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> list[Cutoff] | None:
+        """Return with `scope: global` one threshold for each expert."""
+        return streamed_thresholds(stream, self.keep) if self.scope == "global" else None
 
     def pruned(self, deltas: Sequence[Delta], context: Context | None) -> Pruned:
-        if context and context.prepared and context.prepared.thresholds:
-            return prune(deltas, context.prepared.thresholds, self.rescale)
+        if context and context.prepared:
+            return prune(deltas, context.prepared, self.rescale)
         return super().pruned(deltas, context)
-
-    def sign_of_zero(self, pruned: Pruned, weights: Sequence[float], context: Context | None) -> float:
-        if self.zero == "majority":
-            return context.prepared.majority_sign if context and context.prepared else 0.0
-        return super().sign_of_zero(pruned, weights, context)
 
 
 @dataclass(frozen=True, kw_only=True)

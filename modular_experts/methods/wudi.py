@@ -22,11 +22,9 @@ from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 Solver = Literal["adam", "exact"]
 
 PRESETS: Presets = {
-    None: {"power": 1.0, "learning_rate": 1e-5, "steps": 300, "average": False},
+    None: {"power": 1.0, "learning_rate": 1e-5, "steps": 300},
     "vit": {},
     "roberta": {"power": 2.0, "learning_rate": 2e-5},
-    "fusion_bench": {"power": 2.0, "steps": 400},
-    "mttl": {"power": 2.0, "average": True},
 }
 
 
@@ -40,25 +38,21 @@ class WUDI(MergeMethod):
     about `steps * learning_rate`. A weight that is not a matrix gets the mean over all experts, as in the paper's code.
 
     Args:
-        preset: Fills the settings that are not given: `vit` (the default) and `roberta` are the paper's two programs,
-            `fusion_bench` and `mttl` other packages (mttl also stops when the loss hardly changes; here every step is
-            taken).
-        power: Power of the norm that divides each expert's loss: 1 in the paper's ViT program, 2 in the others.
-        learning_rate: Learning rate of Adam: 1e-5, or 2e-5 for `roberta`.
-        steps: Number of steps of Adam: 300, or 400 for `fusion_bench`.
-        average: Whether to divide the result by the number of experts, as `mttl` does.
+        power: Power of the norm that divides each expert's loss.
+        learning_rate: Learning rate of Adam.
+        steps: Number of steps of Adam.
         solver: `adam` as published, or `exact`, which ignores `learning_rate` and `steps`.
+        preset: Fills what is not given: `vit` (the default) and `roberta` are the paper's two programs.
     """
 
     presets = PRESETS
     checks = Checks(solver=one_of(Solver), power=at_least(0), learning_rate=at_least(0), steps=at_least(0))
     needs = Needs(matrices=4.0, matrices_per_expert=4.0, squares=6.0)
 
-    preset: Literal["vit", "roberta", "fusion_bench", "mttl"] | None = None
+    preset: Literal["vit", "roberta"] | None = None
     power: float = FROM_PRESET
     learning_rate: float = FROM_PRESET
     steps: int = FROM_PRESET
-    average: bool = FROM_PRESET
     solver: Solver = "adam"
     scale: float = 1.0
 
@@ -69,10 +63,9 @@ class WUDI(MergeMethod):
         if not movers:
             return Sparse.zero(deltas[0].shape, deltas[0].device)
         inputs, outputs = self._loss(movers)
-        scale = self.scale / len(deltas) if self.average else self.scale
         if self.solver == "exact":
             basis = spectrum(Dense(inputs))
-            return as_delta(scale * (outputs @ basis.right.T) / basis.values, basis.left.T, deltas)
+            return as_delta(self.scale * (outputs @ basis.right.T) / basis.values, basis.left.T, deltas)
         found = torch.nn.Parameter(weighted_sum(movers, [1.0] * len(movers)).dense())
         optimizer = torch.optim.Adam([found], lr=self.learning_rate)
         narrow = 2 * inputs.shape[1] < inputs.shape[0]  # the form of the gradient that costs less per step
@@ -81,7 +74,7 @@ class WUDI(MergeMethod):
             slope = 2 * (found.detach() @ square - product)
             found.grad = slope @ inputs.T if narrow else slope
             optimizer.step()
-        return Dense((scale * found.detach()).to(widest_dtype(deltas)))
+        return Dense((self.scale * found.detach()).to(widest_dtype(deltas)))
 
     def _loss(self, movers: Sequence[Delta]) -> tuple[Tensor, Tensor]:
         """Return X `(in, k)` and Y `(out, k)` for which the loss of t is `|t X - Y|^2`."""

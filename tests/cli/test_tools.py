@@ -157,9 +157,9 @@ MISTAKES = [
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
     ([*MERGE, "TIES", "--method.keep", "much"], 2, "--method.keep must be of type float or list[float], got much"),
     (
-        [*MERGE, "TIES", "--method.zero", "majorty"],
+        [*MERGE, "TIES", "--method.zero", "positve"],
         2,
-        "--method.zero must be one of none, positive, weight_majority, majority, got majorty; did you mean majority?",
+        "--method.zero must be one of none, positive, weight_majority, got positve; did you mean positive?",
     ),
     ([*MERGE, "nowhere.Method"], 2, "--method: nowhere.Method cannot be imported: No module named 'nowhere'"),
     ([*MERGE, "TIES", "--method.keep", "1.5"], 1, "must be in (0, 1], got 1.5"),

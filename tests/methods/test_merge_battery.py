@@ -35,7 +35,6 @@ PROMISES = [
     (m.TIES(keep=1.0), FULL),
     (m.TIES(scope="global"), {"order": True, "zero": True}),
     (m.TIES(preset="mergekit"), {**SAME, "order": True, "zero": True}),
-    (m.TIES(preset="fusion_bench"), {"order": True, "zero": True}),
     (m.TIES(preset="paper-code"), {"order": True, "zero": True}),
     (m.MagnitudePrune(), {"order": True, "zero": True}),
     (m.DARE(), {"zero": True}),

@@ -52,7 +52,7 @@ BAD = [
     (m.TIES, {"keep": 0.0}, r"in \(0, 1\], got 0.0"),
     (m.TIES, {"scope": "tensor"}, "'weight' or 'global', got 'tensor'"),
     (m.TIES, {"preset": "mergkit"}, r"no preset 'mergkit'; did you mean mergekit\?"),
-    (m.TIES, {"preset": "x"}, "the presets are paper, mergekit, peft, fusion_bench, mttl, paper-code"),
+    (m.TIES, {"preset": "x"}, "the presets are paper, mergekit, peft, paper-code"),
     (m.TSVMerge, {"share": math.nan}, "finite number, got nan"),
     (m.WUDI, {"steps": -1}, "steps must be at least 0, got -1"),
     (m.WUDI, {"solver": "sgd"}, "'adam' or 'exact', got 'sgd'"),

@@ -174,12 +174,12 @@ def test_dare_of_peft_without_dropping_is_its_own(seed, weights):
 @given(seed=seeds)
 def test_dare_divides_what_stays_by_its_probability(seed):
     (expert,) = experts_of(seed, count=1)
-    for settings in ({}, {"preset": "peft"}, {"preset": "fusion_bench", "scale": 1.0}):
+    for settings in ({}, {"preset": "peft"}):
         for before, after in zip(expert, merged_by(DARE(keep=0.25, **settings), [expert]), strict=True):
             torch.testing.assert_close(after[after != 0], 4 * before.values[after != 0], **CLOSE)
 
 
-# FusionBench, mttl and the code of the paper: one threshold for the whole expert.
+# The paper and its code: one threshold for the whole expert.
 
 
 def whole(experts):
@@ -210,25 +210,13 @@ def with_opposites(seed):
 
 
 @given(seeds, st.floats(0.1, 1))
-def test_ties_of_fusion_bench(seed, keep):
-    experts = with_opposites(seed)
-    trimmed = cut_globally(experts, keep)
-    sign = trimmed.sum(0).sign()
-    sign[sign == 0] = sign.sum().sign()
-    agreeing = torch.where(sign > 0, trimmed.clamp(min=0), 0) + torch.where(sign < 0, trimmed.clamp(max=0), 0)
-    method = TIES(preset="fusion_bench", keep=keep)
-    assert_equal(merged_by(method, experts), split(0.3 * agreeing.sum(0)))
-
-
-@given(seeds, st.floats(0.1, 1))
-def test_ties_of_mttl_and_of_the_paper(seed, keep):
+def test_ties_of_the_paper(seed, keep):
     experts = with_opposites(seed)
     trimmed = cut_globally(experts, keep)
     sign = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == sign) & (trimmed != 0)
     expected = split((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1))
-    for preset in ("mttl", "paper"):
-        assert_equal(merged_by(TIES(preset=preset, keep=keep), experts), expected)
+    assert_equal(merged_by(TIES(preset="paper", keep=keep), experts), expected)
 
 
 @given(seeds)
@@ -259,7 +247,7 @@ def test_breadcrumbs_of_the_whole_expert_drops_its_outliers(seed, gamma):
 
 def test_presets_differ_where_the_peers_do():
     experts = with_opposites(7)
-    presets = ("paper", "mergekit", "peft", "fusion_bench", "paper-code")
+    presets = ("paper", "mergekit", "peft", "paper-code")
     found = [
         torch.cat([m.view(-1) for m in merged_by(TIES(preset=p, keep=0.7, weights=[0.5, 2.0]), experts)])
         for p in presets
