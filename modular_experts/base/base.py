@@ -110,14 +110,7 @@ class Base:
         return StoredWeights(read_layouts(self.directory), self.structure)
 
     def load(self, dtype: DType | None = None) -> PreTrainedModel:
-        """Load the model in evaluation mode, every weight from the files.
-
-        Args:
-            dtype: Data type of the weights in memory; as stored if not given.
-
-        Raises:
-            ValueError: The files lack weights, which transformers would fill with noise.
-        """
+        """Load the model in evaluation mode, in a dtype or as stored; raise ValueError if the files lack weights."""
         from transformers import AutoModelForCausalLM
 
         with quiet():
@@ -139,10 +132,8 @@ class Base:
         return model
 
     def check_loaded(self, model: nn.Module) -> None:
-        """Check that a model in memory has the weights of this base, rounded to its own dtype; read one at a time.
-
-        Raises:
-            ValueError: A weight is missing or differs.
+        """Raise ValueError if a weight of a model in memory is missing here or is not this base's, rounded to its
+        dtype.
         """
         in_memory = dict(model.named_parameters(remove_duplicate=False))
         for name, _, stored in self.sample(sorted(set(self._stored.values())), entries=sys.maxsize):

@@ -80,7 +80,6 @@ class StreamedSum:
 
     @property
     def rounding(self) -> Rounding:
-        """What rounding took, once all is written."""
         moved, unchanged, error, norm = self._losses.tolist()
         return Rounding(int(moved), int(unchanged), math.sqrt(error / norm) if norm else 0.0)
 

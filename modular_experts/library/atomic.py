@@ -36,7 +36,6 @@ def check_name(name: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Return whether an expert may have this name."""
     return _NAME.fullmatch(name) is not None
 
 

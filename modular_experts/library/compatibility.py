@@ -40,10 +40,7 @@ def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = T
 
 
 def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
-    """Log a sentence for each expert that was trained on top of others which are not among these.
-
-    Its delta is against their sum. A merge contains its parents, and a router finds those behind it.
-    """
+    """Log a sentence for each expert that was trained on top of others which are not among these."""
     for expert in experts:
         parents = [] if expert.is_routed or expert.is_merge else expert.record["parents"]
         lacking = [parent for parent in parents if not any(one.is_listed_as(parent) for one in experts)]
@@ -53,11 +50,8 @@ def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
 
 
 def open_parents(expert: StoredExpert) -> list[StoredExpert]:
-    """Open the experts behind a router, or those that an expert was trained on top of; they lie beside it.
-
-    Raises:
-        FileNotFoundError: One of them is missing.
-        ValueError: One of them has other contents than it had when the expert was made.
+    """Open the experts behind a router, or those that an expert was trained on top of, which lie beside it; raise an
+    error if one is missing or has other contents than when the expert was made.
     """
     found = []
     for listed in expert.record["parents"]:
@@ -163,7 +157,6 @@ def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
 
 
 def parent_ids(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the names and content hashes of listed parents, which identify them."""
     return [{name: parent[name] for name in ("name", "content_hash")} for parent in parents]
 
 

@@ -97,12 +97,7 @@ def _version(package: str) -> str:
 
 
 def read_json(file: Path, consequence: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: The file is missing; the sentence ends with the consequence.
-        ValueError: The file does not hold a JSON object.
-    """
+    """Read a JSON object; a sentence about a missing file ends with the consequence."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing, {consequence}")
     try:
@@ -115,12 +110,7 @@ def read_json(file: Path, consequence: str) -> dict[str, Any]:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """Read and check an `expert.json`.
-
-    Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: The file is not a record.
-    """
+    """Read and check an `expert.json`."""
     record = read_json(file, f"so {file.parent} is not an expert")
     if record.get("format") not in FORMATS:
         known = ", ".join(map(repr, FORMATS))

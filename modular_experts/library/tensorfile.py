@@ -1,7 +1,7 @@
 """Write and read a safetensors file one tensor at a time, so that memory does not grow with the file.
 
-The layout is the published one: eight bytes of header length, a JSON header, the bytes of the tensors. The header is
-known only at the end, so the bytes first go to a file of their own. A reader can release what it has read.
+The header is known only at the end, so the bytes first go to a file of their own. A reader can release what it has
+read.
 """
 
 from __future__ import annotations
@@ -156,7 +156,6 @@ class MappedTensors:
         return tensor if len(shape) == 1 else tensor.view(shape)
 
     def sha256(self, name: str) -> str:
-        """Return the SHA-256 of the bytes of a tensor."""
         first, last = self._spans[name]
         return hashlib.sha256(memoryview(self._mapped)[first:last]).hexdigest()
 

@@ -36,11 +36,9 @@ def train_gates(
 
     Args:
         model: The base, without experts; it is the same again afterwards.
-        expert: The expert, which moves weights of linear layers.
         batches: Batches with targets, as `data/batch.py` describes them; each pass over them has another order, which
             is always the same.
         steps: Number of steps of AdamW, each on one batch; `STEPS` if not given.
-        learning_rate: Its constant rate.
 
     Raises:
         ValueError: There is no batch, or the expert moves something else than the weight of a linear layer.

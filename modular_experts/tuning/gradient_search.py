@@ -1,7 +1,4 @@
-"""Find coefficients with Adam on validation rows: AdaMerging and aTLAS.
-
-Both lower a mean over tasks; they differ in what they lower, where they start and how far a coefficient may go.
-"""
+"""Find coefficients with Adam on validation rows: AdaMerging and aTLAS."""
 
 from __future__ import annotations
 
@@ -43,10 +40,10 @@ def descend(
 ) -> Found:
     """Return the coefficients after some steps of Adam, and leave the model at them.
 
+    Each step takes the next batch of every task, in turn. Tasks share passes (`joint`), because the inner product with
+    every expert costs the same for one task and for many.
+
     Args:
-        combination: The objective's model with the experts, inside its `with`.
-        objective: The rows to measure on; each step takes the next batch of every task, in turn. Tasks share passes
-            (`joint`), because the inner product with every expert costs the same for one task and for many.
         measured: What is lowered.
         start: The first coefficients, as `first_coefficients` gives them.
         bounds: Interval into which every coefficient is clamped after each step.
@@ -80,9 +77,8 @@ def descend(
 
 
 def first_coefficients(combination: Combination, per: Per, first: Sequence[float]) -> Tensor:
-    """Return the coefficients where a search starts, float64: `first` for the first experts, and 0 for the others.
-
-    They are alike in every weight and row: `(1, experts)`, `(weights, experts)` or `(rows of all weights, experts)`.
+    """Return the coefficients where a search starts, float64, alike in every weight and row: `first` for the first
+    experts, and 0 for the others.
     """
     count = {"expert": 1, "weight": len(combination.names), "row": sum(combination.rows)}[per]
     start = torch.zeros(count, combination.experts, dtype=torch.float64)
@@ -91,9 +87,8 @@ def first_coefficients(combination: Combination, per: Per, first: Sequence[float
 
 
 def joint(batches: Sequence[Batch], tokens: int = PASS_TOKENS) -> list[Batch]:
-    """Join padded batches, the shortest rows first, while a joint batch has at most `tokens` tokens.
-
-    A batch that alone has more stays alone. Beside the columns of `data/batch.py`, `prediction` is joined.
+    """Join padded batches, the shortest rows first, while a joint batch has at most `tokens` tokens; a larger one stays
+    alone.
     """
     groups: list[list[Batch]] = []
     rows = 0
@@ -146,9 +141,7 @@ class AdaMerging(CoefficientSearch):
         per: A coefficient for each `expert` (task-wise), for each of its weights (layer-wise, the paper's better one),
             or for each row of these.
         objective: `entropy` needs no labels, but a confident wrong answer lowers it too. `loss` is the loss of the
-            targets, `distill` the divergence from the prediction of the task's own expert. (Four sparse experts of the
-            generated suite, one seed, 100 steps at rate 0.02, loss on test words: 0.54 with `entropy`, 0.24 with
-            `loss`, 0.31 with a tuned SparseAverage.)
+            targets, `distill` the divergence from the prediction of the task's own expert.
         steps: Number of steps.
         learning_rate: Adam's rate; a coefficient moves by about this much in a step.
         start: Every coefficient at the start.
@@ -181,8 +174,7 @@ class ATLAS(CoefficientSearch):
     """aTLAS: Adam on the coefficients, which may be negative, down the mean over tasks of the loss of the targets.
 
     With merges among the experts, such as RegMean and SparseAverage, it starts at the mean of the merges and corrects
-    it with every expert. In a merge of twenty experts that kept more of their single scores than any other method, for
-    experts of every kind (`docs/results/merging.md`). The validation rows need labels; many steps overfit them.
+    it with every expert (`docs/results/merging.md`). The validation rows need labels; many steps overfit them.
 
     Args:
         steps: Number of steps.
@@ -192,7 +184,7 @@ class ATLAS(CoefficientSearch):
         objective: `loss` of the targets, or `distill`, the divergence from the prediction of the task's own expert in
             their place, or `entropy`.
         per: A coefficient for each `expert`, for each of its weights, or for each row of these: hundreds of times as
-            many, which keep more of many experts and learn a few rows by heart (docs/results/smollm2.md).
+            many, which keep more of many experts and learn a few rows by heart.
         decay: Whether the rate falls linearly to 0.
     """
 

@@ -126,11 +126,7 @@ class Objective:
 
 
 def read_validation_rows(data: TaskMixture, targets: bool = True) -> dict[str, list[Example]]:
-    """Read and tokenise the validation rows of each task, with their targets or as inputs alone.
-
-    Raises:
-        ValueError: A task is held out or has no validation rows.
-    """
+    """Read and tokenise the validation rows of each task, with targets or as inputs alone; refuse held-out tasks."""
     if held_out := [name for name, role in data.roles.items() if role == "held_out"]:
         names = ", ".join(held_out)
         raise ValueError(f"{names}: the rows of a held-out task are reserved for the test; leave the task out")
@@ -267,7 +263,7 @@ def mean_loss(losses: Mapping[str, float]) -> float:
 
 
 def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each row's summed entropy in nats where it predicts its target, and the number of target tokens."""
+    """Return each row's summed entropy in nats where it predicts its target, and its number of target tokens."""
     logits, _ = answer_logits(model, batch)
     likelihoods = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return row_sums(batch, -(likelihoods.exp() * likelihoods).sum(-1))
@@ -317,6 +313,5 @@ MEASURES: dict[Aim, Measure] = {"loss": batch_losses, "entropy": batch_entropies
 
 
 def check_aim(search: str, objective: str) -> None:
-    """Raise ValueError if a search is given an objective that it does not know."""
     if objective not in MEASURES:
         raise ValueError(f"{search}: objective must be 'loss', 'entropy' or 'distill', got {objective!r}")

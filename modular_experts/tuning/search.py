@@ -36,8 +36,8 @@ class Found:
     """What an algorithm found.
 
     Attributes:
-        coefficients: `(weights, experts)` float64, all alike if each expert has a single coefficient; or one for each
-            row of every weight, as `Combination.move_to` takes them.
+        coefficients: `(weights, experts)` float64; or one for each row of every weight, as `Combination.move_to` takes
+            them.
         losses: The loss of the validation rows at these coefficients, by task.
         trials: All trials, in order.
     """

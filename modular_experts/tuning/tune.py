@@ -1,7 +1,7 @@
 """Choose the settings of a merge method on validation rows, in place on one loaded model.
 
-By contract `scale` is a factor of a method's result. So the task vector at scale 1 is made once for each choice of the
-other settings, and every scale is measured as a multiple of it.
+The task vector at scale 1 is made once for each choice of the other settings; every scale is measured as a multiple of
+it.
 """
 
 from __future__ import annotations
