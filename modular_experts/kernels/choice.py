@@ -1,10 +1,7 @@
 """Choose the kernel of a support by name, or by a rule from the kind of unit, share kept, device and dtype.
 
-The rule follows the measurements in `docs/benchmarks/step.md`:
-* rows and columns: `slices`, everywhere;
-* on a CPU, in float32 or bfloat16, for weights of `NATIVE_FROM` entries and more, where a compiler was found: `native`;
-* otherwise on a CPU: tiles by `block_rows`; entries by `sampled` below `SAMPLED_BELOW` kept, and `dense` above it;
-* elsewhere: `dense`. The Triton kernel for CUDA runs only by name, as nobody has measured it on a GPU yet.
+The rule follows the measurements in `docs/benchmarks/step.md`. The Triton kernel for CUDA runs only by name, as nobody
+has measured it on a GPU yet.
 """
 
 from __future__ import annotations
@@ -45,9 +42,7 @@ def make_kernel(backend: str, units: Tensor, shape: Sequence[int], tile: Tile, d
 
     Args:
         backend: Name of a kernel, or `auto`.
-        units: The kept units `(k,)`, sorted.
-        shape: Shape of the weight, `(out, in)`.
-        tile: Height and width of a unit.
+        units, shape, tile: As for `KeptGradient`.
         dtype: Data type in which the layer computes.
 
     Raises:

@@ -1,8 +1,4 @@
-"""Define the contract of a kernel, and the linear layer that calls one for the gradient of its kept units.
-
-For `y = x W^T` with `x` `(tokens, in)` and output gradient `g` `(tokens, out)` a kernel computes `g^T x` at the kept
-units. An expert makes a kernel once for a support and calls it in every backward pass, so the constructor plans ahead.
-"""
+"""Define the contract of a kernel, and the linear layer that calls one for the gradient of its kept units."""
 
 from __future__ import annotations
 
@@ -16,7 +12,9 @@ from torch import Tensor
 
 
 class KeptGradient(ABC):
-    """Computes the gradient of the kept units.
+    """Computes `g^T x` at the kept units, for inputs `x` `(tokens, in)` and the output's gradient `g` `(tokens, out)`.
+
+    An expert makes a kernel once for a support and calls it in every backward pass, so the constructor plans ahead.
 
     Args:
         units: The kept units `(k,)`, sorted: flat entries, or tiles numbered row-major over the grid that covers the
@@ -39,22 +37,12 @@ class KeptGradient(ABC):
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of the kept units: `(k,)` for entries, else `(k, height, width)`; zero beyond the edge.
 
-        Args:
-            x: What `saved` returned.
-            grad: Gradient of the output `(tokens, out)`, in the dtype of `x`.
+        `x` is the result of `saved`, and `grad` has its dtype.
         """
 
 
 def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, kernel: KeptGradient) -> Tensor:
-    """Return `x W^T + bias` for a weight into which `values` are already written.
-
-    Args:
-        x: Input `(..., in)`.
-        weight: The effective weight `(out, in)`; frozen.
-        bias: `(out,)` or None; frozen.
-        values: The trained parameter that receives the kept gradient.
-        kernel: Computes the kept gradient, in the shape of `values`.
-    """
+    """Return `x W^T + bias` for a frozen weight into which `values`, which receive the kept gradient, are written."""
     dtype = computed_in(weight)
     if dtype != weight.dtype:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
@@ -62,7 +50,7 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, 
 
 
 def computed_in(weight: Tensor) -> torch.dtype:
-    """Return the dtype in which a layer of this weight computes: autocast's where it is on, else the weight's own."""
+    """Return the dtype in which a layer of this weight computes, autocast's where it is on."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -86,5 +74,5 @@ class _KeptLinear(torch.autograd.Function):
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:
-    """Return the matrix with the values of each row beside each other in memory; copied only where they are not."""
+    """Return the matrix with the values of each row beside each other in memory."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

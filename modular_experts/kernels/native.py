@@ -1,8 +1,4 @@
-"""These kernels in C++ for the CPU make neither a dense gradient nor copies of the inputs.
-
-`native.cpp` has the loops and their reasons. Where it cannot be compiled, `available` returns False and the rule
-chooses another kernel.
-"""
+"""Kernels in C++ for the CPU (`native.cpp`) make neither a dense gradient nor copies of the inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,27 +20,17 @@ BLOCK = 64
 
 
 def computes(dtype: torch.dtype) -> bool:
-    """Return whether the kernels take inputs of this dtype."""
     return dtype in (torch.float32, torch.bfloat16)
 
 
 def available() -> bool:
-    """Return whether the kernels can run here."""
     return library() is not None
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be compiled; the first call compiles and logs."""
-    kernels = load(Path(__file__).with_name("native.cpp"), "-ffp-contract=fast")
-    if kernels is not None:
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        inputs: list[Any] = [pointer, number, pointer, number, ctypes.c_int, number, number, number]
-        kernels.kept_tiles.argtypes = [*inputs, pointer, pointer, number, pointer, ctypes.c_int]
-        kernels.kept_entries.argtypes = [*inputs, pointer, pointer, pointer, pointer, ctypes.c_int]
-        kernels.plan_entries.argtypes = [pointer, number, number, pointer, pointer, pointer]
-        kernels.kept_tiles.restype = kernels.kept_entries.restype = kernels.plan_entries.restype = None
-    return kernels
+    return load(Path(__file__).with_name("native.cpp"), "-ffp-contract=fast")
 
 
 class NativeTiles(KeptGradient):
@@ -61,7 +47,7 @@ class NativeTiles(KeptGradient):
         self.starts = torch.searchsorted(units.long() // wide, torch.arange(tall + 1, device=units.device))
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        return torch.ops.modular_experts.kept_tiles(x, grad, self.tiles, self.starts, self.tile[0])
+        return _kept_tiles(x, grad, self.tiles, self.starts, self.tile[0])
 
 
 class NativeEntries(KeptGradient):
@@ -81,40 +67,32 @@ class NativeEntries(KeptGradient):
         kernels.plan_entries(units.data_ptr(), units.numel(), shape[1], *room)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        return torch.ops.modular_experts.kept_entries(x, grad, self.places, self.starts, self.order)
+        return _kept_entries(x, grad, self.places, self.starts, self.order)
 
 
 # Operators of torch rather than plain functions, so that torch.compile calls them without tracing into them.
-torch.library.define(
-    "modular_experts::kept_tiles", "(Tensor x, Tensor g, Tensor tiles, Tensor starts, int size) -> Tensor"
-)
-torch.library.define(
-    "modular_experts::kept_entries", "(Tensor x, Tensor g, Tensor places, Tensor starts, Tensor order) -> Tensor"
-)
-
-
-@torch.library.register_fake("modular_experts::kept_tiles")
-def _empty_tiles(x: Tensor, grad: Tensor, tiles: Tensor, starts: Tensor, size: int) -> Tensor:
-    return x.new_empty(tiles.shape[0], size, size, dtype=torch.float32)
-
-
-@torch.library.register_fake("modular_experts::kept_entries")
-def _empty_entries(x: Tensor, grad: Tensor, places: Tensor, starts: Tensor, order: Tensor) -> Tensor:
-    return x.new_empty(places.shape[0], dtype=torch.float32)
-
-
-@torch.library.impl("modular_experts::kept_tiles", "cpu")
+@torch.library.custom_op("modular_experts::kept_tiles", mutates_args=(), device_types="cpu")
 def _kept_tiles(x: Tensor, grad: Tensor, tiles: Tensor, starts: Tensor, size: int) -> Tensor:
     result = torch.zeros(tiles.shape[0], size, size, dtype=torch.float32)
     _call("kept_tiles", x, grad, tiles.data_ptr(), starts.data_ptr(), size, result.data_ptr())
     return result
 
 
-@torch.library.impl("modular_experts::kept_entries", "cpu")
+@torch.library.custom_op("modular_experts::kept_entries", mutates_args=(), device_types="cpu")
 def _kept_entries(x: Tensor, grad: Tensor, places: Tensor, starts: Tensor, order: Tensor) -> Tensor:
     result = torch.empty(places.shape[0], dtype=torch.float32)
     _call("kept_entries", x, grad, places.data_ptr(), starts.data_ptr(), order.data_ptr(), result.data_ptr())
     return result
+
+
+@_kept_tiles.register_fake
+def _(x: Tensor, grad: Tensor, tiles: Tensor, starts: Tensor, size: int) -> Tensor:
+    return x.new_empty(tiles.shape[0], size, size, dtype=torch.float32)
+
+
+@_kept_entries.register_fake
+def _(x: Tensor, grad: Tensor, places: Tensor, starts: Tensor, order: Tensor) -> Tensor:
+    return x.new_empty(places.shape[0], dtype=torch.float32)
 
 
 def _call(function: str, x: Tensor, grad: Tensor, *arguments: int) -> None:

@@ -1,7 +1,4 @@
-"""These kernels need only torch; they compute dense gradients, dot products, rows of tiles, or slices.
-
-All compute `g^T x` at the kept units, for `x` `(tokens, in)` and output gradient `g` `(tokens, out)`.
-"""
+"""Kernels that need only torch compute dense gradients, dot products, rows of tiles, or slices."""
 
 from __future__ import annotations
 
@@ -19,10 +16,7 @@ from modular_experts.kernels.kernel import KeptGradient
 
 
 class DenseGathered(KeptGradient):
-    """Computes all of `g^T x` and reads the kept units; it serves any unit, share kept and device.
-
-    It costs the operations of a full fine-tune, but the dense gradient lives only inside this layer's backward pass.
-    """
+    """Computes all of `g^T x` in the layer's backward pass, and reads the kept units, of any kind."""
 
     name: ClassVar[str] = "dense"
 
@@ -45,20 +39,18 @@ class SampledProduct(KeptGradient):
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        _accept_compressed_rows()
+        accept_compressed_rows()
         zeros = torch.zeros(self.units.numel(), dtype=wide)
         pattern = torch.sparse_csr_tensor(self.row_starts, self.columns, zeros, self.shape, check_invariants=False)
         return torch.sparse.sampled_addmm(pattern, grad.to(wide).T, x.to(wide), beta=0.0).values()
 
 
 @functools.cache
-def _accept_compressed_rows() -> None:
+def accept_compressed_rows() -> None:
     """Silence torch's beta notice for compressed sparse rows, which it gives once in a process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(
-            torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1)
-        )
+        torch.zeros(1, 1).to_sparse_csr()
 
 
 class TileRows(KeptGradient):

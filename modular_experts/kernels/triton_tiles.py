@@ -1,18 +1,13 @@
 """Compute the gradient of only the kept square tiles by a Triton program, on the matrix units of a GPU.
 
-Reading takes most of the time. A 16-bit tile of side `s` that is made alone reads `2 s` values of 2 bytes for each
-token and does `2 s^2` operations with them: `s / 2` FLOP per byte, 8 at 16, where an H100 could do over a hundred for
-each byte from its cache. So narrow tiles of one block row are made together, up to 256 columns of them: the row's piece
-of the output gradient stays on the chip while the inputs of `n` tiles pass by, and `s n / (n + 1)` FLOP per byte come
-near twice as many. Tiles of 64 and 128 reach 32 and 64 alone. Such a run of tiles is a segment. In its one product the
-gathered inputs are the tall side, because the instructions of Hopper for four warps want 64 rows.
+Reading takes most of the time: a 16-bit tile of side `s` that is made alone does `s / 2` FLOP per byte, where an H100
+could do over a hundred. So narrow tiles of one row, a segment, are made together: the row's piece of the output
+gradient stays on the chip while the inputs of `n` tiles pass by, `s n / (n + 1)` FLOP per byte. The gathered inputs are
+the tall side of the product, because the instructions of Hopper want 64 rows. Where there are fewer segments than the
+GPU has room for, tokens are split too, and one sum over the splits follows.
 
-Where there are fewer segments than the GPU has room for, tokens are split too. Each split writes its partial sum, and
-one sum over the splits, in an order that is always the same, follows: no atomics.
-
-It gives the right numbers in Triton's interpreter, and it compiles for compute capability 8.0 and 9.0. It has not run
-on a GPU, so its speed is not measured: these reasons are arithmetic. Triton is imported when the first gradient is
-planned. `choice.py` chooses the kernel of a weight.
+It gives the right numbers in Triton's interpreter and compiles for compute capability 8.0 and 9.0, but it has not run
+on a GPU: these reasons are arithmetic. Triton is imported when the first gradient is planned.
 """
 
 from __future__ import annotations
@@ -51,16 +46,10 @@ class TritonTiles(KeptGradient):
     """One program for each segment of a row of tiles and each split of the tokens.
 
     It takes float32, bfloat16 and float16, sums in float32 and returns float32. Products of float32 inputs are exact
-    float32 unless `torch.backends.cuda.matmul.fp32_precision` is `tf32`, as `allow_tf32` and
-    `torch.set_float32_matmul_precision` make it.
-
-    Args:
-        units: The kept tiles `(k,)`, sorted.
-        shape: The weight's, `(out, in)`.
-        tile: Height and width of a tile, equal, one of `SIZES`.
+    float32 unless `torch.backends.cuda.matmul.fp32_precision` is `tf32`.
 
     Raises:
-        ValueError: The tiles have another size, or Triton is not installed.
+        ValueError: The tiles have a size that is not among `SIZES`, or Triton is not installed.
     """
 
     name: ClassVar[str] = "triton"
@@ -84,7 +73,6 @@ class TritonTiles(KeptGradient):
         self.columns = (units.long() % wide).to(torch.int32)
 
     def splits(self, tokens: int) -> int:
-        """Return into how many parts the tokens are split."""
         kept_bytes, device = 4 * self.units.numel() * self.tile[0] ** 2, self.units.device
         # Outside of a GPU, in the interpreter, one processor runs the program.
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,8 +1,6 @@
 """Compile a C++ file of the package when it is first used, and load it.
 
-The files need only the language's own headers, so GCC or Clang compiles one in about a second. The library is kept in
-a cache for this compiler and this processor. Where a file cannot be compiled, one line of the log gives the reason, and
-the caller computes the same in torch.
+GCC or Clang compiles one in about a second. The library is kept in a cache for this compiler and this processor.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,10 +24,13 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 """More flags, best first: some compilers lack OpenMP, some do not know the native architecture."""
+_TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
 
 
 def load(source: Path, *flags: str) -> ctypes.CDLL | None:
-    """Return the library of a C++ file, compiled now if it is not in the cache, or None where that fails.
+    """Return the library of a C++ file, compiled now if it is not in the cache; where that fails, log why.
+
+    Its functions of C have the types that their signatures in the file give.
 
     Args:
         source: The C++ file.
@@ -42,7 +44,9 @@ def load(source: Path, *flags: str) -> ctypes.CDLL | None:
     # CXX may name a C compiler, whose libraries lack what C++ needs.
     for compiler, choice in itertools.product(compilers, CHOICES):
         try:
-            return ctypes.CDLL(str(_compiled(compiler, source, (*FLAGS, *flags, *choice))))
+            library = ctypes.CDLL(str(_compiled(compiler, source, (*FLAGS, *flags, *choice))))
+            _declare(library, source.read_text(encoding="utf-8"))
+            return library
         # RuntimeError: the user has no home directory for the cache.
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             problem = error
@@ -51,10 +55,17 @@ def load(source: Path, *flags: str) -> ctypes.CDLL | None:
     return None
 
 
+def _declare(library: ctypes.CDLL, source: str) -> None:
+    for returned, name, parameters in re.findall(r'extern "C" (\w+) (\w+)\(([^)]*)\)', source):
+        types = [one.split() for one in parameters.split(",") if one]
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p if any("*" in word for word in one) else _TYPES[one[-2]] for one in types]
+        function.restype = _TYPES.get(returned)
+
+
 def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     """Return the file of the library for this compiler and this processor; compile it if it is not there."""
-    # The macros that a compiler defines give its version and every feature of the processor, but neither every flag nor
-    # what it links.
+    # The macros that a compiler defines give its version and every feature of the processor, but not every flag.
     defined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
     given = [*map(str.encode, (compiler, *flags)), defined, source.read_bytes()]
     key = hashlib.sha256(b" ".join(given)).hexdigest()[:16]
@@ -72,7 +83,6 @@ def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
 
 
 def _folder() -> Path:
-    """Return this package's directory among torch's compiled extensions."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions")) / "modular_experts"
 

@@ -1,8 +1,4 @@
-"""Call the compiled products of inputs with the deltas of their own experts, on the CPU.
-
-`products.cpp` has the loops. `library` returns None where they cannot be compiled, and `serves` tells which tensors
-they take; the caller computes everything else in torch.
-"""
+"""Call the compiled products of inputs with the deltas of their own experts, on the CPU (`products.cpp`)."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ class Form(IntEnum):
 
 
 class Factor:
-    """A delta as the loops read it; all tensors are contiguous, and the values have the dtype of the input.
+    """A delta as the loops read it; all tensors are contiguous.
 
     Args:
         form: What the tensors are.
@@ -54,13 +50,7 @@ class Factor:
 
 
 class Part(NamedTuple):
-    """The inputs that one delta gets.
-
-    Attributes:
-        factor: The delta.
-        places: Numbers of the inputs, `(m,)` int64, each once; None for all.
-        weights: One per input, `(m,)` float32; None for 1.
-    """
+    """The inputs of a delta: their numbers `(m,)` int64, None for all, and weights `(m,)` float32, None for 1."""
 
     factor: Factor
     places: Tensor | None
@@ -70,12 +60,7 @@ class Part(NamedTuple):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled products, or None where they cannot be compiled; the first call compiles and logs."""
-    products = load(Path(__file__).with_name("products.cpp"), "-ffp-contract=fast")
-    if products is not None:
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        products.add_products.argtypes = [pointer, pointer, ctypes.c_int, *[number] * 3, pointer, number, ctypes.c_int]
-        products.add_products.restype = None
-    return products
+    return load(Path(__file__).with_name("products.cpp"), "-ffp-contract=fast")
 
 
 def serves(out: Tensor, x: Tensor) -> bool:
@@ -90,12 +75,9 @@ def serves(out: Tensor, x: Tensor) -> bool:
 
 
 def add_products(out: Tensor, x: Tensor, parts: Sequence[Part]) -> None:
-    """Add to `out` the products of the inputs of each part with its delta, times their weights.
+    """Add to `out` `(n, tokens, out)` the products of the inputs of each part with its delta, times their weights.
 
-    Args:
-        out: `(n, tokens, out)`, changed in place.
-        x: `(n, tokens, in)`, of the same dtype; both must pass `serves`.
-        parts: An input may be in several.
+    `x` is `(n, tokens, in)`; both must pass `serves`.
     """
     products = library()
     assert products is not None, "call serves() first"

@@ -1,7 +1,6 @@
 """Pass over the entries of sparse deltas on the CPU: sums of several experts, packing, rounding, exchanges of supports.
 
-Each function takes the compiled pass of `sparse_passes.cpp` where that serves (dtypes, devices, no gradient, enough
-work, a compiler), and else computes the same in torch, bit for bit.
+Each function takes the compiled pass of `sparse_passes.cpp` where that serves, and else computes the same in torch.
 """
 
 from __future__ import annotations
@@ -30,25 +29,7 @@ NAN = "a score is not a number (NaN): the loss or its gradient diverged before t
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled passes, or None where they cannot be compiled; the first call compiles and logs."""
-    passes = load(Path(__file__).with_name("sparse_passes.cpp"), "-ffp-contract=off")
-    if passes is not None:
-        pointer, number, share = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-        passes.sum_entries.argtypes = [*[pointer] * 3, number, pointer, share, number, number, pointer, pointer]
-        passes.sum_and_pack.argtypes = [*[pointer] * 3, number, pointer, share, number, pointer, pointer]
-        passes.count_entries.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
-        passes.pack_entries.argtypes = [pointer, pointer, number, number, pointer, pointer]
-        passes.add_rounded.argtypes = [pointer, pointer, number, number, pointer, pointer, pointer]
-        passes.decode_gaps.argtypes = passes.decode_mask.argtypes = [pointer, number, number, pointer]
-        passes.read_entries.argtypes = [*[pointer] * 5, number, *[pointer] * 3]
-        passes.read_entries.restype = None
-        passes.spread_tiles.argtypes = [pointer, pointer, *[number] * 5, pointer, pointer]
-        passes.find_at_least.argtypes = [pointer, number, ctypes.c_float, pointer, number, pointer]
-        passes.find_sorted.argtypes = [pointer, number, pointer, number, pointer, pointer]
-        passes.carry.argtypes = [pointer, number, pointer, number, pointer]
-        passes.find_at_least.restype, passes.find_sorted.restype, passes.carry.restype = number, number, None
-        passes.spread_tiles.restype = passes.pack_entries.restype = passes.sum_and_pack.restype = number
-        passes.decode_gaps.restype = passes.decode_mask.restype = number
-    return passes
+    return load(Path(__file__).with_name("sparse_passes.cpp"), "-ffp-contract=off")
 
 
 def serving(entries: int, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> ctypes.CDLL | None:
@@ -69,11 +50,8 @@ def empty(size: int, dtype: torch.dtype) -> Tensor:
 class CompiledSums:
     """Sums of the single entries that several experts keep of one weight, by compiled passes; `compiled_sums` makes it.
 
-    Its methods return flat tensors for a chunk of the weight: the flat entries from `start` to before `stop`. `here` is
-    the slice of each expert's entries that lies there.
-
-    Raises:
-        IndexError: (by the methods) Indices are not sorted or not in the chunk.
+    Its methods return flat tensors for the entries from `start` to before `stop`; `here` is the slice of each expert's
+    entries there. They raise IndexError for indices that are not sorted or not there.
     """
 
     def __init__(self, passes: ctypes.CDLL, places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -93,12 +71,7 @@ class CompiledSums:
         return out, kept
 
     def packed_total(self, size: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return the kept entries of the `total` of the whole weight, int32, and their sums, rounded to float32.
-
-        Args:
-            size: Number of entries of the weight.
-            weights: One per expert.
-        """
+        """Return the kept entries of the `total` of a weight of `size` entries, int32, and their sums in float32."""
         places, values = empty(size, torch.int32), empty(size, torch.float32)
         here = [slice(0, own.shape[0]) for own in self._held[0]]
         room = [places.data_ptr(), values.data_ptr()]
@@ -113,7 +86,7 @@ class CompiledSums:
         return out
 
     def _entries(self, here: Sequence[slice]) -> list[Any]:
-        """Return the addresses of each expert's places and values, which take four bytes each, and their number."""
+        """Return the addresses of each expert's places and values, of four bytes each, and their number."""
         pointers, numbers = ctypes.c_void_p * len(here), ctypes.c_int64 * len(here)
         starts = [4 * one.start for one in here]
         places, values = (map(int.__add__, first, starts) for first in (self._places, self._values))
@@ -121,7 +94,7 @@ class CompiledSums:
 
 
 def compiled_sums(deltas: Sequence[Delta]) -> CompiledSums | None:
-    """Return the compiled sums of experts that all keep single entries, or None where the code does not serve them."""
+    """Return the compiled sums of experts that all keep single entries, or None where no code serves them."""
     sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
     places, values = [delta.indices for delta in sparse], [delta.values for delta in sparse]
     if len(sparse) < len(deltas) or [own.shape for own in places] != [its.shape for its in values]:
@@ -149,11 +122,9 @@ def pack_entries(total: Tensor, kept: Tensor, start: int, places: Tensor, values
     """Write the kept entries of a chunk of a weight and their values, and return their number.
 
     Args:
-        total: Values of the chunk, `(n,)`.
-        kept: Mask of the kept ones, `(n,)` booleans.
+        total, kept: Values of the chunk, and which are kept, `(n,)`.
         start: Flat entry of the weight with which the chunk begins.
-        places: Output for the flat entries, with room for n; all of these n may be overwritten.
-        values: Output for the values, with room for n.
+        places, values: Room for n flat entries and values, all of which may be overwritten.
     """
     tensors = [total, kept, places, values]
     passes = serving(total.numel(), tensors, [torch.float64, torch.bool, torch.int32, torch.float32])
@@ -180,10 +151,10 @@ def spread_tiles(delta: BlockSparse) -> Sparse:
 
 
 class Added(NamedTuple):
-    """A weight plus a delta in some dtype, and how much of the delta it holds.
+    """A weight plus a delta, rounded, and how much of the delta it holds.
 
     Attributes:
-        weight: The sums, rounded.
+        weight: The sums.
         moved: Number of entries whose delta is not zero.
         changed: Number of entries whose bits changed.
         lost: Sum of the squared rounding errors.
@@ -224,10 +195,8 @@ def add_rounded(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Added:
 
 
 def unequal(one: Tensor, other: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return where two tensors of one floating-point dtype differ in their bits.
-
-    As integers they compare ten times faster in half precision, and three times faster by numpy.
-    """
+    """Return where two tensors of one floating-point dtype differ in their bits."""
+    # As integers they compare ten times faster in half precision, and three times faster by numpy.
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return one.view(integers).numpy() != other.view(integers).numpy()
 
@@ -235,13 +204,7 @@ def unequal(one: Tensor, other: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
 def find_at_least(scores: Tensor, bound: float, kept: Tensor | None = None) -> Tensor:
     """Return the places of the scores at or above a bound, sorted.
 
-    Args:
-        scores: `(n,)`.
-        bound: A number or infinity.
-        kept: Places `(m,)`, sorted, that are left out.
-
-    Raises:
-        ValueError: A score is NaN, which has no order.
+    The sorted places `kept` are left out. A NaN, which has no order, raises ValueError.
     """
     left_out = [kept] if kept is not None else []
     passes = serving(scores.numel(), [scores, *left_out], [torch.float32] + [torch.int32] * len(left_out))
@@ -263,8 +226,7 @@ def find_at_least(scores: Tensor, bound: float, kept: Tensor | None = None) -> T
 def exchanged_slots(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each unit of `after` its slot in `before`, or -1 for a new unit, and the slots of the units that left.
 
-    Args:
-        before, after: Units `(k,)` and `(n,)`, each sorted.
+    Both lists are sorted.
     """
     passes = serving(max(before.numel(), after.numel()), [before, after], [torch.int32, torch.int32])
     if passes is not None:
@@ -281,12 +243,7 @@ def exchanged_slots(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def carried(values: Tensor, slots: Tensor) -> Tensor:
-    """Return what each new slot holds: the value of the slot it had before, or zero for a newcomer.
-
-    Args:
-        values: `(n, ...)`.
-        slots: Former slots `(m,)` int64, each below n, or -1.
-    """
+    """Return `values[slots]`, with zeros for the slot -1 of a newcomer."""
     values = values.detach()
     passes = serving(slots.numel(), [values, slots], [torch.float32, torch.int64])
     if passes is None:
