@@ -215,7 +215,7 @@ def test_contributing_shows_every_room_in_its_layer() -> None:
 
 PAPERS = re.compile(
     r"\b(TTLoRA\w*|GLoRA\w*|AdaMix\w*|XGB\w*|BoostedLoRA\w*|RECAST\w*|TemplateBanks?|GOAT\w*|HiLo\w*|MoA|LoRAIR\w*"
-    r"|PointLoRA\w*|LoRAHub)\b"
+    r"|PointLoRA\w*|LoRAHub|GenKnowSub)\b"
 )
 """Names of related systems, which only their folders know, and the front door, which lists public names."""
 

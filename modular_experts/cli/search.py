@@ -146,10 +146,9 @@ def route(
         experts: Directories of the experts.
         out: Directory of the routed expert, in the library of the experts.
         router: For each prompt, Centroid (the expert whose prompts are most alike), Classifier (trained on whose a
-            prompt is) or Oracle (the expert of the row's task); for each token at each layer, Arrow, GenKnowSub and
+            prompt is) or Oracle (the expert of the row's task); for each token at each layer, Arrow and
             Energy (by the deltas alone) or Phatgoose (by gates trained after the experts); for every input the same,
-            Constant (a weighted sum, which `merge` takes); or the dotted path of a class of your own. Default:
-            Centroid.
+            Constant (a weighted sum); or the dotted path of a class of your own. Default: Centroid.
         fallback: Directory of an expert, such as a merge, for prompts that are unlike the prompts of all experts.
             Centroid, Classifier and Oracle find such prompts; other routers take no fallback. Default: the base alone.
         data: The experts' tasks, whose rows Centroid, Classifier and Phatgoose learn from; not needed if `statistics`

@@ -10,7 +10,6 @@ from modular_experts.injection.inject import (
     ExpertLayer,
     ExpertLinear,
     context_length,
-    describe_experts,
     draw,
     eject,
     expert_layers,
@@ -24,6 +23,7 @@ from modular_experts.injection.inject import (
     task_vector,
     write_experts,
 )
+from modular_experts.injection.save import describe_experts
 
 __all__ = [
     "ExpertConv1D",

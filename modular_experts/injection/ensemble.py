@@ -1,9 +1,4 @@
-"""Let experts answer together: `with ensembled(model, experts): ...` averages what they predict for each next token.
-
-Each row of a batch passes through the one loaded base once for each expert, side by side in a batch that is as many
-times larger. So an ensemble of k experts costs k times the time and the activations of the base, and keeps k sets of
-keys and values.
-"""
+"""Let experts answer together: `with ensembled(model, experts): ...` averages what they predict for each next token."""
 
 from __future__ import annotations
 
@@ -31,17 +26,13 @@ def ensembled(
 
     The logits of the model are then the logarithm of the mean of the members' next-token probabilities (the uniform
     ensemble of Lakshminarayanan et al., arXiv 1612.01474), or the mean of their logits, which is the geometric mean of
-    their probabilities. Losses, choices and generated answers follow from them.
+    their probabilities. Rows pass side by side: k experts take k times the time, activations, keys and values.
 
     Args:
-        model: The experts' base, a causal language model of transformers, before anything is injected. It is in
-            evaluation mode meanwhile, and stays on its device.
-        experts: As for `routed`: directories of a library, opened experts, or mappings from weight names to deltas.
+        model: The experts' base, a causal language model of transformers, before anything is injected.
+        experts: As for `routed`.
         mean: What is averaged.
         check: Whether the model must be the base of the stored experts.
-
-    Raises:
-        ValueError: As for `routed`, or `mean` is neither of the two.
     """
     if mean not in MEANS:
         raise ValueError(f"mean={mean!r} must be 'probabilities' or 'logits'")
@@ -61,10 +52,7 @@ def ensembled(
             return tuple(map(repeated, args)), {name: repeated(value) for name, value in named.items()}
 
         def stack(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            """Put the members' hidden states beside each other: the head sees `(rows, length, members, size)`.
-
-            So rows and places are where whoever chooses some of them before the head expects them.
-            """
+            """Put the members' hidden states beside each other: the head sees `(rows, length, members, size)`."""
             return torch.stack(args[0].chunk(members), 2), *args[1:]
 
         def average(_: Any, args: Any, output: Any) -> Any:

@@ -1,9 +1,8 @@
 """Put experts into a model's linear layers and other modules, and take them out again.
 
-The class of the same layer object is swapped, so module names, the base's `state_dict` keys, `isinstance(m,
-nn.Linear)`, pickle, deepcopy, gradient checkpointing, DDP and tied weights keep working. GPT-2's `Conv1D` stores its
-weight as (in, out): experts always see `(out, in)`, and files always hold the base's own
-orientation. A module that is not a linear layer keeps its class; its expert sees its calls through hooks.
+The class of the same layer object is swapped, so that module names, `state_dict` keys, pickle, deepcopy, DDP and tied
+weights keep working. GPT-2's `Conv1D` stores its weight as (in, out): experts always see `(out, in)`, and files always
+hold the base's own orientation. A module that is not a linear layer keeps its class; its expert sees its calls.
 """
 
 from __future__ import annotations
@@ -30,11 +29,8 @@ from modular_experts.experts.site import (
     make_expert,
     make_module_expert,
 )
-from modular_experts.library.described import class_path, settings, short_name, trust
+from modular_experts.library.described import settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
-
-_MADE_BY = "_made_by"
-"""Attribute of an expert that holds the class and the settings of the `LayerPlan` that made it, or None."""
 
 
 class ExpertLayer(nn.Module):
@@ -85,7 +81,7 @@ def inject(
 ) -> list[str]:
     """Freeze a model and give linear layers, and other modules that a plan names, experts.
 
-    Layers that have an expert already keep it, so a second call changes nothing.
+    Layers that have an expert already keep it.
 
         inject(model, LoRAExpert, "q_proj")
         inject(model, {"q_proj|v_proj": LoRAExpert, "mlp.down_proj": partial(SparseExpert, keep_ratio=0.1)})
@@ -106,45 +102,43 @@ def inject(
             module that does not exist; an expert moves the bias of a layer that has none.
     """
     planned, others = _planned(model, experts, modules)
-    fresh = {site: factory for site, factory in planned.items() if not isinstance(site.module, ExpertLayer)}
     owners = _owners(model)
-    for site in fresh:
-        if len(names := owners[id(site.module.weight)]) > 1:
+    for site in planned:
+        if not isinstance(site.module, ExpertLayer) and len(names := owners[id(site.module.weight)]) > 1:
             other = next(name for name in names if name != site.weight)
             raise ValueError(
                 f"{site.weight} is the same tensor as {other} (tied); an expert would move both: leave {site.name} "
                 f"out, with all-linear or, for example, (?!{re.escape(site.name)}$).*"
             )
-    if not any(named_experts(model)):
+    there = named_experts(model)
+    if not there:
         model.requires_grad_(False)
-    there = [name for name, _, _ in _equipped_modules(model)]
-    steps: list[tuple[str, Callable[[], Trained]]] = [
-        (name, partial(_attach, model.get_submodule(name), factory))
-        for name, factory in others.items()
-        if name not in there
-    ]
-    steps += [(site.weight, partial(_equip, site, factory)) for site, factory in fresh.items()]
+    steps = [(name, partial(_attach, model.get_submodule(name), factory)) for name, factory in others.items()]
+    steps += [(site.weight, partial(_equip, site, factory)) for site, factory in planned.items()]
     plan = None
     if isinstance(experts, LayerPlan):
         # Whoever gives the plan trusts its code.
         trust(type(experts))
         plan = {"class": short_name(type(experts)), "settings": settings(experts)}
     for name, step in steps:
+        if name in dict(there):
+            continue
         try:
-            setattr(step(), _MADE_BY, plan)
+            made: Any = step()
+            made._made_by = plan
         except Exception as error:  # passed on, with the name that is known only here
             error.add_note(f"for the expert of {name or 'the model'}")
             raise
     return [*(site.weight for site in planned), *others]
 
 
-def _attach(module: nn.Module, factory: Factory) -> ModuleExpert:
+def _attach(module: nn.Module, factory: Factory) -> Trained:
     expert = make_module_expert(factory, module)
     expert.attach(module)
     return expert.train(module.training)
 
 
-def _equip(site: Site, factory: Factory) -> Expert:
+def _equip(site: Site, factory: Factory) -> Trained:
     layer: Any = site.module
     transposed = is_transposed(layer)
     if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
@@ -168,8 +162,7 @@ def _equip(site: Site, factory: Factory) -> Expert:
 def find_sites(model: nn.Module) -> list[Site]:
     """Return the places that an expert can take, sorted by name; layers inside of an expert are left out."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    owners = _owners(model)
-    sites = []
+    owners, sites = _owners(model), []
     for name, module in _outside_of_experts(model):
         if type(module) is nn.Linear or isinstance(module, ExpertLayer) or is_transposed(module):
             is_head = module is head or len(owners[id(module.weight)]) > 1
@@ -217,9 +210,8 @@ def named_experts(model: nn.Module) -> list[tuple[str, Trained]]:
 
 
 def _equipped_modules(model: nn.Module) -> list[tuple[str, nn.Module, ModuleExpert]]:
-    """Return each module that has a module expert: its name, the module, and the expert."""
-    pairs = [(name, module, getattr(module, "expert", None)) for name, module in model.named_modules()]
-    return [(name, module, expert) for name, module, expert in pairs if isinstance(expert, ModuleExpert)]
+    found: list[Any] = [(name, module, getattr(module, "expert", None)) for name, module in model.named_modules()]
+    return [one for one in found if isinstance(one[2], ModuleExpert)]
 
 
 def moves_tokens_alone(model: nn.Module) -> bool:
@@ -235,23 +227,17 @@ def context_length(model: nn.Module) -> int | None:
 
 def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Delta]]:
     """Yield `(name, delta)` for each weight and bias that a mergeable expert moves: sorted by name, in the base's
-    orientation, detached, one at a time.
-
-    Args:
-        model: A model after `inject`.
-        anchor: Gives the base weight of a name, in the base's orientation; only full experts need it.
+    orientation, detached. `anchor` is as for `eject`.
     """
     for name, layer in expert_layers(model):
         if not layer.expert.mergeable:
             continue
         with torch.no_grad():
-            bias = layer.bias
-            moved = None if bias is None else layer.expert.bias_delta(bias, layer.matrix)
-            if moved is not None:
-                moved = moved.to(dtype=torch.promote_types(moved.dtype, torch.float32))
-                yield f"{name.removesuffix('weight')}bias", moved
+            moved = None if layer.bias is None else layer.expert.bias_delta(layer.bias, layer.matrix)
             delta = layer.oriented(layer.expert.delta(layer.matrix, _oriented_anchor(layer, name, anchor)))
-            yield name, delta.to(dtype=torch.promote_types(delta.dtype, torch.float32))
+            for place, one in ((f"{name.removesuffix('weight')}bias", moved), (name, delta)):
+                if one is not None:
+                    yield place, one.to(dtype=torch.promote_types(one.dtype, torch.float32))
 
 
 def expert_state(model: nn.Module) -> dict[str, Tensor]:
@@ -272,38 +258,6 @@ def state_by_place(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def describe_experts(model: nn.Module) -> dict[str, Any]:
-    """Return what `library.make_record` takes: `kind`, `hyperparameters` and, for experts with a state, `class_path`
-    and `not_mergeable_because`. The names of several types are joined by `+`; a setting with several values is a list.
-    If one `LayerPlan` made the experts, `kind` and `hyperparameters` describe the plan, and `plan` is there too.
-    """
-    types: dict[str, Trained] = {}
-    values: dict[str, list[Any]] = {}
-    plans: list[dict[str, Any] | None] = []
-    for _, expert in named_experts(model):
-        types.setdefault(type(expert).__name__, expert)
-        made_by = getattr(expert, _MADE_BY, None)
-        plans += [] if made_by in plans else [made_by]
-        for name, value in expert.settings().items():
-            if value not in values.setdefault(name, []):
-                values[name].append(value)
-    facts: dict[str, Any] = {
-        "kind": "+".join(sorted(types)),
-        "hyperparameters": {name: found[0] if len(found) == 1 else found for name, found in values.items()},
-    }
-    if len(plans) == 1 and plans[0] is not None:
-        facts |= {
-            "kind": plans[0]["class"].rpartition(".")[2],
-            "hyperparameters": plans[0]["settings"],
-            "plan": plans[0],
-        }
-    if with_state := [types[name] for name in sorted(types) if types[name].state()]:
-        reasons = [expert.not_mergeable_because for expert in with_state if not expert.mergeable]
-        facts["class_path"] = "+".join(class_path(type(e)) for e in with_state)
-        facts["not_mergeable_because"] = " and ".join(dict.fromkeys(reasons)) or None
-    return facts
-
-
 def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load what `expert_state` returned into a model with experts of the same types and settings.
 
@@ -322,7 +276,7 @@ def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def extra_losses(model: nn.Module) -> dict[str, Tensor]:
-    """Return the terms that experts add to the training loss, each the sum of all of its name (`Expert.extra_loss`)."""
+    """Return the terms that experts add to the training loss (`Trained.extra_loss`), by name the sum over experts."""
     terms: dict[str, list[Tensor]] = {}
     for _, expert in named_experts(model):
         for name, term in expert.extra_loss().items():
@@ -331,12 +285,7 @@ def extra_losses(model: nn.Module) -> dict[str, Tensor]:
 
 
 def draw(model: nn.Module, key: str) -> None:
-    """Let all experts draw what is random in the next training step (`Trained.draw`), each by its own name.
-
-    Args:
-        model: A model after `inject`.
-        key: Names the seed and the step.
-    """
+    """Let all experts draw what is random in the next training step (`Trained.draw`); `key` names seed and step."""
     for name, expert in named_experts(model):
         expert.draw(f"{key}/{name}")
 
@@ -350,13 +299,12 @@ def write_experts(model: nn.Module) -> None:
 
 def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tensor] | None) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        if anchor is None:
-            # The layer's weight is the base: an additive expert leaves it alone.
-            if not trains_weight(layer.expert):
-                return layer.matrix.detach()
+        if anchor is not None:
+            return anchor(name).T if isinstance(layer, ExpertConv1D) else anchor(name)
+        if trains_weight(layer.expert):
             raise ValueError(f"the delta of {name} needs the weight as it was before training: pass anchor=")
-        stored = anchor(name)
-        return stored.T if isinstance(layer, ExpertConv1D) else stored
+        # An additive expert leaves the layer's weight alone, so it is the base.
+        return layer.matrix.detach()
 
     return read
 
@@ -364,12 +312,10 @@ def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tens
 def _planned(
     model: nn.Module, experts: Any, modules: str | Sequence[str] | None
 ) -> tuple[dict[Site, Factory], dict[str, Factory]]:
-    """Return the factory of each site, and of each other module, that gets an expert, sorted by name."""
     sites = find_sites(model)
     quantised = [name for name, module in _outside_of_experts(model) if _is_quantised(module)]
     if modules is not None:
-        patterns = as_patterns(modules)
-        plan = by_pattern(dict.fromkeys(patterns, experts), "modules", quantised)
+        plan = by_pattern(dict.fromkeys(as_patterns(modules), experts), "modules", quantised)
     elif isinstance(experts, Mapping):
         plan = by_pattern(experts, "experts", quantised)
     elif isinstance(experts, type | partial):
@@ -379,20 +325,19 @@ def _planned(
     chosen = plan(sites)
     if not isinstance(chosen, Mapping):
         raise TypeError(f"the plan {plan} returned a {type(chosen).__name__}; it must return {{site: factory}}")
-    by_name, there = {site.name for site in sites}, dict(_outside_of_experts(model))
     factories = {key.name if isinstance(key, Site) else key: factory for key, factory in chosen.items()}
-    for name in factories:
-        if name not in there:
-            near = did_you_mean(name, there)
-            raise ValueError(
-                f"the plan gives an expert to {name}, which is not a linear layer or another module of the model{near}"
-            )
-    others = {name: factories[name] for name in sorted(factories) if name not in by_name}
-    return {site: factories[site.name] for site in sites if site.name in factories}, others
+    there = dict(_outside_of_experts(model))
+    for name in factories.keys() - there.keys():
+        raise ValueError(
+            f"the plan gives an expert to {name}, which is not a linear layer or another module of the model"
+            f"{did_you_mean(name, there)}"
+        )
+    planned = {site: factories.pop(site.name) for site in sites if site.name in factories}
+    return planned, dict(sorted(factories.items()))
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return all names of each parameter, by its `id`; a tied one has several."""
+    """Return all names of each parameter by its `id`; a tied one has several."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -401,7 +346,6 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _outside_of_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the named modules of the model itself, without the modules of its experts."""
     inside: str | None = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):

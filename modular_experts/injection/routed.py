@@ -1,14 +1,13 @@
 """Put several experts into a model behind a router: `with routed(model, experts, router): ...`.
 
-Each linear layer that an expert moves gets a `Mixture`. A router of scope `sample` reads each prompt in a pass over the
-first blocks of the base, before the model's own pass; while an answer is decoded, its row keeps the gates of its
-prompt.
+Each linear layer that an expert moves gets a `Mixture`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
 
@@ -24,19 +23,13 @@ from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing.gates import CurrentGates, Gates
-from modular_experts.routing.mixture import BlockRouter, Mixture
+from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.prompts import PromptGates
-from modular_experts.routing.router import Router, Scope
-from modular_experts.text import block_of
+from modular_experts.routing.router import Router
 
 
 class Injected:
-    """Experts in the layers of a model, until `remove`, or until the end of a `with` block.
-
-    Args:
-        model: The model, which is in evaluation mode meanwhile.
-        plan: Which site gets which expert.
-    """
+    """Experts of a plan in the layers of a model, which evaluates, until `remove` or the end of a `with` block."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._model, self._training = model, model.training
@@ -70,13 +63,13 @@ class Routed(Injected):
 
     def __init__(self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates) -> None:
         super().__init__(model, plan)
-        self.router, self.current = router, current
-        gates = None if router is None else PromptGates(router, current)
-        self._hook = None if gates is None else model.register_forward_pre_hook(gates, with_kwargs=True)
+        self.router, self.current, self._hook = router, current, ExitStack()
+        if router is not None:
+            gates = PromptGates(router, current)
+            self._hook.callback(model.register_forward_pre_hook(gates, with_kwargs=True).remove)
 
     def remove(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        self._hook.close()
         super().remove()
 
 
@@ -98,9 +91,8 @@ def routed(
     Args:
         model: The experts' base, before anything is injected.
         experts: Directories of a library, opened experts, or mappings from weight names to deltas.
-        router: A router that has learned these experts: one of scope `sample`; or by name one of scope `linear` for
-            each weight, or of scope `block` for each transformer block (`model.layers.0`). A single one of these two
-            scopes learns now, at each place (`by_weight`, `by_block`).
+        router: A router that has learned these experts: one of scope `sample`, or one of scope `linear` for each weight
+            by name. A single one of scope `linear` learns now, at each weight (`by_weight`).
         rows: Instead of a router, the number of the expert of each row of the batches that follow; -1 is the fallback.
         fallback: What takes inputs that the router rejects; the base alone if not given.
         check: Whether the model must be the base of the stored experts.
@@ -113,70 +105,29 @@ def routed(
         raise ValueError("the model has experts already; route experts on the base alone, after eject(model)")
     if (router is None) == (rows is None):
         raise ValueError("give either a router, or rows with the number of each row's expert")
-    several, router = _fitting(model, experts, router, fallback, check)
-    count, current = len(experts), CurrentGates()
-    if rows is not None:
-        numbers = torch.tensor(list(rows))[:, None]
-        if not -1 <= int(numbers.min()) <= int(numbers.max()) < count:
-            raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
-        current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
-    plan = partial(_plan, several, current, router if isinstance(router, Mapping) else None)
-    return Routed(model, plan, router if isinstance(router, Router) else None, current)
-
-
-def route_beneath(
-    model: nn.Module,
-    experts: Sequence[AnyExpert],
-    router: Router | Mapping[str, Router],
-    fallback: AnyExpert | None = None,
-) -> None:
-    """Add routed experts to the outputs of a model's layers, for good, and leave the layers free for other experts.
-
-    So a new expert is trained on top of them. A router of scope `sample` reads prompts with the new expert's changes in
-    the first blocks. The function takes the arguments and raises the errors of `routed`.
-    """
-    several, fitting = _fitting(model, experts, router, fallback, check=False)
-    current = CurrentGates()
-    plan = partial(_plan, several, current, fitting if isinstance(fitting, Mapping) else None)
-    for site, make in plan(find_sites(model)).items():
-        if isinstance(site, str):
-            block = model.get_submodule(site)
-            blocks: Any = make(block)
-            blocks.attach(block, "beneath")
-            continue
-        mixture: Any = make(site.module.weight)
-        # As a part of its layer, it follows the model to another device.
-        site.module.add_module("beneath", mixture)
-        site.module.register_forward_hook(mixture.beneath)
-    if isinstance(fitting, Router):
-        model.register_forward_pre_hook(PromptGates(fitting, current), with_kwargs=True)
-
-
-def _fitting(
-    model: nn.Module,
-    experts: Sequence[AnyExpert],
-    router: Router | Mapping[str, Router] | None,
-    fallback: AnyExpert | None,
-    check: bool,
-) -> tuple[list[Mapping[str, Delta]], Router | Mapping[str, Router] | None]:
-    """Return the opened experts with the fallback, and the router, after it is known that all fit together."""
     several = [*open_several(experts), *(open_several(fallback) if fallback is not None else ())]
     check_mergeable([expert for expert in several if isinstance(expert, StoredExpert)])
     if check:
         check_loaded(model, several)
     # A kernel would read beside a delta of another shape.
     check_fit(model, several)
-    count = len(experts)
-    if isinstance(router, Router) and router.scope != "sample":
-        learned = by_block if router.scope == "block" else by_weight
-        router = learned(router, model, several[:count])
-    for one in router.values() if isinstance(router, Mapping) else filter(None, [router]):
+    count, current = len(experts), CurrentGates()
+    if isinstance(router, Router) and router.scope == "linear":
+        router = by_weight(router, model, several[:count])
+    by_name, whole = (router, None) if isinstance(router, Mapping) else (None, router)
+    for one in by_name.values() if by_name is not None else [whole] if whole else []:
         if one.experts != count:
             raise ValueError(
                 f"the router {type(one).__name__} has learned {one.experts} experts, and {count} are given"
             )
         one.select.check(count)
-    return [*several, *([{}] if fallback is None else [])], router
+    if rows is not None:
+        numbers = torch.tensor(list(rows))[:, None]
+        if not -1 <= int(numbers.min()) <= int(numbers.max()) < count:
+            raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
+        current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
+    plan = partial(_plan, [*several, *([{}] if fallback is None else [])], current, by_name)
+    return Routed(model, plan, whole, current)
 
 
 def by_weight(
@@ -200,33 +151,6 @@ def by_weight(
     return found
 
 
-def by_block(router: Router, model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> dict[str, Router]:
-    """Return a copy of a router of scope `block` for each transformer block in which an expert moves a weight."""
-    if router.needs:
-        raise ValueError(f"{type(router).__name__} needs {router.needs}, and no statistics are taken of a block")
-    found = {block: copy.deepcopy(router) for block in places("block", model, experts)}
-    for one in found.values():
-        one.learn([None] * len(experts), [])
-    return found
-
-
-def places(scope: Scope, model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> list[str]:
-    """Return the names of the weights, or for scope `block` of the transformer blocks, at which a router chooses."""
-    return list(dict.fromkeys(_place(scope, site) for site in moved_sites(model, experts)))
-
-
-def _place(scope: Scope, site: Site) -> str:
-    if scope != "block":
-        return site.weight
-    block = block_of(site.weight)
-    if block is None:
-        raise ValueError(
-            f"an expert moves {site.weight}, which is in no transformer block, so a router of scope block cannot "
-            "choose there; take a router of scope sample or linear"
-        )
-    return block
-
-
 def moved_sites(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> list[Site]:
     """Return the linear layers whose weight an expert moves."""
     moved = {name for expert in experts for name in expert}
@@ -245,44 +169,30 @@ def _plan(
     routers: Mapping[str, Router] | None,
     sites: Sequence[Site],
 ) -> dict[Any, Factory]:
-    """Return the mixture of each site that an expert moves, and routers of blocks; refuse experts that move others."""
-    known = {site.weight: site for site in sites}
+    """Return the mixture of each site that an expert moves; refuse experts that move others."""
+    by_name = {name: site for site in sites for name in (site.weight, f"{site.name}.bias")}
     moved = dict.fromkeys(name for expert in experts for name in expert)
-    biases = {f"{site.name}.bias": site for site in sites}
-    # Experts that move biases alone leave a router of weights with nothing to learn.
-    scope: Scope = "sample" if routers is None else next((one.scope for one in routers.values()), "linear")
     for name in moved:
-        if name not in known and name not in biases:
+        if name not in by_name:
             raise ValueError(
                 f"an expert moves {name}, which is not a linear layer's weight, so it cannot be routed; merge it, or "
                 "train experts of linear layers"
             )
-        if routers is not None and _place(scope, known.get(name) or biases[name]) not in routers:
+        if routers is not None and by_name[name].weight not in routers:
             raise ValueError(
-                f"an expert moves {name}, and there is no router of that layer's weight or block; take a router of "
-                "scope sample, which chooses for all layers"
+                f"an expert moves {name}, and there is no router of that layer's weight; take a router of scope "
+                "sample, which chooses for all layers"
             )
-    chosen = {known.get(name) or biases[name] for name in moved}
-
-    blocks = {block: CurrentGates() for block in (routers or ()) if scope == "block"}
 
     def make(site: Site, weight: Tensor) -> Mixture:
         found = [_oriented(site, expert) for expert in experts]
-        gates = blocks[_place(scope, site)] if blocks else current
         router, common = (routers or {}).get(site.weight), None
         if router is not None:
-            weighed, common = router.held(found[: router.experts])
-            found[: router.experts] = weighed
+            found[: router.experts], common = router.held(found[: router.experts])
         deltas = [None if delta is None else delta.to(weight.device) for delta in found]
         bias = f"{site.name}.bias"
         own = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]
-        return Mixture(weight, deltas, gates, router, own if any(own) else (), common)
+        return Mixture(weight, deltas, current, router, own if any(own) else (), common)
 
-    planned: dict[Any, Factory] = {site: partial(make, site) for site in sites if site in chosen}
-    for block, gates in blocks.items():
-        planned[block] = partial(_block_router, (routers or {})[block], gates)
-    return planned
-
-
-def _block_router(router: Router, gates: CurrentGates, block: nn.Module) -> BlockRouter:
-    return BlockRouter(router.to(next(block.parameters()).device), gates)
+    chosen = {by_name[name] for name in moved}
+    return {site: partial(make, site) for site in sites if site in chosen}

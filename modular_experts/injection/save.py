@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from modular_experts.base import Base
 from modular_experts.deltas import add
-from modular_experts.injection.inject import describe_experts, expert_layers, expert_state, named_experts, task_vector
+from modular_experts.experts.expert import Trained
+from modular_experts.injection.inject import expert_layers, expert_state, named_experts, task_vector
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -20,6 +21,7 @@ from modular_experts.library import (
     open_experts,
     write_expert,
 )
+from modular_experts.library.described import class_path
 
 
 def save_expert(
@@ -41,16 +43,13 @@ def save_expert(
         tasks: Names of the tasks that it was trained on.
         base: Directory or hub id of the base; where the model was loaded from if not given.
         applied: Library experts that were added to the base before `inject`; the new expert stands on top of them.
-        scores: Numbers for the record, by name.
-        hyperparameters: Settings of the training for the record, beside the experts' own.
+        scores, hyperparameters, seed: Numbers, further settings and the seed of the training, for the record.
         overwrite: Replace an expert of this name.
-        seed: Seed of the training.
 
     Raises:
         FileExistsError: An expert of this name is there and may not be replaced.
         ValueError: The model has no experts, or the base is not known or not the model's.
     """
-    layers = dict(expert_layers(model))
     if not named_experts(model):
         raise ValueError("the model has no experts to save; put them in before training, by inject(model, ...)")
     check_target(path, overwrite)
@@ -58,7 +57,7 @@ def save_expert(
     if not place:
         raise ValueError("the model does not know where it was loaded from; name its base, such as base='models/small'")
     parents = open_experts(applied) if applied else []
-    opened = Base.open(place, parents)
+    opened, layers = Base.open(place, parents), dict(expert_layers(model))
     opened.structure.check_fit({name: layer.weight.shape for name, layer in layers.items()}, "the trained model")
 
     def anchor(name: str) -> Tensor:
@@ -77,3 +76,31 @@ def save_expert(
     )
     write_expert(path, task_vector(model, anchor), record, overwrite, state=expert_state(model))
     return open_expert(path)
+
+
+def describe_experts(model: nn.Module) -> dict[str, Any]:
+    """Return what `library.make_record` takes: `kind`, `hyperparameters` and, for experts with a state, `class_path`
+    and `not_mergeable_because`; a setting with several values is a list. If one `LayerPlan` made the experts, these
+    describe the plan, and `plan` is there too.
+    """
+    types: dict[str, Trained] = {}
+    values: dict[str, list[Any]] = {}
+    plans: list[Any] = []
+    for _, expert in named_experts(model):
+        types.setdefault(type(expert).__name__, expert)
+        made_by = getattr(expert, "_made_by", None)
+        plans += [] if made_by in plans else [made_by]
+        for name, value in expert.settings().items():
+            if value not in values.setdefault(name, []):
+                values[name].append(value)
+    if len(plans) == 1 and plans[0] is not None:
+        (plan,) = plans
+        facts = {"kind": plan["class"].rpartition(".")[2], "hyperparameters": plan["settings"], "plan": plan}
+    else:
+        plain = {name: found[0] if len(found) == 1 else found for name, found in values.items()}
+        facts = {"kind": "+".join(sorted(types)), "hyperparameters": plain}
+    if with_state := [types[name] for name in sorted(types) if types[name].state()]:
+        reasons = [expert.not_mergeable_because for expert in with_state if not expert.mergeable]
+        facts["class_path"] = "+".join(class_path(type(e)) for e in with_state)
+        facts["not_mergeable_because"] = " and ".join(dict.fromkeys(reasons)) or None
+    return facts

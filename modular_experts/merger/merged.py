@@ -18,7 +18,6 @@ from modular_experts.base import Base, DType
 from modular_experts.base.verify import Check
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
-from modular_experts.injection.attach import mergeable_as
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -34,7 +33,6 @@ from modular_experts.library import (
     union_of_weights,
     write_expert,
 )
-from modular_experts.library.compatibility import check_mergeable
 from modular_experts.library.described import describe
 from modular_experts.library.expert import stored_in
 from modular_experts.library.record import MERGE, RECORD_FILE
@@ -64,10 +62,7 @@ class Merged(TaskVector):
     def __init__(self, experts: Experts, method: Method, per_weight: Rules | None = None) -> None:
         _keep_freed_memory()
         named = [one for one in experts if not isinstance(one, TaskVector) or isinstance(one, StoredExpert)]
-        found = open_experts(named, mergeable=False) if named or not experts else []  # which refuses an empty list
-        taken = [mergeable_as(one) for one in found]
-        check_mergeable([one for one, vector in zip(found, taken, strict=True) if vector in (one, None)])
-        opened = iter(vector for vector in taken if vector is not None)
+        opened = iter(open_experts(named) if named or not experts else [])  # which refuses an empty list
         kept = (isinstance(one, TaskVector) and not isinstance(one, StoredExpert) for one in experts)
         self.experts: list[Any] = [one if keep else next(opened) for one, keep in zip(experts, kept, strict=True)]
         self.stored = stored_in(self.experts)

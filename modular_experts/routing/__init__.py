@@ -1,9 +1,8 @@
 """Choose experts by the input: routers, their gates, and the mixtures that read them.
 
 `router.py` is the contract of a router of your own; open it first. `gates.py` has what a router returns and how scores
-become gates, and `mixture.py` the expert that obeys them; each router has a file.
-`prompts.py` makes gates of whole prompts, and `molora.py` trains experts behind a router. They need torch alone.
-`injection/routed.py` puts routers into a model.
+become gates, `prompts.py` reads whole prompts for it, and `mixture.py` is the expert that obeys the gates.
+`injection/routed.py` puts all of them into a model.
 """
 
 from modular_experts.routing.arrow import Arrow
@@ -12,7 +11,6 @@ from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.constant import Constant
 from modular_experts.routing.energy import Energy
 from modular_experts.routing.gates import Gates, Selection, Softmax, Threshold, TopK, UpTo
-from modular_experts.routing.gen_know_sub import GenKnowSub
 from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.molora import MoLoRAExpert
 from modular_experts.routing.oracle import Oracle
@@ -26,7 +24,6 @@ __all__ = [
     "Constant",
     "Energy",
     "Gates",
-    "GenKnowSub",
     "Mixture",
     "MoLoRAExpert",
     "Oracle",

@@ -20,12 +20,8 @@ class Arrow(Router):
     arXiv 2405.11157).
 
     The prototype of an expert is the right singular vector v of the largest singular value of its delta, the direction
-    of input that the delta makes most of, and its score for an input x is `|x . v|`. It needs no data, and takes deltas
-    of every form. An expert that leaves the weight alone has score 0.
-
-    With its defaults it is the Arrow of PEFT, but for the prototypes: PEFT stops after 15 steps of power iteration,
-    while these are exact. A router of this class takes others by `load_state({"prototypes": p}, experts)`, p
-    `(experts, in)`.
+    of input that the delta makes most of, and its score for an input x is `|x . v|`. It needs no data. Its defaults are
+    those that PEFT has for Arrow; PEFT's prototypes stop after 15 steps of power iteration, while these are exact.
 
     Args:
         unit_inputs: Divide an input by its length before the product, so that the temperature is the same for all.
@@ -43,11 +39,7 @@ class Arrow(Router):
         self.register_buffer("prototypes", torch.empty(0))
 
     @torch.no_grad()
-    def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
-        self._take(deltas)
-
-    def _take(self, deltas: Iterable[Delta | None]) -> None:
-        """Find the prototype of each delta, of which one at a time is in memory."""
+    def learn(self, deltas: Iterable[Delta | None], statistics: Sequence[Tensor]) -> None:
         pairs = [None if delta is None else top_direction(delta) for delta in deltas]
         found = [None if pair is None else (pair[0] * pair[1] if self.scaled else pair[0]).float() for pair in pairs]
         still = torch.zeros_like(next(vector for vector in found if vector is not None))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection
-from modular_experts.routing.router import Router, Scope, check_depths, check_prompts, check_reject
+from modular_experts.routing.router import Router, Scope, check_prompts, check_reading
 
 FOLDS = 4
 
@@ -18,19 +18,17 @@ FOLDS = 4
 class Centroid(Router):
     """The expert with the smallest Mahalanobis distance from its prompts' mean (linear discriminant analysis).
 
-    All experts share one covariance, taken of the prompts around the means of their experts, shrunk towards a multiple
-    of the identity: `(1 - shrink) S + shrink tr(S) / size I`. The score of an expert is minus half of the squared
-    distance, so the softmax of scores is the posterior under equal priors. It reads inputs only, and no answers.
+    All experts share one covariance S, of the prompts around the means of their experts, shrunk to
+    `(1 - shrink) S + shrink tr(S) / size I`. The score of an expert is minus half of the squared distance, so the
+    softmax of scores is the posterior under equal priors.
 
     With `reject`, a prompt that is farther from every mean than this share of the experts' own prompts goes to the
-    fallback, or to the base without one. The own distances are taken with means and covariance of other prompts
-    (4-fold), as the distances of new prompts are.
+    fallback, or to the base without one. The own distances are cross-validated (4-fold).
 
     Args:
         shrink: Weight of the identity, in (0, 1].
         reject: Share of the experts' own prompts that may be rejected, in [0, 1); None rejects nothing.
-        depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings. What
-            is read is read in an extra pass up to the last one.
+        depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings.
         select: Turns scores into gates; the nearest expert alone by default.
     """
 
@@ -50,8 +48,7 @@ class Centroid(Router):
         super().__init__(select)
         if not 0 < shrink <= 1:
             raise ValueError(f"Centroid: shrink={shrink} is outside (0, 1]")
-        check_reject("Centroid", reject)
-        check_depths("Centroid", depths)
+        check_reading("Centroid", depths, reject)
         self.shrink, self.reject, self.depths = shrink, reject, list(depths)
         self.rejects = reject is not None
         for name in ("means", "precision", "farthest"):
@@ -68,7 +65,7 @@ class Centroid(Router):
             own = []
             for fold in range(FOLDS):
                 left = [rows[torch.arange(len(rows)) % FOLDS != fold] for rows in wide]
-                out = [rows[torch.arange(len(rows)) % FOLDS == fold] for rows in wide]
+                out = [rows[fold::FOLDS] for rows in wide]
                 own.append(_distances(torch.cat(out), *_fit(left, self.shrink)).amin(1))
             self.farthest = torch.cat(own).quantile(1 - self.reject).float()
 

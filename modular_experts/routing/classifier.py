@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection
-from modular_experts.routing.router import Router, Scope, check_depths, check_prompts, check_reject
+from modular_experts.routing.router import Router, Scope, check_prompts, check_reading
 
 FOLDS = 4
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -24,15 +24,13 @@ class Classifier(Router):
     """The expert with the largest `w_i . x + b_i` for the prompt's vector x: softmax regression of the expert's number.
 
     It is the minimum of the cross entropy, of which each expert's prompts make an equal share, plus
-    `decay / 2 |w|^2` on vectors that are centred and divided by their pooled standard deviation. That is a convex
-    problem, solved by L-BFGS from zero, so nothing is drawn at random. It reads inputs only, and no answers.
-
-    It learns from whole prompts and from prompts without a part of their front, so that it also finds the expert of a
-    prompt that lacks its instruction.
+    `decay / 2 |w|^2` on vectors that are centred and divided by their pooled standard deviation, found by L-BFGS from
+    zero. It also learns from prompts without a part of their front, so that it finds the expert of a prompt that lacks
+    its instruction.
 
     With `reject`, a prompt whose largest score is lower than the score of this share of the experts' own prompts goes
-    to the fallback, or to the base without one (Hendrycks et al., arXiv 1911.11132). The own scores come from
-    classifiers that learned from other prompts (4-fold), as new prompts have them.
+    to the fallback, or to the base without one (Hendrycks et al., arXiv 1911.11132). The own scores are
+    cross-validated (4-fold).
 
     Args:
         decay: Weight decay; if not given, the one of `DECAYS` with the smallest cross entropy on left-out prompts, by
@@ -58,8 +56,7 @@ class Classifier(Router):
         super().__init__(select)
         if decay is not None and not decay > 0:
             raise ValueError(f"Classifier: decay={decay} must be positive, or left out")
-        check_reject("Classifier", reject)
-        check_depths("Classifier", depths)
+        check_reading("Classifier", depths, reject)
         self.decay, self.reject, self.depths = decay, reject, list(depths)
         self.rejects = reject is not None
         for name in ("weight", "bias", "lowest"):
@@ -94,8 +91,8 @@ class Classifier(Router):
 class _Regression:
     """The regression on given prompts, in coordinates in which these have no covariance.
 
-    There a fit can divide its steps by the curvature of each direction alone, which is nearly exact. It starts at the
-    minimum for the next stronger decay.
+    There a fit can divide its steps by the curvature of each direction alone. It starts at the minimum for the next
+    stronger decay.
     """
 
     def __init__(self, prompts: Sequence[Tensor]) -> None:
@@ -111,11 +108,9 @@ class _Regression:
         self.x = x @ self.turn
 
     def shares(self, owner: Tensor) -> Tensor:
-        """Return the weight of each prompt in the loss, of which each expert's prompts make an equal share."""
         return 1 / (owner.bincount(minlength=self.experts)[owner] * self.experts)
 
     def loss(self, scores: Tensor, owner: Tensor) -> Tensor:
-        """Return the cross entropy of scores `(n, experts)`."""
         return F.cross_entropy(scores, owner, reduction="none") @ self.shares(owner).to(scores)
 
     def fits(self, decays: Sequence[float], x: Tensor, owner: Tensor) -> list[tuple[Tensor, Tensor]]:

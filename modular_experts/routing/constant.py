@@ -16,8 +16,6 @@ from modular_experts.routing.router import Router, Scope
 class Constant(Router):
     """All experts, with weights that depend on no input: what it adds is the weighted sum of their deltas.
 
-    `merge` takes a routed expert with this router, as that sum, and no other routed expert.
-
     Args:
         weights: Weight of each expert, in their order; equal shares of 1 if not given.
     """
@@ -40,9 +38,6 @@ class Constant(Router):
                 "one number for each"
             )
         self.shares = torch.tensor(weights)
-
-    def constant_weights(self) -> list[float]:
-        return self.shares.tolist()
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self.shares.expand(len(hidden), -1)

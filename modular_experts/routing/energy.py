@@ -16,9 +16,8 @@ from modular_experts.routing.router import Router, Scope
 class Energy(Router):
     """The experts with the largest `|d_i x| / |d_i|`, x the layer's input and |d_i| the Frobenius norm of a delta.
 
-    `|d_i x|` is the length of the expert's addition to the output; by `|d_i x|^2 = sum_r s_r^2 (v_r . x)^2` it
-    weighs every right singular vector of the delta, of which Arrow takes the first. It needs no data. Every expert is
-    multiplied with every token, so it costs what `Softmax` gates over all experts do.
+    By `|d_i x|^2 = sum_r s_r^2 (v_r . x)^2` it weighs every right singular vector of the delta, of which Arrow takes
+    the first. It needs no data. Every expert is multiplied with every token.
 
     Args:
         select: Turns scores into gates; the softmax over the best two by default.
@@ -45,7 +44,6 @@ class Energy(Router):
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         still = x.new_zeros(len(x))
         moved = [still if delta is None else delta.linear(x).norm(dim=1) for delta in self._deltas]
-        # The norm of a delta that moves nothing divides nothing.
         return torch.stack(moved, 1) / self.norms.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Energy:

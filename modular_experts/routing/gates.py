@@ -1,8 +1,4 @@
-"""Define gates, which name the experts that each input takes, and how much of each.
-
-A router makes gates of scores by a selection; mixtures read them, sorted by expert, so that each expert sees its inputs
-in one piece.
-"""
+"""Define gates, which name the experts that each input takes and how much of each, and selections, which make them."""
 
 from __future__ import annotations
 
@@ -23,9 +19,8 @@ class Rows(NamedTuple):
     """What a forward pass knows of its rows beyond their tokens.
 
     Attributes:
-        prompt: Which tokens are the prompts, `(rows, length)` bool; None where all tokens are. A gate must not see the
-            answer.
-        tasks: The task of each row, where the data tell.
+        prompt: Which tokens are the prompts, `(rows, length)` bool; None where all tokens are.
+        tasks: The task of each row.
         tokens: Which places hold tokens and no padding, `(rows, length)` bool; None where all do.
         row: The row of each place where rows are packed, `(packs, length)` int64, and -1 on padding; None where each
             line is a row. The other shapes are then `(packs, length)`, too.
@@ -41,7 +36,7 @@ _ROWS: ContextVar[Rows | None] = ContextVar("rows", default=None)
 
 
 def rows_at_hand() -> Rows:
-    """Return what `reading` told of the rows of the forward pass that runs now: nothing outside of it."""
+    """Return what `reading` told of the rows of the forward pass that runs now."""
     return _ROWS.get() or Rows()
 
 
@@ -52,7 +47,7 @@ def reading(
     tokens: Tensor | None = None,
     row: Tensor | None = None,
 ) -> Iterator[None]:
-    """Tell the routers of forward passes inside what the rows are."""
+    """Tell the routers of forward passes inside what the rows are (`Rows`)."""
     token = _ROWS.set(Rows(prompt, tasks, tokens, row))
     try:
         yield
@@ -61,7 +56,7 @@ def reading(
 
 
 def mean_over_ranks(counts: Tensor) -> Tensor:
-    """Return floating-point counts averaged over the processes that train together, and as they are in one process.
+    """Return floating-point counts averaged over the processes that train together.
 
     Sums over this process divided by such a count, averaged over processes, are the mean of one process with all rows.
     """
@@ -108,13 +103,11 @@ class Gates:
         """The inputs of each expert that any input takes, by the expert's number."""
         taken = self.weights != 0
         rows = torch.arange(len(self.ids), device=self.ids.device)[:, None].expand_as(self.ids)[taken]
-        ids, weights = self.ids[taken], self.weights[taken]
-        ids, order = ids.sort(stable=True)
-        rows, weights = rows[order], weights[order]
+        ids, order = self.ids[taken].sort(stable=True)
+        rows, weights = rows[order], self.weights[taken][order]
         numbers, counts = ids.unique_consecutive(return_counts=True)
-        found = []
-        parts = zip(rows.split(counts.tolist()), weights.split(counts.tolist()), strict=True)
-        for expert, (places, factors) in zip(numbers.tolist(), parts, strict=True):
+        sizes, found = counts.tolist(), []
+        for expert, places, factors in zip(numbers.tolist(), rows.split(sizes), weights.split(sizes), strict=True):
             one = not factors.requires_grad and bool((factors == 1).all())
             found.append(Segment(expert, None if len(places) == len(self.ids) else places, None if one else factors))
         return found
@@ -138,8 +131,7 @@ class Selection(ABC):
     """Makes gates of scores `(n, experts)`, of which a larger one is a better fit."""
 
     @abstractmethod
-    def __call__(self, scores: Tensor) -> Gates:
-        """Return the gates of `n` inputs."""
+    def __call__(self, scores: Tensor) -> Gates: ...
 
     def check(self, experts: int) -> None:  # noqa: B027 - most need nothing
         """Raise ValueError if there are too few experts."""
@@ -175,12 +167,7 @@ class TopK(Selection):
 
 @dataclass(frozen=True)
 class UpTo(TopK):
-    """The `k` experts with the largest scores as `TopK`, or all experts where there are fewer.
-
-    Args:
-        k: The most experts of an input.
-        temperature: Divides the scores before the softmax.
-    """
+    """The `k` experts with the largest scores as `TopK`, or all experts where there are fewer."""
 
     def check(self, experts: int) -> None:
         pass
@@ -228,7 +215,7 @@ class Threshold(Selection):
 
 @dataclass
 class CurrentGates:
-    """The gates of the forward pass at hand: a router writes them, and the mixtures of its scope read them.
+    """The gates that a router of whole prompts has made for the forward pass at hand, and all mixtures read.
 
     They stay until the next pass, because gradient checkpointing computes layers again after it.
     """

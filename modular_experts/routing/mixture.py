@@ -1,27 +1,23 @@
 """A mixture holds the deltas of several experts at one linear layer, and gives each input those that its gates name.
 
-`BlockRouter` makes the gates that all mixtures of a transformer block read. Each delta is held once, in the form that
-is quickest to multiply: entries row by row, with columns of two bytes where they fit, and the other forms as they are,
-with values in the model's dtype. On the CPU compiled loops (`native/products.py`) serve all experts of a layer in one
-call; elsewhere, and where a gradient is needed, torch multiplies expert by expert.
+On the CPU compiled loops (`native/products.py`) serve all experts of a layer in one call; elsewhere, and where a
+gradient is needed, torch multiplies expert by expert.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.experts.expert import Expert, NotMergeable
-from modular_experts.experts.module_expert import ModuleExpert
+from modular_experts.kernels.plain import accept_compressed_rows
 from modular_experts.native import products as compiled
 from modular_experts.native.products import Factor, Form, Part
 from modular_experts.routing.gates import CurrentGates, Segment
@@ -31,16 +27,14 @@ from modular_experts.routing.router import Router
 class Mixture(NotMergeable, Expert):
     """Adds to the base's output the outputs of the experts that an input's gates name.
 
-    One product with the base's weight serves all inputs, and each expert's delta multiplies its own inputs only. A gate
-    is made for a whole row of a batch (scope `sample`), or for each token by a router of the transformer block (scope
-    `block`) or of this layer (scope `linear`).
+    One product with the base's weight serves all inputs, and each expert's delta multiplies its own inputs only.
 
     Args:
         weight: The base weight `(out, in)`.
         deltas: Each expert's delta of the weight, None where it has none; the last one is the fallback's, which takes
             the number of experts as its own.
-        gates: Where the gates of the pass at hand are, for the scopes `sample` and `block`.
-        router: The layer's own router, for scope `linear`.
+        gates: Where the gates of the pass at hand are, for scope `sample`: one for each row of a batch.
+        router: The layer's own router, for scope `linear`: gates for each token.
         biases: Each expert's delta of the layer's bias, if any has one.
         common: A delta of the weight that every input gets, whatever its gates.
     """
@@ -68,13 +62,7 @@ class Mixture(NotMergeable, Expert):
         return self.router is not None or self.gates.packs
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._added(F.linear(x, weight, bias), x)
-
-    def beneath(self, layer: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Add to the output of a layer with another expert in it, as the layer's forward hook."""
-        return self._added(out.clone(memory_format=torch.contiguous_format), arguments[0])
-
-    def _added(self, out: Tensor, x: Tensor) -> Tensor:
+        out = F.linear(x, weight, bias)
         if self.common is not None:
             out = out + self.common.linear(x)
         gates = self.gates.gates if self.router is None else self.router(x.reshape(-1, x.shape[-1]))
@@ -100,30 +88,11 @@ class Mixture(NotMergeable, Expert):
         return self
 
 
-class BlockRouter(ModuleExpert):
-    """Shows each token that enters a transformer block to a router, and its gates to the mixtures inside.
-
-    Args:
-        router: The block's router.
-        gates: Where the mixtures of the block read them.
-    """
-
-    not_mergeable_because: ClassVar[str] = Mixture.not_mergeable_because
-
-    def __init__(self, router: Router, gates: CurrentGates) -> None:
-        super().__init__()
-        self.router, self.gates = router, gates
-
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.gates.gates = self.router(hidden.reshape(-1, hidden.shape[-1]))
-
-
 @dataclass(frozen=True, eq=False)
 class Entries:
     """The entries of a `Sparse` delta, row by row.
 
-    Args:
+    Attributes:
         starts: Where each row begins and the last one ends, `(out + 1,)` int32.
         columns: Columns `(n,)`: int32, or where the weight has at most 65536 of them the lower half of it, int16.
         values: `(n,)`.
@@ -137,7 +106,6 @@ class Entries:
 
     @classmethod
     def of(cls, delta: Sparse, dtype: torch.dtype) -> Entries:
-        """Return a sparse delta row by row, with values of this dtype."""
         rows, columns = rows_and_columns(delta.indices, delta.shape)
         starts = torch.zeros(delta.shape[0] + 1, dtype=torch.int32, device=delta.device)
         starts[1:] = rows.bincount(minlength=delta.shape[0]).cumsum(0)
@@ -148,7 +116,7 @@ class Entries:
 
     def linear(self, x: Tensor) -> Tensor:
         """Return `x @ delta.T` in the dtype of `x`, `(..., in)` to `(..., out)`."""
-        _know_csr()
+        accept_compressed_rows()
         # Not every device has half-precision kernels for sparse products.
         wide = torch.promote_types(x.dtype, torch.float32)
         columns = self.columns.to(torch.int32)
@@ -159,7 +127,6 @@ class Entries:
         return (matrix @ flat.T).T.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Entries:
-        """Move to a device, and cast the values."""
         return Entries(self.starts.to(device), self.columns.to(device), self.values.to(device, dtype), self.shape)
 
     @property
@@ -169,19 +136,13 @@ class Entries:
 
 
 class Held:
-    """A delta in the form in which it is multiplied, with values of a dtype, the model's.
-
-    Args:
-        delta: The delta; entries may be packed already.
-        dtype: The dtype of the values.
-    """
+    """A delta in the form in which it is multiplied quickest, with values of the model's dtype."""
 
     def __init__(self, delta: Delta | Entries, dtype: torch.dtype) -> None:
         self.delta = _prepared(delta, dtype)
         self.factor = _factor(self.delta)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Held:
-        """Move to a device, and cast the values."""
         return Held(self.delta.to(device, dtype), dtype)
 
     @property
@@ -241,11 +202,3 @@ def add_change(out: Tensor, change: Tensor, places: Tensor | None, weights: Tens
         out.add_(change)
     else:
         out.index_add_(0, places, change)
-
-
-@functools.cache
-def _know_csr() -> None:
-    """Make a first CSR tensor; torch warns once in a process that this layout is new."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.zeros(1, 1).to_sparse_csr()

@@ -21,12 +21,10 @@ class MoLoRAExpert(NotMergeable, Expert):
     """Adds `scale * sum_e g_e(x) up_e @ down_e` at each token, with gates for the `k` best of the layer's experts.
 
     The gates are the softmax of a linear router's logits, without bias, taken over the `k` largest of them. All experts
-    together are one low-rank product of rank `experts * rank`, whose inner values the gates multiply, so they
-    cost as much as such a LoRA, and no tensor (tokens, experts, out) is made.
+    together are one low-rank product of rank `experts * rank`, whose inner values the gates multiply.
 
     The penalty keeps the experts in use: `balance` times `experts * sum_e f_e p_e`, where `f_e` is how often a token
-    takes expert `e` and `p_e` the mean probability of it, both over the tokens of all processes without padding. At
-    even use it is `balance * k`.
+    takes expert `e` and `p_e` the mean probability of it, both over the tokens of all processes without padding.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -65,7 +63,6 @@ class MoLoRAExpert(NotMergeable, Expert):
 
     @classmethod
     def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> MoLoRAExpert:
-        """Return an expert of the sizes that a state has, ready to load it."""
         count = len(state["router"])
         # What the settings alone decide is read from the state, and the rest is replaced by it.
         with torch.device("meta"):
@@ -73,11 +70,10 @@ class MoLoRAExpert(NotMergeable, Expert):
         return made.to_empty(device=weight.device)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the parameters and buffers, and `k` and the scale, which the library does not keep by layer."""
+        """Return the parameters and buffers, and `k` and the scale, which the record does not keep by layer."""
         return {**self.state_dict(), "k": torch.tensor(self.k), "scale": torch.tensor(self.scale, dtype=torch.float64)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Take the parameters and buffers, and also `k` and the scale, which `state` returned."""
         self.k, self.scale = int(state_dict.get("k", self.k)), float(state_dict.get("scale", self.scale))
         tensors = {name: tensor for name, tensor in state_dict.items() if name not in ("k", "scale")}
         return super().load_state_dict(tensors, *args, **kwargs)

@@ -17,8 +17,7 @@ from modular_experts.routing.router import Router, Scope
 class Oracle(Router):
     """The expert of the row's task, by the task's name in the data; a row of another task goes to the fallback.
 
-    It reads no input. With it, routing gives each held-in task what its own expert can do, which is the most that a
-    router can be compared with.
+    It is the bound with which other routers are compared.
 
     Args:
         tasks: Number of the expert of each task; by default the experts' records tell it.

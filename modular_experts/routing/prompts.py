@@ -24,9 +24,9 @@ class PromptGates:
     with kept keys and values keeps the gates of its prompts. Where rows are packed, or some of them go on, `reading`
     must tell the row of each place.
 
-    Args:
-        router: A router of scope `sample` that has learned its experts.
-        current: Where the mixtures find the gates.
+    Raises:
+        ValueError: (by a pass) The model was called without `input_ids`, or with packed rows of which `reading` tells
+            nothing, or a growing answer would be read as prompt.
     """
 
     def __init__(self, router: Router, current: CurrentGates) -> None:
@@ -36,12 +36,6 @@ class PromptGates:
         current.packs = True
 
     def __call__(self, model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Make the gates of a pass, before it starts.
-
-        Raises:
-            ValueError: The model was called without `input_ids`, or with packed rows of which `reading` tells nothing,
-                or a growing answer would be read as prompt.
-        """
         row = rows_at_hand().row
         if self._inside:
             return
@@ -80,10 +74,8 @@ class Growth:
         self._before: Tensor | None = None
 
     def check(self, ids: Tensor, named: Mapping[str, Any]) -> None:
-        """Look at the token ids `(rows, length)` and the keyword arguments of a pass.
-
-        Raises:
-            ValueError: The rows repeat the pass before with one token more, and `reading` tells of no prompt.
+        """Raise ValueError if a pass with token ids `(rows, length)` repeats the one before with one token more, and
+        `reading` tells of no prompt.
         """
         before, self._before = self._before, None
         if rows_at_hand().prompt is not None or named.get("use_cache") is not False:
@@ -126,8 +118,7 @@ def prompt_vectors(
     """Return each prompt as a vector of length 1 for each depth, `(rows, size)` float32.
 
     It is the mean over the prompt's tokens, without the first, of the hidden states after a share of the transformer
-    blocks. The pass ends at the deepest one, so it costs that share of a forward pass. It runs without dropout, also
-    while the model trains.
+    blocks. The pass ends at the deepest one, and runs without dropout.
 
     Args:
         model: A causal language model.
@@ -159,7 +150,6 @@ def prompt_vectors(
 
 
 def _hidden_states(body: Any, inputs: Mapping[str, Any], depths: Sequence[float]) -> list[Tensor]:
-    """Return the hidden states `(rows, length, size)` at each depth, by a pass that ends at the deepest one."""
     blocks = list(dict.fromkeys(block for name, _ in body.named_parameters() if (block := block_of(name))))
     numbers = [round(depth * len(blocks)) for depth in depths]
     *earlier, deepest = dict.fromkeys(numbers)

@@ -1,8 +1,6 @@
 """Define the contract of a router, which scores the experts for each input and turns the scores into gates.
 
-Read this file to write a router of your own: a class with `learn` and `scores`. A router of scope `sample` scores whole
-prompts, one of scope `block` what enters a transformer block, one of scope `linear` the inputs of one linear layer.
-`injection/routed.py` puts routers into a model.
+Read this file to write a router of your own: a class with `learn` and `scores`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection, TopK
 
-Scope = Literal["sample", "block", "linear"]
+Scope = Literal["sample", "linear"]
 
 
 class Router(nn.Module, ABC):
@@ -24,8 +22,7 @@ class Router(nn.Module, ABC):
 
     A router of scope `sample` serves the whole model and chooses for whole rows. It sees each prompt as the means
     over its tokens of the base's hidden states at `depths`, each of length 1, one behind the other. In scope `linear`
-    there is one for each weight, which sees the layer's inputs and chooses for each token. In scope `block` there is
-    one for each transformer block, which sees what enters the block and chooses for each token, for all its layers.
+    there is one for each weight, which sees the layer's inputs and chooses for each token.
 
     Args:
         select: Turns scores into gates; the best expert alone by default.
@@ -36,11 +33,10 @@ class Router(nn.Module, ABC):
     needs: ClassVar[str | None] = None
     """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them: of scope `sample`
     `prompts`, or `prompt_parts`, where each prompt is followed by a part of itself; of scope `linear` any other, of
-    which a router gets its weight's. None of scope `block`."""
+    which a router gets its weight's."""
 
     rejects: bool = False
-    """Whether the router may send an input to the fallback, whose number in gates is the number of experts. `route`
-    refuses a fallback for a router that never does."""
+    """Whether the router may send an input to the fallback, whose number in gates is the number of experts."""
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
@@ -60,7 +56,7 @@ class Router(nn.Module, ABC):
 
         Args:
             deltas: One for each expert. In scope `linear` its delta of the weight, `(out, in)`, or None where it has
-                none; at least one expert has one. In the other scopes None.
+                none; at least one expert has one. In scope `sample` None.
             statistics: What the router `needs`, one for each expert, float32: `prompts` and `prompt_parts` are vectors
                 of prompts of the expert's tasks, `(rows, size)`. Without entries where the expert has none of the
                 weight. No tensor at all if the router needs nothing.
@@ -76,17 +72,9 @@ class Router(nn.Module, ABC):
     def held(self, deltas: Sequence[Delta | None]) -> tuple[Sequence[Delta | None], Delta | None]:
         """Return the deltas that gates weigh, and one that each input gets besides, or None.
 
-        A router of scope `linear` is asked once, when its layer gets the experts. Here the deltas stay as they are, and
-        nothing comes besides.
-
-        Args:
-            deltas: As `learn` gets them.
+        A router of scope `linear` is asked once, when its layer gets the experts, with the deltas as `learn` gets them.
         """
         return deltas, None
-
-    def constant_weights(self) -> Sequence[float] | None:
-        """Return the weight of each expert if it depends on no input, so that a merge takes their sum; here None."""
-        return None
 
     def forward(self, hidden: Tensor) -> Gates:
         """Return the gates of `n` inputs `(n, size)`."""
@@ -109,14 +97,10 @@ class Router(nn.Module, ABC):
         self.load_state_dict(dict(state))
 
 
-def check_depths(name: str, depths: Sequence[float]) -> None:
-    """Raise ValueError unless prompts can be read at these shares of the transformer blocks."""
+def check_reading(name: str, depths: Sequence[float], reject: float | None = None) -> None:
+    """Raise ValueError unless a router can read prompts at these depths, and reject this share of them."""
     if not depths or not 0 <= min(depths) <= max(depths) <= 1:
         raise ValueError(f"{name}: depths={list(depths)} must be numbers from 0 to 1, at least one")
-
-
-def check_reject(name: str, reject: float | None) -> None:
-    """Raise ValueError unless this is a share of prompts that a router may reject."""
     if reject is not None and not 0 <= reject < 1:
         raise ValueError(f"{name}: reject={reject} is outside [0, 1)")
 

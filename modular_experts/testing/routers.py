@@ -71,7 +71,6 @@ class _Case:
         elif router.needs == "gates":
             self.statistics = list(torch.randn(count, size, generator=draw))
         elif router.needs is not None:
-            assert router.scope != "block", f"no statistics are taken of a block, and the router needs {router.needs}"
             found = [made_statistic(router.needs, torch.Size(_SHAPE), seed) for seed in range(count)]
             self.statistics = [one.values for one in found if one is not None]
         self.inputs = torch.cat([*(_near(middle, 3, draw) for middle in middles), torch.linspace(-50, 50, size)[None]])

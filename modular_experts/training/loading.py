@@ -14,9 +14,8 @@ from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
 from modular_experts.deltas import add
 from modular_experts.injection import named_experts
-from modular_experts.injection.attach import attached, put_beneath
-from modular_experts.library import StoredExpert, open_experts
-from modular_experts.library.compatibility import check_mergeable
+from modular_experts.injection.attach import attached
+from modular_experts.library import StoredExpert
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +28,6 @@ def place_of(base: Any, revision: str | None) -> tuple[str, str | None]:
     if isinstance(base, Base):
         return base.place, revision or base.revision
     return str(base), revision
-
-
-def open_applied(names: Sequence[str], trains: bool) -> list[StoredExpert]:
-    """Open the experts that are added to a base, and refuse those that training cannot go on from.
-
-    If it `trains` new experts on top of them, these can go on from deltas and from one routed expert, but from no other
-    expert that chooses by the input.
-    """
-    applied = open_experts(names, mergeable=False) if names else []
-    routed = [expert for expert in applied if expert.is_routed]
-    beneath = [one for one in applied if not one.is_routed] if trains else _added(applied)
-    check_mergeable(beneath)
-    if trains and len(routed) > 1:
-        raise ValueError(f"{routed[0].name} and {routed[1].name} are both routed; train on top of one of them")
-    return applied
 
 
 def opened_base(place: str, applied: Sequence[StoredExpert], revision: str | None) -> Base:
@@ -66,28 +50,13 @@ def check_given(model: nn.Module, base: Base, trains: bool) -> None:
     base.check_loaded(model)
 
 
-def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool) -> None:
+def put_applied(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
     """Add stored experts to a model, and freeze all of it."""
-    added = _added(applied)
-    if len(added) < len(applied) and not trains:
-        attached(model, applied, check=False)
+    if all(expert.mergeable for expert in applied):
+        apply_deltas(model, applied)
     else:
-        apply_deltas(model, added)
-        for expert in applied:
-            if expert.is_routed:
-                put_beneath(model, expert)
+        attached(model, applied, check=False)
     model.requires_grad_(False)
-
-
-def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
-    """Raise if experts that choose by the input were put on top of a routed expert."""
-    routed = [expert for expert in applied if expert.is_routed]
-    chooses = [type(one).__name__ for _, one in named_experts(model) if not one.mergeable]
-    if routed and chooses:
-        raise ValueError(
-            f"{chooses[0]} chooses by the input, as {routed[0].name} does, and the two could not be used together; "
-            "train an expert that is a delta, such as LoRAExpert"
-        )
 
 
 def anchor(base: Base, applied: Sequence[StoredExpert], dtype: str, name: str) -> Tensor:
@@ -121,8 +90,3 @@ def warn_of_slow_bfloat16(trainer: Trainer | None, dtype: str) -> None:
     if options and known and not any(can.get(name) for name in known):
         avoid = f"{' and '.join(options)} avoids that"
         log.warning("this processor has no instructions for bfloat16, which took seven times as long; %s", avoid)
-
-
-def _added(applied: Sequence[StoredExpert]) -> list[StoredExpert]:
-    """Return the experts that are deltas, which can be added to weights."""
-    return [expert for expert in applied if expert.mergeable]

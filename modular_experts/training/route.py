@@ -13,7 +13,7 @@ from torch import Tensor
 from modular_experts.base import Base
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import COUNT, MODEL, describe_router
-from modular_experts.injection.routed import by_block, by_weight
+from modular_experts.injection.routed import by_weight
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -34,8 +34,6 @@ from modular_experts.routing import Centroid, Mixture, Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.statistics import take_statistics
 from modular_experts.tuning.objective import ValidationRows
-
-BECAUSE_CONSTANT = "it needs the experts behind it, of which `merge` makes one expert if it gets this one"
 
 
 def route(
@@ -84,7 +82,6 @@ def route(
     # Whoever gives the router trusts its code.
     trust(type(router), type(router.select))
     state = _state(_learned(router, opened), len(opened))
-    because = Mixture.not_mergeable_because if router.constant_weights() is None else BECAUSE_CONSTANT
     record = make_record(
         ROUTED,
         base,
@@ -92,7 +89,7 @@ def route(
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
         parents=as_parents(members),
         class_path=class_path(type(router)),
-        not_mergeable_because=because,
+        not_mergeable_because=Mixture.not_mergeable_because,
     )
     write_expert(target, {}, record, overwrite, state=state)
     return open_expert(target)
@@ -130,8 +127,6 @@ def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[s
         return router
     # Only the base tells how its layers keep their weights.
     model = Base.open(None, experts).structure.model
-    if router.scope == "block":
-        return by_block(router, model, experts)
     taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
     return by_weight(router, model, experts, taken)
 

@@ -18,7 +18,7 @@ from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.evaluation import evaluate, measure
-from modular_experts.injection.attach import attached, put_in
+from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merger import merge
 from modular_experts.routing import Centroid, Oracle, Softmax, TopK
@@ -102,7 +102,7 @@ def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llam
     assert main(["statistics", *EXPERTS, "--kind", "prompts", "--data.tasks", tasks]) == 0
     made = route(EXPERTS[1:], "library/r", router, fallback="library/merged" if router.rejects else None)
     model = Base.open(tiny_llama_dir).load()
-    with put_in(model, made) as running:
+    with attached(model, made) as running:
         again = running.router
         assert type(again) is type(router)
         assert again.select == router.select
@@ -148,32 +148,7 @@ def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
         assert f"{sentence}evaluate, generate and test use it as it is" in err
     code, _, err = run("generate", "--experts", "library/r", "library/upper", "upper bat:")
     assert code == 1
-    assert "r chooses by the input, so nothing can be added to it but what was trained on top of it; name it" in err
-
-
-def test_constant_gates_merge_to_the_weighted_sum(run, place, tasks, tiny_llama_dir, task_files):
-    weights = ["--router", "Constant", "--router.weights", "[0.25, -0.5, 2]"]
-    code, out, err = run("route", *EXPERTS, *weights, "--out", "library/r")
-    assert (code, err) == (0, "")
-    assert "Constant(weights=[0.25, -0.5, 2.0]) chooses among 3 experts" in out
-    assert run("merge", "--experts", "library/r", "--method", "Average", "--out", "library/sum")[0] == 0
-    wanted = (
-        0.25 * open_expert("library/upper") + -0.5 * open_expert("library/reverse") + 2 * open_expert("library/first")
-    )
-    found = open_expert("library/sum")
-    assert list(found) == list(wanted) == sorted(WEIGHTS)
-    for name in WEIGHTS:
-        torch.testing.assert_close(found[name].dense(), wanted[name].dense(), rtol=1e-5, atol=1e-6)
-    assert [parent["name"] for parent in found.record["parents"]] == TASKS
-    data = mixture({name: task_files[name] for name in TASKS}, tiny_llama_dir)
-    scores = evaluate(None, {"routed": "library/r", "sum": "library/sum"}, data, max_new_tokens=None)
-    losses = {(row["model"], row["task"]): row["value"] for row in scores.rows if row["metric"] == "loss"}
-    for name in TASKS:
-        assert losses["routed", name] == pytest.approx(losses["sum", name], rel=1e-4)
-    two = merge(["library/r", "library/merged"], "Average")
-    half = 0.5 * wanted["model.layers.1.mlp.down_proj.weight"].dense()
-    half += 0.5 * open_expert("library/merged")["model.layers.1.mlp.down_proj.weight"].dense()
-    torch.testing.assert_close(two["model.layers.1.mlp.down_proj.weight"].dense(), half, rtol=1e-5, atol=1e-6)
+    assert "r chooses by the input, so nothing can be added to it; name it alone" in err
 
 
 def test_constant_gates_fit_their_experts(run, place):
@@ -184,11 +159,9 @@ def test_constant_gates_fit_their_experts(run, place):
     code, _, err = run("route", *EXPERTS, "--router", "Constant", "--router.weights", "[]", "--out", "library/r")
     assert code == 1
     assert "Constant: weights=[] are 0 numbers, and there are 3 experts" in err
-    assert run("route", *EXPERTS, "--router", "Constant", "--out", "library/r")[0] == 0
+    code, out, err = run("route", *EXPERTS, "--router", "Constant", "--out", "library/r")
+    assert (code, "Constant chooses among 3 experts" in out) == (0, True), err
     assert open_expert("library/r").state()["router/shares"].tolist() == pytest.approx([1 / 3] * 3)
-    code, _, err = run("apply", "--experts", "library/r", "--out", "checkpoint")
-    assert code == 1
-    assert "because it needs the experts behind it, of which `merge` makes one expert if it gets this one" in err
 
 
 def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, tasks, tiny_llama_dir):
@@ -293,7 +266,7 @@ def test_a_router_of_a_user_is_not_taken_for_a_built_in_one_of_its_name(place, t
         pass
 
     made = route(EXPERTS[1:], "library/r", Constant())
-    with put_in(Base.open(tiny_llama_dir).load(), made) as running:
+    with attached(Base.open(tiny_llama_dir).load(), made) as running:
         assert type(running.router) is Constant
     with pytest.raises(ValueError, match="r cannot be merged or added to its base, because its router chooses"):
         merge(["library/r", "library/upper"], "Average")

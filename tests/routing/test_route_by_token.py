@@ -1,31 +1,24 @@
-"""Routers of each layer and of each block choose by their inputs, and come back from the library as they were."""
+"""Routers of each layer choose by their inputs, and come back from the library as they were."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build_model
-from test_routed import delta, experts_of
+from test_routed import delta
 from testbed.runs import mixture
-from torch import Tensor
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Delta
-from modular_experts.injection import ExpertLayer, named_experts
-from modular_experts.injection.attach import attached, put_in
+from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import routed
 from modular_experts.library import make_record, open_expert, open_experts, open_statistics, write_expert
-from modular_experts.routing import Arrow, Energy, GenKnowSub, Router, Softmax, TopK
-from modular_experts.routing.gates import Selection
+from modular_experts.routing import Arrow, Energy, Router, TopK
 from modular_experts.statistics import take_statistics
-from modular_experts.testing import check_router
-from modular_experts.text import block_of
 from modular_experts.training.route import route
 
 TASKS = ["upper", "reverse", "first"]
@@ -51,7 +44,7 @@ def library(base: Path, folder: Path, weights: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("architecture", sorted(WEIGHTS))
-@pytest.mark.parametrize("router", [Arrow(scaled=True), GenKnowSub(select=Softmax(0.5)), Energy(TopK(2))], ids=type)
+@pytest.mark.parametrize("router", [Arrow(scaled=True), Energy(TopK(2))], ids=type)
 def test_a_router_of_each_layer_is_the_same_after_it_was_stored(tiny, tmp_path, architecture, router: Router) -> None:
     base = tiny(architecture)
     experts = library(base, tmp_path, WEIGHTS[architecture])
@@ -59,7 +52,7 @@ def test_a_router_of_each_layer_is_the_same_after_it_was_stored(tiny, tmp_path, 
     model = Base.open(base).load()
     with routed(model, open_experts(experts), router), torch.no_grad():
         wanted = model(input_ids=TOKENS).logits
-    with put_in(model, made), torch.no_grad():
+    with attached(model, made), torch.no_grad():
         found = model(input_ids=TOKENS).logits
     with torch.no_grad():
         assert (wanted - model(input_ids=TOKENS).logits).abs().max() > 1e-2
@@ -110,98 +103,3 @@ def test_fit_trains_the_gates_of_stored_experts(tiny_llama_dir, tmp_path, monkey
     assert "--expert" in capsys.readouterr().err
     assert main(["statistics", "--experts", experts[0], "--kind", "gates", "--data.tasks", tasks]) == 2
     capsys.readouterr()
-
-
-class First(Router):
-    """Scores expert n by entry n of the block's input."""
-
-    scope = "block"
-
-    def __init__(self, select: Selection | None = None) -> None:
-        super().__init__(select)
-        self.register_buffer("turn", torch.zeros(()))
-
-    def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
-        self.experts = len(deltas)
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        return hidden[:, : self.experts] * (1 - 2 * self.turn)
-
-
-class Needs(First):
-    needs = "gram"
-
-
-def test_a_router_of_a_block_keeps_the_contract() -> None:
-    check_router(First(), order=False)
-    check_router(First(TopK(2)), order=False)
-    with pytest.raises(AssertionError, match="no statistics are taken of a block, and the router needs gram"):
-        check_router(Needs())
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_all_layers_of_a_block_take_the_experts_that_its_input_chooses(architecture: str) -> None:
-    model = build_model(architecture).double()
-    experts, entered, checked = experts_of(model), {}, []
-
-    def look(name: str, layer: ExpertLayer, args: tuple[Tensor], output: Tensor) -> None:
-        block = next(block for block in entered if name.startswith(f"{block}."))
-        weight, x = layer.matrix, args[0].flatten(0, 1)
-        wanted = x @ weight.T + (0 if layer.bias is None else layer.bias)
-        for token, state in enumerate(entered[block].flatten(0, 1)):
-            best = state[:3].argsort(descending=True)[:2]
-            for number, share in zip(best.tolist(), state[best].softmax(0), strict=True):
-                moved = layer.oriented(experts[number][name]).dense()
-                wanted[token] = wanted[token] + share * (moved @ x[token])
-        torch.testing.assert_close(output.flatten(0, 1), wanted, rtol=1e-9, atol=1e-9)
-        checked.append(name)
-
-    with routed(model, experts, First(TopK(2)), check=False), torch.no_grad():
-        blocks = [name for name, _ in named_experts(model) if not name.endswith(".weight")]
-        for block in blocks:
-            model.get_submodule(block).register_forward_pre_hook(
-                lambda module, args, block=block: entered.update({block: args[0]})
-            )
-        for name, layer in model.named_modules():
-            if isinstance(layer, ExpertLayer):
-                layer.register_forward_hook(lambda m, a, o, name=f"{name}.weight": look(name, m, a, o))
-        model(TOKENS)
-    assert len(blocks) == 2
-    assert sorted(checked) == sorted(experts[0])
-
-
-@pytest.mark.parametrize("architecture", sorted(WEIGHTS))
-def test_it_is_the_same_after_it_was_stored_and_with_kept_keys_and_values(tiny, tmp_path, architecture: str) -> None:
-    base = tiny(architecture)
-    experts = library(base, tmp_path, WEIGHTS[architecture])
-    made = route(experts, tmp_path / "library" / "routed", First(TopK(2)))
-    blocks = {block_of(weight) for weight in WEIGHTS[architecture]}
-    assert {name.rpartition("/")[0] for name in made.state()} == {"router", *blocks}
-    model = Base.open(base).load("float64")
-    with routed(model, open_experts(experts), First(TopK(2)), check=False), torch.no_grad():
-        wanted = model(input_ids=TOKENS).logits
-        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(TOKENS)}
-        assert torch.equal(*(model.generate(TOKENS, use_cache=cache, **how) for cache in (True, False)))
-    with put_in(model, made, check=False), torch.no_grad():
-        assert torch.equal(model(input_ids=TOKENS).logits, wanted)
-    with torch.no_grad():
-        assert (wanted - model(input_ids=TOKENS).logits).abs().max() > 1e-2
-
-
-def test_routers_by_block_may_have_learned_before() -> None:
-    model = build_model("llama").double()
-    experts = experts_of(model)
-    routers = {f"model.layers.{number}": First() for number in range(2)}
-    for router in routers.values():
-        router.learn([None] * 3, [])
-    with torch.no_grad():
-        with routed(model, experts, First(), check=False):
-            wanted = model(TOKENS).logits
-        with routed(model, experts, routers, check=False):
-            assert torch.equal(model(TOKENS).logits, wanted)
-        routers["model.layers.1"].turn.fill_(1)
-        with routed(model, experts, routers, check=False):
-            assert not torch.equal(model(TOKENS).logits, wanted)
-    del routers["model.layers.0"]
-    with pytest.raises(ValueError, match="there is no router of that layer's weight or block"):
-        routed(model, experts, routers, check=False)

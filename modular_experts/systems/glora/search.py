@@ -18,13 +18,13 @@ from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import by_state
 from modular_experts.injection.inject import (
-    describe_experts,
     expert_layers,
     expert_state,
     load_expert_state,
     task_vector,
 )
 from modular_experts.injection.routed import Injected
+from modular_experts.injection.save import describe_experts
 from modular_experts.jobs import JSONLines
 from modular_experts.library import (
     StoredExpert,

@@ -23,7 +23,7 @@ from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, 
 from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.gates import CurrentGates, TopK
 from modular_experts.routing.prompts import PromptGates, kept_tokens
-from modular_experts.routing.router import check_depths
+from modular_experts.routing.router import check_reading
 from modular_experts.statistics.prompts import name_of, prompts
 from modular_experts.statistics.take import batches_by_length
 
@@ -33,17 +33,13 @@ log = logging.getLogger(__name__)
 class LoRAIR(LayerPlan):
     """LoRAs at each linear layer; one gate for all layers gives a prompt the LoRAs of its task.
 
-    LoRA-IR restores images: it recognises what degraded an image, and takes the LoRAs for that. This plan is its
-    analogue for text, and repeats no result on images; the task of a prompt stands in the place of the degradation.
-    The prior of its first stage, which modulates features, is left out.
+    LoRA-IR restores images. This plan is its analogue for text, and repeats no result on images; the task of a prompt
+    stands in the place of the degradation. The prior of its first stage, which modulates features, is left out.
 
     Training has two stages. First `fit` teaches a router the tasks of the data and freezes it: a softmax regression of
     the task of training prompts (`Classifier`), which reads the base's own hidden states. Then it trains the LoRAs,
-    with the `k` likeliest of each prompt, weighted by the softmax of their logits. With `k` of 1 this weight is 1
-    whatever the logits, so the second stage could not teach a router. Only the first stage reads names of tasks.
-
-    The data have as many held-in tasks as there are experts. Expert `n` belongs to the `n`-th task in the order of
-    names, which is also the record's order.
+    with the `k` likeliest of each prompt, weighted by the softmax of their logits. The data have as many held-in tasks
+    as there are experts; expert `n` belongs to the `n`-th task in the order of names.
 
     Args:
         experts: Number of LoRAs at each layer, and of held-in tasks; at least 2.
@@ -71,7 +67,7 @@ class LoRAIR(LayerPlan):
             raise ValueError(f"LoRAIR: k={k} is outside 1..{experts}, the number of experts")
         if prompts < 4:
             raise ValueError(f"LoRAIR: prompts={prompts} must be at least 4 rows of a task")
-        check_depths("LoRAIR", depths)
+        check_reading("LoRAIR", depths)
         self.modules = as_patterns(modules)
         self.experts, self.rank, self.k, self.alpha = experts, rank, k, alpha
         self.depths, self.prompts = list(depths), prompts
@@ -85,13 +81,7 @@ class LoRAIR(LayerPlan):
 
 
 class TaskGate(ModuleExpert):
-    """Owns the router of the whole model, and makes the gates of each pass from its prompts.
-
-    Args:
-        model: A causal language model.
-        gates: Where the LoRAs find the gates.
-        experts, k, depths, prompts: As for `LoRAIR`.
-    """
+    """Owns the router of the whole model, and makes the gates of each pass from its prompts."""
 
     not_mergeable_because: ClassVar[str] = "its router chooses by the prompt"
     # The LoRAs' rate: a router that an optimizer never sees must not lower it.
@@ -118,22 +108,14 @@ class TaskGate(ModuleExpert):
         """True: each place of packed rows gets the gates of its row."""
         return True
 
-    @property
-    def has_learned(self) -> bool:
-        """Whether the router has learned its tasks."""
-        return bool(self.router.weight.any())
-
     def before_fit(self, module: Any, data: Any) -> bool:
-        """Teach the router the tasks of the data, unless it has learned.
-
-        It reads training prompts, each whole and without a part of its front, and learns the task of each. The log
-        shows how far it is, and then how many validation prompts it sends to the expert of their task.
+        """Teach the router the tasks of the data, unless it has learned, and log how well it knows validation prompts.
 
         Raises:
             ValueError: The data are not a `TaskMixture`, or have another number of held-in tasks than there are
                 experts, or a task has too few rows.
         """
-        if self.has_learned:
+        if self.router.weight.any():
             return False
         started = time.monotonic()
         if not isinstance(data, TaskMixture):
@@ -141,51 +123,34 @@ class TaskGate(ModuleExpert):
                 f"the router of LoRAIR learns the tasks of a TaskMixture, and the data are of type "
                 f"{type(data).__name__}; give the trainer a TaskMixture as datamodule"
             )
-        tasks, read = sorted(data.input_examples(["train"]).items()), list[Tensor]()
-        self.check(len(tasks))
-        for number, (_, examples) in enumerate(tasks, start=1):
-            read.append(self._vectors(module.model, examples, data, parts=True))
-            if number * 10 // len(tasks) > (number - 1) * 10 // len(tasks):
-                log.info("the router has read the prompts of %d of %d tasks", number, len(tasks))
-        self.learn(read)
+        tasks = data.input_examples(["train"])
+        if len(tasks) != self.experts:
+            raise ValueError(
+                f"LoRAIR has experts={self.experts}, at least 2, and the data have {len(tasks)} held-in tasks; give "
+                "as many experts as tasks"
+            )
+        self.router.learn([], self._vectors(module.model, tasks, data, parts=True))
         sentence = f"the router learned {len(tasks)} tasks"
         if all("validation" in task["rows"] for task in data.contents.values()):
-            there = sorted(data.input_examples(["validation"]).items())
-            vectors = [self._vectors(module.model, examples, data, parts=False) for _, examples in there]
+            vectors = self._vectors(module.model, data.input_examples(["validation"]), data, parts=False)
             right = sum(int((self.router.scores(own).argmax(1) == n).sum()) for n, own in enumerate(vectors))
-            sentence += f", and sends {right} of {sum(map(len, vectors))} validation prompts to the expert of their"
-            sentence += " task"
+            sentence += (
+                f", and sends {right} of {sum(map(len, vectors))} validation prompts to the expert of their task"
+            )
         log.info("%s, in %.1f s", sentence, time.monotonic() - started)
         return True
 
-    def _vectors(self, model: Any, examples: list[Example], data: TaskMixture, parts: bool) -> Tensor:
-        """Return the vectors of some prompts of a task, and with `parts` of a part of each."""
-        read = prompts(
-            model, batches_by_length(spread_evenly(examples, self.prompts), data), [], parts, self.router.depths
-        )
-        return torch.cat([read[name_of(depth)].values for depth in self.router.depths], 1)
-
-    def learn(self, prompts: Sequence[Tensor]) -> None:
-        """Teach the router its tasks by vectors `(rows, size)` of the prompts of each, as `prompt_parts` has them.
-
-        Raises:
-            ValueError: There is another number of tasks than of experts, or a task has too few prompts.
-        """
-        self.check(len(prompts))
-        self.router.learn([], prompts)
-
-    def check(self, tasks: int) -> None:
-        """Raise ValueError unless there are as many tasks as experts."""
-        if tasks < 2:
-            raise ValueError("LoRAIR chooses between tasks, and the data have one; name two or more in data.tasks")
-        if tasks != self.experts:
-            raise ValueError(
-                f"LoRAIR has experts={self.experts}, and the data have {tasks} held-in tasks; give as many experts as "
-                f"tasks: experts: {tasks}"
-            )
+    def _vectors(self, model: Any, tasks: Mapping[str, list[Example]], data: TaskMixture, parts: bool) -> list[Tensor]:
+        """Return the vectors `(rows, size)` of some prompts of each task, and with `parts` of a part of each."""
+        found = []
+        for _, examples in sorted(tasks.items()):
+            batches = batches_by_length(spread_evenly(examples, self.prompts), data)
+            read = prompts(model, batches, [], parts, self.router.depths)
+            found.append(torch.cat([read[name_of(depth)].values for depth in self.router.depths], 1))
+        return found
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not kept_tokens(kwargs) and not self.has_learned:
+        if not kept_tokens(kwargs) and not self.router.weight.any():
             raise ValueError(
                 "the router of LoRAIR has not learned its tasks yet; `fit` teaches it, and in a training loop of your "
                 "own its `before_fit` does"
@@ -196,14 +161,7 @@ class TaskGate(ModuleExpert):
 class LoRAIRExpert(NotMergeable, Expert):
     """Adds `scale * sum_e g_e up_e @ down_e`, with the gates `g` of the row's prompt; `up` starts at zero.
 
-    All LoRAs of a layer are one product of rank `experts * rank`, whose inner values the gates multiply.
-
-    Args:
-        weight: The base weight `(out, in)`.
-        gates: Where the gates of the pass at hand are; without gates, the base is alone.
-        experts: Number of LoRAs.
-        rank: Rank of each, from 1 to min(out, in).
-        alpha: The scale is alpha / rank.
+    All LoRAs of a layer are one product of rank `experts * rank`. Without gates, the base is alone.
     """
 
     learning_rate: ClassVar[float] = 3e-3
