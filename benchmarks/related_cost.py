@@ -223,7 +223,7 @@ def _step(plan: Any, small: bool) -> tuple[Callable[[], None], nn.Module]:
     torch.manual_seed(0)
     inject(base, plan)
     for gate in [expert for _, expert in named_experts(base) if isinstance(expert, TaskGate)]:
-        gate.learn([torch.randn(16, gate.router.weight.shape[1]) for _ in range(gate.experts)])
+        gate.router.learn([], [torch.randn(16, gate.router.weight.shape[1]) for _ in range(gate.experts)])
     base.train()
     optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=1e-3, fused=True)
     training = SimpleNamespace(model=base, batch_losses=batch_losses)

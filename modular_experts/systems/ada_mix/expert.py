@@ -1,7 +1,4 @@
-"""AdaMix trains several copies of a LoRA's half, draws one for each step, and exports their mean.
-
-The paper is Wang et al., arXiv 2205.12410.
-"""
+"""AdaMix trains several copies of a LoRA's half, draws one for each step, and exports their mean (arXiv 2205.12410)."""
 
 from __future__ import annotations
 
@@ -27,8 +24,7 @@ class AdaMixExpert(Expert):
 
     With `share_up: false` there are copies of `up` too, drawn independently of the copies of `down`. In both cases the
     mean over all draws is the product of the means, so one LoRA of this rank is validated, exported and merged. All
-    copies start equal, as a LoRA does. They are stacked in one parameter for each half: a copy that a step leaves out
-    has a gradient of zero, and the momentum of an optimizer still moves it.
+    copies start equal. A copy that a step leaves out has a gradient of zero; momentum still moves it.
 
     With `consistency`, each training batch takes part twice, with a pair of draws for each time, and the loss has a
     term that pulls the two predictions together. The released code weighs it by 100 for text generation and by 1 for
@@ -75,7 +71,7 @@ class AdaMixExpert(Expert):
         """The copies of `up` and `down` in this step, for each of the equal parts of a batch: `(parts, 2)`."""
 
     def before_fit(self, module: Any, data: Any) -> bool:
-        """Let a training predict each token twice; of several weights in a model the largest counts."""
+        """Let a training predict each token twice; if experts have several weights, the largest counts."""
         if self.consistency > getattr(module.batch_losses, "weight", 0.0):
             module.batch_losses = PairedLosses(self.consistency)
         return False
@@ -106,30 +102,21 @@ class AdaMixExpert(Expert):
 
 @dataclass(frozen=True)
 class PairedLosses:
-    """Computes the losses of a training batch in two predictions, with a term for their divergence.
-
-    Attributes:
-        weight: The factor of the divergence.
-    """
+    """Computes the losses of a training batch in two predictions, with their divergence times a weight."""
 
     weight: float
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return sums and numbers as `evaluation.batch_losses`, and the weighted divergence, summed over tokens."""
         sums, counts, divergence = paired_losses(model, batch)
         return sums, counts, {"consistency": self.weight * divergence}
 
 
 def paired_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `batch_losses` does, and how far two predictions of the same tokens are apart.
+    """Return each row's summed loss `(n,)` and number of labelled tokens `(n,)`, and the symmetric KL divergence of two
+    predictions, half of each direction, summed over the labelled tokens `()`, in nats.
 
-    The rows pass twice through the model, in one batch of all first copies and then all second ones, so that experts
-    can treat the copies differently. The losses come from the first copies.
-
-    Returns:
-        Each row's summed loss `(n,)`, its number of labelled tokens `(n,)`, and the symmetric KL divergence, half of
-        each direction, summed over the labelled tokens `()`, in nats. The gradient of each direction reaches the
-        prediction that is not the target of it.
+    The rows pass twice through the model, in one batch of all first copies, from which the losses come, and then all
+    second ones. The gradient of each direction reaches the prediction that is not the target of it.
     """
     twice = {key: torch.cat([value, value]) if isinstance(value, Tensor) else 2 * value for key, value in batch.items()}
     logits, labels = answer_logits(model, twice)

@@ -27,12 +27,8 @@ class Boosting(Schedule):
 
     In a round only some transformer blocks are trained, drawn from the seed and the number of the round: all ranks and
     a resumed run draw the same. The others get no step, hold no optimizer state, and skip their products, which are
-    zero. A new round starts from a fresh product without optimizer state. The experts must be `BoostedLoRAExpert`. The
-    learning rate goes on as `scheduler` says; the paper does not state whether it starts anew, for which there is
-    `WarmupRestarts`.
-
-    ReLoRA's paper resets a part of the optimizer state at a restart; here, and by an option of its released code, a
-    round starts without any.
+    zero. A new round starts from a fresh product without optimizer state, and its learning rate goes on as `scheduler`
+    does; `WarmupRestarts` starts it anew. The experts must be `BoostedLoRAExpert`.
 
     Args:
         every: Optimizer steps of a round.
@@ -63,7 +59,7 @@ class Boosting(Schedule):
         )
 
     def trained(self, module: TrainedModule, number: int) -> set[str]:
-        """Return the blocks that a round trains, by name; the number of the round counts from 0."""
+        """Return the names of the blocks that a round trains; its number counts from 0."""
         blocks = _blocks(module)
         count = max(round(self.share * len(blocks)), 1)
         return set(random.Random(f"{self.seed}/{number}").sample(blocks, count))

@@ -1,7 +1,4 @@
-"""A LoRA that the callback `Boosting` adds to a sum again and again, and starts anew.
-
-XGBLoRA (arXiv 2410.19694) and ReLoRA (Lialin et al., arXiv 2307.05695) are two settings of it.
-"""
+"""A LoRA that the callback `Boosting` adds to a sum again and again, and starts anew."""
 
 from __future__ import annotations
 
@@ -22,14 +19,8 @@ class BoostedLoRAExpert(LoRAExpert):
     """Adds the boosters, a fixed sum of low-rank products, and a LoRA that is trained; `boost` makes it one of them.
 
     Without the callback `Boosting` it is a LoRA. The papers add each booster to the weight itself. Here they stay
-    beside it, so that the base comes back bit for bit: each costs `out + in` numbers for a rank of one, in memory and
-    in the products for a token. When their ranks add up to more than min(out, in), they become one product of that
-    rank.
-
-    The default learning rate is for short rounds; ReLoRA, with longer ones, was best at 0.009.
-
-    In a round that leaves this expert out, training skips the trained product, which is zero then: it keeps no
-    activations for it.
+    beside it, so that the base comes back bit for bit; when their ranks add up to more than min(out, in), they become
+    one product of that rank. The default learning rate is for short rounds; ReLoRA was best at 0.009.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -66,10 +57,9 @@ class BoostedLoRAExpert(LoRAExpert):
 
     @torch.no_grad()
     def boost(self, generator: Generator) -> bool:
-        """Add the trained product to the boosters, and start a fresh one at zero, so that the outputs stay as they are.
+        """Add the trained product to the boosters, and start a fresh one at zero; return False if it is still zero.
 
-        The generator of the fresh product is on the CPU. A product that has learned nothing stays what it is; the
-        return value tells whether there is a new booster.
+        The generator of the fresh product is on the CPU.
         """
         if not self.up.any():
             return False

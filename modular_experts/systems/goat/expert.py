@@ -16,12 +16,9 @@ class GOATExpert(MoLoRAExpert):
     """Adds `scale * (sum_e g_e(x) up_e @ down_e - 1/experts sum_e up0_e @ down0_e)`, where `up0`, `down0` is the start.
 
     The singular directions of the weight, largest first, are cut into as many segments as there are experts. Expert `e`
-    starts at `rank` directions of segment `e`: `scale * up_e @ down_e` is `1/rho` of that part of the weight. What
-    the experts add at the start is taken off again by the fixed second term, so that even gates leave the base as it
-    is. A token that takes only `k` experts does not see the base at the start; the mean over all choices of `k` does.
-
-    The released code takes the second term off the base weight itself. Here the weight stays as it is, so that the
-    expert can be taken out bit for bit.
+    starts at `rank` directions of segment `e`: `scale * up_e @ down_e` is `1/rho` of that part of the weight. The fixed
+    second term takes the start off again, so that even gates, and the mean over all choices of `k`, leave the base as
+    it is; the released code takes it off the base weight itself.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -35,7 +32,6 @@ class GOATExpert(MoLoRAExpert):
         scaling: `alpha`, or `theory`: sqrt(3 ratio in / rank), at which the first step of a LoRA that starts at random
             moves the weight, in the mean over its draws, as full training would at `ratio` times its learning rate.
         ratio: The learning rate of the full training that `theory` imitates, over this expert's own.
-        step: The old name of `ratio`; a value here counts instead of it.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -52,7 +48,6 @@ class GOATExpert(MoLoRAExpert):
         segment: Literal["head", "tail"] = "head",
         scaling: Literal["alpha", "theory"] = "alpha",
         ratio: float = 1.0,
-        step: float | None = None,
     ) -> None:
         super().__init__(weight, experts, rank, k, alpha, balance)
         if experts * rank > min(weight.shape):
@@ -60,7 +55,6 @@ class GOATExpert(MoLoRAExpert):
                 f"experts={experts} of rank={rank} need {experts * rank} singular directions, and a weight of shape "
                 f"{tuple(weight.shape)} has {min(weight.shape)}; lower one of the two"
             )
-        ratio = ratio if step is None else step
         if not (0 < rho < math.inf and 0 < ratio < math.inf):
             raise ValueError(f"rho={rho} and ratio={ratio} must be positive numbers")
         self.rho, self.segment, self.scaling, self.ratio = rho, segment, scaling, ratio

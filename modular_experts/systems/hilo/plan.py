@@ -15,12 +15,8 @@ class HiLo(LayerPlan):
 
     Each of `experts`, `ranks` and `k` divides the blocks into as many groups, equally long, as it has numbers; all
     layers of a block of group `j` get number `j`. Two `ranks` are a line instead of two groups: from `ranks[0]` at the
-    first block to `ranks[1]` at the last, rounded. Plans like MoLA's (experts by depth, one rank) and AlphaLoRA's
-    (numbers from a measure of each group) are the same function with other numbers.
-
-    No code of the paper was found. A summary names its best rank configuration, "2468", which is `ranks: [2, 4, 6, 8]`;
-    the numbers of experts are this package's. The summary also speaks of dynamic activation; here `k` is fixed for a
-    group. The balance loss is MoLoRA's.
+    first block to `ranks[1]` at the last, rounded. MoLA's plan (experts by depth, one rank) is the same with other
+    numbers. The balance loss is MoLoRA's.
 
     Args:
         modules: Patterns of the layers that get a mixture: ends of names, regular expressions, or `all-linear`.
@@ -58,12 +54,6 @@ class HiLo(LayerPlan):
             if len(self.ranks) == 2:
                 low, high = self.ranks
                 rank = round(low + (high - low) * depth / max(blocks - 1, 1))
-            planned[site] = partial(
-                MoLoRAExpert,
-                experts=count,
-                rank=rank,
-                k=min(k, count),
-                alpha=self.alpha,
-                balance=self.balance,
-            )
+            sizes: dict[str, Any] = {"experts": count, "rank": rank, "k": min(k, count)}
+            planned[site] = partial(MoLoRAExpert, **sizes, alpha=self.alpha, balance=self.balance)
         return planned

@@ -1,7 +1,4 @@
-"""Plan adapters of several kinds behind one router of each transformer block (MoA, arXiv 2506.05928).
-
-The plan `MoA` puts the parts together: the block's gates, LoRAs, an adapter beside the MLP, and prompts.
-"""
+"""Plan adapters of several kinds behind one router of each transformer block (MoA, arXiv 2506.05928)."""
 
 from __future__ import annotations
 
@@ -22,9 +19,8 @@ from modular_experts.text import block_of
 
 BECAUSE = "its router chooses adapters by the input"
 LAYERS = (
-    *("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value"),
-    *("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attn.dense"),
-    *("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2"),
+    "q_proj|k_proj|v_proj|qkv_proj|c_attn|query_key_value|o_proj|out_proj|attn.c_proj|attention.dense|self_attn.dense|"
+    "down_proj|mlp.c_proj|dense_4h_to_h|fc2"
 )
 """The queries, keys, values and outputs of attention, and the last layer of the MLP, by the names of architectures."""
 
@@ -38,39 +34,33 @@ class MoA(LayerPlan):
     where `g_t >= G = threshold * sigmoid(w h + b)`, and is not computed for other tokens. All adapters start at zero,
     so training starts at the base.
 
-    The released code weighs by `g_t` in the sparse form too, so that no gradient reaches G; `threshold_gradient: false`
-    does the same. Its prompts attend by queries after the rotary embedding; ours by those before it, so that a place
-    in the text does not matter. Its authors run a SwiGLU router of width 4 and ten prompts.
+    The released code weighs by `g_t` in the sparse form too, so that no gradient reaches G.
 
     Args:
         modules: Patterns of the layers that get a LoRA: queries, keys, values, outputs and the last layer of the MLP by
             default.
         rank: Rank of a LoRA.
         alpha: The scale of a LoRA is alpha / rank.
-        adapter_size: Width of the bottleneck beside the MLP; 0 leaves it out.
-        mlp: Name of the MLP in a block.
+        adapter_size: Width of the bottleneck beside the module `mlp` of a block; 0 leaves it out.
         prompts: In the soft form, trained prompt vectors of each block, to which each token attends besides. 0 leaves
             them out; they need layers named q_proj, k_proj, v_proj and o_proj.
         router: R is one `linear` layer, or a `swiglu` network `W2 (silu(W1 h) * W3 h)`.
         router_width: With `swiglu`, hidden units for each adapter.
         router_input: h is the block's input after its first norm (`norm`), or as it is (`residual`).
         threshold: Largest G, from 0 (the soft form) to 1; the paper takes 0.5.
-        threshold_gradient: Whether the gates count from G on, which trains G.
     """
 
     def __init__(
         self,
-        modules: str | Sequence[str] = "|".join(LAYERS),
+        modules: str | Sequence[str] = LAYERS,
         rank: int = 8,
         alpha: float = 8.0,
         adapter_size: int = 16,
-        mlp: str = "mlp",
         prompts: int = 0,
         router: Literal["linear", "swiglu"] = "linear",
         router_width: int = 4,
         router_input: Literal["norm", "residual"] = "norm",
         threshold: float = 0.0,
-        threshold_gradient: bool = True,
     ) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"MoA: threshold={threshold} is outside [0, 1]")
@@ -84,16 +74,14 @@ class MoA(LayerPlan):
                 f"MoA: prompts={prompts} are for the soft form, because attention sees whole rows; set prompts or "
                 "threshold to 0"
             )
-        for name, value, known in [
-            ("router", router, ("linear", "swiglu")),
-            ("router_input", router_input, ("norm", "residual")),
-        ]:
-            if value not in known:
-                raise ValueError(f"MoA: {name}={value!r} must be {' or '.join(known)}")
+        if router not in ("linear", "swiglu") or router_input not in ("norm", "residual"):
+            raise ValueError(
+                f"MoA: router={router!r} must be linear or swiglu, and router_input={router_input!r} norm or residual"
+            )
         self.modules = as_patterns(modules)
-        self.rank, self.alpha, self.adapter_size, self.mlp, self.prompts = rank, alpha, adapter_size, mlp, prompts
+        self.rank, self.alpha, self.adapter_size, self.prompts = rank, alpha, adapter_size, prompts
         self.router, self.router_width, self.router_input = router, router_width, router_input
-        self.threshold, self.threshold_gradient = threshold, threshold_gradient
+        self.threshold = threshold
 
     def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
         chosen = by_pattern(dict.fromkeys(self.modules, LoRAExpert), "modules")(sites)
@@ -103,40 +91,33 @@ class MoA(LayerPlan):
             if block is None:
                 raise ValueError(f"MoA: {site.name} is in no transformer block, so no router is there; leave it out")
             blocks.setdefault(block, []).append(site)
-        made: dict[str, BlockGates] = {}
-        planned: dict[Any, Factory] = {}
-        for block, inside in blocks.items():
-            others = (self.adapter_size > 0) + (self.prompts > 0)
-            planned[block] = partial(self._gates, block, made, len(inside) + others)
-            for number, site in enumerate(inside):
-                planned[site] = partial(self._lora, block, made, number)
-            if self.adapter_size:
-                planned[f"{block}.{self.mlp}"] = partial(self._adapter, block, made, len(inside))
-            if self.prompts:
-                planned[_attention(block, inside, self.prompts)] = partial(self._prompts, block, made)
-        return planned
+        return {place: made for block, inside in blocks.items() for place, made in self._parts(block, inside).items()}
 
-    def _gates(self, block: str, made: dict[str, BlockGates], adapters: int, module: nn.Module) -> BlockGates:
-        made[block] = BlockGates(module, adapters, self)
-        return made[block]
+    def _parts(self, block: str, sites: Sequence[Site]) -> dict[Any, Factory]:
+        """Plan the router of a block, which is made first, and its adapters, which refer to it."""
+        count = len(sites) + (self.adapter_size > 0) + (self.prompts > 0)
+        made: list[BlockGates] = []
 
-    def _lora(self, block: str, made: dict[str, BlockGates], number: int, weight: Tensor) -> GatedLoRA:
-        return GatedLoRA(weight, made[block], number, self.rank, self.alpha)
+        def gates(module: nn.Module) -> BlockGates:
+            made.append(BlockGates(module, count, self))
+            return made[0]
 
-    def _adapter(self, block: str, made: dict[str, BlockGates], number: int, module: nn.Module) -> ParallelAdapter:
-        return ParallelAdapter(made[block], number, self.adapter_size)
+        def lora(weight: Tensor, number: int = 0) -> GatedLoRA:
+            return GatedLoRA(weight, made[0], number, self.rank, self.alpha)
 
-    def _prompts(self, block: str, made: dict[str, BlockGates], module: nn.Module) -> PromptAttention:
-        return PromptAttention(module, made[block], self.prompts)
+        planned: dict[Any, Factory] = {site: partial(lora, number=number) for number, site in enumerate(sites)}
+        if self.adapter_size:
+            planned[f"{block}.mlp"] = lambda module: ParallelAdapter(made[0], len(sites), self.adapter_size)
+        if self.prompts:
+            place = _attention(block, sites, self.prompts)
+            planned[place] = lambda module: PromptAttention(module, made[0], self.prompts)
+        return planned | {block: gates}
 
 
 class BlockGates(ModuleExpert):
-    """Shows a block's input to its router, and applies the gates to the block's adapters.
+    """Shows the input of a block of some `adapters` to its router, and applies the gates to the adapters.
 
-    Args:
-        block: The transformer block, whose first child with Norm in its class's name is its norm.
-        adapters: Number of adapters in the block.
-        plan: The settings.
+    The first child of the block with Norm in its class's name is its norm.
     """
 
     learning_rate: ClassVar[float] = 3e-3
@@ -150,8 +131,7 @@ class BlockGates(ModuleExpert):
             raise ValueError(f"MoA: {type(block).__name__} has no norm of its input; MoA is for blocks with one")
         refer(self, norm=norm)
         weight = next(norm.parameters())
-        self.size, self.threshold = weight.shape[-1], plan.threshold
-        self.normed, self.shifted = plan.router_input == "norm", plan.threshold_gradient
+        self.size, self.threshold, self.normed = weight.shape[-1], plan.threshold, plan.router_input == "norm"
         width = plan.router_width * adapters
         self.router: nn.Module = (
             nn.Linear(self.size, adapters) if plan.router == "linear" else SwiGLU(self.size, width, adapters)
@@ -160,9 +140,6 @@ class BlockGates(ModuleExpert):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        if self.limit is not None:
-            # Without a gradient it stays as it starts, as in the released code.
-            self.limit.requires_grad_(self.shifted)
         self.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         self._shares: Tensor | None = None
 
@@ -178,7 +155,7 @@ class BlockGates(ModuleExpert):
         if self.limit is None:
             return gates
         least = self.threshold * torch.sigmoid(self.limit(hidden))
-        return (gates - least if self.shifted else gates).where(gates >= least, gates.new_zeros(()))
+        return (gates - least).where(gates >= least, gates.new_zeros(()))
 
     def gated(self, number: int, x: Tensor, adapter: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what an adapter adds for inputs `(..., in)`; in the sparse form it sees the tokens that take it."""
@@ -210,15 +187,7 @@ class SwiGLU(nn.Module):
 
 
 class GatedLoRA(NotMergeable, LoRAExpert):
-    """Adds a LoRA's output, multiplied by its gate of the block.
-
-    Args:
-        weight: The base weight `(out, in)`.
-        gates: The block's gates.
-        number: The adapter's number in the block.
-        rank: Rank of the product.
-        alpha: The scale is alpha / rank.
-    """
+    """Adds a LoRA's output, multiplied by its gate of the block; `number` is the adapter's number there."""
 
     not_mergeable_because: ClassVar[str] = BECAUSE
     gates: BlockGates
@@ -230,22 +199,14 @@ class GatedLoRA(NotMergeable, LoRAExpert):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)
-        return base + self.gates.gated(self.number, x.to(self.down.dtype), self._product).to(base.dtype)
-
-    def _product(self, x: Tensor) -> Tensor:
-        return F.linear(self.scale * F.linear(x, self.down), self.up)
+        found = self.gates.gated(
+            self.number, x.to(self.down.dtype), lambda h: F.linear(self.scale * F.linear(h, self.down), self.up)
+        )
+        return base + found.to(base.dtype)
 
 
 class ParallelAdapter(ModuleExpert):
-    """Adds a bottleneck with a SiLU to the output of an MLP, multiplied by its gate of the block.
-
-    The released code starts both layers near zero; here `up` starts at zero, so that the start is the base.
-
-    Args:
-        gates: The block's gates.
-        number: The adapter's number in the block.
-        width: Width of the bottleneck.
-    """
+    """Adds a bottleneck with a SiLU to the output of an MLP, multiplied by its gate of the block."""
 
     learning_rate: ClassVar[float] = 3e-3
     not_mergeable_because: ClassVar[str] = BECAUSE
@@ -264,22 +225,16 @@ class ParallelAdapter(ModuleExpert):
 
     def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["hidden_states"]
-        return output + self.gates.gated(self.number, x.to(self.up.weight.dtype), self._bottleneck).to(output.dtype)
-
-    def _bottleneck(self, x: Tensor) -> Tensor:
-        return self.up(F.silu(self.down(x)))
+        found = self.gates.gated(self.number, x.to(self.up.weight.dtype), lambda h: self.up(F.silu(self.down(h))))
+        return output + found.to(output.dtype)
 
 
 class PromptAttention(ModuleExpert):
     """Lets each token also attend to trained prompts, by a second softmax, times gates of the heads and the block.
 
-    The prompts' keys and values are made by the base's own weights. What a head finds is added to its output, before
-    the layer that joins the heads. The gates of heads `tanh(a)` start at zero (LLaMA-Adapter, arXiv 2303.16199).
-
-    Args:
-        attention: The attention, with layers q_proj, k_proj, v_proj and o_proj.
-        gates: The block's gates, of which the last one is for the prompts.
-        prompts: Number of prompts.
+    The prompts' keys and values are made by the base's own weights. The find of a head is added to its output, before
+    the layer that joins the heads. The gates of heads `tanh(a)` start at zero (LLaMA-Adapter, arXiv 2303.16199); the
+    last gate of the block is for the prompts.
     """
 
     learning_rate: ClassVar[float] = 3e-3
@@ -338,11 +293,9 @@ class PromptAttention(ModuleExpert):
 
 def _attention(block: str, sites: Sequence[Site], prompts: int) -> str:
     found = {site.layer: site.name.rpartition(".")[0] for site in sites}
-    places = {found.get(layer) for layer in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    (place,) = places if len(places) == 1 else (None,)
-    if place is None:
+    if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= found.keys():
         raise ValueError(
             f"MoA: prompts={prompts} need layers q_proj, k_proj, v_proj and o_proj among `modules`, and {block} has "
             f"{', '.join(found)}; set prompts to 0"
         )
-    return place
+    return found["o_proj"]

@@ -26,23 +26,20 @@ class PointLoRA(LayerPlan):
 
     PointLoRA trains transformers on point clouds. This plan is its analogue for text, and repeats no result on point
     clouds. A scorer looks at the embeddings of the prompt's tokens. The `tokens` with the largest scores, in their
-    order, are multiplied by their scores and stand in front of the sequence, where every token attends to them. They
-    come from the prompt alone, so no logit of an answer depends on later tokens. Logits of these positions are
-    dropped; they take places of the model's context.
+    order, are multiplied by their scores, so that the loss teaches the scorer, and stand in front of the sequence,
+    where every token attends to them. They take places of the model's context; their logits are dropped.
 
     A linear layer with input x adds `scale * up @ down @ x + mlp(x)`. All layers of one name and shape share the MLP
-    (in -> hidden -> out, GELU), which starts at zero, unlike the released one. The product with the score is ours: with
-    it, the loss teaches the scorer, which the released code leaves to the entropy alone.
+    (in -> hidden -> out, GELU), which starts at zero.
 
     Args:
         modules: Patterns of the layers that get a LoRA: ends of names, regular expressions, or `all-linear`.
         rank: Rank of a LoRA, from 1 to min(out, in).
-        tokens: How many tokens of each prompt are selected; with 0 there is no scorer.
+        tokens: How many tokens of each prompt are selected.
         hidden: Hidden size of the shared MLPs.
         alpha: The LoRA's scale is alpha / rank; the released code has none.
         entropy: Weight of the mean entropy of the scores, in nats, in the loss. A positive one drives scores to 0 and
-            1, the purpose that a note on the paper gives; a negative one drives them to 0.5, as the released code
-            does, by -0.004.
+            1, a negative one to 0.5, as -0.004 of the released code does.
     """
 
     def __init__(
@@ -54,8 +51,8 @@ class PointLoRA(LayerPlan):
         alpha: float = 16.0,
         entropy: float = 0.004,
     ) -> None:
-        if tokens < 0 or hidden < 1:
-            raise ValueError(f"PointLoRA: tokens={tokens} must be at least 0, and hidden={hidden} at least 1")
+        if tokens < 1 or hidden < 1:
+            raise ValueError(f"PointLoRA: tokens={tokens} and hidden={hidden} must be at least 1")
         if not math.isfinite(entropy):
             raise ValueError(f"PointLoRA: entropy={entropy} must be a number")
         self.modules = as_patterns(modules)
@@ -81,17 +78,11 @@ class PointLoRA(LayerPlan):
 
 
 class TokenSelection(ModuleExpert):
-    """Owns the scorer and the shared MLPs, and puts the selected tokens in front of the sequence.
-
-    Args:
-        module: The model without its head, which turns token ids into hidden states.
-        tokens, hidden, entropy: As for `PointLoRA`.
-    """
+    """Owns the scorer and the shared MLPs of a model without its head, and puts tokens in front of the sequence."""
 
     learning_rate: ClassVar[float] = LoRAExpert.learning_rate
     not_mergeable_because: ClassVar[str] = "it selects tokens of the prompt"
     embedding: nn.Module
-    scorer: nn.Module | None
 
     def __init__(self, module: nn.Module, tokens: int, hidden: int, entropy: float) -> None:
         super().__init__()
@@ -100,10 +91,8 @@ class TokenSelection(ModuleExpert):
         refer(self, embedding=embedding)
         self._names = list(inspect.signature(module.forward).parameters)
         self._context: int | None = getattr(module.config, "max_position_embeddings", None)
-        like = embedding.weight
-        size, made = like.shape[1], partial(nn.Linear, dtype=_wide(like), device=like.device)
-        # A scorer without tokens would get no gradient, which several processes wait for.
-        self.scorer = nn.Sequential(made(size, size // 2), nn.GELU(), made(size // 2, 1)) if tokens else None
+        size = embedding.weight.shape[1]
+        self.scorer = _network(embedding.weight, size, size // 2, 1)
         self.mlps = nn.ModuleDict()
         self._shown = torch.ones(1, 0, dtype=torch.bool)
         self._dropped = 0
@@ -115,22 +104,18 @@ class TokenSelection(ModuleExpert):
         return self.tokens
 
     def shared(self, layer: str, weight: Tensor) -> nn.Module:
-        """Return the MLP of all layers of a name and a shape `(out, in)`; the first of them makes it."""
+        """Return the MLP of all layers of a name and a shape; the first of them makes it."""
         out, size = weight.shape
         name = f"{layer}_{out}x{size}"
         if name not in self.mlps:
-            made = partial(nn.Linear, dtype=_wide(weight), device=weight.device)
-            first, last = made(size, self.hidden), made(self.hidden, out)
+            first, _, last = self.mlps[name] = _network(weight, size, self.hidden, out)
             nn.init.trunc_normal_(first.weight, std=0.02)
             for zero in (first.bias, last.weight, last.bias):
                 nn.init.zeros_(zero)
-            self.mlps[name] = nn.Sequential(first, nn.GELU(), last)
         return self.mlps[name]
 
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         self._dropped = 0
-        if self.scorer is None:
-            return None
         named = dict(zip(self._names, args, strict=False)) | kwargs
         check_rows(named)
         ids, mask, places = named.get("input_ids"), named.get("attention_mask"), named.get("position_ids")
@@ -138,19 +123,16 @@ class TokenSelection(ModuleExpert):
             raise ValueError("PointLoRA lengthens a mask of shape (rows, length); generate with a dynamic cache")
         embedded: Tensor = self.embedding(ids) if ids is not None else named["inputs_embeds"]
         rows, length, _ = embedded.shape
-        if kept_tokens(named):
-            # The selected tokens are among the kept keys and values.
-            past = kept_tokens(named) - self._shown.shape[1]
-        else:
-            past, tokens = 0, torch.ones(rows, length, dtype=torch.bool, device=embedded.device)
-            prompt = prompts_at_hand(length)
-            if ids is not None:
-                self._growth.check(ids, named)
-            chosen, self._shown = self._select(embedded, tokens if mask is None else mask.bool(), prompt)
-            named |= {"input_ids": None, "inputs_embeds": torch.cat([chosen, embedded], 1)}
-            self._dropped = chosen.shape[1]
+        # The selected tokens are among the kept keys and values.
+        past = kept_tokens(named) - self._shown.shape[1] if kept_tokens(named) else 0
         if mask is None:
             mask = torch.ones(rows, past + length, dtype=torch.int64, device=embedded.device)
+        if not kept_tokens(named):
+            if ids is not None:
+                self._growth.check(ids, named)
+            chosen, self._shown = self._select(embedded, mask.bool(), prompts_at_hand(length))
+            named |= {"input_ids": None, "inputs_embeds": torch.cat([chosen, embedded], 1)}
+            self._dropped = chosen.shape[1]
         named["attention_mask"] = mask = torch.cat([self._shown.to(mask.dtype), mask], 1)
         if self._context is not None and mask.shape[1] > self._context:
             raise ValueError(
@@ -169,13 +151,11 @@ class TokenSelection(ModuleExpert):
         return (), named
 
     def _select(self, embedded: Tensor, tokens: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the selected tokens times their scores, `(rows, count, size)`, and which of them are there.
-
-        A prompt with fewer tokens than `count` leaves the first of its places empty.
+        """Return the selected tokens times their scores, `(rows, count, size)`, and which of them are there: a shorter
+        prompt leaves the first of its places empty.
         """
-        assert self.scorer is not None
         prompt = tokens if prompt is None else tokens & prompt
-        logits = self.scorer(embedded.to(self.scorer[0].weight.dtype)).squeeze(-1)  # type: ignore[index]
+        logits = self.scorer(embedded.to(self.scorer[0].weight.dtype)).squeeze(-1)
         scores = logits.sigmoid()
         if self.training and self.entropy:
             each = (scores * F.softplus(-logits) + (1 - scores) * F.softplus(logits)).where(prompt, 0.0)
@@ -193,8 +173,6 @@ class TokenSelection(ModuleExpert):
     def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._dropped:
             return output
-        if isinstance(output, tuple):
-            return output[0][:, self._dropped :], *output[1:]
         output.last_hidden_state = output.last_hidden_state[:, self._dropped :]
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(states[:, self._dropped :] for states in output.hidden_states)
@@ -209,14 +187,7 @@ class TokenSelection(ModuleExpert):
 
 
 class PointLoRAExpert(NotMergeable, LoRAExpert):
-    """Adds `scale * up @ down @ x + mlp(x)`, with an MLP that other layers share.
-
-    Args:
-        weight: The base weight `(out, in)`.
-        mlp: The MLP, which a `TokenSelection` owns.
-        rank: Inner dimension of the product, from 1 to min(out, in).
-        alpha: The scale is alpha / rank.
-    """
+    """Adds `scale * up @ down @ x + mlp(x)`, with an MLP that other layers share and a `TokenSelection` owns."""
 
     not_mergeable_because: ClassVar[str] = "its MLP is not linear"
     mlp: nn.Module
@@ -230,5 +201,6 @@ class PointLoRAExpert(NotMergeable, LoRAExpert):
         return out + self.mlp(x.to(self.down.dtype)).to(out.dtype)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _network(like: Tensor, size: int, hidden: int, out: int) -> Any:
+    made = partial(nn.Linear, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return nn.Sequential(made(size, hidden), nn.GELU(), made(hidden, out))

@@ -1,8 +1,4 @@
-"""RECAST trains how much each layer takes of a few templates, which it shares with the layers next to it.
-
-The method is Tasnim and Plummer's, arXiv 2411.16870, made for vision models. `docs/systems/recast.md` compares
-this file with its released code.
-"""
+"""RECAST trains how much each layer takes of templates that it shares with others (arXiv 2411.16870)."""
 
 from __future__ import annotations
 
@@ -22,13 +18,9 @@ from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, 
 class RecastExpert(Expert):
     """Adds `sum_t change_t * T_t`, where the templates `T_t` are sums of the base weights of a group of layers.
 
-    The base weight is about `sum_t c0_t T_t`. A task moves the coefficients from `c0` to `c0 + change`; what the
-    templates miss of the base weight stays in it, because the weight itself is untouched. The change starts at zero, so
-    that training starts at the base, and weight decay pulls towards it.
-
-    No template is stored: `T_t = sum_j mixing_tj W_j`, and the weights `W_j` are in the model. So all experts of
-    a base share their templates, and the state is the change and the mixing, a few numbers for each layer. The delta is
-    dense, and an export as large as the weights, because merges read no base.
+    The base weight is about `sum_t c0_t T_t`. A task moves the coefficients from `c0` to `c0 + change`, which starts at
+    zero. No template is stored: `T_t = sum_j mixing_tj W_j`, and the weights `W_j` are in the model. So the state is
+    the change and the mixing, a few numbers for each layer, while the delta is dense, because merges read no base.
 
     The default learning rate suits larger bases; small ones learn better at 0.09 or 0.27.
 
@@ -109,12 +101,7 @@ class TemplateBanks(LayerPlan):
 def best_mixing(sites: Sequence[Site], templates: int) -> Tensor:
     """Return `U` `(templates, layers)`, whose rows are the first left singular vectors of the stack of flat weights.
 
-    The templates are `U @ stack`, and the coefficients that give layer `l` best are `U[:, l]`. What they miss has the
-    norm `sqrt(sum of s^2)` over the singular values `s` that are left out, and no other templates miss less
-    (Eckart-Young).
-
-    Raises:
-        ValueError: The weights have different shapes.
+    The templates are `U @ stack`, the best by squared error, and `U[:, l]` the coefficients that give layer `l` best.
     """
     weights = [site.module.get_parameter("weight").detach() for site in sites]
     for site, weight in zip(sites, weights, strict=True):

@@ -1,8 +1,4 @@
-"""TT-LoRA trains the delta as a tensor train: a chain of small cores, one for each factor of the weight's sizes.
-
-The method is Anjum et al.'s, arXiv 2408.01008. Its own code was not found; `docs/systems/tt_lora.md` compares
-this one with the code of the same group's follow-up.
-"""
+"""TT-LoRA trains the delta as a tensor train, a chain of small cores (Anjum et al., arXiv 2408.01008)."""
 
 from __future__ import annotations
 
@@ -26,14 +22,8 @@ class TTLoRAExpert(Expert):
     The outputs of the layer are numbered by several axes, `out = o_1 * ... * o_n`, its inputs by `in = i_1 * ... *
     i_m`, the last axis running fastest. Each axis of size `k` has a core `(left, k, right)`, the outputs' axes first;
     neighbours share a bond, and the chain ends with bonds of 1. An entry of `D` is the product of the matrices `(left,
-    right)` that its places on the axes pick. So `D` is exactly a low-rank product, whose rank is the bond between
-    outputs and inputs, and it is exported as such.
-
-    The last core starts at zero, so that training starts at the base. The others start with orthonormal columns, so
-    that at first the norm of the delta is alpha times the norm of the last core. (The follow-up's code starts all cores
-    at random, which moves the base.)
-
-    The library keeps the cores, to train on from them, beside the two low-rank factors, which merges read.
+    right)` that its places on the axes pick, so `D` is exactly a low-rank product, whose rank is the bond between
+    outputs and inputs. The last core starts at zero, the others with orthonormal columns.
 
     Args:
         weight: The base weight `(out, in)`.

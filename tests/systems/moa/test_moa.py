@@ -24,7 +24,6 @@ FORMS = {
     "swiglu": {"router": "swiglu", "router_input": "residual"},
     "prompts": {"prompts": 3},
     "sparse": {"threshold": 0.8},
-    "released": {"threshold": 0.8, "threshold_gradient": False},
 }
 
 
@@ -98,7 +97,7 @@ def test_gates_of_one_are_the_plain_sum_of_the_adapters() -> None:
 
 
 def test_gates_follow_their_formula() -> None:
-    for settings in (FORMS["sparse"], FORMS["released"], FORMS["swiglu"]):
+    for settings in (FORMS["sparse"], FORMS["swiglu"]):
         model = made(settings)
         (block, _), hidden = gates(model), torch.randn(7, 32, dtype=torch.float64)
         router = block.router
@@ -113,7 +112,7 @@ def test_gates_follow_their_formula() -> None:
             least = 0.8 / (1 + (-(hidden @ block.limit.weight.T + block.limit.bias)).exp())
             active = wanted >= least
             assert 0.2 < active.double().mean() < 0.8
-            wanted = (wanted - (least if settings.get("threshold_gradient", True) else 0)) * active
+            wanted = (wanted - least) * active
             assert torch.equal(block.shares(hidden) > 0, active)
         torch.testing.assert_close(block.shares(hidden), wanted, rtol=1e-10, atol=1e-12)
 
@@ -150,15 +149,13 @@ def test_the_sparse_form_computes_adapters_for_the_tokens_that_take_them_and_equ
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_gradient_reaches_every_parameter_but_the_released_threshold(form: str) -> None:
+def test_a_gradient_reaches_every_parameter(form: str) -> None:
     model = made(FORMS[form])
     batch_losses(model, {"input_ids": IDS, "attention_mask": IDS > 0, "labels": IDS})[0].sum().backward()
     without = {
         name for name, p in model.named_parameters() if ".expert." in name and (p.grad is None or not p.grad.any())
     }
-    limits = {name for name, _ in model.named_parameters() if ".limit." in name}
-    assert len(limits) == (4 if "threshold" in FORMS[form] else 0)
-    assert without == (limits if form == "released" else set())
+    assert not without
     for one in gates(model):
         last = one.router.out if form == "swiglu" else one.router
         assert last.weight.grad.any(1).all(), "each adapter has a gate of its own"

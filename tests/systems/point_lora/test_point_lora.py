@@ -12,7 +12,7 @@ from torch import nn
 
 from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.generation import generate_tokens
-from modular_experts.injection import eject, expert_layers, extra_losses, inject, named_experts
+from modular_experts.injection import expert_layers, extra_losses, inject, named_experts
 from modular_experts.routing.gates import reading
 from modular_experts.systems.point_lora import PointLoRA
 from modular_experts.systems.point_lora.plan import PointLoRAExpert, TokenSelection
@@ -120,17 +120,6 @@ def test_a_cache_without_a_mask_is_read_on() -> None:
         kept = model(ids[:, :3], use_cache=True)
         rest = model(ids[:, 3:], cache=kept.cache).logits
     torch.testing.assert_close(torch.cat([kept.logits, rest], 1), whole, rtol=1e-9, atol=1e-9)
-
-
-def test_without_tokens_it_starts_at_the_base_and_has_no_scorer() -> None:
-    model, ids = build_model("llama").double(), torch.tensor([ROWS[0]])
-    before = model(ids).logits
-    inject(model, PointLoRA(tokens=0, rank=2, hidden=4))
-    assert torch.equal(model(ids).logits, before)
-    assert not [name for name, _ in model.named_parameters() if "scorer" in name]
-    eject(model)
-    assert torch.equal(model(ids).logits, before)
-    assert not model.get_submodule("model")._forward_hooks
 
 
 def test_layers_of_a_kind_share_one_mlp() -> None:
