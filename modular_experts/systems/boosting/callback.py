@@ -91,14 +91,13 @@ class Boosting(Schedule):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave experts behind that train their products."""
-        for expert in experts_of(cast(TrainedModule, pl_module), BoostedLoRAExpert, "Boosting").values():
-            expert.leave_out(False)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do so too if training ends early; a model that could not be loaded has no experts."""
+        # A model that could not be loaded has no experts.
         for _, layer in expert_layers(getattr(pl_module, "model", torch.nn.Module())):
             if isinstance(layer.expert, BoostedLoRAExpert):
                 layer.expert.leave_out(False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
         """Return how many rounds have begun."""

@@ -9,13 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modular_experts.systems.compress.ranking import Ranking, best, magnitudes
+from modular_experts.systems.compress.ranking import Ranking
 from modular_experts.systems.compress.removable import Kept, Kind, Removable
 from modular_experts.systems.evolution import Choice, Gene, Genes, Mask, Whole
 
-Members = Literal["importance", "windows", "masks"]
-WINDOWS = 8
-"""A window of kept members starts after 0, 1, ... or all 8 eighths of the removed ones."""
+Members = Literal["importance", "masks"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,10 @@ class Window:
 
     def check(self) -> None:
         """Raise ValueError, with the nearest keep ratio that works, if nothing fits."""
-        sizes = [(b, g) for b in range(1, self.removable.blocks + 1) for g in range(1, self.removable.groups + 1)]
+        known = self.removable
+        sizes = [(b, g) for b in range(1, known.blocks + 1) for g in range(1, known.groups + 1)]
         if any(self.channels(*size) for size in sizes):
             return
-        known = self.removable
         steps = [*range(self.multiple, known.channels, self.multiple), known.channels]
         shares = [known.count(*size, width) / known.parameters for size in sizes for width in steps]
         near = min(shares, key=lambda share: abs(share - self.keep))
@@ -53,29 +51,21 @@ class Candidates:
     """The candidates of one search, as genes.
 
     A candidate has a gene for each block that tells whether it stays, one for the number of groups, and for each block
-    one that tells which of its groups and channels stay, or a mask of each. The channels are as many as the window has
-    room for. A mask of another size than a candidate's loses its members with the lowest scores, or gets the best of
-    the others; so one that holds all stands for the best.
-
-    Args:
-        window: The sizes that fit.
-        ranking: How much each part matters.
-        members: How a block chooses, as for `Reduction`.
+    one that tells which of two rankings chooses its groups and channels, or a mask of each. The channels are as many as
+    the window has room for. A mask of another size than a candidate's loses its members with the lowest scores, or gets
+    the best of the others; so one that holds all stands for the best.
     """
 
     def __init__(self, window: Window, ranking: Ranking, members: Members) -> None:
         self.window, self.ranking, self.members = window, ranking, members
-        removable, self._depth = window.removable, window.removable.blocks
-        self._rankings = [ranking.contribution, ranking.compensated]
-        self._totals = {kind: int(getattr(removable, kind)) for kind in removable.readers}
-        totals = self._totals.values()
-        modes: dict[Members, tuple[list[Gene], Genes]] = {
-            "importance": ([Choice(len(self._rankings))], (0,)),
-            "windows": ([Whole(0, WINDOWS)], (0,)),
-            "masks": ([Mask(total) for total in totals], tuple("1" * total for total in totals)),
-        }
-        own, self._start = modes[members]
-        self.space: list[Gene] = [*[Choice(2)] * self._depth, Whole(1, removable.groups), *own * self._depth]
+        self._depth, self._rankings = window.removable.blocks, [ranking.contribution, ranking.compensated]
+        self._totals: dict[Kind, int] = {kind: getattr(window.removable, kind) for kind in window.removable.readers}
+        own: list[Gene] = [Choice(2)]
+        self._start: Genes = (0,)
+        if members == "masks":
+            own = [Mask(total) for total in self._totals.values()]
+            self._start = tuple("1" * total for total in self._totals.values())
+        self.space: list[Gene] = [*[Choice(2)] * self._depth, Whole(1, window.removable.groups), *own * self._depth]
 
     def first(self, most: int) -> list[Genes]:
         """Return the candidates that a search starts from: they lack no block, one block, and so on.
@@ -105,18 +95,24 @@ class Candidates:
         return (*genes[: self._depth + 1], *chain.from_iterable(chosen))
 
     def kept(self, genes: Genes) -> Kept:
-        """Return what stays of the model."""
+        """Return what stays of the model: in each block the groups and channels with the highest scores."""
         blocks, groups, channels = self._sizes(genes)
         assert channels is not None
-        held: dict[Kind, int] = {"groups": groups, "channels": channels}
-        scores = {"masks": self._of_mask, "importance": self._of_ranking, "windows": self._of_window}[self.members]
-        return best(
-            self.window.removable,
-            blocks,
-            groups,
-            channels,
-            lambda block, kind: scores(self._of_block(genes, block), block, kind, held[kind]),
-        )
+
+        def of(kind: Kind, count: int) -> dict[int, Tensor]:
+            if kind not in self._totals:
+                return {block: torch.arange(getattr(self.window.removable, kind)) for block in blocks}
+            scores = {block: self._scores(self._of_block(genes, block), block, kind) for block in blocks}
+            return {block: own.topk(count).indices.sort().values for block, own in scores.items()}
+
+        return Kept(blocks, of("groups", groups), of("channels", channels))
+
+    def _scores(self, own: Genes, block: int, kind: Kind) -> Tensor:
+        if self.members == "importance":
+            return self._rankings[int(own[0])][kind][block]
+        signs = str(dict(zip(self._totals, own, strict=True))[kind])
+        first_those_in = torch.tensor([int(sign) * len(signs) for sign in signs])
+        return self.ranking.entrywise[kind][block].argsort().argsort() + first_those_in
 
     def _of_block(self, genes: Genes, block: int) -> Genes:
         start = self._depth + 1 + block * len(self._start)
@@ -127,34 +123,6 @@ class Candidates:
         groups = int(genes[self._depth])
         return blocks, groups, self.window.channels(len(blocks), groups)
 
-    def _of_mask(self, own: Genes, block: int, kind: Kind, held: int) -> Tensor:
-        signs = str(dict(zip(self._totals, own, strict=True))[kind])
-        first_those_in = torch.tensor([int(sign) * len(signs) for sign in signs])
-        return self.ranking.entrywise[kind][block].argsort().argsort() + first_those_in
-
-    def _of_ranking(self, own: Genes, block: int, kind: Kind, held: int) -> Tensor:
-        return self._rankings[int(own[0])][kind][block]
-
-    def _of_window(self, own: Genes, block: int, kind: Kind, held: int) -> Tensor:
-        total = self._totals[kind]
-        start = (total - held) * int(own[0]) // WINDOWS
-        return torch.zeros(total).index_fill_(0, torch.arange(start, start + held), 1.0)
-
 
 def _signs(members: Tensor, total: int) -> str:
     return "".join(map(str, torch.zeros(total, dtype=torch.int64).index_fill_(0, members, 1).tolist()))
-
-
-def magnitude_removal(window: Window) -> Kept | None:
-    """Return what stays if every block loses the MLP channels with the smallest weights.
-
-    Where channels alone are not enough, the groups of heads with the smallest weights go too. If these are not enough
-    either, the result is None, because blocks are not removed here.
-    """
-    removable, scores = window.removable, magnitudes(window.removable)
-    for groups in range(removable.groups, 0, -1):
-        if channels := window.channels(removable.blocks, groups):
-            return best(
-                removable, tuple(range(removable.blocks)), groups, channels, lambda block, kind: scores[kind][block]
-            )
-    return None

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
-from rich.progress import Progress, TimeElapsedColumn
-
-from modular_experts.cli.format import duration_text, progress_by_tenths, share_text
+from modular_experts.cli.format import progress_by_tenths, share_text
 from modular_experts.data.tasks import Tasks
 from modular_experts.systems.compress.compress import Reduction
 from modular_experts.systems.compress.compress import compress as make_smaller
@@ -35,29 +31,16 @@ def compress(
         modular-experts fit --base smaller --expert SparseExpert --modules q_proj v_proj \\
             --tasks a.jsonl --out library/a
     """
-    began = time.monotonic()
-
-    def line(what: str, done: float, total: float) -> str:
-        left = duration_text((time.monotonic() - began) * (total - done) / done) if done else "unknown"
-        return f"{what}: {done / total:.0%} of the work done, about {left} left"
-
-    with progress_by_tenths(*Progress.get_default_columns(), TimeElapsedColumn(), line=line, transient=True) as bar:
+    with progress_by_tenths(line=lambda what, done, total: f"{what}: {done / total:.0%} of the work done") as bar:
         found = make_smaller(base, tasks, out, reduction, revision, overwrite=overwrite, progress=bar)
     parts = [f"{len(found.blocks)} of {found.all_blocks} blocks"]
     parts += [f"{one:,} of {whole:,} {name}" for name, (one, whole) in found.sizes.items() if whole > 1]
     share = share_text(found.parameters / found.base)
     print(f"{', '.join(parts)}: {found.parameters:,} of {found.base:,} parameters ({share})")
     print(f"perplexity on {found.tokens:,} tokens of the test rows:")
-    names = {
-        "base": "the base",
-        "magnitude": "what has the smallest weights removed instead",
-        "cut": "the best candidate, as it was cut",
-        "reformed": "the same, corrected",
-    }
-    for name, text in names.items():
-        if name in found.perplexity:
-            mark = ": what was written" if name == found.written else ""
-            print(f"  {found.perplexity[name]:>10.4g}  {text}{mark}")
+    names = {"base": "the base", "cut": "the best candidate, as it was cut", "reformed": "the same, corrected"}
+    for name, value in found.perplexity.items():
+        print(f"  {value:>10.4g}  {names[name]}{': what was written' if name == found.written else ''}")
     if found.written == "cut" and "reformed" in found.perplexity:
         print("on the validation rows the corrected one is the worse; more --tokens of training rows may help")
     print(f"loaded again with transformers: the largest difference of a logit is {found.check.largest_difference:.3g}")

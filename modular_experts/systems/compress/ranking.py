@@ -1,4 +1,4 @@
-"""Rank the removable parts of a model by how much they matter on a text, or by the size of their weights."""
+"""Rank the removable parts of a model by how much they matter on a text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modular_experts.systems.compress.reform import BlockByBlock, oriented
-from modular_experts.systems.compress.removable import Kept, Kind, Part, Removable
+from modular_experts.systems.compress.reform import DAMPING, BlockByBlock, oriented
+from modular_experts.systems.compress.removable import Kind, Part, Removable
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ranking:
 
 @torch.no_grad()
 def rank(
-    removable: Removable, text: Tensor, damping: float = 0.01, progress: Callable[[], None] = lambda: None
+    removable: Removable, text: Tensor, damping: float = DAMPING, progress: Callable[[int], None] = lambda done: None
 ) -> Ranking:
     """Rank the parts of a model on a text.
 
@@ -43,40 +43,35 @@ def rank(
         removable: The parts.
         text: Token ids `(rows, tokens)`.
         damping: Share of the mean of a Gram matrix's diagonal that is added to the diagonal before it is inverted.
-        progress: Called after each block.
+        progress: Called after each block with the number of those that are done.
     """
     steps = BlockByBlock(removable, removable.model, text)
-    hidden, turned = steps.embedded, []
-    contribution: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
-    compensated: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
-    entrywise: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
+    hidden, turned = steps.embedded, list[float]()
+    found = [{kind: list[Tensor]() for kind in removable.readers} for _ in range(3)]
     for place, block in enumerate(steps.blocks):
         firsts = [removable.makers(kind)[0] for kind in removable.readers]
         grams, after = steps.grams(place, hidden, [*firsts, *removable.readers.values()])
         for name, gram in grams.items():
             grams[name] = gram.double()
             grams[name].diagonal().add_(damping * grams[name].diagonal().mean())
+        inverses = {name: torch.linalg.inv(gram) for name, gram in grams.items()}
         for kind, reader in removable.readers.items():
-            weight, count = oriented(removable.reader(block, kind)).double(), getattr(removable, kind)
-            gram = grams[reader]
-            inverse = torch.linalg.inv(gram)
-            own, others = _removal_errors(weight, gram, inverse, count)
-            contribution[kind].append(own.cpu())
-            compensated[kind].append(others.cpu())
-            makers, total = removable.makers(kind), torch.zeros(count, dtype=gram.dtype)
-            known = torch.linalg.inv(grams[makers[0]]).diagonal()
+            weight, count = oriented(block.get_submodule(reader)).double(), getattr(removable, kind)
+            own, others = _removal_errors(weight, grams[reader], inverses[reader], count)
+            makers, total = removable.makers(kind), torch.zeros(count, dtype=torch.float64)
             for name in (*makers, reader):
                 # Rows of a layer that makes the parts, columns of the one that reads them.
-                dim, spread = (0, inverse.diagonal()) if name == reader else (1, known)
-                entries = 2 * oriented(block.get_submodule(name)).double().square() / spread
+                dim, source = (0, reader) if name == reader else (1, makers[0])
+                entries = 2 * oriented(block.get_submodule(name)).double().square() / inverses[source].diagonal()
                 total += _by_member(entries.sum(dim).cpu(), removable.parts[f"{name}.weight"], count)
-            entrywise[kind].append(total)
+            for listed, scores in zip(found, (own.cpu(), others.cpu(), total), strict=True):
+                listed[kind].append(scores)
         pairs = zip(hidden, after, strict=True)
         alike = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])
         turned.append(1 - alike.double().mean().item())
         hidden = after
-        progress()
-    return Ranking(turned, contribution, compensated, entrywise)
+        progress(place + 1)
+    return Ranking(turned, *found)
 
 
 def _removal_errors(weight: Tensor, gram: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -84,8 +79,7 @@ def _removal_errors(weight: Tensor, gram: Tensor, inverse: Tensor, count: int) -
     unit = len(gram) // count
     if unit == 1:
         squares = weight.square().sum(0)
-        own, others = gram.diagonal() * squares, squares / inverse.diagonal()
-        return own, others
+        return gram.diagonal() * squares, squares / inverse.diagonal()
     own, others = torch.empty(count, dtype=gram.dtype), torch.empty(count, dtype=gram.dtype)
     for member in range(count):
         these = slice(member * unit, (member + 1) * unit)
@@ -95,40 +89,7 @@ def _removal_errors(weight: Tensor, gram: Tensor, inverse: Tensor, count: int) -
     return own, others
 
 
-@torch.no_grad()
-def magnitudes(removable: Removable) -> dict[Kind, list[Tensor]]:
-    """Return the squared length of all weights that belong to each group and each channel, by block."""
-    found: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
-    for block in removable.modules(removable.model):
-        weights = dict(block.named_parameters())
-        for kind, listed in found.items():
-            total = torch.zeros(getattr(removable, kind), dtype=torch.float64)
-            for name, part in removable.parts.items():
-                if part.kind == kind:
-                    squares = (
-                        weights[name].detach().double().square().transpose(0, part.dim).flatten(1).sum(1).cpu()
-                        if weights[name].dim() > 1
-                        else weights[name].detach().double().square().cpu()
-                    )
-                    total += _by_member(squares, part, len(total))
-            listed.append(total)
-    return found
-
-
 def _by_member(values: Tensor, part: Part, count: int) -> Tensor:
     """Return for each of `count` groups or channels the sum of the values at its entries along a part's dimension."""
     stretches = values.split([unit * count for unit in part.units])
     return torch.stack([stretch.view(count, -1).sum(1) for stretch in stretches]).sum(0)
-
-
-def best(
-    removable: Removable, blocks: tuple[int, ...], groups: int, channels: int, scores: Callable[[int, Kind], Tensor]
-) -> Kept:
-    """Return the parts with the highest scores: the same numbers of groups and channels in each of these blocks."""
-
-    def of(kind: Kind, count: int) -> dict[int, Tensor]:
-        if kind not in removable.readers:
-            return {block: torch.arange(getattr(removable, kind)) for block in blocks}
-        return {block: scores(block, kind).topk(count).indices.sort().values for block in blocks}
-
-    return Kept(blocks, of("groups", groups), of("channels", channels))

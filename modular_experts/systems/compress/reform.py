@@ -5,9 +5,8 @@ A layer with the weight W0 `(out, in)` reads inputs X `(tokens, in)`, of which t
 
     W'_S^T = (G_SS + lambda I)^-1 (G_S W0^T + lambda W0_S^T).
 
-The paper (Search for efficient LLMs, arXiv 2409.17372) minimises the first term by an iteration, ADMM, whose limit at
-lambda = 0 this is. The second term keeps W'_S near W0_S where the text does not determine it, so that a layer that
-loses no input stays as it is, and the error on the text never grows.
+The paper (Search for efficient LLMs, arXiv 2409.17372) minimises the first term by ADMM, whose limit at lambda = 0 this
+is. With the second term the error on the text never grows, and a layer that loses no input stays as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,55 +24,28 @@ from modular_experts.base.structure import is_transposed
 from modular_experts.routing.prompts import stop_at
 from modular_experts.systems.compress.removable import Kept, Removable
 
-
-class LayerError(NamedTuple):
-    """Error of a layer's outputs on the calibration text, as a share of the whole layer's outputs.
-
-    Attributes:
-        layer: Its name in the smaller model.
-        before: The error of the removal alone: the norm of the difference over the norm of the outputs.
-        after: The error after the layer was reformed.
-        residual: Norm of the residual of the normal equations, as a share of their right side.
-    """
-
-    layer: str
-    before: float
-    after: float
-    residual: float
+DAMPING = 0.01
+"""Lambda, and the numbers added to a diagonal before it is inverted, as a share of the mean of the diagonal."""
 
 
-def reformed(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
-    """Return the weight `(out, kept)` for the inputs that stay, in float64, and the residual of its normal equations.
+def reformed(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """Return the weight `(out, kept)` for the inputs that stay, in float64.
 
     Args:
         weight: The whole weight `(out, in)`.
         gram: `X^T X` `(in, in)` of the layer's inputs.
         kept: Numbers of the inputs that stay, without repetition.
-        damping: Lambda as a share of the mean of the diagonal of `G_SS`.
     """
     whole, matrix = weight.double(), gram.double()
-    start = whole[:, kept]
     left = matrix[kept][:, kept]
     mean = left.diagonal().mean()
     # A layer that no text reaches keeps its weight.
-    pull = damping * mean if mean > 0 else torch.ones_like(mean)
+    pull = DAMPING * mean if mean > 0 else torch.ones_like(mean)
     left = left + pull * torch.eye(len(kept), dtype=left.dtype, device=left.device)
     gone = torch.ones(whole.shape[1], dtype=torch.bool, device=kept.device).index_fill_(0, kept, False)
     # The equations of W' - W0_S, which are the same with less rounding.
-    right = matrix[kept][:, gone] @ whole[:, gone].T
-    moved = torch.linalg.solve(left, right)
-    size = right.norm()
-    residual = ((left @ moved - right).norm() / size).item() if size > 0 else 0.0
-    return start + moved.T, residual
-
-
-def relative_error(weight: Tensor, gram: Tensor, kept: Tensor, part: Tensor) -> float:
-    """Return `||X W0^T - X_S W_S^T|| / ||X W0^T||` for a weight W_S `(out, kept)`."""
-    whole, matrix = weight.double(), gram.double()
-    missing = whole.clone()
-    missing[:, kept] -= part.double()
-    squares = [((one @ matrix) * one).sum().clamp(min=0) for one in (missing, whole)]
-    return (squares[0] / squares[1]).sqrt().item() if squares[1] > 0 else 0.0
+    moved = torch.linalg.solve(left, matrix[kept][:, gone] @ whole[:, gone].T)
+    return whole[:, kept] + moved.T
 
 
 @torch.no_grad()
@@ -82,40 +54,30 @@ def reform(
     kept: Kept,
     small: PreTrainedModel,
     text: Tensor,
-    damping: float = 0.01,
-    progress: Callable[[], None] = lambda: None,
-) -> list[LayerError]:
-    """Correct a smaller model in place, one block after the other, and return the errors of its layers.
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Correct a smaller model in place, one block after the other, and return how many layers were corrected.
 
-    The inputs of a block are those that the reformed blocks before it make. Gram matrices of one block and the hidden
-    states of the text are in memory beside the two models.
+    The inputs of a block are those that the reformed blocks before it make.
 
     Args:
         small: The model that was cut to `kept`.
         text: Token ids `(rows, tokens)`.
-        damping: As for `reformed`.
-        progress: Called after each block.
+        progress: Called after each block with the number of those that are done.
     """
-    errors = []
-    whole, parts = BlockByBlock(removable, removable.model, text), BlockByBlock(removable, small, text)
+    whole, parts, count = BlockByBlock(removable, removable.model, text), BlockByBlock(removable, small, text), 0
     hidden = whole.embedded
     for place, number in enumerate(kept.blocks):
-        large, block = whole.blocks[number], parts.blocks[place]
         grams, _ = whole.grams(number, hidden, removable.readers.values())
-        for kind, name in removable.readers.items():
-            gram = grams[name]
-            indices = removable.indices(removable.parts[f"{name}.weight"], kept, number).to(gram.device)
-            if len(indices) == len(gram):
-                continue
-            weight, corrected = oriented(removable.reader(large, kind)), oriented(removable.reader(block, kind))
-            before = relative_error(weight, gram, indices, corrected)
-            found, residual = reformed(weight, gram, indices, damping)
-            corrected.copy_(found)
-            after = relative_error(weight, gram, indices, found)
-            errors.append(LayerError(f"{parts.names[place]}.{name}", before, after, residual))
+        for name in removable.readers.values():
+            indices = removable.indices(removable.parts[f"{name}.weight"], kept, number).to(grams[name].device)
+            if len(indices) < len(grams[name]):
+                weight = oriented(whole.blocks[number].get_submodule(name))
+                oriented(parts.blocks[place].get_submodule(name)).copy_(reformed(weight, grams[name], indices))
+                count += 1
         hidden = parts.through(place, hidden)
-        progress()
-    return errors
+        progress(place + 1)
+    return count
 
 
 def oriented(layer: nn.Module) -> Tensor:
@@ -125,23 +87,15 @@ def oriented(layer: nn.Module) -> Tensor:
 
 
 class BlockByBlock:
-    """A model that runs one block at a time over a text.
-
-    Args:
-        removable: Knows where the blocks are.
-        model: The model, whole or cut.
-        text: Token ids `(rows, tokens)`; each row is a pass of its own.
+    """A model, whole or cut, that runs one block at a time over a text `(rows, tokens)`; each row is a pass of its own.
 
     Attributes:
         blocks: The model's transformer blocks.
-        names: Their names.
         embedded: For each row the hidden states `(1, tokens, hidden)` that enter the first block.
     """
 
     def __init__(self, removable: Removable, model: PreTrainedModel, text: Tensor) -> None:
-        self._removable, self.blocks = removable, removable.modules(model)
-        ids = {id(block): place for place, block in enumerate(self.blocks)}
-        self.names = [name for name, module in model.named_modules() if id(module) in ids]
+        self.blocks = removable.modules(model)
         self.embedded: list[Tensor] = []
         self._others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         rows = text.to(model.device).split(1)

@@ -1,7 +1,7 @@
 """Know which parts of a model can be removed: transformer blocks, groups of attention heads, channels of MLPs.
 
-A group is a key-value head with the query heads that read it. Because the configuration of a model has one number for
-the heads and one for the MLPs' width, every block keeps equally many groups and channels, but each block its own.
+A group is a key-value head with the query heads that read it. Because a configuration has one number for the heads and
+one for the MLPs' width, every block keeps equally many groups and channels, but each block its own.
 """
 
 from __future__ import annotations
@@ -35,13 +35,7 @@ _ATTENTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of a model.
-
-    Attributes:
-        blocks: Numbers of the blocks, in order.
-        groups: Numbers of the groups of heads by block, in order.
-        channels: Numbers of the MLP channels by block, in order.
-    """
+    """The numbers of the parts of a model that stay, in order: blocks, and by block groups and MLP channels."""
 
     blocks: tuple[int, ...]
     groups: Mapping[int, Tensor]
@@ -49,10 +43,8 @@ class Kept:
 
 
 class Part(NamedTuple):
-    """How a weight of a block holds groups or channels.
-
-    They lie along the dimension `dim`, in one or more stretches, because one layer may make queries, keys and values.
-    `units` holds for each stretch how many entries one group or channel takes there.
+    """How a weight of a block holds groups or channels: along a dimension, in stretches, because one layer may make
+    queries, keys and values; `units` tells for each stretch how many entries a group or channel takes there.
     """
 
     kind: Kind
@@ -61,11 +53,7 @@ class Part(NamedTuple):
 
 
 class Removable:
-    """The parts of a causal language model that can be removed.
-
-    Args:
-        model: The model; nothing here changes it.
-        place: What errors call the model.
+    """The parts of a causal language model that can be removed; errors call the model by its `place`.
 
     Attributes:
         blocks: How many transformer blocks it has.
@@ -81,8 +69,7 @@ class Removable:
     def __init__(self, model: PreTrainedModel, place: str) -> None:
         self.model, self.place = model, place
         structure = Structure(model)
-        sizes = {name: structure.shapes[name].numel() for name in structure.weights}
-        self.parameters = sum(sizes.values())
+        self.parameters = sum(structure.shapes[name].numel() for name in structure.weights)
         found = [block for block in map(block_of, structure.weights) if block]
         self._container = found[0].rpartition(".")[0] if found else ""
         self.blocks = int(model.config.num_hidden_layers)
@@ -110,22 +97,12 @@ class Removable:
         held: Any = model.get_submodule(self._container) if self._container else ()
         return list(held)
 
-    def reader(self, block: nn.Module, kind: Kind) -> nn.Module:
-        """Return the layer of a block that reads its groups or channels."""
-        return block.get_submodule(self.readers[kind])
-
     def makers(self, kind: Kind) -> list[str]:
         """Return the names within a block of the layers that make its groups or channels, all of the same inputs."""
-        weights = [name for name, part in self.parts.items() if part.kind == kind and name.endswith(".weight")]
-        return [name for name in (weight.removesuffix(".weight") for weight in weights) if name != self.readers[kind]]
-
-    def whole(self) -> Kept:
-        """Return what stays if nothing is removed."""
-        blocks, groups, channels = range(self.blocks), torch.arange(self.groups), torch.arange(self.channels)
-        return Kept(tuple(blocks), dict.fromkeys(blocks, groups), dict.fromkeys(blocks, channels))
+        names = [name.removesuffix(".weight") for name, part in self.parts.items() if part.kind == kind]
+        return [name for name in names if name != self.readers[kind] and not name.endswith(".bias")]
 
     def count(self, blocks: int, groups: int, channels: int) -> int:
-        """Return how many parameters a model of these sizes has."""
         return self._outside + blocks * (self._rest + groups * self._group + channels * self._channel)
 
     def widest(self, blocks: int, groups: int, limit: int, multiple: int = 1) -> int:
@@ -168,20 +145,18 @@ class Removable:
 
     def _weights(self, kept: Kept, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield the name in the smaller model and the value of each weight that stays."""
-        new = {block: place for place, block in enumerate(kept.blocks)}
         start = f"{self._container}."
         for name, tensor in state.items():
             if not name.startswith(start):
                 yield name, tensor
                 continue
             number, _, local = name.removeprefix(start).partition(".")
-            block = int(number)
-            if block not in new:
+            block, part = int(number), self.parts.get(local)
+            if block not in kept.blocks:
                 continue
-            part = self.parts.get(local)
             if part and len(getattr(kept, part.kind)[block]) < getattr(self, part.kind):
                 tensor = tensor.index_select(part.dim, self.indices(part, kept, block).to(tensor.device))
-            yield f"{start}{new[block]}.{local}", tensor
+            yield f"{start}{kept.blocks.index(block)}.{local}", tensor
 
     def _config(self, kept: Kept) -> Any:
         config: Any = copy.deepcopy(self.model.config)
@@ -200,7 +175,7 @@ class Removable:
         return config
 
     def _heads(self) -> None:
-        """Find the groups of heads, or one group of all if the configuration fixes the heads by the hidden size."""
+        """Find the groups of heads, or one group of all if the configuration fixes their size."""
         config, block = self.model.config, self.modules(self.model)[0]
         self.groups, self._head = 1, 0
         heads, groups = int(config.num_attention_heads), getattr(config, "num_key_value_heads", None)
@@ -211,10 +186,9 @@ class Removable:
                 self._head = getattr(config, "head_dim", None) or config.hidden_size // heads
                 self.groups, query = int(groups), heads // int(groups) * self._head
                 units = (query, self._head, self._head)
-                for maker, own in zip(
-                    makers, [units] if len(makers) == 1 else [(unit,) for unit in units], strict=True
-                ):
-                    self._add(f"{name}.{maker}", children[maker], "groups", own)
+                own = [units] if len(makers) == 1 else [(unit,) for unit in units]
+                for maker, its in zip(makers, own, strict=True):
+                    self._add(f"{name}.{maker}", children[maker], "groups", its)
                 self._add(f"{name}.o_proj", children["o_proj"], "groups", (query,), reads=True)
                 return
 

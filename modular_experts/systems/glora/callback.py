@@ -20,10 +20,9 @@ log = logging.getLogger(__name__)
 class RandomPaths(Schedule):
     """Draws a path for each `GLoRAExpert` before each optimizer step, each as likely as the others.
 
-    A path is drawn from the seed, the step and the name of the weight: all ranks, the micro-batches of a step, the
-    recomputation of gradient checkpointing and a resumed run take the same. The numbers that a path leaves out have a
-    gradient of zero, and the momentum of an optimizer still moves them. Validation and export take the largest path;
-    `PathSearch` then finds the best smaller one of each layer.
+    A path is drawn from the seed, the step and the name of the weight: all ranks, the micro-batches of a step and a
+    resumed run take the same. The numbers that a path leaves out have a gradient of zero, and the momentum of an
+    optimizer still moves them. Validation and export take the largest path.
 
     Args:
         seed: Seed of the draws; the run's own (`seed_everything`) if not given.
@@ -51,11 +50,10 @@ class RandomPaths(Schedule):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave experts behind that train their largest path."""
-        for expert in experts_of(cast(TrainedModule, pl_module), GLoRAExpert, "RandomPaths").values():
-            expert.drawn = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do so too if training ends early; a model that could not be loaded has no experts."""
+        # A model that could not be loaded has no experts.
         for _, layer in expert_layers(getattr(pl_module, "model", nn.Module())):
             if isinstance(layer.expert, GLoRAExpert):
                 layer.expert.drawn = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)

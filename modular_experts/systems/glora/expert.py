@@ -1,15 +1,10 @@
-"""GLoRA trains a change of weight and bias made of five parts; a search then chooses which parts each layer keeps.
-
-The method is Chavan et al.'s, arXiv 2306.07967. `RandomPaths` (`callback.py`) trains all paths at once, and
-`PathSearch` (`search.py`) chooses one for each layer. `docs/systems/glora.md` compares this file with the released
-code.
-"""
+"""GLoRA trains a change of weight and bias made of five parts; a search then chooses which parts each layer keeps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +47,9 @@ class GLoRAExpert(Expert):
     A and B are `(out, in)`, C is `(in, 1)`, D and E are `(out,)`. A `lora` is a product `up @ down`, a `vector` is one
     column, repeated for each input, a `constant` one number. All start at zero, so that training starts at the base.
 
-    These settings are the largest path. Its smaller ones use parts of the same numbers, as in the released code: the
-    vector is the first column of `up`, the constant its first entry. Without the callback `RandomPaths` only the
-    largest path is trained; with B as `lora` and nothing else it is a LoRA with a scale of 1.
-
-    C, D and E need a bias, which most layers of Llama's kind lack. Without A the delta of the weight is a low-rank
-    product; with A it is dense. The library keeps the trained numbers beside the deltas, so that paths can be searched.
+    These settings are the largest path. Its smaller ones use parts of the same numbers: the vector is the first column
+    of `up`, the constant its first entry. Without the callback `RandomPaths` only the largest path is trained; with B
+    as `lora` and nothing else it is a LoRA with a scale of 1. C, D and E need a bias. With A the delta is dense.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -124,7 +116,7 @@ class GLoRAExpert(Expert):
 
     def only(self, path: GLoRAPath, weight: Tensor) -> GLoRAExpert:
         """Return an expert of this path alone, with the numbers of this expert."""
-        settings: dict = path._asdict()
+        settings: Any = path._asdict()
         expert = type(self)(weight, self.rank, **settings)
         with torch.no_grad():
             for name, parameter in expert.named_parameters():
@@ -133,8 +125,7 @@ class GLoRAExpert(Expert):
 
     @classmethod
     def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> GLoRAExpert:
-        """Return an expert with the sizes that a state has, to load it."""
-        settings: dict = {}
+        settings: dict[str, Any] = {}
         for part, kinds in KINDS.items():
             up = state.get(f"{part}_up")
             if up is None:
@@ -190,5 +181,4 @@ class GLoRAExpert(Expert):
         return Dense(torch.stack(terms).sum(0)) if terms else None
 
     def state(self) -> dict[str, Tensor]:
-        """Return the trained numbers, which the deltas do not give back."""
         return dict(self.state_dict())

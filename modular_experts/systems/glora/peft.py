@@ -22,8 +22,7 @@ class GloraFormat(PeftFormat):
     """A GLoRA adapter, for any paths of a `GLoRAExpert`, exactly.
 
     PEFT has one kind for A and B of all layers, one for C, one for D and E, and one rank. So each part is written as
-    the largest kind that occurs: one number as a column of it, a column as a product with a row of ones, a product of
-    lower rank with zeros beside it, and a part that a path lacks as zeros.
+    the largest kind that occurs, with zeros or ones where it keeps less.
     """
 
     _experts: Mapping[str, GLoRAExpert] = field(default_factory=dict)

@@ -12,27 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import by_state
-from modular_experts.injection.inject import (
-    expert_layers,
-    expert_state,
-    load_expert_state,
-    task_vector,
-)
+from modular_experts.injection.inject import expert_layers, expert_state, load_expert_state, task_vector
 from modular_experts.injection.routed import Injected
 from modular_experts.injection.save import describe_experts
 from modular_experts.jobs import JSONLines
-from modular_experts.library import (
-    StoredExpert,
-    check_target,
-    make_record,
-    open_expert,
-    write_expert,
-)
+from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.library.compatibility import open_parents
 from modular_experts.methods import MergeMethod
 from modular_experts.progress import Progress
@@ -56,8 +43,8 @@ class PathSearch(Evolution, SearchAlgorithm):
     """Evolution over the paths of a GLoRA that `RandomPaths` trained, on the mean over tasks of the validation loss.
 
     A candidate names for each layer and part what the layer keeps: all of a product, its first column, one number, or
-    nothing. One that keeps more numbers than the limit allows loses parts at random places until it fits, before it is
-    measured. The first candidates have the same path in all layers, the largest one among them.
+    nothing. One above the limit loses parts at random places until it fits. The first candidates have the same path in
+    all layers, the largest one among them.
 
     Args:
         limit: The most trained numbers of all layers together; without it, all that the expert has.
@@ -85,16 +72,74 @@ class PathSearch(Evolution, SearchAlgorithm):
         overwrite: bool = False,
         progress: Progress = iter,
     ) -> SearchedPaths:
-        if isinstance(data, ValidationRows) and (data.labels != "rows" or data.expert_of):
+        """Find the best path of each layer of one stored GLoRA, and write the expert of these paths.
+
+        Experts that it was trained on top of must lie beside it; they are added to the base first. Losses are stored
+        beside `out` as they come; an interrupted search that is run again goes on from there.
+
+        Raises:
+            FileExistsError: A file would be replaced; nothing has been read yet.
+            FileNotFoundError: An expert that it was trained on top of is missing.
+            ValueError: The expert is not a GLoRA, one beneath it has changed or chooses by the input, the losses of
+                another search lie beside `out`, or `objective_on_base` refuses the data.
+        """
+        rows = data if isinstance(data, ValidationRows) else ValidationRows(data)
+        if rows.labels != "rows" or rows.expert_of:
             raise ValueError("PathSearch measures the targets of the rows; leave labels and expert_of out")
         if (given := len(experts) + len(merges)) != 1:
             raise ValueError(f"PathSearch searches the paths of one expert, and {given} experts and merges are given")
-        return search_paths(experts[0], self, data, out, overwrite, progress)
+        check_target(out, overwrite)
+        check_trials_file(out, overwrite)
+        opened = open_expert(experts[0])
+        if opened.record["kind"] != "GLoRAExpert" or not opened.state():
+            raise ValueError(
+                f"{opened.path} holds a {opened.record['kind']}, which has no paths to search; train one with "
+                "--expert GLoRAExpert and the callback RandomPaths"
+            )
+        parents = open_parents(opened)
+        objective = objective_on_base([opened, *parents], rows)
+        with ExitStack() as meanwhile:
+            meanwhile.enter_context(applied(objective.model, parents, check=False))
+            beneath = objective.losses()
+            meanwhile.enter_context(Injected(objective.model, partial(by_state, GLoRAExpert, opened)))
+            load_expert_state(objective.model, opened.state())
+            space = _Paths(objective, _Losses(Path(out), _identity([opened, *parents], objective)))
+            limit = space.numbers(space.largest) if self.limit is None else self.limit
+            found = self.search(
+                [Choice(len(kinds)) for _, kinds in space.parts],
+                lambda genes: mean_loss(space.losses(genes)),
+                space.uniform(),
+                lambda genes: space.within(genes, limit),
+                progress=progress,
+            )
+            best, largest, numbers = space.losses(found.best), space.losses(space.largest), space.numbers(found.best)
+            settings = asdict(self) | {"numbers": numbers, "rows": rows.rows, "search": type(self).__name__}
+            _write(space, found.best, opened, settings, out, overwrite)
+        trials = [(space.paths(genes), space.losses(genes)) for genes, _ in found.measured]
+        file = write_trials(out, [Trial({name: str(one[name]) for name in one}, losses) for one, losses in trials])
+        space.store.file.unlink()
+        most, paths = space.numbers(space.largest), space.paths(found.best)
+        return SearchedPaths(open_expert(out), paths, numbers, most, best, largest, beneath, file)
+
+
+def _write(
+    space: _Paths, best: Genes, opened: StoredExpert, settings: dict[str, Any], out: str | Path, overwrite: bool
+) -> None:
+    model = space.objective.model
+    for name, path in space.paths(best).items():
+        layer: Any = model.get_submodule(name.removesuffix(".weight"))
+        layer.expert = space.experts[name].only(path, layer.matrix)
+    facts = describe_experts(model)
+    notes = record_notes(facts.pop("hyperparameters") | settings | {"searched_in": opened.name}, space.losses(best))
+    kept = {name: opened.record[name] for name in ("base", "tasks", "parents", "seed")}
+    # The first layer may have kept nothing, and then does not tell the class of the state.
+    facts |= {"class_path": opened.record["class_path"], "training": opened.record.get("training")}
+    write_expert(out, task_vector(model), make_record(**facts, **notes, **kept), overwrite, state=expert_state(model))
 
 
 @dataclass(frozen=True, eq=False)
 class SearchedPaths(SearchResult):
-    """What `search_paths` found and wrote.
+    """What `PathSearch` found and wrote.
 
     Attributes:
         expert: The expert of the best paths.
@@ -129,109 +174,12 @@ class SearchedPaths(SearchResult):
         yield f"the trials are in {self.trials}"
 
 
-def search_paths(
-    expert: str | Path,
-    algorithm: PathSearch,
-    data: ValidationRows | TaskMixture,
-    out: str | Path,
-    overwrite: bool = False,
-    progress: Progress = iter,
-) -> SearchedPaths:
-    """Find the best path of each layer of a stored GLoRA, and write the expert of these paths.
-
-    Losses are stored beside `out` as they come; an interrupted search that is run again goes on from there.
-
-    Args:
-        expert: Directory of an expert of type `GLoRAExpert`. Experts that it was trained on top of must lie beside it;
-            they are added to the base first.
-        algorithm: Limit and budget.
-        data: The rows that are measured, with labels of their own.
-        out: Directory of the expert that is written; the trials are written beside it.
-        overwrite: Whether files that exist may be replaced.
-
-    Raises:
-        FileExistsError: A file would be replaced; nothing has been read yet.
-        FileNotFoundError: An expert that it was trained on top of is missing.
-        ValueError: The expert is not a GLoRA, it was trained on top of one that chooses by the input or that has
-            changed, the losses of another search lie beside `out`, or `objective_on_base` refuses the data.
-    """
-    check_target(out, overwrite)
-    check_trials_file(out, overwrite)
-    opened, parents = _opened(expert)
-    objective = objective_on_base([opened, *parents], data)
-    model = objective.model
-    with ExitStack() as meanwhile:
-        meanwhile.enter_context(applied(model, parents, check=False))
-        beneath = objective.losses()
-        meanwhile.enter_context(Injected(model, partial(by_state, GLoRAExpert, opened)))
-        load_expert_state(model, opened.state())
-        space = _Paths(model)
-        store = _Losses(Path(out), _identity([opened, *parents], objective))
-
-        def losses(genes: Genes) -> dict[str, float]:
-            if genes not in store:
-                space.take(genes)
-                store[genes] = objective.losses()
-            return store[genes]
-
-        limit = space.numbers(space.largest) if algorithm.limit is None else algorithm.limit
-        found = algorithm.search(
-            [Choice(len(kinds)) for _, kinds in space.parts],
-            lambda genes: mean_loss(losses(genes)),
-            space.uniform(),
-            lambda genes: space.within(genes, limit),
-            progress=progress,
-        )
-        best, whole, numbers = losses(found.best), losses(space.largest), space.numbers(found.best)
-        paths = space.paths(found.best)
-        settings = asdict(algorithm) | {
-            "numbers": numbers,
-            "rows": data.rows if isinstance(data, ValidationRows) else ValidationRows.rows,
-        }
-        settings |= {"search": type(algorithm).__name__, "searched_in": opened.name}
-        for name, layer in expert_layers(model):
-            layer.expert = space.experts[name].only(paths[name], layer.matrix)
-        record = _record(model, opened, settings, best)
-        write_expert(out, task_vector(model), record, overwrite, state=expert_state(model))
-    measured = [(space.paths(genes), losses(genes)) for genes, _ in found.measured]
-    file = write_trials(out, [Trial({name: str(one[name]) for name in one}, values) for one, values in measured])
-    store.file.unlink()
-    return SearchedPaths(open_expert(out), paths, numbers, space.numbers(space.largest), best, whole, beneath, file)
-
-
-def _opened(expert: str | Path) -> tuple[StoredExpert, list[StoredExpert]]:
-    opened = open_expert(expert)
-    if opened.record["kind"] != "GLoRAExpert" or not opened.state():
-        raise ValueError(
-            f"{opened.path} holds a {opened.record['kind']}, which has no paths to search; train one with "
-            "--expert GLoRAExpert and the callback RandomPaths"
-        )
-    parents = open_parents(opened)
-    for parent in parents:
-        if not parent.mergeable:
-            raise ValueError(
-                f"{opened.name} was trained on top of {parent.name}, which chooses by the input, and PathSearch "
-                "measures paths on top of deltas alone; train one on the base, or on top of a merge"
-            )
-    return opened, parents
-
-
-def _record(
-    model: nn.Module, opened: StoredExpert, settings: dict[str, Any], losses: dict[str, float]
-) -> dict[str, Any]:
-    facts = describe_experts(model)
-    notes = record_notes(facts.pop("hyperparameters") | settings, losses)
-    kept = {name: opened.record[name] for name in ("base", "tasks", "parents", "seed")}
-    # The first layer may have kept nothing, and then does not tell the class of the state.
-    facts["class_path"] = opened.record["class_path"]
-    return make_record(**facts, **notes, **kept, training=opened.record.get("training"))
-
-
 class _Paths:
     """The paths of all layers as one tuple of genes: which kind each part that has a choice is."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.experts = {name: cast(GLoRAExpert, layer.expert) for name, layer in expert_layers(model)}
+    def __init__(self, objective: Objective, store: _Losses) -> None:
+        self.objective, self.store = objective, store
+        self.experts = {name: cast(GLoRAExpert, layer.expert) for name, layer in expert_layers(objective.model)}
         self.parts: list[tuple[tuple[str, str], tuple[str, ...]]] = [
             ((name, part), kinds)
             for name, expert in self.experts.items()
@@ -247,17 +195,18 @@ class _Paths:
         """How many trained numbers each kind of each part keeps."""
 
     def paths(self, genes: Genes) -> dict[str, GLoRAPath]:
-        """Return the path of each weight."""
         chosen = {place: kinds[int(gene)] for (place, kinds), gene in zip(self.parts, genes, strict=True)}
         return {name: GLoRAPath(*(chosen.get((name, part), "none") for part in KINDS)) for name in self.experts}
 
-    def take(self, genes: Genes) -> None:
-        """Let each layer take its path."""
-        for name, path in self.paths(genes).items():
-            self.experts[name].path = path
+    def losses(self, genes: Genes) -> dict[str, float]:
+        """Return the losses by task of paths, which are measured once."""
+        if genes not in self.store:
+            for name, path in self.paths(genes).items():
+                self.experts[name].path = path
+            self.store[genes] = self.objective.losses()
+        return self.store[genes]
 
     def numbers(self, genes: Genes) -> int:
-        """Return how many trained numbers the paths keep."""
         return sum(sizes[int(gene)] for sizes, gene in zip(self.sizes, genes, strict=True))
 
     def within(self, genes: Genes, limit: int) -> Genes:
@@ -281,7 +230,7 @@ class _Paths:
 
 
 class _Losses(JSONLines):
-    """The losses of the candidates of one search in a file beside the expert, which lasts until the search ends."""
+    """The losses of one search's candidates, in a file beside the expert until the search ends."""
 
     def __init__(self, out: Path, search: str) -> None:
         super().__init__(out.with_name(f"{out.name}.losses.jsonl"))

@@ -60,28 +60,9 @@ def test_the_command_makes_a_base_that_experts_train_on(architecture, run, tiny,
     texts = read_texts(["a.jsonl", "b.jsonl"], Base.open("smaller").tokenizer(), {"test": 200}, 20)
     for name, model in (("base", whole), (found["written"], small)):
         assert perplexity(model.eval(), texts["test"]) == pytest.approx(found["perplexity"][name], rel=1e-4)
-    assert all(layer["after"] <= layer["before"] for layer in _layers(found))
     fit = ["fit", "--base", "smaller", "--expert", "LoRAExpert", "--modules", conftest.TARGETS[architecture]]
     code, _, err = run(*fit, "--tasks", "a.jsonl", "--steps", 2, "--out", "library/a")
     assert code == 0, err
-
-
-def _layers(found: dict) -> list[dict]:
-    return [dict(zip(("layer", "before", "after", "residual"), layer, strict=True)) for layer in found["layers"]]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", conftest.ARCHITECTURES)
-def test_a_base_that_stays_whole_keeps_its_bytes(architecture, dtype, tasks, tmp_path) -> None:
-    base = tmp_path / "base"
-    conftest.build_model(architecture, tie_word_embeddings=True).to(getattr(torch, dtype)).save_pretrained(base)
-    conftest.build_tokenizer().save_pretrained(base)
-    stages = []
-    found = compress(base, tasks, tmp_path / "same", keep=1, progress=lambda *now: stages.append(now), **SMALL)
-    assert fingerprint(tmp_path / "same") == fingerprint(base)
-    assert found.parameters == found.base
-    assert (found.perplexity.keys(), found.written) == ({"base"}, "base")
-    assert stages == [("measuring", found.tokens, found.tokens), ("writing", 1, 1)], "it is measured once"
 
 
 def test_the_dtype_of_the_base_stays(tasks, tmp_path) -> None:
@@ -156,12 +137,6 @@ def test_masks_start_at_the_best_scores_of_the_paper_and_exchange_members(tiny, 
     assert 0 < min(filter(None, others)) < count / 4, "few of the members are exchanged at once"
 
 
-def test_windows_are_contiguous(tiny, tasks, tmp_path) -> None:
-    compress(tiny("llama"), tasks, tmp_path / "smaller", keep=0.7, members="windows", **SMALL)
-    kept = record(tmp_path / "smaller")["kept"]
-    assert all(held == list(range(held[0], held[-1] + 1)) for kind in kept.values() for held in kind.values())
-
-
 def test_an_interrupted_search_goes_on(tiny, tasks, tmp_path) -> None:
     wanted = compress(tiny("llama"), tasks, tmp_path / "wanted", keep=0.7, **SMALL)
     searched = 0
@@ -189,21 +164,6 @@ def test_an_interrupted_search_goes_on(tiny, tasks, tmp_path) -> None:
     assert fingerprint(out) == fingerprint(tmp_path / "wanted")
 
 
-def test_magnitude_removal_keeps_the_largest_channels_of_all_blocks(tiny, tasks, tmp_path) -> None:
-    found = compress(tiny("llama"), tasks, tmp_path / "smaller", keep=0.8, **SMALL)
-    model = Base.open(tiny("llama")).load()
-    per_channel = 2 * 3 * 32
-    width = 48 - -(-int(0.2 * found.base) // per_channel)
-    width -= width % 4
-    for block in model.model.layers:
-        mlp = block.mlp
-        sizes = mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1)
-        sizes = sizes + mlp.down_proj.weight.square().sum(0)
-        mlp.down_proj.weight.data[:, sizes.argsort()[: 48 - width]] = 0
-    texts = read_texts(tasks, conftest.build_tokenizer(), {"test": 200}, 20)
-    assert found.perplexity["magnitude"] == pytest.approx(perplexity(model, texts["test"]), rel=1e-6)
-
-
 def test_rows_take_turns_and_splits_stay_apart(tasks) -> None:
     tokenizer = conftest.build_tokenizer()
     texts = read_texts(tasks, tokenizer, {"train": 90, "validation": 10_000, "test": 7}, 30)
@@ -216,12 +176,10 @@ def test_rows_take_turns_and_splits_stay_apart(tasks) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"keep": 0}, r"keep=0 must be in \(0, 1\]"),
-        ({"keep": 1.2}, r"keep=1.2 must be in \(0, 1\]"),
-        ({"keep": float("nan")}, r"keep=nan must be in \(0, 1\]"),
+        ({"keep": 1}, r"keep=1 must be in \(0, 1\)"),
+        ({"keep": float("nan")}, r"keep=nan must be in \(0, 1\)"),
         ({"slack": 0}, r"slack=0 must be in \(0, 1\)"),
-        ({"damping": 0}, "damping=0 must be a positive number"),
-        ({"members": "random"}, "members='random' must be one of 'importance', 'windows', 'masks'"),
+        ({"members": "random"}, "members='random' must be one of 'importance', 'masks'"),
         ({"evaluations": 0}, "evaluations=0 must be at least 1"),
         ({"test_tokens": 1}, "test_tokens=1 must be at least 2"),
         ({"keep": 0.05}, r"keep=0.05 and slack=0.1: .* leaves between 0.00% and 5.00% .* nearest is keep=0.3\d"),

@@ -15,7 +15,7 @@ from modular_experts.base import Base
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import attached
 from modular_experts.library import open_expert
-from modular_experts.systems.glora.search import PathSearch, search_paths
+from modular_experts.systems.glora.search import PathSearch
 from modular_experts.tuning import Objective, ValidationRows
 
 ALL = ["--model.expert.c", "lora", "--model.expert.d", "vector", "--model.expert.e", "vector"]
@@ -77,21 +77,21 @@ def test_a_search_repeats_and_goes_on_after_an_interruption(run, tiny_llama_dir,
         yield from names[:8]
         raise Stopped
 
-    whole = search_paths("library/a", algorithm, data(), "library/whole")
+    whole = algorithm.run(["library/a"], data(), "library/whole")
     with pytest.raises(Stopped):
-        search_paths("library/a", algorithm, data(), "library/again", progress=stop)
+        algorithm.run(["library/a"], data(), "library/again", progress=stop)
     stored = Path("library/again.losses.jsonl").read_text().splitlines()
     assert len(stored) == 1 + 8
     with pytest.raises(ValueError, match=r"again\.losses\.jsonl holds losses of another expert or of other rows"):
-        search_paths("library/a", algorithm, ValidationRows(data(), rows=1), "library/again")
-    again = search_paths("library/a", algorithm, data(), "library/again")
+        algorithm.run(["library/a"], ValidationRows(data(), rows=1), "library/again")
+    again = algorithm.run(["library/a"], data(), "library/again")
     assert again.paths == whole.paths
     assert again.losses == whole.losses
     assert Path("library/again.trials.json").read_text() == Path("library/whole.trials.json").read_text()
     for name, delta in again.expert.items():
         assert torch.equal(delta.dense(), whole.expert[name].dense())
     # The smaller expert has paths of its own.
-    smaller = search_paths("library/again", PathSearch(limit=200, evaluations=5, first=2), data(), "library/smaller")
+    smaller = PathSearch(limit=200, evaluations=5, first=2).run(["library/again"], data(), "library/smaller")
     assert smaller.numbers <= 200
     assert smaller.most == again.numbers
 
