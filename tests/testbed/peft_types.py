@@ -122,7 +122,7 @@ def compare(case: str, bases: Callable[[str], Path], place: Path) -> tuple[Row, 
         why = re.sub(rf"{name}/adapter_config.json has peft_type \w+, which ", "it ", why)
         why = re.sub(rf"{name}( \(\w+\))?( was not imported: )?", lambda match: "" if match[2] else "it", why)
         why = re.sub(r" by [\d.e-]+|, and the tolerance.*,|; .*|\.$", "", why)  # numbers differ by machine
-        return Row(case, f"not imported: {why}", "", None), None
+        return Row(case, f"not imported: {why.partition(': it adds')[0]}", "", None), None
     origin = expert.record["source"]
     ways = {
         "this package": "read_with" not in origin,
