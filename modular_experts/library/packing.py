@@ -17,15 +17,17 @@ from torch import Tensor
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
 from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.tensorfile import Layout, MappedTensors, damaged
-from modular_experts.native.decoding import FURTHEST, decode_places, read_entries
 
 ENCODINGS = ("gaps", "mask")
+FURTHEST = 255
+"""The largest distance that one byte of gaps holds."""
+_PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numbers stay in the processor's cache
+# The eight bits of each byte, a byte each, packed into one int64: a mask is unpacked by one look-up per byte.
+_BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
+_BITS = _BITS.view(torch.int64).view(-1)
 # The tensors of each form beside the kept numbers, and the name of these where they are stored as they are.
 _FORMS = {"Dense": ("dense",), "LowRank": ("up", "down"), "Sparse": ("values",), "BlockSparse": ("values",)}
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
-
-Read = tuple[Tensor, int | None, bool]
-"""Decoded numbers, the last of them (None where there are more or fewer), and whether all values are finite."""
 
 
 def pack(delta: Delta) -> dict[str, Tensor]:
@@ -86,19 +88,16 @@ def _is_delta(form: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int,
     return fits(kept[0], shapes[kept[0]], values[0], _limit(form, shape, values))
 
 
-def unpack(
-    form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check: bool = True, read: Read | None = None
-) -> Delta:
+def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check: bool = True) -> Delta:
     """Return the delta of tensors of checked layout, by their names in the file.
 
-    Encoded numbers are always checked; values, and numbers that are stored as they are, if `check` is set. `read` is
-    the result of `read_entries`, if it was asked.
+    Encoded numbers are always checked; values, and numbers that are stored as they are, if `check` is set.
 
     Raises:
         ValueError: A value is not finite, or the kept numbers are not what `pack` stores.
     """
     for name, tensor in tensors.items() if check else ():
-        if tensor.is_floating_point() and not (read[2] if read else all_finite(tensor)):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"its {name} hold numbers that are not finite")
     if form == "LowRank":
         return LowRank(tensors["up"], tensors["down"])
@@ -107,7 +106,7 @@ def unpack(
     (name,), values = _name_of_kept(form, tensors), tensors["values"]
     limit = _limit(form, shape, values.shape)
     count = values.shape[0]  # len() of a tensor takes four times as long
-    kept = decode(name, tensors[name], count, limit, index_dtype(shape), read[:2] if read else None)
+    kept = decode(name, tensors[name], count, limit, index_dtype(shape))
     if check and name not in ENCODINGS and kept.numel():
         if not (int(kept[0]) >= 0 and int(kept[-1]) < limit):
             raise ValueError(f"its indices run from {int(kept[0])} to {int(kept[-1])}, out of [0, {limit})")
@@ -172,28 +171,50 @@ def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
     return shape[0] == (-(-limit // 8) if name == "mask" else count)
 
 
-def decode(
-    name: str,
-    stored: Tensor,
-    count: int,
-    limit: int,
-    dtype: torch.dtype,
-    known: tuple[Tensor, int | None] | None = None,
-) -> Tensor:
+def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
     """Return the numbers `(count,)` of a stored tensor that `fits`; numbers stored as they are stay unchecked.
-
-    `known` is the result of `decode_places`, if they are decoded already.
 
     Raises:
         ValueError: There are more or fewer numbers, or one reaches the limit.
     """
     if name not in ENCODINGS:
         return stored
-    numbers, last = known or decode_places(name, stored, count, dtype)
+    numbers, last = (_from_gaps if name == "gaps" else _from_mask)(stored, count)
     if last is None or last >= limit:
         reached = "" if last is None else f", as the last would be {last}"
         raise ValueError(f"its {name} cannot stand for {count} numbers in [0, {limit}){reached}")
     return numbers.to(dtype)
+
+
+def _from_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
+    """Return the numbers, and the last of them: -1 for an empty list, None where there are not `count` numbers."""
+    zeros = gaps.numel() - int(gaps.count_nonzero())
+    # Wide enough that no sum overflows, whatever a forged file holds.
+    wide = torch.int32 if FURTHEST * gaps.numel() < 2**31 else torch.int64
+    numbers = gaps.to(wide)
+    if gaps.numel() - zeros != count or (zeros and int(gaps[-1]) == 0):
+        return numbers, None
+    if zeros:
+        numbers.masked_fill_(gaps == 0, FURTHEST)
+    numbers[:1] -= 1
+    numbers.cumsum_(0)
+    last = int(numbers[-1]) if count else -1
+    if zeros:
+        numbers = numbers.index_select(0, torch.from_numpy(gaps.numpy().nonzero()[0]))
+    return numbers, last
+
+
+def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
+    wide = torch.int32 if 8 * mask.numel() < 2**31 else torch.int64
+    numbers, found = torch.empty(count, dtype=wide, device=mask.device), 0
+    for part, eights in enumerate(mask.split(_PART)):
+        bits = _BITS[eights.int()].view(torch.bool)
+        here = torch.from_numpy(bits.numpy().nonzero()[0])  # three times as fast as torch's own
+        if found + here.numel() > count:
+            return numbers, None
+        torch.add(here, 8 * _PART * part, out=numbers[found : found + here.numel()])
+        found += here.numel()
+    return numbers, (None if found < count else int(numbers[-1]) if count else -1)
 
 
 class StoredWeight(NamedTuple):
@@ -211,26 +232,15 @@ def deltas_of(weights: Sequence[StoredWeight]) -> list[Delta]:
     Raises:
         ValueError: The bytes of a file are not what was written, or cannot be a delta.
     """
-    found = []
+    deltas = []
     for file, name, entry, checked in weights:
         stored = {suffix: f"{name}/{suffix}" for suffix in entry["tensors"]}
         for suffix, key in stored.items() if not checked else ():
             if file.sha256(key) != entry["tensors"][suffix]["sha256"]:
                 raise damaged(file.file, f"the {suffix} of {name} are not what was written")
-        found.append({suffix: file[key] for suffix, key in stored.items()})
-    # Encoded numbers of several experts are decoded together, which takes fewer and longer steps.
-    encoded: dict[int, str] = {}
-    for place, (weight, tensors) in enumerate(zip(weights, found, strict=True)):
-        if (encoding := encoding_of(tensors)) and index_dtype(weight.entry["shape"]) == torch.int32:
-            encoded[place] = encoding
-    stored_numbers = [found[place][encoding] for place, encoding in encoded.items()]
-    read = read_entries(list(encoded.values()), stored_numbers, [found[place]["values"] for place in encoded])
-    known = dict(zip(encoded, read, strict=True))
-    deltas = []
-    for place, (weight, tensors) in enumerate(zip(weights, found, strict=True)):
+        tensors = {suffix: file[key] for suffix, key in stored.items()}
         try:
-            form, shape = weight.entry["form"], weight.entry["shape"]
-            deltas.append(unpack(form, shape, tensors, not weight.checked, known.get(place)))
+            deltas.append(unpack(entry["form"], entry["shape"], tensors, not checked))
         except ValueError as error:
-            raise damaged(weight.file.file, f"{error} ({weight.name})") from error
+            raise damaged(file.file, f"{error} ({name})") from error
     return deltas

@@ -172,65 +172,6 @@ extern "C" int64_t pack_entries(const double* total, const uint8_t* kept, int64_
     return pack(total, kept, size, start, places, values);
 }
 
-// Write the numbers that the gaps encode. Return the last one (-1 for an empty list), or -2 if there are not `count`.
-extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count, int32_t* numbers) {
-    int64_t last = -1, found = 0;
-    for (int64_t k = 0; k < bytes; k++) {
-#ifdef __AVX512F__
-        while (k + 16 <= bytes && found + 16 <= count) {  // sixteen gaps, if no byte of them is zero
-            const __m512i own = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(gaps + k)));
-            if (_mm512_testn_epi32_mask(own, own)) break;
-            const __m512i none = _mm512_setzero_si512();
-            __m512i sums = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 15));
-            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 14));
-            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 12));
-            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 8));
-            _mm512_storeu_si512(numbers + found, _mm512_add_epi32(sums, _mm512_set1_epi32(static_cast<int32_t>(last))));
-            last += _mm_extract_epi32(_mm512_extracti32x4_epi32(sums, 3), 3);
-            found += 16, k += 16;
-        }
-        if (k == bytes) break;
-#endif
-        last += gaps[k] ? gaps[k] : 255;
-        if (!gaps[k]) continue;
-        if (found == count) return -2;
-        numbers[found++] = static_cast<int32_t>(last);
-    }
-    return found == count && (!bytes || gaps[bytes - 1]) ? last : -2;
-}
-
-// Write the numbers of the bits that a mask sets, the lowest bit of a byte first. Return what decode_gaps returns.
-extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count, int32_t* numbers) {
-    int64_t last = -1, found = 0;
-    for (int64_t place = 0; place < bytes; place += 8) {
-        uint64_t bits = 0;
-        for (int64_t k = 0; k < std::min<int64_t>(8, bytes - place); k++) bits |= uint64_t{mask[place + k]} << 8 * k;
-        if (found + __builtin_popcountll(bits) > count) return -2;
-        for (; bits; bits &= bits - 1) {
-            last = 8 * place + __builtin_ctzll(bits);
-            numbers[found++] = static_cast<int32_t>(last);
-        }
-    }
-    return found == count ? last : -2;
-}
-
-// Decode several lists of numbers (a list is a mask where `masks` is set, else gaps), one list after the other, and look
-// at the values of each. Write what the decoders return to `lasts`, and whether all values are finite to `finite`.
-extern "C" void read_entries(const uint8_t* const* stored, const int64_t* bytes, const uint8_t* masks,
-                             const float* const* values, const int64_t* counts, int64_t lists, int32_t* numbers,
-                             int64_t* lasts, uint8_t* finite) {
-    for (int64_t list = 0; list < lists; numbers += counts[list++]) {
-        lasts[list] = (masks[list] ? decode_mask : decode_gaps)(stored[list], bytes[list], counts[list], numbers);
-        uint32_t largest = 0;  // the exponent of a number that is not finite has all bits set
-        for (int64_t k = 0; k < counts[list]; k++) {
-            uint32_t bits;
-            std::memcpy(&bits, values[list] + k, 4);
-            largest = std::max(largest, bits & 0x7fffffff);
-        }
-        finite[list] = largest < 0x7f800000;
-    }
-}
-
 // Write the flat entries of sorted tiles of a weight `(rows, columns)`, in ascending order, and their values. Leave out
 // entries beyond the edge, and return how many were written. Both outputs need room for all entries of the tiles.
 extern "C" int64_t spread_tiles(const int32_t* blocks, const float* tiles, int64_t count, int64_t height, int64_t width,

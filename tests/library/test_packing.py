@@ -120,11 +120,10 @@ def test_bytes_that_no_encoder_wrote_are_refused(name, content, count, limit, se
         read(name, content, count, limit)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["compiled", "PyTorch"])
-def test_gaps_that_overflow_are_refused(dtype):
+def test_gaps_that_overflow_are_refused():
     gaps = torch.full((2**32 // 255 + 1,), 255, dtype=torch.uint8)  # in 32 bits they add up to less than 256
     with pytest.raises(ValueError, match=r"as the last would be 42949\d{5}"):
-        decode("gaps", gaps, len(gaps), 2**31 - 1, dtype)
+        decode("gaps", gaps, len(gaps), 2**31 - 1, torch.int32)
 
 
 def test_a_size_that_cannot_be_is_refused_before_anything_is_read():

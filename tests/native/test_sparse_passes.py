@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import conftest
-import numpy as np
 import pytest
 import torch
 from testbed.pairwise import pairwise
@@ -15,7 +14,6 @@ from torch import Tensor
 from modular_experts.base import Base
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import entries_in_order, gather_tiles, tile_grid
-from modular_experts.library.packing import encode
 from modular_experts.methods import (
     EMR,
     TIES,
@@ -28,7 +26,6 @@ from modular_experts.methods import (
 )
 from modular_experts.methods.chunks import chunks_of_size, merge_by_chunks
 from modular_experts.native import sparse_passes as entries
-from modular_experts.native.decoding import decode_places, read_entries
 from modular_experts.native.sparse_passes import CompiledSums, add_rounded, compiled_sums, pack_entries, spread_tiles
 
 SHAPE = torch.Size((150, 200))
@@ -110,22 +107,6 @@ def test_a_packed_total_is_the_total_packed(weights) -> None:
     assert torch.equal(values.view(torch.int32), total[kept].float().view(torch.int32))
 
 
-def test_entries_that_are_read_together_are_those_that_are_read_alone() -> None:
-    deltas = [_sparse(share, seed) for seed, share in enumerate([0.3, 0.02, 0.6, 0.004])]
-    encoded = [encode(delta.indices, SHAPE.numel(), "indices") for delta in deltas]
-    names = [next(iter(one)) for one in encoded]
-    assert set(names) == {"gaps", "mask"}
-    deltas[1].values[-1] = math.inf
-    deltas[3].values[0] = math.nan
-    found = read_entries(
-        names, [one[name] for one, name in zip(encoded, names, strict=True)], [d.values for d in deltas]
-    )
-    for (numbers, last, _), delta in zip(found, deltas, strict=True):
-        assert torch.equal(numbers, delta.indices)
-        assert last == int(delta.indices[-1])
-    assert [finite for *_, finite in found] == [True, False, True, False]
-
-
 @pytest.mark.parametrize("wrong", [[-1], [29_999, 5], [30_000], [-(2**31)]], ids=str)
 def test_places_outside_of_the_part_are_refused(wrong) -> None:
     good = _sparse(0.5, 0)
@@ -192,42 +173,6 @@ def test_rounding_at_the_edges_is_that_of_torch() -> None:
     assert found.view(-1)[:6000].isnan().all()
 
 
-@pytest.mark.parametrize("share", [0.5, 0.002])
-def test_gaps_are_decoded_to_what_was_encoded(share) -> None:
-    limit = 10**7
-    numbers = (torch.rand(limit, generator=torch.Generator().manual_seed(8)) < share).nonzero()[:, 0].int()
-    stored = encode(numbers, limit, "indices").get("gaps")
-    gaps = stored if stored is not None else encode(numbers[:1000] * 3, 3 * limit, "indices")["gaps"]
-    wanted = numbers if stored is not None else numbers[:1000] * 3
-    gaps = torch.cat([gaps, torch.ones(5000, dtype=torch.uint8)])
-    wanted = torch.cat([wanted, wanted[-1] + torch.arange(1, 5001, dtype=torch.int32)])
-    found, last = decode_places("gaps", gaps, len(wanted), torch.int32)
-    assert torch.equal(found, wanted)
-    assert last == int(wanted[-1])
-
-
-def test_gaps_of_another_number_of_entries_are_told() -> None:
-    gaps = torch.ones(5000, dtype=torch.uint8)
-    assert decode_places("gaps", gaps, 5000, torch.int32)[1] == 4999
-    assert decode_places("gaps", gaps, 4999, torch.int32)[1] is None
-    assert decode_places("gaps", gaps, 5001, torch.int32)[1] is None
-    gaps[-1] = 0
-    assert decode_places("gaps", gaps, 4999, torch.int32)[1] is None
-    gaps[-1], gaps[7] = 1, 0
-    assert decode_places("gaps", gaps, 4999, torch.int32)[1] == 4998 + 255
-
-
-def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
-    gaps, numbers = torch.ones(5000, dtype=torch.uint8), torch.full((5000,), -7, dtype=torch.int32)
-    assert entries.library().decode_gaps(gaps.data_ptr(), 5000, 4990, numbers.data_ptr()) == -2
-    assert numbers[4990:].eq(-7).all()
-
-
-def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
-    gaps = torch.full((9_000_000,), 255, dtype=torch.uint8)
-    assert decode_places("gaps", gaps, len(gaps), torch.int32)[1] == 255 * len(gaps) - 1 > 2**31
-
-
 @pytest.mark.parametrize(
     ("shape", "tile", "share"),
     pairwise([(160, 208), (150, 200), (6000, 1)], [(16, 16), (1, 200), (150, 1), (7, 300)], [0.5, 1.0]),
@@ -275,25 +220,6 @@ def test_a_merge_of_tiles_is_that_of_torch_to_the_last_bit(method, tile, monkeyp
     assert torch.equal(compiled.values, plain.values)
 
 
-@pytest.mark.parametrize(("share", "limit"), [(0.0, 2**16), (0.2, 70_001), (1.0, 2**16)])
-def test_masks_are_decoded_to_what_was_encoded(share, limit) -> None:
-    kept = torch.rand(limit, generator=torch.Generator().manual_seed(9)) < share
-    kept[-1] = share > 0
-    mask = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
-    found, last = decode_places("mask", mask, int(kept.sum()), torch.int32)
-    assert torch.equal(found, kept.nonzero()[:, 0].int())
-    assert last == (limit - 1 if share else -1)
-
-
-def test_masks_of_another_number_of_entries_are_told() -> None:
-    mask, numbers = torch.full((5001,), 0b10010, dtype=torch.uint8), torch.full((10_002,), -7, dtype=torch.int32)
-    assert decode_places("mask", mask, 10_002, torch.int32)[1] == 8 * 5000 + 4
-    for count in (0, 10_001, 10_003):
-        assert decode_places("mask", mask, count, torch.int32)[1] is None
-    assert entries.library().decode_mask(mask.data_ptr(), 5001, 9_990, numbers.data_ptr()) == -2
-    assert numbers[9_990:].eq(-7).all()
-
-
 def test_all_else_is_computed_in_torch() -> None:
     delta = _sparse(0.5, 0)
     places, values = delta.indices, delta.values
@@ -309,11 +235,6 @@ def test_all_else_is_computed_in_torch() -> None:
         (torch.zeros(SHAPE).bfloat16(), torch.float32),
     ):
         assert torch.equal(add_rounded(weight, delta, dtype).weight, delta.dense().to(dtype))
-    for name in ("gaps", "mask"):
-        stored = encode(places[:1000] * (1 if name == "mask" else 29), 10**6 if name == "gaps" else 30_000, "indices")
-        if name in stored:
-            for dtype in (torch.int32, torch.int64):
-                assert decode_places(name, stored[name], 1000, dtype)[1] is not None
     total, kept = torch.rand(5000), torch.rand(5000) < 0.5
     room = torch.empty(5000, dtype=torch.int32), torch.empty(5000)
     count = pack_entries(total, kept, 7, *room)
