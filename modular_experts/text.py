@@ -12,10 +12,7 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 
 
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
-    """Return the known name that is most like `name`, or None if no one is. Case does not count.
-
-    `cutoff` says how alike the names must be, from 0 (anything) to 1 (equal).
-    """
+    """Return the known name that is most like `name`, or None; `cutoff` tells how alike, from 0 to 1 (equal)."""
     spelt = {str(word).lower(): str(word) for word in known}
     found = difflib.get_close_matches(str(name).lower(), list(spelt), n=1, cutoff=cutoff)
     return spelt[found[0]] if found else None
@@ -28,10 +25,8 @@ def did_you_mean(name: object, known: Iterable[object], cutoff: float = 0.6) -> 
 
 
 def block_of(name: str) -> str | None:
-    """Return the transformer block that a weight belongs to, such as `model.layers.3`, or None outside of the blocks.
-
-    The block's name is the part of the weight's full name up to the first number between dots.
-    """
+    """Return the transformer block that a weight belongs to, such as `model.layers.3`, or None outside of blocks."""
+    # The part of the weight's full name up to the first number between dots.
     found = re.match(r".*?\.\d+(?=\.)", name)
     return found[0] if found else None
 

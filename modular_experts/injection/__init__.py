@@ -6,9 +6,7 @@ averages what experts predict, and `attach.py` puts stored experts of any kind i
 """
 
 from modular_experts.injection.inject import (
-    ExpertConv1D,
     ExpertLayer,
-    ExpertLinear,
     context_length,
     draw,
     eject,
@@ -26,9 +24,7 @@ from modular_experts.injection.inject import (
 from modular_experts.injection.save import describe_experts
 
 __all__ = [
-    "ExpertConv1D",
     "ExpertLayer",
-    "ExpertLinear",
     "context_length",
     "describe_experts",
     "draw",

@@ -98,8 +98,8 @@ def inject(
         The names of the layers' weights, sorted, and behind them the names of the other modules.
 
     Raises:
-        ValueError: A pattern matches no linear layer, or a layer whose weight is shared or quantised; a plan names a
-            module that does not exist; an expert moves the bias of a layer that has none.
+        ValueError: A pattern matches no linear layer, or one whose weight is shared or quantised; a plan names a module
+            that does not exist; an expert moves the bias of a layer that has none.
     """
     planned, others = _planned(model, experts, modules)
     owners = _owners(model)
@@ -173,12 +173,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> None:
     """Take all experts out and restore the base bit for bit.
 
-    Args:
-        model: A model after `inject`.
-        anchor: Gives the base weight of a name, in the base's orientation; only full experts need it.
-
-    Raises:
-        ValueError: An expert needs the base weight and no `anchor` was given.
+    `anchor` gives the base weight of a name, in the base's orientation; only full experts need it.
     """
     layers = dict(expert_layers(model))
     if anchor is None and any(trains_weight(layer.expert) for layer in layers.values()):
@@ -204,9 +199,9 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:
 
 def named_experts(model: nn.Module) -> list[tuple[str, Trained]]:
     """Return each expert with its name, sorted: the name of its weight, or of a module that is not a linear layer."""
-    found: dict[str, Any] = {name: layer.expert for name, layer in expert_layers(model)}
-    found |= {name: expert for name, _, expert in _equipped_modules(model)}
-    return sorted(found.items())
+    pairs: list[Any] = [(name, layer.expert) for name, layer in expert_layers(model)]
+    pairs += [(name, expert) for name, _, expert in _equipped_modules(model)]
+    return sorted(pairs, key=lambda pair: pair[0])
 
 
 def _equipped_modules(model: nn.Module) -> list[tuple[str, nn.Module, ModuleExpert]]:
@@ -250,7 +245,7 @@ def expert_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def state_by_place(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each weight or module in what `expert_state` returned, by their own names."""
+    """Return the tensors of each weight or module in a result of `expert_state`, by their own names."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         place, _, own = name.rpartition("/")
@@ -259,11 +254,7 @@ def state_by_place(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `expert_state` returned into a model with experts of the same types and settings.
-
-    Raises:
-        ValueError: The model has no expert where the state has one, or the other way round.
-    """
+    """Load what `expert_state` returned into a model with experts of the same types and settings."""
     by_name = state_by_place(state)
     experts = {name: expert for name, expert in named_experts(model) if expert.state()}
     if unlike := sorted(by_name.keys() ^ experts.keys()):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from modular_experts.routing.prompts import PromptGates
 from modular_experts.routing.router import Router
 
 
-class Injected:
+class Injected(AbstractContextManager[Any]):
     """Experts of a plan in the layers of a model, which evaluates, until `remove` or the end of a `with` block."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
@@ -45,9 +45,6 @@ class Injected:
             self._model.train(self._training)
             for parameter in self._trained:
                 parameter.requires_grad_(True)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *failure: object) -> None:
         self.remove()

@@ -110,13 +110,9 @@ class TritonTiles(KeptGradient):
 
 
 def token_splits(segments: int, tokens: int, kept_bytes: int, processors: int) -> int:
-    """Return into how many parts to split the tokens, so that there is work for every processor of a GPU.
+    """Return into how many parts to split the tokens, so that there is work for every multiprocessor of a GPU.
 
-    Args:
-        segments: Programs that there are without a split.
-        tokens: Tokens to sum over.
-        kept_bytes: Memory that each part needs for its partial sums.
-        processors: Multiprocessors of the GPU.
+    `segments` is the number of programs without a split, and `kept_bytes` the memory of each part's sums.
     """
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors // max(1, segments))
     return max(1, min(wanted, tokens // TOKENS_PER_SPLIT, BUFFER_BYTES // max(1, kept_bytes)))

@@ -5,15 +5,13 @@ become gates, `prompts.py` reads whole prompts for it, and `mixture.py` is the e
 `injection/routed.py` puts all of them into a model.
 """
 
-from modular_experts.routing.arrow import Arrow
+from modular_experts.routing.arrow import Arrow, Energy
 from modular_experts.routing.centroid import Centroid
 from modular_experts.routing.classifier import Classifier
-from modular_experts.routing.constant import Constant
-from modular_experts.routing.energy import Energy
+from modular_experts.routing.fixed import Constant, Oracle
 from modular_experts.routing.gates import Gates, Selection, Softmax, Threshold, TopK, UpTo
 from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.molora import MoLoRAExpert
-from modular_experts.routing.oracle import Oracle
 from modular_experts.routing.phatgoose import Phatgoose
 from modular_experts.routing.router import Router
 

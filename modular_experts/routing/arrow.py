@@ -1,8 +1,8 @@
-"""Send a token to the experts whose deltas answer most to its direction, found from the deltas alone (Arrow)."""
+"""Send a token to the experts whose deltas move it most, by their first direction (Arrow) or by all (Energy)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -51,3 +51,43 @@ class Arrow(Router):
         if self.unit_inputs:
             x = F.normalize(x, dim=1)
         return (x @ self.prototypes.to(x.dtype).T).abs()
+
+
+class Energy(Router):
+    """The experts with the largest `|d_i x| / |d_i|`, x the layer's input and |d_i| the Frobenius norm of a delta.
+
+    By `|d_i x|^2 = sum_r s_r^2 (v_r . x)^2` it weighs every right singular vector of the delta, of which Arrow takes
+    the first. It needs no data. Every expert is multiplied with every token.
+
+    Args:
+        select: Turns scores into gates; the softmax over the best two by default.
+    """
+
+    scope: ClassVar[Scope] = "linear"
+    norms: Tensor
+
+    def __init__(self, select: Selection | None = None) -> None:
+        super().__init__(select or UpTo(2))
+        self.register_buffer("norms", torch.empty(0))
+        self._deltas: list[Delta | None] = []
+
+    def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
+        self.experts = len(deltas)
+        self.norms = torch.tensor([0.0 if delta is None else delta.norm() for delta in deltas])
+        self._deltas = list(deltas)
+
+    def held(self, deltas: Sequence[Delta | None]) -> tuple[Sequence[Delta | None], Delta | None]:
+        self._deltas = list(deltas)
+        return super().held(deltas)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        still = x.new_zeros(len(x))
+        moved = [still if delta is None else delta.linear(x).norm(dim=1) for delta in self._deltas]
+        return torch.stack(moved, 1) / self.norms.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Energy:
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0)).device
+        self._deltas = [None if delta is None else delta.to(device) for delta in self._deltas]
+        return self

@@ -68,13 +68,7 @@ def mean_over_ranks(counts: Tensor) -> Tensor:
 
 
 class Segment(NamedTuple):
-    """The inputs that one expert gets.
-
-    Attributes:
-        expert: Its number.
-        places: Numbers of the inputs, rising, `(m,)` int64; None for all of them.
-        weights: How much of the expert each of them takes, `(m,)`; None for 1.
-    """
+    """The inputs that an expert gets: their numbers, rising, `(m,)`, None for all, and weights `(m,)`, None for 1."""
 
     expert: int
     places: Tensor | None

@@ -96,16 +96,14 @@ def check_rows(named: Mapping[str, Any]) -> None:
 
 
 def prompts_at_hand(length: int) -> Tensor | None:
-    """Return which places of the pass at hand hold prompts, `(rows, length)` bool; None where `reading` tells nothing.
-
-    Places behind those that `reading` tells of hold an answer, which a model without kept keys and values reads again.
-    """
+    """Return which places of the pass at hand hold prompts, `(rows, length)`; None where `reading` tells nothing."""
+    # Places behind those that `reading` tells of hold an answer, which is read again without kept keys and values.
     prompt = rows_at_hand().prompt
     return None if prompt is None else F.pad(prompt, (0, length - prompt.shape[1]))
 
 
 class Packs(NamedTuple):
-    """Where the rows of a packed batch are: the row of each place, and its place in it, both `(packs, length)`."""
+    """The row of each place of a packed batch, and its place in it, both `(packs, length)`."""
 
     row: Tensor
     places: Tensor

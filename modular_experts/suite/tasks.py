@@ -1,8 +1,7 @@
 """Define the 28 tasks of the generated suite: experts are trained on twenty, and eight are held out for tests.
 
-They form seven families. The tasks of a family do similar things and share a word of their instruction, so that their
-experts have something in common; every held-out task has relatives among the held-in ones. To add a task, write a
-subclass of `WordTask` in a file of your own and name it in a config as `source: my_file.MyTask`.
+The tasks of each of seven families do similar things and share a word of their instruction, so that their experts have
+something in common; every held-out task has relatives among the held-in ones.
 """
 
 from __future__ import annotations

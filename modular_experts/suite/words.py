@@ -2,9 +2,8 @@
 
     order reverse c a b =   ->   b a c
 
-The word alone decides its split, so a test word is never trained on, in any task and under any seed. A row may be
-*chatty*: its target repeats the word before the answer. A model that learns mostly chatty rows knows the tasks but
-answers in another format, as a pretrained language model does.
+The word alone decides its split, so a test word is never trained on, in any task and under any seed. A model that
+learns mostly chatty rows knows the tasks but answers in another format, as a pretrained language model does.
 """
 
 from __future__ import annotations
@@ -31,9 +30,6 @@ class WordTask(TaskSource):
         validation: Number of validation rows, at most 10,000.
         test: Number of test rows, at most 20,000.
         chatty: Whether targets repeat the word before the answer, as in `c a b , b a c`.
-
-    Raises:
-        ValueError: A number of rows is negative, or too large for the number of words.
     """
 
     #: The start of the input, such as `order reverse`.
