@@ -161,7 +161,12 @@ class TopK(Selection):
 
 @dataclass(frozen=True)
 class UpTo(TopK):
-    """The `k` experts with the largest scores as `TopK`, or all experts where there are fewer."""
+    """The `k` experts with the largest scores as `TopK`, or all experts where there are fewer.
+
+    Args:
+        k: The most experts of an input.
+        temperature: Divides the scores before the softmax.
+    """
 
     def check(self, experts: int) -> None:
         pass

@@ -169,7 +169,7 @@ def compress(
             small.save_pretrained(temporary, max_shard_size="5GB")
             copy_companions(opened.directory, temporary)
             check = check_reloaded(temporary, prompts.cpu(), logits(small, prompts).cpu(), _TOLERANCE, Rounding())
-        done = Compressed(*found, check)
+        done = Compressed(*[*found, check])
         held = {"groups": kept.groups, "channels": kept.channels}
         members = {kind: {str(block): own.tolist() for block, own in by.items()} for kind, by in held.items()}
         from_base = {"id": opened.place, "revision": opened.revision, "fingerprint": opened.fingerprint}

@@ -58,7 +58,7 @@ def test_goat_starts_at_segments_of_the_spectrum(segment: str) -> None:
         torch.testing.assert_close(found, part, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("setting", [{}, {"ratio": 0.25}, {"step": 4.0}], ids=str)
+@pytest.mark.parametrize("setting", [{}, {"ratio": 0.25}, {"ratio": 4.0}], ids=str)
 def test_the_first_step_at_the_scale_of_theory_is_that_of_full_training(setting: dict[str, float]) -> None:
     """In the mean over the random starts of a LoRA, SGD moves the weight `ratio` times as far as full training does."""
     torch.manual_seed(0)
