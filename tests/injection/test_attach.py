@@ -18,7 +18,7 @@ from modular_experts.systems.hilo import HiLo
 
 MADE = {
     "molora": (lambda weight: MoLoRAExpert(weight, experts=3, rank=2, k=2, alpha=5.0), "q_proj"),
-    "goat": (lambda weight: GOATExpert(weight, experts=3, rank=2, rho=3.0, scaling="theory", step=1e-3), "q_proj"),
+    "goat": (lambda weight: GOATExpert(weight, experts=3, rank=2, rho=3.0, scaling="theory", ratio=1e-3), "q_proj"),
     "hilo": (HiLo("q_proj", experts=[1, 3], ranks=[1, 4], k=2), None),
 }
 
