@@ -269,4 +269,4 @@ def test_a_router_of_a_user_is_not_taken_for_a_built_in_one_of_its_name(place, t
     with attached(Base.open(tiny_llama_dir).load(), made) as running:
         assert type(running.router) is Constant
     with pytest.raises(ValueError, match="r cannot be merged or added to its base, because its router chooses"):
-        merge(["library/r", "library/upper"], "Average", "library/merged")
+        merge(["library/r", "library/upper"], "Average", "library/new")
