@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 import webbrowser
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
-from tqdm import tqdm
 
 from modular_experts.base.verify import Check
 from modular_experts.library import StoredExpert
@@ -92,9 +91,23 @@ def share_text(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def progress_bar(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """Return an iterator wrapper that draws a bar on a terminal."""
-    return partial(tqdm, desc=description, disable=None, leave=False)
+def progress_bar(description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+    """Return an iterator wrapper that draws a bar on a terminal.
+
+    Off a terminal, work of more than five seconds prints a line at every tenth.
+    """
+
+    def shown(items: Sequence[Any]) -> Iterator[Any]:
+        started, terminal = time.monotonic(), Console(stderr=True).is_terminal
+        with progress_by_tenths(line=lambda what, done, total: f"{what}: {done} of {total}", transient=True) as show:
+            for done, item in enumerate(items):
+                if terminal or time.monotonic() > started + 5:
+                    show(description, done, len(items))
+                yield item
+            if items and (terminal or time.monotonic() > started + 5):
+                show(description, len(items), len(items))
+
+    return shown
 
 
 @contextmanager
