@@ -9,7 +9,7 @@ results to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -43,7 +43,7 @@ def chunks_of_size(entries: int) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The entries that one expert keeps of a chunk.
+    """The entries that one expert keeps of a chunk, or several experts (`joined`).
 
     Attributes:
         values: Their values, `(n,)`, in the expert's dtype.
@@ -76,7 +76,7 @@ class Entries:
             scratch.index_fill_(0, places.long(), True)
 
     def write_to(self, scratch: Tensor, values: Tensor) -> None:
-        """Write values into a flat tensor of the chunk at these entries."""
+        """Write values into a flat tensor of the chunk at these entries, which must belong to one expert."""
         if self.places is None:
             scratch.copy_(values)
         else:
@@ -135,7 +135,7 @@ class Chunk:
     def total(self) -> Tensor:
         """Return the sum of the experts' entries, in the dtype of `zeros`."""
         total = self.zeros()
-        for entries in self:
+        for entries, _ in joined(self, [1.0] * len(self.deltas)):
             entries.add_to(total)
         return total
 
@@ -145,7 +145,7 @@ class Chunk:
         alike = len(set(weights)) == 1
         total = self.zeros(None if alike else torch.float64)
         kept = self.zeros(torch.bool) if all_sparse(self.deltas) else None
-        for entries, weight in zip(self, weights, strict=True):
+        for entries, weight in joined(self, weights):
             entries.add_to(total, factor=1.0 if alike else weight)
             if kept is not None:
                 entries.mark(kept)
@@ -154,7 +154,7 @@ class Chunk:
     def counts(self, moved: bool = False) -> Tensor:
         """Return how many experts keep each entry, or with `moved` how many have a value other than zero there."""
         counts = self.zeros()
-        for entries in self:
+        for entries, _ in joined(self, [1.0] * len(self.deltas)):
             entries.add_to(counts, entries.values != 0 if moved else torch.ones_like(entries.values))
         return counts
 
@@ -210,7 +210,7 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: EntryRule, dtype: torch.dtype
         total, kept = rule(chunk)
         if kept is None:
             kept = chunk.zeros(torch.bool)
-            for entries in chunk:
+            for entries, _ in joined(chunk, [1.0] * len(deltas)):
                 entries.mark(kept)
         room_left = places[count:], values[count:]
         if tile:
@@ -268,6 +268,35 @@ def all_sparse(deltas: Sequence[Delta]) -> bool:
 def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     """Return the dtype that all deltas fit into, without regard to empty ones."""
     return reduce(torch.promote_types, [delta.dtype for delta in deltas if not delta.is_empty] or [deltas[0].dtype])
+
+
+def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = 2**17) -> Iterator[tuple[Entries, float]]:
+    """Yield the experts' entries with their weights, for rules to which an entry's owner does not matter.
+
+    Where all weights are equal, the entries of several sparse experts come as one, up to `most` of them, which takes
+    fewer and longer operations; an index may then occur several times.
+    """
+    if len(set(weights)) > 1:
+        yield from zip(entries, weights, strict=True)
+        return
+    group: list[Entries] = []
+    for one in entries:
+        if group and (one.places is None or sum(len(held.values) for held in group) + len(one.values) > most):
+            yield _as_one(group), weights[0]
+            group = []
+        if one.places is None:
+            yield one, weights[0]
+        else:
+            group.append(one)
+    if group:
+        yield _as_one(group), weights[0]
+
+
+def _as_one(group: Sequence[Entries]) -> Entries:
+    if len(group) == 1:
+        return group[0]
+    places = torch.cat([one.places for one in group if one.places is not None])
+    return Entries(torch.cat([one.values for one in group]), places, group[0].start)
 
 
 def _trimmed(places: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:

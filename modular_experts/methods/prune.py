@@ -20,7 +20,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.tiles import true_places
 from modular_experts.masks import kth_highest
-from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
+from modular_experts.methods.chunks import Chunk, Entries, chunks_of, joined, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, sum_of_weights
 
@@ -244,7 +244,7 @@ class PrunedSum(PruneFirst):
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
             total, moved = chunk.zeros(), chunk.zeros(torch.bool)
-            for entries, weight in zip(pruned.entries(chunk), weights, strict=True):
+            for entries, weight in joined(pruned.entries(chunk), weights):
                 entries.add_to(total, factor=weight)
                 entries.mark(moved, entries.values != 0)
             return total.mul_(scale), moved
@@ -277,7 +277,7 @@ class PrunedElection(PruneFirst):
         sign_of_zero = self._sign_of_zero(pruned, weights)
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            experts = list(zip(pruned.entries(chunk), weights, strict=True))
+            experts = list(joined(pruned.entries(chunk), weights))
             elected = _votes(chunk, experts, self.vote).sign_()
             elected += sign_of_zero / 2  # a half gives zero a sign, and turns no other
             total, voters = chunk.zeros(), chunk.zeros(torch.bool)
@@ -304,7 +304,7 @@ class PrunedElection(PruneFirst):
             return 1.0 if self.zero == "positive" else 0.0
         difference = 0.0
         for chunk in chunks_of(pruned.deltas):
-            votes = _votes(chunk, zip(pruned.entries(chunk), weights, strict=True), self.vote)
+            votes = _votes(chunk, joined(pruned.entries(chunk), weights), self.vote)
             difference += votes.sign_().sum().item()
         return float(difference > 0) - float(difference < 0)
 

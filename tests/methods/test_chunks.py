@@ -10,7 +10,7 @@ from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.methods import TIES, Average, Breadcrumbs, MagMax, SparseAverage, chunks
-from modular_experts.methods.chunks import chunks_of, chunks_of_size, merge_by_chunks
+from modular_experts.methods.chunks import chunks_of, chunks_of_size, joined, merge_by_chunks
 
 sizes = st.sampled_from([1, 5, 16, 2**19])
 
@@ -65,6 +65,40 @@ def test_entries_of_a_chunk_say_where_they_are(size, deltas):
                 entries = chunk.entries(0)
                 rebuilt[entries.flat()] = entries.values.double()
         torch.testing.assert_close(rebuilt.view(delta.shape), delta.dense().double(), rtol=1e-12, atol=1e-12)
+
+
+@given(
+    size=sizes,
+    most=st.sampled_from([1, 10, 2**17]),
+    deltas=deltas_of_one_weight(),
+    weight=st.floats(-2, 2, width=16),
+    alike=st.booleans(),
+)
+def test_joined_entries_are_those_of_the_experts(size, most, deltas, weight, alike):
+    weights = [weight + (0 if alike else place) for place in range(len(deltas))]
+    with chunks_of_size(size):
+        for chunk in chunks_of(deltas):
+            each, together = chunk.zeros(torch.float64), chunk.zeros(torch.float64)
+            for entries, factor in zip(chunk, weights, strict=True):
+                entries.add_to(each, factor=factor)
+            pieces = list(joined(chunk, weights, most))
+            for entries, factor in pieces:
+                entries.add_to(together, factor=factor)
+            assert torch.equal(each, together)
+            of_one = max(len(entries.values) for entries in chunk)
+            assert all(len(entries.values) <= max(most, of_one) for entries, _ in pieces)
+
+
+def test_equal_weights_join_sparse_experts_and_others_stay_apart():
+    sparse = [random_delta(form, (6, 8), number) for number, form in enumerate(["Sparse", "BlockSparse", "Sparse"])]
+    dense = random_delta("Dense", (6, 8), 3)
+    for deltas, weights, count in [
+        (sparse, [0.5] * 3, 1),
+        (sparse, [0.5, 0.5, 1.0], 3),
+        ([*sparse[:2], dense, sparse[2]], [0.5] * 4, 3),
+    ]:
+        (chunk,) = chunks_of(deltas)
+        assert len(list(joined(chunk, weights))) == count
 
 
 def test_a_kept_zero_stays_in_the_support():
