@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ from modular_experts.library.state import StoredState, write_state
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, read_table
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
+
+_READS = 10
+"""How often an expert is read that another process replaces meanwhile."""
 
 
 class StoredExpert(TaskVector):
@@ -185,6 +189,32 @@ def open_expert(path: str | Path) -> StoredExpert:
         ValueError: A file is damaged, or the directory is a link that leads out of its library.
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
+    for left in reversed(range(_READS)):
+        before = _version_of(directory)
+        try:
+            return _opened(path, directory)
+        except (OSError, RuntimeError, ValueError):
+            # Another process may replace the expert between the reads of its record and of its files, and between the
+            # two renames of that there is no directory but one beside it.
+            is_replaced = _version_of(directory) != before or (
+                before is None and any(directory.parent.glob(f".{directory.name}.*"))
+            )
+            if not is_replaced or not left:
+                raise
+            time.sleep(0.005)
+    raise AssertionError
+
+
+def _version_of(directory: Path) -> tuple[int, int] | None:
+    """Return what tells a directory from one that takes its place."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+def _opened(path: str | Path, directory: Path) -> StoredExpert:
     if not directory.is_dir():
         names = sorted(one.parent.name for one in directory.parent.glob(f"[!.]*/{RECORD_FILE}"))
         hint = f"; {directory.parent} has {', '.join(names[:8])}" if names else ""

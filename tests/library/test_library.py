@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ from testbed.stored_by_hand import as_it_is, write_by_hand
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.library import Library, check_name, check_target, make_record, new_directory, open_expert
+from modular_experts.library import expert as stored
 from modular_experts.library import write_expert as write
 from modular_experts.library.atomic import new_file
 
@@ -268,6 +270,38 @@ def test_two_writers_of_one_name_leave_one_whole_expert(tmp_path):
     with pytest.raises(FileExistsError):
         slow.__exit__(None, None, None)
     open_expert(tmp_path / "x").verify()
+
+
+@pytest.mark.parametrize("times", [1, 3, 100])
+def test_an_expert_that_is_replaced_between_two_reads_is_read_again(expert, monkeypatch, times):
+    read, seeds = stored.read_record, list(range(7, 7 + times))
+
+    def replaced_after_it_is_read(file):
+        found = read(file)
+        if seeds:
+            write(expert, deltas(seeds.pop()).items(), RECORD, overwrite=True)
+        return found
+
+    monkeypatch.setattr(stored, "read_record", replaced_after_it_is_read)
+    if times == 100:
+        with pytest.raises(ValueError, match="its content hash is not the one in"):
+            open_expert(expert)
+    else:
+        found = open_expert(expert)
+        assert all(same(found[name], delta) for name, delta in deltas(7).items())
+
+
+def test_an_expert_is_found_between_the_two_renames_that_replace_it(expert):
+    aside = expert.with_name(f".{expert.name}.0123abcd")
+    expert.rename(aside)
+    back = threading.Timer(0.01, aside.rename, [expert])
+    back.start()
+    open_expert(expert).verify()
+    back.join()
+    expert.rename(aside)
+    with pytest.raises(FileNotFoundError, match="there is no such directory") as refused:
+        open_expert(expert)
+    assert aside.name not in str(refused.value)
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
