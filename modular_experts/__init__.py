@@ -28,7 +28,7 @@ _HOMES = {
     "modular_experts.data": ("Task", "TaskMixture"),
     "modular_experts.evaluation": ("evaluate", "measure"),
     "modular_experts.evaluation.streaming": ("generate",),
-    "modular_experts.callbacks": ("ExportExpert", "MaskSchedule", "TrainUnderOthers"),
+    "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
     "modular_experts.tuning": ("ATLAS", "AdaMerging", "Objective", "search", "tune"),
     "modular_experts.base": ("Base",),
     "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "check_loaded"),
