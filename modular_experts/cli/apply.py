@@ -52,13 +52,13 @@ def export(
     """Write an expert as a PEFT adapter, which PEFT and programs that build on it load without this package.
 
     A low-rank expert is a LoRA exactly; any other expert is approximated at a rank, and the error is printed. A sparse
-    expert is carried exactly by supertuning (PEFT 0.21 or newer). Before the
+    expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira. Before the
     adapter takes its place, PEFT loads it, and its logits are compared with base plus deltas. Use `apply` for
     weights that adapters cannot carry, such as norms.
 
     Args:
         expert: Directory of the expert.
-        form: Kind of the adapter: lora, supertuning, the form of a related system, or the dotted path of a
+        form: Kind of the adapter: lora, supertuning, shira, the form of a related system, or the dotted path of a
             PeftFormat of your own.
         out: Directory of the adapter.
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.

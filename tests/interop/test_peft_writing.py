@@ -16,7 +16,7 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.interop.peft import LoraFormat, SupertuningFormat, export, read_peft
+from modular_experts.interop.peft import LoraFormat, ShiraFormat, SupertuningFormat, export, read_peft
 from modular_experts.library import make_record, open_expert, write_expert
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
@@ -55,6 +55,8 @@ CASES = {
     "lora of all ranks": ("llama", LLAMA, "Dense", LoraFormat(rank=48)),
     "super-tuning": ("llama", LLAMA, "Sparse", SupertuningFormat()),
     "super-tuning of tiles": ("llama", LLAMA, "BlockSparse", SupertuningFormat()),
+    "shira": ("llama", LLAMA, "Sparse", ShiraFormat()),
+    "shira of tiles": ("llama", LLAMA, "BlockSparse", ShiraFormat()),
 }
 
 
@@ -86,17 +88,18 @@ def test_peft_computes_what_base_plus_deltas_does_and_reading_back_gives_the_sam
 
 def test_padding_stands_at_places_that_are_not_kept_each_one_once(tiny_llama_dir, tmp_path):
     expert = open_expert(make(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse"))
-    written = export(expert.path, tmp_path / "adapter", "supertuning")
-    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    counts = sum(tensor.numel() for key, tensor in stored.items() if key.endswith("values"))
-    kept = {name: weight.delta for name, weight in written.weights.items()}
-    for name, delta in expert.items():
-        assert kept[name].support_size - delta.support_size == written.weights[name].padding >= 0
-        assert set(delta.indices.tolist()) <= set(kept[name].indices.tolist())
-        assert kept[name].indices.unique().numel() == kept[name].support_size, "a place was named twice"
-    assert written.padding == counts - sum(delta.support_size for delta in expert.values())
-    manifest = json.loads((tmp_path / "adapter/modular_experts.json").read_text())
-    assert manifest["adapter"]["padding"] == written.padding
+    for form in ("shira", "supertuning"):
+        written = export(expert.path, tmp_path / form, form)
+        stored = load_file(tmp_path / form / "adapter_model.safetensors")
+        counts = sum(tensor.numel() for key, tensor in stored.items() if key.endswith(("shira_weight", "values")))
+        kept = {name: weight.delta for name, weight in written.weights.items()}
+        for name, delta in expert.items():
+            assert kept[name].support_size - delta.support_size == written.weights[name].padding >= 0
+            assert set(delta.indices.tolist()) <= set(kept[name].indices.tolist())
+            assert kept[name].indices.unique().numel() == kept[name].support_size, "a place was named twice"
+        assert written.padding == counts - sum(delta.support_size for delta in expert.values())
+        manifest = json.loads((tmp_path / form / "modular_experts.json").read_text())
+        assert manifest["adapter"]["padding"] == written.padding
 
 
 def test_super_tunings_sparsity_leaves_room_for_every_entry_after_rounding():
@@ -107,6 +110,12 @@ def test_super_tunings_sparsity_leaves_room_for_every_entry_after_rounding():
         assert 0 <= sparsity < 1
         assert int(1536 * (1 - sparsity)) == max(kept, 2)  # one entry of the smaller weight is two of this one
         assert int(768 * (1 - sparsity)) >= 1
+
+
+def test_shira_takes_the_smallest_r_that_holds_every_module():
+    deltas = {str(n): Sparse(torch.arange(n, dtype=torch.int32), torch.ones(n), torch.Size((16, 32))) for n in (3, 97)}
+    assert ShiraFormat().fit_to(deltas, ["3", "97"]).configuration({}, {})["r"] == 3
+    assert ShiraFormat().fit_to(deltas, ["3"]).configuration({}, {})["r"] == 1
 
 
 def test_what_an_approximation_loses_is_told_for_each_weight_and_in_all(tiny_llama_dir, tmp_path):
@@ -152,13 +161,17 @@ REFUSED = {
     "dense as super-tuning": ("Dense", LLAMA, SupertuningFormat(), r"is Dense and has no single entries to store"),
     "low-rank as super-tuning": ("LowRank", LLAMA, SupertuningFormat(), r"is LowRank and has no single entries"),
     "sparse as lora": ("Sparse", LLAMA, LoraFormat(), r"is Sparse, not a product of two factors; give a rank"),
+    "too many entries for shira": ("Sparse", None, ShiraFormat(), r"SHiRA would need r=11 .* 528 entries .* only 512"),
 }  # fmt: skip
 
 
 def test_what_an_adapter_cannot_store_is_refused_with_the_way_out(tiny_llama_dir, tmp_path):
     for number, (form, names, kind, sentence) in enumerate(REFUSED.values()):
         place = tmp_path / str(number) / "one"
-        if "layernorm" in names[0]:
+        if names is None:
+            full = Sparse(torch.arange(512, dtype=torch.int32), torch.ones(512), torch.Size((16, 32)))
+            expert = store(place, tiny_llama_dir, [(f"{LAYER}.self_attn.k_proj.weight", full)])
+        elif "layernorm" in names[0]:
             deltas = [Dense(torch.ones(32)), Dense(torch.ones(32, 32))]
             expert = store(place, tiny_llama_dir, list(zip(names, deltas, strict=True)))
         else:

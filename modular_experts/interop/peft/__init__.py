@@ -5,7 +5,7 @@
 """
 
 from modular_experts.interop.peft.asked import AskedDeltas, ask_peft
-from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, SupertuningFormat
+from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, ShiraFormat, SupertuningFormat
 from modular_experts.interop.peft.read import read_peft
 from modular_experts.interop.peft.write import AdapterCheck, WrittenAdapter, export
 
@@ -15,6 +15,7 @@ __all__ = [
     "EncodedWeight",
     "LoraFormat",
     "PeftFormat",
+    "ShiraFormat",
     "SupertuningFormat",
     "WrittenAdapter",
     "ask_peft",

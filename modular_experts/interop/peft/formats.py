@@ -1,4 +1,4 @@
-"""Encode deltas as the tensors of a PEFT adapter: LoRA or Super-Tuning."""
+"""Encode deltas as the tensors of a PEFT adapter: LoRA, SHiRA or Super-Tuning."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
+from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.interop.adapter import lossless
 from modular_experts.library import StoredExpert
 
@@ -101,7 +102,7 @@ class LoraFormat(PeftFormat):
         if self.rank is None and not isinstance(delta, LowRank):
             raise ValueError(
                 f"the delta of {name} is {type(delta).__name__}, not a product of two factors; give a rank to "
-                "approximate it, or export a sparse expert as supertuning"
+                "approximate it, or export a sparse expert as supertuning or shira"
             )
         largest = delta.rank if isinstance(delta, LowRank) else min(delta.shape)
         product, lost = truncated_svd(delta, self.rank or largest)
@@ -130,33 +131,23 @@ class LoraFormat(PeftFormat):
         }
 
 
-@dataclass(frozen=True)
-class SupertuningFormat(PeftFormat):
-    """A Super-Tuning adapter, with one sparsity for all weights; zeros fill up what an expert does not keep."""
+class _SparseFormat(PeftFormat):
+    """A format with a fixed number of `entries` for each shape, which zeros fill up."""
 
-    _sparsity: float = 0.0
-
-    peft_type = "SUPERTUNING"
     modules = "Linear"
 
     def supports(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
 
-    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> SupertuningFormat:
-        kept = [(max(_as_sparse(name, delta := expert[name]).support_size, 1), delta.shape) for name in names]
-        sparsity = 1.0 - max(entries / shape.numel() for entries, shape in kept)
-        fitted = replace(self, _sparsity=sparsity)
-        while any(fitted._entries(shape) < entries for entries, shape in kept):  # rounding has cost an entry
-            sparsity = math.nextafter(sparsity, 0.0)
-            fitted = replace(self, _sparsity=sparsity)
-        return fitted
+    @abstractmethod
+    def entries(self, shape: torch.Size) -> int: ...
 
-    def _entries(self, shape: torch.Size) -> int:
-        return int(shape.numel() * (1 - self._sparsity))  # PEFT's own arithmetic, rounding included
+    @abstractmethod
+    def tensors(self, delta: Sparse) -> dict[str, Tensor]: ...
 
     def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
         sparse = _as_sparse(name, delta)
-        padding = self._entries(sparse.shape) - sparse.support_size
+        padding = self.entries(sparse.shape) - sparse.support_size
         assert padding >= 0
         # Put the padding at unused entries, spread evenly over the weight.
         unused = torch.ones(sparse.shape.numel(), dtype=torch.bool)
@@ -166,8 +157,61 @@ class SupertuningFormat(PeftFormat):
         indices, order = torch.cat([sparse.indices.long(), chosen]).sort()
         values = torch.cat([sparse.values.float(), torch.zeros(padding)])[order]
         filled = Sparse(indices.to(sparse.indices.dtype), values, sparse.shape)
-        tensors = {"supertuning_values": values, "supertuning_indices": indices.to(torch.int32)}
-        return EncodedWeight(filled, tensors, delta.norm() ** 2, padding=padding)
+        return EncodedWeight(filled, self.tensors(filled), delta.norm() ** 2, padding=padding)
+
+
+@dataclass(frozen=True)
+class ShiraFormat(_SparseFormat):
+    """A SHiRA adapter, with `r * (out + in)` entries in a weight and one `r` for all of them."""
+
+    _r: int = 0
+
+    peft_type = "SHIRA"
+
+    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> ShiraFormat:
+        kept = [(name, _as_sparse(name, delta := expert[name]).support_size, delta.shape) for name in names]
+        r = max(1, *(math.ceil(entries / sum(shape)) for _, entries, shape in kept))
+        for name, _, shape in kept:
+            if r * sum(shape) > shape.numel():
+                raise ValueError(
+                    f"SHiRA would need r={r} for all modules, which is {r * sum(shape)} entries of {name}, and it has "
+                    f"only {shape.numel()}; export it as supertuning"
+                )
+        return replace(self, _r=r)
+
+    def entries(self, shape: torch.Size) -> int:
+        return self._r * sum(shape)
+
+    def tensors(self, delta: Sparse) -> dict[str, Tensor]:
+        indices = torch.stack(rows_and_columns(delta.indices, delta.shape)).to(torch.int32)
+        return {"shira_weight": delta.values, "shira_indices": indices}
+
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
+        return {"r": self._r, "mask_type": "random", "fan_in_fan_out": False, "init_weights": True}
+
+
+@dataclass(frozen=True)
+class SupertuningFormat(_SparseFormat):
+    """A Super-Tuning adapter, with one sparsity for all weights."""
+
+    _sparsity: float = 0.0
+
+    peft_type = "SUPERTUNING"
+
+    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> SupertuningFormat:
+        kept = [(max(_as_sparse(name, delta := expert[name]).support_size, 1), delta.shape) for name in names]
+        sparsity = 1.0 - max(entries / shape.numel() for entries, shape in kept)
+        fitted = replace(self, _sparsity=sparsity)
+        while any(fitted.entries(shape) < entries for entries, shape in kept):  # rounding has cost an entry
+            sparsity = math.nextafter(sparsity, 0.0)
+            fitted = replace(self, _sparsity=sparsity)
+        return fitted
+
+    def entries(self, shape: torch.Size) -> int:
+        return int(shape.numel() * (1 - self._sparsity))  # PEFT's own arithmetic, rounding included
+
+    def tensors(self, delta: Sparse) -> dict[str, Tensor]:
+        return {"supertuning_values": delta.values, "supertuning_indices": delta.indices.to(torch.int32)}
 
     def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
         return {"sparsity": self._sparsity, "select_top": True, "init_weights": True, "save_precomputed_indices": True}

@@ -67,8 +67,8 @@ def export(
     Args:
         expert: Directory of the expert.
         out: Directory of the adapter.
-        form: A `PeftFormat`, PEFT's type of the adapter in small letters, such as `lora` or `supertuning`, or the
-            dotted path of a `PeftFormat` of your own.
+        form: A `PeftFormat`, PEFT's type of the adapter in small letters, such as `lora`, `supertuning` or `shira`,
+            or the dotted path of a `PeftFormat` of your own.
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
         base: The base's directory or hub id; what the expert's record names if not given.
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it stands
