@@ -1,9 +1,9 @@
-"""What padding costs in training, and what batches by length and packed batches save of it.
+"""What padding costs in training, and what packed batches save of it.
 
 SmolLM2-135M takes training steps with LoRA on its projections, on one
 thread: real rows, read by `TaskMixture`, of all files in one mixture and of the last file alone. Batches hold the same
-number of rows in three ways, which take turns step by step: padded in the order that is drawn (`plain`), grouped by
-length (`by length`), and packed (`packed`).
+number of rows in two ways, which take turns step by step: padded in the order that is drawn (`plain`), and packed
+(`packed`).
 
 A row of the table gives the share of padding in an epoch, and the tokens of data per second of CPU time over those of
 `plain`. `packed` reads the rows of `plain`, so the mean loss of its steps is the same to rounding.
@@ -155,12 +155,11 @@ def main() -> None:
 def show(report: dict[str, Any]) -> None:
     """Print the table."""
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print("\n| rows | a batch | padding: plain | by length | packed | speed: by length | packed |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| rows | a batch | padding: plain | packed | speed: packed |")
+    print("|---|---|---|---|---|")
     for row in report["rows"]:
         shares = " | ".join(f"{share:.1%}" for share in row["padding"].values())
-        speeds = " | ".join(f"{row['speed'][way]:.2f}" for way in ("by length", "packed"))
-        print(f"| {row['rows']} | {row['batch_size']} | {shares} | {speeds} |")
+        print(f"| {row['rows']} | {row['batch_size']} | {shares} | {row['speed']['packed']:.2f} |")
 
 
 if __name__ == "__main__":

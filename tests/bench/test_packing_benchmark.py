@@ -14,7 +14,7 @@ from modular_experts.deltas import Sparse
 from modular_experts.library import make_record, write_expert
 
 
-def test_three_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> None:
+def test_both_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(64)]
     (tmp_path / "data").mkdir()
