@@ -36,7 +36,8 @@ def attached(
 
     Args:
         model: The experts' base, before anything is injected.
-        experts: One or several, as for `applied`; an expert that chooses by the input stands alone.
+        experts: One or several, as for `applied`; one that chooses by the input stands alone, or, if it is routed,
+            with experts that were trained on top of it.
         check: Whether the model must be the base of the stored experts.
         as_trained: Put a single expert into the layers by its state, also one that is a delta.
 
@@ -50,11 +51,21 @@ def attached(
     inputs = [one for one in opened if isinstance(one, StoredExpert) and (as_trained or not one.mergeable)]
     if not inputs:
         return applied(model, opened, check=check)
-    first = inputs[0]
-    if len(opened) > 1:
-        raise ValueError(f"{first.name} chooses by the input, so nothing can be added to it; name it alone")
+    first, others = inputs[0], [one for one in opened if one is not inputs[0]]
+    stored = [one for one in others if isinstance(one, StoredExpert) and first.is_routed and one.mergeable]
+    on_top = [one for one in stored if any(map(first.is_listed_as, one.record["parents"]))]
+    if len(on_top) < len(others):
+        raise ValueError(
+            f"{first.name} chooses by the input, so nothing can be added to it but what was trained on top of it; name "
+            "it alone"
+        )
     if first.is_routed:
-        return _routed(model, first, check)
+        with ExitStack() as until_routed:
+            if on_top:
+                until_routed.enter_context(applied(model, on_top, check=check))
+            both = _routed(model, first, check)
+            both.after_removal.push(until_routed.pop_all())
+        return both
     if check:
         check_loaded(model, inputs)
     parents = " and ".join(str(parent["name"]) for parent in first.record["parents"])

@@ -18,7 +18,7 @@ from modular_experts.base.apply import AnyExpert, check_fit, check_loaded, open_
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Plan, Site
-from modular_experts.injection.inject import eject, find_sites, inject, named_experts
+from modular_experts.injection.inject import eject, expert_layers, find_sites, inject, named_experts
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.methods.method import DataStatistic
@@ -56,18 +56,31 @@ class Routed(Injected):
     Attributes:
         router: The router of scope `sample`, or None.
         current: The gates of the last pass, for scope `sample`.
+        after_removal: Closed by `remove`, when the model has its own layers again.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates) -> None:
         super().__init__(model, plan)
-        self.router, self.current, self._hook = router, current, ExitStack()
+        self.router, self.current, self.after_removal = router, current, ExitStack()
         if router is not None:
             gates = PromptGates(router, current)
-            self._hook.callback(model.register_forward_pre_hook(gates, with_kwargs=True).remove)
+            self.after_removal.callback(model.register_forward_pre_hook(gates, with_kwargs=True).remove)
 
     def remove(self) -> None:
-        self._hook.close()
         super().remove()
+        self.after_removal.close()
+
+    def put_beneath(self) -> None:
+        """Add the routed experts to the outputs of the layers, for good, so that other experts can be trained in these.
+
+        A router of scope `sample` then reads prompts with the changes of those experts in the first blocks.
+        """
+        mixtures: list[Any] = [(layer, layer.expert) for _, layer in expert_layers(self._model)]
+        eject(self._model)
+        for layer, mixture in mixtures:
+            # As a part of its layer, it follows the model to another device.
+            layer.add_module("beneath", mixture)
+            layer.register_forward_hook(mixture.beneath)
 
 
 def routed(

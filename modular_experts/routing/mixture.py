@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.tiles import rows_and_columns
@@ -62,7 +62,13 @@ class Mixture(NotMergeable, Expert):
         return self.router is not None or self.gates.packs
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = F.linear(x, weight, bias)
+        return self._added(F.linear(x, weight, bias), x)
+
+    def beneath(self, layer: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Add to the output of a layer with another expert in it, as the layer's forward hook."""
+        return self._added(out.clone(memory_format=torch.contiguous_format), arguments[0])
+
+    def _added(self, out: Tensor, x: Tensor) -> Tensor:
         if self.common is not None:
             out = out + self.common.linear(x)
         gates = self.gates.gates if self.router is None else self.router(x.reshape(-1, x.shape[-1]))

@@ -15,7 +15,9 @@ from modular_experts.base.apply import apply_deltas
 from modular_experts.deltas import add
 from modular_experts.injection import named_experts
 from modular_experts.injection.attach import attached
-from modular_experts.library import StoredExpert
+from modular_experts.injection.routed import Routed
+from modular_experts.library import StoredExpert, open_experts
+from modular_experts.library.compatibility import check_mergeable
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +52,33 @@ def check_given(model: nn.Module, base: Base, trains: bool) -> None:
     base.check_loaded(model)
 
 
-def put_applied(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
-    """Add stored experts to a model, and freeze all of it."""
+def open_applied(names: Sequence[str], trains: bool) -> list[StoredExpert]:
+    """Open the experts that are added to a base; if it `trains`, refuse all but deltas and routed experts."""
+    applied = open_experts(names, mergeable=False) if names else []
+    check_mergeable([expert for expert in applied if trains and not expert.is_routed])
+    return applied
+
+
+def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool) -> None:
+    """Add stored experts to a model, freeze all of it, and if it `trains`, leave its layers free for new experts."""
     if all(expert.mergeable for expert in applied):
         apply_deltas(model, applied)
     else:
-        attached(model, applied, check=False)
+        put = attached(model, applied, check=False)
+        if trains and isinstance(put, Routed):
+            put.put_beneath()
     model.requires_grad_(False)
+
+
+def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
+    """Raise if experts that choose by the input were put on top of a routed expert."""
+    routed = [expert for expert in applied if expert.is_routed]
+    chooses = [type(one).__name__ for _, one in named_experts(model) if not one.mergeable]
+    if routed and chooses:
+        raise ValueError(
+            f"{chooses[0]} chooses by the input, as {routed[0].name} does, and the two could not be used together; "
+            "train an expert that is a delta, such as LoRAExpert"
+        )
 
 
 def anchor(base: Base, applied: Sequence[StoredExpert], dtype: str, name: str) -> Tensor:

@@ -46,7 +46,7 @@ from modular_experts.injection import (
     task_vector,
     write_experts,
 )
-from modular_experts.library import StoredExpert, as_parents, open_experts
+from modular_experts.library import StoredExpert, as_parents
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
 from modular_experts.training.evaluated import EvaluatedModule
@@ -72,7 +72,8 @@ class ExpertModule(EvaluatedModule):
             (`.*\\.(q_proj|v_proj)`), or `all-linear`. Each must match at least one linear layer.
         expert: The expert type and its settings: `SparseExpert`, `LoRAExpert`, `FullExpert`, `MaskedExpert`, or the
             dotted path of your own.
-        applied: Library experts that are added to the base first, to test them or to train on top of deltas.
+        applied: Library experts that are added to the base first, to test them or to train on top: deltas, or one
+            routed expert.
         dtype: Data type of the base; trained values are float32, beside a float64 base float64. For a base of half the
             memory give `bfloat16` with the precision `bf16-mixed`; `bf16-true` and `16-true` are refused.
         revision: Branch, tag or commit of a hub id.
@@ -181,7 +182,7 @@ class ExpertModule(EvaluatedModule):
                 self._resized |= bool(schedule.before_optimizers(trainer, self))
 
     def _load(self) -> None:
-        self.applied_experts = open_experts(self.applied, mergeable=self.has_experts) if self.applied else []
+        self.applied_experts = loading.open_applied(self.applied, self.has_experts)
         self.opened_base = loading.opened_base(self.base, self.applied_experts, self.revision)
         self.fingerprint = self.opened_base.fingerprint
         if self.tokenizer is None:
@@ -193,11 +194,12 @@ class ExpertModule(EvaluatedModule):
             self.dtype_name = cast(DType, str(model.dtype).removeprefix("torch."))
         else:
             model = self.opened_base.load(self.dtype_name)
-        loading.put_applied(model, self.applied_experts)
+        loading.put_applied(model, self.applied_experts, self.has_experts)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.has_experts:
             inject(model, cast(Any, self.experts or self.expert), self.modules_pattern)
+            loading.check_on_top(model, self.applied_experts)
         loading.warn_of_slow_bfloat16(self._trainer, self.dtype_name)
         self.model, self._given = model, []
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former

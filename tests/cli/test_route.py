@@ -148,7 +148,7 @@ def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
         assert f"{sentence}evaluate, generate and test use it as it is" in err
     code, _, err = run("generate", "--experts", "library/r", "library/upper", "upper bat:")
     assert code == 1
-    assert "r chooses by the input, so nothing can be added to it; name it alone" in err
+    assert "r chooses by the input, so nothing can be added to it but what was trained on top of it; name it" in err
 
 
 def test_constant_gates_fit_their_experts(run, place):

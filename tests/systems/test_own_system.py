@@ -61,9 +61,14 @@ def test_it_is_fitted_merged_routed_evaluated_and_exported(run, tiny_llama_dir, 
     ]
     code, _, err = run("route", *experts, *router, "--router.select.weight", "0.5", "--out", "library/routed")
     assert code == 0, err
+    on_top = ["--applied", "library/routed", "--expert", "own_system.RayExpert", "--modules", "v_proj", "--steps", "2"]
+    code, _, err = run("fit", "--base", tiny_llama_dir, "--tasks", "b.jsonl", *on_top, "--out", "library/top")
+    assert code == 0, err
+    assert [parent["name"] for parent in open_expert("library/top").record["parents"]] == ["routed"]
     monkeypatch.setenv("PYTHONPATH", str(Path(own_system.__file__).parents[1]), prepend=":")
     evaluate = [sys.executable, "-m", "modular_experts", "evaluate", "--tasks", "a.jsonl", "--out", "runs/all"]
     evaluate += ["--experts", "library/a", "library/sum", "library/gated", "library/routed"]
+    evaluate += ["both=library/routed+library/top"]
     refused = subprocess.run(evaluate, capture_output=True, text=True, check=False)
     assert "library/gated names own_system.expert.Rays, which is not a class of this package" in refused.stderr
     assert "add --trust own_system.expert to the command" in refused.stderr
@@ -75,6 +80,7 @@ def test_it_is_fitted_merged_routed_evaluated_and_exported(run, tiny_llama_dir, 
         "sum",
         "gated",
         "routed",
+        "both",
     }
     code, _, err = run("export", "library/a", "--form", "own_system.RayFormat", "--out", "adapter")
     assert code == 0, err
