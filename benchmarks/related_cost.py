@@ -37,7 +37,6 @@ from modular_experts.experts import LoRAExpert
 from modular_experts.experts.site import Site
 from modular_experts.injection import draw, extra_losses, inject, named_experts
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
-from modular_experts.routing import MoLoRAExpert
 from modular_experts.systems.ada_mix import AdaMixExpert
 from modular_experts.systems.boosting import BoostedLoRAExpert
 from modular_experts.systems.glora import GLoRAExpert
@@ -46,6 +45,7 @@ from modular_experts.systems.hilo import HiLo
 from modular_experts.systems.lora_ir import LoRAIR
 from modular_experts.systems.lora_ir.plan import TaskGate
 from modular_experts.systems.moa import MoA
+from modular_experts.systems.molora import MoLoRAExpert
 from modular_experts.systems.point_lora import PointLoRA
 from modular_experts.systems.recast import TemplateBanks
 from modular_experts.systems.tt_lora import TTLoRAExpert

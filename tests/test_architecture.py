@@ -215,7 +215,7 @@ def test_contributing_shows_every_room_in_its_layer() -> None:
 
 PAPERS = re.compile(
     r"\b(TTLoRA\w*|GLoRA\w*|AdaMix\w*|XGB\w*|BoostedLoRA\w*|RECAST\w*|TemplateBanks?|GOAT\w*|HiLo\w*|MoA|LoRAIR\w*"
-    r"|PointLoRA\w*|LoRAHub|GenKnowSub)\b"
+    r"|MoLoRA\w*|WarmupRestarts|PointLoRA\w*|LoRAHub|GenKnowSub)\b"
 )
 """Names of related systems, which only their folders know, and the front door, which lists public names."""
 
@@ -226,12 +226,16 @@ def test_no_file_of_the_core_names_a_paper() -> None:
     assert not named
 
 
+SHARED = ("modular_experts.systems.evolution", "modular_experts.systems.molora")
+"""Files beside the folders of the systems, which several of them build on."""
+
+
 def test_no_system_knows_another() -> None:
     graph = import_graph(sources())
     for module in (module for module in graph if _room(module) == "systems"):
         others = {name for name in graph[module] if _room(name) == "systems"}
         folder = ".".join(module.split(".")[:3])
-        shared = {name for name in others if name.startswith("modular_experts.systems.evolution")}
+        shared = {name for name in others if name.startswith(SHARED)}
         strange = {name for name in others - shared if not f"{name}.".startswith(f"{folder}.")}
         assert not strange, f"{module} imports {sorted(strange)}"
 

@@ -11,7 +11,6 @@ from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.fixed import Constant, Oracle
 from modular_experts.routing.gates import Gates, Selection, Softmax, Threshold, TopK, UpTo
 from modular_experts.routing.mixture import Mixture
-from modular_experts.routing.molora import MoLoRAExpert
 from modular_experts.routing.phatgoose import Phatgoose
 from modular_experts.routing.router import Router
 
@@ -23,7 +22,6 @@ __all__ = [
     "Energy",
     "Gates",
     "Mixture",
-    "MoLoRAExpert",
     "Oracle",
     "Phatgoose",
     "Router",

@@ -266,6 +266,8 @@ def _named(option: str, base: Any, name: Any) -> Any:
     try:
         found = getattr(importlib.import_module(module), last)
     except Exception as error:  # whatever the user's module raises
+        if module.startswith("modular_experts.") and last in known:  # the class has moved
+            return known[last]
         near = did_you_mean(last, dir(sys.modules[module])) if module in sys.modules else ""
         raise UsageError(f"{option}: {name} cannot be imported: {error}{near}") from None
     if not callable(found) or (inspect.isclass(found) and not issubclass(found, base)):

@@ -56,26 +56,6 @@ class WarmupCosine(WarmupLinear):
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
-class WarmupRestarts(WarmupCosine):
-    """Follows `WarmupCosine`, and rises again from near zero to it after each restart (ReLoRA, arXiv 2307.05695).
-
-    Args:
-        every: Optimizer steps between restarts, as many as a round of `Boosting` has.
-        rise: Optimizer steps of each rise, fewer than `every`.
-        warmup: Share of all steps that the first rise takes, in [0, 1).
-    """
-
-    def __init__(self, every: int, rise: int, warmup: float = 0.06) -> None:
-        super().__init__(warmup)
-        if not 0 < rise < every:
-            raise ValueError(f"rise={rise}, the steps of a rise, must be from 1 to every - 1 = {every - 1}")
-        self.every, self.rise = every, rise
-
-    def factor(self, step: int, total_steps: int) -> float:
-        again = min((step % self.every + 1) / (self.rise + 1), 1.0) if step >= self.every else 1.0
-        return again * super().factor(step, total_steps)
-
-
 def training_length(trainer: Trainer, batches: int | None = None) -> TrainingLength:
     """Return the length of the fit that the trainer is about to start; raise if nothing bounds it.
 

@@ -12,9 +12,9 @@ from modular_experts.injection import expert_layers, inject
 from modular_experts.injection.attach import attached
 from modular_experts.injection.save import save_expert
 from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.routing import MoLoRAExpert
 from modular_experts.systems.goat import GOATExpert
 from modular_experts.systems.hilo import HiLo
+from modular_experts.systems.molora import MoLoRAExpert
 
 MADE = {
     "molora": (lambda weight: MoLoRAExpert(weight, experts=3, rank=2, k=2, alpha=5.0), "q_proj"),

@@ -20,8 +20,9 @@ from modular_experts.evaluation import evaluate
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.injection.attach import attached
 from modular_experts.library import as_parents, make_record, open_expert, write_expert
-from modular_experts.routing import Centroid, Constant, Energy, MoLoRAExpert, Softmax
+from modular_experts.routing import Centroid, Constant, Energy, Softmax
 from modular_experts.statistics import take_statistics
+from modular_experts.systems.molora import MoLoRAExpert
 from modular_experts.training.route import route
 
 KINDS = [partial(LoRAExpert, rank=2), partial(SparseExpert, keep_ratio=0.1), FullExpert]

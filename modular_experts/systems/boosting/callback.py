@@ -18,6 +18,7 @@ from modular_experts.callbacks.schedule import Schedule, TrainedModule, experts_
 from modular_experts.injection import expert_layers
 from modular_experts.systems.boosting.expert import BoostedLoRAExpert
 from modular_experts.text import block_of
+from modular_experts.training.learning_rate import WarmupCosine
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,26 @@ class Boosting(Schedule):
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
         """Return how many rounds have begun."""
         return {"rounds": -(-trainer.global_step // self.every)}
+
+
+class WarmupRestarts(WarmupCosine):
+    """Follows `WarmupCosine`, and rises again from near zero to it after each restart (ReLoRA, arXiv 2307.05695).
+
+    Args:
+        every: Optimizer steps between restarts, as many as a round of `Boosting` has.
+        rise: Optimizer steps of each rise, fewer than `every`.
+        warmup: Share of all steps that the first rise takes, in [0, 1).
+    """
+
+    def __init__(self, every: int, rise: int, warmup: float = 0.06) -> None:
+        super().__init__(warmup)
+        if not 0 < rise < every:
+            raise ValueError(f"rise={rise}, the steps of a rise, must be from 1 to every - 1 = {every - 1}")
+        self.every, self.rise = every, rise
+
+    def factor(self, step: int, total_steps: int) -> float:
+        again = min((step % self.every + 1) / (self.rise + 1), 1.0) if step >= self.every else 1.0
+        return again * super().factor(step, total_steps)
 
 
 def _block(weight: str) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modular_experts.routing.molora import MoLoRAExpert
+from modular_experts.systems.molora import MoLoRAExpert
 
 
 class GOATExpert(MoLoRAExpert):

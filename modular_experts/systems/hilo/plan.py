@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
-from modular_experts.routing.molora import MoLoRAExpert
+from modular_experts.systems.molora import MoLoRAExpert
 
 
 class HiLo(LayerPlan):

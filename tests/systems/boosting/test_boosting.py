@@ -14,9 +14,9 @@ from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.systems.boosting import BoostedLoRAExpert
-from modular_experts.systems.boosting.callback import Boosting
+from modular_experts.systems.boosting.callback import Boosting, WarmupRestarts
 from modular_experts.testing import check_callback, check_expert
-from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupRestarts
+from modular_experts.training.learning_rate import Constant, WarmupCosine
 
 RATE = 0.01
 

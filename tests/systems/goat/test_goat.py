@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from modular_experts.routing import MoLoRAExpert
 from modular_experts.systems.goat import GOATExpert
+from modular_experts.systems.molora import MoLoRAExpert
 from modular_experts.testing import check_expert
 
 

@@ -6,8 +6,8 @@ import torch
 from conftest import build_model
 
 from modular_experts.injection import eject, find_sites, inject
-from modular_experts.routing import MoLoRAExpert
 from modular_experts.systems.hilo import HiLo
+from modular_experts.systems.molora import MoLoRAExpert
 
 
 def test_hilo_plans_ranks_and_experts_by_depth() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from conftest import build_model
 from torch import nn
 
 from modular_experts.evaluation import batch_losses
-from modular_experts.experts import LoRAExpert
+from modular_experts.experts import Expert, LoRAExpert
 from modular_experts.injection import expert_layers, extra_losses, inject
-from modular_experts.routing import MoLoRAExpert
+from modular_experts.library.described import find_class
 from modular_experts.routing.gates import reading
+from modular_experts.settings.read import make
+from modular_experts.systems.molora import MoLoRAExpert
 from modular_experts.testing import check_expert
 
 
@@ -132,3 +135,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_of_a_padded_batch() -> 
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_records_and_configs_that_name_its_place_before_still_open() -> None:
+    for before in ("modular_experts.routing.molora.MoLoRAExpert", "modular_experts.routing.MoLoRAExpert"):
+        assert find_class(before, Expert) is MoLoRAExpert
+        assert make("--expert", Callable[[torch.Tensor], Expert], before).func is MoLoRAExpert
