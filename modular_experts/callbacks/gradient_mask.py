@@ -1,8 +1,4 @@
-"""GradientMask trains only chosen entries of any parameter, beside sparse experts or without them.
-
-Masking gradients alone is not enough: weight decay and optimizer state from before still move the other entries. So the
-callback clears their optimizer state and restores their values after every step, from a copy of each masked parameter.
-"""
+"""GradientMask trains only chosen entries of any parameter: weight decay and optimizer state leave the others alone."""
 
 from __future__ import annotations
 

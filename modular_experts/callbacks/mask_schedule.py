@@ -1,8 +1,4 @@
-"""MaskSchedule decides when experts choose the entries that they train, and on which batches.
-
-`masks` defines scores and rules, `selection/choice.py` makes one choice, and `selection/exchange.py` moves the experts
-to it. All ranks score gradients that are averaged over them, so every rank keeps the same entries.
-"""
+"""MaskSchedule decides when experts choose the entries that they train, and on which batches."""
 
 from __future__ import annotations
 
@@ -195,10 +191,7 @@ class MaskSchedule(Schedule):
     def choose(
         self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, last: int
     ) -> dict[str, Tensor]:
-        """Return the units that each layer is to keep, by the name of its weight, the same on every rank.
-
-        `position` and `last` are as for `Choice`.
-        """
+        """Return the units that each layer is to keep, the same on every rank; the numbers are as for `Choice`."""
         choice, started = Choice(layers, position, last, self.score, self.rule, self.seed), time.perf_counter()
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             # Each rank draws dropout of its own.

@@ -27,10 +27,7 @@ _SHOW: ContextVar[Show | None] = ContextVar("show", default=None)
 
 @contextmanager
 def lines_shown(show: Show) -> Iterator[None]:
-    """Give the lines of all fits inside also to `show`, each with the share of the fit that is done.
-
-    It gets them where the log is silent, too.
-    """
+    """Give the lines of all fits inside also to `show`, each with the share of the fit that is done."""
     token = _SHOW.set(show)
     try:
         yield

@@ -1,7 +1,4 @@
-"""Define the contract of callbacks that change, while a model trains, what its experts train.
-
-`ExpertModule` and `ExportExpert` ask every schedule among `trainer.callbacks`, in the order of the list.
-"""
+"""Define the contract of callbacks that change, while a model trains, what its experts train."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Tokenise conversations with the tokenizer's chat template, and find the assistant's turns in them.
 
-If the template marks the turns by `{% generation %}`, the marks count. Otherwise a turn is the text that it adds to the
-template of the messages before it. This is exact only if the template of the first messages begins the template of them
-all; each row is checked, and a template that fails is refused.
+If the template marks no turns by `{% generation %}`, a turn is the text that it adds to the template of the messages
+before it; a row whose template does not begin with theirs is refused.
 """
 
 from __future__ import annotations
@@ -74,10 +73,7 @@ class ConversationTokenizer:
         return self.tokenizer.eos_token_id if self._own_end is None else self._own_end
 
     def __call__(self, task: str, rows: Sequence[Row], learn: bool) -> tuple[list[Example], int, list[str]]:
-        """Tokenise conversations, with the arguments and results of `RowTokenizer`.
-
-        With `learn`, all turns of the assistant are labelled, otherwise only the last.
-        """
+        """Tokenise conversations, with the arguments and results of `RowTokenizer`."""
         examples, problems, cut = list[Example](), list[str](), 0
         for row in rows:
             try:

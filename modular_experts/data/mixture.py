@@ -1,8 +1,4 @@
-"""Turn tasks into batches, as a LightningDataModule.
-
-The mixture reads and checks all rows before anything runs, and tokenises them once, so a loader only pads. Held-in
-tasks are for training and validation; every task is for test and prediction.
-"""
+"""Turn tasks into batches, as a LightningDataModule; a loader only pads rows that are tokenised already."""
 
 from __future__ import annotations
 
@@ -120,10 +116,7 @@ class TaskMixture(LightningDataModule, DataSource):
         self._truncated: Counter[tuple[str, str]] = Counter()
 
     def fit_context(self, context: int | None) -> None:
-        """Cut rows to the context of the model that reads them, as a shorter `max_length` would; None for any length.
-
-        Whatever loads a model for a mixture calls this before it takes batches (`injection.context_length`).
-        """
+        """Cut rows to the context of the model, as a shorter `max_length` would; None for one without a limit."""
         before, self.context = self.longest, context
         read = chain.from_iterable(chain.from_iterable(tasks.values()) for tasks in self._examples.values())
         if before != self.longest and (
@@ -264,11 +257,7 @@ class TaskMixture(LightningDataModule, DataSource):
         return known
 
     def train_dataloader(self) -> DataLoader:
-        """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
-
-        The trainer's current epoch starts after the batches that the trainer has finished, every other one at its
-        beginning.
-        """
+        """Return the batches of the epoch of `loader.sampler.set_epoch`, in an order that only seeds change."""
         examples, counts = self._split("train"), self.counts
         sizes, position = {name: len(rows) for name, rows in examples.items()}, partial(next_batch, self.trainer)
         order = partial(epoch_order, sizes, counts, self.seed)
@@ -342,7 +331,6 @@ class TaskMixture(LightningDataModule, DataSource):
         return found is None or (isinstance(found, float) and found == 1)
 
     def _place(self) -> tuple[int, int]:
-        """Return the number of this process, and how many there are."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _read(self) -> dict[str, list[Row]]:

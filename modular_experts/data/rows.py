@@ -1,7 +1,4 @@
-"""Turn records into rows: an input text and a target text, or a conversation, perhaps with a split and choices.
-
-Every record that is not a good row becomes one sentence, `file:line: what is wrong`.
-"""
+"""Turn records into rows: an input text and a target text, or a conversation, perhaps with a split and choices."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Choose the rows that a process reads: mixing tasks into an epoch, its order, and its slices for each process.
-
-Samplers count no position: a resumed run starts after the batches that the trainer has counted as finished. Both are
-`DistributedSampler`s, so that Lightning does not divide the loader among processes a second time.
-"""
+"""Choose the rows that a process reads: mixing tasks into an epoch, its order, and its slices for each process."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Read the records of a task from a file, a `datasets` directory, the hub, or a class of the user's own.
-
-A record is the content of one place, together with that place (`file:line`), so that people find a bad one. `rows.py`
-decides what a good record is.
-"""
+"""Read the records of a task, with the place of each, from a file, a `datasets` directory, the hub, or a class."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Define a task: a named set of rows, their source, and their role.
-
-A task is spelt as the path of its file, or with settings: `{name: intents, path: data/intents.jsonl, role: held_out}`.
-"""
+"""Define a task: a named set of rows, their source, and their role."""
 
 from __future__ import annotations
 
@@ -192,19 +189,16 @@ def _matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[
     seen: dict[str, set[str]] = {column: set() for column in where}
     found = False
     for record in records:
-        if record.problem is None and isinstance(record.values, Mapping):
-            differs = False
-            for column, wanted in where.items():
-                value = record.values.get(column)
-                if value is not None:
-                    seen[column].add(str(value))
-                if value is None or str(value) != str(wanted):
-                    differs = True
-                    break
-            if differs:
-                continue
-        found = True
-        yield record
+        readable = record.problem is None and isinstance(record.values, Mapping)
+        for column, wanted in where.items() if readable else ():
+            value = record.values.get(column)
+            if value is not None:
+                seen[column].add(str(value))
+            if value is None or str(value) != str(wanted):
+                break
+        else:
+            found = True
+            yield record
     if not found:
         column = next(column for column in where if str(where[column]) not in seen[column])
         held = sorted(seen[column])

@@ -1,8 +1,6 @@
-"""Tokenise rows of text into examples.
+"""Tokenise rows of text into examples; `chat.py` tokenises conversations.
 
-The tokenizer takes input and target apart, without special tokens. They are joined by the paper's rule: one space goes
-before the target unless either has white space at the joint. End-of-sequence follows the target. A row that is too long
-loses tokens on the left of its input and keeps its target whole. `chat.py` tokenises conversations.
+Input and target are tokenised apart, without special tokens, and end-of-sequence follows the target.
 """
 
 from __future__ import annotations

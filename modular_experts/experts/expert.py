@@ -1,8 +1,4 @@
-"""Define the contract of an expert, which owns the trained state of one site and states its delta.
-
-An expert that writes into the weight is an `InPlaceExpert`, and one at another module than a linear layer a
-`ModuleExpert` (`module_expert.py`).
-"""
+"""Define the contract of an expert, which owns the trained state of one site and states its delta."""
 
 from __future__ import annotations
 
@@ -18,10 +14,7 @@ from modular_experts.deltas import Delta
 
 
 class Trained(nn.Module):
-    """Owns the trained state at one place of a model, in float32 also when the model moves to bfloat16.
-
-    `Expert` and `ModuleExpert` are the two kinds.
-    """
+    """Owns the trained state at one place of a model, in float32 also when the model moves to bfloat16."""
 
     learning_rate: ClassVar[float] = 1e-3
     """Peak learning rate used with the default optimizer, AdamW."""

@@ -1,7 +1,4 @@
-"""A module expert owns the trained state at a module that is not a linear layer, such as a transformer block.
-
-Through forward hooks it sees the inputs and outputs of the module's calls.
-"""
+"""A module expert sees, through forward hooks, the calls of a module that is not a linear layer, such as a block."""
 
 from __future__ import annotations
 

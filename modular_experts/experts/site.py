@@ -1,8 +1,4 @@
-"""Sites are the places in a model that an expert can take; a plan says which expert each of them gets.
-
-A *plan* is a function from the sites of a model to an expert factory for each site that gets an expert; `by_pattern`
-makes one of a mapping `{pattern: factory}`. `injection` finds the sites and carries a plan out.
-"""
+"""Sites are the places in a model that an expert can take; a plan says which expert each of them gets."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Sparse experts train a few entries of a weight, in place, at the price of those entries.
-
-The forward pass is one matrix product with the written weight; backward computes only the gradient of the kept entries
-(`kernels`), and the optimizer sees one packed vector.
-"""
+"""Sparse experts train a few entries of a weight, in place, at the price of those entries."""
 
 from __future__ import annotations
 

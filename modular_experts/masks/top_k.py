@@ -93,7 +93,6 @@ def kth_highest(scores: Tensor, k: int) -> Tensor:
 
 
 def _smallest_of(candidates: Tensor, k: int) -> Tensor:
-    """Return the smallest of the k highest numbers."""
     # On the CPU numpy's partition is five times faster than torch's top-k.
     if candidates.device.type == "cpu" and candidates.dtype in (torch.float32, torch.float64):
         place, copy = candidates.numel() - k, candidates.detach().clone()

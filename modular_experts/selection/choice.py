@@ -1,8 +1,4 @@
-"""Choose which units layers keep, from a score over some batches, or from another expert.
-
-`MaskSchedule` decides when a choice is made and moves the experts to it. Rules (`masks/rules.py`) decide how a new
-support follows from the old one.
-"""
+"""Choose which units layers keep, from a score over some batches, or from another expert."""
 
 from __future__ import annotations
 

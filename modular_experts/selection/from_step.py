@@ -1,8 +1,4 @@
-"""Choose supports from the gradient of a training step that is made anyway, inside of its backward pass.
-
-For this one step a `_Chooser` takes the place of each layer's kernel, so a choice costs no forward pass and no second
-backward pass, and one layer's gradient is held at a time.
-"""
+"""Choose supports from the gradient of a training step that is made anyway, inside of its backward pass."""
 
 from __future__ import annotations
 
@@ -19,9 +15,6 @@ from modular_experts.selection.choice import Choice, SelectableLayer
 
 class StepChoice:
     """Chooses the supports of packed experts within one optimizer step; the caller then moves the experts to them.
-
-    All layers' output and input gradients come from the old supports, for nothing moves before the step's last backward
-    pass is over. The packed parameters' `.grad` then belongs to the new supports, slot by slot.
 
     With several micro-batches, gradients are summed over them in the memory of `budget`, and the last micro-batch
     chooses. A layer beyond the budget chooses at the first micro-batch, and for the others its own kernel makes the

@@ -1,8 +1,6 @@
 """Take the statistics of the loss that scores ask for, weight by weight, without an optimizer step.
 
-With one batch, each layer's gradient is made inside the backward pass, handed on and freed at once, so the peak is one
-layer. With several batches, layers go in groups that share one memory budget; every group costs a forward and backward
-pass per batch. A pass fills no parameter's `.grad` and keeps only the gradients of the scored weights.
+A pass fills no parameter's `.grad` and keeps only the gradients of the scored weights, within a budget of memory.
 """
 
 from __future__ import annotations

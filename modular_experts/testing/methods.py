@@ -1,7 +1,4 @@
-"""Check that a merge method, built-in or your own, keeps its promises: `check_merge_method(MyMethod())`.
-
-The battery always checks the promises of every method; it checks promises that only some make when you ask for them.
-"""
+"""Check that a merge method, built-in or your own, keeps its promises: `check_merge_method(MyMethod())`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Keep what a checkpoint of a training holds, and say what it trains, in a log and in the record of the expert.
-
-A checkpoint holds trained tensors, the base's fingerprint and random states: plain numbers and tensors, so that it
-loads with `weights_only=True`.
-"""
+"""Keep what a checkpoint of a training holds, and say what it trains, in a log and in the record of the expert."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Estimate what a fit will read, train, hold in memory and take, before it begins.
-
-Four real steps with a learning rate of zero give the time and the memory: three on a batch of typical length, of which
-the first warms up, and one on the longest.
-"""
+"""Estimate what a fit will read, train, hold in memory and take, by four real steps with a learning rate of zero."""
 
 from __future__ import annotations
 
@@ -25,12 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from modular_experts.callbacks import EvenValidation, ExportExpert
-from modular_experts.callbacks.schedule import (
-    Schedule,
-    TrainingLength,
-    callbacks_of,
-    seconds_between_steps,
-)
+from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of, seconds_between_steps
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import DataSource
 from modular_experts.data.mixture import SplitSize

@@ -38,7 +38,6 @@ class EvaluatedModule(LightningModule):
     on_validation_start = on_predict_start = on_test_start
 
     def on_validation_epoch_start(self) -> None:
-        """Set the scores of all tasks to zero."""
         roles = source_of(self.trainer).roles
         if not roles:
             raise ValueError(
@@ -55,7 +54,6 @@ class EvaluatedModule(LightningModule):
         score_batch(self.scores, self.model, self.tokenizer, batch, tokens, self._packs_evaluation)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score one batch by its loss, greedy generations and choices."""
         score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens, self._packs_evaluation)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
@@ -69,11 +67,9 @@ class EvaluatedModule(LightningModule):
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
     def on_predict_epoch_start(self) -> None:
-        """Forget which answers of an earlier prediction the context ended."""
         self._cut: list[bool] = []
 
     def on_predict_epoch_end(self) -> None:
-        """Log how many answers of this process the context ended."""
         warn_of_cut_answers(self.model, sum(self._cut), len(self._cut), self.max_new_tokens)
 
     def on_validation_epoch_end(self) -> None:

@@ -1,6 +1,4 @@
-"""Train an expert in one call: `fit` makes an `ExpertModule`, a `TaskMixture` and a Lightning `Trainer` with callbacks,
-and calls `trainer.fit(module, data)`.
-"""
+"""Train an expert in one call: `fit` makes a module, its data and a trainer with callbacks, and runs them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule.
-
-This file holds the steps; `loading.py` loads what they train, `checkpoint.py` keeps it, and `evaluated.py` measures it.
-"""
+"""ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -218,7 +215,6 @@ class ExpertModule(EvaluatedModule):
         return added
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer over the trained parameters and its schedule."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.optimizer is not None:
             optimizer = self.optimizer(trained)
@@ -264,9 +260,7 @@ class ExpertModule(EvaluatedModule):
         return any(ready) * (time.monotonic() - started)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Let experts draw what is random in this step; restore the random state of a checkpoint before the first one,
-        when all set-up is over.
-        """
+        # When all set-up is over, the first step takes the random state of a checkpoint.
         draw(self.model, f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.trainer.global_step}")
         states, self._random_states = self._random_states or [], None
         checkpoints.restore_random_state(states, self.trainer.global_rank)
@@ -287,7 +281,6 @@ class ExpertModule(EvaluatedModule):
         return {"loss": loss, "mean_loss": means["loss"], "rows": rows}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and write the experts' new values into the weights."""
         super().optimizer_step(*args, **kwargs)
         write_experts(self.model)
 
@@ -328,7 +321,6 @@ class ExpertModule(EvaluatedModule):
         return full
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the base, the random state of every rank, and whether experts have other sizes than their settings."""
         checkpoint["base_fingerprint"] = self.fingerprint
         checkpoint["random_states"] = checkpoints.random_states(self.trainer)
         checkpoint["resized"] = self._resized
