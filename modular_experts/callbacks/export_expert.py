@@ -114,7 +114,6 @@ class ExportExpert(Callback):
             self.best, self.best_step = self.newest, trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the expert, and log its step, its loss, the loss of the last step, and its directory."""
         if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.exported = True

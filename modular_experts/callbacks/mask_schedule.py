@@ -101,7 +101,6 @@ class MaskSchedule(Schedule):
         return True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if a schedule with settings has nothing to choose."""
         module = cast(TrainedModule, pl_module)
         layers = selectable_layers(module.model)
         if self._last_position < 0:

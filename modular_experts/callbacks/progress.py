@@ -103,7 +103,6 @@ class LogProgress(Callback):
             self._log_line(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the folder of the run and the loss before the first step, which the loggers get as the loss of step 0."""
         self._clock = _Clock(trainer, pl_module)
         self._tenths = self._clock.tenths()
         if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -139,7 +138,6 @@ class LogProgress(Callback):
         self._sum, self._count, self._is_new, self._is_due = torch.zeros(()), 0, False, False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log rows, seconds, the validation losses before and after, and where the files are."""
         self._log_line(trainer)
         if trainer.interrupted or not trainer.is_global_zero:
             return
@@ -162,7 +160,6 @@ class LogProgress(Callback):
         log.info("%s", ", ".join(places))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log how to resume when training is interrupted from the keyboard."""
         if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
             return
         keeper: Any = trainer.checkpoint_callback

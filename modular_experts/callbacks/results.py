@@ -51,7 +51,6 @@ class WritePredictions(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Gather the rows of all ranks, which read the data in turns, and write them from the first rank."""
         rows = [row for batch in predictions for row in batch]
         ranks = [rows] * trainer.world_size
         if trainer.world_size > 1:

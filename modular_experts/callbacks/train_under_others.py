@@ -100,7 +100,6 @@ class TrainUnderOthers(Schedule):
 
     @torch.no_grad()
     def remove(self, module: TrainedModule, only: Collection[str] | None = None) -> None:
-        """Restore the base, at these weights only or at all."""
         layers = dict(expert_layers(module.model))
         for name in [name for name in self._before if only is None or name in only]:
             kept, values = self._before.pop(name)

@@ -42,11 +42,6 @@ class Form:
     columns: Mapping[str, str]
     optional: str | None = None
 
-    @property
-    def asks(self) -> list[str]:
-        """The columns without which there is nothing to answer."""
-        return [column for key, column in self.columns.items() if key != "target"]
-
     def __str__(self) -> str:
         if "messages" in self.columns:
             return "'messages' is the conversation, and the assistant's turns are the target"
@@ -74,7 +69,9 @@ def recognise(columns: Collection[str]) -> Form:
     if OWN in whole:
         return OWN
     # Rows without targets: of Alpaca's two columns of input, `input` is the optional one.
-    found = whole or [form for form in FORMS[1:] if set(form.asks) <= set(columns)]
+    found = whole or [
+        form for form in FORMS[1:] if {own for key, own in form.columns.items() if key != "target"} <= set(columns)
+    ]
     if not found and "input" in columns:
         return OWN
     if len(found) == 1:

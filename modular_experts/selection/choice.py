@@ -76,7 +76,7 @@ class Choice:
             ValueError: The score has another shape than its weight.
         """
         layer, expert = self.layers[name], self.layers[name].expert
-        _seed(zlib.crc32(f"{self.seed}/{self.position}/{name}".encode()), layer.matrix.device)
+        torch.manual_seed(zlib.crc32(f"{self.seed}/{self.position}/{name}".encode()))
         weight, delta = expert.scored(layer.matrix)
         scores = (self.score or expert.score)(weight, statistic, delta)
         if scores.shape != expert.shape:
@@ -87,14 +87,6 @@ class Choice:
         k = expert.kept_units if anew else before.numel()
         chosen = rule.choose(scores, k, before, expert.unit_change(), self.position, self.last)
         self.chosen[name] = chosen.to(before.dtype)
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    if device.type == "cpu":
-        # torch.manual_seed notes the whole stack for each kind of device, which took a tenth of a choice's time.
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 def shared_units(name: str, layer: SelectableLayer, other: StoredExpert) -> Tensor:

@@ -31,7 +31,6 @@ class EvaluatedModule(LightningModule):
         """Return what identifies the model, for the results."""
 
     def on_test_start(self) -> None:
-        """Warn of applied experts that meet rows or a base in another form than in their training."""
         if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
             warn_unlike_training(self.applied_experts, source_of(self.trainer).reading_of, self.dtype_name)
 
@@ -53,8 +52,7 @@ class EvaluatedModule(LightningModule):
         tokens = None if self.trainer.state.fn == "fit" else self.max_new_tokens
         score_batch(self.scores, self.model, self.tokenizer, batch, tokens, self._packs_evaluation)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens, self._packs_evaluation)
+    test_step = validation_step
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return the task, input, target, if there is one, and generation of each row."""
@@ -73,14 +71,12 @@ class EvaluatedModule(LightningModule):
         warn_of_cut_answers(self.model, sum(self._cut), len(self._cut), self.max_new_tokens)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean loss over tasks as `val_loss`, and each task's."""
         self.on_test_epoch_end()
         self.log_dict({f"val_loss/{name}": task["loss"] for name, task in self.results["tasks"].items()})
         losses = [task["loss"] for task in self.results["tasks"].values()]
         self.log("val_loss", sum(losses) / max(len(losses), 1), prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        """Compute the results of all tasks, and name what was scored."""
         self.results = self.scores.compute()
         for name, cut in self.scores.cut.items() if self.trainer.is_global_zero else ():
             rows = self.results["tasks"].get(name, {}).get("rows", 0)
