@@ -31,7 +31,7 @@ from sparse_step import high_water
 from step_report import machine
 from torch import Tensor, nn
 
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import quiet
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
 from modular_experts.experts.site import Site

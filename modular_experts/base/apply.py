@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base.base import Base, DType, find_base
-from modular_experts.base.files import MANIFEST
-from modular_experts.base.loading import fetch
+from modular_experts.base.files import MANIFEST, fetch
 from modular_experts.base.structure import Structure
 from modular_experts.base.verify import Check
 from modular_experts.deltas import Delta, add
@@ -77,9 +76,7 @@ def apply(
 
 
 def check_fit(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
-    """Raise ValueError if a weight that an expert moves does not exist in a model, has another shape there, or is tied
-    to another one.
-    """
+    """Raise ValueError if a model lacks a weight that an expert moves, has another shape for it, or ties it."""
     structure = Structure(model)
     for expert in experts:
         shapes = expert.shapes() if isinstance(expert, TaskVector) else {n: d.shape for n, d in expert.items()}
@@ -180,7 +177,6 @@ def applied(
 
 
 def open_several(experts: AnyExpert | Sequence[AnyExpert]) -> list[Mapping[str, Delta]]:
-    """Return one or several experts as a list, after opening those that are named by their directories."""
     several = [experts] if isinstance(experts, str | Path | Mapping) else experts
     return [expert if isinstance(expert, Mapping) else open_expert(expert) for expert in several]
 
@@ -188,10 +184,8 @@ def open_several(experts: AnyExpert | Sequence[AnyExpert]) -> list[Mapping[str, 
 def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
     """Refuse a model in memory whose weights are not those that the experts' deltas start from.
 
-    Evenly spaced rows of each weight that an expert moves are compared with the stored base: the directory that the
-    model was loaded from, or the one that the experts' records name, if it has the recorded fingerprint. A weight that
-    `applied` has moved counts as it was before. If no such directory is on this machine, a warning is logged instead.
-    Task vectors that are not stored have no recorded base, and pass.
+    Evenly spaced rows of each weight that an expert moves are compared with the stored base; a weight that `applied`
+    has moved counts as it was before. If the base is not on this machine, a warning is logged instead.
 
     Raises:
         ValueError: A weight of the model, which has no experts injected yet, differs from the experts' base.

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from modular_experts.base.files import (
     MANIFEST,
     copy_companions,
+    fetch,
     fingerprint,
     open_tensors,
+    quiet,
     read_layouts,
     reading,
     write_manifest,
 )
-from modular_experts.base.loading import fetch, quiet
 from modular_experts.base.streaming import Rounding, StreamedSum
-from modular_experts.base.structure import Structure
+from modular_experts.base.structure import StoredWeights, Structure
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
-from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, check_base, check_target, new_directory
 from modular_experts.library.record import package_versions, read_json
@@ -132,9 +132,7 @@ class Base:
         return model
 
     def check_loaded(self, model: nn.Module) -> None:
-        """Raise ValueError if a weight of a model in memory is missing here or is not this base's, rounded to its
-        dtype.
-        """
+        """Raise ValueError if a model in memory lacks a weight of this base, or holds it with other values."""
         in_memory = dict(model.named_parameters(remove_duplicate=False))
         for name, _, stored in self.sample(sorted(set(self._stored.values())), entries=sys.maxsize):
             if name not in in_memory:
@@ -148,9 +146,6 @@ class Base:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer, with a padding token that is not the end-of-sequence token where the vocabulary has one.
-
-        A tokenizer that pads with its end-of-sequence token, or not at all, gets a usual name of the vocabulary for it,
-        or the unknown token; no token is added.
 
         Raises:
             FileNotFoundError: It has no tokenizer.
@@ -186,10 +181,9 @@ class Base:
             return tensors.get_tensor(key)
 
     def sample(self, names: Iterable[str], entries: int = 2**16) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield the name of each weight, a step, and every step-th row of the stored weight, reading little else.
+        """Yield the name of each weight, a step, and every step-th stored row of it, at most about `entries` entries.
 
-        Weights that only transformers can put together are left out. At most about `entries` entries of a weight are
-        read.
+        Weights that only transformers can put together are left out.
         """
         keys = {name: key for name in names if (key := self._key(name)) is not None}
         # One file is open at a time, as a checkpoint may have more than a process may open.
@@ -213,7 +207,6 @@ class Base:
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        """The file of each stored tensor."""
         return {key: file for file, layout in read_layouts(self.directory).items() for key in layout}
 
     @cached_property
@@ -235,9 +228,6 @@ class Base:
         key: str | None = None,
     ) -> Check | None:
         """Write the base plus deltas as an ordinary Hugging Face checkpoint, and verify it by loading it again.
-
-        The checkpoint takes its place only after its logits on fixed prompts were compared with the logits of base plus
-        deltas in memory.
 
         Args:
             deltas: The delta of each weight, read once, and its `shapes()`: a sum, a merge, an opened expert.
@@ -295,10 +285,7 @@ class Base:
 
 
 def find_base(experts: Sequence[StoredExpert]) -> str:
-    """Return where the experts' base is: where a record names it, or at the same path or name beside the library.
-
-    A place that is not a directory here is returned as the first record names it, such as a hub id.
-    """
+    """Return where a record names the experts' base, or the same path or name beside the library if that is there."""
     for expert in experts:
         recorded, beside = str(expert.record["base"].get("id") or ""), expert.path.parent.parent
         for place in (Path(recorded).expanduser(), beside / recorded, beside / Path(recorded).name):

@@ -1,4 +1,4 @@
-"""Find, open and hash the files of a Hugging Face checkpoint, and write the small ones beside the weights."""
+"""Fetch, open and hash the files of a checkpoint, and write the small ones. No code from a checkpoint runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from modular_experts.library.record import package_versions, plain, read_json
 from modular_experts.library.tensorfile import open_tensors
 
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 MANIFEST = "modular_experts.json"
 """The file in a checkpoint of ours that records what it was made from; only such a directory is ever replaced."""
 
@@ -52,10 +53,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]]]:
-    """Return the name, the dtype (as the header spells it) and the shape of each stored tensor, by file.
-
-    It raises what `weight_files` does.
-    """
+    """Return the name, the dtype (as the header spells it) and the shape of each stored tensor, by file."""
     layouts = {}
     for file in weight_files(directory):
         with open_tensors(file) as tensors:
@@ -65,7 +63,6 @@ def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]
 
 
 def file_hash(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -73,9 +70,8 @@ def file_hash(file: Path) -> str:
 def fingerprint(directory: str | Path) -> str:
     """Return the SHA-256, in hexadecimal digits, over the name, the shape and the stored bytes of every tensor.
 
-    It depends neither on where the files are, nor on how they are sharded. `$XDG_CACHE_HOME/modular-experts` (or
-    `~/.cache/modular-experts`) keeps it for as long as path, size and time stamps of the weight files stay the same. It
-    raises what `weight_files` does.
+    `$XDG_CACHE_HOME/modular-experts` (or `~/.cache/modular-experts`) keeps it for as long as path, size and time stamps
+    of the weight files stay the same.
     """
     files = weight_files(Path(directory))
     stats = [(str(file.resolve()), file.stat()) for file in files]
@@ -126,3 +122,75 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = {**content, "versions": package_versions(), "created": created}
     (directory / MANIFEST).write_text(json.dumps(plain(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def fetch(place: str | Path, revision: str | None = None, local_only: bool = False) -> Path:
+    """Return the directory of a causal language model, after fetching a hub id that is not in the cache yet.
+
+    Args:
+        place: A directory with `config.json` and safetensors weights, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
+        revision: Branch, tag or commit of a hub id.
+        local_only: Look for a hub id in the local cache only.
+
+    Raises:
+        FileNotFoundError: There is no such directory, and the hub does not give it.
+        ValueError: The directory does not hold a causal language model in safetensors.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    directory = Path(place).expanduser()
+    if not directory.is_dir():
+        advice = "give the directory of a model (config.json and *.safetensors), or a hub id while the hub is reachable"
+        directory = fetch_from_hub("base", str(place), revision, _FILES, advice, local_only)
+    config = read_json(directory / "config.json", "so it is not the directory of a model")
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind))
+    names = [causal] if isinstance(causal, str) else list(causal or [])
+    if not names:
+        raise ValueError(f"{directory} is a {kind!r} model; only causal language models that transformers knows work")
+    if classes and not set(classes) & set(names):
+        wanted = " or ".join(names)
+        raise ValueError(f"{directory} is a {classes[0]}; only causal language models work, here {wanted}")
+    weight_files(directory)
+    return directory
+
+
+def fetch_from_hub(
+    what: str, place: str, revision: str | None, patterns: Sequence[str], advice: str, local_only: bool = False
+) -> Path:
+    """Return the directory of a hub repository, or raise FileNotFoundError, which calls it `what` and gives advice."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            place, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
+        )
+        return Path(found)
+    except HFValidationError:
+        why = "and it is not a hub id, which looks like 'owner/name'"
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no answer")
+        why = f"and the hub does not give it under that id (HTTP {status}; it may be private, gated or misspelt)"
+    except OSError:
+        offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the hub was not reached"
+        why = f"and as a hub id it is not in the local cache ({offline})"
+    raise FileNotFoundError(
+        f"{what} {place!r} was not found: {Path(place).expanduser().absolute()} is not a directory, {why}; {advice}"
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and reports; what matters in them is raised as an error."""
+    import transformers
+
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

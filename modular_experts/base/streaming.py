@@ -9,7 +9,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,8 @@ class Rounding:
 class StreamedSum:
     """Base plus deltas: iterating writes the files and yields the name and the delta of each weight that moves.
 
-    A delta comes right after it was added, so that a caller may use one that is made only once. A file that an earlier
-    run of the same base and deltas finished in `out` is kept, all but the last one; its deltas are then taken from the
-    difference to the base.
+    A file that an earlier run of the same base and deltas finished in `out` is kept, all but the last one; its deltas
+    are then taken from the difference to the base.
 
     Args:
         deltas: Delta of each weight that moves, by its name in the model; each is read once.
@@ -110,12 +110,12 @@ class StreamedSum:
         """Write one file, which gets its name when it is whole, and count what rounding takes."""
         layout, part = self._layouts[source], self._out / f".{source.name}"
         tensors = MappedTensors(source)
-        with ShardWriter(part, layout) as writer:
+        with shard_writer(part, layout) as write:
             for key, (dtype, _) in layout.items():
                 next(steps)
                 stored, name = tensors[key], self._moved(key)
                 if name is None:
-                    writer.write(key, stored.to(dtype))
+                    write(stored.to(dtype))
                 else:
                     delta = self._deltas[name]
                     rounded, moved, changed, error, norm = add_rounded(stored, delta, dtype)
@@ -124,7 +124,7 @@ class StreamedSum:
                         raise ValueError(
                             f"{name} plus its delta is not finite in {dtype}; take a smaller scale, or a wider dtype"
                         )
-                    writer.write(key, rounded)
+                    write(rounded)
                 tensors.release(key)  # the pages of the base would else stay until its file is through
                 if name is not None:
                     yield name, delta
@@ -162,38 +162,22 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class ShardWriter:
-    """Writes one file. Use it in a `with` block, and give it every tensor of the layout, in any order."""
-
-    def __init__(self, file: Path, layout: Layout) -> None:
-        header: dict[str, Any] = {}
-        end = 0
-        for name, (dtype, shape) in layout.items():
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-        text += b" " * (-len(text) % 8)
-        self._layout, self._missing = layout, set(layout)
-        self._starts = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
-        self._file = file.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        dtype, shape = self._layout[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), (name, tensor.dtype, tensor.shape)
-        self._missing.remove(name)
-        self._file.seek(self._starts[name])
-        self._file.write(tensor_bytes(tensor.detach().cpu().contiguous()))
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
-        if kind is None:
-            assert not self._missing, f"the file lacks {sorted(self._missing)[:3]}"
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+@contextmanager
+def shard_writer(file: Path, layout: Layout) -> Iterator[Callable[[Tensor], object]]:
+    """Yield the function that writes the next tensor of a file, in the order of its layout."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        yield lambda tensor: opened.write(tensor_bytes(tensor.detach().cpu().contiguous()))
+        assert opened.tell() == 8 + len(text) + end, f"{file} does not hold the tensors of its layout"
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def write_index(directory: Path, files: Mapping[str, Layout]) -> None:

@@ -1,15 +1,18 @@
-"""Describe a model's weights and layers: names, shapes, which names share one tensor, how a layer keeps its weight."""
+"""Describe a model's weights and layers, and read its stored weights one at a time, by the names in the model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from modular_experts.deltas import all_finite
+from modular_experts.library.tensorfile import DTYPES, MappedTensors
 from modular_experts.text import did_you_mean
 
 _UNUSED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$", r"(^|\.)attention\.(masked_)?bias$")
@@ -66,10 +69,7 @@ class Structure:
         return self.model.get_submodule(weight.rpartition(".")[0])
 
     def name_of(self, key: str) -> str | None:
-        """Return the model's name of a stored tensor, or None if the tensor is not one of its weights.
-
-        Tensors that transformers cuts or joins while it loads, such as the experts of a mixture, have no such name.
-        """
+        """Return the model's name of a stored tensor, or None, as for one that transformers cuts or joins."""
         if key in self.shapes:
             return key
         from transformers.core_model_loading import rename_source_key
@@ -125,3 +125,93 @@ class Structure:
 def is_transposed(module: nn.Module) -> bool:
     """Return whether the module multiplies with a weight kept as `(in, out)`, as GPT-2's `Conv1D` does."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+class StoredWeights:
+    """The weights of one checkpoint on disk; only the last one that was read is in memory.
+
+    Args:
+        layouts: Dtype and shape of each stored tensor, by file, from `read_layouts`.
+
+    Raises:
+        ValueError: The files lack a weight of the model, hold one in another shape, or hold a quantised one.
+    """
+
+    def __init__(self, layouts: Mapping[Path, Mapping[str, tuple[str, torch.Size]]], structure: Structure) -> None:
+        self.structure = structure
+        self._files = {key: file for file, layout in layouts.items() for key in layout}
+        self._layouts = {key: entry for layout in layouts.values() for key, entry in layout.items()}
+        self._keys: dict[str, list[str]] = {name: [] for name in structure.weights}
+        for key in self._files:
+            name = structure.name_of(key)
+            if name is not None:
+                self._keys[structure.owners[name]].append(key)
+        self._last: tuple[str, Tensor] | None = None
+        self._open: tuple[Path, MappedTensors] | None = None
+        place, missing = structure.place, [name for name, keys in self._keys.items() if not keys]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            others = sorted(key for key in self.unclaimed() if not structure.is_unused(key))
+            hint = f"; they hold {others[0]}, which is not one of its weights" if others else ""
+            raise ValueError(
+                f"the files of {place} do not hold {missing[0]}{more}, which its model ({structure.architecture}) "
+                f"has{hint}; an import needs a tensor for each weight"
+            )
+        for name, keys in self._keys.items():
+            for key in keys:
+                (dtype, shape), expected = self._layouts[key], structure.shapes[name]
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(
+                        f"{key} of {place} is stored as {dtype}: a quantised checkpoint has no exact difference from "
+                        "its base; give the checkpoint from before it was quantised"
+                    )
+                if shape != expected:
+                    raise ValueError(
+                        f"{key} of {place} is stored in shape {tuple(shape)}, and by its config.json it has "
+                        f"{tuple(expected)}; its files do not belong together"
+                    )
+
+    def keys(self, name: str) -> list[str]:
+        """Return under which names the files hold a weight: several if it is tied and was stored more than once."""
+        return self._keys[self.structure.owners[name]]
+
+    def shape(self, name: str) -> torch.Size:
+        return self._layouts[self.keys(name)[0]][1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._layouts[self.keys(name)[0]][0]]
+
+    def unclaimed(self) -> set[str]:
+        """Return the names of the stored tensors that are not weights of the model."""
+        return self._files.keys() - {key for keys in self._keys.values() for key in keys}
+
+    def read(self, name: str) -> Tensor:
+        """Return one weight as stored: a view of the mapped file, never to be written to.
+
+        Raises:
+            ValueError: It holds NaN or infinity, or it is tied and the files hold two different values for it.
+        """
+        owner, place = self.structure.owners[name], self.structure.place
+        if self._last and self._last[0] != owner:
+            for key in self.keys(self._last[0]):
+                self._mapped(key).release(key)
+            self._last = None
+        if not self._last:
+            first, *others = self.keys(owner)
+            tensor = self._mapped(first)[first]
+            if not all_finite(tensor):
+                raise ValueError(f"{first} of {place} holds numbers that are not finite (NaN or infinity)")
+            for other in others:
+                if not torch.equal(self._mapped(other)[other], tensor):
+                    raise ValueError(
+                        f"{first} and {other} are one tensor (tied) by the configuration of {place}, and its files "
+                        "hold different values for them; correct tie_word_embeddings in its config.json"
+                    )
+            self._last = owner, tensor
+        return self._last[1]
+
+    def _mapped(self, key: str) -> MappedTensors:
+        """Return the file of a tensor; one is open at a time, as a checkpoint may have more than a process may open."""
+        if not self._open or self._open[0] != self._files[key]:
+            self._open = self._files[key], MappedTensors(self._files[key])
+        return self._open[1]

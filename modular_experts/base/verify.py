@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import quiet
 from modular_experts.base.streaming import Rounding
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ def difference(found: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def check_reloaded(directory: Path, prompts: Tensor, reference: Tensor, tolerance: float, rounding: Rounding) -> Check:
-    """Load a checkpoint with plain transformers, as anyone would, and compare its logits with a reference.
-
-    Raises:
-        ValueError: A logit differs by more than the tolerance, or is not a number.
-    """
+    """Load a checkpoint with plain transformers; raise ValueError if a logit differs by more than the tolerance."""
     from transformers import AutoModelForCausalLM
 
     with quiet():

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from modular_experts.base import Base
-from modular_experts.base.files import file_hash, weight_files
-from modular_experts.base.loading import fetch_from_hub
+from modular_experts.base.files import fetch_from_hub, file_hash, weight_files
 from modular_experts.deltas import Delta
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, read_full_checkpoint
 from modular_experts.interop.peft import AskedDeltas, read_peft

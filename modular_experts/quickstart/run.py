@@ -22,7 +22,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import quiet
 from modular_experts.data import Equal, Task, TaskMixture
 from modular_experts.evaluation import batch_losses, greedy_matches, measure
 from modular_experts.jobs.processes import MOST_PROCESSES, LocalProcesses, cores

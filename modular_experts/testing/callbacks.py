@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import quiet
 from modular_experts.callbacks import Schedule
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert, SparseExpert

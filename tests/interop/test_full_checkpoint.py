@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES, build_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modular_experts.base import weights as stored
+from modular_experts.base import structure as stored
 from modular_experts.base.apply import apply
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.interop.full_checkpoint import read_full_checkpoint

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modular_experts.base import Base
 from modular_experts.base.files import MANIFEST, copy_companions, write_manifest
-from modular_experts.base.streaming import Layout, ShardWriter, write_index
+from modular_experts.base.streaming import Layout, shard_writer, write_index
 from modular_experts.deltas import Delta, Dense, Sparse, all_finite
 from modular_experts.deltas.tiles import index_dtype
 from modular_experts.interop.full_checkpoint import check_same_model
@@ -319,9 +319,9 @@ def _write(directory: Path, layout: Layout, tensor_of: Callable[[str], Tensor], 
     files = {file: {key: layout[key] for key in keys} for file, keys in split.filename_to_tensors.items()}
     steps = iter(progress(list(layout)))
     for file, held in files.items():
-        with ShardWriter(directory / file, held) as writer:
+        with shard_writer(directory / file, held) as write:
             for key in held:
                 next(steps)
-                writer.write(key, tensor_of(key))
+                write(tensor_of(key))
     if split.is_sharded:
         write_index(directory, files)

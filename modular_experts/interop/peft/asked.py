@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base import Base
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import quiet
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
 from modular_experts.interop.adapter import ImportedAdapter, lossless

@@ -18,8 +18,7 @@ from torch import nn
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.files import MANIFEST, write_manifest
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import MANIFEST, quiet, write_manifest
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems

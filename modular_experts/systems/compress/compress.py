@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base
-from modular_experts.base.files import MANIFEST, copy_companions, write_manifest
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import MANIFEST, copy_companions, quiet, write_manifest
 from modular_experts.base.streaming import Rounding
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
 from modular_experts.data import TaskMixture

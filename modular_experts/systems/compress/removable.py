@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import quiet
 from modular_experts.base.structure import Structure, is_transposed
 from modular_experts.text import block_of
 
