@@ -116,7 +116,6 @@ def _scores(
     known: MutableMapping[Any, Any],
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
-    """Return the scores of models on test rows; `known` holds an earlier call's scores, and keeps new ones."""
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
     model: Any = base.load(dtype)
@@ -159,12 +158,10 @@ class Compared:
 
     @property
     def names(self) -> list[str]:
-        """The names of the experts."""
         return list(map(_name, self.experts))
 
     @property
     def stored(self) -> list[StoredExpert]:
-        """The experts that a library holds."""
         return [one for one in self.experts if isinstance(one, StoredExpert)]
 
     @property
@@ -221,7 +218,6 @@ def open_models(base: str | Path | Base | None, experts: AnyModels) -> tuple[Bas
 
 
 def facts_of(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, Any]:
-    """Return what holds for all rows of a comparison: its base, the experts of each model, versions, machine, date."""
     return {
         "base": base.place,
         "fingerprint": base.fingerprint,

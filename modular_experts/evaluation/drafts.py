@@ -36,8 +36,6 @@ def losses_and_answers(
 ) -> tuple[tuple[Tensor, Tensor], list[list[int]]]:
     """Return what `batch_losses` and `generate_tokens` give for a padded batch with texts.
 
-    A row without labels, such as a filler, gets no answer.
-
     Args:
         model: A causal language model of which `packs_evaluation` is true, in evaluation mode.
         batch: A batch whose rows fit into the model's context, as a `TaskMixture` makes them.

@@ -1,7 +1,4 @@
-"""Generate greedily after the prompts of a batch, by `model.generate` with a configuration of this file alone.
-
-So a checkpoint's sampling or repetition settings do not change a measurement. Model and tokenizer stay as they were.
-"""
+"""Generate greedily after the prompts of a batch, whatever the generation settings of a checkpoint are."""
 
 from __future__ import annotations
 
@@ -72,7 +69,6 @@ def generate(
 
 
 def answer_texts(tokenizer: PreTrainedTokenizerBase, batch: Batch, answers: Sequence[Sequence[int]]) -> list[str]:
-    """Return the text of each row's generated tokens."""
     return [answer_text(tokenizer, row, end) for row, end in zip(answers, _ends(tokenizer, batch), strict=True)]
 
 
@@ -153,8 +149,7 @@ def answered(
 ) -> list[Example]:
     """Return the examples with the model's answers in the place of their targets, for a search or for statistics.
 
-    An answer that reaches `max_new_tokens` has no end-of-sequence, so nothing learns to stop there. A row that is too
-    long with its answer then loses tokens on the left of its prompt; the log counts them.
+    A row that is too long with its answer loses tokens on the left of its prompt; the log counts them.
 
     Args:
         model: The base with the expert applied.

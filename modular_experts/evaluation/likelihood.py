@@ -18,9 +18,6 @@ from modular_experts.routing.gates import reading
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the logits `(m, vocabulary)` that predict the `m` labelled tokens of a batch, and these tokens `(m,)`.
 
-    The model's head makes these logits alone: it gets the hidden states of their places in one piece, so neither
-    prompts nor padding cost time or memory there.
-
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`; for a
             packed batch `position_ids` take the place of the mask.
@@ -89,7 +86,6 @@ def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def check_packing(model: nn.Module) -> None:
-    """Raise ValueError if a model mixes packed rows."""
     if not keeps_rows_apart(model):
         raise ValueError(
             f"data.packing=True: {type(model).__name__} does not keep packed rows apart (its logits of a row change "
@@ -101,8 +97,7 @@ def check_packing(model: nn.Module) -> None:
 def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
     """Return whether three short packed rows get the same logits as each row alone.
 
-    They do not if a model finds no places by `position_ids`, or keeps a state from token to token. `cached` also asks
-    this of a pass that keeps keys and values (`with_cache`), which the model must be able to take.
+    `cached` also asks this of a pass that keeps keys and values (`with_cache`), which the model must be able to take.
     """
     # A model that takes no positions at all reads the rows as one.
     if not {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters):

@@ -108,7 +108,6 @@ class TaskScores(Metric):
         """Count one batch of `n` rows with texts, filler rows left out.
 
         Args:
-            batch: The batch.
             token_loss_sums: `(n,)` from `batch_losses`.
             token_counts: `(n,)` from `batch_losses`.
             generations: The text that the model generated for each row.

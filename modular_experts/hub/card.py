@@ -1,8 +1,4 @@
-"""Write the card of a hub repository of experts: what they are, where they come from, and how to use them.
-
-A card states only what the records state. Fields of an earlier card's header that this one does not set, such as a
-license, stay.
-"""
+"""Write the card of a hub repository of experts, which states only what their records state."""
 
 from __future__ import annotations
 

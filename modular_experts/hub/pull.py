@@ -1,7 +1,4 @@
-"""Pull experts from a repository of the hub into a library, after checking every byte against its hash.
-
-The files go into a temporary directory beside the library first, so a library never holds an unchecked file.
-"""
+"""Pull experts from a repository of the hub into a library, after checking every byte against its hash."""
 
 from __future__ import annotations
 
@@ -82,7 +79,6 @@ def pull(
 def _fetch_records(
     repository: HubRepository, names: Sequence[str], library: Path, place: Path
 ) -> dict[str, dict[str, Any]]:
-    """Fetch the records of experts and of the experts behind their routers, and read them."""
     records: dict[str, dict[str, Any]] = {}
     left = list(names)
     while left:
@@ -126,7 +122,7 @@ def _wanted(
 
 @contextmanager
 def _told(repository: HubRepository, place: Path, name: str) -> Iterator[None]:
-    """Turn the error of a damaged file in a block into one that names the repository instead of the temporary place."""
+    """Name the repository instead of the temporary place in the error of a damaged file."""
     try:
         yield
     except (ValueError, OSError) as error:

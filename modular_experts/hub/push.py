@@ -1,7 +1,4 @@
-"""Push experts and a card about them into a repository of the hub, in one commit, after reading and checking them.
-
-`push` sends only the files that an expert consists of, and its statistics on request.
-"""
+"""Push experts and a card about them into a repository of the hub, in one commit, after reading and checking them."""
 
 from __future__ import annotations
 
@@ -45,7 +42,6 @@ class Pushed:
 
     @property
     def experts(self) -> list[str]:
-        """The names of the experts whose files are among these."""
         return sorted({path.split("/")[0] for path in self.files} - set(self.present))
 
 
@@ -150,7 +146,6 @@ def _entry(repository: HubRepository, name: str, file: Path) -> list[CardEntry]:
 
 
 def _commit(repository: HubRepository, plan: Pushed, private: bool) -> Pushed:
-    """Write a plan in one commit on top of the one that it was made for."""
     api, repo_id = HfApi(), repository.repo_id
     operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in plan.files.items()]
     operations += [CommitOperationAdd(CARD_FILE, plan.card.encode())] if plan.card else []

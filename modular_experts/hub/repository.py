@@ -1,7 +1,4 @@
-"""Look into a model repository of the Hugging Face hub at one commit, and fetch files from it.
-
-A repository is like a library: each expert in it is a folder with the files that it has in a library.
-"""
+"""Look into a model repository of the Hugging Face hub at one commit, and fetch files from it."""
 
 from __future__ import annotations
 

@@ -19,15 +19,11 @@ class ImportedAdapter:
     Attributes:
         deltas: Name of each moved weight, as the loaded base calls it, and its delta; an iteration can be repeated.
         kind: The tool's name for this kind of fine-tuning, such as `LORA`.
-        base: Path or hub id of the base, as the files name it; None if they do not.
-        revision: Branch, tag or commit of that base, as the files name it.
         settings: The settings of the training, as the files give them.
     """
 
     deltas: Iterable[tuple[str, Delta]]
     kind: str
-    base: str | None = None
-    revision: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

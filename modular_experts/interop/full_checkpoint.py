@@ -1,8 +1,4 @@
-"""Compare a fine-tuned checkpoint with its base, weight by weight, and return the differences as deltas.
-
-The difference is taken in float32. An entry that equals the base's once that is rounded to the checkpoint's narrower
-dtype did not move. Weights that are tied in the base are one weight here, under the first of their names.
-"""
+"""Compare a fine-tuned checkpoint with its base, weight by weight, and return the differences as deltas."""
 
 from __future__ import annotations
 
@@ -84,7 +80,6 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
             )
 
     def _delta(self, name: str) -> Delta | None:
-        """Return how far a weight moved, noted in the report, or None if it did not move."""
         base, tuned = self._base.read(name), self._tuned.read(name)
         # The checkpoint may store separately what is one tensor in the base.
         for twin in self.tied.get(name, []):
@@ -112,7 +107,6 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
         return delta
 
     def record(self) -> dict[str, Any]:
-        """Return what a record notes about the import, after an iteration."""
         reports = list(self.report.values())
         sums = {name: sum(getattr(one, name) for one in reports) for name in ("entries", "moved", "missed")}
         account = {**sums, "farthest": max((one.farthest for one in reports), default=0.0), "same_weights": self.same}
@@ -120,11 +114,7 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
 
 
 def check_same_model(one: Structure, other: Structure) -> None:
-    """Check that two checkpoints are states of one model: the same architecture with the same weights.
-
-    Raises:
-        ValueError: They are not; the sentence names a weight that only one of them has.
-    """
+    """Raise ValueError if two checkpoints are not states of one model: the same architecture with the same weights."""
     if one.architecture != other.architecture:
         names = f"{one.place} is a {one.architecture} and {other.place} a {other.architecture}"
         raise ValueError(f"{names}; they are not two states of one model")

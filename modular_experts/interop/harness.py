@@ -76,9 +76,6 @@ def harness(
 ) -> Results:
     """Measure a base with experts by the lm-evaluation-harness, and return rows that print as a table.
 
-    The base is loaded once, and each mix of experts is added in place for as long as it is measured; a checkpoint is
-    loaded for itself:
-
         harness("runs/base", {"base": [], "TIES": "library/ties"}, ["arc_easy", "intents.jsonl"])
 
     The rows of a benchmark have the harness's names of metrics, the role `held_out`, and in `stderr` the standard error
@@ -244,7 +241,6 @@ def _loaded_files(tasks: Mapping[str, HarnessTask]) -> list[Any]:
 
 
 def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> list[Any]:
-    """Load benchmarks with their data, which come from the hub or from its cache on this machine."""
     from lm_eval.tasks import TaskManager
 
     if not names:

@@ -1,7 +1,4 @@
-"""Estimate what a merge will read and hold in memory, weight by weight, before it begins.
-
-The sizes come from the tables of the experts' files and from each method's `needs`.
-"""
+"""Estimate what a merge will read and hold in memory, from the tables of the experts' files and methods' `needs`."""
 
 from __future__ import annotations
 
@@ -70,7 +67,6 @@ def _spread_at_once(expert: StoredExpert) -> dict[str, int]:
 
 
 def largest(weights: Sequence[WeightEstimate]) -> WeightEstimate:
-    """Return the weight that needs the most memory, the first of equals."""
     return max(weights, key=lambda weight: weight.peak)
 
 

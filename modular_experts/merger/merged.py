@@ -1,8 +1,4 @@
-"""Merge many experts, weight by weight, with one merge method or one per pattern of weight names.
-
-`merge` is the whole of it in one call. `Merged` is the lazy result: a task vector that merges a weight when it is asked
-for. No base is needed, because experts are deltas.
-"""
+"""Merge many experts, weight by weight, with one merge method or one per pattern of weight names."""
 
 from __future__ import annotations
 
@@ -75,7 +71,10 @@ class Merged(TaskVector):
         self.rules = method_of_each(list(shapes), self._method, self._per_weight)
         self._shapes = {name: shapes[name] for name in self.rules}
         self._last_block = max(1, *(depth_of(name) or 0 for name in self.rules))
-        self._groups = _groups_of(self)
+        grouped: dict[int, list[str]] = {}
+        for name, rule in self.rules.items():  # two methods of equal settings prepare apart
+            grouped.setdefault(id(rule), []).append(name)
+        self._groups = [_Group(self, self.rules[names[0]], names) for names in grouped.values()]
         self._group_of = {name: group for group in self._groups for name in group.names}
 
     def __getitem__(self, name: str) -> Delta:
@@ -125,9 +124,7 @@ class Merged(TaskVector):
         return merged
 
     def beside(self) -> dict[str, TaskVector]:
-        """Return the task vector that belongs to the task of each expert, by the expert's name; empty unless a method,
-        such as EMR, gives each task an expert of its own.
-        """
+        """Return the task vector for the task of each expert, by the expert's name; empty unless a method has such."""
         if not any(group.method.has_tasks for group in self._groups):
             return {}
         names = [expert.title for expert in self.experts]
@@ -237,10 +234,7 @@ def write_checkpoint(
     progress: Progress = iter,
     notes: Mapping[str, Any] | None = None,
 ) -> Check | None:
-    """Write base plus merge as an ordinary checkpoint, without an expert in between (`Base.write`).
-
-    The checkpoint keeps the parents and the methods as its origin, and `notes` about the choice of their settings.
-    """
+    """Write base plus merge as an ordinary checkpoint, whose origin is the parents, the methods and `notes`."""
     origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")} | dict(notes or {})
     opened = Base.open(base, merged.stored)
     return opened.write(merged, out, dtype, True, tolerance, overwrite, progress, origin=origin, key=merged.key())
@@ -249,12 +243,10 @@ def write_checkpoint(
 def method_of_each(
     names: Sequence[str], method: MergeMethod | None, per_weight: Mapping[str, MergeMethod | None]
 ) -> dict[str, MergeMethod]:
-    """Return the method of each weight that is merged, by the first pattern that matches it, without the weights that
-    stay at the base.
+    """Return the method of each weight that is merged, by the first pattern that matches it.
 
     Raises:
-        ValueError: There is no method at all, a pattern is not a regular expression or matches no weight, or every
-            weight stays at the base.
+        ValueError: There is no method or nothing to merge, or a pattern is not a regular expression or matches nothing.
     """
     if method is None and not any(per_weight.values()):
         raise ValueError(
@@ -310,20 +302,11 @@ class _Group(Iterable[Sequence[Delta]]):
             self._merged.release(name)
 
 
-def _groups_of(merged: Merged) -> list[_Group]:
-    """Group the weights whose rule is the same object; two methods of equal settings prepare apart."""
-    found: dict[int, list[str]] = {}
-    for name, method in merged.rules.items():
-        found.setdefault(id(method), []).append(name)
-    return [_Group(merged, merged.rules[names[0]], names) for names in found.values()]
-
-
 class _OfTask(TaskVector):
     """What belongs to the task of one expert beside a merge."""
 
     def __init__(self, merged: Merged, expert: int) -> None:
-        self._merged = merged
-        self._expert = expert
+        self._merged, self._expert = merged, expert
 
     def __getitem__(self, name: str) -> Delta:
         return self._merged.of_task(self._expert, name)

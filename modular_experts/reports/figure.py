@@ -46,12 +46,9 @@ class Panel:
 
     @property
     def height(self) -> int:
-        """Height in pixels."""
         return HEAD + sum(ROW * len(group) + GAP for group in self.groups) + 24
 
     def draw(self, left: float, top: float, width: float, named: bool) -> list[str]:
-        """Return the elements of the panel, whose values begin `left` pixels from the edge."""
-
         def x(value: float) -> float:
             return round(left + width * value, 1)
 

@@ -83,7 +83,6 @@ def telling_example(rows: Sequence[Mapping[str, Any]], wrong: str, right: str, m
 
 
 def answers_section(rows: Sequence[Mapping[str, Any]], models: Models = None) -> Section:
-    """Return the answers to the first test row of each task."""
     first: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         first.setdefault(row["task"], row)

@@ -1,7 +1,4 @@
-"""Hold measurements as rows of model, experts, task, role, metric, value and further columns.
-
-Every table, chart and page reads results in this form, and so does pandas: `pandas.DataFrame(results.rows)`.
-"""
+"""Hold measurements as rows of model, experts, task, role, metric, value and further columns."""
 
 from __future__ import annotations
 
@@ -112,7 +109,6 @@ class Results:
         return self._table().text()
 
     def __str__(self) -> str:
-        """Return the table as plain text."""
         console = Console(width=80, file=io.StringIO(), color_system=None)
         console.print(self.table())
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
@@ -190,12 +186,10 @@ def unused(path: Path) -> Path:
 
 
 def format_of(metric: str) -> Callable[[float], str]:
-    """Return the function that writes a value of a metric: a share in per cent, anything else with three digits."""
     return percent if metric in SHARES else partial(number, digits=3)
 
 
 def better(metric: str) -> Literal["", "high", "low"]:
-    """Return which values of a metric are the better ones; empty for a metric of the user's."""
     return "high" if metric in SHARES else "low" if metric == "loss" else ""
 
 

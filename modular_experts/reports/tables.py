@@ -34,7 +34,6 @@ def element(name: str, *children: str, **attributes: object) -> Html:
 
 
 def joined(parts: Iterable[str]) -> Html:
-    """Return parts one after the other."""
     return Html("".join(part if isinstance(part, Html) else escape_html(part) for part in parts))
 
 
@@ -91,7 +90,6 @@ class Table:
     across: bool = False  # whether the best value is marked in each line, not in each column of a group
 
     def text(self) -> rich.table.Table:
-        """Return the table for a terminal."""
         table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(self.name, max_width=NAME_WIDTH, overflow="fold")
         for column in self.columns:

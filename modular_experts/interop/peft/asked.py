@@ -53,8 +53,7 @@ _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError
 def ask_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base, tolerance: float = 1e-3) -> ImportedAdapter:
     """Read an adapter with PEFT, as deltas of its base.
 
-    An iteration over the deltas loads the base in float32, and the adapter, onto the CPU. A delta of small rank is
-    `LowRank`, one of few entries is `Sparse`, both up to rounding; any other is `Dense`.
+    A delta of small rank is `LowRank`, one of few entries is `Sparse`, both up to rounding; any other is `Dense`.
 
     Args:
         adapter: The adapter's directory.
@@ -68,7 +67,7 @@ def ask_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base, tolera
     files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles(adapter)
     config = _configuration(files)
     deltas = AskedDeltas(files, config, Base.open(base), tolerance)
-    return ImportedAdapter(deltas, files.config["peft_type"], files.base, files.revision, files.settings())
+    return ImportedAdapter(deltas, files.config["peft_type"], files.settings())
 
 
 class AskedDeltas(Iterable[tuple[str, Delta]]):
@@ -114,7 +113,6 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
             )
 
     def _load_twice(self) -> tuple[Any, Any, Tensor, Tensor]:
-        """Return base, PEFT's model around it, prompts and its logits, once a second load has the same logits."""
         with _asking(self._files, "load"):
             model, tuned = self._load(seed=1)
             prompts = fixed_prompts(model)
@@ -132,7 +130,6 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         return model, tuned, prompts, expected
 
     def record(self) -> dict[str, Any]:
-        """Return what a record notes about the import: how many weights PEFT states, and how many were measured."""
         return {
             "read_with": f"peft {metadata.version('peft')}",
             "stated_weights": self.stated,

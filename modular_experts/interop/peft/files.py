@@ -63,13 +63,11 @@ class AdapterFiles:
 
     @property
     def base(self) -> str | None:
-        """Path or hub id of the base, if the configuration names it."""
         named = self.config.get("base_model_name_or_path")
         return named if isinstance(named, str) and named else None
 
     @property
     def revision(self) -> str | None:
-        """Branch, tag or commit of the base on the hub, if the configuration names it."""
         return self.config.get("revision") or None
 
     def settings(self) -> dict[str, Any]:
@@ -94,7 +92,6 @@ class AdapterFiles:
 
     @cached_property
     def stored(self) -> Mapping[str, Tensor]:
-        """The tensors by their keys in the file."""
         if self.file.name != TENSOR_FILE:
             return _read_pickle(self.file)
         if not self.file.is_file():

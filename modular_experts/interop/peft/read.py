@@ -1,8 +1,4 @@
-"""Read PEFT adapters as deltas of their base: a plain LoRA by itself, without PEFT, and any other type by asking PEFT.
-
-A plain LoRA is two factors for each weight of a linear layer, a `Conv1D` or an embedding, with rsLoRA and with patterns
-of ranks and alphas. The tensors show which modules it moves.
-"""
+"""Read PEFT adapters as deltas of their base: a plain LoRA without PEFT, and any other type by asking PEFT."""
 
 from __future__ import annotations
 
@@ -42,7 +38,7 @@ def read_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base | None
     if files.obstacle():
         return ask_peft(files, opened)
     deltas = list(_lora_deltas(files, opened))
-    return ImportedAdapter(deltas, "LORA", files.base, files.revision, files.settings())
+    return ImportedAdapter(deltas, "LORA", files.settings())
 
 
 def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank]]:

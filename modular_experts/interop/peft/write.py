@@ -45,7 +45,6 @@ class WrittenAdapter:
 
     @property
     def padding(self) -> int:
-        """Number of entries that only the format requires."""
         return sum(weight.padding for weight in self.weights.values())
 
 
@@ -119,7 +118,6 @@ def export(
 
 
 def find_format(form: str, rank: int | None) -> PeftFormat:
-    """Return the format of a name or dotted path."""
     import_systems("peft")
     # A format of a user's own, which may be of the same type, is found by its path.
     ours = [kind for kind in _kinds_of(PeftFormat) if kind.__module__.startswith("modular_experts.")]
@@ -231,10 +229,7 @@ def _verify(
     expert: Mapping[str, Delta] | None,
     tolerance: float,
 ) -> AdapterCheck:
-    """Load an adapter with PEFT, and compare it with the deltas `encoded` that it stands for, on the base in float32.
-
-    `expert` holds the expert's own deltas where the adapter only approximates them.
-    """
+    """Load an adapter with PEFT, and compare it with the deltas `encoded` that it stands for, on a float32 base."""
     from peft import PeftModel
 
     model = base.load("float32")
