@@ -226,7 +226,7 @@ def test_no_file_of_the_core_names_a_paper() -> None:
     assert not named
 
 
-SHARED = ("modular_experts.systems.evolution", "modular_experts.systems.molora")
+SHARED = tuple(f"modular_experts.systems.{name}" for name in ("evolution", "molora", "schedules"))
 """Files beside the folders of the systems, which several of them build on."""
 
 

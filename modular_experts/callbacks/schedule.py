@@ -10,11 +10,7 @@ from typing import Any, Protocol, TypeVar
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from modular_experts.experts import Expert
-from modular_experts.injection import expert_layers
-
 T = TypeVar("T", bound=Callback)
-E = TypeVar("E", bound=Expert)
 
 
 @dataclass(frozen=True)
@@ -85,19 +81,6 @@ class Schedule(Callback):
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
         """Return counts and times (`*_seconds`, between steps) of the schedule's work, for an expert's record."""
         return {}
-
-
-def experts_of(module: TrainedModule, kind: type[E], owner: str) -> dict[str, E]:
-    """Return the experts of all layers by their weight's name; raise ValueError if one is of another type."""
-    found: dict[str, E] = {}
-    for name, layer in expert_layers(module.model):
-        if not isinstance(layer.expert, kind):
-            raise ValueError(
-                f"{owner} is for {kind.__name__}, and {name} has a {type(layer.expert).__name__}; give model.expert "
-                f"{kind.__name__}, or leave {owner} out"
-            )
-        found[name] = layer.expert
-    return found
 
 
 def seed_of_run(seed: int | None) -> int:

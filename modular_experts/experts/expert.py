@@ -124,15 +124,6 @@ class Expert(Trained, ABC):
         return out if moved is None else out + moved.dense().to(out.dtype)
 
 
-def zero_gradients(out: Tensor, expert: Expert) -> Tensor:
-    """Return the output of a layer, so that a backward pass gives all parameters of its expert a gradient, if of zero.
-
-    DDP waits for the gradient of each parameter, also of one that a step leaves out.
-    """
-    idle = sum((0 * parameter.flatten()[0] for parameter in expert.parameters()), start=out.new_zeros(()))
-    return out + idle.to(out.dtype)
-
-
 class NotMergeable:
     """A base class beside `Expert` for types that no delta can state; they give `not_mergeable_because`."""
 

@@ -1,8 +1,4 @@
-"""Rules decide when the kept units of a weight are chosen, and how the new ones follow from the old.
-
-Sources: the paper (arXiv 2507.07140) for `Reselect`; RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405) for
-`GrowAndDrop`.
-"""
+"""Rules decide when the kept units of a weight are chosen, and how the new ones follow from the old."""
 
 from __future__ import annotations
 
@@ -63,7 +59,7 @@ class SelectOnce(Rule):
 
 @dataclass(frozen=True)
 class Reselect(Rule):
-    """Choose everything anew by score every few optimizer steps, then freeze.
+    """Choose everything anew by score every few optimizer steps, then freeze (arXiv 2507.07140).
 
     Args:
         every: Optimizer steps between two selections.
@@ -92,7 +88,7 @@ class Reselect(Rule):
 class GrowAndDrop(Rule):
     """Start from the highest scores, and then exchange the least changed units for the best scored ones outside.
 
-    The share exchanged falls linearly to zero at the freeze.
+    The share exchanged falls linearly to zero at the freeze (RigL, arXiv 1911.11134; SpIEL, arXiv 2401.16405).
 
     Args:
         every: Optimizer steps between two exchanges; if not given, five exchanges spread evenly.

@@ -1,11 +1,4 @@
-"""Scores rank the entries of a weight for its mask; the highest are kept.
-
-A score gets the weight, its delta and the *statistic* of the loss's gradient that it names. Any function of (weight,
-gradient, delta) serves too.
-
-Sources: the paper (arXiv 2507.07140) for `ConnectionSensitivity`; SNIP (arXiv 1810.02340); FISH masks (arXiv
-2111.09839) for `FisherInformation`.
-"""
+"""Scores rank the entries of a weight for its mask; any function of (weight, gradient, delta) serves too."""
 
 from __future__ import annotations
 
@@ -74,7 +67,7 @@ class ConnectionSensitivity(Score):
 
 @dataclass(frozen=True)
 class FisherInformation(Score):
-    """Mean `g^2`, the diagonal of the empirical Fisher information (Sung et al.).
+    """Mean `g^2`, the diagonal of the empirical Fisher information (FISH masks, Sung et al., arXiv 2111.09839).
 
     Each batch's gradient is squared before the mean is taken, so more and smaller batches give a better estimate.
     """

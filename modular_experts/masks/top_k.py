@@ -1,7 +1,4 @@
-"""Find exactly the k highest scores of a weight, ties to the lowest index.
-
-A sample of the scores gives a bound below which most of them lie.
-"""
+"""Find exactly the k highest scores of a weight, ties to the lowest index, by a bound from a sample of them."""
 
 from __future__ import annotations
 

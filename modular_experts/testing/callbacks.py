@@ -7,6 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,19 +86,19 @@ def _check(case: _Case) -> None:
     )
 
 
+@dataclass
 class _Case:
-    def __init__(
-        self,
-        make: Callable[[], Callback],
-        expert: Callable[[Tensor], Expert],
-        result: Callable[[Any], Any] | None,
-        folder: Path,
-        base: str | Path | None,
-    ) -> None:
-        self.make, self.expert, self.result, self.folder = make, expert, result, folder
-        self.base, self.tasks = str(base or folder / "base"), folder / "rows.jsonl"
-        if base is None:
-            _write_base(folder / "base")
+    make: Callable[[], Callback]
+    expert: Callable[[Tensor], Expert]
+    result: Callable[[Any], Any] | None
+    folder: Path
+    base: str | Path | None
+
+    def __post_init__(self) -> None:
+        self.tasks = self.folder / "rows.jsonl"
+        if self.base is None:
+            self.base = self.folder / "base"
+            _write_base(self.base)
         splits = ["train"] * 5 + ["validation"]
         rows = [{"input": f"{n} + 7 =", "target": str(n + 7), "split": splits[n % 6]} for n in range(24)]
         self.tasks.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -108,7 +109,7 @@ class _Case:
         """Train a fresh module or go on with one; return it and all that must be equal."""
         # What is drawn at random before the checkpoint is loaded must not matter.
         torch.manual_seed(1 if resume else 0)
-        module = module or ExpertModule(self.base, "all-linear", self.expert)
+        module = module or ExpertModule(str(self.base), "all-linear", self.expert)
         module.optimizer = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0)
         module.scheduler = lambda optimizer: LambdaLR(optimizer, lambda step: 1.0 if step < _STEPS - 1 else -1.0)
         watch = _Watch()
@@ -125,7 +126,7 @@ class _Case:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        data = TaskMixture({"name": "battery", "path": str(self.tasks)}, batch_size=4, tokenizer=self.base, seed=0)
+        data = TaskMixture({"name": "battery", "path": str(self.tasks)}, batch_size=4, tokenizer=str(self.base), seed=0)
         trainer.fit(module, data, ckpt_path=resume)
         found: dict[str, Any] = {"losses": watch.losses, "validation losses": watch.validations}
         found["trained tensors"] = {name: tensor.clone() for name, tensor in module.state_dict().items()}

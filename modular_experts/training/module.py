@@ -19,10 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from modular_experts.base import Base
 from modular_experts.base.base import DType
-from modular_experts.callbacks.even_validation import EvenValidation
-from modular_experts.callbacks.mask_schedule import MaskSchedule
-from modular_experts.callbacks.progress import LogProgress
-from modular_experts.callbacks.results import WritePredictions, WriteResults
+from modular_experts.callbacks import EvenValidation, LogProgress, MaskSchedule, WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of
 from modular_experts.data.batch import datamodule_of, is_filler, source_of
 from modular_experts.deltas import Delta

@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, experts_of, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
 from modular_experts.injection import expert_layers
 from modular_experts.systems.boosting.expert import BoostedLoRAExpert
+from modular_experts.systems.schedules import experts_of
 from modular_experts.text import block_of
 from modular_experts.training.learning_rate import WarmupCosine
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from modular_experts.deltas import LowRank
-from modular_experts.experts.expert import zero_gradients
 from modular_experts.experts.lora import LoRAExpert
+from modular_experts.systems.schedules import zero_gradients
 
 
 class BoostedLoRAExpert(LoRAExpert):

@@ -10,9 +10,10 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, experts_of, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
 from modular_experts.injection import expert_layers
 from modular_experts.systems.glora.expert import GLoRAExpert, GLoRAPath
+from modular_experts.systems.schedules import experts_of
 
 log = logging.getLogger(__name__)
 

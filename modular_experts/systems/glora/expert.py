@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
-from modular_experts.experts.expert import Expert, zero_gradients
+from modular_experts.experts.expert import Expert
 from modular_experts.experts.lora import check_low_rank
+from modular_experts.systems.schedules import zero_gradients
 
 Matrix = Literal["lora", "vector", "constant", "none"]
 Column = Literal["lora", "vector", "none"]
