@@ -24,7 +24,7 @@ from transformers import (
     GgufConfig,
 )
 
-from modular_experts.base.loading import quiet
+from modular_experts.base.files import quiet
 from modular_experts.library import new_directory
 
 __all__ = ["convert", "find_gguf"]
