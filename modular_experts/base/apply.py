@@ -149,7 +149,7 @@ def applied(
         with applied(model, "library/a", scale=0.5):
             ...
 
-    A copy of each moved weight is held. One `applied` inside of another adds to it.
+    One `applied` inside of another adds to it.
 
     Args:
         model: As for `apply_deltas`.
@@ -216,7 +216,6 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
 
 
 def _same(held: Tensor, stored: Tensor) -> bool:
-    """Return whether a weight in memory is a stored one in the same or in another dtype."""
     for dtype in dict.fromkeys([held.dtype, torch.bfloat16, torch.float16]):
         narrow = held.to(dtype)
         if torch.equal(narrow.to(held.dtype), held) and torch.equal(narrow, stored.to(dtype)):

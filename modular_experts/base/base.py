@@ -299,7 +299,6 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
 
 @torch.no_grad()
 def _add(delta: Any, weight: torch.nn.Parameter, dtype: torch.dtype | None) -> None:
-    """Add a delta to a weight in memory, rounded once, from the base's dtype to the checkpoint's."""
     if dtype is None or dtype == weight.dtype:
         delta.add_to(weight)
     else:

@@ -107,7 +107,6 @@ class StreamedSum:
             write_index(self._out, {source.name: layout for source, layout in self._layouts.items()})
 
     def _write(self, source: Path, losses: np.ndarray, steps: Iterator[str]) -> Iterator[tuple[str, Delta]]:
-        """Write one file, which gets its name when it is whole, and count what rounding takes."""
         layout, part = self._layouts[source], self._out / f".{source.name}"
         tensors = MappedTensors(source)
         with shard_writer(part, layout) as write:
@@ -141,14 +140,12 @@ class StreamedSum:
                     yield name, Dense(after.get_tensor(key).to(wide) - before.get_tensor(key).to(wide))
 
     def _moved(self, key: str) -> str | None:
-        """Return the name of a stored tensor's delta, or None if the tensor does not move."""
         name = self._structure.name_of(key)
         owner = self._structure.owners[name] if name else None
         return owner if owner in self._deltas else None
 
 
 def _finished(note: Path, file: Path) -> np.ndarray | None:
-    """Return what rounding took in a file that an earlier run finished; None if it did not, or the file changed."""
     try:
         content = json.loads(note.read_text())
         return np.array(content["losses"]) if content["sha256"] == file_hash(file) else None

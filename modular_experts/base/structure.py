@@ -51,7 +51,6 @@ class Structure:
 
     @cached_property
     def weights(self) -> list[str]:
-        """The first name of each weight, sorted."""
         return sorted(set(self.owners.values()))
 
     def twins(self, name: str) -> list[str]:

@@ -1,7 +1,4 @@
-"""Measure models on tasks: losses, generated answers and choices, as scores by task.
-
-Start with `compare.py`: `evaluate` measures a base with several experts in one call, by `measure` of `measure.py`.
-"""
+"""Measure models on tasks: losses, generated answers and choices, as scores by task. Start with `compare.py`."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 The pass over packed rows that gives the losses also tells which tokens greedy decoding would write: the target's tokens
 up to the first that is not the likeliest, and the likeliest there (speculative decoding verifies a draft in this way:
-Leviathan et al., 2023). A row whose target is right needs no decoding. The others go on from there, with the keys and
-values of the pass, and a row leaves the batch where it ends.
+Leviathan et al., 2023). A row whose target is wrong goes on from there, with the keys and values of the pass.
 """
 
 from __future__ import annotations
@@ -99,7 +98,6 @@ def _decode(
     stops: Sequence[set[int]],
     most: Sequence[int],
 ) -> None:
-    """Append the likeliest token to the answers of `rows` until each of them has ended; all but `rows` are by row."""
     device = model.device
     places = torch.tensor([[lengths[row]] for row in rows], device=device)
     mask = (torch.arange(int(places.max()), device=device) >= places.max() - places).long()

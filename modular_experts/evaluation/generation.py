@@ -114,7 +114,6 @@ def _ends(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[int]:
 def continued(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, streamer: Any = None
 ) -> Tensor:
-    """Return the tokens that the model writes after prompts with padding on their left."""
     with evaluating(model, config):
         given = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "streamer": streamer}
         return model.generate(**given)[:, ids.shape[1] :]  # type: ignore[operator]

@@ -47,7 +47,6 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _prompts(batch: Batch) -> Tensor:
-    """Return which places come before the first labelled token of their row."""
     labelled = batch["labels"] != IGNORED
     if "row" not in batch:
         return labelled.cumsum(1) == 0
@@ -128,7 +127,6 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
 
 
 def with_cache(model: PreTrainedModel, packed: Batch) -> Batch:
-    """Return a packed batch for a pass that keeps keys and values."""
     places = packed["position_ids"]
     # With a cache, a model of transformers does not look for packed rows in the positions, so it gets their mask.
     mask = create_masks_for_generate(

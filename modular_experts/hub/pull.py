@@ -134,7 +134,6 @@ def _told(repository: HubRepository, place: Path, name: str) -> Iterator[None]:
 
 
 def _is_present(target: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether the library has an expert as the repository has it, undamaged."""
     try:
         there = open_expert(target)
         there.verify()

@@ -99,7 +99,6 @@ def push(
 def _look_inside(
     repository: HubRepository, opened: Mapping[str, StoredExpert], overwrite: bool
 ) -> tuple[list[str], list[CardEntry], str]:
-    """Return which experts a repository has already, what its new card shows, and its present card."""
     present, entries = [], []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -133,7 +132,6 @@ def _open(experts: Sequence[str | Path]) -> dict[str, StoredExpert]:
 
 
 def _entry(repository: HubRepository, name: str, file: Path) -> list[CardEntry]:
-    """Return the card's entry of an expert in the repository, from its record; empty if the expert is not complete."""
     try:
         record = read_record(file)
     except ValueError as error:

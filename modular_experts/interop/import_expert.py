@@ -73,7 +73,6 @@ def import_expert(
 def _open_base(
     source: str | Path, adapter: AdapterFiles | None, base: str | Path | Base | None, revision: str | None
 ) -> Base:
-    """Return the base that the user names, or else the one that an adapter's configuration names."""
     named = adapter.base if adapter else None
     if base is None:
         if adapter is None or named is None:
@@ -85,7 +84,6 @@ def _open_base(
 
 
 def _find(place: str | Path) -> Path:
-    """Return the directory of a fine-tuning, fetched if it is a hub id that is not in the cache yet."""
     directory = Path(place).expanduser()
     if directory.is_file():
         raise ValueError(f"{place} is a file; give the directory that holds it and the files beside it")

@@ -35,7 +35,6 @@ class WeightEstimate:
 
 
 def estimate(merged: Merged) -> list[WeightEstimate]:
-    """Return the estimate of each weight, in the order in which they are merged."""
     sizes = [expert.stored_bytes() for expert in merged.stored]
     tables = [(expert.forms(), expert.kept_entries()) for expert in merged.stored]
     spread = [_spread_at_once(expert) for expert in merged.stored]

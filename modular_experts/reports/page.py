@@ -29,7 +29,6 @@ def write_page(
     about: Mapping[str, str],
     lede: Sequence[Html] = (),
 ) -> None:
-    """Write a page that needs no other file, whole or not at all; its foot tells `about` by name."""
     shown = results.where(metric=results.main_metric)
     title = f"{len(shown.values('model'))} models on {len(shown.values('task'))} tasks"
     facts = results.facts

@@ -159,7 +159,6 @@ def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Mapping[str,
 
 
 def machine() -> str:
-    """Return the processor's name and how many of its cores this process may use."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):  # only Linux has the file
         found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
@@ -168,7 +167,6 @@ def machine() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what results were made with: this machine, the versions of packages, and the date."""
     return {"machine": machine(), "versions": package_versions(), "date": datetime.now(UTC).date().isoformat()}
 
 

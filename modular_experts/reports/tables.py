@@ -46,12 +46,10 @@ def page(title: str, *main: Html) -> str:
 
 
 def note(text: str) -> Html:
-    """Return a paragraph in small print, such as how a table was measured."""
     return element("p", kept_together(text), class_="note")
 
 
 def kept_together(text: str) -> Html:
-    """Return a text in which no line ends between a number and its unit."""
     return Html(joined([text]).replace(" %", "&#160;%").replace(" points", "&#160;points"))
 
 

@@ -138,7 +138,6 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         }
 
     def _load(self, seed: int) -> tuple[Any, Any]:
-        """Return the base, and PEFT's model around it with every tensor of the adapter in its place."""
         from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -63,10 +63,7 @@ class PeftFormat(ABC):
         """Return whether the format can move the weights of a module."""
 
     def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> PeftFormat:
-        """Return the format with the facts about the whole expert that it needs before it encodes these weights.
-
-        A ValueError means that the format is not for this expert.
-        """
+        """Return the format for these weights of an expert; a ValueError means that it is not for this expert."""
         return self
 
     @abstractmethod

@@ -74,7 +74,6 @@ def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank
 
 
 def _rank_and_scaling(files: AdapterFiles, module: str) -> tuple[int, float]:
-    """Return rank and scaling of a module's product; the first pattern that matches its full name decides."""
     config, values = files.config, []
     try:
         # The defaults of 8 are PEFT's own.

@@ -174,7 +174,6 @@ def _module_of(name: str) -> str:
 
 
 def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict[str, nn.Module]:
-    """Return the modules that the expert moves by the names of their weights, if the format can move them."""
     structure = base.structure
     moved = [name for name in expert if not expert[name].is_empty]
     if not moved:
