@@ -1,8 +1,7 @@
 """Run a command that is one typed function: its arguments are the options, its docstring is the help.
 
-An error that a user can mend becomes one sentence on stderr and an exit code: 2 after a wrong command line, 130 after
-an interruption, 141 without a sentence where the reader of the output left (as `head` does), and 1 after every other
-error. An error without a sentence keeps its traceback: it is a bug, ours or the user's.
+An option may be written `--dry-run` or `--dry_run`, a flag without a value, a list as plain words, some options by a
+short name or by their position. The command line beats a config file, and this beats the ones before it.
 """
 
 from __future__ import annotations
@@ -12,24 +11,28 @@ import re
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, get_origin
 
 import yaml
 
-from modular_experts.cli.words import Option, kinds_of, read_options, settings_of
-from modular_experts.settings import NO_SHORT_NAMES, UsageError, respelt
-from modular_experts.settings.read import Read, arguments_of, class_named, read, read_arguments
+from modular_experts.settings import UsageError, Word, folded, from_yaml, listed, meant, no_option, over, respelt
+from modular_experts.settings.read import Read, arguments_of, class_named, kinds_of, read, read_arguments
 from modular_experts.text import did_you_mean
 
 
+class Option(NamedTuple):
+    """An option of a command line: its full name with underscores, and its words."""
+
+    name: str
+    words: list[str]
+
+
 def run_command(
-    function: Callable[..., None],
-    argv: Sequence[str],
-    positional: Sequence[str] = (),
-    short: Mapping[str, str] = NO_SHORT_NAMES,
+    function: Callable[..., None], argv: Sequence[str], positional: Sequence[str] = (), short: Mapping[str, str] = {}
 ) -> None:
     """Parse a command's arguments, as `read_options` takes them, and call its function.
 
@@ -47,14 +50,13 @@ def arguments_given(
     hints: Mapping[str, Any],
     make: Callable[[dict[str, Any]], Read],
     positional: Sequence[str] = (),
-    short: Mapping[str, str] = NO_SHORT_NAMES,
+    short: Mapping[str, str] = {},
     beneath: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda settings: {},
 ) -> dict[str, Any] | None:
-    """Return the arguments that a command line gives; None if it asks for the help on a class, which is printed.
+    """Return the arguments that a command line gives; None after the help on a class, or the config, is printed.
 
-    With `--print_config` all settings are printed as a config file, and the program ends. `--trust` is an option of
-    every command, and names modules of the user. `make` reads the settings, and `beneath` takes them and returns the
-    settings that lie beneath; the other arguments are as for `read_options`.
+    `--trust` is an option of every command, and names modules of the user. `make` reads the settings, and `beneath`
+    takes them and returns the settings that lie beneath; the other arguments are as for `read_options`.
     """
     hints = {**hints, "trust": list[str]}
     spelt = {full: name for name, full in short.items()}
@@ -93,25 +95,130 @@ def _help_asked(options: Sequence[Option], hints: Mapping[str, Any]) -> str:
     return ""
 
 
+def _is(form: type, name: str, hints: Mapping[str, Any]) -> bool:
+    return any(get_origin(kind) is form for kind in kinds_of(name, hints))
+
+
+def read_options(
+    words: Iterable[str], hints: Mapping[str, Any], positional: Sequence[str] = (), short: Mapping[str, str] = {}
+) -> list[Option]:
+    """Return the options of a command line under their full names; a list that is given in parts is one.
+
+    By its type in `hints`, a list takes the words up to the next option, and a flag needs no value. `positional` names
+    the options that may be given by position, `short` the full name of each option that has a short one.
+
+    Raises:
+        UsageError: A word is neither an option nor the value of one, or an option has no value.
+    """
+    found: list[Option] = []
+    places, room = list(positional), False
+    for word in words:
+        if word.startswith("--"):
+            typed, equals, value = word.partition("=")
+            head, dot, rest = typed[2:].partition(".")
+            name = head.replace("-", "_").removesuffix("+")
+            # Keys of a table are the user's, such as patterns of weights.
+            rest = rest if _is(dict, name, hints) else rest.replace("-", "_")
+            name = short.get(name, name) + "+" * head.endswith("+") + dot + rest
+            found.append(Option(name, [value] if equals else []))
+            room = not equals and name != "print_config"
+        elif room and (kinds_of(found[-1].name, hints) != [bool] or word.lower() in ("true", "false", "yes", "no")):
+            found[-1].words.append(word)
+            room = _is(list, found[-1].name, hints)
+        elif places:
+            found.append(Option(places[0], [word]))
+            places = places if _is(list, places[0], hints) else places[1:]
+            room = False
+        else:
+            last = found[-1].name.partition(".")[0].removesuffix("+") if found else ""
+            if last and last not in {*hints, *short, "config", "print_config", "help", "help_all"}:
+                raise no_option(f"--{last}", [f"--{name}" for name in (*short, *hints)])
+            raise UsageError(f"{word!r} is one argument too many; options start with --")
+    joined: dict[str | int, Option] = {}
+    for number, (name, taken) in enumerate(found):
+        if not taken and (name == "config" or kinds_of(name, hints) not in ([], [bool])):
+            raise UsageError(f"--{name} needs a value")
+        joined.setdefault(name if _is(list, name, hints) else number, Option(name, [])).words.extend(taken)
+    return list(joined.values())
+
+
+def settings_of(
+    options: Sequence[Option],
+    hints: Mapping[str, Any],
+    short: Mapping[str, str] = {},
+    beneath: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what config files and options set, as nested dictionaries, over settings that lie beneath both."""
+    files = [(f"--config {word}", _config(word)) for one in options if one.name == "config" for word in one.words]
+    settings = folded([("the checkpoint", beneath or {}), *files], short)
+    for option in options:
+        head, _, rest = option.name.partition(".")
+        path = [head, rest] if rest and _is(dict, head, hints) else option.name.split(".")
+        if option.name not in ("config", "print_config"):
+            settings = _set(settings, path, _value(option, hints))
+    return settings
+
+
+def _config(file: str) -> dict[str, Any]:
+    try:
+        settings = from_yaml(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {file} must hold options, such as `out: library/new`, got {str(settings)[:40]}")
+    return settings
+
+
+def _value(option: Option, hints: Mapping[str, Any]) -> Any:
+    """Return what an option sets: a word, or a list of words where its type is a list."""
+    words = [Word(word) for word in option.words]
+    if not words:
+        return True
+    # One word stays alone where a text or a class may stand instead of a list, and where it is a whole list.
+    alone = len(words) == 1 and (isinstance(meant(words[0]), list | None) or len(kinds_of(option.name, hints)) > 1)
+    return words[-1] if alone or not _is(list, option.name, hints) else [one for word in words for one in listed(word)]
+
+
+def _set(settings: Any, path: Sequence[str], value: Any) -> Any:
+    """Return settings with an option at a path of names; a field of a list is one of its last item."""
+    settings = meant(settings) if isinstance(settings, Word) else settings
+    if isinstance(settings, list) and settings:
+        return [*settings[:-1], _set(settings[-1], path, value)]
+    settings = {"class_path": settings} if isinstance(settings, str) else settings
+    settings = settings if isinstance(settings, dict) else {}
+    key, *deeper = path
+    if not deeper:
+        return over(settings, {key: value})
+    return {**settings, key: _set(settings.get(key), deeper, value)}
+
+
 def unknown_command(verb: str, known: Collection[str]) -> UsageError:
     """Return the error about a word that is not a command."""
     # Words of other programs that are spelt like another command of ours, or like none.
-    ours = {"compare": "evaluate", "train": "fit"}.get(verb)
+    ours = {"compare": "; did you mean evaluate?", "train": "; did you mean fit?"}.get(verb)
     what = "the command comes first, before" if verb.startswith("-") else "there is no command"
-    near = f"; did you mean {ours}?" if ours else did_you_mean(verb, known)
-    return UsageError(f"{what} {verb}{near}; the commands are {', '.join(known)}")
+    return UsageError(f"{what} {verb}{ours or did_you_mean(verb, known)}; the commands are {', '.join(known)}")
 
 
 def guarded(command: Callable[[], object]) -> int:
-    """Run a command and return its exit code; print the sentence of an error that was raised on purpose."""
-    leaving = None
+    """Run a command and return its exit code; print the sentence of an error that was raised on purpose.
+
+    The code is 2 after a wrong command line, 130 after an interruption, 141 where the reader of the output left, as
+    `head` does, and 1 after every other error. An error without a sentence keeps its traceback, because it is a bug.
+    """
     try:
         try:
             command()
-        except SystemExit as error:
-            leaving = error
+        except SystemExit as leaving:
+            # Lightning turns an interruption into the exit code of an error.
+            if isinstance(leaving.__context__, KeyboardInterrupt):
+                return 130
+            if sys.stdout:
+                sys.stdout.flush()
+            raise
         if sys.stdout:
             sys.stdout.flush()
+        return 0
     except KeyboardInterrupt as interruption:
         for note in getattr(interruption, "__notes__", ["interrupted"]):
             print(note, file=sys.stderr)
@@ -135,12 +242,6 @@ def guarded(command: Callable[[], object]) -> int:
             sys.stdout.flush()
         print(f"{where}: {' '.join([str(ours), *notes])}", file=sys.stderr)
         return 2 if isinstance(ours, UsageError) else 1
-    # Lightning turns an interruption into the exit code of an error.
-    if leaving and isinstance(leaving.__context__, KeyboardInterrupt):
-        return 130
-    if leaving:
-        raise leaving
-    return 0
 
 
 def _is_on_purpose(error: BaseException) -> bool:

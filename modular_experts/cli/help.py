@@ -1,8 +1,6 @@
 """Write the help of a command from its source, so that help needs neither torch nor Lightning.
 
-The signature of a command's function gives the options and their defaults, its docstring their texts. A screen of 80
-columns and 40 lines holds the required options first, the first sentence about each of the others, and examples at the
-end; `--help-all` prints whole texts. The command `completion` takes the options from there.
+A screen of 80 columns and 40 lines holds the first sentence about each option; `--help-all` prints whole texts.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ _EVERYWHERE = {
 }
 
 
-class Source(NamedTuple):
+class _Source(NamedTuple):
     """What a function's source tells its users; options are texts by the option as it is typed."""
 
     description: str
@@ -70,21 +68,16 @@ class Source(NamedTuple):
     examples: str
 
 
-def read_source(file: str, name: str, brief: bool = False) -> Source:
-    """Read a function or class of a file of the package, such as `cli/merge.py`, without importing it.
-
-    With `brief`, the text of an option is the first sentence alone.
-    """
+def _read_source(file: str, name: str, whole: bool) -> _Source:
     tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
     found: Any = next(node for node in tree.body if getattr(node, "name", None) == name)
     description, _, rest = (ast.get_docstring(found) or "").partition("\nArgs:\n")
     listed, _, examples = rest.partition("\nExamples:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", listed.partition("\n\n")[0], re.MULTILINE)
-    texts = {argument: " ".join(text.split()) for argument, text in entries}
-    source = Source(description.strip(), {}, {}, textwrap.dedent(examples).rstrip())
+    texts = _texts(listed.partition("\n\n")[0])
+    source = _Source(description.strip(), {}, {}, textwrap.dedent(examples).rstrip())
     for argument, kind, default in _arguments(found):
         if home := _file_of_options(file, tree, kind):
-            inner = read_source(home, kind, brief)
+            inner = _read_source(home, kind, whole)
             source.required.update(inner.required)
             source.options.update(inner.options)
             continue
@@ -92,17 +85,20 @@ def read_source(file: str, name: str, brief: bool = False) -> Source:
         shown = _METAVARS.get(kind, f" {argument.rpartition('_')[2].upper()}")
         if literal := re.match(r"Literal\[(.*)\]", kind):
             shown = " {" + re.sub("[' ]", "", literal[1]) + "}"
-        if brief:
+        if not whole:
             text = re.split(r"(?<=[.;])(?<!e\.g\.) ", text)[0].rstrip(".;") + "."
         if kind in _CLASSES:
             text += f" Its settings: {option}.help{_CLASSES[kind]}"
         if default is None:
             source.required[option + shown] = text
         else:
-            source.options[option + shown] = text + f" (default: {default})" * (
-                not re.match("None|False|field", default)
-            )
+            tells = not re.match("None|False|field", default)
+            source.options[option + shown] = text + f" (default: {default})" * tells
     return source
+
+
+def _texts(doc: str) -> dict[str, str]:
+    return {name: " ".join(text.split()) for name, text in re.findall(_ENTRY, doc, re.MULTILINE)}
 
 
 def _file_of_options(file: str, tree: ast.Module, kind: str) -> str | None:
@@ -116,7 +112,6 @@ def _file_of_options(file: str, tree: ast.Module, kind: str) -> str | None:
 
 
 def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, str | None]]:
-    """Return the name, type and default (None without one) of each argument of a function or field of a dataclass."""
     if isinstance(found, ast.ClassDef):
         fields: list[Any] = [node for node in found.body if isinstance(node, ast.AnnAssign)]
         given = [(one.target.id, one.annotation, one.value) for one in fields]
@@ -131,10 +126,10 @@ def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, st
 
 
 def command_help(verb: str, command: Command, whole: bool) -> str:
-    """Return the help of a command: of one that is a function from its source."""
+    """Return the help of a command."""
     if not command.function:
         return _training_help(verb, command.summary)
-    source = read_source(f"{command.path}.py", command.function, brief=not whole)
+    source = _read_source(f"{command.path}.py", command.function, whole)
     usage = []
     for option in source.required:
         name = option.partition(" ")[0][2:]
@@ -148,7 +143,6 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
 
 
 def _training_help(verb: str, summary: str) -> str:
-    """Return the help of a command that runs a trainer: the options with short names, and where the others are."""
     line = f"modular-experts {verb} --base DIR --tasks a.jsonl"
     sections = {"required": _PLACES, "options": _APPLIED, "": _RUN | _EVERYWHERE}
     examples = [f"{line} --experts library/a", f"modular-experts {verb} --config configs/test.yaml"]
@@ -172,9 +166,8 @@ def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
     for one in reversed(inspect.getmro(kind)):
         for documented in (one, vars(one).get("__init__")):
             doc = inspect.cleandoc(getattr(documented, "__doc__", None) or "")
-            for name, text in re.findall(_ENTRY, doc, re.MULTILINE):
-                # The length of a run is ours.
-                texts[name] = re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", " ".join(text.split()))
+            # The length of a run is ours.
+            texts |= _texts(re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", doc))
     summary = (inspect.getdoc(kind) or "").partition("\n\n")[0]
     lines = [*textwrap.wrap(f"{kind.__name__}: {summary}", _WIDTH), ""]
     for name, default in defaults.items():

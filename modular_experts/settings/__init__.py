@@ -1,7 +1,4 @@
-"""Settings as YAML files and command lines hold them; `read.py` makes objects of them.
-
-Open `read.py` first. This file holds their names, and their plain form.
-"""
+"""Settings as YAML files and command lines hold them. Open `read.py` first, which makes objects of them."""
 
 from __future__ import annotations
 
@@ -56,7 +53,6 @@ SHORT_NAMES = {
     "batch_size": "data.batch_size",
 }
 """Short names of the settings of `fit`, `validate`, `test` and `predict`."""
-NO_SHORT_NAMES: Mapping[str, str] = types.MappingProxyType({})
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,6 +70,14 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT}
 def from_yaml(text: str) -> Any:
     """Return what a YAML text holds, or raise a `yaml.YAMLError`."""
     return yaml.load(text, _Loader)
+
+
+def meant(word: str) -> Any:
+    """Return what a typed word holds as YAML, or the word, such as the pattern `[qv]_proj`, which is no YAML."""
+    try:
+        return from_yaml(word)
+    except yaml.YAMLError:
+        return str(word)
 
 
 def no_option(option: str, known: Collection[str]) -> UsageError:
@@ -96,11 +100,7 @@ def path_of(named: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return settings in which classes and objects stand as a YAML file names them.
-
-    Raises:
-        ValueError: An object has no such form.
-    """
+    """Return settings in which classes and objects stand as a YAML file names them; refuse what has no such form."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str | Path):
@@ -130,13 +130,9 @@ def respelt(sentence: str, spelt: Mapping[str, str]) -> str:
     return sentence
 
 
-def folded(
-    configs: Iterable[tuple[str, Mapping[str, Any]]],
-    beneath: Mapping[str, Any] | None = None,
-    short: Mapping[str, str] = NO_SHORT_NAMES,
-) -> dict[str, Any]:
+def folded(configs: Iterable[tuple[str, Mapping[str, Any]]], short: Mapping[str, str] = {}) -> dict[str, Any]:
     """Return several configs, each with its name, as one under full names; a later one beats those before it."""
-    config: dict[str, Any] = dict(beneath or {})
+    config: dict[str, Any] = {}
     for named, given in configs:
         found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
         for name in short.keys() & found.keys():
@@ -144,23 +140,38 @@ def folded(
             if key in found.setdefault(group, {}):
                 raise UsageError(f"{named} gives one option twice: {name} and {short[name]}; give it once")
             found[group][key] = found.pop(name)
-        config = _over(config, found)
+        config = over(config, found)
     return config
 
 
-def _over(before: Any, after: Any) -> Any:
+def over(before: Any, after: Any) -> Any:
     """Return settings under later ones. Settings of another class, and lists, replace the earlier ones whole.
 
-    A name that ends in `+` appends to the list before it.
+    A name that ends in `+` appends to the list before it. A class that is typed again keeps its settings.
     """
+    if isinstance(before, dict) and isinstance(after, Word) and _class_in(before) == after:
+        after = {"class_path": str(after)}
     if isinstance(before, str) and isinstance(after, dict) and "init_args" in after:
         before = {"class_path": before}
     before = {} if before is None and isinstance(after, dict) else before
     if not isinstance(before, dict) or not isinstance(after, dict):
         return after
-    kinds = [str(one.get("class_path", before.get("class_path"))).rpartition(".")[2] for one in (before, after)]
-    if kinds[0] != kinds[1]:
+    if "class_path" in after and _class_in(before) != _class_in(after):
         return after
-    added = {key.removesuffix("+"): value for key, value in after.items() if str(key).endswith("+")}
-    others = {key: _over(before.get(key), value) for key, value in after.items() if not str(key).endswith("+")}
-    return {**before, **others, **{key: [*(before.get(key) or []), *value] for key, value in added.items()}}
+    joined = dict(before)
+    for key, value in after.items():
+        if str(key).endswith("+"):
+            joined[key[:-1]] = [*listed(joined.get(key[:-1])), *listed(value)]
+        else:
+            joined[key] = over(joined.get(key), value)
+    return joined
+
+
+def _class_in(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("class_path")).rpartition(".")[2]
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the items of a list, also of one that is typed as a word; any other value is the only item."""
+    found = meant(value) if isinstance(value, Word) else value
+    return found if isinstance(found, list) else [value] * (value is not None)

@@ -1,7 +1,6 @@
 """Make objects of settings, by walking along the annotations of a function or class.
 
-A class is its name, or `class_path` and `init_args`. A name stands for a class that is imported already, a dotted path
-for any class of the user.
+A name stands for a class that is imported already, a dotted path for any class of the user.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
-
-from modular_experts.settings import ELSEWHERE, Options, UsageError, Word, from_yaml, no_option, path_of, plain
+from modular_experts.settings import ELSEWHERE, Options, UsageError, Word, meant, no_option, path_of, plain
 from modular_experts.text import did_you_mean
 
 
@@ -43,27 +40,25 @@ def make(option: str, kind: Any, settings: Any) -> Any:
 
 def read(option: str, hint: Any, value: Any) -> Read:
     """Return what a value means where an annotation stands; raise a `UsageError` if it does not fit."""
-    origin, inner = get_origin(hint), get_args(hint)
+    origin, inner, members = get_origin(hint), get_args(hint), _members(hint)
     if isinstance(value, Word):
         return _read_word(option, hint, value)
-    if origin in (Union, types.UnionType):
-        return _read_union(option, inner, value)
+    if len(members) > 1:
+        return _read_union(option, members, value)
     if origin is Literal:
         if value not in inner:
             known = ", ".join(map(str, inner))
             raise UsageError(f"{option} must be one of {known}, got {value}{did_you_mean(value, inner)}")
         return _as_it_is(value)
     if origin is Callable and not callable(value):
-        # Its object is made later, with arguments that the settings do not hold.
-        given_by_us = 0 if inner[0] is ... else len(inner[0])
-        return _read_class(option, inner[-1], value, given_by_us, later=True)
+        return _read_class(option, hint, value)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise UsageError(f"{option} must be settings by name, written '{{name: value}}', got {value}")
         if "class_path" in value:
             raise _refusal(option, [hint], value)
         items = {key: read(f"{option}.{key}", inner[1], one) for key, one in value.items()}
-        return Read({key: one.plain for key, one in items.items()}, partial(_all_made, items))
+        return _joined(items)
     if origin in (list, tuple, Sequence, Iterable):
         if not isinstance(value, list | tuple):
             raise UsageError(f"{option} must be a list, written '[a, b]', got {value}")
@@ -81,8 +76,13 @@ def read(option: str, hint: Any, value: Any) -> Read:
     return _as_it_is(value)
 
 
-def _all_made(items: Mapping[str, Read]) -> dict[str, Any]:
-    return {key: one.make() for key, one in items.items()}
+def _joined(items: Mapping[str, Read]) -> Read:
+    settings = {key: one.plain for key, one in items.items()}
+    return Read(settings, lambda: {key: one.make() for key, one in items.items()})
+
+
+def _members(hint: Any) -> list[Any]:
+    return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
 
 
 def _as_it_is(value: Any) -> Read:
@@ -93,15 +93,12 @@ def _as_it_is(value: Any) -> Read:
 
 
 def _read_word(option: str, hint: Any, word: Word) -> Read:
-    text, members = str(word), get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    text, members = str(word), _members(hint)
     if text == "null" and type(None) in members:
         return _as_it_is(None)
     if {*members} <= {str, type(None)}:
         return _as_it_is(text)
-    try:
-        value = from_yaml(text)
-    except yaml.YAMLError:
-        value = text  # a pattern such as [qv]_proj
+    value = meant(text)
     if isinstance(value, dict) and not any(value.values()) and ":" not in text:
         value = text  # {name}, a template
     if str in members and not isinstance(value, str | list | dict) and not {type(value), float} & {*members}:
@@ -110,9 +107,7 @@ def _read_word(option: str, hint: Any, word: Word) -> Read:
 
 
 def _read_union(option: str, members: Sequence[Any], value: Any) -> Read:
-    if value is None and type(None) in members:
-        return _as_it_is(None)
-    members = [one for one in members if one is not type(None)]
+    members = [one for one in members if one is not type(None) or value is None]
     if len(members) == 1:
         return read(option, members[0], value)
     if isinstance(value, str) and str in members and not any(value in _named_by(one) for one in members):
@@ -137,9 +132,10 @@ def _refusal(option: str, kinds: Sequence[Any], value: Any) -> UsageError:
     return UsageError(f"{option} must be of type {' or '.join(n for n in names if n != 'NoneType')}, got {value}")
 
 
-def _read_class(option: str, base: Any, value: Any, given_by_us: int = 0, later: bool = False) -> Read:
-    """Read a class and its settings; `base` itself need not be named if it can be made."""
-    base = base if inspect.isclass(base) and base is not Any else object
+def _read_class(option: str, hint: Any, value: Any) -> Read:
+    """Read a class and its settings; the class of the annotation need not be named if it can be made."""
+    made, given_by_us = _made_by(hint)
+    base: Any = made if inspect.isclass(made) and made is not Any else object
     if base is not object and isinstance(value, base):
         return _as_it_is(value)
     if issubclass(base, os.PathLike) and isinstance(value, str):
@@ -156,7 +152,8 @@ def _read_class(option: str, base: Any, value: Any, given_by_us: int = 0, later:
         return Read(path_of(kind), lambda: kind)
     given = read_arguments(f"{option}.", kind, own, given_by_us)
     described = {"class_path": path_of(kind), "init_args": given.plain} if "class_path" in settings else given.plain
-    called = partial(partial, kind) if later else kind
+    # An object of a `Callable` is made later, with arguments that the settings do not hold.
+    called = partial(partial, kind) if get_origin(hint) is Callable else kind
     return Read(described, lambda: called(**given.make()))
 
 
@@ -171,22 +168,23 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
         if default is inspect.Parameter.empty and name not in settings:
             raise UsageError(f"{prefix}{name} must be given, on the command line or in --config")
     described = {name: _default(hints[name], default) for name, default in defaults.items()}
-    described |= {name: one.plain for name, one in found.items()}
-    return Read(described, lambda: _grouped(called, _all_made(found)))
+    given = _joined(found)
+
+    def made() -> dict[str, Any]:
+        arguments = given.make()
+        for name, kind in ({} if inspect.isclass(called) else _hints_of(called)).items():
+            if _is_options(kind):
+                fields = arguments.keys() & arguments_of(kind)[0].keys()
+                arguments[name] = kind(**{field: arguments.pop(field) for field in fields})
+        return arguments
+
+    return Read(described | given.plain, made)
 
 
 def _default(hint: Any, default: Any) -> Any:
     with suppress(UsageError):
         return read("", hint, default).plain
     return _as_it_is(default).plain
-
-
-def _grouped(called: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    hints = {} if inspect.isclass(called) else _hints_of(called)
-    for name, kind in hints.items():
-        if _is_options(kind):
-            given[name] = kind(**{field: given.pop(field) for field in arguments_of(kind)[0] if field in given})
-    return given
 
 
 def _is_options(kind: Any) -> bool:
@@ -200,9 +198,12 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
     """
     hints: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
-    fields = dataclasses.fields(called) if inspect.isclass(called) and dataclasses.is_dataclass(called) else ()
+    fields = dataclasses.fields(called) if dataclasses.is_dataclass(called) else ()
     factories = {one.name: one.default_factory() for one in fields if one.default_factory is not dataclasses.MISSING}
-    for maker in _makers(called):
+    makers = [called]
+    if inspect.isclass(called) and not dataclasses.is_dataclass(called):
+        makers = [vars(kind)["__init__"] for kind in called.__mro__[:-1] if "__init__" in vars(kind)]
+    for maker in makers:
         known = _hints_of(maker)
         parameters = list(inspect.signature(maker).parameters.values())
         for one in parameters[given_by_us + (inspect.isclass(called) and maker is not called) :]:
@@ -210,22 +211,13 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
                 inner = arguments_of(known[one.name])
                 hints, defaults = hints | inner[0], defaults | inner[1]
             elif one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
-                hints.setdefault(one.name, known.get(one.name) or _inherited(called, one.name))
+                # A subclass may leave an argument without annotation.
+                annotated = (found[one.name] for base in makers if one.name in (found := _hints_of(base)))
+                hints.setdefault(one.name, known.get(one.name) or next(annotated, Any))
                 defaults.setdefault(one.name, factories.get(one.name, one.default))
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
     return hints, defaults
-
-
-def _makers(called: Callable[..., Any]) -> list[Callable[..., Any]]:
-    if not inspect.isclass(called) or dataclasses.is_dataclass(called):
-        return [called]
-    return [vars(kind)["__init__"] for kind in called.__mro__ if "__init__" in vars(kind) and kind is not object]
-
-
-def _inherited(called: Callable[..., Any], name: str) -> Any:
-    # A subclass may leave an argument without annotation.
-    return next((hints[name] for maker in _makers(called) if name in (hints := _hints_of(maker))), Any)
 
 
 def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
@@ -239,15 +231,34 @@ def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
 def class_named(option: str, hints: Iterable[Any], name: str | None) -> tuple[Any, int]:
     """Return the class of a name, or the one that need not be named, and how many arguments the package gives."""
     refused = UsageError(f"{option} takes no class, so it has no settings")
-    for hint in hints:
-        called = get_origin(hint) is Callable
-        base, given = (get_args(hint)[-1], len(get_args(hint)[0])) if called else (hint, 0)
-        if inspect.isclass(base) and base not in _SCALARS and not get_args(base):
+    for base, given_by_us in map(_made_by, hints):
+        if _has_name(base):
             try:
-                return (_named(option, base, name) if name else base), given
+                return (_named(option, base, name) if name else base), given_by_us
             except UsageError as error:
                 refused = error
     raise refused
+
+
+def _made_by(hint: Any) -> tuple[Any, int]:
+    if get_origin(hint) is not Callable:
+        return hint, 0
+    arguments, made = get_args(hint)
+    return made, 0 if arguments is ... else len(arguments)
+
+
+def _has_name(kind: Any) -> bool:
+    return inspect.isclass(kind) and kind not in _SCALARS and not get_args(kind)
+
+
+def kinds_of(name: str, hints: Mapping[str, Any]) -> list[Any]:
+    """Return the types that an option may have, also one inside a group such as `data.tasks`; empty if unknown."""
+    head, _, rest = name.partition(".")
+    kinds = [kind for kind in _members(hints.get(head.removesuffix("+"))) if kind not in (None, type(None))]
+    if not rest:
+        return kinds
+    groups = [(kind, given) for kind, given in map(_made_by, kinds) if _has_name(kind) and not inspect.isabstract(kind)]
+    return kinds_of(rest, arguments_of(*groups[0])[0]) if len(groups) == 1 else []
 
 
 def _named(option: str, base: Any, name: Any) -> Any:
@@ -278,9 +289,8 @@ def _named(option: str, base: Any, name: Any) -> Any:
 
 
 def _named_by(hint: Any) -> dict[str, Any]:
-    """Return the classes that a name may stand for where an annotation stands, by name."""
-    base = get_args(hint)[-1] if get_origin(hint) is Callable else hint
-    if not inspect.isclass(base) or base in _SCALARS or get_args(base):
+    base, _ = _made_by(hint)
+    if not _has_name(base):
         return {}
     if base.__module__.startswith("modular_experts.data."):
         importlib.import_module("modular_experts.suite")  # whose tasks have short names

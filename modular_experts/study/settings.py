@@ -49,8 +49,8 @@ class Description(Options):
             `grid: {learning_rate: [0.001, 0.003]}` in it there is a kind for each value, lora-0.001 and lora-0.003;
             with `joint: true` the kind has one expert of all held-in tasks.
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
-            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes and
-            ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
+            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes
+            and ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
             entry leaves the other kinds out; {method: [TIES, IsoC]} stands for two entries.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
             groups that the seed draws, the same for every method. [2: 10 draws, all] merges ten random pairs, which may

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from modular_experts.__main__ import main
-from modular_experts.cli.words import Option, settings_of
+from modular_experts.cli.command import Option, settings_of
 from modular_experts.settings import folded
 
 FIRST = {

@@ -22,10 +22,9 @@ from lightning.pytorch import Trainer
 import modular_experts
 from modular_experts.__main__ import VERBS, main
 from modular_experts.cli.help import OWN_OPTIONS
-from modular_experts.cli.words import kinds_of
 from modular_experts.data import TaskMixture
 from modular_experts.settings import SHORT_NAMES
-from modular_experts.settings.read import arguments_of
+from modular_experts.settings.read import arguments_of, kinds_of
 from modular_experts.training.module import ExpertModule
 
 PACKAGE = Path(modular_experts.__file__).parent

@@ -15,7 +15,7 @@ from modular_experts import generate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.cli.words import read_options, settings_of
+from modular_experts.cli.command import read_options, settings_of
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.settings import UsageError
 
