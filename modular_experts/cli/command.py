@@ -34,11 +34,7 @@ class Option(NamedTuple):
 def run_command(
     function: Callable[..., None], argv: Sequence[str], positional: Sequence[str] = (), short: Mapping[str, str] = {}
 ) -> None:
-    """Parse a command's arguments, as `read_options` takes them, and call its function.
-
-    Raises:
-        UsageError: The arguments do not fit; nothing was called.
-    """
+    """Parse a command's arguments, as `read_options` takes them, and call its function if all fit."""
     make = partial(read_arguments, "--", function)
     arguments = arguments_given(argv[1:], arguments_of(function)[0], make, positional, short)
     if arguments is not None:
@@ -53,10 +49,9 @@ def arguments_given(
     short: Mapping[str, str] = {},
     beneath: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda settings: {},
 ) -> dict[str, Any] | None:
-    """Return the arguments that a command line gives; None after the help on a class, or the config, is printed.
+    """Return the arguments that a command line gives; None after the help on a class is printed.
 
-    `--trust` is an option of every command, and names modules of the user. `make` reads the settings, and `beneath`
-    takes them and returns the settings that lie beneath; the other arguments are as for `read_options`.
+    `make` reads the settings, and `beneath` takes them and returns the settings that lie beneath.
     """
     hints = {**hints, "trust": list[str]}
     spelt = {full: name for name, full in short.items()}
@@ -146,11 +141,11 @@ def settings_of(
     options: Sequence[Option],
     hints: Mapping[str, Any],
     short: Mapping[str, str] = {},
-    beneath: Mapping[str, Any] | None = None,
+    beneath: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
     """Return what config files and options set, as nested dictionaries, over settings that lie beneath both."""
     files = [(f"--config {word}", _config(word)) for one in options if one.name == "config" for word in one.words]
-    settings = folded([("the checkpoint", beneath or {}), *files], short)
+    settings = folded([("the checkpoint", beneath), *files], short)
     for option in options:
         head, _, rest = option.name.partition(".")
         path = [head, rest] if rest and _is(dict, head, hints) else option.name.split(".")
@@ -170,7 +165,6 @@ def _config(file: str) -> dict[str, Any]:
 
 
 def _value(option: Option, hints: Mapping[str, Any]) -> Any:
-    """Return what an option sets: a word, or a list of words where its type is a list."""
     words = [Word(word) for word in option.words]
     if not words:
         return True
@@ -213,11 +207,9 @@ def guarded(command: Callable[[], object]) -> int:
             # Lightning turns an interruption into the exit code of an error.
             if isinstance(leaving.__context__, KeyboardInterrupt):
                 return 130
-            if sys.stdout:
-                sys.stdout.flush()
+            print(end="", flush=True)
             raise
-        if sys.stdout:
-            sys.stdout.flush()
+        print(end="", flush=True)
         return 0
     except KeyboardInterrupt as interruption:
         for note in getattr(interruption, "__notes__", ["interrupted"]):

@@ -135,10 +135,10 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
         name = option.partition(" ")[0][2:]
         usage.append(name.upper() + " ..." * ("..." in option) if name in command.positional else option)
     sections = {"required": source.required, "options": source.options, "": _EVERYWHERE}
-    paragraphs, examples = source.description.split("\n\n"), re.split(r"\n(?=modular-experts)", source.examples)
-    if not whole:
-        # If there are two paragraphs or more, only one that answers a question is needed at first.
-        paragraphs = [one for place, one in enumerate(paragraphs) if not place or "?" in one]
+    first, *others = source.description.split("\n\n")
+    examples = re.split(r"\n(?=modular-experts)", source.examples)
+    # At first only a paragraph that answers a question is needed beside the first one.
+    paragraphs = [first, *(one for one in others if whole or "?" in one)]
     return _screen(" ".join([verb, *usage]), paragraphs, sections, examples if whole else examples[:2])
 
 
@@ -157,17 +157,12 @@ def _training_help(verb: str, summary: str) -> str:
 
 
 def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
-    """Return the help on the settings of a class that is imported: what stands in its docstring, and the defaults.
-
-    Each name follows a prefix, such as `--method.`; the first `given_by_us` arguments are left out.
-    """
+    """Return the help on the settings of an imported class; `given_by_us` is as for `arguments_of`."""
     hints, defaults = arguments_of(kind, given_by_us)
-    texts: dict[str, str] = {}
-    for one in reversed(inspect.getmro(kind)):
-        for documented in (one, vars(one).get("__init__")):
-            doc = inspect.cleandoc(getattr(documented, "__doc__", None) or "")
-            # The length of a run is ours.
-            texts |= _texts(re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", doc))
+    documented = [doc for one in reversed(inspect.getmro(kind)) for doc in (one, vars(one).get("__init__"))]
+    docs = [inspect.cleandoc(getattr(one, "__doc__", None) or "") for one in documented]
+    # The length of a run is ours.
+    texts = _texts(re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", "\n\n".join(docs)))
     summary = (inspect.getdoc(kind) or "").partition("\n\n")[0]
     lines = [*textwrap.wrap(f"{kind.__name__}: {summary}", _WIDTH), ""]
     for name, default in defaults.items():
