@@ -50,8 +50,6 @@ class ExportExpert(Callback):
         name: Name of the expert: letters, digits, `.`, `_` and `-`, at most 64.
         overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
         monitor: Logged metric whose lowest value marks the best state; with null, the last state is exported.
-
-    A trainer with `fast_dev_run` writes nothing.
     """
 
     def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:

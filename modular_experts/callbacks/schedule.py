@@ -68,8 +68,7 @@ class Schedule(Callback):
 
         Args:
             trainer: The trainer of the fit; this schedule has gone through a few steps of another one.
-            module: What is trained.
-            length: Steps of the fit.
+            module, length: What the fit trains, and its steps.
             seconds: The time of a forward and a backward pass over one batch.
         """
         return 0, 0.0

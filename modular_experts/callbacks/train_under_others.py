@@ -83,8 +83,8 @@ class TrainUnderOthers(Schedule):
         layers = dict(expert_layers(model))
         for name in sorted({name for deltas in drawn for name in deltas}):
             delta = add([deltas[name] * self.scale for deltas in drawn if name in deltas])
-            weight, delta = _target(model, layers, name), _oriented(layers, name, delta)
-            delta = delta.to(weight.device)
+            weight = _target(model, layers, name)
+            delta = (layers[name].oriented(delta) if name in layers else delta).to(weight.device)
             if inside := _in_place(layers, name):
                 inside.restore(weight, weight.detach)
             kept = None if isinstance(delta, Dense | LowRank) else delta.support().long()
@@ -133,7 +133,3 @@ def _target(model: nn.Module, layers: Mapping[str, Any], name: str) -> Tensor:
 def _in_place(layers: Mapping[str, Any], name: str) -> InPlaceExpert | None:
     expert = layers[name].expert if name in layers else None
     return expert if isinstance(expert, InPlaceExpert) else None
-
-
-def _oriented(layers: Mapping[str, Any], name: str, delta: Delta) -> Delta:
-    return layers[name].oriented(delta) if name in layers else delta

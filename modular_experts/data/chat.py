@@ -87,7 +87,6 @@ class ConversationTokenizer:
         return examples, cut, problems
 
     def _row(self, row: Row, learn: bool) -> tuple[Tokens, bool]:
-        """Return the tokens of a conversation, and whether it was shortened."""
         messages, answered = list(row.messages), row.target is not None
         ids, answers = self._tokens(messages, answered)
         while len(ids) > self.max_length and (shorter := _without_oldest(messages)):

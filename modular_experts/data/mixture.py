@@ -355,7 +355,6 @@ class TaskMixture(LightningDataModule, DataSource):
         return self._tokenised(split, self.rows(split))
 
     def _tokenised(self, kind: str, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
-        """Return the examples of a kind, by task, of which those are made that are not known yet."""
         known, tokenize, problems = self._examples.setdefault(kind, {}), self._row_tokenizer(), list[str]()
         for name, found in rows.items():
             if name in known:

@@ -29,8 +29,7 @@ class MixtureSampler(DistributedSampler):
         order: Returns the global order of an epoch, given its number.
         length: Number of rows of that order.
         batch_size: Rows of a global batch; a multiple of `world_size`.
-        rank: Number of this process.
-        world_size: Number of processes that share a batch.
+        rank, world_size: Number of this process, and of all that share a batch.
         position: Returns, for the epoch that was set, the one to read and how many of its batches are finished.
     """
 

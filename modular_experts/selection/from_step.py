@@ -100,7 +100,6 @@ class _Chooser(KeptGradient):
         return kept
 
     def _choose(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """Choose from the dense gradient, and return the gradient of the chosen units."""
         step, choice = self.step, self.step.choice
         if step.loss_scale is not None and not bool(gradient.isfinite().all()):
             return torch.full_like(self._kept(gradient, self.units), torch.inf)

@@ -88,12 +88,7 @@ class ScoringPass:
 
 
 def choose_by_passes(choice: Choice, scoring: Callable[[], ScoringPass]) -> int:
-    """Give a choice the statistics that its scores ask for; return how many passes over batches that took.
-
-    Args:
-        choice: The choice.
-        scoring: Draws the batches; called once for each statistic of the loss.
-    """
+    """Give a choice the statistics of its scores, from batches that `scoring` draws; return how many passes it took."""
     by_statistic: dict[str, dict[str, SelectableLayer]] = {}
     for name, layer in choice.layers.items():
         by_statistic.setdefault(choice.statistic(layer.expert), {})[name] = layer

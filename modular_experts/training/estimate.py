@@ -119,7 +119,6 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
 
 
 def _rehearsed(module: ExpertModule, data: TaskMixture, trainer: Trainer, probe: _Probe) -> tuple[Trainer, list[Batch]]:
-    """Return a trainer after steps of rate zero, and the validation batches."""
     device, before, loaded = trainer.strategy.root_device, module.learning_rate, hasattr(module, "model")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -297,7 +296,6 @@ def _bytes(module: ExpertModule, probe: _Probe) -> dict[str, int]:
 
 
 def _validations(trainer: Trainer, data: TaskMixture, length: TrainingLength, batches: int) -> int:
-    """Return how often the fit will validate, before its first step too."""
     if not batches or not trainer.limit_val_batches:
         return 0
     every: Any = trainer.val_check_interval
