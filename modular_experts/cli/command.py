@@ -239,8 +239,7 @@ def guarded(command: Callable[[], object]) -> int:
 def _is_on_purpose(error: BaseException) -> bool:
     if isinstance(error, OSError | UsageError):
         return True
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
     speaks = isinstance(error, ValueError | TypeError | ModuleNotFoundError)
     speaks = speaks or type(error).__name__ == "MisconfigurationException"
-    return speaks and bool(re.match(r"(modular_experts|lightning)\b", raised_in))
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return speaks and bool(modules and re.match(r"(modular_experts|lightning)\b", modules[-1]))

@@ -57,8 +57,7 @@ def read(option: str, hint: Any, value: Any) -> Read:
             raise UsageError(f"{option} must be settings by name, written '{{name: value}}', got {value}")
         if "class_path" in value:
             raise _refusal(option, [hint], value)
-        items = {key: read(f"{option}.{key}", inner[1], one) for key, one in value.items()}
-        return _joined(items)
+        return _joined({key: read(f"{option}.{key}", inner[1], one) for key, one in value.items()})
     if origin in (list, tuple, Sequence, Iterable):
         if not isinstance(value, list | tuple):
             raise UsageError(f"{option} must be a list, written '[a, b]', got {value}")
@@ -163,12 +162,11 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
     for name in settings:
         if name not in hints:
             raise no_option(f"{prefix}{name}", [f"{prefix}{one}" for one in hints])
-    found = {name: read(f"{prefix}{name}", hints[name], value) for name, value in settings.items()}
+    given = _joined({name: read(f"{prefix}{name}", hints[name], value) for name, value in settings.items()})
     for name, default in defaults.items():
         if default is inspect.Parameter.empty and name not in settings:
             raise UsageError(f"{prefix}{name} must be given, on the command line or in --config")
     described = {name: _default(hints[name], default) for name, default in defaults.items()}
-    given = _joined(found)
 
     def made() -> dict[str, Any]:
         arguments = given.make()
