@@ -26,10 +26,12 @@ from torch import Size, Tensor
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
+from modular_experts.library.encoded import StoredValues, check_encoding
 from modular_experts.library.packing import StoredWeight, check_layout, deltas_of, pack
 from modular_experts.library.record import (
     DELTA_FILE,
     FORMAT,
+    FORMAT_ENCODED,
     FORMAT_ROUTED,
     FORMAT_WITH_STATE,
     MERGE,
@@ -127,7 +129,10 @@ class StoredExpert(TaskVector):
     def tiles(self) -> dict[str, tuple[int, int]]:
         """Return height and width of the tiles of each weight that is kept in tiles, without reading it."""
         tables = {name: self._table[name] for name, form in self.forms().items() if form == "BlockSparse"}
-        return {name: tuple(table["tensors"]["values"]["shape"][1:]) for name, table in tables.items()}
+        return {
+            name: tuple((table.get("sizes", {}).get("values") or table["tensors"]["values"]["shape"])[1:])
+            for name, table in tables.items()
+        }
 
     def kept_entries(self) -> dict[str, int]:
         """Return how many entries of each weight are kept, without reading it: of a dense delta those that are not
@@ -248,6 +253,7 @@ def write_expert(
     key: str | None = None,
     progress: Progress = iter,
     state: Mapping[str, Tensor] | None = None,
+    encoding: str = "float32",
 ) -> str:
     """Write an expert, one weight in memory at a time; its directory appears when it is complete.
 
@@ -260,6 +266,8 @@ def write_expert(
             stopped, and does not ask for the weights that it had written.
         state: Tensors of a type whose delta is not all that it does, by `<weight>/<name>` (`injection.expert_state`);
             with them the expert may have no deltas.
+        encoding: How values are stored: `float32`, `bfloat16`, `int8`, `int4`, `magnitudes4`, `magnitudes2` or `sign`.
+            What is stored is the expert: it is read as the deltas that the stored values stand for.
 
     Returns:
         The content hash.
@@ -273,10 +281,14 @@ def write_expert(
     if state:
         form = FORMAT_ROUTED if record["kind"] == ROUTED else FORMAT_WITH_STATE
         record |= {"format": form, "files": [STATE_FILE]}
+    if encoding != "float32":
+        check_encoding(encoding)
+        record |= {"format": FORMAT_ENCODED, "files": [DELTA_FILE, STATE_FILE] if state else [DELTA_FILE]}
+        record["encoding"] = encoding
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:
-        table = _write_deltas(directory / DELTA_FILE, deltas, progress)
+        table = _write_deltas(directory / DELTA_FILE, deltas, progress, encoding)
         if not table and not state:
             raise ValueError("an expert that moves no weight cannot be stored without a state")
         states = write_state(directory / STATE_FILE, state) if state else None
@@ -294,7 +306,7 @@ def content_hash(table: Mapping[str, Any], state: Mapping[str, Any] | None = Non
 
 
 def _write_deltas(
-    file: Path, deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta], progress: Progress
+    file: Path, deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta], progress: Progress, encoding: str
 ) -> dict[str, Any]:
     """Write the file of deltas, after those that an interrupted call left whole; return its table of weights."""
     with TensorFileWriter(file) as writer:
@@ -306,7 +318,7 @@ def _write_deltas(
             if name in table:
                 raise ValueError(f"the weight {name} was given twice")
             try:
-                packed = pack(delta)
+                packed, values = pack(delta, encoding)
             except ValueError as error:
                 raise ValueError(f"the delta of {name} cannot be stored: {error}") from error
             tensors = {
@@ -315,9 +327,10 @@ def _write_deltas(
             }
             kept = int(packed["dense"].count_nonzero()) if "dense" in packed else delta.support_size
             form, shape = type(delta).__name__, list(delta.shape)
-            table[name] = {"form": form, "shape": shape, "kept": kept, "tensors": tensors}
+            table[name] = {"form": form, "shape": shape, "kept": kept, "tensors": tensors, **values.entry()}
             writer.note([name, table[name]])
-        writer.finish(json.dumps({"format": FORMAT, "weights": table}, sort_keys=True))
+        form = FORMAT if encoding == "float32" else FORMAT_ENCODED
+        writer.finish(json.dumps({"format": form, "weights": table}, sort_keys=True))
     if not table:
         file.unlink()
     return table
@@ -325,14 +338,14 @@ def _write_deltas(
 
 def _read_table(file: Path) -> tuple[dict[str, Any], MappedTensors]:
     """Return the table of weights and the tensors, once it is known that the file holds just those that it names."""
-    table, tensors = read_table(file, FORMAT, "weights")
+    table, tensors = read_table(file, "weights", FORMAT, FORMAT_ENCODED)
     try:
         stored = {f"{name}/{suffix}" for name, entry in table.items() for suffix in entry["tensors"]}
         if stored != tensors.layouts.keys():
             raise ValueError("its tensors are not those that its metadata names")
         for name, entry in table.items():
             layout = {suffix: tensors.layouts[f"{name}/{suffix}"] for suffix in entry["tensors"]}
-            check_layout(entry["form"], entry["shape"], layout)
+            check_layout(StoredValues.of_entry(entry), layout)
             if not isinstance(entry.get("kept", 0), int):
                 raise ValueError(f"its number of kept entries of {name} is not a whole number")
     except (KeyError, TypeError, AttributeError) as error:

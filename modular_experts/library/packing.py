@@ -1,21 +1,25 @@
 """Turn a delta into named tensors for a file, and back, with every check that a file from elsewhere needs.
 
-Values are stored as float32, whatever they were trained in. The numbers of the kept entries or tiles take the shortest
-of three forms: as they are, in int32 (int64 for a weight of 2^31 entries or more); as *gaps*, a byte for each distance
-to the number before, with a zero byte for every 255 to skip; or as a *mask*, a bit for each entry or tile.
+Values are stored as float32, whatever they were trained in, or encoded (`encoded.py`). The numbers of the kept entries
+or tiles take the shortest of three forms: as they are, in int32 (int64 for a weight of 2^31 entries or more); as
+*gaps*, a byte for each distance to the number before, with a zero byte for every 255 to skip; or as a *mask*, a bit for
+each entry or tile.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
+from modular_experts.deltas.encodings import ENCODINGS as VALUE_ENCODINGS
 from modular_experts.deltas.tiles import index_dtype, tile_grid
+from modular_experts.library.encoded import StoredValues
 from modular_experts.library.tensorfile import Layout, MappedTensors, damaged
 
 ENCODINGS = ("gaps", "mask")
@@ -30,8 +34,11 @@ _FORMS = {"Dense": ("dense",), "LowRank": ("up", "down"), "Sparse": ("values",),
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
 
 
-def pack(delta: Delta) -> dict[str, Tensor]:
-    """Return the tensors to store, by their name in the file, contiguous and on the CPU.
+def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], StoredValues]:
+    """Return the tensors to store, by their name in the file, contiguous and on the CPU, and how values are stored.
+
+    Args:
+        encoding: A name of `VALUE_TYPES`.
 
     Raises:
         TypeError: The delta has none of the four forms.
@@ -41,30 +48,43 @@ def pack(delta: Delta) -> dict[str, Tensor]:
     form, shape = type(delta).__name__, delta.shape
     if form not in _FORMS:
         raise TypeError(f"a delta to store must be one of {', '.join(_FORMS)}, got {form}")
-    packed = {}
+    dtype = torch.bfloat16 if encoding == "bfloat16" else torch.float32
+    values, kept, numbers = {}, None, {}
     for name in _FORMS[form]:
-        values: Tensor = getattr(delta, "values" if name == "dense" else name)
-        packed[name] = values.detach().to("cpu", torch.float32).contiguous()
-        if not all_finite(packed[name]):
-            raise ValueError("it holds values that are not finite in float32")
+        own: Tensor = getattr(delta, "values" if name == "dense" else name)
+        values[name] = own.detach().to("cpu", dtype).contiguous()
+        if not all_finite(values[name]):
+            raise ValueError(f"it holds values that are not finite in {str(dtype).removeprefix('torch.')}")
     if form in _KEPT:
         kept = getattr(delta, _KEPT[form]).detach().to("cpu", index_dtype(shape)).contiguous()
-        packed = encode(kept, _limit(form, shape, packed["values"].shape), _KEPT[form]) | packed
-    check_layout(form, shape, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()})
-    return packed
+        numbers = encode(kept, _limit(form, shape, values["values"].shape), _KEPT[form])
+    sizes = {name: tuple(own.shape) for name, own in values.items()} if encoding in VALUE_ENCODINGS else {}
+    stored = StoredValues(form, tuple(shape), encoding, sizes)
+    packed = numbers | (stored.encode(values, kept) if sizes else values)
+    check_layout(stored, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()})
+    return packed, stored
 
 
-def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) -> None:
+def packed_bytes(delta: Delta, encoding: str = "float32") -> int:
+    """Return how many bytes the tensors that `pack` returns have, without encoding values."""
+    packed, stored = pack(delta, encoding if encoding == "bfloat16" else "float32")
+    if encoding in VALUE_ENCODINGS:
+        sizes = {name: tuple(packed.pop(name).shape) for name in _FORMS[stored.form]}
+        return sum(own.nbytes for own in packed.values()) + replace(stored, encoding=encoding, sizes=sizes).nbytes()
+    return sum(own.nbytes for own in packed.values())
+
+
+def check_layout(values: StoredValues, layout: Mapping[str, Layout]) -> None:
     """Check dtypes and shapes of the stored tensors of one weight, by their names in the file, before reading them.
 
     Raises:
         ValueError: The tensors cannot be a delta of this form and shape.
     """
+    form, shape = values.form, values.shape
+    layout = values.decoded_layout(layout)
     kept = _name_of_kept(form, layout)
     if form not in _FORMS or set(layout) != {*_FORMS[form], *kept}:
         raise ValueError(f"it has the tensors {sorted(layout)}, which are not the tensors of a {form} delta")
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"its weight has the shape {shape}")
     shapes = {name: tuple(size) for name, (_, size) in layout.items()}
     if not _is_delta(form, tuple(shape), shapes, kept):
         raise ValueError(f"its tensors of shapes {shapes} are not a {form} delta of a weight {tuple(shape)}")
@@ -88,7 +108,7 @@ def _is_delta(form: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int,
     return fits(kept[0], shapes[kept[0]], values[0], _limit(form, shape, values))
 
 
-def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check: bool = True) -> Delta:
+def unpack(stored: StoredValues, tensors: Mapping[str, Tensor], check: bool = True) -> Delta:
     """Return the delta of tensors of checked layout, by their names in the file.
 
     Encoded numbers are always checked; values, and numbers that are stored as they are, if `check` is set.
@@ -96,23 +116,25 @@ def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check
     Raises:
         ValueError: A value is not finite, or the kept numbers are not what `pack` stores.
     """
+    form, shape = stored.form, stored.shape
     for name, tensor in tensors.items() if check else ():
         if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"its {name} hold numbers that are not finite")
-    if form == "LowRank":
-        return LowRank(tensors["up"], tensors["down"])
-    if form == "Dense":
-        return Dense(tensors["dense"])
-    (name,), values = _name_of_kept(form, tensors), tensors["values"]
-    limit = _limit(form, shape, values.shape)
-    count = values.shape[0]  # len() of a tensor takes four times as long
+    if form not in _KEPT:
+        values = {name: stored.decode(name, tensors, None) for name in _FORMS[form]}
+        return LowRank(values["up"], values["down"]) if form == "LowRank" else Dense(values["dense"])
+    (name,) = _name_of_kept(form, tensors)
+    size = stored.sizes["values"] if stored.sizes else tensors["values"].shape
+    limit, count = _limit(form, shape, size), size[0]
     kept = decode(name, tensors[name], count, limit, index_dtype(shape))
     if check and name not in ENCODINGS and kept.numel():
         if not (int(kept[0]) >= 0 and int(kept[-1]) < limit):
             raise ValueError(f"its indices run from {int(kept[0])} to {int(kept[-1])}, out of [0, {limit})")
         if kept.numel() > 1 and int((kept[1:] - kept[:-1]).min()) < 1:
             raise ValueError("its indices are not sorted and unique")
-    return (Sparse if form == "Sparse" else BlockSparse)(kept, values, torch.Size(shape))
+    return (Sparse if form == "Sparse" else BlockSparse)(
+        kept, stored.decode("values", tensors, kept), torch.Size(shape)
+    )
 
 
 def _name_of_kept(form: str, names: Collection[str]) -> list[str]:
@@ -240,7 +262,7 @@ def deltas_of(weights: Sequence[StoredWeight]) -> list[Delta]:
                 raise damaged(file.file, f"the {suffix} of {name} are not what was written")
         tensors = {suffix: file[key] for suffix, key in stored.items()}
         try:
-            deltas.append(unpack(entry["form"], entry["shape"], tensors, not checked))
+            deltas.append(unpack(StoredValues.of_entry(entry), tensors, not checked))
         except ValueError as error:
             raise damaged(file.file, f"{error} ({name})") from error
     return deltas

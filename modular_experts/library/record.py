@@ -4,7 +4,8 @@ A record is plain JSON and never leads to code: nobody imports or builds what it
 
 Format 1 is an expert of deltas alone. Format 2 adds a state (`state.safetensors`): the record then lists the expert's
 `files`, of which `delta.safetensors` may be missing. Format 3 is a routed expert, whose content hash covers more than
-its tensors (`hash_of_all`). `write_expert` writes the lowest format that an expert needs, and all formats are read.
+its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded.py`), and lists its `files`.
+`write_expert` writes the lowest format that an expert needs, and all formats are read.
 
 | key                     | what it holds                                                                           |
 |-------------------------|-----------------------------------------------------------------------------------------|
@@ -12,6 +13,7 @@ its tensors (`hash_of_all`). `write_expert` writes the lowest format that an exp
 | `base`                  | `id` (path or hub id), `revision`, `fingerprint`                                        |
 | `tasks`, `scores`       | names of the tasks it was trained on; what it scored                                    |
 | `parents`               | `name`, `content_hash`, `tasks` of each expert that it was made of or trained on top of |
+| `encoding`              | how the values are stored, if not as float32                                            |
 | `hyperparameters`       | settings of the kind, the exported step and the learning rate among them                |
 | `method`, `per_weight`  | of a merge: the method, `class_path` and `init_args`; methods by pattern of names       |
 | `costs`, `seed`         | memory and time of the training; seed of the run                                        |
@@ -43,7 +45,8 @@ import modular_experts
 FORMAT = "modular-experts/1"
 FORMAT_WITH_STATE = "modular-experts/2"
 FORMAT_ROUTED = "modular-experts/3"
-FORMATS = (FORMAT, FORMAT_WITH_STATE, FORMAT_ROUTED)
+FORMAT_ENCODED = "modular-experts/4"
+FORMATS = (FORMAT, FORMAT_WITH_STATE, FORMAT_ROUTED, FORMAT_ENCODED)
 DELTA_FILE = "delta.safetensors"
 RECORD_FILE = "expert.json"
 STATE_FILE = "state.safetensors"
@@ -159,7 +162,8 @@ def what_is_wrong(record: Mapping[str, Any]) -> str:
             for parent in record["parents"]
         ),
         "the list of its files": record["format"] == FORMAT
-        or record.get("files") in ([STATE_FILE], [DELTA_FILE, STATE_FILE]),
+        or record.get("files") in ([STATE_FILE], [DELTA_FILE, STATE_FILE])
+        or (record["format"] == FORMAT_ENCODED and record.get("files") == [DELTA_FILE]),
         "the class path or the reason not to merge": all(isinstance(text, str | None) for text in texts[2:]),
         "the plan": (plan := record.get("plan")) is None
         or (_has_texts(plan, "class") and isinstance(plan.get("settings"), dict)),

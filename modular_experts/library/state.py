@@ -26,7 +26,7 @@ class StoredState:
     """
 
     def __init__(self, file: Path) -> None:
-        self.table, self._tensors = read_table(file, FORMAT_WITH_STATE, "state")
+        self.table, self._tensors = read_table(file, "state", FORMAT_WITH_STATE)
         try:
             named = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self.table.items()}
         except (KeyError, TypeError, AttributeError) as error:

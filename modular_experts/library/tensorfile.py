@@ -176,17 +176,19 @@ def open_tensors(file: Path) -> Any:
         raise damaged(file, f"it is cut short or not a safetensors file ({error})") from error
 
 
-def read_table(file: Path, form: str, part: str) -> tuple[dict[str, Any], MappedTensors]:
-    """Return one part of the metadata of a file of this format, and its tensors, after a check of its header."""
+def read_table(file: Path, part: str, *formats: str) -> tuple[dict[str, Any], MappedTensors]:
+    """Return one part of the metadata of a file of these formats, and its tensors, after a check of its header."""
     open_tensors(file)
     tensors = MappedTensors(file)
     try:
         content = json.loads(tensors.metadata["modular_experts"])
-        if content["format"] == form:
+        if content["format"] in formats:
             return content[part], tensors
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise damaged(file, f"its metadata does not describe its {part} ({error!r})") from error
-    raise damaged(file, f"its format is {content['format']!r}, and this version reads {form!r}")
+    raise damaged(
+        file, f"its format is {content['format']!r}, and this version reads {' and '.join(map(repr, formats))}"
+    )
 
 
 def damaged(file: Path, reason: str) -> ValueError:

@@ -311,7 +311,7 @@ def _validations(trainer: Trainer, data: TaskMixture, length: TrainingLength, ba
 
 
 def _on_disk(module: ExpertModule) -> int:
-    stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta).values()]
+    stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta)[0].values()]
     return sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values()))
 
 

@@ -1,0 +1,149 @@
+"""Store the values of a weight's delta as float32, as bfloat16, or in few bits (`deltas/encodings.py`).
+
+In few bits, `<name>.codes` and `<name>.scales` take the place of each tensor of values, and the weight's entry in the
+table of the file names the encoding and the shape of the values. A scale is one a row of the weight; in a low-rank
+product it is one a direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import all_finite
+from modular_experts.deltas.encodings import ENCODINGS, Encoded
+from modular_experts.deltas.tiles import tile_grid
+from modular_experts.library.tensorfile import Layout
+from modular_experts.text import did_you_mean
+
+VALUE_TYPES = ("float32", "bfloat16", *ENCODINGS)
+"""How values can be stored, by the name in options and files."""
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """How the values of one weight are stored.
+
+    Attributes:
+        form: Class name of the delta.
+        shape: Shape of the weight.
+        encoding: A name of `VALUE_TYPES`.
+        sizes: For values in few bits, the shape of each tensor of values by its name; else empty.
+    """
+
+    form: str
+    shape: tuple[int, ...]
+    encoding: str = "float32"
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of_entry(cls, entry: Mapping[str, Any]) -> StoredValues:
+        """Read it from a weight's entry in the table of a file; raise ValueError if the entry cannot be right."""
+        shape, name, sizes = entry["shape"], entry.get("encoding", "float32"), entry.get("sizes", {})
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"its weight has the shape {shape}")
+        check_encoding(name)
+        if not isinstance(sizes, dict) or bool(sizes) != (name in ENCODINGS):
+            raise ValueError(f"its values are encoded as {name} and have the shapes {sizes}")
+        wanted = {"LowRank": 2, "Sparse": 1, "BlockSparse": 3}.get(entry["form"], len(shape))
+        for size in sizes.values():
+            whole = isinstance(size, list) and all(type(one) is int and one >= 0 for one in size)
+            if not whole or len(size) != wanted or (entry["form"] == "BlockSparse" and 0 in size[1:]):
+                raise ValueError(f"its values have the shape {size}")
+        return cls(entry["form"], tuple(shape), name, sizes)
+
+    def entry(self) -> dict[str, Any]:
+        """Return what the weight's entry holds of it: nothing for float32, as in files of earlier versions."""
+        if self.encoding == "float32":
+            return {}
+        sizes = {"sizes": {name: list(size) for name, size in self.sizes.items()}} if self.sizes else {}
+        return {"encoding": self.encoding, **sizes}
+
+    def encode(self, values: Mapping[str, Tensor], kept: Tensor | None) -> dict[str, Tensor]:
+        """Return the tensors to store for values in few bits, by the kept numbers `(n,)` of a sparse form."""
+        encoding, tensors = ENCODINGS[self.encoding], dict[str, Tensor]()
+        for name, own in values.items():
+            encoded = encoding.encode(own, self._rows(name, kept), self._row_count(name))
+            tensors |= {f"{name}.codes": encoded.planes, f"{name}.scales": encoded.scales}
+        return tensors
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], kept: Tensor | None) -> Tensor:
+        """Return values in float32; raise ValueError if a scale makes one infinite."""
+        if not self.sizes:
+            return tensors[name].float()
+        encoded = Encoded(tensors[f"{name}.codes"], tensors[f"{name}.scales"], math.prod(self.sizes[name]))
+        values = ENCODINGS[self.encoding].decode(encoded, self._rows(name, kept))
+        if not all_finite(values):
+            raise ValueError(f"its {name} hold numbers that are not finite")
+        return values.view(*self.sizes[name])
+
+    def decoded_layout(self, layout: Mapping[str, Layout]) -> dict[str, Layout]:
+        """Return the layout of the tensors once their values are float32.
+
+        Raises:
+            ValueError: This encoding has other tensors.
+        """
+        plain, bits = dict(layout), ENCODINGS.get(self.encoding)
+        if self.encoding == "bfloat16":
+            for name, (dtype, size) in layout.items():
+                plain[name] = (torch.float32 if dtype == torch.bfloat16 else dtype, size)
+                if dtype == torch.float32:
+                    raise ValueError(f"its {name} are {dtype} and must be torch.bfloat16")
+        for name, own in self.sizes.items():
+            assert bits is not None
+            wanted: dict[str, Layout] = {
+                f"{name}.codes": (torch.uint8, (bits.bits, -(-math.prod(own) // 8))),
+                f"{name}.scales": (torch.bfloat16, (self._row_count(name), bits.magnitudes)),
+            }
+            found = {part: plain.pop(part, None) for part in wanted}
+            if found != wanted:
+                raise ValueError(f"its {name} in {self.encoding} are the tensors {found} and must be {wanted}")
+            plain[name] = (torch.float32, tuple(own))
+        return plain
+
+    def nbytes(self) -> int:
+        """Return how many bytes values in few bits have in the file."""
+        bits, total = ENCODINGS[self.encoding], 0
+        for name, size in self.sizes.items():
+            total += bits.bits * -(-math.prod(size) // 8) + 2 * bits.magnitudes * self._row_count(name)
+        return total
+
+    def _row_count(self, name: str) -> int:
+        """Return how many scales a tensor of values has."""
+        size, shape = self.sizes[name], self.shape
+        if self.form == "LowRank":
+            return size[1] if name == "up" else size[0]
+        if self.form != "BlockSparse":
+            return shape[0] if len(shape) > 1 else 1
+        tall, wide = tile_grid(shape, (size[1], size[2]))
+        return tall * size[1] + (wide * size[2] > shape[1])
+
+    def _rows(self, name: str, kept: Tensor | None) -> Tensor:
+        """Return the number of the scale of each value, `(n,)`."""
+        size, shape, count = self.sizes[name], self.shape, self._row_count(name)
+        if self.form == "LowRank":
+            rows = torch.arange(count)
+            return rows.repeat(size[0]) if name == "up" else rows.repeat_interleave(size[1])
+        if self.form == "Dense":
+            return torch.arange(count).repeat_interleave(math.prod(size) // max(count, 1))
+        assert kept is not None
+        numbers = kept.long()
+        if self.form == "Sparse":
+            return numbers // math.prod(shape[1:]) if len(shape) > 1 else torch.zeros_like(numbers)
+        (height, width), wide = size[1:], tile_grid(shape, (size[1], size[2]))[1]
+        rows = (numbers // wide * height)[:, None, None] + torch.arange(height)[:, None]
+        columns = (numbers % wide * width)[:, None, None] + torch.arange(width)
+        # Entries beyond the right edge are zero, and so are a row of their own, whose scale is zero.
+        return torch.where(columns < shape[1], rows, count - 1).reshape(-1)
+
+
+def check_encoding(name: Any) -> None:
+    """Raise ValueError if values cannot be stored so."""
+    if name not in VALUE_TYPES:
+        near = did_you_mean(str(name), VALUE_TYPES)
+        raise ValueError(f"values are stored as {', '.join(VALUE_TYPES)}, and not as {name!r}{near}")
