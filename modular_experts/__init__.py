@@ -30,6 +30,7 @@ _HOMES = {
     "modular_experts.evaluation.streaming": ("generate",),
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
     "modular_experts.tuning": ("ATLAS", "AdaMerging", "Objective", "search", "tune"),
+    "modular_experts.tuning.shrink": ("shrink",),
     "modular_experts.base": ("Base",),
     "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "check_loaded"),
     "modular_experts.interop.import_expert": ("import_expert",),

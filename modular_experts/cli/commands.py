@@ -88,6 +88,7 @@ VERBS = {
         "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)
     ),
     "route": Command("search", "route", "put experts behind a router, which chooses by the input", ("experts",)),
+    "shrink": Command("shrink", "shrink", "store experts in the fewest bytes that keep their loss", ("experts",)),
     "mergekit": Command(
         "import_", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", ("recipe", "out")
     ),

@@ -110,19 +110,21 @@ class Objective:
                     batch["prediction"] = prediction(answer_logits(self.model, batch)[0])
 
     @torch.no_grad()
-    def losses(self, measure: Measure = batch_losses) -> dict[str, float]:
-        """Return the loss of each task with the model's present weights, or what another measure gives."""
+    def losses(self, measure: Measure = batch_losses, tasks: Sequence[str] | None = None) -> dict[str, float]:
+        """Return the loss of each task, or of some, with the model's present weights, or what another measure gives."""
         losses = {}
-        for task, batches in self.batches.items():
-            parts = [measure(self.model, batch) for batch in batches]
+        for task in self.batches if tasks is None else tasks:
+            parts = [measure(self.model, batch) for batch in self.batches[task]]
             summed = math.fsum(sums.sum().item() for sums, _ in parts)
             losses[task] = summed / sum(int(counts.sum()) for _, counts in parts)
         return losses
 
-    def losses_with(self, deltas: Mapping[str, Delta], scale: float = 1.0) -> dict[str, float]:
-        """Return the loss of each task with `scale` times the deltas added to the model."""
+    def losses_with(
+        self, deltas: Mapping[str, Delta], scale: float = 1.0, tasks: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        """Return the loss of each task, or of some, with `scale` times the deltas added to the model."""
         with applied(self.model, deltas, scale, check=False):
-            return self.losses()
+            return self.losses(tasks=tasks)
 
 
 def read_validation_rows(data: TaskMixture, targets: bool = True) -> dict[str, list[Example]]:

@@ -1,0 +1,73 @@
+"""Run `modular-experts shrink`, which stores experts in few bits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rich.console import Console
+
+from modular_experts.cli.format import counted, progress_bar, table_of
+from modular_experts.data import TaskMixture
+from modular_experts.text import bytes_text
+from modular_experts.tuning.objective import ValidationRows
+from modular_experts.tuning.shrink import BOUND, Form, Shrunk
+from modular_experts.tuning.shrink import shrink as shrink_experts
+
+
+def shrink(
+    experts: list[str],
+    data: TaskMixture,
+    out: str,
+    to: Literal["bfloat16", "int8", "int4", "magnitudes4", "magnitudes2", "sign"] | None = None,
+    keep: float = 1.0,
+    rank: int | None = None,
+    bound: float = BOUND,
+    rows: int = 64,
+    labels: Literal["rows", "experts"] = "rows",
+) -> None:
+    """Store each expert in the fewest bytes that keep its loss, in another library.
+
+    Forms are measured from the smallest upwards: values in few bits, for a low-rank expert after a cut to fewer
+    directions, for a sparse one perhaps without its smaller entries. The first whose loss on the expert's tasks rises
+    by at most the bound is written. An expert without such a form is not written.
+
+    Args:
+        experts: Directories of the experts.
+        data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
+        out: The library of the shrunk experts, which keep their names.
+        to: The one encoding that is tried; by default all that fit the expert.
+        keep: With `to`, the share of the entries or tiles that stay, the largest ones.
+        rank: With `to`, the most directions of a low-rank expert.
+        bound: How much the loss may rise, in nats a target token.
+        rows: The most validation rows of one task.
+        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+
+    Examples:
+        modular-experts shrink --experts library/a library/b --out small --data.tasks a.jsonl b.jsonl
+        modular-experts shrink --experts library/a --to sign --keep 0.5 --bound 0.1 --out small --data.tasks a.jsonl
+    """
+    if to is None and (keep != 1 or rank is not None):
+        raise ValueError("--keep and --rank belong to one encoding; name it, such as --to int4")
+    form = Form(to, keep, rank) if to else None
+    measured = ValidationRows(data, rows, labels=labels)
+    done = []
+    for one in shrink_experts(experts, measured, out, form, bound, progress=progress_bar("answering")):
+        _print(one, bound)
+        done.append(one)
+    kept = [one for one in done if one.chosen]
+    before, after = sum(one.before.bytes for one in kept), sum(one.chosen.bytes for one in kept if one.chosen)
+    if kept:
+        print(f"{counted(len(kept), 'expert')} in {out}: {bytes_text(after)} instead of {bytes_text(before)}")
+    if missed := [one.source.name for one in done if not one.chosen]:
+        names = ", ".join(missed)
+        raise ValueError(f"no smaller form of {names} keeps the loss within {bound:g}; allow more with --bound")
+
+
+def _print(one: Shrunk, bound: float) -> None:
+    table = table_of("form", "bytes", "loss")
+    table.add_row("as it was", bytes_text(one.before.bytes), f"{one.before.loss:.4f}")
+    for tried in one.tried:
+        mark = " (written)" if tried is one.chosen else ""
+        table.add_row(f"{tried.form}{mark}", bytes_text(tried.bytes), f"{tried.loss:.4f}")
+    print(f"{one.source.name}: loss on validation rows, at most {one.before.loss + bound:.4f}")
+    Console(markup=False, emoji=False).print(table)

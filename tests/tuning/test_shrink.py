@@ -1,0 +1,115 @@
+"""Each expert is written in the smallest form whose loss stays within the bound, and in no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from testbed.random_deltas import random_delta
+from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
+
+from modular_experts.deltas import BlockSparse, LowRank, Sparse
+from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.tuning.shrink import Form, forms_for, shrink
+
+
+@pytest.fixture(scope="module")
+def objective(tiny_llama_dir, task_files):
+    return objective_on(tiny_llama_dir, task_files, sharpness=20)
+
+
+@pytest.fixture
+def experts(objective, tmp_path):
+    """An expert of each form, trained on the first task."""
+    base = {"id": "base", "revision": None, "fingerprint": "f" * 64}
+    for number, deltas in enumerate(random_experts(objective)):
+        record = make_record("SparseExpert", base, tasks=["upper"])
+        write_expert(tmp_path / f"library/{number}", deltas.items(), record)
+    return [open_expert(tmp_path / f"library/{number}") for number in range(4)]
+
+
+def _loss(objective, expert) -> float:
+    return objective.losses_with({name: expert[name] for name in expert}, tasks=["upper"])["upper"]
+
+
+@pytest.mark.parametrize("bound", [1e-4, 1e-2, 10.0])
+def test_the_smallest_form_within_the_bound_is_written(objective, experts, tmp_path, bound) -> None:
+    before = state(objective.model)
+    done = list(shrink(experts, objective, tmp_path / "small", bound=bound))
+    assert same_bits(objective.model, before)
+    for one in done:
+        sizes = [tried.bytes for tried in one.tried]
+        assert sizes == sorted(sizes)
+        assert one.before.loss == pytest.approx(_loss(objective, one.source))
+        *missed, last = one.tried
+        assert all(tried.loss > one.before.loss + bound for tried in missed)
+        if one.chosen is None:
+            assert last.loss > one.before.loss + bound
+            assert not (tmp_path / "small" / one.source.name).exists()
+            continue
+        assert one.chosen is last
+        written = open_expert(tmp_path / "small" / one.source.name)
+        assert written.record["encoding"] == last.form.encoding
+        assert _loss(objective, written) == pytest.approx(last.loss, abs=1e-6)
+        assert last.loss <= one.before.loss + bound
+        assert sum(written.stored_bytes().values()) == last.bytes < one.before.bytes
+        assert written.record["parents"][0]["content_hash"] == one.source.content_hash
+    assert any(one.chosen for one in done)
+
+
+def test_one_form_alone_is_tried(objective, experts, tmp_path) -> None:
+    (one,) = shrink(experts[:1], objective, tmp_path / "small", Form("int4", keep=0.5), bound=10.0)
+    assert [tried.form for tried in one.tried] == [Form("int4", 0.5)]
+    name = NAMES[0]
+    own, kept = one.source[name], one.expert[name]
+    count = -(-own.support_size // 2)
+    largest = own.indices[own.values.abs().argsort(descending=True)[:count]].sort().values
+    assert torch.equal(kept.indices, largest)
+
+
+def test_a_low_rank_expert_keeps_its_strongest_directions() -> None:
+    delta = LowRank(torch.randn(30, 6), torch.randn(6, 20))
+    cut = Form(rank=2).cut(delta)
+    u, s, v = torch.linalg.svd(delta.dense().double())
+    torch.testing.assert_close(cut.dense().double(), (u[:, :2] * s[:2]) @ v[:2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(cut.up.norm(dim=0), cut.down.norm(dim=1))
+
+
+def test_the_largest_tiles_stay() -> None:
+    delta = random_delta("BlockSparse", (30, 30), 0, torch.float32, share=1.0, tile=(10, 10))
+    cut = Form(keep=0.4).cut(delta)
+    assert isinstance(cut, BlockSparse)
+    norms = delta.values.flatten(1).norm(dim=1)
+    assert cut.blocks.tolist() == sorted(norms.argsort(descending=True)[:4].tolist())
+
+
+def test_forms_follow_the_kind_of_expert() -> None:
+    lora = {"w": LowRank(torch.randn(30, 4), torch.randn(4, 20))}
+    assert {form.rank for form in forms_for(lora)} == {1, 2, None}
+    assert Form("sign", 0.5) in forms_for({"w": Sparse.zero((3, 3))})
+    assert all(form.keep == 1 for form in forms_for({"w": random_delta("Dense", (3, 3), 0)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"bound": -1.0}, "bound=-1.0 must be at least 0"),
+        ({"out": "library"}, "would be replaced by its shrunk form"),
+        ({"twice": True}, "two experts are called 0; shrink them into two libraries"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_measured(objective, experts, tmp_path, change, sentence) -> None:
+    chosen = experts[:1]
+    if change.get("twice"):
+        write_expert(tmp_path / "other/0", chosen[0], chosen[0].record)
+        chosen = [*chosen, open_expert(tmp_path / "other/0")]
+    change = {name: value for name, value in change.items() if name != "twice"}
+    out = tmp_path / change.pop("out", "small")
+    with pytest.raises(ValueError, match=sentence):
+        list(shrink(chosen, objective, out, **change))
+
+
+def test_an_expert_of_other_tasks_is_refused(objective, experts, tmp_path) -> None:
+    record = make_record("SparseExpert", {"id": "base", "fingerprint": "f" * 64}, tasks=["dates"])
+    write_expert(tmp_path / "library/other", [(NAMES[0], experts[0][NAMES[0]])], record)
+    with pytest.raises(ValueError, match="was trained on dates, and the data has upper, reverse"):
+        list(shrink([tmp_path / "library/other"], objective, tmp_path / "small"))
