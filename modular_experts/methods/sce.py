@@ -94,10 +94,13 @@ def _most_varied(deltas: Sequence[Delta], keep: float) -> Tensor:
         for entries in chunk:
             entries.add_to(mean)
         mean.div_(len(deltas))
-        for entries in chunk:  # the mean first, so that equal values have a variance of exactly zero
+        for entries in chunk:
             entries.add_to(square, (entries.values.double() - entries.of(mean)).square())
             entries.add_to(absent, torch.ones_like(entries.values), -1.0)
-        variance[slice(*chunk.span)] = square + absent * mean.square()
+        found = square + absent * mean.square()
+        # Equal values have a variance of zero, though rounding may move their mean.
+        least = len(deltas) * (torch.finfo(torch.float64).eps * mean).square()
+        variance[slice(*chunk.span)] = torch.where(found > least, found, 0.0)
     count = int(keep * int(variance.count_nonzero()) * (1 + 1e-12))
     selected = torch.zeros_like(variance, dtype=torch.bool)
     selected[top_k(variance, count).long()] = True

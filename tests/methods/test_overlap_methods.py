@@ -87,6 +87,13 @@ def test_sce_equals_the_formula(deltas, keep, scale):
     assert_entries(SCE(keep=keep, scale=scale).merge(deltas), sce(deltas, keep, 0.0, scale, positive=False))
 
 
+def test_sce_counts_equal_values_as_not_varying():
+    # (0.1 + 0.1 + 0.1) / 3 is not 0.1 in float64. Of the two entries that vary, half are one: the last.
+    rows = ([0.1, 0.1, 1.0, 2.0], [0.1, 0.1, 2.0, 5.0], [0.1, 0.1, 3.0, 8.0])
+    merged = SCE(keep=0.5).merge([Dense(torch.tensor([row], dtype=torch.float64)) for row in rows])
+    assert merged.dense().count_nonzero() == 1
+
+
 @given(deltas_of_one_weight(), st.sampled_from([1e-6, 1.0]), st.sampled_from([1.0, 1e-4]))
 def test_sce_of_mergekit_counts_small_experts_alike(deltas, floor, size):
     small = [delta * size for delta in deltas]
