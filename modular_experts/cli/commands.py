@@ -103,3 +103,46 @@ VERBS = {
     "completion": Command("help", "completion", "print what lets bash or zsh complete commands", ("shell",)),
     **dict(system_commands()),
 }
+
+# The texts of the options that most runs need, as `--help` shows them.
+OWN_OPTIONS = {
+    "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
+    "--overwrite": "Replace an expert.",
+    "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
+    "--dry-run": "Only print what it would do, and the time and memory.",
+}
+"""Options of `fit` that are arguments of no class, and their texts."""
+_PLACES = {
+    "--base PLACE": "Directory or hub id of the model.",
+    "--tasks FILE [FILE ...]": "Task files, such as a.jsonl b.csv; a task is named after its file.",
+}
+_EXPERT = {
+    "--expert TYPE": "SparseExpert, LoRAExpert, FullExpert, MaskedExpert, ..., or module.Class of yours; "
+    "--expert.NAME X is a setting of it, and --expert.help TYPE lists them.",
+    "--modules A [B ...]": "Layers with an expert: ends of names (q_proj), patterns, or all-linear.",
+}
+_TRAINING = {
+    "--steps N": "Optimizer steps; without a length, 3 epochs.",
+    "--learning_rate X": "Peak rate; each type of expert has its own default.",
+    "--batch_size N": "Rows of a training batch, all processes together. (default: 8)",
+}
+_APPLIED = {"--applied A [B ...]": "Experts to add to the base first; also --experts."}
+_RUN = {
+    "--ckpt_path FILE": "Checkpoint to go on from; settings that are given beat its own.",
+    "--seed_everything N": "Seed of all random numbers. (default: 0)",
+    "--trainer.NAME X": "Settings of the Trainer; --help-all lists them and all others.",
+}
+
+
+def help_texts(verb: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return the options of a command with their texts, by the title of their section, and its examples."""
+    line = f"modular-experts {verb} --base DIR --tasks a.jsonl"
+    if verb != "fit":
+        examples = [f"{line} --experts library/a", f"modular-experts {verb} --config configs/test.yaml"]
+        return {"required": _PLACES, "options": _APPLIED | _RUN}, examples
+    examples = [
+        f"{line} --expert SparseExpert --modules q_proj v_proj --steps 100 --out library/a",
+        "modular-experts fit --config configs/fit/sparse.yaml --steps 20",
+        "modular-experts fit --expert.help SparseExpert",
+    ]
+    return {"required": _PLACES | _EXPERT, "options": OWN_OPTIONS | _TRAINING | _APPLIED | _RUN}, examples

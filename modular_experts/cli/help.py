@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from modular_experts.cli.commands import VERBS, Command
+from modular_experts.cli.commands import VERBS, Command, help_texts
 from modular_experts.settings.read import arguments_of
 
 _ROOT = Path(__file__).parents[1]
@@ -24,33 +24,6 @@ _METAVARS = {"bool": "", "int": " N", "float": " X", "DType": " DTYPE"}
 _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 # An argument in a docstring, with its type or without, and the lines of its text.
 _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
-OWN_OPTIONS = {
-    "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
-    "--overwrite": "Replace an expert.",
-    "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
-    "--dry-run": "Only print what it would do, and the time and memory.",
-}
-"""Options of `fit` that are arguments of no class, and their texts."""
-_PLACES = {
-    "--base PLACE": "Directory or hub id of the model.",
-    "--tasks FILE [FILE ...]": "Task files, such as a.jsonl b.csv; a task is named after its file.",
-}
-_EXPERT = {
-    "--expert TYPE": "SparseExpert, LoRAExpert, FullExpert, MaskedExpert, ..., or module.Class of yours; "
-    "--expert.NAME X is a setting of it, and --expert.help TYPE lists them.",
-    "--modules A [B ...]": "Layers with an expert: ends of names (q_proj), patterns, or all-linear.",
-}
-_TRAINING = {
-    "--steps N": "Optimizer steps; without a length, 3 epochs.",
-    "--learning_rate X": "Peak rate; each type of expert has its own default.",
-    "--batch_size N": "Rows of a training batch, all processes together. (default: 8)",
-}
-_APPLIED = {"--applied A [B ...]": "Experts to add to the base first; also --experts."}
-_RUN = {
-    "--ckpt_path FILE": "Checkpoint to go on from; settings that are given beat its own.",
-    "--seed_everything N": "Seed of all random numbers. (default: 0)",
-    "--trainer.NAME X": "Settings of the Trainer; --help-all lists them and all others.",
-}
 _EVERYWHERE = {
     "--trust A [B ...]": "Your modules, whose classes records may name.",
     "--config FILE": "YAML file with options; of several, the last wins.",
@@ -128,7 +101,8 @@ def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, st
 def command_help(verb: str, command: Command, whole: bool) -> str:
     """Return the help of a command."""
     if not command.function:
-        return _training_help(verb, command.summary)
+        summary, (sections, examples) = command.summary, help_texts(verb)
+        return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], {**sections, "": _EVERYWHERE}, examples)
     source = _read_source(f"{command.path}.py", command.function, whole)
     usage = []
     for option in source.required:
@@ -140,20 +114,6 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
     # At first only a paragraph that answers a question is needed beside the first one.
     paragraphs = [first, *(one for one in others if whole or "?" in one)]
     return _screen(" ".join([verb, *usage]), paragraphs, sections, examples if whole else examples[:2])
-
-
-def _training_help(verb: str, summary: str) -> str:
-    line = f"modular-experts {verb} --base DIR --tasks a.jsonl"
-    sections = {"required": _PLACES, "options": _APPLIED, "": _RUN | _EVERYWHERE}
-    examples = [f"{line} --experts library/a", f"modular-experts {verb} --config configs/test.yaml"]
-    if verb == "fit":
-        sections |= {"required": _PLACES | _EXPERT, "options": OWN_OPTIONS | _TRAINING | _APPLIED}
-        examples = [
-            f"{line} --expert SparseExpert --modules q_proj v_proj --steps 100 --out library/a",
-            "modular-experts fit --config configs/fit/sparse.yaml --steps 20",
-            "modular-experts fit --expert.help SparseExpert",
-        ]
-    return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], sections, examples)
 
 
 def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:

@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.cli.help import OWN_OPTIONS
+from modular_experts.cli.commands import OWN_OPTIONS
 from modular_experts.data import TaskMixture
 from modular_experts.settings import SHORT_NAMES
 from modular_experts.settings.read import arguments_of, kinds_of

@@ -88,7 +88,7 @@ def test_sce_equals_the_formula(deltas, keep, scale):
 
 
 def test_sce_counts_equal_values_as_not_varying():
-    # (0.1 + 0.1 + 0.1) / 3 is not 0.1 in float64. Of the two entries that vary, half are one: the last.
+    # (0.1 + 0.1 + 0.1) / 3 is not 0.1 in float64. Two entries vary, and half of them stays: the last.
     rows = ([0.1, 0.1, 1.0, 2.0], [0.1, 0.1, 2.0, 5.0], [0.1, 0.1, 3.0, 8.0])
     merged = SCE(keep=0.5).merge([Dense(torch.tensor([row], dtype=torch.float64)) for row in rows])
     assert merged.dense().count_nonzero() == 1
