@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import Progress, TimeElapsedColumn
 
 from modular_experts.base import DType
@@ -13,7 +14,7 @@ from modular_experts.cli.format import open_page, progress_by_tenths, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
-from modular_experts.evaluation.compare import REPORT, RESULTS
+from modular_experts.evaluation.compare import REPORT, RESULTS, every_task
 from modular_experts.interop.harness import Measuring
 from modular_experts.interop.harness import harness as measure_by_harness
 from modular_experts.settings import Options, UsageError
@@ -94,7 +95,12 @@ def evaluate(
         found = evaluate_experts(
             base, mixes, data, reading.max_new_tokens, reading.dtype, out=out, overwrite=overwrite, progress=show
         )
-    Console(width=80).print(found.table())
+    console = Console(width=80)
+    console.print(found.table())
+    if len(mixes) > 1 and len(found.values("task")) > 1:
+        table = every_task(found).text()
+        if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
+            console.print("", table)
     print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")
     if open:
         open_page(Path(out, REPORT))

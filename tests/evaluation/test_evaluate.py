@@ -129,6 +129,9 @@ def test_the_command_prints_a_table_and_writes_results_and_a_page(compare) -> No
     for model in ("base", "a", "twice"):
         loss = results.mean("loss", model=model, role="held_in")
         assert [model, "held-in", "12", f"{loss:.3f}"] in [line[:4] for line in lines]
+    for task in ("upper", "reverse", "first"):
+        values = [results.mean("exact_match", task=task, model=model) for model in results.values("model")]
+        assert [task, *[f"{100 * value:.1f}" for value in values]] in lines
     assert max(map(len, out.splitlines())) <= 80
     assert "the page is cmp/report.html" in out
     assert "measuring base: 0 of 54 rows" in err

@@ -179,7 +179,7 @@ def test_the_command_shows_models_side_by_side(place, tmp_path, run, monkeypatch
     assert out.startswith("measuring base, 1 of 2\nmeasuring a, 2 of 2\n")
     found = Results.read(tmp_path / "o" / "results.json")
     values = [found.mean("choice_accuracy", model=model) for model in ("base", "a")]
-    line = next(line for line in out.splitlines() if line.startswith("turn choice_accuracy"))
+    line = next(line for line in out.splitlines() if line.strip().startswith("turn choice_accuracy"))
     assert line.split()[2:] == [f"{value:.4f}" for value in values]
 
 
