@@ -10,7 +10,8 @@ from html import escape
 from modular_experts.reports.tables import percent
 
 ROW, GAP, HEAD = 18, 10, 58  # pixels of a row, between groups, and of a panel's title and references
-NAMES, NUMBERS = 148.0, 66.0  # pixels beside a panel, for the names of rows and for their values
+NAMES, NUMBERS = 148.0, 66.0  # pixels beside a panel, for the names of rows, at least, and for their values
+LETTER = 7.0  # pixels of a letter of a long name
 
 # A page sets the colours itself.
 LIGHT = "--paper: #ffffff; --ink: #1f2328; --quiet: #59636e; --reference: #8c959f; --rule: #e1e4e8; --accent: #0072b2; "
@@ -48,7 +49,7 @@ class Panel:
     def height(self) -> int:
         return HEAD + sum(ROW * len(group) + GAP for group in self.groups) + 24
 
-    def draw(self, left: float, top: float, width: float, named: bool) -> list[str]:
+    def draw(self, left: float, top: float, width: float, names: float) -> list[str]:
         def x(value: float) -> float:
             return round(left + width * value, 1)
 
@@ -66,7 +67,7 @@ class Panel:
         y = first + ROW / 2 + 2
         for group in self.groups:
             for row in group:
-                found += [_text(left - NAMES + 4, y + 4, row.name, "strong" * row.head)] * named
+                found += [_text(left - names + 4, y + 4, row.name, "strong" * row.head)] * bool(names)
                 found += _marks(row, x, y) if row.value is not None else []
                 found += [_text(x(1) + 8, y + 4, percent(row.value))] if row.value is not None else []
                 y += ROW
@@ -91,9 +92,11 @@ def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark:
     top = 22 + 20 * len(lines)
     found += [_text(4, top + 16 * number, line, "quiet") for number, line in enumerate(keys)]
     top += 16 * len(keys) + 12
-    room, left = (width - NAMES - NUMBERS * (len(panels) if wide else 1)) / (len(panels) if wide else 1), NAMES
+    longest = max((len(row.name) for panel in panels for group in panel.groups for row in group), default=0)
+    names = left = max(NAMES, LETTER * longest)
+    room = (width - names - NUMBERS * (len(panels) if wide else 1)) / (len(panels) if wide else 1)
     for number, panel in enumerate(panels):
-        found += panel.draw(left, top, room, named=not (wide and number))
+        found += panel.draw(left, top, room, 0 if wide and number else names)
         left, top = (left + room + NUMBERS, top) if wide else (left, top + panel.height + 16)
     height = top + (panels[0].height if wide else 0)
     colours = "" if dark is None else f".dots {{ {DARK if dark else LIGHT}}}"

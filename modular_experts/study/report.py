@@ -113,7 +113,7 @@ def _lines_of(merges: Sequence[Mapping[str, Any]], values: Mapping[str, float | 
     plain = {json.dumps(one["method"]): one["name"] for one in merges if "method" in one and one["tune"] is None}
     tuned = {one["name"]: plain.get(json.dumps(one["method"])) for one in merges if one.get("tune") is not None}
     return [
-        Row(name.removesuffix(" tuned"), value, values.get(tuned.get(name) or ""))
+        Row(name.removesuffix(" tuned") if tuned.get(name) else name, value, values.get(tuned.get(name) or ""))
         for name, value in values.items()
         if value is not None and name not in tuned.values()
     ]
