@@ -181,8 +181,7 @@ def merge(
     expert for the task of each expert, `<out>-<name>`.
 
     Args:
-        experts: Directories of experts, opened experts, or task vectors such as `0.5 * a + b`. A routed expert with
-            constant gates counts as the weighted sum that it is.
+        experts: Directories of experts, opened experts, or task vectors such as `0.5 * a + b`.
         method: What merges the deltas of one weight, or its name for its default settings.
         out: Directory of the merged expert. `Merged` is the same merge without one.
         overwrite: Whether an existing expert may be replaced.
