@@ -138,7 +138,8 @@ class TaskMixture(LightningDataModule, DataSource):
     def only(self, names: Sequence[str]) -> Self:
         """Return the mixture of some of the tasks, in the given order.
 
-        Either mixture takes what the other has read and tokenised, so change no setting such as `eval_limit` in one.
+        Both mixtures share the rows that either has read and tokenised, so change no setting of one, such as
+        `eval_limit`.
         """
         by_name = {task.name: task for task in self.tasks}
         found = copy.copy(self)
@@ -229,11 +230,10 @@ class TaskMixture(LightningDataModule, DataSource):
     def input_examples(self, splits: Sequence[str]) -> dict[str, list[Example]]:
         """Return rows of each held-in task as inputs without targets or choices; rows need no target.
 
-        One with neither target nor split counts as a validation row. The text of a target that is there stays in the
-        example, so that it can be compared with an answer.
+        One with neither target nor split counts as a validation row.
         """
-        which, kept, asked = " or ".join(splits), dict[str, list[Row]](), dict[str, list[Row]]()
-        kind, problems = f"inputs of {which}", list[str]()
+        which, asked, problems = " or ".join(splits), dict[str, list[Row]](), list[str]()
+        kind = f"inputs of {which}"
         for task in (task for task in self.tasks if task.held_in):
             rows: list[Row] = []
             if task.name not in self._examples.get(kind, {}):
@@ -243,18 +243,12 @@ class TaskMixture(LightningDataModule, DataSource):
                 rows = [row for row in self._divided(task, rows) if row.split in splits]
                 if not (rows or bad):
                     raise ValueError(f"task {task.name!r} has no {which} rows; give some rows the split {splits[-1]!r}")
-            kept[task.name] = spread_evenly(rows, self.eval_limit or len(rows))
             asked[task.name] = [
                 replace(row, target=None, choices=(), messages=row.messages[:-1] if row.target else row.messages)
-                for row in kept[task.name]
+                for row in spread_evenly(rows, self.eval_limit or len(rows))
             ]
         raise_for_bad_rows(problems)
-        known = self._tokenised(kind, asked)
-        for name, rows in kept.items():
-            if rows:
-                pairs = zip(known[name], rows, strict=True)
-                known[name][:] = [replace(example, target=row.target) for example, row in pairs]
-        return known
+        return self._tokenised(kind, asked)
 
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the epoch of `loader.sampler.set_epoch`, in an order that only seeds change."""
@@ -286,14 +280,14 @@ class TaskMixture(LightningDataModule, DataSource):
     def _training_collator(self) -> Collator:
         return Collator(self._row_tokenizer().pad_id, False, self.max_length if self.packed else None)
 
-    def padding(self, batches: int = 1000) -> float:
-        """Return the share of padding among the tokens of the first training batches of this process."""
+    def padding(self) -> float:
+        """Return the share of padding among the tokens of the first thousand training batches of this process."""
         (rank, processes), examples = self._place(), self._split("train")
         order = epoch_order({name: len(rows) for name, rows in examples.items()}, self.counts, self.seed, 0)
         known = [len(row.tokens.ids) for rows in examples.values() for row in rows]
         lengths = [known[row] for row in order.tolist()[rank::processes]]
         size, tokens, read = max(1, self.batch_size // processes), 0, 0
-        for first in range(0, min(len(lengths), size * batches), size):
+        for first in range(0, min(len(lengths), size * 1000), size):
             batch = lengths[first : first + size]
             divided = packs(batch, self.max_length) if self.packed else [[row] for row in range(len(batch))]
             tokens += sum(batch)

@@ -219,7 +219,6 @@ def test_tasks_of_one_hub_dataset_open_it_once(monkeypatch: pytest.MonkeyPatch, 
         {"name": name, "hub": "some/table-of-tasks", "columns": COLUMNS, "where": {"task": name}} for name in "abc"
     ]
     mixture = TaskMixture(tasks, tokenizer=str(tiny_llama_dir), validation_ratio=0, test_ratio=0)
-    mixture.prepare_data()
     mixture.setup("fit")
     assert mixture.counts == {"a": 3, "b": 3, "c": 3}
     assert opened == [("some/table-of-tasks", None, None)]
