@@ -110,7 +110,7 @@ def inject(
                 f"{site.weight} is the same tensor as {other} (tied); an expert would move both: leave {site.name} "
                 f"out, with all-linear or, for example, (?!{re.escape(site.name)}$).*"
             )
-    there = named_experts(model)
+    there = dict(named_experts(model))
     if not there:
         model.requires_grad_(False)
     steps = [(name, partial(_attach, model.get_submodule(name), factory)) for name, factory in others.items()]
@@ -121,7 +121,7 @@ def inject(
         trust(type(experts))
         plan = {"class": short_name(type(experts)), "settings": settings(experts)}
     for name, step in steps:
-        if name in dict(there):
+        if name in there:
             continue
         try:
             made: Any = step()
