@@ -20,7 +20,7 @@ from modular_experts.injection.routed import Injected
 from modular_experts.injection.save import describe_experts
 from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
-from modular_experts.library.compatibility import open_parents
+from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.methods import MergeMethod
 from modular_experts.progress import Progress
 from modular_experts.systems.evolution import Choice, Evolution, Genes
@@ -97,6 +97,7 @@ class PathSearch(Evolution, SearchAlgorithm):
                 "--expert GLoRAExpert and the callback RandomPaths"
             )
         parents = open_parents(opened)
+        check_mergeable(parents)
         objective = objective_on_base([opened, *parents], rows)
         with ExitStack() as meanwhile:
             meanwhile.enter_context(applied(objective.model, parents, check=False))
