@@ -74,7 +74,10 @@ class ExportExpert(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; raise if the module cannot be exported or the target cannot be written."""
         if not isinstance(pl_module, ExportedModule):
-            raise TypeError(f"ExportExpert cannot export {type(pl_module).__name__}, which is no ExportedModule")
+            raise TypeError(
+                f"ExportExpert cannot export {type(pl_module).__name__}, which is no ExportedModule; give it the "
+                "methods task_vector and record_facts"
+            )
         if stage == "fit":
             self._start_afresh()
             check_target(self.target, self.overwrite)

@@ -126,8 +126,8 @@ class TaskGate(ModuleExpert):
         tasks = data.input_examples(["train"])
         if len(tasks) != self.experts:
             raise ValueError(
-                f"LoRAIR has experts={self.experts}, at least 2, and the data have {len(tasks)} held-in tasks; give "
-                "as many experts as tasks"
+                f"LoRAIR has experts={self.experts}, and the data have {len(tasks)} held-in tasks; give as many "
+                "experts as tasks, at least 2"
             )
         self.router.learn([], self._vectors(module.model, tasks, data, parts=True))
         sentence = f"the router learned {len(tasks)} tasks"
