@@ -284,7 +284,7 @@ class MaskSchedule(Schedule):
 
 
 def _settled(layers: Layers) -> list[str]:
-    """Return the weights whose experts have moved, on a support of their own: a dense start is over, or had none."""
+    """Return the weights whose experts have moved, on a support of their own, so not those in a dense start."""
     chosen = {
         name: layer.expert
         for name, layer in layers.items()

@@ -55,7 +55,7 @@ there when the experts of linear layers are made."""
 class LayerPlan(ABC):
     """A plan that is made of settings, so that a configuration can name it: `experts: {class_path: ...}`.
 
-    A subclass keeps each argument of its `__init__` as an attribute of the same name, in plain values, of which the
+    A subclass keeps each argument of its `__init__` as an attribute of the same name, in plain values, from which the
     library makes the plan again.
     """
 

@@ -1,4 +1,4 @@
-"""Routers that read no input: weights that somebody gives, and what a router that is always right would do."""
+"""Routers that read no input: `Constant` has weights that you give, and `Oracle` knows the task of each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modular_experts.routing.router import Router, Scope
 
 
 class Constant(Router):
-    """All experts, with weights that depend on no input: what it adds is the weighted sum of their deltas.
+    """All experts, with weights that depend on no input, so that it adds the weighted sum of their deltas.
 
     Args:
         weights: Weight of each expert, in their order; equal shares of 1 if not given.

@@ -1,4 +1,4 @@
-"""Schedules that train a part of the experts of one type in each step: those experts, and gradients of the others."""
+"""Find the experts that a schedule trains, and give those that a step leaves out gradients of zero."""
 
 from __future__ import annotations
 

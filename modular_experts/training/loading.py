@@ -53,14 +53,14 @@ def check_given(model: nn.Module, base: Base, trains: bool) -> None:
 
 
 def open_applied(names: Sequence[str], trains: bool) -> list[StoredExpert]:
-    """Open the experts that are added to a base; if it `trains`, refuse all but deltas and routed experts."""
+    """Open the experts that are added to a base; a training on top of them takes deltas and routed experts only."""
     applied = open_experts(names, mergeable=False) if names else []
     check_mergeable([expert for expert in applied if trains and not expert.is_routed])
     return applied
 
 
 def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool) -> None:
-    """Add stored experts to a model, freeze all of it, and if it `trains`, leave its layers free for new experts."""
+    """Add stored experts to a model and freeze all of it; a training finds its layers free for new experts."""
     if all(expert.mergeable for expert in applied):
         apply_deltas(model, applied)
     else:

@@ -181,7 +181,6 @@ def _made(
     removable: Removable, reduction: Reduction, texts: dict[str, Tensor], trials: Path, progress: Progress
 ) -> tuple[Any, Kept, Any]:
     """Return the smaller model, the parts that stay, and the fields of `Compressed` but the last."""
-
     depth = removable.blocks
 
     def stage(what: str, before: int) -> Callable[[int], None]:

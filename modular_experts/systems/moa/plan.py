@@ -232,7 +232,7 @@ class ParallelAdapter(ModuleExpert):
 class PromptAttention(ModuleExpert):
     """Lets each token also attend to trained prompts, by a second softmax, times gates of the heads and the block.
 
-    The prompts' keys and values are made by the base's own weights. The find of a head is added to its output, before
+    The prompts' keys and values are made by the base's own weights. Each head adds its result to its output, before
     the layer that joins the heads. The gates of heads `tanh(a)` start at zero (LLaMA-Adapter, arXiv 2303.16199); the
     last gate of the block is for the prompts.
     """
