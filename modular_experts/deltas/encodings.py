@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The eight bits of each byte, a byte each, in one int64: a plane is unpacked by one look-up for eight codes.
 _BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
-_BITS = _BITS.view(torch.int64).view(-1)
+EIGHT_BITS = _BITS.view(torch.int64).view(-1)
+"""The eight bits of each byte, a byte each, in one int64: one look-up unpacks eight bits."""
 _ROUNDS = 8  # of k-means; each row of a few hundred values has settled before
 
 
@@ -118,7 +118,7 @@ def from_planes(planes: Tensor, count: int) -> Tensor:
     """Return the codes `(count,)` uint8 of planes."""
     eights = torch.zeros(planes.shape[1], dtype=torch.int64)
     for bit, plane in enumerate(planes.unbind(0)):
-        eights |= _BITS[plane.int()] << bit
+        eights |= EIGHT_BITS[plane.int()] << bit
     return eights.view(torch.uint8)[:count]
 
 

@@ -277,13 +277,14 @@ def write_expert(
         ValueError: A name comes twice, a value is not finite, or there is neither a delta nor a state.
     """
     target = check_target(path, overwrite)
-    record = {name: value for name, value in record.items() if name != "files"} | {"format": FORMAT}
+    record = {name: value for name, value in record.items() if name not in ("files", "encoding")}
+    record["format"] = FORMAT
     if state:
         form = FORMAT_ROUTED if record["kind"] == ROUTED else FORMAT_WITH_STATE
         record |= {"format": form, "files": [STATE_FILE]}
     if encoding != "float32":
         check_encoding(encoding)
-        record |= {"format": FORMAT_ENCODED, "files": [DELTA_FILE, STATE_FILE] if state else [DELTA_FILE]}
+        record |= {"format": FORMAT_ENCODED, "files": [STATE_FILE] if state else [DELTA_FILE]}
         record["encoding"] = encoding
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")

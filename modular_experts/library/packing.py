@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
+from modular_experts.deltas.encodings import EIGHT_BITS, to_planes
 from modular_experts.deltas.encodings import ENCODINGS as VALUE_ENCODINGS
 from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.encoded import StoredValues
@@ -26,9 +27,6 @@ ENCODINGS = ("gaps", "mask")
 FURTHEST = 255
 """The largest distance that one byte of gaps holds."""
 _PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numbers stay in the processor's cache
-# The eight bits of each byte, a byte each, packed into one int64: a mask is unpacked by one look-up per byte.
-_BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
-_BITS = _BITS.view(torch.int64).view(-1)
 # The tensors of each form beside the kept numbers, and the name of these where they are stored as they are.
 _FORMS = {"Dense": ("dense",), "LowRank": ("up", "down"), "Sparse": ("values",), "BlockSparse": ("values",)}
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
@@ -177,10 +175,7 @@ def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
     if shortest == "mask":
         bits = torch.zeros(8 * size["mask"], dtype=torch.uint8, device=numbers.device)
         bits[numbers] = 1
-        mask = bits.new_zeros(size["mask"])
-        for place, column in enumerate(bits.view(-1, 8).unbind(1)):
-            mask |= column << place
-        return {"mask": mask}
+        return {"mask": to_planes(bits, 1)[0]}
     return {plain: numbers}
 
 
@@ -230,7 +225,7 @@ def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
     wide = torch.int32 if 8 * mask.numel() < 2**31 else torch.int64
     numbers, found = torch.empty(count, dtype=wide, device=mask.device), 0
     for part, eights in enumerate(mask.split(_PART)):
-        bits = _BITS[eights.int()].view(torch.bool)
+        bits = EIGHT_BITS[eights.int()].view(torch.bool)
         here = torch.from_numpy(bits.numpy().nonzero()[0])  # three times as fast as torch's own
         if found + here.numel() > count:
             return numbers, None

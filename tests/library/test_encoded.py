@@ -95,6 +95,25 @@ def test_other_encodings_are_other_experts(tmp_path):
     assert len(hashes) == len(VALUE_TYPES)
 
 
+def test_a_copy_in_float32_is_no_encoded_expert(tmp_path):
+    expert, _ = _written(tmp_path / "x", "int4")
+    write_expert(tmp_path / "y", expert, expert.record)
+    copy = open_expert(tmp_path / "y")
+    assert "encoding" not in copy.record
+    assert copy.record["format"] == "modular-experts/1"
+    assert all(torch.equal(copy[name].dense(), expert[name].dense()) for name in expert)
+
+
+@pytest.mark.parametrize("form", ["Sparse", None])
+def test_a_state_lies_beside_encoded_values(tmp_path, form):
+    deltas = {} if form is None else {"w.weight": random_delta(form, (30, 20), 0)}
+    write_expert(tmp_path / "x", deltas, RECORD, state={"w.weight/cores": torch.ones(3)}, encoding="int4")
+    expert = open_expert(tmp_path / "x")
+    expert.verify()
+    assert list(expert) == list(deltas)
+    assert expert.state()["w.weight/cores"].tolist() == [1, 1, 1]
+
+
 def test_a_misspelt_encoding_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"not as 'int5'; did you mean int"):
         _written(tmp_path / "x", "int5")
