@@ -7,40 +7,37 @@ from typing import Literal
 from rich.console import Console
 
 from modular_experts.cli.format import counted, progress_bar, table_of
-from modular_experts.data import TaskMixture
 from modular_experts.text import bytes_text
 from modular_experts.tuning.objective import ValidationRows
-from modular_experts.tuning.shrink import BOUND, Form, Shrunk
+from modular_experts.tuning.shrink import Form, Shrunk
 from modular_experts.tuning.shrink import shrink as shrink_experts
 
 
 def shrink(
     experts: list[str],
-    data: TaskMixture,
+    measured: ValidationRows,
     out: str,
     to: Literal["bfloat16", "int8", "int4", "magnitudes4", "magnitudes2", "sign"] | None = None,
     keep: float = 1.0,
     rank: int | None = None,
-    bound: float = BOUND,
-    rows: int = 64,
-    labels: Literal["rows", "experts"] = "rows",
+    bound: float = 0.01,
+    overwrite: bool = False,
 ) -> None:
     """Store each expert in the fewest bytes that keep its loss, in another library.
 
-    Forms are measured from the smallest upwards: values in few bits, for a low-rank expert after a cut to fewer
-    directions, for a sparse one perhaps without its smaller entries. The first whose loss on the expert's tasks rises
-    by at most the bound is written. An expert without such a form is not written.
+    The command measures forms from the smallest upwards: values in few bits, for a low-rank expert after a cut to fewer
+    directions, for a sparse one perhaps without its smaller entries. It writes the first whose loss on the expert's
+    tasks rises by at most the bound, and no expert where there is none.
 
     Args:
         experts: Directories of the experts.
-        data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
+        measured: The rows on which the loss is measured.
         out: The library of the shrunk experts, which keep their names.
         to: The one encoding that is tried; by default all that fit the expert.
         keep: With `to`, the share of the entries or tiles that stay, the largest ones.
         rank: With `to`, the most directions of a low-rank expert.
         bound: How much the loss may rise, in nats a target token.
-        rows: The most validation rows of one task.
-        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+        overwrite: Replace experts in `out`.
 
     Examples:
         modular-experts shrink --experts library/a library/b --out small --data.tasks a.jsonl b.jsonl
@@ -48,10 +45,8 @@ def shrink(
     """
     if to is None and (keep != 1 or rank is not None):
         raise ValueError("--keep and --rank belong to one encoding; name it, such as --to int4")
-    form = Form(to, keep, rank) if to else None
-    measured = ValidationRows(data, rows, labels=labels)
-    done = []
-    for one in shrink_experts(experts, measured, out, form, bound, progress=progress_bar("answering")):
+    form, done = Form(to, keep, rank) if to else None, []
+    for one in shrink_experts(experts, measured, out, form, bound, overwrite, progress_bar("shrinking")):
         _print(one, bound)
         done.append(one)
     kept = [one for one in done if one.chosen]

@@ -11,19 +11,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from modular_experts.data import TaskMixture
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
-from modular_experts.library import StoredExpert, as_parents, check_target, open_expert, open_experts, write_expert
+from modular_experts.library import StoredExpert, check_target, make_record, open_expert, open_experts, write_expert
 from modular_experts.library.encoded import check_encoding
 from modular_experts.library.packing import pack, packed_bytes, unpack
 from modular_experts.masks import top_k
 from modular_experts.progress import Progress
 from modular_experts.tuning.objective import Objective, ValidationRows, mean_loss, objective_on_base
 
-BOUND = 0.01
-"""How much the loss may rise, in nats a target token."""
 RANKS = (1, 2, 4, 8, 16, 32)
 """The numbers of directions to which low-rank deltas are cut, if they have more."""
 
@@ -125,7 +124,7 @@ def shrink(
     data: ValidationRows | TaskMixture | Objective,
     out: str | Path,
     to: Form | None = None,
-    bound: float = BOUND,
+    bound: float = 0.01,
     overwrite: bool = False,
     progress: Progress = iter,
 ) -> Iterator[Shrunk]:
@@ -145,7 +144,8 @@ def shrink(
 
     Raises:
         FileExistsError: An expert would be replaced; nothing has been read yet.
-        ValueError: An expert is not mergeable, none of the data's tasks is an expert's, or two experts have one name.
+        ValueError: An expert is not mergeable, the data has none of its tasks, its loss is not finite, or two experts
+            have one name.
     """
     opened = open_experts(experts)
     _check(opened, Path(out), bound, overwrite)
@@ -155,7 +155,7 @@ def shrink(
             tasks, known = ", ".join(expert.record["tasks"]), ", ".join(objective.batches)
             raise ValueError(f"{expert.path} was trained on {tasks}, and the data has {known}; add its task")
     for expert in opened:
-        yield _shrunk(expert, objective, Path(out) / expert.name, to, bound, overwrite)
+        yield _shrunk(expert, objective, Path(out) / expert.name, to, bound, overwrite, progress)
 
 
 def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: bool) -> None:
@@ -164,7 +164,7 @@ def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: b
     names = [expert.name for expert in opened]
     for expert in opened:
         if expert.not_mergeable_because:
-            raise ValueError(f"{expert.path} cannot be shrunk: {expert.not_mergeable_because}")
+            raise ValueError(f"{expert.path} cannot be shrunk, because {expert.not_mergeable_because}")
         if names.count(expert.name) > 1:
             raise ValueError(f"two experts are called {expert.name}; shrink them into two libraries")
         if (out / expert.name).resolve() == expert.path.resolve():
@@ -173,22 +173,42 @@ def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: b
 
 
 def _shrunk(
-    expert: StoredExpert, objective: Objective, target: Path, to: Form | None, bound: float, overwrite: bool
+    expert: StoredExpert,
+    objective: Objective,
+    target: Path,
+    to: Form | None,
+    bound: float,
+    overwrite: bool,
+    progress: Progress,
 ) -> Shrunk:
     tasks = [task for task in expert.record["tasks"] if task in objective.batches]
     deltas = {name: expert[name] for name in expert}
     loss = mean_loss(objective.losses_with(deltas, tasks=tasks))
+    if loss == math.inf:
+        raise ValueError(f"{expert.path} has no finite loss on {', '.join(tasks)}, so no form of it can be judged")
     before = Measured(Form(), sum(expert.stored_bytes().values()), loss)
-    sizes = {}
-    for form in [to] if to else forms_for(deltas):
-        sizes[form] = sum(packed_bytes(form.cut(delta), form.encoding) for delta in deltas.values())
+    sizes = {
+        form: sum(packed_bytes(form.cut(delta), form.encoding) for delta in deltas.values())
+        for form in ([to] if to else forms_for(deltas))
+    }
+    forms = {str(form): form for form in sorted(sizes, key=sizes.__getitem__) if sizes[form] < before.bytes}
     tried = []
-    for form in sorted(sizes, key=sizes.__getitem__):
-        stored = {name: form.stored(delta) for name, delta in deltas.items()}
-        tried.append(Measured(form, sizes[form], mean_loss(objective.losses_with(stored, tasks=tasks))))
-        if sizes[form] < before.bytes and tried[-1].loss <= loss + bound:
+    for name in progress(list(forms)):
+        form = forms[name]
+        losses = objective.losses_with({name: form.stored(delta) for name, delta in deltas.items()}, tasks=tasks)
+        tried.append(Measured(form, sizes[form], mean_loss(losses)))
+        if tried[-1].loss <= loss + bound:
             cut = ((name, form.cut(delta)) for name, delta in deltas.items())
-            record = {**expert.record, "parents": as_parents([expert])}
-            write_expert(target, cut, record, overwrite, encoding=form.encoding)
+            write_expert(target, cut, _record(expert, form, losses), overwrite, encoding=form.encoding)
             return Shrunk(expert, before, tried, tried[-1], open_expert(target))
     return Shrunk(expert, before, tried)
+
+
+def _record(expert: StoredExpert, form: Form, losses: Mapping[str, float]) -> dict[str, Any]:
+    """Return the record of the shrunk expert: how it was trained stays, and its scores are its own."""
+    old = expert.record
+    kept = {name: old.get(name) for name in ("hyperparameters", "method", "per_weight", "costs", "seed", "training")}
+    scores = {"val_loss": mean_loss(losses), **{f"val_loss/{task}": loss for task, loss in losses.items()}}
+    record = make_record(old["kind"], old["base"], old["tasks"], old["parents"], scores=scores, **kept)
+    origin = {"id": expert.name, "format": f"shrunk to {form}", "content_hash": expert.content_hash}
+    return record | {"source": origin}

@@ -28,7 +28,13 @@ def test_an_expert_is_written_smaller(run, tasks) -> None:
     assert "sign, 50% of the entries (written)" in out
     assert after.record["encoding"] == "sign"
     assert sum(after.stored_bytes().values()) < 0.4 * sum(before.stored_bytes().values())
-    assert after.record["parents"][0]["name"] == "a"
+    assert after.record["source"] == {
+        "id": "a",
+        "format": "shrunk to sign, 50% of the entries",
+        "content_hash": before.content_hash,
+    }
+    assert run("shrink", "--experts", "library/a", "--out", "small", "--data.tasks", tasks)[0] == 1
+    assert run("shrink", "--experts", "library/a", "--out", "small", "--overwrite", "--data.tasks", tasks)[0] == 0
 
 
 def test_one_encoding_is_tried_if_it_is_named(run, tasks) -> None:

@@ -7,7 +7,7 @@ import torch
 from testbed.random_deltas import random_delta
 from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
 
-from modular_experts.deltas import BlockSparse, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.tuning.shrink import Form, forms_for, shrink
 
@@ -42,6 +42,7 @@ def test_the_smallest_form_within_the_bound_is_written(objective, experts, tmp_p
         assert one.before.loss == pytest.approx(_loss(objective, one.source))
         *missed, last = one.tried
         assert all(tried.loss > one.before.loss + bound for tried in missed)
+        assert last.bytes < one.before.bytes
         if one.chosen is None:
             assert last.loss > one.before.loss + bound
             assert not (tmp_path / "small" / one.source.name).exists()
@@ -52,7 +53,9 @@ def test_the_smallest_form_within_the_bound_is_written(objective, experts, tmp_p
         assert _loss(objective, written) == pytest.approx(last.loss, abs=1e-6)
         assert last.loss <= one.before.loss + bound
         assert sum(written.stored_bytes().values()) == last.bytes < one.before.bytes
-        assert written.record["parents"][0]["content_hash"] == one.source.content_hash
+        assert written.record["source"]["content_hash"] == one.source.content_hash
+        assert written.record["scores"] == {"val_loss": last.loss, "val_loss/upper": last.loss}
+        assert written.record["parents"] == one.source.record["parents"]
     assert any(one.chosen for one in done)
 
 
@@ -106,6 +109,13 @@ def test_mistakes_are_refused_before_anything_is_measured(objective, experts, tm
     out = tmp_path / change.pop("out", "small")
     with pytest.raises(ValueError, match=sentence):
         list(shrink(chosen, objective, out, **change))
+
+
+def test_an_expert_without_a_finite_loss_is_not_judged(objective, experts, tmp_path) -> None:
+    huge = {"lm_head.weight": Dense(torch.full(objective.model.lm_head.weight.shape, 3e38))}
+    write_expert(tmp_path / "library/huge", huge, experts[0].record)
+    with pytest.raises(ValueError, match="huge has no finite loss on upper"):
+        list(shrink([tmp_path / "library/huge"], objective, tmp_path / "small"))
 
 
 def test_an_expert_of_other_tasks_is_refused(objective, experts, tmp_path) -> None:
