@@ -62,7 +62,7 @@ class PromptGates:
 
 
 def kept_tokens(named: Mapping[str, Any]) -> int:
-    """Return of how many tokens a pass with these keyword arguments gets the keys and values, 0 for a new prompt."""
+    """Return for how many tokens a pass with these arguments gets kept keys and values; 0 for a new prompt."""
     caches = [named[name] for name in ("past_key_values", "cache") if hasattr(named.get(name), "get_seq_length")]
     return max((int(cache.get_seq_length()) for cache in caches), default=0)
 

@@ -31,9 +31,9 @@ class Router(nn.Module, ABC):
     scope: ClassVar[Scope]
 
     needs: ClassVar[str | None] = None
-    """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them: of scope `sample`
-    `prompts`, or `prompt_parts`, where each prompt is followed by a part of itself; of scope `linear` any other, of
-    which a router gets its weight's."""
+    """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them. In scope `sample` it
+    is `prompts`, or `prompt_parts`, where a part of each prompt follows it; in scope `linear` it is any other kind, and
+    a router gets the statistics of its own weight."""
 
     rejects: bool = False
     """Whether the router may send an input to the fallback, whose number in gates is the number of experts."""
@@ -56,10 +56,10 @@ class Router(nn.Module, ABC):
 
         Args:
             deltas: One for each expert. In scope `linear` its delta of the weight, `(out, in)`, or None where it has
-                none; at least one expert has one. In scope `sample` None.
+                none; at least one expert has one. In scope `sample` each is None.
             statistics: What the router `needs`, one for each expert, float32: `prompts` and `prompt_parts` are vectors
-                of prompts of the expert's tasks, `(rows, size)`. Without entries where the expert has none of the
-                weight. No tensor at all if the router needs nothing.
+                of prompts of the expert's tasks, `(rows, size)`. A tensor is empty where the expert has no statistics
+                of the weight, and the list is empty if the router needs nothing.
         """
 
     @abstractmethod
