@@ -102,13 +102,13 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
     """Return the help of a command."""
     if not command.function:
         summary, (sections, examples) = command.summary, help_texts(verb)
-        return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], {**sections, "": _EVERYWHERE}, examples)
+        return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], sections, examples)
     source = _read_source(f"{command.path}.py", command.function, whole)
     usage = []
     for option in source.required:
         name = option.partition(" ")[0][2:]
         usage.append(name.upper() + " ..." * ("..." in option) if name in command.positional else option)
-    sections = {"required": source.required, "options": source.options, "": _EVERYWHERE}
+    sections = {"required": source.required, "options": source.options}
     first, *others = source.description.split("\n\n")
     examples = re.split(r"\n(?=modular-experts)", source.examples)
     # At first only a paragraph that answers a question is needed beside the first one.
@@ -123,7 +123,7 @@ def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
     docs = [inspect.cleandoc(getattr(one, "__doc__", None) or "") for one in documented]
     # The length of a run is ours.
     texts = _texts(re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", "\n\n".join(docs)))
-    summary = (inspect.getdoc(kind) or "").partition("\n\n")[0]
+    summary = (inspect.getdoc(kind) or "").partition("\n\n")[0].removeprefix(f"{kind.__name__}: ")
     lines = [*textwrap.wrap(f"{kind.__name__}: {summary}", _WIDTH), ""]
     for name, default in defaults.items():
         text = texts.get(name, "")
@@ -139,8 +139,8 @@ def _screen(
     screen = textwrap.wrap(f"usage: modular-experts {usage} [options]", _WIDTH, subsequent_indent=" " * 4)
     for paragraph in description:
         screen += ["", *textwrap.wrap(" ".join(paragraph.split()), _WIDTH)]
-    for title, rows in sections.items():
-        screen += (["", f"{title}:"] if title else []) if rows else []
+    for title, rows in {**sections, "options": {**sections["options"], **_EVERYWHERE}}.items():
+        screen += ["", f"{title}:"] if rows else []
         for option, text in rows.items():
             first, others = f"  {option}  ".ljust(_COLUMN), " " * _COLUMN
             screen += textwrap.wrap(
