@@ -35,12 +35,12 @@ def search(
 
     Args:
         experts: Directories of the experts.
-        algorithm: ATLAS or AdaMerging (with gradients; for each weight of an expert, or row of it), the search of a
-            related system, or the dotted path of a class of your own.
+        algorithm: ATLAS or AdaMerging, the search of a related system, or the dotted path of a class of your own.
+            ATLAS and AdaMerging take gradients, and learn a coefficient for each weight of an expert, or row of it.
         measured: The rows on which the loss is measured.
         out: Directory of the merged expert; its last part is the name.
-        merges: Methods whose merges of the experts are combined with the experts, as the first ones, such as
-            RegMean SparseAverage. Each merge is also written as an expert, named after `out` and the method.
+        merges: Methods whose merges the search combines with the experts, such as RegMean SparseAverage. The merges
+            come before the experts, and each is also written as an expert, named after `out` and the method.
         overwrite: Replace an expert and trials.
 
     Examples:
@@ -75,11 +75,11 @@ def statistics(
 
     Args:
         experts: Directories of the experts.
-        kind: `fisher` (for Fisher) is one number per entry; `gram` (for RegMean and ESM) one per pair of a layer's
-            inputs; `merged_gram` (for RegMeanPlusPlus) the same in the course of the merge of exactly these experts;
-            `prompts` (for the router Centroid) what the base makes of each input; `prompt_parts` (for the router
-            Classifier) the same, and of each input without a part of its front. `fit --gate-of` trains what Phatgoose
-            needs.
+        kind: Fisher needs `fisher`, RegMean and ESM `gram`, RegMeanPlusPlus `merged_gram`, the router Centroid
+            `prompts`, and Classifier `prompt_parts`. `fisher` is one number per entry; `gram` one per pair of a layer's
+            inputs; `merged_gram` the same in the course of the merge of exactly these experts; `prompts` what the base
+            makes of each input; `prompt_parts` the same, and of each input without a part of its front.
+            `fit --gate-of` trains what Phatgoose needs.
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
         rows: The most rows of one task, spread evenly over them.
         base: The base's directory or hub id; the one in the experts' records by default.

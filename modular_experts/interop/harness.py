@@ -45,7 +45,7 @@ class Measuring(Options):
     """How the harness measures.
 
     Args:
-        limit: The most rows of one task: the first ones of a benchmark; of a task file, spread evenly over it.
+        limit: The most rows of one task. They are the first ones of a benchmark, and spread evenly over a task file.
         num_fewshot: Examples in the prompt of a benchmark; the benchmark's own number by default.
         max_new_tokens: Length limit of a generated answer to a row of a task file; benchmarks have their own.
         batch_size: Rows that are measured at once. It changes scores in their last digits.

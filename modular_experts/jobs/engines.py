@@ -56,7 +56,7 @@ class Where(Options):
     Args:
         processes: How many pieces run at once on this machine; by default one per CUDA device, else one per core (at
             most 8), and never more than fit into memory with twice the base each.
-        engine: Local or slurm. Pieces run there; a dotted path names a class of yours, an Executor of
+        engine: `local`, `slurm` or a dotted path. Pieces run there; the path names a class of yours, an Executor of
             concurrent.futures, or a function that returns one.
         engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as
             --engine_settings.partition gpu, and a few of its own.
