@@ -80,7 +80,7 @@ def merge(
         overwrite: Replace an expert.
         tune: Choose the method's settings by the loss on validation rows. These are the scale, the exponent if there
             is one, and the settings in `tune.grid`; the rows come from the tasks in `tune.data`.
-        dry_run: Only show the method, memory and time of each weight; nothing is tuned.
+        dry_run: Only show the method and the memory of each weight; nothing is tuned.
         max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside Python's own memory and, for
             a checkpoint, beside the base that it is checked with.
         written: What is written.

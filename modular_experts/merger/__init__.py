@@ -1,6 +1,6 @@
 """Merge stored experts, one weight after another. `merged.py` walks over the weights; open it first.
 
-`estimate.py` predicts memory and time, `interference.py` measures how far experts contradict each other before they are
+`estimate.py` predicts memory, `interference.py` measures how far experts contradict each other before they are
 merged, and `remove.py` takes one expert out of an average again.
 """
 
