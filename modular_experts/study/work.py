@@ -24,6 +24,7 @@ from modular_experts.callbacks.progress import lines_shown
 from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import measure, text_metrics
+from modular_experts.evaluation.compare import EXAMPLES
 from modular_experts.evaluation.scores import TextMetric
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
@@ -37,7 +38,6 @@ from modular_experts.training.fit import fit
 from modular_experts.training.settings import read_run
 from modular_experts.tuning import ValidationRows
 
-EXAMPLES = 3  # test rows of each task whose answers are kept
 EVERY_ROW = 10**9
 LONG = 60.0
 """Seconds of a training from which on it prints lines of its own."""
