@@ -275,7 +275,7 @@ def check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:
 
 
 def settings_of(way: Way) -> dict[str, Any]:
-    """Return what a digest takes of a way, without a setting that older results have not."""
+    """Return what a digest takes of a way; it leaves the default of `labels` out, which older results lack."""
     return asdict(way, dict_factory=lambda pairs: dict(pair for pair in pairs if pair != ("labels", "rows")))
 
 
@@ -294,7 +294,7 @@ def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> di
 def combine_and_test(
     study: Study, out: Path, way: Way, group: Group, chosen: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Combine a group of experts in one way, and test that."""
+    """Combine a group of experts in one way, and test the result."""
     started = time.perf_counter()
     with way.combined(study, out, group, chosen) as (experts, settings, put):
         seconds = time.perf_counter() - started

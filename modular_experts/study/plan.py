@@ -37,7 +37,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that a study does, as plain values; what is not told here is as in its `Description`.
+    """Everything that a study does, as plain values; `Description` explains the other attributes.
 
     Attributes:
         held_in: Settings of the tasks that get experts, by name.

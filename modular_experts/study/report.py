@@ -175,7 +175,7 @@ def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section |
         "Gained is the merge minus the task's own expert, with its 95 % interval over test rows and seeds. The best "
         "single expert and the best merge were picked on these test rows, which flatters them."
     )
-    unit = " Of a loss, a difference under 0 is better." if metric == "loss" else ""
+    unit = " For the loss, a difference below 0 is better." if metric == "loss" else ""
     title = f"{gains[0]['model']} is as good as the task's own expert, or better, on {good} of {len(first)} tasks"
     return Section("Gains and losses", title, [*parts, note(about + unit)])
 

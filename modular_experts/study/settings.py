@@ -43,19 +43,19 @@ class Description(Options):
 
     Args:
         base: Directory or hub id of the base.
-        tasks: {held_in: [...], held_out: [...]} of task files. Such are also patterns as tasks/*.jsonl, hub ids, tasks
-            of the suite, as Reverse, and tasks with settings, as for `fit`.
-        experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}. With
-            `grid: {learning_rate: [0.001, 0.003]}` in it there is a kind for each value, lora-0.001 and lora-0.003;
-            with `joint: true` the kind has one expert of all held-in tasks.
+        tasks: {held_in: [...], held_out: [...]} of task files. A list also takes patterns such as tasks/*.jsonl, hub
+            ids, tasks of the suite such as Reverse, and tasks with settings, as for `fit`.
+        experts: A config of `fit` for each kind, or its settings. An example is {lora: {expert: LoRAExpert, steps:
+            200}}. With `grid: {learning_rate: [0.001, 0.003]}` in it there is a kind for each value, lora-0.001 and
+            lora-0.003; with `joint: true` the kind has one expert of all held-in tasks.
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
-            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes
+            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Entries may also be routes
             and ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
             entry leaves the other kinds out; {method: [TIES, IsoC]} stands for two entries.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
             groups that the seed draws, the same for every method. [2: 10 draws, all] merges ten random pairs, which may
             share experts.
-        multitask: {kind: full} trains one expert on all held-in tasks; {kind: full, steps: 500} with settings of
+        multitask: {kind: full} trains one expert on all held-in tasks; {kind: full, steps: 500} gives it settings of
             `fit` of its own.
         matrix: Test every model on every task.
         seeds: Seeds of the trainings (default: [0]). `{seed}` in the base, in tasks and in experts stands for them.
@@ -64,8 +64,8 @@ class Description(Options):
         max_new_tokens: Length limit of a generated answer.
         dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics and searches stay in
             float32.
-        published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
-            {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
+        published: Figures of others to show beside ours. An example is {source: ..., metric: rougeL, rows: {lora TIES:
+            {held_in: 50.2}}}. A row has the name of a model of this study; exact match and Rouge-L are in per cent.
         metrics: Metrics beside exact match and rougeL, by name. Each is a function of a generated text and its target,
             and may take the place of one of ours: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
         measures: Measures of single experts, by name. Each is a function of the opened experts of a kind and seed that

@@ -16,7 +16,7 @@ from modular_experts.study.run import State
 
 
 def summary(results: Results, state: State, counts: Collection[int] | None = None) -> Table:
-    """Return the table of a study, of which `counts` may name the numbers of experts of the merges to show."""
+    """Return the table of a study; `counts` may limit its merges to these numbers of experts."""
     metric = results.main_metric
     # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
     best = "" if len(counts or results.where(metric=metric).values("count")) > 1 else better(metric)
