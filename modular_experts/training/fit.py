@@ -253,6 +253,8 @@ def prepare(
         module.save_hyperparameters({**described, "_instantiator": "lightning.pytorch.cli.instantiate_module"})
     rows = dict(settings.get("data", {}))
     rows |= {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
+    if isinstance(tasks, TaskMixture) and rows:
+        raise ValueError(f"a TaskMixture has its own {' and '.join(rows)}; set that in it, or give the tasks alone")
     data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **rows)
     run = Run(module, data, trainer, None if checkpoint is None else str(checkpoint))
     for export in run.exports:

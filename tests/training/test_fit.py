@@ -79,3 +79,9 @@ def test_an_estimate_trains_and_writes_nothing(place, tiny_llama_dir, task_files
     assert found.length.total_steps == 5
     assert [str(place) for kind, place in found.places if kind == "the expert"] == ["library/a"]
     assert not list(place.iterdir())
+
+
+def test_a_mixture_takes_no_second_batch_size(place, tiny_llama_dir, task_files) -> None:
+    mixture = TaskMixture([str(task_files["upper"])], str(tiny_llama_dir), 4)
+    with pytest.raises(ValueError, match="a TaskMixture has its own batch_size; set that in it"):
+        check_fit(str(tiny_llama_dir), mixture, LoRAExpert, runs.TARGET, batch_size=8)
