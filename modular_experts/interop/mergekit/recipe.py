@@ -108,6 +108,16 @@ def value_at(rules: Rules, name: str, share: float) -> float | None:
     return (1 - share) * numbers[lower] + share * numbers[min(lower + 1, len(numbers) - 1)]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a repeated key: YAML forbids it, and PyYAML keeps the last one only."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(file: str | Path) -> Recipe:
     """Read and check a recipe.
 
@@ -116,7 +126,7 @@ def read_recipe(file: str | Path) -> Recipe:
         ValueError: It is not a recipe, or it has a key that is unknown or not supported.
     """
     try:
-        loaded = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(file).expanduser().read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     recipe = _mapping(loaded, str(file), _KEYS)
@@ -129,6 +139,8 @@ def read_recipe(file: str | Path) -> Recipe:
     if method.base and base is None:
         raise ValueError(f"merge_method {name} needs a base_model, and {file} names none")
     models, layers, of_slice = _models(recipe, method)
+    if layers is not None and base not in (None, *models):
+        raise ValueError(f"base_model {base} must be among the sources of the slice, or mergekit stops")
     settings = [of_slice, _settings(recipe, "", {*method.each, *method.overall})]
     tuned = len(models.keys() - {base})
     if not method.fewest <= tuned <= method.most:

@@ -57,6 +57,7 @@ slices:
         (LINEAR + "---\n" + LINEAR, "is not valid YAML: expected a single document"),
         ("merge_method: linear", "must have exactly one of models and slices"),
         (LINEAR.replace("model: b", "model: a"), "names a twice"),
+        (f"{LINEAR}merge_method: ties\n", "the key 'merge_method' comes twice"),
         (LINEAR.replace("model: b", "model: b+lora"), "models.1..model must be a checkpoint"),
         (
             LINEAR.replace("linear", "slerp").replace("{weight: 1}", "{}") + "base_model: c",
@@ -68,6 +69,7 @@ slices:
             "run mergekit to cut, repeat or mix layers",
         ),
         (SLICE + SLICE.splitlines()[-1], "slices must be one slice of all layers"),
+        (SLICE + "base_model: c\n", "base_model c must be among the sources of the slice"),
         (SLICE + "    residual_weight: 0.5\n", "the key 'residual_weight'"),
     ],
 )
