@@ -216,7 +216,7 @@ class TaskMixture(LightningDataModule, DataSource):
             total = sum(self.counts.values())
             for name, count in self.counts.items():
                 share, passes = count / total, count / len(self._split("train")[name])
-                self._log(f"{name}: {count} of {total} rows an epoch ({share:.1%}), {passes:.2f} passes")
+                self._log(f"{name}: {count} of {total} rows of an epoch ({share:.1%}), each {passes:.2f} times")
             more = " (data.packing leaves it out)" if self.packing is False else ""
             self._log(f"padding is {self.padding():.1%} of the tokens of training batches{more}")
 
