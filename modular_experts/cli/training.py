@@ -110,4 +110,4 @@ def _print_estimate(found: FitEstimate) -> None:
         print(f"  {place}: {content}" + f", {bytes_text(found.on_disk)}" * (content == "the expert"))
     if not any(content == "the expert" for content, _ in found.places):
         print("  no expert; --out library/NAME keeps one")
-    print("time and memory are estimated from a few steps at a learning rate of zero; nothing was written")
+    print("estimated from a few steps at a learning rate of 0; nothing was written")
