@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modular_experts.deltas.tiles import true_places
+
 _BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
 EIGHT_BITS = _BITS.view(torch.int64).view(-1)
 """The eight bits of each byte, a byte each, in one int64: one look-up unpacks eight bits."""
@@ -78,20 +80,23 @@ class Encoding:
     def _integers(self, values: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         peaks = values.new_zeros(count).scatter_reduce_(0, rows, values.abs(), "amax")
         scales = (peaks / self._top).bfloat16()
-        by = scales.float()[rows]
+        by = scales.float().index_select(0, rows)
         steps = torch.where(by > 0, values / by, 0.0).round_().clamp_(-self._top, self._top)
         return (steps + self._top).to(torch.uint8), scales[:, None]
 
     def _signs(self, values: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        sizes = values.abs()
-        cells = _first_cells(sizes, rows, count, self.magnitudes)
-        scales = _means(sizes, rows, cells, count, self.magnitudes).bfloat16()
-        for _ in range(_ROUNDS if self.magnitudes > 1 else 0):  # k-means of each row's sizes
-            cells = _nearest(sizes, rows, scales.float())
-            scales = _means(sizes, rows, cells, count, self.magnitudes).bfloat16()
-        if self.magnitudes > 1:
-            cells = _nearest(sizes, rows, scales.float())
-        return (2 * cells + (values >= 0)).to(torch.uint8), scales
+        sizes, codes = values.abs(), (values >= 0).to(torch.uint8)
+        if self.magnitudes == 1:
+            means = torch.zeros(count, dtype=torch.float64)
+            means.scatter_reduce_(0, rows, sizes.double(), "mean", include_self=False)
+            return codes, means.float().bfloat16()[:, None]
+        own = _SortedRows(sizes, rows, count)
+        scales = own.means(own.equal_cells(self.magnitudes))
+        for _ in range(_ROUNDS):  # k-means of each row's sizes
+            scales = own.means(own.cells_between(_middles(scales)))
+        for middle in _middles(scales).unbind(1):
+            codes.add_(sizes > middle.index_select(0, rows), alpha=2)
+        return codes, scales
 
 
 ENCODINGS = {
@@ -106,11 +111,11 @@ ENCODINGS = {
 
 def to_planes(codes: Tensor, bits: int) -> Tensor:
     """Return the planes `(bits, ceil(n / 8))` uint8 of codes `(n,)` uint8 below `2^bits`; the last byte is padded."""
-    eights = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8)
-    planes = codes.new_zeros(bits, eights.shape[0])
-    for bit in range(bits):
-        for place, column in enumerate(eights.unbind(1)):
-            planes[bit] |= ((column >> bit) & 1) << place
+    eights = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(torch.int64)
+    planes = codes.new_empty(bits, eights.shape[0])
+    for bit, plane in enumerate(planes.unbind(0)):
+        # The product brings the lowest bits of the eight bytes together in the highest byte.
+        plane.copy_((((eights >> bit) & 0x0101010101010101) * 0x0102040810204080) >> 56 & 255)
     return planes
 
 
@@ -122,32 +127,41 @@ def from_planes(planes: Tensor, count: int) -> Tensor:
     return eights.view(torch.uint8)[:count]
 
 
-def _first_cells(sizes: Tensor, rows: Tensor, count: int, cells: int) -> Tensor:
-    """Return for each value in which of `cells` equally large groups of its row's distinct sizes it lies, from 0."""
-    if cells == 1 or not sizes.numel():
-        return torch.zeros_like(rows)
-    order = sizes.argsort(stable=True)
-    order = order[rows[order].argsort(stable=True)]
-    own, rising = rows[order], sizes[order]
-    is_new = torch.ones_like(own, dtype=torch.bool)
-    is_new[1:] = (own[1:] != own[:-1]) | (rising[1:] != rising[:-1])
-    distinct = torch.zeros(count, dtype=torch.int64).index_add_(0, own, is_new.long())
-    rank = is_new.cumsum(0) - 1 - (distinct.cumsum(0) - distinct)[own]
-    found = torch.empty_like(rows)
-    found[order] = rank * cells // distinct[own]
-    return found
+class _SortedRows:
+    """Sizes sorted within their rows, where each cell of near sizes is a run: a border is searched, and not each size.
+
+    Borders `(rows, cells + 1)` are places among all sorted sizes, from the start of a row to its end.
+    """
+
+    def __init__(self, sizes: Tensor, rows: Tensor, count: int) -> None:
+        # The bits of floating-point numbers that are not negative have the order of the numbers.
+        self._keys = (rows << 32 | sizes.view(torch.int32)).sort().values
+        self._sizes = self._keys.to(torch.int32).view(torch.float32).double()
+        self._rows = torch.arange(count + 1)[:, None] << 32
+        self._edges = torch.searchsorted(self._keys, self._rows)
+
+    def equal_cells(self, cells: int) -> Tensor:
+        """Return the borders of cells with equally many distinct sizes."""
+        new = torch.ones_like(self._keys, dtype=torch.bool)
+        new[1:] = self._keys[1:] != self._keys[:-1]
+        starts = true_places(new)  # where each distinct size of a row begins
+        first = torch.searchsorted(starts, self._edges)
+        shares = (first.diff(dim=0) * torch.arange(cells + 1)).add_(cells - 1) // cells
+        return torch.cat([starts, self._edges[-1]])[first[:-1] + shares]
+
+    def cells_between(self, middles: Tensor) -> Tensor:
+        """Return the borders of cells that end with the sizes up to each middle of the row, `(rows, cells - 1)`."""
+        ends = torch.searchsorted(self._keys, self._rows[:-1] | middles.view(torch.int32), right=True)
+        return torch.cat([self._edges[:-1], ends, self._edges[1:]], 1)
+
+    def means(self, borders: Tensor) -> Tensor:
+        """Return the mean size in each cell, `(rows, cells)` bfloat16, rising; an empty cell repeats another."""
+        held = borders.diff(dim=1)
+        sums = torch.segment_reduce(self._sizes, "sum", lengths=held.reshape(-1), unsafe=True).view_as(held)
+        return (sums / held.clamp(min=1)).cummax(1).values.float().bfloat16()
 
 
-def _means(sizes: Tensor, rows: Tensor, cells: Tensor, count: int, magnitudes: int) -> Tensor:
-    """Return the mean size in each cell of each row, `(rows, magnitudes)`, rising; an empty cell repeats another."""
-    place = rows * magnitudes + cells
-    sums = torch.zeros(count * magnitudes, dtype=torch.float64).index_add_(0, place, sizes.double())
-    held = place.bincount(minlength=count * magnitudes)
-    means = torch.where(held > 0, sums / held.clamp(min=1), 0.0).view(count, magnitudes)
-    return means.cummax(1).values.float()
-
-
-def _nearest(sizes: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-    """Return for each value the number of the magnitude of its row that is nearest to its size; ties go below."""
-    middles = (scales[:, 1:] + scales[:, :-1]) / 2
-    return sum((sizes > middle[rows]).long() for middle in middles.unbind(1))  # type: ignore[return-value]
+def _middles(scales: Tensor) -> Tensor:
+    """Return the means of each magnitude of a row and the next; a size up to a mean is nearer to the former."""
+    wide = scales.float()
+    return (wide[:, 1:] + wide[:, :-1]) / 2

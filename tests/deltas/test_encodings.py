@@ -1,5 +1,7 @@
 """Values in few bits: hand-worked codes, bounds on the error, and round trips."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,6 +37,39 @@ def test_magnitudes_find_the_clusters_of_each_row():
     values = sizes * torch.tensor([1, -1] * 4)
     encoded = ENCODINGS["magnitudes2"].encode(values, torch.tensor([0] * 4 + [1] * 4), 2)
     assert encoded.scales.tolist() == [[1.5, 8.5], [0.75, 4.25]]
+
+
+def test_a_size_between_two_magnitudes_takes_the_lower():
+    values, rows = torch.tensor([0.0, 2.0, 3.0]), torch.tensor([0, 0, 0])
+    encoded = ENCODINGS["magnitudes2"].encode(values, rows, 1)
+    assert encoded.scales.tolist() == [[1.0, 3.0]]
+    assert ENCODINGS["magnitudes2"].decode(encoded, rows).tolist() == [1.0, 1.0, 3.0]
+
+
+def _k_means(sizes: list[float], cells: int) -> list[float]:
+    """Return the magnitudes of one row, by lists: eight rounds from groups of equally many distinct sizes."""
+    distinct = sorted(set(sizes))
+    found = [[size for size in sizes if distinct.index(size) * cells // len(distinct) == cell] for cell in range(cells)]
+    for left in reversed(range(9)):
+        means = [sum(cell) / len(cell) if cell else 0.0 for cell in found]
+        scales = torch.tensor([max(means[: cell + 1]) for cell in range(cells)]).bfloat16().tolist()
+        nearest = [sum(size > (low + high) / 2 for low, high in pairwise(scales)) for size in sizes]
+        found = [[size for size, own in zip(sizes, nearest, strict=True) if own == cell] for cell in range(cells)]
+        if not left:
+            return scales
+    raise AssertionError
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=20), min_size=1, max_size=4),
+    name=st.sampled_from(["magnitudes2", "magnitudes4"]),
+)
+@settings(deadline=None)
+def test_magnitudes_are_those_of_k_means_row_by_row(rows, name):
+    numbers = torch.tensor([number for number, row in enumerate(rows) for _ in row])
+    values, order = torch.tensor([size for row in rows for size in row]).float(), torch.randperm(len(numbers))
+    encoded = ENCODINGS[name].encode(-values[order], numbers[order], len(rows))  # the rows of tiles are not in order
+    assert encoded.scales.tolist() == [_k_means(list(map(float, row)), ENCODINGS[name].magnitudes) for row in rows]
 
 
 @pytest.mark.parametrize("name", sorted(ENCODINGS))
