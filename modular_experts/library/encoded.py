@@ -107,7 +107,9 @@ class StoredValues:
         return plain
 
     def nbytes(self) -> int:
-        """Return how many bytes values in few bits have in the file."""
+        """Return how many bytes values of these `sizes` have in the file."""
+        if self.encoding not in ENCODINGS:
+            return (2 if self.encoding == "bfloat16" else 4) * sum(map(math.prod, self.sizes.values()))
         bits, total = ENCODINGS[self.encoding], 0
         for name, size in self.sizes.items():
             total += bits.bits * -(-math.prod(size) // 8) + 2 * bits.magnitudes * self._row_count(name)

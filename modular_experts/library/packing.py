@@ -63,13 +63,12 @@ def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], St
     return packed, stored
 
 
-def packed_bytes(delta: Delta, encoding: str = "float32") -> int:
-    """Return how many bytes the tensors that `pack` returns have, without encoding values."""
-    packed, stored = pack(delta, encoding if encoding == "bfloat16" else "float32")
-    if encoding in VALUE_ENCODINGS:
-        sizes = {name: tuple(packed.pop(name).shape) for name in _FORMS[stored.form]}
-        return sum(own.nbytes for own in packed.values()) + replace(stored, encoding=encoding, sizes=sizes).nbytes()
-    return sum(own.nbytes for own in packed.values())
+def packed_bytes(delta: Delta, *encodings: str) -> list[int]:
+    """Return how many bytes the tensors that `pack` returns have in each encoding, without encoding values."""
+    packed, stored = pack(delta)
+    sizes = {name: tuple(packed.pop(name).shape) for name in _FORMS[stored.form]}
+    kept = sum(own.nbytes for own in packed.values())
+    return [kept + replace(stored, encoding=name, sizes=sizes).nbytes() for name in encodings]
 
 
 def check_layout(values: StoredValues, layout: Mapping[str, Layout]) -> None:

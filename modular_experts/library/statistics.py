@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from modular_experts.methods.method import DataStatistic
 
 FOLDER = "statistics"
+OF_INPUTS = ("prompt_parts", "prompts")
+"""Kinds that are read of inputs alone, on the base, so that they are the same for every form of an expert."""
 FORMAT = "modular-experts/statistics/1"
 _FACTS = {"expert": str, "base": str, "tasks": dict, "data": dict, "among": list, "weights": dict}
 
@@ -132,6 +134,13 @@ def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwri
     for file in [_file(expert, kind) for expert in experts]:
         if os.path.lexists(file) and not overwrite:
             raise FileExistsError(f"{file} exists already; replace it with overwrite: true")
+
+
+def carry_statistics(expert: StoredExpert, other: StoredExpert) -> None:
+    """Write the statistics of inputs alone that an expert has beside another form of the same expert too."""
+    for kind in set(kinds_of_statistics(expert)) & set(OF_INPUTS):
+        old = open_statistics(expert, kind)
+        write_statistics(other, kind, old.items(), old.facts["tasks"], old.facts["data"], overwrite=True)
 
 
 def write_statistics(

@@ -1,30 +1,38 @@
 """Shrink stored experts: find for each the smallest form whose loss on given rows stays within a bound.
 
-A form is an encoding of the values (`library/encoded.py`), for a low-rank expert after a cut to fewer directions, for a
-sparse one perhaps after dropping the smaller entries. All forms have a size without being written. They are measured
-from the smallest upwards, and the first within the bound is written.
+A form is an encoding of the values (`library/encoded.py`), for a low-rank or a full expert after a cut to fewer
+directions, for a sparse one perhaps after dropping the smaller entries. All forms have a size without being written.
+They are measured from the smallest upwards, and the first within the bound is written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from modular_experts.data import TaskMixture
-from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
-from modular_experts.library import StoredExpert, check_target, make_record, open_expert, open_experts, write_expert
+from modular_experts.library import (
+    StoredExpert,
+    check_target,
+    make_record,
+    open_expert,
+    open_experts,
+    write_expert,
+)
 from modular_experts.library.encoded import check_encoding
 from modular_experts.library.packing import pack, packed_bytes, unpack
+from modular_experts.library.statistics import carry_statistics
 from modular_experts.masks import top_k
 from modular_experts.progress import Progress
 from modular_experts.tuning.objective import Objective, ValidationRows, mean_loss, objective_on_base
 
 RANKS = (1, 2, 4, 8, 16, 32)
-"""The numbers of directions to which low-rank deltas are cut, if they have more."""
+"""The numbers of directions to which low-rank and dense deltas are cut, if they have more."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Form:
     Attributes:
         encoding: How values are stored; a name of `VALUE_TYPES`.
         keep: Share of the entries or tiles of each sparse delta that stay, the largest ones, in (0, 1].
-        rank: The most directions of each low-rank delta; None leaves all.
+        rank: The most directions of each low-rank or dense matrix; None leaves all, and a dense delta dense.
     """
 
     encoding: str = "float32"
@@ -50,7 +58,9 @@ class Form:
 
     def cut(self, delta: Delta) -> Delta:
         """Return the delta with the directions, entries or tiles that stay, before its values are encoded."""
-        if isinstance(delta, LowRank) and self.rank is not None and self.rank < delta.rank:
+        rank = delta.rank if isinstance(delta, LowRank) else min(delta.shape, default=0)
+        is_matrix = isinstance(delta, LowRank) or (isinstance(delta, Dense) and len(delta.shape) == 2)
+        if self.rank is not None and self.rank < rank and is_matrix:
             cut = truncated_svd(delta, self.rank)[0]
             # Both factors get the same size of each direction, so that they lose alike.
             sizes = (cut.up.norm(dim=0) / cut.down.norm(dim=1).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
@@ -63,9 +73,9 @@ class Form:
             return replace(delta, indices=delta.indices[kept], values=delta.values[kept])
         return replace(delta, blocks=delta.blocks[kept], values=delta.values[kept])
 
-    def stored(self, delta: Delta) -> Delta:
-        """Return the delta that a reader of this form gets."""
-        packed, values = pack(self.cut(delta), self.encoding)
+    def read(self, cut: Delta) -> Delta:
+        """Return what a reader gets of a delta that `cut` returned and a file holds."""
+        packed, values = pack(cut, self.encoding)
         return unpack(values, packed)
 
     def __str__(self) -> str:
@@ -109,14 +119,16 @@ class Shrunk:
 
 def forms_for(expert: Mapping[str, Delta]) -> list[Form]:
     """Return the forms that are tried for an expert by the forms of its deltas."""
-    own = {type(expert[name]) for name in expert}
-    ranks = {expert[name].rank for name in expert if isinstance(expert[name], LowRank)}  # type: ignore[attr-defined]
-    if ranks:
-        cuts = [*(rank for rank in RANKS if rank < max(ranks)), None]
-        return [Form(encoding, rank=rank) for rank in cuts for encoding in ("int4", "int8", "bfloat16")]
+    deltas = [expert[name] for name in expert]
+    sizes = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
+    cuts = [Form(encoding, rank=rank) for rank in RANKS for encoding in ("int4", "int8", "bfloat16")]
+    if sizes:
+        return [form for form in cuts if (form.rank or 0) < max(sizes)] + [Form("int4"), Form("int8"), Form("bfloat16")]
     found = [Form(name) for name in ("sign", "magnitudes2", "magnitudes4", "int4", "int8", "bfloat16")]
-    sparse = own & {Sparse, BlockSparse}
-    return [*found, Form("sign", 0.5), Form("magnitudes2", 0.75)] if sparse else found
+    if any(isinstance(delta, Sparse | BlockSparse) for delta in deltas):
+        return [*found, Form("sign", 0.5), Form("magnitudes2", 0.75)]
+    full = max(min(delta.shape, default=0) for delta in deltas)
+    return [*found, *(form for form in cuts if (form.rank or 0) < full)]
 
 
 def shrink(
@@ -155,7 +167,7 @@ def shrink(
             tasks, known = ", ".join(expert.record["tasks"]), ", ".join(objective.batches)
             raise ValueError(f"{expert.path} was trained on {tasks}, and the data has {known}; add its task")
     for expert in opened:
-        yield _shrunk(expert, objective, Path(out) / expert.name, to, bound, overwrite, progress)
+        yield smallest(expert, objective, Path(out) / expert.name, to, bound, overwrite, progress)
 
 
 def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: bool) -> None:
@@ -172,43 +184,68 @@ def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: b
         check_target(out / expert.name, overwrite)
 
 
-def _shrunk(
+def smallest(
     expert: StoredExpert,
     objective: Objective,
-    target: Path,
-    to: Form | None,
-    bound: float,
-    overwrite: bool,
-    progress: Progress,
+    target: str | Path,
+    to: Form | None = None,
+    bound: float = 0.01,
+    overwrite: bool = False,
+    progress: Progress = iter,
 ) -> Shrunk:
+    """Write one expert to the directory `target` in its smallest form within the bound; the settings are `shrink`'s."""
     tasks = [task for task in expert.record["tasks"] if task in objective.batches]
     deltas = {name: expert[name] for name in expert}
     loss = mean_loss(objective.losses_with(deltas, tasks=tasks))
     if loss == math.inf:
         raise ValueError(f"{expert.path} has no finite loss on {', '.join(tasks)}, so no form of it can be judged")
     before = Measured(Form(), sum(expert.stored_bytes().values()), loss)
-    sizes = {
-        form: sum(packed_bytes(form.cut(delta), form.encoding) for delta in deltas.values())
-        for form in ([to] if to else forms_for(deltas))
-    }
-    forms = {str(form): form for form in sorted(sizes, key=sizes.__getitem__) if sizes[form] < before.bytes}
+    candidates = candidates_of(deltas, [to] if to else forms_for(deltas))
     tried = []
-    for name in progress(list(forms)):
-        form = forms[name]
-        losses = objective.losses_with({name: form.stored(delta) for name, delta in deltas.items()}, tasks=tasks)
-        tried.append(Measured(form, sizes[form], mean_loss(losses)))
+    for form, cut, size in progress([one for one in candidates if one[2] < before.bytes]):
+        losses = objective.losses_with({name: form.read(delta) for name, delta in cut.items()}, tasks=tasks)
+        tried.append(Measured(form, size, mean_loss(losses)))
         if tried[-1].loss <= loss + bound:
-            cut = ((name, form.cut(delta)) for name, delta in deltas.items())
-            write_expert(target, cut, _record(expert, form, losses), overwrite, encoding=form.encoding)
-            return Shrunk(expert, before, tried, tried[-1], open_expert(target))
+            return Shrunk(expert, before, tried, tried[-1], write_form(expert, cut, form, target, overwrite, losses))
     return Shrunk(expert, before, tried)
+
+
+def candidates_of(deltas: Mapping[str, Delta], forms: Iterable[Form]) -> list[tuple[Form, dict[str, Delta], int]]:
+    """Return each form with the deltas that it cuts and its bytes, the smallest first.
+
+    Forms that differ in the encoding alone share one cut, and a smaller rank is cut from the next larger one.
+    """
+    alike: dict[Form, list[Form]] = {}
+    for form in sorted(forms, key=lambda form: -(form.rank or math.inf)):
+        alike.setdefault(replace(form, encoding="float32"), []).append(form)
+    found, larger = [], deltas
+    for plain, same in alike.items():
+        larger = {name: plain.cut(delta) for name, delta in (larger if plain.rank else deltas).items()}
+        sizes = [packed_bytes(delta, *(form.encoding for form in same)) for delta in larger.values()]
+        found += [(form, larger, sum(own)) for form, own in zip(same, zip(*sizes, strict=True), strict=True)]
+    return sorted(found, key=lambda one: one[2])
+
+
+def write_form(
+    expert: StoredExpert,
+    cut: Mapping[str, Delta],
+    form: Form,
+    target: str | Path,
+    overwrite: bool = False,
+    losses: Mapping[str, float] | None = None,
+) -> StoredExpert:
+    """Write what a form cut from an expert's deltas, with the statistics that routers learn from."""
+    write_expert(target, cut, _record(expert, form, losses or {}), overwrite, encoding=form.encoding)
+    carry_statistics(expert, small := open_expert(target))
+    return small
 
 
 def _record(expert: StoredExpert, form: Form, losses: Mapping[str, float]) -> dict[str, Any]:
     """Return the record of the shrunk expert: how it was trained stays, and its scores are its own."""
     old = expert.record
     kept = {name: old.get(name) for name in ("hyperparameters", "method", "per_weight", "costs", "seed", "training")}
-    scores = {"val_loss": mean_loss(losses), **{f"val_loss/{task}": loss for task, loss in losses.items()}}
+    scores = {f"val_loss/{task}": loss for task, loss in losses.items()}
+    scores |= {"val_loss": mean_loss(losses)} if losses else {}
     record = make_record(old["kind"], old["base"], old["tasks"], old["parents"], scores=scores, **kept)
     origin = {"id": expert.name, "format": f"shrunk to {form}", "content_hash": expert.content_hash}
     return record | {"source": origin}

@@ -8,8 +8,12 @@ from testbed.random_deltas import random_delta
 from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
 
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
-from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.tuning.shrink import Form, forms_for, shrink
+from modular_experts.library import make_record, open_expert, open_statistics, write_expert, write_statistics
+from modular_experts.library.packing import pack
+from modular_experts.library.statistics import OF_INPUTS
+from modular_experts.methods.method import DataStatistic
+from modular_experts.statistics import KINDS
+from modular_experts.tuning.shrink import Form, candidates_of, forms_for, shrink
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,40 @@ def test_a_low_rank_expert_keeps_its_strongest_directions() -> None:
     u, s, v = torch.linalg.svd(delta.dense().double())
     torch.testing.assert_close(cut.dense().double(), (u[:, :2] * s[:2]) @ v[:2], rtol=0, atol=1e-4)
     torch.testing.assert_close(cut.up.norm(dim=0), cut.down.norm(dim=1))
+
+
+def test_a_full_expert_keeps_its_strongest_directions() -> None:
+    weight, bias = Dense(torch.randn(30, 20)), Dense(torch.randn(30))
+    u, s, v = torch.linalg.svd(weight.dense().double())
+    expected = (u[:, :4] * s[:4]) @ v[:4]
+    torch.testing.assert_close(Form(rank=4).cut(weight).dense().double(), expected, rtol=0, atol=1e-4)
+    assert Form(rank=4).cut(bias) is bias
+    assert Form(rank=20).cut(weight) is weight
+
+
+@pytest.mark.parametrize("kind", ["Dense", "LowRank", "Sparse", "BlockSparse"])
+def test_candidates_share_their_cuts_and_have_the_bytes_of_what_is_written(kind) -> None:
+    deltas = {f"{n}": random_delta(kind, (40, 36), n, torch.float32, share=0.5) for n in range(3)}
+    found = candidates_of(deltas, forms_for(deltas))
+    assert {form for form, _, _ in found} == {*forms_for(deltas)}
+    assert [size for _, _, size in found] == sorted(size for _, _, size in found)
+    for form, cut, size in found:
+        assert size == sum(one.nbytes for delta in cut.values() for one in pack(delta, form.encoding)[0].values())
+        for name, delta in deltas.items():
+            torch.testing.assert_close(cut[name].dense(), form.cut(delta).dense(), rtol=0, atol=2e-5)
+
+
+def test_statistics_of_inputs_are_those_of_the_smaller_expert_too(objective, experts, tmp_path) -> None:
+    statistic = {"depth 0": DataStatistic(torch.rand(3, 2), 1.0, 1)}
+    for kind in ("prompts", "gram"):
+        write_statistics(experts[0], kind, statistic.items(), {"upper": 3}, {"split": "train"})
+    (one,) = shrink(experts[:1], objective, tmp_path / "small", Form("int8"), bound=10.0)
+    stored = open_statistics(one.expert, "prompts")
+    assert torch.equal(stored["depth 0"].values, statistic["depth 0"].values)
+    assert (stored.facts["tasks"], stored.facts["data"]) == ({"upper": 3}, {"split": "train"})
+    with pytest.raises(FileNotFoundError, match="has no gram statistics"):
+        open_statistics(one.expert, "gram")
+    assert {*OF_INPUTS} == {kind for kind, way in KINDS.items() if way.of_inputs}
 
 
 def test_the_largest_tiles_stay() -> None:
