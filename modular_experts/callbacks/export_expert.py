@@ -21,6 +21,7 @@ from modular_experts.data.batch import source_of
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.atomic import locked
+from modular_experts.library.inputs import Prompt
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import did_you_mean
 
@@ -50,13 +51,24 @@ class ExportExpert(Callback):
         name: Name of the expert: letters, digits, `.`, `_` and `-`, at most 64.
         overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
         monitor: Logged metric whose lowest value marks the best state; with null, the last state is exported.
+        keep_inputs: The most training inputs whose token ids are kept beside the expert, without targets, so that
+            merges and routers learn from the library alone. Their tokenizer turns them back into text.
     """
 
-    def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:
+    def __init__(
+        self,
+        library: str,
+        name: str,
+        overwrite: bool = False,
+        monitor: str | None = "val_loss",
+        keep_inputs: int = 0,
+    ) -> None:
         check_name(name)
+        if keep_inputs < 0:
+            raise ValueError(f"keep_inputs={keep_inputs} must be 0 or more inputs")
         self.target = Path(library) / name
         """Directory of the expert."""
-        self.overwrite, self.monitor = overwrite, monitor
+        self.overwrite, self.monitor, self.keep_inputs = overwrite, monitor, keep_inputs
         self._lock = ExitStack()
         self._start_afresh()
 
@@ -83,6 +95,7 @@ class ExportExpert(Callback):
             check_target(self.target, self.overwrite)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._inputs(trainer)
         if self.best is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         found = next((place for place in self._places if _content_hash(place) == self._hash), None)
@@ -135,6 +148,9 @@ class ExportExpert(Callback):
                     "chosen; train longer, or let the schedule's rule choose earlier",
                     *(self.target, trainer.global_step),
                 )
+        for task, kept in open_expert(self.target).inputs().items():
+            sentence = "kept %d inputs of %s beside it, which its tokenizer turns back into text; push leaves them out"
+            log.info(sentence, len(kept), task)
         # What interrupted runs of this expert left goes too, unless they go on in another process.
         self._lock.close()
         others = [Path(place).parent for place in self._places]
@@ -178,6 +194,16 @@ class ExportExpert(Callback):
             self._lock.enter_context(locked(self._folder, self.target))
         return self._folder / self.target.name
 
+    def _inputs(self, trainer: Trainer) -> dict[str, list[Prompt]]:
+        """Return the prompts to keep; raise ValueError if the data have none to give."""
+        found = source_of(trainer).inputs(self.keep_inputs) if self.keep_inputs else {}
+        if self.keep_inputs and not found:
+            raise ValueError(f"keep_inputs={self.keep_inputs} needs data that give inputs, such as a TaskMixture")
+        return {
+            task: [Prompt(one.tokens.ids[: one.tokens.prompt], -1 if one.end is None else one.end) for one in rows]
+            for task, rows in found.items()
+        }
+
     def _write(self, trainer: Trainer, module: LightningModule, path: Path) -> str:
         exported, trained = cast(ExportedModule, module), cast(TrainedModule, module)
         facts = exported.record_facts()
@@ -196,7 +222,8 @@ class ExportExpert(Callback):
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
         state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
-        return write_expert(path, exported.task_vector(), record, self.overwrite or path != self.target, state=state)
+        replaces, kept = self.overwrite or path != self.target, self._inputs(trainer)
+        return write_expert(path, exported.task_vector(), record, replaces, state=state, inputs=kept)
 
 
 def _is_exportable(trainer: Trainer, module: LightningModule) -> bool:
@@ -211,7 +238,7 @@ def _content_hash(place: str) -> str | None:
 
 def _copy(source: Path, target: Path, overwrite: bool) -> None:
     kept = open_expert(source)
-    write_expert(target, kept.items(), kept.record, overwrite, state=kept.state())
+    write_expert(target, kept.items(), kept.record, overwrite, state=kept.state(), inputs=kept.inputs())
 
 
 def _absolute(path: Path) -> Path:

@@ -108,6 +108,7 @@ VERBS = {
 OWN_OPTIONS = {
     "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
     "--overwrite": "Replace an expert.",
+    "--keep_inputs N": "Keep N training inputs beside it, for merges.",
     "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
     "--dry-run": "Only print what it would do, and the time and memory.",
 }

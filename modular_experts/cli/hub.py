@@ -18,6 +18,7 @@ def push(
     overwrite: bool = False,
     statistics: bool = False,
     dry_run: bool = False,
+    inputs: bool = False,
 ) -> None:
     """Push experts, and a card about them, into a model repository of the Hugging Face hub, in one commit.
 
@@ -32,13 +33,14 @@ def push(
         overwrite: Replace experts of the same name.
         statistics: Push the experts' statistics too.
         dry_run: Print the card and the files, and write nothing.
+        inputs: Push the inputs that experts keep too. Everybody who has the base's tokenizer can read them.
 
     Examples:
         modular-experts push --experts library/a library/b --repo owner/name --dry-run
         modular-experts push --experts library/* --repo owner/name
     """
     bar = progress_bar("checking")
-    pushed = push_experts(experts, repo, private, overwrite, statistics, dry_run, bar)
+    pushed = push_experts(experts, repo, private, overwrite, statistics, dry_run, inputs, bar)
     if pushed.card is None:
         print(f"{CARD_FILE} of {repo} has a text of its own and stays as it is")
     elif dry_run:
@@ -68,8 +70,9 @@ def pull(
 ) -> None:
     """Pull experts from a model repository of the Hugging Face hub into a library.
 
-    Every byte is checked against its hash before anything is written. An expert that the library already has with the
-    same content hash is left alone. The commit is printed, so that the same experts can be pulled again.
+    Every byte is checked against its hash before anything is written. Inputs that experts keep come with them. An
+    expert that the library already has with the same content hash is left alone. The commit is printed, so that the
+    same experts can be pulled again.
 
     Args:
         repo: The repository, written owner/name.

@@ -60,7 +60,7 @@ def search(
 def statistics(
     experts: list[str],
     kind: Literal["fisher", "gram", "merged_gram", "prompt_parts", "prompts"],
-    data: TaskMixture,
+    data: TaskMixture | None = None,
     rows: int = 256,
     base: str | None = None,
     overwrite: bool = False,
@@ -80,7 +80,8 @@ def statistics(
             inputs; `merged_gram` the same in the course of the merge of exactly these experts; `prompts` what the base
             makes of each input; `prompt_parts` the same, and of each input without a part of its front.
             `fit --gate-of` trains what Phatgoose needs.
-        data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
+        data: The tasks of all these experts, and how their rows are read: what you gave to `fit`. Default: the inputs
+            that the experts keep (`fit --keep_inputs`).
         rows: The most rows of one task, spread evenly over them.
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Replace statistics of this kind.
@@ -152,7 +153,7 @@ def route(
         fallback: Directory of an expert, such as a merge, for prompts that are unlike the prompts of all experts.
             Centroid, Classifier and Oracle find such prompts; other routers take no fallback. Default: the base alone.
         data: The experts' tasks, whose rows Centroid, Classifier and Phatgoose learn from; not needed if `statistics`
-            took what they need.
+            took what they need, or the experts keep inputs (`fit --keep_inputs`).
         rows: The most rows of one task.
         overwrite: Replace an expert of this name.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("model", "data", "trainer")
 OTHERS = ("seed_everything", "ckpt_path", "trust")
-FIT_ALONE = ("out", "overwrite", "dry_run", "gate_of")
+FIT_ALONE = ("out", "overwrite", "keep_inputs", "dry_run", "gate_of")
 
 
 def run(argv: Sequence[str]) -> None:

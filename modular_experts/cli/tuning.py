@@ -23,7 +23,8 @@ class Tuning:
     """The rows and values to choose the settings of a merge method from.
 
     Args:
-        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
+        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`. Default:
+            the inputs that the experts keep (`fit --keep_inputs`), which the experts answer.
         rows: The most rows of one task, spread evenly over its validation rows.
         grid: Values to try, by setting of the method: {keep: [0.1, 0.2]}; one value fixes it: {scale: [1]}.
         base: The base's directory or hub id; the one in the experts' records by default.
@@ -32,7 +33,7 @@ class Tuning:
         max_new_tokens: The most tokens of an expert's answer.
     """
 
-    data: TaskMixture
+    data: TaskMixture | None = None
     rows: int = 64
     grid: dict[str, list[Any]] = field(default_factory=dict)
     base: str | None = None

@@ -247,6 +247,10 @@ class DataSource:
         """Return `reading` for the rows of some tasks."""
         return {}
 
+    def inputs(self, most: int) -> Mapping[str, Sequence[Example]]:
+        """Return at most so many training examples of all held-in tasks together, whose prompts an expert may keep."""
+        return {}
+
     def fit_context(self, context: int | None) -> None:
         """Cut rows to the context of the model, which is loaded now; None for one without a limit."""
 

@@ -250,6 +250,11 @@ class TaskMixture(LightningDataModule, DataSource):
         raise_for_bad_rows(problems)
         return self._tokenised(kind, asked)
 
+    def inputs(self, most: int) -> dict[str, list[Example]]:
+        """Return at most `most` training examples of all tasks together, spread evenly over them."""
+        chosen = spread_evenly(list(chain.from_iterable(self._split("train").values())), most)
+        return {task: [one for one in chosen if one.task == task] for task in dict.fromkeys(one.task for one in chosen)}
+
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the epoch of `loader.sampler.set_epoch`, in an order that only seeds change."""
         examples, counts = self._split("train"), self.counts

@@ -22,12 +22,15 @@ _FEW = 8  # experts in the example of a merge, and tasks in a row of the table
 
 @dataclass(frozen=True)
 class CardEntry:
-    """What a card shows of one expert: `size` is the bytes of its files, `hub_base` its base if the hub has it."""
+    """What a card shows of one expert: `size` is the bytes of its files, `hub_base` its base if the hub has it, and
+    `inputs` whether inputs of its tasks come with it.
+    """
 
     name: str
     record: Mapping[str, Any]
     size: int
     hub_base: str | None = None
+    inputs: bool = False
 
     @property
     def base(self) -> str:
@@ -58,6 +61,12 @@ def model_card(repo_id: str, entries: Sequence[CardEntry], earlier: str = "") ->
         "be added to the base) or, for types that are not deltas, the trained state (`state.safetensors`), and a "
         "record of its origin (`expert.json`). Experts of one base can be merged.\n",
     ]
+    if kept := [_code(entry.name) for entry in entries if entry.inputs]:
+        top.append(
+            f"**Privacy**: inputs of their training rows come with {', '.join(kept)}, as token ids without targets "
+            "(`inputs.safetensors`), so that merges and routers learn from them. The base's tokenizer turns them back "
+            "into text.\n"
+        )
     return "\n".join([*top, *_table(entries), *_use(repo_id, entries)])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from modular_experts.hub.repository import HubRepository, check_contents, look
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert
 from modular_experts.library.atomic import is_name
+from modular_experts.library.inputs import INPUTS_FILE
 from modular_experts.library.record import RECORD_FILE, ROUTED, files_of, read_record
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
@@ -113,6 +114,7 @@ def _wanted(
                 "into another library, or replace it with overwrite: true"
             )
         files[name] = [f"{name}/{file}" for file in (*files_of(record), RECORD_FILE)]
+        files[name] += [kept for kept in [f"{name}/{INPUTS_FILE}"] if "inputs" in record and kept in repository.files]
         for path in sorted(repository.files) if statistics else ():
             kind = path.removeprefix(f"{name}/{FOLDER}/").removesuffix(".safetensors")
             if path == f"{name}/{FOLDER}/{kind}.safetensors" and is_name(kind):

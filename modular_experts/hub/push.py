@@ -16,6 +16,7 @@ from modular_experts.hub.repository import HubRepository, check_contents, hub_er
 from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.atomic import is_name
 from modular_experts.library.compatibility import open_parents
+from modular_experts.library.inputs import INPUTS_FILE
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
@@ -52,6 +53,7 @@ def push(
     overwrite: bool = False,
     statistics: bool = False,
     dry_run: bool = False,
+    inputs: bool = False,
     progress: Progress = iter,
 ) -> Pushed:
     """Write experts and a card into a repository of the hub.
@@ -63,6 +65,7 @@ def push(
         overwrite: Replace experts of the same name.
         statistics: Push the experts' statistics too.
         dry_run: Check everything and write nothing.
+        inputs: Push the inputs that experts keep too, which their tokenizer turns back into text.
 
     Raises:
         ValueError: An expert is damaged, the list is empty, or two experts have the same name.
@@ -71,20 +74,29 @@ def push(
     opened = _open(experts)
     files: dict[str, Path] = {}
     for name in progress(list(opened)):
-        contents = check_contents(opened[name], statistics)
+        contents = check_contents(opened[name], statistics, inputs)
         files |= {f"{name}/{file}": opened[name].path / file for file in contents}
     repository = look(repo_id, writing=True)
     if private and repository.commit and not repository.private:
         raise PermissionError(f"{repo_id} is public; make it private on its page first, or leave out private")
     present, entries, earlier = _look_inside(repository, opened, overwrite)
-    # Statistics (`<expert>/statistics/<kind>`) go even if the repository has their expert already.
-    new = {path: file for path, file in files.items() if path.count("/") > 1 or path.split("/")[0] not in present}
+    # Statistics (`<expert>/statistics/<kind>`) and inputs go even if the repository has their expert already.
+    new = {
+        path: file
+        for path, file in files.items()
+        if path.count("/") > 1 or file.name == INPUTS_FILE or path.split("/")[0] not in present
+    }
     removed = [
         path
         for path in repository.files
         if path.split("/")[0] in opened.keys() - set(present)
-        and path.split("/")[1:2] in ([FOLDER], [DELTA_FILE], [STATE_FILE])
+        and path.split("/")[1:2] in ([FOLDER], [DELTA_FILE], [STATE_FILE], [INPUTS_FILE])
         and path not in new
+    ]
+    kept = files.keys() | (repository.files.keys() - {*removed})
+    entries += [
+        CardEntry(one.name, one.record, one.size_on_disk, inputs=f"{one.name}/{INPUTS_FILE}" in kept)
+        for one in opened.values()
     ]
     on_hub = cache(lambda base: isinstance(base, str) and is_hub_model(base))
     bases = [entry.record["base"].get("id") for entry in entries]
@@ -117,7 +129,7 @@ def _look_inside(
                     "with overwrite: true"
                 )
         earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
-    return present, entries + [CardEntry(one.name, one.record, one.size_on_disk) for one in opened.values()], earlier
+    return present, entries, earlier
 
 
 def _open(experts: Sequence[str | Path]) -> dict[str, StoredExpert]:
@@ -140,7 +152,7 @@ def _entry(repository: HubRepository, name: str, file: Path) -> list[CardEntry]:
     if repository.missing(name, record):
         return []
     size = sum(repository.files[f"{name}/{part}"] for part in (*files_of(record), RECORD_FILE))
-    return [CardEntry(name, record, size)]
+    return [CardEntry(name, record, size, inputs=f"{name}/{INPUTS_FILE}" in repository.files)]
 
 
 def _commit(repository: HubRepository, plan: Pushed, private: bool) -> Pushed:

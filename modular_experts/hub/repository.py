@@ -20,6 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from modular_experts.library import StoredExpert, check_name, open_statistics
+from modular_experts.library.inputs import INPUTS_FILE
 from modular_experts.library.record import RECORD_FILE, files_of
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.text import did_you_mean
@@ -127,10 +128,10 @@ def _is_id(name: str) -> bool:
     return True
 
 
-def check_contents(expert: StoredExpert, statistics: bool) -> list[str]:
+def check_contents(expert: StoredExpert, statistics: bool, inputs: bool = False) -> list[str]:
     """Check every byte of an expert, and of its statistics, against its hash; return the files it consists of."""
     expert.verify()
-    files = [*files_of(expert.record), RECORD_FILE]
+    files = [*files_of(expert.record), RECORD_FILE, *[INPUTS_FILE] * (inputs and expert.keeps_inputs)]
     for kind in kinds_of_statistics(expert) if statistics else ():
         stored = open_statistics(expert, kind)
         for weight in stored:

@@ -27,6 +27,7 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
 from modular_experts.library.encoded import StoredValues, check_encoding
+from modular_experts.library.inputs import INPUTS_FILE, Prompt, read_inputs, write_inputs
 from modular_experts.library.packing import StoredWeight, check_layout, deltas_of, pack
 from modular_experts.library.record import (
     DELTA_FILE,
@@ -114,9 +115,22 @@ class StoredExpert(TaskVector):
         return {} if self._state is None else self._state.read()
 
     @property
+    def keeps_inputs(self) -> bool:
+        """Whether inputs of its tasks lie beside it."""
+        return "inputs" in self.record and (self.path / INPUTS_FILE).is_file()
+
+    def inputs(self) -> dict[str, list[Prompt]]:
+        """Read and check the inputs that it keeps, by task; none without them."""
+        if not self.keeps_inputs:
+            return {}
+        _check_file(self.path, self.path / INPUTS_FILE)
+        return read_inputs(self.path / INPUTS_FILE, self.record["inputs"])
+
+    @property
     def size_on_disk(self) -> int:
-        """Number of bytes of its files, statistics left out."""
-        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+        """Number of bytes of its files, statistics and kept inputs left out."""
+        files = [file for file in self.path.iterdir() if file.is_file() and file.name != INPUTS_FILE]
+        return sum(file.stat().st_size for file in files)
 
     def shapes(self) -> dict[str, Size]:
         """Return the shape of each weight, without reading it."""
@@ -157,6 +171,7 @@ class StoredExpert(TaskVector):
         for name in self:
             self[name]
         self.state()
+        self.inputs()
 
     def __getitem__(self, name: str) -> Delta:
         return read_weight([self], name)[0]
@@ -254,6 +269,7 @@ def write_expert(
     progress: Progress = iter,
     state: Mapping[str, Tensor] | None = None,
     encoding: str = "float32",
+    inputs: Mapping[str, Sequence[Prompt]] | None = None,
 ) -> str:
     """Write an expert, one weight in memory at a time; its directory appears when it is complete.
 
@@ -268,6 +284,7 @@ def write_expert(
             with them the expert may have no deltas.
         encoding: How values are stored: `float32`, `bfloat16`, `int8`, `int4`, `magnitudes4`, `magnitudes2` or `sign`.
             What is stored is the expert: it is read as the deltas that the stored values stand for.
+        inputs: Prompts of each of its tasks, to be kept beside it.
 
     Returns:
         The content hash.
@@ -277,7 +294,7 @@ def write_expert(
         ValueError: A name comes twice, a value is not finite, or there is neither a delta nor a state.
     """
     target = check_target(path, overwrite)
-    record = {name: value for name, value in record.items() if name not in ("files", "encoding")}
+    record = {name: value for name, value in record.items() if name not in ("files", "encoding", "inputs")}
     record["format"] = FORMAT
     if state:
         form = FORMAT_ROUTED if record["kind"] == ROUTED else FORMAT_WITH_STATE
@@ -295,6 +312,8 @@ def write_expert(
         states = write_state(directory / STATE_FILE, state) if state else None
         if state and table:
             record["files"] = [DELTA_FILE, STATE_FILE]
+        if inputs:
+            record["inputs"] = write_inputs(directory / INPUTS_FILE, inputs)
         content = plain({**record, "content_hash": hash_of_all(content_hash(table, states), record)})
         (directory / RECORD_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return content["content_hash"]

@@ -14,6 +14,7 @@ its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded
 | `tasks`, `scores`       | names of the tasks it was trained on; what it scored                                    |
 | `parents`               | `name`, `content_hash`, `tasks` of each expert that it was made of or trained on top of |
 | `encoding`              | how the values are stored, if not as float32                                            |
+| `inputs`                | tasks, number and SHA-256 of the kept inputs (`inputs.py`), whose file may be missing    |
 | `hyperparameters`       | settings of the kind, the exported step and the learning rate among them                |
 | `method`, `per_weight`  | of a merge: the method, `class_path` and `init_args`; methods by pattern of names       |
 | `costs`, `seed`         | memory and time of the training; seed of the run                                        |
@@ -164,6 +165,8 @@ def what_is_wrong(record: Mapping[str, Any]) -> str:
         "the list of its files": record["format"] == FORMAT
         or record.get("files") in ([STATE_FILE], [DELTA_FILE, STATE_FILE])
         or (record["format"] == FORMAT_ENCODED and record.get("files") == [DELTA_FILE]),
+        "the list of its inputs": (inputs := record.get("inputs")) is None
+        or (_has_texts(inputs, "sha256") and _are_texts(inputs.get("tasks")) and isinstance(inputs.get("rows"), int)),
         "the class path or the reason not to merge": all(isinstance(text, str | None) for text in texts[2:]),
         "the plan": (plan := record.get("plan")) is None
         or (_has_texts(plan, "class") and isinstance(plan.get("settings"), dict)),

@@ -93,7 +93,7 @@ def take_statistics(
             `prompts`, `prompt_parts` and `gates`, from which routers learn.
         data: The validation rows of their tasks, for prompts also the training rows; each expert is measured on the
             tasks that its record names, and with `labels="experts"` answers them itself. A `TaskMixture` alone stands
-            for at most 256 labelled rows of each task.
+            for at most 256 labelled rows of each task, `ValidationRows()` for the inputs that the experts keep.
         overwrite: Replace statistics of this kind that are there.
         steps: For `gates`, how many steps they are trained for; 100 if not given.
 
@@ -104,8 +104,7 @@ def take_statistics(
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
     way, given = KINDS[kind], ValidationRows(data, ROWS) if isinstance(data, TaskMixture) else data
-    rows, data, labels = given.rows, given.data, given.labels
-    if way.of_inputs and labels == "experts":
+    if way.of_inputs and given.labels == "experts":
         raise ValueError(f"{kind} are read without answers; leave labels out")
     if given.expert_of:
         raise ValueError("each expert answers the rows of its own tasks; leave expert_of out")
@@ -113,6 +112,8 @@ def take_statistics(
         raise ValueError(f"steps={steps} must be at least 1, and is for gates alone, which are trained")
     opened = open_experts(experts)
     check_statistics_targets(opened, kind, overwrite)
+    rows, (data, labels) = given.rows, given.found_for(opened)
+    labels = "rows" if way.of_inputs else labels
     opened_base = Base.open(given.base, opened)
     if data.tokenizer is None:
         data.tokenizer = opened_base.tokenizer()
@@ -128,6 +129,7 @@ def take_statistics(
         examples = _answered(model, opened, examples, data, given.max_new_tokens)
     batches = [batches_by_length(own, data) for own in examples]
     facts = {"split": " and ".join(splits), "max_length": data.max_length}
+    facts |= {"split": "kept inputs"} if given.data is None else {}
     facts |= {"labels": labels} if labels == "experts" else {}
     stored = []
     measured = way.measure(model, opened, batches, list(union_of_weights(opened)), steps=steps, progress=progress)

@@ -59,6 +59,7 @@ class FitSettings(TypedDict, total=False):
         batch_size: Rows of a training batch.
         seed: Seed of all random numbers, 0 by default; False leaves the process as it is.
         overwrite: Replace an expert of this name.
+        keep_inputs: The most training inputs that are kept beside the expert, as token ids and without targets.
         checkpoint: A checkpoint to go on from, a file that ends in .ckpt.
         model: Further arguments of `ExpertModule`.
         data: Further arguments of `TaskMixture`.
@@ -72,6 +73,7 @@ class FitSettings(TypedDict, total=False):
     batch_size: int
     seed: int
     overwrite: bool
+    keep_inputs: int
     checkpoint: str | Path | None
     model: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -259,6 +261,9 @@ def prepare(
     run = Run(module, data, trainer, None if checkpoint is None else str(checkpoint))
     for export in run.exports:
         export.overwrite |= settings.get("overwrite", False)
+        export.keep_inputs = settings.get("keep_inputs") or export.keep_inputs
+    if settings.get("keep_inputs") and not run.exports:
+        raise ValueError("keep_inputs keeps inputs beside an expert; say where that goes: --out library/NAME")
     return run
 
 

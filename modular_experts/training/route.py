@@ -54,7 +54,8 @@ def route(
         out: Directory of the routed expert, in the library of the experts.
         router: The router; `Centroid` with its defaults if not given.
         fallback: An expert, such as a merge, for inputs that the router rejects; the base alone if not given.
-        data: The experts' tasks, from whose rows a router learns that needs statistics which were not taken yet.
+        data: The experts' tasks, from whose rows a router learns that needs statistics which were not taken yet; if
+            not given, it learns from the inputs that the experts keep.
         rows: The most rows of one task.
         overwrite: Replace an expert of this name.
         progress: Iterator wrapper around the experts whose statistics are taken, e.g. `tqdm`.
@@ -109,14 +110,14 @@ def _take_missing(
     router: Router, experts: Sequence[StoredExpert], data: TaskMixture | None, rows: int, progress: Progress
 ) -> None:
     kind: Any = router.needs
-    lacking = [one.path for one in experts if kind and kind not in kinds_of_statistics(one)]
-    if lacking and data is None:
+    lacking = [one for one in experts if kind and kind not in kinds_of_statistics(one)]
+    if lacking and data is None and not all(one.keeps_inputs for one in lacking):
         raise ValueError(
             f"{len(lacking)} of {len(experts)} experts have no {kind} statistics, which {type(router).__name__} learns "
             "from; give the tasks of all: --data.tasks a.jsonl b.jsonl"
         )
-    if lacking and data is not None:
-        take_statistics(lacking, kind, ValidationRows(data, rows), progress=progress)
+    if lacking:
+        take_statistics([one.path for one in lacking], kind, ValidationRows(data, rows), progress=progress)
 
 
 def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:

@@ -33,6 +33,7 @@ class RunSettings:
     ckpt_path: str | None = None
     out: str | None = None
     overwrite: bool = False
+    keep_inputs: int = 0
     dry_run: bool = False
 
 
@@ -62,6 +63,7 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
             "modules": model.pop("modules", None),
             "out": run.out,
             "overwrite": run.overwrite,
+            "keep_inputs": run.keep_inputs,
             "seed": run.seed_everything,
             "checkpoint": run.ckpt_path,
             "model": model,

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.data import TaskMixture
+from modular_experts.data import KeptInputs, TaskMixture
 from modular_experts.data.batch import Batch, Collator, Example
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.deltas import Delta
@@ -143,7 +143,8 @@ class ValidationRows(Options):
     """The rows that a tuning or a search measures, and who labels them.
 
     Args:
-        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
+        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`. Default:
+            the inputs that the experts keep (`fit --keep_inputs`), which the experts answer.
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
         labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
@@ -151,7 +152,7 @@ class ValidationRows(Options):
         max_new_tokens: The most tokens of an expert's answer.
     """
 
-    data: TaskMixture
+    data: TaskMixture | None = None
     rows: int = 64
     base: str | None = None
     labels: Labels = "rows"
@@ -165,6 +166,12 @@ class ValidationRows(Options):
             raise ValueError(f"labels={self.labels!r} must be 'rows', whose targets count, or 'experts', who answer")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
+
+    def found_for(self, experts: Sequence[StoredExpert]) -> tuple[TaskMixture, Labels]:
+        """Return the data and who labels them: without data, the inputs that the experts keep, and the experts."""
+        if self.data is not None:
+            return self.data, self.labels
+        return KeptInputs([expert for expert in experts if not expert.is_merge]), "experts"
 
 
 def objective_on_base(
@@ -183,7 +190,8 @@ def objective_on_base(
             the data; nothing has been loaded.
     """
     given = ValidationRows(given) if isinstance(given, TaskMixture) else given
-    data, by_experts = given.data, given.labels == "experts"
+    data, labels = given.found_for(experts)
+    by_experts = labels == "experts"
     if given.expert_of and not (by_experts or distills):
         raise ValueError("expert_of says whose expert answers a task; add labels=experts, or leave it out")
     own = own_experts(experts, list(data.roles), given.expert_of) if by_experts or distills else {}
@@ -196,7 +204,7 @@ def objective_on_base(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     objective = Objective(model, data, own if by_experts else None, given.max_new_tokens, progress)
     if own:
-        objective.origin = {"labels": given.labels, "expert_of": {task: expert.name for task, expert in own.items()}}
+        objective.origin = {"labels": labels, "expert_of": {task: expert.name for task, expert in own.items()}}
     if by_experts:
         objective.origin |= {"max_new_tokens": given.max_new_tokens}
     if distills:

@@ -198,12 +198,12 @@ MERGE = ["merge", *EXPERTS, "--method", "SparseAverage", "--out", "library/ab"]
 SEARCH = ["search", *EXPERTS, "--algorithm", "LoRAHub", "--out", "library/ab"]
 MERGED = ["search", "--merges", "[TIES]", "--algorithm", "ATLAS", "--out", "library/q", "--data.tasks", "TASKS"]
 MISTAKES = [
-    ([*MERGE, "--tune.rows", "8"], 2, "--tune.data must be given, on the command line or in --config"),
+    ([*MERGE, "--tune.rows", "8"], 1, "no rows are given, and 2 of 2 experts keep no inputs, such as"),
     ([*MERGE, "--tune.row", "8"], 2, "there is no option --tune.row; did you mean --tune.rows?"),
     ([*MERGE, "--tune.data.tasks", "HELD_OUT"], 1, "upper, reverse: the rows of a held-out task are reserved"),
     (["merge", *EXPERTS, "--out", "library/ab", "--tune.data.tasks", "TASKS"], 1, "settings of one method for all"),
     ([*MERGE, "--tune.data.tasks", "TASKS", "--per_weight", "{'.*': null}"], 1, "give a method, and no per_weight"),
-    ([*SEARCH], 2, "data must be given"),
+    ([*SEARCH], 1, "no rows are given, and 2 of 2 experts keep no inputs, such as"),
     (
         [*MERGED, "--experts", "[library/0, library/q-TIES]", "--overwrite"],
         1,

@@ -16,6 +16,7 @@ from modular_experts.hub.card import CardEntry, model_card
 from modular_experts.hub.pull import pull
 from modular_experts.hub.push import push
 from modular_experts.library import Library, make_record, open_expert, write_expert, write_statistics
+from modular_experts.library.inputs import INPUTS_FILE, Prompt
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing import Oracle
 from modular_experts.training.route import route
@@ -109,6 +110,27 @@ def test_the_experts_behind_a_router_go_and_come_with_it(hub, library, tmp_path)
     assert [expert.name for expert in pull(REPO, tmp_path / "other", ["routed"]).experts] == ["routed", "a", "b"]
     for name in ("a", "b", "routed"):
         assert contents(tmp_path / "other" / name) == contents(library / name)
+
+
+def test_kept_inputs_go_only_if_asked_and_come_with_the_expert(hub, library, tmp_path):
+    kept = {"first": [Prompt(torch.tensor([5, 3], dtype=torch.int32), 1)]}
+    deltas = open_expert(library / "a")
+    write_expert(library / "a", dict(deltas.items()), deltas.record, overwrite=True, inputs=kept)
+    assert f"a/{INPUTS_FILE}" not in push([library / "a"], REPO).files
+    assert "Privacy" not in hub.repositories[REPO].files()["README.md"].decode()
+    assert not pull(REPO, tmp_path / "before").experts[0].keeps_inputs
+    assert list(push([library / "a"], REPO, inputs=True).files) == [f"a/{INPUTS_FILE}"]
+    assert "turns them back into text" in hub.repositories[REPO].files()["README.md"].decode()
+    push([library / "b"], REPO)
+    assert "come with `a`," in hub.repositories[REPO].files()["README.md"].decode()
+    pull(REPO, tmp_path / "after")
+    assert contents(tmp_path / "after") == contents(library)
+    change(hub, **{f"a/{INPUTS_FILE}": b"other bytes"})
+    with pytest.raises(ValueError, match="its contents are not those that the record lists"):
+        pull(REPO, tmp_path / "damaged")
+    write(library / "a", seed=3, overwrite=True)
+    assert push([library / "a"], REPO, overwrite=True).removed == [f"a/{INPUTS_FILE}"]
+    assert "Privacy" not in hub.repositories[REPO].files()["README.md"].decode()
 
 
 def test_only_an_experts_own_files_go(hub, library):

@@ -1,0 +1,121 @@
+"""From `fit --keep_inputs` to statistics, a router, a search and smaller experts, all without task files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from testbed.runs import TARGET
+
+from modular_experts import ExportExpert, open_expert
+from modular_experts.base import Base
+from modular_experts.data import KeptInputs
+from modular_experts.data.batch import prompts
+from modular_experts.library import open_statistics
+from modular_experts.library.inputs import INPUTS_FILE
+from modular_experts.tuning import ValidationRows, objective_on_base
+
+EXPERTS = ["--experts", "library/a", "library/b"]
+
+
+@pytest.fixture
+def library(run, tiny_llama_dir, two_task_files):
+    """Experts of the tasks `a` and `b`, which keep at most ten inputs each."""
+    for name in "ab":
+        how = ["--expert", "SparseExpert", "--modules", TARGET, "--steps", 4, "--learning_rate", 0.01]
+        how += ["--tasks", f"{name}.jsonl", "--keep_inputs", 10, "--out", f"library/{name}"]
+        code, _, err = run("fit", "--base", tiny_llama_dir, *how)
+        assert code == 0
+        assert f"kept 10 inputs of {name} beside it, which its tokenizer turns back into text" in err
+    (two_task_files / "a.jsonl").rename("gone-a")
+    (two_task_files / "b.jsonl").rename("gone-b")
+    return two_task_files / "library"
+
+
+def trained_inputs(file) -> list[str]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row["input"] for row in rows if row["split"] == "train"]
+
+
+def test_prompts_of_training_rows_are_kept_and_nothing_else(library, tiny_llama_dir, run) -> None:
+    tokenizer = Base.open(tiny_llama_dir).tokenizer()
+    for name in "ab":
+        kept = open_expert(library / name).inputs()
+        assert list(kept) == [name]
+        texts = [tokenizer.decode(one.ids) for one in kept[name]]
+        trained = trained_inputs(library.parent / f"gone-{name}")
+        assert texts == [text for number, text in enumerate(trained) if number in {n * 12 // 10 for n in range(10)}]
+        assert {one.end for one in kept[name]} == {tokenizer.eos_token_id}
+    assert "10 of a, as token ids" in run("show", "library/a")[1]
+
+
+def test_each_tasks_own_expert_answers_what_it_keeps(library) -> None:
+    experts = [open_expert(library / name) for name in "ab"]
+    objective = objective_on_base(experts, ValidationRows(rows=6, max_new_tokens=3))
+    assert objective.origin["labels"] == "experts"
+    for expert in experts:
+        asked = [ids for batch in objective.batches[expert.name] for ids in prompts(batch)]
+        kept = {tuple(one.ids.tolist()) for one in expert.inputs()[expert.name]}
+        assert len(asked) == 6
+        assert {tuple(ids.tolist()) for ids in asked} < kept
+        with torch.no_grad():
+            own = objective.losses_with(expert, tasks=[expert.name])[expert.name]
+            other = objective.losses_with(next(one for one in experts if one is not expert), tasks=[expert.name])
+        assert own < other[expert.name]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["statistics", *EXPERTS, "--kind", "gram", "--max_new_tokens", 2],
+        ["route", *EXPERTS, "--out", "library/routed"],
+        ["search", *EXPERTS, "--algorithm", "ATLAS", "--algorithm.steps", 2, "--out", "library/ab"],
+        ["merge", *EXPERTS, "--method", "Average", "--tune.rows", 4, "--out", "library/ab"],
+        ["shrink", *EXPERTS, "--bound", 9, "--out", "small"],
+    ],
+)
+def test_the_library_alone_is_enough(run, library, command) -> None:
+    assert run(*command)[::2] == (0, "")
+    if command[0] == "statistics":
+        facts = open_statistics(open_expert("library/a"), "gram").facts
+        assert (facts["tasks"], facts["data"]["split"], facts["data"]["labels"]) == (
+            {"a": 10},
+            "kept inputs",
+            "experts",
+        )
+
+
+def test_without_inputs_and_rows_one_sentence_says_what_is_missing(run, library) -> None:
+    (library / "b" / INPUTS_FILE).unlink()
+    code, _, err = run("search", *EXPERTS, "--algorithm", "ATLAS", "--out", "library/ab")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "no rows are given, and 1 of 2 experts keep no inputs, such as" in err
+    assert "train with fit --keep_inputs 256" in err
+
+
+def test_what_needs_targets_or_other_tokens_is_refused(library, tiny_llama_dir) -> None:
+    experts = [open_expert(library / name) for name in "ab"]
+    data = KeptInputs(experts, tokenizer=str(tiny_llama_dir))
+    with pytest.raises(ValueError, match="only inputs are there, and this needs targets"):
+        data.validation_examples()
+    data.tokenizer = Base.open(tiny_llama_dir).tokenizer()
+    data._kept["a"][0].ids[0] = 10**6
+    with pytest.raises(ValueError, match="the inputs of a hold the token 1000000, which the tokenizer lacks"):
+        data.input_examples(["validation"])
+
+
+def test_long_inputs_keep_their_last_tokens(library, tiny_llama_dir) -> None:
+    data = KeptInputs([open_expert(library / "a")], tokenizer=str(tiny_llama_dir), max_length=5)
+    whole = open_expert(library / "a").inputs()["a"]
+    found = data.input_examples(["validation"])["a"]
+    assert [one.tokens.ids.tolist() for one in found] == [one.ids[-5:].tolist() for one in whole]
+    assert [one.tokens.prompt for one in found] == [5] * 10
+
+
+def test_keeping_needs_a_place_and_data_that_have_inputs(run, tiny_llama_dir, two_task_files) -> None:
+    how = ["--expert", "SparseExpert", "--modules", TARGET, "--steps", 1, "--tasks", "a.jsonl", "--keep_inputs", 5]
+    code, _, err = run("fit", "--base", tiny_llama_dir, *how)
+    assert (code, "keep_inputs keeps inputs beside an expert" in err) == (1, True)
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        ExportExpert("library", "a", keep_inputs=-1)
