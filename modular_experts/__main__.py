@@ -44,7 +44,7 @@ def _run(argv: Sequence[str]) -> None:
         print(f"modular-experts {__version__}")
         return
     if verb not in VERBS:
-        raise unknown_command(verb, VERBS)
+        raise unknown_command(verb)
     command = VERBS[verb]
     if {"-h", "--help"} & asked or ({"--help-all", "--help_all"} & asked and command.function):
         from modular_experts.cli.help import command_help
@@ -52,8 +52,7 @@ def _run(argv: Sequence[str]) -> None:
         print(command_help(verb, command, whole=not {"-h", "--help"} & asked))
         return
     # A user's class lies beside the config, where a console script does not look.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    sys.path[:0] = {os.getcwd()} - {*sys.path}
     with importing():
         module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
     if command.function:

@@ -1,7 +1,6 @@
 """Run a command that is one typed function: its arguments are the options, its docstring is the help.
 
-An option may be written `--dry-run` or `--dry_run`, a flag without a value, a list as plain words, some options by a
-short name or by their position. The command line beats a config file, and this beats the ones before it.
+The command line beats a config file, and this beats the ones before it.
 """
 
 from __future__ import annotations
@@ -11,34 +10,28 @@ import re
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin
+from typing import Any, get_origin
 
 import yaml
 
-from modular_experts.settings import UsageError, Word, folded, from_yaml, listed, meant, no_option, over, respelt
+import modular_experts
+from modular_experts.cli.commands import VERBS
+from modular_experts.settings import Loader, UsageError, Word, folded, listed, meant, over, respelt, unknown
 from modular_experts.settings.read import Read, arguments_of, class_named, kinds_of, read, read_arguments
-from modular_experts.text import did_you_mean
 
-
-class Option(NamedTuple):
-    """An option of a command line: its full name with underscores, and its words."""
-
-    name: str
-    words: list[str]
+Typed = list[tuple[str, list[Word]]]
 
 
 def run_command(
     function: Callable[..., None], argv: Sequence[str], positional: Sequence[str] = (), short: Mapping[str, str] = {}
 ) -> None:
-    """Parse a command's arguments, as `read_options` takes them, and call its function if all fit."""
+    """Parse a command's arguments, as `read_options` takes them, and call its function."""
     make = partial(read_arguments, "--", function)
-    arguments = arguments_given(argv[1:], arguments_of(function)[0], make, positional, short)
-    if arguments is not None:
-        function(**arguments)
+    function(**arguments_given(argv[1:], arguments_of(function)[0], make, positional, short))
 
 
 def arguments_given(
@@ -48,8 +41,8 @@ def arguments_given(
     positional: Sequence[str] = (),
     short: Mapping[str, str] = {},
     beneath: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda settings: {},
-) -> dict[str, Any] | None:
-    """Return the arguments that a command line gives; None after the help on a class is printed.
+) -> dict[str, Any]:
+    """Return the arguments that a command line gives, or leave the program after help on a class or `--print_config`.
 
     `make` reads the settings, and `beneath` takes them and returns the settings that lie beneath.
     """
@@ -57,37 +50,29 @@ def arguments_given(
     spelt = {full: name for name, full in short.items()}
     options = read_options(words, hints, positional, short)
     try:
-        if helped := _help_asked(options, hints):
-            print(respelt(helped, spelt))
-            return None
-        settings = settings_of(options, hints, short)
-        if under := beneath(settings):
-            settings = settings_of(options, hints, short, under)
+        for option, named in options:
+            if option.endswith(".help"):
+                print(respelt(_help_on(option.removesuffix(".help"), named, options, hints), spelt))
+                raise SystemExit(0)
+        settings = settings_of(options, hints, short, beneath(settings_of(options, hints, short)))
+        # To trust something imports torch.
         if named := read("--trust", list[str], settings.pop("trust", [])).make():
-            # Which imports torch.
-            from modular_experts.library.described import trust
-
-            trust(*named)
+            modular_experts.trust(*named)
         found = make(settings)
     except UsageError as error:
         raise UsageError(respelt(str(error), spelt)) from None
-    if any(one.name == "print_config" for one in options):
+    if "print_config" in dict(options):
         print(yaml.safe_dump(found.plain, sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
     return found.make()
 
 
-def _help_asked(options: Sequence[Option], hints: Mapping[str, Any]) -> str:
-    """Return the help on the settings of a class, such as `--method.help TIES`; empty if nobody asks for it."""
-    for one in options:
-        if one.name.endswith(".help"):
-            from modular_experts.cli.help import class_help
+def _help_on(option: str, words: Sequence[str], options: Typed, hints: Mapping[str, Any]) -> str:
+    from modular_experts.cli.help import class_help
 
-            option = one.name.removesuffix(".help")
-            words = one.words or next((other.words for other in options if other.name == option), [])
-            kind, given_by_us = class_named(f"--{option}", kinds_of(option, hints), words[0] if words else None)
-            return class_help(f"--{option}.", kind, given_by_us)
-    return ""
+    # `--method.help TIES`, or `--method TIES --method.help`.
+    named = [*words, *dict(options).get(option, []), None][0]
+    return class_help(f"--{option}.", *class_named(f"--{option}", kinds_of(option, hints), named))
 
 
 def _is(form: type, name: str, hints: Mapping[str, Any]) -> bool:
@@ -96,18 +81,15 @@ def _is(form: type, name: str, hints: Mapping[str, Any]) -> bool:
 
 def read_options(
     words: Iterable[str], hints: Mapping[str, Any], positional: Sequence[str] = (), short: Mapping[str, str] = {}
-) -> list[Option]:
-    """Return the options of a command line under their full names; a list that is given in parts is one.
+) -> Typed:
+    """Return the full name and the words of each option of a command line; a list that is given in parts is one.
 
     By its type in `hints`, a list takes the words up to the next option, and a flag needs no value. `positional` names
     the options that may be given by position, `short` the full name of each option that has a short one.
-
-    Raises:
-        UsageError: A word is neither an option nor the value of one, or an option has no value.
     """
-    found: list[Option] = []
+    found: Typed = []
     places, room = list(positional), False
-    for word in words:
+    for word in map(Word, words):
         if word.startswith("--"):
             typed, equals, value = word.partition("=")
             head, dot, rest = typed[2:].partition(".")
@@ -115,48 +97,45 @@ def read_options(
             # Keys of a table are the user's, such as patterns of weights.
             rest = rest if _is(dict, name, hints) else rest.replace("-", "_")
             name = short.get(name, name) + "+" * head.endswith("+") + dot + rest
-            found.append(Option(name, [value] if equals else []))
+            found.append((name, [Word(value)] if equals else []))
             room = not equals and name != "print_config"
-        elif room and (kinds_of(found[-1].name, hints) != [bool] or word.lower() in ("true", "false", "yes", "no")):
-            found[-1].words.append(word)
-            room = _is(list, found[-1].name, hints)
+        elif room and (kinds_of(found[-1][0], hints) != [bool] or word.lower() in ("true", "false", "yes", "no")):
+            found[-1][1].append(word)
+            room = _is(list, found[-1][0], hints)
         elif places:
-            found.append(Option(places[0], [word]))
+            found.append((places[0], [word]))
             places = places if _is(list, places[0], hints) else places[1:]
             room = False
         else:
-            last = found[-1].name.partition(".")[0].removesuffix("+") if found else ""
+            last = found[-1][0].partition(".")[0].removesuffix("+") if found else ""
             if last and last not in {*hints, *short, "config", "print_config", "help", "help_all"}:
-                raise no_option(f"--{last}", [f"--{name}" for name in (*short, *hints)])
+                raise unknown("option", f"--{last}", [f"--{name}" for name in (*short, *hints)])
             raise UsageError(f"{word!r} is one argument too many; options start with --")
-    joined: dict[str | int, Option] = {}
+    joined: dict[str | int, tuple[str, list[Word]]] = {}
     for number, (name, taken) in enumerate(found):
         if not taken and (name == "config" or kinds_of(name, hints) not in ([], [bool])):
             raise UsageError(f"--{name} needs a value")
-        joined.setdefault(name if _is(list, name, hints) else number, Option(name, [])).words.extend(taken)
+        joined.setdefault(name if _is(list, name, hints) else number, (name, []))[1].extend(taken)
     return list(joined.values())
 
 
 def settings_of(
-    options: Sequence[Option],
-    hints: Mapping[str, Any],
-    short: Mapping[str, str] = {},
-    beneath: Mapping[str, Any] = {},
+    options: Typed, hints: Mapping[str, Any], short: Mapping[str, str] = {}, beneath: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
     """Return what config files and options set, as nested dictionaries, over settings that lie beneath both."""
-    files = [(f"--config {word}", _config(word)) for one in options if one.name == "config" for word in one.words]
+    files = [(f"--config {word}", _config(word)) for name, words in options if name == "config" for word in words]
     settings = folded([("the checkpoint", beneath), *files], short)
-    for option in options:
-        head, _, rest = option.name.partition(".")
-        path = [head, rest] if rest and _is(dict, head, hints) else option.name.split(".")
-        if option.name not in ("config", "print_config"):
-            settings = _set(settings, path, _value(option, hints))
+    for name, words in options:
+        head, _, rest = name.partition(".")
+        path = [head, rest] if rest and _is(dict, head, hints) else name.split(".")
+        if name not in ("config", "print_config"):
+            settings = _set(settings, path, _value(name, words, hints) if words else True)
     return settings
 
 
 def _config(file: str) -> dict[str, Any]:
     try:
-        settings = from_yaml(Path(file).read_text(encoding="utf-8"))
+        settings = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
@@ -164,13 +143,10 @@ def _config(file: str) -> dict[str, Any]:
     return settings
 
 
-def _value(option: Option, hints: Mapping[str, Any]) -> Any:
-    words = [Word(word) for word in option.words]
-    if not words:
-        return True
+def _value(name: str, words: Sequence[Word], hints: Mapping[str, Any]) -> Any:
     # One word stays alone where a text or a class may stand instead of a list, and where it is a whole list.
-    alone = len(words) == 1 and (isinstance(meant(words[0]), list | None) or len(kinds_of(option.name, hints)) > 1)
-    return words[-1] if alone or not _is(list, option.name, hints) else [one for word in words for one in listed(word)]
+    alone = len(words) == 1 and (isinstance(meant(words[0]), list | None) or len(kinds_of(name, hints)) > 1)
+    return words[-1] if alone or not _is(list, name, hints) else [one for word in words for one in listed(word)]
 
 
 def _set(settings: Any, path: Sequence[str], value: Any) -> Any:
@@ -186,12 +162,11 @@ def _set(settings: Any, path: Sequence[str], value: Any) -> Any:
     return {**settings, key: _set(settings.get(key), deeper, value)}
 
 
-def unknown_command(verb: str, known: Collection[str]) -> UsageError:
-    """Return the error about a word that is not a command."""
-    # Words of other programs that are spelt like another command of ours, or like none.
-    ours = {"compare": "; did you mean evaluate?", "train": "; did you mean fit?"}.get(verb)
-    what = "the command comes first, before" if verb.startswith("-") else "there is no command"
-    return UsageError(f"{what} {verb}{ours or did_you_mean(verb, known)}; the commands are {', '.join(known)}")
+def unknown_command(word: str) -> UsageError:
+    """Return the error about a first word that is not a command."""
+    if word.startswith("-"):
+        return UsageError(f"the command comes first, before {word}; modular-experts --help lists the commands")
+    return unknown("command", word, VERBS, 0.6)
 
 
 def guarded(command: Callable[[], object]) -> int:
@@ -212,8 +187,7 @@ def guarded(command: Callable[[], object]) -> int:
         print(end="", flush=True)
         return 0
     except KeyboardInterrupt as interruption:
-        for note in getattr(interruption, "__notes__", ["interrupted"]):
-            print(note, file=sys.stderr)
+        print(*getattr(interruption, "__notes__", ["interrupted"]), sep="\n", file=sys.stderr)
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and sys.stdout and stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
@@ -228,18 +202,17 @@ def guarded(command: Callable[[], object]) -> int:
             raise
         notes = [f"({note})" for cause in causes for note in getattr(cause, "__notes__", ())]
         rank = os.environ.get("LOCAL_RANK", "0")
-        where = "error" if rank == "0" else f"error in process {rank}"
+        where = f" in process {rank}" * (rank != "0")
         # What the command has printed before comes first where both go into one file.
         with suppress(AttributeError, ValueError, OSError):
             sys.stdout.flush()
-        print(f"{where}: {' '.join([str(ours), *notes])}", file=sys.stderr)
+        print(f"error{where}: {' '.join([str(ours), *notes])}", file=sys.stderr)
         return 2 if isinstance(ours, UsageError) else 1
 
 
 def _is_on_purpose(error: BaseException) -> bool:
-    if isinstance(error, OSError | UsageError):
-        return True
     speaks = isinstance(error, ValueError | TypeError | ModuleNotFoundError)
     speaks = speaks or type(error).__name__ == "MisconfigurationException"
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return speaks and bool(modules and re.match(r"(modular_experts|lightning)\b", modules[-1]))
+    *_, raised_in = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
+    ours = re.match(r"(modular_experts|lightning)\b", raised_in)
+    return isinstance(error, OSError | UsageError) or bool(speaks and ours)

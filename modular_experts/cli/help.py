@@ -10,14 +10,16 @@ import inspect
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from modular_experts.cli.commands import VERBS, Command, help_texts
 from modular_experts.settings.read import arguments_of
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _WIDTH, _COLUMN = 80, 26
+_Wrapper = partial(textwrap.TextWrapper, break_long_words=False, break_on_hyphens=False)
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
 _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
 _METAVARS = {"bool": "", "int": " N", "float": " X", "DType": " DTYPE"}
@@ -32,27 +34,16 @@ _EVERYWHERE = {
 }
 
 
-class _Source(NamedTuple):
-    """What a function's source tells its users; options are texts by the option as it is typed."""
-
-    description: str
-    required: dict[str, str]
-    options: dict[str, str]
-    examples: str
-
-
-def _read_source(file: str, name: str, whole: bool) -> _Source:
-    tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
+def _read_source(file: Path, name: str, whole: bool, required: dict[str, str], options: dict[str, str]) -> list[str]:
+    """Return the description and the examples of a function; add the texts of its options, as these are typed."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     found: Any = next(node for node in tree.body if getattr(node, "name", None) == name)
     description, _, rest = (ast.get_docstring(found) or "").partition("\nArgs:\n")
     listed, _, examples = rest.partition("\nExamples:\n")
     texts = _texts(listed.partition("\n\n")[0])
-    source = _Source(description.strip(), {}, {}, textwrap.dedent(examples).rstrip())
     for argument, kind, default in _arguments(found):
         if home := _file_of_options(file, tree, kind):
-            inner = _read_source(home, kind, whole)
-            source.required.update(inner.required)
-            source.options.update(inner.options)
+            _read_source(home, kind, whole, required, options)
             continue
         option, text = f"--{argument.replace('dry_run', 'dry-run')}", texts[argument]
         shown = _METAVARS.get(kind, f" {argument.rpartition('_')[2].upper()}")
@@ -63,35 +54,32 @@ def _read_source(file: str, name: str, whole: bool) -> _Source:
         if kind in _CLASSES:
             text += f" Its settings: {option}.help{_CLASSES[kind]}"
         if default is None:
-            source.required[option + shown] = text
+            required[option + shown] = text
         else:
             tells = not re.match("None|False|field", default)
-            source.options[option + shown] = text + f" (default: {default})" * tells
-    return source
+            options[option + shown] = text + f" (default: {default})" * tells
+    return [description.strip(), textwrap.dedent(examples).rstrip()]
 
 
 def _texts(doc: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in re.findall(_ENTRY, doc, re.MULTILINE)}
 
 
-def _file_of_options(file: str, tree: ast.Module, kind: str) -> str | None:
+def _file_of_options(file: Path, tree: ast.Module, kind: str) -> Path | None:
     """Return the file with the class of an annotation, if its fields are options (`settings.Options`)."""
     imported = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    homes = [f"{one.module}".partition(".")[2] for one in imported if kind in [name.name for name in one.names]]
-    for home in (file, *(f"{home.replace('.', '/')}.py" for home in homes)):
-        if (_ROOT / home).is_file() and f"class {kind}(Options)" in (_ROOT / home).read_text(encoding="utf-8"):
-            return home
-    return None
+    homes = [f"{one.module}".replace(".", "/") for one in imported if kind in [name.name for name in one.names]]
+    home = _ROOT / f"{homes[0]}.py" if homes else file
+    return home if home.is_file() and f"class {kind}(Options)" in home.read_text(encoding="utf-8") else None
 
 
-def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, str | None]]:
+def _arguments(found: Any) -> list[tuple[str, str, str | None]]:
     if isinstance(found, ast.ClassDef):
         fields: list[Any] = [node for node in found.body if isinstance(node, ast.AnnAssign)]
         given = [(one.target.id, one.annotation, one.value) for one in fields]
     else:
-        taken: list[Any] = found.args.args
-        values = [None] * (len(taken) - len(found.args.defaults)) + found.args.defaults
-        given = [(one.arg, one.annotation, value) for one, value in zip(taken, values, strict=True)]
+        values = [None] * (len(found.args.args) - len(found.args.defaults)) + found.args.defaults
+        given = [(one.arg, one.annotation, value) for one, value in zip(found.args.args, values, strict=True)]
     return [
         (name, ast.unparse(kind).removesuffix(" | None"), value and ast.unparse(value).replace("'", ""))
         for name, kind, value in given
@@ -103,14 +91,15 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
     if not command.function:
         summary, (sections, examples) = command.summary, help_texts(verb)
         return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], sections, examples)
-    source = _read_source(f"{command.path}.py", command.function, whole)
+    sections = {"required": {}, "options": {}}
+    home = _ROOT / f"modular_experts/{command.path}.py"
+    description, example = _read_source(home, command.function, whole, **sections)
     usage = []
-    for option in source.required:
+    for option in sections["required"]:
         name = option.partition(" ")[0][2:]
         usage.append(name.upper() + " ..." * ("..." in option) if name in command.positional else option)
-    sections = {"required": source.required, "options": source.options}
-    first, *others = source.description.split("\n\n")
-    examples = re.split(r"\n(?=modular-experts)", source.examples)
+    first, *others = description.split("\n\n")
+    examples = re.split(r"\n(?=modular-experts)", example)
     # At first only a paragraph that answers a question is needed beside the first one.
     paragraphs = [first, *(one for one in others if whole or "?" in one)]
     return _screen(" ".join([verb, *usage]), paragraphs, sections, examples if whole else examples[:2])
@@ -126,10 +115,10 @@ def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
     summary = (inspect.getdoc(kind) or "").partition("\n\n")[0].removeprefix(f"{kind.__name__}: ")
     lines = [*textwrap.wrap(f"{kind.__name__}: {summary}", _WIDTH), ""]
     for name, default in defaults.items():
-        text = texts.get(name, "")
-        text += "" if default in (None, False, inspect.Parameter.empty) else f" (default: {default})"
+        text = "" if default in (None, False, inspect.Parameter.empty) else f" (default: {default})"
+        text = texts.get(name, "") + text
         option = f"  {prefix}{name} {_METAVARS.get(getattr(hints[name], '__name__', ''), ' X').strip()}  {text}"
-        lines += textwrap.wrap(option, _WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False)
+        lines += _Wrapper(_WIDTH, "", " " * 6).wrap(option)
     return "\n".join(lines)
 
 
@@ -143,18 +132,13 @@ def _screen(
         screen += ["", f"{title}:"] if rows else []
         for option, text in rows.items():
             first, others = f"  {option}  ".ljust(_COLUMN), " " * _COLUMN
-            screen += textwrap.wrap(
-                text, _WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
-            )
+            screen += _Wrapper(_WIDTH, first, others).wrap(text)
     screen += ["", "examples:"]
     for example in examples:
-        line = " "
-        for part in re.split(r"(?: \\\n)? +(?=--)", example):
-            if len(f"{line} {part}") > _WIDTH - 2:
-                screen.append(f"{line} \\")
-                line = "     "
-            line = f"{line} {part}"
-        screen.append(line)
+        # A line ends only before an option.
+        glued = re.sub(r" (?!--)", "\0", re.sub(r" \\\n +", " ", example))
+        lines = _Wrapper(_WIDTH - 2, "  ", " " * 6).wrap(glued)
+        screen.append(" \\\n".join(lines).replace("\0", " "))
     return "\n".join(screen)
 
 
@@ -170,6 +154,5 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
     """
     shown = "\n".join(command_help(verb, command, True) for verb, command in VERBS.items())
     words = [*VERBS, *dict.fromkeys(re.findall(r"^  (--[\w-]+)", shown, re.MULTILINE))]
-    if shell == "zsh":
-        print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
-    print(f"complete -o default -W '{' '.join(words)}' modular-experts")
+    start = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" * (shell == "zsh")
+    print(f"{start}complete -o default -W '{' '.join(words)}' modular-experts")

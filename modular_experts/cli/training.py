@@ -14,7 +14,7 @@ from rich.console import Console
 
 from modular_experts.cli.command import arguments_given, run_command
 from modular_experts.cli.commands import importing
-from modular_experts.settings import SHORT_NAMES, no_option
+from modular_experts.settings import SHORT_NAMES, unknown
 from modular_experts.settings.read import arguments_of
 from modular_experts.text import bytes_text
 
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
     for name in names:
         # Before torch and Lightning are imported, which takes seconds.
         if name.replace("-", "_").removesuffix("+") not in {*known, "config", "print_config", "help", "help_all"}:
-            raise no_option(f"--{name}", [f"--{one}" for one in known])
+            raise unknown("option", f"--{name}", [f"--{one}" for one in known])
     if "gate_of" in [name.replace("-", "_") for name in names]:
         from modular_experts.cli.search import gates
 
@@ -50,8 +50,6 @@ def run(argv: Sequence[str]) -> None:
         return
     make = partial(read_run, known=known)
     arguments = arguments_given(words, hints, make, short=SHORT_NAMES, beneath=_settings_of_checkpoint)
-    if arguments is None:
-        return
     try:
         if verb != "fit":
             measure(verb, **arguments)

@@ -28,8 +28,9 @@ class Word(str):
     """A value as somebody typed it: a text where an annotation takes one, and YAML everywhere else."""
 
 
-# What users of other tools type, and our option.
+# What users of other tools type, and our option or command.
 ELSEWHERE = {
+    **{"compare": "evaluate", "train": "fit"},
     **dict.fromkeys(("target_modules", "lora_target_modules"), "--modules"),
     **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model"), "--base"),
     **dict.fromkeys(("train_file", "dataset", "data"), "--tasks"),
@@ -55,48 +56,39 @@ SHORT_NAMES = {
 """Short names of the settings of `fit`, `validate`, `test` and `predict`."""
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as it is in YAML 1.2, and a date is a text."""
 
 
-_Loader.yaml_implicit_resolvers = {
+Loader.yaml_implicit_resolvers = {
     sign: [(tag, pattern) for tag, pattern in found if not tag.endswith(("timestamp", "float"))]
     for sign, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _FLOAT = r"[-+]?(\d[\d_]*)?(\d\.|\.\d|\d(?=[eE]))[\d_]*([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT})$"), list("-+0123456789."))
-
-
-def from_yaml(text: str) -> Any:
-    """Return what a YAML text holds, or raise a `yaml.YAMLError`."""
-    return yaml.load(text, _Loader)
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT})$"), list("-+0123456789."))
 
 
 def meant(word: str) -> Any:
     """Return what a typed word holds as YAML, or the word, such as the pattern `[qv]_proj`, which is no YAML."""
     try:
-        return from_yaml(word)
+        return yaml.load(word, Loader)
     except yaml.YAMLError:
         return str(word)
 
 
-def no_option(option: str, known: Collection[str]) -> UsageError:
-    """Return the error about an option that is not among the known ones; all have their dashes."""
-    ours = ELSEWHERE.get(option.rpartition("--")[2].rpartition(".")[2], "")
-    if ours.partition(".")[0] in known:
-        return UsageError(f"there is no option {option}; did you mean {ours}?")
-    others = f"; the options are {', '.join(known)}" if known else ""
-    return UsageError(f"there is no option {option}{did_you_mean(option, known, 0.8) or others}")
+def unknown(kind: str, word: str, known: Collection[str], cutoff: float = 0.8) -> UsageError:
+    """Return the error about an `option`, with its dashes as all known ones, or a `command` that is not known."""
+    ours = ELSEWHERE.get(word.rpartition("--")[2].rpartition(".")[2], "")
+    near = f"; did you mean {ours}?" if ours.partition(".")[0] in known else did_you_mean(word, known, cutoff)
+    return UsageError(f"there is no {kind} {word}{near or f'; the {kind}s are ' * bool(known) + ', '.join(known)}")
 
 
 def path_of(named: Any) -> str:
     """Return the shortest dotted path that leads to a class or function."""
     parts, name = named.__module__.split("."), named.__qualname__
-    for length in range(1, len(parts)):
-        module = ".".join(parts[:length])
-        if getattr(sys.modules.get(module), name, None) is named:
-            return f"{module}.{name}"
-    return f"{named.__module__}.{name}"
+    modules = [".".join(parts[:length]) for length in range(1, len(parts))]
+    home = next((one for one in modules if getattr(sys.modules.get(one), name, None) is named), named.__module__)
+    return f"{home}.{name}"
 
 
 def plain(value: Any) -> Any:
@@ -118,9 +110,7 @@ def plain(value: Any) -> Any:
         settings = {name: plain(found) for name, found, default in fields if found is not default}
         # A task stands by its fields where a list of tasks is wanted.
         return settings if hasattr(value, "held_in") else {"class_path": plain(type(value)), "init_args": settings}
-    raise ValueError(
-        f"{value!r} has no form in a config; give {{'class_path': ..., 'init_args': ...}} or the name of its class"
-    )
+    raise ValueError(f"{value!r} has no form in a config; name its class, or {{class_path: ..., init_args: ...}}")
 
 
 def respelt(sentence: str, spelt: Mapping[str, str]) -> str:

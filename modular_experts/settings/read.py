@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from modular_experts.settings import ELSEWHERE, Options, UsageError, Word, meant, no_option, path_of, plain
+from modular_experts.settings import ELSEWHERE, Options, UsageError, Word, meant, path_of, plain, unknown
 from modular_experts.text import did_you_mean
 
 
@@ -30,7 +30,7 @@ class Read(NamedTuple):
 
 # The values that fit an annotation which is not a class to be named.
 _SCALARS: dict[Any, Any] = {bool: bool, int: int, float: (int, float), str: (str, int, float), type(None): type(None)}
-_SCALARS |= {list: list, dict: dict, tuple: tuple, Any: object, object: object}
+_SCALARS |= {list: list, dict: dict, tuple: tuple, Path: (str, Path), Any: object, object: object}
 
 
 def make(option: str, kind: Any, settings: Any) -> Any:
@@ -47,11 +47,9 @@ def read(option: str, hint: Any, value: Any) -> Read:
         return _read_union(option, members, value)
     if origin is Literal:
         if value not in inner:
-            known = ", ".join(map(str, inner))
-            raise UsageError(f"{option} must be one of {known}, got {value}{did_you_mean(value, inner)}")
+            near = did_you_mean(value, inner)
+            raise UsageError(f"{option} must be one of {', '.join(map(str, inner))}, got {value}{near}")
         return _as_it_is(value)
-    if origin is Callable and not callable(value):
-        return _read_class(option, hint, value)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise UsageError(f"{option} must be settings by name, written '{{name: value}}', got {value}")
@@ -69,8 +67,8 @@ def read(option: str, hint: Any, value: Any) -> Read:
         # True is an int to Python.
         if not isinstance(value, _SCALARS[hint]) or (isinstance(value, bool) and hint in (int, float, str)):
             raise _refusal(option, [hint], value)
-        return _as_it_is(hint(value) if hint in (float, str) else value)
-    if inspect.isclass(hint):
+        return _as_it_is(hint(value) if hint in (float, str, Path) else value)
+    if inspect.isclass(hint) or (origin is Callable and not callable(value)):
         return _read_class(option, hint, value)
     return _as_it_is(value)
 
@@ -122,8 +120,8 @@ def _read_union(option: str, members: Sequence[Any], value: Any) -> Read:
             if isinstance(value, shape) and one not in _SCALARS:
                 refusals.append(error)
     # The longest option name belongs to the member that understood most of the value.
-    depths = [str(error).partition(" ")[0].count(".") for error in refusals]
-    raise refusals[depths.index(max(depths))] if refusals else _refusal(option, members, value)
+    best = max(refusals, key=lambda error: str(error).partition(" ")[0].count("."), default=None)
+    raise best or _refusal(option, members, value)
 
 
 def _refusal(option: str, kinds: Sequence[Any], value: Any) -> UsageError:
@@ -137,8 +135,6 @@ def _read_class(option: str, hint: Any, value: Any) -> Read:
     base: Any = made if inspect.isclass(made) and made is not Any else object
     if base is not object and isinstance(value, base):
         return _as_it_is(value)
-    if issubclass(base, os.PathLike) and isinstance(value, str):
-        return Read(value, lambda: base(value))
     settings: Any = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(settings, Mapping) or ("class_path" not in settings and inspect.isabstract(base)):
         written = "{class_path: Name, init_args: {setting: value}}"
@@ -161,7 +157,7 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
     hints, defaults = arguments_of(called, given_by_us)
     for name in settings:
         if name not in hints:
-            raise no_option(f"{prefix}{name}", [f"{prefix}{one}" for one in hints])
+            raise unknown("option", f"{prefix}{name}", [f"{prefix}{one}" for one in hints])
     given = _joined({name: read(f"{prefix}{name}", hints[name], value) for name, value in settings.items()})
     for name, default in defaults.items():
         if default is inspect.Parameter.empty and name not in settings:
@@ -171,7 +167,7 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
     def made() -> dict[str, Any]:
         arguments = given.make()
         for name, kind in ({} if inspect.isclass(called) else _hints_of(called)).items():
-            if _is_options(kind):
+            if inspect.isclass(kind) and issubclass(kind, Options):
                 fields = arguments.keys() & arguments_of(kind)[0].keys()
                 arguments[name] = kind(**{field: arguments.pop(field) for field in fields})
         return arguments
@@ -183,10 +179,6 @@ def _default(hint: Any, default: Any) -> Any:
     with suppress(UsageError):
         return read("", hint, default).plain
     return _as_it_is(default).plain
-
-
-def _is_options(kind: Any) -> bool:
-    return inspect.isclass(kind) and issubclass(kind, Options)
 
 
 def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -205,13 +197,14 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
         known = _hints_of(maker)
         parameters = list(inspect.signature(maker).parameters.values())
         for one in parameters[given_by_us + (inspect.isclass(called) and maker is not called) :]:
-            if _is_options(known.get(one.name)):
-                inner = arguments_of(known[one.name])
+            kind = known.get(one.name)
+            if inspect.isclass(kind) and issubclass(kind, Options):
+                inner = arguments_of(kind)
                 hints, defaults = hints | inner[0], defaults | inner[1]
             elif one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
                 # A subclass may leave an argument without annotation.
                 annotated = (found[one.name] for base in makers if one.name in (found := _hints_of(base)))
-                hints.setdefault(one.name, known.get(one.name) or next(annotated, Any))
+                hints.setdefault(one.name, kind or next(annotated, Any))
                 defaults.setdefault(one.name, factories.get(one.name, one.default))
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
@@ -292,8 +285,7 @@ def _named_by(hint: Any) -> dict[str, Any]:
         return {}
     if base.__module__.startswith("modular_experts.data."):
         importlib.import_module("modular_experts.suite")  # whose tasks have short names
-    return {kind.__name__: kind for kind in _subclasses(base) if not inspect.isabstract(kind)}
-
-
-def _subclasses(base: Any) -> list[type[Any]]:
-    return [base, *(one for kind in base.__subclasses__() for one in _subclasses(kind))]
+    kinds = [base]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return {kind.__name__: kind for kind in kinds if not inspect.isabstract(kind)}

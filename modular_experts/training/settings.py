@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
-from modular_experts.settings import SHORT_NAMES, no_option
+from modular_experts.settings import SHORT_NAMES, unknown
 from modular_experts.settings.read import Read, arguments_of, read_arguments
 from modular_experts.training.fit import TRAINER
 from modular_experts.training.module import ExpertModule
@@ -47,7 +47,7 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
     known = known or [*SHORT_NAMES, *arguments_of(RunSettings)[0]]
     for name in settings:
         if name not in known:
-            raise no_option(f"--{name}", [f"--{one}" for one in known])
+            raise unknown("option", f"--{name}", [f"--{one}" for one in known])
     # Also an empty group has settings that must be given.
     whole = {"model": {}, "data": {}, **settings, "trainer": trainer}
     found = read_arguments("--", RunSettings, whole)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from modular_experts.__main__ import main
-from modular_experts.cli.command import Option, settings_of
+from modular_experts.cli.command import settings_of
 from modular_experts.settings import folded
 
 FIRST = {
@@ -75,8 +75,8 @@ def test_settings_of_another_class_replace_the_earlier_ones_and_those_of_the_sam
     ):
         files.append(tmp_path / f"{number}.yaml")
         files[-1].write_text(yaml.safe_dump({"model": {"base": f"base-{number}", "expert": expert}}))
-    options = [Option("config", [str(file)]) for file in files]
-    config = settings_of([*options[:2], Option("model.base", ["mine"])], {})
+    options = [("config", [str(file)]) for file in files]
+    config = settings_of([*options[:2], ("model.base", ["mine"])], {})
     settings = {"keep_ratio": 0.2, "granularity": "block"}
     assert config == {"model": {"base": "mine", "expert": {"class_path": "SparseExpert", "init_args": settings}}}
     assert settings_of(options, {})["model"]["expert"] == {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
