@@ -7,7 +7,11 @@ of 256 places that are likely together. CSR (16-bit columns, 32-bit rows) and ga
 Times are CPU times on one thread, of a file in the system's cache, hashes and checks included: the same delta as it is
 stored and with its places as int32, in turn, in an order drawn anew for each round. The numbers are ratios of medians.
 
-    python benchmarks/storage.py [--json FILE] [--quick]      less than a minute; --quick: in small, to see that it runs
+Experts with encoded values are compared with the same ones in float32, in the same way: eight experts of one block of
+SmolLM2's shape, entries and tiles at 5 %, LoRA of rank 16. One is read (opened, and all deltas), three are merged by
+SelfRegMean, and eight are put behind gates, a row of 64 tokens each, and pass forward.
+
+    python benchmarks/storage.py [--json FILE] [--quick]      three minutes; --quick: in small, to see that it runs
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +32,15 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.tiles import tile_grid
-from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
+from modular_experts.injection.routed import routed
+from modular_experts.library import StoredExpert, make_record, open_expert, open_experts, write_expert
+from modular_experts.library.encoded import VALUE_TYPES
+from modular_experts.merger.merged import Merged
+from modular_experts.methods import SelfRegMean
 
 Shape = tuple[int, int]
 SHAPE, TILE = (1536, 576), 16
@@ -39,6 +48,9 @@ SHARES = [0.0005, 0.002, 0.01, 0.05, 0.1, 0.2, 0.5, 0.65, 1.0]
 TIMED = [(0.01, ["random"]), (0.05, ["random", "clustered"]), (0.15, ["random"]), (0.5, ["random", "clustered"])]
 SHAPES = [(576, 576), (1536, 576), (8192, 3072)]
 VALUE = 4  # bytes
+BLOCK = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "down": (576, 1536)}
+BLOCK["up"] = BLOCK["gate"]
+EXPERTS, MERGED, TOKENS, RANK = 8, 3, 64, 16
 RECORD = make_record("SparseExpert", {"id": "none", "revision": None, "fingerprint": "0" * 64})
 
 
@@ -178,6 +190,74 @@ def times(folder: Path, shapes: list[Shape], rounds: int) -> list[dict[str, Any]
     return rows
 
 
+class Layers(nn.Module):
+    """The linear layers of some transformer blocks, each with an input of its own."""
+
+    def __init__(self, blocks: int, shapes: Mapping[str, Shape]) -> None:
+        super().__init__()
+        for number in range(blocks):
+            for name, (rows, columns) in shapes.items():
+                self.add_module(f"{name}{number}", nn.Linear(columns, rows, bias=False))
+
+    def forward(self, inputs: Mapping[int, Tensor]) -> None:
+        for weight, layer in zip(self.parameters(), self.children(), strict=True):
+            layer(inputs[weight.shape[1]])
+
+
+def expert(kind: str, model: nn.Module, seed: int) -> dict[str, Delta]:
+    """Return a random delta of each weight of a model."""
+    draw = torch.Generator().manual_seed(seed)
+    found: dict[str, Delta] = {}
+    for name, weight in model.named_parameters():
+        (rows, columns), tile = weight.shape, (TILE, TILE) if kind == "tiles" else (1, 1)
+        if kind == "LoRA":
+            up, down = (torch.randn(*size, generator=draw) for size in ((rows, RANK), (RANK, columns)))
+            found[name] = LowRank(0.01 * up, 0.01 * down)
+            continue
+        units = math.prod(tile_grid(weight.shape, tile))
+        kept = torch.randperm(units, generator=draw)[: round(0.05 * units)].sort().values.int()
+        if kind == "tiles":
+            found[name] = BlockSparse(kept, 0.01 * torch.randn(len(kept), TILE, TILE, generator=draw), weight.shape)
+        else:
+            found[name] = Sparse(kept, 0.01 * torch.randn(len(kept), generator=draw), weight.shape)
+    return found
+
+
+def pass_forward(model: nn.Module, folders: list[Path], inputs: Mapping[int, Tensor]) -> None:
+    """Open experts, put each behind a row of its own, and pass the rows forward."""
+    with routed(model, folders, rows=range(len(folders)), check=False):
+        model(inputs)
+
+
+def encoded(folder: Path, quick: bool, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each kind of expert and encoding: bytes, and times over those of float32."""
+    model = Layers(1, {"w": (96, 64)} if quick else BLOCK)
+    widths = {weight.shape[1] for weight in model.parameters()}
+    inputs = {width: torch.randn(EXPERTS, TOKENS, width) for width in widths}
+    rows = []
+    for kind in ("entries", "tiles", "LoRA"):
+        calls: dict[str, Callable[[], Callable[[], Any]]] = {}
+        size = {}
+        for encoding in VALUE_TYPES:
+            folders = [folder / f"{kind}-{encoding}-{number}" for number in range(EXPERTS)]
+            for number, path in enumerate(folders):
+                write_expert(path, expert(kind, model, number), RECORD, overwrite=True, encoding=encoding)
+            size[encoding] = sum(open_expert(folders[0]).stored_bytes().values())
+            calls[f"read {encoding}"] = partial(partial, lambda path: list(open_expert(path).values()), folders[0])
+            merged = folders[:MERGED]
+            calls[f"merge {encoding}"] = partial(
+                partial, lambda paths: list(Merged(open_experts(paths), SelfRegMean()).values()), merged
+            )
+            calls[f"route {encoding}"] = partial(partial, pass_forward, model, folders, inputs)
+        with torch.no_grad():
+            median = race(calls, rounds)
+        for encoding in VALUE_TYPES[1:]:
+            row = {"name": f"{kind}, {encoding}", "bytes": size[encoding] / size["float32"]}
+            works = ("read", "merge", "route")
+            rows.append(row | {work: median[f"{work} {encoding}"] / median[f"{work} float32"] for work in works})
+    return rows
+
+
 def show(report: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console(width=140)
@@ -197,6 +277,8 @@ def show(report: dict[str, Any]) -> None:
     }
     columns |= {"again_over_first": "again/read", "again_over_copy": "again/copy"}
     console.print(table("Times, as ratios: first read, read again, copy in memory", report["times"], columns))
+    columns = {name: name for name in ("bytes", "read", "merge", "route")}
+    console.print(table("Encoded values over float32: bytes, and CPU times", report["encoded"], columns))
 
 
 def table(title: str, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
@@ -222,6 +304,7 @@ def main() -> None:
         found = sizes(Path(folder), shape)
         report = {"machine": machine, "shape": shape, "sizes": found, "others": beside_others(found, shape)}
         report["times"] = times(Path(folder), shapes, rounds)
+        report["encoded"] = encoded(Path(folder), options.quick, rounds)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     show(report)

@@ -19,6 +19,7 @@ from modular_experts.deltas import all_finite
 from modular_experts.deltas.encodings import ENCODINGS, Encoded
 from modular_experts.deltas.tiles import tile_grid
 from modular_experts.library.tensorfile import Layout
+from modular_experts.native.decoding import RowLayout, decode_values
 from modular_experts.text import did_you_mean
 
 VALUE_TYPES = ("float32", "bfloat16", *ENCODINGS)
@@ -77,9 +78,12 @@ class StoredValues:
         if not self.sizes:
             return tensors[name].float()
         encoded = Encoded(tensors[f"{name}.codes"], tensors[f"{name}.scales"], math.prod(self.sizes[name]))
-        values = ENCODINGS[self.encoding].decode(encoded, self._rows(name, kept))
-        if not all_finite(values):
-            raise ValueError(f"its {name} hold numbers that are not finite")
+        encoding = ENCODINGS[self.encoding]
+        values = decode_values(encoding, encoded, kept, self.layout(name))
+        if values is None:
+            values = encoding.decode(encoded, self._rows(name, kept))
+            if not all_finite(values):
+                raise ValueError(f"its {name} hold numbers that are not finite")
         return values.view(*self.sizes[name])
 
     def decoded_layout(self, layout: Mapping[str, Layout]) -> dict[str, Layout]:
@@ -124,6 +128,18 @@ class StoredValues:
             return shape[0] if len(shape) > 1 else 1
         tall, wide = tile_grid(shape, (size[1], size[2]))
         return tall * size[1] + (wide * size[2] > shape[1])
+
+    def layout(self, name: str) -> RowLayout:
+        """Return how a tensor of values lies in the rows that have scales."""
+        size, shape = self.sizes[name], self.shape
+        if self.form == "Sparse":
+            return 0, math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape), 1, 1
+        if self.form == "BlockSparse":
+            return size[1], size[2], tile_grid(shape, (size[1], size[2]))[1], shape[1]
+        if name == "up":
+            return -1, size[1], 1, size[1]  # each column has a scale
+        width = math.prod(size) // max(self._row_count(name), 1)
+        return self._row_count(name), width, 1, width
 
     def _rows(self, name: str, kept: Tensor | None) -> Tensor:
         """Return the number of the scale of each value, `(n,)`."""

@@ -22,6 +22,7 @@ from modular_experts.deltas.encodings import ENCODINGS as VALUE_ENCODINGS
 from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.encoded import StoredValues
 from modular_experts.library.tensorfile import Layout, MappedTensors, damaged
+from modular_experts.native.decoding import decode_numbers
 
 ENCODINGS = ("gaps", "mask")
 FURTHEST = 255
@@ -195,7 +196,8 @@ def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype
     """
     if name not in ENCODINGS:
         return stored
-    numbers, last = (_from_gaps if name == "gaps" else _from_mask)(stored, count)
+    found = decode_numbers(name == "mask", stored, count) if dtype == torch.int32 else None
+    numbers, last = found or (_from_gaps if name == "gaps" else _from_mask)(stored, count)
     if last is None or last >= limit:
         reached = "" if last is None else f", as the last would be {last}"
         raise ValueError(f"its {name} cannot stand for {count} numbers in [0, {limit}){reached}")

@@ -4,8 +4,10 @@
 // The functions never write to a place that is not sorted or not in the part: they stop and return 1 (else 0). They use
 // one thread and round products before they add them (-ffp-contract=off), so that the bits are those of torch.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -14,6 +16,7 @@
 
 namespace {
 
+constexpr int64_t LANES = 16;
 constexpr int64_t TILE = 1 << 12;  // entries that stay in the fastest cache while every expert adds to them
 
 // Call `begin(tile, end)` for each tile of a part, then `each(expert)(number, entry of the part)` for the entries that
@@ -123,6 +126,40 @@ uint16_t narrowed(float wide) {
     return wide == wide ? rounded : 0x7fc0;  // NaN
 }
 
+// Spread the bits of a byte over eight bytes, the lowest first.
+uint64_t spread(uint8_t byte) {
+    const uint64_t bits = byte * 0x0101010101010101u & 0x8040201008040201u;  // bit j alone in byte j
+    return (bits + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+}
+
+// The codes of planes of bits, read from the first to the last, some at a time so that they stay in the fastest cache.
+struct Codes {
+    const uint8_t* planes;
+    int64_t bits, count, stride = (count + 7) / 8, first = 0, end = 0;  // of the codes that have been read now
+    uint8_t codes[TILE + LANES] = {};  // vectors may reach beyond the end
+    const uint8_t* at(int64_t k) const { return codes + (k - first); }
+    void read_more() {
+        first = end, end = std::min(first + TILE, count);
+        int64_t byte = first / 8;
+#ifdef __AVX512BW__
+        for (; byte + 8 <= std::min(stride, first / 8 + TILE / 8); byte += 8) {
+            __m512i all = _mm512_setzero_si512();
+            for (int64_t bit = 0; bit < bits; bit++) {
+                uint64_t mask;
+                std::memcpy(&mask, planes + bit * stride + byte, 8);
+                all = _mm512_or_si512(all, _mm512_maskz_set1_epi8(mask, static_cast<char>(1 << bit)));
+            }
+            _mm512_storeu_si512(codes + 8 * byte - first, all);
+        }
+#endif
+        for (; 8 * byte < end; byte++) {
+            uint64_t eight = 0;
+            for (int64_t bit = 0; bit < bits; bit++) eight |= spread(planes[bit * stride + byte]) << bit;
+            std::memcpy(codes + 8 * byte - first, &eight, 8);
+        }
+    }
+};
+
 }  // namespace
 
 // Sum the values, each times the weight of its expert if there are weights, and multiply the sum by a factor. Set
@@ -170,6 +207,112 @@ extern "C" int count_entries(const int32_t* const* places, const float* const* v
 extern "C" int64_t pack_entries(const double* total, const uint8_t* kept, int64_t size, int64_t start, int32_t* places,
                                 float* values) {
     return pack(total, kept, size, start, places, values);
+}
+
+// Write the numbers that gaps encode. Return the last one (-1 for an empty list), or -2 if there are not `count`.
+extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count, int32_t* numbers) {
+    int64_t last = -1, found = 0;
+    for (int64_t k = 0; k < bytes; k++) {
+#ifdef __AVX512F__
+        while (k + 16 <= bytes && found + 16 <= count) {  // sixteen gaps, if no byte of them is zero
+            const __m512i own = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(gaps + k)));
+            if (_mm512_testn_epi32_mask(own, own)) break;
+            const __m512i none = _mm512_setzero_si512();
+            __m512i sums = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 15));
+            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 14));
+            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 12));
+            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 8));
+            _mm512_storeu_si512(numbers + found, _mm512_add_epi32(sums, _mm512_set1_epi32(static_cast<int32_t>(last))));
+            last += _mm_extract_epi32(_mm512_extracti32x4_epi32(sums, 3), 3);
+            found += 16, k += 16;
+        }
+        if (k == bytes) break;
+#endif
+        last += gaps[k] ? gaps[k] : 255;
+        if (!gaps[k]) continue;
+        if (found == count) return -2;
+        numbers[found++] = static_cast<int32_t>(last);
+    }
+    return found == count && (!bytes || gaps[bytes - 1]) ? last : -2;
+}
+
+// Write the numbers of the bits that a mask sets, the lowest bit of a byte first. Return what decode_gaps returns.
+extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count, int32_t* numbers) {
+    int64_t last = -1, found = 0;
+    for (int64_t place = 0; place < bytes; place += 8) {
+        uint64_t bits = 0;
+        for (int64_t k = 0; k < std::min<int64_t>(8, bytes - place); k++) bits |= uint64_t{mask[place + k]} << 8 * k;
+        if (found + __builtin_popcountll(bits) > count) return -2;
+        for (; bits; bits &= bits - 1) {
+            last = 8 * place + __builtin_ctzll(bits);
+            numbers[found++] = static_cast<int32_t>(last);
+        }
+    }
+    return found == count ? last : -2;
+}
+
+// Write the values that codes of `bits` bits stand for; `deltas/encodings.py` has the encodings. A row has one scale, or
+// several `magnitudes`. `values` are entries at the sorted places `kept`, whose row is the place over `width`, where
+// `height` is 0; else tiles of `height` and `width` with the numbers `kept` in a grid of `wide` columns, where entries
+// beyond the right edge of the `columns` of the weight belong to the last row; without `kept` they are one tile, whose
+// columns have scales instead of its rows where `height` is below 0. Return 1 where a value has no row or might not be
+// finite, else 0.
+extern "C" int decode_values(const uint8_t* planes, int64_t bits, int64_t count, const uint16_t* scales, int64_t rows,
+                             int64_t magnitudes, const int32_t* kept, int64_t height, int64_t width, int64_t wide,
+                             int64_t columns, float* values) {
+    Codes codes{planes, bits, count};
+    const int64_t each = 2 * std::max<int64_t>(magnitudes, 1);
+    const int top = (1 << (bits - 1)) - 1;
+    std::vector<float> tables(rows * each);  // magnitudes of each row with a sign, which is the lowest bit of a code
+    for (int64_t k = 0; k < rows * each; k++) {
+        const float scale = widened(scales[k / 2]);
+        if (!(std::abs(scale) < 1e36f)) return 1;
+        tables[k] = k % 2 ? scale : -scale;
+    }
+    const auto write = [&](int64_t from, int64_t to, int64_t row, auto step) {  // to the next row after each value, or not
+        if (row < 0 || row + step * (to - from - 1) >= rows) return false;
+        for (const float* __restrict table = tables.data() + row * each; from < to;) {
+            if (from == codes.end) codes.read_more();
+            const uint8_t* __restrict own = codes.at(from);
+            float* __restrict out = values + from;
+            const int64_t some = std::min(to, codes.end) - from;
+            const auto value = [&](int64_t k) {
+                return magnitudes ? table[step * k * each + own[k]] : static_cast<float>(own[k] - top) * table[step * k * 2 + 1];
+            };
+            int64_t k = 0;
+            if (step == 0)  // the last vector of a run may reach into the next run, which is written later
+                for (; k < some && from + k + LANES <= count; k += LANES)
+                    for (int64_t j = k; j < k + LANES; j++) out[j] = value(j);
+            for (; k < some; k++) out[k] = value(k);
+            from += some, table += step * some * each;
+        }
+        return true;
+    };
+    const std::integral_constant<int64_t, 0> same;
+    const std::integral_constant<int64_t, 1> next;
+    if (height < 0) {
+        for (int64_t k = 0; k < count; k += width)
+            if (!write(k, k + width, 0, next)) return 1;
+    } else if (height == 0) {
+        for (int64_t k = 0, end = 0; k < count; k = end) {
+            const int64_t row = kept[k] / width, bound = (row + 1) * width;
+            for (int64_t inside = LANES; inside == LANES && end + LANES <= count; end += inside) {
+                inside = 0;
+                for (int64_t j = 0; j < LANES; j++) inside += kept[end + j] < bound;
+            }
+            while (end < count && kept[end] < bound) end++;
+            if (!write(k, end, row, same)) return 1;
+        }
+    } else {
+        for (int64_t k = 0, tile = 0; k < count; tile++) {
+            const int64_t number = kept ? kept[tile] : 0, first = number / wide * height;
+            const int64_t inside = std::min(width, columns - number % wide * width);
+            if (inside < 0 || first < 0) return 1;
+            for (int64_t row = first; row < first + height; row++, k += width)
+                if (!write(k, k + inside, row, same) || !write(k + inside, k + width, rows - 1, same)) return 1;
+        }
+    }
+    return 0;
 }
 
 // Write the flat entries of sorted tiles of a weight `(rows, columns)`, in ascending order, and their values. Leave out

@@ -32,3 +32,12 @@ def test_what_is_stored_is_the_shortest_of_the_three_ways(report) -> None:
     assert all(row["stored"] == min(row[way] for way in ("int32", "gaps", "mask")) for row in report["sizes"])
     shortest = {min(("int32", "gaps", "mask"), key=lambda way: row[way]) for row in report["sizes"]}
     assert {"gaps", "mask"} <= shortest
+
+
+def test_fewer_bits_take_fewer_bytes(report) -> None:
+    for kind in ("entries", "tiles", "LoRA"):
+        own = {row["name"]: row for row in report["encoded"] if row["name"].startswith(f"{kind}, ")}
+        sizes = [own[f"{kind}, {name}"]["bytes"] for name in ("bfloat16", "int8", "int4", "sign")]
+        assert sizes == sorted(sizes, reverse=True)
+        assert 0 < sizes[-1] < sizes[0] < 1
+        assert all(row[work] > 0 for row in own.values() for work in ("read", "merge", "route"))
