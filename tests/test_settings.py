@@ -63,3 +63,16 @@ def test_an_argument_without_annotation_has_the_one_of_the_base_class() -> None:
 
     made = read_arguments("--router.", Own, {"select": {"class_path": "TopK", "init_args": {"k": 2}}}).make()
     assert made["select"].k == 2
+
+
+def test_a_class_need_not_be_given_what_it_gives_its_base_itself() -> None:
+    class Base:
+        def __init__(self, name: str, size: int = 1) -> None: ...
+
+    class Own(Base):
+        def __init__(self, rate: float, **more: Any) -> None:
+            super().__init__("own", **more)
+
+    assert read_arguments("--x.", Own, {"rate": 2}).plain == {"rate": 2.0, "size": 1}
+    with pytest.raises(UsageError, match=r"--x\.rate must be given"):
+        read_arguments("--x.", Own, {"size": 2})

@@ -20,7 +20,7 @@ from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.library import check_base, open_experts
 from modular_experts.masks import Rule, Score
-from modular_experts.selection.choice import Choice, Layers, selectable_layers, shared_units
+from modular_experts.selection.choice import Choice, Layers, selectable_layers, shared_units, statistic_of
 from modular_experts.selection.exchange import Exchange, optimizer_bytes
 from modular_experts.selection.from_step import StepChoice
 from modular_experts.selection.scoring import ScoringPass, choose_by_passes
@@ -158,8 +158,7 @@ class MaskSchedule(Schedule):
     def _in_step(self, expert: Selectable) -> bool:
         """Return whether the next training step can give the statistic that an expert's choice needs."""
         can = expert.chooses_in_step and self._rule(expert).unit == "optimizer_steps"
-        statistic = getattr(self.score or expert.score, "statistic", "gradient")
-        return self.batches == "step" and can and statistic != "none"
+        return self.batches == "step" and can and statistic_of(expert, self.score) != "none"
 
     def _begin_part(self, trainer: Trainer, batch_idx: int) -> None:
         if self._step is not None:

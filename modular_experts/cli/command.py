@@ -154,8 +154,8 @@ def _set(settings: Any, path: Sequence[str], value: Any) -> Any:
     settings = meant(settings) if isinstance(settings, Word) else settings
     if isinstance(settings, list) and settings:
         return [*settings[:-1], _set(settings[-1], path, value)]
-    settings = {"class_path": settings} if isinstance(settings, str) else settings
-    settings = settings if isinstance(settings, dict) else {}
+    alone = {"class_path": settings} if isinstance(settings, str) else {}
+    settings = settings if isinstance(settings, dict) else alone
     key, *deeper = path
     if not deeper:
         return over(settings, {key: value})
@@ -214,5 +214,5 @@ def _is_on_purpose(error: BaseException) -> bool:
     speaks = isinstance(error, ValueError | TypeError | ModuleNotFoundError)
     speaks = speaks or type(error).__name__ == "MisconfigurationException"
     *_, raised_in = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
-    ours = re.match(r"(modular_experts|lightning)\b", raised_in)
-    return isinstance(error, OSError | UsageError) or bool(speaks and ours)
+    speaks = speaks and bool(re.match(r"(modular_experts|lightning)\b", raised_in))
+    return speaks or isinstance(error, OSError | UsageError)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modular_experts.base import Base
@@ -22,6 +23,13 @@ from modular_experts.library import (
     write_expert,
 )
 from modular_experts.library.described import class_path
+
+
+def anchor(base: Base, applied: Sequence[StoredExpert], dtype: torch.dtype, name: str) -> Tensor:
+    """Read a base weight from its file and add the applied experts, as before training."""
+    weight = base.weight(name).to(dtype)
+    moved = [expert[name] for expert in applied if name in expert]
+    return add(moved).add_to(weight.clone()) if moved else weight
 
 
 def save_expert(
@@ -60,10 +68,8 @@ def save_expert(
     opened, layers = Base.open(place, parents), dict(expert_layers(model))
     opened.structure.check_fit({name: layer.weight.shape for name, layer in layers.items()}, "the trained model")
 
-    def anchor(name: str) -> Tensor:
-        weight = opened.weight(name).to(layers[name].base_dtype)
-        moved = [parent[name] for parent in parents if name in parent]
-        return add(moved).add_to(weight.clone()) if moved else weight
+    def before(name: str) -> Tensor:
+        return anchor(opened, parents, layers[name].base_dtype, name)
 
     facts = describe_experts(model)
     record = make_record(
@@ -74,7 +80,7 @@ def save_expert(
         parents=as_parents(parents),
         seed=seed,
     )
-    write_expert(path, task_vector(model, anchor), record, overwrite, state=expert_state(model))
+    write_expert(path, task_vector(model, before), record, overwrite, state=expert_state(model))
     return open_expert(path)
 
 

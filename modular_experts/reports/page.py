@@ -60,6 +60,7 @@ def example(row: Mapping[str, Any], models: Iterable[str] | None = None) -> Html
     shown = []
     for name, text, mark in rows:
         code = element("code", text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
+        code = code if text.strip() else element("em", "empty")
         said = [code, element("span", f" {mark}")] if mark else [code]
         shown.append(element("div", element("dt", name), element("dd", *said), **({"class_": mark} if mark else {})))
     return element("dl", *shown, class_="example")

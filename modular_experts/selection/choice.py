@@ -40,6 +40,11 @@ def selectable_layers(model: nn.Module) -> dict[str, SelectableLayer]:
     return cast(dict[str, SelectableLayer], layers)
 
 
+def statistic_of(expert: Selectable, score: Score | Callable[..., Any] | None) -> GradientStatistic:
+    """Return the statistic that a score, or else the expert's own, ranks entries by."""
+    return getattr(score or expert.score, "statistic", "gradient")
+
+
 class Choice:
     """One choice, which takes the statistic of one weight after the other, in any order.
 
@@ -63,10 +68,6 @@ class Choice:
         self.score, self.rule, self.seed = score, rule, seed
         self.chosen: dict[str, Tensor] = {}
         """The units to keep of each weight whose statistic arrived."""
-
-    def statistic(self, expert: Selectable) -> GradientStatistic:
-        """Return what the score of an expert asks for."""
-        return getattr(self.score or expert.score, "statistic", "gradient")
 
     @torch.no_grad()
     def receive(self, name: str, statistic: Tensor) -> None:

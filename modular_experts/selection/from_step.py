@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modular_experts.deltas.tiles import gather_tiles
 from modular_experts.kernels import KeptGradient
-from modular_experts.selection.choice import Choice, SelectableLayer
+from modular_experts.selection.choice import Choice, SelectableLayer, statistic_of
 
 
 class StepChoice:
@@ -106,7 +106,7 @@ class _Chooser(KeptGradient):
         # Scores get the mean gradient of the micro-batches, as if the loss had no factor.
         factor = step.parts / (step.part if self.sums else 1) / (step.loss_scale or 1.0)
         statistic, version = gradient if factor == 1 else gradient * factor, gradient._version
-        if choice.statistic(self.layer.expert) == "squared_gradient":
+        if statistic_of(self.layer.expert, choice.score) == "squared_gradient":
             statistic = statistic.square()
         device = self.layer.matrix.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

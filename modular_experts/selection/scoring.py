@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.experts.selectable import Probe
-from modular_experts.selection.choice import Choice, Layers, SelectableLayer
+from modular_experts.selection.choice import Choice, Layers, SelectableLayer, statistic_of
 
 Receive = Callable[[str, Tensor], None]
 
@@ -91,7 +91,7 @@ def choose_by_passes(choice: Choice, scoring: Callable[[], ScoringPass]) -> int:
     """Give a choice the statistics of its scores, from batches that `scoring` draws; return how many passes it took."""
     by_statistic: dict[str, dict[str, SelectableLayer]] = {}
     for name, layer in choice.layers.items():
-        by_statistic.setdefault(choice.statistic(layer.expert), {})[name] = layer
+        by_statistic.setdefault(statistic_of(layer.expert, choice.score), {})[name] = layer
     passes = 0
     for statistic, part in by_statistic.items():
         if statistic == "none":

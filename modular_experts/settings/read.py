@@ -83,10 +83,9 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _as_it_is(value: Any) -> Read:
-    try:
+    with suppress(ValueError):
         return Read(plain(value), lambda: value)
-    except ValueError:
-        return Read(str(value), lambda: value)
+    return Read(str(value), lambda: value)
 
 
 def _read_word(option: str, hint: Any, word: Word) -> Read:
@@ -155,9 +154,8 @@ def _read_class(option: str, hint: Any, value: Any) -> Read:
 def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[str, Any], given_by_us: int = 0) -> Read:
     """Read the settings of a function or class; they make its arguments, but the first `given_by_us`."""
     hints, defaults = arguments_of(called, given_by_us)
-    for name in settings:
-        if name not in hints:
-            raise unknown("option", f"{prefix}{name}", [f"{prefix}{one}" for one in hints])
+    if strange := [name for name in settings if name not in hints]:
+        raise unknown("option", f"{prefix}{strange[0]}", [f"{prefix}{one}" for one in hints])
     given = _joined({name: read(f"{prefix}{name}", hints[name], value) for name, value in settings.items()})
     for name, default in defaults.items():
         if default is inspect.Parameter.empty and name not in settings:
@@ -205,7 +203,9 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
                 # A subclass may leave an argument without annotation.
                 annotated = (found[one.name] for base in makers if one.name in (found := _hints_of(base)))
                 hints.setdefault(one.name, kind or next(annotated, Any))
-                defaults.setdefault(one.name, factories.get(one.name, one.default))
+                # A class gives its base what this must have, as TensorBoardLogger does, or Python says what lacks.
+                if maker is makers[0] or one.default is not one.empty:
+                    defaults.setdefault(one.name, factories.get(one.name, one.default))
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
     return hints, defaults
@@ -270,7 +270,8 @@ def _named(option: str, base: Any, name: Any) -> Any:
     except Exception as error:  # whatever the user's module raises
         if module.startswith("modular_experts.") and last in known:  # the class has moved
             return known[last]
-        near = did_you_mean(last, dir(sys.modules[module])) if module in sys.modules else ""
+        here = [one.stem for one in Path().glob("*.py") if one.stem != module]
+        near = did_you_mean(last, dir(sys.modules[module])) if module in sys.modules else did_you_mean(module, here)
         raise UsageError(f"{option}: {name} cannot be imported: {error}{near}") from None
     if not callable(found) or (inspect.isclass(found) and not issubclass(found, base)):
         raise UsageError(f"{option}: {name} is not a subclass of {base.__name__}; name one that is")

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
-from modular_experts.deltas import add
 from modular_experts.injection import named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import Routed
@@ -79,13 +78,6 @@ def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
             f"{chooses[0]} chooses by the input, as {routed[0].name} does, and the two could not be used together; "
             "train an expert that is a delta, such as LoRAExpert"
         )
-
-
-def anchor(base: Base, applied: Sequence[StoredExpert], dtype: str, name: str) -> Tensor:
-    """Read a base weight from its file and add the applied experts, as before training."""
-    weight = base.weight(name).to(getattr(torch, dtype))
-    moved = [expert[name] for expert in applied if name in expert]
-    return add(moved).add_to(weight.clone()) if moved else weight
 
 
 def check_precision(trainer: Trainer) -> None:

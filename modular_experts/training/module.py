@@ -40,6 +40,7 @@ from modular_experts.injection import (
     task_vector,
     write_experts,
 )
+from modular_experts.injection.save import anchor
 from modular_experts.library import StoredExpert, as_parents
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
@@ -338,8 +339,8 @@ class ExpertModule(EvaluatedModule):
 
     def task_vector(self) -> Iterable[tuple[str, Delta]]:
         """Yield `(weight name, delta)` for each expert, on the CPU, one at a time."""
-        anchor = partial(loading.anchor, self.opened_base, self.applied_experts, self.dtype_name)
-        for name, delta in task_vector(self.model, anchor):
+        before = partial(anchor, self.opened_base, self.applied_experts, getattr(torch, self.dtype_name))
+        for name, delta in task_vector(self.model, before):
             yield name, delta.to("cpu")
 
     def expert_state(self) -> dict[str, Tensor]:

@@ -53,7 +53,12 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
     found = read_arguments("--", RunSettings, whole)
 
     def made() -> dict[str, Any]:
-        run = RunSettings(**found.make())
+        try:
+            run = RunSettings(**found.make())
+        except ModuleNotFoundError as error:
+            if "tensorboard" in str(error):
+                error.add_note("pip install 'modular-experts[logging]' brings it")
+            raise
         groups: list[Any] = [run.model, run.data, run.trainer]
         model, data, trainer = (dict(one.keywords) for one in groups)
         return {

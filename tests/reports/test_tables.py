@@ -91,6 +91,8 @@ def test_an_example_marks_answers_and_the_telling_row_comes_first() -> None:
     shown = example(ROWS[1], ["base", "merged", "gone"])
     lines = ["".join(row.itertext()).split() for row in ElementTree.fromstring(shown)]
     assert lines == [["input1+2="], ["wanted3"], ["basetwo", "wrong"], ["merged", "3", "right"]]
+    silent = {"input": "1", "target": "2", "answers": {"base": " \n"}}
+    assert "".join(ElementTree.fromstring(example(silent)).itertext()).split() == ["input1wanted2baseempty", "wrong"]
     (answers,) = answers_section(ROWS, lambda task: ["mine"]).parts
     assert "".join(ElementTree.fromstring(answers).itertext()).split() == ["sumsinput1+1=wanted2mine3", "wrong"]
 

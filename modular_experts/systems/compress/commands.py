@@ -40,7 +40,7 @@ def compress(
     print(f"perplexity on {found.tokens:,} tokens of the test rows:")
     names = {"base": "the base", "cut": "the best candidate, as it was cut", "reformed": "the same, corrected"}
     for name, value in found.perplexity.items():
-        print(f"  {value:>10.4g}  {names[name]}{': what was written' if name == found.written else ''}")
+        print(f"  {value:>10.4g}  {names[name]}{', which was written' if name == found.written else ''}")
     if found.written == "cut" and "reformed" in found.perplexity:
         print("on the validation rows the corrected one is the worse; more --tokens of training rows may help")
     print(f"loaded again with transformers: the largest difference of a logit is {found.check.largest_difference:.3g}")

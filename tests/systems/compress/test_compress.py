@@ -101,7 +101,7 @@ def test_of_the_cut_and_the_corrected_model_the_better_on_validation_rows_is_wri
     assert code == 0, err
     found = record(Path("smaller"))["found"]
     assert found["written"] == better
-    (told,) = [line for line in out.splitlines() if line.endswith("what was written")]
+    (told,) = [line for line in out.splitlines() if line.endswith("which was written")]
     assert f"{found['perplexity'][better]:.4g}" in told
     assert ("on the validation rows the corrected one is the worse" in out) == (better == "cut")
     small = AutoModelForCausalLM.from_pretrained("smaller").eval()
