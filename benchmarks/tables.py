@@ -5,6 +5,7 @@ A cell is a template of Python's `str.format`. It may name, as means over tasks 
     {held_in[exact_match]} {held_in[loss]}  a metric on the tasks of the experts, each single expert on its own task
     {held_out[exact_match]}                 the same on tasks that no expert saw
     {kept}                                  the main metric held in, as a share of what the single experts have
+    {size}                                  bytes of all experts in use over one bfloat16 copy of the weights they move
     {low} {high}                            the 95 % interval of the difference to the line of `--beside`, held in: a
                                             bootstrap over pairs of seed and task
     {rank[overlap]}                         Spearman's correlation over tasks between a measure of the study and what
@@ -29,7 +30,7 @@ import torch
 from modular_experts.reports import Results
 from modular_experts.reports.results import SHARES
 from modular_experts.study.plan import BASE
-from modular_experts.study.results import RESULTS, interval
+from modular_experts.study.results import RESULTS, SIZE, interval
 
 ALONE = "alone"
 Pairs = Mapping[tuple[int, str], float]
@@ -53,12 +54,15 @@ def main() -> None:
 def table(results: Results, lines: str, columns: str, cell: str, beside: str | None = None) -> str:
     """Return a table of results in Markdown."""
     by_place: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    sizes: dict[tuple[str, str], list[float]] = {}
     most = max((row["count"] or 0 for row in results.rows if row.get("task")), default=0)
     for row in results.rows:
         judged = row.get("own") or row["role"] == "held_out" or row["model"] == BASE
         if row["task"] and row.get("count") in (None, most) and judged:
             place = _name(row, lines), _name(row, columns) if columns else ""
             by_place.setdefault(place, []).append(row)
+        elif row["metric"] == SIZE:
+            sizes.setdefault((_name(row, lines), _name(row, columns) if columns else ""), []).append(row["value"])
     if beside is not None and beside not in {line for line, _ in by_place}:
         known = ", ".join(dict.fromkeys(line for line, _ in by_place))
         raise SystemExit(f"--beside {beside}: there is no such line; they are {known}")
@@ -70,8 +74,9 @@ def table(results: Results, lines: str, columns: str, cell: str, beside: str | N
             rows, other = by_place.get((line, title)), by_place.get((beside or line, title))
             kind = rows[0]["kind"] if rows else None
             alone = results.where(kind=kind, merge=None, own=True).rows
-            facts = _facts(rows, other or rows, alone, results.main_metric) if rows else None
-            cells.append(cell.format(**facts).replace("+nan", "-").replace("nan", "-") if facts else "")
+            facts = _facts(rows, other or rows, alone, results.main_metric) if rows else {}
+            facts["size"] = 100 * fmean(sizes.get((line, title), [float("nan")]))
+            cells.append(cell.format(**facts).replace("+nan", "-").replace("nan", "-") if rows else "")
         text.append(f"| {' | '.join([line, *cells])} |")
     return "\n".join(text)
 

@@ -54,22 +54,22 @@ class Panel:
             return round(left + width * value, 1)
 
         first, last = top + HEAD, top + self.height - 24
-        found = [_text(left, top + 4, self.title, "strong")]
+        found = [text_of(left, top + 4, self.title, "strong")]
         for place in (0.0, 0.25, 0.5, 0.75, 1.0):
-            found += [_line(x(place), first, x(place), last, "rule")]
-            found += [_text(x(place), last + 16, f"{100 * place:g}" + " %" * (place == 1), "quiet middle")]
+            found += [line_of(x(place), first, x(place), last, "rule")]
+            found += [text_of(x(place), last + 16, f"{100 * place:g}" + " %" * (place == 1), "quiet middle")]
         # The further right a reference, the higher its name, so that no line crosses a name.
         for step, (name, value) in enumerate(sorted(self.references.items(), key=lambda item: item[1])):
             over, is_right = first - 6 - 14 * step, value > 0.5
-            found += [_line(x(value), over - 8, x(value), last, "reference")]
+            found += [line_of(x(value), over - 8, x(value), last, "reference")]
             side = " end" * is_right
-            found += [_text(x(value) + (-4 if is_right else 4), over, f"{name} {percent(value)}", f"quiet{side}")]
+            found += [text_of(x(value) + (-4 if is_right else 4), over, f"{name} {percent(value)}", f"quiet{side}")]
         y = first + ROW / 2 + 2
         for group in self.groups:
             for row in group:
-                found += [_text(left - names + 4, y + 4, row.name, "strong" * row.head)] * bool(names)
+                found += [text_of(left - names + 4, y + 4, row.name, "strong" * row.head)] * bool(names)
                 found += _marks(row, x, y) if row.value is not None else []
-                found += [_text(x(1) + 8, y + 4, percent(row.value))] if row.value is not None else []
+                found += [text_of(x(1) + 8, y + 4, percent(row.value))] if row.value is not None else []
                 y += ROW
             y += GAP
         return found
@@ -88,9 +88,9 @@ def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark:
     width = 900 if wide else 390
     lines = textwrap.wrap(title, 100 if wide else 46)
     keys = textwrap.wrap(key, 130 if wide else 58)
-    found = [_text(4, 18 + 20 * number, line, "title") for number, line in enumerate(lines)]
+    found = [text_of(4, 18 + 20 * number, line, "title") for number, line in enumerate(lines)]
     top = 22 + 20 * len(lines)
-    found += [_text(4, top + 16 * number, line, "quiet") for number, line in enumerate(keys)]
+    found += [text_of(4, top + 16 * number, line, "quiet") for number, line in enumerate(keys)]
     top += 16 * len(keys) + 12
     longest = max((len(row.name) for panel in panels for group in panel.groups for row in group), default=0)
     names = left = max(NAMES, LETTER * longest)
@@ -99,26 +99,31 @@ def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark:
         found += panel.draw(left, top, room, 0 if wide and number else names)
         left, top = (left + room + NUMBERS, top) if wide else (left, top + panel.height + 16)
     height = top + (panels[0].height if wide else 0)
+    return styled(title, found, width, height, dark)
+
+
+def styled(title: str, elements: Sequence[str], width: float, height: float, dark: bool | None) -> str:
+    """Return elements as one SVG picture, in the colours that `draw` describes."""
     colours = "" if dark is None else f".dots {{ {DARK if dark else LIGHT}}}"
     style = f"<style>{LOOK}{colours}</style>"
     about = f'xmlns="http://www.w3.org/2000/svg" class="dots" role="img" aria-label="{escape(title)}"'
-    return f'<svg {about} viewBox="0 0 {width} {height:g}">{style}{"".join(found)}</svg>\n'
+    return f'<svg {about} viewBox="0 0 {width:g} {height:g}">{style}{"".join(elements)}</svg>\n'
 
 
 def _marks(row: Row, x: Callable[[float], float], y: float) -> list[str]:
     assert row.value is not None
     if row.head:
-        return [_line(x(row.value), y - 7, x(row.value), y + 7, "bar")]
+        return [line_of(x(row.value), y - 7, x(row.value), y + 7, "bar")]
     marks = [f'<circle cx="{x(row.value)}" cy="{y:g}" r="4" />']
     if row.before is None:
         return marks
     hollow = f'<circle cx="{x(row.before)}" cy="{y:g}" r="3.5" class="before" />'
-    return [_line(x(row.before), y, x(row.value), y, "step"), hollow, *marks]
+    return [line_of(x(row.before), y, x(row.value), y, "step"), hollow, *marks]
 
 
-def _line(x: float, y: float, to_x: float, to_y: float, look: str) -> str:
+def line_of(x: float, y: float, to_x: float, to_y: float, look: str) -> str:
     return f'<line x1="{x:g}" y1="{y:g}" x2="{to_x:g}" y2="{to_y:g}" class="{look}" />'
 
 
-def _text(x: float, y: float, text: str, look: str = "") -> str:
+def text_of(x: float, y: float, text: str, look: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{look}">{escape(text)}</text>'

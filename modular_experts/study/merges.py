@@ -15,14 +15,17 @@ from typing import Any, ClassVar, get_args
 from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
 from modular_experts.injection.ensemble import MEANS, Mean, ensembled
-from modular_experts.library import StoredExpert
+from modular_experts.library import StoredExpert, open_expert, union_of_weights
 from modular_experts.library.described import describe
+from modular_experts.library.record import RECORD_FILE
+from modular_experts.library.statistics import carry_statistics
 from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.settings.read import make
+from modular_experts.study.apart import Apart, bytes_in_use, measured_apart
 from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
 from modular_experts.study.work import ChoiceRows, about_expert, loaded, made, measured, shared_rows, tasks_of
@@ -37,7 +40,7 @@ import_systems("search")
 
 TUNING_ROWS = 64
 Put = Callable[..., Any] | None
-Combined = tuple[Sequence[Mapping[str, Delta]], Mapping[str, Any], Put]
+Combined = tuple[Sequence[Any], Mapping[str, Any], Put]
 """Experts to add up in the base, the settings that were chosen, and what puts them in place otherwise."""
 
 
@@ -61,10 +64,13 @@ class Merge:
     merges: tuple[Any, ...] = ()
     labels: Labels = "rows"
     fallback: ClassVar[None] = None
+    of: ClassVar[None] = None
     kept_as: ClassVar[str] = "merge"
 
     @classmethod
-    def of_method(cls, given: Mapping[str, Any], fallbacks: Mapping[str, Merge]) -> Merge:
+    def of_method(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Merge | Apart:
+        if given.get("per_task"):
+            return Apart.of_method(given)
         method, tune = made("--merges", MergeMethod, given["method"]), given.get("tune") or None
         for key in {} if tune is True else tune or {}:
             if key != "grid":
@@ -76,7 +82,7 @@ class Merge:
         return cls(name, given["method"], False, tune, given.get("rows", TUNING_ROWS))
 
     @classmethod
-    def of_search(cls, given: Mapping[str, Any], fallbacks: Mapping[str, Merge]) -> Merge:
+    def of_search(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Merge:
         name = given.get("name", type(make("--merges", CoefficientSearch, given["search"])).__name__)
         if (labels := given.get("labels", "rows")) not in get_args(Labels):
             raise ValueError(f"labels={labels!r} must be one of {', '.join(get_args(Labels))}")
@@ -139,27 +145,26 @@ class Merge:
 
 @dataclass(frozen=True)
 class Route:
-    """One way to choose among the experts of a kind by the input; the `fallback` takes what the router rejects."""
+    """One way to choose among the experts of a kind by the input; the `fallback` takes what the router rejects.
+
+    It chooses among the small experts `of` another way, if there is one.
+    """
 
     name: str
     router: Any
     fallback: Merge | None = None
+    of: Apart | None = None
     tune: ClassVar[None] = None
     kept_as: ClassVar[str] = "route"
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], fallbacks: Mapping[str, Merge]) -> Route:
-        router, wanted = make("--merges", Router, given["route"]), given.get("fallback")
-        name = type(router).__name__
-        if wanted is None:
-            return cls(given.get("name", name), given["route"])
-        check_fallback(router, wanted)
-        if wanted not in fallbacks:
-            near = did_you_mean(str(wanted), fallbacks) or f"; before it are {', '.join(fallbacks) or 'no merges'}"
-            raise ValueError(
-                f"fallback: {wanted!r} must be the name of a merge of these kinds that stands before the route{near}"
-            )
-        return cls(given.get("name", f"{name} else {wanted}"), given["route"], fallbacks[wanted])
+    def read(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Route:
+        router = make("--merges", Router, given["route"])
+        check_fallback(router, given.get("fallback"))
+        fallback = _earlier("fallback", given, Merge, "a merge", before)
+        of = _earlier("of", given, Apart, "a way to shrink the experts", before)
+        name = type(router).__name__ + (f" of {of.name}" if of else "") + (f" else {fallback.name}" if fallback else "")
+        return cls(given.get("name", name), given["route"], fallback, of)
 
     @property
     def statistics(self) -> set[str]:
@@ -169,13 +174,18 @@ class Route:
 
     @property
     def together(self) -> bool:
-        """Whether its fallback's statistics hold only for the merge of all experts."""
-        return self.fallback is not None and self.fallback.together
+        """Whether it is measured of all experts alone: small experts are, and statistics of its fallback may be."""
+        return self.of is not None or (self.fallback is not None and self.fallback.together)
 
     @contextmanager
     def combined(self, study: Study, out: Path, group: Group, chosen: Mapping[str, Any] | None) -> Iterator[Combined]:
         """Yield a group behind the router; the route of all experts is also put into the library."""
         experts, fallback = group.experts(study, out), None
+        if self.of:
+            small = [open_expert(place) for place in self.of.places(study, out, group)]
+            for expert, other in zip(experts, small, strict=True):
+                carry_statistics(expert, other)  # which may have been taken since
+            experts = small
         # A routed expert must lie beside its experts, so the route of a few experts is in the library while it is used.
         place = out / "library" / study.combined_name("route", group.kind, self.name, group.seed)
         with ExitStack() as stack:
@@ -200,12 +210,13 @@ class Ensemble:
     mean: Mean
     tune: ClassVar[None] = None
     fallback: ClassVar[None] = None
+    of: ClassVar[None] = None
     statistics: ClassVar[frozenset[str]] = frozenset()
     together: ClassVar[bool] = False
     kept_as: ClassVar[str] = "merge"
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], fallbacks: Mapping[str, Merge]) -> Ensemble:
+    def read(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Ensemble:
         if (mean := given["ensemble"]) not in MEANS:
             near = did_you_mean(mean, MEANS)
             raise ValueError(f"ensemble: {mean!r} is not a mean of {' or '.join(MEANS)}{near}")
@@ -218,14 +229,15 @@ class Ensemble:
         yield experts, {"mean": self.mean}, partial(ensembled, experts=experts, mean=self.mean, check=False)
 
 
-Way = Merge | Route | Ensemble
-"""One way to combine the experts of a kind."""
+Way = Merge | Route | Ensemble | Apart
+"""One way to combine the experts of a kind, or to keep them apart."""
 
 WAYS: dict[str, tuple[Callable[..., Way], tuple[str, ...]]] = {
-    "method": (Merge.of_method, ("tune", "rows", "name", "kinds")),
+    "method": (Merge.of_method, ("tune", "rows", "per_task", "name", "kinds")),
     "search": (Merge.of_search, ("merges", "labels", "rows", "name", "kinds")),
-    "route": (Route.of, ("fallback", "name", "kinds")),
-    "ensemble": (Ensemble.of, ("name", "kinds")),
+    "route": (Route.read, ("fallback", "of", "name", "kinds")),
+    "ensemble": (Ensemble.read, ("name", "kinds")),
+    "shrink": (Apart.of_form, ("bound", "rows", "name", "kinds")),
 }
 """What an entry of `merges` can be: its reader, and the settings that it may have beside the key."""
 
@@ -241,7 +253,7 @@ def read_ways(merges: Iterable[Any], kinds: Mapping[str, Sequence[str]]) -> dict
             raise ValueError(f"kinds={of!r} must be a list of kinds of experts, such as [{next(iter(kinds), 'lora')}]")
         check_kinds(f"the merge {given}", of, kinds)
         combines = list(dict.fromkeys(kind for name in of for kind in kinds[name]))
-        before = {name: one for name, (one, its) in found.items() if isinstance(one, Merge) and {*combines} <= {*its}}
+        before = {name: one for name, (one, its) in found.items() if {*combines} <= {*its}}
         way = read(given, before)
         if way.name in found:
             raise ValueError(
@@ -254,7 +266,7 @@ def read_ways(merges: Iterable[Any], kinds: Mapping[str, Sequence[str]]) -> dict
 def _reader(given: Mapping[str, Any]) -> Callable[..., Way]:
     ways = [way for way in WAYS if way in given]
     if len(ways) != 1:
-        raise ValueError(f"the merge {given} needs exactly one of `method`, `search`, `route` and `ensemble`")
+        raise ValueError(f"the merge {given} needs exactly one of {', '.join(f'`{way}`' for way in WAYS)}")
     read, settings = WAYS[ways[0]]
     for key in given:
         if key not in (*ways, *settings):
@@ -266,6 +278,17 @@ def _reader(given: Mapping[str, Any]) -> Callable[..., Way]:
     return read
 
 
+def _earlier(
+    setting: str, given: Mapping[str, Any], kind: type[Any], words: str, before: Mapping[str, Way]
+) -> Any | None:
+    """Return the way of a kind, one of those before, that a setting of an entry names."""
+    wanted, known = given.get(setting), {name: way for name, way in before.items() if isinstance(way, kind)}
+    if wanted is None or wanted in known:
+        return known.get(str(wanted))
+    near = did_you_mean(str(wanted), known) or f"; before it are {', '.join(known) or 'none of them'}"
+    raise ValueError(f"{setting}: {wanted!r} must be the name of {words} of these kinds that stands before it{near}")
+
+
 def check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:
     """Raise ValueError if something names a kind that is not among the experts."""
     for kind in named:
@@ -275,8 +298,9 @@ def check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:
 
 
 def settings_of(way: Way) -> dict[str, Any]:
-    """Return what a digest takes of a way; it leaves the default of `labels` out, which older results lack."""
-    return asdict(way, dict_factory=lambda pairs: dict(pair for pair in pairs if pair != ("labels", "rows")))
+    """Return what a digest takes of a way; it leaves out defaults that older results lack."""
+    later = [("labels", "rows"), ("of", None)]
+    return asdict(way, dict_factory=lambda pairs: dict(pair for pair in pairs if pair not in later))
 
 
 def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> dict[str, Any]:
@@ -298,10 +322,15 @@ def combine_and_test(
     started = time.perf_counter()
     with way.combined(study, out, group, chosen) as (experts, settings, put):
         seconds = time.perf_counter() - started
-        found = measured(study, experts, group.tested, put)
-        found |= {"settings": settings, "merge_seconds": seconds}
-        if group.is_whole and put is None and isinstance(experts[0], StoredExpert):
-            found |= about_expert(experts[0])
+        if isinstance(way, Apart):
+            found = measured_apart(study, experts, group.own)
+            records = [expert.path.relative_to(out / "library") / RECORD_FILE for expert in experts]
+            found["files"] = [str(record) for record in records]
+        else:
+            found = measured(study, experts, group.tested, put)
+            if group.is_whole and put is None:
+                found |= about_expert(experts[0])
+        found |= {"settings": settings, "merge_seconds": seconds, **_sizes(study, out, way, group, experts)}
     kind, count = group.kind, len(group.own)
     title = f"{kind} {way.name}" + ("" if group.is_whole else f" of {count}, group {group.number}")
     names = [study.name(kind, task, group.seed) for task in group.own]
@@ -309,3 +338,15 @@ def combine_and_test(
     own = [task for task in study.held_in if task in group.own]
     about = {"model": title, "experts": names, "kind": kind, "merge": way.name, "own": own, "count": count}
     return found | about | {"group": group.number, "seed": group.seed}
+
+
+def _sizes(study: Study, out: Path, way: Way, group: Group, experts: Sequence[Any]) -> dict[str, int]:
+    """Return the bytes of the experts in use, of those that they were made of, and of their weights in bfloat16."""
+    parts = [bytes_in_use(experts, by_mask=isinstance(way, Apart) and bool(way.method))]
+    if isinstance(way, Apart) and way.method:
+        parts.append(bytes_in_use([open_expert(out / "library" / way.shared(study, group.kind, group.seed))]))
+    if None in parts:
+        return {}
+    alone = group.experts(study, out)
+    copy = 2 * sum(shape.numel() for shape in union_of_weights(alone).values())
+    return {"bytes": sum(filter(None, parts)), "alone": bytes_in_use(alone) or 0, "copy": copy}

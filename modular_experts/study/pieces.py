@@ -100,6 +100,8 @@ class _Plan:
                     # The merge of all experts is in the library; a merge of a few is made anew beside the route.
                     needs += [whole[way.fallback.name]] * group.is_whole
                     made = made if group.is_whole else way.fallback.name
+                if way.of:
+                    needs.append(whole[way.of.name])
                 given = [chosen[made, count]] if (made, count) in chosen else []
                 key = ("merges", kind, way.name, count, group.number, seed)
                 settings = [settings_of(way), group.own, study.seen(group.tested), self.rows]

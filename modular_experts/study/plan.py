@@ -94,11 +94,16 @@ class Study:
 
     def combined_name(self, way: str, kind: str, name: str, seed: int) -> str:
         """Return the name in the library of the merge or the route (the `way`) of all experts of a kind."""
-        return self.joint_name(f"{way}-{kind}-{re.sub('[^A-Za-z0-9._-]+', '-', name)}", seed)
+        return self.joint_name(f"{way}-{kind}-{slug(name)}", seed)
 
     def joint_name(self, kind: str, seed: int) -> str:
         """Return the name in the library of an expert of all tasks."""
         return f"{kind}-seed{seed}" if len(self.seeds) > 1 else kind
+
+
+def slug(name: str) -> str:
+    """Return a name of a merge with the letters that a name in a library may have."""
+    return re.sub("[^A-Za-z0-9._-]+", "-", name)
 
 
 @dataclass(frozen=True)

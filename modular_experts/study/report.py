@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from modular_experts.reports import Results
+from modular_experts.reports.curve import Point, draw_curves
 from modular_experts.reports.figure import Panel, Row, draw
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
 from modular_experts.reports.results import METRICS, ROLES, SHARES, format_of
-from modular_experts.reports.tables import Column, Html, Line, Table, element, heat_map, listed, note, number
+from modular_experts.reports.tables import Column, Html, Line, Table, element, heat_map, listed, note, number, percent
 from modular_experts.study.plan import BASE, SINGLE
-from modular_experts.study.results import DRAWN, GAIN, NORMALISED
+from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE
 from modular_experts.study.run import State
 from modular_experts.study.summary import (
     beside_published,
@@ -52,6 +53,7 @@ def write_report(
         _overview(results, state),
         _published(results),
         _kept(results, best),
+        _bytes(results),
         _gains(results, best),
         _random_groups(results),
         _by_count(results),
@@ -110,7 +112,7 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
 
 def _lines_of(merges: Sequence[Mapping[str, Any]], values: Mapping[str, float | None]) -> list[Row]:
     """Return a line for each merge that has a value; a method as it comes is the start of its tuned self's line."""
-    plain = {json.dumps(one["method"]): one["name"] for one in merges if "method" in one and one["tune"] is None}
+    plain = {json.dumps(one["method"]): one["name"] for one in merges if "tune" in one and one["tune"] is None}
     tuned = {one["name"]: plain.get(json.dumps(one["method"])) for one in merges if one.get("tune") is not None}
     return [
         Row(name.removesuffix(" tuned") if tuned.get(name) else name, value, values.get(tuned.get(name) or ""))
@@ -148,6 +150,43 @@ def _kept(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | 
         title = f"{model} keeps most on {most} and least on {least}"
     about = "Each number is the merge divided by the task's own expert. A cell is empty where the own expert has 0."
     return Section("What merges kept", title, [heat, note(about)])
+
+
+def _bytes(results: Results) -> Section | None:
+    """Return what share of the single experts' score each way of a known size keeps, over its bytes."""
+    metric = results.main_metric
+    if not (sized := results.where(metric=SIZE)).rows or metric not in SHARES:
+        return None
+    curves, groups = dict[str, list[Point]](), []
+    for kind in sized.values("kind"):
+        mine, points = judged(results, kind), list[Point]()
+        own = mine.where(merge=None, role="held_in").mean(metric)
+        for merge in [None, *sized.where(kind=kind).values("merge")]:
+            rows = mine.where(merge=merge)
+            size, score = rows.mean(SIZE), rows.mean(metric, role="held_in")
+            if own and size and score is not None:
+                points.append(Point(merge or "as trained", size, score / own))
+        if not points:
+            continue
+        curves[kind] = sorted(points, key=lambda point: point.size)
+        groups.append([Line(f"{kind} {point.name}", point) for point in curves[kind]])
+    if not curves:
+        return None
+    columns = [
+        Column("bytes, % of a copy", lambda point: point.size, lambda share: number(100 * share, 2)),
+        Column("kept, %", lambda point: point.kept, percent),
+    ]
+    title = f"The {metric_words(metric)} that is kept of the single experts', over the bytes that this takes"
+    key = (
+        "bytes over one copy in bfloat16 of the weights that the experts move; a named way keeps more than all smaller"
+    )
+    svg = [draw_curves(title, key, curves, wide) for wide in (True, False)]
+    drawn = [element("div", Html(one), class_=look) for one, look in zip(svg, ("wide", "narrow"), strict=True)]
+    about = (
+        "The bytes count the values and places of all experts of a kind together, and the router that chooses "
+        "among them. A merge counts in bfloat16. Small experts are tested each on its own task; a route finds it."
+    )
+    return Section("Bytes", title, [element("figure", *drawn), Table(columns, groups, "way").html(), note(about)])
 
 
 def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | None:

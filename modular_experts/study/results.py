@@ -18,19 +18,21 @@ import torch
 
 from modular_experts.reports import Results
 from modular_experts.reports.results import examples_of, provenance
+from modular_experts.study.apart import Apart
 from modular_experts.study.pieces import title_of
 from modular_experts.study.plan import SINGLE, Study
 from modular_experts.study.run import State
 
 RESULTS = "results.json"
 DRAWS = 500  # of a bootstrap
-GAIN, NORMALISED, DRAWN = "gain", "normalised", "mean_over_draws"
-"""Metrics of the rows about effects of merges."""
+GAIN, NORMALISED, DRAWN, SIZE = "gain", "normalised", "mean_over_draws", "size"
+"""Metrics of the rows about effects of merges, and the bytes of experts over one bfloat16 copy of their weights."""
 
 
 def results_of(study: Study, state: State) -> Results:
     """Return a row for each number that the finished pieces measured, and rows about the effects of merges."""
     rows: list[dict[str, Any]] = []
+    has_small = any(isinstance(way, Apart) for ways in study.merges.values() for way in ways)
     for found in state.done.values():
         rows += found.get("rows", ())
         if "scores" not in found:
@@ -40,6 +42,7 @@ def results_of(study: Study, state: State) -> Results:
             values = found["values"].get(row["task"], {}).get(row["metric"])
             more = {"own": row["task"] in found["own"], "interval": interval(values) if values else None}
             rows.append({**row, **more})
+        rows += _sizes(found, about) if has_small else []
     facts: dict[str, Any] = {
         "base": study.base,
         "held_in": [*study.held_in],
@@ -59,6 +62,18 @@ def results_of(study: Study, state: State) -> Results:
     measured = Results(rows, facts)
     known = Results([*rows, *effects(state, measured.main_metric)], facts)
     return Results([*known.rows, *over_draws(known, study.draws)], facts)
+
+
+def _sizes(found: Mapping[str, Any], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the bytes of a piece's experts, and of the single experts, over one bfloat16 copy of their weights."""
+    if "bytes" not in found:
+        return []
+    row = {"experts": found["experts"], "task": None, "role": None, "metric": SIZE, "own": True, "interval": None}
+    alone = {"model": f"{found['kind']}{SINGLE}", "merge": None, "count": None, "group": None}
+    return [
+        {**about, **row, "model": found["model"], "value": found["bytes"] / found["copy"]},
+        {**about, **row, **alone, "value": found["alone"] / found["copy"]},
+    ]
 
 
 def costs(study: Study, state: State) -> list[dict[str, Any]]:

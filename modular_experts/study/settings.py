@@ -22,6 +22,7 @@ from modular_experts.library import check_name
 from modular_experts.reports.results import ROLES
 from modular_experts.settings import SHORT_NAMES, Options, folded, plain, respelt
 from modular_experts.settings.read import make
+from modular_experts.study.apart import Apart
 from modular_experts.study.merges import check_kinds, read_ways
 from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
 from modular_experts.study.short_forms import Kinds, Settings, content_hash, for_seed, read_tasks, spelt_out
@@ -50,8 +51,9 @@ class Description(Options):
             lora-0.003; with `joint: true` the kind has one expert of all held-in tasks.
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Entries may also be routes
-            and ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
-            entry leaves the other kinds out; {method: [TIES, IsoC]} stands for two entries.
+            and ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. {shrink: int4} stores
+            each expert in fewer bytes and tests it on its own task, and {route: Centroid, of: int4} chooses among
+            these. `kinds: [sparse]` in an entry leaves the other kinds out; {method: [TIES, IsoC]} stands for two.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
             groups that the seed draws, the same for every method. [2: 10 draws, all] merges ten random pairs, which may
             share experts.
@@ -265,6 +267,8 @@ def _check_names(study: Study) -> None:
     for seed, kind in itertools.product(study.seeds, study.experts):
         names += [study.name(kind, task, seed) for task in study.held_in]
         names += [study.combined_name(way.kept_as, kind, way.name, seed) for way in study.merges[kind]]
+        small = [way for way in study.merges[kind] if isinstance(way, Apart)]
+        names += [name for way in small for name in way.names(study, kind, study.held_in, seed)]
     for name, count in Counter(map(check_name, names)).items():
         if count > 1:
             raise ValueError(f"two experts would have the name {name} in the library; rename a kind, a task or a merge")

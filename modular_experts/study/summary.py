@@ -9,9 +9,9 @@ from typing import Any
 
 from modular_experts.reports import Results
 from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
-from modular_experts.reports.tables import Column, Line, Table, number
+from modular_experts.reports.tables import Column, Line, Table, number, percent
 from modular_experts.study.plan import BASE, SINGLE
-from modular_experts.study.results import DRAWN, GAIN, NORMALISED, level_with
+from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE, level_with
 from modular_experts.study.run import State
 
 
@@ -55,6 +55,7 @@ def _summary_columns(metric: str, best: Any) -> list[Column]:
         Column("±", half, show),
         Column("held-out", lambda rows: rows.mean(metric, role="held_out"), show, is_share, best=best),
         Column("of own", of_own, partial(number, digits=2), best=best),
+        Column("bytes, %\nof a copy", lambda rows: rows.mean(SIZE), percent),
         *[Column("loss", lambda rows: rows.mean("loss", role="held_in"), format_of("loss"))] * (metric != "loss"),
         Column("with\nthe best", lambda rows: rows.facts.get("level"), str, left=True),
     ]

@@ -520,6 +520,56 @@ def test_routes_and_ensembles_of_the_experts_are_tested_like_their_merges(settin
     assert again == {"SelfRegMean", "Oracle else SelfRegMean"}
 
 
+def test_small_experts_are_tested_on_their_own_tasks_and_routed(settings) -> None:
+    settings |= {"experts": {"lora": LORA, "sparse": SPARSE}}
+    one = {"shrink": {"encoding": "int4", "rank": 1}, "kinds": ["lora"]}
+    ways: list[Any] = ["SparseAverage", {"shrink": "int8"}, one, {"shrink": "auto", "bound": 5.0, "rows": 4}]
+    ways += [{"method": "EMR", "per_task": True}, {"route": "Centroid", "of": "int8", "fallback": "SparseAverage"}]
+    assert study(settings | {"merges": ways}) == 0
+    found, library = results(), Library("runs/mine/library")
+    small = library["int8-lora-upper"]
+    assert (small.record["encoding"], library["rank-1-int4-lora-upper"].record["encoding"]) == ("int8", "int4")
+    assert library["smallest-within-5-sparse-upper"].record["encoding"] == "sign"
+    routed = library["route-lora-Centroid-of-int8-else-SparseAverage"]
+    parents = [f"int8-lora-{task}" for task in ("upper", "reverse")] + ["merge-lora-SparseAverage"]
+    assert [one["name"] for one in routed.record["parents"]] == parents
+    alone = evaluate("base", {"int8": [small]}, ["upper.jsonl"], max_new_tokens=3).where(model="int8")
+    tested = found.where(model="lora int8", task="upper")
+    assert tested.mean("loss") == pytest.approx(alone.mean("loss"), rel=1e-6)
+    assert found.where(model="lora int8").values("task") == ["upper", "reverse"]
+    # One copy of the same weights in bfloat16 has 2 bytes an entry.
+    copy = 2 * sum(shape.numel() for shape in small.shapes().values())
+    both = [sum(library[f"int8-lora-{task}"].stored_bytes().values()) for task in ("upper", "reverse")]
+    assert found.where(model="lora int8").mean("size") == pytest.approx(sum(both) / copy)
+    exact = [sum(library[f"lora-{task}"].stored_bytes().values()) for task in ("upper", "reverse")]
+    assert found.where(model="lora, single").mean("size") == pytest.approx(sum(exact) / copy)
+    assert found.where(model="lora Centroid of int8 else SparseAverage").mean("size") > sum(both) / copy
+    # EMR's masks have a bit for each entry of the weights of two tasks, beside their merge in bfloat16.
+    merge = open_expert("runs/mine/library/merge-lora-EMR-by-task")
+    shared = sum(size // 2 for size in merge.stored_bytes().values())
+    masks = 2 * sum(-(-shape.numel() // 8) for shape in merge.shapes().values())
+    assert found.where(model="lora EMR by task").mean("size") == pytest.approx((shared + masks) / copy)
+    assert 0 < found.where(model="sparse EMR by task").mean("size") < found.where(model="sparse, single").mean("size")
+    before = len(lines())
+    shutil.rmtree("runs/mine/library/int8-lora-upper")
+    assert study(settings | {"merges": ways}) == 0
+    assert {line["key"][2] for line in lines()[before:]} == {"int8"}
+
+
+@pytest.mark.parametrize(
+    ("merges", "sentence"),
+    [
+        ([{"shrink": "int5"}], "values are stored as .* not as 'int5'"),
+        ([{"shrink": "int4", "bound": 0.1}], "bound is for {shrink: auto}, which chooses a form"),
+        ([{"shrink": "int4"}, {"route": "Centroid", "of": "int8"}], "of: 'int8' must be the name of a way to shrink"),
+        ([{"method": "TIES", "per_task": True}], "TIES gives tasks no experts of their own"),
+    ],
+)
+def test_ways_to_shrink_that_do_not_fit_are_refused(settings, merges, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_study(**settings | {"merges": merges})
+
+
 def test_what_chooses_settings_never_sees_test_rows_or_held_out_tasks(settings) -> None:
     """Other test rows and other held-out tasks give the same experts, settings, statistics and coefficients."""
     search = {"search": {"class_path": "ATLAS", "init_args": {"steps": 2}}, "merges": ["RegMean"]}

@@ -1,0 +1,145 @@
+"""Keep each expert of a study apart in fewer bytes: shrunk, or as a mask on a merge that all tasks share.
+
+Each small expert is tested on the task of its own expert. All of them are in the library, and a route of the same study
+can choose among the shrunk ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from modular_experts.deltas import Delta
+from modular_experts.library import StoredExpert, open_expert
+from modular_experts.library.compatibility import open_parents
+from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.methods import MergeMethod
+from modular_experts.study.plan import Group, Study, slug
+from modular_experts.study.work import ChoiceRows, loaded, made, measured, shared_rows
+from modular_experts.tuning import Objective
+from modular_experts.tuning.shrink import Form, smallest, write_form
+
+AUTO = "auto"
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Apart:
+    """One way to keep the experts of a kind in fewer bytes.
+
+    Attributes:
+        form: Settings of the `Form` of all experts; None takes the smallest form of each within the `bound`.
+        bound: How much the loss on at most `rows` validation rows may rise, in nats a target token.
+        method: Settings of a merge method that gives each task an expert of its own, in the place of a form.
+    """
+
+    name: str
+    form: Any = None
+    bound: float = 0.01
+    rows: int = ROWS
+    method: Any = None
+    tune: ClassVar[None] = None
+    fallback: ClassVar[None] = None
+    of: ClassVar[None] = None
+    together: ClassVar[bool] = True
+    kept_as: ClassVar[str] = "merge"
+
+    @classmethod
+    def of_form(cls, given: Mapping[str, Any], before: Mapping[str, Any]) -> Apart:
+        form, choice = given["shrink"], {key: given[key] for key in ("bound", "rows") if key in given}
+        if form == AUTO:
+            found = cls("", **choice)
+            return cls(given.get("name", f"smallest within {found.bound:g}"), **choice)
+        if choice:
+            raise ValueError(f"{', '.join(choice)} is for {{shrink: {AUTO}}}, which chooses a form; {form} is one form")
+        form = {"encoding": form} if isinstance(form, str) else form
+        return cls(given.get("name", str(made("--merges", Form, form))), form)
+
+    @classmethod
+    def of_method(cls, given: Mapping[str, Any]) -> Apart:
+        method = made("--merges", MergeMethod, given["method"])
+        if not method.has_tasks:
+            raise ValueError(f"{type(method).__name__} gives tasks no experts of their own; leave per_task out")
+        return cls(given.get("name", f"{type(method).__name__} by task"), method=given["method"])
+
+    @property
+    def statistics(self) -> set[str]:
+        """The kinds of statistics of the experts' data that it needs."""
+        needed = made("--merges", MergeMethod, self.method).needs.statistics if self.method else None
+        return {needed} if needed else set()
+
+    def shared(self, study: Study, kind: str, seed: int) -> str:
+        """Return the name in the library of the merge that the tasks of a kind share."""
+        return study.combined_name("merge", kind, self.name, seed)
+
+    def names(self, study: Study, kind: str, tasks: Iterable[str], seed: int) -> list[str]:
+        """Return the names in the library of the small experts of some tasks."""
+        first = self.shared(study, kind, seed) if self.method else slug(self.name)
+        return [f"{first}-{study.name(kind, task, seed)}" for task in tasks]
+
+    def places(self, study: Study, out: Path, group: Group) -> list[Path]:
+        """Return where the small experts of a group are."""
+        return [out / "library" / name for name in self.names(study, group.kind, group.own, group.seed)]
+
+    @contextmanager
+    def combined(self, study: Study, out: Path, group: Group, chosen: Any) -> Iterator[Any]:
+        """Yield the small expert of each task of a group, and in its settings the form of each."""
+        experts, places = group.experts(study, out), self.places(study, out, group)
+        forms = {}
+        if self.method:
+            merged = Merged(experts, made("--merges", MergeMethod, self.method))
+            write_merged(merged, out / "library" / self.shared(study, group.kind, group.seed), True)
+        elif self.form is None:
+            rows = min(self.rows, study.data.get("eval_limit") or self.rows)
+            data = shared_rows(study, ChoiceRows, study.held_in, rows).only(group.own)
+            objective = Objective(loaded(study.base, study.dtype)[0], data)
+            for expert, place in zip(experts, places, strict=True):
+                found = smallest(expert, objective, place, bound=self.bound, overwrite=True).chosen
+                forms[expert.name] = str(found.form if found else Form())
+                if not found:
+                    write_form(expert, dict(expert.items()), Form(), place, True)
+        else:
+            form = made("--merges", Form, self.form)
+            for expert, place in zip(experts, places, strict=True):
+                write_form(expert, {name: form.cut(expert[name]) for name in expert}, form, place, True)
+        yield [open_expert(place) for place in places], {"forms": forms} if forms else {}, None
+
+
+def measured_apart(study: Study, experts: Sequence[Mapping[str, Delta]], tasks: Sequence[str]) -> dict[str, Any]:
+    """Test each expert on its own task, as `measured` tests experts on tasks."""
+    parts = [measured(study, [expert], [task]) for expert, task in zip(experts, tasks, strict=True)]
+
+    def joined(name: str) -> dict[str, Any]:
+        return {task: one for part in parts for task, one in part[name].items()}
+
+    scores = {"tasks": {task: one for part in parts for task, one in part["scores"]["tasks"].items()}}
+    seconds = sum(part["switch_seconds"] for part in parts)
+    return {"scores": scores, "values": joined("values"), "answers": joined("answers"), "switch_seconds": seconds}
+
+
+def bytes_in_use(experts: Sequence[Any], by_mask: bool = False) -> int | None:
+    """Return the bytes of values and places of stored experts that are used together; None where one is not stored.
+
+    A routed expert counts with its experts, and a merge in bfloat16. With `by_mask` each expert counts as a mask of the
+    entries that it keeps, beside a merge of which it keeps them.
+    """
+    if not all(isinstance(one, StoredExpert) for one in experts):
+        return None
+    total = 0
+    for one in experts:
+        stored, kept, forms = one.stored_bytes(), one.kept_entries(), one.forms()
+        for name, shape in one.shapes().items():
+            entries, is_sparse = shape.numel(), forms[name] in ("Sparse", "BlockSparse")
+            if by_mask:
+                total += min(stored[name] - 4 * kept[name] if is_sparse else entries, math.ceil(entries / 8))
+            elif one.is_merge:
+                total += min(stored[name] - 2 * kept[name] if is_sparse else stored[name] // 2, 2 * entries)
+            else:
+                total += stored[name]
+        if one.is_routed:
+            total += one.size_on_disk + (bytes_in_use(open_parents(one)) or 0)
+    return total
