@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from testbed.runs import mixture
+from testbed.scripts import run_in_one_process
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
@@ -233,7 +232,7 @@ def test_verify_and_list_tell_of_the_experts_behind_a_router(run, place):
 
 
 def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trust(place, tiny_llama_dir, task_files):
-    """Each command is a process of its own, which has not seen the classes."""
+    """The commands that open it run in a process that has not seen the classes, the one that may last."""
     Path("mine.py").write_text(
         "from modular_experts.routing import Oracle, TopK\n"
         "from modular_experts.routing.gates import Selection\n\n\nclass Mine(Oracle):\n"
@@ -242,23 +241,18 @@ def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trus
         "        self.select = select or TopK()\n\n\nclass Top(TopK):\n    pass\n"
     )
 
-    def process(*words):
-        command = [sys.executable, "-m", "modular_experts", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.returncode, done.stderr
-
     router = ["--router", "mine.Mine", "--router.select", "mine.Top"]
-    assert process("route", *EXPERTS, *router, "--out", "library/r") == (0, "")
+    assert run_in_one_process(["route", *EXPERTS, *router, "--out", "library/r"]) == [(0, "")]
     record = open_expert("library/r").record
     assert (record["class_path"], record["hyperparameters"]["select"]["class"]) == ("mine.Mine", "mine.Top")
     use = ["evaluate", "--experts", "library/r", "--tasks", task_files["upper"], "--out", "runs/r"]
-    code, err = process(*use)
+    nobody = [*use, "--trust", "mine.Nobody"]
+    (code, err), (unknown, told), trusted = run_in_one_process(use, nobody, [*use, "--trust", "mine"])
     assert code == 1
     assert "library/r names mine.Mine, which is not a class of this package" in err
     assert "if you trust it, add --trust mine to the command" in err
-    assert process(*use, "--trust", "mine")[0] == 0
-    code, err = process(*use, "--trust", "mine.Nobody")
-    assert (code, "trust: there is no module or class mine.Nobody" in err) == (1, True)
+    assert (unknown, "trust: there is no module or class mine.Nobody" in told) == (1, True)
+    assert trusted[0] == 0
 
 
 def test_a_router_of_a_user_is_not_taken_for_a_built_in_one_of_its_name(place, tiny_llama_dir):

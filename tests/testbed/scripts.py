@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import io
+import json
 import resource
 import runpy
 import subprocess
@@ -44,6 +45,26 @@ def shown(name: str, *report: Any) -> str:
         patch.syspath_prepend(BENCHMARKS)
         importlib.import_module(name).show(*report)
     return printed.getvalue()
+
+
+ONE_PROCESS = """
+import contextlib, io, json, sys
+from modular_experts.__main__ import main
+
+for words in json.loads(sys.argv.pop()):
+    printed, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+        code = main(words)
+    print(json.dumps([code, told.getvalue()]))
+"""
+
+
+def run_in_one_process(*commands: Sequence[object]) -> list[tuple[int, str]]:
+    """Run commands of ours one after the other in one new process; return each one's exit code and its errors."""
+    words = json.dumps([list(map(str, command)) for command in commands])
+    done = subprocess.run([sys.executable, "-c", ONE_PROCESS, words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def run_commands_here(monkeypatch: pytest.MonkeyPatch) -> None:
