@@ -1,7 +1,7 @@
 """Choose on validation rows how experts are merged: the settings of a method (`tune`), or coefficients (`search`).
 
-Open `tune.py` or `search.py` first; `objective.py` holds the losses of both, and `combination.py` the model that the
-algorithms of `search` move.
+Open `tune.py` or `search.py` first; `objective.py` holds the losses of both and the choice of rows, which `statistics/`
+uses too, and `combination.py` the model that the algorithms of `search` move.
 """
 
 from __future__ import annotations
