@@ -39,7 +39,7 @@ def test_no_help_imports_torch() -> None:
     python("\n".join(lines))
 
 
-def test_common_commands_import_neither_lightning_nor_transformers(tmp_path) -> None:
+def test_import_is_lazy_and_common_commands_import_neither_lightning_nor_transformers(tmp_path) -> None:
     commands = [
         "list library",
         "show library/a",
@@ -51,7 +51,17 @@ def test_common_commands_import_neither_lightning_nor_transformers(tmp_path) -> 
         "remove --merged library/average --expert library/b --out library/rest",
     ]
     lines = [
-        "import sys, torch",
+        "import sys, modular_experts",
+        "dir(modular_experts)",
+        "assert 'torch' not in sys.modules",
+        "import modular_experts.kernels.triton_tiles",
+        "assert 'triton' not in sys.modules",  # what follows uses parts of torch that import it, too
+        "import modular_experts.experts, modular_experts.methods",
+        "others = {'lightning', 'transformers', 'datasets', 'safetensors', 'jsonargparse'}",
+        "assert not others & set(sys.modules)",
+        "modular_experts.Sparse, modular_experts.TIES, modular_experts.SparseExpert, modular_experts.merge",
+        "assert not {'lightning', 'transformers'} & set(sys.modules)",
+        "import torch",
         "from modular_experts.__main__ import main",
         "from modular_experts import Sparse, Average, merge",
         "from modular_experts.library import make_record, write_expert",
@@ -66,20 +76,7 @@ def test_common_commands_import_neither_lightning_nor_transformers(tmp_path) -> 
     python("\n".join(lines), tmp_path)
 
 
-def test_import_is_lazy_and_every_public_name_has_a_home() -> None:
-    lines = [
-        "import sys, modular_experts",
-        "dir(modular_experts)",
-        "assert 'torch' not in sys.modules",
-        "import modular_experts.kernels.triton_tiles",
-        "assert 'triton' not in sys.modules",  # what follows uses parts of torch that import it, too
-        "import modular_experts.experts, modular_experts.methods",
-        "others = {'lightning', 'transformers', 'datasets', 'safetensors', 'jsonargparse'}",
-        "assert not others & set(sys.modules)",
-        "modular_experts.Sparse, modular_experts.TIES, modular_experts.SparseExpert, modular_experts.merge",
-        "assert not {'lightning', 'transformers'} & set(sys.modules)",
-    ]
-    python("\n".join(lines))
+def test_every_public_name_has_a_home() -> None:
     for name in modular_experts.__all__:
         assert getattr(modular_experts, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Sprse'"):
