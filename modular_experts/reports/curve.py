@@ -46,7 +46,9 @@ def draw_curves(
             top += 18
     points = [point for several in curves.values() for point in several]
     sizes, lowest = [math.log10(point.size) for point in points], min(point.kept for point in points)
-    area = (min(sizes) - 0.1, max(sizes) + 0.1), (math.floor(10 * lowest) / 10, max(1.02, *(p.kept for p in points)))
+    step = 0.1 if lowest >= 0.5 else 0.25
+    low, high = step * math.floor(lowest / step), max(1.02, *(point.kept for point in points))
+    area = (min(sizes) - 0.1, max(sizes) + 0.1), (low, high, step)
     for place, (kind, several) in enumerate(curves.items()):
         left, row = width / across * (place % across), place // across
         found += _panel(kind, several, (left, top + HEIGHT * row), width / across, area)
@@ -58,9 +60,9 @@ def _panel(
     points: Sequence[Point],
     corner: tuple[float, float],
     width: float,
-    area: tuple[tuple[float, float], tuple[float, float]],
+    area: tuple[tuple[float, float], tuple[float, float, float]],
 ) -> list[str]:
-    (first, last), (low, high) = area
+    (first, last), (low, high, step) = area
     left, top, right, bottom = corner[0] + LEFT, corner[1] + TOP, corner[0] + width - RIGHT, corner[1] + HEIGHT - BOTTOM
 
     def x(size: float) -> float:
@@ -70,7 +72,6 @@ def _panel(
         return round(bottom - (bottom - top) * (kept - low) / (high - low), 1)
 
     found = [text_of(left, top - 14, kind, "strong")]
-    step = 0.1 if high - low <= 0.6 else 0.25
     for share in (low + step * count for count in range(1 + int((1 - low) / step + 1e-9))):
         found += [line_of(left, y(share), right, y(share), "rule")]
         found += [text_of(left - 6, y(share) + 4, number(100 * share, 0), "quiet end")]
@@ -78,7 +79,8 @@ def _panel(
         if first <= math.log10(size) <= last and (last - first < 2.2 or f"{size:e}"[0] == "1"):
             found += [line_of(x(size), top, x(size), bottom, "rule")]
             found += [text_of(x(size), bottom + 18, f"{100 * size:g} %", "quiet middle")]
-    ahead = [one for one in points if all(one.kept > two.kept for two in points if two.size < one.size)]
+    smaller = {one: [two for two in points if two != one and two.size <= one.size] for one in points}
+    ahead = [one for one in points if all(one.kept > two.kept for two in smaller[one])]
     for one, two in itertools.pairwise(ahead):
         found += [line_of(x(one.size), y(one.kept), x(two.size), y(two.kept), "step")]
     for point in points:

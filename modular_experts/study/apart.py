@@ -135,7 +135,10 @@ def bytes_in_use(experts: Sequence[Any], by_mask: bool = False) -> int | None:
         for name, shape in one.shapes().items():
             entries, is_sparse = shape.numel(), forms[name] in ("Sparse", "BlockSparse")
             if by_mask:
-                total += min(stored[name] - 4 * kept[name] if is_sparse else entries, math.ceil(entries / 8))
+                # In tiles, each entry needs a bit beside the places of the tiles.
+                bits = 0 if forms[name] == "Sparse" else kept[name] if forms[name] == "BlockSparse" else entries
+                places = stored[name] - 4 * kept[name] if is_sparse else 0
+                total += min(places + math.ceil(bits / 8), math.ceil(entries / 8))
             elif one.is_merge:
                 total += min(stored[name] - 2 * kept[name] if is_sparse else stored[name] // 2, 2 * entries)
             else:

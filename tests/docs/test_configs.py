@@ -101,7 +101,9 @@ def test_the_studies_are_read(capsys) -> None:
     for name in re.findall(r"data/\w+.jsonl", small.read_text()):
         Path("data").mkdir(exist_ok=True)
         write_rows(Path(name), [{"input": name, "target": "a", "split": "test"}])
-    studies = [CONFIGS / name for name in ("study/suite.yaml", "study/tradeoffs.yaml", "paper/tiny.yaml")]
+    studies = [
+        CONFIGS / name for name in ("study/suite.yaml", "study/tradeoffs.yaml", "study/bytes.yaml", "paper/tiny.yaml")
+    ]
     for file in (*studies, small):
         assert main(["study", "--config", str(file), "--status"]) == 0
         assert re.search(r"^experts +0 of [1-9]\d* done$", capsys.readouterr().out, re.MULTILINE)
