@@ -75,10 +75,11 @@ def statistics(
 
     Args:
         experts: Directories of the experts.
-        kind: Fisher needs `fisher`, RegMean and ESM `gram`, RegMeanPlusPlus `merged_gram`, the router Centroid
-            `prompts`, and Classifier `prompt_parts`. `fisher` is one number per entry; `gram` one per pair of a layer's
-            inputs; `merged_gram` the same in the course of the merge of exactly these experts; `prompts` what the base
-            makes of each input; `prompt_parts` the same, and of each input without a part of its front.
+        kind: Fisher needs `fisher`, RegMean and ESM `gram`, RegMeanPlusPlus `merged_gram`, the routers Centroid and
+            KernelRidge `prompts`, and Classifier `prompt_parts`. `fisher` is one number per entry; `gram` one per pair
+            of a layer's inputs; `merged_gram` the same in the course of the merge of exactly these experts; `prompts`
+            what the base makes of each input, and its n-grams of tokens; `prompt_parts` the same, and of each input
+            without a part of its front.
             `fit --gate-of` trains what Phatgoose needs.
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`. Default: the inputs
             that the experts keep (`fit --keep_inputs`).
@@ -146,14 +147,16 @@ def route(
     Args:
         experts: Directories of the experts.
         out: Directory of the routed expert, in the library of the experts.
-        router: For each prompt, Centroid (the expert whose prompts are most alike), Classifier (trained on whose a
-            prompt is) or Oracle (the expert of the row's task); for each token at each layer, Arrow and
+        router: For each prompt, Centroid (the expert whose prompts are most alike), KernelRidge (by likeness to each
+            of their prompts, also in words), Classifier (trained on whose a prompt is) or Oracle (the expert of the
+            row's task); for each token at each layer, Arrow and
             Energy (by the deltas alone) or Phatgoose (by gates trained after the experts); for every input the same,
             Constant (a weighted sum); or the dotted path of a class of your own. Default: Centroid.
         fallback: Directory of an expert, such as a merge, for prompts that are unlike the prompts of all experts.
-            Centroid, Classifier and Oracle find such prompts; other routers take no fallback. Default: the base alone.
-        data: The experts' tasks, whose rows Centroid, Classifier and Phatgoose learn from; not needed if `statistics`
-            took what they need, or the experts keep inputs (`fit --keep_inputs`).
+            Centroid, KernelRidge, Classifier and Oracle find such prompts; other routers take no fallback. Default: the
+            base alone.
+        data: The experts' tasks, whose rows Centroid, KernelRidge, Classifier and Phatgoose learn from; not needed if
+            `statistics` took what they need, or the experts keep inputs (`fit --keep_inputs`).
         rows: The most rows of one task.
         overwrite: Replace an expert of this name.
 

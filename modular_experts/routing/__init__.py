@@ -10,6 +10,7 @@ from modular_experts.routing.centroid import Centroid
 from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.fixed import Constant, Oracle
 from modular_experts.routing.gates import Gates, Selection, Softmax, Threshold, TopK, UpTo
+from modular_experts.routing.kernel_ridge import KernelRidge
 from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.phatgoose import Phatgoose
 from modular_experts.routing.router import Router
@@ -21,6 +22,7 @@ __all__ = [
     "Constant",
     "Energy",
     "Gates",
+    "KernelRidge",
     "Mixture",
     "Oracle",
     "Phatgoose",

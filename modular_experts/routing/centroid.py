@@ -59,14 +59,14 @@ class Centroid(Router):
         check_prompts("Centroid", prompts, 1 if self.reject is None else 2)
         self.experts = len(prompts)
         wide = [rows.double() for rows in prompts]
-        means, precision = _fit(wide, self.shrink)
+        means, precision = means_and_precision(wide, self.shrink)
         self.means, self.precision = means.float(), precision.float()
         if self.reject is not None:
             own = []
             for fold in range(FOLDS):
                 left = [rows[torch.arange(len(rows)) % FOLDS != fold] for rows in wide]
                 out = [rows[fold::FOLDS] for rows in wide]
-                own.append(_distances(torch.cat(out), *_fit(left, self.shrink)).amin(1))
+                own.append(_distances(torch.cat(out), *means_and_precision(left, self.shrink)).amin(1))
             self.farthest = torch.cat(own).quantile(1 - self.reject).float()
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -78,14 +78,18 @@ class Centroid(Router):
         return gates if self.reject is None else gates.without(-2 * scores.amax(1) > self.farthest, self.experts)
 
 
-def _fit(prompts: Sequence[Tensor], shrink: float) -> tuple[Tensor, Tensor]:
-    """Return the means `(experts, size)` and the inverse of the shrunk covariance `(size, size)`."""
+def means_and_precision(prompts: Sequence[Tensor], shrink: float) -> tuple[Tensor, Tensor]:
+    """Return the means `(experts, size)` and the inverse of the shrunk covariance `(size, size)` of experts' prompts.
+
+    Raises:
+        ValueError: All prompts of each expert are alike.
+    """
     means = torch.stack([rows.mean(0) for rows in prompts])
     around = torch.cat([rows - mean for rows, mean in zip(prompts, means, strict=True)])
     covariance = around.T @ around / max(len(around) - len(prompts), 1)
     if not covariance.any():
         raise ValueError(
-            f"Centroid: no expert has two different prompts among the {len(around)} that it learns from, so it cannot "
+            f"no expert has two different prompts among the {len(around)} that the router learns from, so it cannot "
             "measure distances; give the tasks more rows"
         )
     size = len(covariance)

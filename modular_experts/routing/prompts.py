@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
-from modular_experts.routing.router import Router
+from modular_experts.routing.router import GRAMS, Router
 from modular_experts.text import block_of
 
 
@@ -54,10 +54,12 @@ class PromptGates:
         # Without gates, a mixture is the base alone.
         self.current.gates, self._inside = None, True
         try:
-            hidden = torch.cat(prompt_vectors(model, ids, rows, self.router.depths, prompt), 1)
+            read = prompt_vectors(model, ids, rows, self.router.depths, prompt)
         finally:
             self._inside = False
-        self._of_rows = self.router.to(hidden.device)(hidden)
+        if self.router.reads_grams:
+            read.append(prompt_grams(ids, rows, prompt).to(read[0].device))
+        self._of_rows = self.router.to(read[0].device)(torch.cat(read, 1))
         self.current.gates = self._of_rows if row is None else self._of_rows.of_places(row)
 
 
@@ -134,7 +136,7 @@ def prompt_vectors(
         # Padding on the left must not move the places.
         inputs["position_ids"] = (tokens.cumsum(1) - 1).clamp(min=0)
     states = _hidden_states(body, inputs, depths)
-    counted = tokens.bool() if prompt is None else tokens.bool() & prompt
+    counted = _counted(ids, mask, prompt)
     # The first token attends to itself alone, so its state, which is the largest by far, is nearly the same everywhere.
     if packs:
         later = counted & (packs.places > 0)
@@ -145,6 +147,32 @@ def prompt_vectors(
     counted = (counted & ((counted.cumsum(1) > 1) | (counted.sum(1, keepdim=True) < 2)))[..., None]
     none = torch.zeros((), device=ids.device)
     return [F.normalize(one.float().where(counted, none).sum(1), dim=1) for one in states]
+
+
+def prompt_grams(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | None = None) -> Tensor:
+    """Return each prompt's tokens and pairs of neighbouring tokens as a vector of length 1, `(rows, GRAMS)` float32.
+
+    A hash gives each its place and its sign, so that inner products are right on average (Weinberger et al., arXiv
+    0902.2206); a place has the signed logarithm `log(1 + n)` of the sum there. `prompt_vectors` has the same arguments.
+    """
+    counted = _counted(ids, mask, prompt)
+    lines = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    row = mask.row if isinstance(mask, Packs) else lines
+    pairs = counted[:, 1:] & counted[:, :-1] & (row[:, 1:] == row[:, :-1])
+    keys = torch.cat([ids[counted], (ids[:, :-1][pairs] + 1) * 2**32 + ids[:, 1:][pairs]])
+    for factor in (-4658895280553007687, -7723592293110705685):
+        # The finaliser of splitmix64; the mask makes the shift a logical one.
+        keys = (keys ^ (keys >> 30 & (1 << 34) - 1)) * factor
+    places = torch.cat([row[counted], row[:, 1:][pairs]]) * GRAMS + (keys >> 32) % GRAMS
+    signs = (keys >> 62 & 1) * 2.0 - 1
+    found = torch.zeros((int(row.max()) + 1) * GRAMS, device=ids.device).index_add(0, places, signs)
+    return F.normalize((found.sign() * found.abs().log1p()).view(-1, GRAMS), dim=1)
+
+
+def _counted(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | None) -> Tensor:
+    """Return which places hold tokens of prompts, in the shape of the ids, bool."""
+    padded = mask.row >= 0 if isinstance(mask, Packs) else torch.ones_like(ids) if mask is None else mask
+    return padded.bool() if prompt is None else padded.bool() & prompt
 
 
 def _hidden_states(body: Any, inputs: Mapping[str, Any], depths: Sequence[float]) -> list[Tensor]:

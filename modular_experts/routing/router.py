@@ -16,12 +16,16 @@ from modular_experts.routing.gates import Gates, Selection, TopK
 
 Scope = Literal["sample", "linear"]
 
+GRAMS = 2048
+"""How many numbers stand for the n-grams of a prompt."""
+
 
 class Router(nn.Module, ABC):
     """Chooses experts by the input; a subclass gives `__init__` with plain settings, `learn` and `scores`.
 
     A router of scope `sample` serves the whole model and chooses for whole rows. It sees each prompt as the means
-    over its tokens of the base's hidden states at `depths`, each of length 1, one behind the other. In scope `linear`
+    over its tokens of the base's hidden states at `depths`, each of length 1, one behind the other, and behind them its
+    n-grams if it `reads_grams`. In scope `linear`
     there is one for each weight, which sees the layer's inputs and chooses for each token.
 
     Args:
@@ -40,6 +44,10 @@ class Router(nn.Module, ABC):
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
+
+    reads_grams: bool = False
+    """Whether a router of scope `sample` also reads each prompt's n-grams of tokens (`prompt_grams`): `GRAMS` numbers
+    behind the hidden states."""
 
     def __init__(self, select: Selection | None = None) -> None:
         super().__init__()
@@ -110,7 +118,7 @@ def check_fallback(router: Router, fallback: object) -> None:
     if fallback is not None and not router.rejects:
         raise ValueError(
             f"{type(router).__name__} rejects no input here, so the fallback {fallback} would never be used; leave it "
-            "out, or take Centroid or Classifier with a number for reject"
+            "out, or take Centroid, KernelRidge or Classifier with a number for reject"
         )
 
 

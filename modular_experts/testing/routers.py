@@ -16,6 +16,7 @@ from modular_experts.injection.attach import describe_router, make_router
 from modular_experts.library.described import class_path, trust
 from modular_experts.routing import Gates, Router, TopK
 from modular_experts.routing.gates import reading
+from modular_experts.routing.router import GRAMS
 from modular_experts.testing.methods import close, made_delta, made_statistic
 
 _COUNT, _SHAPE = 4, (10, 12)
@@ -63,7 +64,8 @@ class _Case:
         given = made if deltas is None else deltas
         self.deltas: list[Delta | None] = list(given) if router.scope == "linear" else [None] * _COUNT
         count = len(self.deltas)
-        size = 8 * len(router.depths) if sample else next(one.shape[1] for one in given if one is not None)
+        read = 8 * len(router.depths) + GRAMS * router.reads_grams
+        size = read if sample else next(one.shape[1] for one in given if one is not None)
         middles = torch.randn(count, size, generator=draw)
         self.statistics: list[Tensor] = []
         if router.needs in ("prompts", "prompt_parts"):

@@ -28,11 +28,12 @@ from modular_experts.library import (
 from modular_experts.library.compatibility import union_of_weights
 from modular_experts.library.described import class_path, trust
 from modular_experts.library.record import ROUTED
-from modular_experts.library.statistics import kinds_of_statistics
+from modular_experts.library.statistics import command_for, kinds_of_statistics
 from modular_experts.progress import Progress
 from modular_experts.routing import Centroid, Mixture, Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.statistics import take_statistics
+from modular_experts.statistics.prompts import GRAMS_NAME, name_of
 from modular_experts.tuning.objective import ValidationRows
 
 
@@ -123,7 +124,7 @@ def _take_missing(
 def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:
     router.hear_tasks([list(map(str, expert.record["tasks"])) for expert in experts])
     if router.scope == "sample":
-        prompts = [_prompts(expert, router.needs, router.depths) for expert in experts] if router.needs else []
+        prompts = [_prompts(expert, router) for expert in experts] if router.needs else []
         router.learn([None] * len(experts), prompts)
         return router
     # Only the base tells how its layers keep their weights.
@@ -132,13 +133,17 @@ def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[s
     return by_weight(router, model, experts, taken)
 
 
-def _prompts(expert: StoredExpert, kind: str, depths: Sequence[float]) -> Tensor:
+def _prompts(expert: StoredExpert, router: Router) -> Tensor:
+    """Return what the router reads of an expert's prompts, `(rows, size)`, as a forward pass gives it."""
+    kind = str(router.needs)
     stored, parts = open_statistics(expert, kind), []
-    for depth in depths:
-        found = stored.get(f"depth {depth:g}")
+    for name in [*map(name_of, router.depths), *[GRAMS_NAME] * router.reads_grams]:
+        found = stored.get(name)
         if found is None:
-            there = ", ".join(name.removeprefix("depth ") for name in stored)
-            raise ValueError(f"depths={list(depths)}: prompts were read at the depths {there} only")
+            raise ValueError(
+                f"{stored.file} has {', '.join(stored)}, and no {name}, which {type(router).__name__} reads; choose "
+                f"depths that are there, or take them anew: {command_for([expert], kind, overwrite=True)}"
+            )
         parts.append(found.values)
     return torch.cat(parts, 1)
 

@@ -20,7 +20,8 @@ from modular_experts.evaluation import evaluate, measure
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merger import merge
-from modular_experts.routing import Centroid, Oracle, Softmax, TopK
+from modular_experts.routing import Centroid, KernelRidge, Oracle, Softmax, TopK
+from modular_experts.routing.router import GRAMS
 from modular_experts.training.route import route
 
 TASKS = ["upper", "reverse", "first"]
@@ -79,7 +80,7 @@ def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, t
 def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny_llama_dir, task_files):
     assert main(["statistics", *EXPERTS, "--kind", "prompts", "--data.tasks", tasks]) == 0
     stored = open_statistics(open_expert("library/upper"), "prompts")
-    assert list(stored) == ["depth 0", "depth 0.25", "depth 0.5", "depth 0.75", "depth 1"]
+    assert list(stored) == ["depth 0", "depth 0.25", "depth 0.5", "depth 0.75", "depth 1", "n-grams"]
     rows = [json.loads(line) for line in task_files["upper"].read_text().splitlines()]
     texts = [row["input"] for row in rows if row["split"] != "test"]
     model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
@@ -96,7 +97,9 @@ def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny
     )
 
 
-@pytest.mark.parametrize("router", [Oracle(), Centroid(reject=None, select=Softmax(0.5)), Centroid(select=TopK(2))])
+@pytest.mark.parametrize(
+    "router", [Oracle(), Centroid(reject=None, select=Softmax(0.5)), Centroid(select=TopK(2)), KernelRidge()]
+)
 def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llama_dir, router):
     assert main(["statistics", *EXPERTS, "--kind", "prompts", "--data.tasks", tasks]) == 0
     made = route(EXPERTS[1:], "library/r", router, fallback="library/merged" if router.rejects else None)
@@ -106,12 +109,23 @@ def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llam
         assert type(again) is type(router)
         assert again.select == router.select
         assert again.experts == 3
-        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-        if isinstance(router, Centroid):
+        x = torch.randn(5, 64 + GRAMS * router.reads_grams, generator=torch.Generator().manual_seed(0))
+        if not isinstance(router, Oracle):
             assert torch.equal(again(x).ids, router(x).ids)
             assert torch.equal(again(x).weights, router(x).weights)
         else:
             assert again.tasks == {"upper": 0, "reverse": 1, "first": 2}
+
+
+def test_another_expert_leaves_what_the_library_has_of_the_first_ones(run, place, tasks):
+    how = ["--data.tasks", tasks, "--router", "KernelRidge"]
+    assert run("route", *EXPERTS[:-1], *how, "--out", "library/two")[0] == 0
+    files = {file: file.read_bytes() for file in place.glob("library/*/statistics/*")}
+    assert len(files) == 2
+    assert run("route", *EXPERTS, *how, "--out", "library/three")[0] == 0
+    assert len(list(place.glob("library/*/statistics/*"))) == 3
+    assert all(file.read_bytes() == before for file, before in files.items())
+    assert len(open_expert("library/three").record["parents"]) == 3
 
 
 def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, task_files):

@@ -16,6 +16,7 @@ from modular_experts.routing import (
     Constant,
     Energy,
     Gates,
+    KernelRidge,
     Oracle,
     Phatgoose,
     Router,
@@ -36,6 +37,8 @@ ROUTERS = [
     Constant(),
     Energy(),
     Energy(select=Threshold(0.9)),
+    KernelRidge(),
+    KernelRidge(ridge=1e-3, reject=None, depths=[1.0], select=Softmax(0.1)),
     Phatgoose(),
 ]
 

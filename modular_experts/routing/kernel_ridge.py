@@ -1,0 +1,138 @@
+"""Send a prompt to the expert whose own prompts it is most like, by kernel ridge regression on meaning and words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.routing.centroid import means_and_precision
+from modular_experts.routing.gates import Gates, Selection
+from modular_experts.routing.router import GRAMS, Router, Scope, check_prompts, check_reading
+
+FOLDS = 4
+SIZE = 128
+"""The most numbers of a prompt's hidden states that the kernel compares."""
+MOST = 6144
+"""The most prompts that the regression learns from, equal shares of all experts."""
+NARROW, WORDS = 2.0, 0.25
+"""How quickly hidden states grow unlike, and the weight of equal n-grams beside equal hidden states."""
+FAR = 0.2
+"""How much a prompt that is as far from others as the typical one loses of its value, before it may be rejected."""
+
+
+class KernelRidge(Router):
+    """The expert with the largest value of a kernel ridge regression of whose prompt it is.
+
+    Two prompts are alike by `exp(-2 |u - v|^2) + 1/4 a . b`. u and v are their hidden states in the `SIZE` directions
+    in which all prompts differ most, measured by the covariance within experts as in `Centroid` and scaled so that
+    `|u - middle|^2` is 1 on average. a and b are their n-grams of tokens, each times the logarithm of how rare it is,
+    of length 1. The regression's targets are 1 for the own expert and 0 for others, its solution is in closed form, and
+    each expert's prompts weigh the same together.
+
+    With `reject`, a prompt goes to the fallback, or to the base without one, if its largest value less
+    `FAR |u - v|^2 / typical` is lower than for this share of the experts' own prompts, where v is the nearest prompt
+    and typical the median of that distance. The own prompts are measured by 4-fold cross-validation.
+
+    Args:
+        ridge: Weight of the ridge for each prompt, above 0.
+        shrink: Weight of the identity in the covariance, in (0, 1].
+        reject: Share of the experts' own prompts that may be rejected, in [0, 1); None rejects nothing.
+        depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings.
+        select: Turns scores into gates; the expert with the largest value alone by default.
+    """
+
+    scope: ClassVar[Scope] = "sample"
+    needs: ClassVar[str | None] = "prompts"
+    reads_grams = True
+    middle: Tensor
+    directions: Tensor
+    prompts: Tensor
+    factors: Tensor
+    rarity: Tensor
+    words: Tensor
+    typical: Tensor
+    lowest: Tensor
+
+    def __init__(
+        self,
+        ridge: float = 3e-6,
+        shrink: float = 0.3,
+        reject: float | None = 0.01,
+        depths: Sequence[float] = (0.0, 0.25),
+        select: Selection | None = None,
+    ) -> None:
+        super().__init__(select)
+        if not ridge > 0 or not 0 < shrink <= 1:
+            raise ValueError(f"KernelRidge: ridge={ridge} must be positive, and shrink={shrink} in (0, 1]")
+        check_reading("KernelRidge", depths, reject)
+        self.ridge, self.shrink, self.reject, self.depths = ridge, shrink, reject, list(depths)
+        self.rejects = reject is not None
+        for name in ("middle", "directions", "prompts", "factors", "rarity", "words", "typical", "lowest"):
+            self.register_buffer(name, torch.empty(0))
+
+    @torch.no_grad()
+    def learn(self, deltas: Sequence[Delta | None], prompts: Sequence[Tensor]) -> None:
+        check_prompts("KernelRidge", prompts, 1 if self.reject is None else 3)
+        self.experts = len(prompts)
+        chosen = [_evenly(rows, max(MOST // self.experts, 3)) for rows in prompts]
+        if self.reject is not None:
+            found = []
+            for fold in range(FOLDS):
+                self._fit([rows[torch.arange(len(rows)) % FOLDS != fold] for rows in chosen])
+                found.append(self._measured(torch.cat([rows[fold::FOLDS] for rows in chosen])))
+            values, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+            self.typical = nearest.median()
+            self.lowest = (values.amax(1) - FAR * nearest / self.typical).quantile(self.reject)
+        self._fit(chosen)
+
+    def _fit(self, prompts: Sequence[Tensor]) -> None:
+        rows = torch.cat(list(prompts)).double()
+        counts = torch.tensor([len(own) for own in prompts], device=rows.device)
+        hidden, grams = rows[:, :-GRAMS], rows[:, -GRAMS:]
+        means, precision = means_and_precision(hidden.split(counts.tolist()), self.shrink)
+        middle, root = means.mean(0), torch.linalg.cholesky(precision)
+        whitened = (hidden - middle) @ root
+        turn = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -SIZE:]
+        turn /= (whitened @ turn).square().sum(1).mean().sqrt()
+        rarity = ((1 + len(rows)) / (1 + (grams != 0).sum(0).double())).log() + 1
+        points, words = whitened @ turn, F.normalize(grams * rarity, dim=1)
+        owner = torch.repeat_interleave(counts)
+        # A prompt weighs 1 over the number of its expert's, so that its own ridge is that number times larger.
+        kernel = (-NARROW * _apart(points, points)).exp() + WORDS * words @ words.T
+        kernel.diagonal().add_(self.ridge * self.experts * counts[owner])
+        factors = torch.cholesky_solve(F.one_hot(owner, self.experts).double(), torch.linalg.cholesky(kernel))
+        self.middle, self.directions, self.prompts = middle.float(), (root @ turn).float(), points.float()
+        self.rarity, self.words, self.factors = rarity.float(), (WORDS * words.T @ factors).float(), factors.float()
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return self._measured(hidden)[0]
+
+    def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values `(n, experts)`, and the squared distance of the nearest prompt `(n,)`."""
+        read = hidden.float()
+        apart = _apart((read[:, :-GRAMS] - self.middle) @ self.directions, self.prompts)
+        grams = F.normalize(read[:, -GRAMS:] * self.rarity, dim=1)
+        return (-NARROW * apart).exp() @ self.factors + grams @ self.words, apart.amin(1)
+
+    def forward(self, hidden: Tensor) -> Gates:
+        scores, nearest = self._measured(hidden)
+        gates = self.select(scores)
+        if self.reject is None:
+            return gates
+        return gates.without(scores.amax(1) - FAR * nearest / self.typical < self.lowest, self.experts)
+
+
+def _evenly(rows: Tensor, most: int) -> Tensor:
+    """Return at most so many rows, spread evenly."""
+    return rows if len(rows) <= most else rows[torch.arange(most, device=rows.device) * len(rows) // most]
+
+
+def _apart(some: Tensor, others: Tensor) -> Tensor:
+    """Return squared distances `(n, m)`."""
+    # By differences, because near prompts would lose their digits in products.
+    return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist").square()
