@@ -1,7 +1,7 @@
 """How many test rows routers send to the expert of their task, and how many rows of unseen tasks they reject.
 
 Routers learn from a number of inputs a task, drawn anew for each draw from the training and validation rows; every test
-row is then scored once. No expert is needed. Held-in tasks come first, `--unseen` takes the others.
+row is then scored once. No expert is needed. `--unseen` takes tasks that no router learns.
 
     python benchmarks/own_expert.py .cache/smollm2 data/snips_intent.jsonl ... --unseen data/banking77.jsonl ... \
         [--rows 16 64 250] [--draws 5] [--json FILE]       an hour for fifteen tasks and two routers
@@ -54,9 +54,10 @@ def compare(learned: Sequence[Tensor], own: Sequence[Tensor], unseen: Sequence[T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("tasks", nargs="+")
-    parser.add_argument("--unseen", nargs="*", default=[])
+    examples = sorted(Path(__file__).parents[1].glob("examples/*.jsonl"))
+    parser.add_argument("base", nargs="?", default=".cache/smollm2")
+    parser.add_argument("tasks", nargs="*", type=Path, default=examples)
+    parser.add_argument("--unseen", nargs="*", type=Path, default=[])
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 250])
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--json", type=Path)
