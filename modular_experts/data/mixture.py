@@ -230,8 +230,10 @@ class TaskMixture(LightningDataModule, DataSource):
     def input_examples(self, splits: Sequence[str]) -> dict[str, list[Example]]:
         """Return rows of each held-in task as inputs without targets or choices; rows need no target.
 
-        One with neither target nor split counts as a validation row.
+        One with neither target nor split counts as a validation row. `eval_limit` holds where no training rows are
+        asked for.
         """
+        limit = None if "train" in splits else self.eval_limit
         which, asked, problems = " or ".join(splits), dict[str, list[Row]](), list[str]()
         kind = f"inputs of {which}"
         for task in (task for task in self.tasks if task.held_in):
@@ -245,7 +247,7 @@ class TaskMixture(LightningDataModule, DataSource):
                     raise ValueError(f"task {task.name!r} has no {which} rows; give some rows the split {splits[-1]!r}")
             asked[task.name] = [
                 replace(row, target=None, choices=(), messages=row.messages[:-1] if row.target else row.messages)
-                for row in spread_evenly(rows, self.eval_limit or len(rows))
+                for row in spread_evenly(rows, limit or len(rows))
             ]
         raise_for_bad_rows(problems)
         return self._tokenised(kind, asked)

@@ -129,6 +129,16 @@ def test_the_evaluation_limit_takes_rows_of_each_task_from_all_over_the_file(thr
     assert served(data.predict_dataloader())[:2] == served(everything.predict_dataloader())[0:6:3]
 
 
+def test_the_evaluation_limit_holds_for_inputs_without_training_rows(three: list[Task]) -> None:
+    data = mixture(*three, eval_limit=2)
+    alone, both = data.input_examples(["validation"]), data.input_examples(["train", "validation"])
+    assert all(len(rows) == 2 for rows in alone.values())
+    assert {task: len(rows) for task, rows in both.items()} == {
+        task: len(rows) for task, rows in mixture(*three).input_examples(["train", "validation"]).items()
+    }
+    assert all(len(rows) > 2 for rows in both.values())
+
+
 def test_parts_of_a_mixture_have_the_batches_of_mixtures_of_their_own_and_read_each_task_once(
     three: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
