@@ -191,7 +191,7 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     if shares[1] is not None:
         yield "trained", f"{share_text(shares[0])} of the units at the end, {share_text(shares[1])} at any time"
     if expert.keeps_inputs:
-        yield "inputs", f"{record['inputs']['rows']:,} of {', '.join(record['inputs']['tasks'])}, as token ids"
+        yield "inputs", f"{record['inputs']['rows']:,} kept, as token ids"
     if costs := record.get("costs"):
         yield "costs", _costs(costs)
     if forms:

@@ -11,7 +11,7 @@ from rich.console import Console
 from modular_experts.base import DType
 from modular_experts.base.files import MANIFEST
 from modular_experts.cli.format import counted, print_check, progress_bar, summary, table_of, value_text
-from modular_experts.cli.tuning import Tuning, print_tuning
+from modular_experts.cli.tuning import Rows, Tuning, print_tuning
 from modular_experts.library import check_target, open_expert
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
@@ -28,19 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output(Options):
-    """What a merge writes.
+    """What a merge writes, and how much memory it may take.
 
     Args:
         output: `checkpoint` writes base plus merge for transformers; the checkpoint is checked by loading it.
         base: The base of a checkpoint, a directory or hub id; the one in the experts' records by default.
         dtype: Data type of a checkpoint; the base's by default.
         tolerance: Largest accepted difference of a logit between a checkpoint and the model in memory.
+        max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside Python's own memory and, for
+            a checkpoint, beside the base that it is checked with.
     """
 
     output: Literal["expert", "checkpoint"] = "expert"
     base: str | None = None
     dtype: DType | None = None
     tolerance: float = 1e-3
+    max_memory: str | None = None
 
     @property
     def is_checkpoint(self) -> bool:
@@ -59,20 +62,20 @@ def merge(
     overwrite: bool = False,
     tune: Tuning | None = None,
     dry_run: bool = False,
-    max_memory: str | None = None,
+    data: Rows | None = None,
     written: Output = Output(),
 ) -> None:
     """Merge experts of one base into a new expert, weight by weight, or straight into a checkpoint.
 
-    Which method? With a few labelled rows of each task, `search`, or --tune of one method; without rows, IsoC for
-    LoRAs and SelfRegMean for other experts. `modular-experts methods` lists all of them.
+    Which method? With inputs of each task, Distilled; with a few labelled rows, `search`, or --tune of one method;
+    without either, IsoC for LoRAs and SelfRegMean for other experts. `modular-experts methods` lists all of them.
 
     The experts may be of any kinds. The result is an expert like any other: test it with `test --experts`,
     make it a checkpoint with `apply`, or merge it again. The same command resumes a merge that was interrupted.
 
     Args:
         experts: Directories of the experts.
-        out: Directory of the merged expert, whose last part is its name; or of the checkpoint.
+        out: Directory of the merged expert; its last part is the name. Or the directory of the checkpoint.
         method: A merge method, which makes the deltas of one weight one; or the dotted path of a class of your own,
             such as my_methods.Median in the current directory.
         per_weight: Methods of single weights, by a regular expression for the whole name; null keeps them at the base.
@@ -81,9 +84,8 @@ def merge(
         tune: Choose the method's settings by the loss on validation rows. These are the scale, the exponent if there
             is one, and the settings in `tune.grid`; the rows come from the tasks in `tune.data`.
         dry_run: Only show the method and the memory of each weight; nothing is tuned.
-        max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside Python's own memory and, for
-            a checkpoint, beside the base that it is checked with.
-        written: What is written.
+        data: Tasks for a method that needs inputs (Distilled). Default: the inputs that the experts keep.
+        written: What is written, and the most memory.
 
     Examples:
         modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab
@@ -91,13 +93,20 @@ def merge(
         modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab \\
             --tune.data.tasks a.jsonl b.jsonl
     """
+    if method and method.needs.inputs:
+        if per_weight or tune or dry_run or written != Output():
+            raise ValueError(f"{type(method).__name__} searches, and writes an expert; give out, overwrite, data alone")
+        _distill(experts, out, method, data, overwrite)
+        return
+    if data:
+        raise ValueError("data are for a method that needs inputs, such as Distilled; `tune` has data of its own")
     if tune and (method is None or per_weight):
         raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
     merged, tuned, check = Merged(experts, method, per_weight), None, None
-    if max_memory:
-        check_memory(estimate(merged), bytes_of(max_memory))
+    if written.max_memory:
+        check_memory(estimate(merged), bytes_of(written.max_memory))
     if dry_run:
         _print_plan(merged)
         return
@@ -125,6 +134,18 @@ def merge(
             print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
     else:
         _print_experts(merged, out)
+
+
+def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overwrite: bool) -> None:
+    from modular_experts.data import TaskMixture
+    from modular_experts.tuning.distill import distill
+
+    given = TaskMixture(**vars(data)) if data else None
+    done = distill(experts, out, method, given, overwrite, progress_bar("distilling"))
+    print(f"merged {counted(len(experts), 'expert')} with {_method_text(method)}")
+    for line in done.report():
+        print(line)
+    print(f"{out}: {summary(done.expert)}")
 
 
 def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrite: bool, written: bool) -> Tuned:

@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The tasks on whose inputs the experts are compared, for a method that needs inputs.
+
+    Args:
+        tasks: Task files, or tasks with settings; their training and validation inputs are read, and no targets.
+        max_length: The most tokens of an input.
+        chat_template: Put the input through the tokenizer's chat template.
+    """
+
+    tasks: list[Any]
+    max_length: int = 1024
+    chat_template: bool = False
+
+
+@dataclass(frozen=True)
 class Tuning:
     """The rows and values to choose the settings of a merge method from.
 

@@ -7,7 +7,7 @@ here. `sources.py` reads files and the hub. Open `mixture.py` first.
 from __future__ import annotations
 
 from modular_experts.data.batch import Batch, DataSource, is_filler, prompts
-from modular_experts.data.kept import KeptInputs
+from modular_experts.data.inputs import Inputs
 from modular_experts.data.mixture import TaskMixture
 from modular_experts.data.sampler import Equal, Mixing, Proportional, Temperature
 from modular_experts.data.sources import TaskSource
@@ -17,7 +17,7 @@ __all__ = [
     "Batch",
     "DataSource",
     "Equal",
-    "KeptInputs",
+    "Inputs",
     "Mixing",
     "Proportional",
     "Task",

@@ -69,6 +69,9 @@ class Merged(TaskVector):
         self._per_weight = {pattern: _made(chosen) for pattern, chosen in (per_weight or {}).items()}
         shapes = dict(sorted(Sum(self.experts).shapes().items()) if self._lazy else union_of_weights(self.stored))
         self.rules = method_of_each(list(shapes), self._method, self._per_weight)
+        if searched := [type(rule).__name__ for rule in self.rules.values() if rule.needs.inputs]:
+            how = f"merge --method {searched[0]}, in Python `distill`, finds it with the base and inputs"
+            raise ValueError(f"no formula of the deltas gives a merge by {searched[0]}; {how}")
         self._shapes = {name: shapes[name] for name in self.rules}
         self._last_block = max(1, *(depth_of(name) or 0 for name in self.rules))
         grouped: dict[int, list[str]] = {}

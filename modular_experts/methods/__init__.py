@@ -12,6 +12,7 @@ from __future__ import annotations
 from modular_experts.methods.average import Average, SparseAverage, TaskArithmetic
 from modular_experts.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
 from modular_experts.methods.coordinates import CoreSpace, CtM, KnOTS
+from modular_experts.methods.distilled import Distilled
 from modular_experts.methods.esm import ESM
 from modular_experts.methods.fisher import Fisher
 from modular_experts.methods.karcher import Karcher
@@ -42,7 +43,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     "no data; any experts": ("SparseAverage", "TaskArithmetic", "TIES"),
     "no data; sparse or full experts": ("SelfRegMean",),
     "no data; LoRAs": ("IsoC", "TSVMerge", "Rescaled"),
-    "inputs of each task": ("RegMean",),
+    "inputs of each task": ("Distilled",),
     "labelled rows of each task": ("Fisher",),
     "no data; an expert for each task beside the merge": ("EMR",),
 }

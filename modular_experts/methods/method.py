@@ -72,6 +72,7 @@ class Needs:
         matrices_per_expert: Number of such matrices for each expert that moves the weight.
         squares: Number of float64 matrices `(in, in)`, such as Gram matrices.
         copies: Number of copies of the single entries that sparse experts keep of the weight.
+        inputs: Whether the base and inputs of the tasks, so that a search finds the merge and not `merge`.
     """
 
     statistics: str | None = None
@@ -80,6 +81,7 @@ class Needs:
     squares: float = 0.0
     copies: float = 0.0
     together: bool = False
+    inputs: bool = False
 
     def __add__(self, other: Needs) -> Needs:
         """Return the needs of two methods that hold their memory at the same time, one around the other."""

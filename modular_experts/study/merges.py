@@ -32,6 +32,7 @@ from modular_experts.study.work import ChoiceRows, about_expert, loaded, made, m
 from modular_experts.text import did_you_mean
 from modular_experts.training.route import route
 from modular_experts.tuning import CoefficientSearch, Objective, ValidationRows, search
+from modular_experts.tuning.distill import distill
 from modular_experts.tuning.objective import Labels
 from modular_experts.tuning.tune import most_trials, notes_of, tune_groups
 
@@ -127,13 +128,15 @@ class Merge:
 
         Coefficients are searched on validation rows of the group's own tasks alone; `chosen` comes from `choose`.
         """
-        if self.searched:
-            data = ChoiceRows(tasks_of(study, group.own), **study.data)
+        if self.searched or self.methods[0].needs.inputs:
+            data, paths = ChoiceRows(tasks_of(study, group.own), **study.data), [one.path for one in experts]
+            if not self.searched:
+                done = distill(paths, place, self.methods[0], data, overwrite=True)  # type: ignore[arg-type]
+                return done.expert, describe(self.methods[0])
             rows = ValidationRows(data, self.rows, study.base, self.labels)
             if self.labels == "experts":
                 rows = replace(rows, max_new_tokens=study.max_new_tokens)
             searcher = make("--merges", CoefficientSearch, self.method)
-            paths = [one.path for one in experts]
             done = search(paths, searcher, rows, place, self.methods, overwrite=True)
             return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
         chosen = chosen or {"settings": {}, "notes": None}

@@ -107,6 +107,9 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     for name, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED)):
         parts = [F.pad(batch[name], (0, length - batch[name].shape[1]), value=padding) for batch in batches]
         joined[name] = torch.cat(parts)
+    if "states" in batches[0]:
+        states = [F.pad(one["states"], (0, 0, 0, 0, 0, length - one["states"].shape[1])) for one in batches]
+        joined["states"] = torch.cat(states)
     if "prediction" in batches[0]:
         columns = zip(*(batch["prediction"] for batch in batches), strict=True)
         joined["prediction"] = Prediction(*map(torch.cat, columns))

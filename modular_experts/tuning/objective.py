@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.data import KeptInputs, TaskMixture
+from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import Batch, Collator, Example
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.deltas import Delta
@@ -171,7 +171,7 @@ class ValidationRows(Options):
         """Return the data and who labels them: without data, the inputs that the experts keep, and the experts."""
         if self.data is not None:
             return self.data, self.labels
-        return KeptInputs([expert for expert in experts if not expert.is_merge]), "experts"
+        return Inputs.kept_by([expert for expert in experts if not expert.is_merge]), "experts"
 
 
 def objective_on_base(

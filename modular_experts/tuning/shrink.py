@@ -235,7 +235,8 @@ def write_form(
     losses: Mapping[str, float] | None = None,
 ) -> StoredExpert:
     """Write what a form cut from an expert's deltas, with the statistics that routers learn from."""
-    write_expert(target, cut, _record(expert, form, losses or {}), overwrite, encoding=form.encoding)
+    record = _record(expert, form, losses or {})
+    write_expert(target, cut, record, overwrite, encoding=form.encoding, inputs=expert.inputs())
     carry_statistics(expert, small := open_expert(target))
     return small
 

@@ -153,7 +153,7 @@ def test_readme_and_tutorial_run_in_order_in_one_folder(walk: Walk) -> None:
 def test_readme_shows_what_its_tour_prints(walk: Walk) -> None:
     page, lines = (ROOT / "README.md").read_text(encoding="utf-8"), walk.printed["README.md"].splitlines()
     verbs = [line.split()[1] for _, _, block in _blocks(page) for line in _commands(block)]
-    assert verbs == ["fit", "fit", "merge", "evaluate", "generate", "apply"]
+    assert verbs == ["fit", "fit", "combine", "merge", "evaluate", "generate", "apply"]
     of_python, of_command = (line for line in lines if line.startswith("model "))
     assert of_command in page
     rows = lines[lines.index(of_python) + 1 :]

@@ -93,7 +93,8 @@ def test_method_keeps_its_promises(method, promises):
 
 
 def test_every_method_is_in_the_battery():
-    missing = set(m.METHODS) - {type(method).__name__ for method, _ in PROMISES}
+    formulas = {name for name, kind in m.METHODS.items() if not getattr(kind.needs, "inputs", False)}
+    missing = formulas - {type(method).__name__ for method, _ in PROMISES}
     assert not missing, f"add a line to PROMISES in {__name__}.py with the promises of these methods: {sorted(missing)}"
 
 

@@ -10,7 +10,7 @@ from testbed.runs import TARGET
 
 from modular_experts import ExportExpert, open_expert
 from modular_experts.base import Base
-from modular_experts.data import KeptInputs
+from modular_experts.data import Inputs
 from modular_experts.data.batch import prompts
 from modular_experts.library import open_statistics
 from modular_experts.library.inputs import INPUTS_FILE
@@ -47,7 +47,7 @@ def test_prompts_of_training_rows_are_kept_and_nothing_else(library, tiny_llama_
         trained = trained_inputs(library.parent / f"gone-{name}")
         assert texts == [text for number, text in enumerate(trained) if number in {n * 12 // 10 for n in range(10)}]
         assert {one.end for one in kept[name]} == {tokenizer.eos_token_id}
-    assert "10 of a, as token ids" in run("show", "library/a")[1]
+    assert "10 kept, as token ids" in run("show", "library/a")[1]
 
 
 def test_each_tasks_own_expert_answers_what_it_keeps(library) -> None:
@@ -96,17 +96,18 @@ def test_without_inputs_and_rows_one_sentence_says_what_is_missing(run, library)
 
 def test_what_needs_targets_or_other_tokens_is_refused(library, tiny_llama_dir) -> None:
     experts = [open_expert(library / name) for name in "ab"]
-    data = KeptInputs(experts, tokenizer=str(tiny_llama_dir))
+    data = Inputs.kept_by(experts)
+    data.tokenizer = str(tiny_llama_dir)
     with pytest.raises(ValueError, match="only inputs are there, and this needs targets"):
         data.validation_examples()
     data.tokenizer = Base.open(tiny_llama_dir).tokenizer()
-    data._kept["a"][0].ids[0] = 10**6
+    data.prompts["a"][0].ids[0] = 10**6
     with pytest.raises(ValueError, match="the inputs of a hold the token 1000000, which the tokenizer lacks"):
         data.input_examples(["validation"])
 
 
 def test_long_inputs_keep_their_last_tokens(library, tiny_llama_dir) -> None:
-    data = KeptInputs([open_expert(library / "a")], tokenizer=str(tiny_llama_dir), max_length=5)
+    data = Inputs(open_expert(library / "a").inputs(), tokenizer=str(tiny_llama_dir), max_length=5)
     whole = open_expert(library / "a").inputs()["a"]
     found = data.input_examples(["validation"])["a"]
     assert [one.tokens.ids.tolist() for one in found] == [one.ids[-5:].tolist() for one in whole]
@@ -119,3 +120,13 @@ def test_keeping_needs_a_place_and_data_that_have_inputs(run, tiny_llama_dir, tw
     assert (code, "keep_inputs keeps inputs beside an expert" in err) == (1, True)
     with pytest.raises(ValueError, match="must be 0 or more"):
         ExportExpert("library", "a", keep_inputs=-1)
+
+
+def test_the_two_parts_share_no_input(library) -> None:
+    data = Inputs.kept_by([open_expert(library / "a")])
+    held, others = (data.part(held).prompts["a"] for held in (True, False))
+    ids = [[tuple(one.ids.tolist()) for one in part] for part in (held, others)]
+    assert (len(held), len(others)) == (2, 8)
+    assert not {*ids[0]} & {*ids[1]}
+    with pytest.raises(ValueError, match="a has 2 inputs; a fourth needs at least 4"):
+        Inputs({"a": held}, tokenizer=data.tokenizer).part(True)

@@ -1,0 +1,84 @@
+"""Hold inputs that are tokenised already, such as those that stored experts keep, in the place of task files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+from modular_experts.data.batch import Example, Tokens, fitted
+from modular_experts.data.mixture import TaskMixture
+from modular_experts.data.rows import spread_evenly
+from modular_experts.data.sources import TaskSource
+from modular_experts.data.tasks import Task
+from modular_experts.library import StoredExpert
+from modular_experts.library.inputs import Prompt
+
+
+class _InputsAlone(TaskSource):
+    """The source of a task of which inputs alone are there."""
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        raise ValueError("of this task only inputs are there, and this needs targets; give its rows: --data.tasks")
+
+
+class Inputs(TaskMixture):
+    """Inputs of tasks, without targets, for every split alike.
+
+    Args:
+        prompts: The inputs of each task.
+        **settings: Arguments of `TaskMixture`.
+    """
+
+    def __init__(self, prompts: Mapping[str, Sequence[Prompt]], **settings: Any) -> None:
+        self.prompts = prompts
+        super().__init__([Task(name=task, source=_InputsAlone()) for task in prompts], **settings)
+
+    @classmethod
+    def kept_by(cls, experts: Sequence[StoredExpert]) -> Self:
+        """Take the inputs that experts keep (`fit --keep_inputs`); raise ValueError if one keeps none."""
+        if lacking := [str(expert.path) for expert in experts if not expert.keeps_inputs]:
+            raise ValueError(
+                f"no rows are given, and {len(lacking)} of {len(experts)} experts keep no inputs, such as {lacking[0]}"
+                "; give the tasks (--data.tasks a.jsonl b.jsonl), or train with fit --keep_inputs 256"
+            )
+        found: dict[str, list[Prompt]] = {}
+        for expert in experts:
+            for task, prompts in expert.inputs().items():
+                found.setdefault(task, []).extend(prompts)
+        return cls(found)
+
+    @classmethod
+    def read_from(cls, data: TaskMixture, splits: Sequence[str], most: int) -> Self:
+        """Take at most `most` inputs of each held-in task of a mixture, which has a tokenizer."""
+        read = copy.copy(data)
+        read.eval_limit, read._examples = most, {}
+        found = read.input_examples(splits)
+        prompts = {
+            task: [Prompt(one.tokens.ids, -1 if one.end is None else one.end) for one in rows]
+            for task, rows in found.items()
+        }
+        return cls(prompts, tokenizer=data.tokenizer, max_length=data.max_length, eval_batch_size=data.eval_batch_size)
+
+    def part(self, held: bool, every: int = 4) -> Inputs:
+        """Return every fourth input of each task if `held`, and the others if not."""
+        parts = {
+            task: [one for number, one in enumerate(prompts) if (number % every == every - 1) == held]
+            for task, prompts in self.prompts.items()
+        }
+        if few := [task for task, part in parts.items() if not part]:
+            raise ValueError(f"{few[0]} has {len(self.prompts[few[0]])} inputs; a fourth needs at least {every}")
+        return Inputs(parts, tokenizer=self.tokenizer, max_length=self.max_length, eval_batch_size=self.eval_batch_size)
+
+    def input_examples(self, splits: Sequence[str]) -> dict[str, list[Example]]:
+        """Return at most `eval_limit` inputs of each task, the last tokens of those that are too long."""
+        tokenizer: Any = self._row_tokenizer().tokenizer
+        found: dict[str, list[Example]] = {}
+        for task in self.roles:
+            for ids, end in spread_evenly(self.prompts[task], self.eval_limit or len(self.prompts[task])):
+                if ids.max() >= len(tokenizer):
+                    raise ValueError(f"the inputs of {task} hold the token {ids.max()}, which the tokenizer lacks")
+                kept, rows = fitted(ids, 0, self.longest), found.setdefault(task, [])
+                stop, number = None if end < 0 else end, len(rows)
+                rows.append(Example(task, tokenizer.decode(kept), None, Tokens(kept, len(kept)), (), 0, stop, number))
+        return found

@@ -1,0 +1,245 @@
+"""Combine experts in several ways, measure what each way keeps of them, and tell the best within some bytes.
+
+All files lie in one directory, whose `combine.json` holds the measurements; the same call goes on where an earlier one
+was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from modular_experts.base import Base
+from modular_experts.data import Batch, Inputs, TaskMixture
+from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
+from modular_experts.injection.attach import attached, describe_router
+from modular_experts.library import StoredExpert, check_target, new_directory, open_expert, open_experts
+from modular_experts.library.record import RECORD_FILE
+from modular_experts.library.result_key import result_key
+from modular_experts.merger.merged import merge
+from modular_experts.methods import Distilled
+from modular_experts.progress import Progress
+from modular_experts.routing import Centroid, Router
+from modular_experts.training.route import route
+from modular_experts.tuning.distill import distill, without_data
+from modular_experts.tuning.objective import Objective, ValidationRows, own_experts
+from modular_experts.tuning.shrink import shrink
+
+MEASURED = "combine.json"
+SHRINK_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to combine the experts, and what was measured of it.
+
+    Attributes:
+        name: What was done.
+        place: Directory of the merged or routed expert.
+        needs: What it was made from, beside the experts.
+        bytes: Bytes that it takes beside the base: 0 of a merge, which is added to the base, and of a router the sum
+            over all experts.
+        kept: Its share of the exact match that the experts have, each on its own task; a mean over tasks.
+        loss: Loss in nats a token, a mean over tasks.
+        held_out: Exact match on held-out tasks, in [0, 1]; None without such tasks.
+        time: CPU time of a forward pass, with 1 for the base alone.
+    """
+
+    name: str
+    place: str
+    needs: str
+    bytes: int
+    kept: float
+    loss: float
+    held_out: float | None
+    time: float
+
+
+@dataclass(frozen=True)
+class Combined:
+    """All ways, in the order in which they are listed, and the one within the budget that keeps most."""
+
+    ways: list[Way]
+    best: Way
+
+
+def combine(
+    experts: Sequence[str | Path | StoredExpert],
+    out: str | Path,
+    data: TaskMixture | None = None,
+    budget: int | None = None,
+    distilled: Distilled | None = None,
+    router: Router | None = None,
+    overwrite: bool = False,
+    progress: Progress = iter,
+) -> Combined:
+    """Merge experts without data and by `distill`, put them behind a router as they are and shrunk, and measure all.
+
+    Args:
+        experts: Directories of the experts, or opened ones; each task is the own one of one expert.
+        out: Directory of all that is made.
+        data: Their tasks: ways learn from inputs of training rows, and are measured on validation rows. Tasks that are
+            held out are measured on test rows. If not given, ways learn from three quarters of the inputs that the
+            experts keep, and are measured against the experts' own answers to the others.
+        budget: The most bytes beside the base; any number if not given.
+        distilled: Settings of `distill`; `rows` also limits the inputs that a router learns from.
+        router: The router; `Centroid` if not given.
+        overwrite: Replace what `out` holds of other experts, rows or settings.
+
+    Raises:
+        FileExistsError: `out` holds something else; nothing has been read yet.
+        ValueError: There are no rows, or a task has no expert of its own.
+    """
+    opened, method, router = open_experts(experts), distilled or Distilled(), router or Centroid()
+    data = data or Inputs.kept_by(opened)
+    data.tokenizer = data.tokenizer or Base.open(None, opened).tokenizer()
+    held_in = [task for task, role in data.roles.items() if role == "held_in"]
+    own_experts(opened, held_in)
+    is_kept = isinstance(data, Inputs)
+    rows = [expert.record["inputs"] for expert in opened] if isinstance(data, Inputs) else data.contents
+    settings = [repr(method), describe_router(router), rows, data.roles]
+    file = _begin(Path(out), result_key([expert.content_hash for expert in opened], settings), overwrite)
+    learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
+    made = _make(opened, Path(out), learned, method, router, progress)
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if left := [name for name in made if name not in known["ways"]]:
+        measured = data.part(True) if isinstance(data, Inputs) else data.only(held_in)
+        held_out = (
+            data.only([task for task in data.roles if task not in held_in]) if len(data.roles) > len(held_in) else None
+        )
+        measure = _Measure(opened, measured, held_out, method.max_new_tokens if is_kept else None, progress)
+        for name in progress(left):
+            place, needs = made[name]
+            known["ways"][name] = asdict(measure(name, open_expert(place), needs))
+            file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    ways = [Way(**known["ways"][name]) for name in made]
+    fitting = [way for way in ways if budget is None or way.bytes <= budget]
+    return Combined(ways, max(fitting, key=lambda way: (way.kept, -way.loss)))
+
+
+def _begin(out: Path, key: str, overwrite: bool) -> Path:
+    """Return the file of measurements of this work, and make an empty one if there is none."""
+    file = out / MEASURED
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["key"] == key:
+        return file
+    check_target(out, overwrite, MEASURED)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    file.write_text(json.dumps({"key": key, "ways": {}}), encoding="utf-8")
+    return file
+
+
+def _make(
+    opened: Sequence[StoredExpert], out: Path, learned: Inputs, method: Distilled, router: Router, progress: Progress
+) -> dict[str, tuple[Path, str]]:
+    """Make what is not there yet, and return place and needs of each way by its name."""
+    start, count = method.start or without_data(opened), max(map(len, learned.prompts.values()))
+    merged, distilled, inputs = out / "merged", out / "distilled", f"{count} inputs a task"
+    if not _is_made(merged):
+        merge(opened, start, merged, progress=progress)
+    beside = [one for one in opened if not _is_made(out / "experts" / one.name)]
+    for expert in beside:
+        _link(expert, out / "experts" / expert.name)
+    whole = [open_expert(out / "experts" / one.name) for one in opened]
+    routed, small = out / "experts/routed", out / "small/routed"
+    if not _is_made(routed):
+        route(whole, routed, router, data=learned, rows=method.rows, progress=progress)
+    left = [one for one in whole if not _is_made(small.parent / one.name)]
+    few = ValidationRows(learned, SHRINK_ROWS, None, "experts", {}, method.max_new_tokens)
+    for done in shrink(left, few, small.parent, progress=progress) if left else ():
+        if done.expert is None:
+            _link(done.source, small.parent / done.source.name)
+    if not _is_made(small):
+        route([open_expert(small.parent / one.name) for one in opened], small, router, data=learned, rows=method.rows)
+    if not _is_made(distilled):
+        distill(opened, distilled, method, learned, overwrite=True, progress=progress)
+    chooses = type(router).__name__
+    return {
+        type(start).__name__: (merged, "no data"),
+        f"{chooses}, experts as they are": (routed, inputs),
+        f"{chooses}, shrunk experts": (small, inputs),
+        "Distilled": (distilled, f"{inputs}, a search"),
+    }
+
+
+def _is_made(place: Path) -> bool:
+    return (place / RECORD_FILE).is_file()
+
+
+def _link(expert: StoredExpert, target: Path) -> None:
+    """Put an expert into another library, without a second copy on the disk where that is possible."""
+
+    def link(source: str, place: str) -> None:
+        try:
+            os.link(source, place)
+        except OSError:
+            shutil.copyfile(source, place)
+
+    with new_directory(target) as directory:
+        shutil.copytree(expert.path, directory, copy_function=link, dirs_exist_ok=True)
+
+
+class _Measure:
+    """Measures a merged or routed expert on the rows of its tasks, beside the base and each task's own expert.
+
+    With a number of tokens, the experts' own answers of this length take the place of the targets.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[StoredExpert],
+        data: TaskMixture,
+        held_out: TaskMixture | None,
+        answer: int | None,
+        progress: Progress,
+    ) -> None:
+        model: Any = Base.open(None, experts).load()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        own: Mapping[str, StoredExpert] = own_experts(experts, list(data.roles))
+        self._objective = Objective(model, data, own if answer else None, answer or 64, progress)
+        self._held_out: list[Batch] = []
+        if held_out:
+            held_out.fit_context(data.context)
+            self._held_out = [move_data_to_device(batch, model.device) for batch in held_out.test_dataloader()]
+        self._own = 0.0
+        for task, expert in own.items():
+            with attached(model, expert, check=False):
+                self._own += self._objective.losses(_matches, [task])[task] / len(own)
+        self._seconds(batch_losses)  # warms up
+        self._base = self._seconds(batch_losses)[1]
+
+    def _seconds(self, measure: Callable[..., Any]) -> tuple[dict[str, float], float]:
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        started = clock()
+        return self._objective.losses(measure), clock() - started
+
+    @torch.no_grad()
+    def __call__(self, name: str, expert: StoredExpert, needs: str) -> Way:
+        model, members = self._objective.model, [expert]
+        if expert.is_routed:
+            members += [open_expert(expert.path.parent / parent["name"]) for parent in expert.record["parents"]]
+        with attached(model, expert, check=False):
+            losses, seconds = self._seconds(batch_losses)
+            matches = fmean(self._objective.losses(_matches).values())
+            found = [greedy_matches(model, batch) for batch in self._held_out]
+        held_out = torch.cat(found).float().mean().item() if found else None
+        size = sum(one.size_on_disk for one in members) if expert.is_routed else 0
+        kept = matches / self._own if self._own else 0.0
+        return Way(name, str(expert.path), needs, size, kept, fmean(losses.values()), held_out, seconds / self._base)
+
+
+def _matches(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return for each row whether its target is the greedy answer, and 1, so that their ratio is the exact match."""
+    matches = greedy_matches(model, batch).float()
+    return matches, torch.ones_like(matches)

@@ -1,0 +1,108 @@
+"""`combine` on twelve tasks that no other test knows: what it measures, what it chooses, and where it goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import string
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer, write_rows
+
+from modular_experts import Distilled, TaskMixture, combine, evaluate, fit, open_expert
+from modular_experts.experts import LoRAExpert
+from modular_experts.training.combine import MEASURED
+
+NAMES = [f"code{number}" for number in range(12)]
+FEW = Distilled(steps=40, batch=4, rows=24, learning_rate=0.05, max_new_tokens=3)
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, twelve files of tasks whose rows begin with a sign of the task, and an expert for each of them."""
+    place, draw = tmp_path_factory.mktemp("twelve"), random.Random(7)
+    model = build_model("llama")
+    with torch.no_grad():
+        # A random model is sure of nothing unless it is made sharper.
+        model.lm_head.weight.mul_(15)
+    model.save_pretrained(place / "base")
+    build_tokenizer().save_pretrained(place / "base")
+    for sign, name in zip(string.ascii_uppercase, NAMES, strict=False):
+        answers, rows = draw.sample("abcdefgh", 2), []
+        for count in range(60):
+            word = "".join(draw.choice("xyz") for _ in range(3)) + draw.choice("pq")
+            split = ("train", "train", "validation", "test")[count % 4]
+            rows.append({"input": f"{sign}{sign} {word}", "target": answers[word[-1] == "q"], "split": split})
+        write_rows(place / f"{name}.jsonl", rows)
+        how = {"steps": 40, "batch_size": 8, "learning_rate": 0.03, "keep_inputs": 24, "trainer": QUIET}
+        fit(place / "base", place / f"{name}.jsonl", LoRAExpert, "all-linear", place / "library" / name, **how)
+    return place
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """What `combine` made from the library alone."""
+    return combine([place / "library" / name for name in NAMES], place / "out", distilled=FEW)
+
+
+def exact(place, way) -> float:
+    """Return the exact match of a way on test rows, by another function than the one that chose."""
+    results = evaluate(None, way.place, [place / f"{name}.jsonl" for name in NAMES], max_new_tokens=3)
+    return results.mean("exact_match")
+
+
+def test_the_better_choice_within_each_budget(place, done) -> None:
+    merged, whole, small, distilled = done.ways
+    assert (merged.name, distilled.name, merged.bytes, distilled.bytes) == ("IsoC", "Distilled", 0, 0)
+    assert 0 < small.bytes < whole.bytes
+    assert whole.bytes == sum(one.size_on_disk for one in map(open_expert, (place / "out/experts").iterdir()))
+    assert done.best is whole
+    tested = {way.name: exact(place, way) for way in done.ways}
+    assert tested[whole.name] == max(tested.values()) > 0.2
+    for budget, fitting in ((small.bytes, [merged, small, distilled]), (small.bytes - 1, [merged, distilled])):
+        best = combine([place / "library" / name for name in NAMES], place / "out", None, budget, FEW).best
+        assert best in fitting
+        assert tested[best.name] == max(tested[way.name] for way in fitting)
+
+
+def test_what_is_there_is_not_made_again(place, done) -> None:
+    def times():
+        return {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*.safetensors")}
+
+    before, experts = times(), [place / "library" / name for name in NAMES]
+    assert combine(experts, place / "out", distilled=FEW) == done
+    assert times() == before
+    file = place / "out" / MEASURED
+    known = json.loads(file.read_text())
+    way = known["ways"].pop("Distilled")
+    file.write_text(json.dumps(known))
+    shutil.rmtree(place / "out/distilled")
+    again = combine(experts, place / "out", distilled=FEW)
+    assert {str(path.relative_to(place / "out")) for path, time in times().items() if before[path] != time} == {
+        "distilled/delta.safetensors",
+        "distilled-IsoC/delta.safetensors",
+    }
+    assert again.ways[-1].kept == way["kept"]
+    with pytest.raises(FileExistsError, match="exists already"):
+        combine(experts[:-1], place / "out", distilled=FEW)
+    (place / "other").mkdir(exist_ok=True)
+    with pytest.raises(FileExistsError, match="not a directory of ours"):
+        combine(experts, place / "other", distilled=FEW, overwrite=True)
+
+
+def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    tasks = [{"path": f"{name}.jsonl", "role": "held_in" if name in NAMES[:2] else "held_out"} for name in NAMES[:3]]
+    how = ["--experts", "library/code0", "library/code1", "--data.tasks", json.dumps(tasks), "--out", "rows"]
+    settings = [word for name in ("steps", "rows") for word in (f"--distilled.{name}", 4)]
+    code, out, _ = run("combine", *how, *settings, "--distilled", "Distilled", "--budget", "1kB")
+    assert code == 0
+    way = json.loads((place / "rows" / MEASURED).read_text())["ways"]["Distilled"]
+    own = evaluate(None, "rows/distilled", TaskMixture(tasks), max_new_tokens=3)
+    assert way["held_out"] == pytest.approx(own.mean("exact_match", role="held_out"))
+    assert "held out" in out
+    assert "\nbest within 1kB: " in out
+    assert "next: modular-experts apply rows/" in out
