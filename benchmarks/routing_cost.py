@@ -1,14 +1,15 @@
 """What rows of a batch with experts of their own cost beside the base alone: time of prefill and decoding, and memory.
 
 A Llama of 135 million parameters with random weights passes 8 rows forward, each with another expert at every
-projection: entries and tiles of 16 at 5 %, LoRA of rank 16 (4.6 %), and PEFT's mixed batch of the same LoRA
-(`adapter_names`). `Arrow` chooses three of the eight LoRAs for each token at each projection, here and in PEFT. Prefill
-takes 64 or 128 tokens a row, decoding one token after 64. All run in turn on one thread, in an order drawn anew for
-each round; the numbers are ratios of medians of CPU time. The floor counts operations in prefill, and in decoding the
-bytes of the experts over those of the base.
+projection: entries and tiles of 16 at 5 %, LoRA of rank 16 (4.6 %), the same three stored in int4, and PEFT's mixed
+batch of the same LoRA (`adapter_names`). Each prefill decodes its stored experts anew. `Arrow` chooses three of the
+eight LoRAs for each token at each projection, here and in PEFT. Prefill takes 64 or 128 tokens a row, decoding one
+token after 64. All run in turn on one thread, in an order drawn anew for each round; the numbers are ratios of medians
+of CPU time. The floor counts operations in prefill, and in decoding the bytes of the experts over those of the base.
 
 Memory is the growth of a process of its own from 20 experts of a kind, over their values and places as packed (two
-bytes a place of an entry, four a tile): what the mixtures hold, and the peak of a forward pass over that of the base.
+bytes a place of an entry, four a tile): what the mixtures hold, and the peak of a forward pass over that of the base;
+and the bytes of the base with what the mixtures hold, before and after a pass that uses eight experts, over the base's.
 
     python benchmarks/routing_cost.py [--dtype float32 bfloat16] [--json] [--quick]     10 minutes; --quick: in small
 """
@@ -25,8 +26,10 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -40,10 +43,13 @@ from transformers import DynamicCache, LlamaForCausalLM
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.tiles import tile_grid
 from modular_experts.injection.routed import routed
-from modular_experts.routing import Arrow
+from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.routing import Arrow, Mixture
 
 KINDS = ["entries", "tiles", "LoRA"]
+ENCODED = "int4"
 ARROWS = ["Arrow", "PEFT Arrow"]
+RECORD = make_record("SparseExpert", {"id": "none", "revision": None, "fingerprint": "0" * 64})
 ROWS, KEPT, TILE, RANK, PROMPT, MANY = 8, 0.05, 16, 16, 64, 20
 WORKS = {"prefill 64": 64, "prefill 128": 128, "decode": 1}
 GOALS = {"entries": 1.5, "tiles": 1.5, "LoRA": 1.3}
@@ -88,13 +94,49 @@ class RandomExpert(Mapping[str, Delta]):
         return values, values * dtype.itemsize + places
 
 
+def with_encoded(kinds: list[str]) -> list[str]:
+    """Return kinds of experts, and each of them in few bits."""
+    return [*kinds, *(f"{kind}, {ENCODED}" for kind in kinds)]
+
+
+def experts_of(base: nn.Module, kind: str, count: int) -> list[Any]:
+    """Return random experts of a kind, which are stored if it is one in few bits."""
+    name, _, encoding = kind.partition(", ")
+    experts = [RandomExpert(base, name, number) for number in range(count)]
+    if not encoding:
+        return experts
+    with tempfile.TemporaryDirectory() as folder:  # opened files stay after their names
+        for number, expert in enumerate(experts):
+            write_expert(Path(folder) / str(number), expert, RECORD, encoding=encoding)
+        return [open_expert(Path(folder) / str(number)) for number in range(count)]
+
+
+def mixtures_of(model: nn.Module) -> list[Mixture]:
+    """Return the mixtures in the layers of a model."""
+    found = [getattr(layer, "expert", None) for layer in model.modules()]
+    return [one for one in found if isinstance(one, Mixture)]
+
+
+def let_go(model: nn.Module) -> None:
+    """Make the mixtures forget what they have decoded, as other experts would."""
+    for mixture in mixtures_of(model):
+        for delta in mixture.deltas:
+            if delta is not None:
+                delta.let_go()
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of the deltas in the mixtures of a model."""
+    return sum(delta.nbytes for mixture in mixtures_of(model) for delta in mixture.deltas if delta is not None)
+
+
 def contenders(base: nn.Module, kinds: list[str]) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """Return models that share the base's weights, and what their forward pass needs to know of the experts."""
     shared = {id(parameter): parameter for parameter in base.parameters()}
     found: dict[str, tuple[nn.Module, dict[str, Any]]] = {"base": (base, {})}
-    for kind in kinds:
+    for kind in with_encoded(kinds):
         model = copy.deepcopy(base, dict(shared))
-        routed(model, [RandomExpert(base, kind, number) for number in range(ROWS)], rows=range(ROWS), check=False)
+        routed(model, experts_of(base, kind, ROWS), rows=range(ROWS), check=False)
         found[kind] = (model, {})
     model = copy.deepcopy(base, dict(shared))
     routed(model, [RandomExpert(base, "LoRA", number) for number in range(ROWS)], Arrow(), check=False)
@@ -129,7 +171,12 @@ def passes(model: nn.Module, named: dict[str, Any], work: str, vocabulary: int) 
     """Return a forward pass; decoding goes on from the same prompt each time."""
     ids = torch.randint(vocabulary, (ROWS, WORKS[work]), generator=torch.Generator().manual_seed(0))
     if work != "decode":
-        return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1, **named).logits
+
+        def prefill() -> Tensor:
+            let_go(model)
+            return model(input_ids=ids, use_cache=False, logits_to_keep=1, **named).logits
+
+        return prefill
     prompt = torch.randint(vocabulary, (ROWS, PROMPT), generator=torch.Generator().manual_seed(1))
     cache = DynamicCache()
     # The name of this argument changes with transformers 5.24.
@@ -190,19 +237,21 @@ def own_memory(kind: str, dtype: torch.dtype, options: argparse.Namespace) -> di
     base: Any = language_model(options.quick).base.to(dtype).eval()
     passes(base, {}, "prefill 128", base.config.vocab_size)()
     before = high_water()
-    experts = [RandomExpert(base, "LoRA" if kind in ARROWS else kind, number) for number in range(MANY)]
-    packed = sum(expert.facts(dtype)[1] for expert in experts)
+    name = "LoRA" if kind in ARROWS else kind
+    packed = MANY * RandomExpert(base, name.partition(",")[0], 0).facts(dtype)[1]
+    size = sum(parameter.nbytes for parameter in base.parameters())
     row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "kind": kind, "experts": MANY}
     model = base
     if kind == "PEFT Arrow":
         model = peft_model(base, MANY, arrow=True)
     else:
-        routed(base, experts, **({"router": Arrow()} if kind == "Arrow" else {"rows": range(ROWS)}), check=False)
-        mixtures = [layer.expert for layer in base.modules() if hasattr(layer, "expert")]
-        held = sum(delta.nbytes for mixture in mixtures for delta in mixture.deltas if delta is not None)
-        row["held_over_packed"] = held / packed
+        given = {"router": Arrow()} if kind == "Arrow" else {"rows": range(ROWS)}
+        routed(base, experts_of(base, name, MANY), **given, check=False)
+        row["held_over_packed"] = held_bytes(base) / packed
+        row["with_base"] = 1 + held_bytes(base) / size
     passes(model, {}, "prefill 128", base.config.vocab_size)()
-    return row | {"peak_over_packed": (high_water() - before) / packed}
+    row |= {"peak_over_packed": (high_water() - before) / packed}
+    return row | ({"used_with_base": 1 + held_bytes(base) / size} if "with_base" in row else {})
 
 
 def main() -> None:
@@ -220,7 +269,7 @@ def main() -> None:
         print(json.dumps(own_memory(options.memory, getattr(torch, options.dtype[0]), options)))
         return
     options.repeats = 1 if options.quick else options.repeats
-    pairs = [(kind, dtype) for dtype in options.dtype for kind in [*options.kinds, *ARROWS]]
+    pairs = [(kind, dtype) for dtype in options.dtype for kind in [*with_encoded(options.kinds), *ARROWS]]
     space = [memory(kind, dtype, options) for kind, dtype in pairs]
     rows = [row for dtype in options.dtype for row in compare(getattr(torch, dtype), options)]
     report = {"machine": machine(), "quick": options.quick, "kinds": options.kinds, "rows": rows, "memory": space}
@@ -233,18 +282,19 @@ def main() -> None:
 def show(report: dict[str, Any]) -> None:
     """Print both tables."""
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    others = ["PEFT LoRA", *ARROWS]
     kinds = report["kinds"]
+    others = [*with_encoded(kinds)[len(kinds) :], "PEFT LoRA", *ARROWS]
     names = [*kinds, *others]
     print(f"CPU time over the base alone (floor; goal)\n\n| | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for row in report["rows"]:
         cells = [f"{row[kind]:.2f} ({row[f'{kind}, floor']:.2f}; {row[f'{kind}, goal']:.2f})" for kind in kinds]
         cells += [f"{row[name]:.2f}" for name in others]
         print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} |")
-    print(f"\nBytes of {MANY} experts over their packed bytes\n\n| | held | peak |\n|---|---|---|")
+    names = ["held_over_packed", "peak_over_packed", "with_base", "used_with_base"]
+    print(f"\nBytes of {MANY} experts\n\n| | {' | '.join(names).replace('_', ' ')} |\n|{'---|' * (len(names) + 1)}")
     for row in report["memory"]:
-        held = f"{row['held_over_packed']:.2f}" if "held_over_packed" in row else ""
-        print(f"| {row['dtype']}, {row['kind']} | {held} | {row['peak_over_packed']:.2f} |")
+        cells = [f"{row[name]:.2f}" if name in row else "" for name in names]
+        print(f"| {row['dtype']}, {row['kind']} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ machine. The codes of `n` values are stored as planes of bits: byte `i` of plane
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from modular_experts.deltas.forms import Delta
 from modular_experts.deltas.tiles import true_places
 
 _BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
@@ -43,6 +45,17 @@ class Encoded:
     @property
     def nbytes(self) -> int:
         return self.planes.nbytes + self.scales.nbytes
+
+
+class EncodedDelta(Protocol):
+    """A delta whose tensors are held as they are stored, in few bits; it is not empty."""
+
+    def delta(self) -> Delta:
+        """Return the delta that the tensors stand for; each call decodes them again."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ def routed(
         with routed(model, ["library/banking", "library/intents"], rows=[0, 1, 1]):
             model.generate(**batch_of_three)
 
-    The base's weights stay as they are. The deltas are held in their own forms, once.
+    The base's weights stay as they are. The deltas are held in their own forms, once. Stored experts with values in few
+    bits stay encoded, and those that the last gates name are decoded besides; a router of scope `linear` decodes all.
 
     Args:
         model: The experts' base, before anything is injected.
@@ -167,9 +168,12 @@ def moved_sites(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> lis
     return [site for site in find_sites(model) if site.weight in moved]
 
 
-def _oriented(site: Site, expert: Mapping[str, Delta]) -> Delta | None:
-    """Return an expert's delta of a layer's weight as `(out, in)`, if it has one."""
-    delta = expert.get(site.weight)
+def _oriented(site: Site, expert: Mapping[str, Delta], encoded: bool = False) -> Any:
+    """Return an expert's delta of a layer's weight as `(out, in)`, if it has one, perhaps as it is stored."""
+    if encoded and isinstance(expert, StoredExpert) and site.weight in expert:
+        delta: Any = expert.packed(site.weight)
+    else:
+        delta = expert.get(site.weight)
     return delta.T if delta is not None and is_transposed(site.module) else delta
 
 
@@ -195,14 +199,15 @@ def _plan(
             )
 
     def make(site: Site, weight: Tensor) -> Mixture:
-        found = [_oriented(site, expert) for expert in experts]
         router, common = (routers or {}).get(site.weight), None
-        if router is not None:
+        if router is None:
+            found: list[Any] = [_oriented(site, expert, encoded=True) for expert in experts]
+        else:
+            found = [_oriented(site, expert) for expert in experts]
             found[: router.experts], common = router.held(found[: router.experts])
-        deltas = [None if delta is None else delta.to(weight.device) for delta in found]
         bias = f"{site.name}.bias"
         own = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]
-        return Mixture(weight, deltas, current, router, own if any(own) else (), common)
+        return Mixture(weight, found, current, router, own if any(own) else (), common)
 
     chosen = {by_name[name] for name in moved}
     return {site: partial(make, site) for site in sites if site in chosen}

@@ -28,7 +28,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
 from modular_experts.library.encoded import StoredValues, check_encoding
 from modular_experts.library.inputs import INPUTS_FILE, Prompt, read_inputs, write_inputs
-from modular_experts.library.packing import StoredWeight, check_layout, deltas_of, pack
+from modular_experts.library.packing import PackedDelta, StoredWeight, check_layout, deltas_of, pack
 from modular_experts.library.record import (
     DELTA_FILE,
     FORMAT,
@@ -175,6 +175,14 @@ class StoredExpert(TaskVector):
 
     def __getitem__(self, name: str) -> Delta:
         return read_weight([self], name)[0]
+
+    def packed(self, name: str) -> Delta | PackedDelta:
+        """Return the delta of a weight as it is stored if its values take few bits, after the checks of a reading."""
+        delta, entry = self[name], self._table[name]
+        if "sizes" not in entry or delta.is_empty:
+            return delta
+        tensors = {suffix: self._tensors[f"{name}/{suffix}"] for suffix in entry["tensors"]}
+        return PackedDelta(StoredValues.of_entry(entry), tensors)
 
     def release(self, name: str) -> None:
         """Free the memory that a weight's delta was read into; a delta that is still held stays as it is."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +133,35 @@ def unpack(stored: StoredValues, tensors: Mapping[str, Tensor], check: bool = Tr
     return (Sparse if form == "Sparse" else BlockSparse)(
         kept, stored.decode("values", tensors, kept), torch.Size(shape)
     )
+
+
+@dataclass(frozen=True, eq=False)
+class PackedDelta:
+    """A delta as it lies in a file, whose bytes have been checked.
+
+    Attributes:
+        stored: What the tensors are.
+        tensors: The stored tensors, by their names in the file.
+        is_transposed: Whether it stands for the delta of the transposed weight.
+    """
+
+    stored: StoredValues
+    tensors: Mapping[str, Tensor]
+    is_transposed: bool = False
+
+    def delta(self) -> Delta:
+        """Return the delta that the tensors stand for; each call decodes them again."""
+        delta = unpack(self.stored, self.tensors, check=False)
+        return delta.T if self.is_transposed else delta
+
+    @property
+    def T(self) -> PackedDelta:  # noqa: N802 - the name torch gives it
+        return replace(self, is_transposed=not self.is_transposed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def _name_of_kept(form: str, names: Collection[str]) -> list[str]:

@@ -126,6 +126,16 @@ uint16_t narrowed(float wide) {
     return wide == wide ? rounded : 0x7fc0;  // NaN
 }
 
+// Return where the first of the sorted `places` from number k on lies that is not below a bound.
+int64_t first_from(int64_t bound, const int32_t* places, int64_t k, int64_t count) {
+    for (int64_t below = LANES; below == LANES && k + LANES <= count; k += below) {
+        below = 0;
+        for (int64_t j = 0; j < LANES; j++) below += places[k + j] < bound;
+    }
+    while (k < count && places[k] < bound) k++;
+    return k;
+}
+
 // Spread the bits of a byte over eight bytes, the lowest first.
 uint64_t spread(uint8_t byte) {
     const uint64_t bits = byte * 0x0101010101010101u & 0x8040201008040201u;  // bit j alone in byte j
@@ -294,13 +304,9 @@ extern "C" int decode_values(const uint8_t* planes, int64_t bits, int64_t count,
         for (int64_t k = 0; k < count; k += width)
             if (!write(k, k + width, 0, next)) return 1;
     } else if (height == 0) {
-        for (int64_t k = 0, end = 0; k < count; k = end) {
+        for (int64_t k = 0, end; k < count; k = end) {
             const int64_t row = kept[k] / width, bound = (row + 1) * width;
-            for (int64_t inside = LANES; inside == LANES && end + LANES <= count; end += inside) {
-                inside = 0;
-                for (int64_t j = 0; j < LANES; j++) inside += kept[end + j] < bound;
-            }
-            while (end < count && kept[end] < bound) end++;
+            end = first_from(bound, kept, k, count);
             if (!write(k, end, row, same)) return 1;
         }
     } else {
@@ -313,6 +319,20 @@ extern "C" int decode_values(const uint8_t* planes, int64_t bits, int64_t count,
         }
     }
     return 0;
+}
+
+// Write where the sorted places of each row of a weight start, and the last ones end, and the column of each place.
+// Return 1 where a place is beyond the last row, else 0.
+extern "C" int split_rows(const int32_t* places, int64_t count, int64_t rows, int64_t width, int32_t* starts,
+                          uint16_t* columns) {
+    int64_t k = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        starts[row] = static_cast<int32_t>(k);
+        const int64_t end = first_from((row + 1) * width, places, k, count);
+        for (; k < end; k++) columns[k] = static_cast<uint16_t>(places[k] - row * width);
+    }
+    starts[rows] = static_cast<int32_t>(count);
+    return k < count;
 }
 
 // Write the flat entries of sorted tiles of a weight `(rows, columns)`, in ascending order, and their values. Leave out

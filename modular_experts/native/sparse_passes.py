@@ -150,6 +150,20 @@ def spread_tiles(delta: BlockSparse) -> Sparse:
     return Sparse(places[:found], values[:found], shape)
 
 
+def split_rows(places: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor] | None:
+    """Return where the sorted places of each row start, and the last ones end, `(rows + 1,)` int32, and their columns.
+
+    Columns are the lower half of int32, as int16. None where no pass serves, or a row is too wide for that.
+    """
+    passes = serving(places.numel(), [places], [torch.int32]) if width <= 2**16 else None
+    if passes is None:
+        return None
+    starts, columns = empty(rows + 1, torch.int32), empty(places.numel(), torch.int16)
+    room = [starts.data_ptr(), columns.data_ptr()]
+    _check(passes.split_rows(places.data_ptr(), places.numel(), rows, width, *room))
+    return starts, columns
+
+
 class Added(NamedTuple):
     """A weight plus a delta, rounded, and how much of the delta it holds.
 

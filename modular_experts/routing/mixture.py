@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas.encodings import EncodedDelta
 from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.kernels.plain import accept_compressed_rows
 from modular_experts.native import products as compiled
 from modular_experts.native.products import Factor, Form, Part
+from modular_experts.native.sparse_passes import split_rows
 from modular_experts.routing.gates import CurrentGates, Segment
 from modular_experts.routing.router import Router
 
@@ -32,7 +34,7 @@ class Mixture(NotMergeable, Expert):
     Args:
         weight: The base weight `(out, in)`.
         deltas: Each expert's delta of the weight, None where it has none; the last one is the fallback's, which takes
-            the number of experts as its own.
+            the number of experts as its own. Encoded deltas are decoded while the gates name their experts.
         gates: Where the gates of the pass at hand are, for scope `sample`: one for each row of a batch.
         router: The layer's own router, for scope `linear`: gates for each token.
         biases: Each expert's delta of the layer's bias, if any has one.
@@ -44,15 +46,15 @@ class Mixture(NotMergeable, Expert):
     def __init__(
         self,
         weight: Tensor,
-        deltas: Sequence[Delta | None],
+        deltas: Sequence[Delta | EncodedDelta | None],
         gates: CurrentGates,
         router: Router | None = None,
         biases: Sequence[Delta | None] = (),
         common: Delta | None = None,
     ) -> None:
         super().__init__()
-        self.dtype = weight.dtype
-        self.deltas = [None if delta is None or delta.is_empty else Held(delta, self.dtype) for delta in deltas]
+        self.like = weight.new_empty(0)
+        self.deltas = [Held(delta, self.like) if _moves(delta) else None for delta in deltas]
         self.biases = [None if bias is None else bias.dense() for bias in biases]
         self.gates, self.router, self.common = gates, router, common
 
@@ -76,6 +78,10 @@ class Mixture(NotMergeable, Expert):
             return out
         inputs = x.to(out.dtype).reshape(len(gates.ids), -1, x.shape[-1]).contiguous()
         added = out.view(len(gates.ids), -1, out.shape[-1])
+        # Encoded deltas that these gates do not name take the room of a few bits again.
+        for number in {*range(len(self.deltas))}.difference(expert for expert, *_ in gates.segments):
+            if (held := self.deltas[number]) is not None:
+                held.let_go()
         add_products(added, inputs, self.deltas, gates.segments)
         for expert, places, weights in gates.segments if self.biases else ():
             moved = self.biases[expert]
@@ -86,11 +92,10 @@ class Mixture(NotMergeable, Expert):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:
         super()._apply(fn, recurse)
-        like = fn(torch.empty(0, dtype=self.dtype))
-        self.dtype = like.dtype
-        self.deltas = [None if delta is None else delta.to(like.device, like.dtype) for delta in self.deltas]
-        self.biases = [None if bias is None else bias.to(like.device) for bias in self.biases]
-        self.common = None if self.common is None else self.common.to(like.device)
+        self.like = fn(self.like)
+        self.deltas = [None if delta is None else delta.to(self.like) for delta in self.deltas]
+        self.biases = [None if bias is None else bias.to(self.like.device) for bias in self.biases]
+        self.common = None if self.common is None else self.common.to(self.like.device)
         return self
 
 
@@ -112,6 +117,8 @@ class Entries:
 
     @classmethod
     def of(cls, delta: Sparse, dtype: torch.dtype) -> Entries:
+        if (split := split_rows(delta.indices, *delta.shape)) is not None:
+            return cls(*split, delta.values.to(dtype), delta.shape)
         rows, columns = rows_and_columns(delta.indices, delta.shape)
         starts = torch.zeros(delta.shape[0] + 1, dtype=torch.int32, device=delta.device)
         starts[1:] = rows.bincount(minlength=delta.shape[0]).cumsum(0)
@@ -142,19 +149,49 @@ class Entries:
 
 
 class Held:
-    """A delta in the form in which it is multiplied quickest, with values of the model's dtype."""
+    """A delta in the form in which it is multiplied quickest, with values of the model's dtype.
 
-    def __init__(self, delta: Delta | Entries, dtype: torch.dtype) -> None:
-        self.delta = _prepared(delta, dtype)
-        self.factor = _factor(self.delta)
+    An encoded delta gets that form when it is first multiplied, and keeps it until `let_go`.
+    """
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Held:
-        return Held(self.delta.to(device, dtype), dtype)
+    def __init__(self, delta: Delta | Entries | EncodedDelta, like: Tensor) -> None:
+        self._like, self._formed = like, None
+        self._source = None if isinstance(delta, Delta | Entries) else delta
+        if isinstance(delta, Delta | Entries):
+            self._formed = _Formed(delta, like)
+
+    @property
+    def formed(self) -> _Formed:
+        if self._formed is None:
+            assert self._source is not None
+            self._formed = _Formed(self._source.delta(), self._like)
+        return self._formed
+
+    def let_go(self) -> None:
+        """Hold an encoded delta in its encoded form alone."""
+        if self._source is not None:
+            self._formed = None
+
+    def to(self, like: Tensor) -> Held:
+        return Held(self._source or self.formed.delta, like)
 
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        return self.delta.nbytes
+        formed = 0 if self._formed is None else self._formed.delta.nbytes
+        return formed + (0 if self._source is None else self._source.nbytes)
+
+
+def _moves(delta: Delta | EncodedDelta | None) -> TypeGuard[Delta | EncodedDelta]:
+    return delta is not None and not (isinstance(delta, Delta) and delta.is_empty)
+
+
+class _Formed:
+    """A delta ready to be multiplied on the device and in the dtype of a tensor, and how the compiled loops read it."""
+
+    def __init__(self, delta: Delta | Entries, like: Tensor) -> None:
+        self.delta = _prepared(delta.to(like.device, like.dtype), like.dtype)
+        self.factor = _factor(self.delta)
 
 
 def _prepared(delta: Delta | Entries, dtype: torch.dtype) -> Delta | Entries:
@@ -187,7 +224,7 @@ def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments
     is_served, graded = compiled.serves(out, x), torch.is_grad_enabled()
     parts = []
     for expert, places, weights in segments:
-        held = deltas[expert]
+        held = formed.formed if (formed := deltas[expert]) is not None else None
         if held is None:
             continue
         factor = held.factor if is_served and not (graded and weights is not None and weights.requires_grad) else None

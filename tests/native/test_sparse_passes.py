@@ -26,7 +26,14 @@ from modular_experts.methods import (
 )
 from modular_experts.methods.chunks import chunks_of_size, merge_by_chunks
 from modular_experts.native import sparse_passes as entries
-from modular_experts.native.sparse_passes import CompiledSums, add_rounded, compiled_sums, pack_entries, spread_tiles
+from modular_experts.native.sparse_passes import (
+    CompiledSums,
+    add_rounded,
+    compiled_sums,
+    pack_entries,
+    split_rows,
+    spread_tiles,
+)
 
 SHAPE = torch.Size((150, 200))
 SHARES = [0.3, 0.0, 1.0, 0.02, 0.5]
@@ -188,6 +195,23 @@ def test_tiles_are_spread_as_torch_does(shape, tile, share) -> None:
     for mine, wanted in zip((found.indices, found.values), wanted_entries, strict=True):
         assert mine.dtype == wanted.dtype
         assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("shape", [(150, 200), (3, 2**16), (9000, 7)], ids=str)
+def test_places_are_split_into_rows_and_columns(shape) -> None:
+    kept = torch.rand(math.prod(shape), generator=torch.Generator().manual_seed(2)) < 0.3
+    kept.view(shape)[[0, -2]] = False  # rows without a place
+    places = kept.nonzero()[:, 0].int()
+    starts, columns = split_rows(places, *shape)
+    assert starts.tolist() == [0, *kept.view(shape).sum(1).cumsum(0).tolist()]
+    assert torch.equal(columns.int() & 0xFFFF, places % shape[1])
+
+
+def test_places_beyond_the_last_row_are_not_split() -> None:
+    places = torch.arange(6000, dtype=torch.int32)
+    with pytest.raises(IndexError, match="not sorted or not in its weight"):
+        split_rows(places, 2, 2999)
+    assert split_rows(places, 1, 2**16 + 1) is None
 
 
 def test_tiles_that_are_none_of_the_weight_write_no_further_than_there_is_room() -> None:

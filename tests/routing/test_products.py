@@ -72,7 +72,7 @@ def test_products_are_those_of_dense_arithmetic(form: str, dtype: torch.dtype) -
     for tokens in (1, 3, 7, 17):
         x, out = inputs(6, tokens, dtype)
         wanted = by_hand(out, x, deltas, SEGMENTS)
-        add_products(out, x, [Held(delta, dtype) for delta in deltas], SEGMENTS)
+        add_products(out, x, [Held(delta, torch.empty(0, dtype=dtype)) for delta in deltas], SEGMENTS)
         allowed = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
         assert (out - wanted).abs().max() <= allowed * wanted.abs().max()
 
@@ -87,7 +87,7 @@ def test_a_gradient_reaches_the_inputs_and_the_weights(form: str) -> None:
     for segment in segments:
         # Each alone: an output that has a gradient already needs no further test.
         total = out.clone()
-        add_products(total, x, [Held(delta, torch.float32)], [segment])
+        add_products(total, x, [Held(delta, torch.empty(0, dtype=torch.float32))], [segment])
         total.backward(gradient)
     wanted = torch.zeros(x.shape, dtype=torch.float64)
     factors = torch.tensor([0.5, 1.0, 2.0])[:, None, None]
@@ -102,7 +102,7 @@ def test_inputs_of_no_expert_stay_as_they_are_to_the_bit() -> None:
         x, out = inputs(6, tokens, torch.bfloat16)
         before = out.clone()
         segments = [Segment(0, torch.tensor([5]), None), Segment(1, torch.tensor([0, 1]), None)]
-        add_products(out, x, [Held(make("entries", 0), torch.bfloat16), None], segments)
+        add_products(out, x, [Held(make("entries", 0), torch.empty(0, dtype=torch.bfloat16)), None], segments)
         assert torch.equal(out[:5], before[:5])
         assert not torch.equal(out[5], before[5])
 
@@ -111,7 +111,10 @@ def test_a_row_has_the_same_bits_whatever_the_other_rows_and_threads() -> None:
     if compiled.library() is None:
         pytest.skip("no C++ compiler makes the products here")
     x, out = inputs(6, 40, torch.float32)
-    deltas = [Held(make("entries", 0), torch.float32), Held(make("tiles", 1), torch.float32)]
+    deltas = [
+        Held(make("entries", 0), torch.empty(0, dtype=torch.float32)),
+        Held(make("tiles", 1), torch.empty(0, dtype=torch.float32)),
+    ]
     alone, together, threaded = out.clone(), out.clone(), out.clone()
     add_products(alone, x, deltas, [Segment(0, torch.tensor([4]), None)])
     segments = [Segment(0, torch.tensor([1, 4, 5]), None), Segment(1, torch.tensor([0, 2]), None)]
@@ -136,7 +139,7 @@ def test_columns_take_two_bytes_up_to_65536_of_them(wide: int, dtype: torch.dtyp
         x, out = inputs(1, tokens, torch.float32, (3, wide))
         wanted = by_hand(out, x, [delta], [Segment(0, None, None)])
         torch.testing.assert_close(out.double() + entries.linear(x), wanted, rtol=1e-6, atol=1e-5)
-        add_products(out, x, [Held(entries, torch.float32)], [Segment(0, None, None)])
+        add_products(out, x, [Held(entries, torch.empty(0, dtype=torch.float32))], [Segment(0, None, None)])
         torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-5)
 
 
@@ -144,10 +147,10 @@ def test_without_a_compiler_torch_computes_the_same(monkeypatch: pytest.MonkeyPa
     for form in ("entries", "low rank", "tiles"):
         delta, (x, out) = make(form, 0), inputs(6, 3, torch.float32)
         other = out.clone()
-        add_products(out, x, [Held(delta, torch.float32)], SEGMENTS[:1])
+        add_products(out, x, [Held(delta, torch.empty(0, dtype=torch.float32))], SEGMENTS[:1])
         with monkeypatch.context() as patch:
             patch.setattr(compiled, "library", lambda: None)
-            add_products(other, x, [Held(delta, torch.float32)], SEGMENTS[:1])
+            add_products(other, x, [Held(delta, torch.empty(0, dtype=torch.float32))], SEGMENTS[:1])
         torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-5)
 
 
@@ -157,7 +160,7 @@ def test_bfloat16_sums_are_rounded_once_to_even() -> None:
     for value, wanted in ((1.0, 256.0), (3.0, 260.0), (math.nan, math.nan), (math.inf, math.inf)):
         out = torch.tensor([[[256.0]]]).bfloat16()
         delta = Sparse(torch.tensor([0]).int(), torch.tensor([value]), torch.Size((1, 1)))
-        add_products(out, x, [Held(delta, torch.bfloat16)], [Segment(0, None, None)])
+        add_products(out, x, [Held(delta, torch.empty(0, dtype=torch.bfloat16))], [Segment(0, None, None)])
         torch.testing.assert_close(out.item(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
@@ -178,6 +181,8 @@ def test_a_mixture_follows_its_model_to_another_dtype_and_into_copies() -> None:
         for twin in (copy.deepcopy(mixture), pickle.loads(pickle.dumps(mixture))):
             assert torch.equal(twin(x, weight, None), found)
         half = mixture.to(torch.bfloat16)(x.bfloat16(), weight.bfloat16(), None)
-    assert {held.delta.dtype for held in mixture.deltas if isinstance(held.delta, Delta)} == {torch.bfloat16}
-    assert {held.factor.dtype for held in mixture.deltas} == {torch.bfloat16}
+    assert {held.formed.delta.dtype for held in mixture.deltas if isinstance(held.formed.delta, Delta)} == {
+        torch.bfloat16
+    }
+    assert {held.formed.factor.dtype for held in mixture.deltas} == {torch.bfloat16}
     assert (half - found).abs().max() < 0.03 * found.abs().max()
