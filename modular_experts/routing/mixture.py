@@ -55,6 +55,7 @@ class Mixture(NotMergeable, Expert):
         super().__init__()
         self.like = weight.new_empty(0)
         self.deltas = [Held(delta, self.like) if _moves(delta) else None for delta in deltas]
+        self.encoded = {number for number, held in enumerate(self.deltas) if held is not None and held.is_encoded}
         self.biases = [None if bias is None else bias.dense() for bias in biases]
         self.gates, self.router, self.common = gates, router, common
 
@@ -79,7 +80,7 @@ class Mixture(NotMergeable, Expert):
         inputs = x.to(out.dtype).reshape(len(gates.ids), -1, x.shape[-1]).contiguous()
         added = out.view(len(gates.ids), -1, out.shape[-1])
         # Encoded deltas that these gates do not name take the room of a few bits again.
-        for number in {*range(len(self.deltas))}.difference(expert for expert, *_ in gates.segments):
+        for number in self.encoded.difference(segment.expert for segment in gates.segments):
             if (held := self.deltas[number]) is not None:
                 held.let_go()
         add_products(added, inputs, self.deltas, gates.segments)
@@ -167,9 +168,13 @@ class Held:
             self._formed = _Formed(self._source.delta(), self._like)
         return self._formed
 
+    @property
+    def is_encoded(self) -> bool:
+        return self._source is not None
+
     def let_go(self) -> None:
         """Hold an encoded delta in its encoded form alone."""
-        if self._source is not None:
+        if self.is_encoded:
             self._formed = None
 
     def to(self, like: Tensor) -> Held:
