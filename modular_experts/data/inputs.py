@@ -52,8 +52,8 @@ class Inputs(TaskMixture):
     def read_from(cls, data: TaskMixture, splits: Sequence[str], most: int) -> Self:
         """Take at most `most` inputs of each held-in task of a mixture, which has a tokenizer."""
         read = copy.copy(data)
-        read.eval_limit, read._examples = most, {}
-        found = read.input_examples(splits)
+        read.eval_limit, read._examples = None, {}
+        found = {task: spread_evenly(rows, most) for task, rows in read.input_examples(splits).items()}
         prompts = {
             task: [Prompt(one.tokens.ids, -1 if one.end is None else one.end) for one in rows]
             for task, rows in found.items()
