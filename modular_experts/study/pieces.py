@@ -16,6 +16,7 @@ from modular_experts.base import Base
 from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library.result_key import result_key
+from modular_experts.statistics import KINDS
 from modular_experts.study.merges import Way, choose, combine_and_test, settings_of
 from modular_experts.study.plan import BASE, Study, groups
 from modular_experts.study.work import do, measure_experts, take, test, train
@@ -35,6 +36,11 @@ def pieces_of(study: Study, out: Path, only: Collection[str] = ()) -> list[Piece
             kept.append(piece)
             needed.update(piece.needs)
     return kept[::-1]
+
+
+def _read(study: Study, statistics: str) -> dict[str, Any]:
+    """Return the settings by which rows are read for statistics; inputs do not depend on `eval_limit`."""
+    return {key: value for key, value in study.data.items() if key != "eval_limit" or not KINDS[statistics].of_inputs}
 
 
 class _Plan:
@@ -66,7 +72,7 @@ class _Plan:
             about = {"kind": kind, "seed": seed, "own": [task]}
             self._test(name, (name,), tested, (kind, task, seed), [trained[task]], **about)
         statistics = {
-            of: self._add(("statistics", kind, of, seed), take, (kind, of, seed), [study.data], trained.values())
+            of: self._add(("statistics", kind, of, seed), take, (kind, of, seed), [_read(study, of)], trained.values())
             for of in sorted(set[str]().union(*(way.statistics for way in study.merges[kind])))
         }
         for name, path in study.measures.items():

@@ -135,7 +135,7 @@ def best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
     means = results.where(metric=GAIN, task=None).rows
     best: dict[str, Mapping[str, Any]] = {}
     for kind in results.facts["kinds"]:
-        apart = [way["name"] for way in results.facts["merges"].get(kind, ()) if "form" in way]
+        apart = [way["name"] for way in results.facts.get("merges", {}).get(kind, ()) if "form" in way]
         mine = [row for row in means if row["kind"] == kind and row["merge"] not in apart]
         most = [row for row in mine if row["count"] == max(one["count"] for one in mine)]
         if most:

@@ -520,6 +520,13 @@ def test_routes_and_ensembles_of_the_experts_are_tested_like_their_merges(settin
     assert again == {"SelfRegMean", "Oracle else SelfRegMean"}
 
 
+def test_routers_learn_from_as_many_inputs_whatever_a_test_reads(settings) -> None:
+    assert study(settings | {"merges": [{"route": "Centroid"}], "data": {"eval_limit": 2}}) == 0
+    library = Library("runs/mine/library")
+    # Twelve training rows and six of validation.
+    assert open_statistics(library["lora-upper"], "prompts").facts["tasks"] == {"upper": 18}
+
+
 def test_small_experts_are_tested_on_their_own_tasks_and_routed(settings) -> None:
     settings |= {"experts": {"lora": LORA, "sparse": SPARSE}}
     one = {"shrink": {"encoding": "int4", "rank": 1}, "kinds": ["lora"]}
