@@ -105,4 +105,4 @@ def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> 
     assert way["held_out"] == pytest.approx(own.mean("exact_match", role="held_out"))
     assert "held out" in out
     assert "\nbest within 1kB: " in out
-    assert "next: modular-experts apply rows/" in out
+    assert f"next: modular-experts apply {way['place']} --out checkpoint" in out
