@@ -27,7 +27,8 @@ def shrink(
 
     The command measures forms from the smallest upwards: values in few bits, for a low-rank expert after a cut to fewer
     directions, for a sparse one perhaps without its smaller entries. It writes the first whose loss on the expert's
-    tasks rises by at most the bound, and no expert where there is none.
+    tasks rises by at most the bound, and no expert where there is none. It first fits the
+    scales of values in one or two bits to the layers' outputs on these rows.
 
     Args:
         experts: Directories of the experts.

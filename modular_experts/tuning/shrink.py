@@ -2,7 +2,8 @@
 
 A form is an encoding of the values (`library/encoded.py`), for a low-rank or a full expert after a cut to fewer
 directions, for a sparse one perhaps after dropping the smaller entries. All forms have a size without being written.
-They are measured from the smallest upwards, and the first within the bound is written.
+They are measured from the smallest upwards, and the first within the bound is written. The scales of values in one or
+two bits are fitted to the layers' outputs on the same rows first (`scales.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from modular_experts.data import TaskMixture
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
-from modular_experts.deltas.algebra import truncated_svd
+from modular_experts.deltas.algebra import scale_rows, truncated_svd
 from modular_experts.library import (
     StoredExpert,
     check_target,
@@ -30,9 +33,12 @@ from modular_experts.library.statistics import carry_statistics
 from modular_experts.masks import top_k
 from modular_experts.progress import Progress
 from modular_experts.tuning.objective import Objective, ValidationRows, mean_loss, objective_on_base
+from modular_experts.tuning.scales import fitted_factors
 
 RANKS = (1, 2, 4, 8, 16, 32)
 """The numbers of directions to which low-rank and dense deltas are cut, if they have more."""
+FITTED = ("sign", "magnitudes2")
+"""The encodings whose scales are fitted to the layers' outputs; in finer ones the fit changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,10 @@ class Shrunk:
     tried: list[Measured]
     chosen: Measured | None = None
     expert: StoredExpert | None = None
+
+
+Candidate = tuple[Form, dict[str, Delta], int]
+"""A form, the deltas that it cuts from an expert, and its bytes."""
 
 
 def forms_for(expert: Mapping[str, Delta]) -> list[Form]:
@@ -200,17 +210,37 @@ def smallest(
     if loss == math.inf:
         raise ValueError(f"{expert.path} has no finite loss on {', '.join(tasks)}, so no form of it can be judged")
     before = Measured(Form(), sum(expert.stored_bytes().values()), loss)
-    candidates = candidates_of(deltas, [to] if to else forms_for(deltas))
+    candidates = [one for one in candidates_of(deltas, [to] if to else forms_for(deltas)) if one[2] < before.bytes]
+    fitted = fit_scales(objective, tasks, deltas, candidates)
     tried = []
-    for form, cut, size in progress([one for one in candidates if one[2] < before.bytes]):
+    for form, cut, size in progress(candidates):
+        factors = fitted.get(form, {})
+        cut = {name: scale_rows(delta, factors[name]) if name in factors else delta for name, delta in cut.items()}
         losses = objective.losses_with({name: form.read(delta) for name, delta in cut.items()}, tasks=tasks)
         tried.append(Measured(form, size, mean_loss(losses)))
         if tried[-1].loss <= loss + bound:
-            return Shrunk(expert, before, tried, tried[-1], write_form(expert, cut, form, target, overwrite, losses))
+            written = write_form(expert, cut, form, target, overwrite, losses, bool(factors))
+            return Shrunk(expert, before, tried, tried[-1], written)
     return Shrunk(expert, before, tried)
 
 
-def candidates_of(deltas: Mapping[str, Delta], forms: Iterable[Form]) -> list[tuple[Form, dict[str, Delta], int]]:
+def fit_scales(
+    objective: Objective, tasks: Sequence[str], deltas: Mapping[str, Delta], candidates: Sequence[Candidate]
+) -> dict[Form, dict[str, Tensor]]:
+    """Return for each candidate in few bits the factors `(rows,)` of the scales of its weights, by least squares on the
+    outputs that the layers have on the rows of some tasks.
+
+    A candidate's encoding has as many times the scale as its cut has times the values, so that the factors are for the
+    rows of the cut.
+    """
+    chosen = [(form, cut) for form, cut, _ in candidates if form.encoding in FITTED]
+    codings = [lambda name, form=form, cut=cut: form.read(cut[name]) for form, cut in chosen]
+    batches = [batch for task in tasks for batch in objective.batches[task]]
+    found = fitted_factors(objective.model, batches, deltas, codings)
+    return {form: factors for (form, _), factors in zip(chosen, found, strict=True)}
+
+
+def candidates_of(deltas: Mapping[str, Delta], forms: Iterable[Form]) -> list[Candidate]:
     """Return each form with the deltas that it cuts and its bytes, the smallest first.
 
     Forms that differ in the encoding alone share one cut, and a smaller rank is cut from the next larger one.
@@ -233,20 +263,22 @@ def write_form(
     target: str | Path,
     overwrite: bool = False,
     losses: Mapping[str, float] | None = None,
+    fitted: bool = False,
 ) -> StoredExpert:
     """Write what a form cut from an expert's deltas, with the statistics that routers learn from."""
-    record = _record(expert, form, losses or {})
+    record = _record(expert, form, losses or {}, fitted)
     write_expert(target, cut, record, overwrite, encoding=form.encoding, inputs=expert.inputs())
     carry_statistics(expert, small := open_expert(target))
     return small
 
 
-def _record(expert: StoredExpert, form: Form, losses: Mapping[str, float]) -> dict[str, Any]:
+def _record(expert: StoredExpert, form: Form, losses: Mapping[str, float], fitted: bool) -> dict[str, Any]:
     """Return the record of the shrunk expert: how it was trained stays, and its scores are its own."""
     old = expert.record
     kept = {name: old.get(name) for name in ("hyperparameters", "method", "per_weight", "costs", "seed", "training")}
     scores = {f"val_loss/{task}": loss for task, loss in losses.items()}
     scores |= {"val_loss": mean_loss(losses)} if losses else {}
     record = make_record(old["kind"], old["base"], old["tasks"], old["parents"], scores=scores, **kept)
-    origin = {"id": expert.name, "format": f"shrunk to {form}", "content_hash": expert.content_hash}
+    fit = ", scales fitted to outputs" if fitted else ""
+    origin = {"id": expert.name, "format": f"shrunk to {form}{fit}", "content_hash": expert.content_hash}
     return record | {"source": origin}
