@@ -23,8 +23,7 @@ from modular_experts import Base
 from modular_experts.data import TaskMixture
 from modular_experts.routing import Centroid, KernelRidge, Router
 from modular_experts.routing.router import GRAMS
-from modular_experts.statistics.prompts import prompts
-from modular_experts.statistics.take import batches_by_length
+from modular_experts.statistics.take import batches_by_length, prompts
 
 ROUTERS = {"Centroid": Centroid, "KernelRidge": KernelRidge}
 

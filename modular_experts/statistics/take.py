@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.data import Batch, TaskMixture
-from modular_experts.data.batch import Collator, Example, ExampleSet
+from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import answered
@@ -22,15 +24,21 @@ from modular_experts.evaluation.gram import gram
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
+from modular_experts.methods.method import DataStatistic
 from modular_experts.progress import Progress
+from modular_experts.routing.prompts import prompt_grams, prompt_vectors
 from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.gates import train_gates
 from modular_experts.statistics.merged_gram import merged_grams
-from modular_experts.statistics.prompts import prompts
 from modular_experts.tuning.objective import ValidationRows
 
 StatisticKind = Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"]
 ROWS = 256
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Where prompts are read for routers, after these shares of the transformer blocks."""
+GRAMS_NAME = "n-grams"
+MOST_CUT = 0.75
+"""The largest share of a prompt that a part of it lacks."""
 
 
 class Way(NamedTuple):
@@ -66,6 +74,53 @@ def _gates(model: Any, experts: Any, batches: Any, names: Any, steps: int | None
 
 def _merged_grams(model: Any, experts: Any, batches: Any, names: Any, steps: int | None, progress: Progress) -> Any:
     return merged_grams(model, experts, batches, names, progress)
+
+
+def prompts(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    names: Sequence[str],
+    parts: bool = False,
+    depths: Sequence[float] = DEPTHS,
+) -> dict[str, DataStatistic]:
+    """Return the vectors of all prompts, `(rows, size)`, for each depth, under `depth 0.25` and so on, and `n-grams`.
+
+    With `parts`, each prompt is followed by a part of itself, `(2 rows, size)`: without a share of its tokens at the
+    front, between 0 and `MOST_CUT`, which is where an instruction stands. The shares are spread evenly.
+
+    Args:
+        names: The experts' weights, which do not matter here.
+        depths: Where prompts are read, rising: after these shares of the transformer blocks.
+
+    Raises:
+        ValueError: There is no row.
+    """
+    found: list[list[Tensor]] = []
+    rows = 0
+    for batch in batches:
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        prompt = (batch["labels"].to(model.device) != IGNORED).cumsum(1) == 0
+        vectors = [*prompt_vectors(model, ids, mask, depths, prompt), prompt_grams(ids, mask, prompt)]
+        if parts:
+            read = prompt & mask.bool()
+            lengths = read.sum(1)
+            # Multiples of the golden ratio, without their whole parts, are spread evenly whatever the number of rows.
+            shares = (torch.arange(rows + 1, rows + 1 + len(ids), device=ids.device) * 0.6180339887498949) % 1
+            left_out = (MOST_CUT * shares * lengths).long().clamp(max=(lengths - 1).clamp(min=0))
+            cut = mask * ~(read & (read.cumsum(1) <= left_out[:, None]))
+            shorter = [*prompt_vectors(model, ids, cut, depths, prompt), prompt_grams(ids, cut, prompt)]
+            vectors = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(vectors, shorter, strict=True)]
+        found.append(vectors)
+        rows += len(ids)
+    if not found:
+        raise ValueError("prompts need at least one row, and there was none")
+    names = [*map(name_of, depths), GRAMS_NAME]
+    return {name: DataStatistic(torch.cat(parts)) for name, parts in zip(names, zip(*found, strict=True), strict=True)}
+
+
+def name_of(depth: float) -> str:
+    """Return the name under which the vectors of a depth are stored."""
+    return f"depth {depth:g}"
 
 
 KINDS: dict[str, Way] = {

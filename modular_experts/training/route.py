@@ -33,7 +33,7 @@ from modular_experts.progress import Progress
 from modular_experts.routing import Centroid, Mixture, Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.statistics import take_statistics
-from modular_experts.statistics.prompts import GRAMS_NAME, name_of
+from modular_experts.statistics.take import GRAMS_NAME, name_of
 from modular_experts.tuning.objective import ValidationRows
 
 

@@ -8,7 +8,7 @@ from testbed.padded_rows import ROWS, padded
 
 from modular_experts.data.batch import IGNORED
 from modular_experts.routing.prompts import prompt_vectors
-from modular_experts.statistics.prompts import DEPTHS, name_of, prompts
+from modular_experts.statistics.take import DEPTHS, name_of, prompts
 
 
 def test_a_part_is_read_as_the_prompt_without_its_front() -> None:

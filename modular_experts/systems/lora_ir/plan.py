@@ -24,8 +24,7 @@ from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.gates import CurrentGates, TopK
 from modular_experts.routing.prompts import PromptGates, kept_tokens
 from modular_experts.routing.router import check_reading
-from modular_experts.statistics.prompts import name_of, prompts
-from modular_experts.statistics.take import batches_by_length
+from modular_experts.statistics.take import batches_by_length, name_of, prompts
 
 log = logging.getLogger(__name__)
 
