@@ -120,12 +120,7 @@ def merge(
     elif tuned is None:
         write_merged(merged, out, overwrite, bar)
     if tuned and tune:
-        from modular_experts.tuning.objective import trials_file, write_trials
-
-        if written.is_checkpoint:
-            write_trials(out, tuned.trials)
-        print_tuning(tuned, searched="scale" not in tune.grid)
-        print(f"all trials are in {trials_file(out)}")
+        _report(tuned, tune, out, written.is_checkpoint)
     _print_methods(merged)
     if written.is_checkpoint:
         print_check(check)
@@ -134,6 +129,16 @@ def merge(
             print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
     else:
         _print_experts(merged, out)
+
+
+def _report(tuned: Tuned, tune: Tuning, out: str, is_checkpoint: bool) -> None:
+    """Print what tuning found, and write its trials beside a checkpoint, as an expert has them already."""
+    from modular_experts.tuning.objective import trials_file, write_trials
+
+    if is_checkpoint:
+        write_trials(out, tuned.trials)
+    print_tuning(tuned, searched="scale" not in tune.grid)
+    print(f"all trials are in {trials_file(out)}")
 
 
 def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overwrite: bool) -> None:
