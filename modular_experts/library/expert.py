@@ -117,7 +117,7 @@ class StoredExpert(TaskVector):
     @property
     def keeps_inputs(self) -> bool:
         """Whether inputs of its tasks lie beside it."""
-        return "inputs" in self.record and (self.path / INPUTS_FILE).is_file()
+        return self.record.get("inputs") is not None and (self.path / INPUTS_FILE).is_file()
 
     def inputs(self) -> dict[str, list[Prompt]]:
         """Read and check the inputs that it keeps, by task; none without them."""

@@ -59,7 +59,7 @@ def read_inputs(file: Path, listed: Mapping[str, Any]) -> dict[str, list[Prompt]
     names, lengths = listed["tasks"], starts.diff().tolist()
     if not len(lengths) == len(tasks) == len(ends) == listed["rows"] > 0:
         raise damaged(file, f"it must hold the {listed['rows']} prompts that the record lists")
-    if starts[0] != 0 or starts[-1] != len(ids) or min(lengths) < 1:
+    if starts[0] != 0 or starts[-1] != len(ids) or not 1 <= min(lengths) <= max(lengths) <= len(ids):
         raise damaged(file, "its prompts must follow each other without a gap")
     if min(ids.min(), tasks.min()) < 0 or tasks.max() >= len(names):
         raise damaged(file, "it holds a negative number, or a task that the record does not name")

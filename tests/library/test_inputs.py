@@ -72,6 +72,8 @@ def test_an_expert_that_is_written_anew_does_not_inherit_them(tmp_path) -> None:
         ({"starts": torch.tensor([0, 3, 4, 5])}, "without a gap"),
         ({"starts": torch.tensor([0, 5, 4, 6])}, "without a gap"),
         ({"starts": torch.tensor([1, 3, 4, 6])}, "without a gap"),
+        # The differences are 2^63 - 1, 2^63 - 1 and 8, and their sum is 6 in 64 bits.
+        ({"starts": torch.tensor([0, 2**63 - 1, -2, 6])}, "without a gap"),
         ({"ids": torch.tensor([5, 3, 9, 4, 7, 7])}, "must hold the vectors"),
         ({"targets": torch.tensor([5])}, "must hold the vectors"),
     ],
@@ -104,6 +106,12 @@ def test_a_record_that_lists_them_wrongly_is_refused(tmp_path, listed) -> None:
     (expert.path / "expert.json").write_text(json.dumps({**expert.record, "inputs": listed}))
     with pytest.raises(ValueError, match="the list of its inputs is not what it must be"):
         open_expert(expert.path)
+
+
+def test_a_record_may_list_no_inputs(tmp_path) -> None:
+    expert = write(tmp_path / "x", inputs=INPUTS)
+    (expert.path / "expert.json").write_text(json.dumps({**expert.record, "inputs": None}))
+    assert open_expert(expert.path).inputs() == {}
 
 
 def test_a_link_out_of_the_expert_is_not_followed(tmp_path) -> None:
