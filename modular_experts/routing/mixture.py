@@ -165,7 +165,9 @@ class Held:
     def formed(self) -> _Formed:
         if self._formed is None:
             assert self._source is not None
-            self._formed = _Formed(self._source.delta(), self._like)
+            # Torch refuses a gradient through tensors of inference mode, in which a trainer validates.
+            with torch.inference_mode(False):
+                self._formed = _Formed(self._source.delta(), self._like)
         return self._formed
 
     @property

@@ -95,6 +95,19 @@ def test_an_expert_is_decoded_once_while_it_is_in_use(tmp_path, decoded) -> None
     assert decoded == {"Sparse": 2 * len(experts[0])}
 
 
+def test_a_trainer_may_validate_in_inference_mode_before_it_trains(tmp_path) -> None:
+    model = build_model("llama")
+    experts = _stored(tmp_path, model, "int4")
+    with routed(model, experts, rows=[0, 1, 2], check=False) as inside:
+        with torch.inference_mode():
+            model(input_ids=IDS)
+        inside.current.gates = Gates(torch.tensor([[0], [1], [2]]), torch.ones(3, 1))
+        embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+    assert embedded.grad.any()
+
+
 def test_values_of_16_and_32_bits_are_held_in_the_dtype_of_the_model(tmp_path, decoded) -> None:
     model, size = build_model("llama").bfloat16(), {}
     for encoding in ("float32", "bfloat16"):
