@@ -25,6 +25,7 @@ from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
 from modular_experts.injection.attach import attached, describe_router
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert, open_experts
+from modular_experts.library.atomic import new_file
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.merger.merged import merge
@@ -37,6 +38,8 @@ from modular_experts.tuning.objective import Objective, ValidationRows, own_expe
 from modular_experts.tuning.shrink import shrink
 
 MEASURED = "combine.json"
+ROUTED = "routed"
+"""Name of the routed experts, which lie in libraries beside the experts that they choose from."""
 SHRINK_ROWS = 32
 
 
@@ -99,9 +102,13 @@ def combine(
 
     Raises:
         FileExistsError: `out` holds something else; nothing has been read yet.
-        ValueError: There are no rows, or a task has no expert of its own.
+        ValueError: There are no rows, a task has no expert of its own, or two experts have one name or one is called
+            routed.
     """
     opened, method, router = open_experts(experts), distilled or Distilled(), router or Centroid()
+    names = [*(expert.name for expert in opened), ROUTED]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two experts would be called {twice[0]} in one library; rename the directory of one of them")
     data = data or Inputs.kept_by(opened)
     data.tokenizer = data.tokenizer or Base.open(None, opened).tokenizer()
     held_in = [task for task, role in data.roles.items() if role == "held_in"]
@@ -122,7 +129,8 @@ def combine(
         for name in progress(left):
             place, needs = made[name]
             known["ways"][name] = asdict(measure(name, open_expert(place), needs))
-            file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+            with new_file(file) as temporary:
+                temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     ways = [Way(**known["ways"][name]) for name in made]
     fitting = [way for way in ways if budget is None or way.bytes <= budget]
     return Combined(ways, max(fitting, key=lambda way: (way.kept, -way.loss)))
@@ -152,7 +160,7 @@ def _make(
     for expert in beside:
         _link(expert, out / "experts" / expert.name)
     whole = [open_expert(out / "experts" / one.name) for one in opened]
-    routed, small = out / "experts/routed", out / "small/routed"
+    routed, small = out / "experts" / ROUTED, out / "small" / ROUTED
     if not _is_made(routed):
         route(whole, routed, router, data=learned, rows=method.rows, progress=progress)
     left = [one for one in whole if not _is_made(small.parent / one.name)]

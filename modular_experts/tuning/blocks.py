@@ -74,6 +74,9 @@ def distill_blocks(
             with torch.no_grad():
                 for batch in (batch for own_batches in batches.values() for batch in own_batches):
                     batch["states"][:, :, 0] = run(batch, batch["states"][:, :, 0])[1]
+    for own_batches in batches.values():
+        for batch in own_batches:
+            del batch["states"]
     return found, Found(torch.cat(coefficients), {}, trials)
 
 

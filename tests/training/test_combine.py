@@ -93,6 +93,15 @@ def test_what_is_there_is_not_made_again(place, done) -> None:
         combine(experts, place / "other", distilled=FEW, overwrite=True)
 
 
+def test_experts_of_one_name_are_refused_before_anything_is_made(place) -> None:
+    one, other = place / "library/code0", place / "beside/code0"
+    for name, target in (("code0", other), ("routed", place / "beside/routed")):
+        shutil.copytree(place / "library/code1", target)
+        with pytest.raises(ValueError, match=f"two experts would be called {name}"):
+            combine([one, target], place / "twice", distilled=FEW)
+    assert not (place / "twice").exists()
+
+
 def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> None:
     monkeypatch.chdir(place)
     tasks = [{"path": f"{name}.jsonl", "role": "held_in" if name in NAMES[:2] else "held_out"} for name in NAMES[:3]]
