@@ -18,6 +18,7 @@ from modular_experts.reports import Results
 
 STUDIES = BENCHMARKS / "studies"
 SHARED = {"suite", "ten-tasks", "real", "real-kinds"}
+OF_REAL_TASKS = {"few-bytes"}
 TEN_TASKS = {"selection", "training", "training-under", "related-experts", "mixtures"}
 SMALL = {
     "tasks": {"held_in": ["Reverse", "Upper", "Next"], "held_out": ["RotateRight"]},
@@ -65,7 +66,7 @@ def file(name: str) -> str:
     return f"benchmarks/studies/{name}.yaml"
 
 
-@pytest.mark.parametrize("name", sorted({one.stem for one in STUDIES.glob("*.yaml")} - SHARED))
+@pytest.mark.parametrize("name", sorted({one.stem for one in STUDIES.glob("*.yaml")} - SHARED - OF_REAL_TASKS))
 def test_each_study_of_the_suite_fits(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     study(file("suite"), *[file("ten-tasks")] * (name in TEN_TASKS), file(name), status=True)
     assert re.search(r"^tests +0 of \d\d+ done", capsys.readouterr().out, re.MULTILINE)
@@ -77,9 +78,10 @@ def test_the_study_of_merges_has_every_method() -> None:
     assert {name for name in METHODS if not re.search(rf"\b{name}\b", text)} == left_out
 
 
-@pytest.mark.parametrize("name", ["merging", "routing"])
-def test_each_study_of_real_tasks_fits(place: Path, name: str) -> None:
-    study(file("real"), file(name), file("real-kinds"), status=True)
+@pytest.mark.parametrize("over", [["merging", "real-kinds"], ["routing", "real-kinds"], ["few-bytes"]])
+def test_each_study_of_real_tasks_fits(place: Path, over: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    study(file("real"), *map(file, over), status=True)
+    assert re.search(r"^tests +0 of \d\d+ done", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.filterwarnings("ignore")  # what Lightning says of few steps
