@@ -27,7 +27,6 @@ from modular_experts.library.expert import (
     STATE_FILE,
     StoredExpert,
     open_expert,
-    read_weight,
     write_expert,
 )
 from modular_experts.library.record import make_record
@@ -49,7 +48,6 @@ __all__ = [
     "open_experts",
     "open_statistics",
     "parent_ids",
-    "read_weight",
     "training_in_common",
     "union_of_weights",
     "warn_of_missing_parents",

@@ -28,7 +28,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
 from modular_experts.library.encoded import StoredValues, check_encoding
 from modular_experts.library.inputs import INPUTS_FILE, Prompt, read_inputs, write_inputs
-from modular_experts.library.packing import PackedDelta, StoredWeight, check_layout, deltas_of, pack
+from modular_experts.library.packing import PackedDelta, check_layout, pack, unpack
 from modular_experts.library.record import (
     DELTA_FILE,
     FORMAT,
@@ -174,15 +174,26 @@ class StoredExpert(TaskVector):
         self.inputs()
 
     def __getitem__(self, name: str) -> Delta:
-        return read_weight([self], name)[0]
+        packed, is_new = self._as_stored(name), name not in self._checked
+        for suffix, facts in self._table[name]["tensors"].items() if is_new else ():
+            if self._tensors.sha256(f"{name}/{suffix}") != facts["sha256"]:
+                raise damaged(self._tensors.file, f"the {suffix} of {name} are not what was written")
+        try:
+            delta = unpack(packed.stored, packed.tensors, check=is_new)
+        except ValueError as error:
+            raise damaged(self._tensors.file, f"{error} ({name})") from error
+        self._checked.add(name)
+        return delta
+
+    def _as_stored(self, name: str) -> PackedDelta:
+        entry = self._table[name]
+        tensors = {suffix: self._tensors[f"{name}/{suffix}"] for suffix in entry["tensors"]}
+        return PackedDelta(StoredValues.of_entry(entry), tensors)
 
     def packed(self, name: str) -> Delta | PackedDelta:
         """Return the delta of a weight as it is stored if its values take few bits, after the checks of a reading."""
-        delta, entry = self[name], self._table[name]
-        if "sizes" not in entry or delta.is_empty:
-            return delta
-        tensors = {suffix: self._tensors[f"{name}/{suffix}"] for suffix in entry["tensors"]}
-        return PackedDelta(StoredValues.of_entry(entry), tensors)
+        delta = self[name]
+        return self._as_stored(name) if "sizes" in self._table[name] and not delta.is_empty else delta
 
     def release(self, name: str) -> None:
         """Free the memory that a weight's delta was read into; a delta that is still held stays as it is."""
@@ -199,14 +210,6 @@ class StoredExpert(TaskVector):
 
     def __repr__(self) -> str:
         return f"StoredExpert({str(self.path)!r}, kind={self.record['kind']!r}, weights={len(self)})"
-
-
-def read_weight(experts: Sequence[StoredExpert], name: str) -> list[Delta]:
-    """Return the deltas of one weight in several experts that move it; in fewer and longer steps than one by one."""
-    deltas = deltas_of([StoredWeight(one._tensors, name, one._table[name], name in one._checked) for one in experts])
-    for expert in experts:
-        expert._checked.add(name)
-    return deltas
 
 
 def open_expert(path: str | Path) -> StoredExpert:

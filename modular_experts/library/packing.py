@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from modular_experts.deltas.encodings import EIGHT_BITS, to_planes
 from modular_experts.deltas.encodings import ENCODINGS as VALUE_ENCODINGS
 from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.encoded import StoredValues
-from modular_experts.library.tensorfile import Layout, MappedTensors, damaged
+from modular_experts.library.tensorfile import Layout
 from modular_experts.native.decoding import decode_numbers
 
 ENCODINGS = ("gaps", "mask")
@@ -262,32 +261,3 @@ def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
         torch.add(here, 8 * _PART * part, out=numbers[found : found + here.numel()])
         found += here.numel()
     return numbers, (None if found < count else int(numbers[-1]) if count else -1)
-
-
-class StoredWeight(NamedTuple):
-    """One weight of one expert as it lies in the file, with its entry of the table of the file."""
-
-    file: MappedTensors
-    name: str
-    entry: Mapping[str, Any]
-    checked: bool
-
-
-def deltas_of(weights: Sequence[StoredWeight]) -> list[Delta]:
-    """Return the deltas of stored weights.
-
-    Raises:
-        ValueError: The bytes of a file are not what was written, or cannot be a delta.
-    """
-    deltas = []
-    for file, name, entry, checked in weights:
-        stored = {suffix: f"{name}/{suffix}" for suffix in entry["tensors"]}
-        for suffix, key in stored.items() if not checked else ():
-            if file.sha256(key) != entry["tensors"][suffix]["sha256"]:
-                raise damaged(file.file, f"the {suffix} of {name} are not what was written")
-        tensors = {suffix: file[key] for suffix, key in stored.items()}
-        try:
-            deltas.append(unpack(StoredValues.of_entry(entry), tensors, not checked))
-        except ValueError as error:
-            raise damaged(file.file, f"{error} ({name})") from error
-    return deltas

@@ -24,7 +24,6 @@ from modular_experts.library import (
     open_expert,
     open_experts,
     parent_ids,
-    read_weight,
     training_in_common,
     union_of_weights,
     write_expert,
@@ -96,11 +95,7 @@ class Merged(TaskVector):
 
     def deltas_of(self, name: str) -> list[Delta]:
         """Return the deltas of one weight, one per expert; an expert that does not move it gives a zero."""
-        shape, movers = self._shapes[name], [expert for expert in self.experts if name in expert]
-        stored = [expert for expert in movers if isinstance(expert, StoredExpert)]
-        read = iter(read_weight(stored, name))
-        found = iter([next(read) if isinstance(expert, StoredExpert) else expert[name] for expert in movers])
-        return [next(found) if name in expert else Sparse.zero(shape) for expert in self.experts]
+        return [expert[name] if name in expert else Sparse.zero(self._shapes[name]) for expert in self.experts]
 
     def release(self, name: str) -> None:
         """Free the memory of the experts' deltas of one weight; the next lookup reads them anew."""
