@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
-from modular_experts.deltas.encodings import EIGHT_BITS, to_planes
-from modular_experts.deltas.encodings import ENCODINGS as VALUE_ENCODINGS
+from modular_experts.deltas.encodings import EIGHT_BITS, ENCODINGS, to_planes
 from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.encoded import StoredValues
 from modular_experts.library.tensorfile import Layout
 from modular_experts.native.decoding import decode_numbers
 
-ENCODINGS = ("gaps", "mask")
+PLACES = ("gaps", "mask")
+"""The encodings of kept numbers."""
 FURTHEST = 255
 """The largest distance that one byte of gaps holds."""
 _PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numbers stay in the processor's cache
@@ -56,7 +56,7 @@ def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], St
     if form in _KEPT:
         kept = getattr(delta, _KEPT[form]).detach().to("cpu", index_dtype(shape)).contiguous()
         numbers = encode(kept, _limit(form, shape, values["values"].shape), _KEPT[form])
-    sizes = {name: tuple(own.shape) for name, own in values.items()} if encoding in VALUE_ENCODINGS else {}
+    sizes = {name: tuple(own.shape) for name, own in values.items()} if encoding in ENCODINGS else {}
     stored = StoredValues(form, tuple(shape), encoding, sizes)
     packed = numbers | (stored.encode(values, kept) if sizes else values)
     check_layout(stored, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()})
@@ -77,17 +77,16 @@ def check_layout(values: StoredValues, layout: Mapping[str, Layout]) -> None:
     Raises:
         ValueError: The tensors cannot be a delta of this form and shape.
     """
-    form, shape = values.form, values.shape
-    layout = values.decoded_layout(layout)
+    form, shape, layout = values.form, values.shape, values.decoded_layout(layout)
     kept = _name_of_kept(form, layout)
     if form not in _FORMS or set(layout) != {*_FORMS[form], *kept}:
         raise ValueError(f"it has the tensors {sorted(layout)}, which are not the tensors of a {form} delta")
-    shapes = {name: tuple(size) for name, (_, size) in layout.items()}
-    if not _is_delta(form, tuple(shape), shapes, kept):
-        raise ValueError(f"its tensors of shapes {shapes} are not a {form} delta of a weight {tuple(shape)}")
+    shapes = {name: size for name, (_, size) in layout.items()}
+    if not _is_delta(form, shape, shapes, kept):
+        raise ValueError(f"its tensors of shapes {shapes} are not a {form} delta of a weight {shape}")
     for name, (dtype, _) in layout.items():
         wanted = index_dtype(shape) if name in _KEPT.values() else torch.float32
-        wanted = torch.uint8 if name in ENCODINGS else wanted
+        wanted = torch.uint8 if name in PLACES else wanted
         if dtype != wanted:
             raise ValueError(f"its {name} are {dtype} and must be {wanted}")
 
@@ -124,7 +123,7 @@ def unpack(stored: StoredValues, tensors: Mapping[str, Tensor], check: bool = Tr
     size = stored.sizes["values"] if stored.sizes else tensors["values"].shape
     limit, count = _limit(form, shape, size), size[0]
     kept = decode(name, tensors[name], count, limit, index_dtype(shape))
-    if check and name not in ENCODINGS and kept.numel():
+    if check and name not in PLACES and kept.numel():
         if not (int(kept[0]) >= 0 and int(kept[-1]) < limit):
             raise ValueError(f"its indices run from {int(kept[0])} to {int(kept[-1])}, out of [0, {limit})")
         if kept.numel() > 1 and int((kept[1:] - kept[:-1]).min()) < 1:
@@ -165,11 +164,7 @@ class PackedDelta:
 
 def _name_of_kept(form: str, names: Collection[str]) -> list[str]:
     """Return the name of the tensor of kept numbers: one for a sparse form, no name for the others."""
-    return [encoding_of(names) or _KEPT[form]] if form in _KEPT else []
-
-
-def encoding_of(names: Collection[str]) -> str | None:
-    return next((name for name in ENCODINGS if name in names), None)
+    return [next((name for name in PLACES if name in names), _KEPT[form])] if form in _KEPT else []
 
 
 def _limit(form: str, shape: Sequence[int], values: Sequence[int]) -> int:
@@ -222,7 +217,7 @@ def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype
     Raises:
         ValueError: There are more or fewer numbers, or one reaches the limit.
     """
-    if name not in ENCODINGS:
+    if name not in PLACES:
         return stored
     found = decode_numbers(name == "mask", stored, count) if dtype == torch.int32 else None
     numbers, last = found or (_from_gaps if name == "gaps" else _from_mask)(stored, count)
