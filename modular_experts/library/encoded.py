@@ -1,8 +1,8 @@
 """Store the values of a weight's delta as float32, as bfloat16, or in few bits (`deltas/encodings.py`).
 
 In few bits, `<name>.codes` and `<name>.scales` take the place of each tensor of values, and the weight's entry in the
-table of the file names the encoding and the shape of the values. A scale is one a row of the weight; in a low-rank
-product it is one a direction.
+table of the file names the encoding and the shape of the values. Each row of the weight has a scale, and in a low-rank
+product each direction.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class StoredValues:
         """Return how a tensor of values lies in the rows that have scales."""
         size, shape = self.sizes[name], self.shape
         if self.form == "Sparse":
-            return 0, math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape), 1, 1
+            return 0, math.prod(shape[1:] or shape), 1, 1
         if self.form == "BlockSparse":
             return size[1], size[2], tile_grid(shape, (size[1], size[2]))[1], shape[1]
         if name == "up":
@@ -143,21 +143,17 @@ class StoredValues:
 
     def _rows(self, name: str, kept: Tensor | None) -> Tensor:
         """Return the number of the scale of each value, `(n,)`."""
-        size, shape, count = self.sizes[name], self.shape, self._row_count(name)
-        if self.form == "LowRank":
-            rows = torch.arange(count)
-            return rows.repeat(size[0]) if name == "up" else rows.repeat_interleave(size[1])
-        if self.form == "Dense":
-            return torch.arange(count).repeat_interleave(math.prod(size) // max(count, 1))
-        assert kept is not None
-        numbers = kept.long()
+        height, width, wide, columns = self.layout(name)
+        if height < 0:
+            return torch.arange(width).repeat(self.sizes[name][0])
         if self.form == "Sparse":
-            return numbers // math.prod(shape[1:]) if len(shape) > 1 else torch.zeros_like(numbers)
-        (height, width), wide = size[1:], tile_grid(shape, (size[1], size[2]))[1]
+            assert kept is not None
+            return kept.long() // width
+        numbers = torch.zeros(1, dtype=torch.int64) if kept is None else kept.long()
         rows = (numbers // wide * height)[:, None, None] + torch.arange(height)[:, None]
-        columns = (numbers % wide * width)[:, None, None] + torch.arange(width)
+        places = (numbers % wide * width)[:, None, None] + torch.arange(width)
         # Entries beyond the right edge are zero, and so are a row of their own, whose scale is zero.
-        return torch.where(columns < shape[1], rows, count - 1).reshape(-1)
+        return torch.where(places < columns, rows, self._row_count(name) - 1).reshape(-1)
 
 
 def check_encoding(name: Any) -> None:
