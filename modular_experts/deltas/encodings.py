@@ -42,10 +42,6 @@ class Encoded:
     scales: Tensor
     count: int
 
-    @property
-    def nbytes(self) -> int:
-        return self.planes.nbytes + self.scales.nbytes
-
 
 class EncodedDelta(Protocol):
     """A delta whose tensors are held as they are stored, in few bits; it is not empty."""
@@ -141,7 +137,7 @@ def from_planes(planes: Tensor, count: int) -> Tensor:
 
 
 class _SortedRows:
-    """Sizes sorted within their rows, where each cell of near sizes is a run: a border is searched, and not each size.
+    """Sizes sorted within their rows, so that the sizes near one magnitude, a cell, follow each other between borders.
 
     Borders `(rows, cells + 1)` are places among all sorted sizes, from the start of a row to its end.
     """
