@@ -97,7 +97,8 @@ def routed(
             model.generate(**batch_of_three)
 
     The base's weights stay as they are. The deltas are held in their own forms, once. Stored experts with values in few
-    bits stay encoded, and those that the last gates name are decoded besides; a router of scope `linear` decodes all.
+    bits are held encoded, and the experts that the last gates name are held decoded too. With a router of scope
+    `linear` every expert is held decoded.
 
     Args:
         model: The experts' base, before anything is injected.
@@ -170,10 +171,8 @@ def moved_sites(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> lis
 
 def _oriented(site: Site, expert: Mapping[str, Delta], encoded: bool = False) -> Any:
     """Return an expert's delta of a layer's weight as `(out, in)`, if it has one, perhaps as it is stored."""
-    if encoded and isinstance(expert, StoredExpert) and site.weight in expert:
-        delta: Any = expert.packed(site.weight)
-    else:
-        delta = expert.get(site.weight)
+    read: Any = expert.packed if encoded and isinstance(expert, StoredExpert) else expert.__getitem__
+    delta = read(site.weight) if site.weight in expert else None
     return delta.T if delta is not None and is_transposed(site.module) else delta
 
 
@@ -200,10 +199,8 @@ def _plan(
 
     def make(site: Site, weight: Tensor) -> Mixture:
         router, common = (routers or {}).get(site.weight), None
-        if router is None:
-            found: list[Any] = [_oriented(site, expert, encoded=True) for expert in experts]
-        else:
-            found = [_oriented(site, expert) for expert in experts]
+        found: list[Any] = [_oriented(site, expert, encoded=router is None) for expert in experts]
+        if router is not None:
             found[: router.experts], common = router.held(found[: router.experts])
         bias = f"{site.name}.bias"
         own = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]

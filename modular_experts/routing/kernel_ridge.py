@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.routing.centroid import means_and_precision
+from modular_experts.routing.centroid import FOLDS, means_and_precision
 from modular_experts.routing.gates import Gates, Selection
 from modular_experts.routing.router import GRAMS, Router, Scope, check_prompts, check_reading
 
-FOLDS = 4
 SIZE = 128
 """The most numbers of a prompt's hidden states that the kernel compares."""
 MOST = 6144

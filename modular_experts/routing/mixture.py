@@ -231,14 +231,14 @@ def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments
     is_served, graded = compiled.serves(out, x), torch.is_grad_enabled()
     parts = []
     for expert, places, weights in segments:
-        held = formed.formed if (formed := deltas[expert]) is not None else None
-        if held is None:
+        if (held := deltas[expert]) is None:
             continue
-        factor = held.factor if is_served and not (graded and weights is not None and weights.requires_grad) else None
+        formed = held.formed
+        factor = formed.factor if is_served and not (graded and weights is not None and weights.requires_grad) else None
         if factor is not None and factor.dtype == x.dtype:
             parts.append(Part(factor, places, None if weights is None else weights.float().contiguous()))
         else:
-            change = held.delta.linear(x if places is None else x.index_select(0, places))
+            change = formed.delta.linear(x if places is None else x.index_select(0, places))
             add_change(out, change, places, weights)
     if parts:
         compiled.add_products(out, x, parts)
