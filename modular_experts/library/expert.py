@@ -225,8 +225,8 @@ def open_expert(path: str | Path) -> StoredExpert:
         try:
             return _opened(path, directory)
         except (OSError, RuntimeError, ValueError):
-            # Another process may replace the expert between the reads of its record and of its files, and between the
-            # two renames of that there is no directory but one beside it.
+            # Another process may replace the expert between the reads of its record and of its files. Between the two
+            # renames of a replacement, the directory is missing, and one with a leading dot lies beside its place.
             is_replaced = _version_of(directory) != before or (
                 before is None and any(directory.parent.glob(f".{directory.name}.*"))
             )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER = "statistics"
 OF_INPUTS = ("prompt_parts", "prompts")
-"""Kinds that are read of inputs alone, on the base, so that they are the same for every form of an expert."""
+"""Kinds that the base reads from inputs alone, so that they are the same for every form of an expert."""
 FORMAT = "modular-experts/statistics/1"
 _FACTS = {"expert": str, "base": str, "tasks": dict, "data": dict, "among": list, "weights": dict}
 
@@ -137,7 +137,7 @@ def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwri
 
 
 def carry_statistics(expert: StoredExpert, other: StoredExpert) -> None:
-    """Write the statistics of inputs alone that an expert has beside another form of the same expert too."""
+    """Copy the statistics of inputs alone from an expert to another form of the same expert."""
     for kind in set(kinds_of_statistics(expert)) & set(OF_INPUTS):
         old = open_statistics(expert, kind)
         write_statistics(other, kind, old.items(), old.facts["tasks"], old.facts["data"], overwrite=True)

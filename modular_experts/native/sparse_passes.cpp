@@ -126,7 +126,7 @@ uint16_t narrowed(float wide) {
     return wide == wide ? rounded : 0x7fc0;  // NaN
 }
 
-// Return where the first of the sorted `places` from number k on lies that is not below a bound.
+// Return the number, k or more, of the first of the sorted `places` that is not below a bound.
 int64_t first_from(int64_t bound, const int32_t* places, int64_t k, int64_t count) {
     for (int64_t below = LANES; below == LANES && k + LANES <= count; k += below) {
         below = 0;

@@ -25,8 +25,8 @@ class Router(nn.Module, ABC):
 
     A router of scope `sample` serves the whole model and chooses for whole rows. It sees each prompt as the means
     over its tokens of the base's hidden states at `depths`, each of length 1, one behind the other, and behind them its
-    n-grams if it `reads_grams`. In scope `linear`
-    there is one for each weight, which sees the layer's inputs and chooses for each token.
+    n-grams if the router `reads_grams`. In scope `linear` each weight has a router of its own, which sees the layer's
+    inputs and chooses for each token.
 
     Args:
         select: Turns scores into gates; the best expert alone by default.

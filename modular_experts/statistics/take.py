@@ -85,8 +85,8 @@ def prompts(
 ) -> dict[str, DataStatistic]:
     """Return the vectors of all prompts, `(rows, size)`, for each depth, under `depth 0.25` and so on, and `n-grams`.
 
-    With `parts`, each prompt is followed by a part of itself, `(2 rows, size)`: without a share of its tokens at the
-    front, between 0 and `MOST_CUT`, which is where an instruction stands. The shares are spread evenly.
+    With `parts`, a part of each prompt follows it, `(2 rows, size)`. The part lacks a share of the tokens at the front,
+    where an instruction stands. The shares are spread evenly between 0 and `MOST_CUT`.
 
     Args:
         names: The experts' weights, which do not matter here.
@@ -114,8 +114,8 @@ def prompts(
         rows += len(ids)
     if not found:
         raise ValueError("prompts need at least one row, and there was none")
-    names = [*map(name_of, depths), GRAMS_NAME]
-    return {name: DataStatistic(torch.cat(parts)) for name, parts in zip(names, zip(*found, strict=True), strict=True)}
+    columns = zip([*map(name_of, depths), GRAMS_NAME], zip(*found, strict=True), strict=True)
+    return {name: DataStatistic(torch.cat(vectors)) for name, vectors in columns}
 
 
 def name_of(depth: float) -> str:
