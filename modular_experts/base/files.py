@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from modular_experts.library.record import package_versions, plain, read_json
-from modular_experts.library.tensorfile import open_tensors
+from modular_experts.library.tensorfile import file_hash, open_tensors
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 MANIFEST = "modular_experts.json"
@@ -60,11 +60,6 @@ def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]
             entries = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - not a dict
             layouts[file] = {key: (entry.get_dtype(), torch.Size(entry.get_shape())) for key, entry in entries.items()}
     return layouts
-
-
-def file_hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def fingerprint(directory: str | Path) -> str:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import file_hash, open_tensors, read_layouts
+from modular_experts.base.files import read_layouts
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta, Dense, all_finite
-from modular_experts.library.tensorfile import DTYPES, MappedTensors, tensor_bytes
+from modular_experts.library.tensorfile import DTYPES, MappedTensors, file_hash, open_tensors, tensor_bytes
 from modular_experts.native.sparse_passes import add_rounded
 from modular_experts.progress import Progress
 

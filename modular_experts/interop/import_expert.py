@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from modular_experts.base import Base
-from modular_experts.base.files import fetch_from_hub, file_hash, weight_files
+from modular_experts.base.files import fetch_from_hub, weight_files
 from modular_experts.deltas import Delta
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, read_full_checkpoint
 from modular_experts.interop.peft import AskedDeltas, read_peft
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
+from modular_experts.library.tensorfile import file_hash
 from modular_experts.progress import Progress
 
 log = logging.getLogger(__name__)

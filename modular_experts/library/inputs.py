@@ -7,7 +7,6 @@ text.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.library.state import StoredState, write_state
-from modular_experts.library.tensorfile import damaged
+from modular_experts.library.tensorfile import damaged, file_hash
 
 INPUTS_FILE = "inputs.safetensors"
 _DTYPES = {"ids": torch.int32, "starts": torch.int64, "tasks": torch.int32, "ends": torch.int32}
@@ -44,12 +43,12 @@ def write_inputs(file: Path, inputs: Mapping[str, Sequence[Prompt]]) -> dict[str
         "ends": torch.tensor([one.end for _, one in prompts]),
     }
     write_state(file, {name: columns[name].to(dtype) for name, dtype in _DTYPES.items()})
-    return {"tasks": list(inputs), "rows": len(prompts), "sha256": _sha256(file)}
+    return {"tasks": list(inputs), "rows": len(prompts), "sha256": file_hash(file)}
 
 
 def read_inputs(file: Path, listed: Mapping[str, Any]) -> dict[str, list[Prompt]]:
     """Return the prompts of each task; raise ValueError if the file is not what the record lists, or not sound."""
-    if _sha256(file) != listed["sha256"]:
+    if file_hash(file) != listed["sha256"]:
         raise damaged(file, "its contents are not those that the record lists")
     columns = StoredState(file).read()
     layout = {name: (column.dtype, column.dim()) for name, column in columns.items()}
@@ -67,8 +66,3 @@ def read_inputs(file: Path, listed: Mapping[str, Any]) -> dict[str, list[Prompt]
     for prompt, task, end in zip(ids.split(lengths), tasks.tolist(), ends.tolist(), strict=True):
         found[names[task]].append(Prompt(prompt, end))
     return found
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

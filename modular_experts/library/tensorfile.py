@@ -168,6 +168,11 @@ class MappedTensors:
             self._mapped.madvise(_DROP, first, last - first)
 
 
+def file_hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def open_tensors(file: Path) -> Any:
     """Open a safetensors file, and so check its header; raise ValueError if it is not a whole safetensors file."""
     try:
