@@ -184,8 +184,7 @@ def take_statistics(
     if labels == "experts":
         examples = _answered(model, opened, examples, data, given.max_new_tokens)
     batches = [batches_by_length(own, data) for own in examples]
-    facts = {"split": " and ".join(splits), "max_length": data.max_length}
-    facts |= {"split": "kept inputs"} if given.data is None else {}
+    facts = {"split": "kept inputs" if given.data is None else " and ".join(splits), "max_length": data.max_length}
     facts |= {"labels": labels} if labels == "experts" else {}
     stored = []
     measured = way.measure(model, opened, batches, list(union_of_weights(opened)), steps=steps, progress=progress)
