@@ -50,9 +50,13 @@ def test_a_factory_gets_its_first_arguments_later_and_its_settings_have_all_defa
     assert found.make()(torch.ones(8, 8)).rank == 3
 
 
-@pytest.mark.parametrize(("hint", "value"), [(int, 1.5), (int, True), (list[int], 3), (float, "much"), (str, True)])
+WRONG = [(int, 1.5), (int, True), (list[int], 3), (float, "much"), (str, True)]
+WRONG += [(tuple[int, int], [1]), (tuple[int, int], [1, 2, 3])]
+
+
+@pytest.mark.parametrize(("hint", "value"), WRONG)
 def test_a_value_of_another_type_is_refused_by_its_option(hint: Any, value: Any) -> None:
-    with pytest.raises(UsageError, match=r"^--x must be "):
+    with pytest.raises(UsageError, match=r"^--x must (be|have) "):
         read("--x", hint, value)
 
 

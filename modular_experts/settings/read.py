@@ -60,7 +60,9 @@ def read(option: str, hint: Any, value: Any) -> Read:
         if not isinstance(value, list | tuple):
             raise UsageError(f"{option} must be a list, written '[a, b]', got {value}")
         each = inner if origin is tuple and ... not in inner else [inner[0]] * len(value)
-        listed = [read(option, kind, one) for kind, one in zip(each, value, strict=False)]
+        if len(each) != len(value):
+            raise UsageError(f"{option} must have {len(each)} items, got {value}")
+        listed = [read(option, kind, one) for kind, one in zip(each, value, strict=True)]
         made = tuple if origin is tuple else list
         return Read([one.plain for one in listed], lambda: made(one.make() for one in listed))
     if hint in _SCALARS:
