@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, callbacks_of
 from modular_experts.data.batch import source_of
+from modular_experts.data.inputs import as_prompts
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.atomic import locked
@@ -64,8 +65,6 @@ class ExportExpert(Callback):
         keep_inputs: int = 0,
     ) -> None:
         check_name(name)
-        if keep_inputs < 0:
-            raise ValueError(f"keep_inputs={keep_inputs} must be 0 or more inputs")
         self.target = Path(library) / name
         """Directory of the expert."""
         self.overwrite, self.monitor, self.keep_inputs = overwrite, monitor, keep_inputs
@@ -196,13 +195,12 @@ class ExportExpert(Callback):
 
     def _inputs(self, trainer: Trainer) -> dict[str, list[Prompt]]:
         """Return the prompts to keep; raise ValueError if the data have none to give."""
+        if self.keep_inputs < 0:
+            raise ValueError(f"keep_inputs={self.keep_inputs} must be 0 or more inputs")
         found = source_of(trainer).inputs(self.keep_inputs) if self.keep_inputs else {}
         if self.keep_inputs and not found:
             raise ValueError(f"keep_inputs={self.keep_inputs} needs data that give inputs, such as a TaskMixture")
-        return {
-            task: [Prompt(one.tokens.ids[: one.tokens.prompt], -1 if one.end is None else one.end) for one in rows]
-            for task, rows in found.items()
-        }
+        return as_prompts(found)
 
     def _write(self, trainer: Trainer, module: LightningModule, path: Path) -> str:
         exported, trained = cast(ExportedModule, module), cast(TrainedModule, module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -13,6 +12,14 @@ from modular_experts.data.sources import TaskSource
 from modular_experts.data.tasks import Task
 from modular_experts.library import StoredExpert
 from modular_experts.library.inputs import Prompt
+
+
+def as_prompts(examples: Mapping[str, Sequence[Example]]) -> dict[str, list[Prompt]]:
+    """Return the prompts of each task's examples, without their targets."""
+    return {
+        task: [Prompt(one.tokens.ids[: one.tokens.prompt], -1 if one.end is None else one.end) for one in rows]
+        for task, rows in examples.items()
+    }
 
 
 class _InputsAlone(TaskSource):
@@ -51,14 +58,13 @@ class Inputs(TaskMixture):
     @classmethod
     def read_from(cls, data: TaskMixture, splits: Sequence[str], most: int) -> Self:
         """Take at most `most` inputs of each held-in task of a mixture, which has a tokenizer."""
-        read = copy.copy(data)
-        read.eval_limit, read._examples = None, {}
-        found = {task: spread_evenly(rows, most) for task, rows in read.input_examples(splits).items()}
-        prompts = {
-            task: [Prompt(one.tokens.ids, -1 if one.end is None else one.end) for one in rows]
-            for task, rows in found.items()
-        }
-        return cls(prompts, tokenizer=data.tokenizer, max_length=data.max_length, eval_batch_size=data.eval_batch_size)
+        found = {task: spread_evenly(rows, most) for task, rows in data.input_examples(splits).items()}
+        return cls(
+            as_prompts(found),
+            tokenizer=data.tokenizer,
+            max_length=data.max_length,
+            eval_batch_size=data.eval_batch_size,
+        )
 
     def part(self, held: bool, every: int = 4) -> Inputs:
         """Return every fourth input of each task if `held`, and the others if not."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from testbed.runs import TARGET
 
-from modular_experts import ExportExpert, open_expert
+from modular_experts import open_expert
 from modular_experts.base import Base
 from modular_experts.data import Inputs
 from modular_experts.data.batch import prompts
@@ -118,8 +118,8 @@ def test_keeping_needs_a_place_and_data_that_have_inputs(run, tiny_llama_dir, tw
     how = ["--expert", "SparseExpert", "--modules", TARGET, "--steps", 1, "--tasks", "a.jsonl", "--keep_inputs", 5]
     code, _, err = run("fit", "--base", tiny_llama_dir, *how)
     assert (code, "keep_inputs keeps inputs beside an expert" in err) == (1, True)
-    with pytest.raises(ValueError, match="must be 0 or more"):
-        ExportExpert("library", "a", keep_inputs=-1)
+    how[-1:] = [-1, "--out", "library/a"]
+    assert "keep_inputs=-1 must be 0 or more inputs" in run("fit", "--base", tiny_llama_dir, *how)[2]
 
 
 def test_the_two_parts_share_no_input(library) -> None:
