@@ -41,14 +41,22 @@ def distill_blocks(
     Args:
         model: The base, in evaluation mode.
         batches: Padded batches of each task; their hidden states are kept in them meanwhile.
-        experts: Name and delta of each weight, read when its block comes; the first is the merge to start from, to
-            which weights outside of the blocks keep.
+        experts: Name and delta of each weight, read when its block comes; the first is the merge to start from. Its
+            deltas outside of the blocks go into the result as they are, and act on no state during the search.
         own: The expert of each task.
         learning_rate, steps: Of `descend`, in each block.
+
+    Raises:
+        ValueError: The experts move no weight of a block.
     """
     names = sorted({name for expert in experts for name in expert})
+    if not (inner := [block for block in map(block_of, names) if block]):
+        raise ValueError(
+            "by=block needs experts that move weights of transformer blocks; these do not, so take by=model"
+        )
     found = {name: experts[0][name] for name in names if block_of(name) is None and name in experts[0]}
-    parent = next(block for block in map(block_of, names) if block is not None).rpartition(".")[0]
+    parent = inner[0].rpartition(".")[0]
+    every = [batch for own_batches in batches.values() for batch in own_batches]
     coefficients, trials = [torch.zeros(0, len(experts))], list[Trial]()
     for number in map(int, progress([str(one) for one in range(len(model.get_submodule(parent)))])):  # type: ignore[arg-type]
         run, block = _runner(model, parent, number), f"{parent}.{number}"
@@ -72,11 +80,10 @@ def distill_blocks(
                 coefficients.append(best.coefficients)
                 trials += [Trial({"block": number, **one.settings}, one.losses) for one in best.trials]
             with torch.no_grad():
-                for batch in (batch for own_batches in batches.values() for batch in own_batches):
+                for batch in every:
                     batch["states"][:, :, 0] = run(batch, batch["states"][:, :, 0])[1]
-    for own_batches in batches.values():
-        for batch in own_batches:
-            del batch["states"]
+    for batch in every:
+        del batch["states"]
     return found, Found(torch.cat(coefficients), {}, trials)
 
 

@@ -12,6 +12,7 @@ from testbed.searching import descent, objective_on
 from modular_experts import Average, Base, Distilled, IsoC, SelfRegMean, applied, distill, merge, open_expert, search
 from modular_experts.base.files import fingerprint
 from modular_experts.data import Inputs
+from modular_experts.deltas import Dense
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.library import make_record, write_expert
 from modular_experts.text import block_of
@@ -134,6 +135,14 @@ def test_block_after_block_comes_nearer_to_the_experts_states(place) -> None:
     rows = sum(shape[0] for shape in done.expert.shapes().values())
     assert done.found.coefficients.shape == (rows, 3)
     assert done.expert.record["hyperparameters"]["by"] == "block"
+
+
+def test_experts_outside_of_blocks_cannot_be_compared_block_by_block(place) -> None:
+    head = open_expert(EXPERTS[0])
+    weight = torch.randn(Base.open(None, [head]).load().lm_head.weight.shape)
+    write_expert("library/head", {"lm_head.weight": Dense(weight)}, head.record, inputs=head.inputs())
+    with pytest.raises(ValueError, match="by=block needs experts that move weights of transformer blocks"):
+        distill(["library/head"], "library/one", Distilled(**FEW, start=Average(), by="block"))
 
 
 def test_a_merge_of_one_expert_keeps_it(place) -> None:
