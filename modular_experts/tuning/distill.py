@@ -44,7 +44,7 @@ def distill(
 
     Args:
         experts: Directories of the experts, or opened ones.
-        out: Directory of the merged expert. The merge that the search starts from is written beside it.
+        out: Directory of the merged expert. Unless it goes `by` block, the merge that it starts from is written beside.
         method: The settings; the defaults if not given.
         data: Tasks, whose training and validation inputs are taken; if not given, the inputs that the experts keep.
         overwrite: Whether files that exist may be replaced.
@@ -53,16 +53,15 @@ def distill(
         FileExistsError: A file would be replaced; nothing has been read yet.
         ValueError: There are no inputs, or `search` refuses the experts.
     """
+    check_target(out, overwrite)
+    check_trials_file(out, overwrite)
     method, opened = method or Distilled(), open_experts(experts)
-    if data is None:
-        inputs = Inputs.kept_by(opened)
-    elif isinstance(data, Inputs):
-        inputs = data
-    else:
+    data = data or Inputs.kept_by(opened)
+    if not isinstance(data, Inputs):
         data.tokenizer = data.tokenizer or Base.open(None, opened).tokenizer()
-        inputs = Inputs.read_from(data, ["train", "validation"], method.rows)
-    inputs.eval_batch_size = method.batch
-    rate, rows = method.learning_rate, ValidationRows(inputs, method.rows, None, "experts", {}, method.max_new_tokens)
+        data = Inputs.read_from(data, ["train", "validation"], method.rows)
+    data.eval_batch_size = method.batch
+    rate, rows = method.learning_rate, ValidationRows(data, method.rows, None, "experts", {}, method.max_new_tokens)
     start = method.start or without_data(opened)
     if method.by == "block":
         return _by_block(opened, out, method, start, rows, overwrite, progress)
@@ -79,8 +78,6 @@ def _by_block(
     overwrite: bool,
     progress: Progress,
 ) -> Searched:
-    check_target(out, overwrite)
-    check_trials_file(out, overwrite)
     objective = objective_on_base(experts, rows, progress=progress)
     before, own = objective.losses(), own_experts(experts, list(objective.batches))
     members = [Merged(experts, start), *experts]
