@@ -1,4 +1,4 @@
-"""Combine experts in several ways, measure what each way keeps of them, and tell the best within some bytes.
+"""Combine experts in several ways, measure what each way keeps of them, and name the best within some bytes.
 
 All files lie in one directory, whose `combine.json` holds the measurements; the same call goes on where an earlier one
 was interrupted.
@@ -51,12 +51,12 @@ class Way:
         name: What was done.
         place: Directory of the merged or routed expert.
         needs: What it was made from, beside the experts.
-        bytes: Bytes that it takes beside the base: 0 of a merge, which is added to the base, and of a router the sum
-            over all experts.
-        kept: Its share of the exact match that the experts have, each on its own task; a mean over tasks.
+        bytes: Bytes that it takes beside the base: a merge, which is added to the base, takes 0, and a router its own
+            bytes and those of all experts.
+        kept: Its exact match over the exact match of the experts, each on its own task; both are means over tasks.
         loss: Loss in nats a token, a mean over tasks.
         held_out: Exact match on held-out tasks, in [0, 1]; None without such tasks.
-        time: CPU time of a forward pass, with 1 for the base alone.
+        time: Time of a forward pass (CPU time, or wall-clock time on a GPU), with 1 for the base alone.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Combined:
-    """All ways, in the order in which they are listed, and the one within the budget that keeps most."""
+    """All ways, and the one within the budget that keeps most; of equal ones, the one with the lowest loss."""
 
     ways: list[Way]
     best: Way
@@ -101,7 +101,7 @@ def combine(
         overwrite: Replace what `out` holds of other experts, rows or settings.
 
     Raises:
-        FileExistsError: `out` holds something else; nothing has been read yet.
+        FileExistsError: `out` holds something else; nothing has been made yet.
         ValueError: There are no rows, a task has no expert of its own, or two experts have one name or one is called
             routed.
     """
@@ -112,20 +112,19 @@ def combine(
     data = data or Inputs.kept_by(opened)
     data.tokenizer = data.tokenizer or Base.open(None, opened).tokenizer()
     held_in = [task for task, role in data.roles.items() if role == "held_in"]
-    own_experts(opened, held_in)
-    is_kept = isinstance(data, Inputs)
-    rows = [expert.record["inputs"] for expert in opened] if isinstance(data, Inputs) else data.contents
-    settings = [repr(method), describe_router(router), rows, data.roles]
+    others = [task for task in data.roles if task not in held_in]
+    own = own_experts(opened, held_in)
+    answer, measured, rows = None, data.only(held_in), list[Any]()
+    if isinstance(data, Inputs):
+        answer, measured = method.max_new_tokens, data.part(True)
+        rows = [one.ids.tolist() for prompts in data.prompts.values() for one in prompts]
+    settings = [repr(method), describe_router(router), rows or data.contents, data.roles]
     file = _begin(Path(out), result_key([expert.content_hash for expert in opened], settings), overwrite)
     learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
     made = _make(opened, Path(out), learned, method, router, progress)
     known = json.loads(file.read_text(encoding="utf-8"))
     if left := [name for name in made if name not in known["ways"]]:
-        measured = data.part(True) if isinstance(data, Inputs) else data.only(held_in)
-        held_out = (
-            data.only([task for task in data.roles if task not in held_in]) if len(data.roles) > len(held_in) else None
-        )
-        measure = _Measure(opened, measured, held_out, method.max_new_tokens if is_kept else None, progress)
+        measure = _Measure(own, measured, data.only(others) if others else None, answer, progress)
         for name in progress(left):
             place, needs = made[name]
             known["ways"][name] = asdict(measure(name, open_expert(place), needs))
@@ -201,20 +200,19 @@ def _link(expert: StoredExpert, target: Path) -> None:
 class _Measure:
     """Measures a merged or routed expert on the rows of its tasks, beside the base and each task's own expert.
 
-    With a number of tokens, the experts' own answers of this length take the place of the targets.
+    If `answer` is given, the experts' own answers, of at most `answer` tokens, take the place of the targets.
     """
 
     def __init__(
         self,
-        experts: Sequence[StoredExpert],
+        own: Mapping[str, StoredExpert],
         data: TaskMixture,
         held_out: TaskMixture | None,
         answer: int | None,
         progress: Progress,
     ) -> None:
-        model: Any = Base.open(None, experts).load()
+        model: Any = Base.open(None, list(own.values())).load()
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        own: Mapping[str, StoredExpert] = own_experts(experts, list(data.roles))
         self._objective = Objective(model, data, own if answer else None, answer or 64, progress)
         self._held_out: list[Batch] = []
         if held_out:
