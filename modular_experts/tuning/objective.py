@@ -182,7 +182,7 @@ def objective_on_base(
 ) -> Objective:
     """Return the objective on the base of stored experts, loaded on the GPU if there is one.
 
-    The data gets the base's tokenizer unless it has one. With `distills` the objective also keeps the predictions of
+    The base's tokenizer reads data that have none of their own. With `distills` the objective also keeps the predictions of
     each task's own expert.
 
     Raises:
@@ -191,6 +191,8 @@ def objective_on_base(
     """
     given = ValidationRows(given) if isinstance(given, TaskMixture) else given
     data, labels = given.found_for(experts)
+    # The limit below is ours; what uses the caller's mixture next reads as many rows as before.
+    data = data.only(list(data.roles))
     by_experts = labels == "experts"
     if given.expert_of and not (by_experts or distills):
         raise ValueError("expert_of says whose expert answers a task; add labels=experts, or leave it out")

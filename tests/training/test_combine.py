@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer, write_rows
 
-from modular_experts import Distilled, TaskMixture, combine, evaluate, fit, open_expert
+from modular_experts import Distilled, TaskMixture, combine, distill, evaluate, fit, open_expert
+from modular_experts.data import Inputs
 from modular_experts.experts import LoRAExpert
 from modular_experts.training.combine import MEASURED
 
@@ -44,8 +45,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(place):
-    """What `combine` made from the library alone."""
-    return combine([place / "library" / name for name in NAMES], place / "out", distilled=FEW)
+    """What `combine` made from the library alone, measuring fewer rows for `shrink` than the other ways learn from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modular_experts.training.combine.SHRINK_ROWS", 8)
+        return combine([place / "library" / name for name in NAMES], place / "out", distilled=FEW)
 
 
 def exact(place, way) -> float:
@@ -66,6 +69,14 @@ def test_the_better_choice_within_each_budget(place, done) -> None:
         best = combine([place / "library" / name for name in NAMES], place / "out", None, budget, FEW).best
         assert best in fitting
         assert tested[best.name] == max(tested[way.name] for way in fitting)
+
+
+def test_distilled_learns_from_every_input_that_does_not_measure(place, done) -> None:
+    experts = [open_expert(place / "library" / name) for name in NAMES]
+    learned = Inputs.kept_by(experts).part(False)
+    assert {len(prompts) for prompts in learned.prompts.values()} == {18}
+    own = distill(experts, place / "own", FEW, learned).expert
+    assert open_expert(done.ways[-1].place).content_hash == own.content_hash
 
 
 def test_what_is_there_is_not_made_again(place, done) -> None:
