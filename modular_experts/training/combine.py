@@ -118,7 +118,8 @@ def combine(
     if isinstance(data, Inputs):
         answer, measured = method.max_new_tokens, data.part(True)
         rows = [one.ids.tolist() for prompts in data.prompts.values() for one in prompts]
-    settings = [repr(method), describe_router(router), rows or data.contents, data.roles]
+    reading = [data.roles, data.max_length, data.chat_template, data.eval_limit]
+    settings = [repr(method), describe_router(router), rows or data.contents, reading]
     file = _begin(Path(out), result_key([expert.content_hash for expert in opened], settings), overwrite)
     learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
     made = _make(opened, Path(out), learned, method, router, progress)

@@ -126,3 +126,5 @@ def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> 
     assert "held out" in out
     assert "\nbest within 1kB: " in out
     assert f"next: modular-experts apply {way['place']} --out checkpoint" in out
+    code, _, err = run("combine", *how, *settings, "--distilled", "Distilled", "--data.max_length", 99)
+    assert (code, "exists already" in err) == (1, True)
