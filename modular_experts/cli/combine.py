@@ -21,7 +21,7 @@ def combine(
     router: Router | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Make one model of many experts in four ways, measure what each keeps, and tell the best.
+    """Make one model of many experts in four ways, measure what each keeps, and name the best.
 
     The ways are the best merge without data, the merge Distilled, and a router in front of the experts as they are and
     of shrunk experts. The same command goes on where it was interrupted.

@@ -25,10 +25,10 @@ def shrink(
 ) -> None:
     """Store each expert in the fewest bytes that keep its loss, in another library.
 
-    The command measures forms from the smallest upwards: values in few bits, for a low-rank expert after a cut to fewer
-    directions, for a sparse one perhaps without its smaller entries. It writes the first whose loss on the expert's
-    tasks rises by at most the bound, and no expert where there is none. It first fits the
-    scales of values in one or two bits to the layers' outputs on these rows.
+    The command measures forms from the smallest upwards: values in few bits, for a low-rank or a full expert after a
+    cut to fewer directions, for a sparse one perhaps without its smaller entries. It writes the first whose loss on the
+    expert's tasks rises by at most the bound, and no expert if all forms lose more. It first fits the scales of values
+    in one or two bits to the layers' outputs on these rows.
 
     Args:
         experts: Directories of the experts.
@@ -36,7 +36,7 @@ def shrink(
         out: The library of the shrunk experts, which keep their names.
         to: The one encoding that is tried; by default all that fit the expert.
         keep: With `to`, the share of the entries or tiles that stay, the largest ones.
-        rank: With `to`, the most directions of a low-rank expert.
+        rank: With `to`, the most directions of each matrix.
         bound: How much the loss may rise, in nats a target token.
         overwrite: Replace experts in `out`.
 

@@ -52,7 +52,7 @@ def study(
         out: Directory of the study.
         where: Where the pieces run.
         only: Do only experts, statistics, settings, merges, tests. What these need is done too.
-        dry_run: Only print the pieces and their time. It is judged by pieces like them that are done.
+        dry_run: Only print the pieces and their time. Finished pieces like them give the estimate.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
         open: Show the page in the browser at the end.

@@ -1,6 +1,6 @@
-"""Define the options `--tune` of `merge`, and print what a tuning found.
+"""Define the options `--tune` and `--data` of `merge`, and print what a tuning found.
 
-They name `TaskMixture` without importing it, so that a plain merge does without Lightning.
+They do not import `TaskMixture`, so that a plain merge does without Lightning.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class DataSource:
         return {}
 
     def inputs(self, most: int) -> Mapping[str, Sequence[Example]]:
-        """Return at most so many training examples of all held-in tasks together, whose prompts an expert may keep."""
+        """Return at most `most` training examples of all held-in tasks together, whose prompts an expert may keep."""
         return {}
 
     def fit_context(self, context: int | None) -> None:

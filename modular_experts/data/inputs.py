@@ -23,10 +23,10 @@ def as_prompts(examples: Mapping[str, Sequence[Example]]) -> dict[str, list[Prom
 
 
 class _InputsAlone(TaskSource):
-    """The source of a task of which inputs alone are there."""
+    """The source of a task that has inputs and no targets."""
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        raise ValueError("of this task only inputs are there, and this needs targets; give its rows: --data.tasks")
+        raise ValueError("this task has inputs alone, and its targets are needed; give its rows: --data.tasks")
 
 
 class Inputs(TaskMixture):

@@ -1,4 +1,7 @@
-"""ProDistill (Xu et al., ICML 2025) also distils the experts without labels, with a coefficient for each entry."""
+"""Merge with a coefficient for each row, which a search learns from the experts' answers.
+
+ProDistill (Xu et al., ICML 2025) learns one for each entry, also without labels.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Needs:
         matrices_per_expert: Number of such matrices for each expert that moves the weight.
         squares: Number of float64 matrices `(in, in)`, such as Gram matrices.
         copies: Number of copies of the single entries that sparse experts keep of the weight.
-        inputs: Whether the base and inputs of the tasks, so that a search finds the merge and not `merge`.
+        inputs: Whether a search on the base and inputs of the tasks finds the merge, and `merge` refuses the method.
     """
 
     statistics: str | None = None

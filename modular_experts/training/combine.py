@@ -41,6 +41,7 @@ MEASURED = "combine.json"
 ROUTED = "routed"
 """Name of the routed experts, which lie in libraries beside the experts that they choose from."""
 SHRINK_ROWS = 32
+"""The most inputs of one task on which a shrunk expert is measured."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Way:
         name: What was done.
         place: Directory of the merged or routed expert.
         needs: What it was made from, beside the experts.
-        bytes: Bytes that it takes beside the base: a merge, which is added to the base, takes 0, and a router its own
-            bytes and those of all experts.
+        bytes: Bytes that it takes beside the base: 0 for a merge, which is added to the base, and for a router the
+            sum over itself and all experts.
         kept: Its exact match over the exact match of the experts, each on its own task; both are means over tasks.
         loss: Loss in nats a token, a mean over tasks.
         held_out: Exact match on held-out tasks, in [0, 1]; None without such tasks.

@@ -182,8 +182,8 @@ def objective_on_base(
 ) -> Objective:
     """Return the objective on the base of stored experts, loaded on the GPU if there is one.
 
-    The base's tokenizer reads data that have none of their own. With `distills` the objective also keeps the predictions of
-    each task's own expert.
+    Data without a tokenizer are read with the base's. With `distills` the objective also keeps the predictions of each
+    task's own expert.
 
     Raises:
         ValueError: The experts were trained on another base, a task's expert cannot be told, or `Objective` refuses

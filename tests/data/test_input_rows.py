@@ -98,7 +98,7 @@ def test_what_needs_targets_or_other_tokens_is_refused(library, tiny_llama_dir) 
     experts = [open_expert(library / name) for name in "ab"]
     data = Inputs.kept_by(experts)
     data.tokenizer = str(tiny_llama_dir)
-    with pytest.raises(ValueError, match="only inputs are there, and this needs targets"):
+    with pytest.raises(ValueError, match="this task has inputs alone, and its targets are needed"):
         data.validation_examples()
     data.tokenizer = Base.open(tiny_llama_dir).tokenizer()
     data.prompts["a"][0].ids[0] = 10**6
