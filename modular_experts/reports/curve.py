@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from modular_experts.reports.figure import line_of, styled, text_of
+from modular_experts.reports.figure import WIDTH, heading, line_of, styled, text_of
 from modular_experts.reports.tables import number, percent
 
-WIDTH, HEIGHT = {True: 900.0, False: 390.0}, 300.0  # of the picture, and of a panel
+HEIGHT = 300.0  # pixels of a panel
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 12.0, 34.0, 30.0  # pixels around the axes of a panel
-LETTER, LINE = 6.6, 14.0  # pixels of a letter and of a line of a label
+ABOVE = 26.0  # pixels over the highest mark, for its name
+LETTER, LINE = 6.2, 14.0  # pixels of a letter and of a line of a label
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,12 @@ def draw_curves(
         wide: Whether two panels stand beside each other, for more than 800 pixels, or one, as on a phone.
         dark: Set the colours of a dark or of a light page; None leaves them to the page.
     """
-    width, across, found = WIDTH[wide], 2 if wide else 1, list[str]()
-    top = 18.0
-    for words, letters, look in ((title, 100 if wide else 46, "title"), (key, 130 if wide else 58, "quiet")):
-        for one in textwrap.wrap(words, letters):
-            found.append(text_of(4, top, one, look))
-            top += 18
+    found, top = heading(title, key, wide)
+    width, across = WIDTH[wide], 2 if wide else 1
     points = [point for several in curves.values() for point in several]
     sizes, lowest = [math.log10(point.size) for point in points], min(point.kept for point in points)
     step = 0.1 if lowest >= 0.5 else 0.25
-    low, high = step * math.floor(lowest / step), max(1.02, *(point.kept for point in points))
+    low, high = step * math.floor(lowest / step), max(1.0, *(point.kept for point in points))
     area = (min(sizes) - 0.1, max(sizes) + 0.1), (low, high, step)
     for place, (kind, several) in enumerate(curves.items()):
         left, row = width / across * (place % across), place // across
@@ -69,13 +65,13 @@ def _panel(
         return round(left + (right - left) * (math.log10(size) - first) / (last - first), 1)
 
     def y(kept: float) -> float:
-        return round(bottom - (bottom - top) * (kept - low) / (high - low), 1)
+        return round(bottom - (bottom - top - ABOVE) * (kept - low) / (high - low), 1)
 
     found = [text_of(left, top - 14, kind, "strong")]
     for share in (low + step * count for count in range(1 + int((1 - low) / step + 1e-9))):
         found += [line_of(left, y(share), right, y(share), "rule")]
         found += [text_of(left - 6, y(share) + 4, number(100 * share, 0), "quiet end")]
-    for size in (one * 10.0**power for power in range(-4, 3) for one in (1, 2, 5)):
+    for size in (one * 10.0**power for power in range(-5, 5) for one in (1, 2, 5)):
         if first <= math.log10(size) <= last and (last - first < 2.2 or f"{size:e}"[0] == "1"):
             found += [line_of(x(size), top, x(size), bottom, "rule")]
             found += [text_of(x(size), bottom + 18, f"{100 * size:g} %", "quiet middle")]
@@ -83,7 +79,8 @@ def _panel(
     ahead = [one for one in points if all(one.kept > two.kept for two in smaller[one])]
     for one, two in itertools.pairwise(ahead):
         found += [line_of(x(one.size), y(one.kept), x(two.size), y(two.kept), "step")]
-    for point in points:
+    # Filled marks lie over the hollow ones.
+    for point in sorted(points, key=ahead.__contains__):
         look = "" if point in ahead else ' class="before"'
         about = escape(f"{point.name}: {percent(point.size)} % of a copy, {percent(point.kept)} % kept")
         place = f'cx="{x(point.size)}" cy="{y(point.kept)}" r="4"'
@@ -101,10 +98,12 @@ def _label(
     long = LETTER * len(name)
     for down in (4, 18, -10, 32, -24, 46, 60, 74):
         for end in (False, True):
-            start = x - 8 - long if end else x + 8
+            edge = x - 8 if end else x + 8
+            start = edge - long * end
             box = start, y + down - LINE + 3, start + long, y + down + 3
             free = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
             if free and edges[0] <= start and start + long <= edges[1]:
                 taken.append(box)
-                return [text_of(x - 8 if end else x + 8, y + down, name, "end" * end)]
+                pointer = [line_of(x, y, edge, y + down - 4, "reference")] * (down != 4)
+                return [*pointer, text_of(edge, y + down, name, "end" * end)]
     return []

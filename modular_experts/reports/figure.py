@@ -9,6 +9,7 @@ from html import escape
 
 from modular_experts.reports.tables import percent
 
+WIDTH = {True: 900.0, False: 390.0}  # pixels of a wide picture, and of one for a phone
 ROW, GAP, HEAD = 18, 10, 58  # pixels of a row, between groups, and of a panel's title and references
 NAMES, NUMBERS = 148.0, 66.0  # pixels beside a panel, for the names of rows, at least, and for their values
 LETTER = 7.0  # pixels of a letter of a long name
@@ -85,13 +86,8 @@ def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark:
         wide: Whether the panels stand beside each other, for more than 800 pixels, or below each other, as on a phone.
         dark: Set the colours of a dark or of a light page; None leaves them to the page.
     """
-    width = 900 if wide else 390
-    lines = textwrap.wrap(title, 100 if wide else 46)
-    keys = textwrap.wrap(key, 130 if wide else 58)
-    found = [text_of(4, 18 + 20 * number, line, "title") for number, line in enumerate(lines)]
-    top = 22 + 20 * len(lines)
-    found += [text_of(4, top + 16 * number, line, "quiet") for number, line in enumerate(keys)]
-    top += 16 * len(keys) + 12
+    found, top = heading(title, key, wide)
+    width, top = WIDTH[wide], top + 12
     longest = max((len(row.name) for panel in panels for group in panel.groups for row in group), default=0)
     names = left = max(NAMES, LETTER * longest)
     room = (width - names - NUMBERS * (len(panels) if wide else 1)) / (len(panels) if wide else 1)
@@ -100,6 +96,16 @@ def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark:
         left, top = (left + room + NUMBERS, top) if wide else (left, top + panel.height + 16)
     height = top + (panels[0].height if wide else 0)
     return styled(title, found, width, height, dark)
+
+
+def heading(title: str, key: str, wide: bool) -> tuple[list[str], float]:
+    """Return the lines of a title and a key, and the height below them."""
+    found, top = list[str](), 18.0
+    for words, letters, look in ((title, 100 if wide else 46, "title"), (key, 130 if wide else 58, "quiet")):
+        for line in textwrap.wrap(words, letters):
+            found.append(text_of(4, top, line, look))
+            top += 18
+    return found, top
 
 
 def styled(title: str, elements: Sequence[str], width: float, height: float, dark: bool | None) -> str:

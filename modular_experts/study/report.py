@@ -177,9 +177,8 @@ def _bytes(results: Results) -> Section | None:
         Column("kept, %", lambda point: point.kept, percent),
     ]
     title = f"The {metric_words(metric)} that is kept of the single experts', over the bytes that this takes"
-    key = (
-        "bytes over one copy in bfloat16 of the weights that the experts move; a named way keeps more than all smaller"
-    )
+    key = "kept, in %, over the bytes of all experts, in % of one copy in bfloat16 of the weights that they move · "
+    key += "filled and named: no other way of as many bytes or fewer keeps as much"
     svg = [draw_curves(title, key, curves, wide) for wide in (True, False)]
     drawn = [element("div", Html(one), class_=look) for one, look in zip(svg, ("wide", "narrow"), strict=True)]
     about = (
