@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from merge_work import status
+
 WAYS = ("model", "block")
 
 
@@ -27,17 +29,12 @@ def measured(way: str, given: argparse.Namespace) -> dict[str, float]:
     from modular_experts import Base, Distilled, distill, open_expert
 
     base = sum(p.nbytes for p in Base.open(None, [open_expert(given.experts[0])]).load().parameters())
-    before, started = _status("VmRSS") - base, time.process_time()
+    before, started = status("VmRSS") - base, time.process_time()
     method = Distilled(steps=given.steps, rows=given.rows, max_new_tokens=given.max_new_tokens, by=way)
     with tempfile.TemporaryDirectory() as folder:
         done = distill(given.experts, Path(folder, "out"), method)
-    peak = _status("VmHWM") - before - base
+    peak = status("VmHWM") - before - base
     return {"cpu": time.process_time() - started, "memory": peak / base, "loss": fmean(done.found.losses.values())}
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> None:

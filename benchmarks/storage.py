@@ -32,12 +32,13 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.table import Table
+from routing_cost import RECORD, RandomExpert
 from torch import Tensor, nn
 
-from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import tile_grid
 from modular_experts.injection.routed import routed
-from modular_experts.library import StoredExpert, make_record, open_expert, open_experts, write_expert
+from modular_experts.library import StoredExpert, open_expert, open_experts, write_expert
 from modular_experts.library.encoded import VALUE_TYPES
 from modular_experts.merger.merged import Merged
 from modular_experts.methods import SelfRegMean
@@ -50,8 +51,7 @@ SHAPES = [(576, 576), (1536, 576), (8192, 3072)]
 VALUE = 4  # bytes
 BLOCK = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "down": (576, 1536)}
 BLOCK["up"] = BLOCK["gate"]
-EXPERTS, MERGED, TOKENS, RANK = 8, 3, 64, 16
-RECORD = make_record("SparseExpert", {"id": "none", "revision": None, "fingerprint": "0" * 64})
+EXPERTS, MERGED, TOKENS = 8, 3, 64
 
 
 def support(places: int, share: float, kind: str) -> Tensor:
@@ -191,36 +191,16 @@ def times(folder: Path, shapes: list[Shape], rounds: int) -> list[dict[str, Any]
 
 
 class Layers(nn.Module):
-    """The linear layers of some transformer blocks, each with an input of its own."""
+    """The projections of a transformer block, each with an input of its own."""
 
-    def __init__(self, blocks: int, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
         super().__init__()
-        for number in range(blocks):
-            for name, (rows, columns) in shapes.items():
-                self.add_module(f"{name}{number}", nn.Linear(columns, rows, bias=False))
+        for name, (rows, columns) in shapes.items():
+            self.add_module(f"{name}_proj", nn.Linear(columns, rows, bias=False))
 
     def forward(self, inputs: Mapping[int, Tensor]) -> None:
         for weight, layer in zip(self.parameters(), self.children(), strict=True):
             layer(inputs[weight.shape[1]])
-
-
-def expert(kind: str, model: nn.Module, seed: int) -> dict[str, Delta]:
-    """Return a random delta of each weight of a model."""
-    draw = torch.Generator().manual_seed(seed)
-    found: dict[str, Delta] = {}
-    for name, weight in model.named_parameters():
-        (rows, columns), tile = weight.shape, (TILE, TILE) if kind == "tiles" else (1, 1)
-        if kind == "LoRA":
-            up, down = (torch.randn(*size, generator=draw) for size in ((rows, RANK), (RANK, columns)))
-            found[name] = LowRank(0.01 * up, 0.01 * down)
-            continue
-        units = math.prod(tile_grid(weight.shape, tile))
-        kept = torch.randperm(units, generator=draw)[: round(0.05 * units)].sort().values.int()
-        if kind == "tiles":
-            found[name] = BlockSparse(kept, 0.01 * torch.randn(len(kept), TILE, TILE, generator=draw), weight.shape)
-        else:
-            found[name] = Sparse(kept, 0.01 * torch.randn(len(kept), generator=draw), weight.shape)
-    return found
 
 
 def pass_forward(model: nn.Module, folders: list[Path], inputs: Mapping[int, Tensor]) -> None:
@@ -231,7 +211,7 @@ def pass_forward(model: nn.Module, folders: list[Path], inputs: Mapping[int, Ten
 
 def encoded(folder: Path, quick: bool, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each kind of expert and encoding: bytes, and times over those of float32."""
-    model = Layers(1, {"w": (96, 64)} if quick else BLOCK)
+    model = Layers({"w": (96, 64)} if quick else BLOCK)
     widths = {weight.shape[1] for weight in model.parameters()}
     inputs = {width: torch.randn(EXPERTS, TOKENS, width) for width in widths}
     rows = []
@@ -241,7 +221,7 @@ def encoded(folder: Path, quick: bool, rounds: int) -> list[dict[str, Any]]:
         for encoding in VALUE_TYPES:
             folders = [folder / f"{kind}-{encoding}-{number}" for number in range(EXPERTS)]
             for number, path in enumerate(folders):
-                write_expert(path, expert(kind, model, number), RECORD, overwrite=True, encoding=encoding)
+                write_expert(path, RandomExpert(model, kind, number), RECORD, overwrite=True, encoding=encoding)
             size[encoding] = sum(open_expert(folders[0]).stored_bytes().values())
             calls[f"read {encoding}"] = partial(partial, lambda path: list(open_expert(path).values()), folders[0])
             merged = folders[:MERGED]
