@@ -45,7 +45,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     about, steps = _about_base(place), next_steps(plan, place)
     commands = [element("pre", element("code", command)) for command in steps]
     more = Section("Try next", "Look into the library, and merge two of these experts yourself", commands)
-    results = write_results(study, place, [plan.tasks], [element("p", about, class_="lede")], [more])
+    results = write_results(study, place, state, [plan.tasks], [element("p", about, class_="lede")], [more])
     (place / "quickstart.svg").write_text(figure_of(results, dark=False), encoding="utf-8")
     print(f"a browser shows the page at\n  {(place / REPORT).absolute().as_uri()}\n\n{textwrap.fill(about, 80)}\n")
     print("to go on:")

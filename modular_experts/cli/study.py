@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -18,7 +18,7 @@ from modular_experts.reports import Results
 from modular_experts.reports.page import Section
 from modular_experts.reports.tables import Html
 from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
-from modular_experts.study.pieces import STAGES, title_of
+from modular_experts.study.pieces import Stage, title_of
 from modular_experts.study.report import REPORT, write_report
 from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Failure, Lines, State, state_of
@@ -27,8 +27,6 @@ from modular_experts.study.summary import beside_published, findings, summary
 
 NAMED = 3
 """How many of the pieces that failed for the same reason are named."""
-
-Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
 
 
 def study(
@@ -63,8 +61,8 @@ def study(
         modular-experts study --config study.yaml --out runs/mine --only experts
     """
     place, found = Path(out), read_study(**vars(description))
-    pieces = pieces_of(found, place.absolute(), only or ())
     if dry_run or status:
+        pieces = pieces_of(found, place.absolute(), only or ())
         _print_state(state_of(pieces, Lines(place), retry and dry_run), dry_run)
         return
     try:
@@ -72,12 +70,14 @@ def study(
             executor = stack.enter_context(engine) if (engine := where.made()) else None
             show = stack.enter_context(study_progress())
             state = run_study(found, place, only or (), retry, executor, where.processes, show)
-        results = write_results(found, place)
+        # What earlier runs measured stays in the tables, also of stages that this one left out.
+        every = state_of(pieces_of(found, place.absolute()), Lines(place)) if only else state
+        results = write_results(found, place, every)
     except (BlockingIOError, FileExistsError):
         raise
     except OSError:
         # A full disk makes pieces fail before it ends the study, and the user wants to know which.
-        _print_failures(state_of(pieces, Lines(place)))
+        _print_failures(state_of(pieces_of(found, place.absolute(), only or ()), Lines(place)))
         raise
     if open and results.rows:
         open_page(place / REPORT)
@@ -105,19 +105,18 @@ def study_progress() -> Iterator[Callable[[State, int | None], None]]:
 def write_results(
     study: Study,
     place: Path,
+    state: State,
     counts: Collection[int] | None = None,
     lede: Sequence[Html] = (),
     more: Sequence[Section] = (),
 ) -> Results:
     """Write the results and the page, and print the table and the findings; arguments are of `summary` and the page."""
-    # What earlier runs measured stays in the tables, also of stages that this one left out.
-    everything = state_of(pieces_of(study, place.absolute()), Lines(place))
-    results = results_of(study, everything)
+    results = results_of(study, state)
     results.write(place / RESULTS)
     if results.rows:
-        write_report(results, everything, place / REPORT, lede, more)
+        write_report(results, state, place / REPORT, lede, more)
         console = Console(width=80)
-        console.print(summary(results, everything, counts).text())
+        console.print(summary(results, state, counts).text())
         if table := beside_published(results):
             console.print("", table.text(), f"published: {results.facts['published']['source']}", markup=False)
         for sentence in findings(results):
@@ -147,7 +146,7 @@ def _print_state(state: State, dry_run: bool) -> None:
     for piece in state.pieces if dry_run else ():
         mark = "done" if piece.key in state.done else "failed" if piece.key in state.failed else "to do"
         print(f"{mark:<8}{title_of(piece.key)}")
-    for stage in STAGES:
+    for stage in get_args(Stage):
         if mine := [piece.key for piece in state.pieces if piece.key[0] == stage]:
             failures = [state.failed[key] for key in mine if key in state.failed]
             print(f"{stage:<12}{sum(key in state.done for key in mine)} of {len(mine)} done{_failed_text(failures)}")

@@ -28,7 +28,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
 from modular_experts.library.encoded import StoredValues, check_encoding
 from modular_experts.library.inputs import INPUTS_FILE, Prompt, read_inputs, write_inputs
-from modular_experts.library.packing import PackedDelta, check_layout, pack, unpack
+from modular_experts.library.packing import NUMBERS, PackedDelta, check_layout, pack, unpack
 from modular_experts.library.record import (
     DELTA_FILE,
     FORMAT,
@@ -200,12 +200,13 @@ class StoredExpert(TaskVector):
         for suffix in self._table[name]["tensors"]:
             self._tensors.release(f"{name}/{suffix}")
 
-    def stored_bytes(self) -> dict[str, int]:
-        """Return how many bytes the delta of each weight has in the file, without reading it."""
+    def stored_bytes(self, places: bool = False) -> dict[str, int]:
+        """Return how many bytes the delta of each weight, or its places alone, has in the file, without reading it."""
         sizes = dict.fromkeys(self, 0)
         for key, (dtype, shape) in self._tensors.layouts.items() if sizes else ():
             assert isinstance(dtype, torch.dtype), key
-            sizes[key.rpartition("/")[0]] += dtype.itemsize * math.prod(shape)
+            name, _, suffix = key.rpartition("/")
+            sizes[name] += dtype.itemsize * math.prod(shape) * (suffix in NUMBERS or not places)
         return sizes
 
     def __repr__(self) -> str:

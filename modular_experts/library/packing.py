@@ -30,6 +30,7 @@ _PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numb
 # The tensors of each form beside the kept numbers, and the name of these where they are stored as they are.
 _FORMS = {"Dense": ("dense",), "LowRank": ("up", "down"), "Sparse": ("values",), "BlockSparse": ("values",)}
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
+NUMBERS = (*_KEPT.values(), *PLACES)
 
 
 def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], StoredValues]:

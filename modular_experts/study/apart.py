@@ -62,6 +62,8 @@ class Apart:
     @classmethod
     def of_method(cls, given: Mapping[str, Any]) -> Apart:
         method = made("--merges", MergeMethod, given["method"])
+        if choice := [key for key in ("tune", "rows") if key in given]:
+            raise ValueError(f"{choice[0]} is not for an expert of each task (per_task: true); leave one of them out")
         if not method.has_tasks:
             raise ValueError(f"{type(method).__name__} gives tasks no experts of their own; leave per_task out")
         return cls(given.get("name", f"{type(method).__name__} by task"), method=given["method"])
@@ -121,28 +123,25 @@ def measured_apart(study: Study, experts: Sequence[Mapping[str, Delta]], tasks: 
     return {"scores": scores, "values": joined("values"), "answers": joined("answers"), "switch_seconds": seconds}
 
 
-def bytes_in_use(experts: Sequence[Any], by_mask: bool = False) -> int | None:
-    """Return the bytes of values and places of stored experts that are used together; None where one is not stored.
+def bytes_in_use(experts: Sequence[StoredExpert], by_mask: bool = False) -> int:
+    """Return the bytes of values and places of experts that are used together.
 
-    A routed expert counts with its experts, and a merge in bfloat16. With `by_mask` each expert counts as a mask of the
-    entries that it keeps, beside a merge of which it keeps them.
+    A routed expert counts with its experts, and the float32 values of a merge in bfloat16. With `by_mask` each expert
+    counts as a mask of the entries that it keeps, beside a merge of which it keeps them.
     """
-    if not all(isinstance(one, StoredExpert) for one in experts):
-        return None
     total = 0
     for one in experts:
-        stored, kept, forms = one.stored_bytes(), one.kept_entries(), one.forms()
+        stored, places, kept, forms = one.stored_bytes(), one.stored_bytes(places=True), one.kept_entries(), one.forms()
         for name, shape in one.shapes().items():
-            entries, is_sparse = shape.numel(), forms[name] in ("Sparse", "BlockSparse")
+            entries = shape.numel()
             if by_mask:
                 # In tiles, each entry needs a bit beside the places of the tiles.
-                bits = 0 if forms[name] == "Sparse" else kept[name] if forms[name] == "BlockSparse" else entries
-                places = stored[name] - 4 * kept[name] if is_sparse else 0
-                total += min(places + math.ceil(bits / 8), math.ceil(entries / 8))
-            elif one.is_merge:
-                total += min(stored[name] - 2 * kept[name] if is_sparse else stored[name] // 2, 2 * entries)
+                bits = {"Sparse": 0, "BlockSparse": kept[name]}.get(forms[name], entries)
+                total += min(places[name] + math.ceil(bits / 8), math.ceil(entries / 8))
+            elif one.is_merge and "encoding" not in one.record:
+                total += min((stored[name] + places[name]) // 2, 2 * entries)
             else:
                 total += stored[name]
         if one.is_routed:
-            total += one.size_on_disk + (bytes_in_use(open_parents(one)) or 0)
+            total += one.size_on_disk + bytes_in_use(open_parents(one))
     return total

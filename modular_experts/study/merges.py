@@ -25,7 +25,7 @@ from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.settings.read import make
-from modular_experts.study.apart import Apart, bytes_in_use, measured_apart
+from modular_experts.study.apart import ROWS, Apart, bytes_in_use, measured_apart
 from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
 from modular_experts.study.work import ChoiceRows, about_expert, loaded, made, measured, shared_rows, tasks_of
@@ -39,7 +39,6 @@ from modular_experts.tuning.tune import most_trials, notes_of, tune_groups
 # So that a study names the searches of related systems by their class alone.
 import_systems("search")
 
-TUNING_ROWS = 64
 Put = Callable[..., Any] | None
 Combined = tuple[Sequence[Any], Mapping[str, Any], Put]
 """Experts to add up in the base, the settings that were chosen, and what puts them in place otherwise."""
@@ -61,7 +60,7 @@ class Merge:
     method: Any
     searched: bool = False
     tune: dict[str, Any] | None = None
-    rows: int = TUNING_ROWS
+    rows: int = ROWS
     merges: tuple[Any, ...] = ()
     labels: Labels = "rows"
     fallback: ClassVar[None] = None
@@ -80,7 +79,7 @@ class Merge:
         if tune is not None:
             most_trials(method, tune.get("grid"))  # refuses a grid that does not fit
         name = given.get("name", type(method).__name__ + " tuned" * (tune is not None))
-        return cls(name, given["method"], False, tune, given.get("rows", TUNING_ROWS))
+        return cls(name, given["method"], False, tune, given.get("rows", ROWS))
 
     @classmethod
     def of_search(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Merge:
@@ -88,7 +87,7 @@ class Merge:
         if (labels := given.get("labels", "rows")) not in get_args(Labels):
             raise ValueError(f"labels={labels!r} must be one of {', '.join(get_args(Labels))}")
         starts = tuple(given.get("merges", ()))
-        return cls(name, given["search"], True, None, given.get("rows", TUNING_ROWS), starts, labels)
+        return cls(name, given["search"], True, None, given.get("rows", ROWS), starts, labels)
 
     @property
     def methods(self) -> list[MergeMethod]:
@@ -345,11 +344,13 @@ def combine_and_test(
 
 def _sizes(study: Study, out: Path, way: Way, group: Group, experts: Sequence[Any]) -> dict[str, int]:
     """Return the bytes of the experts in use, of those that they were made of, and of their weights in bfloat16."""
-    parts = [bytes_in_use(experts, by_mask=isinstance(way, Apart) and bool(way.method))]
+    if not group.is_whole:
+        return {}  # a merge of a few is not stored
     if isinstance(way, Apart) and way.method:
-        parts.append(bytes_in_use([open_expert(out / "library" / way.shared(study, group.kind, group.seed))]))
-    if None in parts:
-        return {}
+        shared = open_expert(out / "library" / way.shared(study, group.kind, group.seed))
+        used = bytes_in_use(experts, by_mask=True) + bytes_in_use([shared])
+    else:
+        used = bytes_in_use(experts)
     alone = group.experts(study, out)
     copy = 2 * sum(shape.numel() for shape in union_of_weights(alone).values())
-    return {"bytes": sum(filter(None, parts)), "alone": bytes_in_use(alone) or 0, "copy": copy}
+    return {"bytes": used, "alone": bytes_in_use(alone), "copy": copy}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modular_experts.base import Base
 from modular_experts.jobs import Piece
@@ -21,7 +21,7 @@ from modular_experts.study.merges import Way, choose, combine_and_test, settings
 from modular_experts.study.plan import BASE, Study, groups
 from modular_experts.study.work import do, measure_experts, take, test, train
 
-STAGES = ("experts", "statistics", "settings", "merges", "tests")
+Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
 """What `--only` takes; the key of a piece begins with one of them."""
 
 

@@ -24,6 +24,7 @@ from modular_experts.study.summary import (
     findings,
     interval_text,
     judged,
+    kept_apart,
     largest_count,
     metric_words,
     signed,
@@ -86,6 +87,7 @@ def _overview(results: Results, state: State) -> Section:
 def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> str:
     """Draw the base, the single experts and the merges of all experts of each kind, held in and held out, as SVG.
 
+    Ways that keep experts apart in fewer bytes are left to the section of bytes.
     A method that the study also tunes has one line, from its value as it comes to its tuned value. `dark` is as for
     `reports.figure.draw`.
     """
@@ -96,9 +98,10 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
             continue
         groups = []
         for kind in facts["kinds"]:
-            mine = judged(results, kind)
+            mine, apart = judged(results, kind), kept_apart(results, kind)
             alone = mine.where(merge=None, role="held_in").mean(metric) if role == "held_in" else None
-            merged = {one: mine.where(merge=one, count=most, role=role).mean(metric) for one in mine.values("merge")}
+            names = [merge for merge in mine.values("merge") if merge not in apart]
+            merged = {one: mine.where(merge=one, count=most, role=role).mean(metric) for one in names}
             groups.append([Row(f"{kind}{SINGLE}", alone, head=True), *_lines_of(facts["merges"].get(kind, ()), merged)])
         known = {model: results.where(model=model, role=role).mean(metric) for model in (BASE, *facts.get("joint", []))}
         references = {model: value for model, value in known.items() if value is not None}

@@ -127,6 +127,11 @@ def findings(results: Results) -> list[str]:
     return sentences
 
 
+def kept_apart(results: Results, kind: str) -> list[str]:
+    """Return the names of the ways that keep experts of a kind apart in fewer bytes."""
+    return [way["name"] for way in results.facts.get("merges", {}).get(kind, ()) if "form" in way]
+
+
 def best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
     """Return by kind the row with the mean gain of the best merge of the most experts; of random groups, the first.
 
@@ -135,7 +140,7 @@ def best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
     means = results.where(metric=GAIN, task=None).rows
     best: dict[str, Mapping[str, Any]] = {}
     for kind in results.facts["kinds"]:
-        apart = [way["name"] for way in results.facts.get("merges", {}).get(kind, ()) if "form" in way]
+        apart = kept_apart(results, kind)
         mine = [row for row in means if row["kind"] == kind and row["merge"] not in apart]
         most = [row for row in mine if row["count"] == max(one["count"] for one in mine)]
         if most:

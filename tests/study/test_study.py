@@ -570,6 +570,7 @@ def test_small_experts_are_tested_on_their_own_tasks_and_routed(settings) -> Non
         ([{"shrink": "int4", "bound": 0.1}], "bound is for {shrink: auto}, which chooses a form"),
         ([{"shrink": "int4"}, {"route": "Centroid", "of": "int8"}], "of: 'int8' must be the name of a way to shrink"),
         ([{"method": "TIES", "per_task": True}], "TIES gives tasks no experts of their own"),
+        ([{"method": "EMR", "per_task": True, "tune": True}], "tune is not for an expert of each task"),
     ],
 )
 def test_ways_to_shrink_that_do_not_fit_are_refused(settings, merges, sentence) -> None:
