@@ -2,7 +2,8 @@
 
 Sizes are bytes per kept entry or tile. The floor is what a choice of k of n places holds, log2 C(n, k) bits, and 32
 bits per value; a clustered choice holds less, which is left out. Values and supports are random: `clustered` draws runs
-of 256 places that are likely together. CSR (16-bit columns, 32-bit rows) and gaps of 4 bits are ways not taken.
+of 256 places that are likely together. CSR (16-bit columns, 32-bit rows) is a way not taken; a Rice code stands beside
+encoded values only.
 
 Times are CPU times on one thread, of a file in the system's cache, hashes and checks included: the same delta as it is
 stored and with its places as int32, in turn, in an order drawn anew for each round. The numbers are ratios of medians.
@@ -93,9 +94,11 @@ def candidates(kept: Tensor, rows: int, limit: int) -> dict[str, float]:
     return {
         "int32": 4 * len(kept),
         "CSR": 2 * len(kept) + 4 * (rows + 1),
-        "4-bit gaps": int((distances // 15 + 1).sum()) / 2,
         "gaps": int((distances // 255 + 1).sum()),
         "mask": math.ceil(limit / 8),
+        "Rice": min(
+            1 + low * -(-len(kept) // 8) - (-(len(kept) + int((distances >> low).sum())) // 8) for low in range(9)
+        ),
     }
 
 
@@ -242,7 +245,7 @@ def show(report: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console(width=140)
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    ways = ["floor", "int32", "CSR", "4-bit gaps", "gaps", "mask", "stored"]
+    ways = ["floor", "int32", "CSR", "gaps", "mask", "Rice", "stored"]
     ratios = {"stored_over_floor": "file/floor", "int32_over_floor": "int32 file/floor"}
     title = (
         f"{report['shape'][0]} x {report['shape'][1]}: bytes per kept place, without its values; and with them, ratios"

@@ -1,9 +1,13 @@
 """Turn a delta into named tensors for a file, and back, with every check that a file from elsewhere needs.
 
 Values are stored as float32, whatever they were trained in, or encoded (`encoded.py`). The numbers of the kept entries
-or tiles take the shortest of three forms: as they are, in int32 (int64 for a weight of 2^31 entries or more); as
-*gaps*, a byte for each distance to the number before, with a zero byte for every 255 to skip; or as a *mask*, a bit for
-each entry or tile.
+or tiles take the shortest of four forms: as they are, in int32 (int64 for a weight of 2^31 entries or more); as
+*gaps*, a byte for each distance to the number before, with a zero byte for every 255 to skip; as a *mask*, a bit for
+each entry or tile; or beside encoded values as a *rice* code, which comes within 2 % of the entropy of random numbers.
+
+A Rice code (Rice and Plaunt, 1971) splits each distance, less one, into its low bits and a quotient `q`. Its first byte
+is the count of low bits, at most 8; then come the planes of all low bits (`deltas/encodings.py`); then a mask, in which
+`q` zeros and a one stand for each quotient.
 """
 
 from __future__ import annotations
@@ -16,16 +20,17 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
-from modular_experts.deltas.encodings import EIGHT_BITS, ENCODINGS, to_planes
+from modular_experts.deltas.encodings import EIGHT_BITS, ENCODINGS, from_planes, to_planes
 from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.encoded import StoredValues
 from modular_experts.library.tensorfile import Layout
 from modular_experts.native.decoding import decode_numbers
 
-PLACES = ("gaps", "mask")
+PLACES = ("gaps", "mask", "rice")
 """The encodings of kept numbers."""
 FURTHEST = 255
 """The largest distance that one byte of gaps holds."""
+_MOST_LOW = 8  # bits of a distance that a Rice code stores as they are
 _PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numbers stay in the processor's cache
 # The tensors of each form beside the kept numbers, and the name of these where they are stored as they are.
 _FORMS = {"Dense": ("dense",), "LowRank": ("up", "down"), "Sparse": ("values",), "BlockSparse": ("values",)}
@@ -56,7 +61,7 @@ def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], St
             raise ValueError(f"it holds values that are not finite in {str(dtype).removeprefix('torch.')}")
     if form in _KEPT:
         kept = getattr(delta, _KEPT[form]).detach().to("cpu", index_dtype(shape)).contiguous()
-        numbers = encode(kept, _limit(form, shape, values["values"].shape), _KEPT[form])
+        numbers = encode(kept, _limit(form, shape, values["values"].shape), _KEPT[form], encoding != "float32")
     sizes = {name: tuple(own.shape) for name, own in values.items()} if encoding in ENCODINGS else {}
     stored = StoredValues(form, tuple(shape), encoding, sizes)
     packed = numbers | (stored.encode(values, kept) if sizes else values)
@@ -66,10 +71,13 @@ def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], St
 
 def packed_bytes(delta: Delta, *encodings: str) -> list[int]:
     """Return how many bytes the tensors that `pack` returns have in each encoding, without encoding values."""
-    packed, stored = pack(delta)
-    sizes = {name: tuple(packed.pop(name).shape) for name in _FORMS[stored.form]}
-    kept = sum(own.nbytes for own in packed.values())
-    return [kept + replace(stored, encoding=name, sizes=sizes).nbytes() for name in encodings]
+    found = []
+    for name in encodings:
+        packed, stored = pack(delta, "float32" if name == "float32" else "bfloat16")
+        sizes = {name: tuple(packed.pop(name).shape) for name in _FORMS[stored.form]}
+        kept = sum(own.nbytes for own in packed.values())
+        found.append(kept + replace(stored, encoding=name, sizes=sizes).nbytes())
+    return found
 
 
 def check_layout(values: StoredValues, layout: Mapping[str, Layout]) -> None:
@@ -173,10 +181,10 @@ def _limit(form: str, shape: Sequence[int], values: Sequence[int]) -> int:
     return math.prod(shape) if form == "Sparse" else math.prod(tile_grid(shape, (values[1], values[2])))
 
 
-def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
+def encode(numbers: Tensor, limit: int, plain: str, by_rice: bool = False) -> dict[str, Tensor]:
     """Return sorted, unique numbers `(n,)` in the fewest bytes, by the name of the encoding.
 
-    Ties go to the fastest to read; `plain` is the name for the numbers as they are.
+    Ties go to the fastest to read; `plain` is the name for the numbers as they are. A Rice code is tried if `by_rice`.
 
     Raises:
         ValueError: The numbers are not sorted and unique, or out of `[0, limit)`.
@@ -190,6 +198,8 @@ def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
         "gaps": numbers.numel() + int(further.sum()),
         "mask": -(-limit // 8),
     }
+    if by_rice and numbers.numel():
+        low, size["rice"] = _low_bits(distances - 1)
     shortest = min(size, key=size.__getitem__)
     if shortest == "gaps":
         last = (distances - FURTHEST * further).to(torch.uint8)
@@ -197,10 +207,30 @@ def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
         gaps[torch.arange(last.numel(), device=last.device) + further.cumsum(0)] = last
         return {"gaps": gaps}
     if shortest == "mask":
-        bits = torch.zeros(8 * size["mask"], dtype=torch.uint8, device=numbers.device)
-        bits[numbers] = 1
-        return {"mask": to_planes(bits, 1)[0]}
+        return {"mask": _mask(numbers, limit)}
+    if shortest == "rice":
+        return {"rice": _to_rice(distances - 1, low)}
     return {plain: numbers}
+
+
+def _mask(numbers: Tensor, limit: int) -> Tensor:
+    bits = torch.zeros(8 * -(-limit // 8), dtype=torch.uint8, device=numbers.device)
+    bits[numbers] = 1
+    return to_planes(bits, 1)[0]
+
+
+def _low_bits(rests: Tensor) -> tuple[int, int]:
+    """Return the count of low bits with which a Rice code is shortest, and its bytes."""
+    count = rests.numel()
+    bits = range(_MOST_LOW + 1)
+    sizes = [1 + low * -(-count // 8) - (-(count + int((rests >> low).sum())) // 8) for low in bits]
+    return min(zip(bits, sizes, strict=True), key=lambda pair: pair[1])
+
+
+def _to_rice(rests: Tensor, low: int) -> Tensor:
+    ends = (rests >> low).cumsum(0) + torch.arange(rests.numel())
+    planes = to_planes((rests & (1 << low) - 1).to(torch.uint8), low).view(-1)
+    return torch.cat([planes.new_tensor([low]), planes, _mask(ends, int(ends[-1]) + 1)])
 
 
 def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
@@ -209,6 +239,9 @@ def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
         return False
     if name == "gaps":
         return count <= shape[0] <= count + limit // FURTHEST
+    if name == "rice":
+        # Low bits, a one for each number, the zeros before them, and what rounds up to bytes.
+        return 0 < count <= 8 * shape[0] <= (_MOST_LOW + 1) * (count + 8) + limit + 8
     return shape[0] == (-(-limit // 8) if name == "mask" else count)
 
 
@@ -220,8 +253,8 @@ def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype
     """
     if name not in PLACES:
         return stored
-    found = decode_numbers(name == "mask", stored, count) if dtype == torch.int32 else None
-    numbers, last = found or (_from_gaps if name == "gaps" else _from_mask)(stored, count)
+    found = decode_numbers(name, stored, count) if dtype == torch.int32 else None
+    numbers, last = found or _DECODE[name](stored, count)
     if last is None or last >= limit:
         reached = "" if last is None else f", as the last would be {last}"
         raise ValueError(f"its {name} cannot stand for {count} numbers in [0, {limit}){reached}")
@@ -257,3 +290,22 @@ def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
         torch.add(here, 8 * _PART * part, out=numbers[found : found + here.numel()])
         found += here.numel()
     return numbers, (None if found < count else int(numbers[-1]) if count else -1)
+
+
+def _from_rice(rice: Tensor, count: int) -> tuple[Tensor, int | None]:
+    low, eighth = int(rice[0]), -(-count // 8)
+    if low > _MOST_LOW or rice.numel() < 2 + low * eighth:
+        return rice, None
+    planes, mask = rice[1:].split([low * eighth, rice.numel() - 1 - low * eighth])
+    ends, last = _from_mask(mask, count)
+    if last is None:
+        return ends, None
+    # The sums of the quotients are the places of the ones, less the ones before them.
+    before = torch.arange(count)
+    numbers = (
+        from_planes(planes.view(low, eighth), count).cumsum(0, dtype=torch.int64) + (ends - before << low) + before
+    )
+    return numbers, int(numbers[-1])
+
+
+_DECODE = {"gaps": _from_gaps, "mask": _from_mask, "rice": _from_rice}

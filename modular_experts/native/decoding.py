@@ -19,8 +19,8 @@ RowLayout = tuple[int, int, int, int]
 A height of 0 stands for single entries, and -1 for one tile with a scale a column."""
 
 
-def decode_numbers(is_mask: bool, stored: Tensor, count: int) -> tuple[Tensor, int | None] | None:
-    """Return the `count` numbers of gaps or a mask `(bytes,)`, int32, and the last of them.
+def decode_numbers(name: str, stored: Tensor, count: int) -> tuple[Tensor, int | None] | None:
+    """Return the `count` numbers of `gaps`, a `mask` or a `rice` code `(bytes,)`, int32, and the last of them.
 
     The last is right even where it needs more than 32 bits. It is -1 for an empty list, and None where there are not
     `count` numbers.
@@ -29,8 +29,7 @@ def decode_numbers(is_mask: bool, stored: Tensor, count: int) -> tuple[Tensor, i
     if passes is None:
         return None
     numbers = empty(count, torch.int32)
-    decode = passes.decode_mask if is_mask else passes.decode_gaps
-    last = decode(stored.data_ptr(), stored.numel(), count, numbers.data_ptr())
+    last = getattr(passes, f"decode_{name}")(stored.data_ptr(), stored.numel(), count, numbers.data_ptr())
     return numbers, None if last == -2 else last
 
 

@@ -219,6 +219,24 @@ extern "C" int64_t pack_entries(const double* total, const uint8_t* kept, int64_
     return pack(total, kept, size, start, places, values);
 }
 
+#ifdef __AVX512F__
+namespace {
+
+__m512i running_sums(__m512i own) {
+    const __m512i none = _mm512_setzero_si512();
+    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 15));
+    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 14));
+    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 12));
+    return _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 8));
+}
+
+int32_t last_of(__m512i numbers) { return _mm_extract_epi32(_mm512_extracti32x4_epi32(numbers, 3), 3); }
+
+const __m512i UP = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+
+}  // namespace
+#endif
+
 // Write the numbers that gaps encode. Return the last one (-1 for an empty list), or -2 if there are not `count`.
 extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count, int32_t* numbers) {
     int64_t last = -1, found = 0;
@@ -227,13 +245,9 @@ extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count
         while (k + 16 <= bytes && found + 16 <= count) {  // sixteen gaps, if no byte of them is zero
             const __m512i own = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(gaps + k)));
             if (_mm512_testn_epi32_mask(own, own)) break;
-            const __m512i none = _mm512_setzero_si512();
-            __m512i sums = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 15));
-            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 14));
-            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 12));
-            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 8));
+            const __m512i sums = running_sums(own);
             _mm512_storeu_si512(numbers + found, _mm512_add_epi32(sums, _mm512_set1_epi32(static_cast<int32_t>(last))));
-            last += _mm_extract_epi32(_mm512_extracti32x4_epi32(sums, 3), 3);
+            last += last_of(sums);
             found += 16, k += 16;
         }
         if (k == bytes) break;
@@ -248,8 +262,17 @@ extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count
 
 // Write the numbers of the bits that a mask sets, the lowest bit of a byte first. Return what decode_gaps returns.
 extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count, int32_t* numbers) {
-    int64_t last = -1, found = 0;
-    for (int64_t place = 0; place < bytes; place += 8) {
+    int64_t last = -1, found = 0, place = 0;
+#ifdef __AVX512F__
+    for (; place + 2 <= bytes && found + 16 <= count; place += 2) {
+        const uint32_t bits = mask[place] | mask[place + 1] << 8;
+        const __m512i own = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), UP);
+        _mm512_storeu_si512(numbers + found, _mm512_add_epi32(own, _mm512_set1_epi32(static_cast<int32_t>(8 * place))));
+        found += __builtin_popcount(bits);
+        if (bits) last = 8 * place + 31 - __builtin_clz(bits);
+    }
+#endif
+    for (; place < bytes; place += 8) {
         uint64_t bits = 0;
         for (int64_t k = 0; k < std::min<int64_t>(8, bytes - place); k++) bits |= uint64_t{mask[place + k]} << 8 * k;
         if (found + __builtin_popcountll(bits) > count) return -2;
@@ -259,6 +282,36 @@ extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count
         }
     }
     return found == count ? last : -2;
+}
+
+// Write the numbers that a Rice code stands for (`library/packing.py`). Return what decode_gaps returns.
+extern "C" int64_t decode_rice(const uint8_t* rice, int64_t bytes, int64_t count, int32_t* numbers) {
+    const int64_t low = rice[0], start = 1 + low * ((count + 7) / 8);
+    if (low > 8 || start >= bytes) return -2;
+    const int64_t end = decode_mask(rice + start, bytes - start, count, numbers);
+    if (end < 0) return end;
+    Codes codes{rice + 1, low, count};
+    int64_t sum = 0;  // of the low bits, and of a one for each number
+    for (int64_t k = 0; k < count;) {
+        codes.read_more();
+#ifdef __AVX512F__
+        for (; k + 16 <= codes.end; k += 16) {
+            const __m512i own = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes.at(k))));
+            const __m512i sums = running_sums(_mm512_add_epi32(own, _mm512_set1_epi32(1)));
+            const __m512i before = _mm512_add_epi32(UP, _mm512_set1_epi32(static_cast<int32_t>(k)));
+            const __m512i quotients = _mm512_sub_epi32(_mm512_loadu_si512(numbers + k), before);
+            const __m512i high = _mm512_sll_epi32(quotients, _mm_cvtsi64_si128(low));
+            const __m512i base = _mm512_set1_epi32(static_cast<int32_t>(sum - 1));
+            _mm512_storeu_si512(numbers + k, _mm512_add_epi32(_mm512_add_epi32(high, sums), base));
+            sum += last_of(sums);
+        }
+#endif
+        for (; k < codes.end; k++) {
+            sum += *codes.at(k) + 1;
+            numbers[k] = static_cast<int32_t>(((int64_t{numbers[k]} - k) << low) + sum - 1);
+        }
+    }
+    return ((end - count + 1) << low) + sum - 1;
 }
 
 // Write the values that codes of `bits` bits stand for; `deltas/encodings.py` has the encodings. A row has one scale, or

@@ -73,11 +73,12 @@ def test_entries_beyond_the_edge_stay_zero(tile):
 
 
 def test_bits_of_a_sparse_weight(tmp_path):
-    # 5 % of 200 x 1000 entries: 10,000 places by gaps, a byte each, and a scale of two bytes for each of 200 rows.
+    # 5 % of 200 x 1000 entries: 10,000 places by a Rice code, and a scale of two bytes for each of 200 rows.
     delta = random_delta("Sparse", (200, 1000), 0, share=0.05)
     for name, encoding in ENCODINGS.items():
         expert, _ = _written(tmp_path / name, name, {"w.weight": delta})
-        places = len(pack(delta)[0]["gaps"])
+        places = len(pack(delta, name)[0]["rice"])
+        assert 8 * places < 1.02 * 5.72 * 10_000
         assert expert.stored_bytes()["w.weight"] == places + 10_000 * encoding.bits // 8 + 400 * encoding.magnitudes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 
 import pytest
@@ -34,6 +35,21 @@ def gaps_of(numbers):
 
 def mask_of(numbers, limit):
     return list(sum(1 << number for number in numbers).to_bytes(-(-limit // 8), "little"))
+
+
+def rice_of(numbers):
+    """Return the shortest Rice code of numbers, written bit by bit."""
+    rests = [number - before - 1 for before, number in zip([-1, *numbers], numbers, strict=False)]
+    codes = []
+    for low in range(9):
+        planes = [bytes_of("".join(str(rest >> bit & 1) for rest in rests)) for bit in range(low)]
+        ends = "".join("0" * (rest >> low) + "1" for rest in rests)
+        codes.append([low, *(byte for plane in planes for byte in plane), *bytes_of(ends)])
+    return min(codes, key=len)
+
+
+def bytes_of(bits):
+    return list(int(bits[::-1], 2).to_bytes(-(-len(bits) // 8), "little"))
 
 
 def read(name, content, count, limit, dtype=torch.int32):
@@ -73,6 +89,21 @@ def test_kept_numbers_come_back_from_the_fewest_bytes(found, dtype):
     assert sizes[name] == min(sizes.values()) == stored.numel() * stored.element_size()
     assert stored.tolist() == {"blocks": numbers, **ways}[name]
     assert decode(name, stored, len(numbers), limit, dtype).tolist() == numbers
+    if numbers:
+        code = rice_of(numbers)
+        assert read("rice", code, len(numbers), limit, dtype).tolist() == numbers
+        ((name, stored),) = encode(torch.tensor(numbers, dtype=dtype), limit, "blocks", by_rice=True).items()
+        assert stored.numel() * stored.element_size() == min(len(code), *sizes.values())
+        assert stored.tolist() == {"blocks": numbers, "rice": code, **ways}[name]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.3])
+def test_a_rice_code_is_within_two_percent_of_the_entropy(share):
+    numbers = (torch.rand(300_000, generator=torch.Generator().manual_seed(0)) < share).nonzero().view(-1).int()
+    code = encode(numbers, 300_000, "indices", by_rice=True)["rice"]
+    share = len(numbers) / 300_000
+    entropy = -300_000 / 8 * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
+    assert 0.99 * entropy < len(code) < 1.02 * entropy
 
 
 @pytest.mark.parametrize("share", [0.2, 0.97])
@@ -112,6 +143,14 @@ def test_numbers_that_are_not_kept_ones_are_not_encoded():
         ("mask", [0b111], 2, 8, r"its mask cannot stand for 2 numbers in \[0, 8\)$"),
         ("mask", [0b111], 4, 8, r"its mask cannot stand for 4 numbers in \[0, 8\)$"),
         ("mask", [0, 0b100], 1, 10, r"its mask cannot stand for 1 numbers in \[0, 10\), as the last would be 10"),
+        ("rice", [0, 0b111], 2, 8, r"its rice cannot stand for 2 numbers in \[0, 8\)$"),
+        ("rice", [0, 0b11], 3, 8, r"its rice cannot stand for 3 numbers in \[0, 8\)$"),
+        ("rice", [0, 0b101], 2, 2, r"its rice cannot stand for 2 numbers in \[0, 2\), as the last would be 2"),
+        ("rice", [2, 1, 1, 0b100], 1, 11, r"its rice cannot stand for 1 numbers in \[0, 11\), as the last would be 11"),
+        ("rice", [8, *[1] * 9], 1, 99, r"its rice cannot stand for 1 numbers in \[0, 99\), as the last would be 255"),
+        ("rice", [9, *[1] * 9], 1, 99, r"its rice cannot stand for 1 numbers in \[0, 99\)$"),
+        ("rice", [255, *[1] * 9], 1, 99, r"its rice cannot stand for 1 numbers in \[0, 99\)$"),
+        ("rice", [3, 1, 1, 1], 1, 99, r"its rice cannot stand for 1 numbers in \[0, 99\)$"),
     ],
 )
 def test_bytes_that_no_encoder_wrote_are_refused(name, content, count, limit, sentence, monkeypatch):
@@ -134,6 +173,10 @@ def test_a_size_that_cannot_be_is_refused_before_anything_is_read():
         ("mask", (12,), 5, 100),
         ("mask", (14,), 5, 100),
         ("mask", (1,), 9, 8),
+        ("rice", (1,), 0, 100),
+        ("rice", (1,), 9, 100),
+        ("rice", (28,), 1, 100),
+        ("rice", (5, 1), 5, 100),
         ("indices", (4,), 5, 100),
         ("indices", (5,), 5, 4),
     ]:

@@ -10,7 +10,7 @@ import torch
 from testbed.pairwise import pairwise
 from testbed.random_deltas import random_delta
 
-from modular_experts.deltas.encodings import ENCODINGS, Encoded
+from modular_experts.deltas.encodings import ENCODINGS, Encoded, to_planes
 from modular_experts.library.packing import encode, pack, unpack
 from modular_experts.native import sparse_passes
 from modular_experts.native.decoding import decode_numbers, decode_values
@@ -119,7 +119,7 @@ def test_other_tensors_are_left_to_torch() -> None:
     assert decode_values(ENCODINGS["sign"], encoded, None, layout) is not None
     for other in (replace(encoded, scales=encoded.scales.float()), replace(encoded, planes=encoded.planes[:, ::2])):
         assert decode_values(ENCODINGS["sign"], other, None, layout) is None
-    assert decode_numbers(False, torch.ones(9000).int(), 9000) is None
+    assert decode_numbers("gaps", torch.ones(9000).int(), 9000) is None
 
 
 @pytest.mark.parametrize(("share", "far"), [(0.5, 1), (0.01, 1), (0.01, 40)])
@@ -128,20 +128,20 @@ def test_gaps_are_decoded_to_the_numbers(share, far) -> None:
     numbers = kept.nonzero()[:, 0].int() * far
     distances = numbers.diff(prepend=torch.tensor([-1])).tolist()
     gaps = torch.tensor([b for d in distances for b in [0] * ((d - 1) // 255) + [(d - 1) % 255 + 1]]).byte()
-    found, last = decode_numbers(False, gaps, len(numbers))
+    found, last = decode_numbers("gaps", gaps, len(numbers))
     assert torch.equal(found, numbers)
     assert last == int(numbers[-1])
 
 
 def test_gaps_of_another_number_of_entries_are_told() -> None:
     gaps = torch.ones(5000, dtype=torch.uint8)
-    assert decode_numbers(False, gaps, 5000)[1] == 4999
-    assert decode_numbers(False, gaps, 4999)[1] is None
-    assert decode_numbers(False, gaps, 5001)[1] is None
+    assert decode_numbers("gaps", gaps, 5000)[1] == 4999
+    assert decode_numbers("gaps", gaps, 4999)[1] is None
+    assert decode_numbers("gaps", gaps, 5001)[1] is None
     gaps[-1] = 0
-    assert decode_numbers(False, gaps, 4999)[1] is None
+    assert decode_numbers("gaps", gaps, 4999)[1] is None
     gaps[-1], gaps[7] = 1, 0
-    assert decode_numbers(False, gaps, 4999)[1] == 4998 + 255
+    assert decode_numbers("gaps", gaps, 4999)[1] == 4998 + 255
 
 
 def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
@@ -150,12 +150,14 @@ def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
     assert passes.decode_gaps(gaps.data_ptr(), 5000, 4990, numbers.data_ptr()) == -2
     assert numbers[4990:].eq(-7).all()
     assert passes.decode_mask(mask.data_ptr(), 5001, 9_990, numbers.data_ptr()) == -2
+    mask[0] = 0  # a Rice code without low bits
+    assert passes.decode_rice(mask.data_ptr(), 5001, 9_990, numbers.data_ptr()) == -2
     assert numbers[9_990:].eq(-7).all()
 
 
 def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
     gaps = torch.full((9_000_000,), 255, dtype=torch.uint8)
-    assert decode_numbers(False, gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
+    assert decode_numbers("gaps", gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
 
 
 @pytest.mark.parametrize(("share", "limit"), [(0.2, 70_001), (1.0, 2**16)])
@@ -164,16 +166,40 @@ def test_masks_are_decoded_to_the_numbers(share, limit) -> None:
     kept[-1] = True
     numbers = kept.nonzero()[:, 0].int()
     mask = torch.tensor(list(sum(1 << place for place in numbers.tolist()).to_bytes(-(-limit // 8), "little"))).byte()
-    found, last = decode_numbers(True, mask, len(numbers))
+    found, last = decode_numbers("mask", mask, len(numbers))
     assert torch.equal(found, numbers)
     assert last == limit - 1
     for count in (0, len(numbers) - 1, len(numbers) + 1):
-        assert decode_numbers(True, mask, count)[1] is None
+        assert decode_numbers("mask", mask, count)[1] is None
+
+
+@pytest.mark.parametrize("low", [0, 4, 8])
+def test_rice_codes_are_decoded_to_the_numbers(low) -> None:
+    draw = torch.Generator().manual_seed(10)
+    quotients = torch.randint(0, 6, (9_001,), generator=draw)
+    rests = torch.randint(0, 1 << low, (9_001,), generator=draw)
+    numbers = ((quotients << low) + rests + 1).cumsum(0) - 1
+    ends = (quotients + 1).cumsum(0) - 1
+    mask = torch.tensor(list(sum(1 << end for end in ends.tolist()).to_bytes(-(-(int(ends[-1]) + 1) // 8), "little")))
+    code = torch.cat([torch.tensor([low]).byte(), to_planes(rests.byte(), low).view(-1), mask.byte()])
+    found, last = decode_numbers("rice", code, len(numbers))
+    assert torch.equal(found, numbers.int())
+    assert last == int(numbers[-1])
+    for count in (8_999, 9_002):
+        assert decode_numbers("rice", code, count)[1] is None
+    code[0] = 9
+    assert decode_numbers("rice", code, len(numbers))[1] is None
+
+
+def test_the_last_number_of_a_rice_code_is_right_beyond_int32() -> None:
+    code = torch.zeros(1 + 8_000 + 2**21, dtype=torch.uint8)
+    code[0], code[1:8_001], code[-1000:] = 8, 255, 255
+    assert decode_numbers("rice", code, 8_000)[1] == ((8 * (2**21 - 1000)) << 8) + 8_000 * 256 - 1 > 2**31
 
 
 def test_decoded_numbers_are_those_that_were_encoded() -> None:
     for share in (0.9, 0.1, 0.01, 0.001):
         numbers = (torch.rand(10**6, generator=torch.Generator().manual_seed(1)) < share).nonzero()[:, 0].int()
-        for name, own in encode(numbers, 10**6, "indices").items():
+        for name, own in [*encode(numbers, 10**6, "indices").items(), *encode(numbers, 10**6, "indices", True).items()]:
             if name != "indices":
-                assert torch.equal(decode_numbers(name == "mask", own, len(numbers))[0], numbers)
+                assert torch.equal(decode_numbers(name, own, len(numbers))[0], numbers)
