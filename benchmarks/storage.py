@@ -78,7 +78,7 @@ def tiles(shape: Shape, share: float, kind: str) -> BlockSparse:
 
 def write_as_int32(path: Path, deltas: Mapping[str, Delta]) -> None:
     """Write an expert as it was before there were encodings."""
-    with mock.patch("modular_experts.library.packing.encode", lambda numbers, limit, plain: {plain: numbers}):
+    with mock.patch("modular_experts.library.packing.encode", lambda numbers, limit, plain, _: {plain: numbers}):
         write_expert(path, deltas, RECORD, overwrite=True)
 
 
