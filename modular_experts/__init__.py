@@ -3,8 +3,6 @@
 Public names are imported when they are first used, so that `import modular_experts` costs nothing.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

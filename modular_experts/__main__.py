@@ -1,7 +1,5 @@
 """Run the command `modular-experts`: print help, which imports no torch, or call the function of a command."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """Find the systems of papers by listing the folders of `modular_experts/systems`; no other file knows their names."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from importlib.util import find_spec

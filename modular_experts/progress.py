@@ -1,7 +1,5 @@
 """Name the type of the iterator wrappers that long work takes for its progress bar, such as `tqdm`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

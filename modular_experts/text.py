@@ -1,7 +1,5 @@
 """Read and write the texts that people see: near names for a misspelt one, sizes in bytes, parts of weights' names."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Fetch, open and hash the files of a checkpoint, and write the small ones. No code from a checkpoint runs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

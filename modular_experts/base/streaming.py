@@ -3,8 +3,6 @@
 The files keep the base's division and its names of tensors. Sums are taken in at least float32 and rounded once.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

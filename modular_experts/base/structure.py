@@ -1,7 +1,5 @@
 """Describe a model's weights and layers, and read its stored weights one at a time, by the names in the model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import cached_property

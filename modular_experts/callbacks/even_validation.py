@@ -1,7 +1,5 @@
 """EvenValidation validates at even steps of the whole fit and at its end; Lightning itself counts within an epoch."""
 
-from __future__ import annotations
-
 import math
 import sys
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """ExportExpert writes the best or the last state of a training into a library, with a record."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

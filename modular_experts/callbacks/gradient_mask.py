@@ -1,7 +1,5 @@
 """GradientMask trains only chosen entries of any parameter: weight decay and optimizer state leave the others alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MaskSchedule decides when experts choose the entries that they train, and on which batches."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import time

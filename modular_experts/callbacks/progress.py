@@ -1,7 +1,5 @@
 """LogProgress tells in a few lines of the log how a fit goes; Lightning's own bar draws each epoch on a terminal."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Write the results of a test (`results.json`, with a table in the terminal) or a prediction (`predictions.jsonl`)."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

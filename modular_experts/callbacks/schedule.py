@@ -1,7 +1,5 @@
 """Define the contract of callbacks that change, while a model trains, what its experts train."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass

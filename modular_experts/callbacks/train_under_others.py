@@ -1,7 +1,5 @@
 """TrainUnderOthers trains an expert while other experts of a library are in the base, so that it merges better."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run `modular-experts apply` and `export`, which write experts in the formats of other programs."""
 
-from __future__ import annotations
-
 from modular_experts.base import DType
 from modular_experts.base.apply import apply as apply_experts
 from modular_experts.cli.format import print_check, progress_bar

@@ -1,7 +1,5 @@
 """Run `modular-experts combine`, which finds the best way to use many experts within some bytes."""
 
-from __future__ import annotations
-
 from rich.console import Console
 
 from modular_experts.cli.format import progress_bar, table_of

@@ -3,8 +3,6 @@
 The command line beats a config file, and this beats the ones before it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

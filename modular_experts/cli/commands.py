@@ -3,8 +3,6 @@
 A system of `modular_experts/systems` may bring commands: the functions of its file `commands.py`.
 """
 
-from __future__ import annotations
-
 import ast
 import atexit
 import gc

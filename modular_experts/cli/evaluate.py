@@ -1,7 +1,5 @@
 """Run `modular-experts evaluate` and `harness`, which compare a base and experts on tasks and on benchmarks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Write experts, settings and numbers in few characters, and draw progress bars."""
 
-from __future__ import annotations
-
 import sys
 import time
 import webbrowser

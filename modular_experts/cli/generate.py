@@ -1,7 +1,5 @@
 """Run `modular-experts generate`, which answers one prompt."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path

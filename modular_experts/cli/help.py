@@ -3,8 +3,6 @@
 A screen of 80 columns and 40 lines holds the first sentence about each option; `--help-all` prints whole texts.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Run `modular-experts push` and `pull`, which carry experts to and from the Hugging Face hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from modular_experts.cli.format import counted, progress_bar, summary

@@ -1,7 +1,5 @@
 """Run `modular-experts import` and `mergekit`, which take the fine-tunings and the recipes of other programs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from modular_experts.cli.format import progress_bar, share_text, summary

@@ -1,7 +1,5 @@
 """Run `modular-experts interference`, which compares experts before they are merged."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Console

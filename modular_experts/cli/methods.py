@@ -1,7 +1,5 @@
 """Run `modular-experts methods`, which shows the merge methods: their formulas, settings and sources."""
 
-from __future__ import annotations
-
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Run `modular-experts quickstart`, which trains, merges, tests and reports on a small generated suite."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import textwrap

@@ -1,7 +1,5 @@
 """Run `modular-experts search`, `statistics`, `route` and `fit --gate-of`, which use rows of the experts' tasks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

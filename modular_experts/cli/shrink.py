@@ -1,7 +1,5 @@
 """Run `modular-experts shrink`, which stores experts in few bits."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """Run `modular-experts study`, which trains, merges and measures many experts by one description."""
 
-from __future__ import annotations
-
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence

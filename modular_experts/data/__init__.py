@@ -4,8 +4,6 @@
 here. `sources.py` reads files and the hub. Open `mixture.py` first.
 """
 
-from __future__ import annotations
-
 from modular_experts.data.batch import Batch, DataSource, is_filler, prompts
 from modular_experts.data.inputs import Inputs
 from modular_experts.data.mixture import TaskMixture

@@ -30,8 +30,6 @@ no `attention_mask`, so code that knows only the other form fails. Batches of va
                     rows, row (m,) int64, the row that a choice belongs to, and correct (m,) bool
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

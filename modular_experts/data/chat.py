@@ -4,8 +4,6 @@ If the template marks no turns by `{% generation %}`, a turn is the text that it
 before it; a row whose template does not begin with theirs is refused.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

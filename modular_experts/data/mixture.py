@@ -1,7 +1,5 @@
 """Turn tasks into batches, as a LightningDataModule; a loader only pads rows that are tokenised already."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import os

@@ -1,7 +1,5 @@
 """Turn records into rows: an input text and a target text, or a conversation, perhaps with a split and choices."""
 
-from __future__ import annotations
-
 import json
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Choose the rows that a process reads: mixing tasks into an epoch, its order, and its slices for each process."""
 
-from __future__ import annotations
-
 import logging
 import math
 from abc import ABC, abstractmethod

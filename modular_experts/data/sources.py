@@ -1,7 +1,5 @@
 """Read the records of a task, with the place of each, from a file, a `datasets` directory, the hub, or a class."""
 
-from __future__ import annotations
-
 import csv
 import json
 from abc import ABC, abstractmethod

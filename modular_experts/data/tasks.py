@@ -1,7 +1,5 @@
 """Define a task: a named set of rows, their source, and their role."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Input and target are tokenised apart, without special tokens, and end-of-sequence follows the target.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

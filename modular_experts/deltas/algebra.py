@@ -4,8 +4,6 @@ Inner products are computed entry by entry in float64, because the norms of sums
 nearly orthogonal or of very different length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

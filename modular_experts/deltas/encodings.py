@@ -11,8 +11,6 @@ machine. The codes of `n` values are stored as planes of bits: byte `i` of plane
 | `sign` | 1 | the mean magnitude of its row, with a sign |
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

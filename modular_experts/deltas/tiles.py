@@ -5,8 +5,6 @@ row-major over the grid that covers the matrix. Where the tile does not divide t
 tiles reach over its edge. Parameters called `blocks` are the numbers of tiles.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

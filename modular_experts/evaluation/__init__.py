@@ -1,7 +1,5 @@
 """Measure models on tasks: losses, generated answers and choices, as scores by task. Start with `compare.py`."""
 
-from __future__ import annotations
-
 from modular_experts.evaluation.compare import evaluate
 from modular_experts.evaluation.generation import answer_text, answered, generate, generate_tokens
 from modular_experts.evaluation.likelihood import (

@@ -5,8 +5,6 @@ up to the first that is not the likeliest, and the likeliest there (speculative 
 Leviathan et al., 2023). A row whose target is wrong goes on from there, with the keys and values of the pass.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 

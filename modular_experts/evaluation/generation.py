@@ -1,7 +1,5 @@
 """Generate greedily after the prompts of a batch, whatever the generation settings of a checkpoint are."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

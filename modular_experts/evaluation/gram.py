@@ -1,7 +1,5 @@
 """Measure Gram matrices: `X^T X` over the inputs X `(tokens, in)` of a linear layer, as a mean over all tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Compute the loss of a row's target, whether it is the likeliest answer, and the likelihood of its choices."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Measure a loaded model on the batches of tasks; `ExpertModule` scores with the same `score_batch`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

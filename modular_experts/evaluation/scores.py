@@ -1,7 +1,5 @@
 """Score tasks by sums over rows, so that any division into batches and processes gives the same result."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence

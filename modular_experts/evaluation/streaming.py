@@ -1,7 +1,5 @@
 """Answer one prompt with a base and experts, and hand over the text while it comes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path

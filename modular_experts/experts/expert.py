@@ -1,7 +1,5 @@
 """Define the contract of an expert, which owns the trained state of one site and states its delta."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NoReturn, Self

@@ -1,7 +1,5 @@
 """Full fine-tuning trains every entry of a weight, in float32, in place."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """LoRA trains a low-rank product beside the frozen weight (Hu et al., arXiv 2106.09685)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import ClassVar

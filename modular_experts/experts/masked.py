@@ -1,7 +1,5 @@
 """The paper's own algorithm, dense and masked: train a dense change D, show only `D * M` (arXiv 2507.07140)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

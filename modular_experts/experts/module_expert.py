@@ -1,7 +1,5 @@
 """A module expert sees, through forward hooks, the calls of a module that is not a linear layer, such as a block."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Sites are the places in a model that an expert can take; a plan says which expert each of them gets."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from abc import ABC, abstractmethod

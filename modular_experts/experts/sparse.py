@@ -1,7 +1,5 @@
 """Sparse experts train a few entries of a weight, in place, at the price of those entries."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Write the card of a hub repository of experts, which states only what their records state."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

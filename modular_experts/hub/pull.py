@@ -1,7 +1,5 @@
 """Pull experts from a repository of the hub into a library, after checking every byte against its hash."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """Push experts and a card about them into a repository of the hub, in one commit, after reading and checking them."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Look into a model repository of the Hugging Face hub at one commit, and fetch files from it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

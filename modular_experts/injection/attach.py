@@ -4,8 +4,6 @@ Deltas are added to the weights. An expert that depends on the input is put into
 experts behind it, and what was trained by a plan or by a type that is made of its state.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Let experts answer together: `with ensembled(model, experts): ...` averages what they predict for each next token."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

@@ -5,8 +5,6 @@ weights keep working. GPT-2's `Conv1D` stores its weight as (in, out): experts a
 hold the base's own orientation. A module that is not a linear layer keeps its class; its expert sees its calls.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

@@ -3,8 +3,6 @@
 Each linear layer that an expert moves gets a `Mixture`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack

@@ -1,7 +1,5 @@
 """Save the experts of a model, however it was trained: `save_expert(model, "library/x", tasks=["intents"])`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Hold what another tool trained, and store differences of weights without loss."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

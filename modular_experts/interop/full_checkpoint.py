@@ -1,7 +1,5 @@
 """Compare a fine-tuned checkpoint with its base, weight by weight, and return the differences as deltas."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

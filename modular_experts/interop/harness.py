@@ -1,7 +1,5 @@
 """Measure experts with the lm-evaluation-harness (the package lm-eval), on its benchmarks and on task files."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Import another tool's fine-tuning as an expert: find its format, read it, check it against its base, and write it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Name the place where pieces of work run: this machine, SLURM, or an executor of the user's own."""
 
-from __future__ import annotations
-
 import inspect
 from concurrent.futures import Executor
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Define a piece of work, the store of results that makes a run restartable, and the account of failures."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Run work in processes of this machine, one thread each, which end with the program that started them."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Run the pieces that have no result yet, several at a time; an interrupted run goes on where it was."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait

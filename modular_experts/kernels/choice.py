@@ -4,8 +4,6 @@ The rule follows the measurements in `docs/benchmarks/step.md`. The Triton kerne
 has measured it on a GPU yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 from typing import Literal, get_args

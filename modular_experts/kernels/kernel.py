@@ -1,7 +1,5 @@
 """Define the contract of a kernel, and the linear layer that calls one for the gradient of its kept units."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Kernels in C++ for the CPU (`native.cpp`) make neither a dense gradient nor copies of the inputs."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Kernels that need only torch compute dense gradients, dot products, rows of tiles, or slices."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Sequence

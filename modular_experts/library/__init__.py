@@ -3,8 +3,6 @@
 Open `expert.py` first, which reads and writes one expert. No model is loaded here, and nothing is merged.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path

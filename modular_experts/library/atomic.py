@@ -1,7 +1,5 @@
 """Check the names of experts, and write directories and files whole or not at all, with the umask's permissions."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

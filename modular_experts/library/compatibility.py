@@ -1,7 +1,5 @@
 """Check that several experts fit together before they are merged, applied or listed as parents."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ A class that it names is looked up in this package, by its path or, if the class
 modules and classes that the user trusts, nowhere else. It must be a subclass of the contract that the reader asks for.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

@@ -9,8 +9,6 @@ state's where there is one, whatever the order of writing (of a routed expert se
 checked against the table, and the table against `expert.json`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -5,8 +5,6 @@ SHA-256 of the file, which may be missing: `push` leaves it out by default, beca
 text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -29,8 +29,6 @@ its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded
 | ` data`, ` config`      | of each task `rows` by split and their `hash`; the file with the configuration          |
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -2,8 +2,6 @@
 settings, the experts, the rows and the base by their hashes, this package, and the user's code that the settings name.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

@@ -4,8 +4,6 @@ The tensors are named `<weight>/<name in the expert>`. A table in the file's met
 content hash, gives dtype, shape and SHA-256 of each. `expert.json` names the class of the tensors as text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rules decide when the kept units of a weight are chosen, and how the new ones follow from the old."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

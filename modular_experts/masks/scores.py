@@ -1,7 +1,5 @@
 """Scores rank the entries of a weight for its mask; any function of (weight, gradient, delta) serves too."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal

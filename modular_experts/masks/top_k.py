@@ -1,7 +1,5 @@
 """Find exactly the k highest scores of a weight, ties to the lowest index, by a bound from a sample of them."""
 
-from __future__ import annotations
-
 import math
 
 import torch

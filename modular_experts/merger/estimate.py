@@ -1,7 +1,5 @@
 """Estimate what a merge will read and hold in memory, from the tables of the experts' files and methods' `needs`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Merge many experts, weight by weight, with one merge method or one per pattern of weight names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property

@@ -1,7 +1,5 @@
 """Take one expert out of a stored average or sum, without the other experts; other merges must be made anew."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path

@@ -7,8 +7,6 @@ names such as `modular_experts.TIES`.
 
 # ruff: noqa: F401 - `METHODS` finds what is imported here
 
-from __future__ import annotations
-
 from modular_experts.methods.average import Average, SparseAverage, TaskArithmetic
 from modular_experts.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
 from modular_experts.methods.coordinates import CoreSpace, CtM, KnOTS

@@ -1,7 +1,5 @@
 """Sum or average deltas, plainly, with weights, or aware of which experts move an entry."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

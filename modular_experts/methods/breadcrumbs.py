@@ -2,8 +2,6 @@
 "Model Breadcrumbs", arXiv 2312.06795).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -5,8 +5,6 @@ method that needs statistics of the experts' data cannot be inside. Sparse exper
 low-rank one where that is smaller. One expert, copies, order, factors and zeros are as with the method inside.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

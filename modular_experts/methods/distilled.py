@@ -3,8 +3,6 @@
 ProDistill (Xu et al., ICML 2025) learns one for each entry, also without labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -2,8 +2,6 @@
 Merging in the Essential Subspace", arXiv 2602.20208 and 2606.19164).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -2,8 +2,6 @@
 Models with Fisher-Weighted Averaging", arXiv 2111.09832).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

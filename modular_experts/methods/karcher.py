@@ -5,8 +5,6 @@ An iteration goes along the average of the tangents from the current mean to eve
 combination of the deltas, so it works on one number per expert; only the inner products read the deltas.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """MagMax takes each entry from the expert that moves it furthest (Marczak et al., "MagMax", arXiv 2407.06322)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

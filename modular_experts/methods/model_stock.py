@@ -4,8 +4,6 @@ Stock", arXiv 2403.19522).
 The paper derives the step for one angle; here as in mergekit its cosine is the mean over all pairs of experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

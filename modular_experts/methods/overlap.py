@@ -2,8 +2,6 @@
 "Reinforced Agent Merging", arXiv 2601.13572).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

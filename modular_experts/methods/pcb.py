@@ -2,8 +2,6 @@
 "Parameter Competition Balancing for Model Merging", arXiv 2410.02396).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The random number of an entry is a hash (SplitMix64, Steele, Lea and Flood 2014)
 name and the seed, so the same entries are dropped in any form, in any chunks, and after an interruption.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@
 The paper's `W = (sum_i W_i G_i)(sum_i G_i)^-1` with `W_i = W_0 + d_i` is W_0 plus the same formula of the deltas.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

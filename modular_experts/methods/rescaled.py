@@ -3,8 +3,6 @@ length (`Rescaled`), or direction by direction (`SVC`, Li et al., "When Shared K
 Over-Accumulation in Model Merging", arXiv 2602.05536).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

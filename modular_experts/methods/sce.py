@@ -2,8 +2,6 @@
 against the elected sign (Wan et al., "FuseChat", arXiv 2402.16107 and 2408.07990).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

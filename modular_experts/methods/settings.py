@@ -1,7 +1,5 @@
 """Let merge methods take settings from presets, one number per expert, and refuse a bad value with a sentence."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

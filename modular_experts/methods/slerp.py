@@ -3,8 +3,6 @@
 mergekit turns whole models, whose angles are tiny; here deltas are turned, which gives another result.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

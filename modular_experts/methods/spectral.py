@@ -4,8 +4,6 @@ Low-rank experts stay in factors where these are smaller than the matrix, and sp
 (`as_delta`); a weight that is not a matrix gets the mean over all experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@ consensus merging (Wang et al., "Localizing Task Information for Improved Model 
 2405.07813).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

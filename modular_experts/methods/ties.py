@@ -2,8 +2,6 @@
 arXiv 2306.01708). Implementations differ in the settings; the presets are theirs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal

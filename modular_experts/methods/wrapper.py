@@ -1,7 +1,5 @@
 """Put a merge method around another one, as `KnOTS`, `CoreSpace` and `SVC` do."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace

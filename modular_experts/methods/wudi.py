@@ -3,8 +3,6 @@ al., "Whoever Started the Interference Should End It: Guiding Data-Free Model Me
 2503.08099). The rows of an expert's matrix stand for the inputs that it was trained on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

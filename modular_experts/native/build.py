@@ -3,8 +3,6 @@
 GCC or Clang compiles one in about a second. The library is kept in a cache for this compiler and this processor.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import itertools

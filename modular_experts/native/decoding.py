@@ -4,8 +4,6 @@
 torch. The functions return None where no pass serves.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Each function takes the compiled pass of `sparse_passes.cpp` where that serves, and else computes the same in torch.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import math

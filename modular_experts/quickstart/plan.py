@@ -4,8 +4,6 @@ A base has the skill but answers in another format, twenty experts all learn the
 more or less of it. All but the base is a study, whose settings `Plan.study` returns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

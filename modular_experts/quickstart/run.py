@@ -4,8 +4,6 @@ The base's training stops at a target: after a fixed number of steps, bases of d
 merges cannot be compared.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

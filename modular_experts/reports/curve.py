@@ -1,7 +1,5 @@
 """Draw shares over bytes as SVG: a panel for each kind, with bytes on a logarithmic axis."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Draw values between 0 and 1 as SVG: a mark on a line for each model, in panels that share their rows."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write the page that shows results: a header, sections that each begin with a main finding, and how it was made."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 HTML is built from elements, whose text is escaped unless it is `Html` already, so that any XML parser can check a page.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass

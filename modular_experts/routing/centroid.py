@@ -1,7 +1,5 @@
 """Send a prompt to the expert whose own prompts it is most like: the nearest mean under one shared covariance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Send a prompt to the expert that a classifier, trained on the experts' own prompts, thinks the likeliest."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Routers that read no input: `Constant` has weights that you give, and `Oracle` knows the task of each row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Send a prompt to the expert whose own prompts it is most like, by kernel ridge regression on meaning and words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

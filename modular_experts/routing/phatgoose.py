@@ -1,7 +1,5 @@
 """Send a token to the experts whose own gates, trained after them, are most like it (Phatgoose)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import ClassVar

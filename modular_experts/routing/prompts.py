@@ -1,7 +1,5 @@
 """Read the prompts of a batch as vectors, and make the gates of a forward pass of them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress

@@ -3,8 +3,6 @@
 Read this file to write a router of your own: a class with `learn` and `scores`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal

@@ -1,7 +1,5 @@
 """Choose which units layers keep, from a score over some batches, or from another expert."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast

@@ -1,7 +1,5 @@
 """Move experts to new supports, together with their values and the optimizer state of each trained entry."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Choose supports from the gradient of a training step that is made anyway, inside of its backward pass."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

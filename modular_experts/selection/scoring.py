@@ -3,8 +3,6 @@
 A pass fills no parameter's `.grad` and keeps only the gradients of the scored weights, within a budget of memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

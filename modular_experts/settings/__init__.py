@@ -1,7 +1,5 @@
 """Settings as YAML files and command lines hold them. Open `read.py` first, which makes objects of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import sys

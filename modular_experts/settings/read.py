@@ -3,8 +3,6 @@
 A name stands for a class that is imported already, a dotted path for any class of the user.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect

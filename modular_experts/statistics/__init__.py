@@ -4,8 +4,6 @@ Open `take.py` first. Statistics use validation rows, because a merge must not b
 only prompts for routers take training rows too. `library/statistics.py` defines the files.
 """
 
-from __future__ import annotations
-
 from modular_experts.evaluation.gram import gram
 from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.merged_gram import merged_grams

@@ -3,8 +3,6 @@
 The targets are the data's own (the "empirical" Fisher information).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 

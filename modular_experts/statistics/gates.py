@@ -1,7 +1,5 @@
 """Train the gates of an expert on its own tasks, from which the router Phatgoose learns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ A block's inputs come from merged blocks (RegMean++, Nguyen et al., arXiv 2508.0
 behind the blocks merged so far, on the expert's data; then the block is merged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 

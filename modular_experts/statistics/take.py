@@ -1,7 +1,5 @@
 """Take statistics of experts on rows of the tasks they were trained on, and store them beside the experts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial

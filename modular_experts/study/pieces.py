@@ -5,8 +5,6 @@ piece's tasks, and the digests of the pieces that it needs. So a change of the s
 depend on it, and to no others.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path

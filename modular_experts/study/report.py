@@ -1,7 +1,5 @@
 """Show the results of a study on a page, with a figure."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence

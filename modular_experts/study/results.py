@@ -5,8 +5,6 @@ the model's `own` experts, and the 95 % `interval` of a text metric over the row
 paired: two models answer the same test rows, and an interval is for the mean difference.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict

@@ -4,8 +4,6 @@ The directory holds the library, `pieces.jsonl` with a line for every piece that
 and `report.html`, which are made of these lines. It may be interrupted at any moment.
 """
 
-from __future__ import annotations
-
 import math
 import traceback
 from collections import Counter

@@ -1,7 +1,5 @@
 """Read the description of a study, and check all of it before anything runs."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

@@ -1,7 +1,5 @@
 """Write out the short forms of a study's description: words for tasks, grids, lists of methods, and `{seed}`."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """Show the results of a study in a terminal: a table of all models, and a sentence for each kind of experts."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from statistics import fmean

@@ -4,8 +4,6 @@ A piece leaves its expert in the library and returns what its line of `pieces.js
 same numbers, whatever ran before in the process.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -4,8 +4,6 @@ The tasks of each of seven families do similar things and share a word of their 
 something in common; every held-out task has relatives among the held-in ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from modular_experts.suite.words import LETTERS, WordTask

@@ -6,8 +6,6 @@ The word alone decides its split, so a test word is never trained on, in any tas
 learns mostly chatty rows knows the tasks but answers in another format, as a pretrained language model does.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

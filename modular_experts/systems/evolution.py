@@ -4,8 +4,6 @@ A candidate is a tuple of genes. The papers (arXiv 2306.07967, 2409.17372) evolv
 is measured before the next is made. The package cmaes finds about as much (`docs/decisions.md`).
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, MutableMapping, Sequence

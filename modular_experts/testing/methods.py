@@ -1,7 +1,5 @@
 """Check that a merge method, built-in or your own, keeps its promises: `check_merge_method(MyMethod())`."""
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Check that a router, built-in or your own, keeps its promises: `check_router(MyRouter())`."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import json

@@ -1,7 +1,5 @@
 """Keep what a checkpoint of a training holds, and say what it trains, in a log and in the record of the expert."""
 
-from __future__ import annotations
-
 import logging
 import random
 from collections.abc import Mapping, Sequence

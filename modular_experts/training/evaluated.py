@@ -1,7 +1,5 @@
 """Validate, test and predict with a causal language model, as hooks of a LightningModule."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any
 

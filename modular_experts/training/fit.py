@@ -1,7 +1,5 @@
 """Train an expert in one call: `fit` makes a module, its data and a trainer with callbacks, and runs them."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """Shape the learning rate over a known number of optimizer steps; any torch scheduler may take a shape's place."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 

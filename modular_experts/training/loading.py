@@ -1,7 +1,5 @@
 """Load the base that a module trains: its files or a model in memory, and the experts that are added to it first."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

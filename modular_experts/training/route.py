@@ -1,7 +1,5 @@
 """Make a routed expert of experts in a library; `injection/attach.py` puts it into a model."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

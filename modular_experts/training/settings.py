@@ -1,7 +1,5 @@
 """Read the settings of a run as a config file of `fit` holds them, for the command and for studies."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

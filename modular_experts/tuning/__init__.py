@@ -4,8 +4,6 @@ Open `tune.py` or `search.py` first; `objective.py` holds the losses of both and
 uses too, and `combination.py` the model that the algorithms of `search` move.
 """
 
-from __future__ import annotations
-
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.gradient_search import ATLAS, AdaMerging
 from modular_experts.tuning.objective import Objective, Trial, ValidationRows, objective_on_base

@@ -4,8 +4,6 @@ In each block, the merged model's hidden states come as near as possible to the 
 there on its own inputs, as in ProDistill (Xu et al., ICML 2025), there with a coefficient for each entry.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any

@@ -4,8 +4,6 @@ The sum is linear in a coefficient, so its gradient is an inner product, `dL/dc_
 autograd needs no graph through the sum, and one dense gradient exists at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Merge by the experts' answers to inputs: the method `Distilled`, as a search from stored experts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

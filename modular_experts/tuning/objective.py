@@ -4,8 +4,6 @@ That is the loss, the entropy, or the distance to each task's own expert. Each m
 returns a sum and a count for each row, whose ratio is lowered.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -4,8 +4,6 @@ A sign and the mean size of its row are near to a delta entry by entry. A layer'
 inputs, and these are neither equally long nor independent, so another scale of the same row is nearer there.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 

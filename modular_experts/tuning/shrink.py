@@ -6,8 +6,6 @@ They are measured from the smallest upwards, and the first within the bound is w
 two bits are fitted to the layers' outputs on the same rows first (`scales.py`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ The task vector at scale 1 is made once for each choice of the other settings; e
 it.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence

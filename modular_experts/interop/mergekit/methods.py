@@ -3,8 +3,6 @@
 mergekit keeps a whole number of entries, rounded down; our methods get the share `count / entries`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

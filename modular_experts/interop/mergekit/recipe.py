@@ -4,8 +4,6 @@ The nearest level with a value for a weight counts: a model, the slice, the reci
 the layers from 0 to 1; mergekit puts everything outside the layers at 0, also the final norm and the head.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ is the merged weight minus the base's, as for the types that multiply the weight
 logits of base plus deltas must be PEFT's. Tested with every type of peft 0.21 (`docs/reference/peft-types.md`).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ A field of a plain LoRA's configuration is known to change nothing, or is unders
 PEFT must read the adapter, so no setting that could move a weight is ignored. Names and defaults come from PEFT.
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 import struct

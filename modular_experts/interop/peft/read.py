@@ -1,7 +1,5 @@
 """Read PEFT adapters as deltas of their base: a plain LoRA without PEFT, and any other type by asking PEFT."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

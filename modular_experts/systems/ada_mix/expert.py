@@ -1,7 +1,5 @@
 """AdaMix trains several copies of a LoRA's half, draws one for each step, and exports their mean (arXiv 2205.12410)."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable

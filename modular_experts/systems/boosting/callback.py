@@ -4,8 +4,6 @@ XGBLoRA (arXiv 2410.19694) does so with products of rank one in a random part of
 with larger ones in all of them, for longer, and with a learning rate that rises anew (`WarmupRestarts`).
 """
 
-from __future__ import annotations
-
 import logging
 import random
 from typing import Any, cast

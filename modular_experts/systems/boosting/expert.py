@@ -1,7 +1,5 @@
 """A LoRA that the callback `Boosting` adds to a sum again and again, and starts anew."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar

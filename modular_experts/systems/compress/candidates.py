@@ -1,7 +1,5 @@
 """Define the candidates of the search for a smaller base: which blocks, groups of heads and channels each keeps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal

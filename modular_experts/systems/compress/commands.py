@@ -1,7 +1,5 @@
 """The command `modular-experts compress`, which makes a smaller base without training."""
 
-from __future__ import annotations
-
 from modular_experts.cli.format import progress_by_tenths, share_text
 from modular_experts.data.tasks import Tasks
 from modular_experts.systems.compress.compress import Reduction

@@ -4,8 +4,6 @@ The paper is Search for efficient LLMs (arXiv 2409.17372). Candidates are measur
 only the best is corrected, and no weight is trained.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass

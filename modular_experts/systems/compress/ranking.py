@@ -1,7 +1,5 @@
 """Rank the removable parts of a model by how much they matter on a text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ The paper (Search for efficient LLMs, arXiv 2409.17372) minimises the first term
 is. With the second term the error on the text never grows, and a layer that loses no input stays as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial

@@ -4,8 +4,6 @@ A group is a key-value head with the query heads that read it. Because a configu
 one for the MLPs' width, every block keeps equally many groups and channels, but each block its own.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Take the knowledge that all experts share from each of them, and route the rest by Arrow (GenKnowSub)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Train all paths of GLoRA at once: each step takes one at random at each layer (arXiv 2306.07967)."""
 
-from __future__ import annotations
-
 import logging
 import math
 import random

@@ -1,7 +1,5 @@
 """Start a mixture of LoRAs from segments of the base weight's spectrum (GOAT, Fan et al., arXiv 2502.16894)."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Plan mixtures whose numbers of experts and ranks depend on the depth (HiLo, arXiv 2502.03884)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any

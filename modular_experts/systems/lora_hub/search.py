@@ -5,8 +5,6 @@ meets B of another; here the deltas are summed, which is exact and admits expert
 nevergrad, and this with `Evolution` of one parent, a (1+1) evolution strategy with an adaptive step length.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Plan LoRAs behind one gate of the prompt, after LoRA-IR (Ai et al., arXiv 2410.15385), a method for images."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

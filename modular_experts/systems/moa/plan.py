@@ -1,7 +1,5 @@
 """Plan adapters of several kinds behind one router of each transformer block (MoA, arXiv 2506.05928)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

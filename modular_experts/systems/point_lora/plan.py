@@ -1,7 +1,5 @@
 """Plan LoRAs beside selected tokens of the prompt, after PointLoRA (arXiv 2504.16023), a method for point clouds."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """RECAST trains how much each layer takes of templates that it shares with others (arXiv 2411.16870)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

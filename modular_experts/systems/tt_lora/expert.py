@@ -1,7 +1,5 @@
 """TT-LoRA trains the delta as a tensor train, a chain of small cores (Anjum et al., arXiv 2408.01008)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
