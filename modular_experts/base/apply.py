@@ -1,7 +1,5 @@
 """Add experts to their base: on disk, as an ordinary checkpoint, and in memory, for good or for a while."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -131,7 +129,7 @@ class Applied:
         if not standing:
             del self._model.__dict__[_IN_PLACE]
 
-    def __enter__(self) -> Applied:
+    def __enter__(self) -> "Applied":
         return self
 
     def __exit__(self, *failure: object) -> None:

@@ -1,7 +1,5 @@
 """Find, fetch, check, read and write base checkpoints: `Base.open` is where to start."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -57,8 +55,8 @@ class Base:
 
     @classmethod
     def open(
-        cls, place: str | Path | Base | None = None, experts: Sequence[StoredExpert] = (), revision: str | None = None
-    ) -> Base:
+        cls, place: "str | Path | Base | None" = None, experts: Sequence[StoredExpert] = (), revision: str | None = None
+    ) -> "Base":
         """Find a base, fetch what is not on this machine, and check that it is the one the experts were trained on.
 
         Args:
@@ -109,7 +107,7 @@ class Base:
         """Its stored weights by name, for readers of many weights; raises what `StoredWeights` does."""
         return StoredWeights(read_layouts(self.directory), self.structure)
 
-    def load(self, dtype: DType | None = None) -> PreTrainedModel:
+    def load(self, dtype: DType | None = None) -> "PreTrainedModel":
         """Load the model in evaluation mode, in a dtype or as stored; raise ValueError if the files lack weights."""
         from transformers import AutoModelForCausalLM
 
@@ -144,7 +142,7 @@ class Base:
                     "wrong; save the model and name the new directory as the base"
                 )
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load its tokenizer, with a padding token that is not the end-of-sequence token where the vocabulary has one.
 
         Raises:

@@ -1,7 +1,5 @@
 """Compare the logits of fixed prompts before and after a checkpoint was written to disk."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +33,7 @@ class Check:
     rounding: Rounding
 
 
-def fixed_prompts(model: PreTrainedModel) -> Tensor:
+def fixed_prompts(model: "PreTrainedModel") -> Tensor:
     """Return token ids `(2, 24)` that depend only on the size of the vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
     return (torch.arange(48, device=model.device).view(2, 24) * 7919 + 11) % vocabulary

@@ -1,7 +1,5 @@
 """Run `modular-experts list`, `show` and `verify`, which read a library or an expert and print what they find."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -122,7 +120,7 @@ class Measure(NamedTuple):
     squares: float
 
     @classmethod
-    def total(cls, measures: Iterable[Measure]) -> Measure:
+    def total(cls, measures: "Iterable[Measure]") -> "Measure":
         return cls(*map(sum, zip(cls(0, 0, 0, 0.0), *measures, strict=True)))
 
     def cells(self) -> tuple[str, ...]:

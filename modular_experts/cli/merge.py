@@ -1,7 +1,5 @@
 """Run `modular-experts merge` and `remove`, which merge experts into one, and take one out of a merge again."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -131,7 +129,7 @@ def merge(
         _print_experts(merged, out)
 
 
-def _report(tuned: Tuned, tune: Tuning, out: str, is_checkpoint: bool) -> None:
+def _report(tuned: "Tuned", tune: Tuning, out: str, is_checkpoint: bool) -> None:
     """Print what tuning found, and write its trials beside a checkpoint, as an expert has them already."""
     from modular_experts.tuning.objective import trials_file, write_trials
 
@@ -153,7 +151,7 @@ def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overw
     print(f"{out}: {summary(done.expert)}")
 
 
-def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrite: bool, written: bool) -> Tuned:
+def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrite: bool, written: bool) -> "Tuned":
     from modular_experts.tuning import ValidationRows
     from modular_experts.tuning import tune as tune_settings
     from modular_experts.tuning.objective import check_trials_file

@@ -3,8 +3,6 @@
 The command line beats the config files, and these beat a checkpoint, whose settings are read first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,7 +65,7 @@ def _settings_of_checkpoint(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings_of_checkpoint(Path(settings["ckpt_path"])) if settings.get("ckpt_path") else {}
 
 
-def _print_estimate(found: FitEstimate) -> None:
+def _print_estimate(found: "FitEstimate") -> None:
     """Print rows, what is trained, time and memory, and what would be written, in at most 80 columns."""
     from modular_experts.cli.format import counted, duration_text, share_text, table_of
 

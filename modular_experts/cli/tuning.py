@@ -3,8 +3,6 @@
 They do not import `TaskMixture`, so that a plain merge does without Lightning.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,7 +46,7 @@ class Tuning:
         max_new_tokens: The most tokens of an expert's answer.
     """
 
-    data: TaskMixture | None = None
+    data: "TaskMixture | None" = None
     rows: int = 64
     grid: dict[str, list[Any]] = field(default_factory=dict)
     base: str | None = None
@@ -57,7 +55,7 @@ class Tuning:
     max_new_tokens: int = 64
 
 
-def print_tuning(tuned: Tuned, searched: bool) -> None:
+def print_tuning(tuned: "Tuned", searched: bool) -> None:
     """Print the best trials, and whether a scale that was searched is at the end of its interval."""
     from modular_experts.tuning.objective import mean_loss
     from modular_experts.tuning.tune import SCALES

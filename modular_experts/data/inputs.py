@@ -1,7 +1,5 @@
 """Hold inputs that are tokenised already, such as those that stored experts keep, in the place of task files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -66,7 +64,7 @@ class Inputs(TaskMixture):
             eval_batch_size=data.eval_batch_size,
         )
 
-    def part(self, held: bool, every: int = 4) -> Inputs:
+    def part(self, held: bool, every: int = 4) -> "Inputs":
         """Return every fourth input of each task if `held`, and the others if not."""
         parts = {
             task: [one for number, one in enumerate(prompts) if (number % every == every - 1) == held]

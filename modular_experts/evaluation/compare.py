@@ -1,7 +1,5 @@
 """Compare a base, mixes of experts and whole checkpoints on the same rows, in one call that goes on if interrupted."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -108,7 +106,7 @@ def evaluate(
 
 def _scores(
     base: Base,
-    models: Sequence[Compared],
+    models: "Sequence[Compared]",
     data: TaskMixture,
     dtype: DType,
     max_new_tokens: int | None,

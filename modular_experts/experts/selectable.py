@@ -1,7 +1,5 @@
 """The base class of expert types that train a chosen part of a weight: its size, its units, hooks of a selection."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -33,7 +31,7 @@ class Selectable(Expert):
     """The defaults of `MaskSchedule` for this type."""
     selects_at_start: ClassVar[bool] = True
 
-    probe: Probe | None = None
+    probe: "Probe | None" = None
     chooses_in_step: ClassVar[bool] = False
     """Whether the layer can choose its support inside a training step: its forward pass asks `chooser`."""
     chooser: KeptGradient | None = None

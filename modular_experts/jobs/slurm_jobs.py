@@ -1,7 +1,5 @@
 """Run work as jobs of SLURM, through submitit: calls that come together become one array."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import pickle
@@ -119,7 +117,7 @@ class SlurmJobs(Executor):
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
 
-    def _submit(self, calls: Sequence[tuple[Future, Job]]) -> None:
+    def _submit(self, calls: "Sequence[tuple[Future, Job]]") -> None:
         try:
             jobs = self._submitit.submit_array([call for _, call in calls]) if calls else []
         except Exception as error:  # such as a limit

@@ -5,8 +5,6 @@ table of the file names the encoding and the shape of the values. Each row of th
 product each direction.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +41,7 @@ class StoredValues:
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
-    def of_entry(cls, entry: Mapping[str, Any]) -> StoredValues:
+    def of_entry(cls, entry: Mapping[str, Any]) -> "StoredValues":
         """Read it from a weight's entry in the table of a file; raise ValueError if the entry cannot be right."""
         shape, name, sizes = entry["shape"], entry.get("encoding", "float32"), entry.get("sizes", {})
         if not all(type(size) is int and size >= 0 for size in shape):

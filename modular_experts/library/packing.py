@@ -10,8 +10,6 @@ is the count of low bits, at most 8; then come the planes of all low bits (`delt
 `q` zeros and a one stand for each quotient.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -162,7 +160,7 @@ class PackedDelta:
         return delta.T if self.is_transposed else delta
 
     @property
-    def T(self) -> PackedDelta:  # noqa: N802 - the name torch gives it
+    def T(self) -> "PackedDelta":  # noqa: N802 - the name torch gives it
         return replace(self, is_transposed=not self.is_transposed)
 
     @property

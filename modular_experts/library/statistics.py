@@ -5,8 +5,6 @@ attention layer have the same inputs). The file's metadata hold the expert's con
 data, and shape, norm and SHA-256 of each tensor.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -87,7 +85,7 @@ class StoredStatistics(Mapping[str, "DataStatistic | None"]):
         square = [shape[entry["inputs"]]] * 2 if entry and len(shape) == 2 else None
         return entry is None or list(entry["shape"]) in (list(shape), square)
 
-    def __getitem__(self, name: str) -> DataStatistic | None:
+    def __getitem__(self, name: str) -> "DataStatistic | None":
         # Commands that only list or show experts do without the merge methods.
         from modular_experts.methods.method import DataStatistic
 
@@ -146,7 +144,7 @@ def carry_statistics(expert: StoredExpert, other: StoredExpert) -> None:
 def write_statistics(
     expert: StoredExpert,
     kind: str,
-    statistics: Iterable[tuple[str, DataStatistic | None]],
+    statistics: "Iterable[tuple[str, DataStatistic | None]]",
     tasks: Mapping[str, int],
     data: Mapping[str, Any],
     among: Sequence[StoredExpert] = (),
@@ -221,7 +219,7 @@ class Gathered:
         self._opened, self.content_hashes = opened, [found.content_hash for found in opened]
         self._name: str | None = None
 
-    def __call__(self, name: str) -> list[DataStatistic | None]:
+    def __call__(self, name: str) -> "list[DataStatistic | None]":
         if self._name not in (None, name):
             for found in self._opened:
                 found.release(str(self._name))

@@ -4,15 +4,13 @@ The header is known only at the end, so the bytes first go to a file of their ow
 read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import mmap
 import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,7 +72,7 @@ class TensorFileWriter:
         self._data.seek(first)
         return hashlib.sha256(self._data.read(last - first)).hexdigest()
 
-    def __enter__(self) -> TensorFileWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *failure: object) -> None:

@@ -1,7 +1,5 @@
 """Measure how experts get in each other's way, before they are merged: overlap, conflicts of sign, cosines."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +39,7 @@ class Sums:
     merged: Tensor
     energy: Tensor
 
-    def __add__(self, other: Sums) -> Sums:
+    def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property

@@ -6,8 +6,6 @@ form of their deltas. Where all experts are sparse, compiled passes (`modular_ex
 results to the bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +80,7 @@ class Entries:
         else:
             scratch.index_copy_(0, self.places.long(), values.to(scratch.dtype))
 
-    def only(self, kept: Tensor) -> Entries:
+    def only(self, kept: Tensor) -> "Entries":
         """Return the entries that a mask keeps; the others may remain as zeros where that is faster."""
         places = true_places(kept)
         if self.places is None and 4 * places.numel() > kept.numel():

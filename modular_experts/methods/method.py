@@ -4,8 +4,6 @@ A method is a pure function with settings. To write one of your own, subclass `M
 fields are the settings, and define `merge(self, deltas)`.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re
@@ -83,7 +81,7 @@ class Needs:
     together: bool = False
     inputs: bool = False
 
-    def __add__(self, other: Needs) -> Needs:
+    def __add__(self, other: "Needs") -> "Needs":
         """Return the needs of two methods that hold their memory at the same time, one around the other."""
         assert not (self.statistics and other.statistics), (self, other)
         held = ("matrices", "matrices_per_expert", "squares", "copies")

@@ -6,8 +6,6 @@ above a `Cutoff`: a magnitude and, where entries tie at it, the last one that st
 itself.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,7 +61,7 @@ def keep_band(delta: Delta, beta: float, gamma: float) -> Prune:
     return band(exact_threshold(delta, stay + outliers), exact_threshold(delta, outliers) if outliers else None)
 
 
-def band(kept: Cutoff, gone: Cutoff | None) -> Prune:
+def band(kept: "Cutoff", gone: "Cutoff | None") -> Prune:
     """Keep the entries that one threshold keeps and another, of outliers, does not."""
     if gone is None:
         return kept

@@ -4,8 +4,6 @@ A low-rank delta is decomposed through its factors; every other form becomes den
 value is noise is left out, because its vectors are arbitrary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ class Spectrum:
         """Number of directions; the rank of a single delta."""
         return self.values.numel()
 
-    def top(self, count: int) -> Spectrum:
+    def top(self, count: int) -> "Spectrum":
         """Return the directions of the largest singular values."""
         return Spectrum(self.left[:, :count], self.values[:count], self.right[:count])
 

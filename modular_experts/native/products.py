@@ -1,7 +1,5 @@
 """Call the compiled products of inputs with the deltas of their own experts, on the CPU (`products.cpp`)."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from array import array
@@ -44,7 +42,7 @@ class Factor:
         # A model has hundreds of layers, so a call must not ask for the addresses again.
         self.fields = (int(form), where.data_ptr(), _address(columns), values.data_ptr(), *sizes)
 
-    def __reduce__(self) -> tuple[type[Factor], tuple[object, ...]]:
+    def __reduce__(self) -> "tuple[type[Factor], tuple[object, ...]]":
         """Let copies have addresses of their own."""
         return Factor, self._made_of
 

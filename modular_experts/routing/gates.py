@@ -1,7 +1,5 @@
 """Define gates, which name the experts that each input takes and how much of each, and selections, which make them."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -106,12 +104,12 @@ class Gates:
             found.append(Segment(expert, None if len(places) == len(self.ids) else places, None if one else factors))
         return found
 
-    def of_places(self, row: Tensor) -> Gates:
+    def of_places(self, row: Tensor) -> "Gates":
         """Return gates of places: each place takes its row's, and padding, -1, the first row's."""
         rows = row.flatten().clamp(min=0)
         return Gates(self.ids[rows], self.weights[rows])
 
-    def without(self, rejected: Tensor, experts: int) -> Gates:
+    def without(self, rejected: Tensor, experts: int) -> "Gates":
         """Return the gates with the inputs that a mask `(n,)` marks sent to the fallback alone, number `experts`."""
         marked = rejected[:, None]
         first = torch.arange(self.ids.shape[1], device=marked.device) == 0

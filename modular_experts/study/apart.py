@@ -4,8 +4,6 @@ Each small expert is tested on the task of its own expert. All of them are in th
 can choose among the shrunk ones.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +47,7 @@ class Apart:
     kept_as: ClassVar[str] = "merge"
 
     @classmethod
-    def of_form(cls, given: Mapping[str, Any], before: Mapping[str, Any]) -> Apart:
+    def of_form(cls, given: Mapping[str, Any], before: Mapping[str, Any]) -> "Apart":
         form, choice = given["shrink"], {key: given[key] for key in ("bound", "rows") if key in given}
         if form == AUTO:
             found = cls("", **choice)
@@ -60,7 +58,7 @@ class Apart:
         return cls(given.get("name", str(made("--merges", Form, form))), form)
 
     @classmethod
-    def of_method(cls, given: Mapping[str, Any]) -> Apart:
+    def of_method(cls, given: Mapping[str, Any]) -> "Apart":
         method = made("--merges", MergeMethod, given["method"])
         if choice := [key for key in ("tune", "rows") if key in given]:
             raise ValueError(f"{choice[0]} is not for an expert of each task (per_task: true); leave one of them out")

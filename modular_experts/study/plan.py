@@ -1,7 +1,5 @@
 """Hold everything that a study does as plain values, and the groups of experts that its merges are made of."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +73,7 @@ class Study:
         """Settings of all tasks by name, those that get experts first."""
         return {**self.held_in, **self.held_out}
 
-    def at(self, seed: int) -> Study:
+    def at(self, seed: int) -> "Study":
         """Return the study of a seed, which stands in the place of `{seed}`."""
         parts = {name: getattr(self, name) for name in ("base", "held_in", "held_out", "experts", "joint")}
         found = {name: for_seed(part, seed) for name, part in parts.items()}

@@ -2,8 +2,6 @@
 2309.05444).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -62,7 +60,7 @@ class MoLoRAExpert(NotMergeable, Expert):
         self._tokens: Tensor | None = None
 
     @classmethod
-    def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> MoLoRAExpert:
+    def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> "MoLoRAExpert":
         count = len(state["router"])
         # What the settings alone decide is read from the state, and the rest is replaced by it.
         with torch.device("meta"):

@@ -1,7 +1,5 @@
 """Find the experts that a schedule trains, and give those that a step leaves out gradients of zero."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
@@ -15,7 +13,7 @@ if TYPE_CHECKING:  # callbacks import lightning, which experts do not need
 E = TypeVar("E", bound=Expert)
 
 
-def experts_of(module: TrainedModule, kind: type[E], owner: str) -> dict[str, E]:
+def experts_of(module: "TrainedModule", kind: type[E], owner: str) -> dict[str, E]:
     """Return the experts of all layers by their weight's name; raise ValueError if one is of another type."""
     found: dict[str, E] = {}
     for name, layer in expert_layers(module.model):

@@ -1,7 +1,5 @@
 """Check that a callback, built-in or your own, belongs to one fit at a time: `check_callback(MyCallback)`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import tempfile
@@ -63,7 +61,7 @@ def check_callback(
         _check(_Case(make, expert, result, Path(folder), base))
 
 
-def _check(case: _Case) -> None:
+def _check(case: "_Case") -> None:
     used = case.make()
     first, whole = case.fit(used)
     _compare(case.fit(used)[1], whole, "a callback in two fits must act as two fresh ones")

@@ -1,7 +1,5 @@
 """Check expert types, built-in or your own: `check_expert(lambda weight: MyExpert(weight))`, `check_plan(MyPlan())`."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -72,7 +70,7 @@ def check_plan(plan: LayerPlan, compile: bool = True) -> None:
     _check(_Case(_TwoBlocks, partial(inject, experts=plan)), compile)
 
 
-def _check(case: _Case, compile: bool) -> None:
+def _check(case: "_Case", compile: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for check in (_check_identity_at_start, _check_gradients, _check_export_reproduces, _check_eject):
             check(case, dtype)

@@ -1,7 +1,5 @@
 """Estimate what a fit will read, train, hold in memory and take, by four real steps with a learning rate of zero."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import logging
@@ -118,7 +116,9 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     )
 
 
-def _rehearsed(module: ExpertModule, data: TaskMixture, trainer: Trainer, probe: _Probe) -> tuple[Trainer, list[Batch]]:
+def _rehearsed(
+    module: ExpertModule, data: TaskMixture, trainer: Trainer, probe: "_Probe"
+) -> tuple[Trainer, list[Batch]]:
     device, before, loaded = trainer.strategy.root_device, module.learning_rate, hasattr(module, "model")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,5 @@
 """Find coefficients with Adam on validation rows: AdaMerging and aTLAS."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -122,7 +120,7 @@ def _attention(model: PreTrainedModel) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
-def _check_descent(search: AdaMerging | ATLAS) -> None:
+def _check_descent(search: "AdaMerging | ATLAS") -> None:
     name = type(search).__name__
     check_aim(name, search.objective)
     if search.per not in get_args(Per):

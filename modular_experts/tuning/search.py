@@ -3,8 +3,6 @@
 `CoefficientSearch` is the contract of an algorithm, and `search` runs one from experts on disk to the merged expert.
 """
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -87,7 +85,7 @@ class CoefficientSearch(SearchAlgorithm):
         merges: Sequence[MergeMethod] = (),
         overwrite: bool = False,
         progress: Progress = iter,
-    ) -> Searched:
+    ) -> "Searched":
         return search(experts, self, data, out, merges, overwrite, progress)
 
     def check(self, experts: int) -> None:

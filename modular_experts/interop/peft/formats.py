@@ -1,7 +1,5 @@
 """Encode deltas as the tensors of a PEFT adapter: LoRA, SHiRA or Super-Tuning."""
 
-from __future__ import annotations
-
 import math
 import re
 from abc import ABC, abstractmethod
@@ -62,7 +60,7 @@ class PeftFormat(ABC):
     def supports(self, module: nn.Module) -> bool:
         """Return whether the format can move the weights of a module."""
 
-    def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> PeftFormat:
+    def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> "PeftFormat":
         """Return the format for these weights of an expert; a ValueError means that it is not for this expert."""
         return self
 
@@ -165,7 +163,7 @@ class ShiraFormat(_SparseFormat):
 
     peft_type = "SHIRA"
 
-    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> ShiraFormat:
+    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> "ShiraFormat":
         kept = [(name, _as_sparse(name, delta := expert[name]).support_size, delta.shape) for name in names]
         r = max(1, *(math.ceil(entries / sum(shape)) for _, entries, shape in kept))
         for name, _, shape in kept:
@@ -195,7 +193,7 @@ class SupertuningFormat(_SparseFormat):
 
     peft_type = "SUPERTUNING"
 
-    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> SupertuningFormat:
+    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> "SupertuningFormat":
         kept = [(max(_as_sparse(name, delta := expert[name]).support_size, 1), delta.shape) for name in names]
         sparsity = 1.0 - max(entries / shape.numel() for entries, shape in kept)
         fitted = replace(self, _sparsity=sparsity)

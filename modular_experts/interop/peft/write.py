@@ -1,7 +1,5 @@
 """Write an expert as a PEFT adapter, with a manifest, and verify it by loading it again before it takes its place."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings
@@ -35,7 +33,7 @@ class WrittenAdapter:
     """An adapter that was written: each weight as it stores it, and what loading it again showed."""
 
     weights: Mapping[str, EncodedWeight]
-    check: AdapterCheck
+    check: "AdapterCheck"
 
     @property
     def relative_error(self) -> float:

@@ -1,7 +1,5 @@
 """GLoRA trains a change of weight and bias made of five parts; a search then chooses which parts each layer keeps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -115,7 +113,7 @@ class GLoRAExpert(Expert):
                 kept += 1 if kind == "constant" else len(own[f"{part}_up"])
         return kept
 
-    def only(self, path: GLoRAPath, weight: Tensor) -> GLoRAExpert:
+    def only(self, path: GLoRAPath, weight: Tensor) -> "GLoRAExpert":
         """Return an expert of this path alone, with the numbers of this expert."""
         settings: Any = path._asdict()
         expert = type(self)(weight, self.rank, **settings)
@@ -125,7 +123,7 @@ class GLoRAExpert(Expert):
         return expert
 
     @classmethod
-    def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> GLoRAExpert:
+    def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> "GLoRAExpert":
         settings: dict[str, Any] = {}
         for part, kinds in KINDS.items():
             up = state.get(f"{part}_up")

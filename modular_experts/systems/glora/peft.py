@@ -1,7 +1,5 @@
 """Encode a GLoRA as PEFT's adapter of that name, which holds the trained numbers of its five parts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,7 +34,7 @@ class GloraFormat(PeftFormat):
     def supports(self, module: nn.Module) -> bool:
         return type(module) is nn.Linear  # PEFT's own rule
 
-    def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> GloraFormat:
+    def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> "GloraFormat":
         kind, state = expert.record["kind"], expert.state()
         if kind != "GLoRAExpert" or not state:
             raise ValueError(

@@ -1,7 +1,5 @@
 """Choose a path of GLoRA for each layer by evolution on validation rows, under a limit of trained numbers."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections import Counter
@@ -71,7 +69,7 @@ class PathSearch(Evolution, SearchAlgorithm):
         merges: Sequence[MergeMethod] = (),
         overwrite: bool = False,
         progress: Progress = iter,
-    ) -> SearchedPaths:
+    ) -> "SearchedPaths":
         """Find the best path of each layer of one stored GLoRA, and write the expert of these paths.
 
         Experts that it was trained on top of must lie beside it; they are added to the base first. Losses are stored
@@ -124,7 +122,7 @@ class PathSearch(Evolution, SearchAlgorithm):
 
 
 def _write(
-    space: _Paths, best: Genes, opened: StoredExpert, settings: dict[str, Any], out: str | Path, overwrite: bool
+    space: "_Paths", best: Genes, opened: StoredExpert, settings: dict[str, Any], out: str | Path, overwrite: bool
 ) -> None:
     model = space.objective.model
     for name, path in space.paths(best).items():
@@ -178,7 +176,7 @@ class SearchedPaths(SearchResult):
 class _Paths:
     """The paths of all layers as one tuple of genes: which kind each part that has a choice is."""
 
-    def __init__(self, objective: Objective, store: _Losses) -> None:
+    def __init__(self, objective: Objective, store: "_Losses") -> None:
         self.objective, self.store = objective, store
         self.experts = {name: cast(GLoRAExpert, layer.expert) for name, layer in expert_layers(objective.model)}
         self.parts: list[tuple[tuple[str, str], tuple[str, ...]]] = [
