@@ -42,8 +42,7 @@ from modular_experts.systems.boosting import BoostedLoRAExpert
 from modular_experts.systems.glora import GLoRAExpert
 from modular_experts.systems.goat import GOATExpert
 from modular_experts.systems.hilo import HiLo
-from modular_experts.systems.lora_ir import LoRAIR
-from modular_experts.systems.lora_ir.plan import TaskGate
+from modular_experts.systems.lora_ir import LoRAIR, TaskGate
 from modular_experts.systems.moa import MoA
 from modular_experts.systems.molora import MoLoRAExpert
 from modular_experts.systems.point_lora import PointLoRA

@@ -1,5 +1,192 @@
-"""LoRA-IR (Ai et al., arXiv 2410.15385), for text: LoRAs behind one gate, which learns the tasks first."""
+"""Plan LoRAs behind one gate of the prompt, after LoRA-IR (Ai et al., arXiv 2410.15385), a method for images."""
 
-from modular_experts.systems.lora_ir.plan import LoRAIR
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
-__all__ = ["LoRAIR"]
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modular_experts.data import TaskMixture
+from modular_experts.data.batch import Example
+from modular_experts.data.rows import spread_evenly
+from modular_experts.experts.expert import Expert, NotMergeable
+from modular_experts.experts.lora import check_low_rank
+from modular_experts.experts.module_expert import ModuleExpert, refer
+from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
+from modular_experts.routing.classifier import Classifier
+from modular_experts.routing.gates import CurrentGates, TopK
+from modular_experts.routing.prompts import PromptGates, kept_tokens
+from modular_experts.routing.router import check_reading
+from modular_experts.statistics.take import batches_by_length, name_of, prompts
+
+log = logging.getLogger(__name__)
+
+
+class LoRAIR(LayerPlan):
+    """LoRAs at each linear layer; one gate for all layers gives a prompt the LoRAs of its task.
+
+    LoRA-IR restores images. This plan is its analogue for text, and repeats no result on images; the task of a prompt
+    stands in the place of the degradation. The prior of its first stage, which modulates features, is left out.
+
+    Training has two stages. First `fit` teaches a router the tasks of the data and freezes it: a softmax regression of
+    the task of training prompts (`Classifier`), which reads the base's own hidden states. Then it trains the LoRAs,
+    with the `k` likeliest of each prompt, weighted by the softmax of their logits. The data have as many held-in tasks
+    as there are experts; expert `n` belongs to the `n`-th task in the order of names.
+
+    Args:
+        experts: Number of LoRAs at each layer, and of held-in tasks; at least 2.
+        modules: Patterns of the layers that get LoRAs: ends of names, regular expressions, or `all-linear`.
+        rank: Rank of a LoRA, from 1 to min(out, in).
+        k: How many of them a prompt takes.
+        alpha: The scale is alpha / rank.
+        depths: Where the router reads prompts, rising: after these shares of the transformer blocks.
+        prompts: The most training rows of a task that the router learns from, spread evenly over the task.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        modules: str | Sequence[str] = "all-linear",
+        rank: int = 8,
+        k: int = 1,
+        alpha: float = 16.0,
+        depths: Sequence[float] = (0.0, 0.25),
+        prompts: int = 256,
+    ) -> None:
+        if experts < 2:
+            raise ValueError(f"LoRAIR: experts={experts} must be at least 2, one for each task of the data")
+        if not 1 <= k <= experts:
+            raise ValueError(f"LoRAIR: k={k} is outside 1..{experts}, the number of experts")
+        if prompts < 4:
+            raise ValueError(f"LoRAIR: prompts={prompts} must be at least 4 rows of a task")
+        check_reading("LoRAIR", depths)
+        self.modules = as_patterns(modules)
+        self.experts, self.rank, self.k, self.alpha = experts, rank, k, alpha
+        self.depths, self.prompts = list(depths), prompts
+
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+        gates = CurrentGates()
+        loras = partial(LoRAIRExpert, gates=gates, experts=self.experts, rank=self.rank, alpha=self.alpha)
+        chosen = by_pattern(dict.fromkeys(self.modules, loras), "modules")(sites)
+        gate = partial(TaskGate, gates=gates, experts=self.experts, k=self.k, depths=self.depths, prompts=self.prompts)
+        return {"": gate, **chosen}
+
+
+class TaskGate(ModuleExpert):
+    """Owns the router of the whole model, and makes the gates of each pass from its prompts."""
+
+    not_mergeable_because: ClassVar[str] = "its router chooses by the prompt"
+    # The LoRAs' rate: a router that an optimizer never sees must not lower it.
+    learning_rate: ClassVar[float] = 3e-3
+    model: nn.Module
+
+    def __init__(
+        self, model: nn.Module, gates: CurrentGates, experts: int, k: int, depths: Sequence[float], prompts: int
+    ) -> None:
+        super().__init__()
+        self.experts, self.k, self.prompts = experts, k, prompts
+        refer(self, model=model)
+        self.router = Classifier(reject=None, depths=depths, select=TopK(k))
+        self.router.experts = experts
+        config: Any = model.config
+        size, device = config.get_text_config().hidden_size * len(self.router.depths), next(model.parameters()).device
+        # A checkpoint is loaded into tensors of its sizes.
+        self.router.weight = torch.zeros(experts, size, device=device)
+        self.router.bias = torch.zeros(experts, device=device)
+        self._gates = PromptGates(self.router, gates)
+
+    @property
+    def moves_tokens_alone(self) -> bool:
+        """True: each place of packed rows gets the gates of its row."""
+        return True
+
+    def before_fit(self, module: Any, data: Any) -> bool:
+        """Teach the router the tasks of the data, unless it has learned, and log how well it knows validation prompts.
+
+        Raises:
+            ValueError: The data are not a `TaskMixture`, or have another number of held-in tasks than there are
+                experts, or a task has too few rows.
+        """
+        if self.router.weight.any():
+            return False
+        started = time.monotonic()
+        if not isinstance(data, TaskMixture):
+            raise ValueError(
+                f"the router of LoRAIR learns the tasks of a TaskMixture, and the data are of type "
+                f"{type(data).__name__}; give the trainer a TaskMixture as datamodule"
+            )
+        tasks = data.input_examples(["train"])
+        if len(tasks) != self.experts:
+            raise ValueError(
+                f"LoRAIR has experts={self.experts}, and the data have {len(tasks)} held-in tasks; give as many "
+                "experts as tasks, at least 2"
+            )
+        self.router.learn([], self._vectors(module.model, tasks, data, parts=True))
+        sentence = f"the router learned {len(tasks)} tasks"
+        if all("validation" in task["rows"] for task in data.contents.values()):
+            vectors = self._vectors(module.model, data.input_examples(["validation"]), data, parts=False)
+            right = sum(int((self.router.scores(own).argmax(1) == n).sum()) for n, own in enumerate(vectors))
+            sentence += (
+                f", and sends {right} of {sum(map(len, vectors))} validation prompts to the expert of their task"
+            )
+        log.info("%s, in %.1f s", sentence, time.monotonic() - started)
+        return True
+
+    def _vectors(self, model: Any, tasks: Mapping[str, list[Example]], data: TaskMixture, parts: bool) -> list[Tensor]:
+        """Return the vectors `(rows, size)` of some prompts of each task, and with `parts` of a part of each."""
+        found = []
+        for _, examples in sorted(tasks.items()):
+            batches = batches_by_length(spread_evenly(examples, self.prompts), data)
+            read = prompts(model, batches, [], parts, self.router.depths)
+            found.append(torch.cat([read[name_of(depth)].values for depth in self.router.depths], 1))
+        return found
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not kept_tokens(kwargs) and not self.router.weight.any():
+            raise ValueError(
+                "the router of LoRAIR has not learned its tasks yet; `fit` teaches it, and in a training loop of your "
+                "own its `before_fit` does"
+            )
+        self._gates(self.model, args, kwargs)
+
+
+class LoRAIRExpert(NotMergeable, Expert):
+    """Adds `scale * sum_e g_e up_e @ down_e`, with the gates `g` of the row's prompt; `up` starts at zero.
+
+    All LoRAs of a layer are one product of rank `experts * rank`. Without gates, the base is alone.
+    """
+
+    learning_rate: ClassVar[float] = 3e-3
+    not_mergeable_because: ClassVar[str] = TaskGate.not_mergeable_because
+
+    def __init__(
+        self, weight: Tensor, gates: CurrentGates, experts: int = 2, rank: int = 8, alpha: float = 16.0
+    ) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        check_low_rank(weight, rank)
+        self.experts, self.rank, self.scale, self.gates = experts, rank, alpha / rank, gates
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.up = nn.Parameter(torch.zeros(rows, experts * rank, dtype=dtype, device=weight.device))
+        self.down = nn.Parameter(torch.empty(experts * rank, columns, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    @property
+    def moves_tokens_alone(self) -> bool:
+        """True: each place of packed rows gets the gates of its row."""
+        return True
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        base = F.linear(x, weight, bias)
+        if self.gates.gates is None:
+            return base
+        shares = self.gates.gates.dense(self.experts).to(self.down.dtype)
+        inner = F.linear(x.to(self.down.dtype), self.down)
+        # Some models give a layer all tokens of all rows in one dimension.
+        by_row = inner.reshape(len(shares), -1, self.experts, self.rank) * shares[:, None, :, None]
+        return base + F.linear(self.scale * by_row.view_as(inner), self.up).to(base.dtype)

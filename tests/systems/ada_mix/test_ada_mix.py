@@ -19,8 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import draw, expert_layers, inject
-from modular_experts.systems.ada_mix import AdaMixExpert
-from modular_experts.systems.ada_mix.expert import paired_losses
+from modular_experts.systems.ada_mix import AdaMixExpert, paired_losses
 from modular_experts.testing import check_expert
 
 

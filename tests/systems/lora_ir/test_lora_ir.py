@@ -20,8 +20,7 @@ from modular_experts.injection import expert_layers, inject, named_experts
 from modular_experts.routing import TopK
 from modular_experts.routing.gates import CurrentGates, Gates, reading
 from modular_experts.statistics.take import name_of, prompts
-from modular_experts.systems.lora_ir import LoRAIR
-from modular_experts.systems.lora_ir.plan import LoRAIRExpert, TaskGate
+from modular_experts.systems.lora_ir import LoRAIR, LoRAIRExpert, TaskGate
 from modular_experts.testing import check_expert
 from modular_experts.training.estimate import estimate
 from modular_experts.training.module import ExpertModule

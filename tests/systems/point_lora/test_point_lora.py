@@ -12,8 +12,7 @@ from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.generation import generate_tokens
 from modular_experts.injection import expert_layers, extra_losses, inject, named_experts
 from modular_experts.routing.gates import reading
-from modular_experts.systems.point_lora import PointLoRA
-from modular_experts.systems.point_lora.plan import PointLoRAExpert, TokenSelection
+from modular_experts.systems.point_lora import PointLoRA, PointLoRAExpert, TokenSelection
 from modular_experts.testing import check_expert
 
 

@@ -12,8 +12,7 @@ from conftest import build_model
 
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers, expert_state, inject, load_expert_state
-from modular_experts.systems.tt_lora import TTLoRAExpert
-from modular_experts.systems.tt_lora.expert import even_factors
+from modular_experts.systems.tt_lora import TTLoRAExpert, even_factors
 from modular_experts.testing import check_expert
 
 
