@@ -73,7 +73,7 @@ VERBS = {
     "harness": Command("evaluate", "harness", "measure a base and experts on benchmarks, by the lm-evaluation-harness"),
     "predict": Command("training", "", "write a model's answers"),
     "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
-    "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library", ("source",)),
+    "import": Command("interop", "import_", "bring an adapter or a fine-tuned checkpoint into a library", ("source",)),
     "statistics": Command(
         "search", "statistics", "measure what some merge methods need of the experts' data", ("experts",)
     ),
@@ -81,19 +81,19 @@ VERBS = {
     "interference": Command(
         "interference", "interference", "show how experts get in each other's way, before they are merged", ("experts",)
     ),
-    "combine": Command("combine", "combine", "find the best of merges and routers within some bytes", ("experts",)),
+    "combine": Command("search", "combine", "find the best of merges and routers within some bytes", ("experts",)),
     "merge": Command("merge", "merge", "merge experts into one expert", ("experts",)),
     "search": Command(
         "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)
     ),
     "route": Command("search", "route", "put experts behind a router, which chooses by the input", ("experts",)),
-    "shrink": Command("shrink", "shrink", "store experts in the fewest bytes that keep their loss", ("experts",)),
+    "shrink": Command("search", "shrink", "store experts in the fewest bytes that keep their loss", ("experts",)),
     "mergekit": Command(
-        "import_", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", ("recipe", "out")
+        "interop", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", ("recipe", "out")
     ),
     "remove": Command("merge", "remove", "take one expert out of an average again", ("merged",)),
-    "apply": Command("apply", "apply", "add experts to their base: an ordinary checkpoint", ("experts",)),
-    "export": Command("apply", "export", "write an expert as an adapter that PEFT loads", ("expert",)),
+    "apply": Command("interop", "apply", "add experts to their base: an ordinary checkpoint", ("experts",)),
+    "export": Command("interop", "export", "write an expert as an adapter that PEFT loads", ("expert",)),
     "push": Command("hub", "push", "push experts and a card about them to the Hugging Face hub", ("experts",)),
     "pull": Command("hub", "pull", "pull experts from the Hugging Face hub into a library", ("repo",)),
     "list": Command("library", "list_library", "list the experts of a library", ("library",)),

@@ -1,19 +1,25 @@
-"""Run `modular-experts search`, `statistics`, `route` and `fit --gate-of`, which use rows of the experts' tasks."""
+"""Run `search`, `statistics`, `route`, `shrink`, `combine`, `fit --gate-of`, which use rows of the experts' tasks."""
 
 from pathlib import Path
 from typing import Literal
 
-from modular_experts.cli.format import call_text, counted, progress_bar, statistics_text, summary
+from rich.console import Console
+
+from modular_experts.cli.format import call_text, counted, progress_bar, statistics_text, summary, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
-from modular_experts.methods import MergeMethod
+from modular_experts.methods import Distilled, MergeMethod
 from modular_experts.routing import Centroid, Router
 from modular_experts.statistics import take_statistics
 from modular_experts.statistics.gates import STEPS
+from modular_experts.text import bytes_of, bytes_text
+from modular_experts.training.combine import combine as combine_experts
 from modular_experts.training.route import route as route_experts
 from modular_experts.tuning.objective import ValidationRows
 from modular_experts.tuning.search import SearchAlgorithm
+from modular_experts.tuning.shrink import Form, Shrunk
+from modular_experts.tuning.shrink import shrink as shrink_experts
 
 # So that a config names the searches of related systems by their class alone.
 import_systems("search")
@@ -146,9 +152,9 @@ def route(
         out: Directory of the routed expert, in the library of the experts.
         router: For each prompt, Centroid (the expert whose prompts are most alike), KernelRidge (by likeness to each
             of their prompts, also in words), Classifier (trained on whose a prompt is) or Oracle (the expert of the
-            row's task); for each token at each layer, Arrow and
-            Energy (by the deltas alone) or Phatgoose (by gates trained after the experts); for every input the same,
-            Constant (a weighted sum); or the dotted path of a class of your own. Default: Centroid.
+            row's task); for each token at each layer, Arrow and Energy (by the deltas alone) or Phatgoose (by gates
+            trained after the experts); for every input the same, Constant (a weighted sum); or the dotted path of a
+            class of your own. Default: Centroid.
         fallback: Directory of an expert, such as a merge, for prompts that are unlike the prompts of all experts.
             Centroid, KernelRidge, Classifier and Oracle find such prompts; other routers take no fallback. Default: the
             base alone.
@@ -171,3 +177,105 @@ def route(
     behind = f", and {fallback} for what it rejects" if fallback else ""
     print(f"{call_text(type(chosen).__name__, settings)} chooses among {counted(count, 'expert')}{behind}")
     print(f"{out}: routed, {made.size_on_disk:,} bytes beside its experts")
+
+
+def shrink(
+    experts: list[str],
+    measured: ValidationRows,
+    out: str,
+    to: Literal["bfloat16", "int8", "int4", "magnitudes4", "magnitudes2", "sign"] | None = None,
+    keep: float = 1.0,
+    rank: int | None = None,
+    bound: float = 0.01,
+    overwrite: bool = False,
+) -> None:
+    """Store each expert in the fewest bytes that keep its loss, in another library.
+
+    The command measures forms from the smallest upwards: values in few bits, for a low-rank or a full expert after a
+    cut to fewer directions, for a sparse one perhaps without its smaller entries. It writes the first whose loss on the
+    expert's tasks rises by at most the bound, and no expert if all forms lose more. It first fits the scales of values
+    in one or two bits to the layers' outputs on these rows.
+
+    Args:
+        experts: Directories of the experts.
+        measured: The rows on which the loss is measured.
+        out: The library of the shrunk experts, which keep their names.
+        to: The one encoding that is tried; by default all that fit the expert.
+        keep: With `to`, the share of the entries or tiles that stay, the largest ones.
+        rank: With `to`, the most directions of each matrix.
+        bound: How much the loss may rise, in nats a target token.
+        overwrite: Replace experts in `out`.
+
+    Examples:
+        modular-experts shrink --experts library/a library/b --out small --data.tasks a.jsonl b.jsonl
+        modular-experts shrink --experts library/a --to sign --keep 0.5 --bound 0.1 --out small --data.tasks a.jsonl
+    """
+    if to is None and (keep != 1 or rank is not None):
+        raise ValueError("--keep and --rank belong to one encoding; name it, such as --to int4")
+    form, done = Form(to, keep, rank) if to else None, []
+    for one in shrink_experts(experts, measured, out, form, bound, overwrite, progress_bar("shrinking")):
+        _print_forms(one, bound)
+        done.append(one)
+    kept = [one for one in done if one.chosen]
+    before, after = sum(one.before.bytes for one in kept), sum(one.chosen.bytes for one in kept if one.chosen)
+    if kept:
+        print(f"{counted(len(kept), 'expert')} in {out}: {bytes_text(after)} instead of {bytes_text(before)}")
+    if missed := [one.source.name for one in done if not one.chosen]:
+        names = ", ".join(missed)
+        raise ValueError(f"no smaller form of {names} keeps the loss within {bound:g}; allow more with --bound")
+
+
+def _print_forms(one: Shrunk, bound: float) -> None:
+    table = table_of("form", "bytes", "loss")
+    table.add_row("as it was", bytes_text(one.before.bytes), f"{one.before.loss:.4f}")
+    for tried in one.tried:
+        mark = " (written)" if tried is one.chosen else ""
+        table.add_row(f"{tried.form}{mark}", bytes_text(tried.bytes), f"{tried.loss:.4f}")
+    print(f"{one.source.name}: loss on validation rows, at most {one.before.loss + bound:.4f}")
+    Console(markup=False, emoji=False).print(table)
+
+
+def combine(
+    experts: list[str],
+    out: str,
+    data: TaskMixture | None = None,
+    budget: str | None = None,
+    distilled: Distilled | None = None,
+    router: Router | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make one model of many experts in four ways, measure what each keeps, and name the best.
+
+    The ways are the best merge without data, the merge Distilled, and a router in front of the experts as they are and
+    of shrunk experts. The same command goes on where it was interrupted.
+
+    Args:
+        experts: Directories of the experts, such as library/*, which the shell expands.
+        out: Directory of all that is made.
+        data: The experts' tasks: the ways learn from inputs of training rows, and are measured on validation rows;
+            tasks with {role: held_out} on test rows. Default: the inputs that the experts keep (`fit --keep_inputs`),
+            of which a quarter measures, against the experts' own answers.
+        budget: The most bytes beside the base, such as 50MB; a merge takes none.
+        distilled: Settings of the merge Distilled, such as --distilled.steps 80.
+        router: The router, as for `route`.
+        overwrite: Replace what `out` holds of other experts, rows or settings.
+
+    Examples:
+        modular-experts combine --experts library/* --out combined
+        modular-experts combine --experts library/a library/b --data.tasks a.jsonl b.jsonl --budget 5MB --out combined
+    """
+    most = bytes_of(budget) if budget else None
+    done = combine_experts(experts, out, data, most, distilled, router, overwrite, progress_bar("combining"))
+    held_out = any(way.held_out is not None for way in done.ways)
+    heads = ["kept", "loss", *["held out"] * held_out, "bytes", "time", "needs"]
+    table = table_of("way", *heads)
+    for way in done.ways:
+        shown = [f"{way.kept:.1%}", f"{way.loss:.3f}", *[f"{way.held_out or 0:.1%}"] * held_out]
+        table.add_row(way.name, *shown, bytes_text(way.bytes), f"{way.time:.2f}", way.needs)
+    Console(markup=False, emoji=False).print(table)
+    print("kept: exact match, 100 % for each task's own expert; bytes: beside the base; time: of a pass, base 1")
+    within = f" within {budget}" if budget else ""
+    print(f"best{within}: {done.best.name}, in {done.best.place}")
+    merged = done.best.bytes == 0
+    command = f"apply {done.best.place} --out checkpoint" if merged else f'generate "..." --experts {done.best.place}'
+    print(f"next: modular-experts {command}")

@@ -12,8 +12,8 @@ from typing import Any
 from modular_experts.hub.repository import HubRepository, check_contents, look
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert
 from modular_experts.library.atomic import is_name
-from modular_experts.library.inputs import INPUTS_FILE
 from modular_experts.library.record import RECORD_FILE, ROUTED, files_of, read_record
+from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 

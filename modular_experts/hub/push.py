@@ -14,8 +14,8 @@ from modular_experts.hub.repository import HubRepository, check_contents, hub_er
 from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.atomic import is_name
 from modular_experts.library.compatibility import open_parents
-from modular_experts.library.inputs import INPUTS_FILE
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
+from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 

@@ -18,8 +18,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from modular_experts.library import StoredExpert, check_name, open_statistics
-from modular_experts.library.inputs import INPUTS_FILE
 from modular_experts.library.record import RECORD_FILE, files_of
+from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.text import did_you_mean
 

@@ -25,7 +25,6 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
 from modular_experts.library.encoded import StoredValues, check_encoding
-from modular_experts.library.inputs import INPUTS_FILE, Prompt, read_inputs, write_inputs
 from modular_experts.library.packing import NUMBERS, PackedDelta, check_layout, pack, unpack
 from modular_experts.library.record import (
     DELTA_FILE,
@@ -43,7 +42,7 @@ from modular_experts.library.record import (
     read_record,
     what_is_wrong,
 )
-from modular_experts.library.state import StoredState, write_state
+from modular_experts.library.state import INPUTS_FILE, Prompt, StoredState, read_inputs, write_inputs, write_state
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, read_table
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean

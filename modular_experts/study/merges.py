@@ -130,7 +130,8 @@ class Merge:
         if self.searched or self.methods[0].needs.inputs:
             data, paths = ChoiceRows(tasks_of(study, group.own), **study.data), [one.path for one in experts]
             if not self.searched:
-                done = distill(paths, place, self.methods[0], data, overwrite=True)  # type: ignore[arg-type]
+                how: Any = self.methods[0]
+                done = distill(paths, place, how, data, overwrite=True, base=study.base)
                 return done.expert, describe(self.methods[0])
             rows = ValidationRows(data, self.rows, study.base, self.labels)
             if self.labels == "experts":

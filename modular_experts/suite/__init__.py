@@ -1,9 +1,8 @@
 """Generate 28 small text tasks from a seed, the suite, to try things in minutes without any data.
 
-`tasks.py` has the tasks, `words.py` how their rows are made; a task of your own is a `WordTask` of a few lines.
+A task of your own is a `WordTask` of a few lines.
 """
 
-from modular_experts.suite.tasks import HELD_IN, HELD_OUT
-from modular_experts.suite.words import WordTask
+from modular_experts.suite.tasks import HELD_IN, HELD_OUT, WordTask
 
 __all__ = ["HELD_IN", "HELD_OUT", "WordTask"]

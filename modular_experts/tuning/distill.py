@@ -1,19 +1,35 @@
-"""Merge by the experts' answers to inputs: the method `Distilled`, as a search from stored experts."""
+"""Merge by the experts' answers to inputs: the method `Distilled`, as a search from stored experts.
 
-from collections.abc import Sequence
+By block it goes through the transformer blocks in the memory of one block of all experts. In each, the merged model's
+hidden states come as near as possible to the states that each task's own expert has there on its own inputs, as in
+ProDistill (Xu et al., ICML 2025), there with a coefficient for each entry.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from modular_experts.base import Base
+from modular_experts.base.apply import applied
 from modular_experts.data import Inputs, TaskMixture
+from modular_experts.data.batch import Batch
+from modular_experts.deltas import Delta
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
 from modular_experts.library.described import describe
 from modular_experts.merger.merged import Merged
 from modular_experts.methods import Distilled, IsoC, MergeMethod, SelfRegMean, TaskArithmetic
 from modular_experts.progress import Progress
-from modular_experts.tuning.blocks import distill_blocks
-from modular_experts.tuning.gradient_search import ATLAS
+from modular_experts.text import block_of
+from modular_experts.tuning.combination import Combination
+from modular_experts.tuning.gradient_search import ATLAS, descend, first_coefficients
 from modular_experts.tuning.objective import (
+    Trial,
     ValidationRows,
     check_trials_file,
     objective_on_base,
@@ -21,7 +37,9 @@ from modular_experts.tuning.objective import (
     record_notes,
     write_trials,
 )
-from modular_experts.tuning.search import Searched, search
+from modular_experts.tuning.search import Found, Searched, places_of, search
+
+Run = Callable[[Batch, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def without_data(experts: Sequence[StoredExpert]) -> MergeMethod:
@@ -37,6 +55,7 @@ def distill(
     data: TaskMixture | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
+    base: str | None = None,
 ) -> Searched:
     """Merge experts by the answers of each to inputs of its own task; `Distilled` explains how.
 
@@ -46,21 +65,25 @@ def distill(
         method: The settings; the defaults if not given.
         data: Tasks, whose training and validation inputs are taken; if not given, the inputs that the experts keep.
         overwrite: Whether files that exist may be replaced.
+        base: The base's directory or hub id; the one in the experts' records by default.
 
     Raises:
-        FileExistsError: A file would be replaced; nothing has been read yet.
+        FileExistsError: A file would be replaced; no input has been read yet.
         ValueError: There are no inputs, or `search` refuses the experts.
     """
-    check_target(out, overwrite)
-    check_trials_file(out, overwrite)
     method, opened = method or Distilled(), open_experts(experts)
+    start = method.start or without_data(opened)
+    beside = places_of([start], [one.path for one in opened], out) if method.by == "model" else []
+    for target in [out, *beside]:
+        check_target(target, overwrite)
+    check_trials_file(out, overwrite)
     data = data or Inputs.kept_by(opened)
     if not isinstance(data, Inputs):
-        data.tokenizer = data.tokenizer or Base.open(None, opened).tokenizer()
+        data.tokenizer = data.tokenizer or Base.open(base, opened).tokenizer()
         data = Inputs.read_from(data, ["train", "validation"], method.rows)
+    data = data.only([*data.roles])  # which leaves the batches of the caller's inputs alone
     data.eval_batch_size = method.batch
-    rate, rows = method.learning_rate, ValidationRows(data, method.rows, None, "experts", {}, method.max_new_tokens)
-    start = method.start or without_data(opened)
+    rate, rows = method.learning_rate, ValidationRows(data, method.rows, base, "experts", {}, method.max_new_tokens)
     if method.by == "block":
         return _by_block(opened, out, method, start, rows, overwrite, progress)
     algorithm = ATLAS(method.steps, rate, objective="distill", per="row", decay=True)
@@ -89,3 +112,113 @@ def _by_block(
     write_expert(out, deltas, record, overwrite)
     places, trials = [type(start).__name__, *(str(one.path) for one in experts)], write_trials(out, found.trials)
     return Searched(open_expert(out), places, found, before, trials)
+
+
+def distill_blocks(
+    model: PreTrainedModel,
+    batches: Mapping[str, list[Batch]],
+    experts: Sequence[Mapping[str, Delta]],
+    own: Mapping[str, Mapping[str, Delta]],
+    learning_rate: float,
+    steps: int,
+    progress: Progress = iter,
+) -> tuple[dict[str, Delta], Found]:
+    """Return the deltas of the merge; and its coefficients, block after block, with the distances of each step.
+
+    Args:
+        model: The base, in evaluation mode.
+        batches: Padded batches of each task; their hidden states are kept in them meanwhile.
+        experts: Name and delta of each weight, read when its block comes; the first is the merge to start from. Its
+            deltas outside of the blocks go into the result as they are, and act on no state during the search.
+        own: The expert of each task.
+        learning_rate, steps: Of `descend`, in each block.
+
+    Raises:
+        ValueError: The experts move no weight of a block.
+    """
+    names = sorted({name for expert in experts for name in expert})
+    if not (inner := [block for block in map(block_of, names) if block]):
+        raise ValueError(
+            "by=block needs experts that move weights of transformer blocks; these do not, so take by=model"
+        )
+    found = {name: experts[0][name] for name in names if block_of(name) is None and name in experts[0]}
+    parent = inner[0].rpartition(".")[0]
+    every = [batch for own_batches in batches.values() for batch in own_batches]
+    coefficients, trials = [torch.zeros(0, len(experts))], list[Trial]()
+    for number in map(int, progress([str(one) for one in range(len(model.get_submodule(parent)))])):  # type: ignore[arg-type]
+        run, block = _runner(model, parent, number), f"{parent}.{number}"
+        inside = [name for name in names if block_of(name) == block]
+        for task, expert in own.items():
+            with (
+                torch.no_grad(),
+                applied(model, {name: expert[name] for name in inside if name in expert}, check=False),
+            ):
+                for batch in batches[task]:
+                    if not number:
+                        batch["states"] = torch.stack([run(batch, None)[0]] * 2, 2)
+                    batch["states"][:, :, 1] = run(batch, batch["states"][:, :, 1])[1]
+        members = [{name: expert[name] for name in inside if name in expert} for expert in experts]
+        with Combination(model, members, 1) as combination:
+            if inside:
+                start, aim = first_coefficients(combination, "row", [1.0]), _distance_of(run)
+                target: Any = SimpleNamespace(model=model, batches=batches, losses=dict)
+                best = descend(combination, target, aim, start, learning_rate, steps, decay=True)
+                found |= dict(combination.deltas(best.coefficients))
+                coefficients.append(best.coefficients)
+                trials += [Trial({"block": number, **one.settings}, one.losses) for one in best.trials]
+            with torch.no_grad():
+                for batch in every:
+                    batch["states"][:, :, 0] = run(batch, batch["states"][:, :, 0])[1]
+    for batch in every:
+        del batch["states"]
+    return found, Found(torch.cat(coefficients), {}, trials)
+
+
+def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
+    """Return a function from a batch and hidden states to the states before and behind one block of the model; without
+    given states, the embeddings enter.
+    """
+    owner, _, attribute = parent.rpartition(".")
+    holder, blocks = model.get_submodule(owner), model.get_submodule(parent)
+    block = blocks[number]  # type: ignore[index]
+
+    def run(batch: Batch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+
+        def enter(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen.append(given[0] if hidden is None else hidden)
+            return (seen[0], *given[1:])
+
+        def leave(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            seen.append(output if isinstance(output, Tensor) else output[0])
+            raise _Left
+
+        hooks = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+        # The model makes masks and positions, and passes the states through this block alone.
+        setattr(holder, attribute, nn.ModuleList([block]))
+        try:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        except _Left:
+            return seen[0], seen[1]
+        finally:
+            setattr(holder, attribute, blocks)
+            for hook in hooks:
+                hook.remove()
+        raise AssertionError
+
+    return run
+
+
+class _Left(Exception):
+    """Ends a forward pass behind the block."""
+
+
+def _distance_of(run: Run) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
+    def distance(_: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each row's squared distances over the squared lengths of the expert's states, and its tokens."""
+        own, tokens = batch["states"][:, :, 1].float(), batch["attention_mask"]
+        away = (run(batch, batch["states"][:, :, 0])[1].float() - own).square().sum(-1)
+        # States of padding may be zero.
+        return (tokens * away / (own.square().sum(-1) + 1 - tokens)).sum(1), tokens.sum(1)
+
+    return distance

@@ -158,7 +158,7 @@ def search(
         ValueError: A merge would replace one of the experts, or `objective_on_base` refuses the data.
     """
     data = ValidationRows(data) if isinstance(data, TaskMixture) else data
-    places = _places_of(merges, experts, out)
+    places = places_of(merges, experts, out)
     algorithm.check(len(merges) + len(experts))
     for target in [out, *places]:
         check_target(target, overwrite)
@@ -186,7 +186,7 @@ def search(
     return Searched(expert, combined, found, before, trials)
 
 
-def _places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:
+def places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:
     places: list[str] = []
     for one in merges:
         place, again = f"{Path(out)}-{type(one).__name__}", 2

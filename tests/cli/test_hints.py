@@ -80,7 +80,7 @@ def exists(option: str, verbs: list[str]) -> bool:
     return False
 
 
-Tuning = importlib.import_module("modular_experts.cli.tuning").Tuning
+Tuning = importlib.import_module("modular_experts.cli.merge").Tuning
 
 
 def wrong_hints(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from modular_experts.base import Base
 from modular_experts.data import Inputs
 from modular_experts.data.batch import prompts
 from modular_experts.library import open_statistics
-from modular_experts.library.inputs import INPUTS_FILE
+from modular_experts.library.state import INPUTS_FILE
 from modular_experts.tuning import ValidationRows, objective_on_base
 
 EXPERTS = ["--experts", "library/a", "library/b"]

@@ -16,7 +16,7 @@ from modular_experts.hub.card import CardEntry, model_card
 from modular_experts.hub.pull import pull
 from modular_experts.hub.push import push
 from modular_experts.library import Library, make_record, open_expert, write_expert, write_statistics
-from modular_experts.library.inputs import INPUTS_FILE, Prompt
+from modular_experts.library.state import INPUTS_FILE, Prompt
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing import Oracle
 from modular_experts.training.route import route

@@ -10,7 +10,7 @@ import pytest
 from modular_experts.__main__ import main
 from modular_experts.data import Task, TaskMixture
 from modular_experts.suite import HELD_IN, HELD_OUT, WordTask
-from modular_experts.suite.words import LETTERS, split_of
+from modular_experts.suite.tasks import LETTERS, split_of
 
 ALL = (*HELD_IN, *HELD_OUT)
 EXAMPLE = {  # for the word "feda", by hand

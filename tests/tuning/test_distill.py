@@ -17,8 +17,7 @@ from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.library import make_record, write_expert
 from modular_experts.text import block_of
 from modular_experts.tuning import ATLAS, ValidationRows, objective_on_base
-from modular_experts.tuning.blocks import _runner
-from modular_experts.tuning.distill import without_data
+from modular_experts.tuning.distill import _runner, without_data
 from modular_experts.tuning.objective import MEASURES
 
 TASKS = ("upper", "reverse")
