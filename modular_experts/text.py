@@ -4,8 +4,6 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["block_of", "bytes_of", "bytes_text", "depth_of", "did_you_mean", "in_any_block", "nearest"]
-
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 

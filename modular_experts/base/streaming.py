@@ -20,7 +20,7 @@ from torch import Tensor
 from modular_experts.base.files import read_layouts
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta, Dense, all_finite
-from modular_experts.library.tensorfile import DTYPES, MappedTensors, file_hash, open_tensors, tensor_bytes
+from modular_experts.library.tensorfile import DTYPES, NAMES, MappedTensors, file_hash, open_tensors, tensor_bytes
 from modular_experts.native.sparse_passes import add_rounded
 from modular_experts.progress import Progress
 
@@ -154,8 +154,6 @@ def _finished(note: Path, file: Path) -> np.ndarray | None:
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each tensor of a file, in the order in which they lie there."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 
 @contextmanager
 def shard_writer(file: Path, layout: Layout) -> Iterator[Callable[[Tensor], object]]:
@@ -164,7 +162,7 @@ def shard_writer(file: Path, layout: Layout) -> Iterator[Callable[[Tensor], obje
     end = 0
     for name, (dtype, shape) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:

@@ -46,9 +46,7 @@ def inner_by_row(one: Delta, other: Delta) -> Tensor:
 
 
 def scale_rows(delta: Delta, factors: Tensor) -> Delta:
-    """Multiply each row of a delta by its factor `(rows,)`, in at least float32; a single factor is for the whole
-    weight.
-    """
+    """Multiply each row of a delta by its factor `(rows,)`, in at least float32; one factor is for the whole weight."""
     factors = factors.to(delta.device, torch.promote_types(delta.dtype, torch.float32))
     if len(factors) == 1:
         return delta.to(dtype=factors.dtype) * factors[0]

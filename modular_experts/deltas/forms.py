@@ -35,9 +35,7 @@ class Delta(ABC):
 
     @abstractmethod
     def add_to(self, target: Tensor) -> Tensor:
-        """Add this delta to `target` `(out, in)` in place and return it: in at least float32, rounded once to its
-        dtype.
-        """
+        """Add this delta to `target` `(out, in)` in place, in at least float32, rounded once, and return the target."""
 
     @abstractmethod
     def linear(self, x: Tensor) -> Tensor:

@@ -81,8 +81,6 @@ class TaskScores(Metric):
     """
 
     full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
 
     def __init__(self, tasks: Mapping[str, str], metrics: Mapping[str, TextMetric] = TEXT_METRICS) -> None:
         super().__init__()

@@ -8,7 +8,8 @@ from modular_experts.base import Base
 from modular_experts.base.files import fetch_from_hub, weight_files
 from modular_experts.deltas import Delta
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, read_full_checkpoint
-from modular_experts.interop.peft import AskedDeltas, read_peft
+from modular_experts.interop.peft import read_peft
+from modular_experts.interop.peft.asked import AskedDeltas
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.library.tensorfile import file_hash

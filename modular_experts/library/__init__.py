@@ -19,14 +19,7 @@ from modular_experts.library.compatibility import (
     warn_of_missing_parents,
     warn_unlike_training,
 )
-from modular_experts.library.expert import (
-    DELTA_FILE,
-    RECORD_FILE,
-    STATE_FILE,
-    StoredExpert,
-    open_expert,
-    write_expert,
-)
+from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, STATE_FILE, StoredExpert, open_expert, write_expert
 from modular_experts.library.record import make_record
 from modular_experts.library.statistics import gather_statistics, open_statistics, write_statistics
 from modular_experts.text import did_you_mean

@@ -48,9 +48,7 @@ def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
 
 
 def open_parents(expert: StoredExpert) -> list[StoredExpert]:
-    """Open the experts behind a router, or those that an expert was trained on top of, which lie beside it; raise an
-    error if one is missing or has other contents than when the expert was made.
-    """
+    """Open the experts that an expert was made with, which lie beside it; raise if one is missing or has changed."""
     found = []
     for listed in expert.record["parents"]:
         place = expert.path.parent / str(listed["name"])

@@ -146,9 +146,7 @@ class StoredExpert(TaskVector):
         }
 
     def kept_entries(self) -> dict[str, int]:
-        """Return how many entries of each weight are kept, without reading it: of a dense delta those that are not
-        zero.
-        """
+        """Return how many entries of each weight are kept, of a dense delta all but the zeros, without reading it."""
         found = {}
         for name in self:
             entry = self._table[name]

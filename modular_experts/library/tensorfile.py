@@ -33,7 +33,7 @@ DTYPES = {
 }
 """The dtypes that the package reads and writes, by their names in a safetensors header."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorFileWriter:
@@ -86,7 +86,7 @@ class TensorFileWriter:
         start, content = self._data.tell(), tensor_bytes(tensor)
         self._data.write(content)
         offsets = [start, self._data.tell()]
-        self._header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        self._header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         self._new[name] = hashlib.sha256(content).hexdigest()
         return self._new[name]
 

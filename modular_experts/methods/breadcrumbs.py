@@ -20,15 +20,7 @@ from modular_experts.methods.prune import (
     prune,
     streamed_thresholds,
 )
-from modular_experts.methods.settings import (
-    FROM_PRESET,
-    Checks,
-    Presets,
-    one_of,
-    one_per_expert,
-    paired,
-    within,
-)
+from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, paired, within
 from modular_experts.methods.ties import Pruning
 
 DROPPED = within("[0, 1)", "is the share of entries dropped")
@@ -114,9 +106,7 @@ class Breadcrumbs(MiddleEntries, PrunedSum):
 
 @dataclass(frozen=True, kw_only=True)
 class BreadcrumbsTIES(MiddleEntries, PrunedElection):
-    """Breadcrumbs with an election of signs: as `Breadcrumbs`, but per entry only what carries the elected sign counts,
-    as in `TIES`.
-    """
+    """Breadcrumbs with an election of signs: per entry only what carries the elected sign counts, as in `TIES`."""
 
     presets = TIES_PRESETS
     preset: Literal["mergekit"] | None = None

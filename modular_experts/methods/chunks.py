@@ -315,9 +315,7 @@ def _pack_tiles(
 
 
 def _slices(delta: Delta, rows: Sequence[tuple[int, int]]) -> list[slice]:
-    """Return the slice of a delta's stored entries or tiles, which are sorted, that reaches into each span of rows; of
-    another form, the rows.
-    """
+    """Return the slice of a delta's sorted entries or tiles that reaches into each span of rows; else the rows."""
     width = _width(delta.shape)
     if isinstance(delta, Sparse):
         return between(delta.indices, [(first * width, last * width) for first, last in rows])

@@ -16,25 +16,8 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods.chunks import Entries
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import (
-    Prune,
-    Pruned,
-    PrunedElection,
-    PrunedSum,
-    PruneFirst,
-    Shares,
-    keep_all,
-    prune,
-)
-from modular_experts.methods.settings import (
-    FROM_PRESET,
-    Checks,
-    Presets,
-    one_of,
-    one_per_expert,
-    paired,
-    within,
-)
+from modular_experts.methods.prune import Prune, Pruned, PrunedElection, PrunedSum, PruneFirst, Shares, keep_all, prune
+from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, paired, within
 
 RescaleOfDrops = Literal["probability", "l1", "none"]
 
@@ -201,9 +184,7 @@ class DARE(RandomDrops, PrunedSum):
 
 @dataclass(frozen=True, kw_only=True)
 class DARETIES(RandomDrops, PrunedElection):
-    """DARE with an election of signs: entries are dropped as in `DARE`, and per entry what carries the elected sign is
-    averaged as in `TIES`.
-    """
+    """DARE with an election of signs: of the entries that stay, those of the elected sign are averaged as in `TIES`."""
 
     presets: ClassVar[Presets] = {
         None: {"keep": 0.1, **_ELECTION},
@@ -233,9 +214,7 @@ class DELLA(RankedDrops, PrunedElection):
 
 @dataclass(frozen=True, kw_only=True)
 class DELLALinear(RankedDrops, PrunedSum):
-    """DELLA without an election: entries are dropped at random, with the probabilities of `DELLA`, and the rest is
-    summed.
-    """
+    """DELLA without an election: entries are dropped with the probabilities of `DELLA`, and the rest is summed."""
 
     presets: ClassVar[Presets] = {
         None: {"keep": 0.5, "epsilon": 0.15, **_SUM},

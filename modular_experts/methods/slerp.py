@@ -17,14 +17,7 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner, inner_by_row, scale_rows
 from modular_experts.methods.chunks import weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import (
-    Checks,
-    Presets,
-    not_cancelling,
-    parts_of_whole,
-    shares,
-    within,
-)
+from modular_experts.methods.settings import Checks, Presets, not_cancelling, parts_of_whole, shares, within
 
 # Cosine beyond which the arc is taken for its chord, as in mergekit and in the code of arXiv 2507.07140. They differ by
 # less than 2e-4 there; opposite directions have many arcs, and near them the factors grow without bound.
@@ -66,9 +59,7 @@ def slerp(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, shorte
 
 
 def arc_weights(cosines: Tensor, t: float, straight: float = STRAIGHT) -> tuple[Tensor, Tensor]:
-    """Return the factors of the first and of the second of two vectors, one pair for each of the cosines; NaN is a
-    chord.
-    """
+    """Return the factors of the first and of the second of two vectors, a pair for each cosine; NaN is a chord."""
     curved = cosines.abs() <= straight
     angles = torch.where(curved, cosines, 0.0).acos()
     first, second = (torch.where(curved, (share * angles).sin() / angles.sin(), share) for share in (1 - t, t))

@@ -28,7 +28,7 @@ from modular_experts.library import check_target, new_directory
 from modular_experts.quickstart.plan import EVAL_BATCH, NEW_TOKENS, Plan
 from modular_experts.study import Study, read_study, run_study
 from modular_experts.study.run import PIECES, State, claim
-from modular_experts.training.estimate import logging_from
+from modular_experts.training.estimate import SILENT, logging_from
 
 FACTS = "training.json"  # how the base was trained; it lies beside the weights
 CHATTY_SHARE = 0.7
@@ -58,11 +58,7 @@ def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] =
         num_sanity_val_steps=0,
         accelerator="cpu",
         gradient_clip_val=1.0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **SILENT,
     )
     trainer.fit(module, _mixture(plan, tokenizer))
     # Test the base on the words of the experts in its chatty format, which shows the skill that it has.

@@ -225,9 +225,7 @@ def _factor(delta: Delta | Entries) -> Factor | None:
 
 
 def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments: Sequence[Segment]) -> None:
-    """Add to `out` `(n, tokens, out)` the products of inputs `(n, tokens, in)` with the deltas of their segments, times
-    their weights there.
-    """
+    """Add to `out` `(n, tokens, out)` the weighted products of `x` `(n, tokens, in)` with the segments' deltas."""
     is_served, graded = compiled.serves(out, x), torch.is_grad_enabled()
     parts = []
     for expert, places, weights in segments:

@@ -74,9 +74,7 @@ class Growth:
         self._before: Tensor | None = None
 
     def check(self, ids: Tensor, named: Mapping[str, Any]) -> None:
-        """Raise ValueError if a pass with token ids `(rows, length)` repeats the one before with one token more, and
-        `reading` tells of no prompt.
-        """
+        """Raise ValueError if ids `(rows, length)` add a token to the last pass's, and `reading` tells of no prompt."""
         before, self._before = self._before, None
         if rows_at_hand().prompt is not None or named.get("use_cache") is not False:
             return

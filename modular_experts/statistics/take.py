@@ -18,7 +18,7 @@ from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import answered
-from modular_experts.evaluation.gram import gram
+from modular_experts.evaluation.gram import gram, merged_grams
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
@@ -27,7 +27,6 @@ from modular_experts.progress import Progress
 from modular_experts.routing.prompts import prompt_grams, prompt_vectors
 from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.gates import train_gates
-from modular_experts.statistics.merged_gram import merged_grams
 from modular_experts.tuning.objective import ValidationRows
 
 StatisticKind = Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"]

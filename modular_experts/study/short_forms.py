@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modular_experts.data.tasks import Task
+from modular_experts.data.tasks import ROLES, Task
+from modular_experts.library.tensorfile import file_hash
 from modular_experts.settings.read import make
 from modular_experts.text import did_you_mean
 
-ROLES = ("held_in", "held_out")
 SEED = "{seed}"
 """Stands in the base, in tasks and in settings of experts for the seed of the training."""
 
@@ -77,8 +77,7 @@ def content_hash(name: str, task: Mapping[str, Any]) -> str:
     if not path.exists():
         raise ValueError(f"task {name!r}: there is no file {path}; the path starts from the current directory")
     for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
+        found.update(bytes.fromhex(file_hash(file)))
     return found.hexdigest()
 
 

@@ -1,6 +1,4 @@
-"""A trained mixture of LoRAs: each token takes the best few of a layer's experts (MoLoRA, Zadouri et al., arXiv
-2309.05444).
-"""
+"""A trained mixture of LoRAs: each token takes the best few of a layer's (MoLoRA, Zadouri et al., arXiv 2309.05444)."""
 
 import math
 from collections.abc import Mapping

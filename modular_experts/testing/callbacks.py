@@ -22,7 +22,7 @@ from modular_experts.base.files import quiet
 from modular_experts.callbacks import Schedule
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert, SparseExpert
-from modular_experts.training.estimate import logging_from
+from modular_experts.training.estimate import SILENT, logging_from
 from modular_experts.training.module import ExpertModule
 
 _STEPS, _SAVED = 5, 3
@@ -118,11 +118,7 @@ class _Case:
             devices=1,
             default_root_dir=self.folder,
             callbacks=[callback, watch, *[saving] * (resume is None)],
-            enable_checkpointing=resume is None,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
+            **SILENT | {"enable_checkpointing": resume is None},
         )
         data = TaskMixture({"name": "battery", "path": str(self.tasks)}, batch_size=4, tokenizer=str(self.base), seed=0)
         trainer.fit(module, data, ckpt_path=resume)

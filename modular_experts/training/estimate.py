@@ -31,6 +31,11 @@ from modular_experts.training.checkpoint import resize_like
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
 
+SILENT: dict[str, Any] = {
+    **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
+    **{"enable_model_summary": False, "use_distributed_sampler": False},
+}
+"""Arguments of a trainer that prints and keeps nothing."""
 _STEPS = 4
 _MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the longest
 
@@ -156,12 +161,8 @@ def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
         callbacks=[*mine, EvenValidation(times=0), probe],
         limit_val_batches=2,
         num_sanity_val_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=folder,
+        **SILENT,
     )
 
 

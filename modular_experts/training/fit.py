@@ -165,39 +165,24 @@ def fit(
     return open_expert(run.exports[-1].target) if run.exports and not dev_run else None
 
 
-def check_fit(
-    base: BaseModel,
-    tasks: Tasks | TaskMixture,
-    expert: ExpertKind | None = None,
-    modules: str | list[str] | None = None,
-    out: str | Path | None = None,
-    **settings: Unpack[FitSettings],
-) -> None:
-    """Check the arguments of a `fit`, and read neither base nor rows.
+def check_fit(*arguments: Any, **settings: Any) -> None:
+    """Check the arguments of a `fit`, which are these, and read neither base nor rows.
 
     Raises:
         ValueError: A setting does not fit.
     """
     with quiet():
-        settings["seed"] = False
-        prepare("fit", base, tasks, expert, modules, out, **settings)
+        prepare("fit", *arguments, **settings | {"seed": False})
 
 
-def estimate_fit(
-    base: BaseModel,
-    tasks: Tasks | TaskMixture,
-    expert: ExpertKind | None = None,
-    modules: str | list[str] | None = None,
-    out: str | Path | None = None,
-    **settings: Unpack[FitSettings],
-) -> FitEstimate:
+def estimate_fit(*arguments: Any, **settings: Any) -> FitEstimate:
     """Estimate by a few steps, which change nothing, what a `fit` with these arguments would read, train and take.
 
     Raises:
         ValueError: What a fit refuses.
     """
     with quiet():
-        run = prepare("fit", base, tasks, expert, modules, out, **settings)
+        run = prepare("fit", *arguments, **settings)
         run.check_targets()
         try:
             return estimate(run.module, run.data, run.trainer)

@@ -175,9 +175,7 @@ def distill_blocks(
 
 
 def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
-    """Return a function from a batch and hidden states to the states before and behind one block of the model; without
-    given states, the embeddings enter.
-    """
+    """Return a function from a batch and hidden states (None: embeddings) to the states before and behind a block."""
     owner, _, attribute = parent.rpartition(".")
     holder, blocks = model.get_submodule(owner), model.get_submodule(parent)
     block = blocks[number]  # type: ignore[index]

@@ -75,9 +75,7 @@ def descend(
 
 
 def first_coefficients(combination: Combination, per: Per, first: Sequence[float]) -> Tensor:
-    """Return the coefficients where a search starts, float64, alike in every weight and row: `first` for the first
-    experts, and 0 for the others.
-    """
+    """Return the float64 coefficients where a search starts: `first` for the first experts, 0 for the others."""
     count = {"expert": 1, "weight": len(combination.names), "row": sum(combination.rows)}[per]
     start = torch.zeros(count, combination.experts, dtype=torch.float64)
     start[:, : len(first)] = torch.tensor(first, dtype=torch.float64)
@@ -85,9 +83,7 @@ def first_coefficients(combination: Combination, per: Per, first: Sequence[float
 
 
 def joint(batches: Sequence[Batch], tokens: int = PASS_TOKENS) -> list[Batch]:
-    """Join padded batches, the shortest rows first, while a joint batch has at most `tokens` tokens; a larger one stays
-    alone.
-    """
+    """Join padded batches, the shortest rows first, up to `tokens` tokens together; a larger batch stays alone."""
     groups: list[list[Batch]] = []
     rows = 0
     for batch in sorted(batches, key=lambda batch: batch["input_ids"].shape[1]):

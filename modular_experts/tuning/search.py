@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -77,16 +78,8 @@ class CoefficientSearch(SearchAlgorithm):
     Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`.
     """
 
-    def run(
-        self,
-        experts: Sequence[str | Path],
-        data: ValidationRows | TaskMixture,
-        out: str | Path,
-        merges: Sequence[MergeMethod] = (),
-        overwrite: bool = False,
-        progress: Progress = iter,
-    ) -> "Searched":
-        return search(experts, self, data, out, merges, overwrite, progress)
+    def run(self, experts: Sequence[str | Path], *arguments: Any, **settings: Any) -> "Searched":
+        return search(experts, self, *arguments, **settings)
 
     def check(self, experts: int) -> None:
         """Raise ValueError if the settings do not fit this number of experts and merges; most fit any."""
@@ -98,9 +91,7 @@ class CoefficientSearch(SearchAlgorithm):
 
     @abstractmethod
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
-        """Return the coefficients of a combination of the objective's model, inside its `with`; the model may be left
-        at any of them.
-        """
+        """Return the coefficients of a combination, inside its `with`; the model may be left at any of them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,14 +17,7 @@ from torch import Tensor
 from modular_experts.data import TaskMixture
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import scale_rows, truncated_svd
-from modular_experts.library import (
-    StoredExpert,
-    check_target,
-    make_record,
-    open_expert,
-    open_experts,
-    write_expert,
-)
+from modular_experts.library import StoredExpert, check_target, make_record, open_expert, open_experts, write_expert
 from modular_experts.library.encoded import check_encoding
 from modular_experts.library.packing import pack, packed_bytes, unpack
 from modular_experts.library.statistics import carry_statistics

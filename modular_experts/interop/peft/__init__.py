@@ -4,20 +4,17 @@
 `write.py` writes with `formats.py`, the kinds of adapter, and loads the result again.
 """
 
-from modular_experts.interop.peft.asked import AskedDeltas, ask_peft
+from modular_experts.interop.peft.asked import ask_peft
 from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, ShiraFormat, SupertuningFormat
 from modular_experts.interop.peft.read import read_peft
-from modular_experts.interop.peft.write import AdapterCheck, WrittenAdapter, export
+from modular_experts.interop.peft.write import export
 
 __all__ = [
-    "AdapterCheck",
-    "AskedDeltas",
     "EncodedWeight",
     "LoraFormat",
     "PeftFormat",
     "ShiraFormat",
     "SupertuningFormat",
-    "WrittenAdapter",
     "ask_peft",
     "export",
     "read_peft",

@@ -61,7 +61,6 @@ class GLoRAExpert(Expert):
     """
 
     learning_rate: ClassVar[float] = 9e-3
-    leave_bias: ClassVar[str] = "set c, d and e to none"
 
     def __init__(
         self,

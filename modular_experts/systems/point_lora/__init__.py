@@ -149,9 +149,7 @@ class TokenSelection(ModuleExpert):
         return (), named
 
     def _select(self, embedded: Tensor, tokens: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the selected tokens times their scores, `(rows, count, size)`, and which of them are there: a shorter
-        prompt leaves the first of its places empty.
-        """
+        """Return the selected tokens times their scores, `(rows, count, size)`, and which of the places are filled."""
         prompt = tokens if prompt is None else tokens & prompt
         logits = self.scorer(embedded.to(self.scorer[0].weight.dtype)).squeeze(-1)
         scores = logits.sigmoid()
