@@ -119,8 +119,10 @@ def findings(results: Results) -> list[str]:
         lost = f"most is lost on {worst['task']} ({signed(worst['value'], metric)})"
         if (worst["value"] if metric == "loss" else -worst["value"]) <= 0:
             lost = "no task is worse than by its own expert"
+        ways = {way["name"]: way for way in results.facts.get("merges", {}).get(kind, ())}
+        done = "Routed" if "router" in ways.get(row["merge"], ()) else "Merged"
         sentences.append(
-            f"Merged by {row['merge']}, the {experts} {kept}{over} ({change}){'' if over else f'; {lost}'}"
+            f"{done} by {row['merge']}, the {experts} {kept}{over} ({change}){'' if over else f'; {lost}'}"
         )
     return sentences
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
-from modular_experts.settings import SHORT_NAMES, unknown
+from modular_experts.settings import SHORT_NAMES, UsageError, unknown
 from modular_experts.settings.read import Read, arguments_of, read_arguments
 from modular_experts.training.fit import TRAINER
 from modular_experts.training.module import ExpertModule
@@ -49,6 +49,9 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
     # Also an empty group has settings that must be given.
     whole = {"model": {}, "data": {}, **settings, "trainer": trainer}
     found = read_arguments("--", RunSettings, whole)
+    modules = found.plain["model"].get("modules")
+    if isinstance(modules, str) and len(words := modules.split()) > 1:
+        raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
 
     def made() -> dict[str, Any]:
         try:

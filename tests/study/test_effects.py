@@ -99,6 +99,8 @@ def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_
     (sentence,) = findings(Results(rows, facts))
     assert sentence.startswith("Merged by X, the 2 lora experts keep 97 % of their own exact match (-5.0 points, 95 %")
     assert sentence.endswith("most is lost on a (-20.0)")
+    routed = facts | {"merges": {"lora": [{"name": "X", "router": "Centroid"}]}}
+    assert findings(Results(rows, routed))[0] == sentence.replace("Merged by", "Routed by")
     for kept in (50, 60):
         merged = found("lora X", ["b"], {"b": kept}, "X")
         (sentence,) = findings(Results(effects(state(singles[1], merged), "exact_match"), facts))

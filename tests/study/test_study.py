@@ -625,6 +625,10 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
         ({"tasks": {"held_in": ["upper.jsonl"], "held_out": ["upper.jsonl"]}}, "two tasks have the name 'upper'"),
         ({"experts": {"lora": {**LORA, "stps": 3}}}, "error: experts.lora: there is no option --stps"),
         ({"fit": {"stps": 3}}, "fit and experts.lora: there is no option --stps; did you mean --steps"),
+        (
+            {"experts": {"lora": {**LORA, "modules": "q_proj v_proj"}}},
+            "one pattern, 'q_proj v_proj', with a space; write",
+        ),
         ({"tasks": {"heldin": ["upper.jsonl"]}}, "tasks.heldin is neither held_in nor held_out; did you mean held_in"),
         ({"merges": ["SparseAverag"]}, "did you mean SparseAverage"),
         ({"metrics": {"mine": "nope.mine"}}, "--metrics.mine: nope.mine cannot be imported"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from testbed.searching import descent, objective_on
 
 from modular_experts import Average, Base, Distilled, IsoC, SelfRegMean, applied, distill, merge, open_expert, search
 from modular_experts.base.files import fingerprint
-from modular_experts.data import Inputs
+from modular_experts.data import Inputs, TaskMixture
 from modular_experts.deltas import Dense
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.library import make_record, write_expert
@@ -53,7 +54,12 @@ def test_it_is_the_search_by_row_from_the_experts_answers(run, place) -> None:
     found = search(EXPERTS, algorithm, rows, "library/again", [SelfRegMean(flatten=0.5)])
     assert merged.content_hash == found.expert.content_hash
     assert merged.record["hyperparameters"]["labels"] == "experts"
-    assert distill(EXPERTS, "library/python", Distilled(**FEW)).expert.content_hash == merged.content_hash
+    data.eval_batch_size = 5
+    assert distill(EXPERTS, "library/python", Distilled(**FEW), data).expert.content_hash == merged.content_hash
+    assert data.eval_batch_size == 5, "the caller's inputs stay as they were"
+    shutil.copytree("library/both", "library/other-SelfRegMean")
+    with pytest.raises(FileExistsError, match="other-SelfRegMean exists already"):  # before any row is read
+        distill(EXPERTS, "library/other", data=TaskMixture("missing.jsonl"))
 
 
 def test_it_comes_nearer_to_the_experts_than_its_start(place) -> None:
