@@ -137,10 +137,7 @@ class Applied:
 
 
 def applied(
-    model: nn.Module,
-    experts: AnyExpert | Sequence[AnyExpert],
-    scale: float = 1.0,
-    check: bool = True,
+    model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], scale: float = 1.0, check: bool = True
 ) -> Applied:
     """Add experts to a model for a while; afterwards every weight is as it was, bit for bit.
 

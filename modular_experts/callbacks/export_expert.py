@@ -55,12 +55,7 @@ class ExportExpert(Callback):
     """
 
     def __init__(
-        self,
-        library: str,
-        name: str,
-        overwrite: bool = False,
-        monitor: str | None = "val_loss",
-        keep_inputs: int = 0,
+        self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss", keep_inputs: int = 0
     ) -> None:
         check_name(name)
         self.target = Path(library) / name

@@ -14,10 +14,7 @@ from modular_experts.text import depth_of
 
 
 def interference(
-    experts: list[str],
-    method: MergeMethod | None = None,
-    out: str | None = None,
-    overwrite: bool = False,
+    experts: list[str], method: MergeMethod | None = None, out: str | None = None, overwrite: bool = False
 ) -> None:
     """Show how experts get in each other's way: where they move the same entries, and where against each other.
 

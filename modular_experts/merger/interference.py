@@ -101,9 +101,7 @@ def mean_of_others(pairs: Tensor) -> Tensor:
 
 
 def interference(
-    experts: Sequence[str | Path | TaskVector],
-    method: MergeMethod | None = None,
-    progress: Progress = iter,
+    experts: Sequence[str | Path | TaskVector], method: MergeMethod | None = None, progress: Progress = iter
 ) -> Interference:
     """Compare each pair of experts, and each expert with their merge, weight by weight.
 

@@ -19,11 +19,7 @@ from modular_experts.progress import Progress
 
 
 def remove(
-    merged: str | Path,
-    expert: str | Path,
-    out: str | Path,
-    overwrite: bool = False,
-    progress: Progress = iter,
+    merged: str | Path, expert: str | Path, out: str | Path, overwrite: bool = False, progress: Progress = iter
 ) -> StoredExpert:
     """Take an expert out of a merge by Average or TaskArithmetic, as if it had not been merged.
 

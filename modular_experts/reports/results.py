@@ -1,7 +1,5 @@
 """Hold measurements as rows of model, experts, task, role, metric, value and further columns."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import itertools
@@ -17,7 +15,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import rich.table
 from rich.console import Console
@@ -53,7 +51,7 @@ class Results:
     @classmethod
     def of_scores(
         cls, scores: Mapping[str, Any], model: str = "model", experts: Sequence[str] = (), **more: Any
-    ) -> Results:
+    ) -> Self:
         """Make rows of the scores of one model, as `measure` and `Trainer.test` give them, with `more` columns."""
         return cls(
             [
@@ -66,7 +64,7 @@ class Results:
         )
 
     @classmethod
-    def read(cls, path: str | Path) -> Results:
+    def read(cls, path: str | Path) -> Self:
         """Read what `write` wrote; ValueError if the file holds something else."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -80,10 +78,10 @@ class Results:
         """Write the rows and the facts as JSON, whole or not at all."""
         write_json(path, {"format": FORMAT, "facts": self.facts, "rows": self.rows})
 
-    def __add__(self, other: Results) -> Results:
+    def __add__(self, other: "Results") -> "Results":
         return Results([*self.rows, *other.rows], {**self.facts, **other.facts})
 
-    def where(self, **wanted: Any) -> Results:
+    def where(self, **wanted: Any) -> "Results":
         """Return the rows that have these values in these columns; a column that a row lacks counts as None."""
         keep = [row for row in self.rows if all(row.get(column) == value for column, value in wanted.items())]
         return Results(keep, self.facts)

@@ -1,7 +1,7 @@
 """Send a token to the experts whose deltas move it most, by their first direction (Arrow) or by all (Energy)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class Energy(Router):
         moved = [still if delta is None else delta.linear(x).norm(dim=1) for delta in self._deltas]
         return torch.stack(moved, 1) / self.norms.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Energy":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         device = fn(torch.empty(0)).device
         self._deltas = [None if delta is None else delta.to(device) for delta in self._deltas]

@@ -4,11 +4,9 @@ On the CPU compiled loops (`native/products.py`) serve all experts of a layer in
 gradient is needed, torch multiplies expert by expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeGuard
+from typing import ClassVar, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +89,7 @@ class Mixture(NotMergeable, Expert):
                 add_change(added, change, places, weights)
         return added.view_as(out)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.like = fn(self.like)
         self.deltas = [None if delta is None else delta.to(self.like) for delta in self.deltas]
@@ -117,7 +115,7 @@ class Entries:
     shape: torch.Size
 
     @classmethod
-    def of(cls, delta: Sparse, dtype: torch.dtype) -> Entries:
+    def of(cls, delta: Sparse, dtype: torch.dtype) -> Self:
         if (split := split_rows(delta.indices, *delta.shape)) is not None:
             return cls(*split, delta.values.to(dtype), delta.shape)
         rows, columns = rows_and_columns(delta.indices, delta.shape)
@@ -140,7 +138,7 @@ class Entries:
         flat = x.reshape(-1, self.shape[1]).to(wide)
         return (matrix @ flat.T).T.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Entries:
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Entries":
         return Entries(self.starts.to(device), self.columns.to(device), self.values.to(device, dtype), self.shape)
 
     @property
@@ -162,7 +160,7 @@ class Held:
             self._formed = _Formed(delta, like)
 
     @property
-    def formed(self) -> _Formed:
+    def formed(self) -> "_Formed":
         if self._formed is None:
             assert self._source is not None
             # Torch refuses a gradient through tensors of inference mode, in which a trainer validates.
@@ -179,7 +177,7 @@ class Held:
         if self.is_encoded:
             self._formed = None
 
-    def to(self, like: Tensor) -> Held:
+    def to(self, like: Tensor) -> "Held":
         return Held(self._source or self.formed.delta, like)
 
     @property

@@ -220,11 +220,7 @@ class AdapterCheck:
 
 
 def _verify(
-    base: Base,
-    directory: Path,
-    encoded: Mapping[str, Delta],
-    expert: Mapping[str, Delta] | None,
-    tolerance: float,
+    base: Base, directory: Path, encoded: Mapping[str, Delta], expert: Mapping[str, Delta] | None, tolerance: float
 ) -> AdapterCheck:
     """Load an adapter with PEFT, and compare it with the deltas `encoded` that it stands for, on a float32 base."""
     from peft import PeftModel
