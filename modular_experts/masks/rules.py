@@ -38,7 +38,7 @@ class Rule(ABC):
             k: How many to keep.
             kept: Units kept now, sorted; all of them while a dense start lasts.
             change: Size of the delta of each unit kept now.
-            step, last: The optimizer step about to be taken, and that of `last_update`.
+            step, last: The optimizer step about to be taken, and the step of `last_update`.
         """
         return top_k(scores, k)
 
