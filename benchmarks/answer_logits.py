@@ -15,13 +15,7 @@ Generation of 8 tokens after 24 is transformers' own (a slice, too) beside `eval
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import random
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -29,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contenders import language_model
-from step_report import machine
+from measuring import Parser, medians, output, print_machine
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -84,19 +78,8 @@ def look(way: Way, model: nn.Module, batch: Batch) -> float:
     return way(model, batch).item()
 
 
-def race(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the median time of each call over that of `places`, and what each returned last."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order, found = list(calls), {}
-    for _ in range(rounds + 1):
-        random.shuffle(order)
-        for name in order:
-            gc.collect()
-            start = time.process_time()
-            found[name] = calls[name]()
-            seconds[name].append(time.process_time() - start)
-    median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    return {name: median[name] / median["places"] for name in calls}, found
+def over_places(median: dict[str, float]) -> dict[str, float]:
+    return {name: seconds / median["places"] for name, seconds in median.items()}
 
 
 def compare(dtype: torch.dtype, rounds: int, quick: bool) -> Iterator[dict[str, Any]]:
@@ -106,8 +89,9 @@ def compare(dtype: torch.dtype, rounds: int, quick: bool) -> Iterator[dict[str, 
     model.to(dtype)
     batch, kind = make_batch(model.config.vocab_size), {"dtype": str(dtype).removeprefix("torch.")}
     for name, work in {"training step": train, "forward": look}.items():
-        ratios, losses = race({way: partial(work, call, model, batch) for way, call in WAYS.items()}, rounds)
-        apart = max(abs(loss / losses["places"] - 1) for loss in losses.values())
+        calls = {way: partial(work, call, model, batch) for way, call in WAYS.items()}
+        ratios, losses = over_places(medians(calls, rounds)), [call() for call in calls.values()]
+        apart = max(losses) / min(losses) - 1
         yield kind | {"work": name} | ratios | {"losses_apart": apart}
     prompts = {key: batch[key][:, : LENGTH - ANSWER] for key in ("input_ids", "attention_mask")}
     settings = GenerationConfig(
@@ -118,30 +102,22 @@ def compare(dtype: torch.dtype, rounds: int, quick: bool) -> Iterator[dict[str, 
         with evaluating(model, settings) if in_one_piece else nullcontext():
             return model.eval().generate(**prompts, generation_config=settings)
 
-    ratios, _ = race({"slice": partial(write, False), "places": partial(write, True)}, rounds)
-    yield kind | {"work": "generation"} | ratios
+    written = medians({"slice": partial(write, False), "places": partial(write, True)}, rounds)
+    yield kind | {"work": "generation"} | over_places(written)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print only JSON")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: the numbers mean nothing")
+    parser = Parser(__doc__, quick="a tiny model: the numbers mean nothing")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    random.seed(0)
     rounds = 1 if options.quick else options.repeats
-    rows = [row for dtype in DTYPES for row in compare(dtype, rounds, options.quick)]
-    report = {"machine": machine(), "quick": options.quick, "rows": rows}
-    if options.json:
-        print(json.dumps(report))
-    else:
-        show(report)
+    output(options, {"rows": [row for dtype in DTYPES for row in compare(dtype, rounds, options.quick)]}, show)
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the table."""
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print_machine(report)
     print("CPU time over that of places\n\n| | whole | slice | places | losses apart |\n|---|---|---|---|---|")
     for row in report["rows"]:
         cells = [f"{row[name]:.2f}" if name in row else "" for name in WAYS]

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.injection import expert_layers, inject
 
-__all__ = ["CONTENDERS", "Contender", "Step", "Work", "language_model", "missing", "single_layer"]
+__all__ = ["CONTENDERS", "Contender", "Step", "Work", "language_model", "missing", "pretrained", "single_layer"]
 
 PROJECTIONS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 SIZES: dict[bool, dict[str, Any]] = {
@@ -81,6 +81,17 @@ def language_model(quick: bool) -> Work:
         return model(inputs_embeds=vectors.detach().requires_grad_(), labels=tokens).loss
 
     return Work(base, PROJECTIONS, forward, None, tokens.numel(), rank=16)
+
+
+def pretrained(place: str, quick: bool, dtype: str = "float32") -> tuple[Any, Any]:
+    """Return the frozen model and the tokenizer of a directory; quick: the tiny model with as many tokens."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(place)
+    if quick:
+        model: Any = language_model(True).base
+        model.resize_token_embeddings(len(tokenizer))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
+    return model.requires_grad_(False), tokenizer
 
 
 def single_layer(shape: tuple[int, int], tokens: int, keep: float) -> Work:

@@ -11,7 +11,6 @@ It takes three minutes.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -19,10 +18,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from measuring import Parser
 
 from modular_experts.jobs import Piece, engine, run
 from modular_experts.reports.results import machine
@@ -30,27 +29,21 @@ from modular_experts.reports.results import machine
 PROCESSES = 2
 
 
-@contextmanager
-def engines(name: str) -> Iterator[Executor]:
-    """Start a cluster on this machine and the engine for it."""
-    with ExitStack() as stack:
-        if name == "local":
-            settings: dict[str, Any] = {"processes": PROCESSES}
-        else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(dir="."))
-            settings = {"folder": folder, "poll_seconds": 1.0, "array_parallelism": PROCESSES}
-        yield stack.enter_context(engine(name, **settings))
+def started(name: str, folder: str) -> Executor:
+    """Return an engine, which may write into a folder."""
+    of_slurm: dict[str, Any] = {"folder": folder, "poll_seconds": 1.0, "array_parallelism": PROCESSES}
+    return engine(name, **({"processes": PROCESSES} if name == "local" else of_slurm))
 
 
 def measured(name: str, count: int) -> dict[str, float]:
     """Return seconds: until the first results, per piece that does nothing, and of this program's CPU per piece."""
     begun = time.perf_counter()
-    with engines(name) as executor:
+    with tempfile.TemporaryDirectory(dir=".") as folder, started(name, folder) as executor:
         run([Piece((n,), abs, (n,)) for n in range(PROCESSES)], executor=executor).raise_failures()
-        started, used = time.perf_counter(), sum(os.times()[:4])
+        first, used = time.perf_counter(), sum(os.times()[:4])
         run([Piece((n,), abs, (n,)) for n in range(count)], executor=executor).raise_failures()
         ended, used = time.perf_counter(), sum(os.times()[:4]) - used
-    return {"start": started - begun, "piece": (ended - started) / count, "cpu": used / count, "pieces": count}
+    return {"start": first - begun, "piece": (ended - first) / count, "cpu": used / count, "pieces": count}
 
 
 def is_here(name: str) -> bool:
@@ -60,9 +53,7 @@ def is_here(name: str) -> bool:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few pieces, to see that it runs")
-    parser.add_argument("--json", action="store_true", help="print the numbers for a program")
+    parser = Parser(__doc__, quick="few pieces, to see that it runs")
     parser.add_argument("--engines", nargs="*", default=["local", "slurm"])
     given = parser.parse_args()
     found = {}

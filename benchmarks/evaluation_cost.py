@@ -19,7 +19,6 @@ Without `--experts`, the base alone is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections import Counter
@@ -28,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import language_model
-from step_report import machine
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from contenders import pretrained
+from measuring import Parser, output, print_machine
 
 from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
@@ -114,13 +112,8 @@ def _beyond(answer: list[int], labels: torch.Tensor) -> int:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Give a row for each task, of the base alone and with the task's expert."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    if options.quick:
-        model: Any = language_model(True).base
-        model.resize_token_embeddings(len(tokenizer))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
-    model.requires_grad_(False).eval()
+    model, tokenizer = pretrained(options.model, options.quick, options.dtype)
+    model.eval()
     for task in options.tasks:
         data = TaskMixture([str(Path(options.data) / f"{task}.jsonl")], tokenizer, eval_limit=options.rows, seed=0)
         data.setup("test")
@@ -132,9 +125,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print only JSON")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: the speeds mean nothing")
+    parser = Parser(__doc__, quick="a tiny model: the speeds mean nothing")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="names of task files")
     parser.add_argument("--experts", help="path of a task's expert, such as library/{task}")
     parser.add_argument("--rows", type=int, default=64, help="the most test rows of a task")
@@ -144,21 +135,20 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("MODULAR_EXPERTS_DATA", "."))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.json:
-        print(json.dumps({"machine": machine(), "quick": options.quick, "rows": list(measure(options))}))
-        return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    print(
-        "\n| task | rows | padding: padded | packed | head: padded | packed | right: padded | packed | answers differ ",
-        end="",
-    )
-    print("| losses apart | CPU, padded over packed |\n|---|---|---|---|---|---|---|---|---|---|---|")
-    for row in measure(options):
+    output(options, {"rows": list(measure(options))}, show)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the table."""
+    print_machine(report)
+    print("\n| task | rows | padding: padded | packed | head: padded | packed | right: padded | packed ", end="")
+    print("| answers differ | losses apart | CPU, padded over packed |\n" + "|---" * 11 + "|")
+    for row in report["rows"]:
         cells = [row["task"] + ", expert" * row["expert"], str(row["rows"])]
         for name, form in (("padding", "{:.1%}"), ("head", "{:.2f}"), ("right", "{:.1%}")):
             cells += [form.format(row[name][way]) for way in WAYS]
         cells += [str(row["different"]), f"{row['losses_apart']:.0e}", f"{row['padded_over_packed']:.2f}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the fit over the time of one measurement of the same validation rows.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import Parser
 
 from modular_experts import Base, applied, open_expert
 from modular_experts.data import TaskMixture
@@ -69,7 +69,7 @@ def compare(model: Any, deltas: Mapping[str, Delta], chosen: Objective, batches:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("base")
     parser.add_argument("library", type=Path)
     parser.add_argument("tasks", nargs="+", type=Path)

@@ -8,8 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import step_report
-import torch
+import measuring
 from rich.console import Console
 from rich.table import Table
 
@@ -25,8 +24,8 @@ AGREEMENT = {"unequal": "unequal", "unequal_of_moved": "of moved"}
 def machine() -> dict[str, str]:
     """Return what a reader must know of the machine, and how busy it is: 1 means that each core has one to serve."""
     busy = os.getloadavg()[0] / (os.cpu_count() or 1)
-    found = {name: value for name, value in step_report.machine().items() if name != "peft"}
-    return found | {"threads": str(torch.get_num_threads()), "load per core": f"{busy:.1f}"}
+    found = {name: value for name, value in measuring.machine().items() if name != "peft"}
+    return found | {"load per core": f"{busy:.1f}"}
 
 
 def goals(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -88,13 +87,13 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def print_table(console: Console, title: str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Print a table of each row's method, or what it is otherwise called, and some of its numbers."""
+    """Print a table of each row's name, which is its first value, and some of its numbers."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for heading in columns.values():
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(row["method"], *(cell(row.get(key)) for key in columns))
+        table.add_row(next(iter(row.values())), *(cell(row.get(key)) for key in columns))
     console.print(table)
 
 

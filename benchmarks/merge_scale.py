@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Parser
 from merge_inputs import KEEP, Inputs, Shape
 from merge_report import machine, print_table
-from merge_speed import METHODS, ROOT, SMOLLM2, TINY, Bench, Method, Parser, check_machine, medians
+from merge_speed import METHODS, ROOT, SMOLLM2, TINY, Bench, Method, check_machine, medians
 from rich.console import Console
 
 from modular_experts.library import DELTA_FILE, open_expert
@@ -187,7 +188,7 @@ def _show_paper(console: Console, name: str, paper: dict[str, float]) -> None:
 
 def parse() -> tuple[Parser, argparse.Namespace]:
     names = [method.name for method in METHODS]
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=names, default=["linear", "ties"], help=", ".join(names))
     parser.add_argument("--repeats", type=int, default=3, help="how often each merge is run: 3")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, once")

@@ -30,9 +30,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from measuring import Parser
 from merge_inputs import WEIGHTS, Inputs, Shape
 from merge_report import goals, machine, show
 from merge_work import watch
@@ -235,16 +236,9 @@ def measure(options: argparse.Namespace, python: Path | None) -> dict[str, Any]:
     return report | {"goals": goals(report), "complete": True}
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{message}; see --help\n")
-
-
 def parse() -> tuple[Parser, argparse.Namespace]:
     names = [method.name for method in METHODS]
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 8, 20], help="how many are merged: 2 8 20")
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--repeats", type=int, default=3, help="how often each merge is run: 3")

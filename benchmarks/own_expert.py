@@ -9,7 +9,6 @@ row is then scored once. No expert is needed. `--unseen` takes tasks that no rou
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Parser
 from torch import Tensor
 
 from modular_experts import Base
@@ -52,7 +52,7 @@ def compare(learned: Sequence[Tensor], own: Sequence[Tensor], unseen: Sequence[T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     examples = sorted(Path(__file__).parents[1].glob("examples/*.jsonl"))
     parser.add_argument("base", nargs="?", default=".cache/smollm2")
     parser.add_argument("tasks", nargs="*", type=Path, default=examples)

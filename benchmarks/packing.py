@@ -18,7 +18,6 @@ validation and test batches of 16, padded and packed, of all files in one mixtur
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import time
@@ -28,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import language_model
-from step_report import machine
+from contenders import pretrained
+from measuring import Parser, output, print_machine
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from modular_experts.data import TaskMixture
 from modular_experts.data.batch import repacked
@@ -39,10 +38,7 @@ from modular_experts.evaluation import batch_losses, check_packing
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
 
-WAYS: dict[str, dict[str, Any]] = {
-    "plain": {"packing": False},
-    "packed": {"packing": True},
-}
+WAYS: dict[str, dict[str, Any]] = {"plain": {"packing": False}, "packed": {"packing": True}}
 
 
 def compare(model: nn.Module, tokenizer: Any, files: list[Path], batch_size: int, steps: int) -> dict[str, Any]:
@@ -112,13 +108,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     files = sorted(Path(options.data).glob("*.jsonl"))
     if not files:
         raise SystemExit(f"{options.data} has no .jsonl files; name their folder in MODULAR_EXPERTS_DATA")
-    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    if options.quick:
-        model: Any = language_model(True).base
-        model.resize_token_embeddings(len(tokenizer))
-        model.requires_grad_(False)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(options.model).requires_grad_(False)
+    model, tokenizer = pretrained(options.model, options.quick)
     inject(model, lambda weight: LoRAExpert(weight, rank=16), r".*_proj")
     check_packing(model)
     mixtures = {f"all {len(files)} files": files, files[-1].stem: files[-1:]}
@@ -129,9 +119,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print only JSON")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and two steps: the speeds mean nothing")
+    parser = Parser(__doc__, quick="a tiny model and two steps: the speeds mean nothing")
     parser.add_argument("--shares", action="store_true", help="print only how much is padding, task by task")
     parser.add_argument("--rows", type=int, default=128, help="rows that each way trains on, in each line")
     parser.add_argument("--model", default=str(Path(__file__).parents[1] / ".cache" / "smollm2"))
@@ -145,16 +133,12 @@ def main() -> None:
         for line in shares_of_padding(options):
             print(f"| {' | '.join(line)} |")
         return
-    report = {"machine": machine(), "quick": options.quick, "rows": list(measure(options))}
-    if options.json:
-        print(json.dumps(report))
-    else:
-        show(report)
+    output(options, {"rows": list(measure(options))}, show)
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the table."""
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print_machine(report)
     print("\n| rows | a batch | padding: plain | packed | speed: packed |")
     print("|---|---|---|---|---|")
     for row in report["rows"]:

@@ -14,11 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -27,8 +23,7 @@ from typing import Any
 
 import torch
 from contenders import language_model
-from sparse_step import high_water
-from step_report import machine
+from measuring import Parser, high_water, in_own_process, medians, output, print_machine
 from torch import Tensor, nn
 
 from modular_experts.base.files import quiet
@@ -105,32 +100,25 @@ fewer trained numbers than MoLoRA, the other mixtures as many as the LoRA."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, quick="one round on a tiny model, to see that it works")
     names = [name for plans in PLANS.values() for name in plans]
     parser.add_argument("--parts", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--names", nargs="+", choices=names, metavar="NAME", default=names)
     parser.add_argument("--repeats", type=int, default=3, help="rounds of steps after a warm-up: 3")
     parser.add_argument("--work", default="runs/related-cost", help="directory for what is measured")
-    parser.add_argument("--quick", action="store_true", help="one round on a tiny model, to see that it works")
-    parser.add_argument("--json", action="store_true", help="print only JSON")
     parser.add_argument("--own-cost", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.own_cost:
         part, name = options.own_cost
         print(json.dumps(own_memory(part, name, options.quick)))
         return
-    found: dict[str, Any] = {"machine": machine(), "quick": options.quick}
+    found: dict[str, Any] = {}
     for part in options.parts:
         reference, *others = PLANS[part]
         wanted = [reference, *(name for name in others if name in options.names)]
         store = JSONLines(Path(options.work, f"{part}{'-quick' * options.quick}.jsonl"))
         found[part] = costs(store, part, wanted, 1 if options.quick else options.repeats, options.quick)
-    if options.json:
-        json.dump(found, sys.stdout, indent=2)
-        return
-    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
-    for part in options.parts:
-        print_costs(part, found[part])
+    output(options, found, show)
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -163,11 +151,14 @@ def costs(store: JSONLines, part: str, names: Sequence[str], repeats: int, small
     ]
 
 
-def print_costs(part: str, rows: Sequence[dict[str, Any]]) -> None:
-    print(f"\n| {part} | trained | active | time of a step | peak memory |\n" + "|---" * 5 + "|")
-    for row in rows:
-        cells = [row["name"], *(f"{row[key]:.2f}" for key in ("trained", "active", "time", "memory"))]
-        print("| " + " | ".join(cells) + " |")
+def show(report: dict[str, Any]) -> None:
+    """Print a table of each part."""
+    print_machine(report)
+    for part in [part for part in PLANS if part in report]:
+        print(f"\n| {part} | trained | active | time of a step | peak memory |\n" + "|---" * 5 + "|")
+        for row in report[part]:
+            cells = [row["name"], *(f"{row[key]:.2f}" for key in ("trained", "active", "time", "memory"))]
+            print("| " + " | ".join(cells) + " |")
 
 
 def own_memory(part: str, name: str, small: bool) -> int:
@@ -182,27 +173,15 @@ def own_memory(part: str, name: str, small: bool) -> int:
 def _memory(part: str, name: str, small: bool) -> int:
     if small:
         return own_memory(part, name, small)
-    command = [sys.executable, str(Path(__file__).absolute()), "--own-cost", part, name]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return in_own_process(str(Path(__file__).absolute()), "--own-cost", part, name)
 
 
 def _times(part: str, names: Sequence[str], repeats: int, small: bool) -> dict[str, dict[str, float]]:
     """Return the median CPU seconds of a step of each name, and its numbers of parameters."""
     torch.set_num_threads(1)
-    random.seed(0)
     steps = {name: _step(PLANS[part][name](), small) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    order = list(names)
-    for _ in range(repeats + 1):
-        random.shuffle(order)
-        for name in order:
-            started = time.process_time()
-            steps[name][0]()
-            seconds[name].append(time.process_time() - started)
-    return {
-        name: {"seconds": statistics.median(seconds[name][1:]), **parameters(model)}
-        for name, (_, model) in steps.items()
-    }
+    seconds = medians({name: step for name, (step, _) in steps.items()}, repeats)
+    return {name: {"seconds": seconds[name], **parameters(model)} for name, (_, model) in steps.items()}
 
 
 @cache

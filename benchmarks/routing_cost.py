@@ -18,16 +18,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import inspect
 import json
 import math
-import random
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +29,7 @@ from typing import Any
 import peft
 import torch
 from contenders import PROJECTIONS, language_model
-from sparse_step import high_water
-from step_report import machine
+from measuring import Parser, high_water, in_own_process, medians, output, print_machine
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -185,8 +178,9 @@ def passes(model: nn.Module, named: dict[str, Any], work: str, vocabulary: int) 
     model(input_ids=prompt, logits_to_keep=1, **named)
 
     def decode() -> Tensor:
-        logits = model(input_ids=ids, **named).logits
-        cache.crop(-1)
+        for _ in range(4):
+            logits = model(input_ids=ids, **named).logits
+            cache.crop(-1)
         return logits
 
     return decode
@@ -201,17 +195,7 @@ def compare(dtype: torch.dtype, options: argparse.Namespace) -> list[dict[str, A
     rows = []
     for work in WORKS:
         calls = {name: passes(*model, work, base.config.vocab_size) for name, model in models.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        order = list(calls)
-        for _ in range(options.repeats + 1):
-            random.shuffle(order)
-            gc.collect()
-            for name in order:
-                start = time.process_time()
-                for _ in range(4 if work == "decode" else 1):
-                    calls[name]()
-                seconds[name].append(time.process_time() - start)
-        median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+        median = medians(calls, options.repeats)
         row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "work": work}
         row |= {name: median[name] / median["base"] for name in calls}
         for kind in options.kinds:
@@ -227,8 +211,7 @@ def memory(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]
     """Return what 20 experts of a kind take in a process of its own, over their packed bytes."""
     if options.quick:
         return own_memory(kind, getattr(torch, dtype), options)
-    command = [sys.executable, __file__, "--memory", kind, "--dtype", dtype]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return in_own_process(__file__, "--memory", kind, "--dtype", dtype)
 
 
 @torch.no_grad()
@@ -255,16 +238,13 @@ def own_memory(kind: str, dtype: torch.dtype, options: argparse.Namespace) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, quick="a tiny model: the numbers mean nothing")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="all if not given")
     parser.add_argument("--repeats", type=int, default=5, help="rounds after a warm-up: 5")
-    parser.add_argument("--json", action="store_true", help="print only JSON")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: the numbers mean nothing")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    random.seed(0)
     if options.memory:
         print(json.dumps(own_memory(options.memory, getattr(torch, options.dtype[0]), options)))
         return
@@ -272,16 +252,12 @@ def main() -> None:
     pairs = [(kind, dtype) for dtype in options.dtype for kind in [*with_encoded(options.kinds), *ARROWS]]
     space = [memory(kind, dtype, options) for kind, dtype in pairs]
     rows = [row for dtype in options.dtype for row in compare(getattr(torch, dtype), options)]
-    report = {"machine": machine(), "quick": options.quick, "kinds": options.kinds, "rows": rows, "memory": space}
-    if options.json:
-        print(json.dumps(report))
-    else:
-        show(report)
+    output(options, {"kinds": options.kinds, "rows": rows, "memory": space}, show)
 
 
 def show(report: dict[str, Any]) -> None:
     """Print both tables."""
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print_machine(report)
     kinds = report["kinds"]
     others = [*with_encoded(kinds)[len(kinds) :], "PEFT LoRA", *ARROWS]
     names = [*kinds, *others]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from measuring import Parser, high_water
 
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import Task, TaskMixture
@@ -50,7 +50,7 @@ class Turns(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         row = {"seconds": time.process_time() - self.started, "chosen": self.schedule.selections - self.chosen}
-        row |= {"own": self.schedule.seconds - self.own, "tokens": batch["input_ids"].numel(), "peak": _peak()}
+        row |= {"own": self.schedule.seconds - self.own, "tokens": batch["input_ids"].numel(), "peak": high_water()}
         _say(row)
 
 
@@ -136,14 +136,8 @@ def _forget_peak() -> None:
         refs.write_text("5")
 
 
-def _peak() -> int:
-    """Return the most bytes that this process had resident since `_forget_peak`, or 0 where nothing reports it."""
-    status = Path("/proc/self/status")
-    return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) if status.exists() else 0
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("base", type=Path, nargs="?", default=Path(".cache/smollm2"))
     data = Path(os.environ.get("MODULAR_EXPERTS_DATA", "../shared/data"))
     parser.add_argument("file", type=Path, nargs="?", default=data / "snips_intent.jsonl")

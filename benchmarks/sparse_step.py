@@ -14,25 +14,20 @@ The rows are made in `contenders`; goals and tables are in `step_report`.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
-import random
-import re
-import resource
 import statistics
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from contenders import CONTENDERS, Contender, Step, Work, language_model, missing, single_layer
-from step_report import goals, machine, text
+from measuring import Parser, high_water, in_own_process, machine, race
+from step_report import goals, text
 
 from modular_experts.injection import expert_layers
 
@@ -42,7 +37,6 @@ CHOOSING = ["entries, sampled", "tiles of 16, block_rows", "rows, slices", "colu
 REFERENCES = ["frozen", "PEFT LoRA", "PEFT SHiRA", "dense, masked"]
 QUICK_PEAKS, QUICK_CHOOSING = ["PEFT LoRA", "dense, masked"], ["tiles of 16, block_rows"]
 WARM_UP = 2
-Calls = Mapping[str, tuple[Callable[[], None], Step]]
 PROCESS_SECONDS = 12.0  # a process that imports, makes the model and takes two steps
 
 
@@ -72,28 +66,16 @@ def guess(entries: int, tokens: int) -> float:
     return 0.002 + 5.6 * entries * tokens / 1.5e11
 
 
-def race(calls: Calls, rounds: int, tick: Callable[[str], None]) -> dict:
-    """Return the CPU seconds of each call by round; after each, its step takes its writes out of the shared base."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
-    for _ in range(WARM_UP + rounds):
-        shuffle(order)
-        gc.collect()
-        for name in order:
-            call, step = calls[name]
-            start = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - start)
-            step.rest()
-            tick(name)
-    return {name: values[WARM_UP:] for name, values in seconds.items()}
-
-
 def compare(contenders: list[Contender], work: Work, rounds: int, progress: Progress) -> list[dict[str, Any]]:
     """Return a row per contender: time over that of the references, over the floor, and what is trained."""
     steps = {contender.name: Step(contender, work) for contender in contenders}
     cost = guess(work.entries, work.tokens)
-    seconds = race({n: (step, step) for n, step in steps.items()}, rounds, lambda name: progress.advance(cost, name))
+
+    def rest(name: str) -> None:
+        steps[name].rest()  # takes its writes out of the shared base
+        progress.advance(cost, name)
+
+    seconds = race(steps, rounds, WARM_UP, rest)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = []
     for contender in contenders:
@@ -179,12 +161,13 @@ def measure_selection(work: Work, contenders: list[Contender], options: argparse
         space = peak(contender.name, options.quick, selection=True)
         progress.advance(PROCESS_SECONDS, f"memory of a selection of {contender.name}")
         step = Step(contender, work)
-        calls: Calls = {"step": (step, step), "selection": (partial(select, step), step)}
+        calls: dict[str, Callable[[], None]] = {"step": step, "selection": partial(select, step)}
 
-        def tick(what: str, name: str = contender.name) -> None:
+        def rest(what: str, step: Step = step, name: str = contender.name) -> None:
+            step.rest()
             progress.advance(cost, f"{what} of {name}")
 
-        seconds = race(calls, 3, tick)
+        seconds = race(calls, 3, WARM_UP, rest)
         median = {what: statistics.median(values) for what, values in seconds.items()}
         share = median["selection"] / median["step"] - 1
         largest = max(rows * columns for rows, columns in work.shapes(work.modules))
@@ -200,8 +183,7 @@ def measure_selection(work: Work, contenders: list[Contender], options: argparse
 def peak(name: str, quick: bool, selection: bool = False) -> dict[str, int]:
     """Return the peak memory of a contender in a process of its own: after two steps, and after a selection."""
     options = [*(["--quick"] if quick else []), *(["--selection"] if selection else [])]
-    command = [sys.executable, __file__, "--peak", name, *options]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return in_own_process(__file__, "--peak", name, *options)
 
 
 def own_peak(name: str, quick: bool, selection: bool) -> dict[str, int]:
@@ -218,14 +200,6 @@ def own_peak(name: str, quick: bool, selection: bool) -> dict[str, int]:
     return peaks
 
 
-def high_water() -> int:
-    """Return the most memory that this process had resident, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux getrusage would include what the process was before it became this one
-        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def available(words: list[str]) -> tuple[list[Contender], dict[str, str]]:
     """Return the contenders that can run here, of those asked for, and why the others cannot."""
     asked = [row for row in CONTENDERS if row.name in REFERENCES or any(word in row.name for word in words or [""])]
@@ -236,16 +210,9 @@ def available(words: list[str]) -> tuple[list[Contender], dict[str, str]]:
     return [row for row in asked if row.name not in skipped], skipped
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{message}; see --help\n")
-
-
 def parse() -> argparse.Namespace:
     """Return the options; without a part, all three are asked for."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, quick="tiny sizes and two rounds, to see that it runs")
     for part in ("model", "layers", "selection"):
         parser.add_argument(f"--{part}", action="store_true", help="only this part, or those that are named")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.05], help="shares trained of single layers: 0.05")
@@ -253,8 +220,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="only rows with such a word, and the peers"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds, to see that it runs")
-    parser.add_argument("--json", action="store_true", help="print only JSON")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if any(not 0 < keep < 0.5 for keep in options.keep):

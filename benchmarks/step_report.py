@@ -1,18 +1,11 @@
-"""What `sparse_step.py` makes of its measurements: the goals, met or missed, the tables, and on which machine."""
+"""What `sparse_step.py` makes of its measurements: the goals, met or missed, and the tables."""
 
 from __future__ import annotations
 
-import platform
-import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-
-__all__ = ["goals", "machine", "text"]
+__all__ = ["goals", "text"]
 
 FORMS = {
     "entries": ["entries, sampled", "entries, native"],
@@ -70,19 +63,9 @@ def _goals_of_memory(worst: Callable[[str, Iterable[str]], float | None]) -> lis
     ]
 
 
-def machine() -> dict[str, str]:
-    """Return what a reader must know of the machine."""
-    file = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*:\s*(.*)", file.read_text()) if file.exists() else []
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    kind = f"{models[0] if models else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
-    return {"CPU": kind, "threads": str(torch.get_num_threads()), "Python": platform.python_version()} | versions
-
-
 def text(report: dict[str, Any]) -> str:
     """Return the report for people."""
-    machine = report["machine"]
-    lines = [", ".join(f"{key} {value}" for key, value in machine.items())]
+    lines = [", ".join(f"{key} {value}" for key, value in report["machine"].items())]
     lines += [f"left out: {name}: {reason}" for name, reason in report["skipped"].items()]
     if report["quick"]:
         lines.append("A quick run, of sizes at which the numbers mean nothing.")

@@ -17,13 +17,9 @@ SelfRegMean, and eight are put behind gates, a row of 64 tokens each, and pass f
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,8 +27,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from measuring import Parser, machine, medians
+from merge_report import print_table
 from rich.console import Console
-from rich.table import Table
 from routing_cost import RECORD, RandomExpert
 from torch import Tensor, nn
 
@@ -140,39 +137,23 @@ def beside_others(rows: list[dict[str, Any]], shape: Shape) -> dict[str, float]:
     return found
 
 
-def race(calls: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int) -> dict[str, float]:
-    """Return the median CPU seconds of each call; what makes a call is not timed."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
-    for _ in range(rounds + 1):
-        shuffle(order)
-        for name in order:
-            call = calls[name]()
-            start = time.thread_time()
-            call()
-            seconds[name].append(time.thread_time() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-def reading(path: Path, before: int) -> Callable[[], Callable[[], Any]]:
-    """Return what opens an expert, reads it some times, and returns how it is read once more."""
-
-    def make() -> Callable[[], Delta]:
-        expert = open_expert(path)
-        for _ in range(before):
-            expert["w"]
-        return lambda: expert["w"]
-
-    return make
+def reading(path: Path, before: int, rounds: int) -> Callable[[], Delta]:
+    """Return what reads an expert, in each round one that was opened before and read so many times."""
+    opened = [open_expert(path) for _ in range(rounds + 1)]
+    for expert in opened * before:
+        expert["w"]
+    return lambda: opened.pop()["w"]
 
 
 def time_row(folder: Path, delta: Delta, rounds: int) -> dict[str, float]:
     """Return the time to read a delta, checked and again, over that of int32, and over a copy in memory."""
     write_expert(folder / "stored", {"w": delta}, RECORD, overwrite=True)
     write_as_int32(folder / "int32", {"w": delta})
-    calls = {f"{way} {before}": reading(folder / way, before) for way in ("stored", "int32") for before in (0, 1)}
-    calls["copy"] = lambda: lambda: [tensor.clone() for tensor in delta.tensors().values()]
-    median = race(calls, rounds)
+    calls = {
+        f"{way} {before}": reading(folder / way, before, rounds) for way in ("stored", "int32") for before in (0, 1)
+    }
+    calls["copy"] = lambda: [tensor.clone() for tensor in delta.tensors().values()]
+    median = medians(calls, rounds)
     return {
         "first_over_int32": median["stored 0"] / median["int32 0"],
         "first_over_copy": median["stored 0"] / median["copy"],
@@ -219,21 +200,21 @@ def encoded(folder: Path, quick: bool, rounds: int) -> list[dict[str, Any]]:
     inputs = {width: torch.randn(EXPERTS, TOKENS, width) for width in widths}
     rows = []
     for kind in ("entries", "tiles", "LoRA"):
-        calls: dict[str, Callable[[], Callable[[], Any]]] = {}
+        calls: dict[str, Callable[[], Any]] = {}
         size = {}
         for encoding in VALUE_TYPES:
             folders = [folder / f"{kind}-{encoding}-{number}" for number in range(EXPERTS)]
             for number, path in enumerate(folders):
                 write_expert(path, RandomExpert(model, kind, number), RECORD, overwrite=True, encoding=encoding)
             size[encoding] = sum(open_expert(folders[0]).stored_bytes().values())
-            calls[f"read {encoding}"] = partial(partial, lambda path: list(open_expert(path).values()), folders[0])
+            calls[f"read {encoding}"] = partial(lambda path: list(open_expert(path).values()), folders[0])
             merged = folders[:MERGED]
             calls[f"merge {encoding}"] = partial(
-                partial, lambda paths: list(Merged(open_experts(paths), SelfRegMean()).values()), merged
+                lambda paths: list(Merged(open_experts(paths), SelfRegMean()).values()), merged
             )
-            calls[f"route {encoding}"] = partial(partial, pass_forward, model, folders, inputs)
+            calls[f"route {encoding}"] = partial(pass_forward, model, folders, inputs)
         with torch.no_grad():
-            median = race(calls, rounds)
+            median = medians(calls, rounds)
         for encoding in VALUE_TYPES[1:]:
             row = {"name": f"{kind}, {encoding}", "bytes": size[encoding] / size["float32"]}
             works = ("read", "merge", "route")
@@ -250,42 +231,27 @@ def show(report: dict[str, Any]) -> None:
     title = (
         f"{report['shape'][0]} x {report['shape'][1]}: bytes per kept place, without its values; and with them, ratios"
     )
-    console.print(table(title, report["sizes"], {way: way for way in ways} | ratios))
+    print_table(console, title, report["sizes"], {way: way for way in ways} | ratios)
     others = [{"name": name, "bytes": size} for name, size in report["others"].items()]
-    console.print(table("At 5 %: bytes per trained number (* is arithmetic)", others, {"bytes": "bytes"}))
-    columns = {
-        "first_over_int32": "read/int32's",
-        "first_over_copy": "read/copy",
-        "int32_first_over_copy": "int32's/copy",
-    }
+    print_table(console, "At 5 %: bytes per trained number (* is arithmetic)", others, {"bytes": "bytes"})
+    columns = {"first_over_int32": "read/int32's", "first_over_copy": "read/copy"}
+    columns |= {"int32_first_over_copy": "int32's/copy"}
     columns |= {"again_over_first": "again/read", "again_over_copy": "again/copy"}
-    console.print(table("Times, as ratios: first read, read again, copy in memory", report["times"], columns))
+    print_table(console, "Times, as ratios: first read, read again, copy in memory", report["times"], columns)
     columns = {name: name for name in ("bytes", "read", "merge", "route")}
-    console.print(table("Encoded values over float32: bytes, and CPU times", report["encoded"], columns))
-
-
-def table(title: str, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
-    """Return a table of a row's name and some of its numbers."""
-    made = Table(title=title, title_justify="left")
-    made.add_column("")
-    for heading in columns.values():
-        made.add_column(heading, justify="right")
-    for row in rows:
-        made.add_row(row["name"], *(f"{row[key]:.2f}" for key in columns))
-    return made
+    print_table(console, "Encoded values over float32: bytes, and CPU times", report["encoded"], columns)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to a file, too")
     parser.add_argument("--quick", action="store_true", help="a small weight, at which the times mean nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape, shapes, rounds = ((96, 64), [(96, 64)], 2) if options.quick else (SHAPE, SHAPES, 9)
-    machine = {"torch": torch.__version__, "CPU": torch.backends.cpu.get_cpu_capability()}
     with tempfile.TemporaryDirectory() as folder:
         found = sizes(Path(folder), shape)
-        report = {"machine": machine, "shape": shape, "sizes": found, "others": beside_others(found, shape)}
+        report = {"machine": machine(), "shape": shape, "sizes": found, "others": beside_others(found, shape)}
         report["times"] = times(Path(folder), shapes, rounds)
         report["encoded"] = encoded(Path(folder), options.quick, rounds)
     if options.json:

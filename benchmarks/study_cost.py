@@ -16,7 +16,6 @@ The base is that of the quickstart unless another is named.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -28,7 +27,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from step_report import machine
+from measuring import Parser, output
 
 from modular_experts.suite import HELD_IN, HELD_OUT
 
@@ -36,28 +35,23 @@ MODULAR_EXPERTS = [sys.executable, "-m", "modular_experts"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, quick="two experts, to see that it works")
     parser.add_argument("base", nargs="?", default="runs/quickstart/base", help="directory of a base")
     parser.add_argument("--experts", type=int, default=20, help="how many of the twenty tasks get an expert")
     parser.add_argument("--separate", type=int, default=3, help="how many experts are tested by a command of their own")
     parser.add_argument("--batch", type=int, default=16, help="rows of a batch of the tests, of both ways")
-    parser.add_argument("--quick", action="store_true", help="two experts, to see that it works")
-    parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args()
     experts, separate = (2, 1) if options.quick else (options.experts, options.separate)
     with tempfile.TemporaryDirectory() as folder:
         steps, rows = (1, 4) if options.quick else (50, None)
         data = {"eval_limit": rows, "eval_batch_size": options.batch}
         found = measure(Path(options.base).absolute(), experts, separate, Path(folder), steps, data)
-    found |= {"machine": machine()}
-    if options.json:
-        json.dump(found, sys.stdout, indent=2)
-    else:
-        show(found, experts)
+    output(options, found | {"experts": experts}, show)
 
 
-def show(found: dict[str, Any], experts: int) -> None:
-    """Print what the study of so many experts took."""
+def show(found: dict[str, Any]) -> None:
+    """Print what the study took."""
+    experts = found["experts"]
     print(f"{found['pieces']} pieces took {found['bare']:.1f} s, the study {found['study']:.1f} s:", end=" ")
     print(f"{found['overhead']:.3f} s of overhead for each piece, {found['overhead'] / 30:.1%} of a piece of 30 s")
     print(f"switching experts took {found['switching']:.2%} of the time of the tests")

@@ -19,13 +19,13 @@ Where a study merges 2, 5 and all experts, the merges of all count. `--columns '
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from measuring import Parser
 
 from modular_experts.reports import Results
 from modular_experts.reports.results import SHARES
@@ -37,7 +37,7 @@ Pairs = Mapping[tuple[int, str], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("studies", nargs="+", help="directories of studies, whose numbers stand in one table")
     parser.add_argument("--lines", default="merge", choices=["merge", "kind"])
     parser.add_argument("--columns", default="kind", choices=["merge", "kind", ""])

@@ -9,12 +9,12 @@ needs, for a GPU, for the program that hands out pieces, and for the file system
 
 from __future__ import annotations
 
-import argparse
 import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from measuring import Parser
 from rich.console import Console
 from rich.table import Table
 
@@ -125,7 +125,7 @@ def hours(pieces: Sequence[Work], gpus: int, handling: float, one_process_each: 
 
 def main() -> None:
     """Compute and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the experts, to see that it runs")
     kinds = KINDS // 10 if parser.parse_args().quick else KINDS
     pieces = plan(kinds)

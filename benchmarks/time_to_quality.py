@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_report import machine
+from measuring import Parser, output, print_machine
 
 from modular_experts import Base, TaskMixture, applied, import_expert, open_expert
 from modular_experts.evaluation import batch_losses
@@ -152,11 +152,11 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
             row["choosing"] = statistics.median(run["choosing"] / run["seconds"] for run, _ in runs)
         rows.append(row)
     peer = {"loss": [run["loss"] for run in targets], "cpu": [run["cpu"] for run in targets]}
-    return {"machine": machine(), "task": options.task, "seeds": options.seeds, "peer": peer, "rows": rows}
+    return {"task": options.task, "seeds": options.seeds, "peer": peer, "rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, quick="one round, two steps: the numbers mean nothing")
     parser.add_argument("--out", default="time_to_quality.jsonl", help="file of JSON lines that keeps the runs")
     parser.add_argument("--task", default="clinc_banking", help="name of a file in --data, without .jsonl")
     parser.add_argument("--data", default=os.environ.get("MODULAR_EXPERTS_DATA", "."))
@@ -167,17 +167,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="the most validation rows; all of them if not given")
     parser.add_argument("--more", default="", help="more options of our fit")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no run starts")
-    parser.add_argument("--quick", action="store_true", help="one round, two steps: the numbers mean nothing")
-    parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args()
     options.most = 2 if options.quick else sys.maxsize
     options.seeds = options.seeds[:1] if options.quick else options.seeds
     torch.set_num_threads(1)
-    report = race(options)
-    if options.json:
-        print(json.dumps(report))
-        return
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    output(options, race(options), show)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the table."""
+    print_machine(report)
     peer, seeds = report["peer"], report["seeds"]
     losses, cpu = ", ".join(f"{loss:.4f}" for loss in peer["loss"]), statistics.median(peer["cpu"])
     print(f"{report['task']}, seeds {seeds}: PEFT's LoRA reaches losses of {losses} in {cpu:.0f} CPU seconds\n")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_rows
+from testbed.scripts import BENCHMARKS, run_script
 
 
 def test_choices_cost_what_their_steps_take_beyond_those_of_a_run_that_chose_once(monkeypatch) -> None:
     """The first choice took 2 s by its own clock, in a step that warmed up; the four others 1.5 s, and 5 MiB more."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     selection_cost = importlib.import_module("selection_cost")
     tokens = np.array([200, 100, 300, 100, 200, 300, 100, 200, 100, 400])
     chosen = np.array([1, 0, 1, 0, 1, 1, 0, 1, 0, 0])
@@ -35,3 +42,24 @@ def test_choices_cost_what_their_steps_take_beyond_those_of_a_run_that_chose_onc
     assert found["own_share"] == pytest.approx(10 / own["seconds"].sum())
     assert found["spread"] == pytest.approx(0, abs=1e-12)
     assert found["more_peak_in_largest_gradients"] == 2.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_choices_are_timed_beside_a_run_that_chooses_once(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Run:
+        """A process of the script, which did all its steps when it was started."""
+
+        def __init__(self, command: list[str], **how: Any) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "stdin", io.StringIO("go\n" * 9))
+                self.stdout = iter(run_script("selection_cost.py", *command[2:]).splitlines())
+            self.stdin = io.StringIO()
+
+    monkeypatch.setattr(subprocess, "Popen", Run)
+    write_rows(tmp_path / "task.jsonl", [{"input": f"say {number}", "target": "a"} for number in range(20)])
+    options = [tiny_llama_dir, tmp_path / "task.jsonl", "--ways", "step", "--steps", "4"]
+    found = json.loads(run_script("selection_cost.py", *options))
+    assert found["way"] == "step"
+    assert found["choices"] >= 1

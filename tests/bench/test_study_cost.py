@@ -18,4 +18,4 @@ def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
     assert found["bare"] < found["study"]
     assert 0 < found["switching"] < 1
     assert found["separate"] > 0
-    assert "testing 2 experts on 10 tasks" in shown("study_cost", found, 2)
+    assert "testing 2 experts on 10 tasks" in shown("study_cost", found)
