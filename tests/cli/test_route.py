@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,7 @@ def test_verify_and_list_tell_of_the_experts_behind_a_router(run, place):
 
 def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trust(place, tiny_llama_dir, task_files):
     """The commands that open it run in a process that has not seen the classes, the one that may last."""
+    assert "mine" not in sys.modules
     Path("mine.py").write_text(
         "from modular_experts.routing import Oracle, TopK\n"
         "from modular_experts.routing.gates import Selection\n\n\nclass Mine(Oracle):\n"
@@ -256,12 +258,12 @@ def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trus
     )
 
     router = ["--router", "mine.Mine", "--router.select", "mine.Top"]
-    assert run_in_one_process(["route", *EXPERTS, *router, "--out", "library/r"]) == [(0, "")]
+    assert run_in_one_process(["route", *EXPERTS, *router, "--out", "library/r"], copied=True) == [(0, "")]
     record = open_expert("library/r").record
     assert (record["class_path"], record["hyperparameters"]["select"]["class"]) == ("mine.Mine", "mine.Top")
     use = ["evaluate", "--experts", "library/r", "--tasks", task_files["upper"], "--out", "runs/r"]
     nobody = [*use, "--trust", "mine.Nobody"]
-    (code, err), (unknown, told), trusted = run_in_one_process(use, nobody, [*use, "--trust", "mine"])
+    (code, err), (unknown, told), trusted = run_in_one_process(use, nobody, [*use, "--trust", "mine"], copied=True)
     assert code == 1
     assert "library/r names mine.Mine, which is not a class of this package" in err
     assert "if you trust it, add --trust mine to the command" in err

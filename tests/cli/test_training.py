@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from testbed.forked import ended, forked
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library
@@ -143,21 +142,12 @@ def test_fit_resumes_from_its_checkpoint_and_says_that_nothing_is_exported(place
 
 
 def test_a_users_expert_in_the_current_directory_is_trained_by_its_dotted_path(place) -> None:
-    """As a command of its own, so that the directory is found as it would be for a user."""
+    """In a process of its own, whose path of modules does not have the directory yet."""
     shutil.copy(ROOT / "tests" / "testbed" / "ia3.py", "my_experts.py")
-    command = [sys.executable, "-m", "modular_experts", "fit", "--config", "mine.yaml"]
-    command += [
-        "--model.expert",
-        "my_experts.IA3Expert",
-        "--model.expert.rate",
-        "0.5",
-        "--model.modules",
-        r".*\.q_proj",
-    ]
-    done = subprocess.run(
-        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    expert = ["--model.expert", "my_experts.IA3Expert", "--model.expert.rate", "0.5"]
+    command = ["fit", "--config", "mine.yaml", *expert, "--model.modules", r".*\.q_proj"]
+    assert not {"", str(place)} & {*sys.path}
+    assert ended(forked(main, command)) == 0
     record = Library("library")["a"].record
     assert (record["kind"], record["hyperparameters"]["rate"]) == ("IA3Expert", 0.5)
 

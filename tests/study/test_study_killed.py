@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 import transformers
 import yaml
 from conftest import SIZES, build_tokenizer, write_rows
+from testbed.forked import ended, forked
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library
@@ -88,14 +88,7 @@ def folder(tmp_path, monkeypatch) -> None:
 
 def study(out: str, *words: str) -> int:
     """Run the command in this process, and return its exit code."""
-    return main(["study", "--config", "study.yaml", "--out", out, *HERE, *words])
-
-
-def started(out: str, *words: str) -> subprocess.Popen[str]:
-    """Start the command as a user does, so that it can be killed with its processes."""
-    command = [sys.executable, "-m", "modular_experts", "study", "--config", "study.yaml", "--out", out]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *words], start_new_session=True, **pipes)
+    return main(["study", "--config", "study.yaml", "--out", out, *words])
 
 
 def done(out: str) -> int:
@@ -120,14 +113,15 @@ def test_killed_while_it_trains_and_while_it_tunes_it_ends_with_the_same_bytes_a
     draw = random.Random(3)
     # At random while two processes train the first kind, and while a merge of the second is tuned.
     for moment, words in (draw.randrange(1, 8), ["--processes", "2"]), (26, HERE):
-        with started("killed", *words) as process:
-            while done("killed") < moment:
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.01)
-            time.sleep(draw.uniform(0.0, 0.4))
-            os.killpg(process.pid, signal.SIGKILL)
+        process = forked(study, "killed", *words)
+        while done("killed") < moment:
+            assert os.waitpid(process, os.WNOHANG) == (0, 0), capsys.readouterr().err
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.4))
+        os.killpg(process, signal.SIGKILL)
+        assert ended(process) == -signal.SIGKILL
     capsys.readouterr()
-    assert study("killed") == 1
+    assert study("killed", *HERE) == 1
     shown, error = capsys.readouterr()
     sentence = "[Errno 2] No such file or directory: 'which'"
     broken = ", ".join(f"merges {kind} First 4 0 0" for kind in ("lora", "sparse"))
@@ -136,8 +130,8 @@ def test_killed_while_it_trains_and_while_it_tunes_it_ends_with_the_same_bytes_a
     before = done("killed")
     Path("which").write_text("0")
     # Processes or a thread, the bytes are the same.
-    assert study("killed", "--retry") == 0
+    assert study("killed", *HERE, "--retry") == 0
     assert done("killed") == before + 2, "more than the failed pieces were done again"
-    assert study("whole") == 0
+    assert study("whole", *HERE) == 0
     assert content("killed") == content("whole")
     assert not [name for name in content("killed")[2] if "/." in name], "something half-made is left"

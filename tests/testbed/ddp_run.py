@@ -1,12 +1,10 @@
-"""One training run, of one process or as a rank of several: `python ddp_run.py FOLDER BASE FILES_JSON RANKS`.
+"""One training run, of one process or as a rank of several.
 
 Each rank writes what it ends with to `FOLDER/rank{R}.pt`. Two ranks also resume from a checkpoint in mid-epoch.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -225,8 +223,3 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     if ranks > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    names = {name: Path(file) for name, file in json.loads(sys.argv[3]).items()}
-    main(Path(sys.argv[1]), Path(sys.argv[2]), names, int(sys.argv[4]))

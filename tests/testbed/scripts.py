@@ -10,13 +10,15 @@ import resource
 import runpy
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
+from testbed.forked import ended, forked
 
 from modular_experts.__main__ import main
 
@@ -59,12 +61,27 @@ for words in json.loads(sys.argv.pop()):
 """
 
 
-def run_in_one_process(*commands: Sequence[object]) -> list[tuple[int, str]]:
-    """Run commands of ours one after the other in one new process; return each one's exit code and its errors."""
+def run_in_one_process(*commands: Sequence[object], copied: bool = False) -> list[tuple[int, str]]:
+    """Run commands of ours one after the other in one process; return each one's exit code and its errors.
+
+    The process is new, or a copy of this one, which is enough where this one has not seen what they name.
+    """
     words = json.dumps([list(map(str, command)) for command in commands])
-    done = subprocess.run([sys.executable, "-c", ONE_PROCESS, words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    with tempfile.TemporaryFile("w+") as printed:
+        if copied:
+            status = ended(forked(_run_printing_to, printed, words))
+        else:
+            status = subprocess.run([sys.executable, "-c", ONE_PROCESS, words], stdout=printed, check=False).returncode
+        assert status == 0
+        printed.seek(0)
+        return [tuple(json.loads(line)) for line in printed]
+
+
+def _run_printing_to(file: TextIO, words: str) -> None:
+    with redirect_stdout(file):
+        sys.argv.append(words)
+        exec(ONE_PROCESS, {})
+    file.flush()
 
 
 def run_commands_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from testbed import ddp_run
-from testbed.ranks import run_on_two_ranks
+from testbed.forked import run_on_two_ranks
 from testbed.trained_mixtures import MIXTURES
 
 pytestmark = pytest.mark.ddp
@@ -25,8 +25,7 @@ def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict
         (folder / name).mkdir()
     with warnings.catch_warnings():
         ddp_run.main(folder / "one", tiny_llama_dir, task_files, 1)
-    arguments = [str(folder / "two"), str(tiny_llama_dir), json.dumps({k: str(v) for k, v in task_files.items()}), "2"]
-    run_on_two_ranks(ddp_run.__file__, *arguments)
+    run_on_two_ranks(ddp_run.main, folder / "two", tiny_llama_dir, task_files, 2)
     ranks = [torch.load(folder / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     return torch.load(folder / "one" / "rank0.pt", weights_only=True), ranks, folder
 

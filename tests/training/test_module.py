@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from testbed import runs
+from testbed.forked import ended, forked
 from transformers import AutoModelForCausalLM
 
 import modular_experts
@@ -427,14 +426,8 @@ def test_a_run_killed_in_mid_epoch_resumes_with_the_same_losses(tiny_llama_dir, 
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     whole = resumable(tiny_llama_dir, task_files, tmp_path / "whole", None, None)
-    code = "import sys, json, pathlib, test_module as t; base, folder, files = sys.argv[1:]; " + (
-        "t.resumable(pathlib.Path(base), {k: pathlib.Path(v) for k, v in json.loads(files).items()}, "
-        "pathlib.Path(folder), None, 8)"
-    )
-    files = json.dumps({name: str(file) for name, file in task_files.items()})
-    command = [sys.executable, "-c", code, str(tiny_llama_dir), str(tmp_path / "killed"), files]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    child = forked(resumable, tiny_llama_dir, task_files, tmp_path / "killed", None, 8)
+    assert ended(child) == -signal.SIGKILL
     before = json.loads((tmp_path / "killed" / "losses.json").read_text())
     checkpoint = tmp_path / "killed" / "last.ckpt"
     after = resumable(tiny_llama_dir, task_files, tmp_path / "killed", checkpoint, None)
