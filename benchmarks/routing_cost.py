@@ -216,20 +216,21 @@ def memory(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]
 
 @torch.no_grad()
 def own_memory(kind: str, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what 20 experts of a kind add to this process."""
+    """Return what many experts of a kind add to this process."""
+    many = ROWS if options.quick else MANY
     base: Any = language_model(options.quick).base.to(dtype).eval()
     passes(base, {}, "prefill 128", base.config.vocab_size)()
     before = high_water()
     name = "LoRA" if kind in ARROWS else kind
-    packed = MANY * RandomExpert(base, name.partition(",")[0], 0).facts(dtype)[1]
+    packed = many * RandomExpert(base, name.partition(",")[0], 0).facts(dtype)[1]
     size = sum(parameter.nbytes for parameter in base.parameters())
-    row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "kind": kind, "experts": MANY}
+    row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "kind": kind, "experts": many}
     model = base
     if kind == "PEFT Arrow":
-        model = peft_model(base, MANY, arrow=True)
+        model = peft_model(base, many, arrow=True)
     else:
         given = {"router": Arrow()} if kind == "Arrow" else {"rows": range(ROWS)}
-        routed(base, experts_of(base, name, MANY), **given, check=False)
+        routed(base, experts_of(base, name, many), **given, check=False)
         row["held_over_packed"] = held_bytes(base) / packed
         row["with_base"] = 1 + held_bytes(base) / size
     passes(model, {}, "prefill 128", base.config.vocab_size)()
@@ -267,7 +268,8 @@ def show(report: dict[str, Any]) -> None:
         cells += [f"{row[name]:.2f}" for name in others]
         print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} |")
     names = ["held_over_packed", "peak_over_packed", "with_base", "used_with_base"]
-    print(f"\nBytes of {MANY} experts\n\n| | {' | '.join(names).replace('_', ' ')} |\n|{'---|' * (len(names) + 1)}")
+    print(f"\nBytes of {report['memory'][0]['experts']} experts\n")
+    print(f"| | {' | '.join(names).replace('_', ' ')} |\n|{'---|' * (len(names) + 1)}")
     for row in report["memory"]:
         cells = [f"{row[name]:.2f}" if name in row else "" for name in names]
         print(f"| {row['dtype']}, {row['kind']} | {' | '.join(cells)} |")

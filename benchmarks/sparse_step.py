@@ -77,7 +77,7 @@ def compare(contenders: list[Contender], work: Work, rounds: int, progress: Prog
 
     seconds = race(steps, rounds, WARM_UP, rest)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for contender in contenders:
         name, facts = contender.name, steps[contender.name].facts()
         over = {

@@ -137,7 +137,7 @@ def beside_others(rows: list[dict[str, Any]], shape: Shape) -> dict[str, float]:
     return found
 
 
-def reading(path: Path, before: int, rounds: int) -> Callable[[], Delta]:
+def reading(path: Path, before: int, rounds: int) -> Callable[[], Any]:
     """Return what reads an expert, in each round one that was opened before and read so many times."""
     opened = [open_expert(path) for _ in range(rounds + 1)]
     for expert in opened * before:

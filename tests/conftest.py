@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
+import importlib.metadata
 import json
 import logging
 import os
@@ -24,20 +26,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where Triton is installed, torch.compile would start processes that compile for a GPU.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-import hypothesis
 import pytest
-import torch
-import transformers
 from testbed.clusters import cluster, slurm_started  # noqa: F401
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from modular_experts.library import described
-
+# The process that hands out tests imports this file, too, and needs neither torch nor what takes as long.
 if TYPE_CHECKING:
     from testbed.hub_server import Hub
-
-torch.set_num_threads(1)
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 SIZES = {"vocab_size": len(CHARACTERS) + 3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
@@ -45,12 +40,12 @@ WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num
 GROUPED = WIDE | {"num_key_value_heads": 2, "max_position_embeddings": 256}
 
 CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**GROUPED),
-    "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
-    "qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=8),
-    "phi3": lambda: transformers.Phi3Config(**GROUPED),
-    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **SIZES),
-    "neox": lambda: transformers.GPTNeoXConfig(**WIDE, max_position_embeddings=256),
+    "llama": ("LlamaConfig", GROUPED),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 8}),
+    "phi3": ("Phi3Config", GROUPED),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **SIZES}),
+    "neox": ("GPTNeoXConfig", WIDE | {"max_position_embeddings": 256}),
 }
 TARGETS = {
     "llama": r".*\.(q_proj|down_proj)",
@@ -84,14 +79,27 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)
 
 
-# How long an example takes says nothing on a busy machine.
-hypothesis.settings.register_profile("untimed", deadline=None, max_examples=40)
-hypothesis.settings.load_profile("untimed")
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Set up a process that runs tests."""
+    if isinstance(collector, pytest.Session):
+        import hypothesis
+        import torch
+
+        torch.set_num_threads(1)
+        # Lightning reads the metadata of all installed packages for each trainer.
+        importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+        # How long an example takes says nothing on a busy machine.
+        hypothesis.settings.register_profile("untimed", deadline=None, max_examples=40)
+        hypothesis.settings.load_profile("untimed")
 
 
-def build_model(architecture: str, seed: int = 0, **changes: object) -> transformers.PreTrainedModel:
+def build_model(architecture: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """Return a random model in evaluation mode."""
-    config = CONFIGS[architecture]()
+    import torch
+    import transformers
+
+    name, sizes = CONFIGS[architecture]
+    config = getattr(transformers, name)(**sizes)
     config.update(changes)
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -99,6 +107,9 @@ def build_model(architecture: str, seed: int = 0, **changes: object) -> transfor
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of single characters: `<pad>` is 0, `<eos>` is 1, `<unk>` is 2."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -110,15 +121,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep fingerprints of test models out of the user's cache."""
+    """Keep fingerprints of test models out of the user's cache, and compile for all processes of the tests once."""
+    place = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(place.parent if "PYTEST_XDIST_WORKER" in os.environ else place))
         yield
 
 
 @pytest.fixture(autouse=True)
 def _trusts_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what a test trusts: a later study would tell its pieces of a module that is gone."""
+    from modular_experts.library import described
+
     monkeypatch.setattr(described, "_TRUSTED", dict(described._TRUSTED))
 
 

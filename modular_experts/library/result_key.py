@@ -80,12 +80,12 @@ def _imports_of(name: str, file: Path) -> Iterator[str]:
 
 def _modules_in(settings: Any) -> Iterator[str]:
     """Yield the modules of the classes and functions that settings hold or name."""
-    if isinstance(settings, Mapping | list | tuple):
-        for one in settings.values() if isinstance(settings, Mapping) else settings:
-            yield from _modules_in(one)
-    elif isinstance(settings, str):
+    if isinstance(settings, str):  # most of them
         parts = settings.split(".")
         names = [(".".join(parts[:count]), parts[count]) for count in range(len(parts) - 1, 0, -1)]
         yield from [name for name, inner in names if hasattr(sys.modules.get(name), inner)][:1]
+    elif isinstance(settings, Mapping | list | tuple):
+        for one in settings.values() if isinstance(settings, Mapping) else settings:
+            yield from _modules_in(one)
     elif callable(settings) and isinstance(name := getattr(settings, "__module__", None), str):
         yield name

@@ -23,6 +23,7 @@ class EvaluatedModule(LightningModule):
     metrics: dict[str, TextMetric]
     applied_experts: list[StoredExpert]
     dtype_name: DType
+    _packs_evaluation: bool | None = None
 
     @abstractmethod
     def model_facts(self) -> dict[str, Any]:
@@ -41,14 +42,16 @@ class EvaluatedModule(LightningModule):
                 "scores need the role of each task: give a TaskMixture, or a data module that is a DataSource"
             )
         self.scores = TaskScores(roles, self.metrics).to(self.device)
-        self._packs_evaluation = packs_evaluation(self.model)
+        # A fit moves values alone, so it asks once; `ExpertModule.on_fit_start` forgets the answer.
+        if self.trainer.state.fn != "fit" or self._packs_evaluation is None:
+            self._packs_evaluation = packs_evaluation(self.model)
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch; within `fit` by its loss alone."""
         tokens = None if self.trainer.state.fn == "fit" else self.max_new_tokens
-        score_batch(self.scores, self.model, self.tokenizer, batch, tokens, self._packs_evaluation)
+        score_batch(self.scores, self.model, self.tokenizer, batch, tokens, bool(self._packs_evaluation))
 
     test_step = validation_step
 

@@ -235,6 +235,7 @@ class ExpertModule(EvaluatedModule):
     def on_fit_start(self) -> None:
         """Let experts prepare, log what is trained, and start from the same supports on every rank."""
         self.model.train()
+        self._packs_evaluation = None
         if self.learning_rate is not None and set(checkpoints.peak_rates(self.trainer)) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)

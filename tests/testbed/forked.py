@@ -18,7 +18,7 @@ __all__ = ["ended", "forked", "run_on_two_ranks"]
 def forked(call: Callable[..., Any], *arguments: Any, **environment: str) -> int:
     """Start a call in a copy of this process, which leads a group of its own, and return its number.
 
-    Its status is what the call returns, or 1 after an error, which it prints.
+    Its status is the number that the call returns, or 1 after an error, which it prints.
     """
     sys.stdout.flush()
     with warnings.catch_warnings():

@@ -28,16 +28,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def run_script(name: str, *options: object) -> str:
     """Return what a script prints; `SystemExit` goes on to the caller."""
     printed = io.StringIO()
-    # The scripts collect garbage before they take times, and the tests' modules would be looked through each time.
-    gc.collect()
-    gc.freeze()
-    try:
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-            patch.syspath_prepend(BENCHMARKS)
-            patch.setattr(sys, "argv", [name, *map(str, options)])
-            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
-    finally:
-        gc.unfreeze()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        # The scripts collect garbage before they take times, and would look through the tests' modules each time.
+        patch.setattr(gc, "collect", lambda: 0)
+        patch.syspath_prepend(BENCHMARKS)
+        patch.setattr(sys, "argv", [name, *map(str, options)])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
     return printed.getvalue()
 
 
