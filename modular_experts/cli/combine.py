@@ -8,6 +8,7 @@ from modular_experts.methods import Distilled
 from modular_experts.routing import Router
 from modular_experts.text import bytes_of, bytes_text
 from modular_experts.training.combine import combine as combine_experts
+from modular_experts.training.fit import quiet
 
 
 def combine(
@@ -40,7 +41,8 @@ def combine(
         modular-experts combine --experts library/a library/b --data.tasks a.jsonl b.jsonl --budget 5MB --out combined
     """
     most = bytes_of(budget) if budget else None
-    done = combine_experts(experts, out, data, most, distilled, router, overwrite, progress_bar("combining"))
+    with quiet():
+        done = combine_experts(experts, out, data, most, distilled, router, overwrite, progress_bar("  done"))
     held_out = any(way.held_out is not None for way in done.ways)
     heads = ["kept", "loss", *["held out"] * held_out, "bytes", "time", "needs"]
     table = table_of("way", *heads)

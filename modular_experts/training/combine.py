@@ -7,6 +7,7 @@ was interrupted.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from modular_experts.base import Base
 from modular_experts.data import Batch, Inputs, TaskMixture
+from modular_experts.data.rows import content_hash
 from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
 from modular_experts.injection.attach import attached, describe_router
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert, open_experts
@@ -36,6 +38,8 @@ from modular_experts.training.route import route
 from modular_experts.tuning.distill import distill, without_data
 from modular_experts.tuning.objective import Objective, ValidationRows, own_experts
 from modular_experts.tuning.shrink import shrink
+
+log = logging.getLogger(__name__)
 
 MEASURED = "combine.json"
 ROUTED = "routed"
@@ -120,19 +124,21 @@ def combine(
         answer, measured = method.max_new_tokens, data.part(True)
         rows = [one.ids.tolist() for prompts in data.prompts.values() for one in prompts]
     reading = [data.roles, data.max_length, data.chat_template, data.eval_limit]
+    reading += [content_hash(found) for found in data.only(others).rows("test").values()] if others else []
     settings = [repr(method), describe_router(router), rows or data.contents, reading]
     file = _begin(Path(out), result_key([expert.content_hash for expert in opened], settings), overwrite)
     learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
     made = _make(opened, Path(out), learned, method, router, progress)
     known = json.loads(file.read_text(encoding="utf-8"))
     if left := [name for name in made if name not in known["ways"]]:
+        log.info("measuring what %d ways keep", len(left))
         measure = _Measure(own, measured, data.only(others) if others else None, answer, progress)
         for name in progress(left):
             place, needs = made[name]
             known["ways"][name] = asdict(measure(name, open_expert(place), needs))
             with new_file(file) as temporary:
                 temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    ways = [Way(**known["ways"][name]) for name in made]
+    ways = [Way(**known["ways"][name] | {"place": str(place)}) for name, (place, _) in made.items()]
     fitting = [way for way in ways if budget is None or way.bytes <= budget]
     return Combined(ways, max(fitting, key=lambda way: (way.kept, -way.loss)))
 
@@ -155,7 +161,9 @@ def _make(
     """Make what is not there yet, and return place and needs of each way by its name."""
     start, count = method.start or without_data(opened), max(map(len, learned.prompts.values()))
     merged, distilled, inputs = out / "merged", out / "distilled", f"{count} inputs a task"
+    chooses = type(router).__name__
     if not _is_made(merged):
+        log.info("merging without data, by %s", type(start).__name__)
         merge(opened, start, merged, progress=progress)
     beside = [one for one in opened if not _is_made(out / "experts" / one.name)]
     for expert in beside:
@@ -163,8 +171,11 @@ def _make(
     whole = [open_expert(out / "experts" / one.name) for one in opened]
     routed, small = out / "experts" / ROUTED, out / "small" / ROUTED
     if not _is_made(routed):
+        log.info("putting %s in front of the experts", chooses)
         route(whole, routed, router, data=learned, rows=method.rows, progress=progress)
     left = [one for one in whole if not _is_made(small.parent / one.name)]
+    if left:
+        log.info("shrinking %d experts", len(left))
     few = ValidationRows(learned, SHRINK_ROWS, None, "experts", {}, method.max_new_tokens)
     for done in shrink(left, few, small.parent, progress=progress) if left else ():
         if done.expert is None:
@@ -172,8 +183,8 @@ def _make(
     if not _is_made(small):
         route([open_expert(small.parent / one.name) for one in opened], small, router, data=learned, rows=method.rows)
     if not _is_made(distilled):
+        log.info("searching for the merge Distilled")
         distill(opened, distilled, method, learned, overwrite=True, progress=progress)
-    chooses = type(router).__name__
     return {
         type(start).__name__: (merged, "no data"),
         f"{chooses}, experts as they are": (routed, inputs),

@@ -125,6 +125,10 @@ def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> 
     assert way["held_out"] == pytest.approx(own.mean("exact_match", role="held_out"))
     assert "held out" in out
     assert "\nbest within 1kB: " in out
-    assert f"next: modular-experts apply {way['place']} --out checkpoint" in out
+    assert "next: modular-experts apply rows/distilled --out checkpoint" in out
     code, _, err = run("combine", *how, *settings, "--distilled", "Distilled", "--data.max_length", 99)
+    assert (code, "exists already" in err) == (1, True)
+    with open("code2.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"input": "CC xyzp", "target": "a", "split": "test"}) + "\n")
+    code, _, err = run("combine", *how, *settings, "--distilled", "Distilled")
     assert (code, "exists already" in err) == (1, True)
