@@ -214,7 +214,8 @@ class ExportExpert(Callback):
         )
         state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
         replaces, kept = self.overwrite or path != self.target, self._inputs(trainer)
-        return write_expert(path, exported.task_vector(), record, replaces, state=state, inputs=kept)
+        values = getattr(module, "values", "float32")
+        return write_expert(path, exported.task_vector(), record, replaces, state=state, encoding=values, inputs=kept)
 
 
 def _is_exportable(trainer: Trainer, module: LightningModule) -> bool:
@@ -229,7 +230,8 @@ def _content_hash(place: str) -> str | None:
 
 def _copy(source: Path, target: Path, overwrite: bool) -> None:
     kept = open_expert(source)
-    write_expert(target, kept.items(), kept.record, overwrite, state=kept.state(), inputs=kept.inputs())
+    state, inputs, encoding = kept.state(), kept.inputs(), kept.record.get("encoding", "float32")
+    write_expert(target, kept.items(), kept.record, overwrite, state=state, encoding=encoding, inputs=inputs)
 
 
 def _absolute(path: Path) -> Path:

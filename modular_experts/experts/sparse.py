@@ -87,7 +87,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         Every forward pass does this when the values have changed; call it after an optimizer that writes through
         `.data`, which torch does not count as a change.
         """
-        self._write(weight, (self.anchor.to(self.values.dtype) + self.values).to(weight.dtype), self.indices)
+        self._write(weight, (self.anchor + self.values).to(weight.dtype), self.indices)
         self._written = self.values._version
 
     @torch.no_grad()

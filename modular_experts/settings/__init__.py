@@ -49,6 +49,7 @@ SHORT_NAMES = {
     "applied": "model.applied",
     "steps": "trainer.max_steps",
     "learning_rate": "model.learning_rate",
+    "values": "model.values",
     "batch_size": "data.batch_size",
 }
 """Short names of the settings of `fit`, `validate`, `test` and `predict`."""

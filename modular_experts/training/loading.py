@@ -67,6 +67,20 @@ def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool)
     model.requires_grad_(False)
 
 
+def hold_values(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold what experts train in another data type than float32; raise if one trains the weight itself."""
+    if dtype == torch.float32:
+        return
+    for name, expert in named_experts(model):
+        if not any(parameter.requires_grad for parameter in expert.parameters()):
+            raise ValueError(
+                f"values={str(dtype).removeprefix('torch.')} is for experts beside a weight, and the one of {name} "
+                "trains the weight itself; leave values out, or take a sparse or low-rank expert"
+            )
+        for parameter in expert.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+
 def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
     """Raise if experts that choose by the input were put on top of a routed expert."""
     routed = [expert for expert in applied if expert.is_routed]

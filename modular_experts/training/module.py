@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback
@@ -82,6 +82,8 @@ class ExpertModule(EvaluatedModule):
             of its own.
         metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
             of one: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
+        values: Data type of the trained values, their gradients, and the optimizer's moments; half the memory in
+            `bfloat16`, in which the expert is also stored.
     """
 
     length: TrainingLength
@@ -101,6 +103,7 @@ class ExpertModule(EvaluatedModule):
         experts: Experts | None = None,
         learning_rate: float | None = None,
         metrics: dict[str, Callable[[str, str], float]] | None = None,
+        values: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
         if learning_rate is not None and optimizer is not None:
@@ -121,7 +124,7 @@ class ExpertModule(EvaluatedModule):
         self.base, self.revision = loading.place_of(base, revision)
         self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
-        self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
+        self.dtype_name, self.gradient_checkpointing, self.values = dtype, gradient_checkpointing, values
         self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
         self.learning_rate = learning_rate
         """Peak rate of the optimizer, whichever it is, if set by the time it is made; Lightning's finder sets it."""
@@ -192,6 +195,7 @@ class ExpertModule(EvaluatedModule):
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.has_experts:
             inject(model, cast(Any, self.experts or self.expert), self.modules_pattern)
+            loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
         loading.warn_of_slow_bfloat16(self._trainer, self.dtype_name)
         self.model, self._given = model, []

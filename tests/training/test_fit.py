@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from testbed import runs
 
 from modular_experts import ExpertModule, ExportExpert, TaskMixture, check_fit, estimate_fit, fit
-from modular_experts.experts import LoRAExpert, SparseExpert
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -85,3 +86,34 @@ def test_a_mixture_takes_no_second_batch_size(place, tiny_llama_dir, task_files)
     mixture = TaskMixture([str(task_files["upper"])], str(tiny_llama_dir), 4)
     with pytest.raises(ValueError, match="a TaskMixture has its own batch_size; set that in it"):
         check_fit(str(tiny_llama_dir), mixture, LoRAExpert, runs.TARGET, batch_size=8)
+
+
+@pytest.mark.parametrize("expert", [partial(SparseExpert, keep_ratio=0.2), partial(LoRAExpert, rank=2)])
+def test_values_in_bfloat16_take_half_the_bytes_everywhere(place, tiny_llama_dir, task_files, expert) -> None:
+    seen = {}
+
+    class Look(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+            states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+            seen.update(dtypes={own.dtype for own in [*trained, *(one for one in states if one.ndim)]})
+            seen.update(vector={name: delta.dense() for name, delta in pl_module.task_vector()})
+            for name, layer in expert_layers(pl_module.model):
+                if isinstance(layer.expert, SparseExpert):
+                    kept = layer.expert.anchor + layer.expert.values.float()
+                    assert torch.equal(layer.weight.view(-1)[layer.expert.indices], kept), name
+
+    files = [str(path) for path in task_files.values()][:1]
+    how = {"steps": 4, "batch_size": 4, "trainer": QUIET | {"callbacks": [Look()]}}
+    found = fit(tiny_llama_dir, files, expert, runs.TARGET, "library/a", model={"values": "bfloat16"}, **how)
+    assert seen["dtypes"] == {torch.bfloat16}
+    assert found.record["encoding"] == "bfloat16"
+    assert all(torch.equal(found[name].dense(), seen["vector"][name]) for name in found)
+    wide = fit(tiny_llama_dir, files, expert, runs.TARGET, "library/b", **how)
+    assert all(found.stored_bytes()[name] < 0.75 * wide.stored_bytes()[name] for name in wide)
+
+
+def test_values_in_bfloat16_are_refused_for_the_weight_itself(place, tiny_llama_dir, task_files) -> None:
+    files = [str(path) for path in task_files.values()][:1]
+    with pytest.raises(ValueError, match=r"values=bfloat16 is for experts beside a weight, and the one of .* trains"):
+        fit(tiny_llama_dir, files, FullExpert, runs.TARGET, steps=2, model={"values": "bfloat16"}, trainer=QUIET)
