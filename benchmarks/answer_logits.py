@@ -13,8 +13,6 @@ Generation of 8 tokens after 24 is transformers' own (a slice, too) beside `eval
     python benchmarks/answer_logits.py [--json] [--quick]      5 minutes; --quick: in small, to see that it runs
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial

@@ -4,8 +4,6 @@ Every way trains as many entries as LoRA of the work's rank, so that only how th
 measured is said in `sparse_step`, what is made of the numbers in `step_report`.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable

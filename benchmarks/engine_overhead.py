@@ -9,8 +9,6 @@ them the program computes that hands out the pieces. SLURM is the cluster at han
 It takes three minutes.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -16,8 +16,6 @@ differ between the ways, and the CPU time of `padded` over that of `packed`.
 Without `--experts`, the base alone is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import time

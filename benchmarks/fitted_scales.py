@@ -9,8 +9,6 @@ the fit over the time of one measurement of the same validation rows.
         [--kinds sparse block] [--rows 16] [--test_rows 32] [--json FILE]       ten minutes for eight tasks
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

@@ -3,8 +3,6 @@
 `studies/bytes.yaml` names them by dotted path, and runs from the root of the repository.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

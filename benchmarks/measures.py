@@ -1,7 +1,5 @@
 """Measures of an expert among the others of its study, for `measures` of the studies that lie beside this file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from modular_experts.library import StoredExpert

@@ -1,7 +1,5 @@
 """What the scripts share: their options, calls that take turns, processes of their own, memory, and the machine."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -5,8 +5,6 @@ Everything is made once in a folder and used again. A delta is what bfloat16 mak
 so a stored expert and its full checkpoint say exactly the same.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Iterator

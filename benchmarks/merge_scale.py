@@ -12,8 +12,6 @@ entry as measured on one layer of its width; its attention and its MLP are store
 layer here, which is a Llama's. The inputs take 3 GB in `runs/merge-speed` and stay there.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

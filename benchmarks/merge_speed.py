@@ -18,8 +18,6 @@ The methods are those of the presets, so both compute the same but for this: DAR
 equal magnitudes meet a threshold, ours keeps the first, mergekit any.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

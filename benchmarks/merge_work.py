@@ -4,8 +4,6 @@ The process imports what it needs, and then the work begins that counts: CPU sec
 that of another Python, so everything but the standard library is imported where it is used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import hashlib

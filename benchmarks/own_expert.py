@@ -7,8 +7,6 @@ row is then scored once. No expert is needed. `--unseen` takes tasks that no rou
         [--rows 16 64 250] [--draws 5] [--json FILE]       an hour for fifteen tasks and two routers
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Sequence

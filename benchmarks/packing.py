@@ -15,8 +15,6 @@ A row of the table gives the share of padding in an epoch, and the tokens of dat
 validation and test batches of 16, padded and packed, of all files in one mixture and of each.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

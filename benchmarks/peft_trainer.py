@@ -4,8 +4,6 @@ Rows become tokens as `TaskMixture` makes them: the input, a space, the target a
 last two. It imports nothing of this package.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -9,8 +9,6 @@ LoRA of rank 8, mixtures over the LoRA that has as many trained numbers as they.
 What is done stays in `--work`, so a run that was stopped goes on where it was. All of it takes half an hour.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -14,8 +14,6 @@ and the bytes of the base with what the mixtures hold, before and after a pass t
     python benchmarks/routing_cost.py [--dtype float32 bfloat16] [--json] [--quick]     10 minutes; --quick: in small
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import inspect

@@ -7,8 +7,6 @@ so that whatever else the machine does meets all of them; a way costs what its s
     python benchmarks/selection_cost.py [.cache/smollm2 DATA/snips_intent.jsonl] [--ways step 1 4] [--steps 100]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

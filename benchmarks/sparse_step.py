@@ -11,8 +11,6 @@ The rows are made in `contenders`; goals and tables are in `step_report`.
     python benchmarks/sparse_step.py --quick               everything in small, to see that it runs: less than a minute
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -1,7 +1,5 @@
 """What `sparse_step.py` makes of its measurements: the goals, met or missed, and the tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -15,8 +15,6 @@ SelfRegMean, and eight are put behind gates, a row of 64 tokens each, and pass f
     python benchmarks/storage.py [--json FILE] [--quick]      three minutes; --quick: in small, to see that it runs
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

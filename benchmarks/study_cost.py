@@ -14,8 +14,6 @@ thread. Three numbers come of it:
 The base is that of the quickstart unless another is named.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -17,8 +17,6 @@ A cell is a template of Python's `str.format`. It may name, as means over tasks 
 Where a study merges 2, 5 and all experts, the merges of all count. `--columns ''` gives one column.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean

@@ -7,8 +7,6 @@ needs, for a GPU, for the program that hands out pieces, and for the file system
     python benchmarks/thousand_experts.py [--quick]      a second
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import deque
 from collections.abc import Sequence

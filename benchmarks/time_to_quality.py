@@ -17,8 +17,6 @@ About a quarter of an hour for a round. It goes on where it was interrupted; `--
 start later than so many seconds, so that the work can be divided. `--quick` is in small: the numbers mean nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ The same seed gives the same bytes. `tests/scripts/test_examples.py` holds the s
 task of your own, write one JSON object a line, as `write` does.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -5,8 +5,6 @@
 `make docs` runs it before it builds `mkdocs.yml`. What it writes under `docs/` is not committed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import io

@@ -8,8 +8,6 @@ A mutant is an entry of a YAML list: `file`, the exact text to `find` there (onc
 interruption leaves nothing behind.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

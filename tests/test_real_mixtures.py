@@ -3,8 +3,6 @@
 Slow. The systems and their sizes are those whose costs `benchmarks/related_cost.py` measures.
 """
 
-from __future__ import annotations
-
 import importlib
 from functools import partial
 from pathlib import Path

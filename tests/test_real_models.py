@@ -5,8 +5,6 @@ task files are read from the folder that MODULAR_EXPERTS_DATA names, and never c
 `make smollm2` makes, or is converted on the spot where its package is installed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a typed word and a value of a config mean where an annotation stands."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Nine habits of wording that a stranger stumbles over do not come back (CONTRIBUTING, "Style")."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -26,12 +24,7 @@ SHRINKING = {
     "'that of' or 'those of' for a noun": r"\b(that|those)\s+of\b",
     "a free 'what'": r"\b(of|by|to|than|with|for|on|from|into|beside|is|are)\s+what\b",
 }
-LEFT = {
-    "modular_experts": (0, 4, 1),
-    "tests": (0, 3, 1),
-    "docs": (0, 1, 0),
-    ".": (0, 0, 0),
-}
+LEFT = {"modular_experts": (0, 4, 1), "tests": (0, 3, 1), "docs": (0, 1, 0), ".": (0, 0, 0)}
 SOURCES = {
     "modular_experts": sorted((ROOT / "modular_experts").rglob("*.py")),
     "tests": sorted(file for file in (ROOT / "tests").rglob("*.py") if file != Path(__file__)),

@@ -1,7 +1,5 @@
 """Apply: the checkpoint on disk is base plus deltas, loads with plain transformers, and is refused where it is not."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Checkpoints: found or refused with a sentence, loaded whole, and told apart by their contents."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

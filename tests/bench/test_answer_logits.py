@@ -1,7 +1,5 @@
 """benchmarks/answer_logits.py runs as it stands, and its three ways give one loss."""
 
-from __future__ import annotations
-
 import json
 
 from testbed.scripts import run_script, shown

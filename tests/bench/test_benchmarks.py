@@ -1,7 +1,5 @@
 """benchmarks/sparse_step.py runs as it stands, and its report holds what it promises."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from tempfile import TemporaryFile

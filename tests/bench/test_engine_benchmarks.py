@@ -1,7 +1,5 @@
 """What engines add to a piece is measured, and the plan of a thousand experts adds up."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """benchmarks/fitted_scales.py runs as it stands, and compares forms of equally many bytes."""
 
-from __future__ import annotations
-
 import json
 
 from testbed.random_deltas import random_delta

@@ -1,7 +1,5 @@
 """The scripts of the merge's cost in benchmarks/ run as they stand, and compare the same on both sides."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

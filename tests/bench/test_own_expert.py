@@ -1,7 +1,5 @@
 """benchmarks/own_expert.py runs as it stands, and finds tasks whose words differ."""
 
-from __future__ import annotations
-
 import json
 
 from testbed.scripts import run_script

@@ -1,7 +1,5 @@
 """benchmarks/packing.py and evaluation_cost.py run as they stand: packed rows mean less padding, and change nothing."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

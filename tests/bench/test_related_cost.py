@@ -1,7 +1,5 @@
 """benchmarks/related_cost.py: equal numbers of parameters as it claims them, and its table."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from pathlib import Path

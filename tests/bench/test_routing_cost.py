@@ -1,7 +1,5 @@
 """benchmarks/routing_cost.py runs as it stands, and its report holds floors, goals and memory."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The script takes from two runs, step by step, what choices cost beyond choosing once."""
 
-from __future__ import annotations
-
 import importlib
 import io
 import json

@@ -1,7 +1,5 @@
 """benchmarks/storage.py runs as it stands, and its sizes agree with arithmetic."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

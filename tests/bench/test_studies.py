@@ -1,7 +1,5 @@
 """The studies of `benchmarks/studies/` fit together, and one of them runs from its files to its table."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """benchmarks/study_cost.py runs as it stands, and it times a whole study."""
 
-from __future__ import annotations
-
 import json
 
 from testbed.here import STUDY, work_here

@@ -1,7 +1,5 @@
 """benchmarks/time_to_quality.py runs as it stands, and goes on where it was interrupted."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

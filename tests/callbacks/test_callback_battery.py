@@ -1,7 +1,5 @@
 """Every built-in callback with a state of its own keeps it within a fit; `check_callback` finds those that do not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """EvenValidation: the same validations whatever the epochs, one at the end, and a trainer's own settings before it."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ExportExpert: the best or last state, its record, and names refused before training."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

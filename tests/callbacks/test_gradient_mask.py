@@ -1,7 +1,5 @@
 """GradientMask: what it leaves out does not move, whatever the optimizer does."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """MaskSchedule: what is kept, when it changes, and what happens to values and moments that move."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace

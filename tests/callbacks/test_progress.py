@@ -1,7 +1,5 @@
 """LogProgress says in lines how a fit goes and what came of it."""
 
-from __future__ import annotations
-
 import csv
 import re
 from functools import partial

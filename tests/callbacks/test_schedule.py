@@ -1,7 +1,5 @@
 """Schedule: the module and the export ask every schedule, whatever its class, and any module can be exported."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """TrainUnderOthers: what each step is computed with, that nothing of it stays, and what is refused."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

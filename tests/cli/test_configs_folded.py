@@ -1,7 +1,5 @@
 """A list given later replaces the one before it, whatever their lengths; `+` appends, and a field is set in place."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

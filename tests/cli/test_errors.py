@@ -1,7 +1,5 @@
 """Every error becomes a sentence and an exit code, and a reader that leaves early ends a command silently."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

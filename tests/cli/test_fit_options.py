@@ -1,7 +1,5 @@
 """The short options of `fit`: what is trained, where it is kept, and what a run without a place for it tells."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Help shows every option and imports no torch; common commands import neither Lightning nor transformers."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os

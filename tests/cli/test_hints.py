@@ -4,8 +4,6 @@ Hints are all strings of the package: the sentences of errors and logs, help tex
 f-string counts as a word.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import importlib

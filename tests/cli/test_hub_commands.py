@@ -1,7 +1,5 @@
 """`push` and `pull` as they are typed, and the commands that a card shows, typed too."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """`import`: what it prints, what it writes, and one sentence for every mistake."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

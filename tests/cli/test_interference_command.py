@@ -1,7 +1,5 @@
 """`interference` prints each expert and layer, and keeps a file that is there."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`merge` before and beside merging: the dry run, the limit of memory, and the checkpoint as output."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

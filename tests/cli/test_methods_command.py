@@ -1,7 +1,5 @@
 """`methods`: every merge method with its formula, settings and source."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import fields
 

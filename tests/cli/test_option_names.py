@@ -1,7 +1,5 @@
 """Slips in the options of a training command get a near name, most of them before anything heavy is imported."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

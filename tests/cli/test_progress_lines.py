@@ -1,7 +1,5 @@
 """Long work prints lines where there is no terminal, and short work none."""
 
-from __future__ import annotations
-
 from itertools import count
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The quickstart ends with commands that work as typed."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 import sys

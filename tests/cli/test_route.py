@@ -1,7 +1,5 @@
 """`route`: a routed expert in a library, from its experts' inputs to the commands that use it, and every mistake."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

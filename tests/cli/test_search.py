@@ -1,7 +1,5 @@
 """`merge --tune` and `search`: what they choose, write and say, and every mistake."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """`shrink` writes smaller experts, says what it tried, and refuses what loses too much."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The commands that need no training: what they print, what they write, and one sentence for every mistake."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

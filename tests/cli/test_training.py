@@ -1,7 +1,5 @@
 """`fit`, `validate`, `test`, `predict` as a user types them: files, precedence, and one sentence for each mistake."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -169,26 +167,14 @@ MISTAKES = {
         2,
         "--expert: broken.X cannot be imported: '(' was never closed (broken.py",
     ),
-    "kind": (
-        ["--model.expert", "torch.nn.Linear"],
-        2,
-        "torch.nn.Linear is not a subclass of Expert",
-    ),
-    "task": (
-        ["--data.tasks", '[{"nme": "a"}]'],
-        2,
-        "no option --tasks.nme; did you mean --tasks.name?",
-    ),
+    "kind": (["--model.expert", "torch.nn.Linear"], 2, "torch.nn.Linear is not a subclass of Expert"),
+    "task": (["--data.tasks", '[{"nme": "a"}]'], 2, "no option --tasks.nme; did you mean --tasks.name?"),
     "setting": (
         ["--model.expert.keep_ratoi", "0.1"],
         2,
         "there is no option --expert.keep_ratoi; did you mean --expert.keep_ratio?",
     ),
-    "value": (
-        ["--model.expert.keep_ratio", "much"],
-        2,
-        "--expert.keep_ratio must be of type float, got much",
-    ),
+    "value": (["--model.expert.keep_ratio", "much"], 2, "--expert.keep_ratio must be of type float, got much"),
     "monitor": (
         ["--trainer.callbacks", _export("a", monitor="val_los")],
         1,

@@ -1,7 +1,5 @@
 """Conversations become the ids and labels that a hand would write, or are refused with a sentence."""
 
-from __future__ import annotations
-
 import pytest
 from conftest import CHARACTERS, build_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -85,10 +83,7 @@ CASES = {
     "chatml with a system message": (
         CHATML,
         ["system: You.", *TALK[:2]],
-        [
-            "<|im_start|>system\nYou.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-            "yo<|im_end|>",
-        ],
+        ["<|im_start|>system\nYou.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yo<|im_end|>"],
     ),
     "llama 3": (
         LLAMA3,

@@ -1,7 +1,5 @@
 """Rows that are longer than a model's context lose their start wherever a model reads them, as with a max_length."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -92,12 +90,7 @@ def test_other_commands_measure_what_they_measure_with_max_length_at_the_context
             read(**settings),
             Trainer(max_steps=2, **QUIET),
         )
-        return [
-            evaluate(base, place, read(**settings)).rows,
-            *tuned,
-            fisher.facts["data"]["tokens"],
-            steps.splits,
-        ]
+        return [evaluate(base, place, read(**settings)).rows, *tuned, fisher.facts["data"]["tokens"], steps.splits]
 
     assert str(measured()) == str(measured(max_length=CONTEXT))
 

@@ -1,7 +1,5 @@
 """From `fit --keep_inputs` to statistics, a router, a search and smaller experts, all without task files."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The mixture reads, refuses, splits and serves; a plain Trainer needs to know nothing about it."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

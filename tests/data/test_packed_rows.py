@@ -1,7 +1,5 @@
 """Packed rows lose nothing and do not meet; `fit` packs by itself where padding is more than little."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

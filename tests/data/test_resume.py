@@ -1,7 +1,5 @@
 """A run that is resumed in the middle of an epoch sees exactly the rows that it would have seen."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

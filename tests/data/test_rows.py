@@ -1,7 +1,5 @@
 """Good records become rows; every bad one becomes its sentence."""
 
-from __future__ import annotations
-
 import json
 
 from modular_experts.data.rows import RowReader
@@ -42,10 +40,7 @@ def test_choices_of_the_task_stand_in_and_a_cell_may_hold_a_list() -> None:
 
 
 BAD = {
-    "missing key": (
-        {"input": "a", "taget": "b"},
-        "the row has no 'target', only 'input', 'taget'; is 'taget' meant?",
-    ),
+    "missing key": ({"input": "a", "taget": "b"}, "the row has no 'target', only 'input', 'taget'; is 'taget' meant?"),
     "wrong type": ({"input": "a", "target": 5}, "'target' must be text, not 5"),
     "blank input": ({"input": " \n", "target": "b"}, "'input' is empty"),
     "no object": (["a", "b"], "a row is an object with 'input' and 'target', not ['a', 'b']"),

@@ -1,7 +1,5 @@
 """Rows are split, mixed and divided among processes: each epoch is an order that seeds alone decide."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from functools import partial

@@ -1,7 +1,5 @@
 """Every format gives the same records, and what cannot be read is named by file and line."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
@@ -78,10 +76,7 @@ def test_a_dataset_dictionary_gives_its_splits_and_label_names(tmp_path: Path, c
 
 
 BROKEN = {
-    ("cut.jsonl", b'{"input": "a", "target": "b"}\n{"input": "a", "targ\n'): (
-        2,
-        "broken JSON at column 16: Unterm",
-    ),
+    ("cut.jsonl", b'{"input": "a", "target": "b"}\n{"input": "a", "targ\n'): (2, "broken JSON at column 16: Unterm"),
     ("latin.jsonl", '{"input": "é"}\n'.encode("latin-1")): (1, "not UTF-8"),
     ("list.json", b'[\n {"input": "a"},\n {"input" "b"}\n]'): (3, "broken JSON"),
     ("short.csv", b"input,target\na,b\nc\n"): (3, "1 fields, but the header has 2"),

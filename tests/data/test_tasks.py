@@ -1,7 +1,5 @@
 """A task is spelt in a configuration, checked at once, read from any source, and may take some rows of a table."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tokens as one would write them by hand: prompt, joint, target, end."""
 
-from __future__ import annotations
-
 from conftest import CHARACTERS, build_tokenizer
 
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet, is_filler, prompts

@@ -1,7 +1,5 @@
 """Inner products of every pair of forms against dense float64 tensors, and what they must not do on the way."""
 
-from __future__ import annotations
-
 import numpy
 import pytest
 import torch

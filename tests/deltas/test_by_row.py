@@ -1,7 +1,5 @@
 """A delta with a coefficient for each row is `diag(c) @ delta`, whatever its form, and its gradient is row by row."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from testbed.random_deltas import random_delta

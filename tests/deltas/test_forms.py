@@ -1,7 +1,5 @@
 """Deltas: the algebra of every mix of forms equals dense float64 arithmetic, and stays in the cheapest exact form."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

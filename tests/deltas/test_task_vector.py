@@ -1,7 +1,5 @@
 """Task vectors are vectors: sums, differences and multiples are lazy, and equal to the sums of each weight's deltas."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from testbed.random_deltas import Held, random_delta

@@ -1,7 +1,5 @@
 """Tiles of a matrix, square or not: read, written and summed as slices of it are."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -5,8 +5,6 @@ print and draw without anything that belongs to one machine or one hour. Do so a
 names the directory that holds `runs/quickstart`, if it is not the project's root.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

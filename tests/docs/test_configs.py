@@ -3,8 +3,6 @@
 The paper's configs need a hub and a GPU; `test_paper_configs.py` runs them on a tiny model.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CONTRIBUTING.md: its Python blocks run, and its commands work with these blocks as the user's own file."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

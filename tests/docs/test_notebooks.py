@@ -1,7 +1,5 @@
 """notebooks/: each runs from first to last cell without a warning, and is committed as it ran on a real base."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

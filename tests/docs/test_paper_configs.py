@@ -3,8 +3,6 @@
 Nothing here reaches the hub: commands are parsed only, or their base and table are replaced by files.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

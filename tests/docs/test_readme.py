@@ -1,7 +1,5 @@
 """README.md is short, names every command, and its expert keeps the contract; `test_site.py` runs it."""
 
-from __future__ import annotations
-
 import re
 import sys
 import types

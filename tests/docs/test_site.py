@@ -6,8 +6,6 @@ runs in a copy of it. SmolLM2 is a tiny random model here, trainings take two st
 their rows.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import io

@@ -1,7 +1,5 @@
 """An expert's answers stand where targets would, and rows that they make too long are cut as rows with targets are."""
 
-from __future__ import annotations
-
 import pytest
 from conftest import build_model, build_tokenizer
 from test_generation import greedily

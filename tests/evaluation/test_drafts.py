@@ -1,7 +1,5 @@
 """One pass with targets as drafts gives the losses and answers of padded rows, and reads no padding."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

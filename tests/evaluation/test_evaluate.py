@@ -1,7 +1,5 @@
 """`evaluate` gives what the command `test` writes, in one call, for one mix of experts or for several, and as files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

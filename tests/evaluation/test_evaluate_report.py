@@ -1,7 +1,5 @@
 """The headings of a comparison's page name the best models, and say so where all are level."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -13,18 +11,12 @@ from modular_experts.reports import Results
 @pytest.mark.parametrize(
     ("scores", "leader"),
     [
-        (
-            {"base": [0.0, 0.0], "a": [0.0, 0.0]},
-            "All models are level on held-in tasks: exact 0.0 %",
-        ),
+        ({"base": [0.0, 0.0], "a": [0.0, 0.0]}, "All models are level on held-in tasks: exact 0.0 %"),
         (
             {"base": [0.0, 0.0], "a": [1.0, 0.0], "b": [1.0, 0.0]},
             "a and b are best on held-in tasks: exact 50.0 %, base 0.0 %",
         ),
-        (
-            {"base": [1.0, 0.0], "a": [0.0, 0.5]},
-            "base is best on held-in tasks: exact 50.0 %",
-        ),
+        ({"base": [1.0, 0.0], "a": [0.0, 0.5]}, "base is best on held-in tasks: exact 50.0 %"),
     ],
 )
 def test_no_model_is_called_best_of_those_that_look_alike(tmp_path, scores, leader) -> None:

@@ -1,7 +1,5 @@
 """A batch generates the answers that each prompt alone would get, and nobody's settings change."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

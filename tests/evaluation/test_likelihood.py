@@ -1,7 +1,5 @@
 """The loss of a row is the float64 log-softmax of its labelled tokens, added up by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,12 +12,7 @@ from conftest import ARCHITECTURES, GROUPED, build_model, build_tokenizer
 from modular_experts.data.batch import IGNORED, Collator
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
-from modular_experts.evaluation import (
-    answer_logits,
-    batch_losses,
-    choice_log_likelihoods,
-    greedy_matches,
-)
+from modular_experts.evaluation import answer_logits, batch_losses, choice_log_likelihoods, greedy_matches
 
 
 class Whole(torch.nn.Module):

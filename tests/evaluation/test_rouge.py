@@ -1,7 +1,5 @@
 """Rouge-L by hand, in English and in scripts that the usual normaliser throws away."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Scores by hand, whatever the batches and processes, and the numbers that one measurement gives."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """One prompt gets the answer that greedy decoding by hand gives, piece by piece."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

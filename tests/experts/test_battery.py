@@ -3,8 +3,6 @@
 What is compiled stands in this file, because the first compilation of a process takes many seconds of imports.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

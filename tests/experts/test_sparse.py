@@ -1,7 +1,5 @@
 """Experts as they train: the packed step equals a dense masked step, in any dtype, and nothing small is lost."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

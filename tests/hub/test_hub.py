@@ -1,7 +1,5 @@
 """Experts through the hub: the real client against a server on this machine (`hub_server`)."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

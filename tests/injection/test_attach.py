@@ -1,7 +1,5 @@
 """A trained mixture that comes back from a library, and what is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import build_model

@@ -1,7 +1,5 @@
 """An ensemble predicts the mean of its members' predictions, for losses, choices and generated answers alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -2,8 +2,6 @@
 targets.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable, Sequence
@@ -181,12 +179,7 @@ def test_layers_inside_of_an_expert_are_no_sites() -> None:
 @pytest.mark.parametrize(
     ("experts", "modules", "error", "sentence"),
     [
-        (
-            lambda sites: {"q_prj": FullExpert, "lm_head": FullExpert},
-            None,
-            ValueError,
-            "not a linear layer",
-        ),
+        (lambda sites: {"q_prj": FullExpert, "lm_head": FullExpert}, None, ValueError, "not a linear layer"),
         (lambda sites: {"lm_haed": FullExpert}, None, ValueError, "did you mean lm_head"),
         (lambda sites: ["lm_head"], None, TypeError, r"returned a list; it must return \{site: factory\}"),
         (LoRAExpert, None, ValueError, "modules is missing: name the layers"),

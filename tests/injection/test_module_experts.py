@@ -1,7 +1,5 @@
 """Experts of blocks, MLPs and whole models, of a plan whose parts share a gate: in, out, trained, stored, resumed."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from pathlib import Path

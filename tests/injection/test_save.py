@@ -1,7 +1,5 @@
 """Experts of any training loop go into a library and come back: deltas, moved biases, and states that are no delta."""
 
-from __future__ import annotations
-
 import conftest
 import pytest
 import torch

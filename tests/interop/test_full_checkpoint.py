@@ -1,7 +1,5 @@
 """Full checkpoints: base plus delta is the fine-tuned model, losses are told, and what does not fit is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import weakref

@@ -1,7 +1,5 @@
 """The lm-evaluation-harness measures what `evaluate` measures, experts in place as checkpoints, with no network."""
 
-from __future__ import annotations
-
 import json
 import socket
 from functools import partial

@@ -1,7 +1,5 @@
 """PEFT adapters that were read: base plus deltas computes what PEFT computes with the adapter on the base."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Adapters of every PEFT type: base plus deltas computes what PEFT computes, or one sentence says why none can."""
 
-from __future__ import annotations
-
 import builtins
 import json
 import re

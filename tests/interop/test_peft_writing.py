@@ -1,7 +1,5 @@
 """Written PEFT adapters: PEFT computes with them what base plus deltas does, and every loss is reported."""
 
-from __future__ import annotations
-
 import json
 
 import numpy

@@ -1,7 +1,5 @@
 """Each engine runs the same pieces to the same bytes, and reports failures as the processes of this machine do."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Pieces of work run once each, failures stay alone, and no process outlives its program."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

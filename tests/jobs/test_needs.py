@@ -1,7 +1,5 @@
 """A piece runs after those that it needs, a failure stops only what needs it, and no interruption loses a result."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Kept gradients equal the dense gradient at the kept units, whatever the kernel; and the rule that chooses one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from testbed.pairwise import pairwise

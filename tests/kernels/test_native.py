@@ -1,7 +1,5 @@
 """The native kernels give the dense gradient's kept units, to float32 accuracy."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -5,8 +5,6 @@ program: `python test_triton_tiles.py interpret` checks every case with the vari
 what it found; `compile` translates the program for GPUs that are not there.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.util

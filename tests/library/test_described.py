@@ -1,7 +1,5 @@
 """A record leads to classes of this package, wherever they are now, and to classes that the user trusts alone."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Experts whose values are stored in few bits: exact round trips, sizes, merges, and hostile files."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

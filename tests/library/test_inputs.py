@@ -1,7 +1,5 @@
 """Kept inputs come back as they were, and are refused where a byte or a bound is wrong."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 

@@ -1,7 +1,5 @@
 """Kept entries and tiles come back from their shortest bytes, also in a file, and forged bytes are refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import struct

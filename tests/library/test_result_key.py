@@ -1,7 +1,5 @@
 """One definition of the things that a stored result depends on: settings, and the user's code that they name."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

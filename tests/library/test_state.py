@@ -1,7 +1,5 @@
 """A state is part of the expert and checked at every read; experts of deltas alone stay as they were."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 

@@ -1,7 +1,5 @@
 """Stored statistics: they are read as they were written, of this expert and no other, whole or not at all."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

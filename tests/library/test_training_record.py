@@ -1,7 +1,5 @@
 """What records tell of a training: what a merge takes over, and what is said where an expert is used otherwise."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Masks: exactly k units, ties to the lowest index, scores as defined, rules as promised."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

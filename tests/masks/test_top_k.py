@@ -1,7 +1,5 @@
 """The highest scores equal the first ones of a stable sort, however they are found."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Every measure of interference against its definition in numpy, entry by entry, for every form of a delta."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The streamed merge of experts on disk is the method applied weight by weight, and records where it came from."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import weakref

@@ -1,7 +1,5 @@
 """A linear merge without one of its experts is the merge of the others."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from testbed.random_deltas import random_delta

@@ -1,7 +1,5 @@
 """Breadcrumbs against a ranking in Python, its counts, and its small weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """A weight in any number of chunks merges as the whole weight does, for every form."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Merges in the coordinates of a common space: KnOTS, CoreSpace and CtM against dense bases in numpy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -2,8 +2,6 @@
 the experts of the tasks beside it.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

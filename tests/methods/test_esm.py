@@ -1,7 +1,5 @@
 """ESM against principal components of the outputs themselves, dense and one after another in numpy."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Fisher merging against its formula entry by entry in float64, and its limits."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Karcher against its definition (no small turn brings it nearer to all) and against steps on dense float64 tensors."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

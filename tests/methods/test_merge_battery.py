@@ -1,7 +1,5 @@
 """The battery runs on every merge method of the package, with the promises of its docstring, and catches wrong ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Settings that have no meaning are refused in one sentence, by the method's name and the value."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Every mix of forms gives what the formula gives on dense float64 tensors."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

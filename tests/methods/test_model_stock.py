@@ -2,8 +2,6 @@
 tell from it.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Methods that look at each entry of all experts, against their formulas entry by entry in Python."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """PCB against a reading of the paper entry by entry, and what it does to copies, zeros and forms."""
 
-from __future__ import annotations
-
 import math
 
 import torch

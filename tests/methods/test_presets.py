@@ -1,7 +1,5 @@
 """Presets give each peer's meaning of a method's name, as PEFT itself and the others' rules, written anew, show."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

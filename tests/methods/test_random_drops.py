@@ -1,7 +1,5 @@
 """What DARE and DELLA drop depends on seed, weight, expert and entry, and on nothing else."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

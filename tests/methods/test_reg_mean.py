@@ -1,7 +1,5 @@
 """RegMean and SelfRegMean against least squares on the inputs, found here in another way."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

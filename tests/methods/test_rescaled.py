@@ -1,7 +1,5 @@
 """Rescaled and LiNeS change the length of any merge: to the experts' own, or by depth."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """SLERP, NuSLERP and MultiSLERP against rotations worked out on dense float64 tensors."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The methods that merge directions against their equations in numpy, and the spectra that they use."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """SVC against its formula, entry by entry in numpy, and what passes through it to the inner method."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

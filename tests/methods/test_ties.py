@@ -1,7 +1,5 @@
 """TIES worked by hand, its ties, its two scopes, and wrong twins that the tests must tell from it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

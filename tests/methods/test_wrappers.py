@@ -1,7 +1,5 @@
 """A method inside another: its settings have dotted names, and its needs, code and record count."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """WUDI equals the loss as printed, with Adam written out, and the minimum by its conditions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given
@@ -95,8 +93,7 @@ def test_experts_that_read_different_inputs_are_kept_whole():
 
 
 @pytest.mark.parametrize(
-    ("preset", "settings"),
-    [(None, (1.0, 1e-5, 300)), ("vit", (1.0, 1e-5, 300)), ("roberta", (2.0, 2e-5, 300))],
+    ("preset", "settings"), [(None, (1.0, 1e-5, 300)), ("vit", (1.0, 1e-5, 300)), ("roberta", (2.0, 2e-5, 300))]
 )
 def test_presets_fill_what_is_left_open(preset, settings):
     method = WUDI(preset)

@@ -1,7 +1,5 @@
 """Compiled code: made once, kept, and one line of the log where it cannot be made."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import shutil

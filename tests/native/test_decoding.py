@@ -1,7 +1,5 @@
 """Compiled decoding gives torch's bits, refuses what torch refuses, and writes no further than there is room."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Passes over entries: the bits equal torch's, and only the entries of a part are read or written."""
 
-from __future__ import annotations
-
 import math
 
 import conftest
@@ -79,10 +77,7 @@ def _by_torch(deltas: list[Sparse], weights: list[float]) -> Tensor:
     return total.mul_(weights[0]) if alike else total
 
 
-@pytest.mark.parametrize(
-    ("weights", "parts"),
-    [([1.0] * 5, 1), ([0.3] * 5, 2), ([0.7, -2.0, 1e-3, 0.0, 1 / 3], 7)],
-)
+@pytest.mark.parametrize(("weights", "parts"), [([1.0] * 5, 1), ([0.3] * 5, 2), ([0.7, -2.0, 1e-3, 0.0, 1 / 3], 7)])
 def test_sums_are_those_of_torch_to_the_last_bit(weights, parts) -> None:
     deltas = [_sparse(share, seed) for seed, share in enumerate(SHARES)]
     runs, edges = _runs(deltas), torch.linspace(0, SHAPE.numel(), parts + 1).int()
@@ -228,11 +223,7 @@ def test_tiles_that_are_none_of_the_weight_write_no_further_than_there_is_room()
 
 @pytest.mark.parametrize(
     ("method", "tile"),
-    [
-        (SparseAverage(exponent=0.5), (5, 7)),
-        (TIES(keep=0.3), (16, 16)),
-        (Breadcrumbs(beta=0.3, gamma=0.1), (5, 7)),
-    ],
+    [(SparseAverage(exponent=0.5), (5, 7)), (TIES(keep=0.3), (16, 16)), (Breadcrumbs(beta=0.3, gamma=0.1), (5, 7))],
 )
 def test_a_merge_of_tiles_is_that_of_torch_to_the_last_bit(method, tile, monkeypatch) -> None:
     deltas = [_tiles(0.4, seed, tile) for seed in range(4)]

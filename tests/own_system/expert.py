@@ -1,7 +1,5 @@
 """An expert of one direction of inputs and one of outputs, and a plan whose experts see how large their input is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """A ray as a LoRA of rank one, with all of its length in one factor."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from modular_experts.deltas import Delta, LowRank

@@ -1,7 +1,5 @@
 """A router by the longest column of the experts' deltas, with a selection of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

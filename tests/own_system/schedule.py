@@ -1,7 +1,5 @@
 """A schedule that lets experts rest in some steps."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer

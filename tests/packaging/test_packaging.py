@@ -1,7 +1,5 @@
 """What is built holds what a user needs and nothing else, and the files around it are sound."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

@@ -1,7 +1,5 @@
 """A plan names the work of its study: the kinds, the merges of each, and the counts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

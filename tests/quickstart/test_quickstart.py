@@ -4,8 +4,6 @@ The facts are paired differences within one seed, with margins below those seen 
 is best, and whether sparse experts beat LoRA alone, is not among them: that is noise here.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """The base's learning rate warms up, and falls once the target is met."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A small run makes all that the plan names, and a run that lost some of it ends with the same numbers."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A curve shows every way at its bytes and its share, and names those that keep more than all smaller ones."""
 
-from __future__ import annotations
-
 import math
 import re
 from xml.etree import ElementTree

@@ -1,7 +1,5 @@
 """A figure has a mark at each value, in the colours of its page or of its own, and no text becomes markup."""
 
-from __future__ import annotations
-
 from xml.etree import ElementTree
 
 import pytest

@@ -1,7 +1,5 @@
 """Results are rows that anyone can read, and tables that any terminal and any notebook shows."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import io

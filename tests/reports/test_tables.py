@@ -1,7 +1,5 @@
 """A table is a list of columns: one more column shows in the terminal and on the page."""
 
-from __future__ import annotations
-
 import io
 import math
 from operator import itemgetter
@@ -12,18 +10,7 @@ from rich.console import Console
 
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section, answers_section, example, telling_example, write_page
-from modular_experts.reports.tables import (
-    Column,
-    Html,
-    Line,
-    Table,
-    element,
-    listed,
-    note,
-    number,
-    page,
-    percent,
-)
+from modular_experts.reports.tables import Column, Html, Line, Table, element, listed, note, number, page, percent
 
 COLUMNS = [
     Column("size", lambda rows: rows.get("size"), lambda size: f"{size} kB"),

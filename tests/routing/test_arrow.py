@@ -1,7 +1,5 @@
 """Arrow and Energy: exact directions of any delta, and PEFT's own results where it is given PEFT's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import peft

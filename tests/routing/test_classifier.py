@@ -1,7 +1,5 @@
 """The classifier is the softmax regression that its docstring states, found the same way each time."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

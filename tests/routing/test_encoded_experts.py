@@ -1,7 +1,5 @@
 """Stored experts in few bits behind a router: what they do, what they hold, and when they are decoded."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections import Counter

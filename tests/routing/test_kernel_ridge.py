@@ -1,7 +1,5 @@
 """Kernel ridge regression is the formula that its docstring states, and n-grams are read from the prompt alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

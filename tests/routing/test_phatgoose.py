@@ -1,7 +1,5 @@
 """Gates of Phatgoose: trained with the expert frozen, stored beside it, and compared with a token as the paper does."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

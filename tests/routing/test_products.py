@@ -1,7 +1,5 @@
 """Products of inputs with the deltas of their own experts: equal to dense float64 arithmetic, whichever way they go."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

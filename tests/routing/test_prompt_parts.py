@@ -1,7 +1,5 @@
 """Prompts that are read whole and cut: a cut prompt reads like the prompt without its front."""
 
-from __future__ import annotations
-
 import torch
 from conftest import build_model
 from testbed.padded_rows import ROWS, padded

@@ -1,7 +1,5 @@
 """Routers of each layer choose by their inputs, and come back from the library as they were."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

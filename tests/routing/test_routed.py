@@ -1,7 +1,5 @@
 """Experts behind a router: every row gets its own expert, whatever the batch, the padding and the cache."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_model
@@ -220,10 +218,7 @@ def test_what_cannot_be_routed_is_refused() -> None:
         routed(model, [*experts, smaller], rows=[0])
     with pytest.raises(ValueError, match="has learned 3 experts, and 2 are given"):
         routed(model, experts[:2], centroid(model))
-    with (
-        routed(model, experts, rows=[0]),
-        pytest.raises(ValueError, match="the model has experts already"),
-    ):
+    with routed(model, experts, rows=[0]), pytest.raises(ValueError, match="the model has experts already"):
         routed(model, experts, rows=[0])
 
 

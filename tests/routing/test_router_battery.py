@@ -1,7 +1,5 @@
 """Every built-in router and a user's keep the contract, and the battery notices when one does not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

@@ -3,8 +3,6 @@
 Two processes train each of them in `tests/training/test_ddp.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The shipped task files equal their script's output, are sound, and hard to answer by luck."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections import Counter

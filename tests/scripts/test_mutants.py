@@ -1,7 +1,5 @@
 """Every mutant names text that the package has once, and tests that there are; `scripts/mutants.py` runs them."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """SmolLM2 from its package: an error names the command that installs what is missing, and nothing is overwritten."""
 
-from __future__ import annotations
-
 import importlib.machinery
 import importlib.util
 from pathlib import Path

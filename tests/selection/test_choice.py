@@ -1,7 +1,5 @@
 """Selection: whose support is taken, which seed decides, what is recorded, and what a resumed run goes on with."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial
@@ -77,10 +75,7 @@ def test_how_layers_are_grouped_for_scoring_does_not_show(tiny_llama_dir, task_f
 def neighbours(tiny_llama_dir, task_files, tmp_path_factory) -> Path:
     """A library of experts that keep entries and tiles."""
     folder = tmp_path_factory.mktemp("neighbours")
-    kinds = {
-        "entries": SPARSE,
-        "tiles": partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8),
-    }
+    kinds = {"entries": SPARSE, "tiles": partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)}
     for name, kind in kinds.items():
         export = ExportExpert(str(folder / "library"), name, monitor=None)
         runs.fit(tiny_llama_dir, task_files, folder, kind, MaskSchedule(rule=SelectOnce()), export, max_steps=2)

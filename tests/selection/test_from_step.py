@@ -1,7 +1,5 @@
 """A choice within a training step: the step's own dense gradient chooses, and the chosen units' gradient trains."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -15,15 +13,7 @@ from testbed import runs
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.experts import MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers, inject
-from modular_experts.masks import (
-    SNIP,
-    FisherInformation,
-    GrowAndDrop,
-    RandomScore,
-    Reselect,
-    SelectOnce,
-    top_k,
-)
+from modular_experts.masks import SNIP, FisherInformation, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
 from modular_experts.selection.choice import Choice, selectable_layers
 from modular_experts.selection.from_step import StepChoice
 from modular_experts.selection.scoring import ScoringPass
@@ -363,9 +353,7 @@ def test_what_was_accumulated_moves_along_with_an_exchange_between_micro_batches
     rule = Reselect(every=1, until=1.0, unit="micro_batches")
     schedule, between = MaskSchedule(rule=rule), Between()
     _, look = _fit(
-        *(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, between),
-        max_steps=1,
-        accumulate_grad_batches=2,
+        *(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, between), max_steps=1, accumulate_grad_batches=2
     )
     assert schedule.selections == 2
     # No value has moved yet, so both micro-batches ran with the base's weights.

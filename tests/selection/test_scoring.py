@@ -1,7 +1,5 @@
 """A scoring pass gives the dense gradients, one layer at a time, and leaves no trace."""
 
-from __future__ import annotations
-
 import weakref
 from functools import partial
 

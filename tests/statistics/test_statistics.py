@@ -1,7 +1,5 @@
 """Statistics against autograd, hooks and least squares written here, and the commands from experts to their merge."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

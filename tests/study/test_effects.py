@@ -1,7 +1,5 @@
 """Intervals, what is level with the best, the tables and the heat map show what the pieces measured."""
 
-from __future__ import annotations
-
 import random
 import re
 import xml.etree.ElementTree as ElementTree

@@ -1,7 +1,5 @@
 """Kinds of a grid and of each seed are spelt out, and what was measured before there were any stays."""
 
-from __future__ import annotations
-
 import pytest
 
 from modular_experts.study.merges import Merge, Route, settings_of

@@ -1,7 +1,5 @@
 """Figures that others published stand beside ours, and never among them."""
 
-from __future__ import annotations
-
 import io
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """A study is one call in Python, with settings as in YAML, or with the classes and objects that these name."""
 
-from __future__ import annotations
-
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A study does each piece once, a change redoes only what depends on it, and a failure stops only what needs it."""
 
-from __future__ import annotations
-
 import base64
 import gc
 import gzip
@@ -642,10 +640,7 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
             {"multitask": {"kind": "lra"}},
             "multitask names the kind 'lra', which is not among the experts; did you mean lora",
         ),
-        (
-            {"data": {"eval_limt": 3}},
-            "data.eval_limt is not a setting of how the rows of a study",
-        ),
+        ({"data": {"eval_limt": 3}}, "data.eval_limt is not a setting of how the rows of a study"),
         (
             {"published": {"source": "A", "metric": "loss", "rows": {"lora TIES": {"held_in": 1}}}},
             "published.rows: 'lora TIES' is not a model of this study",

@@ -1,7 +1,5 @@
 """A study on another engine measures the same numbers, and its options reach the engine."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

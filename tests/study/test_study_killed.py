@@ -1,7 +1,5 @@
 """A study of task files and a base of the user's own ends with the same bytes, however often it is killed."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

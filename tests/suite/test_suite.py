@@ -1,7 +1,5 @@
 """The generated suite: every answer is right, no test word is trained on, and the same seed gives the same rows."""
 
-from __future__ import annotations
-
 import itertools
 import json
 

@@ -1,7 +1,5 @@
 """Evolution: it finds known optima, stays inside a limit, improves only, and goes on after an interruption exactly."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -1,7 +1,5 @@
 """The trained mixture MoLoRA against its formula."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """A system outside of the package (`tests/own_system`), named by dotted paths alone, goes the whole way."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Slow. The sizes and the learning rates come from the configs, at all linear layers.
 """
 
-from __future__ import annotations
-
 import pytest
 from testbed.real_tasks import fit_six_steps, loss_of_base, validation_loss
 from testbed.systems import of, there

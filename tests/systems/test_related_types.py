@@ -4,8 +4,6 @@ Both orientations of a weight are covered: Llama stores `(out, in)`, GPT-2 `(in,
 every other kind too.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -39,8 +37,7 @@ def there(name: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("system", "architecture"),
-    [pair for pair in zip(_ALL, ["llama", "gpt2"] * 2, strict=True) if there(pair[0])],
+    ("system", "architecture"), [pair for pair in zip(_ALL, ["llama", "gpt2"] * 2, strict=True) if there(pair[0])]
 )
 def test_an_expert_is_trained_merged_applied_tested_exported_and_pushed(
     system: str, architecture: str, tiny, two_task_files, run, hub

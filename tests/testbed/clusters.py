@@ -1,7 +1,5 @@
 """Start SLURM on this machine, once for all tests."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 Each rank writes what it ends with to `FOLDER/rank{R}.pt`. Two ranks also resume from a checkpoint in mid-epoch.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import partial
 from pathlib import Path
@@ -43,10 +41,7 @@ SYSTEMS = there(
     {
         "tt-lora": lambda: (of("tt_lora.TTLoRAExpert", rank=3), []),
         "adamix": lambda: (of("ada_mix.AdaMixExpert", copies=3), []),
-        "boosting": lambda: (
-            of("boosting.BoostedLoRAExpert"),
-            [of("boosting.callback.Boosting", every=2, share=0.5)],
-        ),
+        "boosting": lambda: (of("boosting.BoostedLoRAExpert"), [of("boosting.callback.Boosting", every=2, share=0.5)]),
         "glora": lambda: (of("glora.GLoRAExpert", rank=2), [of("glora.callback.RandomPaths", seed=0)]),
     }
 )

@@ -1,7 +1,5 @@
 """Pages whose code runs: their blocks, ways to make them short, and one to run the Python ones as a user's file."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import sys

@@ -1,7 +1,5 @@
 """Run calls in copies of this process, which has imported what they need, as torch and Lightning take seconds."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Do work here that a program gives to processes: each of them would import torch and Lightning for five seconds."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from concurrent.futures import Executor, Future

@@ -4,8 +4,6 @@ It keeps whole trees by commit, takes every file in the commit itself (the real 
 a token for writing, and counts what it was asked. The client is the real one.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """IA3 (arXiv 2205.05638), written as a user would: one file, no edit of the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

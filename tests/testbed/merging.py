@@ -1,7 +1,5 @@
 """Call merge methods as the merger does: `prepare` on all weights, then `merge` with a context for each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from modular_experts.deltas import Delta

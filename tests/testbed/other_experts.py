@@ -1,7 +1,5 @@
 """Experts beyond a delta of the weight, written as a user would: one that moves the bias, one that is not mergeable."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """A few prompts of different lengths, and a padded batch of them."""
 
-from __future__ import annotations
-
 import torch
 
 ROWS = [[7, 8, 9, 10, 11], [20, 21, 22], [33, 34, 35, 36], [40, 41]]

@@ -1,7 +1,5 @@
 """Cases that cover every pair of values of any two parameters, instead of every combination of all."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from typing import Any

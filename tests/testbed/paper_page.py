@@ -1,7 +1,5 @@
 """The page configs/paper/README.md as a list of the commands that its shell blocks give. None of them is run here."""
 
-from __future__ import annotations
-
 import itertools
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Adapters made, saved and loaded by PEFT itself, with random numbers in everything that it would train."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import peft

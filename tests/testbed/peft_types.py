@@ -5,8 +5,6 @@
 writes the table of `docs/reference/peft-types.md` anew, from random adapters of tiny models. AdaMSS needs scikit-learn.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """Deltas of every form, drawn at random: what the tests of deltas, merging and the library are run on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Two real tasks on SmolLM2, in a few short rows, for the slow tests of experts and mixtures."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

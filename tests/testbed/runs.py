@@ -1,7 +1,5 @@
 """Short runs of the public classes on tiny models, for the tests of module and callbacks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Run scripts of `benchmarks/`, and commands that they start, in this process: importing torch again takes seconds."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import io

@@ -1,7 +1,5 @@
 """A tiny model, validation rows of tiny tasks, and experts with something to find, for the tests of the searches."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

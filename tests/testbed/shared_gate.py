@@ -1,7 +1,5 @@
 """A system of several parts, written as a user would: a gate of each transformer block, which the parts inside read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 

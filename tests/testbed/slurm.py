@@ -6,8 +6,6 @@ Debian has them: `apt-get install slurmctld slurmd slurm-client munge`. The clus
 two partitions: `low`, the default one, and `high`, whose jobs send jobs of `low` back to the queue.
 """
 
-from __future__ import annotations
-
 import getpass
 import os
 import shutil

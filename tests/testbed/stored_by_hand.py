@@ -1,7 +1,5 @@
 """Experts that the library did not write: their files made by hand, as an older version or an attacker would."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The related systems that there are: without a folder of `modular_experts/systems`, only tests of that system go."""
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Short runs of the trained mixtures of configs/fit, in one process or as a rank of several."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

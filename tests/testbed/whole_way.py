@@ -1,7 +1,5 @@
 """What an expert that states a delta goes through on the command line, for the tests of several types."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`combine` on six tasks that no other test knows: what it measures, what it chooses, and where it goes on."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

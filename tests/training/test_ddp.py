@@ -1,7 +1,5 @@
 """Two processes train what one trains: same supports, same values, each row counted once, only kept entries sent."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from pathlib import Path

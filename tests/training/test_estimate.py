@@ -1,7 +1,5 @@
 """The estimate of a fit equals what the fit then does, and neither changes nor writes anything."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from lightning.pytorch import seed_everything

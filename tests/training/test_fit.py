@@ -1,7 +1,5 @@
 """`fit` in one call: it trains what the Lightning form trains, and refuses what that form refuses."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """ExpertModule: the loss, slim and strict checkpoints, applied experts, evaluation, and exact resume after SIGKILL."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """`fit` on top of a routed expert: it stays as it is, and the new expert is used with it."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lightning's finders of learning rates and batch sizes work, and a run after them is the run with their value."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from lightning.pytorch import seed_everything

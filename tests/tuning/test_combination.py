@@ -2,8 +2,6 @@
 told.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from testbed.random_deltas import random_delta

@@ -1,7 +1,5 @@
 """`Distilled` is a search by row from the experts' answers, in one word, with kept inputs or with task files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

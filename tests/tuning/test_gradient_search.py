@@ -1,7 +1,5 @@
 """AdaMerging and ATLAS step as Adam does on the gradients of their objectives."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
@@ -227,10 +225,7 @@ def rows_of(model, batches, measure):
 def test_joint_batches_measure_each_row_as_its_own_batch_does(smooth, tokens, passes) -> None:
     own = dict(zip(smooth.batches, random_experts(smooth, 0.5), strict=False))
     smooth.remember(own)
-    model, apart = (
-        smooth.model.double(),
-        [batch for batches in smooth.batches.values() for batch in batches][:4],
-    )
+    model, apart = (smooth.model.double(), [batch for batches in smooth.batches.values() for batch in batches][:4])
     together = joint(apart, tokens)
     assert len({batch["input_ids"].shape[1] for batch in apart}) > 1, "some are padded"
     assert len(together) == passes

@@ -1,7 +1,5 @@
 """The distance to a task's own expert is the divergence in float64, and its gradient the closed form's."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """What a search measures: the loss on rows with labels, or with the answers of each task's own expert."""
 
-from __future__ import annotations
-
 import json
 import math
 

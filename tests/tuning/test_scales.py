@@ -1,7 +1,5 @@
 """Scales are fitted to the outputs of the layers: by least squares, row by row, in one pass where memory allows it."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import pytest

@@ -1,7 +1,5 @@
 """Each expert is written in the smallest form whose loss stays within the bound, and in no other."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from testbed.random_deltas import random_delta

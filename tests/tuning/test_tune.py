@@ -1,7 +1,5 @@
 """Tuning tries settings and finds the best scale by a line search."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import SimpleNamespace

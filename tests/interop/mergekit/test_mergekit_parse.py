@@ -22,10 +22,7 @@ def test_model_is_a_path_with_a_revision_and_nothing_else():
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (
-            {"filter": "mlp", "value": 1},
-            "must be a number, .* got {'filter'",
-        ),
+        ({"filter": "mlp", "value": 1}, "must be a number, .* got {'filter'"),
         ("much", "must be a number, a list of them, or a list of filters, got 'much'"),
         ([0.1, {"value": 1}], r"weight\[0\] must be a mapping of keys to values, got 0.1"),
         ([{"filter": "mlp", "value": [{"value": 1}]}], r"weight\[0\].value must be a number"),

@@ -18,10 +18,7 @@ from safetensors.torch import load_file
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 
 PYTHON = os.environ.get("MODULAR_EXPERTS_MERGEKIT") or (sys.executable if find_spec("mergekit") else "")
-pytestmark = [
-    pytest.mark.peer,
-    pytest.mark.skipif(not PYTHON, reason="mergekit is not installed here"),
-]
+pytestmark = [pytest.mark.peer, pytest.mark.skipif(not PYTHON, reason="mergekit is not installed here")]
 
 DRIVER = """
 import sys

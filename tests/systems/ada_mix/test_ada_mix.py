@@ -1,7 +1,5 @@
 """AdaMix: the mean over its draws is the averaged expert, and draws are of the step, the layer and the seed."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from functools import partial

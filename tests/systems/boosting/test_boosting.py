@@ -1,7 +1,5 @@
 """Boosting: rounds whose products add up, chosen blocks, fresh optimizer state, exact resume; one round is a LoRA."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

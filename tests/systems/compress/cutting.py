@@ -1,7 +1,5 @@
 """Models to cut in float64, and parts that stay of them, for the tests of `compress`."""
 
-from __future__ import annotations
-
 import conftest
 import torch
 from transformers import PreTrainedModel

@@ -1,7 +1,5 @@
 """`compress`: from a base and task files to a smaller base that plain transformers loads, and every mistake."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -3,8 +3,6 @@
 Slow: two minutes of CPU time.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

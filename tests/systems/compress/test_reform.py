@@ -1,7 +1,5 @@
 """The corrected weight is the least-squares one, and corrected layers are nearer to the whole ones at every block."""
 
-from __future__ import annotations
-
 import conftest
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """A model that is cut computes what the whole one does without the parts, in every architecture."""
 
-from __future__ import annotations
-
 import copy
 
 import conftest

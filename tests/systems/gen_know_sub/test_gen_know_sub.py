@@ -1,7 +1,5 @@
 """GenKnowSub is Arrow among the experts without their mean, which every token gets with weight -1."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import build_model

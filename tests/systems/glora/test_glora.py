@@ -1,7 +1,5 @@
 """GLoRA against the formula of the paper, LoRA and PEFT, and the paths that training draws."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """`search` with PathSearch: paths of a GLoRA under a limit, repeated and resumed exactly; GLoRA goes the whole way."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """GLoRA as PEFT's own adapter: PEFT computes what the expert does, whatever the path of each layer."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys

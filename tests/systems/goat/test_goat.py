@@ -1,7 +1,5 @@
 """GOAT against its formulas: the start in the spectrum, and the term that takes it off."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

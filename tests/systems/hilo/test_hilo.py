@@ -1,7 +1,5 @@
 """The plan HiLo: numbers of experts and ranks by depth."""
 
-from __future__ import annotations
-
 import torch
 from conftest import build_model
 

@@ -1,7 +1,5 @@
 """LoRAHub: it never ends above the start, and the same seed gives the same weights."""
 
-from __future__ import annotations
-
 import pytest
 from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
 

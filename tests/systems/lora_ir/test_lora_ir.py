@@ -1,7 +1,5 @@
 """LoRA-IR against merged weights and one LoRA at a time; its router learns first, sees prompts only, and then rests."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

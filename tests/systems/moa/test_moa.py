@@ -1,7 +1,5 @@
 """MoA against its closed forms: gates, threshold, prompts, and what the library makes of it."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """PointLoRA: which tokens stand in front, that no answer changes what comes before it, and what layers share."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_model, build_tokenizer

@@ -1,7 +1,5 @@
 """RECAST against the singular values of the stack of weights, and what its library, merges and resumed runs keep."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

@@ -1,7 +1,5 @@
 """TT-LoRA against an entry-by-entry tensor train, and against LoRA, which two cores are."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from functools import partial
