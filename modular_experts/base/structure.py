@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import all_finite
@@ -117,6 +119,32 @@ class Structure:
                     f"expert's modules, store the delta under {owner}, which moves both, or train on a base whose "
                     "embeddings are untied"
                 )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is an `nn.Linear`, or of a subclass that computes the same, as Falcon's layers do."""
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and _computes_linear(kind)
+
+
+@cache
+def _computes_linear(kind: Any) -> bool:
+    if kind.forward is nn.Linear.forward:
+        return True
+    # Let the forward pass multiply small whole numbers, with nothing at hand but a weight and a bias.
+    numbers = torch.arange(11.0, device="cpu")
+    weight, bias, x = numbers[:6].view(3, 2), numbers[6:9], numbers[None, 9:]
+    try:
+        layer: Any = SimpleNamespace(weight=weight, bias=bias)
+        return torch.equal(kind.forward(layer, x), F.linear(x, weight, bias))
+    except Exception:  # whatever a forward pass raises that needs more
+        return False
+
+
+def sliced(module: nn.Module) -> list[str]:
+    """Return the parameters of a module that hold a matrix for each of its experts, `(experts, ., .)`."""
+    count, held = getattr(module, "num_experts", None), module._parameters.items()
+    return [name for name, one in held if one is not None and one.dim() == 3 and len(one) == count]
 
 
 def is_transposed(module: nn.Module) -> bool:

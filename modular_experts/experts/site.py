@@ -23,15 +23,15 @@ class Site:
         layer: Last part of the name, which layers of the same kind share: `q_proj`.
         depth: Number of the transformer block that the layer belongs to, counted from 0, or None outside of the blocks.
         module: The layer itself; its `weight` is `(out, in)`, or `(in, out)` in GPT-2's `Conv1D`.
-        is_head: Whether it is the model's output head, or its weight is the same tensor as another one's, as a tied
-            head's is; `all-linear` leaves these out.
+        by_name_only: Whether `all-linear` leaves it out: the model's output head, a weight that is the same tensor as
+            another one (tied), the router of a mixture-of-experts block, a layer of one output.
     """
 
     name: str
     layer: str
     depth: int | None
     module: nn.Module
-    is_head: bool = False
+    by_name_only: bool = False
 
     @property
     def weight(self) -> str:
@@ -71,8 +71,8 @@ def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised
     """Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.
 
     A pattern is the end of a name from a dot on (`q_proj`, `self_attn.q_proj`, or several, `(q|v)_proj`), a regular
-    expression for the full name (`.*\\.layers\\.[0-3]\\..*_proj`), or `all-linear`: every layer but the output head
-    and those whose weight is tied to another.
+    expression for the full name (`.*\\.layers\\.[0-3]\\..*_proj`), or `all-linear`: every layer but the output head,
+    those whose weight is tied to another, routers of mixture-of-experts blocks, and layers of one output.
 
     Args:
         experts: Pattern and factory.
@@ -87,7 +87,7 @@ def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised
         found: dict[Site, Factory] = {}
         for pattern, factory in experts.items():
             if pattern == "all-linear":
-                matching = [site for site in sites if not site.is_head]
+                matching = [site for site in sites if not site.by_name_only]
             else:
                 matching = [site for site in sites if _matches(pattern, site.name, where)]
             if not matching:

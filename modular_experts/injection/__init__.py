@@ -6,7 +6,6 @@ averages what experts predict, and `attach.py` puts stored experts of any kind i
 """
 
 from modular_experts.injection.inject import (
-    ExpertLayer,
     context_length,
     draw,
     eject,
@@ -21,6 +20,7 @@ from modular_experts.injection.inject import (
     task_vector,
     write_experts,
 )
+from modular_experts.injection.layers import ExpertLayer
 from modular_experts.injection.save import describe_experts
 
 __all__ = [

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.structure import is_transposed
+from modular_experts.base.structure import is_linear, is_transposed, sliced
 from modular_experts.deltas import Delta
-from modular_experts.experts.expert import Expert, InPlaceExpert, Trained, trains_weight
+from modular_experts.experts.expert import InPlaceExpert, Trained, trains_weight
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.site import (
     Factory,
@@ -27,51 +27,9 @@ from modular_experts.experts.site import (
     make_expert,
     make_module_expert,
 )
+from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear
 from modular_experts.library.described import settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
-
-
-class ExpertLayer(nn.Module):
-    """A linear layer that keeps an `expert` beside the base's own `weight` and `bias`."""
-
-    expert: Expert
-    weight: Any
-    bias: Any
-    base_class: type[nn.Module]
-    base_dtype: torch.dtype
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as the expert sees it, `(out, in)`, sharing the layer's memory."""
-        return self.weight
-
-    def oriented(self, delta: Delta) -> Delta:
-        """Return an expert's delta in the orientation in which the base stores the weight."""
-        return delta
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.expert(x, self.matrix, self.bias)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        # The weight holds the entries of a support that is about to be replaced: give the base's back first.
-        if isinstance(self.expert, InPlaceExpert) and not trains_weight(self.expert):
-            self.expert.restore(self.matrix, lambda: self.matrix)
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-class ExpertLinear(ExpertLayer, nn.Linear):
-    """An `nn.Linear` with an expert."""
-
-
-class ExpertConv1D(ExpertLayer):
-    """A transformers `Conv1D`, which stores its weight as (in, out), with an expert."""
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.weight.T
-
-    def oriented(self, delta: Delta) -> Delta:
-        return delta.T
 
 
 def inject(
@@ -160,12 +118,21 @@ def _equip(site: Site, factory: Factory) -> Trained:
 def find_sites(model: nn.Module) -> list[Site]:
     """Return the places that an expert can take, sorted by name; layers inside of an expert are left out."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    owners, sites = _owners(model), []
+    owners, mixtures, sites = _owners(model), _mixtures(model), []
     for name, module in _outside_of_experts(model):
-        if type(module) is nn.Linear or isinstance(module, ExpertLayer) or is_transposed(module):
-            is_head = module is head or len(owners[id(module.weight)]) > 1
-            sites.append(Site(name, name.rpartition(".")[2], depth_of(f"{name}."), module, is_head))
+        if is_linear(module) or isinstance(module, ExpertLayer) or is_transposed(module):
+            weight: Any = module.weight
+            outputs: int = weight.shape[1 if is_transposed(module) else 0]
+            routes = any(outputs == count and name.startswith(block) for block, count in mixtures)
+            by_name = module is head or len(owners[id(weight)]) > 1 or outputs == 1 or routes
+            sites.append(Site(name, name.rpartition(".")[2], depth_of(f"{name}."), module, by_name))
     return sorted(sites, key=lambda site: site.name)
+
+
+def _mixtures(model: nn.Module) -> set[tuple[str, int]]:
+    """Return the start of the names in each mixture-of-experts block of the base, and the number of its experts."""
+    held = ((f"{name.rpartition('.')[0]}.", module) for name, module in model.named_modules())
+    return {(block, len(module.get_parameter(key))) for block, module in held for key in sliced(module)}
 
 
 def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> None:
@@ -346,5 +313,5 @@ def _outside_of_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    subclass = isinstance(module, nn.Linear) and type(module) is not nn.Linear and not isinstance(module, ExpertLayer)
+    subclass = isinstance(module, nn.Linear) and not is_linear(module) and not isinstance(module, ExpertLayer)
     return subclass or (isinstance(weight, Tensor) and not weight.is_floating_point())

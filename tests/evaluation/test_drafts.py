@@ -124,7 +124,7 @@ class Drawn(Router):
 
 
 def three_experts(model: Any) -> list[dict[str, Dense]]:
-    weights = [site.weight for site in find_sites(model) if not site.is_head][:4]
+    weights = [site.weight for site in find_sites(model) if not site.by_name_only][:4]
     made = torch.Generator().manual_seed(0)
     shapes = {weight: model.get_parameter(weight).shape for weight in weights}
     return [{w: Dense(0.3 * torch.randn(shape, generator=made)) for w, shape in shapes.items()} for _ in range(3)]

@@ -20,7 +20,7 @@ def experts_of(model: Any) -> list[dict[str, Any]]:
     """Return three experts, of which two move other weights, strongly enough that their predictions are far apart."""
     draw = torch.Generator().manual_seed(1)
     found: list[dict[str, Any]] = [{}, {}, {}]
-    for number, site in enumerate(site for site in find_sites(model) if not site.is_head):
+    for number, site in enumerate(site for site in find_sites(model) if not site.by_name_only):
         rows, columns = site.module.weight.shape
         found[number % 2][site.weight] = Dense(torch.randn(rows, columns, generator=draw) * 0.3)
         up, down = torch.randn(rows, 2, generator=draw), torch.randn(2, columns, generator=draw)

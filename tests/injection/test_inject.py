@@ -149,7 +149,7 @@ def test_a_plan_sees_the_sites_and_names_or_returns_them() -> None:
     assert {site.name: site.module for site in seen} == {
         n: m for n, m in model.named_modules() if hasattr(m, "in_features")
     }
-    assert {(site.depth, site.is_head) for site in seen} == {(0, False), (1, False), (None, True)}
+    assert {(site.depth, site.by_name_only) for site in seen} == {(0, False), (1, False), (None, True)}
     assert [layer.expert.rank for name, layer in expert_layers(model) if "q_proj" in name] == [1, 2]
     assert "lm_head.weight" in _kinds(model)
 
@@ -246,7 +246,8 @@ def test_a_tied_weight_is_refused() -> None:
 
 def test_a_quantised_weight_is_refused() -> None:
     class Quantised(nn.Linear):
-        pass
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input)
 
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].__class__ = Quantised

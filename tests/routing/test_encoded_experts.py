@@ -23,7 +23,7 @@ IDS = torch.arange(15).view(3, 5)
 
 
 def _stored(folder: Path, model: nn.Module, encoding: str, forms: list[str] = FORMS) -> list[StoredExpert]:
-    sites = [site for site in find_sites(model) if not site.is_head]
+    sites = [site for site in find_sites(model) if not site.by_name_only]
     for n in range(3):
         deltas = {s.weight: delta(forms[(n + i) % len(forms)], s.module.weight.shape, i) for i, s in enumerate(sites)}
         write_expert(folder / str(n), deltas, RECORD, encoding=encoding)

@@ -31,7 +31,7 @@ FORMS = ["dense", "low rank", "entries", "tiles"]
 
 
 def experts_of(model: torch.nn.Module, count: int = 3, forms: list[str] = FORMS) -> list[dict[str, Delta]]:
-    sites = [site for site in find_sites(model) if not site.is_head]
+    sites = [site for site in find_sites(model) if not site.by_name_only]
     return [
         {s.weight: delta(forms[(n + i) % len(forms)], s.module.weight.shape, 97 * n + i) for i, s in enumerate(sites)}
         for n in range(count)
