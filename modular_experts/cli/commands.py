@@ -64,7 +64,7 @@ def system_commands() -> Iterator[tuple[str, Command]]:
 
 
 VERBS = {
-    "quickstart": Command("quickstart", "quickstart", "see it all on generated tasks: train, merge, test, report"),
+    "quickstart": Command("study", "quickstart", "see it all on generated tasks: train, merge, test, report"),
     "fit": Command("training", "", "train experts on task files"),
     "study": Command("study", "study", "train, merge and test many experts by one description"),
     "validate": Command("training", "", "measure a model on the validation rows"),
@@ -79,7 +79,7 @@ VERBS = {
     ),
     "methods": Command("methods", "methods", "show the merge methods: formulas, settings, sources", ("name",)),
     "interference": Command(
-        "interference", "interference", "show how experts get in each other's way, before they are merged", ("experts",)
+        "methods", "interference", "show how experts get in each other's way, before they are merged", ("experts",)
     ),
     "combine": Command("combine", "combine", "find the best of merges and routers within some bytes", ("experts",)),
     "merge": Command("merge", "merge", "merge experts into one expert", ("experts",)),

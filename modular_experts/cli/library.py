@@ -188,7 +188,8 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     if expert.keeps_inputs:
         yield "inputs", f"{record['inputs']['rows']:,} kept, as token ids"
     if costs := record.get("costs"):
-        yield "costs", _costs(costs)
+        shown = {name: bytes_text(value) if name.endswith("bytes") else f"{value:.3g}" for name, value in costs.items()}
+        yield "costs", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
     if forms:
         yield "norm", total.cells()[3]
     for kind in kinds_of_statistics(expert):
@@ -206,11 +207,6 @@ def _methods(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "method", call_text(method["class_path"].rpartition(".")[2], method["init_args"])
     for pattern, chosen in (record.get("per_weight") or {}).items():
         yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
-
-
-def _costs(costs: Mapping[str, Any]) -> str:
-    shown = {name: bytes_text(value) if name.endswith("bytes") else f"{value:.3g}" for name, value in costs.items()}
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
 
 
 def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -82,7 +82,9 @@ def kth_highest(scores: Tensor, k: int) -> Tensor:
     above = _histogram(flat).flip(0).cumsum(0)
     reached = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
     better = int(above[reached - 1]) if reached else 0
-    upper = _upper_bits(_BINS // 2 - 1 - reached)
+    # Bins go up from 0 for positive numbers, and down from -1 for negative ones.
+    place = _BINS // 2 - 1 - reached
+    upper = place if place >= 0 else place ^ 0x7FFF
     chunks = [chunk.index_select(0, true_places(_upper(chunk) == upper)) for chunk in flat.split(_CHUNK)]
     return _smallest_of(torch.cat(chunks), k - better)
 
@@ -107,8 +109,3 @@ def _histogram(flat: Tensor) -> Tensor:
 
 def _upper(scores: Tensor) -> Tensor:
     return scores.to(torch.float32).view(torch.int32) >> 16
-
-
-def _upper_bits(place: int) -> int:
-    """Return the upper bits of a bin's numbers; bins go up from 0 for positive, down from -1 for negative."""
-    return place if place >= 0 else (place ^ 0x7FFF)

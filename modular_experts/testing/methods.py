@@ -18,7 +18,7 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.chunks import widest_dtype
 from modular_experts.methods.method import Context, DataStatistic
 
-_FORMS = ("Dense", "LowRank", "Sparse", "BlockSparse")
+FORMS = ("Dense", "LowRank", "Sparse", "BlockSparse")
 _SHAPES = ((6, 8), (7, 5), (1, 9), (9, 1), (1, 1))
 
 
@@ -49,23 +49,23 @@ def check_merge_method(
         AssertionError: The method breaks a promise, which the message names.
     """
     for shape in _SHAPES:
-        for forms in [*itertools.combinations_with_replacement(_FORMS, 2), _FORMS]:
+        for forms in [*itertools.combinations_with_replacement(FORMS, 2), FORMS]:
             _check_mix(method, [made_delta(form, shape, seed) for seed, form in enumerate(forms)])
         if zero:
-            deltas = [made_delta(form, shape, seed) for seed, form in enumerate(_FORMS)]
+            deltas = [made_delta(form, shape, seed) for seed, form in enumerate(FORMS)]
             more = _merged(method, [*deltas, Sparse.zero(shape)])
             close(more, _merged(method, deltas), "an expert that moves nothing must change nothing")
     _check_mix(method, [Dense(torch.randn(5)), Sparse(torch.tensor([3]), torch.tensor([2.0]), torch.Size([5]))])
     still = Dense(torch.zeros(4, 6))
     for zeros in ([Sparse.zero((4, 6))] * 3, [still] * 3, [Sparse.zero((4, 6)), still]):
         assert not _merged(method, zeros).any(), "experts that move nothing must merge to nothing"
-    for form in _FORMS if alone else ():
+    for form in FORMS if alone else ():
         delta = made_delta(form, (6, 8), 3)
         close(_merged(method, [delta]), delta.dense(), "one expert must merge to itself")
         if copies:
             close(_merged(method, [delta] * 3), delta.dense(), "copies of an expert must merge to it")
     if order:
-        for forms in (_FORMS, ("Sparse",) * 3):
+        for forms in (FORMS, ("Sparse",) * 3):
             deltas = [made_delta(form, (6, 8), seed) for seed, form in enumerate(forms)]
             expected = _merged(method, deltas)
             for turned in (deltas[::-1], [*deltas[1:], deltas[0]]):

@@ -15,10 +15,9 @@ from modular_experts.library.described import class_path, trust
 from modular_experts.routing import Gates, Router, TopK
 from modular_experts.routing.gates import reading
 from modular_experts.routing.router import GRAMS
-from modular_experts.testing.methods import close, made_delta, made_statistic
+from modular_experts.testing.methods import FORMS, close, made_delta, made_statistic
 
 _COUNT, _SHAPE = 4, (10, 12)
-_FORMS = ("Dense", "LowRank", "Sparse", "BlockSparse")
 _TASKS = [f"task {number}" for number in range(_COUNT)]
 
 
@@ -58,7 +57,7 @@ class _Case:
     def __init__(self, router: Router, deltas: Sequence[Delta | None] | None) -> None:
         draw = torch.Generator().manual_seed(0)
         self.router, sample = router, router.scope == "sample"
-        made = [*(made_delta(form, _SHAPE, seed) for seed, form in enumerate(_FORMS[:-1])), None]
+        made = [*(made_delta(form, _SHAPE, seed) for seed, form in enumerate(FORMS[:-1])), None]
         given = made if deltas is None else deltas
         self.deltas: list[Delta | None] = list(given) if router.scope == "linear" else [None] * _COUNT
         count = len(self.deltas)

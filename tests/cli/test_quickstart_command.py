@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from modular_experts.__main__ import main
-from modular_experts.cli.quickstart import next_steps
+from modular_experts.cli.study import next_steps
 from modular_experts.library import Library
 from modular_experts.quickstart import Plan
 

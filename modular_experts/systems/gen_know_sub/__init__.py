@@ -16,9 +16,6 @@ class GenKnowSub(Arrow):
     their forms. PEFT subtracts the means of the factors A and B instead, which is another delta.
 
     Args:
-        unit_inputs: Divide an input by its length before the product, so that the temperature is the same for all.
-        scaled: Multiply a prototype by its singular value, so that the score is how far the delta moves the output
-            along this direction.
         select: Turns scores into gates, as in Arrow; the weights of a token must sum to 1.
     """
 

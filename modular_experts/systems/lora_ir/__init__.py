@@ -81,6 +81,8 @@ class TaskGate(ModuleExpert):
     """Owns the router of the whole model, and makes the gates of each pass from its prompts."""
 
     not_mergeable_because: ClassVar[str] = "its router chooses by the prompt"
+    # Each place of packed rows gets the gates of its row.
+    moves_tokens_alone = True
     # The LoRAs' rate: a router that an optimizer never sees must not lower it.
     learning_rate: ClassVar[float] = 3e-3
     model: nn.Module
@@ -99,11 +101,6 @@ class TaskGate(ModuleExpert):
         self.router.weight = torch.zeros(experts, size, device=device)
         self.router.bias = torch.zeros(experts, device=device)
         self._gates = PromptGates(self.router, gates)
-
-    @property
-    def moves_tokens_alone(self) -> bool:
-        """True: each place of packed rows gets the gates of its row."""
-        return True
 
     def before_fit(self, module: Any, data: Any) -> bool:
         """Teach the router the tasks of the data, unless it has learned, and log how well it knows validation prompts.
@@ -163,6 +160,7 @@ class LoRAIRExpert(NotMergeable, Expert):
 
     learning_rate: ClassVar[float] = 3e-3
     not_mergeable_because: ClassVar[str] = TaskGate.not_mergeable_because
+    moves_tokens_alone = TaskGate.moves_tokens_alone
 
     def __init__(
         self, weight: Tensor, gates: CurrentGates, experts: int = 2, rank: int = 8, alpha: float = 16.0
@@ -175,11 +173,6 @@ class LoRAIRExpert(NotMergeable, Expert):
         self.up = nn.Parameter(torch.zeros(rows, experts * rank, dtype=dtype, device=weight.device))
         self.down = nn.Parameter(torch.empty(experts * rank, columns, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    @property
-    def moves_tokens_alone(self) -> bool:
-        """True: each place of packed rows gets the gates of its row."""
-        return True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)

@@ -29,6 +29,7 @@ class RecastExpert(Expert):
     """
 
     learning_rate: ClassVar[float] = 3e-2
+    delta_of_base = True
 
     def __init__(self, weight: Tensor, layers: Sequence[nn.Module], mixing: Tensor) -> None:
         super().__init__()
@@ -38,10 +39,6 @@ class RecastExpert(Expert):
         self.change = nn.Parameter(torch.zeros(len(mixing), dtype=dtype, device=weight.device))
         self.mixing: Tensor
         self.register_buffer("mixing", mixing.to(weight.device, dtype))
-
-    @property
-    def delta_of_base(self) -> bool:
-        return True
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Dense:
         # Adding weights up takes less memory than making templates first.
