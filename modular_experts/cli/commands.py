@@ -81,7 +81,7 @@ VERBS = {
     "interference": Command(
         "methods", "interference", "show how experts get in each other's way, before they are merged", ("experts",)
     ),
-    "combine": Command("combine", "combine", "find the best of merges and routers within some bytes", ("experts",)),
+    "combine": Command("search", "combine", "find the best of merges and routers within some bytes", ("experts",)),
     "merge": Command("merge", "merge", "merge experts into one expert", ("experts",)),
     "search": Command(
         "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)

@@ -67,7 +67,9 @@ def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     defined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
     given = [*map(str.encode, (compiler, *flags)), defined, source.read_bytes()]
     key = hashlib.sha256(b" ".join(given)).hexdigest()[:16]
-    library = _folder() / f"{source.stem}-{key}.so"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"), "modular_experts")
+    library = kept / f"{source.stem}-{key}.so"
     if not library.exists():
         started = time.perf_counter()
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +80,6 @@ def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
         seconds = time.perf_counter() - started
         _log.info("Compiled %s in %.1f s; the library is kept in %s.", source.name, seconds, library.parent)
     return library
-
-
-def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions")) / "modular_experts"
 
 
 def _run(*command: str) -> bytes:

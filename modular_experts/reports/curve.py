@@ -24,9 +24,7 @@ class Point:
     kept: float
 
 
-def draw_curves(
-    title: str, key: str, curves: Mapping[str, Sequence[Point]], wide: bool = True, dark: bool | None = None
-) -> str:
+def draw_curves(title: str, key: str, curves: Mapping[str, Sequence[Point]], wide: bool = True) -> str:
     """Draw the points of each kind, and a line along those that keep more than all smaller ones, which have names.
 
     Args:
@@ -34,7 +32,6 @@ def draw_curves(
         key: What the axes mean.
         curves: The points of each kind.
         wide: Whether two panels stand beside each other, for more than 800 pixels, or one, as on a phone.
-        dark: Set the colours of a dark or of a light page; None leaves them to the page.
     """
     found, top = heading(title, key, wide)
     width, across = WIDTH[wide], 2 if wide else 1
@@ -46,7 +43,7 @@ def draw_curves(
     for place, (kind, several) in enumerate(curves.items()):
         left, row = width / across * (place % across), place // across
         found += _panel(kind, several, (left, top + HEIGHT * row), width / across, area)
-    return styled(title, found, width, top + HEIGHT * math.ceil(len(curves) / across), dark)
+    return styled(title, found, width, top + HEIGHT * math.ceil(len(curves) / across))
 
 
 def _panel(

@@ -106,7 +106,7 @@ def heading(title: str, key: str, wide: bool) -> tuple[list[str], float]:
     return found, top
 
 
-def styled(title: str, elements: Sequence[str], width: float, height: float, dark: bool | None) -> str:
+def styled(title: str, elements: Sequence[str], width: float, height: float, dark: bool | None = None) -> str:
     """Return elements as one SVG picture, in the colours that `draw` describes."""
     colours = "" if dark is None else f".dots {{ {DARK if dark else LIGHT}}}"
     style = f"<style>{LOOK}{colours}</style>"

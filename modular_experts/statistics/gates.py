@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -62,10 +63,7 @@ def train_gates(
         for _ in progress(range(STEPS if steps is None else steps)):
             order = order or torch.randperm(len(given), generator=draw).tolist()
             batch = given[order.pop()]
-            moved = {
-                key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()
-            }
-            rows, tokens = batch_losses(model, moved)
+            rows, tokens = batch_losses(model, move_data_to_device(batch, model.device))
             loss = rows.sum() / tokens.sum().clamp(min=1)
             optimizer.zero_grad()
             loss.backward()

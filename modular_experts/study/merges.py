@@ -1,7 +1,5 @@
 """Read, choose and make what an entry of a study's `merges` can be: a merge, a search, a route or an ensemble."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import time
@@ -68,7 +66,7 @@ class Merge:
     kept_as: ClassVar[str] = "merge"
 
     @classmethod
-    def of_method(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Merge | Apart:
+    def of_method(cls, given: Mapping[str, Any], before: Mapping[str, "Way"]) -> "Merge | Apart":
         if given.get("per_task"):
             return Apart.of_method(given)
         method, tune = made("--merges", MergeMethod, given["method"]), given.get("tune") or None
@@ -82,7 +80,7 @@ class Merge:
         return cls(name, given["method"], False, tune, given.get("rows", ROWS))
 
     @classmethod
-    def of_search(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Merge:
+    def of_search(cls, given: Mapping[str, Any], before: Mapping[str, "Way"]) -> "Merge":
         name = given.get("name", type(make("--merges", CoefficientSearch, given["search"])).__name__)
         if (labels := given.get("labels", "rows")) not in get_args(Labels):
             raise ValueError(f"labels={labels!r} must be one of {', '.join(get_args(Labels))}")
@@ -161,7 +159,7 @@ class Route:
     kept_as: ClassVar[str] = "route"
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Route:
+    def read(cls, given: Mapping[str, Any], before: Mapping[str, "Way"]) -> "Route":
         router = make("--merges", Router, given["route"])
         check_fallback(router, given.get("fallback"))
         fallback = _earlier("fallback", given, Merge, "a merge", before)
@@ -219,7 +217,7 @@ class Ensemble:
     kept_as: ClassVar[str] = "merge"
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], before: Mapping[str, Way]) -> Ensemble:
+    def read(cls, given: Mapping[str, Any], before: Mapping[str, "Way"]) -> "Ensemble":
         if (mean := given["ensemble"]) not in MEANS:
             near = did_you_mean(mean, MEANS)
             raise ValueError(f"ensemble: {mean!r} is not a mean of {' or '.join(MEANS)}{near}")

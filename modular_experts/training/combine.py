@@ -4,8 +4,6 @@ All files lie in one directory, whose `combine.json` holds the measurements; the
 was interrupted.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -51,7 +51,6 @@ class PathSearch(Evolution, SearchAlgorithm):
         parents: How many of the best candidates have children; GLoRA takes 10.
         crossover: Share of the children with two parents, in [0, 1]; GLoRA makes half of them so.
         mutation: Probability that a part of the others changes, in (0, 1]; at least one changes. GLoRA takes 0.2.
-        seed: Seed of all draws. Equal seeds give equal searches.
     """
 
     limit: int | None = None
