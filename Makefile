@@ -34,6 +34,8 @@ examples: ## write the task files of examples/ again, as their script says
 	$(PYTHON) scripts/examples.py examples
 
 # Experts are flushed to the disk when they are stored; in memory, tests of libraries take half the time.
+# Each process would otherwise compile the package, and rewrite the assertions of all tests.
+test: export PYTHONDONTWRITEBYTECODE =
 test: export PYTEST_DEBUG_TEMPROOT ?= $(MEMORY)
 test: $(DEVELOPS) ## run the tests, without those that take many minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
