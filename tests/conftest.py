@@ -59,10 +59,10 @@ ARCHITECTURES = sorted(CONFIGS)
 
 
 LONG = """
-docs/test_site docs/test_configs docs/test_paper_configs docs/test_notebooks experts/test_battery study/test_study
-study/test_study_killed bench/test_benchmarks bench/test_merge_benchmarks bench/test_studies
-bench/test_related_cost training/test_module training/test_ddp cli/test_related_types
-kernels/test_triton_tiles systems/test_own_system tests/test_architecture
+docs/test_site docs/test_configs docs/test_paper_configs docs/test_notebooks study/test_study study/test_study_killed
+bench/test_studies bench/test_scripts training/test_combine training/test_module training/test_ddp
+methods/test_merge_battery systems/test_related_types systems/test_own_system callbacks/test_callback_battery
+tests/test_architecture
 """
 """Files that take more than ten seconds."""
 

@@ -114,9 +114,7 @@ def test_an_expert_learns_its_task(kind: str, run: Callable[..., dict[str, Any]]
 
 
 @pytest.mark.xdist_group(TOGETHER["sparse"])
-def test_a_merge_of_two_sparse_experts_keeps_both_tasks(
-    run: Callable[..., dict[str, Any]], base_scores: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_of_two_sparse_experts_keeps_both_tasks(run, base_scores, monkeypatch):
     library = run.place / "library"  # type: ignore[attr-defined]
     names = [f"{task}-sparse" for task in (INTENTS, BANKING)]
     for task, name in zip((INTENTS, BANKING), names, strict=True):

@@ -80,9 +80,7 @@ def test_a_state_that_trains_more_than_the_expert_keeps_is_never_the_best(tiny_l
     assert open_expert(export.target).kept_share == pytest.approx(0.1, abs=0.01)
 
 
-def test_a_training_that_stops_before_the_choice_says_that_it_keeps_more(
-    tiny_llama_dir, task_files, tmp_path, caplog
-) -> None:
+def test_a_training_that_stops_before_the_choice_says_that_it_keeps_more(tiny_llama_dir, task_files, tmp_path, caplog):
     class Stop(runs.Losses):
         def on_train_batch_end(self, trainer, *rest) -> None:
             trainer.should_stop = trainer.global_step == self.at
@@ -146,9 +144,7 @@ def _rising(base, files, folder, *callbacks, expert=SPARSE, steps=8, ckpt=None, 
     return module
 
 
-def test_a_run_resumed_to_train_longer_keeps_the_best_state_of_before(
-    tiny_llama_dir, task_files, tmp_path, caplog
-) -> None:
+def test_a_run_resumed_to_train_longer_keeps_the_best_state_of_before(tiny_llama_dir, task_files, tmp_path, caplog):
     place = tiny_llama_dir, task_files, tmp_path
     first = ExportExpert(str(tmp_path / "library"), "mine")
     _rising(*place, first)

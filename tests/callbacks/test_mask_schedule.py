@@ -38,9 +38,7 @@ def _changes(watch: Watch) -> list[int]:
     return [step + 1 for step, (a, b) in enumerate(pairs) if any(not torch.equal(a[name], b[name]) for name in a)]
 
 
-def test_the_first_support_is_the_top_of_the_gradient_of_the_scoring_batches(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_the_first_support_is_the_top_of_the_gradient_of_the_scoring_batches(tiny_llama_dir, task_files, tmp_path):
     seen = {}
 
     class Gradients(SNIP):
@@ -81,9 +79,7 @@ def test_steps_are_optimizer_steps_whatever_the_accumulation(tiny_llama_dir, tas
     assert _changes(watch) == [2, 4]
 
 
-def test_the_papers_schedule_starts_dense_and_freezes_after_the_first_epoch(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_the_papers_schedule_starts_dense_and_freezes_after_the_first_epoch(tiny_llama_dir, task_files, tmp_path):
     watch = Watch(rule=Reselect(every=2))
     module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, watch, max_steps=14)  # an epoch is six steps
     kept = [sum(units.numel() for units in supports.values()) for supports in watch.supports]

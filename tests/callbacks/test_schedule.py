@@ -32,9 +32,7 @@ class Halve(Schedule):
         return {"halvings": len(list(expert_layers(module.model)))}
 
 
-def test_a_schedule_of_ones_own_resizes_and_is_recorded_beside_the_mask_schedule(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_a_schedule_of_ones_own_resizes_and_is_recorded_beside_the_mask_schedule(tiny_llama_dir, task_files, tmp_path):
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
     module, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, Halve(), export, max_steps=2)
     kept = sum(layer.expert.values.numel() for _, layer in expert_layers(module.model))

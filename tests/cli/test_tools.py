@@ -4,16 +4,21 @@ import io
 import json
 import shutil
 import sys
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from testbed.random_deltas import random_delta
+from testbed.searching import FORMS, objective_on, random_experts
 
 from modular_experts import generate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.cli.command import read_options, settings_of
+from modular_experts.cli.format import progress_bar
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.settings import UsageError
 
@@ -252,3 +257,63 @@ def test_generate_finds_its_prompt_where_people_put_it(place, run, monkeypatch, 
         2,
         "error: --base or --experts must be given, on the command line or in --config\n",
     )
+
+
+def test_a_line_comes_at_every_tenth_of_work_that_takes_more_than_five_seconds(monkeypatch, capsys) -> None:
+    for seconds, wanted in ((2.5, [2, *range(4, 41, 4)]), (0.01, [])):
+        ticks = count()
+        clock = SimpleNamespace(monotonic=lambda ticks=ticks, seconds=seconds: seconds * next(ticks))
+        monkeypatch.setattr("modular_experts.cli.format.time", clock)
+        assert list(progress_bar("searching")(range(40))) == list(range(40))
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [f"searching: {done} of 40" for done in wanted]
+    assert list(progress_bar("searching")([])) == []
+
+
+@pytest.fixture(scope="module")
+def library(tiny_llama_dir, task_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    objective, base = objective_on(tiny_llama_dir, task_files), Base.open(tiny_llama_dir)
+    record = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": base.fingerprint}
+    for form, expert in zip(FORMS, random_experts(objective), strict=True):
+        write_expert(folder / form.lower(), expert.items(), make_record("FullExpert", record, tasks=["upper"]))
+    return folder
+
+
+def test_experts_and_layers(library, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    out = tmp_path / "all.json"
+    words = ["interference", *map(str, sorted(library.iterdir())), "--out", str(out)]
+    assert main(words) == 0
+    shown, report = capsys.readouterr().out, json.loads(out.read_text())
+    assert report["experts"] == sorted(form.lower() for form in FORMS)
+    for text in ("expert ", "SparseAverage("):
+        assert text in shown
+    assert main(words) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+RECIPE = """
+merge_method: ties
+base_model: {base}
+models:
+  - model: {model}
+    parameters: {{weight: 1, density: 0.5}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, tiny_llama_dir):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(base=tiny_llama_dir, model=f"{tiny_llama_dir}/../llama"))
+    return file
+
+
+def test_recipe_is_merged(recipe, tmp_path, capsys, tiny_llama_dir):
+    assert main(["mergekit", "recipe.yaml", "merged"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith("merged: a checkpoint of ")
+    merged, base = load_file(tmp_path / "merged/model.safetensors"), load_file(tiny_llama_dir / "model.safetensors")
+    assert merged.keys() == base.keys()
+    assert all(torch.equal(merged[name], base[name]) for name in base)  # the one model is the base itself

@@ -137,9 +137,7 @@ def test_the_evaluation_limit_holds_for_inputs_without_training_rows(three: list
     assert all(len(rows) > 2 for rows in both.values())
 
 
-def test_parts_of_a_mixture_have_the_batches_of_mixtures_of_their_own_and_read_each_task_once(
-    three: list[Task], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_a_mixture_have_the_batches_of_mixtures_of_their_own_and_read_each_task_once(three, monkeypatch):
     reads: Counter[str] = Counter()
     read = Task.read
     monkeypatch.setattr(Task, "read", lambda task, *given: (reads.update([task.name]), read(task, *given))[1])

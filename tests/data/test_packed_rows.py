@@ -152,9 +152,7 @@ def is_packed(data: TaskMixture) -> bool:
 @pytest.mark.parametrize("setting", [None, False, True])
 @pytest.mark.parametrize("longest", [1, 19])
 @pytest.mark.parametrize("apart", [False, True])
-def test_the_choice_is_by_padding_and_model_unless_it_is_set(
-    setting: bool | None, longest: int, apart: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_choice_is_by_padding_and_model_unless_it_is_set(setting: bool | None, longest, apart, tmp_path, caplog):
     data = mixture_of_one_task(tmp_path, longest, packing=setting)
     data.setup("fit")
     loader = data.train_dataloader()

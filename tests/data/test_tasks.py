@@ -172,9 +172,7 @@ def table(folder: Path, suffix: str) -> str:
 
 
 @pytest.mark.parametrize(("suffix", "before"), [(".jsonl", 0), (".csv", 1), ("", 0)], ids=lambda value: value)
-def test_where_takes_the_same_rows_from_every_format_and_keeps_their_places(
-    tmp_path: Path, suffix: str, before: int, capfd
-) -> None:
+def test_where_takes_the_same_rows_from_every_format_and_keeps_their_places(tmp_path, suffix, before, capfd):
     path = table(tmp_path, suffix)
     rows, problems = Task("b", path=path, columns=COLUMNS, where={"task": "b"}).read()
     assert [row.input for row in rows] == ["b0", "b1", "b2"]

@@ -51,9 +51,7 @@ def test_writing_some_tiles_leaves_the_others(tile: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("shape", "tile", "share"), pairwise(SHAPES, TILES, [0.0, 0.4, 1.0]), ids=str)
-def test_entries_of_tiles_come_in_the_order_of_the_weight(
-    shape: tuple[int, int], tile: tuple[int, int], share: float
-) -> None:
+def test_entries_of_tiles_come_in_the_order_of_the_weight(shape: tuple[int, int], tile: tuple[int, int], share: float):
     count = int(np.prod(tile_grid(shape, tile)))
     blocks = np.flatnonzero(np.random.default_rng(1).random(count) < share)
     tiles = 1.0 + torch.arange(len(blocks) * tile[0] * tile[1]).view(len(blocks), *tile)

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,7 @@ def test_a_wrong_block_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run_as_file(wrong, tmp_path, monkeypatch)
 
 
-def test_the_commands_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path], capsys: pytest.CaptureFixture
-) -> None:
+def test_the_commands_work(tmp_path, monkeypatch, tiny, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "mine", raising=False)

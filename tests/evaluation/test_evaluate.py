@@ -58,9 +58,7 @@ def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_di
         assert 100 * length <= found.mean("both", task=task) <= 100 * length + 3
 
 
-def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(
-    tiny_llama_dir, task_files, weight
-) -> None:
+def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(tiny_llama_dir, task_files, weight):
     given = ("library/a", mixture(task_files, tiny_llama_dir), 3)
     evaluate(tiny_llama_dir, *given, out="runs/a")
     metrics = TEXT_METRICS | {"target": lambda generated, target: float(len(target))}

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from modular_experts.data.batch import Collator
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
-from modular_experts.evaluation import generate, measure
+from modular_experts.evaluation import answered, generate, measure
 
 TEXTS = ["a", "reverse bat:", "a longer prompt than the others, by far:"]
 
@@ -114,3 +114,23 @@ def test_all_is_as_before_when_generation_fails_or_there_is_no_head_to_be_found(
         assert model.training
         assert model.generation_config is own
         assert not model.lm_head._forward_pre_hooks
+
+
+SHORT = ["reverse bat:", "a longer prompt:"]  # 12 and 16 tokens
+
+
+@pytest.mark.parametrize("longest", [1024, 90, 70, 64, 26, 20, 16])
+def test_an_answer_is_that_to_the_whole_prompt_at_any_length_of_rows(longest: int, caplog) -> None:
+    model, tokenizer = build_model("gpt2", seed=3), build_tokenizer()
+    for parameter in model.parameters():
+        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    examples = RowTokenizer(tokenizer, max_length=longest)("t", [Row(text, None) for text in SHORT])[0]
+    found = answered(model, tokenizer, examples, Collator(pad_id=0), 2, longest, max_new_tokens=8)
+    ids = [tokenizer(text)["input_ids"] for text in SHORT]
+    answers = [tokenizer(greedily(model, text, 8))["input_ids"] for text in SHORT]
+    whole = [(prompt + answer)[-longest:] for prompt, answer in zip(ids, answers, strict=True)]
+    assert [row.tokens.ids.tolist() for row in found] == whole
+    assert [row.tokens.ids[row.tokens.prompt :].tolist() for row in found] == answers
+    shortened = [len(prompt) + 8 > longest for prompt in ids]
+    sentence = f"{sum(shortened)} of 2 rows are longer than {longest} tokens with their answers and lost their start"
+    assert [record.getMessage() for record in caplog.records] == [sentence] * any(shortened)

@@ -49,9 +49,7 @@ def test_samples_depend_on_the_seed_alone(tiny_llama_dir: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_chat_prompt_goes_through_the_template_and_what_is_no_prompt_is_refused(
-    tiny_llama_dir: Path, tmp_path: Path
-) -> None:
+def test_a_chat_prompt_goes_through_the_template_and_what_is_no_prompt_is_refused(tiny_llama_dir: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="rows of messages need a chat template"):
         generate(tiny_llama_dir, PROMPT, chat=True)
     full = "has 256 tokens, and the base's context has room for 256"

@@ -9,6 +9,7 @@ import torch
 from conftest import ARCHITECTURES, build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
+from testbed.checkpointing import check_checkpointing
 from testbed.shared_gate import SharedGate, Shift
 from torch import nn
 
@@ -134,27 +135,19 @@ def test_penalties_and_facts_of_all_parts_are_told() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients_in_a_padded_batch() -> None:
     mask = torch.ones_like(IDS).index_fill(1, torch.arange(12, 15), 0)
     batch = {"input_ids": IDS, "attention_mask": mask, "labels": IDS.where(mask == 1, -100), "task": ["a", "b"]}
-    found = []
-    for checkpointing in (False, True):
-        model = build_model("llama").double()
-        torch.manual_seed(0)
-        inject(model, SharedGate())
-        filled(model)
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        (batch_losses(model, batch)[0].sum() + sum(extra_losses(model).values())).backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in found[0].items():
-        assert gradient.any(), name
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+    check_checkpointing(gated, lambda one: batch_losses(one, batch)[0].sum() + sum(extra_losses(one).values()))
 
 
-def test_generation_with_kept_keys_and_values_is_that_without() -> None:
+def gated() -> torch.nn.Module:
     model = build_model("llama").double()
     torch.manual_seed(0)
     inject(model, SharedGate())
     filled(model)
+    return model
+
+
+def test_generation_with_kept_keys_and_values_is_that_without() -> None:
+    model = gated()
     base = build_model("llama").double()
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(IDS)}
     written = [one.generate(IDS, use_cache=cache, **options) for one, cache in ((model, True), (model, False))]

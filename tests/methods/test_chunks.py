@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
+import modular_experts.methods as m
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.methods import TIES, Average, Breadcrumbs, MagMax, SparseAverage, chunks
 from modular_experts.methods.chunks import chunks_of, chunks_of_size, joined, merge_by_chunks
 
 sizes = st.sampled_from([1, 5, 16, 2**19])
@@ -29,7 +29,11 @@ def test_chunks_add_up_to_the_weight(size, deltas):
 
 
 @pytest.mark.parametrize(
-    "method", [SparseAverage(exponent=0.5), TIES(keep=0.3), Breadcrumbs(beta=0.3, gamma=0.1), MagMax()]
+    "method",
+    [
+        *(m.SparseAverage(exponent=0.5), m.TIES(keep=0.3), m.Breadcrumbs(beta=0.3, gamma=0.1), m.MagMax()),
+        *(kind(keep=0.5) for kind in (m.DARE, m.DARETIES, m.DELLA, m.DELLALinear)),
+    ],
 )
 @given(size=sizes, deltas=deltas_of_one_weight(of=["Dense", "Sparse", "BlockSparse", "zero"]))
 def test_result_does_not_depend_on_the_size_of_the_chunks(method, size, deltas):
@@ -112,18 +116,8 @@ def test_averages_of_half_precision_are_the_true_ones_rounded_once(dtype, count)
     draw = torch.Generator().manual_seed(count)
     deltas = [Dense((torch.randn(200, 300, generator=draw)).to(dtype)) for _ in range(count)]
     exact = torch.stack([delta.values.double() for delta in deltas])
-    assert torch.equal(Average().merge(deltas).values, (exact.sum(0) / count).to(dtype))
+    assert torch.equal(m.Average().merge(deltas).values, (exact.sum(0) / count).to(dtype))
     weights = [0.5 + number for number in range(count)]
-    found = Average(weights).merge(deltas).values
+    found = m.Average(weights).merge(deltas).values
     weighted = torch.tensordot(torch.tensor(weights, dtype=torch.float64) / sum(weights), exact, dims=1)
     assert (found != weighted.to(dtype)).double().mean() < 1e-4
-
-
-def test_chunks_of_tiles_cost_their_own_tiles_only(monkeypatch):
-    seen, spread = [], chunks.spread_tiles
-    monkeypatch.setattr(chunks, "spread_tiles", lambda delta: seen.append(len(delta.blocks)) or spread(delta))
-    tiles = random_delta("BlockSparse", (60, 30), 0)
-    with chunks_of_size(180):
-        merge_by_chunks([tiles], summed)
-    assert len(seen) > 5
-    assert sum(seen) == len(tiles.blocks)

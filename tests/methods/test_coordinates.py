@@ -11,21 +11,8 @@ from hypothesis import strategies as st
 from testbed.merging import merge_all
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
+import modular_experts.methods as m
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
-from modular_experts.methods import (
-    EMR,
-    TIES,
-    Average,
-    CoreSpace,
-    CtM,
-    IsoC,
-    KnOTS,
-    MagMax,
-    MergeMethod,
-    RegMean,
-    SelfRegMean,
-    TaskArithmetic,
-)
 from modular_experts.methods.method import Context
 
 
@@ -43,32 +30,32 @@ def knots(deltas, method):
     return left @ method.merge(blocks).dense().numpy()
 
 
-@pytest.mark.parametrize("method", [TIES(), MagMax()], ids=str)
+@pytest.mark.parametrize("method", [m.TIES(), m.MagMax()], ids=str)
 @given(st.lists(seeds, min_size=1, max_size=4, unique=True), st.sampled_from([(7, 9), (9, 4), (1, 6), (6, 1)]))
 def test_knots_equals_the_formula(method, numbers, shape):
     deltas = [random_delta("Dense" if seed % 2 else "LowRank", shape, seed) for seed in numbers]
-    merged = KnOTS(method, scale=0.6).merge(deltas).dense()
+    merged = m.KnOTS(method, scale=0.6).merge(deltas).dense()
     np.testing.assert_allclose(merged.numpy(), 0.6 * knots(deltas, method), rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_not_a_matrix_is_merged_as_it_is():
     deltas = [Dense(torch.tensor([5.0, -1.0, 3.0])), Sparse(torch.tensor([0]), torch.tensor([-7.0]), torch.Size([3]))]
-    assert torch.equal(KnOTS(MagMax(), scale=2.0).merge(deltas).dense(), torch.tensor([-14.0, -2.0, 6.0]))
+    assert torch.equal(m.KnOTS(m.MagMax(), scale=2.0).merge(deltas).dense(), torch.tensor([-14.0, -2.0, 6.0]))
 
 
 def test_global_ties_sees_every_weight_in_its_basis():
     shapes = {"a": (7, 9), "b": (5, 4), "c": (6,)}
     stream = [[random_delta("Dense", shape, 10 * n + len(name)) for n in range(3)] for name, shape in shapes.items()]
     tied = [side_by_side(deltas) if len(deltas[0].shape) == 2 else (None, deltas) for deltas in stream]
-    inner = merge_all(TIES(scope="global"), [blocks for _, blocks in tied])
-    found = merge_all(KnOTS(TIES(scope="global")), stream)
+    inner = merge_all(m.TIES(scope="global"), [blocks for _, blocks in tied])
+    found = merge_all(m.KnOTS(m.TIES(scope="global")), stream)
     for merged, expected, (left, _) in zip(found, inner, tied, strict=True):
         expected = expected.dense() if left is None else torch.from_numpy(left) @ expected.dense()
         torch.testing.assert_close(merged.dense(), expected)
 
 
 @dataclass(frozen=True)
-class Named(MergeMethod):
+class Named(m.MergeMethod):
     """The first expert, of one weight only; for each task its own expert."""
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
@@ -80,12 +67,12 @@ class Named(MergeMethod):
 
 def test_inner_method_learns_the_weight_and_gives_each_task_its_expert():
     deltas = [random_delta("LowRank", (12, 14), seed) for seed in range(2)]
-    torch.testing.assert_close(KnOTS(Named()).merge(deltas, Context("here")).dense(), deltas[0].dense())
-    assert KnOTS(Named()).merge(deltas, Context("there")).norm() == 0
-    assert KnOTS(Named()).has_tasks
-    assert not KnOTS().has_tasks
+    torch.testing.assert_close(m.KnOTS(Named()).merge(deltas, Context("here")).dense(), deltas[0].dense())
+    assert m.KnOTS(Named()).merge(deltas, Context("there")).norm() == 0
+    assert m.KnOTS(Named()).has_tasks
+    assert not m.KnOTS().has_tasks
     for expert, delta in enumerate(deltas):
-        torch.testing.assert_close(KnOTS(Named()).per_task(deltas, expert).dense(), delta.dense())
+        torch.testing.assert_close(m.KnOTS(Named()).per_task(deltas, expert).dense(), delta.dense())
 
 
 def test_nothing_larger_than_the_factors_and_blocks_is_made(monkeypatch):
@@ -100,10 +87,10 @@ def test_nothing_larger_than_the_factors_and_blocks_is_made(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svd", watch)
     monkeypatch.setattr(LowRank, "add_to", None)
     monkeypatch.setattr(LowRank, "dense", None)
-    merged = KnOTS().merge(loras)
+    merged = m.KnOTS().merge(loras)
     monkeypatch.undo()
     assert max(sizes) == 60 * 6
-    np.testing.assert_allclose(merged.dense().numpy(), knots(loras, TIES()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(merged.dense().numpy(), knots(loras, m.TIES()), rtol=1e-4, atol=1e-5)
 
 
 def lora(shape, rank, seed):
@@ -129,11 +116,11 @@ def in_core_space(deltas, method):
     return outputs @ method.merge(small).dense().numpy() @ inputs.T
 
 
-@pytest.mark.parametrize("method", [TIES(), MagMax(), SelfRegMean()], ids=str)
+@pytest.mark.parametrize("method", [m.TIES(), m.MagMax(), m.SelfRegMean()], ids=str)
 @given(st.lists(seeds, min_size=1, max_size=3, unique=True), st.sampled_from([(12, 9), (7, 15)]))
 def test_core_space_equals_the_formula(method, numbers, shape):
     deltas = [lora(shape, 1 + seed % 3, seed) for seed in numbers]
-    merged = CoreSpace(method, scale=0.6).merge(deltas).dense()
+    merged = m.CoreSpace(method, scale=0.6).merge(deltas).dense()
     np.testing.assert_allclose(merged.numpy(), 0.6 * in_core_space(deltas, method), rtol=1e-6, atol=1e-7)
 
 
@@ -143,15 +130,15 @@ def test_another_product_of_the_same_delta_merges_to_the_same():
     turned = [LowRank(delta.up @ turn, torch.linalg.inv(turn) @ delta.down) for delta in deltas]
     longer = LowRank(torch.cat([deltas[0].up, deltas[1].up], 1), torch.cat([deltas[0].down, 0 * deltas[1].down]))
     for others in (turned, [longer, *deltas[1:]]):
-        torch.testing.assert_close(CoreSpace().merge(others).dense(), CoreSpace().merge(deltas).dense())
+        torch.testing.assert_close(m.CoreSpace().merge(others).dense(), m.CoreSpace().merge(deltas).dense())
 
 
 def test_the_result_is_of_the_rank_of_all_experts_and_nothing_is_made_dense(monkeypatch):
     loras = [lora((60, 70), rank, rank) for rank in (1, 2, 3)]
-    expected = in_core_space(loras, TIES())
+    expected = in_core_space(loras, m.TIES())
     monkeypatch.setattr(LowRank, "add_to", None)
     monkeypatch.setattr(LowRank, "dense", None)
-    merged = CoreSpace().merge([*loras, Sparse.zero((60, 70))])
+    merged = m.CoreSpace().merge([*loras, Sparse.zero((60, 70))])
     monkeypatch.undo()
     assert merged.rank == 6
     np.testing.assert_allclose(merged.dense().numpy(), expected, rtol=1e-6, atol=1e-8)
@@ -161,14 +148,14 @@ def test_other_forms_and_vectors_are_merged_as_they_are():
     mixed = [lora((8, 6), 2, 0), random_delta("Sparse", (8, 6), 1)]
     vectors = [Dense(torch.tensor([5.0, -1.0, 3.0])), Dense(torch.tensor([-7.0, 0.0, 2.0]))]
     for deltas in (mixed, [random_delta("Dense", (8, 6), seed) for seed in range(2)], vectors):
-        alone = TIES().merge(deltas).dense()
-        torch.testing.assert_close(CoreSpace(scale=2.0).merge(deltas).dense(), 2.0 * alone)
+        alone = m.TIES().merge(deltas).dense()
+        torch.testing.assert_close(m.CoreSpace(scale=2.0).merge(deltas).dense(), 2.0 * alone)
 
 
 def test_a_look_at_all_weights_sees_the_cores():
     stream = [[lora(shape, 2, 10 * n + len(shape)) for n in range(3)] for shape in [(9, 12), (14, 8)]]
-    found = merge_all(CoreSpace(TIES(scope="global")), stream)
-    inner = merge_all(TIES(scope="global"), [cores(deltas)[2] for deltas in stream])
+    found = merge_all(m.CoreSpace(m.TIES(scope="global")), stream)
+    inner = merge_all(m.TIES(scope="global"), [cores(deltas)[2] for deltas in stream])
     for merged, core, deltas in zip(found, inner, stream, strict=True):
         outputs, inputs, _ = cores(deltas)
         np.testing.assert_allclose(merged.dense().numpy(), outputs @ core.dense().numpy() @ inputs.T, atol=1e-8)
@@ -176,16 +163,18 @@ def test_a_look_at_all_weights_sees_the_cores():
 
 def test_experts_of_tasks_and_statistics():
     deltas = [lora((9, 12), 2, seed) for seed in range(2)]
-    assert CoreSpace(EMR()).has_tasks
-    assert not CoreSpace().has_tasks
+    assert m.CoreSpace(m.EMR()).has_tasks
+    assert not m.CoreSpace().has_tasks
     with pytest.raises(ValueError, match=r"CoreSpace: RegMean needs gram statistics .* in the core space"):
-        CoreSpace(RegMean())
-    context = Context(prepared=EMR().prepare([cores(deltas)[2]]))
+        m.CoreSpace(m.RegMean())
+    context = Context(prepared=m.EMR().prepare([cores(deltas)[2]]))
     for expert in range(2):
         outputs, inputs, small = cores(deltas)
-        own = EMR().per_task(small, expert, context).dense().numpy()
+        own = m.EMR().per_task(small, expert, context).dense().numpy()
         np.testing.assert_allclose(
-            CoreSpace(EMR()).per_task(deltas, expert, context).dense().numpy(), outputs @ own @ inputs.T, atol=1e-8
+            m.CoreSpace(m.EMR()).per_task(deltas, expert, context).dense().numpy(),
+            outputs @ own @ inputs.T,
+            atol=1e-8,
         )
 
 
@@ -215,18 +204,18 @@ def compressed(deltas, method, rank):
     return outputs @ method.merge(small).dense().numpy() @ inputs.T
 
 
-@pytest.mark.parametrize("method", [TIES(), MagMax(), IsoC(), TaskArithmetic(0.4)], ids=str)
+@pytest.mark.parametrize("method", [m.TIES(), m.MagMax(), m.IsoC(), m.TaskArithmetic(0.4)], ids=str)
 @pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse"])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_it_equals_the_formula(method, form, rank):
     deltas = [random_delta(form, (9, 12), seed) for seed in range(4)]
-    merged = CtM(method, scale=0.6, rank=rank).merge(deltas).dense()
+    merged = m.CtM(method, scale=0.6, rank=rank).merge(deltas).dense()
     np.testing.assert_allclose(merged.numpy(), 0.6 * compressed(deltas, method, rank), rtol=1e-3, atol=1e-3)
 
 
 @given(deltas_of_one_weight(), st.integers(1, 5))
 def test_the_result_has_at_most_the_rank_even_of_methods_that_mix_entries(deltas, rank):
-    merged = CtM(TIES(keep=0.3), rank=rank).merge(deltas).dense().double()
+    merged = m.CtM(m.TIES(keep=0.3), rank=rank).merge(deltas).dense().double()
     assert torch.linalg.matrix_rank(merged, rtol=1e-6) <= rank
 
 
@@ -234,7 +223,7 @@ def test_longer_experts_do_not_choose_the_spaces():
     deltas = [random_delta("Dense", (8, 9), seed) for seed in range(3)]
 
     def outputs(given):
-        left = np.linalg.svd(CtM(Average(), rank=2).merge(given).dense().numpy())[0][:, :2]
+        left = np.linalg.svd(m.CtM(m.Average(), rank=2).merge(given).dense().numpy())[0][:, :2]
         return left @ left.T
 
     np.testing.assert_allclose(outputs(deltas), outputs([deltas[0] * 50.0, *deltas[1:]]), atol=1e-4)
@@ -242,10 +231,10 @@ def test_longer_experts_do_not_choose_the_spaces():
 
 def test_loras_stay_in_factors(monkeypatch):
     loras = [random_delta("LowRank", (60, 70), seed) for seed in range(4)]
-    expected = compressed(loras, TIES(), 3)
+    expected = compressed(loras, m.TIES(), 3)
     monkeypatch.setattr(LowRank, "add_to", None)
     monkeypatch.setattr(LowRank, "dense", None)
-    merged = CtM(rank=3).merge([*loras, Sparse.zero((60, 70))])
+    merged = m.CtM(rank=3).merge([*loras, Sparse.zero((60, 70))])
     monkeypatch.undo()
     assert isinstance(merged, LowRank)
     assert merged.rank == 3
@@ -254,5 +243,5 @@ def test_loras_stay_in_factors(monkeypatch):
 
 def test_vectors_are_merged_as_they_are_and_tasks_have_experts_of_their_own():
     vectors = [Dense(torch.tensor([5.0, -1.0, 3.0])), Dense(torch.tensor([-7.0, 0.0, 2.0]))]
-    torch.testing.assert_close(CtM(scale=2.0).merge(vectors).dense(), 2.0 * TIES().merge(vectors).dense())
-    assert CtM(EMR()).has_tasks
+    torch.testing.assert_close(m.CtM(scale=2.0).merge(vectors).dense(), 2.0 * m.TIES().merge(vectors).dense())
+    assert m.CtM(m.EMR()).has_tasks

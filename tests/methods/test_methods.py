@@ -9,43 +9,29 @@ from hypothesis import strategies as st
 from testbed.merging import merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
+import modular_experts.methods as m
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.methods import (
-    EMR,
-    PCB,
-    SLERP,
-    TIES,
-    Average,
-    Breadcrumbs,
-    Karcher,
-    MagMax,
-    ModelStock,
-    MultiSLERP,
-    NuSLERP,
-    SparseAverage,
-    TaskArithmetic,
-)
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 METHODS = [
-    Average(),
-    Average(scale=3.0),
-    SparseAverage(),
-    SparseAverage(count="supports"),
-    SparseAverage(scale=0.5),
-    SparseAverage(exponent=0.5),
-    TaskArithmetic(),
-    TaskArithmetic(scale=0.3),
-    TIES(),
-    TIES(keep=1.0),
-    TIES(scope="global"),
-    MagMax(),
-    MagMax(scale=0.3),
-    Breadcrumbs(),
-    Breadcrumbs(beta=0.3, gamma=0.1),
-    Breadcrumbs(beta=0.0, gamma=0.0, scale=0.3),
-    ModelStock(),
-    ModelStock(scale=0.5),
+    m.Average(),
+    m.Average(scale=3.0),
+    m.SparseAverage(),
+    m.SparseAverage(count="supports"),
+    m.SparseAverage(scale=0.5),
+    m.SparseAverage(exponent=0.5),
+    m.TaskArithmetic(),
+    m.TaskArithmetic(scale=0.3),
+    m.TIES(),
+    m.TIES(keep=1.0),
+    m.TIES(scope="global"),
+    m.MagMax(),
+    m.MagMax(scale=0.3),
+    m.Breadcrumbs(),
+    m.Breadcrumbs(beta=0.3, gamma=0.1),
+    m.Breadcrumbs(beta=0.0, gamma=0.0, scale=0.3),
+    m.ModelStock(),
+    m.ModelStock(scale=0.5),
 ]
 
 
@@ -92,48 +78,48 @@ def ties(deltas, keep=0.2, scale=1.0):
 
 @given(deltas_of_one_weight())
 def test_average_equals_the_formula(deltas):
-    torch.testing.assert_close(Average().merge(deltas).dense().double(), average(deltas), **CLOSE)
+    torch.testing.assert_close(m.Average().merge(deltas).dense().double(), average(deltas), **CLOSE)
 
 
 @given(deltas_of_one_weight(), st.lists(st.floats(0.1, 5), min_size=4, max_size=4), st.floats(-2, 2))
 def test_weighted_average_equals_the_formula(deltas, weights, scale):
     weights = weights[: len(deltas)]
-    merged = Average(weights, scale).merge(deltas)
+    merged = m.Average(weights, scale).merge(deltas)
     torch.testing.assert_close(merged.dense().double(), scale * average(deltas, weights), **CLOSE)
 
 
 @given(deltas_of_one_weight(), st.floats(-2, 2), st.sampled_from(["values", "supports"]), st.floats(0, 2))
 def test_sparse_average_equals_the_formula(deltas, scale, count, exponent):
-    merged = SparseAverage(scale, count, exponent).merge(deltas)
+    merged = m.SparseAverage(scale, count, exponent).merge(deltas)
     torch.testing.assert_close(merged.dense().double(), sparse_average(deltas, scale, count, exponent), **CLOSE)
 
 
 @given(deltas_of_one_weight())
 def test_sparse_average_of_exponent_0_is_the_sum(deltas):
-    summed = TaskArithmetic().merge(deltas).dense()
-    torch.testing.assert_close(SparseAverage(exponent=0.0).merge(deltas).dense(), summed, **CLOSE)
+    summed = m.TaskArithmetic().merge(deltas).dense()
+    torch.testing.assert_close(m.SparseAverage(exponent=0.0).merge(deltas).dense(), summed, **CLOSE)
 
 
 @given(deltas_of_one_weight(), st.lists(st.floats(-2, 2), min_size=4, max_size=4), st.floats(-2, 2))
 def test_task_arithmetic_is_the_scaled_weighted_sum(deltas, weights, scale):
     weights = weights[: len(deltas)]
     exact = sum(scale * weight * delta.dense().double() for weight, delta in zip(weights, deltas, strict=True))
-    merged = TaskArithmetic(scale=scale, weights=weights).merge(deltas)
+    merged = m.TaskArithmetic(scale=scale, weights=weights).merge(deltas)
     torch.testing.assert_close(merged.dense().double(), exact, rtol=1e-9, atol=1e-12)
 
 
 def test_weights_of_task_arithmetic_are_not_divided_by_their_sum():
     deltas = [Dense(torch.full((2, 2), value)) for value in (1.0, 4.0)]
-    assert TaskArithmetic(weights=[3, 1]).merge(deltas).dense().eq(7).all()
-    assert Average(weights=[3, 1]).merge(deltas).dense().eq(7 / 4).all()
-    assert TaskArithmetic(weights=[1, -1]).merge(deltas).dense().eq(-3).all()
-    assert TaskArithmetic(weights=[0, 0]).merge(deltas).dense().eq(0).all()
-    assert torch.equal(TaskArithmetic(weights=[1, 1]).merge(deltas).dense(), TaskArithmetic().merge(deltas).dense())
+    assert m.TaskArithmetic(weights=[3, 1]).merge(deltas).dense().eq(7).all()
+    assert m.Average(weights=[3, 1]).merge(deltas).dense().eq(7 / 4).all()
+    assert m.TaskArithmetic(weights=[1, -1]).merge(deltas).dense().eq(-3).all()
+    assert m.TaskArithmetic(weights=[0, 0]).merge(deltas).dense().eq(0).all()
+    assert torch.equal(m.TaskArithmetic(weights=[1, 1]).merge(deltas).dense(), m.TaskArithmetic().merge(deltas).dense())
 
 
 @given(deltas_of_one_weight(), st.floats(0.01, 1), st.floats(-2, 2))
 def test_ties_equals_the_formula(deltas, keep, scale):
-    merged = TIES(keep=keep, scale=scale).merge(deltas)
+    merged = m.TIES(keep=keep, scale=scale).merge(deltas)
     torch.testing.assert_close(merged.dense().double(), ties(deltas, keep, scale), **CLOSE)
 
 
@@ -144,7 +130,7 @@ def test_a_negative_factor_of_all_experts_is_one_of_the_merge_too(method, deltas
     torch.testing.assert_close(run(method, [delta * factor for delta in deltas]).dense(), merged.dense(), **CLOSE)
 
 
-@pytest.mark.parametrize("method", [Average(), TaskArithmetic(), ModelStock()], ids=str)
+@pytest.mark.parametrize("method", [m.Average(), m.TaskArithmetic(), m.ModelStock()], ids=str)
 def test_linear_methods_keep_low_rank(method):
     assert isinstance(run(method, [random_delta("LowRank", (12, 12), seed) for seed in range(2)]), LowRank)
 
@@ -154,12 +140,12 @@ def test_stored_float32_values_are_rounded_once(form):
     deltas = [random_delta(form, (9, 9), seed, dtype=torch.float32) for seed in range(3)]
     for method in [
         *METHODS,
-        PCB(),
-        EMR(),
-        SLERP(t=0.3),
-        NuSLERP(row_wise=True),
-        MultiSLERP(),
-        Karcher(max_iterations=2),
+        m.PCB(),
+        m.EMR(),
+        m.SLERP(t=0.3),
+        m.NuSLERP(row_wise=True),
+        m.MultiSLERP(),
+        m.Karcher(max_iterations=2),
     ]:
         exact = run(method, [delta.to(dtype=torch.float64) for delta in deltas]).dense()
         assert torch.equal(run(method, deltas).dense(), exact.float()), method
@@ -168,6 +154,6 @@ def test_stored_float32_values_are_rounded_once(form):
 def test_sparse_average_leaves_what_one_expert_alone_has_learned():
     one = Sparse(torch.tensor([0, 1, 3]), torch.tensor([2.0, 4.0, 0.0]), torch.Size((2, 2)))
     other = Sparse(torch.tensor([1, 2, 3]), torch.tensor([8.0, 6.0, 1.0]), torch.Size((2, 2)))
-    assert SparseAverage().merge([one, other]).dense().tolist() == [[2.0, 6.0], [6.0, 1.0]]
-    assert SparseAverage(count="supports").merge([one, other]).dense().tolist() == [[2.0, 6.0], [6.0, 0.5]]
-    assert Average().merge([one, other]).dense().tolist() == [[1.0, 6.0], [3.0, 0.5]]
+    assert m.SparseAverage().merge([one, other]).dense().tolist() == [[2.0, 6.0], [6.0, 1.0]]
+    assert m.SparseAverage(count="supports").merge([one, other]).dense().tolist() == [[2.0, 6.0], [6.0, 0.5]]
+    assert m.Average().merge([one, other]).dense().tolist() == [[1.0, 6.0], [3.0, 0.5]]

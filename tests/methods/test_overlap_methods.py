@@ -5,18 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, seeds
 
+import modular_experts.methods as m
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import (
-    RAM,
-    SCE,
-    ConsensusTA,
-    Difference,
-    Intersection,
-    MagMax,
-    RAMPlus,
-    TALLMask,
-    TaskArithmetic,
-)
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 scales = st.floats(-2, 2)
@@ -39,7 +29,7 @@ def test_ram_equals_the_formula(deltas, epsilon, scale):
     for column in columns(deltas):
         moved = [value for value in column if abs(value) > epsilon]
         expected.append(scale * sum(moved) / max(len(moved), 1))
-    assert_entries(RAM(epsilon, scale).merge(deltas), expected)
+    assert_entries(m.RAM(epsilon, scale).merge(deltas), expected)
 
 
 @given(deltas_of_one_weight(), st.floats(0, 1.5), st.floats(0, 2), st.floats(0, 3), scales)
@@ -52,10 +42,10 @@ def test_ram_plus_equals_the_formula(deltas, epsilon, r, alpha, scale):
         strength.append(1 + r * min(shared / unique, alpha) if unique else 1.0)
     expected = []
     for column, moved in zip(columns(deltas), movers, strict=True):
-        values = [value for value, m in zip(column, moved, strict=True) if m]
+        values = [value for value, kept in zip(column, moved, strict=True) if kept]
         factor = strength[moved.index(True)] if sum(moved) == 1 else 1.0
         expected.append(scale * factor * sum(values) / max(len(values), 1))
-    assert_entries(RAMPlus(epsilon=epsilon, r=r, alpha=alpha, scale=scale).merge(deltas), expected)
+    assert_entries(m.RAMPlus(epsilon=epsilon, r=r, alpha=alpha, scale=scale).merge(deltas), expected)
 
 
 def sce(deltas, keep, floor, scale, positive):
@@ -82,28 +72,28 @@ def sce(deltas, keep, floor, scale, positive):
 
 @given(deltas_of_one_weight(of=["Dense", "Sparse", "BlockSparse", "zero"]), st.floats(0, 1), scales)
 def test_sce_equals_the_formula(deltas, keep, scale):
-    assert_entries(SCE(keep=keep, scale=scale).merge(deltas), sce(deltas, keep, 0.0, scale, positive=False))
+    assert_entries(m.SCE(keep=keep, scale=scale).merge(deltas), sce(deltas, keep, 0.0, scale, positive=False))
 
 
 def test_sce_counts_equal_values_as_not_varying():
     # (0.1 + 0.1 + 0.1) / 3 is not 0.1 in float64. Two entries vary, and half of them stays: the last.
     rows = ([0.1, 0.1, 1.0, 2.0], [0.1, 0.1, 2.0, 5.0], [0.1, 0.1, 3.0, 8.0])
-    merged = SCE(keep=0.5).merge([Dense(torch.tensor([row], dtype=torch.float64)) for row in rows])
+    merged = m.SCE(keep=0.5).merge([Dense(torch.tensor([row], dtype=torch.float64)) for row in rows])
     assert merged.dense().count_nonzero() == 1
 
 
 @given(deltas_of_one_weight(), st.sampled_from([1e-6, 1.0]), st.sampled_from([1.0, 1e-4]))
 def test_sce_of_mergekit_counts_small_experts_alike(deltas, floor, size):
     small = [delta * size for delta in deltas]
-    method = SCE(preset="mergekit", floor=floor)
+    method = m.SCE(preset="mergekit", floor=floor)
     assert_entries(method.merge(small), sce(small, 1.0, floor, 1.0, positive=True))
 
 
 @given(seeds)
 def test_sce_selects_nothing_where_experts_do_not_differ(seed):
     copies = [Dense(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)))] * 3
-    assert not SCE(keep=0.5).merge(copies).dense().any()
-    torch.testing.assert_close(SCE().merge(copies).dense(), copies[0].dense())
+    assert not m.SCE(keep=0.5).merge(copies).dense().any()
+    torch.testing.assert_close(m.SCE().merge(copies).dense(), copies[0].dense())
 
 
 @given(deltas_of_one_weight(), st.floats(0, 2), st.integers(1, 3), scales)
@@ -113,13 +103,13 @@ def test_consensus_equals_the_formula(deltas, threshold, agreement, scale):
         total = torch.tensor(column, dtype=torch.float64).sum().item()
         votes = sum(value != 0 and abs(value) >= threshold * abs(total - value) for value in column)
         expected.append(scale * total if votes >= agreement else 0.0)
-    assert_entries(ConsensusTA(threshold, agreement, scale).merge(deltas), expected)
+    assert_entries(m.ConsensusTA(threshold, agreement, scale).merge(deltas), expected)
 
 
 @given(deltas_of_one_weight(), st.floats(0, 2), scales)
 def test_tall_masks_equal_the_formula(deltas, threshold, scale):
-    method = TALLMask(threshold, scale)
-    torch.testing.assert_close(method.merge(deltas).dense(), TaskArithmetic(scale).merge(deltas).dense(), **CLOSE)
+    method = m.TALLMask(threshold, scale)
+    torch.testing.assert_close(method.merge(deltas).dense(), m.TaskArithmetic(scale).merge(deltas).dense(), **CLOSE)
     for expert in range(len(deltas)):
         expected = []
         for column in columns(deltas):
@@ -132,8 +122,8 @@ def test_tall_masks_equal_the_formula(deltas, threshold, scale):
 def test_tall_mask_of_an_expert_apart_is_the_expert():
     one = Sparse(torch.tensor([0, 3]), torch.tensor([1.0, -2.0]), torch.Size((2, 3)))
     other = Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((2, 3)))
-    assert torch.equal(TALLMask().per_task([one, other], 0).dense(), one.dense())
-    assert TALLMask().per_task([one, other], 1).indices.tolist() == [1]
+    assert torch.equal(m.TALLMask().per_task([one, other], 0).dense(), one.dense())
+    assert m.TALLMask().per_task([one, other], 1).indices.tolist() == [1]
 
 
 ONE = Dense(torch.tensor([[5.0, -1.0, 3.0, -2.0, 0.0]]))
@@ -150,24 +140,24 @@ def mag_max(deltas, scale):
 
 @given(deltas_of_one_weight(), st.floats(-2, 2))
 def test_mag_max_equals_the_formula(deltas, scale):
-    torch.testing.assert_close(MagMax(scale).merge(deltas).dense().double(), mag_max(deltas, scale), rtol=0, atol=0)
+    torch.testing.assert_close(m.MagMax(scale).merge(deltas).dense().double(), mag_max(deltas, scale), rtol=0, atol=0)
 
 
 def test_example_worked_by_hand():
-    assert MagMax().merge([ONE, TWO, THREE]).dense().tolist() == BY_HAND
-    assert MagMax(scale=-0.5).merge([ONE, TWO, THREE]).dense().tolist() == [[3.0, 2.0, -1.5, 4.5, 0.0]]
+    assert m.MagMax().merge([ONE, TWO, THREE]).dense().tolist() == BY_HAND
+    assert m.MagMax(scale=-0.5).merge([ONE, TWO, THREE]).dense().tolist() == [[3.0, 2.0, -1.5, 4.5, 0.0]]
 
 
 def test_first_of_opposite_deltas_wins():
     one, other = Dense(torch.tensor([[1.0, -2.0]])), Dense(torch.tensor([[-1.0, 2.0]]))
-    assert MagMax().merge([one, other]).dense().tolist() == [[1.0, -2.0]]
-    assert MagMax().merge([other, one]).dense().tolist() == [[-1.0, 2.0]]
+    assert m.MagMax().merge([one, other]).dense().tolist() == [[1.0, -2.0]]
+    assert m.MagMax().merge([other, one]).dense().tolist() == [[-1.0, 2.0]]
 
 
 def test_narrow_and_wide_values_are_compared_as_they_are():
     half = Dense(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16))
     single = Dense(torch.tensor([[1.001, 1.999]]))
-    assert torch.equal(MagMax().merge([half, single]).dense(), torch.tensor([[1.001, 2.0]]))
+    assert torch.equal(m.MagMax().merge([half, single]).dense(), torch.tensor([[1.001, 2.0]]))
 
 
 def supports(deltas):
@@ -182,7 +172,7 @@ def test_intersection_is_the_mean_where_enough_experts_keep_the_entry(deltas, ag
         keepers = [number for number, kept in enumerate(supports(deltas)) if entry in kept]
         if len(keepers) >= (agreement or len(deltas)) and keepers:
             expected[entry] = scale * sum(values[number][entry] for number in keepers) / len(keepers)
-    merged = Intersection(agreement, scale).merge(deltas)
+    merged = m.Intersection(agreement, scale).merge(deltas)
     torch.testing.assert_close(merged.dense().double().reshape(-1), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -192,5 +182,5 @@ def test_difference_is_the_first_where_no_other_keeps_the_entry(deltas, scale):
     kept = own - set().union(*others)
     values = deltas[0].dense().double().reshape(-1)
     expected = torch.tensor([scale * value if entry in kept else 0.0 for entry, value in enumerate(values.tolist())])
-    merged = Difference(scale).merge(deltas)
+    merged = m.Difference(scale).merge(deltas)
     torch.testing.assert_close(merged.dense().double().reshape(-1), expected.double(), rtol=1e-6, atol=1e-12)

@@ -1,5 +1,7 @@
 """Presets give each peer's meaning of a method's name, as PEFT itself and the others' rules, written anew, show."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,17 +10,8 @@ from peft.utils import merge_utils as peft
 from testbed.merging import merge_all
 from testbed.random_deltas import random_delta, seeds
 
+import modular_experts.methods as m
 from modular_experts.deltas import Dense
-from modular_experts.methods import (
-    DARE,
-    DARETIES,
-    DELLA,
-    TIES,
-    Breadcrumbs,
-    BreadcrumbsTIES,
-    DELLALinear,
-    MagnitudePrune,
-)
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 SHAPES = [(5, 8), (3, 7), (11,)]
@@ -77,7 +70,7 @@ def mergekit_consensus(values, weights, normalise):
 @given(seeds, some_weights, st.lists(st.floats(0.2, 1), min_size=3, max_size=3), st.floats(-2, 2))
 def test_ties_of_mergekit(seed, weights, keeps, scale):
     experts = experts_of(seed)
-    method = TIES(preset="mergekit", weights=weights, keep=keeps, scale=scale)
+    method = m.TIES(preset="mergekit", weights=weights, keep=keeps, scale=scale)
 
     def rule(values):
         trimmed = [largest(v, k) for v, k in zip(values, keeps, strict=True)]
@@ -102,22 +95,22 @@ def test_breadcrumbs_of_mergekit(seed, weights):
     masked = lambda values: [band(v, 0.5, 0.125) for v in values]  # noqa: E731
     summed = per_weight(lambda values: sum(w * v for w, v in zip(weights, masked(values), strict=True)), experts)
     elected = per_weight(lambda values: mergekit_consensus(masked(values), weights, normalise=False), experts)
-    assert_equal(merged_by(Breadcrumbs(**settings), experts), summed)
-    assert_equal(merged_by(BreadcrumbsTIES(**settings), experts), elected)
+    assert_equal(merged_by(m.Breadcrumbs(**settings), experts), summed)
+    assert_equal(merged_by(m.BreadcrumbsTIES(**settings), experts), elected)
 
 
 @given(seeds, some_weights)
 def test_random_methods_of_mergekit_without_dropping(seed, weights):
     experts = experts_of(seed)
     summed = per_weight(lambda values: sum(w * v for w, v in zip(weights, values, strict=True)), experts)
-    for kind in (DARE, DELLALinear):
+    for kind in (m.DARE, m.DELLALinear):
         assert_equal(merged_by(kind(preset="mergekit", weights=weights), experts), summed)
-    for kind, normalise in ((DARETIES, False), (DELLA, True)):
+    for kind, normalise in ((m.DARETIES, False), (m.DELLA, True)):
         elected = per_weight(lambda values, n=normalise: mergekit_consensus(values, weights, n), experts)
         assert_equal(merged_by(kind(preset="mergekit", weights=weights), experts), elected)
 
 
-@pytest.mark.parametrize("kind", [DARE, DELLALinear])
+@pytest.mark.parametrize("kind", [m.DARE, m.DELLALinear])
 @given(seed=seeds)
 def test_dropping_of_mergekit_keeps_the_sum_of_magnitudes(kind, seed):
     (expert,) = experts_of(seed, count=1)
@@ -132,30 +125,20 @@ def test_dropping_of_mergekit_keeps_the_sum_of_magnitudes(kind, seed):
 # PEFT: its own functions are the oracle.
 
 
-@given(seeds, some_weights, shares)
-def test_ties_of_peft(seed, weights, keep):
-    experts = experts_of(seed)
-    expected = per_weight(lambda values: peft.ties(values, torch.tensor(weights, dtype=torch.float64), keep), experts)
-    if min(int(keep * 11), int(keep * 21)) > 0:  # where PEFT keeps no entry at all, at least one is kept here
-        assert_equal(merged_by(TIES(preset="peft", keep=keep, weights=weights), experts), expected)
-
-
-@given(seeds, some_weights, shares)
-def test_ties_of_peft_by_frequency(seed, weights, keep):
-    experts = experts_of(seed)
-    weigh = torch.tensor(weights, dtype=torch.float64)
-    expected = per_weight(lambda values: peft.ties(values, weigh, keep, "frequency"), experts)
-    if int(keep * 11) > 0:
-        assert_equal(merged_by(TIES(preset="peft", vote="count", keep=keep, weights=weights), experts), expected)
-
-
-@given(seeds, some_weights, shares)
-def test_magnitude_prune_of_peft(seed, weights, keep):
-    experts = experts_of(seed)
-    weigh = torch.tensor(weights, dtype=torch.float64)
-    expected = per_weight(lambda values: peft.magnitude_prune(values, weigh, keep), experts)
-    if int(keep * 11) > 0:
-        assert_equal(merged_by(MagnitudePrune(keep=keep, weights=weights), experts), expected)
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (peft.ties, partial(m.TIES, preset="peft")),
+        (partial(peft.ties, majority_sign_method="frequency"), partial(m.TIES, preset="peft", vote="count")),
+        (peft.magnitude_prune, m.MagnitudePrune),
+    ],
+)
+@given(seed=seeds, weights=some_weights, keep=shares)
+def test_pruning_of_peft(theirs, ours, seed, weights, keep):
+    experts, weigh = experts_of(seed), torch.tensor(weights, dtype=torch.float64)
+    expected = per_weight(lambda values: theirs(values, weigh, keep), experts)
+    if int(keep * 11) > 0:  # where PEFT keeps no entry at all, at least one is kept here
+        assert_equal(merged_by(ours(keep=keep, weights=weights), experts), expected)
 
 
 @pytest.mark.filterwarnings("ignore:The density 1.0 is greater:UserWarning")
@@ -165,15 +148,15 @@ def test_dare_of_peft_without_dropping_is_its_own(seed, weights):
     weigh = torch.tensor(weights, dtype=torch.float64)
     linear = per_weight(lambda values: peft.dare_linear(values, weigh, 1.0), experts)
     elected = per_weight(lambda values: peft.dare_ties(values, weigh, 1.0), experts)
-    assert_equal(merged_by(DARE(preset="peft", keep=1.0, weights=weights), experts), linear)
-    assert_equal(merged_by(DARETIES(preset="peft", keep=1.0, weights=weights), experts), elected)
+    assert_equal(merged_by(m.DARE(preset="peft", keep=1.0, weights=weights), experts), linear)
+    assert_equal(merged_by(m.DARETIES(preset="peft", keep=1.0, weights=weights), experts), elected)
 
 
 @given(seed=seeds)
 def test_dare_divides_what_stays_by_its_probability(seed):
     (expert,) = experts_of(seed, count=1)
     for settings in ({}, {"preset": "peft"}):
-        for before, after in zip(expert, merged_by(DARE(keep=0.25, **settings), [expert]), strict=True):
+        for before, after in zip(expert, merged_by(m.DARE(keep=0.25, **settings), [expert]), strict=True):
             torch.testing.assert_close(after[after != 0], 4 * before.values[after != 0], **CLOSE)
 
 
@@ -214,7 +197,7 @@ def test_ties_of_the_paper(seed, keep):
     sign = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == sign) & (trimmed != 0)
     expected = split((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1))
-    assert_equal(merged_by(TIES(preset="paper", keep=keep), experts), expected)
+    assert_equal(merged_by(m.TIES(preset="paper", keep=keep), experts), expected)
 
 
 @given(seeds)
@@ -227,33 +210,22 @@ def test_ties_of_the_paper_code(seed):
         sign[sign == 0] = sign.sum().sign()
         agrees = (stack.sign() == sign) & (stack != 0)
         expected.append((stack * agrees).sum(0) / agrees.sum(0).clamp(min=1))
-    assert_equal(merged_by(TIES(preset="paper-code"), experts), expected)
+    assert_equal(merged_by(m.TIES(preset="paper-code"), experts), expected)
 
 
 @given(seeds)
 def test_breadcrumbs_of_the_paper_code(seed):
     experts = experts_of(seed)
-    assert_equal(merged_by(Breadcrumbs(preset="paper-code"), experts), split(cut_globally(experts, 0.9).sum(0)))
+    assert_equal(merged_by(m.Breadcrumbs(preset="paper-code"), experts), split(cut_globally(experts, 0.9).sum(0)))
 
 
 @given(seeds, st.sampled_from([0.05, 0.2]))
 def test_breadcrumbs_of_the_whole_expert_drops_its_outliers(seed, gamma):
     experts = experts_of(seed)
     banded = cut_globally(experts, 0.7) - cut_globally(experts, gamma)
-    assert_equal(merged_by(Breadcrumbs(beta=0.3, gamma=gamma, scope="global"), experts), split(banded.sum(0)))
-
-
-def test_presets_differ_where_the_peers_do():
-    experts = with_opposites(7)
-    presets = ("paper", "mergekit", "peft", "paper-code")
-    found = [
-        torch.cat([m.view(-1) for m in merged_by(TIES(preset=p, keep=0.7, weights=[0.5, 2.0]), experts)])
-        for p in presets
-    ]
-    for n, one in enumerate(found):
-        assert not any(torch.allclose(one, other) for other in found[n + 1 :])
+    assert_equal(merged_by(m.Breadcrumbs(beta=0.3, gamma=gamma, scope="global"), experts), split(banded.sum(0)))
 
 
 def test_what_is_given_beats_the_preset():
-    method = TIES(preset="mergekit", keep=0.3, zero="none")
+    method = m.TIES(preset="mergekit", keep=0.3, zero="none")
     assert (method.keep, method.zero, method.vote) == (0.3, "none", "weighted")

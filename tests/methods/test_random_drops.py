@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import DARE, DARETIES, DELLA, TIES, DELLALinear, TaskArithmetic, random_drops
+from modular_experts.methods import DARE, DARETIES, DELLA, TIES, DELLALinear, TaskArithmetic
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.methods.method import Context
 from modular_experts.methods.random_drops import stream_keys, uniform
@@ -58,14 +58,6 @@ def test_form_of_the_delta_does_not_matter(kind, height, width, seed):
         assert torch.equal(first, other)
 
 
-@each_kind
-@given(deltas_of_one_weight())
-def test_size_of_the_chunks_does_not_matter(kind, deltas):
-    whole = kind(keep=0.5).merge(deltas).dense()
-    with chunks_of_size(1):
-        torch.testing.assert_close(kind(keep=0.5).merge(deltas).dense(), whole, **CLOSE)
-
-
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.9])
 def test_dare_keeps_the_share_and_the_mean(keep):
     merged = DARE(keep=keep).merge([LONG]).dense()
@@ -101,15 +93,6 @@ def test_a_delta_of_which_nothing_is_left_still_counts_for_the_form():
     merged = method.merge([single, tiles])
     assert isinstance(merged, Sparse)
     assert merged.dtype == torch.float64
-
-
-def test_numbers_of_single_entries_are_drawn_once(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(random_drops, "uniform", lambda flat, key: drawn.append(flat.numel()) or uniform(flat, key))
-    deltas = [random_delta("Sparse", (30, 40), number) for number in (1, 2)]
-    with chunks_of_size(200):
-        DARETIES(preset="mergekit", keep=0.5).merge(deltas)
-    assert drawn == [delta.support_size for delta in deltas]
 
 
 @given(deltas_of_one_weight())

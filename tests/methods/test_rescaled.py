@@ -7,29 +7,19 @@ from hypothesis import strategies as st
 from testbed.merging import tasks_of
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
+import modular_experts.methods as m
 from modular_experts.deltas import Dense, LowRank, Sparse
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merger.merged import Merged
-from modular_experts.methods import (
-    EMR,
-    TIES,
-    Average,
-    LiNeS,
-    Rescaled,
-    SelfRegMean,
-    SparseAverage,
-    TaskArithmetic,
-    TSVMerge,
-)
 from modular_experts.methods.method import Context
 
 
-@pytest.mark.parametrize("inner", [TaskArithmetic(), TSVMerge(), SelfRegMean()], ids=str)
+@pytest.mark.parametrize("inner", [m.TaskArithmetic(), m.TSVMerge(), m.SelfRegMean()], ids=str)
 @given(deltas_of_one_weight(), st.sampled_from([-0.5, 1.0, 2.0]))
 def test_the_norm_is_that_of_the_sum_over_the_root_and_the_direction_that_of_the_method(inner, deltas, scale):
     dense = [delta.dense().double() for delta in deltas]
     movers = sum(bool(matrix.any()) for matrix in dense)
-    merged, plain = Rescaled(inner, scale).merge(deltas).dense().double(), inner.merge(deltas).dense().double()
+    merged, plain = m.Rescaled(inner, scale).merge(deltas).dense().double(), inner.merge(deltas).dense().double()
     if plain.any():
         wanted = scale * sum(dense).norm() / movers**0.5 * plain / plain.norm()
         torch.testing.assert_close(merged, wanted, rtol=1e-6, atol=1e-8)
@@ -40,14 +30,14 @@ def test_the_norm_is_that_of_the_sum_over_the_root_and_the_direction_that_of_the
 @pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse"])
 def test_the_form_is_that_of_the_inner_method(form):
     deltas = [random_delta(form, (12, 14), seed) for seed in range(3)]
-    merged = Rescaled(TaskArithmetic()).merge(deltas)
+    merged = m.Rescaled(m.TaskArithmetic()).merge(deltas)
     assert type(merged).__name__ == form
 
 
 def test_a_low_rank_merge_is_measured_by_its_factors(monkeypatch):
     loras = [random_delta("LowRank", (12, 14), seed) for seed in range(3)]
     monkeypatch.setattr(LowRank, "dense", None)
-    merged = Rescaled(TSVMerge()).merge([*loras, Sparse.zero((12, 14))])
+    merged = m.Rescaled(m.TSVMerge()).merge([*loras, Sparse.zero((12, 14))])
     monkeypatch.undo()
     assert isinstance(merged, LowRank)
     assert merged.norm() == pytest.approx(sum(lora.dense() for lora in loras).norm().item() / 3**0.5)
@@ -57,20 +47,20 @@ def test_a_linear_method_gives_the_sum_over_the_root_and_apart_experts_keep_thei
     one, two = torch.zeros(4, 6), torch.zeros(4, 6)
     one[0, 0] = two[1, 1] = 3.0
     deltas = [Dense(one), Dense(two), Sparse.zero((4, 6))]
-    torch.testing.assert_close(Rescaled(TaskArithmetic(0.1)).merge(deltas).dense(), (one + two) / 2**0.5)
-    assert Rescaled().merge(deltas).norm() == pytest.approx(3.0)
+    torch.testing.assert_close(m.Rescaled(m.TaskArithmetic(0.1)).merge(deltas).dense(), (one + two) / 2**0.5)
+    assert m.Rescaled().merge(deltas).norm() == pytest.approx(3.0)
 
 
 def test_experts_that_cancel_merge_to_nothing():
     delta = random_delta("Dense", (4, 5), 0)
-    assert not Rescaled(TaskArithmetic()).merge([delta, -delta]).dense().any()
+    assert not m.Rescaled(m.TaskArithmetic()).merge([delta, -delta]).dense().any()
 
 
 def test_experts_of_tasks_are_those_of_the_inner_method():
     stream = [[Dense(torch.randn(4, 5, dtype=torch.float64)) for _ in range(2)]]
-    for found, inner in zip(tasks_of(Rescaled(EMR(), scale=2.0), stream), tasks_of(EMR(), stream), strict=True):
+    for found, inner in zip(tasks_of(m.Rescaled(m.EMR(), scale=2.0), stream), tasks_of(m.EMR(), stream), strict=True):
         torch.testing.assert_close(found[0].dense(), 2.0 * inner[0].dense())
-    assert not Rescaled(SparseAverage()).has_tasks
+    assert not m.Rescaled(m.SparseAverage()).has_tasks
 
 
 WEIGHTS = {
@@ -93,31 +83,31 @@ def experts(tmp_path):
     return [open_expert(tmp_path / f"e{expert}") for expert in range(2)]
 
 
-@pytest.mark.parametrize("inner", [Average(), TIES(scope="global", keep=0.4)], ids=str)
+@pytest.mark.parametrize("inner", [m.Average(), m.TIES(scope="global", keep=0.4)], ids=str)
 def test_each_block_gets_its_scale_linearly_between_first_and_last(experts, inner):
-    plain, scaled = Merged(experts, inner), Merged(experts, LiNeS(inner, scale=0.4, last=1.5))
+    plain, scaled = Merged(experts, inner), Merged(experts, m.LiNeS(inner, scale=0.4, last=1.5))
     for name, factor in WEIGHTS.items():
         torch.testing.assert_close(scaled[name].dense(), 0.4 * factor * plain[name].dense())
 
 
 def test_the_last_block_is_the_last_that_is_merged(experts):
     without = {r"model\.layers\.4\..*": None}
-    plain, scaled = Merged(experts, "Average", without), Merged(experts, LiNeS(Average(), last=3.0), without)
+    plain, scaled = Merged(experts, "Average", without), Merged(experts, m.LiNeS(m.Average(), last=3.0), without)
     for block, factor in ((0, 1.0), (2, 3.0)):
         name = f"model.layers.{block}.mlp.up_proj.weight"
         torch.testing.assert_close(scaled[name].dense(), factor * plain[name].dense())
 
 
 def test_a_single_block_gets_the_scale_of_the_first(experts):
-    names = {r"model\.layers\.0\..*": LiNeS(Average(), last=3.0)}
+    names = {r"model\.layers\.0\..*": m.LiNeS(m.Average(), last=3.0)}
     name = "model.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(Merged(experts, None, names)[name].dense(), Merged(experts, "Average")[name].dense())
 
 
 def test_experts_of_tasks_are_scaled_too():
     deltas = [random_delta("Dense", (4, 5), seed) for seed in range(2)]
-    prepared = EMR().prepare([deltas])
-    method = LiNeS(EMR(), scale=2.0, last=1.5)
+    prepared = m.EMR().prepare([deltas])
+    method = m.LiNeS(m.EMR(), scale=2.0, last=1.5)
     assert method.has_tasks
     found = method.per_task(deltas, 1, Context(prepared=prepared, depth=1.0)).dense()
-    torch.testing.assert_close(found, 3.0 * EMR().per_task(deltas, 1, Context(prepared=prepared)).dense())
+    torch.testing.assert_close(found, 3.0 * m.EMR().per_task(deltas, 1, Context(prepared=prepared)).dense())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, forms, random_delta, seeds, shapes
 
-from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import SLERP, Average, Karcher, MultiSLERP, NuSLERP
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -147,17 +147,6 @@ def test_rows_of_the_transposed_weight_are_its_columns(seed, form, second):
     columns = by_row(one.dense().double().T, other.dense().double().T, 0.5).T
     merged = NuSLERP(row_wise=True).merge([one.T, other.T]).T
     torch.testing.assert_close(merged.dense().double(), columns, **CLOSE)
-
-
-def test_rows_of_low_rank_experts_are_turned_without_making_them_dense(monkeypatch):
-    draw = torch.Generator().manual_seed(0)
-    loras = [LowRank(torch.randn(40, 2, generator=draw), torch.randn(2, 30, generator=draw)) for _ in range(3)]
-    expected = folded(loras, [1.0, 1.0, 1.0], by_row)
-    monkeypatch.setattr(LowRank, "add_to", None)
-    merged = NuSLERP(row_wise=True).merge(loras)
-    monkeypatch.undo()
-    assert isinstance(merged, LowRank)
-    torch.testing.assert_close(merged.dense().double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def arc(one, other, t):

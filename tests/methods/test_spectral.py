@@ -7,23 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, forms, random_delta, seeds, shapes
 
+import modular_experts.methods as ours
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.methods import (
-    SLERP,
-    TIES,
-    WUDI,
-    Average,
-    IsoC,
-    IsoCTS,
-    Karcher,
-    KnOTS,
-    ModelStock,
-    MultiSLERP,
-    NuSLERP,
-    SVDAverage,
-    TaskArithmetic,
-    TSVMerge,
-)
 from modular_experts.methods.spectrum import as_delta, join, left_factor, nearest_isometry, spectrum
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
@@ -141,42 +126,42 @@ experts = st.lists(seeds, min_size=1, max_size=4, unique=True)
 @given(shapes, experts)
 def test_iso_c_equals_the_equations(shape, numbers):
     matrices = [draw(shape, seed) for seed in numbers]
-    merged = IsoC().merge(deltas_of(matrices))
+    merged = ours.IsoC().merge(deltas_of(matrices))
     np.testing.assert_allclose(merged.dense().numpy(), iso_c(matrices), rtol=1e-6, atol=1e-6)
 
 
 @given(shapes, experts, st.sampled_from([0.8, 0.5, 0.0, 1.0]))
 def test_iso_cts_equals_the_algorithm(shape, numbers, common):
     matrices = [draw(shape, seed) for seed in numbers]
-    merged = IsoCTS(common).merge(deltas_of(matrices))
+    merged = ours.IsoCTS(common).merge(deltas_of(matrices))
     np.testing.assert_allclose(merged.dense().numpy(), iso_cts(matrices, common), rtol=1e-6, atol=1e-6)
 
 
 def test_iso_c_worked_by_hand():
     one, other = torch.diag(torch.tensor([5.0, 0.0])), torch.diag(torch.tensor([1.0, -2.0]))
-    assert IsoC().merge([Dense(one), Dense(other)]).dense().tolist() == [[4.0, 0.0], [0.0, -4.0]]  # (6 + 2) / 2
+    assert ours.IsoC().merge([Dense(one), Dense(other)]).dense().tolist() == [[4.0, 0.0], [0.0, -4.0]]  # (6 + 2) / 2
 
 
 def test_directions_that_the_sum_lacks_are_left_out():
     lora = LowRank(torch.tensor([[3.0], [0.0], [4.0]]), torch.tensor([[0.0, 2.0, 0.0]]))
-    for method in (IsoC(), IsoCTS()):
+    for method in (ours.IsoC(), ours.IsoCTS()):
         torch.testing.assert_close(method.merge([lora, lora]).dense(), 2 * lora.dense())
 
 
 def test_an_expert_within_the_common_space_gets_no_directions_made_of_rounding():
     left, right = (np.linalg.qr(draw((4, 4), seed))[0] for seed in range(2))
     matrices = [left @ np.diag(values) @ right for values in ([9.0, 0.0, 0.0, 0.0], [0.0, 5.0, 2.0, 1.0])]
-    merged = IsoCTS(common=0.5).merge(deltas_of(matrices)).dense().numpy()
+    merged = ours.IsoCTS(common=0.5).merge(deltas_of(matrices)).dense().numpy()
     np.testing.assert_allclose(merged, (9 + 5 + 2) / 3 * left @ np.diag([1.0, 1.0, 1.0, 0.0]) @ right, atol=1e-9)
 
 
 @pytest.mark.parametrize("common", [0.8, 0.3])
 def test_one_expert_and_a_wholly_common_space_are_iso_c(common):
     matrices = [draw((7, 9), seed) for seed in range(3)]
-    alone = IsoCTS(common).merge(deltas_of(matrices[:1])).dense()
-    torch.testing.assert_close(alone, IsoC().merge(deltas_of(matrices[:1])).dense())
-    whole = IsoCTS(common=1.0).merge(deltas_of(matrices)).dense()
-    torch.testing.assert_close(whole, IsoC().merge(deltas_of(matrices)).dense())
+    alone = ours.IsoCTS(common).merge(deltas_of(matrices[:1])).dense()
+    torch.testing.assert_close(alone, ours.IsoC().merge(deltas_of(matrices[:1])).dense())
+    whole = ours.IsoCTS(common=1.0).merge(deltas_of(matrices)).dense()
+    torch.testing.assert_close(whole, ours.IsoC().merge(deltas_of(matrices)).dense())
 
 
 def tsv_merge(matrices, share=1.0, orthogonal=decorrelated):
@@ -191,7 +176,7 @@ def tsv_merge(matrices, share=1.0, orthogonal=decorrelated):
 @given(shapes, st.lists(seeds, min_size=1, max_size=4, unique=True), st.sampled_from([1.0, 0.5, 0.2]))
 def test_tsv_merge_equals_the_equations(shape, numbers, share):
     matrices = [draw(shape, seed) for seed in numbers]
-    merged = TSVMerge(share).merge([Dense(torch.from_numpy(matrix)) for matrix in matrices])
+    merged = ours.TSVMerge(share).merge([Dense(torch.from_numpy(matrix)) for matrix in matrices])
     np.testing.assert_allclose(merged.dense().numpy(), tsv_merge(matrices, share), rtol=1e-6, atol=1e-6)
 
 
@@ -199,7 +184,7 @@ def test_example_worked_by_hand():
     # Left directions at 60 degrees, right ones orthogonal. The nearest orthogonal pair lies 15 degrees further out.
     cos, sin = np.cos(np.pi / 12), np.sin(np.pi / 12)
     up, down = torch.tensor([[1.0, 0.5], [0.0, 3**0.5 / 2]]).double(), torch.tensor([[4.0, 0.0], [0.0, 2.0]]).double()
-    merged = TSVMerge().merge([LowRank(up[:, :1], down[:1]), LowRank(up[:, 1:], down[1:])])
+    merged = ours.TSVMerge().merge([LowRank(up[:, :1], down[:1]), LowRank(up[:, 1:], down[1:])])
     expected = torch.tensor([[4 * cos, 2 * sin], [-4 * sin, 2 * cos]])
     torch.testing.assert_close(merged.dense(), expected.double())
 
@@ -207,14 +192,14 @@ def test_example_worked_by_hand():
 def test_merged_matrix_has_the_singular_values_that_were_kept():
     matrices = [draw((12, 9), seed) for seed in range(3)]
     kept = np.concatenate([np.linalg.svd(matrix, compute_uv=False)[:3] for matrix in matrices])
-    merged = TSVMerge().merge([Dense(torch.from_numpy(matrix)) for matrix in matrices])
+    merged = ours.TSVMerge().merge([Dense(torch.from_numpy(matrix)) for matrix in matrices])
     np.testing.assert_allclose(np.linalg.svd(merged.dense().numpy(), compute_uv=False), np.sort(kept)[::-1])
 
 
 @pytest.mark.parametrize(("shape", "experts", "each"), [((8, 9), 3, 2), ((9, 30), 3, 3), ((4, 4), 5, 1)])
 def test_experts_keep_the_same_whole_number_of_directions(shape, experts, each):
     deltas = [Dense(torch.from_numpy(draw(shape, seed))) for seed in range(experts)]
-    merged = TSVMerge().merge(deltas).dense()
+    merged = ours.TSVMerge().merge(deltas).dense()
     assert torch.linalg.matrix_rank(merged) == min(experts * each, *shape)
 
 
@@ -229,37 +214,37 @@ def svd_average(deltas, rank):
 
 @given(deltas_of_one_weight(), st.integers(1, 4))
 def test_svd_average_equals_the_formula(deltas, rank):
-    merged = SVDAverage(rank).merge(deltas)
+    merged = ours.SVDAverage(rank).merge(deltas)
     np.testing.assert_allclose(merged.dense().double().numpy(), svd_average(deltas, rank), rtol=1e-5, atol=1e-5)
 
 
 def test_enough_directions_give_the_average():
     deltas = [random_delta(form, (9, 12), 3) for form in ("Dense", "LowRank", "zero", "Sparse", "BlockSparse")]
-    torch.testing.assert_close(SVDAverage(rank=9).merge(deltas).dense(), Average().merge(deltas).dense())
+    torch.testing.assert_close(ours.SVDAverage(rank=9).merge(deltas).dense(), ours.Average().merge(deltas).dense())
 
 
 def test_dense_experts_become_small():
     deltas = [random_delta("Dense", (40, 50), seed) for seed in range(3)]
-    merged = SVDAverage(rank=2).merge(deltas)
+    merged = ours.SVDAverage(rank=2).merge(deltas)
     assert isinstance(merged, LowRank)
     assert merged.rank == 6
-    assert isinstance(SVDAverage(rank=8).merge(deltas), Dense)
+    assert isinstance(ours.SVDAverage(rank=8).merge(deltas), Dense)
 
 
 LOOSE = {"rtol": 1e-6, "atol": 1e-7}
-ADAM = WUDI(learning_rate=1e-2, steps=20)
-EXACT = WUDI(solver="exact")
+ADAM = ours.WUDI(learning_rate=1e-2, steps=20)
+EXACT = ours.WUDI(solver="exact")
 METHODS = [
-    TSVMerge(share=0.5, scale=0.7),
-    IsoC(scale=-0.5),
-    IsoCTS(common=0.3, scale=2.0),
-    SVDAverage(rank=1, scale=3.0),
-    KnOTS(TaskArithmetic(0.5), scale=2.0),
-    KnOTS(TIES()),
-    WUDI("roberta", solver="exact", scale=0.3),
+    ours.TSVMerge(share=0.5, scale=0.7),
+    ours.IsoC(scale=-0.5),
+    ours.IsoCTS(common=0.3, scale=2.0),
+    ours.SVDAverage(rank=1, scale=3.0),
+    ours.KnOTS(ours.TaskArithmetic(0.5), scale=2.0),
+    ours.KnOTS(ours.TIES()),
+    ours.WUDI("roberta", solver="exact", scale=0.3),
     ADAM,
 ]
-SPHERICAL = [SLERP(t=0.3), NuSLERP(row_wise=True), MultiSLERP(), Karcher(max_iterations=2)]
+SPHERICAL = [ours.SLERP(t=0.3), ours.NuSLERP(row_wise=True), ours.MultiSLERP(), ours.Karcher(max_iterations=2)]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
@@ -288,7 +273,7 @@ def test_sparse_experts_merge_to_what_their_dense_forms_do(method):
         same(merged, method.merge([Dense(delta.dense()) for delta in deltas]))
 
 
-@without(KnOTS)
+@without(ours.KnOTS)
 def test_what_is_not_a_matrix_gets_the_scaled_mean(method):
     for shape in [(5,), (2, 3, 4)]:
         values = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
@@ -310,7 +295,18 @@ def test_stored_values_are_rounded_once(method):
 
 
 @pytest.mark.parametrize(
-    "method", [TSVMerge(), IsoC(), IsoCTS(), KnOTS(), EXACT, SVDAverage(), ModelStock(), *SPHERICAL], ids=str
+    "method",
+    [
+        ours.TSVMerge(),
+        ours.IsoC(),
+        ours.IsoCTS(),
+        ours.KnOTS(),
+        EXACT,
+        ours.SVDAverage(),
+        ours.ModelStock(),
+        *SPHERICAL,
+    ],
+    ids=str,
 )
 def test_low_rank_experts_are_never_made_dense(method, monkeypatch):
     draw = torch.Generator().manual_seed(0)
@@ -322,7 +318,7 @@ def test_low_rank_experts_are_never_made_dense(method, monkeypatch):
 
     monkeypatch.setattr(LowRank, "add_to", refuse)
     monkeypatch.setattr(LowRank, "dense", refuse)
-    counts_zeros = isinstance(method, SVDAverage | SLERP | NuSLERP | MultiSLERP | Karcher)
+    counts_zeros = isinstance(method, ours.SVDAverage | ours.SLERP | ours.NuSLERP | ours.MultiSLERP | ours.Karcher)
     merged = method.merge([*loras, Sparse.zero((40, 50))][: 4 if counts_zeros else 5])
     monkeypatch.undo()
     assert isinstance(merged, LowRank)

@@ -9,19 +9,10 @@ from testbed.pairwise import pairwise
 from testbed.random_deltas import Held
 from torch import Tensor
 
+import modular_experts.methods as m
 from modular_experts.base import Base
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import entries_in_order, gather_tiles, tile_grid
-from modular_experts.methods import (
-    EMR,
-    TIES,
-    Average,
-    Breadcrumbs,
-    ConsensusTA,
-    Intersection,
-    MergeMethod,
-    SparseAverage,
-)
 from modular_experts.methods.chunks import chunks_of_size, merge_by_chunks
 from modular_experts.native import sparse_passes as entries
 from modular_experts.native.sparse_passes import (
@@ -223,7 +214,11 @@ def test_tiles_that_are_none_of_the_weight_write_no_further_than_there_is_room()
 
 @pytest.mark.parametrize(
     ("method", "tile"),
-    [(SparseAverage(exponent=0.5), (5, 7)), (TIES(keep=0.3), (16, 16)), (Breadcrumbs(beta=0.3, gamma=0.1), (5, 7))],
+    [
+        (m.SparseAverage(exponent=0.5), (5, 7)),
+        (m.TIES(keep=0.3), (16, 16)),
+        (m.Breadcrumbs(beta=0.3, gamma=0.1), (5, 7)),
+    ],
 )
 def test_a_merge_of_tiles_is_that_of_torch_to_the_last_bit(method, tile, monkeypatch) -> None:
     deltas = [_tiles(0.4, seed, tile) for seed in range(4)]
@@ -260,17 +255,17 @@ def test_all_else_is_computed_in_torch() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        Average(),
-        Average([3.0, 1.0, 1.0, 0.5, -1.0]),
-        SparseAverage(scale=1.7, exponent=0.5),
-        SparseAverage(count="supports"),
-        Intersection(agreement=2),
-        ConsensusTA(),
-        EMR(),
+        m.Average(),
+        m.Average([3.0, 1.0, 1.0, 0.5, -1.0]),
+        m.SparseAverage(scale=1.7, exponent=0.5),
+        m.SparseAverage(count="supports"),
+        m.Intersection(agreement=2),
+        m.ConsensusTA(),
+        m.EMR(),
     ],
     ids=repr,
 )
-def test_merges_are_the_same_without_a_compiler(method: MergeMethod, monkeypatch) -> None:
+def test_merges_are_the_same_without_a_compiler(method: m.MergeMethod, monkeypatch) -> None:
     deltas, found = [_sparse(share, seed) for seed, share in enumerate(SHARES)], []
     for least in (entries.LEAST, 2**62):  # 2**62 as where there is no compiler
         monkeypatch.setattr(entries, "LEAST", least)
@@ -285,14 +280,14 @@ def test_merges_are_the_same_without_a_compiler(method: MergeMethod, monkeypatch
 def test_what_is_passed_over_lies_on_the_cpu_whatever_the_default_device_is() -> None:
     delta = _sparse(0.5, 0)
     with torch.device("meta"):
-        merged = Average().merge([delta])
+        merged = m.Average().merge([delta])
     assert torch.equal(merged.values, delta.values)
 
 
 def test_gradients_flow_through_a_merge() -> None:
     delta = _sparse(0.5, 0)
     values = delta.values.clone().requires_grad_()
-    merged = Average().merge([Sparse(delta.indices, values, SHAPE)])
+    merged = m.Average().merge([Sparse(delta.indices, values, SHAPE)])
     assert merged.values.requires_grad
 
 

@@ -6,58 +6,44 @@ import pytest
 import torch
 from torch import Tensor
 
+import modular_experts.routing as r
 from modular_experts.deltas import Delta
-from modular_experts.routing import (
-    Arrow,
-    Centroid,
-    Classifier,
-    Constant,
-    Energy,
-    Gates,
-    KernelRidge,
-    Oracle,
-    Phatgoose,
-    Router,
-    Softmax,
-    Threshold,
-    TopK,
-)
 from modular_experts.testing import check_router
 
 ROUTERS = [
-    Arrow(),
-    Arrow(unit_inputs=True, scaled=True, select=Softmax(0.1)),
-    Centroid(),
-    Centroid(reject=0.1, select=TopK(2)),
-    Centroid(reject=None, depths=[0.0, 0.5, 1.0], select=Threshold(0.1)),
-    Classifier(decay=0.01),
-    Classifier(decay=0.1, reject=None, depths=[1.0], select=Softmax(2.0)),
-    Constant(),
-    Energy(),
-    Energy(select=Threshold(0.9)),
-    KernelRidge(),
-    KernelRidge(ridge=1e-3, reject=None, depths=[1.0], select=Softmax(0.1)),
-    Phatgoose(),
+    r.Arrow(),
+    r.Arrow(unit_inputs=True, scaled=True, select=r.Softmax(0.1)),
+    r.Centroid(),
+    r.Centroid(reject=0.1, select=r.TopK(2)),
+    r.Centroid(reject=None, depths=[0.0, 0.5, 1.0], select=r.Threshold(0.1)),
+    r.Classifier(decay=0.01),
+    r.Classifier(decay=0.1, reject=None, depths=[1.0], select=r.Softmax(2.0)),
+    r.Constant(),
+    r.Energy(),
+    r.Energy(select=r.Threshold(0.9)),
+    r.KernelRidge(),
+    r.KernelRidge(ridge=1e-3, reject=None, depths=[1.0], select=r.Softmax(0.1)),
+    r.Phatgoose(),
 ]
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=lambda router: type(router).__name__)
-def test_routers_keep_the_contract(router: Router) -> None:
+def test_routers_keep_the_contract(router: r.Router) -> None:
     check_router(router)
 
 
 def test_routers_whose_settings_follow_the_order_of_experts_keep_the_contract() -> None:
-    check_router(Oracle({"task 0": 0, "task 1": 1, "task 2": 2, "task 3": 3}), order=False)
-    check_router(Constant([0.5, 0.0, -1.0, 2.0]), order=False)
+    check_router(r.Oracle({"task 0": 0, "task 1": 1, "task 2": 2, "task 3": 3}), order=False)
+    check_router(r.Constant([0.5, 0.0, -1.0, 2.0]), order=False)
 
 
-class Norms(Router):
+class Norms(r.Router):
     """Scores each expert by the column of its delta that the input's largest entry meets: a user's router."""
 
     scope = "linear"
     columns: Tensor
 
-    def __init__(self, select: TopK | None = None) -> None:
+    def __init__(self, select: r.TopK | None = None) -> None:
         super().__init__(select)
         self.register_buffer("columns", torch.empty(0))
 
@@ -105,13 +91,13 @@ class Numbered(Norms):
 class Clipped(Norms):
     def forward(self, hidden):
         found = self.scores(hidden).sort(dim=1, descending=True)
-        return Gates(found.indices[:, : self.select.k], found.values[:, : self.select.k].softmax(1))
+        return r.Gates(found.indices[:, : self.select.k], found.values[:, : self.select.k].softmax(1))
 
 
 class Twice(Norms):
     def forward(self, hidden):
         gates = super().forward(hidden)
-        return Gates(gates.ids.repeat(1, 2), gates.weights.repeat(1, 2) / 2)
+        return r.Gates(gates.ids.repeat(1, 2), gates.weights.repeat(1, 2) / 2)
 
 
 class Rejecting(Norms):
@@ -132,7 +118,7 @@ class Half(Norms):
 
 def test_a_router_of_ones_own_keeps_the_contract() -> None:
     check_router(Norms())
-    check_router(Norms(TopK(2)))
+    check_router(Norms(r.TopK(2)))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +135,6 @@ def test_a_router_of_ones_own_keeps_the_contract() -> None:
         (Half, "the weights must be finite for torch.bfloat16 inputs"),
     ],
 )
-def test_the_battery_notices_what_breaks_the_contract(kind: type[Router], sentence: str) -> None:
+def test_the_battery_notices_what_breaks_the_contract(kind: type[r.Router], sentence: str) -> None:
     with pytest.raises(AssertionError, match=sentence):
-        check_router(kind(TopK(2)))
+        check_router(kind(r.TopK(2)))

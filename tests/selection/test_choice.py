@@ -120,9 +120,7 @@ SCORES = [
 
 
 @pytest.mark.parametrize("units", ["element", "block"])
-def test_the_same_seed_twice_gives_the_same_supports_whatever_the_score(
-    units: str, tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_the_same_seed_twice_gives_the_same_supports_whatever_the_score(units, tiny_llama_dir, task_files, tmp_path):
     def made(noise: int) -> ExpertModule:
         torch.manual_seed(noise)  # the module's first, random support
         module = runs.module(tiny_llama_dir, partial(SparseExpert, **UNITS[units]))
@@ -150,9 +148,7 @@ def test_the_same_seed_twice_gives_the_same_supports_whatever_the_score(
 
 
 @pytest.mark.parametrize("units", ["element", "row"])
-def test_the_support_of_a_weight_stored_the_other_way_round_is_shared_alike(
-    units: str, tiny, task_files, tmp_path
-) -> None:
+def test_the_support_of_a_weight_stored_the_other_way_round_is_shared_alike(units: str, tiny, task_files, tmp_path):
     def train(name: str, **settings: Any) -> Path:
         export = ExportExpert(str(tmp_path / "library"), name, monitor=None)
         module = runs.module(tiny("gpt2"), partial(SparseExpert, **UNITS[units]), modules=conftest.TARGETS["gpt2"])
@@ -166,9 +162,7 @@ def test_the_support_of_a_weight_stored_the_other_way_round_is_shared_alike(
 
 
 @pytest.mark.parametrize(("score", "passes"), [(None, 2), (FisherInformation(), 2), (WeightMagnitude(), 0)])
-def test_the_record_holds_what_training_and_selections_cost(
-    score, passes: int, tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_the_record_holds_what_training_and_selections_cost(score, passes: int, tiny_llama_dir, task_files, tmp_path):
     settings = {"rule": GrowAndDrop(every=2, until=1.0), "score": score, "batches": 2, "steps": 5}
     place = _beside(tiny_llama_dir, task_files, tmp_path, SPARSE, **settings)
     costs, kept = _record(place)["costs"], sum(map(len, _entries(place).values()))
@@ -190,9 +184,7 @@ def _resumable(base: Path, files: dict[str, Path], folder: Path, kind: Callable,
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumed_from_any_step_ends_with_the_same_supports_and_values(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_a_run_resumed_from_any_step_ends_with_the_same_supports_and_values(tiny_llama_dir, task_files, tmp_path):
     module, _, watch = _resumable(tiny_llama_dir, task_files, tmp_path / "whole", SPARSE, None)
     whole = {name: layer.expert for name, layer in expert_layers(module.model)}
     assert watch.selections == 3

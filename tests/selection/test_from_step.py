@@ -86,9 +86,7 @@ def _kept(expert: SparseExpert, gradient: torch.Tensor, units: torch.Tensor) -> 
     return kept
 
 
-def test_the_first_choice_is_that_of_a_scoring_pass_over_the_training_batch(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_the_first_choice_is_that_of_a_scoring_pass_over_the_training_batch(tiny_llama_dir, task_files, tmp_path):
     """Bit for bit, in float32, and so is the gradient that the kept entries get."""
     schedule = MaskSchedule(rule=SelectOnce(), batches="step")
     _, look = _fit(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, module={"dtype": "float32"}, max_steps=2)
@@ -166,9 +164,7 @@ def test_the_gradient_that_is_clipped_is_that_of_the_new_support(tiny_llama_dir,
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
-def test_newcomers_start_without_moments_and_move_in_the_step_that_chose_them(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_newcomers_start_without_moments_and_move_in_the_step_that_chose_them(tiny_llama_dir, task_files, tmp_path):
     """Adam's first step of an entry whose moments are zero is known from its gradient alone."""
     rule = GrowAndDrop(every=2, until=1.0, replace=0.5)
     schedule = MaskSchedule(rule=rule, batches="step")
@@ -191,9 +187,7 @@ def test_newcomers_start_without_moments_and_move_in_the_step_that_chose_them(
         (partial(MaskedExpert, keep_ratio=0.1), {"rule": Reselect(every=2, until=1.0)}, 4 * 2),
     ],
 )
-def test_what_a_step_cannot_give_takes_extra_passes(
-    kind, settings, passes, tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_what_a_step_cannot_give_takes_extra_passes(kind, settings, passes, tiny_llama_dir, task_files, tmp_path):
     settings = {"rule": GrowAndDrop(every=2, until=1.0, replace=0.4), "batches": "step"} | settings
     schedule = MaskSchedule(**settings)
     runs.fit(tiny_llama_dir, task_files, tmp_path, kind, schedule, max_steps=5)
@@ -226,9 +220,7 @@ class Seen(SNIP):
 
 
 @pytest.mark.parametrize("mib", [0, 1024])
-def test_a_score_gets_the_mean_gradient_whatever_the_factors_of_the_loss(
-    mib, tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_a_score_gets_the_mean_gradient_whatever_the_factors_of_the_loss(mib, tiny_llama_dir, task_files, tmp_path):
     score = Seen()
     schedule = MaskSchedule(score=score, rule=SelectOnce(), batches="step", accumulator_mib=mib)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
@@ -346,9 +338,7 @@ class Between(Callback):
         self.supports.append({name: layer.expert.support_units().clone() for name, layer in layers})
 
 
-def test_what_was_accumulated_moves_along_with_an_exchange_between_micro_batches(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_what_was_accumulated_moves_along_with_an_exchange_between_micro_batches(tiny_llama_dir, task_files, tmp_path):
     """An entry that stays keeps its gradient of earlier micro-batches, and a newcomer starts with the next one."""
     rule = Reselect(every=1, until=1.0, unit="micro_batches")
     schedule, between = MaskSchedule(rule=rule), Between()

@@ -227,9 +227,7 @@ class Mine(Average):
 """
 
 
-def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(
-    settings, tiny_llama_dir, monkeypatch
-) -> None:
+def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(settings, tiny_llama_dir, monkeypatch):
     monkeypatch.syspath_prepend(".")
     Path("methods_of_mine.py").write_text(MINE)
     Path("experts_of_mine.py").write_text(MINE)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_model
+from testbed.checkpointing import check_checkpointing
 from torch import nn
 
 from modular_experts.evaluation import batch_losses
@@ -119,20 +120,14 @@ def test_molora_keeps_the_contract_of_an_expert(experts: int, rank: int) -> None
 def test_gradient_checkpointing_gives_the_same_gradients_of_a_padded_batch() -> None:
     ids, mask = torch.arange(5, 17).view(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask == 1, -100), "task": ["a", "b"]}
-    found = []
-    for checkpointing in (False, True):
+
+    def make() -> torch.nn.Module:
         model = build_model("llama").double()
         torch.manual_seed(0)
         inject(model, lambda weight: filled(MoLoRAExpert(weight, experts=3, rank=2, balance=0.5)), "q_proj")
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        loss = batch_losses(model, batch)[0].sum() + extra_losses(model)["balance"]
-        loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+        return model
+
+    check_checkpointing(make, lambda model: batch_losses(model, batch)[0].sum() + extra_losses(model)["balance"])
 
 
 def test_records_and_configs_that_name_its_place_before_still_open() -> None:

@@ -1,11 +1,17 @@
-"""On SmolLM2 and two real tasks, a short fit of each expert of a related system learns, beside a LoRA.
+"""On SmolLM2 and two real tasks, a short fit of each expert and each mixture of a related system learns, beside a LoRA.
 
-Slow. The sizes and the learning rates come from the configs, at all linear layers.
+Slow. The sizes and the learning rates of experts come from the configs, at all linear layers; the mixtures are those
+whose costs `benchmarks/related_cost.py` measures.
 """
+
+import importlib
+from functools import partial
 
 import pytest
 from testbed.real_tasks import fit_six_steps, loss_of_base, validation_loss
+from testbed.scripts import BENCHMARKS
 from testbed.systems import of, there
+from torch.optim import AdamW
 
 from modular_experts.experts import LoRAExpert
 from modular_experts.experts.site import LayerPlan
@@ -48,3 +54,14 @@ def test_a_short_fit_of_each_expert_learns_two_tasks(tmp_path) -> None:
         assert loss < 0.98 * before, name
     assert counts.get("TT-LoRA", 0) < counts["LoRA"] / 10
     assert counts.get("RECAST", 420) == 420
+
+
+@pytest.mark.xdist_group("mixtures")
+def test_a_short_fit_of_each_mixture_learns_two_tasks(monkeypatch, tmp_path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    before = loss_of_base()
+    for name, plan in importlib.import_module("related_cost").PLANS["mixtures"].items():
+        module = fit_six_steps(tmp_path, plan(), optimizer=partial(AdamW, lr=3e-3, weight_decay=0.0))
+        loss = validation_loss(module)
+        print(f"{name}: validation loss {loss:.3f}")
+        assert loss < 0.8 * before, name

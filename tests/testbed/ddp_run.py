@@ -6,14 +6,15 @@ Each rank writes what it ends with to `FOLDER/rank{R}.pt`. Two ranks also resume
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from testbed import runs
+from testbed import runs, trained_mixtures
 from testbed.shared_gate import SharedGate
 from testbed.systems import of, there
-from testbed.trained_mixtures import MIXTURES, of_config, train
+from testbed.trained_mixtures import MIXTURES, of_config
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule, TrainUnderOthers
@@ -68,38 +69,54 @@ class Watch(Callback):
             self.synchronised_buffers = len(wrapped.modules_buffers)
 
 
+Trained = tuple[ExpertModule, Trainer, Watch]
+
+
+def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, *callbacks: Callback, **how: Any) -> Trained:
+    """Train a few steps in float64; return the module, its trainer, and the watch over both.
+
+    Args:
+        how: `seed` of the start and `steps`; `optimizer`; `expert` in half of the layers, or all that an `ExpertModule`
+            takes as `model`; `data`, if it is not the mixture of all files; and settings of the trainer.
+    """
+    seed_everything(how.pop("seed", 0), verbose=False)
+    watch, model = Watch(), how.pop("model", {})
+    model |= {"dtype": "float64", "optimizer": how.pop("optimizer", partial(torch.optim.SGD, lr=0.5))}
+    expert = how.pop("expert", None)
+    module = runs.module(base, expert, **model) if expert else ExpertModule(str(base), **model)
+    data = how.pop("data", None) or runs.mixture(files, base, seed=0)
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "max_steps": how.pop("steps", 4)}
+    trainer = runs.trainer(folder, watch, *callbacks, **place, **how)
+    trainer.fit(module, data)
+    return module, trainer, watch
+
+
+SPARSE, MOMENTUM = partial(SparseExpert, keep_ratio=0.1), partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+
+
 def choose_by_passes(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
     """Train a few steps with supports chosen by extra passes; return supports after each, values and passes."""
-    seed_everything(ranks, verbose=False)
-    rule = GrowAndDrop(every=2, until=1.0, replace=0.4)
-    watch, schedule = Watch(), MaskSchedule(FisherInformation(), rule, batches=2, seed=0)
-    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64")
-    trainer = runs.trainer(folder, watch, schedule, max_steps=3, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
-    trainer.fit(module, runs.mixture(files, base, seed=0))
+    schedule = MaskSchedule(FisherInformation(), GrowAndDrop(every=2, until=1.0, replace=0.4), batches=2, seed=0)
+    how = {"expert": SPARSE, "optimizer": None, "seed": ranks, "steps": 3}
+    module, _, watch = train(folder, base, files, ranks, schedule, **how)
     return {"supports": watch.supports, "values": values(module), "passes": schedule.passes}
 
 
 def choose_in_steps(folder: Path, base: Path, files: dict[str, Path], ranks: int, parts: int, mib: int) -> dict:
     """Train a few steps that choose supports within; return supports after each, and values."""
-    seed_everything(ranks, verbose=False)
     rule = GrowAndDrop(every=1, until=1.0, replace=0.4)
-    watch, schedule = Watch(), MaskSchedule(rule=rule, batches="step", seed=0, accumulator_mib=mib)
-    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
-    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
-    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "accumulate_grad_batches": parts}
-    trainer = runs.trainer(folder, watch, schedule, max_steps=4, **place)
-    trainer.fit(module, runs.mixture(files, base, seed=0))
-    return {"supports": watch.supports, "values": values(module)}
+    schedule = MaskSchedule(rule=rule, batches="step", seed=0, accumulator_mib=mib)
+    how = {"expert": SPARSE, "optimizer": MOMENTUM, "seed": ranks, "accumulate_grad_batches": parts}
+    module, _, watch = train(folder, base, files, ranks, schedule, **how)
+    # Before the first step's end the supports are random.
+    return {"supports": watch.supports[parts - 1 :], "values": values(module)}
 
 
 def train_masked(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
     """Train the paper's algorithm for a few steps; return the masks after each, and all trained values."""
-    seed_everything(ranks, verbose=False)
-    watch, schedule = Watch(), MaskSchedule(ConnectionSensitivity(), Reselect(every=2), seed=0)
-    optimizer = partial(torch.optim.SGD, lr=0.5)
-    module = runs.module(base, partial(MaskedExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
-    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
-    runs.trainer(folder, watch, schedule, **place).fit(module, runs.mixture(files, base, seed=0))
+    schedule = MaskSchedule(ConnectionSensitivity(), Reselect(every=2), seed=0)
+    how = {"expert": partial(MaskedExpert, keep_ratio=0.1), "seed": ranks, "steps": 6}
+    module, _, watch = train(folder, base, files, ranks, schedule, **how)
     return {"supports": watch.supports, "values": trained(module)}
 
 
@@ -109,14 +126,8 @@ def train_few_rows(folder: Path, base: Path, files: dict[str, Path], ranks: int,
     The mixture's penalty counts tokens or rows. Return the logged losses, the rows trained on, all trained values, and
     the mean over ranks of the loss of a batch with one labelled token, which rank 0 has.
     """
-    seed_everything(0, verbose=False)
-    watch, progress = Watch(), LogProgress()
-    optimizer = partial(torch.optim.SGD, lr=0.5)
-    module = ExpertModule(str(base), **of_config(mixture), dtype="float64", optimizer=optimizer)
-    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
-    data = TaskMixture([Task("upper", str(files["upper"]), cap=5)], str(base), batch_size=4, seed=0)
-    trainer = runs.trainer(folder, watch, progress, max_steps=4, **place)
-    trainer.fit(module, data)
+    progress, data = LogProgress(), TaskMixture([Task("upper", str(files["upper"]), cap=5)], str(base), 4, seed=0)
+    module, trainer, watch = train(folder, base, files, ranks, progress, model=of_config(mixture), data=data)
     found = {"losses": watch.losses, "rows": progress.rows, "values": trained(module)}
     batch = next(iter(data.train_dataloader()))
     row, place = (batch["labels"] != IGNORED).nonzero()[0]
@@ -132,33 +143,14 @@ def train_under_others(folder: Path, base: Path, files: dict[str, Path], ranks: 
     mine, others = open_expert(folder / "library" / "mine"), folder / f"others{rank}"
     for name, scale in {"whole": 1.0, "half": -0.5}.items():
         write_expert(others / name, {weight: mine[weight] * scale for weight in mine}, mine.record)
-    seed_everything(0, verbose=False)
-    optimizer = partial(torch.optim.SGD, lr=0.5)
-    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
-    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
-    under = TrainUnderOthers(str(others), count=1, scale=1.0)
-    runs.trainer(folder, under, max_steps=4, **place).fit(module, runs.mixture({"new": files["upper"]}, base, seed=0))
-    return values(module)
-
-
-def train_plan(folder: Path, base: Path, files: dict[str, Path], ranks: int, plan: LayerPlan) -> dict:
-    """Train experts of a plan for a few steps; return their state."""
-    seed_everything(0, verbose=False)
-    module = ExpertModule(str(base), experts=plan, dtype="float64", optimizer=partial(torch.optim.SGD, lr=0.5))
-    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
-    runs.trainer(folder, max_steps=4, **place).fit(module, runs.mixture(files, base, seed=0))
-    return module.expert_state()
+    under, data = TrainUnderOthers(str(others), count=1, scale=1.0), runs.mixture({"new": files["upper"]}, base, seed=0)
+    return values(train(folder, base, files, ranks, under, expert=SPARSE, data=data)[0])
 
 
 def train_system(folder: Path, base: Path, files: dict[str, Path], ranks: int, name: str) -> dict:
     """Train a few steps of a type that draws at random, or starts anew; return what it trained."""
     expert, callbacks = SYSTEMS[name]
-    seed_everything(0, verbose=False)
-    optimizer = partial(torch.optim.SGD, lr=0.5)
-    module = runs.module(base, expert, dtype="float64", optimizer=optimizer)
-    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
-    made = [make() for make in callbacks]
-    runs.trainer(folder, *made, max_steps=5, **place).fit(module, runs.mixture(files, base, seed=0))
+    module, *_ = train(folder, base, files, ranks, *[make() for make in callbacks], expert=expert, steps=5)
     return {key: tensor for key, tensor in module.state_dict().items() if ".expert." in key}
 
 
@@ -174,8 +166,7 @@ def prepare(folder: Path, base: Path, ranks: int, *callbacks: Callback, **settin
     """Return a module and a trainer for seven steps (an epoch is six); the support changes at two of them."""
     seed_everything(ranks, verbose=False)  # other supports at first in one process and in two: the schedule must agree
     schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
-    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
-    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
+    module = runs.module(base, SPARSE, dtype="float64", optimizer=MOMENTUM)
     place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "enable_checkpointing": True}
     trainer = runs.trainer(folder, schedule, *callbacks, max_steps=7, **(place | settings))
     return module, trainer
@@ -205,7 +196,7 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     for parts, mib in STEPS:
         found[f"step {parts} {mib}"] = choose_in_steps(folder, base, files, ranks, parts, mib)
     for name, plan in PLANS.items():
-        found[name] = train_plan(folder, base, files, ranks, plan)
+        found[name] = train(folder, base, files, ranks, model={"experts": plan})[0].expert_state()
     found["masked"] = train_masked(folder, base, files, ranks)
     for name in FEW_ROWS:
         found[f"few rows {name}"] = train_few_rows(folder, base, files, ranks, name)
@@ -213,7 +204,7 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     for name in SYSTEMS:
         found[name] = train_system(folder, base, files, ranks, name)
     for name in MIXTURES:
-        found[name] = expert_state(train(name, base, files, folder, ranks=ranks)[0].model)
+        found[f"mixture {name}"] = expert_state(trained_mixtures.train(name, base, files, folder, ranks=ranks)[0].model)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:
         torch.distributed.barrier()

@@ -189,9 +189,7 @@ def test_a_model_that_holds_experts_gets_no_others_and_loses_nothing(tiny_llama_
     runs.trainer(tmp_path, max_steps=1).fit(again, runs.mixture(task_files, tiny_llama_dir))
 
 
-def test_a_fit_after_the_test_of_a_checkpoint_draws_random_numbers_of_its_own(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_a_fit_after_the_test_of_a_checkpoint_draws_random_numbers_of_its_own(tiny_llama_dir, task_files, tmp_path):
     dropout = partial(LoRAExpert, rank=2, dropout=0.5)
     _, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, dropout, max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -234,9 +232,7 @@ def test_penalties_join_the_loss_and_are_logged_by_name(tiny_llama_dir, task_fil
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_trained_values_are_float32_beside_a_bfloat16_base(
-    kind: str, precision: str, tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_trained_values_are_float32_beside_a_bfloat16_base(kind, precision, tiny_llama_dir, task_files, tmp_path):
     """And a rate at which nothing moves leaves no rounding of the base in the delta."""
     module = runs.module(tiny_llama_dir, KINDS[kind], dtype="bfloat16", learning_rate=1e-12)
     runs.trainer(tmp_path, max_steps=2, precision=precision).fit(module, runs.mixture(task_files, tiny_llama_dir))
@@ -306,9 +302,7 @@ def test_learning_rate_shapes_rise_and_fall() -> None:
         WarmupLinear(1.0)
 
 
-def test_the_default_optimizer_uses_the_kinds_rate_and_any_torch_scheduler_works(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_the_default_optimizer_uses_the_kinds_rate_and_any_torch_scheduler_works(tiny_llama_dir, task_files, tmp_path):
     module = runs.module(tiny_llama_dir, KINDS["full"], scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2))
     trainer = runs.trainer(tmp_path, max_steps=4)
     trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
@@ -319,9 +313,7 @@ def test_the_default_optimizer_uses_the_kinds_rate_and_any_torch_scheduler_works
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_fused_step_of_the_default_optimizer_is_that_of_plain_adamw(
-    architecture, tiny, task_files, tmp_path
-) -> None:
+def test_the_fused_step_of_the_default_optimizer_is_that_of_plain_adamw(architecture, tiny, task_files, tmp_path):
     """GPT-2 lays its weights out transposed, and a fused step passes over bare memory."""
     base, found = tiny(architecture), []
     for optimizer in (None, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)):
@@ -435,9 +427,7 @@ def test_a_run_killed_in_mid_epoch_resumes_with_the_same_losses(tiny_llama_dir, 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(
-    precision: str, tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(precision, tiny_llama_dir, task_files, tmp_path):
     """Validations fall between the ends of epochs."""
 
     def run(folder: Path, steps: int, ckpt: Path | None = None) -> list[float]:

@@ -11,6 +11,7 @@ from conftest import build_model
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
+from testbed.checkpointing import check_checkpointing
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -197,18 +198,12 @@ def test_two_passes_are_two_draws_and_pay_for_their_symmetric_divergence(packed:
 
 @pytest.mark.parametrize("gpt2", [False, True])
 def test_gradient_checkpointing_repeats_both_draws(gpt2: bool) -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = equipped(gpt2=gpt2)
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+    def loss(model: nn.Module) -> torch.Tensor:
         draw(model, "0/1")
         sums, _, divergence = paired_losses(model, batch())
-        (sums.sum() + divergence).backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in found[0].items():
-        assert gradient.any()
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+        return sums.sum() + divergence
+
+    check_checkpointing(lambda: equipped(gpt2=gpt2), loss)
 
 
 def test_a_compiled_model_follows_the_draws_without_being_compiled_again() -> None:

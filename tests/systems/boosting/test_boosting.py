@@ -142,9 +142,7 @@ def test_the_first_step_of_a_round_moves_each_number_by_the_learning_rate(rounds
             torch.testing.assert_close(moved, torch.full_like(moved, RATE * trained), rtol=1e-5, atol=0)
 
 
-def test_products_that_a_round_leaves_out_are_skipped_and_change_nothing(
-    rounds, tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_products_that_a_round_leaves_out_are_skipped_and_change_nothing(rounds, tiny_llama_dir, task_files, tmp_path):
     class Whole(BoostedLoRAExpert):
         """Computes its product in every round."""
 

@@ -1,0 +1,232 @@
+"""Scripts of benchmarks/ run as they stand, in small, and their reports hold what their pages state."""
+
+import importlib
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tokenizer, write_rows
+from testbed.here import STUDY, Here, work_here
+from testbed.random_deltas import random_delta
+from testbed.scripts import BENCHMARKS, run_commands_here, run_script, shown
+from testbed.searching import NAMES
+
+from modular_experts.base import Base
+from modular_experts.deltas import Sparse
+from modular_experts.jobs.engines import ENGINES
+from modular_experts.library import make_record, write_expert
+
+
+def test_the_three_ways_are_timed_and_agree() -> None:
+    report = json.loads(run_script("answer_logits.py", "--quick", "--json"))
+    works = [(dtype, work) for dtype in ("float32", "bfloat16") for work in ("training step", "forward", "generation")]
+    assert [(row["dtype"], row["work"]) for row in report["rows"]] == works
+    for row in report["rows"]:
+        assert row["places"] == 1
+        assert 0.05 < row["slice"] < 1000
+        if row["work"] != "generation":
+            assert 0.05 < row["whole"] < 1000
+            assert row["losses_apart"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
+    assert {"CPU", "threads", "torch"} <= set(report["machine"])
+    assert shown("answer_logits", report).count("\n| bfloat16, ") == 3
+
+
+def test_both_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(64)]
+    (tmp_path / "data").mkdir()
+    for name in ("one", "two"):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
+    places = ["--model", tmp_path / "base", "--data", tmp_path / "data"]
+    report = json.loads(run_script("packing.py", "--quick", "--json", *places))
+    found = report["rows"]
+    assert [(row["rows"], row["batch_size"]) for row in found] == [
+        *(("all 2 files", 8), ("all 2 files", 32)),
+        *(("two", 8), ("two", 32)),
+    ]
+    for row in found:
+        assert row["padding"]["packed"] < row["padding"]["plain"]
+        assert row["loss"]["packed"] == pytest.approx(row["loss"]["plain"], rel=1e-5)
+        assert 0.05 < row["speed"]["packed"] < 100
+    assert shown("packing", report).count("\n| two | ") == 2
+
+
+def test_an_evaluation_with_an_expert_has_two_lines(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = [{"input": f"say {number}", "target": "a", "choices": ["a", "b"], "split": "test"} for number in range(4)]
+    write_rows(tmp_path / "one.jsonl", rows)
+    record = make_record("SparseExpert", {"id": "base", "revision": None, "fingerprint": "0" * 64}, tasks=["one"])
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    delta = Sparse(torch.tensor([1, 5]), torch.ones(2), torch.Size((32, 32)))
+    write_expert(tmp_path / "library/one", {weight: delta}, record)
+    places = ["--model", tiny_llama_dir, "--data", tmp_path, "--experts", tmp_path / "library/{task}", "--tasks", "one"]
+    table = run_script("evaluation_cost.py", *places, "--new-tokens", "2").splitlines()[-2:]
+    assert [line.split(" | ")[0] for line in table] == ["| one", "| one, expert"]
+
+
+def test_a_quick_run_measures_each_engine_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "local", Here)
+    found = json.loads(run_script("engine_overhead.py", "--quick", "--json", "--engines", "local"))["local"]
+    assert found["pieces"] == 4
+    assert min(found["piece"], found["start"]) > 0
+    printed = run_script("engine_overhead.py", "--quick", "--engines", "local")
+    assert re.search(r"^local +[\d.]+ s to start, +[\d.]+ ms a piece", printed)
+
+
+def test_the_plan_of_a_tenth_prints_its_pieces() -> None:
+    printed = run_script("thousand_experts.py", "--quick")
+    # The base, a hundred experts and their tests, and three merges of eleven groups.
+    assert "234" in printed
+    # 16 * (2 * 8192 + 2 * 5120 + 3 * 18432) parameters in 32 layers, of four bytes
+    assert "an expert takes 168 MB, the base 16 GB" in printed
+
+
+def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
+    run_commands_here(monkeypatch)
+    work_here(monkeypatch, *STUDY)
+    found = json.loads(run_script("study_cost.py", str(tiny_llama_dir), "--quick", "--json"))
+    # Two trainings, their tests, and the test of the base.
+    assert found["pieces"] == 5
+    assert found["tasks"] == 10
+    assert found["bare"] < found["study"]
+    assert 0 < found["switching"] < 1
+    assert found["separate"] > 0
+    assert "testing 2 experts on 10 tasks" in shown("study_cost", found)
+
+
+def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path, monkeypatch) -> None:
+    run_commands_here(monkeypatch)
+    rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(16)]
+    rows += [{"input": "xx", "target": "ab", "split": "validation"}]
+    write_rows(tmp_path / "task.jsonl", rows)
+    words = ["--quick", "--json", "--data", tmp_path, "--task", "task", "--model", tiny_llama_dir]
+    words += ["--seeds", "3", "--out", tmp_path / "runs.jsonl", "--tries", "full:1e-4:9", "full:1e-4:1"]
+    found = []
+    for more in ([], ["--limit", "0"]):
+        found.append(json.loads(run_script("time_to_quality.py", *words, *more)))
+    assert found[0] == found[1]
+    words.remove("--json")
+    assert run_script("time_to_quality.py", *words, "--limit", "0").count("\n| full | ") == 2
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    peer, full, first, start = runs
+    kinds = [(run["kind"], run["steps"], run["seed"]) for run in runs]
+    assert kinds == [("LoRA, PEFT", 2, 3), ("full", 2, 3), ("LoRA, PEFT", 1, 3), ("full", 1, 3)]
+    whole, begun = found[0]["rows"]
+    assert whole["gap"] == [pytest.approx(full["loss"] - peer["loss"])]
+    assert whole["cpu"] == [pytest.approx(full["cpu"] / peer["cpu"])]
+    assert begun["cpu"] == [pytest.approx(start["cpu"] / first["cpu"])]
+    assert min(peer["loss"], peer["cpu"], start["cpu"]) > 0
+    assert "loss" not in start
+
+
+def test_tasks_with_words_of_their_own_are_told_apart(tmp_path, tiny_llama_dir, task_files) -> None:
+    file = tmp_path / "report.json"
+    how = ["--unseen", task_files["first"], "--rows", 4, 8, "--draws", 2, "--json", file]
+    printed = run_script("own_expert.py", tiny_llama_dir, task_files["upper"], task_files["reverse"], *how)
+    rows = json.loads(file.read_text())
+    assert [(row["rows"], row["router"], len(row["draws"])) for row in rows] == [
+        (4, "Centroid", 2),
+        (4, "KernelRidge", 2),
+        (8, "Centroid", 2),
+        (8, "KernelRidge", 2),
+    ]
+    assert all(draw["own"] > 90 for row in rows for draw in row["draws"])
+    assert "| 8 | `KernelRidge` | 100.0 |" in printed
+
+
+def test_forms_are_compared_with_their_scales_as_they_are(tmp_path, tiny_llama_dir, task_files) -> None:
+    weight = Base.open(tiny_llama_dir).load().get_parameter(NAMES[0])
+    for kind, form in {"entries": "Sparse", "full": "Dense"}.items():
+        record = make_record("SparseExpert", {"id": "base", "fingerprint": "f" * 64}, tasks=["upper"])
+        delta = random_delta(form, weight.shape, 0)
+        write_expert(tmp_path / f"library/{kind}-upper", [(NAMES[0], delta)], record)
+    where, file = [tiny_llama_dir, tmp_path / "library", task_files["upper"]], tmp_path / "report.json"
+    printed = run_script("fitted_scales.py", *where, "--kinds", "entries", "full", "--rows", 4, "--json", file)
+    entries, full = json.loads(file.read_text())
+    assert entries["sign, 50% of the entries"]["loss"] != entries["sign, 50% of the entries, fitted"]["loss"]
+    assert {*entries} - {*full} == {
+        f"{name} of the entries{fit}" for name in ("sign, 50%", "magnitudes2, 75%") for fit in ("", ", fitted")
+    }
+    assert f"| full | sign, fitted | 0.0 | {full['sign, fitted']['loss']:.3f} |" in printed
+
+
+KINDS = ["entries", "tiles", "LoRA"]
+ENCODED = [f"{kind}, int4" for kind in KINDS]
+ARROWS = ["Arrow", "PEFT Arrow"]
+LINEAR = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256) + 1024 * 256
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_every_kind_is_timed_beside_its_floor_and_its_goal() -> None:
+    report = json.loads(run_script("routing_cost.py", "--quick", "--json", "--dtype", "bfloat16"))
+    assert [row["work"] for row in report["rows"]] == ["prefill 64", "prefill 128", "decode"]
+    for row in report["rows"]:
+        assert row["base"] == 1
+        assert all(0.1 < row[kind] < 100 for kind in [*KINDS, *ENCODED, "PEFT LoRA", *ARROWS])
+    prefill, _, decode = report["rows"]
+    kept = round(0.05 * 256 * 256) * 4 + round(0.05 * 128 * 256) * 4 + round(0.05 * 512 * 256) * 6
+    assert prefill["entries, floor"] == pytest.approx(1 + kept / LINEAR)
+    assert decode["entries, floor"] == pytest.approx(1 + 8 * 2 * kept / LINEAR)
+    assert decode["entries, goal"] == pytest.approx(1 + 1.2 * (decode["entries, floor"] - 1))
+    assert [row["kind"] for row in report["memory"]] == [*KINDS, *ENCODED, *ARROWS]
+    held = {row["kind"]: row["held_over_packed"] for row in report["memory"] if row["kind"] != "PEFT Arrow"}
+    assert shown("routing_cost", report).count("\n| bfloat16, ") == 3 + 8
+    assert all(held[f"{kind}, int4"] < 0.6 * held[kind] for kind in KINDS)
+    for row in report["memory"]:
+        if row["kind"] in ENCODED:
+            assert 1 < row["with_base"] < row["used_with_base"], "eight experts have been decoded"
+    assert held["tiles"] == held["LoRA"] == 1
+    assert 1 < held["entries"] < 1.1, "the row pointers are all that is added"
+
+
+def test_choices_cost_what_their_steps_take_beyond_those_of_a_run_that_chose_once(monkeypatch) -> None:
+    """The first choice took 2 s by its own clock, in a step that warmed up; the four others 1.5 s, and 5 MiB more."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    selection_cost = importlib.import_module("selection_cost")
+    tokens = np.array([200, 100, 300, 100, 200, 300, 100, 200, 100, 400])
+    chosen = np.array([1, 0, 1, 0, 1, 1, 0, 1, 0, 0])
+    mib = 2**20
+    once = {"tokens": tokens, "seconds": 2 + tokens / 100, "peak": np.full(10, 900 * mib)}
+    once["seconds"][0] += 3
+    own = {
+        "tokens": tokens,
+        "chosen": chosen,
+        "seconds": once["seconds"] + 1.5 * chosen * (np.arange(10) > 0),
+        "peak": once["peak"] + 7 * mib + 5 * mib * chosen,
+        "own": 2.0 * chosen,
+        "largest": 2.5 * mib,
+    }
+    found = selection_cost.compare(own, once)
+    plain = (2 + tokens[1:] / 100).mean()
+    assert found["choices"] == 5
+    assert found["choice_in_steps"] == pytest.approx(1.5 / plain)
+    assert found["first_in_steps"] == pytest.approx(2 / plain)
+    assert found["share_of_time"] == pytest.approx(8 / own["seconds"].sum())
+    assert found["own_share"] == pytest.approx(10 / own["seconds"].sum())
+    assert found["spread"] == pytest.approx(0, abs=1e-12)
+    assert found["more_peak_in_largest_gradients"] == 2.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, tiny_llama_dir, monkeypatch):
+    class Run:
+        """A process of the script, which did all its steps when it was started."""
+
+        def __init__(self, command: list[str], **how: Any) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "stdin", io.StringIO("go\n" * 9))
+                self.stdout = iter(run_script("selection_cost.py", *command[2:]).splitlines())
+            self.stdin = io.StringIO()
+
+    monkeypatch.setattr(subprocess, "Popen", Run)
+    write_rows(tmp_path / "task.jsonl", [{"input": f"say {number}", "target": "a"} for number in range(20)])
+    options = [tiny_llama_dir, tmp_path / "task.jsonl", "--ways", "step", "--steps", "4"]
+    found = json.loads(run_script("selection_cost.py", *options))
+    assert found["way"] == "step"
+    assert found["choices"] >= 1
