@@ -3,23 +3,28 @@
 import importlib
 import io
 import json
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_tokenizer, write_rows
+from conftest import build_model, build_tokenizer, write_rows
 from testbed.here import STUDY, Here, work_here
 from testbed.random_deltas import random_delta
 from testbed.scripts import BENCHMARKS, run_commands_here, run_script, shown
 from testbed.searching import NAMES
+from transformers import LlamaForCausalLM
 
 from modular_experts.base import Base
 from modular_experts.deltas import Sparse
+from modular_experts.injection import inject
 from modular_experts.jobs.engines import ENGINES
 from modular_experts.library import make_record, write_expert
 
@@ -230,3 +235,86 @@ def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, tiny_llama_d
     found = json.loads(run_script("selection_cost.py", *options))
     assert found["way"] == "step"
     assert found["choices"] >= 1
+
+
+PLACES = {"entries": 96 * 64, "tiles of 16": 6 * 4}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict[str, Any]:
+    """What a quick run writes."""
+    file = tmp_path_factory.mktemp("storage") / "report.json"
+    assert "file/floor" in run_script("storage.py", "--quick", "--json", file)
+    return json.loads(file.read_text())
+
+
+def test_the_floor_is_the_information_in_a_choice(report) -> None:
+    for row in report["sizes"]:
+        places = PLACES[row["name"].split(", ")[0]]
+        kept = max(1, round(row["share"] * places))
+        assert row["floor"] * kept * 8 == pytest.approx(math.log2(math.comb(places, kept)), abs=1e-6)
+        assert row["stored_over_floor"] >= 1
+
+
+def test_what_is_stored_is_the_shortest_of_the_three_ways(report) -> None:
+    assert all(row["stored"] == min(row[way] for way in ("int32", "gaps", "mask")) for row in report["sizes"])
+    shortest = {min(("int32", "gaps", "mask"), key=lambda way: row[way]) for row in report["sizes"]}
+    assert {"gaps", "mask"} <= shortest
+
+
+def test_fewer_bits_take_fewer_bytes(report) -> None:
+    for kind in ("entries", "tiles", "LoRA"):
+        own = {row["name"]: row for row in report["encoded"] if row["name"].startswith(f"{kind}, ")}
+        sizes = [own[f"{kind}, {name}"]["bytes"] for name in ("bfloat16", "int8", "int4", "sign")]
+        assert sizes == sorted(sizes, reverse=True)
+        assert 0 < sizes[-1] < sizes[0] < 1
+        assert all(row[work] > 0 for row in own.values() for work in ("read", "merge", "route"))
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+        work_here(patch, "modular_experts.jobs")
+        yield importlib.import_module("related_cost")
+
+
+def smollm2_model() -> LlamaForCausalLM:
+    """Return a random model of SmolLM2's linear layers, without their memory."""
+    with torch.device("meta"):
+        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        return build_model("llama", **sizes, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
+
+
+def counted(script: ModuleType, part: str, name: str) -> int:
+    inject(model := smollm2_model(), script.PLANS[part][name]())
+    return script.parameters(model)["trained"]
+
+
+def test_mixtures_train_as_many_numbers_as_the_lora(script) -> None:
+    counts = {name: counted(script, "mixtures", name) for name in script.PLANS["mixtures"]}
+    reference = counts.pop("LoRA")
+    assert reference == 30 * 18 * (2 * (576 + 576) + 2 * (192 + 576) + 3 * (1536 + 576))
+    assert counts.pop("HiLo, fewer") < 0.8 * counts["MoLoRA"]
+    for name, count in counts.items():
+        assert round(abs(count / reference - 1), 6) <= 0.02, name
+
+
+def test_experts_train_as_many_numbers_as_the_goals_say(script) -> None:
+    counts = {name: counted(script, "experts", name) for name in ("LoRA, rank 8", "LoRA, rank 4", "AdaMix", "GLoRA")}
+    assert counts["LoRA, rank 8"] == 2 * counts["LoRA, rank 4"] == counts["GLoRA"]
+    assert counts["LoRA, rank 4"] < counts["AdaMix"] < 4 * counts["LoRA, rank 4"]
+    assert counted(script, "experts", "TT-LoRA") <= counts["LoRA, rank 4"] / 6
+    assert counted(script, "experts", "AdaMix, nothing shared") == 4 * counts["LoRA, rank 4"]
+
+
+def test_it_shows_the_costs(script, tmp_path) -> None:
+    names = ["--names", "XGBLoRA", "GOAT"]
+    shown = run_script("related_cost.py", "--quick", *names, "--work", tmp_path)
+    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith(("| LoRA", "| GOAT", "| XGBLoRA"))]
+    assert [row[0] for row in rows] == ["| LoRA, rank 8", "| XGBLoRA", "| LoRA", "| GOAT"]
+    assert rows[0][3:] == rows[2][3:] == ["1.00", "1.00 |"]
+    assert rows[1][1] == "0.12"
+    stored = (tmp_path / "experts-quick.jsonl").read_text()
+    run_script("related_cost.py", "--quick", *names, "--work", tmp_path)
+    assert (tmp_path / "experts-quick.jsonl").read_text() == stored

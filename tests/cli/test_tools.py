@@ -2,9 +2,11 @@
 
 import io
 import json
+import shlex
 import shutil
 import sys
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,9 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.cli.command import read_options, settings_of
 from modular_experts.cli.format import progress_bar
-from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.cli.study import next_steps
+from modular_experts.library import Library, make_record, open_expert, write_expert
+from modular_experts.quickstart import Plan
 from modular_experts.settings import UsageError
 
 
@@ -317,3 +321,23 @@ def test_recipe_is_merged(recipe, tmp_path, capsys, tiny_llama_dir):
     merged, base = load_file(tmp_path / "merged/model.safetensors"), load_file(tiny_llama_dir / "model.safetensors")
     assert merged.keys() == base.keys()
     assert all(torch.equal(merged[name], base[name]) for name in base)  # the one model is the base itself
+
+
+def test_the_commands_at_the_end_work_as_typed(tmp_path, monkeypatch, tiny_llama_dir, task_files, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    shutil.copytree(tiny_llama_dir, "runs/quick start/base")
+    plan, place = Plan(), Path("runs/quick start")
+    assert max(len(line) for step in next_steps(plan, Path("runs/quickstart")) for line in step.splitlines()) <= 78
+    kind = plan.kinds[0]
+    for task in list(plan.held_in)[:2]:
+        fit = f"""fit --model.base '{place}/base' --model.modules '.*q_proj' --model.expert LoRAExpert
+            --data.tasks '[{{"name": "{task}", "path": "{task_files["upper"]}"}}]' --trainer.max_steps 1
+            --trainer.callbacks+ ExportExpert --trainer.callbacks.library '{place}/library'
+            --trainer.callbacks.name {kind}-{task}"""
+        assert main(shlex.split(fit)) == 0
+    for command in next_steps(plan, place):
+        words = shlex.split(command.replace("\\\n", " "))
+        assert words[0] == "modular-experts"
+        assert main(words[1:]) == 0, capsys.readouterr().err
+    assert "two" in Library(place / "library")

@@ -1,10 +1,10 @@
-"""Inner products of every pair of forms against dense float64 tensors, and what they must not do on the way."""
+"""Inner products, coefficients of rows and sums of task vectors against dense float64 tensors."""
 
 import numpy
 import pytest
 import torch
 from hypothesis import given
-from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta
+from testbed.random_deltas import FORMS, Held, deltas_of_one_weight, random_delta
 
 from modular_experts.deltas import Dense, LowRank, Sparse, add
 from modular_experts.deltas.algebra import dot_by_row, inner, inner_by_row, scale_rows, truncated_svd
@@ -113,3 +113,38 @@ def test_half_precision_is_computed_in_float32(form) -> None:
     wide = delta.to(dtype=torch.float64).dense()
     torch.testing.assert_close(scaled.to(dtype=torch.float64).dense(), factors[:, None] * wide, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(found.double(), (tensor.double() * wide).sum(1), rtol=1e-2, atol=1e-2)
+
+
+def test_arithmetic_is_lazy_and_weight_by_weight() -> None:
+    one = Held({"a": random_delta("Sparse", (4, 5), 1), "b": random_delta("LowRank", (4, 5), 2)})
+    two = Held({"b": random_delta("Dense", (4, 5), 3), "c": random_delta("BlockSparse", (4, 5), 4)})
+    found = 0.5 * one - two * 2 + -one
+    assert list(found) == ["a", "b", "c"]
+    assert found.shapes()["c"] == (4, 5)
+    assert "a" in found
+    assert one.asked == two.asked == 0
+    torch.testing.assert_close(found["a"].dense(), -0.5 * one["a"].dense())
+    torch.testing.assert_close(found["b"].dense(), -0.5 * one["b"].dense() - 2 * two["b"].dense())
+    torch.testing.assert_close(found["c"].dense(), -2 * two["c"].dense())
+
+
+def test_a_weight_of_two_shapes_is_refused_at_once() -> None:
+    one, two = (Held({"a": random_delta("Dense", shape, 1)}) for shape in ((2, 3), (3, 2)))
+    with pytest.raises(ValueError, match=r"disagree on the shape of a: \(2, 3\) and \(3, 2\)"):
+        one + two
+
+
+def test_a_model_gets_a_task_vector_and_loses_it_bit_for_bit() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    vector = Held({"0.weight": random_delta("Sparse", (4, 5), 1), "1.bias": random_delta("Dense", (3,), 2)})
+    handle = vector.apply_to(model, scale=3.0)
+    for name in vector:
+        torch.testing.assert_close(model.get_parameter(name).detach(), before[name] + 3 * vector[name].dense().float())
+    handle.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ZeroDivisionError), vector.apply_to(model):
+        1 / 0  # noqa: B018
+    with pytest.raises(ValueError, match="has no such weight"):
+        Held({"x": random_delta("Dense", (3,), 2)}).apply_to(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,16 +1,19 @@
-"""CONTRIBUTING.md: its Python blocks run, and its commands work with these blocks as the user's own file."""
+"""CONTRIBUTING.md runs with its blocks as the user's own file; README.md is short and names every command."""
 
 import json
+import re
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from testbed.documents import blocks, definitions, run_as_file
+from testbed.documents import ROOT, blocks, definitions, run_as_file
 
-from modular_experts.__main__ import main
+from modular_experts.__main__ import VERBS, main
 from modular_experts.library import open_expert
+from modular_experts.testing import check_expert
 
 PAGE = "CONTRIBUTING.md"
 
@@ -45,3 +48,31 @@ def test_the_commands_work(tmp_path, monkeypatch, tiny, capsys):
     for name, delta in trained.items():
         torch.testing.assert_close(merged[name].dense(), 0.5 * delta.dense())
         assert delta.dense().any()
+
+
+README = "README.md"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_readers_expert_keeps_the_contract(tmp_path, monkeypatch) -> None:
+    # What is imported here is forgotten afterwards.
+    monkeypatch.setitem(sys.modules, "mine", types.ModuleType("mine"))
+    sys.modules.pop("mine")
+    Path(tmp_path, "mine.py").write_text(definitions(README), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    import mine
+
+    check_expert(mine.RowGain, compile=False)
+
+
+def test_the_page_is_short() -> None:
+    assert len((ROOT / README).read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.search(r"@[A-Z]+@", (ROOT / README).read_text(encoding="utf-8"))
+
+
+def test_the_table_names_every_command() -> None:
+    text = (ROOT / README).read_text(encoding="utf-8")
+    assert all(f"`{verb}`" in text for verb in VERBS)

@@ -16,6 +16,7 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.evaluation import TEXT_METRICS
+from modular_experts.evaluation.compare import write_report
 from modular_experts.library import as_parents, make_record, open_expert, write_expert
 from modular_experts.reports import Results
 
@@ -179,3 +180,34 @@ def test_results_of_a_base_that_has_changed_since_are_measured_anew(tiny_llama_d
     assert loss("runs/a") == loss(None)
     assert len(measured.read_text().splitlines()) == 6
     assert (before != loss(None)) == (file == "config.json")
+
+
+@pytest.mark.parametrize(
+    ("scores", "leader"),
+    [
+        ({"base": [0.0, 0.0], "a": [0.0, 0.0]}, "All models are level on held-in tasks: exact 0.0 %"),
+        (
+            {"base": [0.0, 0.0], "a": [1.0, 0.0], "b": [1.0, 0.0]},
+            "a and b are best on held-in tasks: exact 50.0 %, base 0.0 %",
+        ),
+        ({"base": [1.0, 0.0], "a": [0.0, 0.5]}, "base is best on held-in tasks: exact 50.0 %"),
+    ],
+)
+def test_no_model_is_called_best_of_those_that_look_alike(tmp_path, scores, leader) -> None:
+    rows = [
+        {
+            "model": model,
+            "experts": [],
+            "task": task,
+            "role": "held_in",
+            "metric": "exact_match",
+            "value": value,
+            "rows": 4,
+        }
+        for model, values in scores.items()
+        for task, value in zip(("x", "y"), values, strict=True)
+    ]
+    facts = {"versions": {"modular-experts": "0"}, "date": "", "examples": [], "models": {}, "base": "", "machine": ""}
+    write_report(Results(rows, facts | {"dtype": "", "max_new_tokens": 3}), tmp_path / "page.html")
+    page = Path(tmp_path / "page.html").read_text().replace("&#160;", " ")
+    assert leader in page

@@ -11,7 +11,7 @@ import torch
 from testbed.merging import merge_one
 from testbed.random_deltas import random_delta
 
-from modular_experts.deltas import Dense, Sparse
+from modular_experts.deltas import Sparse
 from modular_experts.library import make_record, new_directory, open_expert, write_expert
 from modular_experts.merger import merged as merger
 from modular_experts.merger.merged import Merged, merge
@@ -54,20 +54,6 @@ def test_missing_weight_counts_as_zero_in_an_average(library):
     one = open_expert(library / "one")
     assert torch.equal(merged["b.weight"].dense(), one["b.weight"].dense() / 2)
     assert isinstance(merged["a.weight"], Sparse)
-
-
-def test_global_ties_sees_every_weight(library):
-    paths = [library / "one", library / "two"]
-    merged = merge(paths, TIES(keep=0.1, scope="global"), library / "merged")
-    trimmed = {}
-    for i, path in enumerate(paths):
-        expert = open_expert(path)
-        long = torch.cat([entries(expert, name).view(-1) for name in SHAPES]).abs()
-        cut = long.sort(descending=True).values[int(0.1 * long.numel()) - 1]
-        trimmed[i] = {name: entries(expert, name) * (entries(expert, name).abs() >= cut) for name in SHAPES}
-    for name in SHAPES:
-        expected = TIES(keep=1.0).merge([Dense(trimmed[0][name]), Dense(trimmed[1][name])]).dense()
-        assert torch.equal(merged[name].dense(), expected)
 
 
 def test_merge_of_merges_works_and_provenance_tells_the_parents(library):
@@ -248,9 +234,11 @@ def test_what_an_interrupted_merge_left_is_only_taken_up_whole(library):
     open_expert(library / "merged").verify()
 
 
-def test_another_merge_does_not_take_up_what_one_left(library):
+def test_another_merge_does_not_take_up_what_one_left_and_removes_it(library):
     interrupted_at(library, "c.weight")
+    assert len(hidden(library)) == 1
     merge_two(library, "merged", method=TaskArithmetic())
+    assert not hidden(library)
     assert open_expert(library / "merged").record["method"]["class_path"].endswith("TaskArithmetic")
 
 
@@ -333,13 +321,6 @@ def test_interrupted_merge_with_experts_beside_goes_on(library, monkeypatch):
         merge_two(library, "merged", method=WithTasks(factor=3.0))
     merge_two(library, "merged", method=WithTasks())
     assert {path.name for path in library.iterdir()} >= {"merged", "merged-one", "merged-two"}
-
-
-def test_what_other_work_for_the_target_left_is_removed(library):
-    interrupted_at(library, "c.weight")
-    assert len(hidden(library)) == 1
-    merge_two(library, "merged", method=TaskArithmetic())
-    assert not hidden(library)
 
 
 def key_of(library, method=None, **rules):

@@ -1,9 +1,12 @@
-"""A figure has a mark at each value, in the colours of its page or of its own, and no text becomes markup."""
+"""Figures and curves have a mark at each value, in the colours of their page or of their own."""
 
+import math
+import re
 from xml.etree import ElementTree
 
 import pytest
 
+from modular_experts.reports.curve import Point, draw_curves
 from modular_experts.reports.figure import NAMES, NUMBERS, Panel, Row, draw
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -47,3 +50,42 @@ def test_colours_are_those_of_the_page_or_of_a_light_or_dark_file() -> None:
     assert "--ink:" not in draw("t", "k", PANELS)
     assert "--paper: #ffffff" in draw("t", "k", PANELS, dark=False)
     assert "--paper: #0d1117" in draw("t", "k", PANELS, dark=True)
+
+
+CURVES = {
+    "sparse": [
+        Point("sign", 0.2, 0.9),
+        Point("int4", 0.5, 1.0),
+        Point("as large", 0.5, 0.97),
+        Point("worse", 0.7, 0.95),
+        Point("as trained", 2.0, 1.0),
+    ],
+    "lora": [Point("rank 1", 0.02, 0.6), Point("bfloat16", 0.7, 1.0)],
+}
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_marks_lie_at_the_logarithm_of_the_bytes_and_at_the_share(wide) -> None:
+    picture = ElementTree.fromstring(draw_curves("What is kept", "over bytes", CURVES, wide))
+    marks = [one for one in picture.iter() if one.tag.endswith("circle")]
+    titles = [re.match("[^:]*", mark[0].text)[0] for mark in marks]
+    assert sorted(titles) == sorted(point.name for points in CURVES.values() for point in points)
+    of = dict(zip(titles, ((float(mark.get("cx")), float(mark.get("cy"))) for mark in marks), strict=True))
+    apart = of["int4"][0] - of["sign"][0], of["as trained"][0] - of["int4"][0]
+    assert apart[0] / apart[1] == pytest.approx(math.log(0.5 / 0.2) / math.log(2.0 / 0.5), abs=0.02)
+    assert (of["sign"][1] - of["int4"][1]) / (of["worse"][1] - of["int4"][1]) == pytest.approx(2, abs=0.05)
+    hollow = {title for title, mark in zip(titles, marks, strict=True) if mark.get("class") == "before"}
+    assert hollow == {"as large", "worse", "as trained"}, "a way of no more bytes keeps as much"
+    assert titles[:3] == ["as large", "worse", "as trained"], "filled marks lie over them"
+    named = {one.text for one in picture.iter() if one.tag.endswith("text")}
+    assert {"sign", "int4", "rank 1", "bfloat16", "sparse", "lora"} <= named
+    assert not named & {"as large", "worse", "as trained"}
+
+
+def test_names_cover_no_other_name() -> None:
+    crowd = {"sparse": [Point(f"a way called {n}", 1.02**n, 0.5 + n / 100) for n in range(20)]}
+    picture = ElementTree.fromstring(draw_curves("many", "ways", crowd))
+    names = [one for one in picture.iter() if one.tag.endswith("text") and (one.text or "").startswith("a way")]
+    assert 3 <= len(names) < 20
+    heights = sorted((float(one.get("x")), float(one.get("y"))) for one in names)
+    assert len({*heights}) == len(names)
