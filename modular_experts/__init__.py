@@ -32,6 +32,7 @@ _HOMES = {
     "modular_experts.tuning.distill": ("distill",),
     "modular_experts.tuning.shrink": ("shrink",),
     "modular_experts.base": ("Base",),
+    "modular_experts.base.device": ("use_device",),
     "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "check_loaded"),
     "modular_experts.interop.import_expert": ("import_expert",),
     "modular_experts.interop.peft": ("export", "read_peft"),

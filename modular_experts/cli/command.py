@@ -17,7 +17,7 @@ from typing import Any, get_origin
 import yaml
 
 import modular_experts
-from modular_experts.cli.commands import VERBS
+from modular_experts.cli.commands import COMPUTING, VERBS
 from modular_experts.settings import Loader, UsageError, Word, folded, listed, meant, over, respelt, unknown
 from modular_experts.settings.read import Read, arguments_of, class_named, kinds_of, read, read_arguments
 
@@ -29,7 +29,8 @@ def run_command(
 ) -> None:
     """Parse a command's arguments, as `read_options` takes them, and call its function."""
     make = partial(read_arguments, "--", function)
-    function(**arguments_given(argv[1:], arguments_of(function)[0], make, positional, short))
+    hints = arguments_of(function)[0] | ({"device": str} if argv[0] in COMPUTING else {})
+    function(**arguments_given(argv[1:], hints, make, positional, short))
 
 
 def arguments_given(
@@ -56,6 +57,8 @@ def arguments_given(
         # To trust something imports torch.
         if named := read("--trust", list[str], settings.pop("trust", [])).make():
             modular_experts.trust(*named)
+        if "device" in hints and (device := read("--device", str, settings.pop("device", "")).make()):
+            modular_experts.use_device(device)
         found = make(settings)
     except UsageError as error:
         raise UsageError(respelt(str(error), spelt)) from None

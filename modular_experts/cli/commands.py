@@ -103,6 +103,11 @@ VERBS = {
     **dict(system_commands()),
 }
 
+COMPUTING = {"combine", "compress", "evaluate", "fit", "generate", "harness", "merge", "predict", "quickstart"}
+COMPUTING |= {"route", "search", "shrink", "statistics", "study", "test", "validate"}
+"""Commands that load a model and compute with it, on the device that `--device` names."""
+DEVICE = {"--device NAME": "Where models compute: cpu, cuda, cuda:1. (default: a GPU if there is one)"}
+
 # The texts of the options that most runs need, as `--help` shows them.
 OWN_OPTIONS = {
     "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from modular_experts.cli.commands import VERBS, Command, help_texts
+from modular_experts.cli.commands import COMPUTING, DEVICE, VERBS, Command, help_texts
 from modular_experts.settings.read import arguments_of
 
 _ROOT = Path(__file__).parents[2]
@@ -92,6 +92,7 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
     sections = {"required": {}, "options": {}}
     home = _ROOT / f"modular_experts/{command.path}.py"
     description, example = _read_source(home, command.function, whole, **sections)
+    sections["options"] |= DEVICE if whole and verb in COMPUTING else {}
     usage = []
     for option in sections["required"]:
         name = option.partition(" ")[0][2:]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from modular_experts.cli.command import arguments_given, run_command
-from modular_experts.cli.commands import importing
+from modular_experts.cli.commands import DEVICE, importing
 from modular_experts.settings import SHORT_NAMES, unknown
 from modular_experts.settings.read import arguments_of
 from modular_experts.text import bytes_text
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modular_experts.training.estimate import FitEstimate
 
 GROUPS = ("model", "data", "trainer")
-OTHERS = ("seed_everything", "ckpt_path", "trust")
+OTHERS = ("seed_everything", "ckpt_path", "trust", "device")
 FIT_ALONE = ("out", "overwrite", "keep_inputs", "dry_run", "gate_of")
 
 
@@ -42,9 +42,10 @@ def run(argv: Sequence[str]) -> None:
         from modular_experts.cli.help import class_help
         from modular_experts.training.fit import end_processes, estimate_fit, fit, measure
         from modular_experts.training.settings import RunSettings, read_run
-    hints = {name: hint for name, hint in arguments_of(RunSettings)[0].items() if name in known}
+    hints = {name: hint for name, hint in arguments_of(RunSettings)[0].items() if name in known} | {"device": str}
     if {"--help_all", "--help-all"} & {*words}:
         print("\n\n".join(class_help(f"--{group}.", hints[group].__args__[-1]) for group in GROUPS))
+        print("\n" + "  ".join(*DEVICE.items()))
         return
     make = partial(read_run, known=known)
     arguments = arguments_given(words, hints, make, short=SHORT_NAMES, beneath=_settings_of_checkpoint)

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
+from modular_experts.base.device import device
 from modular_experts.base.files import read_layouts
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import Example
@@ -117,7 +117,7 @@ def _scores(
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
     model: Any = base.load(dtype)
-    tokenizer, device = base.tokenizer(), "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = base.tokenizer()
     same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles)
     keys = [(result_key(*same, one.hashes),) for one in models]
     done, total = 0, len(models) * len(examples)
@@ -135,7 +135,7 @@ def _scores(
     found = []
     for one, key in zip(models, keys, strict=True):
         if (scores := known.get(key)) is None:
-            with one.in_place(model, dtype, device) as measured:
+            with one.in_place(model, dtype) as measured:
                 data.fit_context(context_length(measured))
                 scores = measure(measured, tokenizer, counted(one.title), data.roles, max_new_tokens, metrics, EXAMPLES)
             if one.hashes is not None:
@@ -187,12 +187,12 @@ class Compared:
             pass
 
     @contextmanager
-    def in_place(self, model: PreTrainedModel, dtype: DType, device: str) -> Iterator[PreTrainedModel]:
-        """Yield the loaded base with the experts in place, or the checkpoint, on a device."""
+    def in_place(self, model: PreTrainedModel, dtype: DType) -> Iterator[PreTrainedModel]:
+        """Yield the loaded base with the experts in place, or the checkpoint, on the device."""
         whole: Any = self.checkpoint.load(dtype) if self.checkpoint else model
         # Deltas are added on the CPU, as `apply` adds them.
         with attached(whole, self.experts, check=False):
-            whole.to(device)
+            whole.to(device())
             yield whole
             whole.to("cpu")
 

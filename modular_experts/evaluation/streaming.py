@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
+from modular_experts.base.device import device
 from modular_experts.data.chat import ConversationTokenizer, template_hash
 from modular_experts.evaluation.generation import answer_rooms, continued
 from modular_experts.injection import context_length
@@ -78,8 +79,8 @@ def generate(
         _, (room,) = answer_rooms(model, [ids[0]], max_new_tokens)
         how: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops, "pad_token_id": pad}
         config = GenerationConfig(do_sample=temperature > 0, **how, **sampling)
-        model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
-        ids = ids.to(device)
+        model.to(device())
+        ids = ids.to(model.device)
         torch.manual_seed(seed)
         streamer = _Streamer(tokenizer, write) if write else None
         written = continued(model, ids, torch.ones_like(ids), config, streamer)[0]

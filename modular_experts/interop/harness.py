@@ -121,7 +121,7 @@ def harness(
     for done, one in enumerate(models):
         progress(one.title, done, len(models))
         alone = not all(stored.mergeable for stored in one.stored)
-        with one.in_place(model, dtype, "cuda" if torch.cuda.is_available() else "cpu") as whole:
+        with one.in_place(model, dtype) as whole:
             for suite in suites:
                 measured = _measured(whole, tokenizer, suite, measuring.batch_size, alone)
                 facts["harness"]["tasks"] |= _versions(measured)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
+from modular_experts.base.device import device
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
@@ -177,7 +178,7 @@ def take_statistics(
     model: Any = opened_base.load("float32")
     data.fit_context(context_length(model))
     examples = [_own_examples(expert, data, rows, splits, targets) for expert in opened]
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device())
     if labels == "experts":
         examples = _answered(model, opened, examples, data, given.max_new_tokens)
     batches = [batches_by_length(own, data) for own in examples]

@@ -13,11 +13,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.base.base import DType
+from modular_experts.base.device import device
 from modular_experts.callbacks.progress import lines_shown
 from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
@@ -174,7 +174,7 @@ def load(base: str, dtype: DType, identity: str) -> tuple[PreTrainedModel, PreTr
     """Load a base of this identity, and its tokenizer."""
     opened = Base.open(base)
     model: Any = opened.load(dtype)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), opened.tokenizer()
+    return model.to(device()), opened.tokenizer()
 
 
 _MIXTURES: dict[Any, TaskMixture] = {}

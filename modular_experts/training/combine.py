@@ -20,6 +20,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from modular_experts.base import Base
+from modular_experts.base.device import device
 from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.data.rows import content_hash
 from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
@@ -223,7 +224,7 @@ class _Measure:
         progress: Progress,
     ) -> None:
         model: Any = Base.open(None, list(own.values())).load()
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device())
         self._objective = Objective(model, data, own if answer else None, answer or 64, progress)
         self._held_out: list[Batch] = []
         if held_out:
@@ -237,7 +238,7 @@ class _Measure:
         self._base = self._seconds(batch_losses)[1]
 
     def _seconds(self, measure: Callable[..., Any]) -> tuple[dict[str, float], float]:
-        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        clock = time.process_time if device().type == "cpu" else time.perf_counter
         started = clock()
         return self._objective.losses(measure), clock() - started
 

@@ -18,6 +18,7 @@ from torch import distributed, nn
 from tqdm import tqdm
 
 from modular_experts.base import Base
+from modular_experts.base.device import trainer_device
 from modular_experts.callbacks import EvenValidation, ExportExpert
 from modular_experts.callbacks.schedule import callbacks_of
 from modular_experts.data import TaskMixture
@@ -252,7 +253,7 @@ def prepare(
 
 def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Trainer:
     """Return the trainer, with a length, a progress bar on a terminal, and metrics.csv beside any other logger."""
-    given = TRAINER | dict(settings.get("trainer", {}))
+    given = TRAINER | trainer_device() | dict(settings.get("trainer", {}))
     given |= {"max_steps": settings["steps"]} if "steps" in settings else {}
     listed = given.get("callbacks") or []
     callbacks: list[Callback] = [*listed] if isinstance(listed, Sequence) else [listed]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
+from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import Batch, Collator, Example
 from modular_experts.data.tokenize import RowTokenizer
@@ -201,7 +202,7 @@ def objective_on_base(
     # A task that is refused is refused before the base is loaded.
     read_validation_rows(data, targets=not by_experts)
     model: Any = opened.load()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device())
     objective = Objective(model, data, own if by_experts else None, given.max_new_tokens, progress)
     if own:
         objective.origin = {"labels": labels, "expert_of": {task: expert.name for task, expert in own.items()}}

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base
+from modular_experts.base.device import device
 from modular_experts.base.files import MANIFEST, copy_companions, quiet, write_manifest
 from modular_experts.base.streaming import Rounding
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
@@ -154,7 +155,7 @@ def compress(
     stored = model.dtype
     # Parameter by parameter: `model.to` would touch the tables of positions too.
     _cast(model, torch.promote_types(stored, torch.float32))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device())
     removable = Removable(model, opened.place)
     work = json.dumps([opened.fingerprint, settings, [text.tolist() for text in texts.values()], package_versions()])
     with new_directory(target, overwrite, MANIFEST, work) as temporary:

@@ -1,0 +1,37 @@
+"""Choose where models compute: on the device that the user names, or on a GPU if there is one."""
+
+import os
+
+import torch
+
+VARIABLE = "MODULAR_EXPERTS_DEVICE"
+"""The variable of the environment that names it, for this process and those that it starts."""
+
+
+def use_device(name: str) -> None:
+    """Compute on a device from now on: `cpu`, `cuda`, `cuda:1`, or another name of torch's.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        found = torch.accelerator.current_accelerator(check_available=True)
+        there = [f"{found.type}:{number}" for number in range(torch.accelerator.device_count())] if found else []
+        listed = " or ".join(["cpu", *there])
+        raise ValueError(f"there is no device {name!r} here; compute on {listed}") from None
+    os.environ[VARIABLE] = name
+
+
+def device() -> torch.device:
+    """Return where models compute."""
+    return torch.device(os.environ.get(VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def trainer_device() -> dict[str, object]:
+    """Return the arguments of Lightning's `Trainer` for the device that the user has named; it finds one by itself."""
+    if VARIABLE not in os.environ:
+        return {}
+    one = device()
+    return {"accelerator": one.type} | ({} if one.index is None else {"devices": [one.index]})
