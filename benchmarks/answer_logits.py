@@ -8,11 +8,16 @@ ways, in turn, in an order drawn anew for each round, on one thread; the numbers
 * slice: `logits_to_keep` as a number, so that the head gets a slice of the hidden states;
 * places: `evaluation.answer_logits`, which gathers the hidden states of labelled places for the head.
 
-Generation of 8 tokens after 24 is transformers' own (a slice, too) beside `evaluation.generate`.
+Generation of 8 tokens after 24 is transformers' own (a slice, too) beside `evaluation.generate`. Then one layer of that
+model takes a training step on 4 rows of 512 labelled tokens, in a process of its own, with all logits at once and in
+parts (`likelihood.HEAD_BYTES`): CPU time, and growth of memory, over those of all at once.
 
     python benchmarks/answer_logits.py [--json] [--quick]      5 minutes; --quick: in small, to see that it runs
 """
 
+import argparse
+import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -21,12 +26,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contenders import language_model
-from measuring import Parser, medians, output, print_machine
+from measuring import Parser, high_water, in_own_process, medians, output, print_machine
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.evaluation import batch_losses
+from modular_experts.evaluation import batch_losses, likelihood
 from modular_experts.evaluation.generation import evaluating
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
@@ -104,13 +109,41 @@ def compare(dtype: torch.dtype, rounds: int, quick: bool) -> Iterator[dict[str, 
     yield kind | {"work": "generation"} | over_places(written)
 
 
+def large_step(limit: int, dtype: torch.dtype, quick: bool) -> dict[str, float]:
+    """Return CPU seconds, growth of memory and loss of a step on many labelled tokens; `limit` is `HEAD_BYTES`."""
+    model: Any = language_model(quick).base
+    del model.model.layers[1:]
+    inject(model, lambda weight: LoRAExpert(weight, rank=16), r".*_proj")
+    model.to(dtype)
+    ids = torch.randint(model.config.vocab_size, (4, 513), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    likelihood.HEAD_BYTES, before, start = limit, high_water(), time.process_time()
+    loss = train(by_places, model, batch)
+    return {"seconds": time.process_time() - start, "memory": high_water() - before, "loss": loss}
+
+
+def in_parts(dtype: torch.dtype, quick: bool) -> dict[str, Any]:
+    """Return a row for the step on many labelled tokens."""
+    kind, words = str(dtype).removeprefix("torch."), ["--quick"] * quick
+    limits = {"whole": 2**62, "parts": 0 if quick else likelihood.HEAD_BYTES}
+    found = {way: in_own_process(__file__, "--step", kind, str(limit), *words) for way, limit in limits.items()}
+    over = {name: found["parts"][name] / max(found["whole"][name], 1) for name in ("seconds", "memory")}
+    apart = abs(found["parts"]["loss"] / found["whole"]["loss"] - 1)
+    return {"dtype": kind, "time": over["seconds"], "memory": over["memory"], "losses_apart": apart}
+
+
 def main() -> None:
     parser = Parser(__doc__, quick="a tiny model: the numbers mean nothing")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.step:
+        print(json.dumps(large_step(int(options.step[1]), getattr(torch, options.step[0]), options.quick)))
+        return
     rounds = 1 if options.quick else options.repeats
-    output(options, {"rows": [row for dtype in DTYPES for row in compare(dtype, rounds, options.quick)]}, show)
+    rows = [row for dtype in DTYPES for row in compare(dtype, rounds, options.quick)]
+    output(options, {"rows": rows, "parts": [in_parts(dtype, options.quick) for dtype in DTYPES]}, show)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -121,6 +154,9 @@ def show(report: dict[str, Any]) -> None:
         cells = [f"{row[name]:.2f}" if name in row else "" for name in WAYS]
         apart = f"{row['losses_apart']:.0e}" if "losses_apart" in row else ""
         print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} | {apart} |")
+    print("\n2048 labelled tokens in parts, over all at once\n\n| | time | memory | losses apart |\n|---|---|---|---|")
+    for row in report["parts"]:
+        print(f"| {row['dtype']} | {row['time']:.2f} | {row['memory']:.2f} | {row['losses_apart']:.0e} |")
 
 
 if __name__ == "__main__":

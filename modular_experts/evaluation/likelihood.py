@@ -1,16 +1,26 @@
 """Compute the loss of a row's target, whether it is the likeliest answer, and the likelihood of its choices."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from modular_experts.data.batch import IGNORED, Batch, repacked
 from modular_experts.routing.gates import reading
+
+HEAD_BYTES = 2**28
+"""Float32 logits of more bytes are made in parts, and again in backward (`docs/benchmarks/answer-logits.md`)."""
+PART = 128
+"""Labelled tokens of a part."""
+_OTHER: WeakSet[nn.Module] = WeakSet()
+"""Heads whose model changes the logits behind them, by a scale or a cap."""
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -28,8 +38,17 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = arguments[0]
         return (hidden[labelled][None], *arguments[1:]) if hidden.shape[:2] == labelled.shape else None
 
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    hook = (head or nn.Identity()).register_forward_pre_hook(gather)
+    logits = _logits(model, batch, gather)
+    return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
+
+
+def _head(model: nn.Module) -> Any:
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def _logits(model: nn.Module, batch: Batch, before_head: Callable[[nn.Module, tuple[Any, ...]], Any]) -> Tensor:
+    """Return what the model gives, with a hook in front of its output head."""
+    labels, hook = batch["labels"], (_head(model) or nn.Identity()).register_forward_pre_hook(before_head)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "cache") if key in batch}
     # A router chooses by the prompt, what comes before the first labelled token; it counts neither padding nor fillers.
     owner = batch["row"] if "row" in batch else torch.arange(len(labels), device=labels.device)[:, None]
@@ -38,10 +57,9 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         tokens = tokens & ~torch.isin(owner, torch.tensor(fillers, device=owner.device))
     with reading(_prompts(batch), batch.get("task"), tokens, batch.get("row")):
         try:
-            logits = model(**inputs, use_cache="cache" in batch).logits
+            return model(**inputs, use_cache="cache" in batch).logits
         finally:
             hook.remove()
-    return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
 
 
 def _prompts(batch: Batch) -> Tensor:
@@ -71,9 +89,36 @@ def row_sums(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each row's summed loss in nats, in at least float32 `(n,)`, and its number of labelled tokens `(n,)`."""
-    logits, labels = answer_logits(model, batch)
+    head, (labels, labelled) = _head(model), _predicted(batch)
+    is_large = type(head) is nn.Linear and 4 * int(labelled.sum()) * head.out_features > HEAD_BYTES
+    if is_large and head not in _OTHER and (hidden := _answer_states(model, batch)) is not None:
+        parts = zip(hidden.split(PART), labels[labelled].split(PART), strict=True)
+        losses = [checkpoint(lambda x, y: _losses(head(x), y), *part, use_reentrant=False) for part in parts]
+        return row_sums(batch, torch.cat(losses))
+    return row_sums(batch, _losses(*answer_logits(model, batch)))
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return row_sums(batch, F.cross_entropy(logits, labels, reduction="none"))
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _answer_states(model: nn.Module, batch: Batch) -> Tensor | None:
+    """Return the hidden states `(m, hidden)` that the head reads at the labelled tokens; None where the model's logits
+    are other than the head's.
+    """
+    _, labelled = _predicted(batch)
+    seen: list[Tensor] = []
+
+    def take(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(arguments[0])
+        return (arguments[0][:1, :1], *arguments[1:])
+
+    logits, head = _logits(model, batch, take), _head(model)
+    if seen and seen[0].shape[:2] == labelled.shape and torch.equal(logits, head(seen[0][:1, :1])):
+        return seen[0][labelled]
+    _OTHER.add(head)
+    return None
 
 
 def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ def test_the_three_ways_are_timed_and_agree() -> None:
             assert 0.05 < row["whole"] < 1000
             assert row["losses_apart"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
     assert {"CPU", "threads", "torch"} <= set(report["machine"])
+    assert all(row["losses_apart"] < 1e-5 and row["time"] > 0 for row in report["parts"])
     assert shown("answer_logits", report).count("\n| bfloat16, ") == 3
 
 

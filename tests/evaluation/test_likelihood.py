@@ -126,6 +126,30 @@ def test_the_head_is_asked_for_the_answers_alone_and_gets_them_in_one_piece() ->
     assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape, "the model is as before"
 
 
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SCALED])
+def test_large_logits_are_made_in_parts_with_the_same_losses_and_gradients(architecture: str, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = SCALED[architecture]() if architecture in SCALED else build_model(architecture)
+    model, batch, rows = model.eval().double(), example_batch(), []
+    head, weight = model.get_output_embeddings(), next(model.parameters())
+
+    def found() -> tuple[torch.Tensor, torch.Tensor]:
+        sums, _ = batch_losses(model, batch)
+        return sums.detach(), torch.autograd.grad(sums.sum(), weight)[0]
+
+    whole, usual = found()
+    monkeypatch.setattr("modular_experts.evaluation.likelihood.HEAD_BYTES", 0)
+    monkeypatch.setattr("modular_experts.evaluation.likelihood.PART", 3)
+    parts, mine = found()
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(mine, usual)
+    watch = head.register_forward_hook(lambda head, inputs, output: rows.append(output.shape[:-1].numel()))
+    found()
+    watch.remove()
+    changed = architecture in SCALED
+    assert max(rows) == (7 if changed else 3), "the parts of a model that scales its logits would be wrong"
+
+
 def test_a_model_that_makes_all_logits_gives_the_same() -> None:
     model = build_model("llama")
     batch = example_batch()
