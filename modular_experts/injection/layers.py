@@ -1,7 +1,5 @@
 """Layers that keep an expert beside the base's own weight and bias."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,5 +1,6 @@
 """Define a piece of work, the store of results that makes a run restartable, and the account of failures."""
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -8,11 +9,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # on Windows there is no lock, and two processes must not write one file
-    fcntl = None  # type: ignore[assignment]
 
 Key = tuple[str | int | float, ...]
 
@@ -63,8 +59,7 @@ class JSONLines(dict[Key, Any]):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self.file.open("a+b", buffering=0) as file:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
                 file.seek(self._whole)
                 self._take(file.read())
                 file.truncate(self._whole)

@@ -1,5 +1,6 @@
 """Check the names of experts, and write directories and files whole or not at all, with the umask's permissions."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -11,12 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modular_experts.library.record import RECORD_FILE
-
-try:
-    import fcntl
-except ImportError:  # on Windows there is no lock, and two processes that do the same work disturb each other
-    fcntl = None  # type: ignore[assignment]
-
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # As `_beside` and `tempfile` make them, also with the endings of a file of tensors that was not finished.
@@ -147,9 +142,6 @@ def locked(directory: Path, target: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: Another process holds it; the sentence names `target`.
     """
-    if fcntl is None:
-        yield
-        return
     if directory.is_symlink():
         raise FileExistsError(f"{directory} is a link, so nothing is written there; remove it")
     handle = os.open(directory, os.O_RDONLY)

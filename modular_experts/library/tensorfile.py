@@ -126,9 +126,6 @@ class TensorFileWriter:
         Path(self._notes.name).unlink()
 
 
-_DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)  # which Windows lacks
-
-
 class MappedTensors:
     """The tensors of a file that `safetensors` has opened, and so checked, before; each is a view of the mapped file.
 
@@ -162,8 +159,8 @@ class MappedTensors:
         first, last = self._spans[name]
         first += -first % mmap.PAGESIZE  # pages that hold nothing else
         last -= last % mmap.PAGESIZE
-        if last > first and _DROP is not None:
-            self._mapped.madvise(_DROP, first, last - first)
+        if last > first:
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def file_hash(file: Path) -> str:

@@ -31,10 +31,9 @@ from modular_experts.training.checkpoint import resize_like
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
 
-SILENT: dict[str, Any] = {
-    **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
-    **{"enable_model_summary": False, "use_distributed_sampler": False},
-}
+SILENT: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False
+)
 """Arguments of a trainer that prints and keeps nothing."""
 _STEPS = 4
 _MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the longest
