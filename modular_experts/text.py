@@ -34,8 +34,8 @@ def depth_of(name: str) -> int | None:
 
 
 def in_any_block(name: str) -> str:
-    """Return a weight's name with a star for each number between dots, which is alike in all transformer blocks."""
-    return re.sub(r"\.\d+\.", ".*.", name)
+    """Return a weight's name with a star for each number between dots or in brackets, alike in all blocks."""
+    return re.sub(r"\[\d+\]", "[*]", re.sub(r"\.\d+\.", ".*.", name))
 
 
 def bytes_text(size: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modular_experts.base.base import Base, DType, find_base
 from modular_experts.base.files import MANIFEST, fetch
-from modular_experts.base.structure import Structure
+from modular_experts.base.structure import Structure, weight_of
 from modular_experts.base.verify import Check
 from modular_experts.deltas import Delta, add
 from modular_experts.deltas.task_vector import Sum, TaskVector
@@ -94,7 +94,7 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
     """
     check_fit(model, experts)
     for name in progress(sorted({name for expert in experts for name in expert})):
-        weight = model.get_parameter(name)
+        weight = weight_of(model, name)
         delta = add([expert[name] for expert in experts if name in expert])
         delta.to(weight.device).add_to(weight)
 
@@ -123,7 +123,7 @@ class Applied:
         if self is not standing[-1]:
             raise ValueError("experts that were added later are still in the model; remove those first")
         for name, weight in self._before.items():
-            self._model.get_parameter(name).copy_(weight)
+            weight_of(self._model, name).copy_(weight)
         self._before = {}
         standing.pop()
         if not standing:
@@ -162,7 +162,8 @@ def applied(
     if check:
         check_loaded(model, opened)
     moved = {name for expert in opened for name in expert}
-    found = Applied(model, {n: weight.detach().clone() for n, weight in model.named_parameters() if n in moved})
+    check_fit(model, opened)
+    found = Applied(model, {name: weight_of(model, name).detach().clone() for name in sorted(moved)})
     try:
         apply_deltas(model, [{name: expert[name] * scale for name in expert} for expert in opened])
     except BaseException:

@@ -24,7 +24,7 @@ from modular_experts.base.files import (
     write_manifest,
 )
 from modular_experts.base.streaming import Rounding, StreamedSum
-from modular_experts.base.structure import StoredWeights, Structure
+from modular_experts.base.structure import StoredWeights, Structure, split_slice, weight_of
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, check_base, check_target, new_directory
@@ -172,6 +172,9 @@ class Base:
 
         A weight that only transformers can put together costs loading the model.
         """
+        whole, number = split_slice(name)
+        if number is not None:
+            return self.weight(whole)[number]
         key = self._key(name)
         if key is None:
             return self.load().get_parameter(name).detach()
@@ -265,7 +268,7 @@ class Base:
             else:
                 assert model is not None
                 for name in progress(sorted(deltas)):
-                    _add(deltas[name], weights[name], None)
+                    _add(deltas[name], weight_of(model, name), None)
                 rounding = Rounding()
                 model.save_pretrained(temporary, max_shard_size="5GB")
             copy_companions(self.directory, temporary)
@@ -296,7 +299,7 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
 
 
 @torch.no_grad()
-def _add(delta: Any, weight: torch.nn.Parameter, dtype: torch.dtype | None) -> None:
+def _add(delta: Any, weight: Tensor, dtype: torch.dtype | None) -> None:
     if dtype is None or dtype == weight.dtype:
         delta.add_to(weight)
     else:

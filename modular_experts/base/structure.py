@@ -40,18 +40,28 @@ class Structure:
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each weight by each of its names; a tied tensor has several names."""
-        return {name: weight.shape for name, weight in self._parameters.items()}
+        """Shape of each weight by each of its names; a tied tensor has several names.
+
+        The matrices of a parameter `(experts, ., .)` are weights too, such as `mlp.experts.down_proj[3]`.
+        """
+        return {name: weight.shape for name, weight in self._parameters.items()} | {
+            f"{name}.{key}[{number}]": module._parameters[key].shape[1:]
+            for name, module in self.model.named_modules()
+            for key in sliced(module)
+            for number in range(len(module._parameters[key]))
+        }
 
     @cached_property
     def owners(self) -> dict[str, str]:
         """For each name the first name of its tensor, under which a delta of it is stored."""
         first: dict[int, str] = {}
-        return {name: first.setdefault(id(weight), name) for name, weight in self._parameters.items()}
+        owners = {name: first.setdefault(id(weight), name) for name, weight in self._parameters.items()}
+        return {name: owners.get(name, name) for name in self.shapes}
 
     @cached_property
     def weights(self) -> list[str]:
-        return sorted(set(self.owners.values()))
+        """First names of the parameters, which hold all weights, sorted."""
+        return sorted({self.owners[name] for name in self._parameters})
 
     def twins(self, name: str) -> list[str]:
         """Return all names of a weight's tensor: more than one if it is tied."""
@@ -69,12 +79,12 @@ class Structure:
 
     def name_of(self, key: str) -> str | None:
         """Return the model's name of a stored tensor, or None, as for one that transformers cuts or joins."""
-        if key in self.shapes:
+        if key in self._parameters:
             return key
         from transformers.core_model_loading import rename_source_key
 
-        name, _ = rename_source_key(key, self._renamings, [], self.model.base_model_prefix, self.shapes)
-        return name if name in self.shapes else None
+        name, _ = rename_source_key(key, self._renamings, [], self.model.base_model_prefix, self._parameters)
+        return name if name in self._parameters else None
 
     @cached_property
     def _renamings(self) -> list[Any]:
@@ -142,9 +152,29 @@ def _computes_linear(kind: Any) -> bool:
 
 
 def sliced(module: nn.Module) -> list[str]:
-    """Return the parameters of a module that hold a matrix for each of its experts, `(experts, ., .)`."""
-    count, held = getattr(module, "num_experts", None), module._parameters.items()
-    return [name for name, one in held if one is not None and one.dim() == 3 and len(one) == count]
+    """Return the parameters of a module that hold a matrix for each of its experts, `(experts, ., .)`.
+
+    The module is one whose forward pass transformers lets take one matrix after the other.
+    """
+    takes_one = hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
+    return [name for name, one in module._parameters.items() if takes_one and one is not None and one.dim() == 3]
+
+
+def split_slice(name: str) -> tuple[str, int | None]:
+    """Return the parameter that a weight lies in, and its number there, or None for a parameter of its own."""
+    found = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """Return a weight of a model by its name: a parameter, or a view of a slice; raise AttributeError if absent."""
+    whole, number = split_slice(name)
+    place, _, key = whole.rpartition(".")
+    if number is None:
+        return model.get_parameter(name)
+    # An expert's layer stands for the parameter while a slice has an expert.
+    held: Any = model.get_submodule(place)._parameters
+    return held[key].detach()[number]
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modular_experts.base.structure import weight_of
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
 from modular_experts.data.batch import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
@@ -125,7 +126,7 @@ class TrainUnderOthers(Schedule):
 
 def _target(model: nn.Module, layers: Mapping[str, Any], name: str) -> Tensor:
     """Return a weight as its expert sees it, or the parameter of a layer without one."""
-    return layers[name].matrix if name in layers else model.get_parameter(name)
+    return layers[name].matrix if name in layers else weight_of(model, name)
 
 
 def _in_place(layers: Mapping[str, Any], name: str) -> InPlaceExpert | None:

@@ -17,7 +17,7 @@ from modular_experts.library import Library, StoredExpert, open_expert, open_sta
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
 from modular_experts.library.statistics import kinds_of_statistics
-from modular_experts.text import bytes_text, depth_of
+from modular_experts.text import bytes_text, depth_of, in_any_block
 
 
 def list_library(library: str) -> None:
@@ -148,7 +148,7 @@ def show(expert: str, weights: bool = False) -> None:
     console.print(facts)
     groups: list[tuple[str, Callable[[str], Any]]] = [("weight", str)]
     if not weights:
-        groups = [("layer", depth_of), ("weights named", lambda name: name.removesuffix(".weight").rpartition(".")[2])]
+        groups = [("layer", depth_of), ("weights named", _own_name)]
     for heading, group in groups if measures else ():
         table = table_of(heading, "weights", "kept", "share", "norm")
         parts: dict[Any, list[Measure]] = {}
@@ -157,6 +157,10 @@ def show(expert: str, weights: bool = False) -> None:
         for part in sorted(parts, key=lambda part: (part is None, part)):
             table.add_row("none" if part is None else str(part), *Measure.total(parts[part]).cells())
         console.print(table)
+
+
+def _own_name(weight: str) -> str:
+    return in_any_block(weight).removesuffix(".weight").rpartition(".")[2]
 
 
 def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modular_experts.base.apply import applied
-from modular_experts.base.structure import is_transposed
+from modular_experts.base.structure import Structure, is_transposed
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods import RegMeanPlusPlus
@@ -80,7 +80,8 @@ def merged_grams(
     method = RegMeanPlusPlus()
     found: list[dict[str, DataStatistic | None]] = [{} for _ in experts]
     wanted, blocks = set(names), dict[str, list[str]]()
-    for name, _ in model.named_parameters():
+    shapes = Structure(model).shapes
+    for name in shapes:
         if name in wanted:
             blocks.setdefault(block_of(name) or name, []).append(name)
     with ExitStack() as applied_so_far:
@@ -90,7 +91,7 @@ def merged_grams(
                     grams |= gram(model, data, block)
             merged: dict[str, Delta] = {}
             for name in block:
-                still = Sparse.zero(model.get_parameter(name).shape)
+                still = Sparse.zero(shapes[name])
                 deltas = [expert.get(name, still).to(model.device) for expert in experts]
                 merged[name] = method.merge(deltas, Context(name, [grams[name] for grams in found]))
             applied_so_far.enter_context(applied(model, merged))

@@ -16,13 +16,15 @@ from modular_experts.text import did_you_mean
 
 @dataclass(frozen=True)
 class Site:
-    """A place that an expert can take: one linear layer with its weight and bias.
+    """A place that an expert can take: a linear layer with its weight and bias, or a matrix of a mixture of experts.
 
     Attributes:
-        name: Full name of the layer in the model, such as `model.layers.0.self_attn.q_proj`.
-        layer: Last part of the name, which layers of the same kind share: `q_proj`.
+        name: Full name of the layer in the model, such as `model.layers.0.self_attn.q_proj`, or of the matrix, such as
+            `model.layers.0.mlp.experts.down_proj[3]`.
+        layer: Last part of the name, which layers of the same kind share: `q_proj`, `down_proj`.
         depth: Number of the transformer block that the layer belongs to, counted from 0, or None outside of the blocks.
-        module: The layer itself; its `weight` is `(out, in)`, or `(in, out)` in GPT-2's `Conv1D`.
+        module: The layer itself; its `weight` is `(out, in)`, or `(in, out)` in GPT-2's `Conv1D`. For a matrix the
+            module that holds it.
         by_name_only: Whether `all-linear` leaves it out: the model's output head, a weight that is the same tensor as
             another one (tied), the router of a mixture-of-experts block, a layer of one output.
     """
@@ -32,11 +34,22 @@ class Site:
     depth: int | None
     module: nn.Module
     by_name_only: bool = False
+    number: int | None = None
+    """Which slice of the module's parameter `layer`, `(experts, ., .)`, it is; None for a linear layer."""
+    is_transposed: bool = False
+    """Whether the base stores the weight as `(in, out)`."""
 
     @property
     def weight(self) -> str:
         """Full name of the weight, as deltas and files use it."""
-        return f"{self.name}.weight"
+        return f"{self.name}.weight" if self.number is None else self.name
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as an expert sees it, `(out, in)`, sharing the module's memory."""
+        held: Any = self.module._parameters
+        stored = held["weight"] if self.number is None else held[self.layer].detach()[self.number]
+        return stored.T if self.is_transposed else stored
 
 
 Factory = Callable[..., Trained]
@@ -89,7 +102,7 @@ def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised
             if pattern == "all-linear":
                 matching = [site for site in sites if not site.by_name_only]
             else:
-                matching = [site for site in sites if _matches(pattern, site.name, where)]
+                matching = [site for site in sites if _matches(pattern, site, where)]
             if not matching:
                 raise ValueError(_no_match(pattern, sites, where, quantised))
             for site in matching:
@@ -142,9 +155,20 @@ def make_module_expert(factory: Factory, module: nn.Module) -> ModuleExpert:
     return expert
 
 
-def _matches(pattern: str, name: str, where: str) -> bool:
+def _matches(pattern: str, site: Site, where: str) -> bool:
+    # A number in brackets may be left out: `down_proj` names the matrices of all of its experts.
+    return any(_matches_name(pattern, name, where) for name in {site.name, site.name.partition("[")[0]})
+
+
+def _matches_name(pattern: str, name: str, where: str) -> bool:
     # Only plain names match from any dot on: `.*` before a lookahead such as `(?!lm_head$).*` would undo it.
-    ends = rf"(?:.*\.)?(?:{pattern})" if re.fullmatch(r"[\w.|()]+", pattern) else pattern
+    # A number in brackets at the end of a name is a matrix's, and no set of characters.
+    plain = re.sub(r"(?<=\w)\[\d+\](?=$|[|)])", "", pattern)
+    if re.fullmatch(r"[\w.|()]+", plain):
+        numbered = pattern.replace("[", r"\[").replace("]", r"\]")
+        ends = rf"(?:.*\.)?(?:{numbered})"
+    else:
+        ends = pattern
     try:
         return re.fullmatch(ends, name) is not None
     except re.error as error:
@@ -153,7 +177,7 @@ def _matches(pattern: str, name: str, where: str) -> bool:
 
 def _no_match(pattern: str, sites: Sequence[Site], where: str, quantised: Sequence[str]) -> str:
     for name in quantised:
-        if _matches(pattern, name, where):
+        if _matches_name(pattern, name, where):
             return f"{where}={pattern!r} matches {name}, whose weight is quantised; load the base as plain floats"
     kinds = sorted({site.layer for site in sites})
     words = [word for word in re.findall(r"\w+", pattern) if word not in kinds]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modular_experts.base.structure import is_linear, is_transposed, sliced
 from modular_experts.deltas import Delta
-from modular_experts.experts.expert import InPlaceExpert, Trained, trains_weight
+from modular_experts.experts.expert import Expert, InPlaceExpert, Trained, trains_weight
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.site import (
     Factory,
@@ -28,6 +28,7 @@ from modular_experts.experts.site import (
     make_module_expert,
 )
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear
+from modular_experts.injection.slices import ExpertSlice
 from modular_experts.library.described import settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
 
@@ -60,7 +61,8 @@ def inject(
     planned, others = _planned(model, experts, modules)
     owners = _owners(model)
     for site in planned:
-        if not isinstance(site.module, ExpertLayer) and len(names := owners[id(site.module.weight)]) > 1:
+        is_new = site.number is None and not isinstance(site.module, ExpertLayer)
+        if is_new and len(names := owners[id(site.module.weight)]) > 1:
             other = next(name for name in names if name != site.weight)
             raise ValueError(
                 f"{site.weight} is the same tensor as {other} (tied); an expert would move both: leave {site.name} "
@@ -70,7 +72,8 @@ def inject(
     if not there:
         model.requires_grad_(False)
     steps = [(name, partial(_attach, model.get_submodule(name), factory)) for name, factory in others.items()]
-    steps += [(site.weight, partial(_equip, site, factory)) for site, factory in planned.items()]
+    for site, factory in planned.items():
+        steps.append((site.weight, partial(_equip if site.number is None else _equip_slice, site, factory)))
     plan = None
     if isinstance(experts, LayerPlan):
         # Whoever gives the plan trusts its code.
@@ -101,11 +104,8 @@ def _equip(site: Site, factory: Factory) -> Trained:
         layer.weight.data = layer.weight.data.T.contiguous().T
     matrix = layer.weight.T if transposed else layer.weight
     expert = make_expert(factory, matrix, site)
-    if layer.bias is None and expert.bias_delta(matrix.new_zeros(len(matrix)), matrix) is not None:
-        raise ValueError(
-            f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or take an expert "
-            "that leaves the bias alone"
-        )
+    if layer.bias is None:
+        _check_bias(site, expert, matrix)
     layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
     if trains_weight(expert):
         layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
@@ -115,24 +115,62 @@ def _equip(site: Site, factory: Factory) -> Trained:
     return expert.train(layer.training)
 
 
+def _equip_slice(site: Site, factory: Factory) -> Trained:
+    if site.is_transposed and not site.matrix.is_contiguous():
+        whole: Any = site.module._parameters[site.layer]
+        whole.data = whole.data.transpose(1, 2).contiguous().transpose(1, 2)
+    expert = make_expert(factory, site.matrix, site)
+    _check_bias(site, expert, site.matrix)
+    if trains_weight(expert):
+        raise ValueError(
+            f"{site.name} is one of several matrices in a parameter, which {type(expert).__name__} would train whole; "
+            "take a sparse or a low-rank expert for it, or name other layers"
+        )
+    layer = ExpertSlice(site, expert)
+    layer.train(site.module.training).put()
+    return expert
+
+
+def _check_bias(site: Site, expert: Expert, matrix: Tensor) -> None:
+    if expert.bias_delta(matrix.new_zeros(len(matrix)), matrix) is not None:
+        raise ValueError(
+            f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or take an expert "
+            "that leaves the bias alone"
+        )
+
+
 def find_sites(model: nn.Module) -> list[Site]:
     """Return the places that an expert can take, sorted by name; layers inside of an expert are left out."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     owners, mixtures, sites = _owners(model), _mixtures(model), []
     for name, module in _outside_of_experts(model):
+        for key in sliced(module):
+            whole: Any = module._parameters[key]
+            for number in range(len(whole)):
+                place, flipped = f"{name}.{key}[{number}]", bool(module.is_transposed)
+                sites.append(Site(place, key, depth_of(f"{name}."), module, False, number, flipped))
+        if isinstance(module, ExpertSlice):
+            continue
         if is_linear(module) or isinstance(module, ExpertLayer) or is_transposed(module):
             weight: Any = module.weight
-            outputs: int = weight.shape[1 if is_transposed(module) else 0]
+            flipped = isinstance(module, ExpertConv1D) or is_transposed(module)
+            outputs: int = weight.shape[1 if flipped else 0]
             routes = any(outputs == count and name.startswith(block) for block, count in mixtures)
             by_name = module is head or len(owners[id(weight)]) > 1 or outputs == 1 or routes
-            sites.append(Site(name, name.rpartition(".")[2], depth_of(f"{name}."), module, by_name))
+            kind = name.rpartition(".")[2]
+            sites.append(Site(name, kind, depth_of(f"{name}."), module, by_name, is_transposed=flipped))
     return sorted(sites, key=lambda site: site.name)
 
 
 def _mixtures(model: nn.Module) -> set[tuple[str, int]]:
     """Return the start of the names in each mixture-of-experts block of the base, and the number of its experts."""
-    held = ((f"{name.rpartition('.')[0]}.", module) for name, module in model.named_modules())
-    return {(block, len(module.get_parameter(key))) for block, module in held for key in sliced(module)}
+    found = ((name, getattr(module, "num_experts", None), module) for name, module in model.named_modules())
+    return {
+        (f"{name.rpartition('.')[0]}.", count)
+        for name, count, module in found
+        for one in module.parameters(recurse=False)
+        if one.dim() == 3 and len(one) == count
+    }
 
 
 def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> None:
@@ -144,6 +182,11 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
     if anchor is None and any(trains_weight(layer.expert) for layer in layers.values()):
         raise ValueError("ejecting a full expert needs the base: pass anchor=, a function from weight name to tensor")
     for name, layer in layers.items():
+        if isinstance(layer, ExpertSlice):
+            if isinstance(layer.expert, InPlaceExpert):
+                layer.expert.restore(layer.matrix, _oriented_anchor(layer, name, anchor))
+            layer.take_out()
+            continue
         if trains_weight(layer.expert):
             layer.weight.data = layer.weight.data.to(layer.base_dtype)
             layer.weight.requires_grad_(False)
@@ -158,8 +201,8 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:
     """Yield `(weight name, layer)` for each layer with an expert, sorted by name."""
-    found = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, ExpertLayer)}
-    yield from sorted(found.items())
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, ExpertLayer)]
+    yield from sorted((n if isinstance(one, ExpertSlice) else f"{n}.weight", one) for n, one in found)
 
 
 def named_experts(model: nn.Module) -> list[tuple[str, Trained]]:
@@ -256,7 +299,7 @@ def write_experts(model: nn.Module) -> None:
 def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tensor] | None) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if anchor is not None:
-            return anchor(name).T if isinstance(layer, ExpertConv1D) else anchor(name)
+            return anchor(name).T if layer.is_transposed else anchor(name)
         if trains_weight(layer.expert):
             raise ValueError(f"the delta of {name} needs the weight as it was before training: pass anchor=")
         # An additive expert leaves the layer's weight alone, so it is the base.
@@ -282,7 +325,7 @@ def _planned(
     if not isinstance(chosen, Mapping):
         raise TypeError(f"the plan {plan} returned a {type(chosen).__name__}; it must return {{site: factory}}")
     factories = {key.name if isinstance(key, Site) else key: factory for key, factory in chosen.items()}
-    there = dict(_outside_of_experts(model))
+    there = dict(_outside_of_experts(model)) | {site.name: site.module for site in sites}
     for name in factories.keys() - there.keys():
         raise ValueError(
             f"the plan gives an expert to {name}, which is not a linear layer or another module of the model"

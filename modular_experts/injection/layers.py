@@ -17,15 +17,17 @@ class ExpertLayer(nn.Module):
     bias: Any
     base_class: type[nn.Module]
     base_dtype: torch.dtype
+    is_transposed: bool = False
+    """Whether the base stores the weight as `(in, out)`."""
 
     @property
     def matrix(self) -> Tensor:
         """The weight as the expert sees it, `(out, in)`, sharing the layer's memory."""
-        return self.weight
+        return self.weight.T if self.is_transposed else self.weight
 
     def oriented(self, delta: Delta) -> Delta:
         """Return an expert's delta in the orientation in which the base stores the weight."""
-        return delta
+        return delta.T if self.is_transposed else delta
 
     def forward(self, x: Tensor) -> Tensor:
         return self.expert(x, self.matrix, self.bias)
@@ -44,9 +46,4 @@ class ExpertLinear(ExpertLayer, nn.Linear):
 class ExpertConv1D(ExpertLayer):
     """A transformers `Conv1D`, which stores its weight as (in, out), with an expert."""
 
-    @property
-    def matrix(self) -> Tensor:
-        return self.weight.T
-
-    def oriented(self, delta: Delta) -> Delta:
-        return delta.T
+    is_transposed = True

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base.apply import AnyExpert, check_fit, check_loaded, open_several
-from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Plan, Site
 from modular_experts.injection.inject import eject, expert_layers, find_sites, inject, named_experts
+from modular_experts.injection.slices import GatesOfSlice
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.methods.method import DataStatistic
@@ -171,7 +171,7 @@ def _oriented(site: Site, expert: Mapping[str, Delta], encoded: bool = False) ->
     """Return an expert's delta of a layer's weight as `(out, in)`, if it has one, perhaps as it is stored."""
     read: Any = expert.packed if encoded and isinstance(expert, StoredExpert) else expert.__getitem__
     delta = read(site.weight) if site.weight in expert else None
-    return delta.T if delta is not None and is_transposed(site.module) else delta
+    return delta.T if delta is not None and site.is_transposed else delta
 
 
 def _plan(
@@ -202,7 +202,8 @@ def _plan(
             found[: router.experts], common = router.held(found[: router.experts])
         bias = f"{site.name}.bias"
         own = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]
-        return Mixture(weight, found, current, router, own if any(own) else (), common)
+        gates = current if site.number is None else GatesOfSlice(current, site)
+        return Mixture(weight, found, gates, router, own if any(own) else (), common)
 
     chosen = {by_name[name] for name in moved}
     return {site: partial(make, site) for site in sites if site in chosen}

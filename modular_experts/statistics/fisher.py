@@ -3,13 +3,14 @@
 The targets are the data's own (the "empirical" Fisher information).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modular_experts.base.structure import split_slice, weight_of
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.evaluation import batch_losses
 from modular_experts.methods.method import DataStatistic
@@ -26,18 +27,19 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
     Raises:
         ValueError: There is no row.
     """
-    weights = {name: model.get_parameter(name) for name in names}
-    sums = {
-        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for name, weight in weights.items()
-    }
+    sums: dict[str, Tensor] = {}
+    parts: dict[str, dict[int | None, Tensor]] = {}
+    for name in names:
+        weight, (whole, number) = weight_of(model, name), split_slice(name)
+        sums[name] = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        parts.setdefault(whole, {})[number] = sums[name]
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training, rows, handles = model.training, 0, []
     model.eval().requires_grad_(False)
     try:
-        for name, weight in weights.items():
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(partial(_add_square, sums[name])))
+        for whole, totals in parts.items():
+            parameter = model.get_parameter(whole).requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(partial(_add_squares, totals)))
         for batch in batches:
             for row in _rows(batch, model.device):
                 batch_losses(model, row)[0].sum().backward()
@@ -53,10 +55,12 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
     return {name: DataStatistic(total.div_(rows)) for name, total in sums.items()}
 
 
-def _add_square(total: Tensor, weight: Tensor) -> None:
+def _add_squares(totals: Mapping[int | None, Tensor], weight: Tensor) -> None:
+    """Add the squares of a parameter's gradient to its total, or the squares of its slices' gradients to theirs."""
     assert weight.grad is not None
-    gradient = weight.grad.to(total.dtype)
-    total.addcmul_(gradient, gradient)
+    for number, total in totals.items():
+        gradient = (weight.grad if number is None else weight.grad[number]).to(total.dtype)
+        total.addcmul_(gradient, gradient)
     weight.grad = None
 
 

@@ -9,7 +9,6 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modular_experts.base.structure import is_transposed
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses
@@ -73,4 +72,4 @@ def train_gates(
 
 
 def _gated(delta: Delta, weight: Tensor, site: Site) -> Gated:
-    return Gated(weight, (delta.T if is_transposed(site.module) else delta).to(weight.device))
+    return Gated(weight, (delta.T if site.is_transposed else delta).to(weight.device))

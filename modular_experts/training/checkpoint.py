@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.schedule import TrainingLength, callbacks_of
 from modular_experts.data.batch import source_of
-from modular_experts.injection import expert_layers, named_experts
+from modular_experts.injection import ExpertLayer, expert_layers, named_experts
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,13 @@ def check_sizes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
 
 def resize_like(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give each expert of a model the sizes that its tensors have in a checkpoint."""
-    for name, layer in expert_layers(model):
-        prefix = f"model.{name.removesuffix('weight')}expert."
-        theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if theirs:
-            layer.expert.size_like(layer.matrix, theirs)
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        layer, _, own = key.partition(".expert.")
+        by_layer.setdefault(layer, {})[own] = value
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertLayer) and (theirs := by_layer.get(f"model.{name}")):
+            module.expert.size_like(module.matrix, theirs)
 
 
 def peak_rates(trainer: Trainer) -> list[float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modular_experts.base.apply import apply_deltas
+from modular_experts.base.structure import weight_of
 from modular_experts.deltas import Delta, Sparse, add
 from modular_experts.deltas.algebra import dot, dot_by_row, scale_rows
 
@@ -50,7 +51,7 @@ class Combination:
         self.names, self.experts, self.merges = list(shapes), len(held), merges
         self.rows = [shape[0] if shape else 1 for shape in shapes.values()]
         self._model = model
-        self._weights = [model.get_parameter(name) for name in shapes]
+        self._weights = [weight_of(model, name) for name in shapes]
         # The deltas of each weight that are not zero, by the expert's number.
         self._deltas: list[dict[int, Delta]] = []
         for name in shapes:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
+from pathlib import Path
 
 import conftest
+import pytest
 import torch
 import transformers
-from torch import nn
+from lightning.pytorch import Callback
+from testbed import runs
+from testbed.other_experts import BiasExpert
+from torch import Tensor, nn
 
-from modular_experts.experts import LoRAExpert
-from modular_experts.injection import find_sites, inject
+from modular_experts.base import Base
+from modular_experts.base.apply import applied
+from modular_experts.base.structure import Structure, split_slice, weight_of
+from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
+from modular_experts.deltas import Dense, LowRank
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.injection import eject, expert_layers, find_sites, inject, task_vector
+from modular_experts.injection.routed import routed
+from modular_experts.library import open_expert
+from modular_experts.masks import SelectOnce
+from modular_experts.routing import Arrow, TopK
+from modular_experts.statistics.fisher import fisher
+from modular_experts.training.learning_rate import Constant
+from modular_experts.tuning.combination import Combination
 
 MIXTURES = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -62,3 +81,199 @@ def test_a_subclass_takes_experts_if_its_forward_pass_is_a_linear_layers() -> No
             return 2 * input @ self.weight.T + self.bias
 
     assert not find_sites(nn.Sequential(Doubled(2, 3), Scaled(2, 3)))
+
+
+KINDS = {
+    "element": partial(SparseExpert, keep_ratio=0.1),
+    "block": partial(SparseExpert, keep_ratio=0.4, granularity="block", block_size=8),
+    "row": partial(SparseExpert, keep_ratio=0.2, granularity="row"),
+    "masked": partial(MaskedExpert, keep_ratio=0.2, dense_start=False),
+    "lora": partial(LoRAExpert, rank=2),
+}
+SLICED = ["mixtral", "gpt_oss"]
+"""The first stores its matrices as `(out, in)`, the other as `(in, out)`."""
+IDS = (torch.arange(40).view(2, 20) * 7) % 90 + 3
+
+
+def step(model: nn.Module, steps: int = 2) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral on disk, whose files hold a tensor for each matrix of each expert."""
+    place = tmp_path_factory.mktemp("mixture") / "mixtral"
+    mixture("mixtral").save_pretrained(place)
+    conftest.build_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", SLICED)
+def test_gradients_are_those_of_dense_autograd(base: str, kind: str) -> None:
+    model, dense = mixture(base).double(), mixture(base).double()
+    dense.set_experts_implementation("eager")  # the grouped product takes no float64
+    names = inject(model, KINDS[kind], "all-linear")
+    assert sum("[" in name for name in names) == 2 * 2 * 4
+    step(model, 1)  # moves values and factors away from zero
+    with torch.no_grad():
+        for name, delta in task_vector(model):
+            delta.add_to(weight_of(dense, name))
+    dense(input_ids=IDS, labels=IDS).loss.backward()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for name, layer in expert_layers(model):
+        if "[" not in name:
+            continue
+        whole, number = split_slice(name)
+        wanted = dense.get_parameter(whole).grad[number]
+        wanted = wanted.T if layer.is_transposed else wanted
+        expert = layer.expert
+        if kind == "lora":
+            torch.testing.assert_close(expert.up.grad, expert.scale * wanted @ expert.down.T, rtol=1e-9, atol=1e-14)
+            torch.testing.assert_close(expert.down.grad, expert.scale * expert.up.T @ wanted, rtol=1e-9, atol=1e-14)
+        elif kind == "masked":
+            torch.testing.assert_close(expert.change.grad, wanted * expert.mask, rtol=1e-9, atol=1e-14)
+        else:
+            kept = expert._read(wanted.contiguous(), expert.indices)
+            torch.testing.assert_close(expert.values.grad, kept, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", SLICED)
+def test_copies_go_on_working_and_eject_gives_the_base_back(base: str, kind: str) -> None:
+    model, plain = mixture(base), mixture(base)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    inject(model, KINDS[kind], "all-linear")
+    assert before.keys() <= model.state_dict().keys()
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-6, atol=1e-6)
+    step(model)
+    wanted = model(IDS).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(IDS).logits, wanted)
+    names = inject(model, LoRAExpert, "all-linear")
+    assert names == [name for name, _ in expert_layers(model)]
+    eject(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+
+
+def test_patterns_name_all_matrices_or_one_and_full_experts_are_refused() -> None:
+    assert len(inject(mixture("mixtral"), KINDS["lora"], "experts.down_proj")) == 8
+    assert len(inject(mixture("mixtral"), KINDS["lora"], r".*layers\.1\..*gate_up_proj\[[02]\]")) == 2
+    names = inject(mixture("mixtral"), KINDS["lora"], "down_proj[3]|q_proj")
+    assert [name.rpartition(".")[2] for name in names] == ["down_proj[3]", "weight"] * 2
+    with pytest.raises(ValueError, match=r"down_proj\[0\] is one of several matrices in a parameter, which FullExpert"):
+        inject(mixture("mixtral"), FullExpert, "down_proj")
+    with pytest.raises(ValueError, match=r"down_proj\[0\] has no bias, and BiasExpert moves one"):
+        inject(mixture("mixtral"), BiasExpert, "down_proj")
+
+
+def test_an_expert_of_a_matrix_that_no_token_reaches_costs_nothing() -> None:
+    class Counting(LoRAExpert):
+        calls = 0
+
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            self.calls += 1
+            return super().forward(x, weight, bias)
+
+    config = transformers.AutoConfig.for_model("mixtral", **conftest.GROUPED, num_local_experts=16)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    inject(model, partial(Counting, rank=2), "experts.down_proj")
+    model(input_ids=IDS[:1, :3], labels=IDS[:1, :3]).loss.backward()
+    experts = [layer.expert for _, layer in expert_layers(model)]
+    idle = [expert for expert in experts if not expert.calls]
+    assert 8 <= len(idle) < len(experts)  # three tokens go to two of sixteen experts each
+    assert all(expert.up.grad is None for expert in idle)
+    assert all(expert.calls == 1 for expert in experts if expert not in idle)
+
+
+def trained(base: Path, files, folder: Path, kind: str, *callbacks: Callback, ckpt=None, task="upper", **settings):
+    """Train experts of all layers of a base; return the module, the trainer and the losses of the steps."""
+    torch.manual_seed(0)
+    losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    module = runs.module(base, KINDS[kind], modules="all-linear", optimizer=optimizer, scheduler=Constant())
+    trainer = runs.trainer(folder, losses, *callbacks, **settings)
+    trainer.fit(module, runs.mixture({task: files[task]}, base, seed=0), ckpt_path=ckpt)
+    return module, trainer, losses.steps
+
+
+@pytest.mark.parametrize("kind", ["element", "lora"])
+def test_a_run_resumes_and_its_expert_gives_the_same_logits(kind: str, saved, task_files, tmp_path) -> None:
+    export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
+    module, _, losses = trained(saved, task_files, tmp_path, kind, MaskSchedule(rule=SelectOnce()), export)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    _, trainer, start = trained(saved, task_files, tmp_path, kind, MaskSchedule(rule=SelectOnce()), max_steps=3)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    *_, end = trained(saved, task_files, tmp_path, kind, MaskSchedule(rule=SelectOnce()), ckpt=tmp_path / "a.ckpt")
+    assert start + end == losses
+    fresh = Base.open(saved).load()
+    before = fresh(IDS).logits
+    with applied(fresh, export.target):
+        torch.testing.assert_close(fresh(IDS).logits, module.model.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fresh(IDS).logits, before)
+    moved = [name for name in open_expert(export.target) if "[" in name]
+    assert len(moved) == 16
+    others = TrainUnderOthers([str(export.target)], count=1)
+    below, *_ = trained(saved, task_files, tmp_path, kind, others, task="reverse", max_steps=2)
+    eject(below.model)
+    torch.testing.assert_close(below.model(IDS).logits, before, rtol=0, atol=0)
+
+
+def test_the_support_is_chosen_by_the_gradient_of_each_matrix(saved, task_files, tmp_path) -> None:
+    module, *_ = trained(saved, task_files, tmp_path, "element", MaskSchedule(rule=SelectOnce()), max_steps=1)
+    dense = Base.open(saved).load()
+    data = runs.mixture({"upper": task_files["upper"]}, saved, seed=0)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    dense(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+    for name, layer in expert_layers(module.model):
+        whole, number = split_slice(name)
+        if number is not None and (gradient := dense.get_parameter(whole).grad[number]).any():
+            kept = gradient.abs().flatten()[layer.expert.indices]
+            assert kept.min() >= gradient.abs().flatten().topk(layer.expert.kept_units).values.min() * 0.999
+
+
+def test_statistics_and_combinations_take_matrices(saved) -> None:
+    base = Base.open(saved)
+    model, names = base.load(), [name for name in base.structure.shapes if name.endswith("[2]")]
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    found = fisher(model, [batch], [*names, "model.norm.weight"])
+    wanted = torch.zeros(())
+    for row in IDS:
+        model.zero_grad()
+        dense = model.requires_grad_(True)
+        log_likelihoods = dense(row[None]).logits[0, :-1].log_softmax(-1)[range(19), row[1:]]
+        log_likelihoods.sum().backward()
+        wanted = wanted + dense.model.layers[1].mlp.experts.down_proj.grad[2].square() / 2
+    torch.testing.assert_close(found["model.layers.1.mlp.experts.down_proj[2]"].values, wanted, rtol=1e-3, atol=1e-9)
+    before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    change = torch.ones(before.shape[1:])
+    with Combination(model, [{"model.layers.0.mlp.experts.down_proj[1]": Dense(change)}]) as combination:
+        combination.move_to(torch.tensor([[0.5]]))
+        moved = model.model.layers[0].mlp.experts.down_proj - before
+        torch.testing.assert_close(moved, torch.stack([0 * change, 0.5 * change, 0 * change, 0 * change]))
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj, before)
+
+
+def test_a_router_of_each_matrix_chooses_by_its_own_inputs(saved, tmp_path) -> None:
+    model, deltas = Base.open(saved).load(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        shapes = {name: shape for name, shape in Structure(model).shapes.items() if "[" in name}
+        deltas.append(
+            {name: LowRank(torch.randn(out, 1), torch.randn(1, size)) for name, (out, size) in shapes.items()}
+        )
+    wanted = model(IDS).logits
+    with routed(model, deltas, Arrow(select=TopK(1))):
+        found = model(IDS).logits
+        kinds = {type(layer).__name__ for _, layer in expert_layers(model)}
+    assert kinds == {"ExpertSlice"}
+    assert (found - wanted).abs().max() > 1e-3
+    assert torch.equal(model(IDS).logits, wanted)

@@ -1,0 +1,123 @@
+"""Experts of the matrices that a mixture-of-experts base keeps in one parameter `(experts, ., .)`.
+
+The base's forward pass takes one matrix after the other: `F.linear(x, self.down_proj[3])`. Where matrices have experts,
+`Slices` stands in the parameter's place, and each product is the expert's own. So every kind of expert trains as in a
+linear layer, and an expert of a matrix that no token reaches costs nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modular_experts.experts.expert import Expert
+from modular_experts.experts.site import Site
+from modular_experts.injection.layers import ExpertLayer
+from modular_experts.routing.gates import CurrentGates, Gates
+
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class ExpertSlice(ExpertLayer):
+    """A matrix of a parameter with an expert; a module of its own, such as `down_proj[3]`, in the one that owns it."""
+
+    bias = None
+
+    def __init__(self, site: Site, expert: Expert) -> None:
+        super().__init__()
+        # `nn.Module.__setattr__` would make the owner a part of its part.
+        object.__setattr__(self, "owner", site.module)
+        self.parameter, self.number, self.is_transposed = site.layer, site.number, site.is_transposed
+        self.base_dtype, self.expert = self.whole.dtype, expert
+
+    @property
+    def whole(self) -> nn.Parameter:
+        """The parameter `(experts, ., .)`."""
+        owner: Any = self.owner
+        return owner._parameters[self.parameter]
+
+    @property
+    def weight(self) -> Tensor:
+        # `data`, because autograd would take a write into one matrix for a change of all.
+        return self.whole.data[self.number]
+
+    def put(self) -> None:
+        """Become a part of the owner, whose forward pass then takes its matrices one by one."""
+        owner: Any = self.owner
+        owner.add_module(f"{self.parameter}[{self.number}]", self)
+        owner.__dict__[self.parameter] = Slices(owner, self.parameter)
+        owner.forward = partial(_one_by_one, owner)
+
+    def take_out(self) -> None:
+        """Leave the owner, which is as it was when its last expert leaves."""
+        owner: Any = self.owner
+        del owner._modules[f"{self.parameter}[{self.number}]"]
+        left = {one.parameter for one in owner.children() if isinstance(one, ExpertSlice)}
+        if self.parameter not in left:
+            del owner.__dict__[self.parameter]
+            self.whole.data = self.whole.data.contiguous()
+        if not left:
+            owner.__dict__.pop("forward", None)
+
+
+class Slices:
+    """Stands for a parameter `(experts, ., .)` in the forward pass of its module; by number it gives the matrices."""
+
+    def __init__(self, owner: nn.Module, parameter: str) -> None:
+        self.owner, self.parameter = owner, parameter
+
+    def __getitem__(self, number: Any) -> Any:
+        layer = self.owner._modules.get(f"{self.parameter}[{int(number)}]")
+        whole: Any = self.owner._parameters[self.parameter]
+        return whole[number] if layer is None else _Factor(layer)
+
+
+class _Factor:
+    """A matrix with an expert, as the right factor of a product."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        is_product = len(args) == 2 and not kwargs and isinstance(args[1], cls)
+        if not is_product or func not in (_PRODUCTS if args[1].layer.is_transposed else (F.linear,)):
+            raise NotImplementedError(
+                f"the base takes {func} of a matrix that has an expert, which is not the product of a linear layer; "
+                "leave the layers of its mixture of experts out"
+            )
+        return args[1].layer(args[0])
+
+
+def _one_by_one(owner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a module of experts matrix by matrix, and keep where each token goes for as long as it runs."""
+    owner.__dict__["goes_to"] = next(one for one in (*args, *kwargs.values()) if not one.is_floating_point())
+    try:
+        return type(owner).forward.__wrapped__(owner, *args, **kwargs)
+    finally:
+        del owner.__dict__["goes_to"]
+
+
+class GatesOfSlice(CurrentGates):
+    """The gates of the tokens that reach a matrix, each of which takes its row's."""
+
+    def __init__(self, current: CurrentGates, site: Site) -> None:
+        self._current, self._owner, self._number = current, site.module, site.number
+
+    @property
+    def packs(self) -> bool:  # type: ignore[override]
+        return self._current.packs
+
+    @property
+    def gates(self) -> Gates | None:  # type: ignore[override]
+        if (gates := self._current.gates) is None:
+            return None
+        chosen: Any = self._owner.goes_to
+        # The forward pass takes a matrix's tokens by the rank of the choice first.
+        _, tokens = torch.where((chosen == self._number).T)
+        rows = tokens * len(gates.ids) // len(chosen)
+        return Gates(gates.ids[rows], gates.weights[rows])

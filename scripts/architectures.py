@@ -1,0 +1,249 @@
+"""Send a tiny random base of each family of transformers through the package, and write the table of what works.
+
+    python scripts/architectures.py [FAMILY ...]
+
+Without a family it takes all, in about a minute on one thread, and writes docs/results/architectures.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from modular_experts.base import Base
+from modular_experts.base.apply import applied, apply
+from modular_experts.base.structure import weight_of
+from modular_experts.evaluation.likelihood import keeps_rows_apart
+from modular_experts.experts import LoRAExpert, SparseExpert
+from modular_experts.injection import find_sites, inject
+from modular_experts.injection.routed import routed
+from modular_experts.injection.save import save_expert
+from modular_experts.library import StoredExpert, open_expert
+from modular_experts.merger.merged import merge
+
+_VOCABULARY = {"vocab_size": 96, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+USUAL = _VOCABULARY | _HEADS | _SIZES
+_FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_GPT = _VOCABULARY | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "Llama": ("llama", USUAL),
+    "Mistral": ("mistral", USUAL),
+    "Ministral": ("ministral", USUAL),
+    "Qwen2": ("qwen2", USUAL),
+    "Qwen3": ("qwen3", USUAL),
+    "Gemma 2": ("gemma2", USUAL),
+    "Gemma 3": ("gemma3_text", USUAL),
+    "OLMo 2": ("olmo2", USUAL),
+    "Granite": ("granite", USUAL),
+    "SmolLM3": ("smollm3", USUAL),
+    "Cohere 2": ("cohere2", USUAL),
+    "Phi": ("phi", USUAL),
+    "Phi-3": ("phi3", USUAL),
+    "StarCoder 2": ("starcoder2", USUAL),
+    "GLM 4": ("glm4", USUAL),
+    "EXAONE 4": ("exaone4", USUAL),
+    "StableLM": ("stablelm", USUAL),
+    "GPT-2": ("gpt2", _GPT),
+    "GPT-NeoX": ("gpt_neox", USUAL),
+    "OPT": ("opt", USUAL | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "BLOOM": ("bloom", _VOCABULARY | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "Falcon": ("falcon", _VOCABULARY | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "MPT": ("mpt", _VOCABULARY | {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
+    "Mamba": ("mamba", _VOCABULARY | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "Qwen3-Next": (
+        "qwen3_next",
+        USUAL
+        | _FOUR
+        | {"shared_expert_intermediate_size": 16, "num_hidden_layers": 4}
+        | {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "Mixtral": ("mixtral", USUAL | _LOCAL),
+    "Qwen2-MoE": ("qwen2_moe", USUAL | _FOUR | {"shared_expert_intermediate_size": 16}),
+    "Qwen3-MoE": ("qwen3_moe", USUAL | _FOUR),
+    "OLMoE": ("olmoe", USUAL | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": ("gpt_oss", USUAL | _LOCAL),
+    "Granite-MoE": ("granitemoe", USUAL | _LOCAL),
+    "JetMoE": ("jetmoe", USUAL | _LOCAL | {"kv_channels": 8}),
+    "Llama 4": ("llama4_text", USUAL | _LOCAL | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        USUAL
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
+        | {"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+    ),
+}
+"""The model type and the settings of a tiny base of each family."""
+
+KINDS: Mapping[str, Callable[..., Any]] = {
+    "sparse": partial(SparseExpert, keep_ratio=0.1),
+    "lora": partial(LoRAExpert, rank=2),
+}
+IDS = (torch.arange(2 * 20).view(2, 20) * 7 + 3) % 90 + 3
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "architectures.md"
+STEPS = ("train", "evaluate", "merge", "apply", "route")
+HEAD = """# Architectures
+
+Each line of the table is a tiny random base of a family of transformers, of two to four blocks. `all-linear` gives
+experts to that many of its linear layers, and to that many matrices of its mixture-of-experts layers; together they
+hold that share of its parameters. Two experts, sparse entries and a LoRA of rank 2, take five steps, and each step
+compares numbers:
+
+- *train*: two steps of AdamW move the logits.
+- *evaluate*: the base with the stored expert gives the logits of the trained model, and is itself again afterwards, bit
+  for bit.
+- *merge*: an average equals the mean of the two deltas in float64.
+- *apply*: the checkpoint has the base's own names of tensors, and loads to the logits of the base plus the merge.
+- *route*: in a batch of two rows, each with an expert of its own, each row gets the logits of its expert.
+
+*Packed* tells whether a base keeps rows apart that lie behind one another in a sequence. `fit` and `evaluate` check
+that on the model at hand, and pack rows only if it does.
+
+JetMoE and Llama 4 multiply the matrices of their mixture-of-experts layers in other ways than one after the other, so
+these matrices get no expert. `scripts/architectures.py` makes this page.
+
+"""
+
+
+class Result(NamedTuple):
+    """What `all-linear` takes in a base, and which steps gave the right logits: "yes", or the reason why not."""
+
+    layers: int
+    matrices: int
+    share: float
+    steps: dict[str, str]
+    packed: bool
+
+    def line(self, family: str) -> str:
+        """Return the family's line of the table."""
+        counts = [str(self.layers), str(self.matrices or ""), f"{self.share:.0%}".replace("%", " %")]
+        cells = [family, f"`{FAMILIES[family][0]}`", *counts, *self.steps.values(), "yes" if self.packed else "no"]
+        return f"| {' | '.join(cells)} |"
+
+
+def tiny_base(family: str, place: Path) -> Base:
+    """Save a random base of a family."""
+    kind, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(place)
+    return Base.open(place)
+
+
+def passed_through(family: str, folder: Path) -> Result:
+    """Train two kinds of experts on a tiny base, merge, apply, evaluate and route them; compare logits at each step."""
+    base = tiny_base(family, folder / "base")
+    model = base.load()
+    sites = [site for site in find_sites(model) if not site.by_name_only]
+    matrices = sum(site.number is not None for site in sites)
+    share = sum(site.matrix.numel() for site in sites) / sum(one.numel() for one in model.parameters())
+    steps = dict.fromkeys(STEPS, "not reached")
+    for step, reason in _steps(base, folder):
+        steps[step] = reason
+    return Result(len(sites) - matrices, matrices, share, steps, keeps_rows_apart(model))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits.float()
+
+
+def _steps(base: Base, folder: Path) -> Iterator[tuple[str, str]]:
+    library, step = folder / "library", "train"
+    try:
+        before = logits(base.load())
+        trained = {kind: _trained(base, kind, library / kind) for kind in KINDS}
+        assert all((one - before).abs().max() > 1e-3 for one in trained.values()), "training moves no logit"
+        yield step, "yes"
+        step, fresh = "evaluate", base.load()
+        for kind, wanted in trained.items():
+            with applied(fresh, library / kind):
+                _same(logits(fresh), wanted)
+        assert torch.equal(logits(fresh), before), "the base is not as it was"
+        yield step, "yes"
+        step = "merge"
+        merged, experts = merge([library / kind for kind in KINDS], "Average", library / "merged"), _opened(library)
+        mean = {name: torch.stack([one[name].dense().double() for one in experts]).mean(0) for name in merged}
+        for name, change in mean.items():
+            torch.testing.assert_close(merged[name].dense().double(), change, rtol=1e-5, atol=1e-7)
+        yield step, "yes"
+        step = "apply"
+        apply([library / "merged"], folder / "checkpoint")
+        again, by_hand = Base.open(folder / "checkpoint").load(), base.load()
+        for name, change in mean.items():
+            with torch.no_grad():
+                weight_of(by_hand, name).add_(change.to(weight_of(by_hand, name).dtype))
+        _same(logits(again), logits(by_hand))
+        assert _stored_names(folder / "checkpoint") == _stored_names(folder / "base"), "tensors have other names"
+        yield step, "yes"
+        step = "route"
+        with routed(fresh, [library / kind for kind in KINDS], rows=[0, 1]):
+            found = logits(fresh)
+        _same(found, torch.stack([one[row] for row, one in enumerate(trained.values())]))
+        assert torch.equal(logits(fresh), before), "the base is not as it was"
+        yield step, "yes"
+    except Exception as error:  # the table gives the reason
+        logging.getLogger(__name__).info("%s", step, exc_info=True)
+        yield step, " ".join(str(error).split())
+
+
+def _trained(base: Base, kind: str, place: Path) -> torch.Tensor:
+    model = base.load()
+    torch.manual_seed(0)
+    inject(model, KINDS[kind], "all-linear")
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_expert(model, place, base=base)
+    return logits(model)
+
+
+def _opened(library: Path) -> list[StoredExpert]:
+    return [open_expert(library / kind) for kind in KINDS]
+
+
+def _stored_names(place: Path) -> set[str]:
+    return set(Base.open(place)._files)
+
+
+def _same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(FAMILIES)
+    lines = []
+    for family in chosen:
+        with tempfile.TemporaryDirectory() as place:
+            lines.append(passed_through(family, Path(place)).line(family))
+            print(lines[-1], flush=True)
+    if len(chosen) == len(FAMILIES):
+        heads = ["family", "model type", "layers", "matrices", "of the parameters", *STEPS, "packed"]
+        table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines]
+        PAGE.write_text(HEAD + "\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()
