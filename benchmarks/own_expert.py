@@ -1,14 +1,16 @@
 """How many test rows routers send to the expert of their task, and how many rows of unseen tasks they reject.
 
 Routers learn from a number of inputs a task, drawn anew for each draw from the training and validation rows; every test
-row is then scored once. No expert is needed. `--unseen` takes tasks that no router learns.
+row is then scored twice: whole, and without its instruction, which is all but its last line and what stands there
+before the first `: `. No expert is needed. `--unseen` takes tasks that no router learns.
 
     python benchmarks/own_expert.py .cache/smollm2 data/snips_intent.jsonl ... --unseen data/banking77.jsonl ... \
-        [--rows 16 64 250] [--draws 5] [--json FILE]       an hour for fifteen tasks and two routers
+        [--rows 16 64 250] [--draws 5] [--json FILE]       two hours for fifteen tasks
 """
 
 import json
 import statistics
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,34 +21,50 @@ from torch import Tensor
 
 from modular_experts import Base
 from modular_experts.data import TaskMixture
-from modular_experts.routing import Centroid, KernelRidge, Router
+from modular_experts.routing import Centroid, Classifier, KernelRidge, Router
 from modular_experts.routing.router import GRAMS
 from modular_experts.statistics.take import batches_by_length, prompts
 
-ROUTERS = {"Centroid": Centroid, "KernelRidge": KernelRidge}
+ROUTERS = {"Centroid": Centroid, "Classifier": Classifier, "KernelRidge": KernelRidge}
 
 
-def read(model: Any, data: TaskMixture, splits: Sequence[str]) -> dict[str, Tensor]:
-    """Return the vectors of each task's inputs `(rows, size)`, with their n-grams behind."""
-    found = {}
-    for task, examples in data.input_examples(splits).items():
-        measured = prompts(model, batches_by_length(examples, data), [], depths=Router.depths)
-        found[task] = torch.cat([one.values for one in measured.values()], 1)
+def read(model: Any, data: TaskMixture, splits: Sequence[str], parts: bool = False) -> list[Tensor]:
+    """Return the vectors of each task's inputs `(rows, size)`, with their n-grams; with parts `(rows, 2, size)`."""
+    found = []
+    for examples in data.input_examples(splits).values():
+        measured = prompts(model, batches_by_length(examples, data), [], parts, Router.depths)
+        vectors = torch.cat([one.values for one in measured.values()], 1)
+        found.append(vectors.unflatten(0, (-1, 2)) if parts else vectors)
     return found
 
 
-def compare(learned: Sequence[Tensor], own: Sequence[Tensor], unseen: Sequence[Tensor], name: str) -> dict[str, float]:
-    """Return shares in %, each the mean over the tasks."""
+def without_instruction(file: Path, folder: Path) -> Path:
+    """Write a copy of a task's rows whose inputs lack their instruction."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    own = [row | {"input": row["input"].split("\n")[-1].split(": ", 1)[-1]} for row in rows]
+    (folder / file.name).write_text("".join(json.dumps(row) + "\n" for row in own))
+    return folder / file.name
+
+
+def compare(learned: Sequence[Tensor], tested: Sequence[Sequence[Tensor]], name: str) -> dict[str, float]:
+    """Return shares in %, each the mean over the tasks, of rows of known tasks, the same stripped, and unseen ones."""
     router: Any = ROUTERS[name]()
     read_by_it = slice(None) if router.reads_grams else slice(-GRAMS)
-    router.learn([], [rows[:, read_by_it] for rows in learned])
+    parts = router.needs == "prompt_parts"
+    given = [pairs.flatten(0, 1) if parts else pairs[:, 0] for pairs in learned]
+    router.learn([], [rows[:, read_by_it] for rows in given])
 
     def mean(shares: Sequence[Tensor]) -> float:
         return 100 * statistics.fmean(float(share.float().mean()) for share in shares) if shares else 0.0
 
-    rejected = [[router(rows[:, read_by_it]).ids[:, 0] == len(learned) for rows in part] for part in (own, unseen)]
-    right = [router.scores(rows[:, read_by_it]).argmax(1) == number for number, rows in enumerate(own)]
-    return {"own": mean(right), "own rejected": mean(rejected[0]), "unseen rejected": mean(rejected[1])}
+    rejected = [[router(rows[:, read_by_it]).ids[:, 0] == len(learned) for rows in part] for part in tested]
+    right = [
+        [router.scores(rows[:, read_by_it]).argmax(1) == number for number, rows in enumerate(part)]
+        for part in tested[:2]
+    ]
+    names = ("own rejected", "stripped rejected", "unseen rejected")
+    found = {"own": mean(right[0]), "stripped": mean(right[1])}
+    return found | dict(zip(names, map(mean, rejected), strict=True))
 
 
 def main() -> None:
@@ -60,12 +78,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     base = Base.open(options.base)
-    model, files = base.load("float32"), {"tasks": options.tasks, "unseen": options.unseen}
-    data = {name: TaskMixture(part, base.tokenizer()) for name, part in files.items() if part}
-    pool = list(read(model, data["tasks"], ["train", "validation"]).values())
-    own = list(read(model, data["tasks"], ["test"]).values())
-    unseen = list(read(model, data["unseen"], ["test"]).values()) if options.unseen else []
-    print("| inputs a task | router | own expert, % | own rejected, % | unseen rejected, % |\n|---|---|---|---|---|")
+    model, tokenizer = base.load("float32"), base.tokenizer()
+    data = TaskMixture(options.tasks, tokenizer)
+    pool = read(model, data, ["train", "validation"], parts=True)
+    with tempfile.TemporaryDirectory() as folder:
+        stripped = TaskMixture([without_instruction(file, Path(folder)) for file in options.tasks], tokenizer)
+        tested = [read(model, one, ["test"]) for one in (data, stripped)]
+    tested.append(read(model, TaskMixture(options.unseen, tokenizer), ["test"]) if options.unseen else [])
+    print("| inputs a task | router | own expert, % | stripped, % | own rejected, % | stripped rejected, % |", end="")
+    print(" unseen rejected, % |\n|---|---|---|---|---|---|---|")
     rows = []
     for count in options.rows:
         for name in ROUTERS:
@@ -73,7 +94,7 @@ def main() -> None:
             for draw in range(options.draws):
                 made = torch.Generator().manual_seed(draw)
                 drawn = [inputs[torch.randperm(len(inputs), generator=made)[:count]] for inputs in pool]
-                found.append(compare(drawn, own, unseen, name))
+                found.append(compare(drawn, tested, name))
             rows.append({"rows": count, "router": name, "draws": found})
             cells = [f"{statistics.fmean(one[key] for one in found):.1f}" for key in found[0]]
             print(f"| {count} | `{name}` | {' | '.join(cells)} |", flush=True)

@@ -80,11 +80,12 @@ def statistics(
 
     Args:
         experts: Directories of the experts.
-        kind: Fisher needs `fisher`, RegMean and ESM `gram`, RegMeanPlusPlus `merged_gram`, the routers Centroid and
-            KernelRidge `prompts`, and Classifier `prompt_parts`. `fisher` is one number per entry; `gram` one per pair
-            of a layer's inputs; `merged_gram` the same in the course of the merge of exactly these experts; `prompts`
-            the base's hidden states of each input, and its n-grams of tokens; `prompt_parts` adds the same of each
-            input without a part of its front. `fit --gate-of` trains what Phatgoose needs.
+        kind: Fisher needs `fisher`, RegMean and ESM `gram`, RegMeanPlusPlus `merged_gram`, the router Centroid
+            `prompts`, and KernelRidge and Classifier `prompt_parts`. `fisher` is one number per entry; `gram` one per
+            pair of a layer's inputs; `merged_gram` the same in the course of the merge of exactly these experts;
+            `prompts` the base's hidden states of each input, and its n-grams of tokens; `prompt_parts` adds the same
+            of each input without its instruction, or without a part of its front. `fit --gate-of` trains what
+            Phatgoose needs.
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`. Default: the inputs
             that the experts keep (`fit --keep_inputs`).
         rows: The most rows of one task, spread evenly over them.

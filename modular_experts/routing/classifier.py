@@ -23,8 +23,7 @@ class Classifier(Router):
 
     It is the minimum of the cross entropy, of which each expert's prompts make an equal share, plus
     `decay / 2 |w|^2` on vectors that are centred and divided by their pooled standard deviation, found by L-BFGS from
-    zero. It also learns from prompts without a part of their front, so that it finds the expert of a prompt that lacks
-    its instruction.
+    zero. It also learns from a part of each prompt, so that it finds the expert of a prompt that lacks its instruction.
 
     With `reject`, a prompt whose largest score is lower than the score of this share of the experts' own prompts goes
     to the fallback, or to the base without one (Hendrycks et al., arXiv 1911.11132). The own scores are

@@ -14,8 +14,8 @@ from modular_experts.routing.router import GRAMS, Router, Scope, check_prompts, 
 
 SIZE = 128
 """The most numbers of a prompt's hidden states that the kernel compares."""
-MOST = 6144
-"""The most prompts that the regression learns from, equal shares of all experts."""
+MOST = 4096
+"""The most prompts that the regression learns from, each with its part, equal shares of all experts."""
 NARROW, WORDS = 2.0, 0.25
 """How quickly hidden states grow unlike, and the weight of equal n-grams beside equal hidden states."""
 FAR = 0.2
@@ -29,11 +29,12 @@ class KernelRidge(Router):
     in which all prompts differ most, measured by the covariance within experts as in `Centroid` and scaled so that
     `|u - middle|^2` is 1 on average. a and b are their n-grams of tokens, each times the logarithm of how rare it is,
     of length 1. The regression's targets are 1 for the own expert and 0 for others, its solution is in closed form, and
-    each expert's prompts weigh the same together.
+    each expert's prompts weigh the same together. It also learns from a part of each prompt, so that it finds the
+    expert of a prompt that lacks its instruction; whole prompts alone decide directions, covariance and scale.
 
     With `reject`, a prompt goes to the fallback, or to the base without one, if its largest value less
-    `FAR |u - v|^2 / typical` is lower than for this share of the experts' own prompts, where v is the nearest prompt
-    and typical the median of that distance. The own prompts are measured by 4-fold cross-validation.
+    `FAR |u - v|^2 / typical` is lower than for this share of the experts' own whole prompts, where v is the nearest
+    prompt or part and typical the median of that distance. The own prompts are measured by 4-fold cross-validation.
 
     Args:
         ridge: Weight of the ridge for each prompt, above 0.
@@ -44,7 +45,7 @@ class KernelRidge(Router):
     """
 
     scope: ClassVar[Scope] = "sample"
-    needs: ClassVar[str | None] = "prompts"
+    needs: ClassVar[str | None] = "prompt_parts"
     reads_grams = True
     middle: Tensor
     directions: Tensor
@@ -74,34 +75,37 @@ class KernelRidge(Router):
 
     @torch.no_grad()
     def learn(self, deltas: Sequence[Delta | None], prompts: Sequence[Tensor]) -> None:
-        check_prompts("KernelRidge", prompts, 1 if self.reject is None else 3)
+        # A fold leaves out one of two prompts at most.
+        check_prompts("KernelRidge", prompts, 2 if self.reject is None else 4)
         self.experts = len(prompts)
-        chosen = [_evenly(rows, max(MOST // self.experts, 3)) for rows in prompts]
+        # A prompt and its part, which are neighbours, are in one fold.
+        pairs = [_evenly(rows.unflatten(0, (-1, 2)), max(MOST // self.experts, 2)) for rows in prompts]
         if self.reject is not None:
             found = []
             for fold in range(FOLDS):
-                self._fit([rows[torch.arange(len(rows)) % FOLDS != fold] for rows in chosen])
-                found.append(self._measured(torch.cat([rows[fold::FOLDS] for rows in chosen])))
+                self._fit([own[torch.arange(len(own)) % FOLDS != fold] for own in pairs])
+                found.append(self._measured(torch.cat([own[fold::FOLDS, 0] for own in pairs])))
             values, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
             self.typical = nearest.median()
             self.lowest = (values.amax(1) - FAR * nearest / self.typical).quantile(self.reject)
-        self._fit(chosen)
+        self._fit(pairs)
 
-    def _fit(self, prompts: Sequence[Tensor]) -> None:
-        rows = torch.cat(list(prompts)).double()
-        counts = torch.tensor([len(own) for own in prompts], device=rows.device)
+    def _fit(self, pairs: Sequence[Tensor]) -> None:
+        rows = torch.cat(list(pairs)).double().flatten(0, 1)
+        counts = torch.tensor([len(own) for own in pairs], device=rows.device)
         hidden, grams = rows[:, :-GRAMS], rows[:, -GRAMS:]
-        means, precision = means_and_precision(hidden.split(counts.tolist()), self.shrink)
+        means, precision = means_and_precision(hidden[::2].split(counts.tolist()), self.shrink)
         middle, root = means.mean(0), torch.linalg.cholesky(precision)
         whitened = (hidden - middle) @ root
-        turn = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -SIZE:]
-        turn /= (whitened @ turn).square().sum(1).mean().sqrt()
+        whole = whitened[::2]
+        turn = torch.linalg.eigh(whole.T @ whole).eigenvectors[:, -SIZE:]
+        turn /= (whole @ turn).square().sum(1).mean().sqrt()
         rarity = ((1 + len(rows)) / (1 + (grams != 0).sum(0).double())).log() + 1
         points, words = whitened @ turn, F.normalize(grams * rarity, dim=1)
-        owner = torch.repeat_interleave(counts)
+        owner = torch.repeat_interleave(2 * counts)
         # A prompt weighs 1 over the number of its expert's, so that its own ridge is that number times larger.
-        kernel = (-NARROW * _apart(points, points)).exp() + WORDS * words @ words.T
-        kernel.diagonal().add_(self.ridge * self.experts * counts[owner])
+        kernel = _apart(points, points).mul_(-NARROW).exp_().addmm_(words, words.T, alpha=WORDS)
+        kernel.diagonal().add_(self.ridge * self.experts * 2 * counts[owner])
         factors = torch.cholesky_solve(F.one_hot(owner, self.experts).double(), torch.linalg.cholesky(kernel))
         self.middle, self.directions, self.prompts = middle.float(), (root @ turn).float(), points.float()
         self.rarity, self.words, self.factors = rarity.float(), (WORDS * words.T @ factors).float(), factors.float()
@@ -110,7 +114,7 @@ class KernelRidge(Router):
         return self._measured(hidden)[0]
 
     def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the values `(n, experts)`, and the squared distance of the nearest prompt `(n,)`."""
+        """Return the values `(n, experts)`, and the squared distance of the nearest prompt or part `(n,)`."""
         read = hidden.float()
         apart = _apart((read[:, :-GRAMS] - self.middle) @ self.directions, self.prompts)
         grams = F.normalize(read[:, -GRAMS:] * self.rarity, dim=1)
@@ -132,4 +136,4 @@ def _evenly(rows: Tensor, most: int) -> Tensor:
 def _apart(some: Tensor, others: Tensor) -> Tensor:
     """Return squared distances `(n, m)`."""
     # By differences, because near prompts would lose their digits in products.
-    return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist").square_()

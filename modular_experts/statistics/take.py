@@ -1,8 +1,9 @@
 """Take statistics of experts on rows of the tasks they were trained on, and store them beside the experts."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,8 +36,10 @@ ROWS = 256
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where prompts are read for routers, after these shares of the transformer blocks."""
 GRAMS_NAME = "n-grams"
+SHARED = 0.9
+"""The least share of an expert's prompts that hold a token which counts as one of their instruction."""
 MOST_CUT = 0.75
-"""The largest share of a prompt that a part of it lacks."""
+"""The largest share of a prompt that a part without its front lacks."""
 
 
 class Way(NamedTuple):
@@ -83,8 +86,9 @@ def prompts(
 ) -> dict[str, DataStatistic]:
     """Return the vectors of all prompts, `(rows, size)`, for each depth, under `depth 0.25` and so on, and `n-grams`.
 
-    With `parts`, a part of each prompt follows it, `(2 rows, size)`. The part lacks a share of the tokens at the front,
-    where an instruction stands. The shares are spread evenly between 0 and `MOST_CUT`.
+    With `parts`, a part of each prompt follows it, `(2 rows, size)`. The parts of the first, third, ... prompt lack the
+    instruction: they are the longest stretch of tokens between the first places of the tokens that nearly all prompts
+    hold (`SHARED`). The other parts lack a share of the tokens at the front, between 0 and `MOST_CUT`.
 
     Args:
         names: The experts' weights, which do not matter here.
@@ -94,26 +98,56 @@ def prompts(
         ValueError: There is no row.
     """
     found: list[list[Tensor]] = []
-    rows = 0
+    kept = []
+
+    def read(ids: Tensor, mask: Tensor, prompt: Tensor) -> list[Tensor]:
+        return [*prompt_vectors(model, ids, mask, depths, prompt), prompt_grams(ids, mask, prompt)]
+
     for batch in batches:
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         prompt = (batch["labels"].to(model.device) != IGNORED).cumsum(1) == 0
-        vectors = [*prompt_vectors(model, ids, mask, depths, prompt), prompt_grams(ids, mask, prompt)]
-        if parts:
-            read = prompt & mask.bool()
-            lengths = read.sum(1)
-            # Multiples of the golden ratio, without their whole parts, are spread evenly whatever the number of rows.
-            shares = (torch.arange(rows + 1, rows + 1 + len(ids), device=ids.device) * 0.6180339887498949) % 1
-            left_out = (MOST_CUT * shares * lengths).long().clamp(max=(lengths - 1).clamp(min=0))
-            cut = mask * ~(read & (read.cumsum(1) <= left_out[:, None]))
-            shorter = [*prompt_vectors(model, ids, cut, depths, prompt), prompt_grams(ids, cut, prompt)]
-            vectors = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(vectors, shorter, strict=True)]
-        found.append(vectors)
-        rows += len(ids)
+        found.append(read(ids, mask, prompt))
+        kept.append((ids, mask, prompt))
     if not found:
         raise ValueError("prompts need at least one row, and there was none")
-    columns = zip([*map(name_of, depths), GRAMS_NAME], zip(*found, strict=True), strict=True)
-    return {name: DataStatistic(torch.cat(vectors)) for name, vectors in columns}
+    whole = [torch.cat(vectors) for vectors in zip(*found, strict=True)]
+    if parts:
+        cut = [read(ids, part, prompt) for (ids, _, prompt), part in zip(kept, _parts(kept), strict=True)]
+        pairs = zip(whole, map(torch.cat, zip(*cut, strict=True)), strict=True)
+        whole = [torch.stack(pair, 1).flatten(0, 1) for pair in pairs]
+    columns = zip([*map(name_of, depths), GRAMS_NAME], whole, strict=True)
+    return {name: DataStatistic(vectors) for name, vectors in columns}
+
+
+def _parts(batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Yield attention masks of a part of each prompt, for batches of token ids, attention masks and prompts."""
+    read = [prompt & mask.bool() for _, mask, prompt in batches]
+    ids = [line for batch, *_ in batches for line in batch]
+    rows = [line[own].tolist() for line, own in zip(ids, chain.from_iterable(read), strict=True)]
+    holds = Counter(token for row in rows for token in set(row))
+    shared = {token for token, prompts in holds.items() if prompts >= SHARED * len(rows)}
+    numbers = count()
+    for owns in read:
+        part = torch.zeros_like(owns, dtype=torch.int64)
+        for line, own in zip(part, owns, strict=True):
+            number = next(numbers)
+            line[own.nonzero()[:, 0][part_of(rows[number], number, shared)]] = 1
+        yield part
+
+
+def part_of(tokens: Sequence[int], number: int, shared: Set[int]) -> slice:
+    """Return which tokens of a prompt are its part, the prompt's number and the tokens of the instruction given.
+
+    The longest stretch between shared tokens is the last of equally long ones, or the last token where there is none.
+    """
+    if number % 2:
+        # Multiples of the golden ratio, without their whole parts, are spread evenly whatever the number of rows.
+        share = (number + 1) * 0.6180339887498949 % 1
+        return slice(min(int(MOST_CUT * share * len(tokens)), max(len(tokens) - 1, 0)), None)
+    first = {token: place for place, token in reversed(list(enumerate(tokens))) if token in shared}
+    edges = [-1, *sorted(first.values()), len(tokens)]
+    length, start = max((end - start - 1, start + 1) for start, end in pairwise(edges))
+    return slice(start, start + length) if length else slice(-1, None)
 
 
 def name_of(depth: float) -> str:

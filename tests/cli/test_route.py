@@ -100,7 +100,7 @@ def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny
     "router", [Oracle(), Centroid(reject=None, select=Softmax(0.5)), Centroid(select=TopK(2)), KernelRidge()]
 )
 def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llama_dir, router):
-    assert main(["statistics", *EXPERTS, "--kind", "prompts", "--data.tasks", tasks]) == 0
+    assert main(["statistics", *EXPERTS, "--kind", router.needs or "prompts", "--data.tasks", tasks]) == 0
     made = route(EXPERTS[1:], "library/r", router, fallback="library/merged" if router.rejects else None)
     model = Base.open(tiny_llama_dir).load()
     with attached(model, made) as running:

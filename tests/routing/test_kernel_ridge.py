@@ -17,7 +17,7 @@ from modular_experts.routing.router import GRAMS
 
 
 def prompts(counts: tuple[int, ...] = (12, 8, 16), apart: float = 1.0, seed: int = 0) -> list[Tensor]:
-    """Return prompts of experts: six numbers of hidden states, and n-grams of which each expert has some."""
+    """Return prompts and parts in turn: six numbers of hidden states, and n-grams of which each expert has some."""
     made = torch.Generator().manual_seed(seed)
     found = []
     for number, count in enumerate(counts):
@@ -32,9 +32,10 @@ def by_hand(given: list[Tensor], x: Tensor, ridge: float, shrink: float) -> Tens
     """Return the values `(n, experts)` of the regression for inputs, by other formulas than the router's."""
     rows, counts = torch.cat(given).double(), [len(own) for own in given]
     hidden, grams = rows[:, :-GRAMS], rows[:, -GRAMS:]
-    means = torch.stack([own[:, :-GRAMS].double().mean(0) for own in given])
-    owner = torch.repeat_interleave(torch.tensor(counts))
-    covariance = (hidden - means[owner]).T @ (hidden - means[owner]) / (len(rows) - len(given))
+    means = torch.stack([own[::2, :-GRAMS].double().mean(0) for own in given])
+    owner, whole = torch.repeat_interleave(torch.tensor(counts)), hidden[::2]
+    around = whole - means[owner[::2]]
+    covariance = around.T @ around / (len(whole) - len(given))
     shrunk = (1 - shrink) * covariance + shrink * covariance.diagonal().mean() * torch.eye(6).double()
     middle = means.mean(0)
 
@@ -42,7 +43,7 @@ def by_hand(given: list[Tensor], x: Tensor, ridge: float, shrink: float) -> Tens
         gaps = some[:, None] - others
         return (gaps * torch.linalg.solve(shrunk, gaps.mT).mT).sum(2)
 
-    unit = distances(hidden, middle[None]).mean()
+    unit = distances(whole, middle[None]).mean()
     rarity = ((1 + len(rows)) / (1 + (grams != 0).sum(0))).log() + 1
 
     def kernel(some: Tensor, others: Tensor) -> Tensor:
@@ -70,10 +71,10 @@ def test_own_prompts_are_measured_by_regressions_without_them() -> None:
     router.learn([], given)
     values, nearest = [], []
     for fold in range(4):
-        out = torch.arange(20) % 4 == fold
+        out = torch.arange(20) // 2 % 4 == fold
         left = KernelRidge(ridge=0.01, reject=None)
         left.learn([], [rows[~out] for rows in given])
-        fresh = torch.cat([rows[out] for rows in given])
+        fresh = torch.cat([rows[out][::2] for rows in given])
         points = [(rows[:, :-GRAMS] - left.middle) @ left.directions for rows in (fresh, torch.cat(given))]
         gaps = (points[0][:, None] - points[1][~out.repeat(3)]).square().sum(2)
         values.append(left.scores(fresh).amax(1))
@@ -90,12 +91,13 @@ def test_own_prompts_are_measured_by_regressions_without_them() -> None:
 
 
 def test_it_learns_from_equal_shares_of_many_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST", 30)
+    monkeypatch.setattr(module, "MOST", 15)
     given = prompts((40, 8, 16))
     router = KernelRidge(reject=None)
     router.learn([], given)
     few = KernelRidge(reject=None)
-    few.learn([], [given[0][::4], given[1], given[2][[0, 1, 3, 4, 6, 8, 9, 11, 12, 14]]])
+    pairs = [rows.unflatten(0, (-1, 2)) for rows in given]
+    few.learn([], [own.flatten(0, 1) for own in (pairs[0][::4], pairs[1], pairs[2][[0, 1, 3, 4, 6]])])
     assert torch.equal(router.prompts, few.prompts)
 
 

@@ -5,23 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
 from test_routed import delta
-from testbed.padded_rows import ROWS, padded
 from testbed.runs import mixture
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.data.batch import IGNORED
 from modular_experts.deltas import Delta
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import routed
 from modular_experts.library import make_record, open_expert, open_experts, open_statistics, write_expert
 from modular_experts.routing import Arrow, Energy, Router, TopK
-from modular_experts.routing.prompts import prompt_vectors
 from modular_experts.statistics import take_statistics
-from modular_experts.statistics.take import DEPTHS, name_of, prompts
 from modular_experts.training.route import route
 
 TASKS = ["upper", "reverse", "first"]
@@ -106,25 +101,3 @@ def test_fit_trains_the_gates_of_stored_experts(tiny_llama_dir, tmp_path, monkey
     assert "--expert" in capsys.readouterr().err
     assert main(["statistics", "--experts", experts[0], "--kind", "gates", "--data.tasks", tasks]) == 2
     capsys.readouterr()
-
-
-def test_a_part_is_read_as_the_prompt_without_its_front() -> None:
-    model = build_model("llama").double()
-    batches = []
-    for rows in (ROWS[:3], [*ROWS[3:], [50]]):
-        batch = padded([[*row, 90, 91] for row in rows], "right")
-        labels = torch.full_like(batch["input_ids"], IGNORED)
-        for number, row in enumerate(rows):
-            labels[number, len(row) : len(row) + 2] = 90
-        batches.append(batch | {"labels": labels})
-    found, whole = prompts(model, batches, [], parts=True), prompts(model, batches, [])
-    rows, cuts = [*ROWS, [50]], []
-    for number, row in enumerate(rows):
-        cuts.append(min(int(0.75 * len(row) * ((number + 1) * (5**0.5 - 1) / 2 % 1)), len(row) - 1))
-        alone = prompt_vectors(model, torch.tensor([row[cuts[-1] :]]), None, DEPTHS)
-        for depth, vector in zip(DEPTHS, alone, strict=True):
-            values = found[name_of(depth)].values
-            torch.testing.assert_close(values[2 * number + 1], vector[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(values[2 * number], whole[name_of(depth)].values[number])
-    assert max(cuts) > 0
-    assert min(cuts) == 0
