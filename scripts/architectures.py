@@ -5,8 +5,6 @@
 Without a family it takes all, in about a minute on one thread, and writes docs/results/architectures.md.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import tempfile

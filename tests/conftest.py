@@ -88,8 +88,9 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         torch.set_num_threads(1)
         # Lightning reads the metadata of all installed packages for each trainer.
         importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
-        # How long an example takes says nothing on a busy machine.
-        hypothesis.settings.register_profile("untimed", deadline=None, max_examples=40)
+        # How long an example takes says nothing on a busy machine. Each run draws other examples, most of them in CI.
+        examples = 100 if os.environ.get("CI") else 25
+        hypothesis.settings.register_profile("untimed", deadline=None, max_examples=examples)
         hypothesis.settings.load_profile("untimed")
 
 

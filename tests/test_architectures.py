@@ -1,7 +1,5 @@
 """Each family in the table of architectures takes the steps that its line says; the slow tests run all of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

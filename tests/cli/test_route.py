@@ -244,9 +244,9 @@ def test_verify_and_list_tell_of_the_experts_behind_a_router(run, place):
     assert "1 of 5 experts in library failed: r" in err
 
 
-def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trust(place, tiny_llama_dir, task_files):
+def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trust(place, task_files, monkeypatch):
     """The commands that open it run in a process that has not seen the classes, the one that may last."""
-    assert "mine" not in sys.modules
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     Path("mine.py").write_text(
         "from modular_experts.routing import Oracle, TopK\n"
         "from modular_experts.routing.gates import Selection\n\n\nclass Mine(Oracle):\n"

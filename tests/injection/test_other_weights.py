@@ -1,7 +1,5 @@
 """Experts of weights beyond plain linear layers: mixture-of-experts bases, subclasses of `nn.Linear`."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from functools import partial

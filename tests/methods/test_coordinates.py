@@ -172,9 +172,7 @@ def test_experts_of_tasks_and_statistics():
         outputs, inputs, small = cores(deltas)
         own = m.EMR().per_task(small, expert, context).dense().numpy()
         np.testing.assert_allclose(
-            m.CoreSpace(m.EMR()).per_task(deltas, expert, context).dense().numpy(),
-            outputs @ own @ inputs.T,
-            atol=1e-8,
+            m.CoreSpace(m.EMR()).per_task(deltas, expert, context).dense().numpy(), outputs @ own @ inputs.T, atol=1e-8
         )
 
 
