@@ -20,8 +20,9 @@ from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply
 from modular_experts.base.structure import weight_of
 from modular_experts.evaluation.likelihood import keeps_rows_apart
-from modular_experts.experts import LoRAExpert, SparseExpert
-from modular_experts.injection import find_sites, inject
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.injection import expert_layers, find_sites, inject
+from modular_experts.injection.inject import other_sites
 from modular_experts.injection.routed import routed
 from modular_experts.injection.save import save_expert
 from modular_experts.library import StoredExpert, open_expert
@@ -98,7 +99,7 @@ IDS = (torch.arange(2 * 20).view(2, 20) * 7 + 3) % 90 + 3
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "architectures.md"
-STEPS = ("train", "evaluate", "merge", "apply", "route")
+STEPS = ("train", "evaluate", "merge", "apply", "route", "embeddings, vectors")
 HEAD = """# Architectures
 
 Each line of the table is a tiny random base of a family of transformers, of two to four blocks. `all-linear` gives
@@ -112,6 +113,9 @@ compares numbers:
 - *merge*: an average equals the mean of the two deltas in float64.
 - *apply*: the checkpoint has the base's own names of tensors, and loads to the logits of the base plus the merge.
 - *route*: in a batch of two rows, each with an expert of its own, each row gets the logits of its expert.
+- *embeddings, vectors*: a sparse expert of the embeddings, and full experts of all vectors (norms, biases), get the
+  gradients of a training of the whole model, also where the head is the same tensor (tied); the stored expert gives the
+  trained logits, and so does a checkpoint.
 
 *Packed* tells whether a base keeps rows apart that lie behind one another in a sequence. `fit` and `evaluate` check
 that on the model at hand, and pack rows only if it does.
@@ -199,6 +203,13 @@ def _steps(base: Base, folder: Path) -> Iterator[tuple[str, str]]:
         _same(found, torch.stack([one[row] for row, one in enumerate(trained.values())]))
         assert torch.equal(logits(fresh), before), "the base is not as it was"
         yield step, "yes"
+        step = STEPS[-1]
+        wanted = _trained_others(base, library / "others")
+        with applied(fresh, library / "others"):
+            _same(logits(fresh), wanted)
+        apply([library / "others"], folder / "others")
+        _same(logits(Base.open(folder / "others").load()), wanted)
+        yield step, "yes"
     except Exception as error:  # the table gives the reason
         logging.getLogger(__name__).info("%s", step, exc_info=True)
         yield step, " ".join(str(error).split())
@@ -214,6 +225,31 @@ def _trained(base: Base, kind: str, place: Path) -> torch.Tensor:
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    save_expert(model, place, base=base)
+    return logits(model)
+
+
+def _trained_others(base: Base, place: Path) -> torch.Tensor:
+    """Train the embeddings and all vectors for a step, compare the gradients, and return the logits."""
+    model, dense = base.load(), base.load()
+    embeddings = model.get_input_embeddings().weight
+    plan = {
+        site.name: FullExpert if site.matrix.dim() == 1 else KINDS["sparse"]
+        for site in other_sites(model)
+        if site.matrix.dim() == 1 or site.matrix is embeddings
+    }
+    inject(model, lambda sites: plan)
+    for one in (model, dense):
+        one(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    for name, layer in expert_layers(model):
+        expert, wanted = layer.expert, dense.get_parameter(name).grad
+        if wanted is None:
+            assert layer.weight.grad is None
+        elif isinstance(expert, SparseExpert):
+            torch.testing.assert_close(expert.values.grad, wanted.view(-1)[expert.indices], rtol=1e-4, atol=1e-6)
+        else:
+            torch.testing.assert_close(layer.weight.grad, wanted, rtol=1e-4, atol=1e-6)
+    torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2).step()
     save_expert(model, place, base=base)
     return logits(model)
 

@@ -115,6 +115,13 @@ class Expert(Trained, ABC):
             state: This expert's part of the checkpoint, by the names of its parameters and buffers.
         """
 
+    def moved(self, weight: Tensor) -> Tensor:
+        """Return the weight with its change, for a base that uses it in another way than a linear layer does.
+
+        The trained tensors get their gradients through it. Here it is the sum with the dense delta.
+        """
+        return weight + self.delta(weight, lambda: weight).dense().to(weight.dtype)
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output `(..., out)` for `x` `(..., in)`; here base and delta side by side."""
         out = F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)

@@ -27,6 +27,9 @@ class FullExpert(InPlaceExpert):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.to(x.dtype), bias)
 
+    def moved(self, weight: Tensor) -> Tensor:
+        return weight
+
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Dense:
         wide = torch.promote_types(weight.dtype, torch.float32)
         return Dense(weight.to(wide) - anchor().to(weight.device, wide))

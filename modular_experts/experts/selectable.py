@@ -102,6 +102,11 @@ class Selectable(Expert):
         """Return a kernel for units that the expert may keep later, for a layer that computes in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__} does not choose its support inside a training step")
 
+    def moved(self, weight: Tensor) -> Tensor:
+        if self.probe is None:
+            return super().moved(weight)
+        return _ProbedWeight.apply(self.scored(weight)[0], self.probe.leaf, self.probe)
+
     @property
     def packed(self) -> nn.Parameter | None:
         """The trained parameter with one slot for each kept unit, or None; its optimizer state moves with the slots."""
@@ -115,6 +120,18 @@ class Probe:
     receive: Callable[[Tensor], None]
     leaf: Tensor
     """A scalar that requires a gradient, so that backward reaches the layer even if its input needs none."""
+
+
+class _ProbedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, leaf, probe):
+        ctx.probe = probe
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.probe.receive(grad.to(torch.promote_types(grad.dtype, torch.float32)))
+        return None, grad.new_zeros(()), None
 
 
 class _ProbedLinear(torch.autograd.Function):

@@ -16,15 +16,15 @@ from modular_experts.text import did_you_mean
 
 @dataclass(frozen=True)
 class Site:
-    """A place that an expert can take: a linear layer with its weight and bias, or a matrix of a mixture of experts.
+    """A place that an expert can take: a linear layer, a matrix of a mixture of experts, or any other parameter.
 
     Attributes:
-        name: Full name of the layer in the model, such as `model.layers.0.self_attn.q_proj`, or of the matrix, such as
-            `model.layers.0.mlp.experts.down_proj[3]`.
+        name: Full name of the layer in the model, such as `model.layers.0.self_attn.q_proj`, of the matrix, such as
+            `model.layers.0.mlp.experts.down_proj[3]`, or of the parameter, such as `model.embed_tokens.weight`.
         layer: Last part of the name, which layers of the same kind share: `q_proj`, `down_proj`.
         depth: Number of the transformer block that the layer belongs to, counted from 0, or None outside of the blocks.
         module: The layer itself; its `weight` is `(out, in)`, or `(in, out)` in GPT-2's `Conv1D`. For a matrix the
-            module that holds it.
+            or another parameter the module that holds it.
         by_name_only: Whether `all-linear` leaves it out: the model's output head, a weight that is the same tensor as
             another one (tied), the router of a mixture-of-experts block, a layer of one output.
     """
@@ -34,21 +34,23 @@ class Site:
     depth: int | None
     module: nn.Module
     by_name_only: bool = False
+    parameter: str = ""
+    """Name in the module of the parameter that it is, or that holds the matrix; empty for a linear layer."""
     number: int | None = None
-    """Which slice of the module's parameter `layer`, `(experts, ., .)`, it is; None for a linear layer."""
+    """Which slice of the parameter `(experts, ., .)` the matrix is."""
     is_transposed: bool = False
     """Whether the base stores the weight as `(in, out)`."""
 
     @property
     def weight(self) -> str:
         """Full name of the weight, as deltas and files use it."""
-        return f"{self.name}.weight" if self.number is None else self.name
+        return self.name if self.parameter else f"{self.name}.weight"
 
     @property
     def matrix(self) -> Tensor:
         """The weight as an expert sees it, `(out, in)`, sharing the module's memory."""
-        held: Any = self.module._parameters
-        stored = held["weight"] if self.number is None else held[self.layer].detach()[self.number]
+        held: Any = self.module._parameters[self.parameter or "weight"]
+        stored = held if self.number is None else held.detach()[self.number]
         return stored.T if self.is_transposed else stored
 
 
@@ -80,17 +82,25 @@ def as_patterns(modules: str | Sequence[str]) -> list[str]:
     return [modules] if isinstance(modules, str) else list(modules)
 
 
-def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised: Sequence[str] = ()) -> Plan:
+def by_pattern(
+    experts: Mapping[str, Factory],
+    where: str = "experts",
+    quantised: Sequence[str] = (),
+    others: Callable[[], Sequence[Site]] = lambda: (),
+) -> Plan:
     """Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.
 
     A pattern is the end of a name from a dot on (`q_proj`, `self_attn.q_proj`, or several, `(q|v)_proj`), a regular
     expression for the full name (`.*\\.layers\\.[0-3]\\..*_proj`), or `all-linear`: every layer but the output head,
     those whose weight is tied to another, routers of mixture-of-experts blocks, and layers of one output.
 
+    A pattern that matches no such layer may name another parameter, such as `embed_tokens` or `input_layernorm`.
+
     Args:
         experts: Pattern and factory.
         where: Name of the argument, for errors.
         quantised: Names of layers whose weight is quantised, for errors.
+        others: Returns the sites of the other parameters.
 
     Raises:
         ValueError: (by the plan) A pattern matches no site, or is not a valid regular expression.
@@ -103,6 +113,7 @@ def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised
                 matching = [site for site in sites if not site.by_name_only]
             else:
                 matching = [site for site in sites if _matches(pattern, site, where)]
+                matching = matching or [site for site in others() if _matches(pattern, site, where)]
             if not matching:
                 raise ValueError(_no_match(pattern, sites, where, quantised))
             for site in matching:
@@ -156,8 +167,9 @@ def make_module_expert(factory: Factory, module: nn.Module) -> ModuleExpert:
 
 
 def _matches(pattern: str, site: Site, where: str) -> bool:
-    # A number in brackets may be left out: `down_proj` names the matrices of all of its experts.
-    return any(_matches_name(pattern, name, where) for name in {site.name, site.name.partition("[")[0]})
+    # A number in brackets may be left out, as `down_proj` names the matrices of all experts, and so may `.weight`.
+    names = {site.name, site.name.partition("[")[0], site.name.removesuffix(".weight")}
+    return any(_matches_name(pattern, name, where) for name in names)
 
 
 def _matches_name(pattern: str, name: str, where: str) -> bool:

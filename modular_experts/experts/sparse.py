@@ -74,6 +74,11 @@ class SparseExpert(Selectable, InPlaceExpert):
             return self.probed(x, weight, bias)
         return kept_linear(x, weight, bias, self.values, self.chooser or self.kernel(computed_in(weight)))
 
+    def moved(self, weight: Tensor) -> Tensor:
+        if self._written != self.values._version:
+            self.write(weight)
+        return super().moved(weight) if self.probe is not None else _KeptWeight.apply(weight, self.values, self)
+
     def settings(self) -> dict[str, bool | int | float | str]:
         return super().settings() | {"backend": self.kernel(self.anchor.dtype).name}
 
@@ -157,3 +162,22 @@ class SparseExpert(Selectable, InPlaceExpert):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._written = self._kernel = None  # a copy's version counters start anew
+
+
+class _KeptWeight(torch.autograd.Function):
+    """Passes on a weight that holds the values, and of its dense gradient only the kept entries."""
+
+    @staticmethod
+    def forward(ctx, weight, values, expert):
+        ctx.expert = expert
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        expert, grad = ctx.expert, grad.contiguous()
+        if expert.chooser is None:
+            kept = expert._read(grad, expert.indices)
+        else:
+            # A layer that multiplies each column alone would have this gradient.
+            kept = expert.chooser.gradient(torch.eye(grad.shape[1], dtype=grad.dtype, device=grad.device), grad.T)
+        return None, kept.to(expert.values.dtype), None

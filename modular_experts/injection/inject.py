@@ -3,6 +3,7 @@
 The class of the same layer object is swapped, so that module names, `state_dict` keys, pickle, deepcopy, DDP and tied
 weights keep working. GPT-2's `Conv1D` stores its weight as (in, out): experts always see `(out, in)`, and files always
 hold the base's own orientation. A module that is not a linear layer keeps its class; its expert sees its calls.
+`slices.py` gives experts to the matrices of mixture-of-experts layers, `whole.py` to all other parameters.
 """
 
 import re
@@ -29,6 +30,7 @@ from modular_experts.experts.site import (
 )
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear
 from modular_experts.injection.slices import ExpertSlice
+from modular_experts.injection.whole import ExpertParameter
 from modular_experts.library.described import settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
 
@@ -49,7 +51,8 @@ def inject(
         experts: With `modules`, a factory that makes the expert of one weight `(out, in)`: `factory(weight)`, or
             `factory(weight, site)`. Without, a mapping from patterns to factories (`experts.site.by_pattern`), or a
             plan: a function that gets the sites of the model and returns a factory for each that gets an expert.
-        modules: Patterns: ends of layers' names (`q_proj`), regular expressions for full names, or `all-linear`.
+        modules: Patterns: ends of layers' names (`q_proj`), regular expressions for full names, or `all-linear`. A
+            pattern that matches no layer may name another parameter (`embed_tokens`, `input_layernorm`).
 
     Returns:
         The names of the layers' weights, sorted, and behind them the names of the other modules.
@@ -61,19 +64,20 @@ def inject(
     planned, others = _planned(model, experts, modules)
     owners = _owners(model)
     for site in planned:
-        is_new = site.number is None and not isinstance(site.module, ExpertLayer)
+        is_new = not site.parameter and not isinstance(site.module, ExpertLayer)
         if is_new and len(names := owners[id(site.module.weight)]) > 1:
-            other = next(name for name in names if name != site.weight)
+            other, first = next(name for name in names if name != site.weight), names[0].removesuffix(".weight")
             raise ValueError(
-                f"{site.weight} is the same tensor as {other} (tied); an expert would move both: leave {site.name} "
-                f"out, with all-linear or, for example, (?!{re.escape(site.name)}$).*"
+                f"{site.weight} is the same tensor as {other} (tied): name {first} for an expert that moves both, or "
+                f"leave {site.name} out, with all-linear or, for example, (?!{re.escape(site.name)}$).*"
             )
     there = dict(named_experts(model))
     if not there:
         model.requires_grad_(False)
     steps = [(name, partial(_attach, model.get_submodule(name), factory)) for name, factory in others.items()]
     for site, factory in planned.items():
-        steps.append((site.weight, partial(_equip if site.number is None else _equip_slice, site, factory)))
+        equip: Any = _equip_slice if site.number is not None else partial(_equip_whole, model)
+        steps.append((site.weight, partial(equip if site.parameter else _equip, site, factory)))
     plan = None
     if isinstance(experts, LayerPlan):
         # Whoever gives the plan trusts its code.
@@ -117,7 +121,7 @@ def _equip(site: Site, factory: Factory) -> Trained:
 
 def _equip_slice(site: Site, factory: Factory) -> Trained:
     if site.is_transposed and not site.matrix.is_contiguous():
-        whole: Any = site.module._parameters[site.layer]
+        whole: Any = site.module._parameters[site.parameter]
         whole.data = whole.data.transpose(1, 2).contiguous().transpose(1, 2)
     expert = make_expert(factory, site.matrix, site)
     _check_bias(site, expert, site.matrix)
@@ -127,6 +131,24 @@ def _equip_slice(site: Site, factory: Factory) -> Trained:
             "take a sparse or a low-rank expert for it, or name other layers"
         )
     layer = ExpertSlice(site, expert)
+    layer.train(site.module.training).put()
+    return expert
+
+
+def _equip_whole(model: nn.Module, site: Site, factory: Factory) -> Trained:
+    kind: Any = factory.func if isinstance(factory, partial) else factory
+    is_full = isinstance(kind, type) and issubclass(kind, InPlaceExpert) and kind.trains_weight
+    if site.matrix.dim() != 2 and not is_full:
+        raise ValueError(f"{site.name} has shape {tuple(site.matrix.shape)}; such a parameter takes a FullExpert alone")
+    expert = make_expert(factory, site.matrix, site)
+    if not expert.mergeable:
+        raise ValueError(
+            f"{site.name} is not a linear layer's weight, and {type(expert).__name__} has no delta that could move it: "
+            f"{expert.not_mergeable_because}"
+        )
+    tensor = site.module._parameters[site.parameter]
+    owners = [one for one in model.modules() if any(held is tensor for held in one._parameters.values())]
+    layer = ExpertParameter(site, expert, owners)
     layer.train(site.module.training).put()
     return expert
 
@@ -148,10 +170,8 @@ def find_sites(model: nn.Module) -> list[Site]:
             whole: Any = module._parameters[key]
             for number in range(len(whole)):
                 place, flipped = f"{name}.{key}[{number}]", bool(module.is_transposed)
-                sites.append(Site(place, key, depth_of(f"{name}."), module, False, number, flipped))
-        if isinstance(module, ExpertSlice):
-            continue
-        if is_linear(module) or isinstance(module, ExpertLayer) or is_transposed(module):
+                sites.append(Site(place, key, depth_of(f"{name}."), module, False, key, number, flipped))
+        if is_linear(module) or isinstance(module, ExpertLinear | ExpertConv1D) or is_transposed(module):
             weight: Any = module.weight
             flipped = isinstance(module, ExpertConv1D) or is_transposed(module)
             outputs: int = weight.shape[1 if flipped else 0]
@@ -160,6 +180,24 @@ def find_sites(model: nn.Module) -> list[Site]:
             kind = name.rpartition(".")[2]
             sites.append(Site(name, kind, depth_of(f"{name}."), module, by_name, is_transposed=flipped))
     return sorted(sites, key=lambda site: site.name)
+
+
+def other_sites(model: nn.Module) -> list[Site]:
+    """Return the parameters that `find_sites` leaves out, each under its first name: embeddings, norms, biases.
+
+    Parameters of convolutions are left out, because models use them without calling the module.
+    """
+    owners, sites, found = _owners(model), find_sites(model), []
+    known = {id(site.module._parameters[site.parameter or "weight"]) for site in sites}
+    known -= {tensor for tensor, names in owners.items() if len(names) > 1}
+    for name, module in _outside_of_experts(model):
+        for key, tensor in module._parameters.items():
+            place = f"{name}.{key}"
+            is_first = tensor is not None and owners[id(tensor)][0] == place
+            is_left_out = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _is_quantised(module)
+            if is_first and id(tensor) not in known and not is_left_out:
+                found.append(Site(place, ".".join(place.split(".")[-2:]), depth_of(place), module, True, key))
+    return sorted(found, key=lambda site: site.name)
 
 
 def _mixtures(model: nn.Module) -> set[tuple[str, int]]:
@@ -182,16 +220,14 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
     if anchor is None and any(trains_weight(layer.expert) for layer in layers.values()):
         raise ValueError("ejecting a full expert needs the base: pass anchor=, a function from weight name to tensor")
     for name, layer in layers.items():
-        if isinstance(layer, ExpertSlice):
-            if isinstance(layer.expert, InPlaceExpert):
-                layer.expert.restore(layer.matrix, _oriented_anchor(layer, name, anchor))
-            layer.take_out()
-            continue
         if trains_weight(layer.expert):
             layer.weight.data = layer.weight.data.to(layer.base_dtype)
             layer.weight.requires_grad_(False)
         if isinstance(layer.expert, InPlaceExpert):
             layer.expert.restore(layer.matrix, _oriented_anchor(layer, name, anchor))
+        if isinstance(layer, ExpertSlice | ExpertParameter):
+            layer.take_out()
+            continue
         layer.weight.data = layer.weight.data.contiguous()
         del layer.expert
         layer.__class__ = layer.base_class  # type: ignore[assignment]
@@ -202,7 +238,7 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:
     """Yield `(weight name, layer)` for each layer with an expert, sorted by name."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, ExpertLayer)]
-    yield from sorted((n if isinstance(one, ExpertSlice) else f"{n}.weight", one) for n, one in found)
+    yield from sorted((layer.weight_name(name), layer) for name, layer in found)
 
 
 def named_experts(model: nn.Module) -> list[tuple[str, Trained]]:
@@ -311,12 +347,12 @@ def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tens
 def _planned(
     model: nn.Module, experts: Any, modules: str | Sequence[str] | None
 ) -> tuple[dict[Site, Factory], dict[str, Factory]]:
-    sites = find_sites(model)
+    sites, others = find_sites(model), partial(other_sites, model)
     quantised = [name for name, module in _outside_of_experts(model) if _is_quantised(module)]
     if modules is not None:
-        plan = by_pattern(dict.fromkeys(as_patterns(modules), experts), "modules", quantised)
+        plan = by_pattern(dict.fromkeys(as_patterns(modules), experts), "modules", quantised, others)
     elif isinstance(experts, Mapping):
-        plan = by_pattern(experts, "experts", quantised)
+        plan = by_pattern(experts, "experts", quantised, others)
     elif isinstance(experts, type | partial):
         raise ValueError("modules is missing: name the layers that get an expert, such as q_proj or all-linear")
     else:
@@ -325,6 +361,8 @@ def _planned(
     if not isinstance(chosen, Mapping):
         raise TypeError(f"the plan {plan} returned a {type(chosen).__name__}; it must return {{site: factory}}")
     factories = {key.name if isinstance(key, Site) else key: factory for key, factory in chosen.items()}
+    if factories.keys() - {site.name for site in sites}:
+        sites = [*sites, *others()]
     there = dict(_outside_of_experts(model)) | {site.name: site.module for site in sites}
     for name in factories.keys() - there.keys():
         raise ValueError(

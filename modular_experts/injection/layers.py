@@ -29,6 +29,10 @@ class ExpertLayer(nn.Module):
         """Return an expert's delta in the orientation in which the base stores the weight."""
         return delta.T if self.is_transposed else delta
 
+    def weight_name(self, name: str) -> str:
+        """Return the weight's full name, given the layer's own."""
+        return f"{name}.weight"
+
     def forward(self, x: Tensor) -> Tensor:
         return self.expert(x, self.matrix, self.bias)
 

@@ -31,7 +31,7 @@ class ExpertSlice(ExpertLayer):
         super().__init__()
         # `nn.Module.__setattr__` would make the owner a part of its part.
         object.__setattr__(self, "owner", site.module)
-        self.parameter, self.number, self.is_transposed = site.layer, site.number, site.is_transposed
+        self.parameter, self.number, self.is_transposed = site.parameter, site.number, site.is_transposed
         self.base_dtype, self.expert = self.whole.dtype, expert
 
     @property
@@ -44,6 +44,9 @@ class ExpertSlice(ExpertLayer):
     def weight(self) -> Tensor:
         # `data`, because autograd would take a write into one matrix for a change of all.
         return self.whole.data[self.number]
+
+    def weight_name(self, name: str) -> str:
+        return name
 
     def put(self) -> None:
         """Become a part of the owner, whose forward pass then takes its matrices one by one."""

@@ -1,4 +1,4 @@
-"""Experts of weights beyond plain linear layers: mixture-of-experts bases, subclasses of `nn.Linear`."""
+"""Experts of weights beyond plain linear layers: matrices of mixture-of-experts bases, tied embeddings, vectors."""
 
 import copy
 import pickle
@@ -11,14 +11,15 @@ import torch
 import transformers
 from lightning.pytorch import Callback
 from testbed import runs
-from testbed.other_experts import BiasExpert
+from testbed.other_experts import BiasExpert, GatedExpert
 from torch import Tensor, nn
 
 from modular_experts.base import Base
-from modular_experts.base.apply import applied
+from modular_experts.base.apply import applied, apply
 from modular_experts.base.structure import Structure, split_slice, weight_of
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
 from modular_experts.deltas import Dense, LowRank
+from modular_experts.evaluation import likelihood
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import eject, expert_layers, find_sites, inject, task_vector
 from modular_experts.injection.routed import routed
@@ -192,24 +193,36 @@ def test_an_expert_of_a_matrix_that_no_token_reaches_costs_nothing() -> None:
     assert all(expert.calls == 1 for expert in experts if expert not in idle)
 
 
-def trained(base: Path, files, folder: Path, kind: str, *callbacks: Callback, ckpt=None, task="upper", **settings):
-    """Train experts of all layers of a base; return the module, the trainer and the losses of the steps."""
+def trained(base: Path, files, folder: Path, plan, *callbacks: Callback, ckpt=None, task="upper", **settings) -> tuple:
+    """Train the experts of a plan; return the module, the trainer and the losses of the steps."""
     torch.manual_seed(0)
     losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-    module = runs.module(base, KINDS[kind], modules="all-linear", optimizer=optimizer, scheduler=Constant())
+    module = runs.module(base, None, experts=plan, optimizer=optimizer, scheduler=Constant())
     trainer = runs.trainer(folder, losses, *callbacks, **settings)
     trainer.fit(module, runs.mixture({task: files[task]}, base, seed=0), ckpt_path=ckpt)
     return module, trainer, losses.steps
 
 
+def first_gradient(base: Path, files: dict[str, Path], name: str) -> Tensor:
+    """Return the dense gradient of a weight in the first step of `trained`."""
+    dense, data = Base.open(base).load(), runs.mixture({"upper": files["upper"]}, base, seed=0)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    dense(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+    whole, number = split_slice(name)
+    gradient = dense.get_parameter(whole).grad
+    return gradient if number is None else gradient[number]
+
+
 @pytest.mark.parametrize("kind", ["element", "lora"])
 def test_a_run_resumes_and_its_expert_gives_the_same_logits(kind: str, saved, task_files, tmp_path) -> None:
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
-    module, _, losses = trained(saved, task_files, tmp_path, kind, MaskSchedule(rule=SelectOnce()), export)
+    fit = partial(trained, saved, task_files, tmp_path, {"all-linear": KINDS[kind]})
+    module, _, losses = fit(MaskSchedule(rule=SelectOnce()), export)
     assert all(torch.isfinite(torch.tensor(losses)))
-    _, trainer, start = trained(saved, task_files, tmp_path, kind, MaskSchedule(rule=SelectOnce()), max_steps=3)
+    _, trainer, start = fit(MaskSchedule(rule=SelectOnce()), max_steps=3)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    *_, end = trained(saved, task_files, tmp_path, kind, MaskSchedule(rule=SelectOnce()), ckpt=tmp_path / "a.ckpt")
+    *_, end = fit(MaskSchedule(rule=SelectOnce()), ckpt=tmp_path / "a.ckpt")
     assert start + end == losses
     fresh = Base.open(saved).load()
     before = fresh(IDS).logits
@@ -219,21 +232,16 @@ def test_a_run_resumes_and_its_expert_gives_the_same_logits(kind: str, saved, ta
     moved = [name for name in open_expert(export.target) if "[" in name]
     assert len(moved) == 16
     others = TrainUnderOthers([str(export.target)], count=1)
-    below, *_ = trained(saved, task_files, tmp_path, kind, others, task="reverse", max_steps=2)
+    below, *_ = fit(others, task="reverse", max_steps=2)
     eject(below.model)
     torch.testing.assert_close(below.model(IDS).logits, before, rtol=0, atol=0)
 
 
 def test_the_support_is_chosen_by_the_gradient_of_each_matrix(saved, task_files, tmp_path) -> None:
-    module, *_ = trained(saved, task_files, tmp_path, "element", MaskSchedule(rule=SelectOnce()), max_steps=1)
-    dense = Base.open(saved).load()
-    data = runs.mixture({"upper": task_files["upper"]}, saved, seed=0)
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
-    dense(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+    plan = {"all-linear": KINDS["element"]}
+    module, *_ = trained(saved, task_files, tmp_path, plan, MaskSchedule(rule=SelectOnce()), max_steps=1)
     for name, layer in expert_layers(module.model):
-        whole, number = split_slice(name)
-        if number is not None and (gradient := dense.get_parameter(whole).grad[number]).any():
+        if "[" in name and (gradient := first_gradient(saved, task_files, name)).any():
             kept = gradient.abs().flatten()[layer.expert.indices]
             assert kept.min() >= gradient.abs().flatten().topk(layer.expert.kept_units).values.min() * 0.999
 
@@ -275,3 +283,119 @@ def test_a_router_of_each_matrix_chooses_by_its_own_inputs(saved, tmp_path) -> N
     assert kinds == {"ExpertSlice"}
     assert (found - wanted).abs().max() > 1e-3
     assert torch.equal(model(IDS).logits, wanted)
+
+
+def tied() -> transformers.PreTrainedModel:
+    return conftest.build_model("llama", tie_word_embeddings=True)
+
+
+OTHERS = KINDS | {"full": FullExpert}
+EMBEDDINGS = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_one_expert_of_a_tied_tensor_gets_the_gradient_of_both_uses(kind: str, parts: bool, monkeypatch) -> None:
+    model, dense = tied().double(), tied().double()
+    base = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    names = inject(model, {"embed_tokens": OTHERS[kind], "input_layernorm|norm": FullExpert})
+    assert [name for name in names if "norm" not in name] == [EMBEDDINGS]
+    step(model, 1)
+    with torch.no_grad():
+        for name, delta in task_vector(model, base.__getitem__):
+            delta.add_to(dense.get_parameter(name))
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    if parts:  # the head is called several times in a pass, and again in backward
+        monkeypatch.setattr(likelihood, "HEAD_BYTES", 0)
+        monkeypatch.setattr(likelihood, "PART", 8)
+    for one in (model, dense):
+        likelihood.batch_losses(one, batch)[0].sum().backward()
+    wanted, layer = dense.get_parameter(EMBEDDINGS).grad, dict(expert_layers(model))[EMBEDDINGS]
+    expert, exact = layer.expert, {"rtol": 1e-9, "atol": 1e-12}
+    if kind == "lora":
+        torch.testing.assert_close(expert.up.grad, expert.scale * wanted @ expert.down.T, **exact)
+    elif kind == "masked":
+        torch.testing.assert_close(expert.change.grad, wanted * expert.mask, **exact)
+    elif kind == "full":
+        torch.testing.assert_close(layer.weight.grad, wanted, **exact)
+    else:
+        torch.testing.assert_close(expert.values.grad, expert._read(wanted, expert.indices), **exact)
+    norm = "model.norm.weight"
+    torch.testing.assert_close(dict(expert_layers(model))[norm].weight.grad, dense.get_parameter(norm).grad, **exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_experts_of_other_parameters_survive_copies_and_leave_the_base_behind(kind: str, dtype: torch.dtype) -> None:
+    model = tied().to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = model(IDS).logits
+    inject(model, {"embed_tokens": OTHERS[kind], "input_layernorm|norm": FullExpert})
+    assert before.keys() <= model.state_dict().keys()
+    step(model)
+    wanted = model(IDS).logits
+    assert wanted.dtype == dtype
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(IDS).logits, wanted)
+    eject(model, before.__getitem__)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model(IDS).logits, plain)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def saved_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("tied") / "llama"
+    tied().save_pretrained(place)
+    conftest.build_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("kind", ["element", "masked", "lora", "full"])
+def test_a_run_of_a_tied_tensor_resumes_and_its_checkpoint_gives_the_same_logits(
+    kind: str, saved_tied, task_files, tmp_path
+) -> None:
+    export, plan = ExportExpert(str(tmp_path / "library"), "mine", monitor=None), {"embed_tokens": OTHERS[kind]}
+    fit = partial(trained, saved_tied, task_files, tmp_path, plan)
+    schedule = partial(MaskSchedule, rule=SelectOnce())
+    module, _, losses = fit(schedule(), export)
+    _, trainer, start = fit(schedule(), max_steps=3)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    *_, end = fit(schedule(), ckpt=tmp_path / "a.ckpt")
+    assert start + end == losses
+    assert list(open_expert(export.target)) == [EMBEDDINGS]
+    apply([export.target], tmp_path / "checkpoint")
+    found = Base.open(tmp_path / "checkpoint").load()
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    torch.testing.assert_close(found(IDS).logits, module.model.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batches", ["step", 1])
+def test_the_support_of_a_tied_tensor_is_chosen_by_both_uses(batches, saved_tied, task_files, tmp_path) -> None:
+    plan = {"embed_tokens": KINDS["element"]}
+    module, *_ = trained(saved_tied, task_files, tmp_path, plan, MaskSchedule(batches=batches), max_steps=1)
+    layer, gradient = dict(expert_layers(module.model))[EMBEDDINGS], first_gradient(saved_tied, task_files, EMBEDDINGS)
+    kept = gradient.abs().flatten()[layer.expert.indices]
+    if batches == "step":  # a pass of its own draws its own rows
+        assert kept.min() >= gradient.abs().flatten().topk(layer.expert.kept_units).values.min() * 0.999
+    assert layer.expert.values.abs().max() > 0
+
+
+def test_what_no_linear_layer_multiplies_refuses_experts_that_cannot_move_it() -> None:
+    for expert, modules, sentence in (
+        (KINDS["lora"], "input_layernorm", r"layernorm\.weight has shape \(32,\); such a parameter takes a FullExpert"),
+        (GatedExpert, "embed_tokens", "is not a linear layer's weight, and GatedExpert has no delta"),
+        (KINDS["lora"], "lm_head", r"\(tied\): name model\.embed_tokens for an expert that moves both"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            inject(tied(), expert, modules)
+    # A pattern that matches a linear layer takes nothing else.
+    assert "lm_head.weight" not in inject(tied(), KINDS["lora"], "(?!lm_head$).*")
+    assert inject(mixture("mixtral"), KINDS["lora"], "mlp.gate") == [
+        f"model.layers.{n}.mlp.gate.weight" for n in (0, 1)
+    ]
+    assert inject(conftest.build_model("qwen2"), FullExpert, "layers.0.self_attn.q_proj.bias") == [
+        "model.layers.0.self_attn.q_proj.bias"
+    ]
