@@ -30,7 +30,12 @@ STRANGERS = {"experts", "methods"}
 # Rooms below layer 3 -> what they use beside torch. `base` imports transformers inside of functions only.
 BESIDE_TORCH = {"base": {"huggingface_hub", "numpy", "transformers"}, "native": {"numpy"}}
 # Outside package -> the rooms that may import it, beside the packages of every layer: the standard library and torch.
-OUTSIDE = {"safetensors": {"base", "hub", "interop", "library"}, "triton": {"kernels"}}
+OUTSIDE = {
+    "safetensors": {"base", "hub", "interop", "library"},
+    "triton": {"kernels"},
+    "bitsandbytes": {"base"},
+    "torchao": {"base"},
+}
 FRONT_DOORS = {"modular_experts", "modular_experts.__main__"}
 VAGUE = {"base_utils", "common", "helpers", "misc", "tools", "util", "utils"}
 

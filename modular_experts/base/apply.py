@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from modular_experts.base.base import Base, DType, find_base
 from modular_experts.base.files import MANIFEST, fetch
-from modular_experts.base.structure import Structure, weight_of
+from modular_experts.base.quantised import is_quantised
+from modular_experts.base.structure import Structure, is_rounded, weight_of
 from modular_experts.base.verify import Check
 from modular_experts.deltas import Delta, add
 from modular_experts.deltas.task_vector import Sum, TaskVector
@@ -93,10 +94,22 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
         ValueError: A weight does not exist, has another shape, or is tied to another one; nothing has been added then.
     """
     check_fit(model, experts)
+    if quantised := moved_quantised(model, experts):
+        raise ValueError(
+            f"{quantised[0]} is quantised, so a delta cannot be written into it; injection.attach.attached adds it "
+            "beside the weight"
+        )
     for name in progress(sorted({name for expert in experts for name in expert})):
         weight = weight_of(model, name)
         delta = add([expert[name] for expert in experts if name in expert])
         delta.to(weight.device).add_to(weight)
+
+
+def moved_quantised(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> list[str]:
+    """Return the names of the quantised weights that experts move."""
+    moved = dict.fromkeys(name for expert in experts for name in expert)
+    quantised = {f"{name}.weight" for name, layer in model.named_modules() if is_quantised(layer)}
+    return [name for name in moved if name in quantised]
 
 
 class Applied:
@@ -204,7 +217,10 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
     for one in reversed(model.__dict__.get(_IN_PLACE, [])):
         known |= one._before  # what the weights were before `applied` moved them
     for name, step, rows in base.sample(name for name in moved if name in known):
-        if rows.shape[1:] == known[name].shape[1:] and not _same(known[name].detach()[::step].cpu(), rows):
+        rounded = is_rounded(model.get_submodule(name.rpartition(".")[0]), rows, step)
+        if rounded is None and rows.shape[1:] == known[name].shape[1:]:
+            rounded = _same(known[name].detach()[::step].cpu(), rows)
+        if rounded is False:
             raise ValueError(
                 f"{name} of the model is not what it is in {base.place}, on which {stored[0].name} was trained; load "
                 "that base again, add several experts in one call, or go on with check=False"

@@ -23,8 +23,9 @@ from modular_experts.base.files import (
     reading,
     write_manifest,
 )
+from modular_experts.base.quantised import Quantise, described, keep_order, quantiser
 from modular_experts.base.streaming import Rounding, StreamedSum
-from modular_experts.base.structure import StoredWeights, Structure, split_slice, weight_of
+from modular_experts.base.structure import StoredWeights, Structure, is_rounded, split_slice, weight_of
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, check_base, check_target, new_directory
@@ -48,14 +49,21 @@ class Base:
         place: Directory or hub id, as the user or an expert's record names it.
         directory: Where its files are.
         revision: Branch, tag or commit of a hub id.
+        quantise: The form in which `load` quantises its linear layers, or None; all else is of its files.
     """
 
-    def __init__(self, place: str, directory: Path, revision: str | None = None) -> None:
-        self.place, self.directory, self.revision = place, directory, revision
+    def __init__(
+        self, place: str, directory: Path, revision: str | None = None, quantise: Quantise | None = None
+    ) -> None:
+        self.place, self.directory, self.revision, self.quantise = place, directory, revision, quantise
 
     @classmethod
     def open(
-        cls, place: "str | Path | Base | None" = None, experts: Sequence[StoredExpert] = (), revision: str | None = None
+        cls,
+        place: "str | Path | Base | None" = None,
+        experts: Sequence[StoredExpert] = (),
+        revision: str | None = None,
+        quantise: Quantise | None = None,
     ) -> "Base":
         """Find a base, fetch what is not on this machine, and check that it is the one the experts were trained on.
 
@@ -64,6 +72,7 @@ class Base:
                 `HuggingFaceTB/SmolLM2-135M`, or an opened base; what the experts' records name if not given.
             experts: The experts that will be put on it.
             revision: Branch, tag or commit of a hub id; the experts' own where the place is.
+            quantise: The form in which `load` quantises it; an opened base has its own.
 
         Raises:
             FileNotFoundError: There is no such directory, and the hub does not give it.
@@ -76,7 +85,7 @@ class Base:
                 if not experts:
                     raise ValueError("no base is named; give the directory of a model, or a hub id")
                 place, revision = find_base(experts), revision or experts[0].record["base"].get("revision")
-            base = cls(str(place), fetch(place, revision), revision)
+            base = cls(str(place), fetch(place, revision), revision, quantise)
         if experts:
             check_base(experts, base.fingerprint, base.place)
         return base
@@ -89,7 +98,7 @@ class Base:
     @property
     def identity(self) -> str:
         """SHA-256 over all that its outputs depend on: its weights, its configuration and its tokenizer's files."""
-        content = [self.fingerprint, reading(self.directory)]
+        content = [self.fingerprint, reading(self.directory)] + [self.quantise] * bool(self.quantise)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -107,10 +116,34 @@ class Base:
         """Its stored weights by name, for readers of many weights; raises what `StoredWeights` does."""
         return StoredWeights(read_layouts(self.directory), self.structure)
 
+    @cached_property
+    def quantisation(self) -> dict[str, Any] | None:
+        """Settings of the quantiser if its files hold quantised weights, else None."""
+        config = read_json(self.directory / "config.json", "so it is not the directory of a model")
+        return config.get("quantization_config")
+
+    def quantised_facts(self, dtype: DType) -> dict[str, Any]:
+        """Return how the loaded base is quantised, by the key `quantised` of a record, or nothing."""
+        found = described(self.quantise, getattr(torch, dtype)) if self.quantise else self.quantisation
+        return {"quantised": found} if found else {}
+
     def load(self, dtype: DType | None = None) -> "PreTrainedModel":
-        """Load the model in evaluation mode, in a dtype or as stored; raise ValueError if the files lack weights."""
+        """Load the model in evaluation mode, in a dtype or as stored; one that is quantised now, in float32 or a dtype.
+
+        Raises:
+            ImportError: The library that quantises is not installed.
+            ValueError: The files lack weights, or hold quantised ones although a form is given.
+        """
         from transformers import AutoModelForCausalLM
 
+        more: dict[str, Any] = {}
+        if self.quantise and self.quantisation:
+            raise ValueError(f"the weights in {self.directory} are quantised already; leave out {self.quantise}")
+        if self.quantise or self.quantisation:
+            more["device_map"] = {"": "cpu"}
+        if self.quantise:
+            dtype = dtype or "float32"
+            more["quantization_config"] = quantiser(self.quantise, getattr(torch, dtype))
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.directory,
@@ -119,6 +152,7 @@ class Base:
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are reported with the missing ones, in one sentence
+                **more,
             )
         model, report = loaded
         absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -127,6 +161,7 @@ class Base:
                 f"the files in {self.directory} do not hold these weights of {type(model).__name__} in the right "
                 f"shape: {', '.join(absent[:4])}{f' and {len(absent) - 4} more' if len(absent) > 4 else ''}"
             )
+        keep_order(model)
         return model
 
     def check_loaded(self, model: nn.Module) -> None:
@@ -135,8 +170,9 @@ class Base:
         for name, _, stored in self.sample(sorted(set(self._stored.values())), entries=sys.maxsize):
             if name not in in_memory:
                 raise ValueError(f"the model has no weight {name}, which its base {self.place} has")
-            found = in_memory[name].detach()
-            if not torch.equal(found, stored.to(found)):
+            found, layer = in_memory[name].detach(), model.get_submodule(name.rpartition(".")[0])
+            rounded = is_rounded(layer, stored) if stored.is_floating_point() else None
+            if not (torch.equal(found, stored.to(found)) if rounded is None else rounded):
                 raise ValueError(
                     f"{name} of the model is not that of its base {self.place}, so a delta against the base would be "
                     "wrong; save the model and name the new directory as the base"
@@ -177,7 +213,7 @@ class Base:
             return self.weight(whole)[number]
         key = self._key(name)
         if key is None:
-            return self.load().get_parameter(name).detach()
+            return self._plain.load().get_parameter(name).detach()
         with open_tensors(self._files[key]) as tensors:
             return tensors.get_tensor(key)
 
@@ -196,6 +232,10 @@ class Base:
                     rows = max(1, entries // max(1, stored[:1].numel()))
                     step = max(1, -(-stored.shape[0] // rows))
                     yield name, step, stored[::step]
+
+    @property
+    def _plain(self) -> "Base":
+        return Base(self.place, self.directory, self.revision)
 
     def _key(self, name: str) -> str | None:
         """Return under which name the files hold a weight, or None if only transformers can put it together."""
@@ -246,12 +286,17 @@ class Base:
             ValueError: A weight does not fit, or the reloaded checkpoint differs; nothing is written then.
         """
         target, kind = check_target(out, overwrite, MANIFEST), getattr(torch, dtype) if dtype else None
+        if self.quantisation:
+            raise ValueError(
+                f"the weights in {self.directory} are quantised, and deltas cannot be added to them exactly; train on "
+                "the base from before it was quantised, with quantise, and apply the expert to that"
+            )
         self.structure.check_fit(deltas.shapes())
         work = json.dumps([key, self.fingerprint, dtype, package_versions()])
         resume = hashlib.sha256(work.encode()).hexdigest() if key else None
         # Tensors that transformers cuts or joins while it loads need the model in memory.
         streams = set(deltas) <= set(self._stored.values())
-        model = self.load(None if streams else dtype) if verify or not streams else None
+        model = self._plain.load(None if streams else dtype) if verify or not streams else None
         weights = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
         with new_directory(target, overwrite, MANIFEST, resume) as temporary, quiet():
             if streams:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modular_experts.base.quantised import is_quantised, read_weight
 from modular_experts.deltas import all_finite
 from modular_experts.library.tensorfile import DTYPES, MappedTensors
 from modular_experts.text import did_you_mean
@@ -44,12 +45,15 @@ class Structure:
 
         The matrices of a parameter `(experts, ., .)` are weights too, such as `mlp.experts.down_proj[3]`.
         """
-        return {name: weight.shape for name, weight in self._parameters.items()} | {
-            f"{name}.{key}[{number}]": module._parameters[key].shape[1:]
-            for name, module in self.model.named_modules()
-            for key in sliced(module)
-            for number in range(len(module._parameters[key]))
-        }
+        found = {name: weight.shape for name, weight in self._parameters.items()}
+        for name, module in self.model.named_modules():
+            for key in sliced(module):
+                whole = module._parameters[key]
+                found |= {f"{name}.{key}[{number}]": whole.shape[1:] for number in range(len(whole))}
+            if is_quantised(module):
+                shape = (module.out_features, module.in_features)
+                found[f"{name}.weight"] = torch.Size(shape[::-1] if is_transposed(module) else shape)
+        return found
 
     @cached_property
     def owners(self) -> dict[str, str]:
@@ -178,8 +182,39 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Return whether the module multiplies with a weight kept as `(in, out)`, as GPT-2's `Conv1D` does."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    """Return whether a base stores the module's weight as `(in, out)`, as it does for GPT-2's `Conv1D`.
+
+    In memory a quantised weight is `(out, in)`.
+    """
+    source: Any = getattr(module, "source_cls", type(module))
+    return source.__name__ == "Conv1D" and (source is not type(module) or hasattr(module, "nf"))
+
+
+def why_not_read(layer: nn.Module) -> str:
+    """Return why the weight of a quantised layer cannot be read, as the end of a sentence, or an empty text."""
+    weight: Any = getattr(layer, "weight", None)
+    if getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__:
+        return "whose quantised form also rounds the activations, which has no gradient; take a weight-only form"
+    is_other = isinstance(layer, nn.Linear) and not is_linear(layer)
+    if (is_other or (isinstance(weight, Tensor) and not weight.is_floating_point())) and not is_quantised(layer):
+        return "whose weight is quantised in a form that is not known; take nf4 or int8, or load the base as floats"
+    return ""
+
+
+def is_rounded(layer: nn.Module, stored: Tensor, step: int = 1) -> bool | None:
+    """Return whether a quantised layer holds a stored weight within the error of its form; None for a plain layer.
+
+    Args:
+        layer: The layer.
+        stored: Every `step`-th row of the weight as the base stores it.
+        step: The distance of two rows.
+    """
+    if not is_quantised(layer):
+        return None
+    held = read_weight(layer, torch.float32).dequantised()  # type: ignore[attr-defined]
+    held = (held.T if is_transposed(layer) else held)[::step].cpu()
+    # 4 bits have an error of a tenth, short rows more, and two different weights have one of about 1.4.
+    return held.shape == stored.shape and bool((held - stored).norm() <= 0.9 * stored.float().norm())
 
 
 class StoredWeights:

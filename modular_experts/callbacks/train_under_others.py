@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modular_experts.base.apply import moved_quantised
 from modular_experts.base.structure import weight_of
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
 from modular_experts.data.batch import source_of
@@ -72,6 +73,11 @@ class TrainUnderOthers(Schedule):
                     f"TrainUnderOthers: the {type(layer.expert).__name__} at {name} makes its delta of weights of the "
                     "base, where the others would become a part of it; train it without this callback"
                 )
+        if quantised := moved_quantised(module.model, self.others):
+            raise ValueError(
+                f"TrainUnderOthers: {quantised[0]} is quantised, and the others cannot be written into it; train "
+                "without this callback, or on the base as plain floats"
+            )
         check_base(self.others, module.fingerprint, module.base)
         self._deltas = [dict(expert) for expert in self.others]
 

@@ -7,12 +7,13 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import Progress, TimeElapsedColumn
 
-from modular_experts.base import DType
+from modular_experts.base import Base, DType
+from modular_experts.base.quantised import Quantise
 from modular_experts.cli.format import open_page, progress_by_tenths, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
-from modular_experts.evaluation.compare import REPORT, RESULTS, every_task
+from modular_experts.evaluation.compare import REPORT, RESULTS, every_task, open_models
 from modular_experts.interop.harness import Measuring
 from modular_experts.interop.harness import harness as measure_by_harness
 from modular_experts.settings import Options, UsageError
@@ -29,6 +30,7 @@ class Reading(Options):
         max_length: The most tokens of a row; longer rows lose tokens on the left of the input.
         chat_template: Put the input as a user's message through the tokenizer's chat template.
         dtype: Data type of the base.
+        quantise: Form in which the base is quantised, such as nf4.
     """
 
     eval_limit: int | None = None
@@ -37,6 +39,7 @@ class Reading(Options):
     max_length: int = 1024
     chat_template: bool = False
     dtype: DType = "float32"
+    quantise: Quantise | None = None
 
 
 def evaluate(
@@ -80,6 +83,10 @@ def evaluate(
         eval_limit=reading.eval_limit,
         chat_template=reading.chat_template,
     )
+    found_base: str | Base | None = base
+    if reading.quantise:
+        found_base, _ = open_models(base, mixes)
+        found_base.quantise = reading.quantise
     with progress_by_tenths(
         *Progress.get_default_columns(),
         TimeElapsedColumn(),
@@ -91,7 +98,7 @@ def evaluate(
             bar(f"measuring {model}", done, total)
 
         found = evaluate_experts(
-            base, mixes, data, reading.max_new_tokens, reading.dtype, out=out, overwrite=overwrite, progress=show
+            found_base, mixes, data, reading.max_new_tokens, reading.dtype, out=out, overwrite=overwrite, progress=show
         )
     console = Console(width=80)
     console.print(found.table())

@@ -60,7 +60,7 @@ def evaluate(
 
     Args:
         base: The base's directory or hub id, or an opened base, such as `Base.open(place, revision=...)`; None is the
-            one that the experts' records name.
+            one that the experts' records name. One that was opened with `quantise` is measured quantised.
         experts: An expert, or a list of experts whose deltas are added up, which may be empty; or a mapping from
             names to such, to compare several. An expert is a directory, an opened expert or a task vector. A checkpoint
             with the base's tokenizer, such as `apply` writes, may stand in the place of a mix: its directory, or an
@@ -219,7 +219,7 @@ def facts_of(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, An
     return {
         "base": base.place,
         "fingerprint": base.fingerprint,
-        "dtype": dtype,
+        "dtype": f"{dtype}, {base.quantise}" if base.quantise else dtype,
         "models": {one.title: one.members for one in models},
         "python": platform.python_version(),
         **provenance(),

@@ -85,7 +85,7 @@ def as_patterns(modules: str | Sequence[str]) -> list[str]:
 def by_pattern(
     experts: Mapping[str, Factory],
     where: str = "experts",
-    quantised: Sequence[str] = (),
+    refused: Mapping[str, str] | None = None,
     others: Callable[[], Sequence[Site]] = lambda: (),
 ) -> Plan:
     """Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.
@@ -99,7 +99,7 @@ def by_pattern(
     Args:
         experts: Pattern and factory.
         where: Name of the argument, for errors.
-        quantised: Names of layers whose weight is quantised, for errors.
+        refused: Name of each layer that gets no expert, with the reason, for errors.
         others: Returns the sites of the other parameters.
 
     Raises:
@@ -115,7 +115,7 @@ def by_pattern(
                 matching = [site for site in sites if _matches(pattern, site, where)]
                 matching = matching or [site for site in others() if _matches(pattern, site, where)]
             if not matching:
-                raise ValueError(_no_match(pattern, sites, where, quantised))
+                raise ValueError(_no_match(pattern, sites, where, refused or {}))
             for site in matching:
                 found.setdefault(site, factory)
         return found
@@ -187,10 +187,10 @@ def _matches_name(pattern: str, name: str, where: str) -> bool:
         raise ValueError(f"{where}={pattern!r} is not a regular expression: {error}") from None
 
 
-def _no_match(pattern: str, sites: Sequence[Site], where: str, quantised: Sequence[str]) -> str:
-    for name in quantised:
-        if _matches_name(pattern, name, where):
-            return f"{where}={pattern!r} matches {name}, whose weight is quantised; load the base as plain floats"
+def _no_match(pattern: str, sites: Sequence[Site], where: str, refused: Mapping[str, str]) -> str:
+    for name, reason in refused.items():
+        if pattern == "all-linear" or _matches_name(pattern, name, where):
+            return f"{where}={pattern!r} matches {name}, {reason}"
     kinds = sorted({site.layer for site in sites})
     words = [word for word in re.findall(r"\w+", pattern) if word not in kinds]
     hint = next(filter(None, (did_you_mean(word, kinds, 0.5) for word in words)), "")

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modular_experts.deltas import BlockSparse, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Granularity, Selectable
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
+from modular_experts.kernels.quantised import QuantisedWeight
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 from modular_experts.native.sparse_passes import carried, exchanged_slots
 
@@ -21,6 +22,8 @@ class SparseExpert(Selectable, InPlaceExpert):
     `values` holds the kept entries' distance from the base in float32, so that weight decay pulls towards the base and
     small steps survive beside a bfloat16 weight. The support starts random; `MaskSchedule` chooses it before the first
     step.
+
+    A quantised weight stays as it is: each pass dequantises it and adds the values at their places.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -38,6 +41,7 @@ class SparseExpert(Selectable, InPlaceExpert):
     score: ClassVar[Score] = GradientMagnitude()
     rule: ClassVar[Rule] = GrowAndDrop()
     chooses_in_step: ClassVar[bool] = True
+    takes_quantised: ClassVar[bool] = True
 
     _written: int | None = None  # version of `values` that the weight holds
     _kernel: tuple[tuple[Any, ...], KeptGradient] | None = None  # the support and dtype of the plan, and the kernel
@@ -60,7 +64,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         self.indices: Tensor
         self.register_buffer("indices", indices)
         self.anchor: Tensor
-        self.register_buffer("anchor", self._read(weight.detach(), indices))
+        self.register_buffer("anchor", self._base_of(weight.detach(), indices))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._forward(x, weight, bias)
@@ -68,8 +72,7 @@ class SparseExpert(Selectable, InPlaceExpert):
     # torch.compile could fuse nothing here: the layer writes into the weight and loops over rows of tiles.
     @torch.compiler.disable
     def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._written != self.values._version:
-            self.write(weight)
+        weight = self._with_values(weight)
         if self.probe is not None:
             return self.probed(x, weight, bias)
         return kept_linear(x, weight, bias, self.values, self.chooser or self.kernel(computed_in(weight)))
@@ -85,6 +88,17 @@ class SparseExpert(Selectable, InPlaceExpert):
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Sparse | BlockSparse:
         return (Sparse if self.tile == (1, 1) else BlockSparse)(self.indices, self.values, self.shape)
 
+    def scored(self, weight: Tensor) -> tuple[Tensor, Delta]:
+        return super().scored(self._with_values(weight))
+
+    def _with_values(self, weight: Tensor) -> Tensor:
+        """Return the weight with the values in it."""
+        if isinstance(weight, QuantisedWeight):
+            return weight.plus(self.delta(weight, lambda: weight))
+        if self._written != self.values._version:
+            self.write(weight)
+        return weight
+
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Put `cast(anchor + values)` into the weight.
@@ -92,17 +106,19 @@ class SparseExpert(Selectable, InPlaceExpert):
         Every forward pass does this when the values have changed; call it after an optimizer that writes through
         `.data`, which torch does not count as a change.
         """
-        self._write(weight, (self.anchor + self.values).to(weight.dtype), self.indices)
+        if not isinstance(weight, QuantisedWeight):
+            self._write(weight, (self.anchor + self.values).to(weight.dtype), self.indices)
         self._written = self.values._version
 
     @torch.no_grad()
     def restore(self, weight: Tensor, anchor: Callable[[], Tensor] | None = None) -> None:
-        self._write(weight, self.anchor.to(weight.dtype), self.indices)
+        if not isinstance(weight, QuantisedWeight):
+            self._write(weight, self.anchor.to(weight.dtype), self.indices)
         self._written = None
 
     @torch.no_grad()
     def reanchor(self, weight: Tensor) -> None:
-        self.anchor.copy_(self._read(weight, self.indices))
+        self.anchor.copy_(self._base_of(weight, self.indices))
         self.write(weight)
 
     @property
@@ -120,10 +136,11 @@ class SparseExpert(Selectable, InPlaceExpert):
         # Only what is exchanged is read and written: most units stay, and the weight holds their values already.
         is_written = self._written == self.values._version
         slots, left = exchanged_slots(self.indices, units)
-        self._write(weight, self.anchor[left].to(weight.dtype), self.indices[left])
-        anchor, new = carried(self.anchor, slots), true_places(slots < 0)
-        anchor[new] = self._read(weight, units[new])
-        self.anchor.copy_(anchor)
+        if not isinstance(weight, QuantisedWeight):
+            self._write(weight, self.anchor[left].to(weight.dtype), self.indices[left])
+            anchor, new = carried(self.anchor, slots), true_places(slots < 0)
+            anchor[new] = self._read(weight, units[new])
+            self.anchor.copy_(anchor)
         self.values.copy_(carried(self.values, slots))
         self.indices.copy_(units)
         if is_written:
@@ -148,7 +165,11 @@ class SparseExpert(Selectable, InPlaceExpert):
         self._kept_units, self._kernel = units.numel(), None
         self.values = nn.Parameter(self.values.new_zeros(units.numel(), *self.values.shape[1:]))
         self.indices = units.to(self.indices)
-        self.anchor = self._read(weight, self.indices)
+        self.anchor = self._base_of(weight, self.indices)
+
+    def _base_of(self, weight: Tensor, units: Tensor) -> Tensor:
+        """Return the base's entries, which nothing overwrites in a quantised weight."""
+        return weight.new_empty(0) if isinstance(weight, QuantisedWeight) else self._read(weight, units)
 
     def _read(self, weight: Tensor, units: Tensor) -> Tensor:
         return weight.reshape(-1)[units] if self.tile == (1, 1) else gather_tiles(weight, units, self.tile)

@@ -12,14 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, open_several
+from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, moved_quantised, open_several
+from modular_experts.deltas import Delta, add
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
 from modular_experts.injection.inject import load_expert_state, state_by_place
 from modular_experts.injection.routed import Injected, Routed, moved_sites, routed
 from modular_experts.library import StoredExpert
-from modular_experts.library.compatibility import open_parents
+from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.library.described import find_class, rebuild, settings, short_name
+from modular_experts.library.expert import stored_in
 from modular_experts.routing.gates import Selection
 from modular_experts.routing.router import Router
 
@@ -48,7 +50,7 @@ def attached(
     opened = open_several(experts)
     inputs = [one for one in opened if isinstance(one, StoredExpert) and (as_trained or not one.mergeable)]
     if not inputs:
-        return applied(model, opened, check=check)
+        return beside(model, opened, check) if moved_quantised(model, opened) else applied(model, opened, check=check)
     first, others = inputs[0], [one for one in opened if one is not inputs[0]]
     stored = [one for one in others if isinstance(one, StoredExpert) and first.is_routed and one.mergeable]
     on_top = [one for one in stored if any(map(first.is_listed_as, one.record["parents"]))]
@@ -79,6 +81,16 @@ def attached(
         load_expert_state(model, first.state())
         until_loaded.pop_all()
     return injected
+
+
+def beside(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool = True) -> Routed:
+    """Add the sum of experts to the outputs of quantised layers, whose weights cannot take it."""
+    check_mergeable(stored_in(experts))
+    if check:
+        check_loaded(model, experts)
+    names = dict.fromkeys(name for expert in experts for name in expert)
+    total = {name: add([expert[name] for expert in experts if name in expert]) for name in names}
+    return routed(model, [total], rows=[0], check=False)
 
 
 def _plan_of(expert: StoredExpert) -> Plan:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.structure import is_linear, is_transposed, sliced
+from modular_experts.base.quantised import is_quantised, read_weight
+from modular_experts.base.structure import is_linear, is_transposed, sliced, why_not_read
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert, InPlaceExpert, Trained, trains_weight
 from modular_experts.experts.module_expert import ModuleExpert
@@ -28,7 +29,7 @@ from modular_experts.experts.site import (
     make_expert,
     make_module_expert,
 )
-from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear
+from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
 from modular_experts.injection.whole import ExpertParameter
 from modular_experts.library.described import settings, short_name, trust
@@ -58,8 +59,9 @@ def inject(
         The names of the layers' weights, sorted, and behind them the names of the other modules.
 
     Raises:
-        ValueError: A pattern matches no linear layer, or one whose weight is shared or quantised; a plan names a module
-            that does not exist; an expert moves the bias of a layer that has none.
+        ValueError: A pattern matches no linear layer, or one whose weight is shared or in an unknown quantised form; a
+            plan names a module that does not exist; an expert moves the bias of a layer that has none, or writes into a
+            quantised weight.
     """
     planned, others = _planned(model, experts, modules)
     owners = _owners(model)
@@ -75,9 +77,10 @@ def inject(
     if not there:
         model.requires_grad_(False)
     steps = [(name, partial(_attach, model.get_submodule(name), factory)) for name, factory in others.items()]
+    dtype = next((p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()), None)
     for site, factory in planned.items():
         equip: Any = _equip_slice if site.number is not None else partial(_equip_whole, model)
-        steps.append((site.weight, partial(equip if site.parameter else _equip, site, factory)))
+        steps.append((site.weight, partial(equip if site.parameter else partial(_equip, dtype), site, factory)))
     plan = None
     if isinstance(experts, LayerPlan):
         # Whoever gives the plan trusts its code.
@@ -101,20 +104,26 @@ def _attach(module: nn.Module, factory: Factory) -> Trained:
     return expert.train(module.training)
 
 
-def _equip(site: Site, factory: Factory) -> Trained:
+def _equip(dtype: torch.dtype | None, site: Site, factory: Factory) -> Trained:
     layer: Any = site.module
-    transposed = is_transposed(layer)
+    quantised = is_quantised(layer)
+    transposed = is_transposed(layer) and not quantised
     if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
         layer.weight.data = layer.weight.data.T.contiguous().T
-    matrix = layer.weight.T if transposed else layer.weight
+    matrix = layer.weight.T if transposed else read_weight(layer, dtype)
     expert = make_expert(factory, matrix, site)
     if layer.bias is None:
         _check_bias(site, expert, matrix)
-    layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
+    if quantised and isinstance(expert, InPlaceExpert) and not expert.takes_quantised:
+        raise ValueError(
+            f"{type(expert).__name__} writes what it trains into the weight, and {site.weight} is quantised; take an "
+            "expert beside the weight, such as SparseExpert or LoRAExpert, or load the base as plain floats"
+        )
+    layer.base_class, layer.base_dtype = type(layer), matrix.dtype
     if trains_weight(expert):
         layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
         layer.weight.requires_grad_(True)
-    layer.__class__ = ExpertConv1D if transposed else ExpertLinear
+    layer.__class__ = ExpertConv1D if transposed else ExpertQuantised if quantised else ExpertLinear
     layer.expert = expert
     return expert.train(layer.training)
 
@@ -171,12 +180,12 @@ def find_sites(model: nn.Module) -> list[Site]:
             for number in range(len(whole)):
                 place, flipped = f"{name}.{key}[{number}]", bool(module.is_transposed)
                 sites.append(Site(place, key, depth_of(f"{name}."), module, False, key, number, flipped))
-        if is_linear(module) or isinstance(module, ExpertLinear | ExpertConv1D) or is_transposed(module):
-            weight: Any = module.weight
+        linear = is_linear(module) or is_transposed(module) or is_quantised(module) or why_not_read(module)
+        if isinstance(module, ExpertLinear | ExpertConv1D) or (linear and not _why_not(module)):
             flipped = isinstance(module, ExpertConv1D) or is_transposed(module)
-            outputs: int = weight.shape[1 if flipped else 0]
+            outputs: Any = getattr(module, "out_features", None) or module.nf
             routes = any(outputs == count and name.startswith(block) for block, count in mixtures)
-            by_name = module is head or len(owners[id(weight)]) > 1 or outputs == 1 or routes
+            by_name = module is head or len(owners[id(module.weight)]) > 1 or outputs == 1 or routes
             kind = name.rpartition(".")[2]
             sites.append(Site(name, kind, depth_of(f"{name}."), module, by_name, is_transposed=flipped))
     return sorted(sites, key=lambda site: site.name)
@@ -194,8 +203,8 @@ def other_sites(model: nn.Module) -> list[Site]:
         for key, tensor in module._parameters.items():
             place = f"{name}.{key}"
             is_first = tensor is not None and owners[id(tensor)][0] == place
-            is_left_out = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _is_quantised(module)
-            if is_first and id(tensor) not in known and not is_left_out:
+            is_left_out = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_quantised(module)
+            if is_first and id(tensor) not in known and not is_left_out and not _why_not(module):
                 found.append(Site(place, ".".join(place.split(".")[-2:]), depth_of(place), module, True, key))
     return sorted(found, key=lambda site: site.name)
 
@@ -228,7 +237,8 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
         if isinstance(layer, ExpertSlice | ExpertParameter):
             layer.take_out()
             continue
-        layer.weight.data = layer.weight.data.contiguous()
+        if not is_quantised(layer):
+            layer.weight.data = layer.weight.data.contiguous()
         del layer.expert
         layer.__class__ = layer.base_class  # type: ignore[assignment]
     for _, module, expert in _equipped_modules(model):
@@ -348,11 +358,11 @@ def _planned(
     model: nn.Module, experts: Any, modules: str | Sequence[str] | None
 ) -> tuple[dict[Site, Factory], dict[str, Factory]]:
     sites, others = find_sites(model), partial(other_sites, model)
-    quantised = [name for name, module in _outside_of_experts(model) if _is_quantised(module)]
+    refused = {name: reason for name, module in _outside_of_experts(model) if (reason := _why_not(module))}
     if modules is not None:
-        plan = by_pattern(dict.fromkeys(as_patterns(modules), experts), "modules", quantised, others)
+        plan = by_pattern(dict.fromkeys(as_patterns(modules), experts), "modules", refused, others)
     elif isinstance(experts, Mapping):
-        plan = by_pattern(experts, "experts", quantised, others)
+        plan = by_pattern(experts, "experts", refused, others)
     elif isinstance(experts, type | partial):
         raise ValueError("modules is missing: name the layers that get an expert, such as q_proj or all-linear")
     else:
@@ -392,7 +402,6 @@ def _outside_of_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    subclass = isinstance(module, nn.Linear) and not is_linear(module) and not isinstance(module, ExpertLayer)
-    return subclass or (isinstance(weight, Tensor) and not weight.is_floating_point())
+def _why_not(module: nn.Module) -> str:
+    """Return why a layer cannot have an expert, as the end of a sentence, or an empty text."""
+    return "" if isinstance(module, ExpertLayer) else why_not_read(module)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modular_experts.base.quantised import read_weight
+from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert, InPlaceExpert, trains_weight
 
@@ -51,3 +53,20 @@ class ExpertConv1D(ExpertLayer):
     """A transformers `Conv1D`, which stores its weight as (in, out), with an expert."""
 
     is_transposed = True
+
+
+class ExpertQuantised(ExpertLinear):
+    """A linear layer with an expert beside a quantised weight, which the expert reads dequantised."""
+
+    @property
+    def is_transposed(self) -> bool:  # type: ignore[override]
+        return is_transposed(self)
+
+    @property
+    def matrix(self) -> Tensor:
+        return read_weight(self, self.base_dtype)
+
+    # torch.compile cannot trace a tensor that is made anew at each reading.
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)

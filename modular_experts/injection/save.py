@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base import Base
+from modular_experts.base.structure import Structure
 from modular_experts.deltas import add
 from modular_experts.experts.expert import Trained
 from modular_experts.injection.inject import expert_layers, expert_state, named_experts, task_vector
@@ -64,7 +65,8 @@ def save_expert(
         raise ValueError("the model does not know where it was loaded from; name its base, such as base='models/small'")
     parents = open_experts(applied) if applied else []
     opened, layers = Base.open(place, parents), dict(expert_layers(model))
-    opened.structure.check_fit({name: layer.weight.shape for name, layer in layers.items()}, "the trained model")
+    shapes = Structure(model).shapes
+    opened.structure.check_fit({name: shapes[name] for name in layers}, "the trained model")
 
     def before(name: str) -> Tensor:
         return anchor(opened, parents, layers[name].base_dtype, name)

@@ -51,6 +51,7 @@ SHORT_NAMES = {
     "learning_rate": "model.learning_rate",
     "values": "model.values",
     "batch_size": "data.batch_size",
+    "quantise": "model.quantise",
 }
 """Short names of the settings of `fit`, `validate`, `test` and `predict`."""
 

@@ -47,7 +47,7 @@ def restore_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None
             torch.cuda.set_rng_state(states[rank]["cuda"])
 
 
-def check_base(checkpoint: Mapping[str, Any], base: str, fingerprint: str) -> None:
+def check_base(checkpoint: Mapping[str, Any], base: str, fingerprint: str, quantise: str | None = None) -> None:
     """Raise if a checkpoint was written with another base."""
     theirs = checkpoint.get("base_fingerprint")
     if theirs != fingerprint:
@@ -55,6 +55,8 @@ def check_base(checkpoint: Mapping[str, Any], base: str, fingerprint: str) -> No
             f"the checkpoint was trained on a base with fingerprint {str(theirs)[:12]}, and {base} has "
             f"{fingerprint[:12]}; give the base that it was trained on"
         )
+    if (trained := checkpoint.get("quantise")) != quantise:
+        raise ValueError(f"the checkpoint was trained with quantise={trained}, and quantise={quantise} is set now")
 
 
 def check_sizes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -98,7 +100,7 @@ def log_training(model: nn.Module, trainer: Trainer, length: TrainingLength) -> 
     places = f"{len(layers)} weights"
     if others := len(experts) - len(layers):
         places += f" and {others} other modules"
-    share = f", {trained / size:.2%} of these weights" if (size := sum(la.weight.numel() for la in layers)) else ""
+    share = f", {trained / size:.2%} of these weights" if (size := sum(la.matrix.numel() for la in layers)) else ""
     log.info("%s in %s: %s trained parameters%s", ", ".join(sorted(kinds)), places, f"{trained:,}", share)
     rows, parts = source_of(trainer).batch_size, trainer.accumulate_grad_batches
     batch = [] if not rows else [f"batch size {rows}" + (f" x {parts} accumulated" if parts > 1 else "")]

@@ -280,7 +280,7 @@ def _weights(module: ExpertModule) -> list[TrainedWeights]:
         TrainedWeights(
             name,
             len(several),
-            sum(one.weight.numel() for one in several if isinstance(one, ExpertLayer)),
+            sum(one.matrix.numel() for one in several if isinstance(one, ExpertLayer)),
             sum(one.numel() for part in several for one in part.parameters() if one.requires_grad),
         )
         for name, several in groups.items()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from modular_experts.base import Base
 from modular_experts.base.device import trainer_device
+from modular_experts.base.quantised import Quantise
 from modular_experts.callbacks import EvenValidation, ExportExpert
 from modular_experts.callbacks.schedule import callbacks_of
 from modular_experts.data import TaskMixture
@@ -56,6 +57,7 @@ class FitSettings(TypedDict, total=False):
         steps: Optimizer steps; without a length, 3 epochs.
         learning_rate: Peak rate; the expert type's own by default.
         batch_size: Rows of a training batch.
+        quantise: Form in which the base is quantised, such as `nf4`.
         seed: Seed of all random numbers, 0 by default; False leaves the process as it is.
         overwrite: Replace an expert of this name.
         keep_inputs: The most training inputs that are kept beside the expert, as token ids and without targets.
@@ -70,6 +72,7 @@ class FitSettings(TypedDict, total=False):
     steps: int
     learning_rate: float
     batch_size: int
+    quantise: Quantise
     seed: int
     overwrite: bool
     keep_inputs: int
@@ -231,8 +234,8 @@ def prepare(
         is_factory = isinstance(kind, type) and issubclass(kind, Expert)
         given["expert" if modules is not None or is_factory else "experts"] = expert
     given |= {} if modules is None else {"modules": modules}
-    if "learning_rate" in settings:
-        given["learning_rate"] = settings["learning_rate"]
+    for name in ("learning_rate", "quantise"):
+        given |= {name: settings[name]} if name in settings else {}
     module = ExpertModule(base, **given)
     if described := settings.get("described", {}).get("model"):
         # With jsonargparse, `ExpertModule.load_from_checkpoint` makes objects of these settings.

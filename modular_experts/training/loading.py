@@ -9,7 +9,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from modular_experts.base import Base
-from modular_experts.base.apply import apply_deltas
+from modular_experts.base.apply import apply_deltas, moved_quantised
+from modular_experts.base.quantised import Quantise
 from modular_experts.injection import named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import Routed
@@ -29,14 +30,14 @@ def place_of(base: Any, revision: str | None) -> tuple[str, str | None]:
     return str(base), revision
 
 
-def opened_base(place: str, applied: Sequence[StoredExpert], revision: str | None) -> Base:
+def opened_base(place: str, applied: Sequence[StoredExpert], revision: str | None, quantise: Quantise | None) -> Base:
     """Open a base, which a loaded model may not name."""
     if not place:
         raise ValueError(
             "the model does not name its directory (config._name_or_path), whose files deltas start from; load it "
             "with from_pretrained, or give the directory as base"
         )
-    return Base.open(place, applied, revision)
+    return Base.open(place, applied, revision, quantise)
 
 
 def check_given(model: nn.Module, base: Base, trains: bool) -> None:
@@ -58,7 +59,7 @@ def open_applied(names: Sequence[str], trains: bool) -> list[StoredExpert]:
 
 def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool) -> None:
     """Add stored experts to a model and freeze all of it; a training finds its layers free for new experts."""
-    if all(expert.mergeable for expert in applied):
+    if all(expert.mergeable for expert in applied) and not moved_quantised(model, applied):
         apply_deltas(model, applied)
     else:
         put = attached(model, applied, check=False)

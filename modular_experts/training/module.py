@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from modular_experts.base import Base
 from modular_experts.base.base import DType
+from modular_experts.base.quantised import Quantise
 from modular_experts.callbacks import EvenValidation, LogProgress, MaskSchedule, WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of
 from modular_experts.data.batch import datamodule_of, is_filler, source_of
@@ -80,6 +81,8 @@ class ExpertModule(EvaluatedModule):
             a plan, a function from sites to expert types (`experts.site`).
         learning_rate: Peak rate of the default optimizer; the expert type's own if not given. An `optimizer` has a rate
             of its own.
+        quantise: Quantise the linear layers of the base while it is loaded: `nf4`, `fp4` (4 bits) or `int8` of
+            bitsandbytes, or a form of torchao. The expert is a delta of the base that is not quantised.
         metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
             of one: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
         values: Data type of the trained values, their gradients, and the optimizer's moments; half the memory in
@@ -104,6 +107,7 @@ class ExpertModule(EvaluatedModule):
         learning_rate: float | None = None,
         metrics: dict[str, Callable[[str, str], float]] | None = None,
         values: Literal["float32", "bfloat16"] = "float32",
+        quantise: Quantise | None = None,
     ) -> None:
         super().__init__()
         if learning_rate is not None and optimizer is not None:
@@ -113,6 +117,11 @@ class ExpertModule(EvaluatedModule):
             )
         if learning_rate is not None and not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate={learning_rate} must be above 0, such as 0.002")
+        if quantise and isinstance(base, nn.Module):
+            raise ValueError(
+                f"quantise={quantise!r} is for a base on disk; load the model with a quantization_config, or give the "
+                "directory as base"
+            )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self.save_hyperparameters(ignore=["base"] if isinstance(base, nn.Module) else [])
@@ -125,6 +134,7 @@ class ExpertModule(EvaluatedModule):
         self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
         self.dtype_name, self.gradient_checkpointing, self.values = dtype, gradient_checkpointing, values
+        self.quantise: Quantise | None = quantise or getattr(base, "quantise", None)
         self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
         self.learning_rate = learning_rate
         """Peak rate of the optimizer, whichever it is, if set by the time it is made; Lightning's finder sets it."""
@@ -179,7 +189,7 @@ class ExpertModule(EvaluatedModule):
 
     def _load(self) -> None:
         self.applied_experts = loading.open_applied(self.applied, self.has_experts)
-        self.opened_base = loading.opened_base(self.base, self.applied_experts, self.revision)
+        self.opened_base = loading.opened_base(self.base, self.applied_experts, self.revision, self.quantise)
         self.fingerprint = self.opened_base.fingerprint
         if self.tokenizer is None:
             self.tokenizer = self.opened_base.tokenizer()
@@ -322,7 +332,7 @@ class ExpertModule(EvaluatedModule):
         return full
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["base_fingerprint"] = self.fingerprint
+        checkpoint["base_fingerprint"], checkpoint["quantise"] = self.fingerprint, self.quantise
         checkpoint["random_states"] = checkpoints.random_states(self.trainer)
         checkpoint["resized"] = self._resized
 
@@ -332,7 +342,7 @@ class ExpertModule(EvaluatedModule):
         if self._trainer is not None:
             # Lightning does so after the checkpoint is loaded, which would round what was trained in float64.
             self._trainer.precision_plugin.convert_module(self)
-        checkpoints.check_base(checkpoint, self.base, self.fingerprint)
+        checkpoints.check_base(checkpoint, self.base, self.fingerprint, self.quantise)
         # Experts that no schedule resized have the sizes of their settings. Version 1 wrote no such key.
         self._resized |= checkpoint.get("resized", True)
         if self._resized:
@@ -364,6 +374,9 @@ class ExpertModule(EvaluatedModule):
             **facts,
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
             "hyperparameters": settings,
-            "training": checkpoints.training_facts(self.trainer, self.dtype_name, self.config_file),
+            "training": {
+                **checkpoints.training_facts(self.trainer, self.dtype_name, self.config_file),
+                **self.opened_base.quantised_facts(self.dtype_name),
+            },
             "parents": as_parents(self.applied_experts),
         }

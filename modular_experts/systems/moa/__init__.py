@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modular_experts.base.quantised import read_weight
 from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.module_expert import ModuleExpert, refer
@@ -272,8 +273,8 @@ class PromptAttention(ModuleExpert):
         """Return what queries `(..., heads * head size)` find, before the block's gate, in the same shape."""
         layers: Any = self.attention
         keys, values = (
-            F.linear(self.prompts.to(layer.weight.dtype), layer.weight, layer.bias).unflatten(1, (-1, self.head_size))
-            for layer in (layers.k_proj, layers.v_proj)
+            F.linear(self.prompts.to(weight.dtype), weight, layer.bias).unflatten(1, (-1, self.head_size))
+            for layer, weight in ((layer, read_weight(layer)) for layer in (layers.k_proj, layers.v_proj))
         )
         split = queries.unflatten(-1, (-1, self.head_size))
         if hasattr(layers, "q_norm"):

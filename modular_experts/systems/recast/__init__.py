@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from modular_experts.base.quantised import read_weight
 from modular_experts.deltas import Dense
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
@@ -98,7 +99,7 @@ def best_mixing(sites: Sequence[Site], templates: int) -> Tensor:
 
     The templates are `U @ stack`, the best by squared error, and `U[:, l]` the coefficients that give layer `l` best.
     """
-    weights = [site.module.get_parameter("weight").detach() for site in sites]
+    weights = [read_weight(site.module).detach() for site in sites]
     for site, weight in zip(sites, weights, strict=True):
         if weight.shape != weights[0].shape:
             raise ValueError(

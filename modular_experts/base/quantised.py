@@ -1,0 +1,112 @@
+"""Quantise a base while it is loaded, and read the quantised weights of its layers.
+
+bitsandbytes has 4 and 8 bits, torchao weight-only forms; transformers puts both into a model. The files, the
+fingerprint and the deltas of experts belong to the base that is not quantised.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from modular_experts.kernels.quantised import QuantisedWeight
+
+Quantise = Literal["nf4", "fp4", "int8", "int8-torchao", "float8-torchao", "intx-torchao"]
+"""Forms: 4-bit floats and 8-bit integers of bitsandbytes, and weight-only forms of torchao."""
+_TORCHAO = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig", "intx": "IntxWeightOnlyConfig"}
+
+
+def quantiser(form: str, dtype: torch.dtype) -> Any:
+    """Return the settings of a form for transformers' `from_pretrained`.
+
+    Raises:
+        ImportError: The library that quantises is not installed.
+        ValueError: There is no such form, or it does not compute in this dtype.
+    """
+    if form not in get_args(Quantise):
+        dynamic = "dynamic" in form or "da" in form.split("-")
+        reason = "it also rounds the activations, and has no gradient; " if dynamic else ""
+        raise ValueError(f"quantise={form!r} is not supported: {reason}take one of {', '.join(get_args(Quantise))}")
+    if dtype == torch.float64:
+        raise ValueError(f"quantise={form!r} does not compute in float64; set dtype to float32 or bfloat16")
+    library = "torchao" if form.endswith("-torchao") else "bitsandbytes"
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(
+            f"quantise={form!r} needs {library}, which is not installed: pip install 'modular-experts[quantised]'"
+        )
+    # They name kernels of a GPU that they do not find, and each layer that casts its inputs.
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if library == "torchao":
+        import torchao.quantization
+
+        return TorchAoConfig(getattr(torchao.quantization, _TORCHAO[form.partition("-")[0]])())
+    if form == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=form, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def described(form: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the library, its version and its settings, for the record of an expert."""
+    from importlib.metadata import version
+
+    library = "torchao" if form.endswith("-torchao") else "bitsandbytes"
+    return {"form": form, "library": f"{library} {version(library)}", "settings": quantiser(form, dtype).to_diff_dict()}
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Return whether the weight of a linear layer can be dequantised."""
+    return isinstance(layer, nn.Linear) and _reader(layer) is not None
+
+
+def read_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the weight of a linear layer `(out, in)`: its own, or one that is dequantised whenever it is read.
+
+    Args:
+        layer: The layer.
+        dtype: Data type of a quantised weight; as it was quantised if not given.
+    """
+    if not isinstance(layer, nn.Linear) or (found := _reader(layer)) is None:
+        return layer.weight
+    read, own = found
+    return QuantisedWeight.of(read, (layer.out_features, layer.in_features), dtype or own, layer.weight.device)
+
+
+def keep_order(model: nn.Module) -> None:
+    """Let 4-bit layers keep their weight as it is; on some CPUs one that computes without gradients would repack it.
+
+    The repacked form rounds the scales of the blocks, so that a base would change when it is measured.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _reader(layer: Any) -> tuple[Callable[[], Tensor], torch.dtype] | None:
+    """Return what dequantises a layer's weight, and the dtype that it had before, or None for a plain weight."""
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if state is not None:
+        import bitsandbytes.functional as bnb
+
+        if getattr(state, "packing_format_for_cpu", False):
+            # A layer that has computed on a CPU without gradients keeps its weight in an order that only it reads.
+            weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+            state = weight.quant_state
+        return lambda: bnb.dequantize_4bit(weight.data, state), state.dtype
+    if hasattr(weight, "SCB"):
+        # `layer.state` takes the scales over at the first forward pass.
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        import bitsandbytes.functional as bnb
+
+        return lambda: bnb.int8_vectorwise_dequant(weight.data, scales), torch.float32
+    if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "qdata"):
+        return lambda: weight.dequantize(), weight.dtype
+    return None
