@@ -12,7 +12,7 @@ from rich.console import Console
 
 from modular_experts.cli.command import arguments_given, run_command
 from modular_experts.cli.commands import DEVICE, importing
-from modular_experts.settings import SHORT_NAMES, unknown
+from modular_experts.settings import SHORT_NAMES, UsageError, unknown
 from modular_experts.settings.read import arguments_of
 from modular_experts.text import bytes_text
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("model", "data", "trainer")
 OTHERS = ("seed_everything", "ckpt_path", "trust", "device")
-FIT_ALONE = ("out", "overwrite", "keep_inputs", "dry_run", "gate_of")
+FIT_ALONE = ("out", "overwrite", "keep_inputs", "dry_run", "fit_into", "gate_of")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -49,11 +49,14 @@ def run(argv: Sequence[str]) -> None:
         return
     make = partial(read_run, known=known)
     arguments = arguments_given(words, hints, make, short=SHORT_NAMES, beneath=_settings_of_checkpoint)
+    described = arguments["described"]
+    if (limit := described.get("fit_into")) and not described["dry_run"]:
+        raise UsageError("--fit-into tells what makes a fit take less memory, and trains nothing; add --dry-run")
     try:
         if verb != "fit":
             measure(verb, **arguments)
-        elif arguments["described"]["dry_run"]:
-            _print_estimate(estimate_fit(**arguments))
+        elif described["dry_run"]:
+            _print_estimate(estimate_fit(**arguments, fit_into=limit), limit)
         else:
             fit(**arguments)
     finally:
@@ -66,9 +69,9 @@ def _settings_of_checkpoint(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings_of_checkpoint(Path(settings["ckpt_path"])) if settings.get("ckpt_path") else {}
 
 
-def _print_estimate(found: "FitEstimate") -> None:
+def _print_estimate(found: "FitEstimate", limit: str | None) -> None:
     """Print rows, what is trained, time and memory, and what would be written, in at most 80 columns."""
-    from modular_experts.cli.format import counted, duration_text, share_text, table_of
+    from modular_experts.cli.format import share_text, table_of
 
     console = Console(markup=False, emoji=False, width=80)
     rows = table_of("task", "split", "rows", "tokens", "truncated", left=2)
@@ -81,7 +84,7 @@ def _print_estimate(found: "FitEstimate") -> None:
         share = share_text(group.trained / group.entries) if group.entries else ""
         weights.add_row(group.name, str(group.weights), f"{group.entries:,}", f"{group.trained:,}", share)
     console.print(weights)
-    length, seconds = found.length, found.seconds
+    length = found.length
     trained, entries = (sum(getattr(one, name) for one in found.weights) for name in ("trained", "entries"))
     share = f", {share_text(trained / entries)} of these weights" if entries else ""
     print(f"{trained:,} trained parameters{share}")
@@ -92,19 +95,41 @@ def _print_estimate(found: "FitEstimate") -> None:
     print("memory: about " + bytes_text(found.peak))
     for name, size in found.bytes.items():
         print(f"  {bytes_text(size):>8}  {name}")
-    print("time: about " + duration_text(sum(seconds.values())))
+    _print_times(found)
+    print("a fit would write:")
+    for content, place in found.places:
+        told = content == "the expert" and not found.predicted
+        print(f"  {place}: {content}" + f", {bytes_text(found.on_disk)}" * told)
+    if not any(content == "the expert" for content, _ in found.places):
+        print("  no expert; --out library/NAME keeps one")
+    if limit:
+        _print_changes(found, limit)
+    ways = ["estimated from a few steps at a learning rate of 0", "predicted without loading the base"]
+    print(f"{ways[found.predicted]}; nothing was written")
+
+
+def _print_times(found: "FitEstimate") -> None:
+    from modular_experts.cli.format import counted, duration_text
+
+    if not found.seconds:
+        return
+    print("time: about " + duration_text(sum(found.seconds.values())))
     counts = {
         "router": "the router's tasks",
-        "steps": f"{length.total_steps:,} steps",
+        "steps": f"{found.length.total_steps:,} steps",
         "choices": f"{counted(found.choices, 'choice')} of supports",
         "validations": counted(found.validations, "validation"),
     }
-    for name, taken in seconds.items():
+    for name, taken in found.seconds.items():
         if taken:
             print(f"  {duration_text(taken):>8}  {counts[name]}")
-    print("a fit would write:")
-    for content, place in found.places:
-        print(f"  {place}: {content}" + f", {bytes_text(found.on_disk)}" * (content == "the expert"))
-    if not any(content == "the expert" for content, _ in found.places):
-        print("  no expert; --out library/NAME keeps one")
-    print("estimated from a few steps at a learning rate of 0; nothing was written")
+
+
+def _print_changes(found: "FitEstimate", limit: str) -> None:
+    """Print what makes a fit take as much memory as it may."""
+    if not found.changes:
+        print(f"it fits into {limit} as it is")
+        return
+    print(f"to fit into {limit}, add these options:")
+    for change in found.changes:
+        print(f"  {bytes_text(change.peak):>8}  with {change.options}")

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ SILENT: dict[str, Any] = dict.fromkeys(
 )
 """Arguments of a trainer that prints and keeps nothing."""
 _STEPS = 4
-_MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the longest
+MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the longest
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,16 @@ class TrainedWeights:
     weights: int
     entries: int
     trained: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a fit's settings that leaves its steps and their rows as they are."""
+
+    options: str
+    """As the command takes them."""
+    peak: int
+    """The memory of the fit with this change and those before it, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,10 @@ class FitEstimate:
     """What the tensors of the expert take in a library."""
     places: list[tuple[str, Path]]
     """What is written, and where."""
+    predicted: bool = False
+    """Whether the memory is predicted from shapes, with no base loaded; then there are neither times nor `on_disk`."""
+    changes: list[Change] = field(default_factory=list)
+    """What makes the fit take as much as was allowed, cheapest first; none where it does already."""
 
 
 def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEstimate:
@@ -93,16 +107,16 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     planned = [
         one.expected_choices(trainer, module, length, probe.forward_backward) for one in callbacks_of(short, Schedule)
     ]
-    validations = _validations(trainer, data, length, len(validation))
+    validations = validations_of(trainer, data, length, len(validation))
     # The last batch of a validation is seldom full.
-    whole = sum(map(_size, validation)) / _size(_typical(validation)) if validation else 0.0
+    whole = sum(map(size_of, validation)) / size_of(_typical(validation)) if validation else 0.0
     step = trainer.accumulate_grad_batches * probe.forward_backward + probe.optimizer_step
     # Where the process was larger before than now, its parts add up to more than its peak in the steps.
     parts = _bytes(module, probe)
     return FitEstimate(
         splits=data.sizes(),
         padding=data.padding(),
-        weights=_weights(module),
+        weights=weights_of(module),
         rates=sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}),
         length=length,
         choices=sum(number for number, _ in planned),
@@ -116,7 +130,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         bytes=parts,
         peak=sum(parts.values()),
         on_disk=_on_disk(module),
-        places=_places(trainer),
+        places=places_of(trainer),
     )
 
 
@@ -126,7 +140,7 @@ def _rehearsed(
     device, before, loaded = trainer.strategy.root_device, module.learning_rate, hasattr(module, "model")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    probe.python = 0 if loaded else _peak(device)
+    probe.python = 0 if loaded else high_water(device)
     # The schedules of the short fit may exchange what an earlier fit trained.
     kept = {name: tensor.clone() for name, tensor in module.state_dict().items()} if loaded else {}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
@@ -136,7 +150,7 @@ def _rehearsed(
             module.setup("fit")
             module.configure_model()
             data.fit_context(context_length(module.model))
-            validation = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
+            validation = list(itertools.islice(data.val_dataloader(), MOST_BATCHES))
             module.model.to(device)
             probe.router = module.prepare_experts(data)
             short.fit(module, _Batches(data, validation))
@@ -179,13 +193,14 @@ def logging_from(level: int, *names: str) -> Iterator[None]:
             logger.setLevel(old)
 
 
-def _size(batch: Batch) -> int:
+def size_of(batch: Batch) -> int:
+    """Return the places of a batch, padding among them."""
     return batch["input_ids"].numel()
 
 
 def _typical(batches: Sequence[Batch]) -> Batch:
-    mean = sum(map(_size, batches)) / len(batches)
-    return min(batches, key=lambda batch: abs(_size(batch) - mean))
+    mean = sum(map(size_of, batches)) / len(batches)
+    return min(batches, key=lambda batch: abs(size_of(batch) - mean))
 
 
 class _Batches(LightningDataModule, DataSource):
@@ -207,9 +222,9 @@ class _Batches(LightningDataModule, DataSource):
 
     def _choose(self) -> None:
         # In place, for loaders that were made before.
-        batches = list(itertools.islice(self._data.train_dataloader(), _MOST_BATCHES))
+        batches = list(itertools.islice(self._data.train_dataloader(), MOST_BATCHES))
         typical = _typical(batches)
-        self._given[:] = [typical, typical, typical, max(batches, key=_size), *[typical] * _MOST_BATCHES]
+        self._given[:] = [typical, typical, typical, max(batches, key=size_of), *[typical] * MOST_BATCHES]
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(cast(Any, self._given), batch_size=None, collate_fn=lambda batch: batch)
@@ -249,7 +264,7 @@ class _Probe(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.optimizer = optimizer_bytes(trainer.optimizers)
-        self.peak = _peak(pl_module.device)
+        self.peak = high_water(pl_module.device)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         self._started = _now(pl_module)
@@ -264,14 +279,16 @@ def _now(module: LightningModule) -> float:
     return time.perf_counter()
 
 
-def _peak(device: torch.device) -> int:
+def high_water(device: torch.device) -> int:
+    """Return the most memory that this process has had so far on a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _weights(module: ExpertModule) -> list[TrainedWeights]:
+def weights_of(module: ExpertModule) -> list[TrainedWeights]:
+    """Return what is trained, by the name that weights have in all blocks."""
     groups: dict[str, list[Any]] = {}
     layers = dict(expert_layers(module.model))
     for name, expert in named_experts(module.model):
@@ -295,7 +312,8 @@ def _bytes(module: ExpertModule, probe: _Probe) -> dict[str, int]:
     return parts | {"activations and the rest": max(probe.peak - sum(parts.values()), 0)}
 
 
-def _validations(trainer: Trainer, data: TaskMixture, length: TrainingLength, batches: int) -> int:
+def validations_of(trainer: Trainer, data: TaskMixture, length: TrainingLength, batches: int) -> int:
+    """Return how often a fit measures its validation rows, which make this many batches."""
     if not batches or not trainer.limit_val_batches:
         return 0
     every: Any = trainer.val_check_interval
@@ -315,7 +333,8 @@ def _on_disk(module: ExpertModule) -> int:
     return sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values()))
 
 
-def _places(trainer: Trainer) -> list[tuple[str, Path]]:
+def places_of(trainer: Trainer) -> list[tuple[str, Path]]:
+    """Return what a fit writes, and where."""
     places = [("the expert", one.target) for one in callbacks_of(trainer, ExportExpert)]
     if trainer.log_dir and trainer.loggers:
         checkpoints = bool(callbacks_of(trainer, ModelCheckpoint))

@@ -5,10 +5,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
@@ -25,9 +26,12 @@ from modular_experts.callbacks.schedule import callbacks_of
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks
 from modular_experts.experts import Expert
+from modular_experts.jobs.processes import free_memory
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
 from modular_experts.training.estimate import FitEstimate, estimate, logging_from
+from modular_experts.training.fit_into import Settings, changes_to_fit, ways_to_fit
 from modular_experts.training.module import BaseModel, ExpertModule, Experts
+from modular_experts.training.predict import UnpredictableError, predict
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +112,15 @@ class Run:
             tokenizer = Base.open(self.module.base, revision=self.module.revision).tokenizer()
             self.data.tokenizer = self.module.tokenizer = tokenizer
 
+    def is_large(self) -> bool:
+        """Return whether a base that is to be read takes more than half of the memory that is free."""
+        if not self.module.reads_base:
+            return False
+        device, dtype = self.trainer.strategy.root_device, getattr(torch, self.module.dtype_name)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+        model = Base.open(self.module.base, revision=self.module.revision).structure.model
+        return 2 * dtype.itemsize * sum(one.numel() for one in model.parameters()) > free
+
     def release(self) -> None:
         """Give the memory of weights and optimizer states back.
 
@@ -179,19 +192,48 @@ def check_fit(*arguments: Any, **settings: Any) -> None:
         prepare("fit", *arguments, **settings | {"seed": False})
 
 
-def estimate_fit(*arguments: Any, **settings: Any) -> FitEstimate:
-    """Estimate by a few steps, which change nothing, what a `fit` with these arguments would read, train and take.
+def estimate_fit(*arguments: Any, fit_into: str | int | None = None, **settings: Any) -> FitEstimate:
+    """Estimate what a `fit` with these arguments would read, train and take.
+
+    A few steps, which change nothing, measure it. A base of more than half of the free memory is not loaded, unless its
+    memory cannot be predicted: shapes predict it then, and nothing tells the time.
+
+    Args:
+        *arguments: As for `fit`.
+        fit_into: Bytes, or a size such as `24GB`. The memory is predicted, and where it is more, `changes` of the
+            estimate make it less.
+        **settings: As for `fit`.
 
     Raises:
-        ValueError: What a fit refuses.
+        ValueError: What a fit refuses, or nothing makes it fit.
     """
     with quiet():
         run = prepare("fit", *arguments, **settings)
         run.check_targets()
         try:
+            if fit_into is None and not run.is_large():
+                return estimate(run.module, run.data, run.trainer)
+            run.share_tokenizer()
+            found = predict(run.module, run.data, run.trainer)
+        except UnpredictableError:
+            if fit_into is not None:
+                raise
+            run = prepare("fit", *arguments, **settings)
             return estimate(run.module, run.data, run.trainer)
         finally:
             run.release()
+        if fit_into is None:
+            return found
+
+        def predicted(changed: Settings) -> int:
+            given = settings | {group: dict(settings.get(group, {})) | own for group, own in changed.items()}
+            other = prepare("fit", *arguments, **given | {"batch_size": changed["data"].get("batch_size", size)})
+            other.share_tokenizer()
+            return predict(other.module, other.data, other.trainer).peak
+
+        size = run.data.batch_size
+        ways = ways_to_fit(run.module, size, run.trainer.accumulate_grad_batches)
+        return replace(found, changes=changes_to_fit(fit_into, found, ways, predicted))
 
 
 def measure(verb: str, *arguments: Any, **settings: Any) -> None:

@@ -177,6 +177,11 @@ class ExpertModule(EvaluatedModule):
         """Whether experts are put into the model."""
         return self.experts is not None or self.expert is not None
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether the base is not in memory, neither loaded nor given."""
+        return not self._given and not hasattr(self, "model")
+
     def configure_model(self) -> None:
         """Load the base, add the applied experts, and inject; a second call only asks the data and the schedules."""
         if not hasattr(self, "model"):
@@ -224,7 +229,8 @@ class ExpertModule(EvaluatedModule):
             next(one for one in [*listed, *added] if isinstance(one, EvenValidation)).take_over(self.trainer)
         return added
 
-    def configure_optimizers(self) -> Any:
+    def make_optimizer(self) -> Optimizer:
+        """Return the optimizer of the trained parameters, at its peak rate."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.optimizer is not None:
             optimizer = self.optimizer(trained)
@@ -238,6 +244,10 @@ class ExpertModule(EvaluatedModule):
         if self.learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate
+        return optimizer
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer()
         self.length = training_length(self.trainer)
         shape, total = self.scheduler, self.length.total_steps
         if isinstance(shape, LearningRateShape):

@@ -33,6 +33,7 @@ class RunSettings:
     overwrite: bool = False
     keep_inputs: int = 0
     dry_run: bool = False
+    fit_into: str | None = None
 
 
 def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:

@@ -60,6 +60,21 @@ def test_a_dry_run_writes_nothing_and_fits_80_columns(place, config, capsys) -> 
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_dry_run_says_what_makes_it_fit(place, capsys) -> None:
+    before = sorted(place.rglob("*"))
+    command = ["fit", "--config", SPARSE, "--config", "mine.yaml"]
+    assert main([*command, "--dry-run", "--fit-into", "1TB"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "it fits into 1TB as it is\npredicted without loading the base; nothing was written\n" in out
+    assert "time: about" not in out
+    assert main([*command, "--dry-run", "--fit-into", "1MB"]) == 1
+    assert "nothing makes this fit take at most 1 MB: it takes" in capsys.readouterr().err
+    assert main([*command, "--fit-into", "1TB"]) == 2
+    assert "--fit-into tells what makes a fit take less memory, and trains nothing" in capsys.readouterr().err
+    assert sorted(place.rglob("*")) == before
+
+
 def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
     assert "library/a" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Find changes of a fit's settings after which it takes no more memory than there is, cheapest first."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from modular_experts.text import bytes_of, bytes_text
+from modular_experts.training.estimate import Change, FitEstimate
+from modular_experts.training.module import ExpertModule
+
+Settings = dict[str, dict[str, Any]]
+"""Arguments of `ExpertModule`, `TaskMixture` and Lightning's `Trainer`, by `model`, `data` and `trainer`."""
+Way = list[tuple[str, Settings]]
+"""Changes, as options of the command and as settings, of which each takes the place of the one before it."""
+
+
+def changes_to_fit(
+    limit: str | int,
+    found: FitEstimate,
+    ways: Iterable[Way],
+    predicted: Callable[[Settings], int],
+) -> list[Change]:
+    """Return changes after which a fit takes at most `limit`; none if it does already.
+
+    Args:
+        limit: Bytes, or a size such as `24GB`.
+        found: The prediction of the fit as it is set.
+        ways: What `ways_to_fit` yields. Each is tried on top of those before it that help.
+        predicted: Predicts the memory of the fit with other settings.
+
+    Raises:
+        ValueError: All of them together are not enough, or the limit is not a size.
+    """
+    most, peak, changes = bytes_of(limit), found.peak, list[Change]()
+    taken: Settings = {"model": {}, "data": {}, "trainer": {}}
+    for forms in ways:
+        before = list(changes)
+        for options, settings in forms:
+            if peak <= most:
+                return changes
+            tried = {group: taken[group] | settings.get(group, {}) for group in taken}
+            try:
+                smaller = predicted(tried)
+            except ValueError:  # such as values in bfloat16 of a full expert
+                continue
+            # Less than a hundredth is not worth a slower or a rounded fit.
+            if smaller < 0.99 * peak:
+                peak, taken, changes = smaller, tried, [*before, Change(options, smaller)]
+    if peak > most:
+        tried_all = f" and {bytes_text(peak)} with {' '.join(one.options for one in changes)}" if changes else ""
+        raise ValueError(
+            f"nothing makes this fit take at most {bytes_text(most)}: it takes {bytes_text(found.peak)}{tried_all}; "
+            "take fewer layers, a smaller share of them, shorter rows or a smaller base"
+        )
+    return changes
+
+
+def ways_to_fit(module: ExpertModule, batch_size: int, parts: int) -> Iterator[Way]:
+    """Yield ways to take less memory, cheapest first; the steps of the fit and their rows stay the same.
+
+    Gradient checkpointing costs a second forward pass, and a batch in parts makes each product smaller; a base in
+    bfloat16 rounds what the experts are trained beside, and values in bfloat16 what is trained.
+
+    Args:
+        module: What is trained.
+        batch_size: Rows of a training batch.
+        parts: How many batches make a step.
+    """
+    if not module.gradient_checkpointing:
+        yield [("--model.gradient_checkpointing true", {"model": {"gradient_checkpointing": True}})]
+    halves: Way = []
+    while batch_size % 2 == 0:
+        batch_size, parts = batch_size // 2, 2 * parts
+        options = f"--batch_size {batch_size} --trainer.accumulate_grad_batches {parts}"
+        settings: Settings = {"data": {"batch_size": batch_size}, "trainer": {"accumulate_grad_batches": parts}}
+        halves.append((options, settings))
+    yield halves
+    if module.dtype_name == "float32":
+        rounded: Settings = {"model": {"dtype": "bfloat16"}, "trainer": {"precision": "bf16-mixed"}}
+        yield [("--model.dtype bfloat16 --trainer.precision bf16-mixed", rounded)]
+    if module.values == "float32":
+        yield [("--values bfloat16", {"model": {"values": "bfloat16"}})]

@@ -1,0 +1,247 @@
+"""Predict the memory of a fit without its base: two training steps on tensors that have shapes and no numbers."""
+
+import itertools
+import logging
+import weakref
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from modular_experts.callbacks import MaskSchedule
+from modular_experts.callbacks.schedule import Schedule, callbacks_of
+from modular_experts.data import Batch, TaskMixture
+from modular_experts.data.batch import IGNORED
+from modular_experts.evaluation.likelihood import HEAD_BYTES, PART
+from modular_experts.experts import SparseExpert
+from modular_experts.injection import context_length, expert_layers, extra_losses, inject, moves_tokens_alone
+from modular_experts.kernels import KeptGradient
+from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.training import loading
+from modular_experts.training.estimate import (
+    MOST_BATCHES,
+    FitEstimate,
+    high_water,
+    logging_from,
+    places_of,
+    size_of,
+    validations_of,
+    weights_of,
+)
+from modular_experts.training.learning_rate import training_length
+from modular_experts.training.module import ExpertModule
+
+
+class UnpredictableError(ValueError):
+    """What a model computes depends on numbers."""
+
+
+class Held(TorchDispatchMode):
+    """Counts, while it is on, the bytes of each tensor that an operator makes, until nothing refers to it any more.
+
+    Attributes:
+        bytes: What is there now.
+        most: The most that was there at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self._there: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                self.count(tensor)
+        return found
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's memory, unless another tensor shares it and is counted already."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._there:
+            self._there.add(storage._cdata)
+            self.bytes += storage.nbytes()
+            self.most = max(self.most, self.bytes)
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, storage: int, size: int) -> None:
+        self._there.discard(storage)
+        self.bytes -= size
+
+
+class BatchShape(NamedTuple):
+    """What of a batch decides how much memory a step takes."""
+
+    rows: int
+    length: int
+    labelled: int
+    padded: bool
+    packed: bool
+
+    @classmethod
+    def of(cls, batch: Batch) -> "BatchShape":
+        packed, labels = "row" in batch, batch["labels"]
+        padded = not packed and not bool(batch["attention_mask"].all())
+        return cls(labels.shape[0], labels.shape[1], int((labels[:, 1:] != IGNORED).sum()), padded, packed)
+
+
+class _Planned(KeptGradient):
+    """Stands for the kernels of a CPU, which make no more than the gradient of the kept units."""
+
+    name = "planned"
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        tile = () if self.tile == (1, 1) else self.tile
+        return x.new_empty(self.units.numel(), *tile, dtype=torch.float32)
+
+
+def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEstimate:
+    """Predict the memory of the fit of these three, for one process, from shapes alone: the base is not loaded.
+
+    Experts that are applied first are left out, as deltas take no memory of their own. Afterwards the module has a
+    `model` without numbers and cannot be trained; the data have a tokenizer already.
+
+    Raises:
+        UnpredictableError: The model does not compute with shapes alone, as mixtures of experts do not.
+        ValueError: What a fit would refuse.
+    """
+    with logging_from(logging.CRITICAL, "modular_experts", "lightning.pytorch", "torch._subclasses.fake_tensor"):
+        data.setup("fit")
+        length = training_length(trainer, len(data.train_dataloader()))
+        module.trainer = trainer
+        module.setup("fit")
+        base = loading.opened_base(module.base, (), module.revision).structure.model
+        python, mode, held = high_water(trainer.strategy.root_device), FakeTensorMode(), Held()
+        with mode, held:
+            module.model = _with_experts(module, base, trainer.strategy.root_device)
+            optimizer = module.make_optimizer()
+        data.fit_context(context_length(module.model))
+        data.choose_packing(lambda: moves_tokens_alone(module.model))
+        train, validation = (
+            list(itertools.islice(loader, MOST_BATCHES)) for loader in (data.train_dataloader(), data.val_dataloader())
+        )
+        validations = validations_of(trainer, data, length, len(validation))
+        shapes = [BatchShape.of(max(found, key=size_of)) for found in (train, validation) if found]
+        try:
+            with mode, held:
+                _rehearse(module, optimizer, trainer, shapes[0], shapes[1:] if validations else [])
+        except RuntimeError as error:
+            # Most often because what is computed depends on numbers, such as the choices of a router.
+            raise UnpredictableError(
+                f"the memory of a fit of {module.base} cannot be predicted, because its model does not compute with "
+                f"shapes alone ({type(error).__name__}); a dry run without a size to fit into loads it"
+            ) from None
+        choices = [
+            one.expected_choices(trainer, module, length, 0.0)[0]
+            for one in callbacks_of(trainer, Schedule) or [MaskSchedule()]
+        ]
+    parts = _parts(module, optimizer, held.most, python)
+    return FitEstimate(
+        splits=data.sizes(),
+        padding=data.padding(),
+        weights=weights_of(module),
+        rates=sorted({group["lr"] for group in optimizer.param_groups}),
+        length=length,
+        choices=sum(choices),
+        validations=validations,
+        seconds={},
+        bytes=parts,
+        peak=sum(parts.values()),
+        on_disk=0,
+        places=places_of(trainer),
+        predicted=True,
+    )
+
+
+def _rehearse(
+    module: ExpertModule, optimizer: Optimizer, trainer: Trainer, train: BatchShape, validation: list[BatchShape]
+) -> None:
+    for shape in validation:
+        with torch.no_grad():
+            loss_of(module.model, shape, trainer)
+    # The second step begins with the gradients and the moments of the first.
+    for _ in range(2):
+        loss = loss_of(module.model, train, trainer)
+        optimizer.zero_grad()
+        loss.backward()
+        del loss
+        optimizer.step()
+
+
+def _parts(module: ExpertModule, optimizer: Optimizer, most: int, python: int) -> dict[str, int]:
+    trained = sum(one.nbytes for one in module.parameters() if one.requires_grad)
+    parts = {"base": sum(one.nbytes for one in module.parameters()) - trained}
+    parts |= {"trained numbers and gradients": 2 * trained, "optimizer state": optimizer_bytes([optimizer])}
+    rest = max(most + native_plans(module.model) - sum(parts.values()), 0)
+    return parts | {"Python and its libraries": python, "activations and the rest": rest}
+
+
+def _with_experts(module: ExpertModule, model: Any, device: torch.device) -> nn.Module:
+    """Return the model with experts in it, as the module would load it, but for the numbers."""
+    made: dict[int, Tensor] = {}
+    dtype = getattr(torch, module.dtype_name)
+    for part in model.modules():
+        for name, one in part._parameters.items():
+            if one is not None and id(one) not in made:
+                kind = dtype if one.is_floating_point() else one.dtype
+                made[id(one)] = nn.Parameter(torch.empty(one.shape, dtype=kind, device=device), requires_grad=False)
+            part._parameters[name] = one if one is None else made[id(one)]
+        for name, one in part._buffers.items():
+            part._buffers[name] = one if one is None else torch.empty(one.shape, dtype=one.dtype, device=device)
+    if module.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    inject(model, cast(Any, module.experts or module.expert), module.modules_pattern)
+    loading.hold_values(model, getattr(torch, module.values))
+    for expert in _with_plan(model) if device.type == "cpu" else ():
+        expert.chooser = _Planned(expert.indices, expert.shape, expert.tile)
+    return model.train()
+
+
+def _with_plan(model: nn.Module) -> list[SparseExpert]:
+    found = [layer.expert for _, layer in expert_layers(model) if isinstance(layer.expert, SparseExpert)]
+    return [one for one in found if one.granularity in ("element", "block")]
+
+
+def native_plans(model: nn.Module) -> int:
+    """Return the bytes of the native kernels' plans: 8 for an entry, and 4 for a tile."""
+    planned = [one for one in _with_plan(model) if one.chooser is not None]
+    return sum(one.kept_units * (8 if one.granularity == "element" else 4) for one in planned)
+
+
+def loss_of(model: Any, shape: BatchShape, trainer: Trainer) -> Tensor:
+    """Return the loss of a batch as `batch_losses` makes it, which looks at numbers to find the labelled tokens."""
+    device, head = trainer.strategy.root_device, model.get_output_embeddings()
+    ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64, device=device)
+    places, labels = (torch.zeros(shape.labelled, dtype=torch.int64, device=device) for _ in range(2))
+    in_parts = 4 * shape.labelled * head.weight.shape[0] > HEAD_BYTES and type(head) is nn.Linear
+    states: list[Tensor] = []
+
+    def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        states.append(arguments[0][places, places])
+        return (states[0][None, : 1 if in_parts else None], *arguments[1:])
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(x.to(torch.promote_types(x.dtype, torch.float32)), y, reduction="none")
+
+    inputs = {"attention_mask": ids + 1} if shape.padded else {"position_ids": ids} if shape.packed else {}
+    hook = head.register_forward_pre_hook(gather)
+    try:
+        with trainer.precision_plugin.forward_context():
+            logits = model(input_ids=ids, **inputs, use_cache=False).logits[0]
+            hook.remove()
+            if in_parts and torch.is_grad_enabled():
+                parts = zip(states.pop().split(PART), labels.split(PART), strict=True)
+                found = [checkpoint(lambda x, y: losses(head(x), y), *part, use_reentrant=False) for part in parts]
+            else:
+                found = [losses(logits, labels)]
+            return sum(extra_losses(model).values(), start=torch.cat(found).sum())
+    finally:
+        hook.remove()

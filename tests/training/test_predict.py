@@ -1,0 +1,169 @@
+"""A fit whose memory is predicted from shapes takes this memory with numbers."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import GROUPED, build_tokenizer
+from testbed.runs import TARGET, mixture, module, trainer
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from modular_experts import estimate_fit
+from modular_experts.evaluation import batch_losses
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.training import fit as fits
+from modular_experts.training.estimate import estimate
+from modular_experts.training.predict import BatchShape, Held, loss_of, native_plans, predict
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+KINDS = {
+    "sparse": SparseExpert,
+    "tiles": partial(SparseExpert, granularity="block", block_size=4),
+    "rows": partial(SparseExpert, granularity="row"),
+    "lora": LoRAExpert,
+    "full": FullExpert,
+    "masked": MaskedExpert,
+}
+
+
+def saved_for_backward(model, make_loss) -> tuple[int, int]:
+    """Return the bytes that a forward pass keeps for backward, without the model's own, and without small ones."""
+    own = {one.untyped_storage()._cdata for one in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # which stays, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = make_loss()
+    sizes = [storage.nbytes() for place, storage in kept.items() if place not in own]
+    assert loss.requires_grad
+    return sum(sizes), sum(size for size in sizes if size > 512)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"values": "bfloat16"}])
+def test_as_much_is_kept_for_backward_as_with_numbers(kind, settings, tiny_llama_dir, task_files, tmp_path) -> None:
+    if kind == "full" and "values" in settings:
+        pytest.skip("a full expert has no values beside the weight")
+    data, run = mixture(task_files, tiny_llama_dir, packing=False), trainer(tmp_path)
+    shapes, real = module(tiny_llama_dir, KINDS[kind], **settings), module(tiny_llama_dir, KINDS[kind], **settings)
+    data.setup("fit")
+    real.configure_model()
+    batch = max(data.train_dataloader(), key=lambda batch: batch["input_ids"].numel())
+    wanted = saved_for_backward(real.model.train(), lambda: batch_losses(real.model, batch)[0].sum())
+    predict(shapes, data, run)
+    shape = BatchShape.of(batch)
+    with next(shapes.model.parameters()).fake_mode:
+        found = saved_for_backward(shapes.model, lambda: loss_of(shapes.model, shape, run))
+    assert found[1] == wanted[1]
+    assert found[0] == pytest.approx(wanted[0], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["tiles", "lora", "full"])
+def test_the_peak_is_that_of_steps_with_numbers(kind, tiny_llama_dir, task_files, tmp_path) -> None:
+    data, run = mixture(task_files, tiny_llama_dir, packing=False), trainer(tmp_path)
+    shapes, real = module(tiny_llama_dir, KINDS[kind]), module(tiny_llama_dir, KINDS[kind])
+    parts = predict(shapes, data, run).bytes
+    real.trainer = run
+    real.configure_model()
+    batch = max(data.train_dataloader(), key=lambda batch: batch["input_ids"].numel())
+    optimizer = real.make_optimizer()
+    real.model.train()
+    with Held() as held:
+        for one in [*real.model.parameters(), *real.model.buffers()]:
+            held.count(one)
+        for _ in range(2):
+            loss = batch_losses(real.model, batch)[0].sum()
+            optimizer.zero_grad()
+            loss.backward()
+            del loss
+            optimizer.step()
+    assert sum(parts.values()) - parts["Python and its libraries"] == pytest.approx(held.most, rel=0.02)
+
+
+def test_plans_of_native_kernels_are_counted(tiny_llama_dir, task_files, tmp_path) -> None:
+    shapes = module(tiny_llama_dir, partial(SparseExpert, keep_ratio=0.5))
+    predict(shapes, mixture(task_files, tiny_llama_dir), trainer(tmp_path))
+    # Two layers of 32 x 32 and two of 32 x 48, half of their entries.
+    assert native_plans(shapes.model) == 8 * (32 * 32 + 32 * 48)
+
+
+@pytest.mark.parametrize("packing", [None, False])
+def test_the_rest_is_told_as_by_steps(packing, tiny_llama_dir, task_files, tmp_path) -> None:
+    found = []
+    for tell in (predict, estimate):
+        data = mixture(task_files, tiny_llama_dir, packing=packing)
+        found.append(tell(module(tiny_llama_dir, SparseExpert), data, trainer(tmp_path, max_steps=14)))
+    shapes, steps = found
+    for name in ("splits", "padding", "weights", "rates", "length", "choices", "validations", "places"):
+        assert getattr(shapes, name) == getattr(steps, name), name
+    for name in ("base", "trained numbers and gradients", "optimizer state"):
+        assert shapes.bytes[name] == steps.bytes[name], name
+    assert (shapes.predicted, steps.predicted) == (True, False)
+    assert (shapes.seconds, sum(shapes.bytes.values())) == ({}, shapes.peak)
+
+
+@pytest.fixture
+def settings(tiny_llama_dir, task_files) -> dict:
+    """A fit that each change makes smaller, in a process that takes nothing."""
+    kind = partial(SparseExpert, keep_ratio=0.5)
+    how = {"base": str(tiny_llama_dir), "tasks": [str(task_files["upper"])], "expert": kind, "modules": TARGET}
+    return how | {"steps": 4, "batch_size": 12, "trainer": QUIET, "data": {"packing": False}}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch) -> None:
+    monkeypatch.setattr("modular_experts.training.predict.high_water", lambda device: 0)
+
+
+OPTIONS = [
+    "--model.gradient_checkpointing true",
+    "--batch_size 3 --trainer.accumulate_grad_batches 4",
+    "--model.dtype bfloat16 --trainer.precision bf16-mixed",
+    "--values bfloat16",
+]
+
+
+def test_changes_come_cheapest_first_until_it_fits(settings) -> None:
+    whole = estimate_fit(**settings, fit_into="1GB")
+    assert (whole.predicted, whole.changes) == (True, [])
+    one = estimate_fit(**settings, fit_into=whole.peak - 1)
+    assert [change.options for change in one.changes] == OPTIONS[:1]
+    assert one.peak == whole.peak
+    peaks = [whole.peak]
+    for count in range(1, 5):
+        changes = estimate_fit(**settings, fit_into=peaks[-1] - 1).changes
+        wanted = [*OPTIONS[:1], "--batch_size 6 --trainer.accumulate_grad_batches 2"] if count == 2 else OPTIONS[:count]
+        assert [change.options for change in changes] == wanted
+        peaks.append(changes[-1].peak)
+        if count == 2:
+            peaks[-1] = estimate_fit(**settings, fit_into=peaks[-1] - 1).changes[-1].peak
+    assert peaks == sorted(peaks, reverse=True)
+    with pytest.raises(ValueError, match=r"nothing makes this fit take at most .* kB: it takes .* --values bfloat16;"):
+        estimate_fit(**settings, fit_into=peaks[-1] - 1)
+
+
+def test_a_changed_fit_takes_what_was_said(settings) -> None:
+    whole = estimate_fit(**settings, fit_into="1GB").peak
+    found = estimate_fit(**settings, fit_into=whole - 1).changes[0]
+    assert estimate_fit(**settings, model={"gradient_checkpointing": True}, fit_into="1GB").peak == found.peak
+
+
+def test_a_base_of_more_than_half_of_the_free_memory_is_not_loaded(settings, monkeypatch) -> None:
+    assert not estimate_fit(**settings).predicted
+    monkeypatch.setattr(fits, "free_memory", lambda: 2**16)
+    assert estimate_fit(**settings).predicted
+
+
+def test_a_mixture_of_experts_is_loaded_instead(settings, tmp_path, monkeypatch) -> None:
+    config = MixtralConfig(**GROUPED, num_local_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    changed = {"base": str(tmp_path), "modules": "q_proj"}
+    with pytest.raises(ValueError, match="cannot be predicted, because its model does not compute with shapes alone"):
+        estimate_fit(**settings | changed, fit_into="1GB")
+    monkeypatch.setattr(fits, "free_memory", lambda: 2**16)
+    assert not estimate_fit(**settings | changed).predicted
