@@ -11,6 +11,7 @@ import torch
 import transformers
 from lightning.pytorch import Callback
 from testbed import runs
+from testbed.mixture_bases import mixture
 from testbed.other_experts import BiasExpert, GatedExpert
 from torch import Tensor, nn
 
@@ -29,23 +30,6 @@ from modular_experts.routing import Arrow, TopK
 from modular_experts.statistics.fisher import fisher
 from modular_experts.training.learning_rate import Constant
 from modular_experts.tuning.combination import Combination
-
-MIXTURES = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-        "shared_expert_intermediate_size": 16,
-    },
-    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-}
-"""Settings of tiny bases with four experts in each block, by their model type."""
-
-
-def mixture(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
-    torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(kind, **conftest.GROUPED | MIXTURES[kind])
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def test_all_linear_leaves_out_gates_and_routers() -> None:

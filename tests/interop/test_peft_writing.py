@@ -1,12 +1,14 @@
 """Written PEFT adapters: PEFT computes with them what base plus deltas does, and every loss is reported."""
 
 import json
+from functools import partial
 
 import numpy
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from testbed.mixture_bases import mixture
 from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits
 from testbed.random_deltas import random_delta
 
@@ -14,6 +16,9 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.experts import LoRAExpert
+from modular_experts.injection import expert_layers, inject
+from modular_experts.injection.save import save_expert
 from modular_experts.interop.peft import LoraFormat, ShiraFormat, SupertuningFormat, export, read_peft
 from modular_experts.library import make_record, open_expert, write_expert
 
@@ -207,3 +212,24 @@ def test_a_merge_of_low_rank_experts_is_carried_exactly(tiny_llama_dir, tmp_path
     assert written.relative_error == 0.0
     expected = expected_logits(tiny_llama_dir, dict(merged))
     torch.testing.assert_close(peft_logits(tiny_llama_dir, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("ranks", [{"all-linear": 2}, {"down_proj": 3, "q_proj": 2}, {"gate_up_proj[1]": 3}], ids=len)
+def test_matrices_of_a_mixture_of_experts_go_to_peft_and_back(kind, ranks, tmp_path) -> None:
+    """They become PEFT's `target_parameters`; the first base stores `(out, in)`, the other `(in, out)`."""
+    mixture(kind).save_pretrained(tmp_path / "base")
+    model = Base.open(tmp_path / "base").load()
+    inject(model, {pattern: partial(LoRAExpert, rank=rank) for pattern, rank in ranks.items()})
+    for _, layer in expert_layers(model):
+        torch.nn.init.normal_(layer.expert.up)
+    expert = save_expert(model, tmp_path / "library/one")
+    written = export(expert.path, tmp_path / "adapter")
+    assert written.relative_error < 1e-6
+    expected = expected_logits(tmp_path / "base", dict(expert))
+    torch.testing.assert_close(peft_logits(tmp_path / "base", tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
+    back = dict(read_peft(tmp_path / "adapter").deltas)
+    assert back.keys() == set(expert)
+    for name, delta in expert.items():
+        assert isinstance(back[name], LowRank)
+        torch.testing.assert_close(back[name].dense(), delta.dense(), rtol=1e-4, atol=1e-5)

@@ -10,15 +10,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modular_experts.base import Base
 from modular_experts.base.files import quiet
+from modular_experts.base.structure import weight_of
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
 from modular_experts.interop.adapter import ImportedAdapter, lossless
@@ -92,15 +94,13 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
             for parameter, merged in layer.get_base_layer().named_parameters():
                 full = f"{name}.{parameter}"
                 seen.add(full)
-                delta = self._delta(full, merged, stated if parameter == "weight" else None)
-                if delta is not None:
-                    yield full, delta
+                yield from self._deltas(full, merged, stated if parameter == "weight" else None)
         with _asking(files, "merge"):
             whole = tuned.merge_and_unload()
         for name, merged in whole.named_parameters():
-            delta = None if name in seen else self._delta(name, merged, None)
-            if delta is not None:
-                yield name, delta
+            if name not in seen:
+                yield from self._deltas(name, merged, None)
+        self.__dict__.pop("_plain", None)
         # By now the model is the base plus the deltas in their stored form.
         self.largest_difference, _ = difference(logits(whole, prompts), expected)
         if not self.largest_difference <= self._tolerance:  # written so that NaN is refused too
@@ -155,10 +155,24 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
                 raise ValueError(f"{TENSOR_FILE} {what} {min(keys)}{more}")
         return model, tuned
 
-    def _delta(self, name: str, merged: nn.Parameter, stated: Tensor | None) -> Delta | None:
+    def _deltas(self, name: str, merged: Tensor, stated: Tensor | None) -> Iterator[tuple[str, Delta]]:
+        """Yield the delta of a parameter, or the deltas of the matrices in it that are weights of their own."""
+        parts = {f"{name}[{number}]": matrix for number, matrix in enumerate(merged)} if merged.dim() == 3 else {}
+        if parts and parts.keys() <= self._base.structure.shapes.keys():
+            found = [(part, self._delta(part, one, None, weight_of(self._plain, part))) for part, one in parts.items()]
+        else:
+            found = [(name, self._delta(name, merged, stated, self._base.weight(name)))]
+        yield from ((part, delta) for part, delta in found if delta is not None)
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The base in memory, for weights that its files hold in parts."""
+        return self._base.load("float32")
+
+    def _delta(self, name: str, merged: Tensor, stated: Tensor | None, base: Tensor) -> Delta | None:
         """Return how far a weight moved, and put base plus delta in the merged weight's place."""
         self._base.structure.check(name, merged.shape, str(self._files.directory))
-        before = self._base.weight(name).to(merged.dtype)
+        before = base.to(merged.dtype)
         moved = merged - before
         if not moved.any():
             return None

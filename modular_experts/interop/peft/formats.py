@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.structure import is_transposed
+from modular_experts.base.structure import Structure, is_transposed, sliced, split_slice
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import rows_and_columns
@@ -50,11 +50,13 @@ class PeftFormat(ABC):
         peft_type: PEFT's name for it.
         modules: The modules whose weights it can move, in words.
         parameters: Which weights of a module it can move: `weight`, and for some kinds `bias`.
+        moves_matrices: Whether it can move the matrices of mixture-of-experts layers, which `matrices` joins.
     """
 
     peft_type: ClassVar[str]
     modules: ClassVar[str]
     parameters: ClassVar[tuple[str, ...]] = ("weight",)
+    moves_matrices: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, module: nn.Module) -> bool:
@@ -85,6 +87,7 @@ class LoraFormat(PeftFormat):
 
     peft_type = "LORA"
     modules = "Linear, Conv1D and Embedding"
+    moves_matrices = True
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -101,7 +104,9 @@ class LoraFormat(PeftFormat):
             )
         largest = delta.rank if isinstance(delta, LowRank) else min(delta.shape)
         product, lost = truncated_svd(delta, self.rank or largest)
-        if isinstance(module, nn.Linear):
+        if split_slice(name)[1] is not None:
+            tensors = {}  # `matrices` joins them
+        elif isinstance(module, nn.Linear):
             tensors = {"lora_A.weight": product.down, "lora_B.weight": product.up}
         elif isinstance(module, nn.Embedding):
             tensors = {"lora_embedding_A": product.up.T, "lora_embedding_B": product.down.T}
@@ -110,12 +115,16 @@ class LoraFormat(PeftFormat):
         return EncodedWeight(product, tensors, delta.norm() ** 2, lost)
 
     def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
-        ranks = {name.removesuffix(".weight"): weight.delta.rank for name, weight in encoded.items()}  # type: ignore[attr-defined]
-        usual = max(Counter(ranks.values()).items(), key=lambda item: item[::-1])[0]
+        every = {name.removesuffix(".weight"): weight.delta.rank for name, weight in encoded.items()}  # type: ignore[attr-defined]
+        ranks = {name: rank for name, rank in every.items() if split_slice(name)[1] is None}
+        joined = list(dict.fromkeys(split_slice(name)[0] for name in every if name not in ranks))
+        often = max(Counter(every.values()).items(), key=lambda item: item[::-1])[0]
+        usual = common_rank(encoded) if joined else often
         others = {re.escape(name): rank for name, rank in ranks.items() if rank != usual}
         return {
             "r": usual,
             "lora_alpha": usual,
+            "target_parameters": joined or None,
             "rank_pattern": others,
             "alpha_pattern": others,
             "fan_in_fan_out": all(is_transposed(module) for module in modules.values()),
@@ -124,6 +133,36 @@ class LoraFormat(PeftFormat):
             "init_lora_weights": True,
             "use_rslora": False,
         }
+
+
+def common_rank(encoded: Mapping[str, EncodedWeight]) -> int:
+    """Return the largest rank of the matrices of mixture-of-experts layers, which PEFT gives to all of them."""
+    return max(weight.delta.rank for name, weight in encoded.items() if split_slice(name)[1] is not None)  # type: ignore[attr-defined]
+
+
+def matrices(encoded: Mapping[str, EncodedWeight], structure: Structure) -> dict[str, Tensor]:
+    """Return the tensors of an adapter for the matrices of mixture-of-experts layers: PEFT's `target_parameters`.
+
+    A parameter of E matrices has `lora_A` `(E rank, in)`, matrix by matrix, and `lora_B` `(out, rank E)`, rank by rank.
+    In a module with several such parameters the next one wraps each.
+    """
+    found: dict[str, Tensor] = {}
+    wholes = list(dict.fromkeys(split_slice(name)[0] for name in encoded if split_slice(name)[1] is not None))
+    for whole in wholes:
+        place, _, parameter = whole.rpartition(".")
+        module, rank = structure.layer(whole), common_rank(encoded)
+        wrapped = [key for key in sliced(module) if f"{place}.{key}" in wholes]
+        inside = "base_layer." * (len(wrapped) - 1 - wrapped.index(parameter))
+        count, *shape = structure.shapes[whole]
+        out, size = reversed(shape) if module.is_transposed else shape
+        down, up = torch.zeros(count, rank, size), torch.zeros(out, rank, count)
+        for number in range(count):
+            if (weight := encoded.get(f"{whole}[{number}]")) is not None:
+                product: Any = weight.delta.T if module.is_transposed else weight.delta
+                down[number, : product.rank], up[:, : product.rank, number] = product.down, product.up
+        found[f"{place}.{inside}lora_A.weight"] = down.view(-1, size)
+        found[f"{place}.{inside}lora_B.weight"] = up.reshape(out, -1)
+    return found
 
 
 class _SparseFormat(PeftFormat):

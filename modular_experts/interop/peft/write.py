@@ -17,11 +17,12 @@ from torch import nn
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.files import MANIFEST, quiet, write_manifest
+from modular_experts.base.structure import split_slice
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE
-from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat
+from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, matrices
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.library.record import plain
 from modular_experts.progress import Progress
@@ -91,7 +92,7 @@ def export(
             "base_model_name_or_path": found.place,
             "revision": found.revision,
             "inference_mode": True,
-            "target_modules": list(dict.fromkeys(_module_of(name) for name in encoded)),
+            "target_modules": list(dict.fromkeys(_module_of(n) for n in encoded if split_slice(n)[1] is None)),
             "modules_to_save": None,
             **format.configuration(modules, encoded),
         }
@@ -102,6 +103,7 @@ def export(
             for name, weight in encoded.items()
             for suffix, tensor in weight.tensors.items()
         }
+        tensors |= {f"{PREFIX}{key}": tensor for key, tensor in matrices(encoded, found.structure).items()}
         save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
         deltas = {name: weight.delta for name, weight in encoded.items()}
         approximated = opened if any(weight.lost for weight in encoded.values()) else None
@@ -194,11 +196,13 @@ def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict
             f"and {expert.name} also moves {shown}; {way_out}"
         )
     modules = {_module_of(name) for name in moved}
-    kept = [name for name in expert if _module_of(name) in modules and name.endswith(format.parameters)]
+    kept = [name for name in expert if _module_of(name) in modules and _can_move(format, name, structure.layer(name))]
     return {name: structure.layer(name) for name in kept}
 
 
 def _can_move(format: PeftFormat, name: str, module: nn.Module) -> bool:
+    if split_slice(name)[1] is not None:
+        return format.moves_matrices
     return name.rpartition(".")[2] in format.parameters and format.supports(module)
 
 

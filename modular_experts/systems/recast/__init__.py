@@ -25,14 +25,14 @@ class RecastExpert(Expert):
 
     Args:
         weight: The base weight `(out, in)`.
-        layers: The layers of the group, in the order of the columns of `mixing`; each has an expert of its own.
+        layers: The layers or sites of the group, in the order of the columns of `mixing`; each has an expert.
         mixing: How much of each weight a template holds, `(templates, layers)`.
     """
 
     learning_rate: ClassVar[float] = 3e-2
     delta_of_base = True
 
-    def __init__(self, weight: Tensor, layers: Sequence[nn.Module], mixing: Tensor) -> None:
+    def __init__(self, weight: Tensor, layers: Sequence[Any], mixing: Tensor) -> None:
         super().__init__()
         # In a tuple they are not submodules of this one.
         self._layers: tuple[Any, ...] = tuple(layers)
@@ -89,7 +89,7 @@ class TemplateBanks(LayerPlan):
             for first in range(0, len(alike), self.group):
                 together = alike[first : first + self.group]
                 mixing = best_mixing(together, min(self.templates, len(together)))
-                layers = [site.module for site in together]
+                layers = [site if site.parameter else site.module for site in together]
                 planned |= dict.fromkeys(together, partial(RecastExpert, layers=layers, mixing=mixing))
         return planned
 
@@ -99,7 +99,7 @@ def best_mixing(sites: Sequence[Site], templates: int) -> Tensor:
 
     The templates are `U @ stack`, the best by squared error, and `U[:, l]` the coefficients that give layer `l` best.
     """
-    weights = [read_weight(site.module).detach() for site in sites]
+    weights = [(site.matrix if site.parameter else read_weight(site.module)).detach() for site in sites]
     for site, weight in zip(sites, weights, strict=True):
         if weight.shape != weights[0].shape:
             raise ValueError(
