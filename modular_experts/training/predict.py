@@ -118,7 +118,7 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
         length = training_length(trainer, len(data.train_dataloader()))
         module.trainer = trainer
         module.setup("fit")
-        base = loading.opened_base(module.base, (), module.revision).structure.model
+        base = loading.opened_base(module.base, (), module.revision, module.quantise).structure.model
         python, mode, held = high_water(trainer.strategy.root_device), FakeTensorMode(), Held()
         with mode, held:
             module.model = _with_experts(module, base, trainer.strategy.root_device)
