@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from modular_experts.base import Base
@@ -14,6 +15,7 @@ from modular_experts.base.quantised import Quantise
 from modular_experts.injection import named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import Routed
+from modular_experts.injection.sharded import shard
 from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.compatibility import check_mergeable
 
@@ -80,6 +82,20 @@ def hold_values(model: nn.Module, dtype: torch.dtype) -> None:
             )
         for parameter in expert.parameters():
             parameter.data = parameter.data.to(dtype)
+
+
+def shard_base(model: nn.Module, trainer: Trainer | None) -> None:
+    """Shard the base over the trainer's processes; raise for runs that write answers, and for other strategies."""
+    if trainer is None or trainer.state.fn not in ("fit", "validate"):
+        raise ValueError("shard_base is for fit and validate; processes that write answers need the whole base")
+    if trainer.world_size == 1:
+        raise ValueError("shard_base needs several processes, such as --trainer.devices 2; leave it out for one")
+    if not isinstance(trainer.strategy, DDPStrategy):
+        raise ValueError(
+            f"shard_base works with trainer.strategy=ddp, and not with {type(trainer.strategy).__name__}: it parts the "
+            "base, and DDP adds up the gradients of the experts, which stay whole"
+        )
+    shard(model, trainer.strategy.root_device)
 
 
 def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:

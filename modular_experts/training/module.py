@@ -83,6 +83,8 @@ class ExpertModule(EvaluatedModule):
             of its own.
         quantise: Quantise the linear layers of the base while it is loaded: `nf4`, `fp4` (4 bits) or `int8` of
             bitsandbytes, or a form of torchao. The expert is a delta of the base that is not quantised.
+        shard_base: Let each of several processes hold a part of the base (FSDP2) and whole experts, for a base that one
+            device cannot hold; for `fit` and `validate`.
         metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
             of one: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
         values: Data type of the trained values, their gradients, and the optimizer's moments; half the memory in
@@ -108,6 +110,7 @@ class ExpertModule(EvaluatedModule):
         metrics: dict[str, Callable[[str, str], float]] | None = None,
         values: Literal["float32", "bfloat16"] = "float32",
         quantise: Quantise | None = None,
+        shard_base: bool = False,
     ) -> None:
         super().__init__()
         if learning_rate is not None and optimizer is not None:
@@ -134,6 +137,7 @@ class ExpertModule(EvaluatedModule):
         self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
         self.dtype_name, self.gradient_checkpointing, self.values = dtype, gradient_checkpointing, values
+        self.shard_base = shard_base
         self.quantise: Quantise | None = quantise or getattr(base, "quantise", None)
         self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
         self.learning_rate = learning_rate
@@ -213,6 +217,8 @@ class ExpertModule(EvaluatedModule):
             loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
         loading.warn_of_slow_bfloat16(self._trainer, self.dtype_name)
+        if self.shard_base:
+            loading.shard_base(model, self._trainer)
         self.model, self._given = model, []
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
@@ -268,11 +274,16 @@ class ExpertModule(EvaluatedModule):
         if source.packing:
             check_packing(self.model)
         else:
-            source.choose_packing(lambda: moves_tokens_alone(self.model) and keeps_rows_apart(self.model))
+            found = self._packs() if self.shard_base else None  # all processes take part in each pass
+            source.choose_packing(lambda: self._packs() if found is None else found)
         checkpoints.log_training(self.model, self.trainer, self.length)
         if self.trainer.world_size > 1:
             for buffer in (buffer for _, expert in named_experts(self.model) for buffer in expert.buffers()):
                 distributed.broadcast(buffer, src=0)
+
+    def _packs(self) -> bool:
+        """Return whether training rows may be packed."""
+        return moves_tokens_alone(self.model) and keeps_rows_apart(self.model)
 
     def prepare_experts(self, data: Any) -> float:
         """Let experts get ready for a training on these data; return how many seconds that took, 0 without work."""
