@@ -49,7 +49,7 @@ def test_each_process_holds_a_part_of_the_base_and_exports_one_expert(found) -> 
 def test_an_expert_that_writes_into_the_weight_is_refused() -> None:
     model = build_model("llama")
     inject(model, FullExpert, "q_proj")
-    with pytest.raises(ValueError, match="FullExpert writes into model.layers.0.* take a sparse or low-rank"):
+    with pytest.raises(ValueError, match=r"FullExpert writes into model\.layers\.0.* take a sparse or low-rank"):
         shard(model, torch.device("cpu"))
 
 
