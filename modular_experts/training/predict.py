@@ -118,10 +118,15 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
         length = training_length(trainer, len(data.train_dataloader()))
         module.trainer = trainer
         module.setup("fit")
-        base = loading.opened_base(module.base, (), module.revision, module.quantise).structure.model
+        base = loading.opened_base(module.base, (), module.revision, module.quantise)
+        if base.quantise or base.quantisation:
+            raise UnpredictableError(
+                "the memory of a fit on a quantised base cannot be predicted; a dry run without a size to fit into "
+                "loads it"
+            )
         python, mode, held = high_water(trainer.strategy.root_device), FakeTensorMode(), Held()
         with mode, held:
-            module.model = _with_experts(module, base, trainer.strategy.root_device)
+            module.model = _with_experts(module, base.structure.model, trainer.strategy.root_device)
             optimizer = module.make_optimizer()
         data.fit_context(context_length(module.model))
         data.choose_packing(lambda: moves_tokens_alone(module.model))

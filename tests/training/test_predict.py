@@ -167,3 +167,8 @@ def test_a_mixture_of_experts_is_loaded_instead(settings, tmp_path, monkeypatch)
         estimate_fit(**settings | changed, fit_into="1GB")
     monkeypatch.setattr(fits, "free_memory", lambda: 2**16)
     assert not estimate_fit(**settings | changed).predicted
+
+
+def test_a_quantised_base_is_loaded_instead(settings) -> None:
+    with pytest.raises(ValueError, match="a quantised base cannot be predicted; a dry run without a size"):
+        estimate_fit(**settings, quantise="nf4", fit_into="1GB")
