@@ -85,14 +85,6 @@ def test_a_quick_run_measures_each_engine_that_is_here(monkeypatch: pytest.Monke
     assert re.search(r"^local +[\d.]+ s to start, +[\d.]+ ms a piece", printed)
 
 
-def test_the_plan_of_a_tenth_prints_its_pieces() -> None:
-    printed = run_script("thousand_experts.py", "--quick")
-    # The base, a hundred experts and their tests, and three merges of eleven groups.
-    assert "234" in printed
-    # 16 * (2 * 8192 + 2 * 5120 + 3 * 18432) parameters in 32 layers, of four bytes
-    assert "an expert takes 168 MB, the base 16 GB" in printed
-
-
 def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
     run_commands_here(monkeypatch)
     work_here(monkeypatch, *STUDY)
