@@ -44,6 +44,21 @@ def test_the_three_ways_are_timed_and_agree() -> None:
     assert shown("answer_logits", report).count("\n| bfloat16, ") == 3
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.*:FutureWarning", "ignore:Sparse invariant:UserWarning"
+)  # in PEFT
+def test_sparse_experts_keep_nothing_of_a_quantised_weight() -> None:
+    pytest.importorskip("bitsandbytes")
+    report = json.loads(run_script("quantised.py", "--quick", "--json"))
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["PEFT SHiRA"]["kept_over_lora"] > 2
+    for name in ("LoRA", "entries, native", "tiles of 16, native", "rows, slices"):
+        assert rows[name]["kept_over_lora"] <= 1.02
+        assert 0.9 < rows[name]["trained"] / rows["PEFT LoRA"]["trained"] < 1.1
+    assert all(row["over_lora"] > 0 for row in rows.values())
+    assert "the goal is 1.02" in shown("quantised", report)
+
+
 def test_both_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(64)]
