@@ -205,6 +205,18 @@ def test_a_source_has_the_weights_shape_and_no_memory_of_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["entries", "lora"])
+@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor:UserWarning")  # by torch while it traces
+def test_a_compiled_model_computes_the_same(kind: str, llama: Path) -> None:
+    model = put(load(llama), KINDS[kind])
+    loss, found = step(model)
+    kept = {name: gradient.clone() for name, gradient in found.items()}
+    model.zero_grad()
+    again, found = step(torch.compile(model, backend="aot_eager"))
+    assert again == pytest.approx(loss, abs=1e-6)
+    assert all(torch.allclose(found[f"_orig_mod.{name}"], kept[name], atol=1e-6) for name in kept)
+
+
+@pytest.mark.parametrize("kind", ["entries", "lora"])
 def test_autocast_and_checkpointing_compute_the_same(kind: str, llama: Path) -> None:
     model = load(llama, "nf4", "bfloat16")
     put(model, KINDS[kind]).train()

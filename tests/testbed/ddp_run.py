@@ -5,6 +5,7 @@ Each rank writes what it ends with to `FOLDER/rank{R}.pt`. Two ranks also resume
 
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ Trained = tuple[ExpertModule, Trainer, Watch]
 
 
 def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, *callbacks: Callback, **how: Any) -> Trained:
-    """Train a few steps in float64; return the module, its trainer, and the watch over both.
+    """Train a few steps, by default in float64; return the module, its trainer, and the watch over both.
 
     Args:
         how: `seed` of the start and `steps`; `optimizer`; `expert` in half of the layers, or all that an `ExpertModule`
@@ -81,7 +82,7 @@ def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, *callbac
     """
     seed_everything(how.pop("seed", 0), verbose=False)
     watch, model = Watch(), how.pop("model", {})
-    model |= {"dtype": "float64", "optimizer": how.pop("optimizer", partial(torch.optim.SGD, lr=0.5))}
+    model = {"dtype": "float64", "optimizer": how.pop("optimizer", partial(torch.optim.SGD, lr=0.5))} | model
     expert = how.pop("expert", None)
     module = runs.module(base, expert, **model) if expert else ExpertModule(str(base), **model)
     data = how.pop("data", None) or runs.mixture(files, base, seed=0)
@@ -197,6 +198,9 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
         found[f"step {parts} {mib}"] = choose_in_steps(folder, base, files, ranks, parts, mib)
     for name, plan in PLANS.items():
         found[name] = train(folder, base, files, ranks, model={"experts": plan})[0].expert_state()
+    if find_spec("bitsandbytes"):
+        quantised = {"dtype": "float32", "quantise": "nf4"}
+        found["quantised"] = values(train(folder, base, files, ranks, expert=SPARSE, model=quantised)[0])
     found["masked"] = train_masked(folder, base, files, ranks)
     for name in FEW_ROWS:
         found[f"few rows {name}"] = train_few_rows(folder, base, files, ranks, name)

@@ -97,6 +97,16 @@ def test_two_processes_train_what_one_trains(found, part: str) -> None:
     assert max(tensor.double().norm() for tensor in trained) > 1e-3
 
 
+def test_two_processes_train_beside_a_quantised_base(found) -> None:
+    pytest.importorskip("bitsandbytes")
+    one, (first, second), _ = found
+    for name, values in one["quantised"].items():
+        assert torch.equal(first["quantised"][name], second["quantised"][name])
+        # It computes in float32 at most.
+        torch.testing.assert_close(first["quantised"][name], values, rtol=1e-3, atol=1e-7)
+        assert values.abs().max() > 1e-4
+
+
 STARTS_AT_ZERO = re.compile(r"up|cores\.5")
 
 
