@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 examples test test-slow test-peer test-harness test-engines test-quickstart lint format bench docs triton dist
+.PHONY: help install quickstart smollm2 examples test test-slow test-peer test-harness test-engines test-quickstart lint format bench gpu gpu-multi docs triton dist
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -69,6 +69,13 @@ format: $(DEVELOPS) ## put style in order
 
 bench: $(DEVELOPS) ## run every script in benchmarks/ (about an hour)
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py | grep -v tables.py); do echo "== $$script"; $(BIN)/python $$script; done
+
+gpu: $(DEVELOPS) ## on a machine with a GPU: tests and benchmarks that it changes
+	$(PIP) --quiet -e '.[triton]'
+	PYTHONPATH=benchmarks $(BIN)/python scripts/gpu_day.py $(ARGS)
+
+gpu-multi: $(DEVELOPS) ## on a machine with several GPUs: tests that they change
+	PYTHONPATH=benchmarks $(BIN)/python scripts/gpu_day.py --only "tests of several GPUs" $(ARGS)
 
 # The builder keeps pages in files of .cache and does not see that a docstring changed. Its own --clean would empty all of
 # .cache, which holds the base of `make smollm2`, too.

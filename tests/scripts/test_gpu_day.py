@@ -1,0 +1,78 @@
+"""The script of the day on a GPU runs in small on a CPU, goes on where it stopped, and shows what it measured."""
+
+import json
+from types import ModuleType
+
+import pytest
+import yaml
+from testbed.documents import ROOT
+
+from modular_experts.__main__ import main
+
+
+@pytest.fixture
+def script(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu_day
+
+    monkeypatch.setattr(gpu_day, "SHAPES", gpu_day.SHAPES | {"135M": gpu_day.SHAPES["tiny"]})
+    return gpu_day
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_part_runs_on_a_cpu(script, tmp_path, monkeypatch) -> None:
+    slow = {name for name in script.PARTS if name.startswith(("steps of 1.7B", "steps of 8B", "tests"))}
+    monkeypatch.setattr(script, "PARTS", {name: part for name, part in script.PARTS.items() if name not in slow})
+    script.main(["--quick", "--out", str(tmp_path)])
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert list(parts) == list(script.PARTS)
+    steps = {row["kind"]: row for row in parts["steps of 135M"]}
+    assert steps["frozen"]["trained"] == 0
+    assert {*script.COMPARED, "entries", "tiles of 16"} == {*steps}
+    for name, row in steps.items():
+        assert name in ("frozen", "full", "dense, masked") or row["trained"] == steps["PEFT LoRA"]["trained"], name
+    assert all(row["tokens a second"] > 0 and row["peak"] > 0 for row in steps.values())
+    assert len(parts["merges of 8 experts"]) == 9
+    assert {row["over the base"] for row in parts["rows with experts of their own"] if row["kind"] == "base"} == {1}
+    for row in parts["memory beside the dry run"]:
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.1)
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.count("\n## ") == len(parts)
+    assert "| frozen | " in page
+
+
+def test_a_second_call_makes_the_parts_that_are_missing(script, tmp_path, monkeypatch) -> None:
+    made = []
+    parts = {name: lambda quick, name=name: made.append(name) or [{"kind": name}] for name in ("a", "b")}
+    monkeypatch.setattr(script, "PARTS", parts)
+    script.main(["--quick", "--out", str(tmp_path), "--only", "b"])
+    script.main(["--quick", "--out", str(tmp_path)])
+    script.main(["--quick", "--out", str(tmp_path)])
+    assert made == ["b", "a"]
+    script.main(["--quick", "--out", str(tmp_path), "--only", "a"])
+    assert made == ["b", "a", "a"]
+
+
+def test_the_tests_of_a_gpu_are_found(script) -> None:
+    for part in ("tests", script.SEVERAL):
+        (row,) = script.PARTS[part](True)
+        assert row["passed"], row
+
+
+def test_a_part_that_fails_says_so(script, monkeypatch) -> None:
+    monkeypatch.setattr(script.sys, "executable", "false")
+    assert script.in_own_process("tests") == [{"failed": "CalledProcessError, see its lines above"}]
+
+
+def test_the_config_of_a_gpu_is_that_of_the_peers_table(capsys, monkeypatch) -> None:
+    """Its settings are read, and as many numbers are trained as by a LoRA of rank 32."""
+    monkeypatch.setattr("sys.argv", ["modular-experts"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(ROOT / "configs/gpu/metamath.yaml"), "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert found["data"]["batch_size"] * found["trainer"]["max_steps"] == 20_000
+    assert found["model"]["optimizer"]["init_args"].items() >= {"lr": 1e-4, "weight_decay": 0.1}.items()
+    shapes = [(3072, 3072), (1024, 3072)]  # q_proj and v_proj of Llama-3.2-3B
+    lora = sum(32 * (out + inputs) for out, inputs in shapes)
+    kept = found["model"]["expert"]["init_args"]["keep_ratio"] * sum(out * inputs for out, inputs in shapes)
+    assert kept == pytest.approx(lora, rel=0.05)
