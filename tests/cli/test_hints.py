@@ -19,7 +19,8 @@ from lightning.pytorch import Trainer
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.cli.commands import OWN_OPTIONS
+from modular_experts.cli.commands import COMPUTING
+from modular_experts.cli.training import FIT_ALONE
 from modular_experts.data import TaskMixture
 from modular_experts.settings import SHORT_NAMES
 from modular_experts.settings.read import arguments_of, kinds_of
@@ -48,15 +49,13 @@ def texts() -> Iterator[tuple[str, str]]:
 
 def hints_of(verb: str) -> dict[str, object]:
     """Return the type of each option of a command."""
-    command = VERBS[verb]
+    command, device = VERBS[verb], {"device": str} if verb in COMPUTING else {}
     if command.function:
-        return arguments_of(
-            getattr(importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}"), command.function)
-        )[0]
-    found = dict(GROUPS) | {"ckpt_path": str, "seed_everything": int}
+        module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
+        return arguments_of(getattr(module, command.function))[0] | device
+    found = dict(GROUPS) | device | {"ckpt_path": str, "seed_everything": int}
     found |= {name: kinds_of(full, found)[0] for name, full in SHORT_NAMES.items()}
-    own = {option.split()[0][2:].replace("-", "_") for option in OWN_OPTIONS} if verb == "fit" else set()
-    return found | dict.fromkeys(own, str)
+    return found | dict.fromkeys(FIT_ALONE if verb == "fit" else (), str)
 
 
 HINTS = {verb: hints_of(verb) for verb in VERBS}
