@@ -120,13 +120,10 @@ class ExpertModule(EvaluatedModule):
             )
         if learning_rate is not None and not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate={learning_rate} must be above 0, such as 0.002")
-        if quantise and isinstance(base, nn.Module):
-            raise ValueError(
-                f"quantise={quantise!r} is for a base on disk; load the model with a quantization_config, or give the "
-                "directory as base"
-            )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if quantise:
+            loading.check_on_disk(base, quantise)
         self.save_hyperparameters(ignore=["base"] if isinstance(base, nn.Module) else [])
         # What was made in Python, not by a config, cannot be stored: `load_from_checkpoint` needs it again.
         for name in [name for name, value in self.hparams.items() if not checkpoints.is_plain(value)]:

@@ -50,9 +50,7 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
     # Also an empty group has settings that must be given.
     whole = {"model": {}, "data": {}, **settings, "trainer": trainer}
     found = read_arguments("--", RunSettings, whole)
-    modules = found.plain["model"].get("modules")
-    if isinstance(modules, str) and len(words := modules.split()) > 1:
-        raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
+    _check_pattern(found.plain["model"].get("modules"))
 
     def made() -> dict[str, Any]:
         try:
@@ -80,6 +78,11 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
         }
 
     return Read(found.plain, made)
+
+
+def _check_pattern(modules: Any) -> None:
+    if isinstance(modules, str) and len(words := modules.split()) > 1:
+        raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
 
 
 def settings_of_checkpoint(path: Path) -> dict[str, Any]:
