@@ -166,6 +166,13 @@ def test_slots_and_moments_follow_their_entries() -> None:
     assert state["step"] == 4
 
 
+def test_quantised_moments_do_not_move_to_other_entries() -> None:
+    # In 8 bits a zero stands for the lowest number of a block, and neighbours share a scale.
+    state = {"state1": torch.zeros(3, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match=r"cannot move to other entries; choose once, with .*SelectOnce"):
+        carry_state(state, torch.zeros(3), torch.tensor([2, -1, 0]))
+
+
 def test_other_experts_are_left_alone(tiny_llama_dir, task_files, tmp_path: Path) -> None:
     schedule = MaskSchedule()
     module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, schedule, max_steps=2)
