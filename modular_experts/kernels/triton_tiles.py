@@ -10,6 +10,9 @@ It gives the right numbers in Triton's interpreter and compiles for compute capa
 on a GPU: these reasons are arithmetic. Triton is imported when the first gradient is planned.
 """
 
+# Triton knows its constants by the text of their annotations.
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -160,11 +163,11 @@ def _segment_product(
     slots,
     x_stride,
     grad_stride,
-    size: "tl.constexpr",
-    tiles: "tl.constexpr",
-    chunk: "tl.constexpr",
-    precision: "tl.constexpr",
-    widened: "tl.constexpr",
+    size: tl.constexpr,
+    tiles: tl.constexpr,
+    chunk: tl.constexpr,
+    precision: tl.constexpr,
+    widened: tl.constexpr,
 ):
     """Write the tiles of one segment, summed over one split of the tokens."""
     segment, split = tl.program_id(0), tl.program_id(1)

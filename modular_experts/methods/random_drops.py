@@ -184,7 +184,7 @@ class DARE(RandomDrops, PrunedSum):
 
 @dataclass(frozen=True, kw_only=True)
 class DARETIES(RandomDrops, PrunedElection):
-    """DARE with an election of signs: of the entries that stay, those of the elected sign are averaged as in `TIES`."""
+    """DARE with an election of signs: it averages the entries that stay as `TIES` does."""
 
     presets: ClassVar[Presets] = {
         None: {"keep": 0.1, **_ELECTION},

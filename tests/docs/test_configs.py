@@ -130,4 +130,4 @@ def test_the_test_config_tests(capsys) -> None:
 
 def test_no_config_is_left_out() -> None:
     found = {str(file.relative_to(CONFIGS).parent) for file in CONFIGS.rglob("*.yaml")}
-    assert found == {".", "compress", "fit", "merge", "search", "study", "paper"}
+    assert found == {".", "compress", "fit", "gpu", "merge", "search", "study", "paper"}
