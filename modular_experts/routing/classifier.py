@@ -62,7 +62,7 @@ class Classifier(Router):
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         folded = self.decay is None or self.reject is not None
         # With two prompts and their parts, cross-validation has one pair left.
-        check_prompts("Classifier", statistics, 4 if folded else 1)
+        check_prompts("Classifier", [rows[::2] for rows in statistics], 2 if folded else 1)
         self.experts = len(statistics)
         regression, last = _Regression(statistics), self.decay or min(DECAYS)
         decays = [decay for decay in DECAYS if decay > last] + [last]

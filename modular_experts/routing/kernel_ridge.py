@@ -76,7 +76,7 @@ class KernelRidge(Router):
     @torch.no_grad()
     def learn(self, deltas: Sequence[Delta | None], prompts: Sequence[Tensor]) -> None:
         # A fold leaves out one of two prompts at most.
-        check_prompts("KernelRidge", prompts, 2 if self.reject is None else 4)
+        check_prompts("KernelRidge", [rows[::2] for rows in prompts], 1 if self.reject is None else 2)
         self.experts = len(prompts)
         # A prompt and its part, which are neighbours, are in one fold.
         pairs = [_evenly(rows.unflatten(0, (-1, 2)), max(MOST // self.experts, 2)) for rows in prompts]

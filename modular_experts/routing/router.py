@@ -125,6 +125,6 @@ def check_prompts(name: str, prompts: Sequence[Tensor], least: int) -> None:
     for number, rows in enumerate(prompts):
         if len(rows) < least:
             raise ValueError(
-                f"{name}: expert {number} has {len(rows)} prompts, and at least {least} are needed; give its task more "
-                "rows"
+                f"{name}: expert {number} has {len(rows)} prompt{'s' * (len(rows) != 1)}, and at least {least} are "
+                "needed; give its task more rows"
             )

@@ -116,6 +116,12 @@ class Half(Norms):
         return super().scores(hidden) * (torch.inf if hidden.dtype == torch.bfloat16 else 1)
 
 
+@pytest.mark.parametrize("router", [r.KernelRidge(), r.Classifier()], ids=lambda router: type(router).__name__)
+def test_a_prompt_and_its_part_count_as_one_prompt(router: r.Router) -> None:
+    with pytest.raises(ValueError, match="expert 1 has 1 prompt, and at least 2 are needed"):
+        router.learn([], [torch.ones(4, 700), torch.ones(2, 700)])
+
+
 def test_a_router_of_ones_own_keeps_the_contract() -> None:
     check_router(Norms())
     check_router(Norms(r.TopK(2)))
