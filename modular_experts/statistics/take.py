@@ -37,9 +37,9 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where prompts are read for routers, after these shares of the transformer blocks."""
 GRAMS_NAME = "n-grams"
 SHARED = 0.9
-"""The least share of an expert's prompts that hold a token which counts as one of their instruction."""
+"""A token counts as one of the instruction if at least this share of an expert's prompts hold it."""
 MOST_CUT = 0.75
-"""The largest share of a prompt that a part without its front lacks."""
+"""A part without its front lacks at most this share of the prompt."""
 
 
 class Way(NamedTuple):
@@ -136,7 +136,7 @@ def _parts(batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Tensor]
 
 
 def part_of(tokens: Sequence[int], number: int, shared: Set[int]) -> slice:
-    """Return which tokens of a prompt are its part, the prompt's number and the tokens of the instruction given.
+    """Return which tokens of the prompt of a `number` are its part; `shared` holds the tokens of the instruction.
 
     The longest stretch between shared tokens is the last of equally long ones, or the last token where there is none.
     """
