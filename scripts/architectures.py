@@ -103,9 +103,9 @@ STEPS = ("train", "evaluate", "merge", "apply", "route", "embeddings, vectors")
 HEAD = """# Architectures
 
 Each line of the table is a tiny random base of a family of transformers, of two to four blocks. `all-linear` gives
-experts to that many of its linear layers, and to that many matrices of its mixture-of-experts layers; together they
-hold that share of its parameters. Two experts, sparse entries and a LoRA of rank 2, take five steps, and each step
-compares numbers:
+experts to its linear layers and to the matrices of its mixture-of-experts layers: the table has how many of both, and
+their share of the parameters. Two experts, sparse entries and a LoRA of rank 2, take the first five of these steps, and
+each step compares numbers:
 
 - *train*: two steps of AdamW move the logits.
 - *evaluate*: the base with the stored expert gives the logits of the trained model, and is itself again afterwards, bit

@@ -61,7 +61,7 @@ def distill(
 
     Args:
         experts: Directories of the experts, or opened ones.
-        out: Directory of the merged expert. Unless it goes `by` block, it also writes the merge that it starts from, beside it.
+        out: Directory of the merged expert. Unless it goes `by` block, the merge that it starts from is written beside.
         method: The settings; the defaults if not given.
         data: Tasks, whose training and validation inputs are taken; if not given, the inputs that the experts keep.
         overwrite: Whether files that exist may be replaced.
