@@ -12,6 +12,7 @@ from torch import nn
 from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas, moved_quantised
 from modular_experts.base.quantised import Quantise
+from modular_experts.experts.expert import Expert, trains_weight
 from modular_experts.injection import named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import Routed
@@ -84,13 +85,14 @@ def hold_values(model: nn.Module, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
     for name, expert in named_experts(model):
-        if not any(parameter.requires_grad for parameter in expert.parameters()):
+        if isinstance(expert, Expert) and trains_weight(expert):
             raise ValueError(
                 f"values={str(dtype).removeprefix('torch.')} is for experts beside a weight, and the one of {name} "
                 "trains the weight itself; leave values out, or take a sparse or low-rank expert"
             )
         for parameter in expert.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
 
 
 def shard_base(model: nn.Module, trainer: Trainer | None) -> None:

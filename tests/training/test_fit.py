@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateFinder
 from testbed import runs
 from testbed.runs import mixture, module, trainer
+from testbed.systems import of, there
 
 from modular_experts import ExpertModule, ExportExpert, TaskMixture, check_fit, estimate_fit, fit
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
@@ -111,6 +112,19 @@ def test_values_in_bfloat16_take_half_the_bytes_everywhere(place, tiny_llama_dir
     assert all(torch.equal(found[name].dense(), seen["vector"][name]) for name in found)
     wide = fit(tiny_llama_dir, files, expert, runs.TARGET, "library/b", **how)
     assert all(found.stored_bytes()[name] < 0.75 * wide.stored_bytes()[name] for name in wide)
+
+
+SHARING = there({"recast": lambda: of("recast.TemplateBanks")(), "lora-ir": lambda: of("lora_ir.LoRAIR", experts=2)()})
+"""Plans whose experts share templates, or have a router that no optimizer sees."""
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_values_in_bfloat16_are_for_what_the_optimizer_trains(place, tiny_llama_dir, task_files, name) -> None:
+    files, model = [str(path) for path in task_files.values()][:2], {"values": "bfloat16"}
+    found = fit(
+        tiny_llama_dir, files, SHARING[name], out="library/a", steps=2, batch_size=4, model=model, trainer=QUIET
+    )
+    assert found.record["encoding"] == "bfloat16"
 
 
 def test_values_in_bfloat16_are_refused_for_the_weight_itself(place, tiny_llama_dir, task_files) -> None:

@@ -43,7 +43,7 @@ class RecastExpert(Expert):
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Dense:
         # Adding weights up takes less memory than making templates first.
-        shares = self.change @ self.mixing
+        shares = self.change.to(self.mixing.dtype) @ self.mixing
         return Dense(
             sum(share * layer.matrix.to(share.dtype) for share, layer in zip(shares, self._layers, strict=True))
         )
