@@ -1,4 +1,4 @@
-"""`combine` on six tasks that no other test knows: what it measures, what it chooses, and where it goes on."""
+"""`combine` on twelve tasks that no other test knows: what it measures, what it chooses, and where it goes on."""
 
 import json
 import random
@@ -14,15 +14,15 @@ from modular_experts.data import Inputs
 from modular_experts.experts import LoRAExpert
 from modular_experts.training.combine import MEASURED
 
-NAMES = [f"code{number}" for number in range(6)]
+NAMES = [f"code{number}" for number in range(12)]
 FEW = Distilled(steps=40, batch=4, rows=24, learning_rate=0.05, max_new_tokens=3)
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A base, six files of tasks whose rows begin with a sign of the task, and an expert for each of them."""
-    place, draw = tmp_path_factory.mktemp("six"), random.Random(3)
+    """A base, twelve files of tasks whose rows begin with a sign of the task, and an expert for each of them."""
+    place, draw = tmp_path_factory.mktemp("twelve"), random.Random(7)
     model = build_model("llama")
     with torch.no_grad():
         # A random model is sure of nothing unless it is made sharper.
