@@ -115,13 +115,6 @@ class Expert(Trained, ABC):
             state: This expert's part of the checkpoint, by the names of its parameters and buffers.
         """
 
-    def moved(self, weight: Tensor) -> Tensor:
-        """Return the weight with its change, for a base that uses it in another way than a linear layer does.
-
-        The trained tensors get their gradients through it. Here it is the sum with the dense delta.
-        """
-        return weight + self.delta(weight, lambda: weight).dense().to(weight.dtype)
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output `(..., out)` for `x` `(..., in)`; here base and delta side by side."""
         out = F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)
@@ -149,6 +142,16 @@ class InPlaceExpert(Expert):
 
     def write(self, weight: Tensor) -> None:
         """Bring the weight up to date with the trained state; a trained weight is so at any time."""
+
+    def moved(self, weight: Tensor) -> Tensor:
+        """Return the weight, which holds the trained state, so that its gradient reaches what is trained.
+
+        A base calls it that uses the weight in another way than a linear layer does, such as an embedding.
+
+        Raises:
+            NotImplementedError: The type does not give it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `moved`, which an embedding or a bias needs")
 
     @abstractmethod
     def restore(self, weight: Tensor, anchor: Callable[[], Tensor]) -> None:

@@ -98,14 +98,14 @@ class Selectable(Expert):
         assert self.probe is not None
         return _ProbedLinear.apply(x, weight, bias, self.probe.leaf, self.probe)
 
+    def probed_weight(self, weight: Tensor) -> Tensor:
+        """Return the weight as the layer uses it; its backward pass hands its gradient to `probe`."""
+        assert self.probe is not None
+        return _ProbedWeight.apply(self.scored(weight)[0], self.probe.leaf, self.probe)
+
     def planned(self, units: Tensor, dtype: torch.dtype) -> KeptGradient:
         """Return a kernel for units that the expert may keep later, for a layer that computes in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__} does not choose its support inside a training step")
-
-    def moved(self, weight: Tensor) -> Tensor:
-        if self.probe is None:
-            return super().moved(weight)
-        return _ProbedWeight.apply(self.scored(weight)[0], self.probe.leaf, self.probe)
 
     @property
     def packed(self) -> nn.Parameter | None:

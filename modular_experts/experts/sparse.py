@@ -78,9 +78,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         return kept_linear(x, weight, bias, self.values, self.chooser or self.kernel(computed_in(weight)))
 
     def moved(self, weight: Tensor) -> Tensor:
-        if self._written != self.values._version:
-            self.write(weight)
-        return super().moved(weight) if self.probe is not None else _KeptWeight.apply(weight, self.values, self)
+        return _KeptWeight.apply(self._with_values(weight), self.values, self)
 
     def settings(self) -> dict[str, bool | int | float | str]:
         return super().settings() | {"backend": self.kernel(self.anchor.dtype).name}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.experts.expert import Expert, trains_weight
+from modular_experts.experts.expert import Expert, InPlaceExpert, trains_weight
+from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import Site
 from modular_experts.injection.layers import ExpertLayer
 
@@ -61,8 +62,16 @@ class ExpertParameter(ExpertLayer):
         state = torch.is_grad_enabled(), getattr(self.expert, "probe", None), *(p._version for p in self.parameters())
         # The first owner begins a pass, whose other uses share its graph: their gradients add up before they are read.
         if owner is self.owners[0] or self._now is None or self._now[0] != state:
-            self._now = state, self.expert.moved(self.weight).to(self.base_dtype)
+            self._now = state, self._moved().to(self.base_dtype)
         owner.__dict__[self.parameter] = self._now[1]
+
+    def _moved(self) -> Tensor:
+        expert, weight = self.expert, self.weight
+        if isinstance(expert, Selectable) and expert.probe is not None:
+            return expert.probed_weight(weight)
+        if isinstance(expert, InPlaceExpert):
+            return expert.moved(weight)
+        return weight + expert.delta(weight, lambda: weight).dense().to(weight.dtype)
 
     def _leave(self, owner: nn.Module, arguments: Any, output: Any) -> None:
         owner.__dict__.pop(self.parameter, None)

@@ -22,6 +22,7 @@ from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthe
 from modular_experts.deltas import Dense, LowRank
 from modular_experts.evaluation import likelihood
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.injection import eject, expert_layers, find_sites, inject, task_vector
 from modular_experts.injection.routed import routed
 from modular_experts.library import open_expert
@@ -383,3 +384,13 @@ def test_what_no_linear_layer_multiplies_refuses_experts_that_cannot_move_it() -
     assert inject(conftest.build_model("qwen2"), FullExpert, "layers.0.self_attn.q_proj.bias") == [
         "model.layers.0.self_attn.q_proj.bias"
     ]
+
+
+def test_an_in_place_expert_that_says_nothing_of_embeddings_moves_none() -> None:
+    class Written(FullExpert):
+        moved = InPlaceExpert.moved
+
+    model = tied()
+    inject(model, Written, "embed_tokens")
+    with pytest.raises(NotImplementedError, match="Written has no `moved`, which an embedding or a bias needs"):
+        model(torch.arange(3, 9)[None])
