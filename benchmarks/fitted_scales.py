@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measuring import Parser
 
 from modular_experts import Base, applied, open_expert
 from modular_experts.data import TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import scale_rows
-from modular_experts.evaluation.likelihood import answer_logits, row_sums
+from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
 from modular_experts.tuning import Objective
 from modular_experts.tuning.scales import fitted_factors
 from modular_experts.tuning.shrink import Form
@@ -35,15 +34,13 @@ FORMS = [Form("sign", 0.5), Form("sign"), Form("magnitudes2", 0.75)]
 @torch.no_grad()
 def tested(model: Any, deltas: Mapping[str, Delta], batches: Any) -> dict[str, float]:
     """Return the exact match in % and the loss of an expert on the rows of some batches."""
-    right, rows, loss, tokens = 0, 0, 0.0, 0
+    matches, losses = [], []
     with applied(model, deltas, check=False):
         for batch in batches:
-            logits, labels = answer_logits(model, batch)
-            sums, counts = row_sums(batch, F.cross_entropy(logits, labels, reduction="none"))
-            found, _ = row_sums(batch, (logits.argmax(-1) == labels).float())
-            right, rows = right + int((found == counts).sum()), rows + len(counts)
-            loss, tokens = loss + float(sums.sum()), tokens + int(counts.sum())
-    return {"exact": 100 * right / rows, "loss": loss / tokens}
+            matches.append(greedy_matches(model, batch))
+            losses.append(torch.stack(batch_losses(model, batch)))
+    loss, tokens = torch.cat(losses, 1).sum(1).tolist()
+    return {"exact": 100 * float(torch.cat(matches).float().mean()), "loss": loss / tokens}
 
 
 def compare(model: Any, deltas: Mapping[str, Delta], chosen: Objective, batches: Any) -> dict[str, Any]:

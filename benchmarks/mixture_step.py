@@ -8,15 +8,14 @@ each round; times are ratios of medians of CPU time. The bytes that autograd kee
     python benchmarks/mixture_step.py [--repeats 7] [--json] [--quick]      2 minutes
 """
 
-import statistics
 from functools import partial
 from typing import Any
 
 import peft
 import torch
-from contenders import Contender, Step, Work
-from measuring import Parser, output, print_machine, race
-from quantised import kept_bytes
+from contenders import Contender, Work
+from measuring import Parser, output, print_machine
+from quantised import measure
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -24,6 +23,7 @@ from modular_experts.experts import LoRAExpert, SparseExpert
 from modular_experts.injection import find_sites, inject
 
 RANK = 8
+PEER = "PEFT LoRA, target_parameters"
 ATTENTION = "(q|k|v|o)_proj"
 MATRICES = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -61,26 +61,10 @@ def ours(model: nn.Module, work: Work, sparse: bool, modules: str = "all-linear"
 CONTENDERS = [
     Contender("frozen", lambda model, work: model, owns_base=True),
     Contender("LoRA, attention alone", partial(ours, sparse=False, modules=ATTENTION), owns_base=True),
-    Contender("PEFT LoRA, target_parameters", lora_of_peft, owns_base=True),
+    Contender(PEER, lora_of_peft, owns_base=True),
     Contender("LoRA", partial(ours, sparse=False), owns_base=True),
     Contender("entries", partial(ours, sparse=True), owns_base=True),
 ]
-
-
-def measure(work: Work, repeats: int) -> list[dict[str, Any]]:
-    steps = {one.name: Step(one, work) for one in CONTENDERS}
-    kept = {name: kept_bytes(step) for name, step in steps.items()}
-    median = {name: statistics.median(seconds) for name, seconds in race(steps, repeats, 2).items()}
-    return [
-        {
-            "name": name,
-            "over_frozen": median[name] / median["frozen"],
-            "over_peft": median[name] / median["PEFT LoRA, target_parameters"],
-            "kept_over_peft": kept[name] / kept["PEFT LoRA, target_parameters"],
-            "trained": sum(parameter.numel() for parameter in step.trained),
-        }
-        for name, step in steps.items()
-    ]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -96,7 +80,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    output(options, {"rows": measure(base_work(options.quick), 1 if options.quick else options.repeats)}, show)
+    repeats = 1 if options.quick else options.repeats
+    output(options, {"rows": measure(CONTENDERS, base_work(options.quick), repeats, PEER)}, show)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+IGNORED = -100
 
 
 def main() -> None:
@@ -30,20 +33,12 @@ def main() -> None:
         if row["split"] == "train":
             prompt = tokenizer(row["input"], add_special_tokens=False)["input_ids"]
             target = tokenizer(" " + row["target"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            rows.append({"input_ids": prompt + target, "labels": [-100] * len(prompt) + target})
+            ids, labels = prompt + target, [IGNORED] * len(prompt) + target
+            rows.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in batch)
-
-        def padded(key: str, value: int) -> torch.Tensor:
-            return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in batch])
-
-        mask = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in batch]
-        return {
-            "input_ids": padded("input_ids", 0),
-            "labels": padded("labels", -100),
-            "attention_mask": torch.tensor(mask),
-        }
+        columns = {key: [torch.tensor(row[key]) for row in batch] for key in batch[0]}
+        return {key: pad_sequence(rows, True, IGNORED * (key == "labels")) for key, rows in columns.items()}
 
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
     settings = LoraConfig(

@@ -51,9 +51,10 @@ def bytes_of(text: str | int) -> int:
     """Parse a size such as `2GB` or `512 MiB`, or a number of bytes.
 
     Raises:
-        ValueError: The text is not a size above zero.
+        ValueError: The text is not a size of at least one byte.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+    size = float(found[1]) * _UNITS.get(found[2], 0) if found else 0
+    if not 1 <= size < float("inf"):
         raise ValueError(f"{text!r} is not a size; write one such as 2GB or 512MiB, or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(size)

@@ -114,7 +114,7 @@ OWN_OPTIONS = {
     "--overwrite": "Replace an expert.",
     "--keep_inputs N": "Keep N training inputs beside it, for merges.",
     "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
-    "--dry-run": "Only plan it; with --fit-into 24GB, say how it fits.",
+    "--dry-run": "Only tell plan, time, memory; also --fit-into 24GB.",
 }
 """Options of `fit` that are arguments of no class, and their texts."""
 _PLACES = {

@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     make = partial(read_run, known=known)
     arguments = arguments_given(words, hints, make, short=SHORT_NAMES, beneath=_settings_of_checkpoint)
     described = arguments["described"]
-    if (limit := described.get("fit_into")) and not described["dry_run"]:
+    if (limit := described.get("fit_into")) is not None and not described["dry_run"]:
         raise UsageError("--fit-into tells what makes a fit take less memory, and trains nothing; add --dry-run")
     try:
         if verb != "fit":
@@ -104,7 +104,7 @@ def _print_estimate(found: "FitEstimate", limit: str | None) -> None:
         print("  no expert; --out library/NAME keeps one")
     if limit:
         _print_changes(found, limit)
-    ways = ["estimated from a few steps at a learning rate of 0", "predicted without loading the base"]
+    ways = ["estimated from a few steps at a learning rate of 0", "predicted from shapes alone, without times"]
     print(f"{ways[found.predicted]}; nothing was written")
 
 

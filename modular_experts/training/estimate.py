@@ -97,6 +97,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     """
     if data.tokenizer is None:
         data.tokenizer = module.base
+    data.trainer = trainer  # which tells how many processes share a batch
     # The short fit would log itself as the whole one.
     with logging_from(logging.ERROR, "modular_experts", "lightning.pytorch"):
         data.setup("fit")

@@ -1,5 +1,6 @@
 """Train an expert in one call: `fit` makes a module, its data and a trainer with callbacks, and runs them."""
 
+import copy
 import logging
 import sys
 import warnings
@@ -28,6 +29,7 @@ from modular_experts.data.tasks import Tasks
 from modular_experts.experts import Expert
 from modular_experts.jobs.processes import free_memory
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
+from modular_experts.text import bytes_of
 from modular_experts.training.estimate import FitEstimate, estimate, logging_from
 from modular_experts.training.fit_into import Settings, changes_to_fit, ways_to_fit
 from modular_experts.training.module import BaseModel, ExpertModule, Experts
@@ -195,8 +197,9 @@ def check_fit(*arguments: Any, **settings: Any) -> None:
 def estimate_fit(*arguments: Any, fit_into: str | int | None = None, **settings: Any) -> FitEstimate:
     """Estimate what a `fit` with these arguments would read, train and take.
 
-    A few steps, which change nothing, measure it. A base of more than half of the free memory is not loaded, unless its
-    memory cannot be predicted: shapes predict it then, and nothing tells the time.
+    A few steps, which change nothing, measure it; a model in memory keeps the experts, until `eject` takes them out. A
+    base of more than half of the free memory is not loaded, unless its memory cannot be predicted: shapes predict it
+    then, and nothing tells the time.
 
     Args:
         *arguments: As for `fit`.
@@ -205,35 +208,39 @@ def estimate_fit(*arguments: Any, fit_into: str | int | None = None, **settings:
         **settings: As for `fit`.
 
     Raises:
-        ValueError: What a fit refuses, or nothing makes it fit.
+        ValueError: What a fit refuses, nothing makes it fit, or it cannot be estimated.
     """
+    most = None if fit_into is None else bytes_of(fit_into)
     with quiet():
         run = prepare("fit", *arguments, **settings)
         run.check_targets()
+        if run.module.shard_base:
+            raise ValueError("an estimate has one process, and shard_base needs several; leave shard_base out")
         try:
-            if fit_into is None and not run.is_large():
+            if most is None and not run.is_large():
                 return estimate(run.module, run.data, run.trainer)
             run.share_tokenizer()
             found = predict(run.module, run.data, run.trainer)
-        except UnpredictableError:
-            if fit_into is not None:
+        except UnpredictableError as error:
+            if most is not None:
                 raise
+            log.info("%s", error)
             run = prepare("fit", *arguments, **settings)
             return estimate(run.module, run.data, run.trainer)
         finally:
             run.release()
-        if fit_into is None:
+        if most is None:
+            log.info("the base takes more than half of the free memory, and was not loaded")
             return found
 
         def predicted(changed: Settings) -> int:
-            given = settings | {group: dict(settings.get(group, {})) | own for group, own in changed.items()}
-            other = prepare("fit", *arguments, **given | {"batch_size": changed["data"].get("batch_size", size)})
-            other.share_tokenizer()
-            return predict(other.module, other.data, other.trainer).peak
+            given = {group: dict(settings.get(group, {})) | changed[group] for group in ("model", "trainer")}
+            other, data = prepare("fit", *arguments, **settings | given), copy.copy(run.data)
+            data.batch_size = changed["data"].get("batch_size", data.batch_size)
+            return predict(other.module, data, other.trainer).peak
 
-        size = run.data.batch_size
-        ways = ways_to_fit(run.module, size, run.trainer.accumulate_grad_batches)
-        return replace(found, changes=changes_to_fit(fit_into, found, ways, predicted))
+        ways = ways_to_fit(run.module, run.data.batch_size, run.trainer.accumulate_grad_batches)
+        return replace(found, changes=changes_to_fit(most, found, ways, predicted))
 
 
 def measure(verb: str, *arguments: Any, **settings: Any) -> None:

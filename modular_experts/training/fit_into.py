@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from modular_experts.text import bytes_of, bytes_text
+from modular_experts.text import bytes_text
 from modular_experts.training.estimate import Change, FitEstimate
 from modular_experts.training.module import ExpertModule
 
@@ -14,23 +14,23 @@ Way = list[tuple[str, Settings]]
 
 
 def changes_to_fit(
-    limit: str | int,
+    most: int,
     found: FitEstimate,
     ways: Iterable[Way],
     predicted: Callable[[Settings], int],
 ) -> list[Change]:
-    """Return changes after which a fit takes at most `limit`; none if it does already.
+    """Return changes after which a fit takes at most `most` bytes; none if it does already.
 
     Args:
-        limit: Bytes, or a size such as `24GB`.
+        most: Bytes.
         found: The prediction of the fit as it is set.
         ways: What `ways_to_fit` yields. Each is tried on top of those before it that help.
         predicted: Predicts the memory of the fit with other settings.
 
     Raises:
-        ValueError: All of them together are not enough, or the limit is not a size.
+        ValueError: All of them together are not enough.
     """
-    most, peak, changes = bytes_of(limit), found.peak, list[Change]()
+    peak, changes = found.peak, list[Change]()
     taken: Settings = {"model": {}, "data": {}, "trainer": {}}
     for forms in ways:
         before = list(changes)

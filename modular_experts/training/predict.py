@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from modular_experts.base import Base
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.callbacks.schedule import Schedule, callbacks_of
 from modular_experts.data import Batch, TaskMixture
@@ -40,7 +41,7 @@ from modular_experts.training.module import ExpertModule
 
 
 class UnpredictableError(ValueError):
-    """What a model computes depends on numbers."""
+    """Shapes alone do not tell what a fit takes."""
 
 
 class Held(TorchDispatchMode):
@@ -106,44 +107,30 @@ class _Planned(KeptGradient):
 def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEstimate:
     """Predict the memory of the fit of these three, for one process, from shapes alone: the base is not loaded.
 
-    Experts that are applied first are left out, as deltas take no memory of their own. Afterwards the module has a
-    `model` without numbers and cannot be trained; the data have a tokenizer already.
+    Deltas that are applied first take no memory of their own. Afterwards the module has a `model` without numbers and
+    cannot be trained; the data have a tokenizer already.
 
     Raises:
-        UnpredictableError: The model does not compute with shapes alone, as mixtures of experts do not.
+        UnpredictableError: The base is in memory or quantised, an expert that is applied first chooses by the input, or
+            the model does not compute with shapes alone, as mixtures of experts do not.
         ValueError: What a fit would refuse.
     """
+    device = trainer.strategy.root_device
     with logging_from(logging.CRITICAL, "modular_experts", "lightning.pytorch", "torch._subclasses.fake_tensor"):
+        module.trainer = data.trainer = trainer  # which tells how many processes share a batch
+        module.setup("fit")
+        base = _predictable_base(module)
         data.setup("fit")
         length = training_length(trainer, len(data.train_dataloader()))
-        module.trainer = trainer
-        module.setup("fit")
-        base = loading.opened_base(module.base, (), module.revision, module.quantise)
-        if base.quantise or base.quantisation:
-            raise UnpredictableError(
-                "the memory of a fit on a quantised base cannot be predicted; a dry run without a size to fit into "
-                "loads it"
-            )
-        python, mode, held = high_water(trainer.strategy.root_device), FakeTensorMode(), Held()
+        python, mode, held = high_water(device), FakeTensorMode(), Held()
         with mode, held:
-            module.model = _with_experts(module, base.structure.model, trainer.strategy.root_device)
+            module.model = _with_experts(module, base.structure.model, device)
             optimizer = module.make_optimizer()
-        data.fit_context(context_length(module.model))
-        data.choose_packing(lambda: moves_tokens_alone(module.model))
-        train, validation = (
-            list(itertools.islice(loader, MOST_BATCHES)) for loader in (data.train_dataloader(), data.val_dataloader())
-        )
+        train, validation = _batches(module, data)
         validations = validations_of(trainer, data, length, len(validation))
         shapes = [BatchShape.of(max(found, key=size_of)) for found in (train, validation) if found]
-        try:
-            with mode, held:
-                _rehearse(module, optimizer, trainer, shapes[0], shapes[1:] if validations else [])
-        except RuntimeError as error:
-            # Most often because what is computed depends on numbers, such as the choices of a router.
-            raise UnpredictableError(
-                f"the memory of a fit of {module.base} cannot be predicted, because its model does not compute with "
-                f"shapes alone ({type(error).__name__}); a dry run without a size to fit into loads it"
-            ) from None
+        with mode, held:
+            _rehearse(module, optimizer, trainer, shapes[0], shapes[1:] if validations else [])
         choices = [
             one.expected_choices(trainer, module, length, 0.0)[0]
             for one in callbacks_of(trainer, Schedule) or [MaskSchedule()]
@@ -166,19 +153,52 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
     )
 
 
+def _predictable_base(module: ExpertModule) -> Base:
+    """Return the base of a module on disk; raise if the memory of a fit on it cannot be predicted."""
+    if not module.reads_base:
+        raise UnpredictableError("shapes predict what a fit takes on a base on disk; give its directory as base")
+    applied = loading.open_applied(module.applied, trains=True)
+    base = loading.opened_base(module.base, applied, module.revision, module.quantise)
+    reasons = ["on top of a routed expert"] * any(expert.is_routed for expert in applied)
+    reasons += ["on a quantised base"] * bool(base.quantise or base.quantisation)
+    if reasons:
+        raise UnpredictableError(
+            f"the memory of a fit {reasons[0]} cannot be predicted; a dry run without a size to fit into loads the base"
+        )
+    return base
+
+
+def _batches(module: ExpertModule, data: TaskMixture) -> tuple[list[Batch], list[Batch]]:
+    """Return training and validation batches as a fit makes them."""
+    data.fit_context(context_length(module.model))
+    data.choose_packing(lambda: moves_tokens_alone(module.model))
+    return (
+        list(itertools.islice(data.train_dataloader(), MOST_BATCHES)),
+        list(itertools.islice(data.val_dataloader(), MOST_BATCHES)),
+    )
+
+
 def _rehearse(
     module: ExpertModule, optimizer: Optimizer, trainer: Trainer, train: BatchShape, validation: list[BatchShape]
 ) -> None:
-    for shape in validation:
-        with torch.no_grad():
-            loss_of(module.model, shape, trainer)
-    # The second step begins with the gradients and the moments of the first.
-    for _ in range(2):
-        loss = loss_of(module.model, train, trainer)
-        optimizer.zero_grad()
-        loss.backward()
-        del loss
-        optimizer.step()
+    """Pass validation batches forward and take two training steps; raise if that needs numbers."""
+    try:
+        for shape in validation:
+            with torch.no_grad():
+                loss_of(module.model, shape, trainer)
+        # The second step begins with the gradients and the moments of the first.
+        for _ in range(2):
+            loss = loss_of(module.model, train, trainer)
+            optimizer.zero_grad()
+            loss.backward()
+            del loss
+            optimizer.step()
+    except RuntimeError as error:
+        # Most often because what is computed depends on numbers, such as the choices of a router.
+        raise UnpredictableError(
+            f"the memory of a fit of {module.base} cannot be predicted, because its model does not compute with "
+            f"shapes alone ({type(error).__name__}); a dry run without a size to fit into loads it"
+        ) from None
 
 
 def _parts(module: ExpertModule, optimizer: Optimizer, most: int, python: int) -> dict[str, int]:

@@ -65,6 +65,12 @@ def test_sizes_are_read_as_written(text, size):
     assert bytes_of(text) == size
 
 
+@pytest.mark.parametrize("text", ["0.1", "0.0001kB", 0, "", "9" * 400 + "TB", "2 potatoes"])
+def test_a_size_has_at_least_a_byte_and_an_end(text):
+    with pytest.raises(ValueError, match="is not a size; write one such as 2GB"):
+        bytes_of(text)
+
+
 def test_matrices_of_all_experts_are_counted(library):
     experts = open_experts([library / "a", library / "b"])
     by_parts, whole = (estimate(Merged(experts, method)) for method in (SparseAverage(), TSVMerge()))

@@ -66,11 +66,13 @@ def test_a_dry_run_says_what_makes_it_fit(place, capsys) -> None:
     assert main([*command, "--dry-run", "--fit-into", "1TB"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert "it fits into 1TB as it is\npredicted without loading the base; nothing was written\n" in out
+    assert "it fits into 1TB as it is\npredicted from shapes alone, without times; nothing was written\n" in out
     assert "time: about" not in out
     assert main([*command, "--dry-run", "--fit-into", "1MB"]) == 1
     assert "nothing makes this fit take at most 1 MB: it takes" in capsys.readouterr().err
-    assert main([*command, "--fit-into", "1TB"]) == 2
+    assert main([*command, "--dry-run", "--fit-into", ""]) == 1
+    assert "'' is not a size" in capsys.readouterr().err
+    assert main([*command, "--fit-into", ""]) == main([*command, "--fit-into", "1TB"]) == 2
     assert "--fit-into tells what makes a fit take less memory, and trains nothing" in capsys.readouterr().err
     assert sorted(place.rglob("*")) == before
 

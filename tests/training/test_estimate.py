@@ -1,5 +1,7 @@
 """The estimate of a fit equals what the fit then does, and neither changes nor writes anything."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from lightning.pytorch import seed_everything
@@ -19,6 +21,25 @@ class Validations(LogProgress):
 
     def on_validation_end(self, trainer, pl_module):
         self.count += 1
+
+
+class Rows(MaskSchedule):
+    """Keeps how many rows the batches of all its copies have."""
+
+    seen: ClassVar[list[int]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.seen.append(len(batch["input_ids"]))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_estimate_is_for_one_of_the_processes(processes, tiny_llama_dir, task_files, tmp_path):
+    Rows.seen.clear()
+    run = trainer(tmp_path, Rows(), devices=processes, strategy="ddp" if processes > 1 else "auto")
+    data = mixture(task_files, tiny_llama_dir, packing=False)
+    estimate(module(tiny_llama_dir, SparseExpert), data, run)
+    assert set(Rows.seen) == {4 // processes}
 
 
 @pytest.mark.parametrize("expert", [LoRAExpert, SparseExpert, FullExpert])

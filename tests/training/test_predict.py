@@ -9,11 +9,17 @@ from testbed.runs import TARGET, mixture, module, trainer
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from modular_experts import estimate_fit
+from modular_experts.base.files import fingerprint
+from modular_experts.data import TaskMixture
+from modular_experts.deltas import Dense
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.library import make_record, write_expert
+from modular_experts.routing import Energy
 from modular_experts.training import fit as fits
 from modular_experts.training.estimate import estimate
 from modular_experts.training.predict import BatchShape, Held, loss_of, native_plans, predict
+from modular_experts.training.route import route
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 KINDS = {
@@ -120,6 +126,17 @@ def _alone(monkeypatch) -> None:
     monkeypatch.setattr("modular_experts.training.predict.high_water", lambda device: 0)
 
 
+@pytest.fixture
+def experts_routed(tiny_llama_dir, tmp_path) -> str:
+    """The directory of a routed expert."""
+    base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
+    places = [tmp_path / "library" / name for name in "ab"]
+    for place in places:
+        deltas = {"model.layers.0.self_attn.q_proj.weight": Dense(torch.ones(32, 32))}
+        write_expert(place, deltas, make_record("made", base))
+    return str(route(places, tmp_path / "library" / "routed", Energy()).path)
+
+
 OPTIONS = [
     "--model.gradient_checkpointing true",
     "--batch_size 3 --trainer.accumulate_grad_batches 4",
@@ -151,6 +168,33 @@ def test_a_changed_fit_takes_what_was_said(settings) -> None:
     whole = estimate_fit(**settings, fit_into="1GB").peak
     found = estimate_fit(**settings, fit_into=whole - 1).changes[0]
     assert estimate_fit(**settings, model={"gradient_checkpointing": True}, fit_into="1GB").peak == found.peak
+
+
+def test_a_prediction_is_for_one_of_the_processes(tiny_llama_dir, task_files, tmp_path) -> None:
+    found = []
+    for rows, place in ((12, {"devices": 2, "strategy": "ddp"}), (12, {}), (6, {})):
+        data = mixture({"upper": task_files["upper"]}, tiny_llama_dir, packing=False, batch_size=rows)
+        found.append(predict(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path, **place)).peak)
+    assert found[0] == found[2] < found[1]
+
+
+def test_batches_of_ones_own_mixture_are_made_smaller(settings) -> None:
+    tasks = TaskMixture(settings["tasks"], packing=False, batch_size=12)
+    how = {name: what for name, what in settings.items() if name not in ("data", "batch_size")} | {"tasks": tasks}
+    first = estimate_fit(**how, fit_into=estimate_fit(**how, fit_into="1GB").peak - 1).changes[0].peak
+    found = estimate_fit(**how, fit_into=first - 1).changes
+    assert [one.options for one in found] == [OPTIONS[0], "--batch_size 6 --trainer.accumulate_grad_batches 2"]
+    assert tasks.batch_size == 12
+
+
+def test_what_shapes_do_not_tell_is_refused(settings, experts_routed) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(settings["base"])
+    with pytest.raises(ValueError, match="shapes predict what a fit takes on a base on disk; give its directory"):
+        estimate_fit(**settings | {"base": loaded}, fit_into="1GB")
+    with pytest.raises(ValueError, match="an estimate has one process, and shard_base needs several; leave shard_base"):
+        estimate_fit(**settings, model={"shard_base": True})
+    with pytest.raises(ValueError, match="a fit on top of a routed expert cannot be predicted; a dry run without a"):
+        estimate_fit(**settings, model={"applied": [experts_routed]}, fit_into="1GB")
 
 
 def test_a_base_of_more_than_half_of_the_free_memory_is_not_loaded(settings, monkeypatch) -> None:
