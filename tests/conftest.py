@@ -45,6 +45,10 @@ CONFIGS = {
     "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 8}),
     "phi3": ("Phi3Config", GROUPED),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **SIZES}),
+    "gemma2": (
+        "Gemma2Config",
+        GROUPED | {"head_dim": 8, "final_logit_softcapping": 0.3, "attn_implementation": "eager"},
+    ),
     "neox": ("GPTNeoXConfig", WIDE | {"max_position_embeddings": 256}),
 }
 TARGETS = {
@@ -55,7 +59,7 @@ TARGETS = {
     "gpt2": r".*\.(c_attn|c_proj)",
     "neox": r".*\.(query_key_value|dense_4h_to_h)",
 }
-ARCHITECTURES = sorted(CONFIGS)
+ARCHITECTURES = sorted(TARGETS)
 
 
 LONG = """

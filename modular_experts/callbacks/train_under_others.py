@@ -17,6 +17,7 @@ from modular_experts.data.batch import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.experts.expert import InPlaceExpert, trains_weight
 from modular_experts.injection import expert_layers
+from modular_experts.injection.sharded import is_sharded
 from modular_experts.library import Library, StoredExpert, check_base, open_experts
 from modular_experts.library.expert import RECORD_FILE
 
@@ -73,6 +74,11 @@ class TrainUnderOthers(Schedule):
                     f"TrainUnderOthers: the {type(layer.expert).__name__} at {name} makes its delta of weights of the "
                     "base, where the others would become a part of it; train it without this callback"
                 )
+        if is_sharded(module.model):
+            raise ValueError(
+                "TrainUnderOthers writes others into weights, of which each process holds a part; train without this "
+                "callback, or without shard_base"
+            )
         if quantised := moved_quantised(module.model, self.others):
             raise ValueError(
                 f"TrainUnderOthers: {quantised[0]} is quantised, and the others cannot be written into it; train "

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,15 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from modular_experts.data.batch import IGNORED, Batch, repacked
+from modular_experts.injection.sharded import is_sharded
 from modular_experts.routing.gates import reading
 
 HEAD_BYTES = 2**28
 """Float32 logits of more bytes are made in parts, and again in backward (`docs/benchmarks/answer-logits.md`)."""
 PART = 128
 """Labelled tokens of a part."""
-_OTHER: WeakSet[nn.Module] = WeakSet()
-"""Heads whose model changes the logits behind them, by a scale or a cap."""
+_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a head's model gives its logits as they are, without a scale or a cap; only heads that were looked at."""
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -90,12 +91,19 @@ def row_sums(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
 def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each row's summed loss in nats, in at least float32 `(n,)`, and its number of labelled tokens `(n,)`."""
     head, (labels, labelled) = _head(model), _predicted(batch)
-    is_large = type(head) is nn.Linear and 4 * int(labelled.sum()) * head.out_features > HEAD_BYTES
-    if is_large and head not in _OTHER and (hidden := _answer_states(model, batch)) is not None:
+    if _in_parts(model, head, labelled) and (hidden := _answer_states(model, batch)) is not None:
         parts = zip(hidden.split(PART), labels[labelled].split(PART), strict=True)
         losses = [checkpoint(lambda x, y: _losses(head(x), y), *part, use_reentrant=False) for part in parts]
         return row_sums(batch, torch.cat(losses))
     return row_sums(batch, _losses(*answer_logits(model, batch)))
+
+
+def _in_parts(model: nn.Module, head: Any, labelled: Tensor) -> bool:
+    if type(head) is not nn.Linear:
+        return False
+    if head not in _PLAIN and is_sharded(model):
+        return True  # A look may take a second pass, which no process can make alone: all look at their first batch.
+    return _PLAIN.get(head, True) and 4 * int(labelled.sum()) * head.out_features > HEAD_BYTES
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -115,10 +123,8 @@ def _answer_states(model: nn.Module, batch: Batch) -> Tensor | None:
         return (arguments[0][:1, :1], *arguments[1:])
 
     logits, head = _logits(model, batch, take), _head(model)
-    if seen and seen[0].shape[:2] == labelled.shape and torch.equal(logits, head(seen[0][:1, :1])):
-        return seen[0][labelled]
-    _OTHER.add(head)
-    return None
+    _PLAIN[head] = bool(seen) and seen[0].shape[:2] == labelled.shape and torch.equal(logits, head(seen[0][:1, :1]))
+    return seen[0][labelled] if _PLAIN[head] else None
 
 
 def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:

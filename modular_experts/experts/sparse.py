@@ -64,7 +64,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         self.indices: Tensor
         self.register_buffer("indices", indices)
         self.anchor: Tensor
-        self.register_buffer("anchor", self._base_of(weight.detach(), indices))
+        self.register_buffer("anchor", self.base_of(weight.detach(), indices))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._forward(x, weight, bias)
@@ -116,7 +116,7 @@ class SparseExpert(Selectable, InPlaceExpert):
 
     @torch.no_grad()
     def reanchor(self, weight: Tensor) -> None:
-        self.anchor.copy_(self._base_of(weight, self.indices))
+        self.anchor.copy_(self.base_of(weight, self.indices))
         self.write(weight)
 
     @property
@@ -163,9 +163,9 @@ class SparseExpert(Selectable, InPlaceExpert):
         self._kept_units, self._kernel = units.numel(), None
         self.values = nn.Parameter(self.values.new_zeros(units.numel(), *self.values.shape[1:]))
         self.indices = units.to(self.indices)
-        self.anchor = self._base_of(weight, self.indices)
+        self.anchor = self.base_of(weight, self.indices)
 
-    def _base_of(self, weight: Tensor, units: Tensor) -> Tensor:
+    def base_of(self, weight: Tensor, units: Tensor) -> Tensor:
         """Return the base's entries, which nothing overwrites in a quantised weight."""
         return weight.new_empty(0) if isinstance(weight, QuantisedWeight) else self._read(weight, units)
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from modular_experts.base.quantised import is_quantised
 from modular_experts.experts.expert import InPlaceExpert
+from modular_experts.experts.selectable import Selectable
 from modular_experts.injection.inject import expert_layers
-from modular_experts.injection.layers import ExpertLinear
+from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear
+from modular_experts.injection.slices import ExpertSlice
 from modular_experts.kernels.quantised import QuantisedWeight
 from modular_experts.text import block_of
 
@@ -41,24 +43,57 @@ def shard(model: nn.Module, device: torch.device) -> None:
     """Let each process hold its part of each frozen weight; all of them call it, with the experts in the model.
 
     Raises:
-        ValueError: The base is quantised, or an expert trains the weight itself or needs it for its delta.
+        ValueError: The base is quantised, or an expert needs the weight whole outside of the passes of its layer.
     """
     if quantised := [name for name, module in model.named_modules() if is_quantised(module)]:
         raise ValueError(f"{quantised[0]} is quantised, and cannot be parted; leave out shard_base or quantise")
-    for name, layer in expert_layers(model):
-        expert: Any = layer.expert
-        in_place = isinstance(expert, InPlaceExpert)
-        if expert.delta_of_base or (in_place and not (expert.takes_quantised and type(layer) is ExpertLinear)):
-            raise ValueError(
-                f"{type(expert).__name__} writes into {name} or needs it whole, and shard_base parts it; take a "
-                "sparse or low-rank expert on linear layers, or leave shard_base out"
-            )
+    layers: list[tuple[str, Any]] = list(expert_layers(model))
+    for name, layer in layers:
+        _check(name, layer)
+    for _, layer in layers:
+        expert, in_place = layer.expert, isinstance(layer.expert, InPlaceExpert)
         if in_place:
             expert.restore(layer.matrix, lambda: None)
             layer.__class__ = ExpertSharded
             expert.anchor = expert.anchor.new_empty(0)
+        elif isinstance(layer, ExpertConv1D):
+            # FSDP2 takes contiguous weights only.
+            layer.weight.data = layer.weight.data.contiguous()
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     blocks = dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name)))
     for module in [*map(model.get_submodule, blocks), model]:
         fully_shard(module, mesh=mesh, ignored_params=trained)
+
+
+def _check(name: str, layer: ExpertLayer) -> None:
+    """Raise if an expert needs the weight whole outside of passes: one process alone exports, and cannot gather it."""
+
+    def refuse() -> Tensor:
+        raise ValueError(
+            f"{type(expert).__name__} needs {name} whole, and shard_base parts it; take a sparse or low-rank expert on "
+            "linear layers, or leave shard_base out"
+        )
+
+    expert, matrix = layer.expert, layer.matrix
+    adds = isinstance(expert, InPlaceExpert) and expert.takes_quantised and type(layer) is ExpertLinear
+    if isinstance(expert, InPlaceExpert | Selectable) and not adds:
+        refuse()
+    if expert.delta_of_base or isinstance(layer, ExpertSlice):
+        refuse()
+    if expert.mergeable:
+        with torch.no_grad():
+            expert.delta(QuantisedWeight.of(refuse, matrix.shape, matrix.dtype, matrix.device), lambda: matrix)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether processes hold parts of the model's weights."""
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let each process hold its part again after an error in a pass, without which FSDP2 lets nobody move the model."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(True, recurse=False)
+        model.reshard()
+        model.set_reshard_after_forward(False, recurse=False)

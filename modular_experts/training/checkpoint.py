@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.schedule import TrainingLength, callbacks_of
 from modular_experts.data.batch import source_of
+from modular_experts.experts import SparseExpert
 from modular_experts.injection import ExpertLayer, expert_layers, named_experts
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,17 @@ def resize_like(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, ExpertLayer) and (theirs := by_layer.get(f"model.{name}")):
             module.expert.size_like(module.matrix, theirs)
+
+
+def read_anchors(model: nn.Module, state: dict[str, Any]) -> None:
+    """Read a sparse expert's entries of the base from the base itself if either run has `shard_base`, without them."""
+    for name, layer in model.named_modules():
+        expert, place = getattr(layer, "expert", None), f"model.{name}.expert."
+        if not isinstance(expert, SparseExpert) or (found := state.get(f"{place}anchor")) is None:
+            continue
+        if (found.numel() == 0) != (expert.anchor.numel() == 0):
+            expert.restore(layer.matrix)
+            state[f"{place}anchor"] = expert.base_of(layer.matrix, state[f"{place}indices"])
 
 
 def peak_rates(trainer: Trainer) -> list[float]:

@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
@@ -16,7 +16,7 @@ from modular_experts.experts.expert import Expert, trains_weight
 from modular_experts.injection import named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import Routed
-from modular_experts.injection.sharded import shard
+from modular_experts.injection.sharded import reshard
 from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.compatibility import check_mergeable
 
@@ -95,8 +95,8 @@ def hold_values(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def shard_base(model: nn.Module, trainer: Trainer | None) -> None:
-    """Shard the base over the trainer's processes; raise for runs that write answers, and for other strategies."""
+def check_sharding(trainer: Trainer | None) -> None:
+    """Raise if the base cannot be sharded: for runs that write answers, and for other strategies than DDP."""
     if trainer is None or trainer.state.fn not in ("fit", "validate"):
         raise ValueError("shard_base is for fit and validate; processes that write answers need the whole base")
     if trainer.world_size == 1:
@@ -106,7 +106,14 @@ def shard_base(model: nn.Module, trainer: Trainer | None) -> None:
             f"shard_base works with trainer.strategy=ddp, and not with {type(trainer.strategy).__name__}: it parts the "
             "base, and DDP adds up the gradients of the experts, which stay whole"
         )
-    shard(model, trainer.strategy.root_device)
+
+
+class Reshard(Callback):
+    """Lets an error in a pass over a sharded base come out, before which Lightning moves the model to the CPU."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(pl_module, "model"):
+            reshard(cast(Any, pl_module).model)
 
 
 def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:

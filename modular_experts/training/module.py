@@ -40,6 +40,7 @@ from modular_experts.injection import (
     write_experts,
 )
 from modular_experts.injection.save import anchor
+from modular_experts.injection.sharded import shard
 from modular_experts.library import StoredExpert, as_parents
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
@@ -172,6 +173,8 @@ class ExpertModule(EvaluatedModule):
             raise ValueError("fit has no experts to train: give model.expert and model.modules")
         if self._trainer is not None and self.has_experts:
             loading.check_precision(self._trainer)
+        if self.shard_base:
+            loading.check_sharding(self._trainer)
 
     @property
     def has_experts(self) -> bool:
@@ -215,7 +218,7 @@ class ExpertModule(EvaluatedModule):
             loading.check_on_top(model, self.applied_experts)
         loading.warn_of_slow_bfloat16(self._trainer, self.dtype_name)
         if self.shard_base:
-            loading.shard_base(model, self._trainer)
+            shard(model, self.trainer.strategy.root_device)
         self.model, self._given = model, []
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
@@ -227,6 +230,7 @@ class ExpertModule(EvaluatedModule):
         """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one."""
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         defaults = [MaskSchedule(), EvenValidation(), LogProgress(), WriteResults(), WritePredictions()]
+        defaults += [loading.Reshard()] * self.shard_base
         added = [default for default in defaults if not any(isinstance(one, type(default)) for one in listed)]
         if self.trainer.state.fn == "fit":
             next(one for one in [*listed, *added] if isinstance(one, EvenValidation)).take_over(self.trainer)
@@ -365,6 +369,7 @@ class ExpertModule(EvaluatedModule):
         self._resized |= checkpoint.get("resized", True)
         if self._resized:
             checkpoints.resize_like(self.model, checkpoint["state_dict"])
+        checkpoints.read_anchors(self.model, checkpoint["state_dict"])
         checkpoints.check_sizes(self.state_dict(), checkpoint["state_dict"])
         self._random_states = checkpoint.get("random_states")
 

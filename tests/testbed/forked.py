@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ended", "forked", "run_on_two_ranks"]
+__all__ = ["ended", "forked", "run_on_two_ranks", "start_ranks"]
 
 
 def forked(call: Callable[..., Any], *arguments: Any, **environment: str) -> int:
@@ -46,11 +46,15 @@ def ended(child: int, seconds: float = 180) -> int:
     return os.waitstatus_to_exitcode(found[1])
 
 
-def run_on_two_ranks(call: Callable[..., Any], *arguments: Any) -> None:
-    """Run a call in two processes that train together, over gloo on this machine, and check that both succeed."""
+def start_ranks(call: Callable[..., Any], *arguments: Any, ranks: int = 2) -> list[int]:
+    """Start a call in processes that train together, over gloo on this machine, and return their numbers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [forked(call, *arguments, **own, LOCAL_RANK=str(rank), NODE_RANK="0") for rank in range(2)]
-    assert [ended(rank) for rank in ranks] == [0, 0]
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "NODE_RANK": "0"}
+    return [forked(call, *arguments, **own, LOCAL_RANK=str(rank)) for rank in range(ranks)]
+
+
+def run_on_two_ranks(call: Callable[..., Any], *arguments: Any) -> None:
+    """Run a call in two processes that train together, and check that both succeed."""
+    assert [ended(rank) for rank in start_ranks(call, *arguments)] == [0, 0]

@@ -1,5 +1,6 @@
 """Trainings of one process, or of ranks that share the base between them; each rank writes what it ends with."""
 
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -10,54 +11,128 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from torch.distributed.tensor import DTensor
 
-from modular_experts.callbacks import ExportExpert, MaskSchedule
+from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
+from modular_experts.evaluation import likelihood
 from modular_experts.experts import LoRAExpert, SparseExpert
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop
 
+SPARSE = partial(SparseExpert, keep_ratio=0.1)
 KINDS = {
-    "entries": partial(SparseExpert, keep_ratio=0.1),
+    "entries": SPARSE,
     "tiles": partial(SparseExpert, keep_ratio=0.2, granularity="block", block_size=4),
     "lora": partial(LoRAExpert, rank=2),
 }
-PARTS = {
-    "plain": {},
-    "clipped": {"gradient_clip_val": 0.05},
-    "accumulated": {"accumulate_grad_batches": 2},
+PARTS = {"plain": {}, "clipped": {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}}
+TIED = {
+    "experts": {"q_proj|down_proj": KINDS["entries"], "embed_tokens": KINDS["lora"]},
+    "expert": None,
+    "modules": None,
+    "gradient_checkpointing": True,
 }
+"""An expert on the tensor that embedding and head share, whose model caps the logits."""
 
 
-def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, kind: str, ckpt: Path | None = None, **how):
-    """Train six steps; return the module and what was trained."""
+def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, kind: str, keep: str = "", **how):
+    """Train six steps; return the module and what was trained.
+
+    Args:
+        keep: Keep checkpoints under this name, and the expert if it is its kind.
+        how: Settings of the trainer, settings of the module as `model`, and `ckpt` to go on from.
+    """
     seed_everything(0, verbose=False)
-    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+    optimizer, own, ckpt = partial(torch.optim.SGD, lr=0.5, momentum=0.9), how.pop("model", {}), how.pop("ckpt", None)
     place = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
-    checkpoints = [ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename=f"{kind}-{{step}}")]
-    export = ExportExpert(str(folder / "library"), kind, overwrite=True)
-    choices = [MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)]
-    schedules = [] if kind == "lora" else choices
-    kept = {} if how or ckpt else {"enable_checkpointing": True}
-    callbacks = [*schedules, *([] if how or ckpt else [*checkpoints, export])]
-    model = {"dtype": "float64", "optimizer": optimizer, "shard_base": ranks > 1}
-    module = runs.module(base, KINDS[kind], **model)
-    trainer = runs.trainer(folder, *callbacks, **place, **kept, **how)
+    choices = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
+    callbacks = [] if kind == "lora" else [choices]
+    if keep:
+        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename=f"{keep}-{{step}}"))
+    if keep == kind:
+        callbacks.append(ExportExpert(str(folder / "library"), kind, overwrite=True))
+    model = {"expert": KINDS[kind], "dtype": "float64", "optimizer": optimizer, "shard_base": ranks > 1}
+    module = runs.module(base, **(model | own))
+    trainer = runs.trainer(folder, *callbacks, **place, enable_checkpointing=bool(keep), **how)
     trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=ckpt)
     found = {name: one.detach() for name, one in module.named_parameters() if one.requires_grad}
-    return module, found | {name: one for name, one in module.named_buffers() if name.endswith("indices")}
+    found |= {name: one for name, one in module.named_buffers() if name.endswith("indices")}
+    return module, found | {name: one for name, one in trainer.callback_metrics.items() if "loss" in name}
 
 
-def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
+class Broken(LoRAExpert):
+    """Fails in the forward pass of a training step."""
+
+    def forward(self, x, weight, bias):
+        if torch.is_grad_enabled() and self.training:
+            raise ValueError("the pass broke")
+        return super().forward(x, weight, bias)
+
+
+def refusals(folder: Path, base: Path, files: dict[str, Path]) -> list[str]:
+    """Return the sentences with which trainings end that two processes with a sharded base cannot do."""
+    name, path = [*files.items()][-1]
+    others, found = TrainUnderOthers([str(folder / "library" / "entries")], count=1), []
+    for expert, callbacks in [(SPARSE, [others]), (Broken, [])]:
+        module = runs.module(base, expert, dtype="float64", shard_base=True)
+        trainer = runs.trainer(folder, *callbacks, devices=2, strategy="ddp")
+        try:
+            trainer.fit(module, runs.mixture({name: path}, base))
+        except ValueError as error:
+            found.append(str(error))
+    try:
+        runs.trainer(folder, devices=2, strategy="ddp").test(module, runs.mixture(files, base))
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def step(folder: Path, kind: str, number: int) -> Path:
+    return folder / f"{kind}-step={number}.ckpt"
+
+
+def resume(folder: Path, base: Path, files: dict[str, Path], ranks: int, before: Path, number: int) -> None:
+    """Go on from the checkpoints at a step of a run of other processes."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for kind in KINDS:
+        found[kind] = train(folder, base, files, ranks, kind, kind, ckpt=step(before, kind, number))[1]
+    finish(folder, ranks, found)
+
+
+def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: int) -> None:
     warnings.simplefilter("ignore")
     found = {}
     for kind in KINDS:
         for part, how in PARTS.items():
-            module, found[f"{kind} {part}"] = train(folder, base, files, ranks, kind, **how)
-        found[f"{kind} resumed"] = train(folder, base, files, ranks, kind, next(folder.glob(f"{kind}-*step=3.ckpt")))[1]
+            keep = kind if part == "plain" else ""
+            module, found[f"{kind} {part}"] = train(folder, base, files, ranks, kind, keep, **how)
+        found[f"{kind} resumed"] = train(folder, base, files, ranks, kind, ckpt=step(folder.parent / "one", kind, 4))[1]
         found[f"{kind} hash"] = open_expert(folder / "library" / kind).content_hash
     frozen = [one for one in module.parameters() if not one.requires_grad]
     found["held"] = sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in frozen)
-    rank = torch.distributed.get_rank() if ranks > 1 else 0
-    torch.save(found, folder / f"rank{rank}.pt")
+    found["refusals"] = refusals(folder, base, files) if ranks > 1 else []
+    # One process has batches with large logits, and the other has none.
+    likelihood.HEAD_BYTES = 2**28 if rank_of(ranks) else 0
+    on_top = {"applied": [str(folder / "library" / "lora")], "gradient_checkpointing": True}
+    found["entries on top"] = train(folder, base, files, ranks, "entries", model=on_top)[1]
+    found["tied"] = train(folder, capped, files, ranks, "entries", model=TIED)[1]
+    likelihood.HEAD_BYTES = 2**28
+    finish(folder, ranks, found)
+
+
+def rank_of(ranks: int) -> int:
+    return torch.distributed.get_rank() if ranks > 1 else 0
+
+
+def finish(folder: Path, ranks: int, found: dict) -> None:
+    """Keep what a process found, and end together with the others."""
+    torch.save(found, folder / f"rank{rank_of(ranks)}.pt")
     if ranks > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def break_one(folder: Path, base: Path, files: dict[str, Path]) -> None:
+    """Train with an expert that fails in one of two processes."""
+    kind = Broken if os.environ["LOCAL_RANK"] == "1" else LoRAExpert
+    module = runs.module(base, partial(kind, rank=2), shard_base=True)
+    runs.trainer(folder, devices=2, strategy="ddp").fit(module, runs.mixture(files, base))

@@ -1,14 +1,17 @@
 """Processes that share the base between them train what one trains that holds all of it."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, build_tokenizer
 from testbed import runs, sharded_run
-from testbed.forked import run_on_two_ranks
+from testbed.forked import ended, run_on_two_ranks, start_ranks
+from testbed.mixture_bases import mixture
 
-from modular_experts.experts import FullExpert, SparseExpert
+from modular_experts.deltas import Dense
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import inject
 from modular_experts.injection.sharded import shard
 
@@ -19,24 +22,45 @@ pytestmark = pytest.mark.ddp
 def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict]]:
     """What one process, this one, and two processes end with."""
     folder = tmp_path_factory.mktemp("sharded")
-    places = folder / "one", folder / "two"
-    for place in places:
+    places = {name: folder / name for name in ("capped", "one", "two", "four", "last")}
+    for place in places.values():
         place.mkdir()
+    build_model("gemma2").save_pretrained(places["capped"])
+    build_tokenizer().save_pretrained(places["capped"])
+    load = lambda name, rank=0: torch.load(places[name] / f"rank{rank}.pt", weights_only=True)  # noqa: E731
+    several = tiny_llama_dir, places["capped"], task_files
     with warnings.catch_warnings():
-        sharded_run.main(places[0], tiny_llama_dir, task_files, 1)
-    run_on_two_ranks(sharded_run.main, places[1], tiny_llama_dir, task_files, 2)
-    load = lambda file: torch.load(file, weights_only=True)  # noqa: E731
-    return load(places[0] / "rank0.pt"), [load(places[1] / f"rank{rank}.pt") for rank in range(2)]
+        sharded_run.main(places["one"], *several, 1)
+    run_on_two_ranks(sharded_run.main, places["two"], *several, 2)
+    four = start_ranks(sharded_run.resume, places["four"], tiny_llama_dir, task_files, 4, places["two"], 2, ranks=4)
+    assert [ended(rank) for rank in four] == [0, 0, 0, 0]
+    with warnings.catch_warnings():
+        sharded_run.resume(places["last"], tiny_llama_dir, task_files, 1, places["four"], 4)
+    one, two = load("one"), [load("two", rank) for rank in range(2)]
+    for kind in sharded_run.KINDS:
+        one |= dict.fromkeys([f"{kind} in four", f"{kind} in one again"], one[f"{kind} plain"])
+        for rank in two:
+            rank |= {f"{kind} in four": load("four")[kind], f"{kind} in one again": load("last")[kind]}
+    return one, two
 
 
-@pytest.mark.parametrize("kind", sharded_run.KINDS)
-@pytest.mark.parametrize("part", [*sharded_run.PARTS, "resumed"])
-def test_two_processes_train_what_one_trains(found, kind: str, part: str) -> None:
+PARTS = [*sharded_run.PARTS, "resumed", "in four", "in one again"]
+NAMES = [f"{kind} {part}" for kind in sharded_run.KINDS for part in PARTS]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "entries on top", "tied"])
+def test_several_processes_train_what_one_trains(found, name: str) -> None:
     one, two = found
-    name = f"{kind} {part}"
     assert max(values.abs().max() for values in one[name].values() if values.is_floating_point()) > 1e-3
     for rank in two:
         torch.testing.assert_close(rank[name], one[name], rtol=1e-6, atol=1e-9)
+
+
+def test_an_error_in_one_process_ends_the_other(tmp_path, tiny_llama_dir, task_files, capfd) -> None:
+    assert [ended(rank, 60) for rank in start_ranks(sharded_run.break_one, tmp_path, tiny_llama_dir, task_files)] == [
+        1,
+        1,
+    ]
 
 
 def test_each_process_holds_a_part_of_the_base_and_exports_one_expert(found) -> None:
@@ -46,10 +70,32 @@ def test_each_process_holds_a_part_of_the_base_and_exports_one_expert(found) -> 
         assert all(rank[f"{kind} hash"] == two[0][f"{kind} hash"] for kind in sharded_run.KINDS)
 
 
-def test_an_expert_that_writes_into_the_weight_is_refused() -> None:
+def test_what_a_sharded_base_cannot_do_ends_with_its_reason(found) -> None:
+    others, passed, test = found[1][1]["refusals"]
+    assert "writes others into weights, of which each process holds a part" in others
+    assert passed == "the pass broke"
+    assert "shard_base is for fit and validate" in test
+
+
+class Gain(LoRAExpert):
+    """Makes its delta of the weight, and does not say so."""
+
+    def delta(self, weight, anchor):
+        return Dense(weight * (self.up @ self.down))
+
+
+@pytest.mark.parametrize("kind", [FullExpert, MaskedExpert, partial(Gain, rank=2)])
+def test_an_expert_that_needs_the_weight_whole_is_refused(kind) -> None:
     model = build_model("llama")
-    inject(model, FullExpert, "q_proj")
-    with pytest.raises(ValueError, match=r"FullExpert writes into model\.layers\.0.* take a sparse or low-rank"):
+    inject(model, kind, "q_proj")
+    with pytest.raises(ValueError, match=r"needs model\.layers\.0.* whole, .* take a sparse or low-rank"):
+        shard(model, torch.device("cpu"))
+
+
+def test_an_expert_of_a_matrix_in_a_mixture_is_refused() -> None:
+    model = mixture("mixtral")
+    inject(model, partial(LoRAExpert, rank=2), "down_proj")
+    with pytest.raises(ValueError, match=r"LoRAExpert needs model\.layers\.0.*down_proj\[0\] whole"):
         shard(model, torch.device("cpu"))
 
 
