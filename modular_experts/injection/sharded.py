@@ -19,6 +19,7 @@ from modular_experts.injection.inject import expert_layers
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear
 from modular_experts.injection.slices import ExpertSlice
 from modular_experts.kernels.quantised import QuantisedWeight
+from modular_experts.routing.gates import reading
 from modular_experts.text import block_of
 
 
@@ -64,6 +65,28 @@ def shard(model: nn.Module, device: torch.device) -> None:
     blocks = dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name)))
     for module in [*map(model.get_submodule, blocks), model]:
         fully_shard(module, mesh=mesh, ignored_params=trained)
+    # Before FSDP2's own hook, which gathers the first weights.
+    model.register_forward_pre_hook(_announce, prepend=True)
+
+
+def _announce(model: nn.Module, arguments: Any) -> None:
+    if not torch.is_grad_enabled():
+        _going(model, 1)
+
+
+def _going(model: nn.Module, own: int) -> bool:
+    """Return whether any process makes a pass now, which each of them tells the others."""
+    passes = torch.tensor(own, device=next(model.parameters()).device)
+    distributed.all_reduce(passes)
+    return bool(passes > 0)
+
+
+def await_others(model: nn.Module) -> None:
+    """Gather weights for the others' passes without gradients until none makes one; all processes call it."""
+    while is_sharded(model) and _going(model, 0):
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+        with torch.enable_grad(), reading(ids == 0, [""]):  # with gradients, so that it does not announce itself
+            model(input_ids=ids, use_cache=False)
 
 
 def _check(name: str, layer: ExpertLayer) -> None:

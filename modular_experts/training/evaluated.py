@@ -11,6 +11,7 @@ from modular_experts.evaluation import TaskScores, score_batch
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
 from modular_experts.evaluation.scores import TextMetric
+from modular_experts.injection.sharded import await_others
 from modular_experts.library import StoredExpert, warn_unlike_training
 
 
@@ -52,12 +53,14 @@ class EvaluatedModule(LightningModule):
         """Score one batch; within `fit` by its loss alone."""
         tokens = None if self.trainer.state.fn == "fit" else self.max_new_tokens
         score_batch(self.scores, self.model, self.tokenizer, batch, tokens, bool(self._packs_evaluation))
+        await_others(self.model)
 
     test_step = validation_step
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return the task, input, target, if there is one, and generation of each row."""
         answers = generate_tokens(self.model, self.tokenizer, batch, self.max_new_tokens)
+        await_others(self.model)
         cut = cut_answers(self.model, self.tokenizer, batch, answers, self.max_new_tokens)
         self._cut += [one for one, filler in zip(cut, is_filler(batch), strict=True) if not filler]
         texts = answer_texts(self.tokenizer, batch, answers)

@@ -95,17 +95,17 @@ def hold_values(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def check_sharding(trainer: Trainer | None) -> None:
-    """Raise if the base cannot be sharded: for runs that write answers, and for other strategies than DDP."""
-    if trainer is None or trainer.state.fn not in ("fit", "validate"):
-        raise ValueError("shard_base is for fit and validate; processes that write answers need the whole base")
-    if trainer.world_size == 1:
+def prepare_sharding(trainer: Trainer | None) -> None:
+    """Let a trainer evaluate so that it can train after it; raise if its processes cannot share a base."""
+    if trainer is None or trainer.world_size == 1:
         raise ValueError("shard_base needs several processes, such as --trainer.devices 2; leave it out for one")
     if not isinstance(trainer.strategy, DDPStrategy):
         raise ValueError(
             f"shard_base works with trainer.strategy=ddp, and not with {type(trainer.strategy).__name__}: it parts the "
             "base, and DDP adds up the gradients of the experts, which stay whole"
         )
+    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False  # FSDP2 could not write into weights that it gathered there
 
 
 class Reshard(Callback):

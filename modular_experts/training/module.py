@@ -85,7 +85,7 @@ class ExpertModule(EvaluatedModule):
         quantise: Quantise the linear layers of the base while it is loaded: `nf4`, `fp4` (4 bits) or `int8` of
             bitsandbytes, or a form of torchao. The expert is a delta of the base that is not quantised.
         shard_base: Let each of several processes hold a part of the base (FSDP2) and whole experts, for a base that one
-            device cannot hold; for `fit` and `validate`.
+            device cannot hold.
         metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
             of one: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
         values: Data type of the trained values, their gradients, and the optimizer's moments; half the memory in
@@ -174,7 +174,7 @@ class ExpertModule(EvaluatedModule):
         if self._trainer is not None and self.has_experts:
             loading.check_precision(self._trainer)
         if self.shard_base:
-            loading.check_sharding(self._trainer)
+            loading.prepare_sharding(self._trainer)
 
     @property
     def has_experts(self) -> bool:

@@ -1,10 +1,13 @@
 """Trainings of one process, or of ranks that share the base between them; each rank writes what it ends with."""
 
+import json
 import os
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
+import lightning.pytorch.loops.utilities
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,7 +26,7 @@ KINDS = {
     "tiles": partial(SparseExpert, keep_ratio=0.2, granularity="block", block_size=4),
     "lora": partial(LoRAExpert, rank=2),
 }
-PARTS = {"plain": {}, "clipped": {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}}
+CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 TIED = {
     "experts": {"q_proj|down_proj": KINDS["entries"], "embed_tokens": KINDS["lora"]},
     "expert": None,
@@ -78,45 +81,29 @@ def refusals(folder: Path, base: Path, files: dict[str, Path]) -> list[str]:
             trainer.fit(module, runs.mixture({name: path}, base))
         except ValueError as error:
             found.append(str(error))
-    try:
-        runs.trainer(folder, devices=2, strategy="ddp").test(module, runs.mixture(files, base))
-    except ValueError as error:
-        found.append(str(error))
     return found
 
 
-def step(folder: Path, kind: str, number: int) -> Path:
-    return folder / f"{kind}-step={number}.ckpt"
-
-
-def resume(folder: Path, base: Path, files: dict[str, Path], ranks: int, before: Path, number: int) -> None:
-    """Go on from the checkpoints at a step of a run of other processes."""
-    warnings.simplefilter("ignore")
-    found = {}
-    for kind in KINDS:
-        found[kind] = train(folder, base, files, ranks, kind, kind, ckpt=step(before, kind, number))[1]
-    finish(folder, ranks, found)
-
-
-def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: int) -> None:
-    warnings.simplefilter("ignore")
-    found = {}
-    for kind in KINDS:
-        for part, how in PARTS.items():
-            keep = kind if part == "plain" else ""
-            module, found[f"{kind} {part}"] = train(folder, base, files, ranks, kind, keep, **how)
-        found[f"{kind} resumed"] = train(folder, base, files, ranks, kind, ckpt=step(folder.parent / "one", kind, 4))[1]
-        found[f"{kind} hash"] = open_expert(folder / "library" / kind).content_hash
-    frozen = [one for one in module.parameters() if not one.requires_grad]
-    found["held"] = sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in frozen)
-    found["refusals"] = refusals(folder, base, files) if ranks > 1 else []
-    # One process has batches with large logits, and the other has none.
-    likelihood.HEAD_BYTES = 2**28 if rank_of(ranks) else 0
-    on_top = {"applied": [str(folder / "library" / "lora")], "gradient_checkpointing": True}
-    found["entries on top"] = train(folder, base, files, ranks, "entries", model=on_top)[1]
-    found["tied"] = train(folder, capped, files, ranks, "entries", model=TIED)[1]
-    likelihood.HEAD_BYTES = 2**28
-    finish(folder, ranks, found)
+def answer(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
+    """Train one step, and return the scores of rows whose choices and answers take other numbers of passes."""
+    numbers, splits = range(12), ["train", "validation", "test"]
+    rows = [{"input": f"{n} is", "target": str(n), "choices": list(map(str, range(n, 20 * n + 2)))} for n in numbers]
+    files = {"few": folder / "few.jsonl"} | files
+    text = "".join(json.dumps(row | {"split": splits[number % 3]}) + "\n" for number, row in enumerate(rows))
+    files["few"].write_text(text)
+    place = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+    module = runs.module(base, KINDS["tiles"], dtype="float64", shard_base=ranks > 1)
+    data, found = runs.mixture(files, base, eval_batch_size=2 * ranks), {}
+    trainer = runs.trainer(folder, max_steps=1, **place)
+    with patch.object(lightning.pytorch.loops.utilities, "_distributed_is_initialized", lambda: False):
+        # Lightning then evaluates in inference mode, as it does over nccl.
+        found["validate"] = trainer.validate(module, data, verbose=False)
+        trainer.fit(module, data)
+        found["fit"] = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        trainer.test(module, data, verbose=False)
+        found["test"] = module.results["tasks"]
+        answers = [row["generation"] for batch in trainer.predict(module, data) for row in batch]
+    return found | {"answers": answers}
 
 
 def rank_of(ranks: int) -> int:
@@ -129,6 +116,35 @@ def finish(folder: Path, ranks: int, found: dict) -> None:
     if ranks > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def resume(folder: Path, base: Path, files: dict[str, Path], ranks: int, checkpoint: Path) -> None:
+    """Go on from the checkpoint of a run of other processes."""
+    warnings.simplefilter("ignore")
+    finish(folder, ranks, train(folder, base, files, ranks, "entries", "entries", ckpt=checkpoint)[1])
+
+
+def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: int) -> None:
+    warnings.simplefilter("ignore")
+    found = {}
+    for kind in KINDS:
+        module, found[kind] = train(folder, base, files, ranks, kind, keep=kind)
+    frozen = [one for one in module.parameters() if not one.requires_grad]
+    found["held"] = sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in frozen)
+    found["clipped"] = train(folder, base, files, ranks, "entries", **CLIPPED)[1]
+    found["resumed"] = train(folder, base, files, ranks, "entries", ckpt=folder.parent / "one" / "entries-step=4.ckpt")[
+        1
+    ]
+    # One process has batches with large logits, and the other has none.
+    likelihood.HEAD_BYTES = 2**28 if rank_of(ranks) else 0
+    on_top = {"applied": [str(folder / "library" / "lora")], "gradient_checkpointing": True}
+    found["on top"] = train(folder, base, files, ranks, "entries", model=on_top)[1]
+    found["tied"] = train(folder, capped, files, ranks, "entries", model=TIED)[1]
+    likelihood.HEAD_BYTES = 2**28
+    found["scores"] = answer(folder, base, files, ranks)
+    found["refusals"] = refusals(folder, base, files) if ranks > 1 else []
+    found["hashes"] = [open_expert(folder / "library" / kind).content_hash for kind in KINDS]
+    finish(folder, ranks, found)
 
 
 def break_one(folder: Path, base: Path, files: dict[str, Path]) -> None:

@@ -32,28 +32,28 @@ def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict
     with warnings.catch_warnings():
         sharded_run.main(places["one"], *several, 1)
     run_on_two_ranks(sharded_run.main, places["two"], *several, 2)
-    four = start_ranks(sharded_run.resume, places["four"], tiny_llama_dir, task_files, 4, places["two"], 2, ranks=4)
+    begun = places["two"] / "entries-step=2.ckpt"
+    four = start_ranks(sharded_run.resume, places["four"], tiny_llama_dir, task_files, 4, begun, ranks=4)
     assert [ended(rank) for rank in four] == [0, 0, 0, 0]
     with warnings.catch_warnings():
-        sharded_run.resume(places["last"], tiny_llama_dir, task_files, 1, places["four"], 4)
+        sharded_run.resume(places["last"], tiny_llama_dir, task_files, 1, places["four"] / "entries-step=4.ckpt")
     one, two = load("one"), [load("two", rank) for rank in range(2)]
-    for kind in sharded_run.KINDS:
-        one |= dict.fromkeys([f"{kind} in four", f"{kind} in one again"], one[f"{kind} plain"])
-        for rank in two:
-            rank |= {f"{kind} in four": load("four")[kind], f"{kind} in one again": load("last")[kind]}
+    two[0] |= {"four": load("four"), "one again": load("last")}
     return one, two
 
 
-PARTS = [*sharded_run.PARTS, "resumed", "in four", "in one again"]
-NAMES = [f"{kind} {part}" for kind in sharded_run.KINDS for part in PARTS]
-
-
-@pytest.mark.parametrize("name", [*NAMES, "entries on top", "tied"])
-def test_several_processes_train_what_one_trains(found, name: str) -> None:
+@pytest.mark.parametrize("name", [*sharded_run.KINDS, "clipped", "resumed", "on top", "tied"])
+def test_two_processes_train_what_one_trains(found, name: str) -> None:
     one, two = found
     assert max(values.abs().max() for values in one[name].values() if values.is_floating_point()) > 1e-3
     for rank in two:
         torch.testing.assert_close(rank[name], one[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["four", "one again"])
+def test_a_run_of_two_processes_goes_on_in_four_and_then_in_one(found, name: str) -> None:
+    one, two = found
+    torch.testing.assert_close(two[0][name], one["entries"], rtol=1e-6, atol=1e-9)
 
 
 def test_an_error_in_one_process_ends_the_other(tmp_path, tiny_llama_dir, task_files, capfd) -> None:
@@ -67,14 +67,25 @@ def test_each_process_holds_a_part_of_the_base_and_exports_one_expert(found) -> 
     one, two = found
     for rank in two:
         assert rank["held"] < 0.6 * one["held"]
-        assert all(rank[f"{kind} hash"] == two[0][f"{kind} hash"] for kind in sharded_run.KINDS)
+        assert rank["hashes"] == two[0]["hashes"]
 
 
 def test_what_a_sharded_base_cannot_do_ends_with_its_reason(found) -> None:
-    others, passed, test = found[1][1]["refusals"]
+    others, passed = found[1][1]["refusals"]
     assert "writes others into weights, of which each process holds a part" in others
     assert passed == "the pass broke"
-    assert "shard_base is for fit and validate" in test
+
+
+def test_processes_with_other_numbers_of_passes_wait_for_each_other(found) -> None:
+    one, two = (found[0]["scores"], [rank["scores"] for rank in found[1]])
+    assert one["validate"][0]["val_loss"] > one["fit"]["val_loss"]
+    answers = [two[number % 2]["answers"][number // 2] for number in range(len(one["answers"]))]
+    assert answers == one["answers"]
+    for rank in two:
+        assert rank["validate"][0] == pytest.approx(one["validate"][0], rel=1e-9)
+        assert rank["fit"] == pytest.approx(one["fit"], rel=1e-9)
+        for task, scores in one["test"].items():
+            assert {**rank["test"][task], "role": 0} == pytest.approx({**scores, "role": 0}, rel=1e-9)
 
 
 class Gain(LoRAExpert):
@@ -99,9 +110,7 @@ def test_an_expert_of_a_matrix_in_a_mixture_is_refused() -> None:
         shard(model, torch.device("cpu"))
 
 
-def test_one_process_and_answers_are_refused(tmp_path, tiny_llama_dir, task_files) -> None:
+def test_one_process_is_refused(tmp_path, tiny_llama_dir, task_files) -> None:
     module = runs.module(tiny_llama_dir, SparseExpert, shard_base=True)
     with pytest.raises(ValueError, match="shard_base needs several processes"):
         runs.trainer(tmp_path).fit(module, runs.mixture(task_files, tiny_llama_dir))
-    with pytest.raises(ValueError, match="shard_base is for fit and validate"):
-        runs.trainer(tmp_path).test(module, runs.mixture(task_files, tiny_llama_dir))
