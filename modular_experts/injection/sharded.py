@@ -4,6 +4,7 @@ A weight is whole during the passes of its transformer block only, so an expert 
 copy: its layer adds what is trained whenever the weight is read, as beside a quantised weight.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from modular_experts.base.quantised import is_quantised
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection.inject import expert_layers
-from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear
+from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
 from modular_experts.kernels.quantised import QuantisedWeight
 from modular_experts.routing.gates import reading
 from modular_experts.text import block_of
+
+log = logging.getLogger(__name__)
 
 
 class ExpertSharded(ExpertLinear):
@@ -43,12 +46,13 @@ class ExpertSharded(ExpertLinear):
 def shard(model: nn.Module, device: torch.device) -> None:
     """Let each process hold its part of each frozen weight; all of them call it, with the experts in the model.
 
+    Quantised weights stay whole in each process: FSDP2 parts tensors by rows, and these have packed ones.
+
     Raises:
-        ValueError: The base is quantised, or an expert needs the weight whole outside of the passes of its layer.
+        ValueError: An expert needs a weight whole outside of the passes of its layer.
     """
-    if quantised := [name for name, module in model.named_modules() if is_quantised(module)]:
-        raise ValueError(f"{quantised[0]} is quantised, and cannot be parted; leave out shard_base or quantise")
     layers: list[tuple[str, Any]] = list(expert_layers(model))
+    layers = [(name, layer) for name, layer in layers if not isinstance(layer, ExpertQuantised)]
     for name, layer in layers:
         _check(name, layer)
     for _, layer in layers:
@@ -60,11 +64,20 @@ def shard(model: nn.Module, device: torch.device) -> None:
         elif isinstance(layer, ExpertConv1D):
             # FSDP2 takes contiguous weights only.
             layer.weight.data = layer.weight.data.contiguous()
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    whole: set[Any] = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    quantised: set[Any] = {module.weight for module in model.modules() if is_quantised(module)}
+    if quantised:
+        parted = sum(one.nbytes for one in set(model.parameters()) - whole - quantised)
+        log.info(
+            "%d quantised weights (%.0f MiB) stay whole in each process, which share the others (%.0f MiB)",
+            len(quantised),
+            sum(one.nbytes for one in quantised) / 2**20,
+            parted / 2**20,
+        )
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     blocks = dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name)))
     for module in [*map(model.get_submodule, blocks), model]:
-        fully_shard(module, mesh=mesh, ignored_params=trained)
+        fully_shard(module, mesh=mesh, ignored_params=whole | quantised)
     # Before FSDP2's own hook, which gathers the first weights.
     model.register_forward_pre_hook(_announce, prepend=True)
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy
 from torch import nn
 
 from modular_experts.base import Base
@@ -95,15 +95,22 @@ def hold_values(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
+def check_strategy(trainer: Trainer) -> None:
+    """Raise for a strategy that parts or moves what experts train, or adds up no gradients."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ParallelStrategy) and (
+        not isinstance(strategy, DDPStrategy) or isinstance(strategy, DeepSpeedStrategy)
+    ):
+        raise ValueError(
+            f"{type(strategy).__name__} is not supported: experts stay whole in each process, and DDP adds up their "
+            "gradients; take trainer.strategy=ddp, and model.shard_base for a base that one device cannot hold"
+        )
+
+
 def prepare_sharding(trainer: Trainer | None) -> None:
     """Let a trainer evaluate so that it can train after it; raise if its processes cannot share a base."""
     if trainer is None or trainer.world_size == 1:
         raise ValueError("shard_base needs several processes, such as --trainer.devices 2; leave it out for one")
-    if not isinstance(trainer.strategy, DDPStrategy):
-        raise ValueError(
-            f"shard_base works with trainer.strategy=ddp, and not with {type(trainer.strategy).__name__}: it parts the "
-            "base, and DDP adds up the gradients of the experts, which stay whole"
-        )
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False  # FSDP2 could not write into weights that it gathered there
 

@@ -171,6 +171,8 @@ class ExpertModule(EvaluatedModule):
             raise ValueError(f"{given} is given but not {missing}; {both}")
         if stage == "fit" and not self.has_experts:
             raise ValueError("fit has no experts to train: give model.expert and model.modules")
+        if self._trainer is not None:
+            loading.check_strategy(self._trainer)
         if self._trainer is not None and self.has_experts:
             loading.check_precision(self._trainer)
         if self.shard_base:

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,6 +27,11 @@ KINDS = {
     "tiles": partial(SparseExpert, keep_ratio=0.2, granularity="block", block_size=4),
     "lora": partial(LoRAExpert, rank=2),
 }
+FORMS = {"lora": "nf4", "tiles": "int8", "entries": "int8-torchao"}
+QUANTISED = {
+    kind: form for kind, form in FORMS.items() if find_spec("torchao" if form.endswith("torchao") else "bitsandbytes")
+}
+LAYERS = ("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "embed_tokens")
 CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 TIED = {
     "experts": {"q_proj|down_proj": KINDS["entries"], "embed_tokens": KINDS["lora"]},
@@ -141,6 +147,10 @@ def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: 
     found["on top"] = train(folder, base, files, ranks, "entries", model=on_top)[1]
     found["tied"] = train(folder, capped, files, ranks, "entries", model=TIED)[1]
     likelihood.HEAD_BYTES = 2**28
+    for kind, form in QUANTISED.items():
+        how = {"quantise": form, "dtype": "float32"}
+        module, found[form] = train(folder, base, files, ranks, kind, model=how)
+        found[f"held {form}"] = [type(module.model.get_parameter(f"model.{name}.weight")).__name__ for name in LAYERS]
     found["scores"] = answer(folder, base, files, ranks)
     found["refusals"] = refusals(folder, base, files) if ranks > 1 else []
     found["hashes"] = [open_expert(folder / "library" / kind).content_hash for kind in KINDS]
@@ -149,6 +159,7 @@ def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: 
 
 def break_one(folder: Path, base: Path, files: dict[str, Path]) -> None:
     """Train with an expert that fails in one of two processes."""
+    warnings.simplefilter("ignore")
     kind = Broken if os.environ["LOCAL_RANK"] == "1" else LoRAExpert
     module = runs.module(base, partial(kind, rank=2), shard_base=True)
     runs.trainer(folder, devices=2, strategy="ddp").fit(module, runs.mixture(files, base))

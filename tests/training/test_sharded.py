@@ -2,10 +2,12 @@
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from testbed import runs, sharded_run
 from testbed.forked import ended, run_on_two_ranks, start_ranks
 from testbed.mixture_bases import mixture
@@ -50,6 +52,15 @@ def test_two_processes_train_what_one_trains(found, name: str) -> None:
         torch.testing.assert_close(rank[name], one[name], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("form", sharded_run.QUANTISED.values())
+def test_a_quantised_base_trains_alike_and_shares_what_is_not_quantised(found, form: str) -> None:
+    one, two = found
+    for rank in two:
+        assert rank[f"held {form}"] == [*one[f"held {form}"][:2], "DTensor"]
+        # It computes in float32.
+        torch.testing.assert_close(rank[form], one[form], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["four", "one again"])
 def test_a_run_of_two_processes_goes_on_in_four_and_then_in_one(found, name: str) -> None:
     one, two = found
@@ -57,10 +68,9 @@ def test_a_run_of_two_processes_goes_on_in_four_and_then_in_one(found, name: str
 
 
 def test_an_error_in_one_process_ends_the_other(tmp_path, tiny_llama_dir, task_files, capfd) -> None:
-    assert [ended(rank, 60) for rank in start_ranks(sharded_run.break_one, tmp_path, tiny_llama_dir, task_files)] == [
-        1,
-        1,
-    ]
+    ranks = start_ranks(sharded_run.break_one, tmp_path, tiny_llama_dir, task_files)
+    assert [ended(rank, 60) for rank in ranks] == [1, 1]
+    assert "ValueError: the pass broke" in capfd.readouterr().err
 
 
 def test_each_process_holds_a_part_of_the_base_and_exports_one_expert(found) -> None:
@@ -114,3 +124,12 @@ def test_one_process_is_refused(tmp_path, tiny_llama_dir, task_files) -> None:
     module = runs.module(tiny_llama_dir, SparseExpert, shard_base=True)
     with pytest.raises(ValueError, match="shard_base needs several processes"):
         runs.trainer(tmp_path).fit(module, runs.mixture(task_files, tiny_llama_dir))
+
+
+@pytest.mark.parametrize("kind", [ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_part_what_is_trained_are_refused(kind, tiny_llama_dir) -> None:
+    module = runs.module(tiny_llama_dir, SparseExpert)
+    # Made without what it needs to start: several processes, a GPU, a package.
+    module._trainer = SimpleNamespace(strategy=kind.__new__(kind))
+    with pytest.raises(ValueError, match=rf"{kind.__name__} is not supported: .* take trainer\.strategy=ddp"):
+        module.setup("fit")
