@@ -22,7 +22,8 @@ LAYERS = {
     **dict.fromkeys(["kernels", "experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection", "merger"], 2),
     **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),
-    **dict.fromkeys(["suite", "interop", "hub", "jobs", "quickstart", "reports", "settings", "study", "testing"], 3),
+    **dict.fromkeys(["suite", "interop", "hub", "jobs", "quickstart", "reports", "serving", "settings"], 3),
+    **dict.fromkeys(["study", "testing"], 3),
     "cli": 4,
     "systems": 5,
 }

@@ -73,6 +73,7 @@ VERBS = {
     "harness": Command("evaluate", "harness", "measure a base and experts on benchmarks, by the lm-evaluation-harness"),
     "predict": Command("training", "", "write a model's answers"),
     "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
+    "serve": Command("serve", "serve", "answer requests over HTTP, each with its own expert", ("library",)),
     "import": Command("interop", "import_", "bring an adapter or a fine-tuned checkpoint into a library", ("source",)),
     "statistics": Command(
         "search", "statistics", "measure what some merge methods need of the experts' data", ("experts",)
@@ -104,7 +105,7 @@ VERBS = {
 }
 
 COMPUTING = {"combine", "compress", "evaluate", "fit", "generate", "harness", "merge", "predict", "quickstart"}
-COMPUTING |= {"route", "search", "shrink", "statistics", "study", "test", "validate"}
+COMPUTING |= {"route", "search", "serve", "shrink", "statistics", "study", "test", "validate"}
 """Commands that load a model and compute with it, on the device that `--device` names."""
 DEVICE = {"--device NAME": "Where models compute: cpu, cuda, cuda:1. (default: a GPU if there is one)"}
 

@@ -5,7 +5,7 @@ experts behind it, and what was trained by a plan or by a type that is made of i
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -116,15 +116,26 @@ def by_state(kind: Any, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[
 
 def _routed(model: nn.Module, expert: StoredExpert, check: bool) -> Routed:
     """Put a routed expert into its base with the experts behind it, which lie beside it."""
+    routers, experts, fallback = open_route(expert, partial(moved_sites, model))
+    return routed(model, experts, routers.get(MODEL, routers), fallback=fallback, check=check)
+
+
+def open_route(
+    expert: StoredExpert, sites: Callable[[Sequence[StoredExpert]], Sequence[Site]] = lambda experts: ()
+) -> tuple[dict[str, Router], list[StoredExpert], StoredExpert | None]:
+    """Return the routers of a routed expert, the experts that they choose among, and the fallback.
+
+    A router of scope `sample` has the name `MODEL`. One of scope `linear` there is for each weight of the sites that
+    experts move.
+    """
     router = make_router(expert.record["class_path"], expert.record["hyperparameters"], str(expert.path))
     members, state = open_parents(expert), state_by_place(expert.state())
     count = int(state[MODEL].pop(COUNT))
-    moved = [site.weight for site in moved_sites(model, members[:count])]
-    routers = {place: copy.deepcopy(router) for place in ([MODEL] if router.scope == "sample" else moved)}
+    places = [MODEL] if router.scope == "sample" else [site.weight for site in sites(members[:count])]
+    routers = {place: copy.deepcopy(router) for place in places}
     for place, one in routers.items():
         one.load_state(state.get(place, {}), count)
-    fallback = members[count] if len(members) > count else None
-    return routed(model, members[:count], routers.get(MODEL, routers), fallback=fallback, check=check)
+    return routers, members[:count], members[count] if len(members) > count else None
 
 
 def describe_router(router: Router) -> dict[str, Any]:

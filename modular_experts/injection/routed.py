@@ -155,7 +155,7 @@ def by_weight(
         own = [each.get(site.weight) for each in statistics]
         found[site.weight] = copy.deepcopy(router)
         found[site.weight].learn(
-            [_oriented(site, expert) for expert in experts],
+            [oriented(site, expert) for expert in experts],
             [torch.empty(0) if one is None else one.values for one in own],
         )
     return found
@@ -167,7 +167,7 @@ def moved_sites(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> lis
     return [site for site in find_sites(model) if site.weight in moved]
 
 
-def _oriented(site: Site, expert: Mapping[str, Delta], encoded: bool = False) -> Any:
+def oriented(site: Site, expert: Mapping[str, Delta], encoded: bool = False) -> Any:
     """Return an expert's delta of a layer's weight as `(out, in)`, if it has one, perhaps as it is stored."""
     read: Any = expert.packed if encoded and isinstance(expert, StoredExpert) else expert.__getitem__
     delta = read(site.weight) if site.weight in expert else None
@@ -197,7 +197,7 @@ def _plan(
 
     def make(site: Site, weight: Tensor) -> Mixture:
         router, common = (routers or {}).get(site.weight), None
-        found: list[Any] = [_oriented(site, expert, encoded=router is None) for expert in experts]
+        found: list[Any] = [oriented(site, expert, encoded=router is None) for expert in experts]
         if router is not None:
             found[: router.experts], common = router.held(found[: router.experts])
         bias = f"{site.name}.bias"

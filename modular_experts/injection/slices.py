@@ -7,6 +7,7 @@ linear layer, and an expert of a matrix that no token reaches costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import partial
 from typing import Any
 
@@ -114,6 +115,10 @@ class GatesOfSlice(CurrentGates):
     @property
     def packs(self) -> bool:  # type: ignore[override]
         return self._current.packs
+
+    @property
+    def kept(self) -> Set[int]:  # type: ignore[override]
+        return self._current.kept
 
     @property
     def gates(self) -> Gates | None:  # type: ignore[override]

@@ -217,13 +217,13 @@ def open_expert(path: str | Path) -> StoredExpert:
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
     for left in reversed(range(_READS)):
-        before = _version_of(directory)
+        before = version_of(directory)
         try:
             return _opened(path, directory)
         except (OSError, RuntimeError, ValueError):
             # Another process may replace the expert between the reads of its record and of its files. Between the two
             # renames of a replacement, the directory is missing, and one with a leading dot lies beside its place.
-            is_replaced = _version_of(directory) != before or (
+            is_replaced = version_of(directory) != before or (
                 before is None and any(directory.parent.glob(f".{directory.name}.*"))
             )
             if not is_replaced or not left:
@@ -232,7 +232,7 @@ def open_expert(path: str | Path) -> StoredExpert:
     raise AssertionError
 
 
-def _version_of(directory: Path) -> tuple[int, int] | None:
+def version_of(directory: Path) -> tuple[int, int] | None:
     """Return what tells a directory from one that takes its place."""
     try:
         found = directory.stat()

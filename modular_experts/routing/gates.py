@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -221,6 +221,9 @@ class CurrentGates:
 
     packs: bool = False
     """Whether the router has gates for each place of packed rows."""
+
+    kept: Set[int] = frozenset()
+    """Experts that stay decoded, although the gates of this pass may not name them."""
 
 
 def _all_ids(scores: Tensor) -> Tensor:

@@ -51,11 +51,22 @@ class Mixture(NotMergeable, Expert):
         common: Delta | None = None,
     ) -> None:
         super().__init__()
-        self.like = weight.new_empty(0)
-        self.deltas = [Held(delta, self.like) if _moves(delta) else None for delta in deltas]
-        self.encoded = {number for number, held in enumerate(self.deltas) if held is not None and held.is_encoded}
-        self.biases = [None if bias is None else bias.dense() for bias in biases]
+        self.like, self.encoded = weight.new_empty(0), set[int]()
+        self.deltas: list[Held | None] = []
+        self.biases: dict[int, Tensor] = {}
         self.gates, self.router, self.common = gates, router, common
+        for number, delta in enumerate(deltas):
+            self.put(number, delta, biases[number] if biases else None)
+
+    def put(self, number: int, delta: Delta | EncodedDelta | None, bias: Delta | None = None) -> int:
+        """Hold an expert's deltas under its number, in the place of those before; return their bytes in memory."""
+        self.deltas += [None] * (number + 1 - len(self.deltas))
+        held = self.deltas[number] = Held(delta, self.like) if _moves(delta) else None
+        self.encoded = {one for one, held in enumerate(self.deltas) if held is not None and held.is_encoded}
+        self.biases.pop(number, None)
+        if bias is not None:
+            self.biases[number] = bias.dense().to(self.like.device)
+        return (0 if held is None else held.nbytes) + (0 if bias is None else self.biases[number].nbytes)
 
     @property
     def moves_tokens_alone(self) -> bool:
@@ -78,13 +89,12 @@ class Mixture(NotMergeable, Expert):
         inputs = x.to(out.dtype).reshape(len(gates.ids), -1, x.shape[-1]).contiguous()
         added = out.view(len(gates.ids), -1, out.shape[-1])
         # Encoded deltas that these gates do not name take the room of a few bits again.
-        for number in self.encoded.difference(segment.expert for segment in gates.segments):
+        for number in self.encoded.difference(self.gates.kept, (segment.expert for segment in gates.segments)):
             if (held := self.deltas[number]) is not None:
                 held.let_go()
         add_products(added, inputs, self.deltas, gates.segments)
         for expert, places, weights in gates.segments if self.biases else ():
-            moved = self.biases[expert]
-            if moved is not None:
+            if (moved := self.biases.get(expert)) is not None:
                 change = moved.to(out.dtype).expand(len(inputs) if places is None else len(places), *added.shape[1:])
                 add_change(added, change, places, weights)
         return added.view_as(out)
@@ -93,7 +103,7 @@ class Mixture(NotMergeable, Expert):
         super()._apply(fn, recurse)
         self.like = fn(self.like)
         self.deltas = [None if delta is None else delta.to(self.like) for delta in self.deltas]
-        self.biases = [None if bias is None else bias.to(self.like.device) for bias in self.biases]
+        self.biases = {number: bias.to(self.like.device) for number, bias in self.biases.items()}
         self.common = None if self.common is None else self.common.to(self.like.device)
         return self
 

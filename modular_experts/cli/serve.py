@@ -1,0 +1,96 @@
+"""Run `modular-experts serve`, which answers requests with the experts of a library."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from modular_experts.base import Base, DType
+from modular_experts.base.device import device
+from modular_experts.base.quantised import Quantise
+from modular_experts.library import Library
+from modular_experts.settings import UsageError
+from modular_experts.text import bytes_of
+
+KEY = "MODULAR_EXPERTS_API_KEY"
+
+
+def serve(
+    library: str,
+    base: str | None = None,
+    auto: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    rows: int = 32,
+    cache_tokens: int = 16384,
+    expert_bytes: str = "2GB",
+    most_requests: int = 256,
+    seconds: float = 600.0,
+    dtype: DType = "float32",
+    quantise: Quantise | None = None,
+    log_prompts: bool = False,
+) -> None:
+    """Answer requests over HTTP with the experts of a library, in OpenAI's protocol.
+
+    The `model` of a request names an expert, a merge, a sum such as a+0.5*b, a route, base, or auto, for which the
+    library's route reads the prompt and finds the expert. Experts that join the library are served without a restart.
+    At / there is a page on which to ask. With a key in MODULAR_EXPERTS_API_KEY, requests must send it.
+
+    Args:
+        library: Directory of the experts.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        auto: The route that auto means; by default the only one of the library.
+        host: Address to listen at; 0.0.0.0 lets other machines ask.
+        port: Port to listen at; 0 takes a free one.
+        rows: The most answers that are written at the same time; others wait.
+        cache_tokens: The most tokens of prompts and answers that are in work together.
+        expert_bytes: The most bytes of experts in memory; those that nobody asked for lately leave.
+        most_requests: The most requests that are answered or wait; more are refused.
+        seconds: The most time of an answer, with waiting.
+        dtype: Data type of the base.
+        quantise: Form in which the base is quantised, such as nf4.
+        log_prompts: Write prompts and answers to the log.
+
+    Examples:
+        modular-experts serve library
+        modular-experts serve library --auto route --port 9000
+    """
+    try:
+        import uvicorn
+
+        from modular_experts.serving.answers import Answerer
+        from modular_experts.serving.app import Limits, make_app
+        from modular_experts.serving.engine import Engine
+        from modular_experts.serving.models import Models
+    except ImportError as error:
+        raise UsageError(f"serve needs {error.name}: pip install 'modular-experts[serve]'") from None
+    if not 0 <= port < 2**16:
+        raise UsageError(f"--port {port} is outside 0 to 65535; 0 takes a free one")
+    if min(rows, cache_tokens, most_requests, seconds) < 1:
+        raise UsageError("--rows, --cache_tokens, --most_requests and --seconds must be at least 1")
+    experts = Library(library)
+    first = [experts[name] for name in list(experts)[:1]]
+    if not (first or base):
+        raise UsageError(f"{library} has no experts; give --base to begin without, or fit one: --out {library}/NAME")
+    # No model is loaded for an address that is taken.
+    with _bound(host, port) as listening:
+        opened = Base.open(base, [] if base else first, quantise=quantise)
+        models = Models(library, opened.fingerprint, opened.place, auto)
+        model: Any = opened.load(dtype)
+        engine = Engine(model.to(device()), rows, cache_tokens, bytes_of(expert_bytes))
+        limits = Limits(most_requests, seconds, api_key=os.environ.get(KEY) or None, log_prompts=log_prompts)
+        tokenizer: Any = opened.tokenizer()
+        app = make_app(Answerer(models, engine, tokenizer), limits)
+        count = len(models.listed()) - 1
+        print(f"{opened.place} with {count} models of {Path(library)}; auto is {models.auto or 'not there'}")
+        print(f"answers at http://{host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it", flush=True)
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=int(seconds), server_header=False)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket at an address, before a model is loaded for it."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UsageError(f"nothing can listen at {host}:{port} ({error}); choose another --port or --host") from None

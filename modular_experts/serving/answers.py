@@ -1,0 +1,152 @@
+"""Turn requests into answers: tokenise the prompt, choose who answers, and decode the tokens as they come."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
+
+from modular_experts.data.chat import ConversationTokenizer
+from modular_experts.injection import context_length
+from modular_experts.library import StoredExpert, training_in_common
+from modular_experts.serving.engine import Engine, Sampling, Token
+from modular_experts.serving.models import Choice, Models
+
+MOST_TOKENS = 256
+"""The most tokens of an answer to a request that does not say."""
+Finish = Literal["stop", "length"]
+
+
+class Piece(NamedTuple):
+    """A part of an answer: its text, its tokens, and at the end why it ends."""
+
+    text: str
+    tokens: Sequence[Token] = ()
+    finish: Finish | None = None
+
+
+@dataclass
+class Answer:
+    """An answer that is about to be written.
+
+    Attributes:
+        choice: Who answers.
+        prompt_tokens: How many tokens the model reads.
+        pieces: Yields the parts; close it to end the answer.
+        tokens: How many tokens have been written.
+    """
+
+    choice: Choice
+    prompt_tokens: int
+    pieces: AsyncIterator[Piece]
+    tokens: int = 0
+
+
+@dataclass
+class Answerer:
+    """Answers prompts with the models of a library.
+
+    Args:
+        models: The models.
+        engine: The base that computes.
+        tokenizer: The base's.
+    """
+
+    models: Models
+    engine: Engine
+    tokenizer: PreTrainedTokenizerFast
+    _ends: dict[bool, list[int]] = field(default_factory=dict)
+
+    async def answer(
+        self,
+        model: str,
+        prompt: str | list[int] | list[dict[str, str]],
+        most: int | None,
+        stops: Sequence[str],
+        sampling: Sampling,
+    ) -> Answer:
+        """Return the answer to a prompt, or to the messages of a conversation.
+
+        Messages go through the chat template if the experts were trained with it, or for the base alone if it has one.
+        Without it, their texts follow each other, a line each.
+
+        Raises:
+            UnknownModelError: There is no such model.
+            ValueError: The model cannot be served, or the prompt is empty or too long.
+        """
+        found = await asyncio.to_thread(self.models.find, model)
+        chat = isinstance(prompt, list) and isinstance(prompt[0], dict) and self._reads_chat(found.members)
+        ids = await asyncio.to_thread(self._encoded, prompt, chat)
+        room = self._room(len(ids), most)
+        await asyncio.to_thread(self.engine.check, found.members, len(ids), room)
+        choice = await asyncio.to_thread(found.choose, self.engine.reader, ids)
+        tokens = self.engine.answer(ids, choice.experts, self._stops(chat), room, sampling)
+        answer = Answer(choice, len(ids), iter(()))  # type: ignore[arg-type]
+        answer.pieces = self._pieces(answer, tokens, stops, self._stops(chat), isinstance(prompt, list))
+        return answer
+
+    def _reads_chat(self, members: Sequence[StoredExpert]) -> bool:
+        has_template = self.tokenizer.chat_template is not None
+        return has_template and bool(not members or training_in_common(members).get("chat_template"))
+
+    def _encoded(self, prompt: Any, chat: bool) -> list[int]:
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            if not all(0 <= token < len(self.tokenizer) for token in prompt):
+                raise ValueError(f"the prompt has tokens outside of the vocabulary of {len(self.tokenizer)}")
+            return prompt
+        if chat:
+            try:
+                text: Any = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            except jinja2.TemplateError as error:
+                raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        else:
+            text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        if not text.strip():
+            raise ValueError("the prompt is empty; give the text to answer")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _room(self, prompt: int, most: int | None) -> int:
+        """Return how many tokens the answer may have."""
+        context = context_length(self.engine.reader) or self.engine.cache_tokens
+        room = context - prompt
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {prompt} tokens, and the base's context has room for {context}; shorten the prompt"
+            )
+        return min(most or min(MOST_TOKENS, max(self.engine.cache_tokens - prompt, 1)), room)
+
+    def _stops(self, chat: bool) -> list[int]:
+        if chat not in self._ends:
+            ends = [self.tokenizer.eos_token_id]
+            ends += [ConversationTokenizer(self.tokenizer, max_length=0).end] if chat else []
+            self._ends[chat] = [end for end in dict.fromkeys(ends) if end is not None] or [-1]
+        return self._ends[chat]
+
+    async def _pieces(
+        self, answer: Answer, tokens: AsyncIterator[Token], stops: Sequence[str], ends: Sequence[int], strip: bool
+    ) -> AsyncIterator[Piece]:
+        """Yield the parts of an answer; a stop text ends it, and is left out."""
+        decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
+        text, held, finish = "", list[Token](), "length"
+        kept_back = max(map(len, stops), default=1) - 1
+        async with aclosing(tokens) as each:  # type: ignore[type-var]
+            async for token in each:
+                answer.tokens += 1
+                if token.id in ends:
+                    finish = "stop"
+                    break
+                held.append(token)
+                text += decoder.step(backend, token.id) or ""
+                text = text.lstrip() if strip else text
+                strip = strip and not text
+                if found := [place for stop in stops if (place := text.find(stop)) >= 0]:
+                    text, finish = text[: min(found)], "stop"
+                    break
+                if len(text) > kept_back:
+                    yield Piece(text[: len(text) - kept_back], held)
+                    text, held = text[len(text) - kept_back :], []
+        yield Piece(text, held, finish)  # type: ignore[arg-type]

@@ -1,0 +1,349 @@
+"""Serve a library over HTTP in OpenAI's protocol, with FastAPI."""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modular_experts.serving.answers import Answer, Answerer, Piece
+from modular_experts.serving.engine import EngineError, Token
+from modular_experts.serving.metrics import Metrics
+from modular_experts.serving.models import AUTO, UnknownModelError
+from modular_experts.serving.requests import ChatRequest, CompletionRequest, sentence
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes.
+
+    Args:
+        requests: The most requests that are answered or wait; more are refused (429).
+        seconds: The most time of an answer, with waiting.
+        body: The most bytes of a request.
+        api_key: What requests must send as `Authorization: Bearer KEY`, or None.
+        log_prompts: Whether the log holds prompts and answers.
+    """
+
+    requests: int = 256
+    seconds: float = 600.0
+    body: int = 2**20
+    api_key: str | None = None
+    log_prompts: bool = False
+
+
+def make_app(answerer: Answerer, limits: Limits = Limits()) -> FastAPI:
+    """Return the application, which starts the engine and stops it."""
+
+    @asynccontextmanager
+    async def running(app: FastAPI) -> AsyncIterator[None]:
+        answerer.engine.start()
+        yield
+        await asyncio.to_thread(answerer.engine.stop)
+
+    app = FastAPI(title="modular-experts", lifespan=running)
+    server = _Server(answerer, limits)
+    app.add_middleware(_Guard, limits=limits)
+    app.add_exception_handler(RequestValidationError, _refuse_fields)
+    app.add_exception_handler(StarletteHTTPException, _refuse)
+    app.add_api_route("/v1/models", server.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name}", server.model, methods=["GET"])
+    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/completions", server.complete, methods=["POST"], response_model=None)
+    app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/metrics", server.metrics, methods=["GET"])
+    app.add_api_route("/", page, methods=["GET"], include_in_schema=False)
+    return app
+
+
+def page() -> HTMLResponse:
+    """A page on which to ask."""
+    return HTMLResponse(resources.files("modular_experts.serving").joinpath("page.html").read_text(encoding="utf-8"))
+
+
+class _Server:
+    """The endpoints."""
+
+    def __init__(self, answerer: Answerer, limits: Limits) -> None:
+        self.answerer, self.limits, self.busy, self.measured = answerer, limits, 0, Metrics(answerer.engine)
+
+    def models(self) -> dict[str, Any]:
+        """The models that a request may name, beside sums such as `a+0.5*b`."""
+        found = [_listed(one.name, one.kind, one.created) for one in self.answerer.models.listed()]
+        auto = self.answerer.models.auto
+        return {"object": "list", "data": [*[_listed(AUTO, "route", 0)] * (auto is not None), *found]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One of the models."""
+        for one in self.models()["data"]:
+            if one["id"] == name:
+                return one
+        raise _error(404, f"there is no model {name[:200]!r}", "model")
+
+    def health(self) -> dict[str, str]:
+        """Whether the server answers."""
+        return {"status": "ok"}
+
+    def metrics(self) -> Response:
+        """Counts of requests, tokens and time, as Prometheus reads them."""
+        return Response(self.measured.text(), media_type="text/plain; version=0.0.4")
+
+    async def chat(self, request: Request, body: ChatRequest) -> Response:
+        """Go on with a conversation."""
+        return await self._answer(request, body, _Chat(body.model, body.told))
+
+    async def complete(self, request: Request, body: CompletionRequest) -> Response:
+        """Go on with a text."""
+        if isinstance(body.prompt, list) and isinstance(body.prompt[0], str):
+            body.prompt = body.prompt[0]
+        return await self._answer(request, body, _Completion(body.model, body.told))
+
+    async def _answer(self, request: Request, body: Any, form: "_Form") -> Response:
+        if self.busy >= self.limits.requests:
+            raise _error(429, f"{self.busy} requests are being answered; try again later", headers={"Retry-After": "1"})
+        self.busy += 1
+        try:
+            return await self._begun(request, body, form)
+        finally:
+            self.busy -= 1
+
+    async def _begun(self, request: Request, body: Any, form: "_Form") -> Response:
+        started = time.monotonic()
+        deadline = asyncio.get_running_loop().time() + self.limits.seconds
+        try:
+            sampling = body.sampling(body.told)
+            answer = await self.answerer.answer(body.model, body.prompt, body.most_tokens, body.stops, sampling)
+        except UnknownModelError as error:
+            raise _error(404, str(error), "model") from None
+        except (ValueError, FileNotFoundError) as error:
+            raise _error(400, str(error)) from None
+        form.answered_by(answer, self.answerer.tokenizer.decode)
+        if self.limits.log_prompts:
+            log.info("%s asks %s: %s", form.id, answer.choice.name, body.prompt)
+        pieces = self._measured(answer, started, deadline)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return StreamingResponse(
+                self._streamed(pieces, answer, form, usage), media_type="text/event-stream", headers=form.headers
+            )
+        whole = await _unless_gone(request, _joined(pieces))
+        if self.limits.log_prompts:
+            log.info("%s is answered: %s", form.id, whole.text)
+        return JSONResponse(form.whole(whole) | {"usage": _usage(answer)}, headers=form.headers)
+
+    async def _measured(self, answer: Answer, started: float, deadline: float) -> AsyncIterator[Piece]:
+        """Yield the pieces of an answer until the deadline, and count them."""
+        first, finished = True, False
+        try:
+            async with asyncio.timeout_at(deadline), aclosing(answer.pieces) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    if first:
+                        self.measured.first_token.observe(time.monotonic() - started)
+                    first, finished = False, piece.finish is not None
+                    yield piece
+        except TimeoutError:
+            raise _error(504, f"the answer took more than {self.limits.seconds:g} seconds") from None
+        except EngineError as error:
+            log.error("The model failed: %s", error)
+            raise _error(500, "the model failed; the log of the server says why") from None
+        finally:
+            self.measured.count(answer, time.monotonic() - started, finished)
+
+    async def _streamed(
+        self, pieces: AsyncIterator[Piece], answer: Answer, form: "_Form", usage: bool
+    ) -> AsyncIterator[str]:
+        self.busy += 1
+        try:
+            async with aclosing(pieces):  # type: ignore[type-var]
+                if (start := form.start()) is not None:
+                    yield _event(start)
+                async for piece in pieces:
+                    yield _event(form.part(piece))
+                if usage:
+                    yield _event(form.head() | {"choices": [], "usage": _usage(answer)})
+                yield "data: [DONE]\n\n"
+        except HTTPException as error:
+            yield _event(error.detail)
+        finally:
+            self.busy -= 1
+
+
+class _Form:
+    """The form of answers, which says in its field `expert` and its headers who answered."""
+
+    object, chunk, prefix = "", "", ""
+
+    def __init__(self, model: str, told: int | None) -> None:
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self.model, self.told = model, told
+
+    def answered_by(self, answer: Answer, decode: Callable[[list[int]], Any]) -> None:
+        self.choice, self._decode = answer.choice, decode
+
+    @property
+    def headers(self) -> dict[str, str]:
+        found = {"X-Expert": self.choice.name}
+        if self.choice.confidence is not None:
+            found["X-Expert-Confidence"] = f"{self.choice.confidence:.4f}"
+        return found
+
+    def head(self, chunk: bool = True) -> dict[str, Any]:
+        """Return the fields of an answer, or of a part, that do not depend on its text."""
+        return {
+            "id": self.id,
+            "object": self.chunk if chunk else self.object,
+            "created": self.created,
+            "model": self.model,
+            "expert": self.choice.name,
+            "confidence": self.choice.confidence,
+        }
+
+    def start(self) -> dict[str, Any] | None:
+        return None
+
+    def part(self, piece: Piece) -> dict[str, Any]:
+        return self.head() | {"choices": [self.choice_of(piece, True)]}
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        return self.head(False) | {"choices": [self.choice_of(piece, False)]}
+
+    def choice_of(self, piece: Piece, part: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def text_of(self, token: int) -> str:
+        return str(self._decode([token]))
+
+
+class _Chat(_Form):
+    object, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def start(self) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return self.head() | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+
+    def choice_of(self, piece: Piece, part: bool) -> dict[str, Any]:
+        message = {"content": piece.text} | ({} if part else {"role": "assistant", "refusal": None})
+        told = {"content": [self._told(one) for one in piece.tokens]} if self.told is not None else None
+        key = "delta" if part else "message"
+        return {"index": 0, key: message, "finish_reason": piece.finish, "logprobs": told}
+
+    def _told(self, token: Token) -> dict[str, Any]:
+        def one(number: int, logprob: float | None) -> dict[str, Any]:
+            text = self.text_of(number)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        return one(token.id, token.logprob) | {"top_logprobs": [one(*likely) for likely in token.likeliest]}
+
+
+class _Completion(_Form):
+    object, chunk, prefix = "text_completion", "text_completion", "cmpl"
+
+    def choice_of(self, piece: Piece, part: bool) -> dict[str, Any]:
+        told = None
+        if self.told is not None:
+            told = {
+                "tokens": [self.text_of(one.id) for one in piece.tokens],
+                "token_logprobs": [one.logprob for one in piece.tokens],
+                "top_logprobs": [{self.text_of(one): p for one, p in token.likeliest} for token in piece.tokens],
+            }
+        return {"index": 0, "text": piece.text, "finish_reason": piece.finish, "logprobs": told}
+
+
+class _Guard:
+    """Refuses requests that are too large or do not know the key, before anything reads them."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        key, headers = self.limits.api_key, dict(scope["headers"])
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
+        if key is not None and scope["path"] not in ("/", "/health") and not hmac.compare_digest(given, key.encode()):
+            return await _body(401, "give the server's key as Authorization: Bearer KEY")(scope, receive, send)
+        body, more = b"", scope["method"] == "POST"
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > self.limits.body:
+                refusal = f"the request has more than {self.limits.body} bytes; shorten it"
+                return await _body(413, refusal)(scope, receive, send)
+        first: list[Message] = [{"type": "http.request", "body": body}] if scope["method"] == "POST" else []
+
+        async def again() -> Message:
+            return first.pop() if first else await receive()
+
+        return await self.app(scope, again, send)
+
+
+async def _joined(pieces: AsyncIterator[Piece]) -> Piece:
+    async with aclosing(pieces) as each:  # type: ignore[type-var]
+        found = [piece async for piece in each]
+    return Piece("".join(one.text for one in found), [t for one in found for t in one.tokens], found[-1].finish)
+
+
+async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """Wait for some work, and end it if the client leaves."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=0.5)
+            if not task.done() and await request.is_disconnected():
+                raise _error(499, "the client left")
+        return task.result()
+    finally:
+        task.cancel()
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    total = answer.prompt_tokens + answer.tokens
+    return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "total_tokens": total}
+
+
+def _listed(name: str, kind: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "modular-experts", "kind": kind}
+
+
+def _event(content: Any) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _detail(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    code = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}.get(status)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _error(status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> HTTPException:
+    return HTTPException(status, _detail(status, message, param), headers)
+
+
+def _body(status: int, message: str) -> JSONResponse:
+    return JSONResponse(_detail(status, message), status)
+
+
+def _refuse(request: Request, error: Any) -> JSONResponse:
+    detail = error.detail if isinstance(error.detail, dict) else _detail(error.status_code, str(error.detail))
+    return JSONResponse(detail, error.status_code, error.headers)
+
+
+def _refuse_fields(request: Request, error: Any) -> JSONResponse:
+    message, field = sentence(error.errors())
+    return JSONResponse(_detail(400, message, field), 400)

@@ -1,0 +1,275 @@
+"""Answer many prompts at once, each with its own experts.
+
+The rows are batched continuously by transformers: a row joins when there is room and leaves with its last token. Hooks
+of the model give each row of a pass its experts before the pass, and choose its next token behind it.
+"""
+
+import asyncio
+import copy
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from modular_experts.library import StoredExpert
+from modular_experts.routing.gates import Gates
+from modular_experts.serving.experts import HeldExperts, NoRoomError
+from modular_experts.serving.models import Weighted
+
+PAGE = 32
+"""Tokens of a page of the cache."""
+BATCH_TOKENS = 1024
+"""The most tokens of a pass: longer prompts are read in parts, so that other rows need not wait for the whole."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0 takes the likeliest token; above 0, tokens are sampled, more freely the higher it is.
+        top_p: Sampled are the likeliest tokens alone whose probabilities add up to this share.
+        seed: Seed of the samples: the same prompt and seed give the same answer, whatever else the batch holds.
+        logprobs: How many of the likeliest tokens the answer tells, with the logarithms of their probabilities, beside
+            the one that was chosen; None tells none.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    logprobs: int | None = None
+
+
+class Token(NamedTuple):
+    """A token of an answer; with `logprobs`, its logarithmic probability and those of the likeliest tokens."""
+
+    id: int
+    logprob: float | None = None
+    likeliest: Sequence[tuple[int, float]] = ()
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request that the model answers: its experts' slots with weights, and what its hooks told of its tokens."""
+
+    slots: list[tuple[int, float]]
+    sampling: Sampling
+    told: list[Token] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+
+class EngineError(RuntimeError):
+    """The model failed; the request may be sent again."""
+
+
+class Engine:
+    """A model that answers requests, from `start` to `stop`.
+
+    Args:
+        model: The base, on its device, with nothing injected.
+        rows: The most rows of a pass.
+        cache_tokens: For how many tokens of all rows together keys and values are kept.
+        expert_bytes: The most bytes of experts in memory.
+
+    Attributes:
+        reader: The base alone, which reads prompts for routers; it shares its tensors with the model.
+    """
+
+    def __init__(self, model: Any, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30) -> None:
+        self.model, self.rows, self.cache_tokens = model.eval(), rows, cache_tokens
+        self.reader = _twin(model)
+        self.experts = HeldExperts(model, expert_bytes, self._pause)
+        self._manager: Any = None
+        self._answering: dict[str, _Row] = {}
+        self._numbers = itertools.count()
+        self._batch: tuple[list[tuple[str, int]], Gates | None] = [], None
+        self._hooks: list[Any] = []
+
+    def start(self) -> None:
+        """Begin to answer; a second call does nothing."""
+        if self._manager is not None and self._manager.is_running():
+            return
+        if not self._hooks:
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._give_experts, with_kwargs=True),
+                self.model.register_forward_hook(self._choose_tokens, with_kwargs=True),
+            ]
+        settings = ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=-(-self.cache_tokens // PAGE),
+            max_batch_tokens=BATCH_TOKENS,
+            max_requests_per_batch=self.rows,
+            # Rows of other experts have other keys and values for the same tokens.
+            allow_block_sharing=False,
+            # A row's experts are chosen in Python, between passes.
+            use_async_batching=False,
+            use_cuda_graph=False,
+        )
+        greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
+        with torch.inference_mode():
+            self._manager = self.model.init_continuous_batching(greedy, settings)
+            self._manager.start()
+
+    def stop(self) -> None:
+        """End, with the answers that are not finished, and make the model what it was."""
+        if self._manager is not None:
+            self._manager.stop(block=True, hard_stop=True)
+            self._manager = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.experts.remove()
+
+    @property
+    def answering(self) -> int:
+        """How many requests are being answered, or wait for their turn."""
+        return len(self._answering)
+
+    def check(self, experts: Sequence[StoredExpert], prompt: int, most: int) -> None:
+        """Raise ValueError for experts that cannot be served, or an answer that the cache has no room for."""
+        for expert in experts:
+            self.experts.check(expert)
+        if prompt + most > self.cache_tokens:
+            raise ValueError(
+                f"the prompt of {prompt} tokens and an answer of up to {most} need more than the {self.cache_tokens} "
+                "tokens that the server keeps; shorten them, or start it with more --cache_tokens"
+            )
+
+    async def answer(
+        self, ids: Sequence[int], experts: Weighted, stops: Sequence[int], most: int, sampling: Sampling
+    ) -> AsyncIterator[Token]:
+        """Yield the tokens of an answer as they come, with the one of `stops` that ends it; at most `most`.
+
+        Whoever leaves the iterator ends the answer: close it (`aclose`).
+
+        Raises:
+            EngineError: (while it is read) The model failed.
+            ValueError: An expert cannot be served.
+        """
+        slots = await self._taken([expert for expert, _ in experts])
+        key, tokens = f"{next(self._numbers)}", asyncio.Queue[Any]()
+        row = _Row([(slot, weight) for slot, (_, weight) in zip(slots, experts, strict=True)], sampling)
+        if sampling.temperature > 0:
+            row.generator = torch.Generator().manual_seed(sampling.seed)
+        self._answering[key], finished = row, False
+        try:
+            manager, count = await self._asked(key, tokens, list(ids), most, list(stops)), 0
+            while not finished:
+                found = await _next(tokens, manager)
+                finished = found.is_finished()
+                if found.error is not None:
+                    raise EngineError(found.error)
+                for token in found.generated_tokens[count:]:
+                    yield row.told[count] if sampling.logprobs is not None else Token(token)
+                    count += 1
+        finally:
+            if not finished and self._manager is not None:
+                self._manager.cancel_request(key)
+            del self._answering[key]
+            self.experts.give_back(slots)
+
+    async def _asked(self, key: str, tokens: "asyncio.Queue[Any]", ids: list[int], most: int, stops: list[int]) -> Any:
+        """Hand a request to the manager of the batch, and return it; one that failed is replaced."""
+        while True:
+            self.start()
+            manager = self._manager
+            manager.register_result_handler(key, tokens.put_nowait)
+            if manager.add_request(ids, key, most, streaming=True, eos_token_id=stops) is not None:
+                return manager
+            # It takes no more requests, and ends.
+            await asyncio.sleep(0.05)
+
+    async def _taken(self, experts: Sequence[StoredExpert]) -> list[int]:
+        """Take experts, as soon as those that answer now leave room for them."""
+        while True:
+            try:
+                return await asyncio.to_thread(self.experts.take, experts)
+            except NoRoomError:
+                await asyncio.sleep(0.05)
+
+    def _pause(self) -> AbstractContextManager[Any]:
+        running = self._manager is not None and self._manager.is_running()
+        return self._manager.pause() if running else nullcontext()
+
+    def _rows_of_pass(self) -> Iterator[tuple[Any, _Row | None]]:
+        for one in self._manager.batch_processor.inputs_and_outputs.requests_in_batch:
+            # A request that was cancelled may be in one more pass.
+            yield one, self._answering.get(one.state.request_id)
+
+    def _give_experts(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Before a pass, name the experts of each of its tokens `(1, tokens)`, which lie row by row."""
+        rows = list(self._rows_of_pass())
+        batch = [(one.state.request_id, one.query_length) for one, _ in rows]
+        if self._batch[0] != batch:
+            self._batch = (
+                batch,
+                _gates([(one.query_length, row.slots if row else []) for one, row in rows], model.device),
+            )
+        self.experts.gates.gates = self._batch[1]
+
+    def _choose_tokens(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        """Behind a pass, make the chosen token of each row the likeliest one, which transformers takes."""
+        choosing = [row for one, row in self._rows_of_pass() if one.has_new_token]
+        if all(row is None or (row.generator is None and row.sampling.logprobs is None) for row in choosing):
+            return
+        logits = output.logits[0]
+        places = range(len(choosing)) if "logits_to_keep" in named else named["logits_indices"].tolist()
+        for place, row in zip(places, choosing, strict=False):
+            if row is not None:
+                token = choose(logits[place], row.sampling, row.generator)
+                row.told.append(token)
+                logits[place, token.id] = torch.inf
+
+
+async def _next(tokens: "asyncio.Queue[Any]", manager: Any) -> Any:
+    while True:
+        try:
+            async with asyncio.timeout(2):
+                return await tokens.get()
+        except TimeoutError:
+            # A request that came while the manager failed is answered by nobody.
+            if not manager.is_running():
+                raise EngineError("the model has stopped") from None
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Token:
+    """Return the next token for the logits of the vocabulary `(size,)`; without a generator the likeliest one."""
+    logits = logits.float()
+    if generator is None:
+        chosen = int(logits.argmax())
+    else:
+        shares = (logits / sampling.temperature).softmax(0)
+        ordered, order = shares.sort(descending=True, stable=True)
+        # The likeliest token stays, and each one before which less than `top_p` lies.
+        shares[order[1:][ordered.cumsum(0)[:-1] >= sampling.top_p]] = 0
+        # The first of several exponential clocks rings with a probability that is in proportion to its rate.
+        clocks = torch.empty(len(shares)).exponential_(generator=generator).to(shares.device)
+        chosen = int((shares / clocks).argmax())
+    if sampling.logprobs is None:
+        return Token(chosen)
+    logprobs = logits.log_softmax(0)
+    most = logprobs.topk(min(sampling.logprobs, len(logprobs)))
+    return Token(chosen, float(logprobs[chosen]), list(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
+
+
+def _gates(rows: Sequence[tuple[int, Sequence[tuple[int, float]]]], device: torch.device) -> Gates | None:
+    """Return the gates of rows, each with the number of its tokens and its experts; None if all take the base alone."""
+    width = max((len(slots) for _, slots in rows), default=0)
+    if width == 0:
+        return None
+    padded = [[*slots, *[(0, 0.0)] * (width - len(slots))] for _, slots in rows]
+    counts = torch.tensor([count for count, _ in rows])
+    ids = torch.tensor([[slot for slot, _ in slots] for slots in padded]).repeat_interleave(counts, 0)
+    weights = torch.tensor([[weight for _, weight in slots] for slots in padded]).repeat_interleave(counts, 0)
+    return Gates(ids.to(device), weights.to(device))
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that has the same tensors and modules of its own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -1,0 +1,131 @@
+"""Define the requests of OpenAI's protocol that the server takes, and refuse what it would otherwise ignore."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from modular_experts.serving.engine import Sampling
+
+Neutral = Annotated[float, Field(ge=0, le=0)]
+"""A setting that the server lacks, and takes where it changes nothing."""
+SEEDS = 2**63
+
+
+class StreamOptions(BaseModel):
+    """What a streamed answer tells at its end."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Settings(BaseModel):
+    """What both kinds of requests have in common; the answer is the likeliest one if no temperature is given."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model: str = Field(min_length=1, max_length=4096)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=-SEEDS, lt=SEEDS)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] = 1
+    presence_penalty: Neutral = 0.0
+    frequency_penalty: Neutral = 0.0
+    # These say nothing about the answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts before which the answer ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @model_validator(mode="after")
+    def _check_stops(self) -> "Settings":
+        if len(self.stops) > 16 or not all(0 < len(text) <= 256 for text in self.stops):
+            raise ValueError("stop takes up to 16 texts of 1 to 256 characters")
+        return self
+
+    def sampling(self, logprobs: int | None) -> Sampling:
+        """Return how tokens are chosen."""
+        return Sampling(self.temperature, self.top_p, self.seed % SEEDS, logprobs)
+
+
+class Text(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Text]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return role and content as chat templates take them."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Settings):
+    """A conversation to go on with."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1024)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        return [message.plain() for message in self.messages]
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def told(self) -> int | None:
+        """How many of the likeliest tokens the answer tells."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Settings):
+    """A text to go on with: characters, or the ids of tokens."""
+
+    prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def told(self) -> int | None:
+        """How many of the likeliest tokens the answer tells."""
+        return self.logprobs
+
+
+def sentence(errors: list[Any]) -> tuple[str, str | None]:
+    """Return what is wrong with a request in one sentence, and the name of its field."""
+    error = errors[0]
+    place = ".".join(str(part) for part in error["loc"] if part != "body")[:200]
+    field = place.split(".")[0] or None
+    if error["type"] == "extra_forbidden":
+        return f"this server does not know {place}; leave it out", field
+    if error["type"] == "json_invalid":
+        return "the request is no JSON", None
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message[:1].lower()}{message[1:]}" if place else message, field

@@ -1,0 +1,310 @@
+"""Requests of OpenAI's client and of everybody else, against the application in this process."""
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from testbed import runs, served
+
+from modular_experts.routing import Centroid
+from modular_experts.serving import answers
+from modular_experts.serving.answers import Answerer
+from modular_experts.serving.app import Limits, make_app
+from modular_experts.serving.engine import EngineError
+from modular_experts.training.route import route
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def library(tiny_llama_dir: Path, task_files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = served.make_library(tiny_llama_dir, tmp_path_factory.mktemp("served") / "library")
+    for seed, name in enumerate(("upper", "reverse")):
+        served.write(tiny_llama_dir, place / name, "lora", 10 + seed)
+    data = runs.mixture({one: task_files[one] for one in ("upper", "reverse")}, tiny_llama_dir)
+    route([place / "upper", place / "reverse"], place / "route", Centroid(reject=None), data=data)
+    return place
+
+
+@pytest.fixture
+def serve(library, tiny_llama_dir):
+    """Run some asynchronous work with a client of the application; `settings` are its limits."""
+
+    def run(work, **settings):
+        engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+        answerer = Answerer(models, engine, tokenizer)
+        app = make_app(answerer, Limits(**settings))
+
+        async def all_of_it():
+            async with app.router.lifespan_context(app):
+                transport = httpx.ASGITransport(app)
+                async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+                    return await work(client, answerer)
+
+        return asyncio.run(all_of_it())
+
+    return run
+
+
+def openai_client(client: httpx.AsyncClient, key: str = "none") -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key=key, http_client=client, max_retries=0)
+
+
+def test_the_client_of_openai_gets_what_generate_gives(serve, library, tiny_llama_dir) -> None:
+    prompt = "reverse dot:"
+
+    async def work(client, answerer):
+        ask = openai_client(client)
+        listed = [one.id async for one in ask.models.list()]
+        one = await ask.models.retrieve("lora")
+        whole = await ask.completions.create(model="lora", prompt=prompt, max_tokens=12, logprobs=2)
+        by_ids = await ask.completions.create(
+            model="lora", prompt=answerer.tokenizer(prompt)["input_ids"], max_tokens=12
+        )
+        messages = [{"role": "user", "content": prompt}]
+        chosen = await ask.chat.completions.with_raw_response.create(model="auto", messages=messages, max_tokens=12)
+        stream = await ask.chat.completions.create(
+            model="auto",
+            messages=messages,
+            max_completion_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        told = await ask.chat.completions.create(
+            model="lora", messages=messages, max_tokens=12, logprobs=True, top_logprobs=2
+        )
+        return listed, one, whole, by_ids, chosen, [part async for part in stream], told
+
+    listed, one, whole, by_ids, chosen, parts, told = serve(work)
+    assert listed == ["auto", "base", *sorted([*served.FORMS, "upper", "reverse", "route"])]
+    assert one.id == "lora"
+    expected = served.generated(tiny_llama_dir, library, prompt, "lora")
+    assert whole.choices[0].text.strip() == by_ids.choices[0].text.strip() == expected
+    assert whole.usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": 12,
+        "total_tokens": len(prompt) + 12,
+    }
+    assert whole.choices[0].finish_reason == "length"
+    logprobs = whole.choices[0].logprobs
+    assert "".join(logprobs.tokens) == whole.choices[0].text
+    assert all(max(top.values()) == p for top, p in zip(logprobs.top_logprobs, logprobs.token_logprobs, strict=True))
+    assert [one.logprob for one in told.choices[0].logprobs.content] == pytest.approx(logprobs.token_logprobs)
+    reversed_ = served.generated(tiny_llama_dir, library, prompt, "reverse")
+    assert chosen.parse().choices[0].message.content.strip() == reversed_
+    assert chosen.parse().expert == chosen.headers["x-expert"] == "reverse"
+    assert 0.5 < float(chosen.headers["x-expert-confidence"]) <= 1
+    assert "".join(part.choices[0].delta.content for part in parts[:-1]).strip() == reversed_
+    assert {part.expert for part in parts} == {"reverse"}
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert [part.choices[0].finish_reason for part in parts[:-1]][-1] == "length"
+    assert parts[-1].usage.completion_tokens == 12
+
+
+def test_an_answer_ends_before_a_stop_text_whole_or_streamed(serve, library, tiny_llama_dir) -> None:
+    text = served.generated(tiny_llama_dir, library, "upper", "entries", 12)
+
+    async def work(client, answerer):
+        ask = openai_client(client)
+        found = []
+        for stop in (text[4:7], [text[9:], text[2:4]], "never there"):
+            settings = {"model": "entries", "prompt": "upper", "max_tokens": 12, "stop": stop}
+            whole = await ask.completions.create(**settings)
+            parts = [part.choices[0] async for part in await ask.completions.create(**settings, stream=True)]
+            assert "".join(part.text for part in parts) == whole.choices[0].text
+            assert parts[-1].finish_reason == whole.choices[0].finish_reason
+            found.append((whole.choices[0].text, whole.choices[0].finish_reason))
+        assert answerer.engine.answering == 0
+        return found
+
+    ends = [min(text.find(stop) for stop in stops) for stops in ([text[4:7]], [text[9:], text[2:4]])]
+    assert serve(work) == [(text[: ends[0]], "stop"), (text[: ends[1]], "stop"), (text, "length")]
+
+
+def test_a_conversation_goes_through_the_template_with_which_experts_were_trained(serve, monkeypatch) -> None:
+    read = []
+
+    async def work(client, answerer):
+        template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        answerer.tokenizer.chat_template = template + "{% if add_generation_prompt %}<assistant>{% endif %}"
+        monkeypatch.setattr(answerer.engine, "check", lambda experts, prompt, most: read.append(prompt))
+        content = [{"type": "text", "text": "b"}]
+        messages = [{"role": "developer", "content": "a"}, {"role": "user", "content": content}]
+        for model, chat in (("base", None), ("lora", None), ("lora", "h")):
+            monkeypatch.setattr(answers, "training_in_common", lambda _, chat=chat: {"chat_template": chat})
+            await openai_client(client).chat.completions.create(model=model, messages=messages, max_tokens=1)
+
+    serve(work)
+    with_template = len("<system>a") + 1 + len("<user>b") + 1 + len("<assistant>")
+    assert read == [with_template, len("a\nb"), with_template]
+
+
+WRONG = [
+    ({"model": "lora"}, 400, "messages: field required"),
+    ({"model": "lora", "messages": []}, 400, "messages: list should have at least 1 item"),
+    ({"messages": [{"role": "user", "content": "a"}]}, 400, "model: field required"),
+    ({"model": "loar"}, 404, "there is no model 'loar'; did you mean lora?"),
+    ({"model": "lora", "temperature": -1}, 400, "temperature: input should be greater than or equal to 0"),
+    ({"model": "lora", "temperature": "warm"}, 400, "temperature: input should be a valid number"),
+    ({"model": "lora", "n": 2}, 400, "n: input should be 1"),
+    ({"model": "lora", "tools": []}, 400, "this server does not know tools; leave it out"),
+    ({"model": "lora", "presence_penalty": 0.5}, 400, "presence_penalty: input should be less than or equal to 0"),
+    ({"model": "lora", "stop": [""]}, 400, "stop takes up to 16 texts of 1 to 256 characters"),
+    ({"model": "lora", "max_tokens": 0}, 400, "max_tokens: input should be greater than or equal to 1"),
+    ({"model": "lora", "seed": 2**70}, 400, "seed: "),
+    ({"model": "lora", "messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role: input should be"),
+    ({"model": "lora", "messages": [{"role": "user", "content": "  "}]}, 400, "the prompt is empty"),
+    ({"model": "lora", "messages": [{"role": "user", "content": "a" * 300}]}, 400, "the prompt has 300 tokens"),
+]
+
+
+def test_each_mistake_gets_one_sentence_in_the_form_that_clients_read(serve) -> None:
+    async def work(client, answerer):
+        found = []
+        for body, _, sentence in WRONG:
+            if sentence != "messages: field required":
+                body = {"messages": [{"role": "user", "content": "a"}]} | body
+            answer = await client.post(CHAT, json=body)
+            found.append((answer.status_code, answer.json()["error"]["message"]))
+        for path in ("/v1/models/nobody", "/v1/nothing", CHAT):
+            answer = await client.get(path)
+            assert answer.status_code in (404, 405)
+            assert answer.json()["error"]["message"]
+        with pytest.raises(openai.NotFoundError, match="there is no model 'loar'"):
+            await openai_client(client).completions.create(model="loar", prompt="a")
+        return found
+
+    for (status, message), (body, expected, sentence) in zip(serve(work), WRONG, strict=True):
+        assert (status, message[: len(sentence)]) == (expected, sentence), body
+        assert "\n" not in message
+
+
+def hostile(draw: random.Random) -> tuple[str, bytes]:
+    """Return a path and a body that no client sends."""
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1e308,
+        2**80,
+        "",
+        "\0",
+        "a" * 5000,
+        "../../etc/passwd",
+        [],
+        {},
+        [[]],
+        {"a": {}},
+        "💥" * 9,
+    ]
+    body = {"model": "lora", "prompt": "a", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    body.pop(draw.choice(["prompt", "messages"]))
+    for _ in range(draw.randint(1, 3)):
+        key = draw.choice([*body, "temperature", "top_p", "stop", "stream_options", "logprobs", "seed", "__class__"])
+        body[key] = draw.choice(values)
+    raw = json.dumps(body).encode()
+    form = draw.randrange(6)
+    if form == 0:
+        raw = b"[" * draw.randint(1, 200_000)
+    elif form == 1:
+        raw = draw.randbytes(draw.randint(0, 500))
+    elif form == 2:
+        raw = raw[: draw.randrange(len(raw))]
+    elif form == 3:
+        raw = json.dumps({"model": "lora", "messages": [{"role": "user", "content": "x" * 2**21}]}).encode()
+    return draw.choice([CHAT, "/v1/completions"]), raw
+
+
+def test_500_hostile_requests_get_a_sentence_each(serve) -> None:
+    draw = random.Random(0)
+
+    async def work(client, answerer):
+        statuses = []
+        for _ in range(500):
+            path, raw = hostile(draw)
+            answer = await client.post(path, content=raw, headers={"Content-Type": "application/json"})
+            statuses.append(answer.status_code)
+            if answer.status_code != 200:
+                assert answer.json()["error"]["message"], raw[:200]
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        assert answerer.engine.answering == 0
+        return statuses
+
+    statuses = serve(work)
+    assert {*statuses} <= {200, 400, 404, 413}
+    assert statuses.count(200) < 50
+
+
+def test_more_requests_than_the_limit_are_refused_and_a_late_answer_ends(serve) -> None:
+    async def work(client, answerer):
+        async def ask(most: int):
+            body = {"model": "lora", "prompt": "upper", "max_tokens": most}
+            return (await client.post("/v1/completions", json=body)).status_code
+
+        many = await asyncio.gather(*[ask(100) for _ in range(5)])
+        return many, answerer.engine.answering
+
+    many, answering = serve(work, requests=2)
+    assert sorted(many) == [200, 200, 429, 429, 429]
+    assert answering == 0
+    many, answering = serve(work, seconds=0.05)
+    assert {*many} == {504}
+    assert answering == 0
+
+
+def test_a_key_is_wanted_for_all_but_the_page_and_the_health(serve) -> None:
+    async def work(client, answerer):
+        found = {path: (await client.get(path)).status_code for path in ("/", "/health", "/metrics", "/v1/models")}
+        with pytest.raises(openai.AuthenticationError, match="give the server's key"):
+            await openai_client(client, "wrong").models.list()
+        return found, [one.id async for one in openai_client(client, "secret").models.list()]
+
+    found, listed = serve(work, api_key="secret")
+    assert found == {"/": 200, "/health": 200, "/metrics": 401, "/v1/models": 401}
+    assert "lora" in listed
+
+
+def test_counts_are_those_of_the_answers_and_prompts_stay_out_of_the_log(serve, caplog) -> None:
+    async def work(client, answerer):
+        for _ in range(3):
+            await client.post("/v1/completions", json={"model": "lora+tiles", "prompt": "secret", "max_tokens": 4})
+        return (await client.get("/metrics")).text
+
+    with caplog.at_level("DEBUG"):
+        lines = serve(work).splitlines()
+        assert "secret" not in caplog.text
+        serve(work, log_prompts=True)
+    assert "secret" in caplog.text
+    for line in (
+        'modular_experts_requests_total{end="whole",expert="tiles"} 3.0',
+        'modular_experts_tokens_total{of="prompts"} 18.0',
+        'modular_experts_tokens_total{of="answers"} 12.0',
+        "modular_experts_experts 2.0",
+        "modular_experts_answering 0.0",
+        "modular_experts_first_token_seconds_count 3.0",
+    ):
+        assert line in lines
+
+
+def test_a_failure_of_the_model_is_the_servers(serve, monkeypatch) -> None:
+    async def work(client, answerer):
+        async def failing(*_):
+            raise EngineError("secret details")
+            yield
+
+        monkeypatch.setattr(answerer.engine, "answer", failing)
+        body = {"model": "lora", "prompt": "a"}
+        whole = await client.post("/v1/completions", json=body)
+        streamed = await client.post("/v1/completions", json=body | {"stream": True})
+        return whole, streamed.text
+
+    whole, streamed = serve(work)
+    assert whole.status_code == 500
+    assert whole.json()["error"]["type"] == "server_error"
+    assert "secret" not in whole.text + streamed
+    assert json.loads(streamed.removeprefix("data: "))["error"]["message"].startswith("the model failed")

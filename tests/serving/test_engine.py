@@ -1,0 +1,172 @@
+"""Rows of one batch answer as each of them alone does, and experts come and go meanwhile."""
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+import torch
+from testbed import served
+from testbed.served import LONG, MODELS, PROMPTS
+
+from modular_experts.base import Base
+from modular_experts.injection import expert_layers
+from modular_experts.library import open_expert
+from modular_experts.serving import engine as engines
+from modular_experts.serving.engine import EngineError, Sampling, choose
+
+
+@pytest.fixture(scope="module")
+def library(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served.make_library(tiny_llama_dir, tmp_path_factory.mktemp("served") / "library")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"), [({}, 1024), ({"rows": 3, "cache_tokens": 320}, 50)], ids=["roomy", "narrow"]
+)
+def test_each_row_of_a_batch_is_answered_as_generate_does(library, tiny_llama_dir, monkeypatch, settings, tokens):
+    """Rows share long prompts, wait for each other, and in a narrow batch are read in parts and read again."""
+    monkeypatch.setattr(engines, "BATCH_TOKENS", tokens)
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library, **settings)
+    asked = [(prompt, model) for prompt in PROMPTS for model in MODELS]
+
+    async def all_at_once():
+        return await asyncio.gather(*[served.tokens_of(engine, models, tokenizer, *one) for one in asked])
+
+    answers = served.run(engine, all_at_once())
+    texts = [served.text_of(tokenizer, tokens) for tokens in answers]
+    assert texts == [served.generated(tiny_llama_dir, library, *one) for one in asked]
+    by_model = {named: texts[place :: len(MODELS)] for place, named in enumerate(MODELS)}
+    assert len({*map(tuple, by_model.values())}) == len(by_model), "the experts say the same"
+
+
+def test_the_model_is_the_base_again_when_it_stops(library, tiny_llama_dir) -> None:
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+    served.run(engine, served.tokens_of(engine, models, tokenizer, LONG, "tiles"))
+    assert not list(expert_layers(engine.model))
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(engine.model(ids).logits, Base.open(str(tiny_llama_dir)).load("float32")(ids).logits)
+
+
+def test_a_seed_gives_the_same_samples_whatever_else_the_batch_holds(library, tiny_llama_dir) -> None:
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+
+    def ask(seed: int, model: str = "lora"):
+        return served.tokens_of(engine, models, tokenizer, "upper", model, 20, temperature=1.0, seed=seed)
+
+    async def alone_and_among_others():
+        alone = await ask(7)
+        return alone, await asyncio.gather(ask(8), ask(7), ask(7, "dense"))
+
+    alone, (other, among, expert) = served.run(engine, alone_and_among_others())
+    assert among == alone
+    assert other != alone != expert
+
+
+def test_samples_are_drawn_by_their_probabilities() -> None:
+    logits, generator = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.Generator().manual_seed(0)
+    for temperature, top_p, kept in ((1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.8, 2), (2.0, 0.01, 1)):
+        drawn = [choose(logits, Sampling(temperature, top_p), generator).id for _ in range(2000)]
+        shares = (logits / temperature).softmax(0)[:kept]
+        expected = shares / shares.sum()
+        counts = torch.bincount(torch.tensor(drawn), minlength=4)
+        assert not counts[kept:].any()
+        # Three standard deviations of a binomial distribution.
+        assert bool(((counts[:kept] / 2000 - expected).abs() <= 3 * (expected * (1 - expected) / 2000).sqrt()).all())
+
+
+def test_logprobs_are_those_of_a_pass_over_the_whole_text(library, tiny_llama_dir) -> None:
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+    tokens = served.run(engine, served.tokens_of(engine, models, tokenizer, "upper", "lora", 5, logprobs=3))
+    prompt = tokenizer("upper")["input_ids"]
+    model = Base.open(str(tiny_llama_dir)).load("float32")
+    with torch.no_grad(), open_expert(library / "lora").apply_to(model):
+        whole = model(torch.tensor([prompt + [token.id for token in tokens]])).logits[0].log_softmax(1)
+    for place, token in enumerate(tokens, len(prompt) - 1):
+        assert token.logprob == pytest.approx(float(whole[place, token.id]), abs=1e-4)
+        values, ids = whole[place].topk(3)
+        assert [number for number, _ in token.likeliest] == ids.tolist()
+        assert [value for _, value in token.likeliest] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def sizes(library: Path) -> dict[str, int]:
+    return {name: sum(open_expert(library / name).stored_bytes().values()) for name in served.FORMS}
+
+
+def test_experts_that_nobody_asked_for_lately_leave_and_others_wait_for_room(library, tiny_llama_dir) -> None:
+    most = sum(sizes(library)[name] for name in ("dense", "lora", "int4")) - 1
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library, expert_bytes=most)
+
+    async def ask(model: str):
+        return await served.tokens_of(engine, models, tokenizer, "upper", model)
+
+    async def one_after_the_other():
+        held = []
+        for model in ("lora", "int4", "lora", "dense"):
+            await ask(model)
+            held.append({slot.expert.name for slot in engine.experts._slots.values()})
+        # Both together do not fit, so one answers after the other.
+        return held, await asyncio.gather(ask("dense"), ask("entries+tiles"))
+
+    held, answers = served.run(engine, one_after_the_other())
+    assert held == [{"lora"}, {"lora", "int4"}, {"lora", "int4"}, {"lora", "dense"}]
+    texts = [served.text_of(tokenizer, tokens) for tokens in answers]
+    assert texts == [served.generated(tiny_llama_dir, library, "upper", name) for name in ("dense", "entries+tiles")]
+    small, _, _ = served.opened(tiny_llama_dir, library, expert_bytes=1000)
+    with pytest.raises(
+        ValueError, match=r"dense takes .*, and 1 kB are for all experts; give more with --expert_bytes"
+    ):
+        small.experts.take([open_expert(library / "dense")])
+
+
+def test_an_old_request_ends_on_the_expert_that_a_new_one_replaces(tiny_llama_dir, tmp_path) -> None:
+    place = tmp_path / "library"
+    served.write(tiny_llama_dir, place / "one", "entries", 1, "int4")
+    before = served.generated(tiny_llama_dir, place, LONG, "one", 60)
+    engine, models, tokenizer = served.opened(tiny_llama_dir, place)
+
+    async def replaced_meanwhile():
+        old = served.tokens_of(engine, models, tokenizer, LONG, "one", 60)
+        task = asyncio.create_task(old)
+        while not engine.answering:
+            await asyncio.sleep(0.001)
+        served.write(tiny_llama_dir, place / "one", "lora", 2, overwrite=True)
+        return await served.tokens_of(engine, models, tokenizer, LONG, "one", 60), await task
+
+    new, old = [served.text_of(tokenizer, tokens) for tokens in served.run(engine, replaced_meanwhile())]
+    assert old == before
+    assert new == served.generated(tiny_llama_dir, place, LONG, "one", 60) != before
+
+
+def test_whoever_leaves_frees_the_row_and_the_experts(library, tiny_llama_dir) -> None:
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library, rows=1)
+
+    async def leave():
+        experts = models.find("lora").choice.experts
+        async with aclosing(engine.answer([5, 6], experts, [-1], 200, Sampling())) as tokens:
+            async for _ in tokens:
+                break
+        assert engine.answering == 0
+        assert not engine.experts.gates.kept
+        # The only row is free.
+        return await served.tokens_of(engine, models, tokenizer, "upper", "base")
+
+    assert served.text_of(tokenizer, served.run(engine, leave())) == served.generated(
+        tiny_llama_dir, library, "upper", "base"
+    )
+
+
+def test_a_model_that_fails_ends_its_requests_and_answers_the_next(
+    library, tiny_llama_dir, monkeypatch, caplog
+) -> None:
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+
+    async def fail_once():
+        with monkeypatch.context() as broken:
+            broken.setattr(engines, "_gates", lambda *_: 1 / 0)
+            with pytest.raises(EngineError, match="division by zero"):
+                await served.tokens_of(engine, models, tokenizer, "upper", "lora")
+        return await served.tokens_of(engine, models, tokenizer, "upper", "lora")
+
+    answer = served.text_of(tokenizer, served.run(engine, fail_once()))
+    assert answer == served.generated(tiny_llama_dir, library, "upper", "lora")

@@ -1,0 +1,161 @@
+"""What the `model` of a request may be, and every mistake."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from testbed import runs, served
+
+from modular_experts.base import Base
+from modular_experts.base.files import fingerprint
+from modular_experts.injection.attach import attached
+from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.routing import Arrow, Centroid, KernelRidge, TopK
+from modular_experts.serving.models import Models, UnknownModelError
+from modular_experts.training.route import route
+
+
+@pytest.fixture
+def library(tiny_llama_dir, tmp_path) -> Path:
+    return served.make_library(tiny_llama_dir, tmp_path / "library")
+
+
+def models_of(base: Path, library: Path, auto: str | None = None) -> Models:
+    return Models(library, fingerprint(base), str(base), auto)
+
+
+def test_a_sum_adds_experts_up_and_names_them(library, tiny_llama_dir) -> None:
+    models = models_of(tiny_llama_dir, library)
+    for name, shown, weights in (
+        ("base", "base", {}),
+        ("lora", "lora", {"lora": 1}),
+        ("lora+0.5*dense", "lora+0.5*dense", {"lora": 1, "dense": 0.5}),
+        ("-0.5 * dense + lora", "-0.5*dense+lora", {"dense": -0.5, "lora": 1}),
+        ("lora+lora", "2*lora", {"lora": 2}),
+        ("2*base+lora", "lora", {"lora": 1}),
+    ):
+        choice = models.find(name).choose(None, [])
+        assert choice.name == shown
+        assert {expert.name: weight for expert, weight in choice.experts} == weights
+        assert choice.confidence is None
+
+
+def test_what_is_no_model_is_refused_with_what_is_near(library, tiny_llama_dir) -> None:
+    models = models_of(tiny_llama_dir, library)
+    for name, sentence in (
+        ("tile", "there is no model 'tile'; did you mean tiles?"),
+        ("qqqq", "there is no model 'qqqq'; there are base, auto, dense"),
+        ("../library/lora", "'../library/lora' names no model; give the name of one, or a sum such as 'a+0.5*b'"),
+        ("lora/../dense", "names no model"),
+        ("lora\0", "names no model"),
+        (".hidden", "names no model"),
+        ("", "names no model"),
+        ("lora+", "names no model"),
+        ("1e9*lora", "names no model"),
+        ("a+" * 4000, "names no model"),
+        ("auto", "'auto' is for a library with one route"),
+    ):
+        with pytest.raises(UnknownModelError) as error:
+            models.find(name)
+        assert sentence in str(error.value), name
+        assert len(str(error.value)) < 400
+
+
+def test_experts_come_go_and_are_replaced_without_a_restart(library, tiny_llama_dir, caplog) -> None:
+    models = models_of(tiny_llama_dir, library)
+
+    def listed() -> list[str]:
+        return [one.name for one in models.listed()]
+
+    assert listed() == ["base", *sorted(served.FORMS)]
+    served.write(tiny_llama_dir, library / "new", "tiles", 9)
+    assert listed() == ["base", *sorted([*served.FORMS, "new"])]
+    before = models.find("new").members[0].content_hash
+    served.write(tiny_llama_dir, library / "new", "tiles", 10, overwrite=True)
+    assert models.find("new").members[0].content_hash == open_expert(library / "new").content_hash != before
+    shutil.rmtree(library / "new")
+    assert "new" not in listed()
+    with pytest.raises(UnknownModelError, match="there is no model 'new'"):
+        models.find("new")
+    # Another base's expert, a damaged one, and names that mean something else.
+    for name in ("foreign", "base", "auto"):
+        of = {"id": "elsewhere", "revision": None, "fingerprint": "0" * 64}
+        write_expert(library / name, dict(open_expert(library / "lora").items()), make_record("LoRAExpert", of))
+    shutil.copytree(library / "lora", library / "damaged")
+    (library / "damaged" / "expert.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert listed() == listed() == ["base", *sorted(served.FORMS)]
+    assert len([line for line in caplog.messages if line.startswith("damaged is not served")]) == 1
+    with pytest.raises(ValueError, match="foreign was trained on another base"):
+        models.find("foreign")
+    assert models.find("base").members == []
+
+
+@pytest.fixture
+def routed(tiny_llama_dir, task_files, tmp_path):
+    """A library of the experts of two tasks, and a function that puts them behind a router."""
+    library = tmp_path / "routed"
+    for seed, name in enumerate(("upper", "reverse")):
+        served.write(tiny_llama_dir, library / name, "lora", seed)
+
+    def make(router, name: str = "route", **settings):
+        data = runs.mixture({one: task_files[one] for one in ("upper", "reverse")}, tiny_llama_dir)
+        return route([library / "upper", library / "reverse"], library / name, router, data=data, **settings)
+
+    return library, make
+
+
+def test_a_route_chooses_by_the_prompt_as_its_router_does(routed, tiny_llama_dir) -> None:
+    library, make = routed
+    make(Centroid(reject=None))
+    make(KernelRidge(reject=None, select=TopK(2)), "both")
+    models, found = models_of(tiny_llama_dir, library, "route"), Base.open(str(tiny_llama_dir))
+    reader, tokenizer = found.load("float32"), found.tokenizer()
+    for prompt, expert in (("upper dot:", "upper"), ("reverse dot:", "reverse")):
+        ids = tokenizer(prompt)["input_ids"]
+        for name in ("route", "auto"):
+            choice = models.find(name).choose(reader, ids)
+            assert choice.name == expert
+            assert 0.5 < choice.confidence <= 1
+        both = models.find("both").choose(reader, ids)
+        with torch.no_grad(), attached(reader, library / "both") as there:
+            reader(torch.tensor([ids]))
+            gates = there.current.gates
+        names = [["upper", "reverse"][number] for number in gates.ids[0]]
+        weights = {one.name: weight for one, weight in both.experts}
+        assert weights == pytest.approx(dict(zip(names, gates.weights[0].tolist(), strict=True)), abs=1e-5)
+        assert both.confidence == pytest.approx(1, abs=1e-5)
+
+
+def test_a_rejected_prompt_takes_the_fallback_or_the_base(routed, tiny_llama_dir) -> None:
+    library, make = routed
+    served.write(tiny_llama_dir, library / "spare", "tiles", 3)
+    make(Centroid(reject=0.9))
+    make(Centroid(reject=0.9), "spared", fallback=library / "spare")
+    models, reader = models_of(tiny_llama_dir, library), Base.open(str(tiny_llama_dir)).load("float32")
+    for name, expected in (("route", "base"), ("spared", "spare")):
+        choice = models.find(name).choose(reader, [90, 7, 80, 9, 70])
+        assert (choice.name, choice.confidence) == (expected, None)
+    assert [one.name for one in models.find("spared").members] == ["upper", "reverse", "spare"]
+
+
+def test_routes_that_cannot_be_served_say_so(routed, tiny_llama_dir) -> None:
+    library, make = routed
+    make(Centroid())
+    models = models_of(tiny_llama_dir, library)
+    assert models.auto == "route"
+    with pytest.raises(ValueError, match="'upper\\+route' adds a route to something"):
+        models.find("upper+route")
+    make(Arrow(), "tokens")
+    assert models.auto is None, "there are two"
+    with pytest.raises(ValueError, match="tokens chooses for each token and layer"):
+        models.find("tokens")
+    assert models.find("route").members
+    # The router knows the expert that was there.
+    served.write(tiny_llama_dir, library / "upper", "lora", 9, overwrite=True)
+    with pytest.raises(ValueError, match="is not the expert that route was made with"):
+        models.find("route")
+    with pytest.raises(UnknownModelError, match="there is no model 'rout'; did you mean route"):
+        models_of(tiny_llama_dir, library, "rout")

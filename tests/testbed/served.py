@@ -1,0 +1,93 @@
+"""A library of experts of every form on the tiny Llama, and answers of `generate`, for the tests of the server."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modular_experts.base import Base
+from modular_experts.base.files import fingerprint
+from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
+from modular_experts.evaluation.streaming import generate
+from modular_experts.library import make_record, write_expert
+from modular_experts.serving.engine import Engine, Sampling
+from modular_experts.serving.models import Models
+
+WEIGHTS = {
+    "model.layers.0.self_attn.q_proj.weight": (32, 32),
+    "model.layers.1.self_attn.v_proj.weight": (16, 32),
+    "model.layers.1.mlp.down_proj.weight": (32, 48),
+}
+
+
+def delta(form: str, shape: tuple[int, int], made: torch.Generator) -> Any:
+    """Return a random delta that is large enough to change answers."""
+    size, full = shape[0] * shape[1], torch.Size(shape)
+    if form == "entries":
+        indices = torch.randperm(size, generator=made)[: size // 4].sort().values.int()
+        return Sparse(indices, torch.randn(size // 4, generator=made), full)
+    if form == "tiles":
+        blocks = torch.randperm(size // 16, generator=made)[: size // 64].sort().values.int()
+        return BlockSparse(blocks, torch.randn(size // 64, 4, 4, generator=made), full)
+    if form == "lora":
+        return LowRank(torch.randn(shape[0], 2, generator=made), 0.5 * torch.randn(2, shape[1], generator=made))
+    return Dense(0.5 * torch.randn(shape, generator=made))
+
+
+def write(base: Path, place: Path, form: str, seed: int, encoding: str = "float32", overwrite: bool = False) -> None:
+    """Write a random expert."""
+    made = torch.Generator().manual_seed(seed)
+    deltas = {weight: delta(form, shape, made) for weight, shape in WEIGHTS.items()}
+    of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
+    write_expert(place, deltas, make_record("SparseExpert", of, tasks=[place.name]), overwrite, encoding=encoding)
+
+
+LONG = "reverse the word " * 6
+PROMPTS = ["upper word", LONG, "first of all", LONG + "x"]
+FORMS = {"entries": "entries", "tiles": "tiles", "lora": "lora", "dense": "dense", "int4": "entries"}
+MODELS = ["base", *FORMS, "entries+lora", "lora"]
+
+
+def make_library(base: Path, place: Path) -> Path:
+    """Write an expert of each form, of the same weights."""
+    for seed, (name, form) in enumerate(FORMS.items()):
+        write(base, place / name, form, seed, "int4" if name == "int4" else "float32")
+    return place
+
+
+def opened(base: Path, library: Path, **settings: Any) -> tuple[Engine, Models, Any]:
+    """Return an engine on a base, the models of a library, and the base's tokenizer."""
+    found = Base.open(str(base))
+    models = Models(library, found.fingerprint, str(base))
+    return Engine(found.load("float32"), **settings), models, found.tokenizer()
+
+
+async def tokens_of(
+    engine: Engine, models: Models, tokenizer: Any, prompt: str, model: str, most: int = 12, **sampling: Any
+) -> list[Any]:
+    """Return the tokens with which a model answers a prompt."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    choice = models.find(model).choose(engine.reader, ids)
+    tokens = engine.answer(ids, choice.experts, [tokenizer.eos_token_id], most, Sampling(**sampling))
+    return [token async for token in tokens]
+
+
+def text_of(tokenizer: Any, tokens: Sequence[Any]) -> str:
+    kept = [token.id for token in tokens]
+    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def generated(base: Path, library: Path, prompt: str, model: str, most: int = 12) -> str:
+    """Return the answer of `generate` with the experts that a model names."""
+    experts = [] if model == "base" else [library / name for name in model.split("+")]
+    return generate(str(base), prompt, experts, most, chat=False)
+
+
+def run(engine: Engine, work: Coroutine[Any, Any, Any]) -> Any:
+    """Do some work with an engine, and stop it."""
+    try:
+        return asyncio.run(work)
+    finally:
+        engine.stop()
