@@ -122,7 +122,15 @@ def prompt_vectors(
         mask: 1 on tokens and 0 on padding, `(rows, length)`; None without padding; for packed rows, where they are.
         depths: Shares of the blocks, rising, from 0, the embeddings, to 1.
         prompt: Which tokens are the prompts, `(rows, length)` bool; None where all are.
+
+    Raises:
+        ValueError: Processes share the weights of the model (`shard_base`).
     """
+    if hasattr(model, "unshard"):
+        raise ValueError(
+            "a router that reads prompts runs a part of the model, for which FSDP2 gathers no weights; leave out "
+            "shard_base"
+        )
     body: Any = getattr(model, "base_model", model)
     packs, padded = (mask, None) if isinstance(mask, Packs) else (None, mask)
     tokens = packs.row >= 0 if packs else torch.ones_like(ids) if padded is None else padded

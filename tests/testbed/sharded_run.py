@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import lightning.pytorch.loops.utilities
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
+from testbed.trained_mixtures import of_config
 from torch.distributed.tensor import DTensor
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
@@ -52,7 +54,8 @@ def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, kind: st
     seed_everything(0, verbose=False)
     optimizer, own, ckpt = partial(torch.optim.SGD, lr=0.5, momentum=0.9), how.pop("model", {}), how.pop("ckpt", None)
     place = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
-    choices = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
+    batches: Any = "step" if "gradient_clip_val" in how else 2
+    choices = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=batches, seed=0)
     callbacks = [] if kind == "lora" else [choices]
     if keep:
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename=f"{keep}-{{step}}"))
@@ -78,13 +81,13 @@ class Broken(LoRAExpert):
 
 def refusals(folder: Path, base: Path, files: dict[str, Path]) -> list[str]:
     """Return the sentences with which trainings end that two processes with a sharded base cannot do."""
-    name, path = [*files.items()][-1]
+    names = [*files]
     others, found = TrainUnderOthers([str(folder / "library" / "entries")], count=1), []
-    for expert, callbacks in [(SPARSE, [others]), (Broken, [])]:
-        module = runs.module(base, expert, dtype="float64", shard_base=True)
+    for expert, callbacks, more in [(SPARSE, [others], {}), (Broken, [], {}), (None, [], of_config("lora-ir"))]:
+        module = runs.module(base, expert, dtype="float64", shard_base=True, **more)
         trainer = runs.trainer(folder, *callbacks, devices=2, strategy="ddp")
         try:
-            trainer.fit(module, runs.mixture({name: path}, base))
+            trainer.fit(module, runs.mixture({name: files[name] for name in names[-1 - len(more) :]}, base))
         except ValueError as error:
             found.append(str(error))
     return found
@@ -93,7 +96,7 @@ def refusals(folder: Path, base: Path, files: dict[str, Path]) -> list[str]:
 def answer(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
     """Train one step, and return the scores of rows whose choices and answers take other numbers of passes."""
     numbers, splits = range(12), ["train", "validation", "test"]
-    rows = [{"input": f"{n} is", "target": str(n), "choices": list(map(str, range(n, 20 * n + 2)))} for n in numbers]
+    rows = [{"input": f"{n} is", "target": str(n), "choices": list(map(str, range(n, 6 * n + 2)))} for n in numbers]
     files = {"few": folder / "few.jsonl"} | files
     text = "".join(json.dumps(row | {"split": splits[number % 3]}) + "\n" for number, row in enumerate(rows))
     files["few"].write_text(text)
@@ -106,8 +109,6 @@ def answer(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict
         found["validate"] = trainer.validate(module, data, verbose=False)
         trainer.fit(module, data)
         found["fit"] = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        trainer.test(module, data, verbose=False)
-        found["test"] = module.results["tasks"]
         answers = [row["generation"] for batch in trainer.predict(module, data) for row in batch]
     return found | {"answers": answers}
 
@@ -125,9 +126,12 @@ def finish(folder: Path, ranks: int, found: dict) -> None:
 
 
 def resume(folder: Path, base: Path, files: dict[str, Path], ranks: int, checkpoint: Path) -> None:
-    """Go on from the checkpoint of a run of other processes."""
+    """Go on from the checkpoint of a run of other processes; and train from the start."""
     warnings.simplefilter("ignore")
-    finish(folder, ranks, train(folder, base, files, ranks, "entries", "entries", ckpt=checkpoint)[1])
+    found = {"resumed": train(folder, base, files, ranks, "entries", "entries", ckpt=checkpoint)[1]}
+    if ranks > 1:
+        found["clipped"] = train(folder, base, files, ranks, "entries", **CLIPPED)[1]
+    finish(folder, ranks, found)
 
 
 def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: int) -> None:
