@@ -17,7 +17,7 @@ _HOMES = {
     "modular_experts.training.combine": ("combine",),
     "modular_experts.injection.routed": ("routed",),
     "modular_experts.injection.save": ("save_expert",),
-    "modular_experts.routing": ("Centroid", "Oracle", "Router"),
+    "modular_experts.routing": ("Centroid", "KernelRidge", "Oracle", "Router"),
     "modular_experts.library": ("Library", "StoredExpert", "open_expert", "write_expert"),
     "modular_experts.library.described": ("trust",),
     "modular_experts.merger.interference": ("interference",),

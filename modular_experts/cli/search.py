@@ -10,7 +10,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
 from modular_experts.methods import Distilled, MergeMethod
-from modular_experts.routing import Centroid, Router
+from modular_experts.routing import DEFAULT_ROUTER, Router
 from modular_experts.statistics import take_statistics
 from modular_experts.statistics.gates import STEPS
 from modular_experts.text import bytes_of, bytes_text
@@ -152,15 +152,15 @@ def route(
     Args:
         experts: Directories of the experts.
         out: Directory of the routed expert, in the library of the experts.
-        router: For each prompt, Centroid (the expert whose prompts are most alike), KernelRidge (by likeness to each
-            of their prompts, also in words), Classifier (trained on whose a prompt is) or Oracle (the expert of the
-            row's task); for each token at each layer, Arrow and Energy (by the deltas alone) or Phatgoose (by gates
-            trained after the experts); for every input the same, Constant (a weighted sum); or the dotted path of a
-            class of your own. Default: Centroid.
+        router: For each prompt, KernelRidge (the expert whose prompts are most alike, in meaning and in words),
+            Centroid (the nearest mean of the experts' prompts), Classifier (trained on whose a prompt is) or Oracle
+            (the expert of the row's task); for each token at each layer, Arrow and Energy (by the deltas alone) or
+            Phatgoose (by gates trained after the experts); for every input the same, Constant (a weighted sum); or the
+            dotted path of a class of your own. Default: KernelRidge.
         fallback: Directory of an expert, such as a merge, for prompts that are unlike the prompts of all experts.
-            Centroid, KernelRidge, Classifier and Oracle find such prompts; other routers take no fallback. Default: the
+            KernelRidge, Centroid, Classifier and Oracle find such prompts; other routers take no fallback. Default: the
             base alone.
-        data: The experts' tasks, whose rows Centroid, KernelRidge, Classifier and Phatgoose learn from; not needed if
+        data: The experts' tasks, whose rows KernelRidge, Centroid, Classifier and Phatgoose learn from; not needed if
             `statistics` took what they need, or the experts keep inputs (`fit --keep_inputs`).
         rows: The most rows of one task.
         overwrite: Replace an expert of this name.
@@ -169,7 +169,7 @@ def route(
         modular-experts route --experts library/a library/b --data.tasks a.jsonl b.jsonl --out library/routed
         modular-experts evaluate --experts library/routed --tasks a.jsonl b.jsonl --out runs/routed
     """
-    chosen = router or Centroid()
+    chosen = router or DEFAULT_ROUTER()
     bar = progress_bar(f"taking {chosen.needs}")
     made = route_experts(experts, out, chosen, fallback, data, rows, overwrite, bar)
     count = len(made.record["parents"]) - (fallback is not None)

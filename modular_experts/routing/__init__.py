@@ -15,7 +15,11 @@ from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.phatgoose import Phatgoose
 from modular_experts.routing.router import Router
 
+DEFAULT_ROUTER = KernelRidge
+"""The router of `route` and `combine` where the user names none; `docs/results/routing.md` compares it with others."""
+
 __all__ = [
+    "DEFAULT_ROUTER",
     "Arrow",
     "Centroid",
     "Classifier",

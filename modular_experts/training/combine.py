@@ -32,7 +32,7 @@ from modular_experts.library.result_key import result_key
 from modular_experts.merger.merged import merge
 from modular_experts.methods import Distilled
 from modular_experts.progress import Progress
-from modular_experts.routing import Centroid, Router
+from modular_experts.routing import DEFAULT_ROUTER, Router
 from modular_experts.training.route import route
 from modular_experts.tuning.distill import distill, without_data
 from modular_experts.tuning.objective import Objective, ValidationRows, own_experts
@@ -101,7 +101,7 @@ def combine(
             experts keep, and are measured against the experts' own answers to the others.
         budget: The most bytes beside the base; any number if not given.
         distilled: Settings of `distill`; `rows` also limits the inputs that a router learns from.
-        router: The router; `Centroid` if not given.
+        router: The router; `KernelRidge` if not given.
         overwrite: Replace what `out` holds of other experts, rows or settings.
 
     Raises:
@@ -109,7 +109,7 @@ def combine(
         ValueError: There are no rows, a task has no expert of its own, or two experts have one name or one is called
             routed.
     """
-    opened, method, router = open_experts(experts), distilled or Distilled(), router or Centroid()
+    opened, method, router = open_experts(experts), distilled or Distilled(), router or DEFAULT_ROUTER()
     names = [*(expert.name for expert in opened), ROUTED]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two experts would be called {twice[0]} in one library; rename the directory of one of them")

@@ -28,7 +28,7 @@ from modular_experts.library.described import class_path, trust
 from modular_experts.library.record import ROUTED
 from modular_experts.library.statistics import command_for, kinds_of_statistics
 from modular_experts.progress import Progress
-from modular_experts.routing import Centroid, Mixture, Router
+from modular_experts.routing import DEFAULT_ROUTER, Mixture, Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.statistics import take_statistics
 from modular_experts.statistics.take import GRAMS_NAME, name_of
@@ -51,7 +51,7 @@ def route(
     Args:
         experts: Directories of the experts; the fallback among them counts as the fallback alone.
         out: Directory of the routed expert, in the library of the experts.
-        router: The router; `Centroid` with its defaults if not given.
+        router: The router; `KernelRidge` with its defaults if not given.
         fallback: An expert, such as a merge, for inputs that the router rejects; the base alone if not given.
         data: The experts' tasks, from whose rows a router learns that needs statistics which were not taken yet; if
             not given, it learns from the inputs that the experts keep.
@@ -65,7 +65,7 @@ def route(
             router would never use the fallback, or there are neither data nor statistics to learn from.
     """
     target = check_target(out, overwrite)
-    router = router or Centroid()
+    router = router or DEFAULT_ROUTER()
     check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
     opened = _members_of(experts, out, fallback)
     members = [*opened, *([] if fallback is None else open_experts([fallback]))]

@@ -54,10 +54,10 @@ EXPERTS = ["--experts", *[f"library/{name}" for name in TASKS]]
 
 
 def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, tasks, tiny_llama_dir, task_files):
-    learns = ["--data.tasks", tasks, "--router", "Centroid"]
+    learns = ["--data.tasks", tasks, "--router", "KernelRidge"]
     code, out, err = run("route", *EXPERTS, *learns, "--router.reject", "null", "--out", "library/r")
     assert (code, err) == (0, "")
-    assert "Centroid(shrink=0.05, depths=[0.0, 0.25]) chooses among 3 experts\n" in out
+    assert "KernelRidge(ridge=3e-06, shrink=0.3, depths=[0.0, 0.25]) chooses among 3 experts\n" in out
     made = open_expert("library/r")
     assert [parent["name"] for parent in made.record["parents"]] == TASKS
     assert made.record["tasks"] == TASKS
