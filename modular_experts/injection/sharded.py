@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from modular_experts.base.quantised import is_quantised
-from modular_experts.experts.expert import InPlaceExpert
+from modular_experts.experts.expert import InPlaceExpert, trains_weight
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection.inject import expert_layers
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertQuantised
@@ -52,7 +52,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
         ValueError: An expert needs a weight whole outside of the passes of its layer.
     """
     layers: list[tuple[str, Any]] = list(expert_layers(model))
-    layers = [(name, layer) for name, layer in layers if not isinstance(layer, ExpertQuantised)]
+    # The weights of the others are whole in each process: those that are trained, and those that are quantised.
+    layers = [one for one in layers if not trains_weight(one[1].expert) and not isinstance(one[1], ExpertQuantised)]
     for name, layer in layers:
         _check(name, layer)
     for _, layer in layers:

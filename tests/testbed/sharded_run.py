@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
 from modular_experts.evaluation import likelihood
-from modular_experts.experts import LoRAExpert, SparseExpert
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop
 
@@ -36,12 +36,12 @@ QUANTISED = {
 LAYERS = ("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "embed_tokens")
 CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 TIED = {
-    "experts": {"q_proj|down_proj": KINDS["entries"], "embed_tokens": KINDS["lora"]},
+    "experts": {"q_proj|down_proj": KINDS["entries"], "embed_tokens": KINDS["lora"], "norm|k_proj": FullExpert},
     "expert": None,
     "modules": None,
     "gradient_checkpointing": True,
 }
-"""An expert on the tensor that embedding and head share, whose model caps the logits."""
+"""An expert on the tensor that embedding and head share, whose model caps the logits; full ones of other weights."""
 
 
 def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, kind: str, keep: str = "", **how):
@@ -149,7 +149,9 @@ def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: 
     likelihood.HEAD_BYTES = 2**28 if rank_of(ranks) else 0
     on_top = {"applied": [str(folder / "library" / "lora")], "gradient_checkpointing": True}
     found["on top"] = train(folder, base, files, ranks, "entries", model=on_top)[1]
-    found["tied"] = train(folder, capped, files, ranks, "entries", model=TIED)[1]
+    module, found["tied"] = train(folder, capped, files, ranks, "entries", model=TIED)
+    if not rank_of(ranks):  # one process alone exports
+        found["moved"] = {name: delta.dense() for name, delta in module.task_vector()}
     likelihood.HEAD_BYTES = 2**28
     for kind, form in QUANTISED.items():
         how = {"quantise": form, "dtype": "float32"}

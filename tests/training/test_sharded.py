@@ -13,7 +13,7 @@ from testbed.forked import ended, run_on_two_ranks, start_ranks
 from testbed.mixture_bases import mixture
 
 from modular_experts.deltas import Dense
-from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import inject
 from modular_experts.injection.sharded import shard
 
@@ -62,13 +62,14 @@ def test_a_quantised_base_trains_alike_and_shares_what_is_not_quantised(found, f
         torch.testing.assert_close(rank[form], one[form], rtol=1e-5, atol=1e-6)
 
 
-FURTHER = {"four": "entries", "one again": "entries", "clipped in four": "clipped"}
+FURTHER = {"four": "entries", "one again": "entries", "clipped in four": "clipped", "moved": "moved"}
 
 
 @pytest.mark.parametrize(("name", "whole"), FURTHER.items())
-def test_four_processes_go_on_from_two_and_one_from_four(found, name: str, whole: str) -> None:
+def test_four_go_on_from_two_and_one_from_four_and_one_exports(found, name: str, whole: str) -> None:
     one, two = found
-    torch.testing.assert_close(two[0][name], one[whole], rtol=1e-6, atol=1e-9)
+    # Deltas are float32.
+    torch.testing.assert_close(two[0][name], one[whole], rtol=1e-6, atol=1e-7 if name == "moved" else 1e-9)
 
 
 def test_an_error_in_one_process_ends_the_other(tmp_path, tiny_llama_dir, task_files, capfd) -> None:
@@ -108,7 +109,7 @@ class Gain(LoRAExpert):
         return Dense(weight * (self.up @ self.down))
 
 
-@pytest.mark.parametrize("kind", [FullExpert, MaskedExpert, partial(Gain, rank=2)])
+@pytest.mark.parametrize("kind", [MaskedExpert, partial(Gain, rank=2)])
 def test_an_expert_that_needs_the_weight_whole_is_refused(kind) -> None:
     model = build_model("llama")
     inject(model, kind, "q_proj")
