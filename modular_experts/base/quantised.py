@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from modular_experts.kernels.quantised import QuantisedWeight
+from modular_experts.kernels.transient import TransientWeight
 
 Quantise = Literal["nf4", "fp4", "int8", "int8-torchao", "float8-torchao", "intx-torchao"]
 """Forms: 4-bit floats and 8-bit integers of bitsandbytes, and weight-only forms of torchao."""
@@ -76,7 +76,7 @@ def read_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     if not isinstance(layer, nn.Linear) or (found := _reader(layer)) is None:
         return layer.weight
     read, own = found
-    return QuantisedWeight.of(read, (layer.out_features, layer.in_features), dtype or own, layer.weight.device)
+    return TransientWeight.of(read, (layer.out_features, layer.in_features), dtype or own, layer.weight.device)
 
 
 def keep_order(model: nn.Module) -> None:

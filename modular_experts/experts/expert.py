@@ -137,8 +137,8 @@ class InPlaceExpert(Expert):
 
     trains_weight: ClassVar[bool] = False
     """Whether the weight itself is a trained parameter (in float32), as for a full fine-tune."""
-    takes_quantised: ClassVar[bool] = False
-    """Whether it leaves a `QuantisedWeight` as it is, and adds what it trains whenever the weight is read."""
+    takes_transient: ClassVar[bool] = False
+    """Whether it leaves a `TransientWeight` as it is, and adds what it trains whenever the weight is read."""
 
     def write(self, weight: Tensor) -> None:
         """Bring the weight up to date with the trained state; a trained weight is so at any time."""

@@ -11,7 +11,7 @@ from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tile
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Granularity, Selectable
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
-from modular_experts.kernels.quantised import QuantisedWeight
+from modular_experts.kernels.transient import TransientWeight
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 from modular_experts.native.sparse_passes import carried, exchanged_slots
 
@@ -41,7 +41,7 @@ class SparseExpert(Selectable, InPlaceExpert):
     score: ClassVar[Score] = GradientMagnitude()
     rule: ClassVar[Rule] = GrowAndDrop()
     chooses_in_step: ClassVar[bool] = True
-    takes_quantised: ClassVar[bool] = True
+    takes_transient: ClassVar[bool] = True
 
     _written: int | None = None  # version of `values` that the weight holds
     _kernel: tuple[tuple[Any, ...], KeptGradient] | None = None  # the support and dtype of the plan, and the kernel
@@ -91,7 +91,7 @@ class SparseExpert(Selectable, InPlaceExpert):
 
     def _with_values(self, weight: Tensor) -> Tensor:
         """Return the weight with the values in it."""
-        if isinstance(weight, QuantisedWeight):
+        if isinstance(weight, TransientWeight):
             return weight.plus(self.delta(weight, lambda: weight))
         if self._written != self.values._version:
             self.write(weight)
@@ -104,13 +104,13 @@ class SparseExpert(Selectable, InPlaceExpert):
         Every forward pass does this when the values have changed; call it after an optimizer that writes through
         `.data`, which torch does not count as a change.
         """
-        if not isinstance(weight, QuantisedWeight):
+        if not isinstance(weight, TransientWeight):
             self._write(weight, (self.anchor + self.values).to(weight.dtype), self.indices)
         self._written = self.values._version
 
     @torch.no_grad()
     def restore(self, weight: Tensor, anchor: Callable[[], Tensor] | None = None) -> None:
-        if not isinstance(weight, QuantisedWeight):
+        if not isinstance(weight, TransientWeight):
             self._write(weight, self.anchor.to(weight.dtype), self.indices)
         self._written = None
 
@@ -134,7 +134,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         # Only what is exchanged is read and written: most units stay, and the weight holds their values already.
         is_written = self._written == self.values._version
         slots, left = exchanged_slots(self.indices, units)
-        if not isinstance(weight, QuantisedWeight):
+        if not isinstance(weight, TransientWeight):
             self._write(weight, self.anchor[left].to(weight.dtype), self.indices[left])
             anchor, new = carried(self.anchor, slots), true_places(slots < 0)
             anchor[new] = self._read(weight, units[new])
@@ -166,8 +166,8 @@ class SparseExpert(Selectable, InPlaceExpert):
         self.anchor = self.base_of(weight, self.indices)
 
     def base_of(self, weight: Tensor, units: Tensor) -> Tensor:
-        """Return the base's entries, which nothing overwrites in a quantised weight."""
-        return weight.new_empty(0) if isinstance(weight, QuantisedWeight) else self._read(weight, units)
+        """Return the base's entries, which nothing overwrites in a weight that is read anew."""
+        return weight.new_empty(0) if isinstance(weight, TransientWeight) else self._read(weight, units)
 
     def _read(self, weight: Tensor, units: Tensor) -> Tensor:
         return weight.reshape(-1)[units] if self.tile == (1, 1) else gather_tiles(weight, units, self.tile)

@@ -114,7 +114,7 @@ def _equip(dtype: torch.dtype | None, site: Site, factory: Factory) -> Trained:
     expert = make_expert(factory, matrix, site)
     if layer.bias is None:
         _check_bias(site, expert, matrix)
-    if quantised and isinstance(expert, InPlaceExpert) and not expert.takes_quantised:
+    if quantised and isinstance(expert, InPlaceExpert) and not expert.takes_transient:
         raise ValueError(
             f"{type(expert).__name__} writes what it trains into the weight, and {site.weight} is quantised; take an "
             "expert beside the weight, such as SparseExpert or LoRAExpert, or load the base as plain floats"

@@ -19,7 +19,7 @@ from modular_experts.experts.selectable import Selectable
 from modular_experts.injection.inject import expert_layers
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
-from modular_experts.kernels.quantised import QuantisedWeight
+from modular_experts.kernels.transient import TransientWeight
 from modular_experts.routing.gates import reading
 from modular_experts.text import block_of
 
@@ -31,7 +31,7 @@ class ExpertSharded(ExpertLinear):
 
     @property
     def matrix(self) -> Tensor:
-        return QuantisedWeight.of(self._whole, self.weight.shape, self.weight.dtype, self.weight.device)
+        return TransientWeight.of(self._whole, self.weight.shape, self.weight.dtype, self.weight.device)
 
     def _whole(self) -> Tensor:
         weight = self.weight.detach()
@@ -113,14 +113,14 @@ def _check(name: str, layer: ExpertLayer) -> None:
         )
 
     expert, matrix = layer.expert, layer.matrix
-    adds = isinstance(expert, InPlaceExpert) and expert.takes_quantised and type(layer) is ExpertLinear
+    adds = isinstance(expert, InPlaceExpert) and expert.takes_transient and type(layer) is ExpertLinear
     if isinstance(expert, InPlaceExpert | Selectable) and not adds:
         refuse()
     if expert.delta_of_base or isinstance(layer, ExpertSlice):
         refuse()
     if expert.mergeable:
         with torch.no_grad():
-            expert.delta(QuantisedWeight.of(refuse, matrix.shape, matrix.dtype, matrix.device), lambda: matrix)
+            expert.delta(TransientWeight.of(refuse, matrix.shape, matrix.dtype, matrix.device), lambda: matrix)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, Sparse
 from modular_experts.injection import eject, expert_layers, inject, task_vector
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import routed
-from modular_experts.kernels.quantised import QuantisedWeight
+from modular_experts.kernels.transient import TransientWeight
 from modular_experts.selection.choice import Choice, selectable_layers
 from modular_experts.selection.scoring import ScoringPass, choose_by_passes
 from modular_experts.systems import glora, goat, recast, tt_lora
@@ -171,7 +171,7 @@ def test_what_writes_into_a_quantised_weight_is_refused(llama: Path) -> None:
         inject(model, FullExpert, "q_proj")
     weight = read_weight(model.model.layers[0].self_attn.q_proj)
     for write in (lambda: weight.zero_(), lambda: weight.__setitem__(0, 1.0), lambda: weight.copy_(weight + 1)):
-        with pytest.raises(TypeError, match="would write into a quantised weight"):
+        with pytest.raises(TypeError, match="would write into a weight that is made anew"):
             write()
 
 
@@ -195,7 +195,7 @@ def test_forms_of_torchao_train_like_their_dequantised_weight(form: str, llama: 
 
 def test_a_source_has_the_weights_shape_and_no_memory_of_it() -> None:
     values = torch.arange(12.0).view(3, 4)
-    weight = QuantisedWeight.of(values.clone, values.shape, torch.float32, torch.device("cpu"))
+    weight = TransientWeight.of(values.clone, values.shape, torch.float32, torch.device("cpu"))
     assert (weight.shape, weight.dtype, len(weight), weight.untyped_storage().nbytes()) == ((3, 4), torch.float32, 3, 4)
     assert torch.equal(weight + 0, values)
     assert torch.equal(weight.T, values.T)

@@ -23,7 +23,7 @@ def plain_twin(model: nn.Module) -> Any:
     for name, layer in list(twin.named_modules()):
         if is_quantised(layer):
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            plain.weight.data = read_weight(layer, torch.float32).dequantised()
+            plain.weight.data = read_weight(layer, torch.float32).read()
             if layer.bias is not None:
                 plain.bias.data = layer.bias.data.clone()
             twin.set_submodule(name, plain)

@@ -1,4 +1,4 @@
-"""A quantised weight as a tensor that is made anew whenever it is read, so that autograd keeps nothing of it."""
+"""A weight as a tensor that is made anew whenever it is read, so that autograd keeps nothing of it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,11 +22,11 @@ _FIELDS = {
 }
 
 
-class QuantisedWeight(Tensor):
-    """Stands for a frozen weight `(out, in)` of which only the quantised form is in memory.
+class TransientWeight(Tensor):
+    """Stands for a frozen weight `(out, in)` of which only another form is in memory: quantised, or parted (FSDP2).
 
-    It has shape, dtype and device of the weight, and the memory of one number. `F.linear` dequantises it in forward,
-    and again in backward (`linear`). Every other function gets the dequantised weight, which autograd may keep; what
+    It has shape, dtype and device of the weight, and the memory of one number. `F.linear` reads it in forward, and
+    again in backward (`linear`). Every other function gets the weight as it was read, which autograd may keep; what
     would write into it is refused.
     """
 
@@ -36,26 +36,26 @@ class QuantisedWeight(Tensor):
     @classmethod
     def of(
         cls, read: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> "QuantisedWeight":
+    ) -> "TransientWeight":
         """Make one of a function that dequantises, which returns a new tensor at each call."""
         made = torch.zeros((), dtype=dtype, device=device).expand(*shape).as_subclass(cls)
         made._read, made._added = read, None
         return made
 
     @torch.no_grad()
-    def dequantised(self) -> Tensor:
+    def read(self) -> Tensor:
         """Return the weight as a new plain tensor."""
         read = self._read().to(self.dtype)
         return read if self._added is None else self._added.add_to(read)
 
-    def plus(self, delta: Delta) -> "QuantisedWeight":
+    def plus(self, delta: Delta) -> "TransientWeight":
         """Return the weight plus a delta, which is added at each reading and gets no gradient."""
         made = self.of(self._read, self.shape, self.dtype, self.device)
         made._added = delta
         return made
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the weight in another dtype, still quantised."""
+        """Return the weight in another dtype, still to be read."""
         _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         made = self.of(self._read, self.shape, dtype or self.dtype, self.device)
         made._added = self._added
@@ -71,7 +71,7 @@ class QuantisedWeight(Tensor):
             if func in _FIELDS or name in _ABOUT:
                 return func(*args, **kwargs)
             if name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls)):
-                raise TypeError(f"{name} would write into a quantised weight, which holds no single entries")
+                raise TypeError(f"{name} would write into a weight that is made anew at each reading")
             if func is F.linear and isinstance(args[1], cls):
                 return linear(*args, **kwargs)
             args, kwargs = tree_map(_plain, (args, kwargs))
@@ -79,10 +79,10 @@ class QuantisedWeight(Tensor):
 
 
 def _plain(value: Any) -> Any:
-    return value.dequantised() if isinstance(value, QuantisedWeight) else value
+    return value.read() if isinstance(value, TransientWeight) else value
 
 
-def linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: TransientWeight, bias: Tensor | None = None) -> Tensor:
     """Return `x W^T + bias` in the dtype of `x`, or of autocast where it is on; backward needs neither `x` nor `W`."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -93,10 +93,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, weight):
         ctx.weight = weight
-        return F.linear(x, weight.dequantised(), bias)
+        return F.linear(x, weight.read(), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x = grad @ ctx.weight.dequantised() if ctx.needs_input_grad[0] else None
+        grad_x = grad @ ctx.weight.read() if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
