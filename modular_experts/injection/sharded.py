@@ -68,13 +68,9 @@ def shard(model: nn.Module, device: torch.device) -> None:
     whole: set[Any] = {parameter for parameter in model.parameters() if parameter.requires_grad}
     quantised: set[Any] = {module.weight for module in model.modules() if is_quantised(module)}
     if quantised:
-        parted = sum(one.nbytes for one in set(model.parameters()) - whole - quantised)
-        log.info(
-            "%d quantised weights (%.0f MiB) stay whole in each process, which share the others (%.0f MiB)",
-            len(quantised),
-            sum(one.nbytes for one in quantised) / 2**20,
-            parted / 2**20,
-        )
+        parts = quantised, set(model.parameters()) - whole - quantised
+        sizes = [sum(one.nbytes for one in part) / 2**20 for part in parts]
+        log.info("%.0f MiB of quantised weights stay whole in each process, which share the other %.0f MiB", *sizes)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     blocks = dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name)))
     for module in [*map(model.get_submodule, blocks), model]:
@@ -114,9 +110,8 @@ def _check(name: str, layer: ExpertLayer) -> None:
 
     expert, matrix = layer.expert, layer.matrix
     adds = isinstance(expert, InPlaceExpert) and expert.takes_transient and type(layer) is ExpertLinear
-    if isinstance(expert, InPlaceExpert | Selectable) and not adds:
-        refuse()
-    if expert.delta_of_base or isinstance(layer, ExpertSlice):
+    changes = isinstance(expert, InPlaceExpert | Selectable) and not adds
+    if changes or expert.delta_of_base or isinstance(layer, ExpertSlice):
         refuse()
     if expert.mergeable:
         with torch.no_grad():
