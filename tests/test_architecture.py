@@ -34,6 +34,7 @@ BESIDE_TORCH = {"base": {"huggingface_hub", "numpy", "transformers"}, "native": 
 OUTSIDE = {
     "safetensors": {"base", "hub", "interop", "library"},
     "triton": {"kernels"},
+    "gguf": {"interop"},
     "bitsandbytes": {"base"},
     "torchao": {"base"},
 }

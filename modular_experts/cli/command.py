@@ -30,6 +30,8 @@ def run_command(
     """Parse a command's arguments, as `read_options` takes them, and call its function."""
     make = partial(read_arguments, "--", function)
     hints = arguments_of(function)[0] | ({"device": str} if argv[0] in COMPUTING else {})
+    # An option such as --for is a word of Python's own.
+    short = {**short, **{name.rstrip("_"): name for name in hints if name.endswith("_")}}
     function(**arguments_given(argv[1:], hints, make, positional, short))
 
 

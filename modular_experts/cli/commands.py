@@ -94,7 +94,7 @@ VERBS = {
     ),
     "remove": Command("merge", "remove", "take one expert out of an average again", ("merged",)),
     "apply": Command("interop", "apply", "add experts to their base: an ordinary checkpoint", ("experts",)),
-    "export": Command("interop", "export", "write an expert as an adapter that PEFT loads", ("expert",)),
+    "export": Command("interop", "export", "write experts as adapters for PEFT and for servers", ("experts",)),
     "push": Command("interop", "push", "push experts and a card about them to the Hugging Face hub", ("experts",)),
     "pull": Command("interop", "pull", "pull experts from the Hugging Face hub into a library", ("repo",)),
     "list": Command("library", "list_library", "list the experts of a library", ("library",)),

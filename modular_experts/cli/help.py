@@ -43,7 +43,7 @@ def _read_source(file: Path, name: str, whole: bool, required: dict[str, str], o
         if home := _file_of_options(file, tree, kind):
             _read_source(home, kind, whole, required, options)
             continue
-        option, text = f"--{argument.replace('dry_run', 'dry-run')}", texts[argument]
+        option, text = f"--{argument.replace('dry_run', 'dry-run').rstrip('_')}", texts[argument]
         shown = _METAVARS.get(kind, f" {argument.rpartition('_')[2].upper()}")
         if literal := re.match(r"Literal\[(.*)\]", kind):
             shown = " {" + re.sub("[' ]", "", literal[1]) + "}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 from modular_experts.base import DType
 from modular_experts.base.apply import apply as apply_experts
@@ -12,7 +13,10 @@ from modular_experts.hub.push import push as push_experts
 from modular_experts.interop.import_expert import import_expert
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 from modular_experts.interop.peft import export as export_expert
+from modular_experts.interop.servers import ServedAdapters, export_for
+from modular_experts.interop.vllm_patch import export_patch
 from modular_experts.library import StoredExpert
+from modular_experts.settings import UsageError
 from modular_experts.text import bytes_text
 
 
@@ -128,10 +132,12 @@ def apply(
 
 
 def export(
-    expert: str,
+    experts: list[str],
     out: str,
     form: str = "lora",
     rank: int | None = None,
+    for_: Literal["vllm", "sglang", "llama.cpp"] | None = None,
+    keep: float = 0.7,
     base: str | None = None,
     tolerance: float = 1e-3,
     overwrite: bool = False,
@@ -143,22 +149,49 @@ def export(
     adapter takes its place, PEFT loads it, and its logits are compared with base plus deltas. Use `apply` for
     weights that adapters cannot carry, such as norms.
 
+    With --for, each expert becomes a LoRA by the rules of a server, in a folder of its name in --out, and the command
+    that starts the server with all of them is printed.
+
     Args:
-        expert: Directory of the expert.
-        form: Kind of the adapter: lora, supertuning, shira, the form of a related system, or the dotted path of a
-            PeftFormat of your own.
+        experts: Directories of the experts; several with --for alone.
+        form: Kind of the adapter: lora, supertuning, shira, vllm-patch (new values for a base that vLLM runs),
+            the form of a related system, or the dotted path of a PeftFormat of your own.
         out: Directory of the adapter.
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
+        for_: Server whose rules the LoRAs follow; it fixes their ranks.
+        keep: With --for, the least share of an expert's squared norm that its LoRA keeps, from 0 to 1.
         base: The base's directory or hub id; the one in the expert's record by default.
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it carries.
         overwrite: Replace an adapter of ours.
 
     Examples:
-        modular-experts export --expert library/a --form supertuning --out adapter
-        modular-experts export --expert library/ab --form lora --rank 16 --out adapter
+        modular-experts export --experts library/a --form supertuning --out adapter
+        modular-experts export --experts library/a library/b --for vllm --out adapters
+        modular-experts export --experts library/ab --form lora --rank 16 --out adapter
     """
-    written = export_expert(expert, out, form, rank, base, tolerance, overwrite, progress_bar("exporting"))
-    check = written.check
+    bar = progress_bar("exporting")
+    if for_ is not None:
+        if form != "lora" or rank is not None:
+            raise UsageError("--for writes LoRAs and chooses the rank by --keep; leave out --form and --rank")
+        return _print_served(export_for(experts, out, for_, keep, base, tolerance, overwrite, bar))
+    if len(experts) > 1:
+        raise UsageError(f"--form {form} takes one expert, and {len(experts)} are named; several are for --for SERVER")
+    if form == "vllm-patch":
+        patch = export_patch(experts[0], out, base, overwrite, bar)
+        return print(f"{out}: a patch of {patch.tensors} tensors, which replaces {patch.changed:,} values")
+    written = export_expert(experts[0], out, form, rank, base, tolerance, overwrite, bar)
+    _print_loss(written)
+    if written.padding:
+        print(f"padded with {written.padding} entries, because the format asks for fixed numbers of them")
+    check: Any = written.check
+    print(
+        f"loaded again with {check.loaded_with}: a logit differs by up to {check.largest_difference:.3g}, "
+        f"{check.mean_difference:.3g} on average (tolerance {check.tolerance:g})"
+    )
+    print(f"{out}: a {form} adapter of {experts[0]}, {len(written.weights)} weights")
+
+
+def _print_loss(written: Any) -> None:
     lossy = sorted((-weight.relative_error, name) for name, weight in written.weights.items() if weight.lost)
     if lossy:
         print(f"{len(lossy)} of {len(written.weights)} weights are approximated; these lose most:")
@@ -166,15 +199,16 @@ def export(
             print(f"  {name}: relative error {-error:.3g}")
         print(
             f"in all: relative error {written.relative_error:.3g}; a logit differs from the expert's by up to "
-            f"{check.largest_approximation:.3g}, {check.mean_approximation:.3g} on average"
+            f"{written.check.largest_approximation:.3g}, {written.check.mean_approximation:.3g} on average"
         )
-    if written.padding:
-        print(f"padded with {written.padding} entries, because the format asks for fixed numbers of them")
-    print(
-        f"loaded again with {check.loaded_with}: a logit differs by up to {check.largest_difference:.3g}, "
-        f"{check.mean_difference:.3g} on average (tolerance {check.tolerance:g})"
-    )
-    print(f"{out}: a {form} adapter of {expert}, {len(written.weights)} weights")
+
+
+def _print_served(served: ServedAdapters) -> None:
+    for name, written in served.adapters.items():
+        least = 1 - max(weight.relative_error for weight in written.weights.values()) ** 2
+        kept = f"{1 - written.relative_error**2:.1%} of the expert's squared norm, at least {least:.1%} of a weight's"
+        print(f"{name}: rank {written.rank}, {kept if written.relative_error else 'exactly the expert'}")
+    print(f"start the server:\n{served.start}")
 
 
 def push(

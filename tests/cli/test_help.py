@@ -102,7 +102,7 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
         else:
             parameters = arguments_of(function_of(verb))[1]
             needed = [name for name, default in parameters.items() if default is inspect.Parameter.empty]
-            spelt = {name.replace("dry_run", "dry-run") for name in parameters}
+            spelt = {name.replace("dry_run", "dry-run").rstrip("_") for name in parameters}
             assert set(options) == {*spelt, "trust", "config", "print_config", "help-all"}
         assert options[: len(needed)] == needed
         assert f"  modular-experts {verb}" in shown.partition("\nexamples:")[2]

@@ -54,7 +54,7 @@ def test_an_expert_is_trained_merged_applied_tested_exported_and_pushed(
 
     merge_and_apply(run, base)
 
-    assert run("export", "--expert", "library/mine", "--form", "lora", "--out", "adapter")[0] == 0
+    assert run("export", "--experts", "library/mine", "--form", "lora", "--out", "adapter")[0] == 0
     assert json.loads(Path("adapter/adapter_config.json").read_text())["r"] == rank
     for name, delta in read_peft("adapter").deltas:
         assert (delta - made[name]).norm() <= 1e-6 * made[name].norm()

@@ -4,11 +4,12 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.base.structure import Structure, is_transposed, sliced, split_slice
@@ -81,9 +82,14 @@ class LoraFormat(PeftFormat):
 
     Args:
         rank: Largest rank, to which any other delta is approximated; without it only low-rank deltas can be written.
+        steps: The ranks that a server takes, in ascending order. Then all weights have one of them, filled up with
+            zeros: the first that holds all deltas whole, if they are of low rank, else the first that keeps enough.
+        keep: The least share of the expert's squared Frobenius norm that is enough, from 0 to 1.
     """
 
     rank: int | None = None
+    steps: Sequence[int] = ()
+    keep: float = 0.7
 
     peft_type = "LORA"
     modules = "Linear, Conv1D and Embedding"
@@ -92,6 +98,32 @@ class LoraFormat(PeftFormat):
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is a share above 0 and up to 1, got {self.keep}")
+
+    def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> "LoraFormat":
+        if not self.steps:
+            return self
+        names, largest = list(names), self.steps[-1]
+        held = max(delta.rank if isinstance(delta := expert[name], LowRank) else largest + 1 for name in names)
+        if held <= largest:
+            return replace(self, rank=next(step for step in self.steps if step >= held))
+        kept, whole = torch.zeros(largest, dtype=torch.float64), 0.0
+        for name in names:
+            values = expert[name].dense()
+            product, _ = truncated_svd(Dense(values), largest)
+            energy = product.up.double().square().sum(0) * product.down.double().square().sum(1)
+            kept += F.pad(energy, (0, largest - len(energy))).cumsum(0)
+            whole += float(values.double().square().sum())
+        kept /= whole
+        rank = next((step for step in self.steps if kept[step - 1] >= self.keep), None)
+        if rank is None:
+            raise ValueError(
+                f"at rank {largest}, the largest that the server takes, a LoRA keeps {kept[-1]:.1%} of the squared "
+                f"norm of {expert.name}, less than keep={self.keep:g}; ask for less, or write a checkpoint with "
+                "modular-experts apply"
+            )
+        return replace(self, rank=rank)
 
     def supports(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear | nn.Embedding) or is_transposed(module)
@@ -104,6 +136,9 @@ class LoraFormat(PeftFormat):
             )
         largest = delta.rank if isinstance(delta, LowRank) else min(delta.shape)
         product, lost = truncated_svd(delta, self.rank or largest)
+        if self.steps and self.rank:
+            more = self.rank - product.rank
+            product = LowRank(F.pad(product.up, (0, more)), F.pad(product.down, (0, 0, 0, more)))
         if split_slice(name)[1] is not None:
             tensors = {}  # `matrices` joins them
         elif isinstance(module, nn.Linear):

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from inspect import isabstract
@@ -28,13 +28,15 @@ from modular_experts.library.record import plain
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 
+Encoded = Mapping[str, EncodedWeight]
+
 
 @dataclass(frozen=True)
 class WrittenAdapter:
-    """An adapter that was written: each weight as it stores it, and what loading it again showed."""
+    """An adapter that was written: each weight as it stores it, and what loading it again with PEFT showed."""
 
-    weights: Mapping[str, EncodedWeight]
-    check: "AdapterCheck"
+    weights: Encoded
+    check: "AdapterCheck | None"
 
     @property
     def relative_error(self) -> float:
@@ -43,12 +45,17 @@ class WrittenAdapter:
         return math.sqrt(sum(weight.lost for weight in self.weights.values()) / energy) if energy else 0.0
 
     @property
+    def rank(self) -> int:
+        """The largest rank of its factors, if it is a LoRA."""
+        return max(weight.delta.rank for weight in self.weights.values())  # type: ignore[attr-defined]
+
+    @property
     def padding(self) -> int:
         return sum(weight.padding for weight in self.weights.values())
 
 
 def export(
-    expert: str | Path,
+    expert: str | Path | StoredExpert,
     out: str | Path,
     form: str | PeftFormat = "lora",
     rank: int | None = None,
@@ -56,13 +63,14 @@ def export(
     tolerance: float = 1e-3,
     overwrite: bool = False,
     progress: Progress = iter,
+    write: Callable[[Path, Base, Any, Encoded], None] | None = None,
 ) -> WrittenAdapter:
     """Write an expert as a PEFT adapter, and verify it by loading it again with PEFT.
 
     The whole adapter and the base in float32 are in memory.
 
     Args:
-        expert: Directory of the expert.
+        expert: Directory of the expert, or an opened expert.
         out: Directory of the adapter.
         form: A `PeftFormat`, PEFT's type of the adapter in small letters, such as `lora`, `supertuning` or `shira`,
             or the dotted path of a `PeftFormat` of your own.
@@ -71,6 +79,7 @@ def export(
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it stands
             for. What an approximation costs is reported and not limited.
         overwrite: Replace an adapter of ours that is there.
+        write: Writes the files of another program into the directory, instead of PEFT's, and checks them.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
@@ -79,42 +88,52 @@ def export(
     """
     format = find_format(form, rank) if isinstance(form, str) else form
     target = check_target(out, overwrite, MANIFEST)
-    _check_peft(format.peft_type)
+    if not write:
+        _check_peft(format.peft_type)
     (opened,) = open_experts([expert])
     found = Base.open(base, [opened])
     modules = _moved_modules(opened, format, found)
     format = format.fit_to(opened, list(modules))
     encoded = {name: format.encode(name, modules[name], opened[name]) for name in progress(list(modules))}
     with new_directory(target, overwrite, MANIFEST) as directory:
-        config = {
-            "peft_type": format.peft_type,
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": found.place,
-            "revision": found.revision,
-            "inference_mode": True,
-            "target_modules": list(dict.fromkeys(_module_of(n) for n in encoded if split_slice(n)[1] is None)),
-            "modules_to_save": None,
-            **format.configuration(modules, encoded),
-        }
-        text = json.dumps(plain(config), indent=2, sort_keys=True)
-        (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        tensors = {
-            f"{PREFIX}{_module_of(name)}.{suffix}": tensor.contiguous()
-            for name, weight in encoded.items()
-            for suffix, tensor in weight.tensors.items()
-        }
-        tensors |= {f"{PREFIX}{key}": tensor for key, tensor in matrices(encoded, found.structure).items()}
-        save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
-        deltas = {name: weight.delta for name, weight in encoded.items()}
-        approximated = opened if any(weight.lost for weight in encoded.values()) else None
-        check = _verify(found, directory, deltas, approximated, tolerance)
+        check = None if write else _write_peft(directory, found, format, encoded, opened, tolerance)
+        if write:
+            write(directory, found, format, encoded)
         written = WrittenAdapter(encoded, check)
         origin = {
             "base": {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint},
             "experts": as_parents([opened]),
         }
-        write_manifest(directory, origin | {"adapter": _account(format, written), "check": asdict(check)})
+        account = {"adapter": _account(format, written), "check": asdict(check) if check else None}
+        write_manifest(directory, origin | account)
     return written
+
+
+def _write_peft(
+    directory: Path, base: Base, format: PeftFormat, encoded: Encoded, expert: StoredExpert, tolerance: float
+) -> "AdapterCheck":
+    config = {
+        "peft_type": format.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.place,
+        "revision": base.revision,
+        "inference_mode": True,
+        "target_modules": list(dict.fromkeys(_module_of(n) for n in encoded if split_slice(n)[1] is None)),
+        "modules_to_save": None,
+        **format.configuration({name: base.structure.layer(name) for name in encoded}, encoded),
+    }
+    text = json.dumps(plain(config), indent=2, sort_keys=True)
+    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    tensors = {
+        f"{PREFIX}{_module_of(name)}.{suffix}": tensor.contiguous()
+        for name, weight in encoded.items()
+        for suffix, tensor in weight.tensors.items()
+    }
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in matrices(encoded, base.structure).items()}
+    save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
+    deltas = {name: weight.delta for name, weight in encoded.items()}
+    approximated = expert if any(weight.lost for weight in encoded.values()) else None
+    return _verify(base, directory, deltas, approximated, tolerance)
 
 
 def find_format(form: str, rank: int | None) -> PeftFormat:
