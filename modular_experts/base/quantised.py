@@ -61,6 +61,42 @@ def described(form: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"form": form, "library": f"{library} {version(library)}", "settings": quantiser(form, dtype).to_diff_dict()}
 
 
+def quantised_shapes(model: Any, settings: Any, dtype: torch.dtype) -> None:
+    """Give a model on the meta device the layers of bitsandbytes that it has when transformers quantises it.
+
+    Args:
+        model: The model, whose weights stay as they are (`packed`).
+        settings: What `quantiser` returns, or the `quantization_config` of its files.
+        dtype: The dtype of all else.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    found = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    with torch.device("meta"):
+        found.preprocess_model(model=model, device_map={"": "cpu"}, dtype=dtype)
+
+
+def packed(weight: Any, dtype: torch.dtype) -> nn.Parameter:
+    """Return what becomes of a weight that `quantised_shapes` left as it is, with shapes and no numbers in mind."""
+    import bitsandbytes.functional as bnb
+
+    if not hasattr(weight, "quant_type"):
+        found: Any = nn.Parameter(torch.empty(weight.shape, dtype=torch.int8), requires_grad=False)
+        found.CB, found.SCB = found.data, torch.empty(len(weight))
+        return found
+    blocks = -(-weight.numel() // weight.blocksize)
+    state = {name: getattr(weight, name) for name in ("shape", "blocksize", "quant_type")}
+    state |= {"dtype": dtype, "code": torch.empty(16), "absmax": torch.empty(blocks)}
+    if weight.compress_statistics:
+        outer = bnb.QuantState(
+            torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+        )
+        state |= {"absmax": torch.empty(blocks, dtype=torch.uint8), "offset": torch.empty(()), "state2": outer}
+    found = nn.Parameter(torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
+    found.quant_state = bnb.QuantState(**state)
+    return found
+
+
 def is_quantised(layer: nn.Module) -> bool:
     """Return whether the weight of a linear layer can be dequantised."""
     return isinstance(layer, nn.Linear) and _reader(layer) is not None

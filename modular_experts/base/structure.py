@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from modular_experts.base.quantised import is_quantised, read_weight
 from modular_experts.deltas import all_finite
@@ -146,11 +147,12 @@ def _computes_linear(kind: Any) -> bool:
     if kind.forward is nn.Linear.forward:
         return True
     # Let the forward pass multiply small whole numbers, with nothing at hand but a weight and a bias.
-    numbers = torch.arange(11.0, device="cpu")
-    weight, bias, x = numbers[:6].view(3, 2), numbers[6:9], numbers[None, 9:]
     try:
-        layer: Any = SimpleNamespace(weight=weight, bias=bias)
-        return torch.equal(kind.forward(layer, x), F.linear(x, weight, bias))
+        with unset_fake_temporarily():
+            numbers = torch.arange(11.0, device="cpu")
+            weight, bias, x = numbers[:6].view(3, 2), numbers[6:9], numbers[None, 9:]
+            layer: Any = SimpleNamespace(weight=weight, bias=bias)
+            return torch.equal(kind.forward(layer, x), F.linear(x, weight, bias))
     except Exception:  # whatever a forward pass raises that needs more
         return False
 

@@ -180,7 +180,7 @@ def find_sites(model: nn.Module) -> list[Site]:
             for number in range(len(whole)):
                 place, flipped = f"{name}.{key}[{number}]", bool(module.is_transposed)
                 sites.append(Site(place, key, depth_of(f"{name}."), module, False, key, number, flipped))
-        linear = is_linear(module) or is_transposed(module) or is_quantised(module) or why_not_read(module)
+        linear = is_quantised(module) or is_linear(module) or is_transposed(module) or why_not_read(module)
         if isinstance(module, ExpertLinear | ExpertConv1D) or (linear and not _why_not(module)):
             flipped = isinstance(module, ExpertConv1D) or is_transposed(module)
             outputs: Any = getattr(module, "out_features", None) or module.nf

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
 from modular_experts.deltas import Delta
@@ -38,7 +39,11 @@ class TransientWeight(Tensor):
         cls, read: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> "TransientWeight":
         """Make one of a function that dequantises, which returns a new tensor at each call."""
-        made = torch.zeros((), dtype=dtype, device=device).expand(*shape).as_subclass(cls)
+        whole = torch.zeros((), dtype=dtype, device=device).expand(*shape)
+        if type(whole) is not Tensor:  # a fake tensor, which has a class of its own
+            with unset_fake_temporarily():
+                return cls.of(read, shape, dtype, device)
+        made = whole.as_subclass(cls)
         made._read, made._added = read, None
         return made
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from modular_experts.base import Base
+from modular_experts.base.quantised import packed, quantised_shapes, quantiser
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.callbacks.schedule import Schedule, callbacks_of
 from modular_experts.data import Batch, TaskMixture
@@ -78,6 +79,36 @@ class Held(TorchDispatchMode):
         self.bytes -= size
 
 
+class _HeldOfShapes(Held):
+    """Counts bytes of fake tensors, and supposes that each expert of a mixture-of-experts layer gets as many tokens."""
+
+    _experts = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        real = given and not any(isinstance(one, FakeTensor) for one in given)
+        if real and func is not torch.ops.aten.lift_fresh.default:  # which makes a fake tensor of a constant
+            with unset_fake_temporarily():  # numbers of experts, or what stands for a quantised weight
+                return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:
+            return self._chosen(given[0])
+        if func is torch.ops.aten._grouped_mm.default:  # which knows shapes in bfloat16 alone
+            args, kwargs, func = (given[0], given[1][0]), {}, torch.ops.aten.mm.default
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _chosen(self, where: Tensor) -> Tensor:
+        """Return which experts get tokens `(experts, 1)`, or which choices and tokens `(tokens, 2)` an expert gets.
+
+        The base asks which experts it must run (the last number stands for none), and then for each of them, which of
+        the places `(choices, tokens)` are its own.
+        """
+        if where.ndim == 1:
+            self._experts = len(where) - 1
+            with unset_fake_temporarily():
+                return torch.arange(len(where))[:, None]
+        return where.new_empty(-(-where.numel() // self._experts), where.ndim, dtype=torch.int64)
+
+
 class BatchShape(NamedTuple):
     """What of a batch decides how much memory a step takes."""
 
@@ -111,8 +142,8 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
     cannot be trained; the data have a tokenizer already.
 
     Raises:
-        UnpredictableError: The base is in memory or quantised, an expert that is applied first chooses by the input, or
-            the model does not compute with shapes alone, as mixtures of experts do not.
+        UnpredictableError: The base is in memory, or quantised by another library than bitsandbytes, an expert that is
+            applied first chooses by the input, or the model does not compute with shapes alone.
         ValueError: What a fit would refuse.
     """
     device = trainer.strategy.root_device
@@ -122,9 +153,12 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
         base = _predictable_base(module)
         data.setup("fit")
         length = training_length(trainer, len(data.train_dataloader()))
-        python, mode, held = high_water(device), FakeTensorMode(), Held()
+        python, mode, held = high_water(device), FakeTensorMode(), _HeldOfShapes()
+        model, dtype = base.structure.model, getattr(torch, module.dtype_name)
+        if form := quantiser(base.quantise, dtype) if base.quantise else base.quantisation:
+            quantised_shapes(model, form, dtype)
         with mode, held:
-            module.model = _with_experts(module, base.structure.model, device)
+            module.model = _with_experts(module, model, device)
             optimizer = module.make_optimizer()
         train, validation = _batches(module, data)
         validations = validations_of(trainer, data, length, len(validation))
@@ -160,7 +194,9 @@ def _predictable_base(module: ExpertModule) -> Base:
     applied = loading.open_applied(module.applied, trains=True)
     base = loading.opened_base(module.base, applied, module.revision, module.quantise)
     reasons = ["on top of a routed expert"] * any(expert.is_routed for expert in applied)
-    reasons += ["on a quantised base"] * bool(base.quantise or base.quantisation)
+    method = (base.quantisation or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or (base.quantise or "").endswith("-torchao"):
+        reasons.append("on a base that another library than bitsandbytes quantises")
     if reasons:
         raise UnpredictableError(
             f"the memory of a fit {reasons[0]} cannot be predicted; a dry run without a size to fit into loads the base"
@@ -219,7 +255,11 @@ def _with_experts(module: ExpertModule, model: Any, device: torch.device) -> nn.
         for name, one in part._parameters.items():
             if one is not None and id(one) not in made:
                 kind = dtype if one.is_floating_point() else one.dtype
-                made[id(one)] = nn.Parameter(torch.empty(one.shape, dtype=kind, device=device), requires_grad=False)
+                if type(one) is nn.Parameter:
+                    made[id(one)] = nn.Parameter(torch.empty(one.shape, dtype=kind, device=device), requires_grad=False)
+                else:
+                    with device:
+                        made[id(one)] = packed(one, dtype)
             part._parameters[name] = one if one is None else made[id(one)]
         for name, one in part._buffers.items():
             part._buffers[name] = one if one is None else torch.empty(one.shape, dtype=one.dtype, device=device)

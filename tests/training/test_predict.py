@@ -1,15 +1,19 @@
 """A fit whose memory is predicted from shapes takes this memory with numbers."""
 
+import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import GROUPED, build_tokenizer
 from testbed.runs import TARGET, mixture, module, trainer
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, FalconConfig, MixtralConfig
 
 from modular_experts import estimate_fit
 from modular_experts.base.files import fingerprint
+from modular_experts.base.structure import _computes_linear
 from modular_experts.data import TaskMixture
 from modular_experts.deltas import Dense
 from modular_experts.evaluation import batch_losses
@@ -68,12 +72,21 @@ def test_as_much_is_kept_for_backward_as_with_numbers(kind, settings, tiny_llama
     assert found[0] == pytest.approx(wanted[0], rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["tiles", "lora", "full"])
-def test_the_peak_is_that_of_steps_with_numbers(kind, tiny_llama_dir, task_files, tmp_path) -> None:
-    data, run = mixture(task_files, tiny_llama_dir, packing=False), trainer(tmp_path)
-    shapes, real = module(tiny_llama_dir, KINDS[kind]), module(tiny_llama_dir, KINDS[kind])
+@pytest.fixture(scope="session")
+def mixture_dir(tmp_path_factory) -> Path:
+    """A mixture-of-experts base whose layers have four experts, two of them for each token."""
+    place = tmp_path_factory.mktemp("mixture")
+    AutoModelForCausalLM.from_config(MixtralConfig(**GROUPED, num_local_experts=4)).save_pretrained(place)
+    build_tokenizer().save_pretrained(place)
+    return place
+
+
+def peaks(base, kind, data, run, **settings) -> tuple[int, int]:
+    """Return what two steps hold at once, as shapes predict it and with numbers, without the process itself."""
+    shapes, real = module(base, KINDS[kind], **settings), module(base, KINDS[kind], **settings)
     parts = predict(shapes, data, run).bytes
     real.trainer = run
+    real.setup("fit")
     real.configure_model()
     batch = max(data.train_dataloader(), key=lambda batch: batch["input_ids"].numel())
     optimizer = real.make_optimizer()
@@ -88,7 +101,31 @@ def test_the_peak_is_that_of_steps_with_numbers(kind, tiny_llama_dir, task_files
             del loss
             optimizer.step()
     freed = parts["trained numbers and gradients"] / 2
-    assert sum(parts.values()) - parts["Python and its libraries"] - freed == pytest.approx(held.most, rel=0.02)
+    return sum(parts.values()) - parts["Python and its libraries"] - freed, held.most
+
+
+@pytest.mark.parametrize("kind", ["tiles", "lora", "full"])
+def test_the_peak_is_that_of_steps_with_numbers(kind, tiny_llama_dir, task_files, tmp_path) -> None:
+    found, wanted = peaks(tiny_llama_dir, kind, mixture(task_files, tiny_llama_dir, packing=False), trainer(tmp_path))
+    assert found == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize("modules", ["all-linear", "q_proj"])
+@pytest.mark.parametrize("kind", ["tiles", "lora"])
+def test_tokens_of_a_mixture_are_spread_evenly(kind, modules, mixture_dir, task_files, tmp_path) -> None:
+    data = mixture(task_files, mixture_dir, packing=False)
+    found, wanted = peaks(mixture_dir, kind, data, trainer(tmp_path), modules=modules)
+    # Where no matrix has an expert, the base multiplies all of a layer at once.
+    assert found == pytest.approx(wanted, rel=0.05 if modules == "all-linear" else 0.15)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["tiles", "lora"])
+def test_a_quantised_base_is_predicted(kind, form, tiny_llama_dir, task_files, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    data = mixture(task_files, tiny_llama_dir, packing=False)
+    found, wanted = peaks(tiny_llama_dir, kind, data, trainer(tmp_path), quantise=form)
+    assert found == pytest.approx(wanted, rel=0.05)
 
 
 def test_plans_of_native_kernels_are_counted(tiny_llama_dir, task_files, tmp_path) -> None:
@@ -203,17 +240,21 @@ def test_a_base_of_more_than_half_of_the_free_memory_is_not_loaded(settings, mon
     assert estimate_fit(**settings).predicted
 
 
-def test_a_mixture_of_experts_is_loaded_instead(settings, tmp_path, monkeypatch) -> None:
-    config = MixtralConfig(**GROUPED, num_local_experts=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    build_tokenizer().save_pretrained(tmp_path)
-    changed = {"base": str(tmp_path), "modules": "q_proj"}
-    with pytest.raises(ValueError, match="cannot be predicted, because its model does not compute with shapes alone"):
-        estimate_fit(**settings | changed, fit_into="1GB")
-    monkeypatch.setattr(fits, "free_memory", lambda: 2**16)
-    assert not estimate_fit(**settings | changed).predicted
+def test_a_base_that_cannot_be_predicted_is_loaded_instead(settings, tmp_path, monkeypatch) -> None:
+    config = json.loads((Path(settings["base"]) / "config.json").read_text())
+    shutil.copytree(settings["base"], tmp_path / "base")
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="on a base that another library than bitsandbytes quantises cannot be pred"):
+        estimate_fit(**settings | {"base": str(tmp_path / "base")}, fit_into="1GB")
+    with pytest.raises(ValueError, match="another library than bitsandbytes"):
+        estimate_fit(**settings, quantise="int8-torchao", fit_into="1GB")
 
 
-def test_a_quantised_base_is_loaded_instead(settings) -> None:
-    with pytest.raises(ValueError, match="a quantised base cannot be predicted; a dry run without a size"):
-        estimate_fit(**settings, quantise="nf4", fit_into="1GB")
+def test_layers_that_compute_a_linear_one_stay_known(task_files, tmp_path) -> None:
+    _computes_linear.cache_clear()
+    config = FalconConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "falcon")
+    build_tokenizer().save_pretrained(tmp_path / "falcon")
+    shapes = module(tmp_path / "falcon", LoRAExpert, modules="all-linear")
+    assert len(predict(shapes, mixture(task_files, tmp_path / "falcon"), trainer(tmp_path)).weights) == 4
