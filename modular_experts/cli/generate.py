@@ -4,8 +4,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from modular_experts.base import DType
+from modular_experts.base import Base, DType
+from modular_experts.base.quantised import Quantise
 from modular_experts.evaluation.streaming import generate as generate_answer
+from modular_experts.library import open_expert
 from modular_experts.settings import UsageError
 
 
@@ -18,6 +20,7 @@ def generate(
     seed: int = 0,
     chat: bool | None = None,
     dtype: DType = "float32",
+    quantise: Quantise | None = None,
 ) -> None:
     """Answer a prompt with a base and experts, and print the answer while it comes.
 
@@ -34,6 +37,7 @@ def generate(
         chat: Put the prompt as a user's message through the tokenizer's chat template; by default as the experts were
             trained.
         dtype: Data type of the base.
+        quantise: Form in which the base is quantised, such as nf4.
 
     Examples:
         modular-experts generate --base DIR "The capital of France is"
@@ -50,5 +54,6 @@ def generate(
     if base is None and not experts:
         raise UsageError("--base or --experts must be given, on the command line or in --config")
     write = partial(print, end="", flush=True)
-    generate_answer(base, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, write)
+    found = Base.open(base, [open_expert(one) for one in experts], quantise=quantise) if quantise else base
+    generate_answer(found, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, write)
     print()
