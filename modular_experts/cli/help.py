@@ -20,7 +20,7 @@ _WIDTH, _COLUMN = 80, 26
 _Wrapper = partial(textwrap.TextWrapper, break_long_words=False, break_on_hyphens=False)
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
 _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
-_METAVARS = {"bool": "", "int": " N", "float": " X", "DType": " DTYPE"}
+_METAVARS = {"bool": "", "URL": " URL", "int": " N", "float": " X", "DType": " DTYPE"}
 _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 # An argument in a docstring, with its type or without, and the lines of its text.
 _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"

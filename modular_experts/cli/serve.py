@@ -13,12 +13,14 @@ from modular_experts.settings import UsageError
 from modular_experts.text import bytes_of
 
 KEY = "MODULAR_EXPERTS_API_KEY"
+URL = str
 
 
 def serve(
     library: str,
     base: str | None = None,
     auto: str | None = None,
+    in_front_of: URL | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     rows: int = 32,
@@ -34,12 +36,14 @@ def serve(
 
     The `model` of a request names an expert, a merge, a sum such as a+0.5*b, a route, base, or auto, for which the
     library's route reads the prompt and finds the expert. Experts that join the library are served without a restart.
+    With --in-front_of, another server answers, such as vLLM: this one only chooses the expert of requests for auto.
     At / there is a page on which to ask. With a key in MODULAR_EXPERTS_API_KEY, requests must send it.
 
     Args:
         library: Directory of the experts.
         base: The base's directory or hub id; the one in the experts' records by default.
         auto: The route that auto means; by default the only one of the library.
+        in_front_of: Address of another server, such as http://127.0.0.1:9000, which has the experts by their names.
         host: Address to listen at; 0.0.0.0 lets other machines ask.
         port: Port to listen at; 0 takes a free one.
         rows: The most answers that are written at the same time; others wait.
@@ -54,6 +58,7 @@ def serve(
     Examples:
         modular-experts serve library
         modular-experts serve library --auto route --port 9000
+        modular-experts serve library --in_front_of http://127.0.0.1:9000
     """
     try:
         import uvicorn
@@ -62,6 +67,7 @@ def serve(
         from modular_experts.serving.app import Limits, make_app
         from modular_experts.serving.engine import Engine
         from modular_experts.serving.models import Models
+        from modular_experts.serving.proxy import make_proxy
     except ImportError as error:
         raise UsageError(f"serve needs {error.name}: pip install 'modular-experts[serve]'") from None
     if not 0 <= port < 2**16:
@@ -76,11 +82,16 @@ def serve(
     with _bound(host, port) as listening:
         opened = Base.open(base, [] if base else first, quantise=quantise)
         models = Models(library, opened.fingerprint, opened.place, auto)
-        model: Any = opened.load(dtype)
-        engine = Engine(model.to(device()), rows, cache_tokens, bytes_of(expert_bytes))
         limits = Limits(most_requests, seconds, api_key=os.environ.get(KEY) or None, log_prompts=log_prompts)
+        if in_front_of and models.auto is None:
+            models.find("auto")
+        model: Any = opened.load(dtype)
         tokenizer: Any = opened.tokenizer()
-        app = make_app(Answerer(models, engine, tokenizer), limits)
+        if in_front_of:
+            app = make_proxy(models, model, tokenizer, in_front_of.rstrip("/").removesuffix("/v1"), limits)
+        else:
+            engine = Engine(model.to(device()), rows, cache_tokens, bytes_of(expert_bytes))
+            app = make_app(Answerer(models, engine, tokenizer), limits)
         count = len(models.listed()) - 1
         print(f"{opened.place} with {count} models of {Path(library)}; auto is {models.auto or 'not there'}")
         print(f"answers at http://{host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it", flush=True)

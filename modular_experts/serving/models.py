@@ -78,7 +78,7 @@ class Route:
                 f"{expert.name} chooses for each token and layer, and only routes that choose by the prompt are "
                 "served; make one with --router KernelRidge or Centroid"
             )
-        self._router = router.eval()
+        self._router, self.depths = router.eval(), list(router.depths)
 
     @property
     def members(self) -> list[StoredExpert]:

@@ -73,6 +73,7 @@ def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path
             ([library, "--port", "70000"], "--port 70000 is outside 0 to 65535"),
             ([library, "--auto", "loar"], "there is no model 'loar'; did you mean lora?"),
             ([library, "--rows", "0"], "must be at least 1"),
+            ([library, "--in-front-of", "http://127.0.0.1:1"], "'auto' is for a library with one route"),
             ([library, "--expert_bytes", "much"], "'much' is not a size"),
             ([tmp_path], "has no experts"),
         ):

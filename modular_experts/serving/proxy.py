@@ -1,0 +1,156 @@
+"""Choose the expert by the prompt in front of another server, such as vLLM or SGLang with the experts as LoRAs.
+
+Requests for `auto` get the name of the expert that the library's route chooses; all else passes as it is, both ways.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Receive, Scope, Send
+
+from modular_experts.injection import context_length
+from modular_experts.serving.answers import Answerer
+from modular_experts.serving.app import Limits, _error, _Guard, _refuse
+from modular_experts.serving.models import AUTO, BASE, Choice, Models, Route
+from modular_experts.text import block_of
+
+# Headers that belong to one connection, or that httpx writes itself.
+_OWN = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+Headers = list[tuple[str, str]]
+
+
+def make_proxy(models: Models, model: Any, tokenizer: Any, upstream: str, limits: Limits) -> FastAPI:
+    """Return the application, which keeps of the base what the route reads: the embeddings and the first blocks.
+
+    Args:
+        models: The models of the library, of which `auto` is read.
+        model: The base; the weights of its other layers are freed.
+        tokenizer: The base's.
+        upstream: The address of the other server, without `/v1`.
+        limits: What the proxy takes; a request's key is handed on.
+    """
+    proxy = _Proxy(models, model, tokenizer)
+    proxy.keep_first_blocks()
+    proxy.client = httpx.AsyncClient(
+        base_url=upstream,
+        timeout=httpx.Timeout(limits.seconds, connect=10, pool=0.01),
+        limits=httpx.Limits(max_connections=limits.requests),
+        trust_env=False,
+        headers={"accept-encoding": "identity"},  # answers are not compressed unless the client asks for it
+    )
+
+    @asynccontextmanager
+    async def running(app: FastAPI) -> AsyncIterator[None]:
+        async with proxy.client:
+            yield
+
+    app = FastAPI(title="modular-experts", lifespan=running)
+    app.add_middleware(_Guard, limits=limits)
+    app.add_exception_handler(StarletteHTTPException, _refuse)
+    for path in ("/v1/{rest:path}", "/health", "/metrics"):
+        app.add_api_route(path, proxy.forward, methods=["GET", "POST"], response_model=None)
+    return app
+
+
+class _Passed(StreamingResponse):
+    """The other server's answer, byte by byte, which is closed when it ends or the client leaves."""
+
+    def __init__(self, answer: httpx.Response, headers: dict[str, str]) -> None:
+        kept = {name: value for name, value in answer.headers.items() if name not in _OWN}
+        super().__init__(answer.aiter_raw(), answer.status_code, kept | headers)
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.answer.aclose()
+
+
+class _Proxy(Answerer):
+    engine: Any  # the base itself, as nothing is computed here but the choice
+    client: httpx.AsyncClient
+    depth = 1.0
+    ids: Sequence[str] = ()
+    joins = False
+
+    def keep_first_blocks(self) -> None:
+        """Free the weights that the route does not read."""
+        self.depth, model = max(self._route().depths), self.engine
+        blocks = list(dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name))))
+        for unread in [*blocks[round(self.depth * len(blocks)) :], *["lm_head"] * hasattr(model, "lm_head")]:
+            model.get_submodule(unread).to("meta")
+
+    def _route(self) -> Route:
+        found = self.models.find(AUTO)
+        assert isinstance(found, Route)
+        if max(found.depths) > self.depth:
+            raise ValueError("the route reads more of the base than the one before; start the proxy again")
+        return found
+
+    async def forward(self, request: Request) -> _Passed:
+        """Send a request to the other server, with the route's choice in place of `auto`."""
+        body, own = await request.body(), dict[str, str]()
+        headers = [(name, value) for name, value in request.headers.items() if name not in _OWN | {"content-length"}]
+        asked: Any = None
+        with suppress(ValueError, RecursionError):
+            asked = json.loads(body)
+        if isinstance(asked, dict) and asked.get("model") == AUTO:
+            choice = await self._choose(asked)
+            body = json.dumps(asked | {"model": await self._name(choice.name, headers)}).encode()
+            own = {"x-expert": choice.name}
+            own |= {} if choice.confidence is None else {"x-expert-confidence": f"{choice.confidence:.4f}"}
+        url = httpx.URL(path=request.url.path, query=request.url.query.encode())
+        return _Passed(await self._send(request.method, url, headers, body), own)
+
+    async def _choose(self, asked: dict[str, Any]) -> Choice:
+        """Return what the route chooses for the prompt of a request."""
+        try:
+            prompt: Any = asked.get("prompt")
+            if prompt is None:
+                prompt = [{"role": str(one["role"]), "content": _text(one.get("content"))} for one in asked["messages"]]
+            elif isinstance(prompt, list) and isinstance(prompt[0], str):
+                prompt = prompt[0]
+            found = await asyncio.to_thread(self._route)
+            chat = "messages" in asked and self._reads_chat(found.members)
+            ids = await asyncio.to_thread(self._encoded, prompt, chat)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise _error(400, f"the route cannot read the prompt of the request: {str(error)[:200]}") from None
+        return await asyncio.to_thread(found.choose, self.engine, ids[: context_length(self.engine)])
+
+    async def _name(self, name: str, headers: Headers) -> str:
+        """Return how the other server calls an expert, or the base."""
+        try:
+            if not self.ids:
+                answer = await self._send("GET", httpx.URL("/v1/models"), headers)
+                listed = json.loads(await answer.aread())["data"]
+                self.ids, self.joins = [str(one["id"]) for one in listed], listed[0].get("owned_by") == "sglang"
+            base = self.ids[0]
+        except (LookupError, TypeError, ValueError):
+            raise _error(502, f"the server at {self.client.base_url} does not list its models") from None
+        if name == BASE:
+            return BASE if BASE in self.ids else base
+        # To SGLang an adapter's name alone means the base.
+        return f"{base}:{name}" if self.joins else name
+
+    async def _send(self, method: str, url: httpx.URL, headers: Headers, body: bytes = b"") -> httpx.Response:
+        request = self.client.build_request(method, url, headers=headers, content=body)
+        try:
+            return await self.client.send(request, stream=True)
+        except httpx.PoolTimeout:
+            raise _error(429, "too many requests are being answered; try again later") from None
+        except httpx.HTTPError as error:
+            message = f"the server at {self.client.base_url} does not answer ({type(error).__name__})"
+            raise _error(502, message) from None
+
+
+def _text(content: Any) -> str:
+    """Return the text of a message, without its pictures and calls."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
