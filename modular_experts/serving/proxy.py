@@ -97,6 +97,8 @@ class _Proxy(Answerer):
 
     async def forward(self, request: Request) -> _Passed:
         """Send a request to the other server, with the route's choice in place of `auto`."""
+        if ".." in request.url.path.split("/"):
+            raise _error(404, "only what lies below /v1 is passed on")
         body, own = await request.body(), dict[str, str]()
         headers = [(name, value) for name, value in request.headers.items() if name not in _OWN | {"content-length"}]
         asked: Any = None

@@ -59,7 +59,7 @@ class Stub:
 
     async def answer(self, request: Request) -> Response:
         body = await request.body()
-        self.asked.append((str(request.url).partition("/v1")[2], body, dict(request.headers)))
+        self.asked.append((str(request.url).split("/", 3)[3].removeprefix("v1"), body, dict(request.headers)))
         if b"die" in body:
 
             async def broken():
@@ -145,7 +145,9 @@ def test_a_stream_comes_part_by_part_and_other_requests_byte_by_byte(proxied):
             assert stub.asked.pop()[1] == body
         assert client.get("/health").content == b"".join(PARTS)
         assert client.get("/v1/models").json() == stub.models()
-        assert client.get("/secret").status_code == 404
+        for path in ("/secret", "/v1/%2e%2e/secret", "/v1/a/%2E%2E/%2e%2e/secret"):
+            assert client.get(path).status_code == 404
+        assert not [place for place, *_ in stub.asked if "secret" in place]
 
 
 def test_more_requests_than_the_limit_are_refused_until_one_ends(proxied):
