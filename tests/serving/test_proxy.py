@@ -35,14 +35,16 @@ PARTS = [b'data: {"choices": []}\n\n', "data: {'schön'}\n\n".encode(), b"data: 
 def listening(app: Any) -> Iterator[str]:
     """Run an application on loopback, in a thread, and yield its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 class Stub:
@@ -242,8 +244,10 @@ def test_the_command_starts_it(library):
     with listening(Stub().app) as address:
         command = [sys.executable, "-m", "modular_experts", *words, f"{address}/v1/"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            started = [process.stdout.readline() for _ in range(2)][1].split()[2].rstrip(";")
-            answer = httpx.post(f"{started}/completions", json={"model": "auto", "prompt": "one"}, timeout=30)
-            process.terminate()
+            try:
+                started = [process.stdout.readline() for _ in range(2)][1].split()[2].rstrip(";")
+                answer = httpx.post(f"{started}/completions", json={"model": "auto", "prompt": "one"}, timeout=30)
+            finally:
+                process.terminate()
     assert answer.content == b"".join(PARTS)
     assert answer.headers["x-expert"] in ("upper", "reverse")
