@@ -18,7 +18,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from modular_experts.library import StoredExpert
 from modular_experts.routing.gates import Gates
-from modular_experts.serving.experts import HeldExperts, NoRoomError
+from modular_experts.serving.experts import HeldExperts, NoRoomError, Slot
 from modular_experts.serving.models import Weighted
 
 PAGE = 32
@@ -86,7 +86,7 @@ class Engine:
         self.experts = HeldExperts(model, expert_bytes, self._pause)
         self._manager: Any = None
         self._answering: dict[str, _Row] = {}
-        self._numbers = itertools.count()
+        self._numbers, self._turn = itertools.count(), asyncio.Lock()
         self._batch: tuple[list[tuple[str, int]], Gates | None] = [], None
         self._hooks: list[Any] = []
 
@@ -132,8 +132,7 @@ class Engine:
 
     def check(self, experts: Sequence[StoredExpert], prompt: int, most: int) -> None:
         """Raise ValueError for experts that cannot be served, or an answer that the cache has no room for."""
-        for expert in experts:
-            self.experts.check(expert)
+        self.experts.check(experts)
         if prompt + most > self.cache_tokens:
             raise ValueError(
                 f"the prompt of {prompt} tokens and an answer of up to {most} need more than the {self.cache_tokens} "
@@ -147,13 +146,19 @@ class Engine:
 
         Whoever leaves the iterator ends the answer: close it (`aclose`).
 
+        Args:
+            ids: The prompt's tokens.
+            experts: What answers, after a `check`.
+            stops: Tokens that end the answer.
+            most: The most tokens of the answer.
+            sampling: How tokens are chosen.
+
         Raises:
-            EngineError: (while it is read) The model failed.
-            ValueError: An expert cannot be served.
+            EngineError: (while it is read) The model failed, or an expert cannot be read.
         """
         slots = await self._taken([expert for expert, _ in experts])
         key, tokens = f"{next(self._numbers)}", asyncio.Queue[Any]()
-        row = _Row([(slot, weight) for slot, (_, weight) in zip(slots, experts, strict=True)], sampling)
+        row = _Row([(slot.number, weight) for slot, (_, weight) in zip(slots, experts, strict=True)], sampling)
         if sampling.temperature > 0:
             row.generator = torch.Generator().manual_seed(sampling.seed)
         self._answering[key], finished = row, False
@@ -184,13 +189,25 @@ class Engine:
             # It takes no more requests, and ends.
             await asyncio.sleep(0.05)
 
-    async def _taken(self, experts: Sequence[StoredExpert]) -> list[int]:
-        """Take experts, as soon as those that answer now leave room for them."""
-        while True:
-            try:
-                return await asyncio.to_thread(self.experts.take, experts)
-            except NoRoomError:
-                await asyncio.sleep(0.05)
+    async def _taken(self, experts: Sequence[StoredExpert]) -> list[Slot]:
+        """Take experts, one request after the other, as soon as those that answer now leave room for them."""
+        async with self._turn:
+            while True:
+                taking = asyncio.ensure_future(asyncio.to_thread(self.experts.take, experts))
+                try:
+                    return await asyncio.shield(taking)
+                except NoRoomError:
+                    await asyncio.sleep(0.05)
+                except asyncio.CancelledError:
+                    # The thread goes on, and takes them for nobody.
+                    taking.add_done_callback(self._give_back)
+                    raise
+                except Exception as error:
+                    raise EngineError(str(error)) from error
+
+    def _give_back(self, taken: "asyncio.Future[list[Slot]]") -> None:
+        if not taken.cancelled() and taken.exception() is None:
+            self.experts.give_back(taken.result())
 
     def _pause(self) -> AbstractContextManager[Any]:
         running = self._manager is not None and self._manager.is_running()

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -71,54 +71,58 @@ class HeldExperts:
             if not site.parameter or site.number is not None
             for name in (site.weight, f"{site.name}.bias")
         }
-        self._lock = threading.Lock()
+        # Experts are given back while another one is read, which takes a while.
+        self._reading, self._counting = threading.Lock(), threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the experts that are held, without what is decoded for a while."""
-        return sum(slot.nbytes for slot in self._slots.values())
+        return sum(slot.nbytes for slot in tuple(self._slots.values()))
 
     def __len__(self) -> int:
         return len(self._slots)
 
-    def check(self, expert: StoredExpert) -> None:
-        """Raise ValueError if rows of their own cannot take an expert."""
-        moved = [name for name in expert if name not in self._sites]
-        if not expert.mergeable:
-            raise ValueError(f"{expert.name} cannot be served, because {expert.not_mergeable_because}")
-        if moved:
+    def check(self, experts: Sequence[StoredExpert]) -> None:
+        """Raise ValueError for experts that rows of their own cannot take, or that do not fit into `most` together."""
+        for expert in experts:
+            moved = [name for name in expert if name not in self._sites]
+            if not expert.mergeable:
+                raise ValueError(f"{expert.name} cannot be served, because {expert.not_mergeable_because}")
+            if moved:
+                raise ValueError(
+                    f"{expert.name} cannot be served, because it moves {moved[0]}, which all rows share; apply it to "
+                    "the base, and serve that"
+                )
+        check_fit(self._model, [expert for expert in experts if expert.content_hash not in self._slots])
+        if (size := sum(map(_bytes, experts))) > self.most:
             raise ValueError(
-                f"{expert.name} cannot be served, because it moves {moved[0]}, which all rows share; apply it to the "
-                "base, and serve that"
+                f"{' and '.join(one.name for one in experts)} would take {bytes_text(size)}, and "
+                f"{bytes_text(self.most)} are for all experts; give more with --expert_bytes"
             )
-        check_fit(self._model, [expert])
 
-    def take(self, experts: Sequence[StoredExpert]) -> list[int]:
-        """Return the slots of experts, which are read if they are not there yet.
+    def take(self, experts: Sequence[StoredExpert]) -> list[Slot]:
+        """Return the slots of checked experts, which are read if they are not there yet.
 
         Raises:
             NoRoomError: Together with the experts in use they take more than `most`.
-            ValueError: One cannot be served, or the files of one are damaged.
+            ValueError: The files of one are damaged.
         """
-        with self._lock:
-            numbers = []
+        slots: list[Slot] = []
+        with self._reading:
             try:
                 for expert in experts:
-                    slot = self._slots.get(expert.content_hash) or self._read(expert)
+                    slot = self._slots.get(expert.content_hash) or self._read(expert, len(slots))
                     self._slots.move_to_end(expert.content_hash)
-                    slot.users += 1
-                    numbers.append(slot.number)
+                    self._use([slot], 1)
+                    slots.append(slot)
             except BaseException:
-                self._give_back(numbers)
+                self.give_back(slots)
                 raise
-            self._note_users()
-            return numbers
+        return slots
 
-    def give_back(self, numbers: Iterable[int]) -> None:
+    def give_back(self, slots: Sequence[Slot]) -> None:
         """Tell that a request no longer uses the experts in these slots."""
-        with self._lock:
-            self._give_back(numbers)
-            self._note_users()
+        self._use(slots, -1)
 
     def remove(self) -> None:
         """Take all experts out of the model."""
@@ -127,18 +131,15 @@ class HeldExperts:
         self._slots.clear()
         self._mixtures.clear()
 
-    def _give_back(self, numbers: Iterable[int]) -> None:
-        by_number = {slot.number: slot for slot in self._slots.values()}
-        for number in numbers:
-            by_number[number].users -= 1
+    def _use(self, slots: Sequence[Slot], change: int) -> None:
+        with self._counting:
+            for slot in slots:
+                slot.users += change
+            used, unused = [{slot.number for slot in slots if bool(slot.users) == kept} for kept in (True, False)]
+            self.gates.kept = self.gates.kept - unused | used
 
-    def _note_users(self) -> None:
-        self.gates.kept = frozenset(slot.number for slot in self._slots.values() if slot.users)
-
-    def _read(self, expert: StoredExpert) -> Slot:
-        self.check(expert)
-        size = sum(expert.stored_bytes().values())
-        self._make_room(size, expert.name)
+    def _read(self, expert: StoredExpert, own: int) -> Slot:
+        self._make_room(_bytes(expert), own)
         if missing := [site for name in expert if (site := self._sites[name]).weight not in self._mixtures]:
             self._equip(missing)
         taken = {slot.number for slot in self._slots.values()}
@@ -150,20 +151,17 @@ class HeldExperts:
         self._slots[expert.content_hash] = slot
         return slot
 
-    def _make_room(self, size: int, name: str) -> None:
-        if size > self.most:
-            raise ValueError(
-                f"{name} takes {bytes_text(size)}, and {bytes_text(self.most)} are for all experts; give more with "
-                "--expert_bytes"
-            )
+    def _make_room(self, size: int, own: int) -> None:
+        """Let experts go that nobody uses, until this size is free; the request holds `own` experts."""
         unused = [key for key, slot in self._slots.items() if not slot.users]
-        while self.nbytes + size > self.most:
-            if not unused:
-                raise NoRoomError
+        while self.nbytes + size > self.most and unused:
             slot = self._slots.pop(unused.pop(0))
             slot.let_go()
             for _, mixture in self._mixtures.values():
                 mixture.put(slot.number, None)
+        # Experts may take a little more in memory than in their files, by which they were checked.
+        if self.nbytes + size > self.most and sum(slot.users for slot in self._slots.values()) > own:
+            raise NoRoomError
 
     def _equip(self, sites: Sequence[Site]) -> None:
         """Give linear layers mixtures, without an expert so far."""
@@ -178,3 +176,7 @@ class HeldExperts:
         with self._pause():
             inject(self._model, lambda _: dict.fromkeys(sites, make))
             self._model.eval()
+
+
+def _bytes(expert: StoredExpert) -> int:
+    return sum(expert.stored_bytes().values())

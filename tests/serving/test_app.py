@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import shutil
 from pathlib import Path
 
 import httpx
@@ -289,6 +290,29 @@ def test_counts_are_those_of_the_answers_and_prompts_stay_out_of_the_log(serve, 
         "modular_experts_first_token_seconds_count 3.0",
     ):
         assert line in lines
+
+
+def test_an_expert_that_cannot_be_read_is_the_servers_failure(serve, library) -> None:
+    place = library / "broken"
+    shutil.copytree(library / "dense", place)
+    content = bytearray((place / "delta.safetensors").read_bytes())
+    content[-9] ^= 255
+    (place / "delta.safetensors").write_bytes(content)
+
+    async def work(client, answerer):
+        body = {"model": "broken", "prompt": "a", "max_tokens": 2}
+        whole = await client.post("/v1/completions", json=body)
+        streamed = await client.post("/v1/completions", json=body | {"stream": True})
+        after = await client.post("/v1/completions", json=body | {"model": "dense"})
+        return whole.status_code, whole.json(), json.loads(streamed.text.removeprefix("data: ")), after.status_code
+
+    try:
+        status, whole, streamed, after = serve(work)
+    finally:
+        shutil.rmtree(place)
+    assert (status, after) == (500, 200)
+    assert whole == streamed
+    assert whole["error"]["message"] == "the model failed; the log of the server says why"
 
 
 def test_a_failure_of_the_model_is_the_servers(serve, monkeypatch) -> None:

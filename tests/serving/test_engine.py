@@ -1,6 +1,7 @@
 """Rows of one batch answer as each of them alone does, and experts come and go meanwhile."""
 
 import asyncio
+import threading
 from contextlib import aclosing
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from modular_experts.base import Base
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.serving import engine as engines
+from modular_experts.serving import experts
 from modular_experts.serving.engine import EngineError, Sampling, choose
 
 
@@ -112,11 +114,79 @@ def test_experts_that_nobody_asked_for_lately_leave_and_others_wait_for_room(lib
     assert held == [{"lora"}, {"lora", "int4"}, {"lora", "int4"}, {"lora", "dense"}]
     texts = [served.text_of(tokenizer, tokens) for tokens in answers]
     assert texts == [served.generated(tiny_llama_dir, library, "upper", name) for name in ("dense", "entries+tiles")]
-    small, _, _ = served.opened(tiny_llama_dir, library, expert_bytes=1000)
-    with pytest.raises(
-        ValueError, match=r"dense takes .*, and 1 kB are for all experts; give more with --expert_bytes"
-    ):
-        small.experts.take([open_expert(library / "dense")])
+    most = sizes(library)["lora"] + sizes(library)["entries"] - 1
+    small, models, _ = served.opened(tiny_llama_dir, library, expert_bytes=most)
+    for model, names in (("dense", "dense"), ("lora+entries", "lora and entries")):
+        with pytest.raises(ValueError, match=f"{names} would take .* are for all experts; give more with --expert_b"):
+            small.check(models.find(model).members, 1, 1)
+
+
+def test_whoever_leaves_while_experts_are_read_frees_them(library, tiny_llama_dir, monkeypatch) -> None:
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+    reading, go_on, take = threading.Event(), threading.Event(), engine.experts.take
+
+    def slow(experts):
+        reading.set()
+        assert go_on.wait(30)
+        return take(experts)
+
+    async def leave():
+        with monkeypatch.context() as slowed:
+            slowed.setattr(engine.experts, "take", slow)
+            task = asyncio.create_task(served.tokens_of(engine, models, tokenizer, "upper", "lora"))
+            await asyncio.to_thread(reading.wait)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go_on.set()
+        while not len(engine.experts):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        return engine.experts.gates.kept
+
+    assert served.run(engine, leave()) == frozenset()
+
+
+def test_an_expert_is_given_back_while_another_one_is_read(library, tiny_llama_dir, monkeypatch) -> None:
+    """The loop of the server does so, and would stand still."""
+    held, models, _ = served.opened(tiny_llama_dir, library)
+    slots = held.experts.take(models.find("lora").members)
+    reading, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(experts, "oriented", lambda *_, **__: reading.set() or go_on.wait(30) and None)
+    thread = threading.Thread(target=held.experts.take, args=(models.find("dense").members,))
+    thread.start()
+    assert reading.wait(30)
+    giving = threading.Thread(target=held.experts.give_back, args=(slots,))
+    giving.start()
+    giving.join(5)
+    waits = giving.is_alive()
+    go_on.set()
+    thread.join()
+    giving.join()
+    assert not waits
+
+
+def test_requests_take_experts_in_the_order_in_which_they_came(library, tiny_llama_dir) -> None:
+    """One that needs all the room is not overtaken for ever by those that need little."""
+    most = sizes(library)["dense"] + 100
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library, expert_bytes=most)
+    ended = []
+
+    async def ask(model: str, tokens: int):
+        await served.tokens_of(engine, models, tokenizer, "upper", model, tokens)
+        ended.append(model)
+
+    async def all_of_them():
+        tasks = [asyncio.create_task(ask("lora", 30))]
+        await asyncio.sleep(0.01)
+        tasks.append(asyncio.create_task(ask("dense", 1)))
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+            tasks.append(asyncio.create_task(ask("lora", 30)))
+        await asyncio.gather(*tasks)
+
+    served.run(engine, all_of_them())
+    assert ended == ["lora", "dense", "lora", "lora", "lora"]
 
 
 def test_an_old_request_ends_on_the_expert_that_a_new_one_replaces(tiny_llama_dir, tmp_path) -> None:
@@ -142,8 +212,8 @@ def test_whoever_leaves_frees_the_row_and_the_experts(library, tiny_llama_dir) -
     engine, models, tokenizer = served.opened(tiny_llama_dir, library, rows=1)
 
     async def leave():
-        experts = models.find("lora").choice.experts
-        async with aclosing(engine.answer([5, 6], experts, [-1], 200, Sampling())) as tokens:
+        chosen = models.find("lora").choice.experts
+        async with aclosing(engine.answer([5, 6], chosen, [-1], 200, Sampling())) as tokens:
             async for _ in tokens:
                 break
         assert engine.answering == 0
