@@ -7,9 +7,10 @@ of the model give each row of a pass its experts before the pass, and choose its
 import asyncio
 import copy
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +164,7 @@ class Engine:
             row.generator = torch.Generator().manual_seed(sampling.seed)
         self._answering[key], finished = row, False
         try:
-            manager, count = await self._asked(key, tokens, list(ids), most, list(stops)), 0
+            manager, count = await self._asked(key, partial(_replace, tokens), list(ids), most, list(stops)), 0
             while not finished:
                 found = await _next(tokens, manager)
                 finished = found.is_finished()
@@ -175,15 +176,17 @@ class Engine:
         finally:
             if not finished and self._manager is not None:
                 self._manager.cancel_request(key)
+                # transformers keeps the handlers of requests that it does not finish.
+                self._manager.output_router.result_handlers.pop(key, None)
             del self._answering[key]
             self.experts.give_back(slots)
 
-    async def _asked(self, key: str, tokens: "asyncio.Queue[Any]", ids: list[int], most: int, stops: list[int]) -> Any:
+    async def _asked(self, key: str, tell: Callable[[Any], None], ids: list[int], most: int, stops: list[int]) -> Any:
         """Hand a request to the manager of the batch, and return it; one that failed is replaced."""
         while True:
             self.start()
             manager = self._manager
-            manager.register_result_handler(key, tokens.put_nowait)
+            manager.register_result_handler(key, tell)
             if manager.add_request(ids, key, most, streaming=True, eos_token_id=stops) is not None:
                 return manager
             # It takes no more requests, and ends.
@@ -241,6 +244,13 @@ class Engine:
                 token = choose(logits[place], row.sampling, row.generator)
                 row.told.append(token)
                 logits[place, token.id] = torch.inf
+
+
+def _replace(tokens: "asyncio.Queue[Any]", found: Any) -> None:
+    """Put what is found into a queue alone: it holds all tokens so far, and a slow reader leaves the others unread."""
+    if not tokens.empty():
+        tokens.get_nowait()
+    tokens.put_nowait(found)
 
 
 async def _next(tokens: "asyncio.Queue[Any]", manager: Any) -> Any:

@@ -1,6 +1,7 @@
 """Rows of one batch answer as each of them alone does, and experts come and go meanwhile."""
 
 import asyncio
+import gc
 import threading
 from contextlib import aclosing
 from pathlib import Path
@@ -218,12 +219,30 @@ def test_whoever_leaves_frees_the_row_and_the_experts(library, tiny_llama_dir) -
                 break
         assert engine.answering == 0
         assert not engine.experts.gates.kept
+        assert not engine._manager.output_router.result_handlers
         # The only row is free.
         return await served.tokens_of(engine, models, tokenizer, "upper", "base")
 
     assert served.text_of(tokenizer, served.run(engine, leave())) == served.generated(
         tiny_llama_dir, library, "upper", "base"
     )
+
+
+def test_a_slow_reader_keeps_one_output_in_memory(library, tiny_llama_dir) -> None:
+    """Each of transformers' outputs holds all tokens so far, and thousands would wait for whoever stops reading."""
+    engine, _, _ = served.opened(tiny_llama_dir, library)
+
+    async def read_slowly():
+        read, kept = [], 0
+        async with aclosing(engine.answer([5, 6], [], [-1], 40, Sampling())) as tokens:
+            async for token in tokens:
+                read.append(token.id)
+                while len(read) == 1 and engine._manager.output_router.result_handlers:
+                    await asyncio.sleep(0.01)
+                kept = max(kept, sum(type(one).__name__ == "GenerationOutput" for one in gc.get_objects()))
+        return len(read), kept
+
+    assert served.run(engine, read_slowly()) == (40, 2)
 
 
 def test_a_model_that_fails_ends_its_requests_and_answers_the_next(
