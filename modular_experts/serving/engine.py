@@ -270,7 +270,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     if generator is None:
         chosen = int(logits.argmax())
     else:
-        shares = (logits / sampling.temperature).softmax(0)
+        # A very low temperature would make the quotients infinite.
+        shares = ((logits - logits.max()) / max(sampling.temperature, 1e-6)).softmax(0)
         ordered, order = shares.sort(descending=True, stable=True)
         # The likeliest token stays, and each one before which less than `top_p` lies.
         shares[order[1:][ordered.cumsum(0)[:-1] >= sampling.top_p]] = 0

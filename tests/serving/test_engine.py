@@ -78,6 +78,11 @@ def test_samples_are_drawn_by_their_probabilities() -> None:
         assert bool(((counts[:kept] / 2000 - expected).abs() <= 3 * (expected * (1 - expected) / 2000).sqrt()).all())
 
 
+def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
+    logits, generator = torch.tensor([1.0, 30.0, 2.0]), torch.Generator().manual_seed(0)
+    assert {choose(logits, Sampling(heat), generator).id for heat in (1e-3, 1e-40, 5e-324)} == {1}
+
+
 def test_logprobs_are_those_of_a_pass_over_the_whole_text(library, tiny_llama_dir) -> None:
     engine, models, tokenizer = served.opened(tiny_llama_dir, library)
     tokens = served.run(engine, served.tokens_of(engine, models, tokenizer, "upper", "lora", 5, logprobs=3))
