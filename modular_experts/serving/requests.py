@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from modular_experts.serving.engine import Sampling
 
@@ -11,18 +11,27 @@ Neutral = Annotated[float, Field(ge=0, le=0)]
 SEEDS = 2**63
 
 
-class StreamOptions(BaseModel):
+class Form(BaseModel):
+    """Refuses fields that it does not have, and reads null as a field that is left out."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
+
+class StreamOptions(Form):
     """What a streamed answer tells at its end."""
 
-    model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Settings(BaseModel):
+class Settings(Form):
     """What both kinds of requests have in common; the answer is the likeliest one if no temperature is given."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     model: str = Field(min_length=1, max_length=4096)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
@@ -56,26 +65,25 @@ class Settings(BaseModel):
         return Sampling(self.temperature, self.top_p, self.seed % SEEDS, logprobs)
 
 
-class Text(BaseModel):
-    """A part of a message."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
+class Message(Form):
     """A message of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Text]
+    content: str
     name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any) -> Any:
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        texts: list[Any] = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+        if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("this server reads text alone")
+        return "".join(texts)
 
     def plain(self) -> dict[str, str]:
         """Return role and content as chat templates take them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class ChatRequest(Settings):
@@ -103,10 +111,20 @@ class ChatRequest(Settings):
 class CompletionRequest(Settings):
     """A text to go on with: characters, or the ids of tokens."""
 
-    prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
     best_of: Literal[1] = 1
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _only(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+            prompt = prompt[0]
+        tokens = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
+        if not (tokens or isinstance(prompt, str)):
+            raise ValueError("give one prompt in a request, as a text or as the ids of its tokens")
+        return prompt
 
     @property
     def most_tokens(self) -> int | None:
