@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def serve(
     if not (first or base):
         raise UsageError(f"{library} has no experts; give --base to begin without, or fit one: --out {library}/NAME")
     # No model is loaded for an address that is taken.
-    with _bound(host, port) as listening:
+    with _bound(host, port) as listening, ExitStack() as ends:
         opened = Base.open(base, [] if base else first, quantise=quantise)
         models = Models(library, opened.fingerprint, opened.place, auto)
         limits = Limits(most_requests, seconds, api_key=os.environ.get(KEY) or None, log_prompts=log_prompts)
@@ -91,6 +92,8 @@ def serve(
             app = make_proxy(models, model, tokenizer, in_front_of.rstrip("/").removesuffix("/v1"), limits)
         else:
             engine = Engine(model.to(device()), rows, cache_tokens, bytes_of(expert_bytes))
+            ends.callback(engine.stop)
+            engine.check_base()
             app = make_app(Answerer(models, engine, tokenizer), limits)
         count = len(models.listed()) - 1
         print(f"{opened.place} with {count} models of {Path(library)}; auto is {models.auto or 'not there'}")

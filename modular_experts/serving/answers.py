@@ -82,8 +82,8 @@ class Answerer:
         chat = isinstance(prompt, list) and isinstance(prompt[0], dict) and self._reads_chat(found.members)
         ids = await asyncio.to_thread(self._encoded, prompt, chat)
         room = self._room(len(ids), most)
-        await asyncio.to_thread(self.engine.check, found.members, len(ids), room)
         choice = await asyncio.to_thread(found.choose, self.engine.reader, ids)
+        await asyncio.to_thread(self.engine.check, [expert for expert, _ in choice.experts], len(ids), room)
         tokens = self.engine.answer(ids, choice.experts, self._stops(chat), room, sampling)
         answer = Answer(choice, len(ids), iter(()))  # type: ignore[arg-type]
         answer.pieces = self._pieces(answer, tokens, stops, self._stops(chat), isinstance(prompt, list))

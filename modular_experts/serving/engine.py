@@ -7,6 +7,7 @@ of the model give each row of a pass its experts before the pass, and choose its
 import asyncio
 import copy
 import itertools
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from modular_experts.routing.gates import Gates
 from modular_experts.serving.experts import HeldExperts, NoRoomError, Slot
 from modular_experts.serving.models import Weighted
 
+transformers_log = logging.getLogger("ContinuousBatchingLogger")
+# Its warnings quote tokens of prompts.
+transformers_log.setLevel(logging.ERROR)
 PAGE = 32
 """Tokens of a page of the cache."""
 BATCH_TOKENS = 1024
@@ -91,10 +95,32 @@ class Engine:
         self._batch: tuple[list[tuple[str, int]], Gates | None] = [], None
         self._hooks: list[Any] = []
 
+    def check_base(self) -> None:
+        """Raise ValueError if transformers cannot batch the rows of this base; this answers a prompt of two tokens."""
+
+        async def ask() -> None:
+            async for _ in self.answer([0, 0], [], [-1], 2, Sampling()):
+                pass
+
+        level = transformers_log.level
+        transformers_log.setLevel(logging.CRITICAL)
+        try:
+            asyncio.run(ask())
+        except Exception as error:
+            self.stop()
+            raise ValueError(
+                "the base cannot be served, because transformers does not batch the rows of "
+                f"{type(self.model).__name__} ({error}); ask it with generate"
+            ) from error
+        finally:
+            transformers_log.setLevel(level)
+
     def start(self) -> None:
         """Begin to answer; a second call does nothing."""
-        if self._manager is not None and self._manager.is_running():
-            return
+        if self._manager is not None:
+            if self._manager.is_running():
+                return
+            self._manager.stop(block=True, hard_stop=True)
         if not self._hooks:
             self._hooks = [
                 self.model.register_forward_pre_hook(self._give_experts, with_kwargs=True),

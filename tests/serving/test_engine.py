@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from testbed import served
 from testbed.served import LONG, MODELS, PROMPTS
 
 from modular_experts.base import Base
-from modular_experts.injection import expert_layers
-from modular_experts.library import open_expert
+from modular_experts.base.files import fingerprint
+from modular_experts.injection import expert_layers, find_sites
+from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.serving import engine as engines
 from modular_experts.serving import experts
 from modular_experts.serving.engine import EngineError, Sampling, choose
@@ -158,7 +160,7 @@ def test_an_expert_is_given_back_while_another_one_is_read(library, tiny_llama_d
     held, models, _ = served.opened(tiny_llama_dir, library)
     slots = held.experts.take(models.find("lora").members)
     reading, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(experts, "oriented", lambda *_, **__: reading.set() or go_on.wait(30) and None)
+    monkeypatch.setattr(experts, "oriented", lambda *_, **__: reading.set() or (go_on.wait(30) and None))
     thread = threading.Thread(target=held.experts.take, args=(models.find("dense").members,))
     thread.start()
     assert reading.wait(30)
@@ -264,3 +266,32 @@ def test_a_model_that_fails_ends_its_requests_and_answers_the_next(
 
     answer = served.text_of(tokenizer, served.run(engine, fail_once()))
     assert answer == served.generated(tiny_llama_dir, library, "upper", "lora")
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "phi3"])
+def test_bases_of_other_architectures_answer_as_generate_does(tiny, tmp_path, architecture) -> None:
+    base = tiny(architecture)
+    engine, models, tokenizer = served.opened(base, tmp_path)
+    made, deltas = torch.Generator().manual_seed(0), {}
+    for site in find_sites(engine.model):
+        rows, columns = site.matrix.shape[::-1] if site.is_transposed else site.matrix.shape
+        if not site.by_name_only:
+            deltas[site.weight] = served.delta("lora", (rows, columns), made)
+    of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
+    write_expert(tmp_path / "lora", deltas, make_record("LoRAExpert", of, tasks=["lora"]))
+    asked = [(prompt, model) for prompt in PROMPTS[:2] for model in ("base", "lora")]
+
+    async def all_at_once():
+        return await asyncio.gather(*[served.tokens_of(engine, models, tokenizer, *one) for one in asked])
+
+    engine.check_base()
+    texts = [served.text_of(tokenizer, tokens) for tokens in served.run(engine, all_at_once())]
+    assert texts == [served.generated(base, tmp_path, *one) for one in asked]
+
+
+def test_a_base_that_transformers_does_not_batch_is_refused_with_one_sentence(tiny, tmp_path, caplog) -> None:
+    config = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4)
+    for model in (transformers.MambaForCausalLM(config), Base.open(str(tiny("neox"))).load("float32")):
+        with pytest.raises(ValueError, match=f"transformers does not batch the rows of {type(model).__name__} \\("):
+            engines.Engine(model).check_base()
+    assert caplog.text == ""

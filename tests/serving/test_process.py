@@ -158,3 +158,15 @@ def test_it_streams_frees_the_place_of_whoever_leaves_and_finishes_what_it_began
     client.close()
     assert server.process.wait(30) == -signal.SIGTERM
     assert server.process.stderr.read() == ""
+
+
+def test_two_interrupts_end_it_at_once(library) -> None:
+    started = Started(library)
+    with started.client.stream("POST", "/v1/completions", json=LONG) as stream:
+        next(stream.iter_lines())
+        for _ in range(2):
+            started.process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert started.process.wait(20) != 0
+    started.client.close()
+    started.process.communicate()
