@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -55,8 +55,7 @@ def make_app(answerer: Answerer, limits: Limits = Limits()) -> FastAPI:
         yield
         await asyncio.to_thread(answerer.engine.stop)
 
-    app = FastAPI(title="modular-experts", lifespan=running)
-    server = _Server(answerer, limits)
+    app, server = FastAPI(title="modular-experts", lifespan=running), _Server(answerer, limits)
     app.add_middleware(_Guard, limits=limits)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(StarletteHTTPException, _refuse)
@@ -79,7 +78,7 @@ class _Server:
     """The endpoints."""
 
     def __init__(self, answerer: Answerer, limits: Limits) -> None:
-        self.answerer, self.limits, self.busy, self.measured = answerer, limits, 0, Metrics(answerer.engine)
+        self.answerer, self.limits, self.measured = answerer, limits, Metrics(answerer.engine)
 
     def models(self) -> dict[str, Any]:
         """The models that a request may name, beside sums such as `a+0.5*b`."""
@@ -104,26 +103,14 @@ class _Server:
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Go on with a conversation."""
-        return await self._answer(request, body, _Chat(body.model, body.told))
+        return await self._answer(request, body, _Chat)
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         """Go on with a text."""
-        if isinstance(body.prompt, list) and isinstance(body.prompt[0], str):
-            body.prompt = body.prompt[0]
-        return await self._answer(request, body, _Completion(body.model, body.told))
+        return await self._answer(request, body, _Completion)
 
-    async def _answer(self, request: Request, body: Any, form: "_Form") -> Response:
-        if self.busy >= self.limits.requests:
-            raise _error(429, f"{self.busy} requests are being answered; try again later", headers={"Retry-After": "1"})
-        self.busy += 1
-        try:
-            return await self._begun(request, body, form)
-        finally:
-            self.busy -= 1
-
-    async def _begun(self, request: Request, body: Any, form: "_Form") -> Response:
+    async def _answer(self, request: Request, body: Any, kind: type["_Form"]) -> Response:
         started = time.monotonic()
-        deadline = asyncio.get_running_loop().time() + self.limits.seconds
         try:
             sampling = body.sampling(body.told)
             answer = await self.answerer.answer(body.model, body.prompt, body.most_tokens, body.stops, sampling)
@@ -131,29 +118,29 @@ class _Server:
             raise _error(404, str(error), "model") from None
         except (ValueError, FileNotFoundError) as error:
             raise _error(400, str(error)) from None
-        form.answered_by(answer, self.answerer.tokenizer.decode)
+        form = kind(body, answer, self.answerer.tokenizer.decode)
         if self.limits.log_prompts:
             log.info("%s asks %s: %s", form.id, answer.choice.name, body.prompt)
-        pieces = self._measured(answer, started, deadline)
+        pieces = self._measured(answer, started)
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(
-                self._streamed(pieces, answer, form, usage), media_type="text/event-stream", headers=form.headers
-            )
+            return _Stream(form.events(pieces), media_type="text/event-stream", headers=form.headers)
         whole = await _unless_gone(request, _joined(pieces))
         if self.limits.log_prompts:
             log.info("%s is answered: %s", form.id, whole.text)
-        return JSONResponse(form.whole(whole) | {"usage": _usage(answer)}, headers=form.headers)
+        return JSONResponse(form.whole(whole), headers=form.headers)
 
-    async def _measured(self, answer: Answer, started: float, deadline: float) -> AsyncIterator[Piece]:
-        """Yield the pieces of an answer until the deadline, and count them."""
-        first, finished = True, False
+    async def _measured(self, answer: Answer, started: float) -> AsyncIterator[Piece]:
+        """Yield the pieces of an answer until its time is over, and count them."""
+        deadline = asyncio.get_running_loop().time() + self.limits.seconds - (time.monotonic() - started)
+        piece: Piece | None = None
         try:
-            async with asyncio.timeout_at(deadline), aclosing(answer.pieces) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    if first:
+            async with aclosing(answer.pieces) as pieces:  # type: ignore[type-var]
+                while piece is None or piece.finish is None:
+                    async with asyncio.timeout_at(deadline):
+                        following = await anext(pieces)
+                    if piece is None:
                         self.measured.first_token.observe(time.monotonic() - started)
-                    first, finished = False, piece.finish is not None
+                    piece = following
                     yield piece
         except TimeoutError:
             raise _error(504, f"the answer took more than {self.limits.seconds:g} seconds") from None
@@ -161,65 +148,72 @@ class _Server:
             log.error("The model failed: %s", error)
             raise _error(500, "the model failed; the log of the server says why") from None
         finally:
+            finished = piece is not None and piece.finish is not None
             self.measured.count(answer, time.monotonic() - started, finished)
 
-    async def _streamed(
-        self, pieces: AsyncIterator[Piece], answer: Answer, form: "_Form", usage: bool
-    ) -> AsyncIterator[str]:
-        self.busy += 1
-        try:
-            async with aclosing(pieces):  # type: ignore[type-var]
-                if (start := form.start()) is not None:
-                    yield _event(start)
-                async for piece in pieces:
-                    yield _event(form.part(piece))
-                if usage:
-                    yield _event(form.head() | {"choices": [], "usage": _usage(answer)})
-                yield "data: [DONE]\n\n"
-        except HTTPException as error:
-            yield _event(error.detail)
-        finally:
-            self.busy -= 1
+
+class _Stream(StreamingResponse):
+    """Server-sent events, of which the source ends when the client leaves, even while it is sent something."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().__call__(scope, receive, send)
 
 
 class _Form:
-    """The form of answers, which says in its field `expert` and its headers who answered."""
+    """The form of an answer, which says in its field `expert` and its headers who answered."""
 
     object, chunk, prefix = "", "", ""
+    start: ClassVar[Any] = None
+    """The choice with which a stream begins."""
 
-    def __init__(self, model: str, told: int | None) -> None:
+    def __init__(
+        self, body: ChatRequest | CompletionRequest, answer: Answer, decode: Callable[[list[int]], Any]
+    ) -> None:
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
-        self.model, self.told = model, told
-
-    def answered_by(self, answer: Answer, decode: Callable[[list[int]], Any]) -> None:
-        self.choice, self._decode = answer.choice, decode
+        self.body, self.answer, self._decode = body, answer, decode
 
     @property
     def headers(self) -> dict[str, str]:
-        found = {"X-Expert": self.choice.name}
-        if self.choice.confidence is not None:
-            found["X-Expert-Confidence"] = f"{self.choice.confidence:.4f}"
-        return found
-
-    def head(self, chunk: bool = True) -> dict[str, Any]:
-        """Return the fields of an answer, or of a part, that do not depend on its text."""
-        return {
-            "id": self.id,
-            "object": self.chunk if chunk else self.object,
-            "created": self.created,
-            "model": self.model,
-            "expert": self.choice.name,
-            "confidence": self.choice.confidence,
-        }
-
-    def start(self) -> dict[str, Any] | None:
-        return None
-
-    def part(self, piece: Piece) -> dict[str, Any]:
-        return self.head() | {"choices": [self.choice_of(piece, True)]}
+        choice = self.answer.choice
+        shown = {} if choice.confidence is None else {"X-Expert-Confidence": f"{choice.confidence:.4f}"}
+        return {"X-Expert": choice.name} | shown
 
     def whole(self, piece: Piece) -> dict[str, Any]:
-        return self.head(False) | {"choices": [self.choice_of(piece, False)]}
+        """Return the answer in one piece."""
+        return self._with([self.choice_of(piece, False)], self.object) | {"usage": self._usage}
+
+    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+        """Yield the answer as server-sent events."""
+        try:
+            async with aclosing(pieces):  # type: ignore[type-var]
+                if self.start is not None:
+                    yield _event(self._with([self.start]))
+                async for piece in pieces:
+                    yield _event(self._with([self.choice_of(piece, True)]))
+                if self.body.stream_options is not None and self.body.stream_options.include_usage:
+                    yield _event(self._with([]) | {"usage": self._usage})
+                yield "data: [DONE]\n\n"
+        except HTTPException as error:
+            yield _event(error.detail)
+
+    def _with(self, choices: list[dict[str, Any]], kind: str | None = None) -> dict[str, Any]:
+        """Return an answer, or a part of one, that has these choices."""
+        choice = self.answer.choice
+        return {
+            "id": self.id,
+            "object": kind or self.chunk,
+            "created": self.created,
+            "model": self.body.model,
+            "expert": choice.name,
+            "confidence": choice.confidence,
+            "choices": choices,
+        }
+
+    @property
+    def _usage(self) -> dict[str, int]:
+        read, written = self.answer.prompt_tokens, self.answer.tokens
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def choice_of(self, piece: Piece, part: bool) -> dict[str, Any]:
         raise NotImplementedError
@@ -230,14 +224,11 @@ class _Form:
 
 class _Chat(_Form):
     object, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
-
-    def start(self) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
-        return self.head() | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    start: ClassVar[Any] = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
 
     def choice_of(self, piece: Piece, part: bool) -> dict[str, Any]:
         message = {"content": piece.text} | ({} if part else {"role": "assistant", "refusal": None})
-        told = {"content": [self._told(one) for one in piece.tokens]} if self.told is not None else None
+        told = {"content": [self._told(one) for one in piece.tokens]} if self.body.told is not None else None
         key = "delta" if part else "message"
         return {"index": 0, key: message, "finish_reason": piece.finish, "logprobs": told}
 
@@ -254,7 +245,7 @@ class _Completion(_Form):
 
     def choice_of(self, piece: Piece, part: bool) -> dict[str, Any]:
         told = None
-        if self.told is not None:
+        if self.body.told is not None:
             told = {
                 "tokens": [self.text_of(one.id) for one in piece.tokens],
                 "token_logprobs": [one.logprob for one in piece.tokens],
@@ -264,33 +255,50 @@ class _Completion(_Form):
 
 
 class _Guard:
-    """Refuses requests that are too large or do not know the key, before anything reads them."""
+    """Refuses requests that are too many, too large or do not know the key, and ends those that take too long."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits = app, limits
+        self.app, self.limits, self.busy = app, limits, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        key, headers = self.limits.api_key, dict(scope["headers"])
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
-        if key is not None and scope["path"] not in ("/", "/health") and not hmac.compare_digest(given, key.encode()):
+        key, given = self.limits.api_key, dict(scope["headers"]).get(b"authorization", b"")
+        known = key is None or hmac.compare_digest(given.removeprefix(b"Bearer ").strip(), key.encode())
+        if not known and scope["path"] not in ("/", "/health"):
             return await _body(401, "give the server's key as Authorization: Bearer KEY")(scope, receive, send)
-        body, more = b"", scope["method"] == "POST"
+        if scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if self.busy >= self.limits.requests:
+            refusal = f"{self.busy} requests are being answered; try again later"
+            return await _body(429, refusal, {"Retry-After": "1"})(scope, receive, send)
+        self.busy += 1
+        try:
+            # An answer has less time; this ends requests whose client neither reads on nor leaves.
+            async with asyncio.timeout(self.limits.seconds + 1):
+                await self._pass(scope, receive, send)
+        except TimeoutError:
+            log.warning("A client took more than %g seconds to send or read; it is left", self.limits.seconds + 1)
+        finally:
+            self.busy -= 1
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, up to the limit, and hand the request on."""
+        body, more = b"", True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
+                return
             body, more = body + message.get("body", b""), message.get("more_body", False)
             if len(body) > self.limits.body:
                 refusal = f"the request has more than {self.limits.body} bytes; shorten it"
                 return await _body(413, refusal)(scope, receive, send)
-        first: list[Message] = [{"type": "http.request", "body": body}] if scope["method"] == "POST" else []
+        first: list[Message] = [{"type": "http.request", "body": body}]
 
         async def again() -> Message:
             return first.pop() if first else await receive()
 
-        return await self.app(scope, again, send)
+        await self.app(scope, again, send)
 
 
 async def _joined(pieces: AsyncIterator[Piece]) -> Piece:
@@ -312,11 +320,6 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
         task.cancel()
 
 
-def _usage(answer: Answer) -> dict[str, int]:
-    total = answer.prompt_tokens + answer.tokens
-    return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "total_tokens": total}
-
-
 def _listed(name: str, kind: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "modular-experts", "kind": kind}
 
@@ -331,12 +334,12 @@ def _detail(status: int, message: str, param: str | None = None) -> dict[str, An
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _error(status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> HTTPException:
-    return HTTPException(status, _detail(status, message, param), headers)
+def _error(status: int, message: str, param: str | None = None) -> HTTPException:
+    return HTTPException(status, _detail(status, message, param))
 
 
-def _body(status: int, message: str) -> JSONResponse:
-    return JSONResponse(_detail(status, message), status)
+def _body(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(_detail(status, message), status, headers)
 
 
 def _refuse(request: Request, error: Any) -> JSONResponse:

@@ -41,12 +41,11 @@ def serve(library, tiny_llama_dir):
         app = make_app(answerer, Limits(**settings))
 
         async def all_of_it():
-            async with app.router.lifespan_context(app):
-                transport = httpx.ASGITransport(app)
-                async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
-                    return await work(client, answerer)
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+                return await work(client, answerer)
 
-        return asyncio.run(all_of_it())
+        return served.run(engine, all_of_it())
 
     return run
 
@@ -159,6 +158,12 @@ WRONG = [
     ({"model": "lora", "seed": 2**70}, 400, "seed: "),
     ({"model": "lora", "messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role: input should be"),
     ({"model": "lora", "messages": [{"role": "user", "content": "  "}]}, 400, "the prompt is empty"),
+    ({"model": "lora", "messages": [{"role": "user"}]}, 400, "messages.0.content: field required"),
+    (
+        {"model": "lora", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]},
+        400,
+        "messages.0.content: this server reads text alone",
+    ),
     ({"model": "lora", "messages": [{"role": "user", "content": "a" * 300}]}, 400, "the prompt has 300 tokens"),
 ]
 
@@ -171,6 +176,10 @@ def test_each_mistake_gets_one_sentence_in_the_form_that_clients_read(serve) -> 
                 body = {"messages": [{"role": "user", "content": "a"}]} | body
             answer = await client.post(CHAT, json=body)
             found.append((answer.status_code, answer.json()["error"]["message"]))
+        for prompt in ([], ["a", "b"], [[]], [1.5], {}, 3):
+            answer = await client.post("/v1/completions", json={"model": "lora", "prompt": prompt})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["message"].startswith("prompt: give one prompt in a request"), prompt
         for path in ("/v1/models/nobody", "/v1/nothing", CHAT):
             answer = await client.get(path)
             assert answer.status_code in (404, 405)
@@ -182,6 +191,52 @@ def test_each_mistake_gets_one_sentence_in_the_form_that_clients_read(serve) -> 
     for (status, message), (body, expected, sentence) in zip(serve(work), WRONG, strict=True):
         assert (status, message[: len(sentence)]) == (expected, sentence), body
         assert "\n" not in message
+
+
+def test_null_is_a_field_that_is_not_there(serve) -> None:
+    async def work(client, answerer):
+        found = []
+        names = ("temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", "max_completion_tokens")
+        for fields in ({}, dict.fromkeys((*names, "presence_penalty", "tools", "logit_bias", "logprobs", "user"))):
+            messages = [{"role": "user", "content": [{"type": "text", "text": "a"}], "name": None}]
+            body = {"model": "lora", "messages": messages, "max_tokens": 3} | fields
+            found.append((await client.post(CHAT, json=body)).json()["choices"])
+        for prompt in ("ab", ["ab"], [[28, 29]], [28, 29]):
+            body = {"model": "lora", "prompt": prompt, "max_tokens": 3}
+            found.append((await client.post("/v1/completions", json=body)).json()["choices"])
+        return found
+
+    chat, with_nulls, *prompts = serve(work)
+    assert chat == with_nulls
+    assert all(choices[0]["text"] for choices in prompts)
+    assert prompts[0] == prompts[1]
+    assert prompts[2] == prompts[3]
+
+
+def test_whoever_stops_reading_frees_the_place(serve) -> None:
+    async def work(client, answerer):
+        body = json.dumps({"model": "lora", "prompt": "upper", "max_tokens": 200, "stream": True}).encode()
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        asked, sent = [{"type": "http.request", "body": body}], []
+
+        async def receive():
+            return asked.pop() if asked else await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        await client._transport.app(scope, receive, send)
+        assert len(sent) == 2
+        for _ in range(100):
+            if not answerer.engine.answering:
+                break
+            await asyncio.sleep(0.01)
+        return answerer.engine.answering, answerer.engine.experts.gates.kept
+
+    assert serve(work, seconds=1) == (0, frozenset())
 
 
 def hostile(draw: random.Random) -> tuple[str, bytes]:
