@@ -48,8 +48,8 @@ class Choice(NamedTuple):
     @property
     def name(self) -> str:
         """The choice as a request would name it."""
-        parts = [one.name if weight == 1 else f"{weight:.4g}*{one.name}" for one, weight in self.experts]
-        return "+".join(parts) or BASE
+        parts = [(f"{weight:.6f}".rstrip("0").rstrip("."), one.name) for one, weight in self.experts]
+        return "+".join(name if share == "1" else f"{share}*{name}" for share, name in parts) or BASE
 
 
 class Sum:
@@ -221,7 +221,9 @@ class Models:
 
 def _term(whole: str, text: str) -> tuple[str, float]:
     """Read a term of a sum: `name`, or a number, a star and a name."""
-    found = re.fullmatch(r"\s*(?:([+-]?(?:\d+\.?\d*|\.\d+))\s*\*\s*)?([A-Za-z0-9][\w.-]{0,63})\s*", text, re.ASCII)
+    found = re.fullmatch(
+        r"\s*(?:([+-]?(?:\d{1,6}(?:\.\d*)?|\.\d+))\s*\*\s*)?([A-Za-z0-9][\w.-]{0,63})\s*", text, re.ASCII
+    )
     if found is None or len(whole) > 4096:
         raise UnknownModelError(f"{whole[:200]!r} names no model; give the name of one, or a sum such as 'a+0.5*b'")
     return found[2], 1.0 if found[1] is None else float(found[1])

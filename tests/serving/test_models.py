@@ -35,11 +35,13 @@ def test_a_sum_adds_experts_up_and_names_them(library, tiny_llama_dir) -> None:
         ("-0.5 * dense + lora", "-0.5*dense+lora", {"dense": -0.5, "lora": 1}),
         ("lora+lora", "2*lora", {"lora": 2}),
         ("2*base+lora", "lora", {"lora": 1}),
+        ("100000*lora+.00001*dense", "100000*lora+0.00001*dense", {"lora": 100000, "dense": 0.00001}),
     ):
         choice = models.find(name).choose(None, [])
         assert choice.name == shown
         assert {expert.name: weight for expert, weight in choice.experts} == weights
         assert choice.confidence is None
+        assert models.find(choice.name).choose(None, []) == choice
 
 
 def test_what_is_no_model_is_refused_with_what_is_near(library, tiny_llama_dir) -> None:
@@ -54,6 +56,7 @@ def test_what_is_no_model_is_refused_with_what_is_near(library, tiny_llama_dir) 
         ("", "names no model"),
         ("lora+", "names no model"),
         ("1e9*lora", "names no model"),
+        ("9" * 400 + "*lora", "names no model"),
         ("a+" * 4000, "names no model"),
         ("auto", "'auto' is for a library with one route"),
     ):
