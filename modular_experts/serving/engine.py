@@ -171,19 +171,12 @@ class Engine:
     ) -> AsyncIterator[Token]:
         """Yield the tokens of an answer as they come, with the one of `stops` that ends it; at most `most`.
 
-        Whoever leaves the iterator ends the answer: close it (`aclose`).
-
-        Args:
-            ids: The prompt's tokens.
-            experts: What answers, after a `check`.
-            stops: Tokens that end the answer.
-            most: The most tokens of the answer.
-            sampling: How tokens are chosen.
+        Whoever leaves the iterator ends the answer: close it (`aclose`). `check` the experts before.
 
         Raises:
             EngineError: (while it is read) The model failed, or an expert cannot be read.
         """
-        slots = await self._taken([expert for expert, _ in experts])
+        slots = await self._taken([expert for expert, _ in experts]) if experts else []
         key, tokens = f"{next(self._numbers)}", asyncio.Queue[Any]()
         row = _Row([(slot.number, weight) for slot, (_, weight) in zip(slots, experts, strict=True)], sampling)
         if sampling.temperature > 0:

@@ -187,14 +187,14 @@ def test_requests_take_experts_in_the_order_in_which_they_came(library, tiny_lla
     async def all_of_them():
         tasks = [asyncio.create_task(ask("lora", 30))]
         await asyncio.sleep(0.01)
-        tasks.append(asyncio.create_task(ask("dense", 1)))
+        tasks += [asyncio.create_task(ask(*one)) for one in (("dense", 1), ("base", 1))]
         for _ in range(3):
             await asyncio.sleep(0.01)
             tasks.append(asyncio.create_task(ask("lora", 30)))
         await asyncio.gather(*tasks)
 
     served.run(engine, all_of_them())
-    assert ended == ["lora", "dense", "lora", "lora", "lora"]
+    assert ended == ["base", "lora", "dense", "lora", "lora", "lora"]
 
 
 def test_an_old_request_ends_on_the_expert_that_a_new_one_replaces(tiny_llama_dir, tmp_path) -> None:
