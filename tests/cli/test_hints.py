@@ -35,8 +35,9 @@ STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ")
 
 def texts() -> Iterator[tuple[str, str]]:
     """Yield each string of the package with its file; of an f-string, placeholders become the word X."""
-    # One file has former options, the other has options of SLURM's commands.
-    for file in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "jobs" / "slurm_jobs.py"}):
+    # These have options of SLURM's commands and of other servers.
+    strangers = {PACKAGE / "jobs" / "slurm_jobs.py", PACKAGE / "interop" / "servers.py"}
+    for file in sorted(set(PACKAGE.rglob("*.py")) - strangers):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in ast.walk(tree):
@@ -52,7 +53,9 @@ def hints_of(verb: str) -> dict[str, object]:
     command, device = VERBS[verb], {"device": str} if verb in COMPUTING else {}
     if command.function:
         module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
-        return arguments_of(getattr(module, command.function))[0] | device
+        hints = arguments_of(getattr(module, command.function))[0] | device
+        # An argument such as `for_` is the option `--for`.
+        return {name.rstrip("_"): hint for name, hint in hints.items()}
     found = dict(GROUPS) | device | {"ckpt_path": str, "seed_everything": int}
     found |= {name: kinds_of(full, found)[0] for name, full in SHORT_NAMES.items()}
     return found | dict.fromkeys(FIT_ALONE if verb == "fit" else (), str)
