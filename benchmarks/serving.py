@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from modular_experts.routing import Centroid
 from modular_experts.training.route import route
 
 WORDS = ["the", "card", "was", "lost", "at", "a", "bank", "in", "Paris", "and", "who", "knows", "how", "it", "went"]
-CLIENTS, TOKENS = (1, 8, 32), 24
+TOKENS = 24
 
 
 def prompt_of(number: int) -> str:
@@ -186,7 +186,7 @@ def peers(base: str, place: Path) -> dict[str, tuple[list[str], Callable[[int], 
     return {"base": (command, lambda _: base, 8471), "PEFT": (peft, lambda number: f"LoRA-{number}", 8472)}
 
 
-def throughput(base: str, place: Path, quick: bool, rounds: int) -> list[dict[str, Any]]:
+def throughput(base: str, place: Path, quick: bool, rounds: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row for each server, number of clients and number of experts."""
     several, rows = (2,) if quick else (1, 8, 20), []
     kinds = {
@@ -194,7 +194,7 @@ def throughput(base: str, place: Path, quick: bool, rounds: int) -> list[dict[st
         for kind in ("entries", "tiles", "LoRA")
     }
     with started(**peers(base, place), **kinds) as servers:
-        for clients in CLIENTS[:1] if quick else CLIENTS:
+        for clients in numbers:
             cases = [(name, count) for name in servers for count in (several if name != "base" else several[:1])]
             cases = [(name, count) for name, count in cases if count <= max(clients, several[0])]
             found: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
@@ -202,6 +202,7 @@ def throughput(base: str, place: Path, quick: bool, rounds: int) -> list[dict[st
                 for name, count in random.Random(turn).sample(cases, len(cases)):
                     each = 1 if quick else max(2, 8 // clients)
                     result = asyncio.run(load(servers[name], clients, count, each, 4 if quick else TOKENS))
+                    print(f"{clients} clients, {name}, {count} experts: {result}", file=sys.stderr, flush=True)
                     if turn:
                         found[name, count].append(result)
             middle = {
@@ -364,6 +365,7 @@ def main() -> None:
     parser = Parser(__doc__, quick="few clients and tokens: the numbers mean nothing")
     parser.add_argument("base", help="directory of SmolLM2, which make smollm2 fetches")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--soak", type=float, help="minutes")
     parser.add_argument("--only", nargs="+", default=["throughput", "first token", "memory"], help="parts")
     parser.add_argument("--peft", type=Path, help=argparse.SUPPRESS)
@@ -383,7 +385,9 @@ def main() -> None:
         write_library(base, place, count, (20 if quick else 1000) if "memory" in parts else 0)
         report: dict[str, Any] = {}
         if "throughput" in parts:
-            report["throughput"] = throughput(options.base, place, quick, 1 if quick else options.rounds)
+            report["throughput"] = throughput(
+                options.base, place, quick, 1 if quick else options.rounds, [1] if quick else options.clients
+            )
         if "first token" in parts:
             add_route(base, place, 2)
             report["first token"] = choosing(options.base, place, quick)
