@@ -23,7 +23,6 @@ import json
 import os
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -276,12 +275,10 @@ def soak(base: str, place: Path, minutes: float) -> dict[str, Any]:
                     errors.append(f"{type(error).__name__}: {error}"[:200])
 
     async def replace(end: float) -> None:
-        spare = place.parent / "spare"
-        shutil.copytree(place / "LoRA-8", spare / "LoRA-8", dirs_exist_ok=True)
+        model = Base.open(base).structure.model
         while time.monotonic() < end:
             await asyncio.sleep(2)
             number = draw.randrange(8)
-            model = Base.open(base).structure.model
             record = open_expert(place / f"LoRA-{number}").record
             expert = RandomExpert(model, "LoRA", draw.randrange(1000))
             await asyncio.to_thread(write_expert, place / f"LoRA-{number}", expert, record, True)
@@ -379,7 +376,7 @@ def main() -> None:
         place, parts = Path(folder) / "library", options.only
         count = 2 if quick else 20
         if options.soak:
-            write_library(base, place, 9)
+            write_library(base, place, 8)
             print(soak(options.base, place, options.soak))
             return
         write_library(base, place, count, (20 if quick else 1000) if "memory" in parts else 0)
