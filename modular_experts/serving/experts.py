@@ -139,7 +139,7 @@ class HeldExperts:
             self.gates.kept = self.gates.kept - unused | used
 
     def _read(self, expert: StoredExpert, own: int) -> Slot:
-        self._make_room(_bytes(expert), own)
+        self._make_room(expert, own)
         if missing := [site for name in expert if (site := self._sites[name]).weight not in self._mixtures]:
             self._equip(missing)
         taken = {slot.number for slot in self._slots.values()}
@@ -151,10 +151,14 @@ class HeldExperts:
         self._slots[expert.content_hash] = slot
         return slot
 
-    def _make_room(self, size: int, own: int) -> None:
-        """Let experts go that nobody uses, until this size is free; the request holds `own` experts."""
-        unused = [key for key, slot in self._slots.items() if not slot.users]
-        while self.nbytes + size > self.most and unused:
+    def _make_room(self, expert: StoredExpert, own: int) -> None:
+        """Let experts go that nobody uses: what this one replaces, and others until its size is free.
+
+        The request holds `own` experts.
+        """
+        size, unused = _bytes(expert), [key for key, slot in self._slots.items() if not slot.users]
+        unused.sort(key=lambda key: self._slots[key].expert.path != expert.path)
+        while unused and (self.nbytes + size > self.most or self._slots[unused[0]].expert.path == expert.path):
             slot = self._slots.pop(unused.pop(0))
             slot.let_go()
             for _, mixture in self._mixtures.values():

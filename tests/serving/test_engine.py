@@ -209,11 +209,16 @@ def test_an_old_request_ends_on_the_expert_that_a_new_one_replaces(tiny_llama_di
         while not engine.answering:
             await asyncio.sleep(0.001)
         served.write(tiny_llama_dir, place / "one", "lora", 2, overwrite=True)
-        return await served.tokens_of(engine, models, tokenizer, LONG, "one", 60), await task
+        found = await served.tokens_of(engine, models, tokenizer, LONG, "one", 60), await task
+        expected = served.generated(tiny_llama_dir, place, LONG, "one", 60)
+        served.write(tiny_llama_dir, place / "one", "tiles", 3, overwrite=True)
+        await served.tokens_of(engine, models, tokenizer, LONG, "one", 1)
+        assert len(engine.experts) == 1, "what was replaced fills the memory"
+        return expected, *[served.text_of(tokenizer, tokens) for tokens in found]
 
-    new, old = [served.text_of(tokenizer, tokens) for tokens in served.run(engine, replaced_meanwhile())]
+    expected, new, old = served.run(engine, replaced_meanwhile())
     assert old == before
-    assert new == served.generated(tiny_llama_dir, place, LONG, "one", 60) != before
+    assert new == expected != before
 
 
 def test_whoever_leaves_frees_the_row_and_the_experts(library, tiny_llama_dir) -> None:
