@@ -56,9 +56,9 @@ def make_app(answerer: Answerer, limits: Limits = Limits()) -> FastAPI:
         await asyncio.to_thread(answerer.engine.stop)
 
     app, server = FastAPI(title="modular-experts", lifespan=running), _Server(answerer, limits)
-    app.add_middleware(_Guard, limits=limits)
+    app.add_middleware(Guard, limits=limits)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
-    app.add_exception_handler(StarletteHTTPException, _refuse)
+    app.add_exception_handler(StarletteHTTPException, send_refusal)
     app.add_api_route("/v1/models", server.models, methods=["GET"])
     app.add_api_route("/v1/models/{name}", server.model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], response_model=None)
@@ -91,7 +91,7 @@ class _Server:
         for one in self.models()["data"]:
             if one["id"] == name:
                 return one
-        raise _error(404, f"there is no model {name[:200]!r}", "model")
+        raise refusal(404, f"there is no model {name[:200]!r}", "model")
 
     def health(self) -> dict[str, str]:
         """Whether the server answers."""
@@ -115,9 +115,9 @@ class _Server:
             sampling = body.sampling(body.told)
             answer = await self.answerer.answer(body.model, body.prompt, body.most_tokens, body.stops, sampling)
         except UnknownModelError as error:
-            raise _error(404, str(error), "model") from None
+            raise refusal(404, str(error), "model") from None
         except (ValueError, FileNotFoundError) as error:
-            raise _error(400, str(error)) from None
+            raise refusal(400, str(error)) from None
         form = kind(body, answer, self.answerer.tokenizer.decode)
         if self.limits.log_prompts:
             log.info("%s asks %s: %s", form.id, answer.choice.name, body.prompt)
@@ -143,10 +143,10 @@ class _Server:
                     piece = following
                     yield piece
         except TimeoutError:
-            raise _error(504, f"the answer took more than {self.limits.seconds:g} seconds") from None
+            raise refusal(504, f"the answer took more than {self.limits.seconds:g} seconds") from None
         except EngineError as error:
             log.error("The model failed: %s", error)
-            raise _error(500, "the model failed; the log of the server says why") from None
+            raise refusal(500, "the model failed; the log of the server says why") from None
         finally:
             finished = piece is not None and piece.finish is not None
             self.measured.count(answer, time.monotonic() - started, finished)
@@ -254,7 +254,7 @@ class _Completion(_Form):
         return {"index": 0, "text": piece.text, "finish_reason": piece.finish, "logprobs": told}
 
 
-class _Guard:
+class Guard:
     """Refuses requests that are too many, too large or do not know the key, and ends those that take too long."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
@@ -270,8 +270,8 @@ class _Guard:
         if scope["method"] != "POST":
             return await self.app(scope, receive, send)
         if self.busy >= self.limits.requests:
-            refusal = f"{self.busy} requests are being answered; try again later"
-            return await _body(429, refusal, {"Retry-After": "1"})(scope, receive, send)
+            why = f"{self.busy} requests are being answered; try again later"
+            return await _body(429, why, {"Retry-After": "1"})(scope, receive, send)
         self.busy += 1
         try:
             # An answer has less time; this ends requests whose client neither reads on nor leaves.
@@ -291,8 +291,8 @@ class _Guard:
                 return
             body, more = body + message.get("body", b""), message.get("more_body", False)
             if len(body) > self.limits.body:
-                refusal = f"the request has more than {self.limits.body} bytes; shorten it"
-                return await _body(413, refusal)(scope, receive, send)
+                why = f"the request has more than {self.limits.body} bytes; shorten it"
+                return await _body(413, why)(scope, receive, send)
         first: list[Message] = [{"type": "http.request", "body": body}]
 
         async def again() -> Message:
@@ -314,7 +314,7 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
         while not task.done():
             await asyncio.wait([task], timeout=0.5)
             if not task.done() and await request.is_disconnected():
-                raise _error(499, "the client left")
+                raise refusal(499, "the client left")
         return task.result()
     finally:
         task.cancel()
@@ -334,7 +334,8 @@ def _detail(status: int, message: str, param: str | None = None) -> dict[str, An
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _error(status: int, message: str, param: str | None = None) -> HTTPException:
+def refusal(status: int, message: str, param: str | None = None) -> HTTPException:
+    """Return an error that ends a request with one sentence."""
     return HTTPException(status, _detail(status, message, param))
 
 
@@ -342,7 +343,8 @@ def _body(status: int, message: str, headers: dict[str, str] | None = None) -> J
     return JSONResponse(_detail(status, message), status, headers)
 
 
-def _refuse(request: Request, error: Any) -> JSONResponse:
+def send_refusal(request: Request, error: Any) -> JSONResponse:
+    """Answer with an error in the form that clients of OpenAI read."""
     detail = error.detail if isinstance(error.detail, dict) else _detail(error.status_code, str(error.detail))
     return JSONResponse(detail, error.status_code, error.headers)
 

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from modular_experts.injection import context_length
 from modular_experts.serving.answers import Answerer
-from modular_experts.serving.app import Limits, _error, _Guard, _refuse
+from modular_experts.serving.app import Guard, Limits, refusal, send_refusal
 from modular_experts.serving.models import AUTO, BASE, Choice, Models, Route
 from modular_experts.text import block_of
 
@@ -52,8 +52,8 @@ def make_proxy(models: Models, model: Any, tokenizer: Any, upstream: str, limits
             yield
 
     app = FastAPI(title="modular-experts", lifespan=running)
-    app.add_middleware(_Guard, limits=limits)
-    app.add_exception_handler(StarletteHTTPException, _refuse)
+    app.add_middleware(Guard, limits=limits)
+    app.add_exception_handler(StarletteHTTPException, send_refusal)
     for path in ("/v1/{rest:path}", "/health", "/metrics"):
         app.add_api_route(path, proxy.forward, methods=["GET", "POST"], response_model=None)
     return app
@@ -98,7 +98,7 @@ class _Proxy(Answerer):
     async def forward(self, request: Request) -> _Passed:
         """Send a request to the other server, with the route's choice in place of `auto`."""
         if ".." in request.url.path.split("/"):
-            raise _error(404, "only what lies below /v1 is passed on")
+            raise refusal(404, "only what lies below /v1 is passed on")
         body, own = await request.body(), dict[str, str]()
         headers = [(name, value) for name, value in request.headers.items() if name not in _OWN | {"content-length"}]
         asked: Any = None
@@ -124,7 +124,7 @@ class _Proxy(Answerer):
             chat = "messages" in asked and self._reads_chat(found.members)
             ids = await asyncio.to_thread(self._encoded, prompt, chat)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise _error(400, f"the route cannot read the prompt of the request: {str(error)[:200]}") from None
+            raise refusal(400, f"the route cannot read the prompt of the request: {str(error)[:200]}") from None
         return await asyncio.to_thread(found.choose, self.engine, ids[: context_length(self.engine)])
 
     async def _name(self, name: str, headers: Headers) -> str:
@@ -136,7 +136,7 @@ class _Proxy(Answerer):
                 self.ids, self.joins = [str(one["id"]) for one in listed], listed[0].get("owned_by") == "sglang"
             base = self.ids[0]
         except (LookupError, TypeError, ValueError):
-            raise _error(502, f"the server at {self.client.base_url} does not list its models") from None
+            raise refusal(502, f"the server at {self.client.base_url} does not list its models") from None
         if name == BASE:
             return BASE if BASE in self.ids else base
         # To SGLang an adapter's name alone means the base.
@@ -147,10 +147,10 @@ class _Proxy(Answerer):
         try:
             return await self.client.send(request, stream=True)
         except httpx.PoolTimeout:
-            raise _error(429, "too many requests are being answered; try again later") from None
+            raise refusal(429, "too many requests are being answered; try again later") from None
         except httpx.HTTPError as error:
             message = f"the server at {self.client.base_url} does not answer ({type(error).__name__})"
-            raise _error(502, message) from None
+            raise refusal(502, message) from None
 
 
 def _text(content: Any) -> str:
