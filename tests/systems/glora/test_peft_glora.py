@@ -158,7 +158,7 @@ def test_what_pefts_glora_cannot_hold_is_refused_with_what_works(base_of, tmp_pa
 def test_the_command_exports_it_and_counts_what_the_format_adds(base_of, tmp_path, capsys):
     base = base_of("biased")
     expert, wanted = trained(base, tmp_path / "one", LARGEST, many, targets=TARGETS["llama"])
-    line = ["export", "--expert", str(expert), "--form", "glora", "--out", str(tmp_path / "adapter")]
+    line = ["export", "--experts", str(expert), "--form", "glora", "--out", str(tmp_path / "adapter")]
     assert main(line) == 0
     told = capsys.readouterr().out
     assert "loaded again with peft 0.21.2" in told

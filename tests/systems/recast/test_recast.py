@@ -198,10 +198,10 @@ def test_an_expert_is_trained_merged_applied_tested_exported_pushed_and_opened_b
         torch.testing.assert_close(both[name].dense(), wanted, rtol=1e-6, atol=1e-8)
 
     # A dense delta is no LoRA of a small rank: it is refused, or approximated where that is asked for.
-    code, _, shown = run("export", "--expert", "library/mine", "--form", "lora", "--out", "adapter")
+    code, _, shown = run("export", "--experts", "library/mine", "--form", "lora", "--out", "adapter")
     assert (code, shown.count("error")) == (1, 1)
     assert "give a rank to approximate it" in shown
-    code, shown, _ = run("export", "--expert", "library/mine", "--form", "lora", "--rank", 4, "--out", "adapter")
+    code, shown, _ = run("export", "--experts", "library/mine", "--form", "lora", "--rank", 4, "--out", "adapter")
     assert code == 0
     assert "weights are approximated" in shown
     adapter = json.loads(Path("adapter/adapter_config.json").read_text())
