@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class HeldExperts:
         self.most, self.gates = most, CurrentGates(packs=True)
         self._model, self._pause = model, pause
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # by content hash, the least recently used first
+        self._newest: dict[Path, str] = {}  # the content hash that was last asked for at each place
         self._mixtures: dict[str, tuple[Site, Mixture]] = {}
         self._sites = {
             name: site
@@ -109,8 +111,10 @@ class HeldExperts:
         """
         slots: list[Slot] = []
         with self._reading:
+            self._let_go(0)
             try:
                 for expert in experts:
+                    self._newest[expert.path] = expert.content_hash
                     slot = self._slots.get(expert.content_hash) or self._read(expert, len(slots))
                     self._slots.move_to_end(expert.content_hash)
                     self._use([slot], 1)
@@ -139,7 +143,12 @@ class HeldExperts:
             self.gates.kept = self.gates.kept - unused | used
 
     def _read(self, expert: StoredExpert, own: int) -> Slot:
-        self._make_room(expert, own)
+        size = _bytes(expert)
+        self._let_go(size)
+        # Experts may take a little more in memory than in their files, by which they were checked; the request holds
+        # `own` experts.
+        if self.nbytes + size > self.most and sum(slot.users for slot in self._slots.values()) > own:
+            raise NoRoomError
         if missing := [site for name in expert if (site := self._sites[name]).weight not in self._mixtures]:
             self._equip(missing)
         taken = {slot.number for slot in self._slots.values()}
@@ -151,21 +160,16 @@ class HeldExperts:
         self._slots[expert.content_hash] = slot
         return slot
 
-    def _make_room(self, expert: StoredExpert, own: int) -> None:
-        """Let experts go that nobody uses: what this one replaces, and others until its size is free.
-
-        The request holds `own` experts.
-        """
-        size, unused = _bytes(expert), [key for key, slot in self._slots.items() if not slot.users]
-        unused.sort(key=lambda key: self._slots[key].expert.path != expert.path)
-        while unused and (self.nbytes + size > self.most or self._slots[unused[0]].expert.path == expert.path):
-            slot = self._slots.pop(unused.pop(0))
+    def _let_go(self, size: int) -> None:
+        """Let experts leave that nobody uses: those that others have replaced, and more until this size is free."""
+        unused = [(self._newest[slot.expert.path] == key, key) for key, slot in self._slots.items() if not slot.users]
+        for is_newest, key in sorted(unused, key=lambda one: one[0]):
+            if is_newest and self.nbytes + size <= self.most:
+                break
+            slot = self._slots.pop(key)
             slot.let_go()
             for _, mixture in self._mixtures.values():
                 mixture.put(slot.number, None)
-        # Experts may take a little more in memory than in their files, by which they were checked.
-        if self.nbytes + size > self.most and sum(slot.users for slot in self._slots.values()) > own:
-            raise NoRoomError
 
     def _equip(self, sites: Sequence[Site]) -> None:
         """Give linear layers mixtures, without an expert so far."""

@@ -211,7 +211,6 @@ def test_an_old_request_ends_on_the_expert_that_a_new_one_replaces(tiny_llama_di
         served.write(tiny_llama_dir, place / "one", "lora", 2, overwrite=True)
         found = await served.tokens_of(engine, models, tokenizer, LONG, "one", 60), await task
         expected = served.generated(tiny_llama_dir, place, LONG, "one", 60)
-        served.write(tiny_llama_dir, place / "one", "tiles", 3, overwrite=True)
         await served.tokens_of(engine, models, tokenizer, LONG, "one", 1)
         assert len(engine.experts) == 1, "what was replaced fills the memory"
         return expected, *[served.text_of(tokenizer, tokens) for tokens in found]
