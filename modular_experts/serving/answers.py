@@ -42,7 +42,7 @@ class Answer:
 
     choice: Choice
     prompt_tokens: int
-    pieces: AsyncIterator[Piece]
+    pieces: AsyncIterator[Piece] = field(init=False)
     tokens: int = 0
 
 
@@ -85,7 +85,7 @@ class Answerer:
         choice = await asyncio.to_thread(found.choose, self.engine.reader, ids)
         await asyncio.to_thread(self.engine.check, [expert for expert, _ in choice.experts], len(ids), room)
         tokens = self.engine.answer(ids, choice.experts, self._stops(chat), room, sampling)
-        answer = Answer(choice, len(ids), iter(()))  # type: ignore[arg-type]
+        answer = Answer(choice, len(ids))
         answer.pieces = self._pieces(answer, tokens, stops, self._stops(chat), isinstance(prompt, list))
         return answer
 
