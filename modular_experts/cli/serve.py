@@ -1,5 +1,6 @@
 """Run `modular-experts serve`, which answers requests with the experts of a library."""
 
+import logging
 import os
 import socket
 from contextlib import ExitStack
@@ -71,6 +72,10 @@ def serve(
         from modular_experts.serving.proxy import make_proxy
     except ImportError as error:
         raise UsageError(f"serve needs {error.name}: pip install 'modular-experts[serve]'") from None
+    if log_prompts:
+        served = logging.getLogger("modular_experts.serving")
+        served.setLevel(logging.INFO)
+        served.addHandler(logging.StreamHandler())
     if not 0 <= port < 2**16:
         raise UsageError(f"--port {port} is outside 0 to 65535; 0 takes a free one")
     if min(rows, cache_tokens, most_requests, seconds) < 1:

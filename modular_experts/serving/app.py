@@ -121,18 +121,17 @@ class _Server:
         form = kind(body, answer, self.answerer.tokenizer.decode)
         if self.limits.log_prompts:
             log.info("%s asks %s: %s", form.id, answer.choice.name, body.prompt)
-        pieces = self._measured(answer, started)
+        pieces = self._measured(form, answer, started)
         if body.stream:
             return _Stream(form.events(pieces), media_type="text/event-stream", headers=form.headers)
         whole = await _unless_gone(request, _joined(pieces))
-        if self.limits.log_prompts:
-            log.info("%s is answered: %s", form.id, whole.text)
         return JSONResponse(form.whole(whole), headers=form.headers)
 
-    async def _measured(self, answer: Answer, started: float) -> AsyncIterator[Piece]:
+    async def _measured(self, form: "_Form", answer: Answer, started: float) -> AsyncIterator[Piece]:
         """Yield the pieces of an answer until its time is over, and count them."""
         deadline = asyncio.get_running_loop().time() + self.limits.seconds - (time.monotonic() - started)
         piece: Piece | None = None
+        text = ""
         try:
             async with aclosing(answer.pieces) as pieces:  # type: ignore[type-var]
                 while piece is None or piece.finish is None:
@@ -141,6 +140,7 @@ class _Server:
                     if piece is None:
                         self.measured.first_token.observe(time.monotonic() - started)
                     piece = following
+                    text += piece.text
                     yield piece
         except TimeoutError:
             raise refusal(504, f"the answer took more than {self.limits.seconds:g} seconds") from None
@@ -150,6 +150,8 @@ class _Server:
         finally:
             finished = piece is not None and piece.finish is not None
             self.measured.count(answer, time.monotonic() - started, finished)
+            if self.limits.log_prompts:
+                log.info("%s is answered: %s", form.id, text)
 
 
 class _Stream(StreamingResponse):

@@ -160,8 +160,8 @@ def test_it_streams_frees_the_place_of_whoever_leaves_and_finishes_what_it_began
     assert server.process.stderr.read() == ""
 
 
-def test_two_interrupts_end_it_at_once(library) -> None:
-    started = Started(library)
+def test_two_interrupts_end_it_at_once_and_it_logs_prompts_if_it_shall(library) -> None:
+    started = Started(library, "--log_prompts")
     with started.client.stream("POST", "/v1/completions", json=LONG) as stream:
         next(stream.iter_lines())
         for _ in range(2):
@@ -170,4 +170,6 @@ def test_two_interrupts_end_it_at_once(library) -> None:
         # A shell's background job ignores the signal at its end, so the code may be 0.
         started.process.wait(20)
     started.client.close()
-    started.process.communicate()
+    _, log = started.process.communicate()
+    assert re.search(r"^cmpl-\w+ asks lora: upper$", log, re.M)
+    assert re.search(r"^cmpl-\w+ is answered: .", log, re.M)
