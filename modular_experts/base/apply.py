@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from modular_experts.progress import Progress
 log = logging.getLogger(__name__)
 
 AnyExpert = str | Path | Mapping[str, Delta]
-"""A directory of a library, an opened expert, or any mapping from weight names to deltas."""
+"""What `open_expert` takes, an opened expert, or any mapping from weight names to deltas."""
 
 _IN_PLACE = "_modular_experts_applied"
 """The attribute of a model that lists the experts applied to it, the first first."""
@@ -59,7 +60,7 @@ def apply(
         base: The base's directory or hub id; what the experts' records name if not given.
     """
     check_target(out, overwrite, MANIFEST)
-    opened = open_experts(experts)
+    opened = open_experts(experts, base=base)
     parents = as_parents(opened)
     return Base.open(base, opened, revision).write(
         Sum(opened),
@@ -185,9 +186,9 @@ def applied(
     return found
 
 
-def open_several(experts: AnyExpert | Sequence[AnyExpert]) -> list[Mapping[str, Delta]]:
+def open_several(experts: AnyExpert | Sequence[AnyExpert], base: Any = None) -> list[Mapping[str, Delta]]:
     several = [experts] if isinstance(experts, str | Path | Mapping) else experts
-    return [expert if isinstance(expert, Mapping) else open_expert(expert) for expert in several]
+    return [expert if isinstance(expert, Mapping) else open_expert(expert, base) for expert in several]
 
 
 def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:

@@ -69,8 +69,7 @@ def fingerprint(directory: str | Path) -> str:
     files = weight_files(Path(directory))
     stats = [(str(file.resolve()), file.stat()) for file in files]
     state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-experts" / "fingerprints"
-    note = cache / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]}.txt"
+    note = cache_directory("fingerprints") / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]}.txt"
     with suppress(OSError, UnicodeDecodeError):
         known = note.read_text().strip()
         if len(known) == 64:
@@ -89,6 +88,11 @@ def fingerprint(directory: str | Path) -> str:
         temporary.write_text(found)
         temporary.replace(note)
     return found
+
+
+def cache_directory(what: str) -> Path:
+    """Return the user's directory of something that can be made again, which may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "modular-experts" / what
 
 
 def reading(directory: Path) -> dict[str, Any]:

@@ -62,7 +62,9 @@ def call_text(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """Return a setting: numbers to four digits, strings in quotes, a described method as a call."""
+    """Return a setting: numbers to four digits, strings in quotes, a described method as a call, long lists cut."""
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{', '.join(map(value_text, value[:4]))}, ..., {len(value)} in all]"
     if isinstance(value, dict) and "class_path" in value:
         return call_text(value["class_path"].rpartition(".")[2], value["init_args"])
     if isinstance(value, float):

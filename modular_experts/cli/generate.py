@@ -54,6 +54,6 @@ def generate(
     if base is None and not experts:
         raise UsageError("--base or --experts must be given, on the command line or in --config")
     write = partial(print, end="", flush=True)
-    found = Base.open(base, [open_expert(one) for one in experts], quantise=quantise) if quantise else base
+    found = Base.open(base, [open_expert(one, base) for one in experts], quantise=quantise) if quantise else base
     generate_answer(found, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, write)
     print()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from modular_experts.base.base import Base, find_base
 from modular_experts.cli.format import call_text, counted, kind_text, share_text, statistics_text, table_of
-from modular_experts.library import Library, StoredExpert, open_expert, open_statistics
+from modular_experts.library import Library, StoredExpert, is_adapter, open_expert, open_statistics
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
 from modular_experts.library.statistics import kinds_of_statistics
@@ -34,7 +34,9 @@ def list_library(library: str) -> None:
     rows: dict[str, tuple[str, ...]] = dict.fromkeys(found.incomplete(), broken)
     for name in found:
         try:
-            rows[name] = _row(found[name])
+            # To open an adapter, its base is read.
+            place = found.directory / name
+            rows[name] = ("PEFT adapter", "", "", "", "") if is_adapter(place) else _row(found[name])
         except (ValueError, OSError):
             # One bad file must not hide the others.
             rows[name] = broken
@@ -76,7 +78,11 @@ def verify(expert: str, base: str | None = None) -> None:
         modular-experts verify library
     """
     place = Path(expert)
-    if not place.is_dir() or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE)):
+    if (
+        not place.is_dir()
+        or is_adapter(place)
+        or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE))
+    ):
         print(f"{expert}: {_verified(open_expert(expert), base)}")
         return
     library = Library(expert)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from modular_experts.base import DType
+from modular_experts.base import Base, DType
 from modular_experts.base.files import MANIFEST
 from modular_experts.cli.format import counted, print_check, progress_bar, summary, table_of, value_text
-from modular_experts.library import check_target, open_expert
+from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.merger.estimate import WeightEstimate, check_memory, estimate, largest
@@ -73,7 +73,7 @@ class Output(Options):
 
     Args:
         output: `checkpoint` writes base plus merge for transformers; the checkpoint is checked by loading it.
-        base: The base of a checkpoint, a directory or hub id; the one in the experts' records by default.
+        base: The base's directory or hub id; the one in the experts' records by default.
         dtype: Data type of a checkpoint; the base's by default.
         tolerance: Largest accepted difference of a logit between a checkpoint and the model in memory.
         max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside Python's own memory and, for
@@ -91,8 +91,8 @@ class Output(Options):
         return self.output == "checkpoint"
 
     def __post_init__(self) -> None:
-        if not self.is_checkpoint and (self.base or self.dtype or self.tolerance != 1e-3):
-            raise ValueError("base, dtype and tolerance are settings of a checkpoint; add --output checkpoint")
+        if not self.is_checkpoint and (self.dtype or self.tolerance != 1e-3):
+            raise ValueError("dtype and tolerance are settings of a checkpoint; add --output checkpoint")
 
 
 def merge(
@@ -145,7 +145,10 @@ def merge(
         raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
-    merged, tuned, check = Merged(experts, method, per_weight), None, None
+    base = written.base or (tune.base if tune else None)
+    merged, tuned, check = Merged(open_experts(experts, base=base), method, per_weight), None, None
+    if written.base:
+        Base.open(written.base, merged.stored)  # which refuses another base than theirs
     if written.max_memory:
         check_memory(estimate(merged), bytes_of(written.max_memory))
     if dry_run:

@@ -9,6 +9,7 @@ from modular_experts.cli.format import call_text, counted, progress_bar, statist
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
+from modular_experts.library import is_adapter
 from modular_experts.methods import Distilled, MergeMethod
 from modular_experts.routing import DEFAULT_ROUTER, Router
 from modular_experts.statistics import take_statistics
@@ -103,8 +104,8 @@ def statistics(
     measured = ValidationRows(data, rows, base, labels, max_new_tokens=max_new_tokens)
     found = take_statistics(experts, kind, measured, overwrite, bar)
     for directory, stored in zip(experts, found, strict=True):
-        place = stored.file.relative_to(stored.file.parents[1])
-        print(f"{Path(directory, place)}: {kind} statistics of {statistics_text(stored)}")
+        place = stored.file if is_adapter(Path(directory)) else Path(directory, *stored.file.parts[-2:])
+        print(f"{place}: {kind} statistics of {statistics_text(stored)}")
 
 
 def gates(
@@ -147,11 +148,11 @@ def route(
 
     A merge keeps part of its experts' skill; a router keeps each whole, and costs the memory of all of them. The
     result is an expert for test, predict, generate, evaluate, show, verify and push. It needs the experts, which lie
-    beside it in the library.
+    beside it in the library; experts of another library are put there.
 
     Args:
         experts: Directories of the experts.
-        out: Directory of the routed expert, in the library of the experts.
+        out: Directory of the routed expert.
         router: For each prompt, KernelRidge (the expert whose prompts are most alike, in meaning and in words),
             Centroid (the nearest mean of the experts' prompts), Classifier (trained on whose a prompt is) or Oracle
             (the expert of the row's task); for each token at each layer, Arrow and Energy (by the deltas alone) or

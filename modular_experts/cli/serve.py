@@ -80,7 +80,7 @@ def serve(
         raise UsageError(f"--port {port} is outside 0 to 65535; 0 takes a free one")
     if min(rows, cache_tokens, most_requests, seconds) < 1:
         raise UsageError("--rows, --cache_tokens, --most_requests and --seconds must be at least 1")
-    experts = Library(library)
+    experts = Library(library, base)
     first = [experts[name] for name in list(experts)[:1]]
     if not (first or base):
         raise UsageError(f"{library} has no experts; give --base to begin without, or fit one: --out {library}/NAME")

@@ -27,7 +27,7 @@ from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
-from modular_experts.library import StoredExpert, warn_of_missing_parents, warn_unlike_training
+from modular_experts.library import StoredExpert, is_adapter, warn_of_missing_parents, warn_unlike_training
 from modular_experts.library.result_key import result_key
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
@@ -202,7 +202,7 @@ def open_models(base: str | Path | Base | None, experts: AnyModels) -> tuple[Bas
     models = []
     for name, given in _named(experts).items():
         checkpoint = _checkpoint(given)
-        mix = [] if checkpoint else open_several(given)
+        mix = [] if checkpoint else open_several(given, base)
         title = name or " + ".join(map(_name, mix)) or (Path(checkpoint.place).name if checkpoint else "base")
         models.append(Compared(title, mix, checkpoint))
         warn_of_missing_parents(models[-1].stored)
@@ -239,7 +239,7 @@ def _name(expert: Mapping[str, Delta]) -> str:
 
 def _checkpoint(mix: Any) -> Base | None:
     one = mix[0] if isinstance(mix, list | tuple) and len(mix) == 1 else mix
-    if isinstance(one, str | Path) and Path(one, "config.json").is_file():
+    if isinstance(one, str | Path) and Path(one, "config.json").is_file() and not is_adapter(Path(one)):
         return Base.open(one)
     return one if isinstance(one, Base) else None
 

@@ -55,7 +55,7 @@ def generate(
         raise ValueError("the prompt is empty; give the text to answer")
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError(f"{max_new_tokens=} must be at least 1, and {temperature=} at least 0")
-    opened = open_several(experts)
+    opened = open_several(experts, base)
     stored = [expert for expert in opened if isinstance(expert, StoredExpert)]
     warn_of_missing_parents(stored)
     found = Base.open(base, stored)

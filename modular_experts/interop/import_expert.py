@@ -28,6 +28,7 @@ def import_expert(
     tasks: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress = iter,
+    called: str | None = None,
 ) -> StoredExpert:
     """Write another tool's fine-tuning as an expert; its record lists the source, file by file.
 
@@ -38,6 +39,7 @@ def import_expert(
         revision: Branch, tag or commit of the base on the hub.
         tasks: Names of the tasks that it was trained on.
         overwrite: Replace an expert that is there.
+        called: What the record calls the source, if not `source`.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
@@ -47,14 +49,14 @@ def import_expert(
     check_target(out, overwrite)
     directory = _find(source)
     adapter = AdapterFiles(directory) if (directory / CONFIG_FILE).is_file() else None
-    opened = _open_base(source, adapter, base, revision)
+    opened = open_base(source, adapter, base, revision)
     if adapter is None:
         imported = read_full_checkpoint(directory, opened, progress)
         format, files = "full checkpoint", weight_files(directory)
     else:
         imported, format, files = read_peft(adapter, opened), "PEFT adapter", [directory / CONFIG_FILE, adapter.file]
     hashes = {file.name: file_hash(file) for file in files}
-    origin = {"id": str(source), "revision": None, "format": format, "sha256": hashes}
+    origin = {"id": called or str(source), "revision": None, "format": format, "sha256": hashes}
 
     def checked() -> Iterator[tuple[str, Delta]]:
         for name, delta in imported.deltas:
@@ -70,7 +72,7 @@ def import_expert(
     return open_expert(out)
 
 
-def _open_base(
+def open_base(
     source: str | Path, adapter: AdapterFiles | None, base: str | Path | Base | None, revision: str | None
 ) -> Base:
     named = adapter.base if adapter else None

@@ -54,7 +54,7 @@ def export_for(
     Raises:
         ValueError: Two experts have one name, the server does not take a LoRA of a weight, or no rank keeps enough.
     """
-    opened, places = open_experts(experts), Path(out).expanduser().absolute()
+    opened, places = open_experts(experts, base=base), Path(out).expanduser().absolute()
     if len({expert.name for expert in opened}) < len(opened):
         raise ValueError("two of the experts have one name, and requests choose by the name; give each its own")
     found, format = Base.open(base, opened), LoraFormat(steps=_RANKS[server], keep=keep)

@@ -46,7 +46,7 @@ def export_patch(
         ValueError: The base stores a weight in parts, or a sum is not finite; nothing is written then.
     """
     target = check_target(out, overwrite, MANIFEST)
-    (opened,) = open_experts([expert])
+    (opened,) = open_experts([expert], base=base)
     found = Base.open(base, [opened])
     found.structure.check_fit(opened.shapes())
     if parts := [name for name in opened if name not in found.structure.weights]:

@@ -1,11 +1,13 @@
 """Keep experts in a directory, the library: each is written whole or not at all, and checked at every read.
 
-Open `expert.py` first, which reads and writes one expert. No model is loaded here, and nothing is merged.
+Open `expert.py` first, which reads and writes one expert; `opening.py` finds it. No model is loaded here, and nothing
+is merged.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from modular_experts.library.atomic import check_name, check_target, is_name, new_directory
 from modular_experts.library.compatibility import (
@@ -19,7 +21,8 @@ from modular_experts.library.compatibility import (
     warn_of_missing_parents,
     warn_unlike_training,
 )
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, STATE_FILE, StoredExpert, open_expert, write_expert
+from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, STATE_FILE, StoredExpert, write_expert
+from modular_experts.library.opening import is_adapter, open_expert
 from modular_experts.library.record import make_record
 from modular_experts.library.statistics import gather_statistics, open_statistics, write_statistics
 from modular_experts.text import did_you_mean
@@ -33,6 +36,7 @@ __all__ = [
     "check_target",
     "common_base",
     "gather_statistics",
+    "is_adapter",
     "make_record",
     "new_directory",
     "open_expert",
@@ -49,9 +53,15 @@ __all__ = [
 
 
 class Library(Mapping[str, StoredExpert]):
-    """The complete experts in a directory, by name."""
+    """The complete experts in a directory, by name, PEFT adapters among them.
 
-    def __init__(self, directory: str | Path) -> None:
+    Args:
+        directory: The directory.
+        base: The base of the adapters, as for `open_expert`.
+    """
+
+    def __init__(self, directory: str | Path, base: Any = None) -> None:
+        self._base = base
         self.directory = Path(os.path.abspath(Path(directory).expanduser()))
         if not self.directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a library: there is no such directory")
@@ -59,7 +69,7 @@ class Library(Mapping[str, StoredExpert]):
     def __getitem__(self, name: str) -> StoredExpert:
         if name not in list(self):
             raise KeyError(f"{self.directory} has no expert {name!r}{did_you_mean(name, self)}")
-        return open_expert(self.directory / name)
+        return open_expert(self.directory / name, self._base)
 
     def __iter__(self) -> Iterator[str]:
         return (entry.name for entry in sorted(self.directory.iterdir()) if _problem(entry) is None)
@@ -88,9 +98,9 @@ def _has_any(entry: Path, *names: str) -> bool:
 
 def _problem(entry: Path) -> str | None:
     """Return why a directory cannot be opened as an expert; `open_expert` checks the files that its record lists."""
-    if not _has_any(entry, RECORD_FILE):
+    if not (is_adapter(entry) or _has_any(entry, RECORD_FILE)):
         return f"{RECORD_FILE} is missing"
-    if not _has_any(entry, DELTA_FILE, STATE_FILE):
+    if not (is_adapter(entry) or _has_any(entry, DELTA_FILE, STATE_FILE)):
         return f"{DELTA_FILE} is missing"
     if entry.is_symlink():
         return "it is a link, and links are not followed"

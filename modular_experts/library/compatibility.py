@@ -2,22 +2,29 @@
 
 import logging
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modular_experts.library.expert import StoredExpert, open_expert
+from modular_experts.library.atomic import check_target, new_directory
+from modular_experts.library.expert import StoredExpert
+from modular_experts.library.opening import open_expert
 
 log = logging.getLogger(__name__)
 
 
-def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = True) -> list[StoredExpert]:
+def open_experts(
+    paths: Sequence[str | Path | StoredExpert], mergeable: bool = True, base: Any = None
+) -> list[StoredExpert]:
     """Open experts in the given order; an opened expert stays as it is.
 
     Args:
-        paths: Directories of the experts, or opened experts.
+        paths: What `open_expert` takes, or opened experts.
+        base: The base of PEFT adapters among them; the one that they name if not given.
         mergeable: Refuse an expert whose deltas are not all that it does; merges and sums need deltas.
 
     Raises:
@@ -25,7 +32,7 @@ def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = T
     """
     if not paths:
         raise ValueError("the list of experts is empty; name at least one, such as '[library/a, library/b]'")
-    experts = [path if isinstance(path, StoredExpert) else open_expert(path) for path in paths]
+    experts = [path if isinstance(path, StoredExpert) else open_expert(path, base) for path in paths]
     seen: set[Path] = set()
     for expert in experts:
         if expert.path.resolve() in seen:
@@ -61,6 +68,29 @@ def open_parents(expert: StoredExpert) -> list[StoredExpert]:
                 f"{found[-1].content_hash[:12]}, not {str(listed['content_hash'])[:12]}); make {expert.name} again"
             )
     return found
+
+
+def put_beside(expert: StoredExpert, target: Path) -> StoredExpert:
+    """Put an expert into another library, without a second copy on the disk where that is possible.
+
+    Raises:
+        FileExistsError: Another expert is there.
+    """
+    if target.is_dir():
+        there = open_expert(target, expert.record["base"]["id"])
+        if there.content_hash != expert.content_hash:
+            raise FileExistsError(f"{target} is another expert than {expert.path}; rename the directory of one of them")
+        return there
+
+    def link(source: str, place: str) -> None:
+        try:
+            os.link(source, place)
+        except OSError:
+            shutil.copyfile(source, place)
+
+    with new_directory(check_target(target)) as directory:
+        shutil.copytree(expert.path, directory, copy_function=link, dirs_exist_ok=True)
+    return open_expert(target)
 
 
 def check_mergeable(experts: Sequence[StoredExpert]) -> None:

@@ -12,8 +12,6 @@ checked against the table, and the table against `expert.json`.
 import hashlib
 import json
 import math
-import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from torch import Size, Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
-from modular_experts.library.atomic import check_name, check_target, new_directory
+from modular_experts.library.atomic import check_target, new_directory
 from modular_experts.library.encoded import StoredValues, check_encoding
 from modular_experts.library.packing import NUMBERS, PackedDelta, check_layout, pack, unpack
 from modular_experts.library.record import (
@@ -39,16 +37,11 @@ from modular_experts.library.record import (
     files_of,
     hash_of_all,
     plain,
-    read_record,
     what_is_wrong,
 )
 from modular_experts.library.state import INPUTS_FILE, Prompt, StoredState, read_inputs, write_inputs, write_state
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, read_table
 from modular_experts.progress import Progress
-from modular_experts.text import did_you_mean
-
-_READS = 10
-"""How often an expert is read that another process replaces meanwhile."""
 
 
 class StoredExpert(TaskVector):
@@ -120,7 +113,7 @@ class StoredExpert(TaskVector):
         """Read and check the inputs that it keeps, by task; none without them."""
         if not self.keeps_inputs:
             return {}
-        _check_file(self.path, self.path / INPUTS_FILE)
+        check_file(self.path, self.path / INPUTS_FILE)
         return read_inputs(self.path / INPUTS_FILE, self.record["inputs"])
 
     @property
@@ -208,59 +201,7 @@ class StoredExpert(TaskVector):
         return f"StoredExpert({str(self.path)!r}, kind={self.record['kind']!r}, weights={len(self)})"
 
 
-def open_expert(path: str | Path) -> StoredExpert:
-    """Open the expert in a directory; only the headers of its files are read yet.
-
-    Raises:
-        FileNotFoundError: There is no expert, or one of its files is missing.
-        ValueError: A file is damaged, or the directory is a link that leads out of its library.
-    """
-    directory = Path(os.path.abspath(Path(path).expanduser()))
-    for left in reversed(range(_READS)):
-        before = version_of(directory)
-        try:
-            return _opened(path, directory)
-        except (OSError, RuntimeError, ValueError):
-            # Another process may replace the expert between the reads of its record and of its files. Between the two
-            # renames of a replacement, the directory is missing, and one with a leading dot lies beside its place.
-            is_replaced = version_of(directory) != before or (
-                before is None and any(directory.parent.glob(f".{directory.name}.*"))
-            )
-            if not is_replaced or not left:
-                raise
-            time.sleep(0.005)
-    raise AssertionError
-
-
-def version_of(directory: Path) -> tuple[int, int] | None:
-    """Return what tells a directory from one that takes its place."""
-    try:
-        found = directory.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_ctime_ns
-
-
-def _opened(path: str | Path, directory: Path) -> StoredExpert:
-    if not directory.is_dir():
-        names = sorted(one.parent.name for one in directory.parent.glob(f"[!.]*/{RECORD_FILE}"))
-        hint = f"; {directory.parent} has {', '.join(names[:8])}" if names else ""
-        if near := did_you_mean(directory.name, names):
-            hint = near.replace("did you mean ", f"did you mean {directory.parent}{os.sep}")
-        raise FileNotFoundError(f"{path} is not an expert: there is no such directory{hint}")
-    inside = sorted(one.parent.name for one in directory.glob(f"[!.]*/{RECORD_FILE}"))
-    if inside and not (directory / RECORD_FILE).exists():
-        raise ValueError(f"{path} is a library of {len(inside)} experts; name one of them, such as {path}/{inside[0]}")
-    _check_file(path, directory)
-    _check_file(path, directory / RECORD_FILE)
-    record = read_record(directory / RECORD_FILE)
-    for name in files_of(record):
-        _check_file(path, directory / name)
-    check_name(directory.name)
-    return StoredExpert(directory, record)
-
-
-def _check_file(path: str | Path, file: Path) -> None:
+def check_file(path: str | Path, file: Path) -> None:
     if not file.exists():
         raise FileNotFoundError(f"{path} is not a complete expert: {file} is missing")
     if file.resolve().parent != file.parent.resolve():

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from modular_experts.injection.attach import open_route
-from modular_experts.library import Library, StoredExpert, check_base, open_expert
-from modular_experts.library.expert import version_of
-from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, read_record
+from modular_experts.library import Library, StoredExpert, check_base, is_adapter, open_expert
+from modular_experts.library.opening import version_of
+from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED
 from modular_experts.routing.prompts import prompt_grams, prompt_vectors
 from modular_experts.text import did_you_mean
 
@@ -130,7 +130,7 @@ class Models:
     """
 
     def __init__(self, library: str | Path, fingerprint: str, place: str, auto: str | None = None) -> None:
-        self._library = Library(library)
+        self._library = Library(library, place)
         self._fingerprint, self._place, self._auto = fingerprint, place, auto
         self._open: OrderedDict[str, tuple[Any, tuple[StoredExpert, Sum | Route]]] = OrderedDict()
         self._records: dict[str, tuple[Any, Listed | None]] = {}
@@ -153,7 +153,7 @@ class Models:
         if version is None or known == version:
             return found if version else None
         try:
-            record = read_record(directory / RECORD_FILE)
+            record = open_expert(directory, self._place).record
         except (OSError, ValueError) as error:
             log.warning("%s is not served: %s", name, error)
             record = {}
@@ -200,12 +200,12 @@ class Models:
             return Sum([])
         with self._lock:
             directory = self._library.directory / name
-            if not (directory / RECORD_FILE).is_file():
+            if not ((directory / RECORD_FILE).is_file() or is_adapter(directory)):
                 known = [BASE, AUTO, *self._library]
                 raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or _some(known)}")
             before, found = self._open.pop(name, (None, None))
             if found is None or before != self._versions(found[0]):
-                expert = open_expert(directory)
+                expert = open_expert(directory, self._place)
                 check_base([expert], self._fingerprint, self._place)
                 found = expert, Route(expert) if expert.is_routed else Sum([(expert, 1.0)])
             self._open[name] = self._versions(found[0]), found

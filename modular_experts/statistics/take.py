@@ -198,7 +198,7 @@ def take_statistics(
         raise ValueError("each expert answers the rows of its own tasks; leave expert_of out")
     if steps is not None and (kind != "gates" or steps < 1):
         raise ValueError(f"steps={steps} must be at least 1, and is for gates alone, which are trained")
-    opened = open_experts(experts)
+    opened = open_experts(experts, base=given.base)
     check_statistics_targets(opened, kind, overwrite)
     rows, (data, labels) = given.rows, given.found_for(opened)
     labels = "rows" if way.of_inputs else labels

@@ -6,7 +6,6 @@ was interrupted.
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +24,9 @@ from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.data.rows import content_hash
 from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
 from modular_experts.injection.attach import attached, describe_router
-from modular_experts.library import StoredExpert, check_target, new_directory, open_expert, open_experts
+from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
+from modular_experts.library.compatibility import put_beside
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.merger.merged import merge
@@ -166,7 +166,7 @@ def _make(
         merge(opened, start, merged, progress=progress)
     beside = [one for one in opened if not _is_made(out / "experts" / one.name)]
     for expert in beside:
-        _link(expert, out / "experts" / expert.name)
+        put_beside(expert, out / "experts" / expert.name)
     whole = [open_expert(out / "experts" / one.name) for one in opened]
     routed, small = out / "experts" / ROUTED, out / "small" / ROUTED
     if not _is_made(routed):
@@ -178,7 +178,7 @@ def _make(
     few = ValidationRows(learned, SHRINK_ROWS, None, "experts", {}, method.max_new_tokens)
     for done in shrink(left, few, small.parent, progress=progress) if left else ():
         if done.expert is None:
-            _link(done.source, small.parent / done.source.name)
+            put_beside(done.source, small.parent / done.source.name)
     if not _is_made(small):
         route([open_expert(small.parent / one.name) for one in opened], small, router, data=learned, rows=method.rows)
     if not _is_made(distilled):
@@ -194,19 +194,6 @@ def _make(
 
 def _is_made(place: Path) -> bool:
     return (place / RECORD_FILE).is_file()
-
-
-def _link(expert: StoredExpert, target: Path) -> None:
-    """Put an expert into another library, without a second copy on the disk where that is possible."""
-
-    def link(source: str, place: str) -> None:
-        try:
-            os.link(source, place)
-        except OSError:
-            shutil.copyfile(source, place)
-
-    with new_directory(target) as directory:
-        shutil.copytree(expert.path, directory, copy_function=link, dirs_exist_ok=True)
 
 
 class _Measure:

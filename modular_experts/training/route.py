@@ -23,7 +23,7 @@ from modular_experts.library import (
     open_statistics,
     write_expert,
 )
-from modular_experts.library.compatibility import union_of_weights
+from modular_experts.library.compatibility import put_beside, union_of_weights
 from modular_experts.library.described import class_path, trust
 from modular_experts.library.record import ROUTED
 from modular_experts.library.statistics import command_for, kinds_of_statistics
@@ -50,7 +50,8 @@ def route(
 
     Args:
         experts: Directories of the experts; the fallback among them counts as the fallback alone.
-        out: Directory of the routed expert, in the library of the experts.
+        out: Directory of the routed expert. Experts of another library are put beside it, without a second copy on the
+            disk where that is possible.
         router: The router; `KernelRidge` with its defaults if not given.
         fallback: An expert, such as a merge, for inputs that the router rejects; the base alone if not given.
         data: The experts' tasks, from whose rows a router learns that needs statistics which were not taken yet; if
@@ -60,8 +61,9 @@ def route(
         progress: Iterator wrapper around the experts whose statistics are taken, e.g. `tqdm`.
 
     Raises:
-        FileExistsError: An expert of this name is there and may not be replaced.
-        ValueError: An expert has another base, lies in another library or is not mergeable, there are too few, the
+        FileExistsError: An expert of this name is there and may not be replaced, or a name of another library is
+            another expert there.
+        ValueError: An expert has another base or is not mergeable, there are too few, the
             router would never use the fallback, or there are neither data nor statistics to learn from.
     """
     target = check_target(out, overwrite)
@@ -70,12 +72,6 @@ def route(
     opened = _members_of(experts, out, fallback)
     members = [*opened, *([] if fallback is None else open_experts([fallback]))]
     base = common_base(members)
-    for expert in members:
-        if expert.path.parent != target.parent:
-            raise ValueError(
-                f"{expert.path} is in another library than {out}; a routed expert lies beside its experts, such as "
-                f"{expert.path.parent / target.name}"
-            )
     union_of_weights(members)
     router.select.check(len(opened))
     _take_missing(router, opened, data, rows, progress)
@@ -91,6 +87,9 @@ def route(
         class_path=class_path(type(router)),
         not_mergeable_because=Mixture.not_mergeable_because,
     )
+    for expert in members:
+        if expert.path.parent != target.parent:
+            put_beside(expert, target.parent / expert.name)
     write_expert(target, {}, record, overwrite, state=state)
     return open_expert(target)
 

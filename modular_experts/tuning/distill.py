@@ -71,7 +71,7 @@ def distill(
         FileExistsError: A file would be replaced; no input has been read yet.
         ValueError: There are no inputs, or `search` refuses the experts.
     """
-    method, opened = method or Distilled(), open_experts(experts)
+    method, opened = method or Distilled(), open_experts(experts, base=base)
     start = method.start or without_data(opened)
     beside = places_of([start], [one.path for one in opened], out) if method.by == "model" else []
     for target in [out, *beside]:

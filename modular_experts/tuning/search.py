@@ -154,7 +154,7 @@ def search(
     for target in [out, *places]:
         check_target(target, overwrite)
     check_trials_file(out, overwrite)
-    opened = open_experts(experts)
+    opened = open_experts(experts, base=data.base)
     lazy = [Merged(opened, method) for method in merges]
     objective = objective_on_base(opened, data, algorithm.distills, progress)
     before = objective.losses()

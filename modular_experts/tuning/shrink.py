@@ -160,7 +160,7 @@ def shrink(
         ValueError: An expert is not mergeable, the data has none of its tasks, its loss is not finite, or two experts
             have one name.
     """
-    opened = open_experts(experts)
+    opened = open_experts(experts, base=data.base if isinstance(data, ValidationRows) else None)
     _check(opened, Path(out), bound, overwrite)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     for expert in opened:

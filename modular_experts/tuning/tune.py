@@ -88,7 +88,7 @@ def tune(
     if out is not None:
         check_target(out, overwrite)
         check_trials_file(out, overwrite)
-    opened = open_experts(experts)
+    opened = open_experts(experts, base=data.base if isinstance(data, ValidationRows) else None)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     trials, best = tune_groups([(opened, objective)], method, grid, progress)
     chosen = with_settings(method, best.settings)

@@ -15,8 +15,7 @@ from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta
 from testbed.stored_by_hand import as_it_is, write_by_hand
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.library import Library, check_name, check_target, make_record, new_directory, open_expert
-from modular_experts.library import expert as stored
+from modular_experts.library import Library, check_name, check_target, make_record, new_directory, open_expert, opening
 from modular_experts.library import write_expert as write
 from modular_experts.library.atomic import new_file
 
@@ -272,7 +271,7 @@ def test_two_writers_of_one_name_leave_one_whole_expert(tmp_path):
 
 @pytest.mark.parametrize("times", [1, 3, 100])
 def test_an_expert_that_is_replaced_between_two_reads_is_read_again(expert, monkeypatch, times):
-    read, seeds = stored.read_record, list(range(7, 7 + times))
+    read, seeds = opening.read_record, list(range(7, 7 + times))
 
     def replaced_after_it_is_read(file):
         found = read(file)
@@ -280,7 +279,7 @@ def test_an_expert_that_is_replaced_between_two_reads_is_read_again(expert, monk
             write(expert, deltas(seeds.pop()).items(), RECORD, overwrite=True)
         return found
 
-    monkeypatch.setattr(stored, "read_record", replaced_after_it_is_read)
+    monkeypatch.setattr(opening, "read_record", replaced_after_it_is_read)
     if times == 100:
         with pytest.raises(ValueError, match="its content hash is not the one in"):
             open_expert(expert)

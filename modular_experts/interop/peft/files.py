@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modular_experts.library.opening import ADAPTER_FILE
 from modular_experts.library.record import read_json
 from modular_experts.library.tensorfile import open_tensors
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = ADAPTER_FILE
 TENSOR_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, TENSOR_FILE, "adapter_model.bin")
 PREFIX = "base_model.model."
 LORA_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 """The last parts of the keys of a plain LoRA's tensors."""
@@ -59,6 +61,12 @@ class AdapterFiles:
         new, old = self.directory / TENSOR_FILE, self.directory / "adapter_model.bin"
         self.file = old if old.is_file() and not new.is_file() else new
 
+    def existing_file(self) -> Path:
+        """Return the file of tensors, or raise FileNotFoundError."""
+        if not self.file.is_file():
+            raise FileNotFoundError(f"{self.file} is missing, so the adapter has no tensors")
+        return self.file
+
     @property
     def base(self) -> str | None:
         named = self.config.get("base_model_name_or_path")
@@ -92,9 +100,7 @@ class AdapterFiles:
     def stored(self) -> Mapping[str, Tensor]:
         if self.file.name != TENSOR_FILE:
             return _read_pickle(self.file)
-        if not self.file.is_file():
-            raise FileNotFoundError(f"{self.file} is missing, so the adapter has no tensors")
-        with open_tensors(self.file) as opened:
+        with open_tensors(self.existing_file()) as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
 
     @property

@@ -90,7 +90,7 @@ def export(
     target = check_target(out, overwrite, MANIFEST)
     if not write:
         _check_peft(format.peft_type)
-    (opened,) = open_experts([expert])
+    (opened,) = open_experts([expert], base=base)
     found = Base.open(base, [opened])
     modules = _moved_modules(opened, format, found)
     format = format.fit_to(opened, list(modules))

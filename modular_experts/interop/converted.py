@@ -1,0 +1,79 @@
+"""Make an expert of a PEFT adapter wherever a command expects an expert; `library/opening.py` asks for it.
+
+The expert is written once, into `$XDG_CACHE_HOME/modular-experts/adapters`, with all checks of `import_expert`. It
+counts for the same files of the adapter and the same base; other contents become another expert.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import modular_experts
+from modular_experts.base import Base
+from modular_experts.base.files import cache_directory, fetch_from_hub
+from modular_experts.interop.import_expert import import_expert, open_base
+from modular_experts.interop.peft.files import ADAPTER_FILES, CONFIG_FILE, AdapterFiles
+from modular_experts.library import StoredExpert, open_expert
+from modular_experts.library.record import RECORD_FILE
+from modular_experts.library.tensorfile import file_hash
+from modular_experts.text import bytes_text
+
+log = logging.getLogger(__name__)
+
+
+def converted(place: str | Path, base: str | Path | Base | None = None) -> StoredExpert:
+    """Open the expert that a PEFT adapter becomes; at the first time it is converted, and a line of the log tells it.
+
+    An adapter does not record its tasks, so the expert's name counts as its task.
+
+    Args:
+        place: Directory or hub id of the adapter.
+        base: Directory or hub id of the base; the one that the adapter names if not given.
+
+    Raises:
+        FileNotFoundError: The adapter, or its base, was not found.
+        ValueError: No deltas can express the adapter, or it does not fit the base.
+    """
+    directory = _find(place)
+    adapter, name = AdapterFiles(directory), name_for(place)
+    try:
+        found = open_base(place, adapter, None, None) if base is None else Base.open(base)
+    except FileNotFoundError as error:
+        if base is not None:
+            raise
+        raise FileNotFoundError(
+            f"{place} is a PEFT adapter, and the base that it names did not open; give --base, in Python base=..., or "
+            f"make an expert of it once: modular-experts import {place} --base DIR --out library/{name} ({error})"
+        ) from error
+    local = Path(found.place).expanduser()
+    whole = Base(os.path.abspath(local) if local.is_dir() else found.place, found.directory, found.revision)
+    content = [file_hash(directory / CONFIG_FILE), file_hash(adapter.existing_file()), whole.fingerprint, whole.place]
+    key = hashlib.sha256(json.dumps([*content, modular_experts.__version__]).encode()).hexdigest()[:16]
+    target = cache_directory("adapters") / key / name
+    if not (target / RECORD_FILE).is_file():
+        # Where two processes convert at the same time, the second replaces the same expert.
+        expert = import_expert(directory, target, whole, tasks=[name], overwrite=True, called=str(place))
+        size = bytes_text(expert.size_on_disk)
+        log.warning("%s is a PEFT adapter; made an expert of %s of it, in %s (%s)", place, found.place, target, size)
+    return open_expert(target)
+
+
+def name_for(place: str | Path) -> str:
+    """Return the last part of a directory or hub id as a name that an expert may have."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(os.path.abspath(place))).lstrip("._-")[:64] or "adapter"
+
+
+def _find(place: str | Path) -> Path:
+    directory = Path(place).expanduser()
+    if directory.is_dir():
+        return directory
+    advice = "give the directory of an expert or of a PEFT adapter, or an adapter's hub id while the hub is reachable"
+    directory = fetch_from_hub("expert", str(place), None, [*ADAPTER_FILES, f"*/{RECORD_FILE}"], advice)
+    if not (directory / CONFIG_FILE).is_file():
+        names = sorted(file.parent.name for file in directory.glob(f"*/{RECORD_FILE}"))
+        found = f"it holds the experts {', '.join(names[:8])}, which modular-experts pull {place} --out library fetches"
+        raise ValueError(f"{place} on the hub is no PEFT adapter: {found if names else f'it has no {CONFIG_FILE}'}")
+    return directory

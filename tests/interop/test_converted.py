@@ -1,0 +1,221 @@
+"""PEFT adapters where an expert is expected: every command and call takes a directory or a hub id as it is."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from peft import IA3Config, LoraConfig
+from safetensors.torch import load_file, save_file
+from testbed.hub_server import Repository
+from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
+
+from modular_experts import open_expert
+from modular_experts.base import Base
+from modular_experts.base.apply import applied
+from modular_experts.base.files import cache_directory, fingerprint
+from modular_experts.evaluation import evaluate
+from modular_experts.library import Library
+from modular_experts.merger import merge
+from modular_experts.serving.models import Models
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
+TASKS = ["upper", "reverse"]
+
+
+@pytest.fixture
+def place(tiny_llama_dir, task_files, tmp_path, monkeypatch):
+    """A directory to stand in, with a base and an adapter of each of two tasks, named after it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    shutil.copy(task_files["upper"], "upper.jsonl")
+    shutil.copy(task_files["reverse"], "reverse.jsonl")
+    for seed, name in enumerate(TASKS):
+        config = LoraConfig(r=2 + seed, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        save_adapter(Path("base"), tmp_path / "peft" / name, config, seed)
+    return tmp_path
+
+
+def both(*more: str) -> list[str]:
+    return ["peft/upper", "peft/reverse", *more]
+
+
+def stated(name: str) -> dict[str, torch.Tensor]:
+    """Return the deltas of one of the adapters, from its files and the formula of LoRA."""
+    tensors, config = (
+        load_file(f"peft/{name}/adapter_model.safetensors"),
+        json.loads(Path(f"peft/{name}/adapter_config.json").read_text()),
+    )
+    downs = [key for key in tensors if "lora_A" in key]
+    return {
+        key.removeprefix("base_model.model.").replace("lora_A.weight", "weight"): config["lora_alpha"]
+        / config["r"]
+        * tensors[key.replace("lora_A", "lora_B")].double()
+        @ tensors[key].double()
+        for key in downs
+    }
+
+
+def conversions() -> list[Path]:
+    return sorted(cache_directory("adapters").glob("*/*"))
+
+
+def test_an_adapter_is_converted_once_for_its_content_and_its_base(place, caplog):
+    first = open_expert("peft/upper")
+    (line,) = caplog.messages
+    assert line.startswith("peft/upper is a PEFT adapter; made an expert of base of it, in ")
+    assert str(first.path) in line
+    assert first.name == "upper"
+    assert first.record["tasks"] == ["upper"]
+    assert first.record["source"]["id"] == "peft/upper"
+    assert first.record["base"]["fingerprint"] == fingerprint("base")
+    for name, delta in stated("upper").items():
+        torch.testing.assert_close(first[name].dense().double(), delta, rtol=1e-5, atol=1e-7)
+    caplog.clear()
+    before = first.path.stat().st_ino
+    assert open_expert("peft/upper").path.stat().st_ino == before
+    assert not caplog.messages
+    # Other contents, another base, or the base elsewhere: an expert of its own.
+    factors = load_file("peft/upper/adapter_model.safetensors")
+    save_file({key: 2 * factor for key, factor in factors.items()}, "peft/upper/adapter_model.safetensors")
+    changed = open_expert("peft/upper")
+    name = next(iter(changed))
+    torch.testing.assert_close(changed[name].dense(), 4 * first[name].dense())
+    weights = load_file("base/model.safetensors")
+    shutil.copytree("base", "other")
+    assert open_expert("peft/upper", "other").record["base"]["id"] == str(place / "other")
+    save_file({key: weight + 1 for key, weight in weights.items()}, "base/model.safetensors", {"format": "pt"})
+    assert open_expert("peft/upper").record["base"]["fingerprint"] == fingerprint("base")
+    assert len(conversions()) == 4
+    # The record leads to the base from any directory.
+    os.chdir(place / "peft")
+    assert Base.open(None, [open_expert("../peft/reverse", "../base")]).directory == place / "base"
+
+
+def test_a_merge_of_adapters_is_the_formula_of_their_files(run, place):
+    code, out, err = run("merge", *both(), "--method", "Average", "--out", "library/both")
+    assert code == 0, err
+    assert "merged 2 experts with Average" in out
+    ours, theirs = open_expert("library/both"), [stated(name) for name in TASKS]
+    assert [parent["name"] for parent in ours.record["parents"]] == TASKS
+    for name in theirs[0]:
+        mean = (theirs[0][name] + theirs[1][name]) / 2
+        torch.testing.assert_close(ours[name].dense().double(), mean, rtol=1e-5, atol=1e-7)
+    merged = merge(both(), "Average", "library/in-python")
+    assert merged.content_hash == ours.content_hash
+
+
+def test_a_type_that_peft_reads_computes_what_peft_computes(place):
+    config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    save_adapter(Path("base"), place / "peft/ia3", config)
+    model = Base.open("base").load()
+    with applied(model, "peft/ia3"):
+        found = logits(model)
+    torch.testing.assert_close(found, peft_logits(place / "base", place / "peft/ia3"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_command_takes_adapters(run, place):
+    tasks = ["upper.jsonl", "reverse.jsonl"]
+    data = ["--data.tasks", *tasks]
+    commands = [
+        ["interference", *both()],
+        ["show", "peft/upper"],
+        ["verify", "peft"],
+        ["generate", "upper bad:", "--experts", *both(), "--max_new_tokens", "2"],
+        ["evaluate", "--experts", *both("sum=peft/upper+peft/reverse"), "--tasks", *tasks, "--out", "runs/evaluate"],
+        ["statistics", *both(), "--kind", "gram", *data],
+        ["merge", *both(), "--method", "RegMean", "--out", "library/gram"],
+        ["search", *both(), "--algorithm", "ATLAS", "--algorithm.steps", "1", "--out", "library/atlas", *data],
+        ["shrink", *both(), "--bound", "9", "--out", "small", *data],
+        ["route", *both(), "--out", "library/routed", *data],
+        ["combine", *both(), *data, "--distilled.steps", "1", "--out", "combined"],
+        ["evaluate", "--experts", "library/routed", "--tasks", *tasks, "--out", "runs/routed"],
+        ["apply", *both(), "--out", "checkpoint"],
+        ["export", "peft/upper", "--out", "again"],
+        ["remove", "library/average", "--expert", "peft/reverse", "--out", "library/left"],
+    ]
+    assert run("merge", *both(), "--method", "Average", "--out", "library/average")[0] == 0
+    for command in commands:
+        code, out, err = run(*command)
+        assert code == 0, f"{command}: {out}{err}"
+    assert len(conversions()) == 2
+    # A router keeps its experts beside it.
+    assert [*Library("library")] == ["atlas", "average", "gram", "left", "reverse", "routed", "upper"]
+    assert [*Library("small")] == sorted(TASKS)
+    for name, delta in stated("upper").items():
+        torch.testing.assert_close(open_expert("library/left")[name].dense().double(), delta, rtol=1e-4, atol=1e-6)
+    code, out, err = run("list", "peft")
+    assert (code, err) == (0, "")
+    assert out.count("PEFT adapter") == 2
+
+
+def test_a_folder_of_adapters_is_a_library_to_route_and_serve(run, place):
+    data = ["--data.tasks", "upper.jsonl", "reverse.jsonl"]
+    code, _, err = run("route", *both(), "--out", "peft/routed", *data)
+    assert code == 0, err
+    assert sorted(path.name for path in Path("peft").iterdir()) == ["reverse", "routed", "upper"]
+    assert not Path("peft/upper/expert.json").exists()
+    assert [*Library("peft")] == ["reverse", "routed", "upper"]
+    models = Models("peft", fingerprint("base"), "base")
+    assert [(one.name, one.kind) for one in models.listed()] == [
+        ("base", "base"),
+        ("reverse", "expert"),
+        ("routed", "route"),
+        ("upper", "expert"),
+    ]
+    (expert,) = models.find("upper").members
+    assert expert.content_hash == open_expert("peft/upper").content_hash
+
+
+def test_a_base_is_named_only_where_the_adapter_leads_to_none(run, place, task_files):
+    Path("base").rename("moved")
+    code, out, err = run("merge", *both(), "--method", "Average", "--out", "library/both")
+    assert (code, out) == (1, "")
+    assert "peft/upper is a PEFT adapter, and the base that it names did not open; give --base" in err
+    assert "modular-experts import peft/upper --base DIR --out library/upper" in err
+    assert "base 'base' was not found" in err
+    assert run("merge", *both(), "--method", "Average", "--base", "moved", "--out", "library/both")[0] == 0
+    assert open_expert("library/both").record["base"]["id"] == str(place / "moved")
+    results = evaluate("moved", {"a": ["peft/upper"]}, str(task_files["upper"]), max_new_tokens=None)
+    assert {row["model"] for row in results.rows} == {"a"}
+    assert run("generate", "upper bad:", "--experts", "peft/upper", "--base", "moved", "--max_new_tokens", "1")[0] == 0
+
+
+def test_a_hub_id_is_an_adapter_that_is_fetched(run, place, hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place / "hub"))
+    for repo, folder in (("me/upper", "peft/upper"), ("me/base", "base")):
+        hub.repositories[repo] = Repository()
+        files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        hub.repositories[repo].commit("main", files, "all of it")
+    fetched = open_expert("me/upper")
+    assert fetched.name == "upper"
+    assert fetched.record["source"]["id"] == "me/upper"
+    assert fetched.content_hash == open_expert("peft/upper").content_hash
+    for wrong, sentence in (
+        ("me/base", "me/base on the hub is no PEFT adapter: it has no adapter_config.json"),
+        ("me/none", "expert 'me/none' was not found"),
+        ("peft/none", "peft/none is not an expert: there is no such directory"),
+    ):
+        code, _, err = run("show", wrong)
+        assert code == 1
+        assert sentence in err
+    assert run("push", "peft/reverse", "--repo", "me/experts")[0] == 0
+    code, _, err = run("show", "me/experts")
+    assert "it holds the experts reverse, which modular-experts pull me/experts --out library fetches" in err
+
+
+def test_an_adapter_that_no_delta_expresses_is_refused_by_its_name(run, place):
+    config = json.loads(Path("peft/upper/adapter_config.json").read_text())
+    Path("peft/upper/adapter_config.json").write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
+    code, _, err = run("merge", *both(), "--method", "Average", "--out", "library/both")
+    assert code == 1
+    assert "which moves no weight" in err
+    assert not conversions()
+    Path("peft/upper/adapter_model.safetensors").unlink()
+    code, _, err = run("show", "peft/upper")
+    assert "adapter_model.safetensors is missing, so the adapter has no tensors" in err
