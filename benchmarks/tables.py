@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from measuring import Parser
 
+from modular_experts.evaluation.intervals import interval
 from modular_experts.reports import Results
 from modular_experts.reports.results import SHARES
 from modular_experts.study.plan import BASE
-from modular_experts.study.results import RESULTS, SIZE, interval
+from modular_experts.study.results import RESULTS, SIZE
 
 ALONE = "alone"
 Pairs = Mapping[tuple[int, str], float]

@@ -31,6 +31,9 @@ class Reading(Options):
         chat_template: Put the input as a user's message through the tokenizer's chat template.
         dtype: Data type of the base.
         quantise: Form in which the base is quantised, such as nf4.
+        metrics: Metrics beside exact match and Rouge-L: number, json, year=/[0-9]{4}/, mine.length. An answer must have
+            the target's last number, the same JSON, or the same text where the regular expression finds one; a function
+            of yours gets answer and target.
     """
 
     eval_limit: int | None = None
@@ -40,6 +43,7 @@ class Reading(Options):
     chat_template: bool = False
     dtype: DType = "float32"
     quantise: Quantise | None = None
+    metrics: list[str] | None = None
 
 
 def evaluate(
@@ -98,7 +102,15 @@ def evaluate(
             bar(f"measuring {model}", done, total)
 
         found = evaluate_experts(
-            found_base, mixes, data, reading.max_new_tokens, reading.dtype, out=out, overwrite=overwrite, progress=show
+            found_base,
+            mixes,
+            data,
+            reading.max_new_tokens,
+            reading.dtype,
+            reading.metrics,
+            out,
+            overwrite,
+            show,
         )
     console = Console(width=80)
     console.print(found.table())

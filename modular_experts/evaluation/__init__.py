@@ -11,7 +11,8 @@ from modular_experts.evaluation.likelihood import (
     row_sums,
 )
 from modular_experts.evaluation.measure import measure, score_batch
-from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores, stemmed_rouge_l, text_metrics
+from modular_experts.evaluation.metrics import TEXT_METRICS, stemmed_rouge_l, text_metrics
+from modular_experts.evaluation.scores import TaskScores
 
 __all__ = [
     "TEXT_METRICS",

@@ -22,8 +22,9 @@ from modular_experts.data.batch import Example
 from modular_experts.data.tasks import Tasks
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
+from modular_experts.evaluation.intervals import compared_means
 from modular_experts.evaluation.measure import measure
-from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
+from modular_experts.evaluation.metrics import Metrics, TextMetric, named_metrics, text_metrics
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
@@ -31,7 +32,7 @@ from modular_experts.library import StoredExpert, is_adapter, warn_of_missing_pa
 from modular_experts.library.result_key import result_key
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
-from modular_experts.reports.results import METRICS, ROLES, SHARES, better, examples_of, format_of, provenance
+from modular_experts.reports.results import METRICS, ROLES, SHARES, examples_of, format_of, leads, provenance
 from modular_experts.reports.tables import Column, Line, Table, listed, note
 
 RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
@@ -46,7 +47,7 @@ def evaluate(
     data: TaskMixture | Tasks,
     max_new_tokens: int | None = 64,
     dtype: DType = "float32",
-    metrics: Mapping[str, TextMetric] = TEXT_METRICS,
+    metrics: Metrics | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] = lambda model, done, total: None,
@@ -69,7 +70,8 @@ def evaluate(
             the mixture has one.
         max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
         dtype: Data type of the base.
-        metrics: Functions of a generated text and its target, by name, whose means are measured.
+        metrics: Metrics beside exact match and Rouge-L, as `text_metrics` takes them: functions of a generated text
+            and its target by name, or their dotted paths, `number`, `json`, or regular expressions.
         out: Directory of the files.
         overwrite: Replace the results in `out`.
         progress: Called with the name of a model, how many rows of all models are measured, and how many there are.
@@ -89,15 +91,17 @@ def evaluate(
     data.setup("test")
     options = {name: f"--{name}" for name in ("chat_template", "max_length", "dtype")}
     warn_unlike_training([one for each in models for one in each.stored], data.reading_of, dtype, options)
-    # A metric of the user's may be another one in the next call, and so may a task vector that is not stored.
-    known = JSONLines(folder / MEASURED) if folder and metrics is TEXT_METRICS else {}
-    scores = _scores(found, models, data, dtype, max_new_tokens, metrics, known, progress)
+    # A function without a path may be another one in the next call, and so may a task vector that is not stored.
+    named = named_metrics(metrics)
+    known = JSONLines(folder / MEASURED) if folder and not any(map(callable, named.values())) else {}
+    scores = _scores(found, models, data, dtype, max_new_tokens, named, known, progress)
     facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
     pairs = [*zip(models, scores, strict=True)]
     facts["examples"] = examples_of([(one.title, mine["examples"]) for one, mine in pairs])
-    rows = [row for one, mine in pairs for row in Results.of_scores(mine, one.title, one.names).rows]
-    results = Results(rows, facts)
+    rows = [dict(row) for one, mine in pairs for row in Results.of_scores(mine, one.title, one.names).rows]
+    means = compared_means(rows, {one.title: mine["values"] for one, mine in pairs})
+    results = Results(rows, facts | {"means": means})
     if folder:
         results.write(folder / RESULTS)
         write_report(results, folder / REPORT)
@@ -110,7 +114,7 @@ def _scores(
     data: TaskMixture,
     dtype: DType,
     max_new_tokens: int | None,
-    metrics: Mapping[str, TextMetric],
+    metrics: Mapping[str, TextMetric | str],
     known: MutableMapping[Any, Any],
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
@@ -118,7 +122,8 @@ def _scores(
     examples: Sequence[Example] = loader.dataset.examples
     model: Any = base.load(dtype)
     tokenizer = base.tokenizer()
-    same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles)
+    same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles, "values", metrics)
+    functions = text_metrics(metrics)
     keys = [(result_key(*same, one.hashes),) for one in models]
     done, total = 0, len(models) * len(examples)
 
@@ -137,7 +142,8 @@ def _scores(
         if (scores := known.get(key)) is None:
             with one.in_place(model, dtype) as measured:
                 data.fit_context(context_length(measured))
-                scores = measure(measured, tokenizer, counted(one.title), data.roles, max_new_tokens, metrics, EXAMPLES)
+                batches, how = counted(one.title), (max_new_tokens, functions, EXAMPLES, True)
+                scores = measure(measured, tokenizer, batches, data.roles, *how)
             if one.hashes is not None:
                 known[key] = scores
         done += len(examples)
@@ -277,7 +283,7 @@ def every_task(results: Results) -> Table:
             partial(Results.mean, metric=metric, model=model),
             format_of(metric),
             metric in SHARES,
-            best=better(metric),
+            best=partial(leads, metric=metric, model=model),
         )
         for model in results.values("model")
     ]
@@ -286,22 +292,23 @@ def every_task(results: Results) -> Table:
         for role in ROLES
         if role in results.values("role")
     ]
-    return Table(columns, groups, f"{METRICS.get(metric, metric)} of every task", across=True)
+    return Table(columns, groups, f"{METRICS.get(metric, metric)} of every task")
 
 
 def _leader(results: Results, metric: str) -> str:
     role = next(role for role in ROLES if role in results.values("role"))
     values = {model: results.mean(metric, model=model, role=role) for model in results.values("model")}
-    best = (min if metric == "loss" else max)(values, key=lambda model: values[model] or 0.0)
     first, unit = next(iter(values)), " %" * (metric in SHARES)
     texts = {model: format_of(metric)(value) + unit for model, value in values.items() if value is not None}
-    top = [model for model in texts if texts[model] == texts[best]]
-    beside = f", {first} {texts[first]}" if first not in top else ""
-    what = f"{ROLES[role]} tasks: {METRICS.get(metric, metric).removesuffix(' %')} {texts[best]}{beside}"
+    means = {one["model"]: one for one in results.facts["means"] if (one["role"], one["metric"]) == (role, metric)}
+    top = [model for model in texts if means[model]["leads"]]
+    shown = listed([*dict.fromkeys(texts[model] for model in top or texts)])
+    beside = f", {first} {texts[first]}" if top and first not in top else ""
+    what = f"{ROLES[role]} tasks: {METRICS.get(metric, metric).removesuffix(' %')} {shown}{beside}"
     if len(values) == 1:
-        return f"{best} on {what}"
-    leaders = f"{listed(top)} {'are' if len(top) > 1 else 'is'} best"
-    return f"{leaders if len(top) < len(texts) else 'All models are level'} on {what}"
+        return f"{first} on {what}"
+    leaders = f"{listed(top)} are level and lead" if len(top) > 1 else f"{''.join(top)} is best"
+    return f"{leaders if top else 'All models are level'} on {what}"
 
 
 def _about(results: Results) -> str:
@@ -309,6 +316,8 @@ def _about(results: Results) -> str:
     tokens = results.facts["max_new_tokens"]
     answers = f" Answers are greedy, and at most {tokens} tokens long." if tokens else ""
     return (
-        f"Each number is a mean over tasks, of {sum(rows.values())} test rows in all. Bold marks the best of a group. "
-        f"The loss is in nats per target token.{answers}"
+        f"Each number is a mean over tasks, of {sum(rows.values())} test rows in all; ± is half the 95 % interval over "
+        "such rows, without width where all rows of a task are alike. Bold marks the best model and those that are "
+        "level with it, where another is worse: the interval of the paired difference tells. The loss is in nats per "
+        f"target token.{answers}"
     )

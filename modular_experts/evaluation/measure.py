@@ -11,7 +11,8 @@ from modular_experts.data.batch import Batch, repacked
 from modular_experts.evaluation.drafts import losses_and_answers, packs_evaluation
 from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
-from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores, TextMetric
+from modular_experts.evaluation.metrics import TEXT_METRICS, TextMetric
+from modular_experts.evaluation.scores import TaskScores
 
 
 def measure(
@@ -22,6 +23,7 @@ def measure(
     max_new_tokens: int | None = 64,
     metrics: Mapping[str, TextMetric] = TEXT_METRICS,
     examples: int = 0,
+    values: bool = False,
 ) -> dict[str, Any]:
     """Return the scores of a loaded model by task, as `TaskScores.compute` gives them.
 
@@ -32,6 +34,7 @@ def measure(
         metrics: As for `evaluate`.
         examples: How many rows of each task, the first of its split, are kept with the model's answers, under
             "examples".
+        values: Whether each row's own scores are returned too, under "values" (`TaskScores.values`).
     """
     scores, training = TaskScores(roles, metrics).to(model.device), model.training
     kept: dict[str, list[tuple[int, dict[str, str]]]] = {name: [] for name in roles}
@@ -45,7 +48,7 @@ def measure(
                 answered = {"input": batch["input"][row], "target": batch["target"][row], "answer": text}
                 kept[batch["task"][row]].append((batch["number"][row], answered))
     model.train(training)
-    found = scores.compute()
+    found = scores.compute() | ({"values": scores.values()} if values else {})
     for name, cut in scores.cut.items():
         warn_of_cut_answers(model, cut, found["tasks"].get(name, {}).get("rows", 0), max_new_tokens or 0, name)
     if not examples:

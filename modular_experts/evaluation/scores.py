@@ -1,75 +1,15 @@
 """Score tasks by sums over rows, so that any division into batches and processes gives the same result."""
 
-import re
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.text.rouge import rouge_score
 
 from modular_experts.data.batch import Batch, is_filler
-
-TextMetric = Callable[[str, str], float]
-"""Scores a generated text against its target; the mean over the rows of a task is its score."""
-
-# Scripts without spaces between words: each character is a word (kana, Han, and Han's extensions).
-_CHARACTER_WORDS = re.compile(r"([぀-ヿ㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff])")
-
-
-def exact_match(generated: str, target: str) -> float:
-    """Return 1.0 if both texts are the same but for white space at their ends, else 0.0."""
-    return float(generated.strip() == target.strip())
-
-
-# Merges of the same experts give many rows the same answer, and a study asks again for each row's value.
-@lru_cache(2**14)
-def rouge_l(generated: str, target: str) -> float:
-    """Return the Rouge-L F-measure of one text against one target, between 0 and 1."""
-    return _rouge_l(generated, target)
-
-
-@lru_cache(2**14)
-def stemmed_rouge_l(generated: str, target: str) -> float:
-    """Return Rouge-L over the stems of English words (Porter's), as the evaluation of arXiv 2507.07140 takes it.
-
-    Words of up to three letters stay as they are. It needs nltk: `pip install 'modular-experts[rouge]'`.
-    """
-    try:
-        return _rouge_l(generated, target, use_stemmer=True)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "stemmed_rouge_l needs nltk, which is not installed: pip install 'modular-experts[rouge]'"
-        ) from error
-
-
-def _rouge_l(generated: str, target: str, use_stemmer: bool = False) -> float:
-    # Naming the key matters: torchmetrics' default keys include one that downloads a sentence splitter.
-    scores = rouge_score(
-        generated, target, use_stemmer=use_stemmer, rouge_keys="rougeL", normalizer=str, tokenizer=words
-    )
-    return float(scores["rougeL_fmeasure"])
-
-
-def words(text: str) -> list[str]:
-    """Return the lower-case words of a text: runs of letters, marks and digits of any script."""
-    spaced = _CHARACTER_WORDS.sub(r" \1 ", unicodedata.normalize("NFC", text.lower()))
-    return "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in spaced).split()
-
-
-TEXT_METRICS: dict[str, TextMetric] = {"exact_match": exact_match, "rougeL": rouge_l}
-
-
-def text_metrics(own: Mapping[str, TextMetric] | None) -> dict[str, TextMetric]:
-    """Return exact match and Rouge-L with one's own metrics beside them, or in their place where a name is theirs."""
-    for name, metric in (own or {}).items():
-        value = metric("one answer", "one answer")
-        if not isinstance(value, int | float):
-            raise ValueError(f"metrics.{name} returned {value!r} for two texts; a metric must return a number")
-    return {**TEXT_METRICS, **(own or {})}
+from modular_experts.evaluation.metrics import TEXT_METRICS, TextMetric
 
 
 class TaskScores(Metric):
@@ -85,6 +25,7 @@ class TaskScores(Metric):
     def __init__(self, tasks: Mapping[str, str], metrics: Mapping[str, TextMetric] = TEXT_METRICS) -> None:
         super().__init__()
         self.roles, self.metrics = dict(tasks), dict(metrics)
+        self._by_row: dict[str, dict[int, dict[str, float]]] = {name: defaultdict(dict) for name in tasks}
         #: Each score, and the count that divides its sum.
         self.divisors = {"loss": "tokens", **dict.fromkeys(self.metrics, "generated"), "choice_accuracy": "chosen"}
         for name in self.divisors:
@@ -113,6 +54,7 @@ class TaskScores(Metric):
         number = {name: index for index, name in enumerate(self.roles)}
         rows = [row for row, filler in enumerate(is_filler(batch)) if not filler]
         tasks = torch.tensor([number[batch["task"][row]] for row in rows], dtype=torch.int64)
+        self._keep(batch, rows, loss=token_loss_sums[rows].tolist(), tokens=token_counts[rows].tolist())
         self._add("rows_count", tasks, torch.ones(len(rows)))
         self._add("loss_sum", tasks, token_loss_sums[rows])
         self._add("tokens_count", tasks, token_counts[rows])
@@ -120,6 +62,7 @@ class TaskScores(Metric):
             self._add("generated_count", tasks, torch.ones(len(rows)))
             for name, metric in self.metrics.items():
                 values = [metric(generations[row], batch["target"][row]) for row in rows]
+                self._keep(batch, rows, **{name: values})
                 self._add(f"{name}_sum", tasks, torch.tensor(values, dtype=torch.float64))
         if cut is not None:
             self._add("cut_count", tasks, torch.tensor([cut[row] for row in rows], dtype=torch.int64))
@@ -132,6 +75,7 @@ class TaskScores(Metric):
                     best[row] = place
             of = torch.tensor([number[batch["task"][row]] for row in best], dtype=torch.int64)
             right = [float(batch["choices"]["correct"][place]) for place in best.values()]
+            self._keep(batch, best, choice_accuracy=right)
             self._add("chosen_count", of, torch.ones(len(best)))
             self._add("choice_accuracy_sum", of, torch.tensor(right, dtype=torch.float64))
 
@@ -157,6 +101,23 @@ class TaskScores(Metric):
             measured = {name: [scores[name] for scores in mine if name in scores] for name in self.divisors}
             means[role] = {name: sum(values) / len(values) for name, values in measured.items() if values}
         return {"tasks": tasks, **means}
+
+    def values(self) -> dict[str, dict[str, list[float]]]:
+        """Return each score of every row by task, in the order of a task's rows; the `loss` is a sum over `tokens`.
+
+        A process knows the rows that it has counted itself.
+        """
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in self._by_row}
+        for name, rows in self._by_row.items():
+            for number in sorted(rows):
+                for score, value in rows[number].items():
+                    found[name].setdefault(score, []).append(round(value, 6))
+        return found
+
+    def _keep(self, batch: Batch, rows: Iterable[int], **values: Sequence[float]) -> None:
+        for place, row in enumerate(rows if "number" in batch else ()):
+            own = {name: float(several[place]) for name, several in values.items()}
+            self._by_row[batch["task"][row]][batch["number"][row]] |= own
 
     def _add(self, name: str, tasks: Tensor, values: Tensor) -> None:
         state = getattr(self, name)

@@ -30,7 +30,9 @@ ROLES = {"held_in": "held-in", "held_out": "held-out"}
 
 # How the metrics that this package measures are titled and shown; any other metric is shown with three digits.
 METRICS = {"loss": "loss", "exact_match": "exact %", "rougeL": "Rouge-L %", "choice_accuracy": "choice %"}
-SHARES = ("exact_match", "rougeL", "choice_accuracy")
+METRICS |= {"number": "number %", "json": "JSON %", "regex": "regex %"}
+# A metric that somebody asked for goes before those that are always measured.
+SHARES = ("number", "json", "regex", "exact_match", "rougeL", "choice_accuracy")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,13 @@ class Results:
         values = [row["value"] for row in self.where(metric=metric, **wanted).rows]
         return fmean(math.nan if value is None else value for value in values) if values else None
 
+    def about(self, metric: str) -> Mapping[str, Any]:
+        """Return what is known of the mean of a metric over these rows, of one model and role: `interval`, `leads`."""
+        rows = self.where(metric=metric).rows
+        means = [one for one in self.facts.get("means", ()) if rows and one["metric"] == metric]
+        means = [one for one in means if (one["model"], one["role"]) == (rows[0]["model"], rows[0]["role"])]
+        return rows[0] if len(rows) == 1 else means[0] if means else {}
+
     def table(self) -> rich.table.Table:
         """Return a table for the terminal: a line for each model and role, or for each task of one model."""
         return self._table().text()
@@ -139,7 +148,11 @@ class Results:
                 tasks = [Line(task, mine.where(task=task)) for task in mine.values("task")]
                 groups.append([*tasks, Line("mean", mine, strong=True)])
         about = [Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True), Column("rows", _tested)]
-        return Table([*about, *[_column(metric, named == "model") for metric in metrics]], groups, named)
+        columns = [_column(metric, named == "model") for metric in metrics]
+        main = self.main_metric
+        if any(row.get("interval") for row in self.where(metric=main).rows):
+            columns.insert(metrics.index(main) + 1, Column("±", partial(_half, metric=main), format_of(main)))
+        return Table([*about, *columns], groups, named)
 
 
 def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Mapping[str, str]]]]]) -> list[dict[str, Any]]:
@@ -191,8 +204,19 @@ def better(metric: str) -> Literal["", "high", "low"]:
 
 def _column(metric: str, compared: bool) -> Column:
     is_share = metric in SHARES
-    show, best = percent if is_share else _loss, better(metric) if compared else ""
+    show = percent if is_share else _loss
+    best: Any = partial(leads, metric=metric) if compared else ""
     return Column(METRICS.get(metric, metric), lambda rows: rows.mean(metric), show, is_share, best=best)
+
+
+def leads(rows: Results, metric: str, **wanted: Any) -> bool:
+    """Return whether the model of the rows that match is the best, or level with it, where another is worse."""
+    return bool(rows.where(**wanted).about(metric).get("leads"))
+
+
+def _half(rows: Results, metric: str) -> float | None:
+    ends = rows.about(metric).get("interval")
+    return (ends[1] - ends[0]) / 2 if ends else None
 
 
 def _tested(rows: Results) -> int:

@@ -61,7 +61,8 @@ class Column:
     bar: bool = False  # on pages: whether a bar under the cell shows the value, a share between 0 and 1
     over: str = ""  # a heading over this column and its neighbours that have the same
     left: bool = False  # whether the text starts on the left
-    best: Literal["", "high", "low"] = ""  # which value of a group of lines is marked as its best on a page
+    # Which value of a group of lines is marked as its best on a page, or whether a line's value is.
+    best: Literal["", "high", "low"] | Callable[[Any], bool] = ""
 
 
 Cell = tuple[Column, Any, str]
@@ -125,14 +126,16 @@ class Table:
         for cell in cells:
             column, value, text = cell
             look = {"style": f"--share: {100 * value:.1f}%"} if column.bar and text else {}
-            kinds = ["bar"] * bool(look) + ["best"] * (id(cell) in best)
+            leads = callable(column.best) and column.best(line.rows)
+            kinds = ["bar"] * bool(look) + ["best"] * (leads or id(cell) in best)
             shown.append(element("td", text, **look, **({"class_": " ".join(kinds)} if kinds else {})))
         return element("tr", *shown, **({"class_": "kind"} if line.strong else {}))
 
 
 def _best(cells: Iterable[Cell]) -> list[Cell]:
     """Return the cells with the best value, all that look like it; of cells that all look alike, none."""
-    found = [cell for cell in cells if cell[0].best and cell[2] and math.isfinite(cell[1])]
+    found = [cell for cell in cells if isinstance(cell[0].best, str) and cell[0].best and cell[2]]
+    found = [cell for cell in found if math.isfinite(cell[1])]
     if len({text for *_, text in found}) < 2:
         return []
     best = (max if found[0][0].best == "high" else min)(found, key=lambda cell: cell[1])

@@ -52,6 +52,7 @@ SHORT_NAMES = {
     "values": "model.values",
     "batch_size": "data.batch_size",
     "quantise": "model.quantise",
+    "metrics": "model.metrics",
 }
 """Short names of the settings of `fit`, `validate`, `test` and `predict`."""
 

@@ -61,7 +61,7 @@ class Study:
     data: Settings
     max_new_tokens: int
     dtype: DType
-    metrics: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, str] = field(default_factory=dict)
     draws: dict[int, int] = field(default_factory=dict)
     published: Published | None = None

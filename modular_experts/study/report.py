@@ -21,6 +21,7 @@ from modular_experts.study.summary import (
     best_merges,
     findings,
     interval_text,
+    is_worse,
     judged,
     kept_apart,
     largest_count,
@@ -140,15 +141,7 @@ def _kept(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | 
         return None
     columns = ["mean", *shares.values("task")]
     heat = heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss")
-    model = next(iter(best.values()))["model"]
-    known = {task: value for task in columns[1:] if (value := cells.get((model, task))) is not None}
     title = f"The {metric_words(metric)} of each merge, divided by the one of each task's own expert"
-    if known and metric != "loss":
-        most, least = (
-            f"{task} ({known[task]:.2f})"
-            for task in (max(known, key=known.__getitem__), min(known, key=known.__getitem__))
-        )
-        title = f"{model} keeps most on {most} and least on {least}"
     about = "Each number is the merge divided by the task's own expert. A cell is empty where the own expert has 0."
     return Section("What merges kept", title, [heat, note(about)])
 
@@ -207,15 +200,15 @@ def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section |
     for model in dict.fromkeys(row["model"] for row in gains):
         lines = [Line(row["task"], row) for row in gains if row["model"] == model]
         parts += [element("h3", model), Table(known, [lines], "task").html()]
-    sign = -1 if metric == "loss" else 1
     first = [row for row in gains if row["model"] == gains[0]["model"]]
-    good = sum(sign * row["value"] >= 0 for row in first)
+    good = sum(not is_worse(row) for row in first)
     about = (
-        "Gained is the merge minus the task's own expert, with its 95 % interval over test rows and seeds. The best "
+        "Gained is the merge minus the task's own expert, with its 95 % interval over test rows and seeds; they are "
+        "level where it contains zero. The best "
         "single expert and the best merge were picked on these test rows, which flatters them."
     )
     unit = " For the loss, a difference below 0 is better." if metric == "loss" else ""
-    title = f"{gains[0]['model']} is as good as the task's own expert, or better, on {good} of {len(first)} tasks"
+    title = f"{gains[0]['model']} is level with the task's own expert, or better, on {good} of {len(first)} tasks"
     return Section("Gains and losses", title, [*parts, note(about + unit)])
 
 

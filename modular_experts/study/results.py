@@ -1,19 +1,19 @@
 """Make rows of the results of a study's pieces, and of the effects of its merges.
 
 A row has the columns of `reports.Results`, and `kind`, `merge`, `count`, `group`, `seed`, whether the task is one of
-the model's `own` experts, and the 95 % `interval` of a text metric over the rows of the task. Every comparison is
+the model's `own` experts, and the 95 % `interval` over the rows of the task. Every comparison is
 paired: two models answer the same test rows, and an interval is for the mean difference.
 """
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
 import torch
 
+from modular_experts.evaluation.intervals import drawn_means, ends, interval
 from modular_experts.reports import Results
 from modular_experts.reports.results import examples_of, provenance
 from modular_experts.study.apart import Apart
@@ -22,7 +22,6 @@ from modular_experts.study.plan import SINGLE, Study
 from modular_experts.study.run import State
 
 RESULTS = "results.json"
-DRAWS = 500  # of a bootstrap
 GAIN, NORMALISED, DRAWN, SIZE = "gain", "normalised", "mean_over_draws", "size"
 """Metrics of the rows about effects of merges, and the bytes of experts over one bfloat16 copy of their weights."""
 
@@ -37,8 +36,8 @@ def results_of(study: Study, state: State) -> Results:
             continue
         about = {name: found.get(name) for name in ("kind", "merge", "count", "group", "seed")}
         for row in Results.of_scores(found["scores"], found["model"], found["experts"], **about).rows:
-            values = found["values"].get(row["task"], {}).get(row["metric"])
-            more = {"own": row["task"] in found["own"], "interval": interval(values) if values else None}
+            values = _values(found, row["task"], row["metric"])
+            more = {"own": row["task"] in found["own"], "interval": interval(*values) if values[0] else None}
             rows.append({**row, **more})
         rows += _sizes(found, about) if has_small else []
     facts: dict[str, Any] = {
@@ -89,28 +88,10 @@ def costs(study: Study, state: State) -> list[dict[str, Any]]:
     ]
 
 
-def interval(values: Sequence[float]) -> list[float]:
-    """Return the 95 % interval of a mean over rows, by a bootstrap whose draws are always the same."""
-    return _ends(_means(values))
-
-
-def _means(values: Sequence[float], seed: int = 0) -> torch.Tensor:
-    return torch.tensor(values)[_draws(len(values), seed)].mean(1)
-
-
-def _ends(means: torch.Tensor) -> list[float]:
-    return [means.quantile(0.025).item(), means.quantile(0.975).item()]
-
-
-@lru_cache(64)
-def _draws(rows: int, seed: int) -> torch.Tensor:
-    return torch.randint(rows, (DRAWS, rows), generator=torch.Generator().manual_seed(seed))
-
-
-def level_with(state: State) -> dict[tuple[str, str], bool]:
+def level_with(state: State, metric: str = "exact_match") -> dict[tuple[str, str], bool]:
     """Tell by kind and merge whether a merge of all experts is level with the best one of its kind.
 
-    Their difference in exact match is taken row by row, over the rows of all held-in tasks and seeds. It is inside the
+    Their difference in a metric is taken row by row, over the rows of all held-in tasks and seeds. It is inside the
     noise if the 95 % interval of its mean contains zero. A merge that no seed has beside the best is left out.
     """
     values: dict[tuple[str, str], dict[tuple, float]] = {}
@@ -123,7 +104,7 @@ def level_with(state: State) -> dict[tuple[str, str], bool]:
             mine = values.setdefault((found["kind"], found["merge"]), {})
             for task, by_metric in found["values"].items():
                 if found["scores"]["tasks"][task]["role"] == "held_in":
-                    mine |= {(found["seed"], task, row): one for row, one in enumerate(by_metric["exact_match"])}
+                    mine |= {(found["seed"], task, row): one for row, one in enumerate(by_metric[metric])}
     level = {}
     for (kind, merge), mine in values.items():
         rivals = [theirs for (other, _), theirs in values.items() if other == kind]
@@ -138,9 +119,9 @@ def effects(state: State, metric: str) -> list[dict[str, Any]]:
     """Return rows that compare each merge with the experts that it was made of, each on its own task.
 
     `gain` is the metric of the merge minus the metric of the task's own expert, with the interval of the paired
-    difference over rows and seeds (None for the loss, which is not kept by row); `normalised` is the first divided by
-    the second (None if the expert has 0). Both name the metric (`of`), the expert's value (`own_value`), and the best
-    single expert of the kind on this task (`best_single`, `best_single_value`). A row without a task is the mean over
+    difference over rows and seeds; `normalised` is the first divided by the second (None if the expert has 0). Both
+    name the metric (`of`), the expert's value (`own_value`), and the best single expert of the kind on this task
+    (`best_single`, `best_single_value`). A row without a task is the mean over
     the tasks where it is known.
     """
     singles: dict[tuple, dict[str, Any]] = {}
@@ -176,20 +157,21 @@ def _effects_of(
         mine = fmean(_score(found, task, metric) for found, _ in known)
         theirs = fmean(_score(single, task, metric) for _, single in known)
         differences = [one for found, single in known for one in _differences(found, single, task, metric)]
+        per = [one for found, _ in known for one in _values(found, task, metric)[1]]
         if differences:
             # Each task draws its own rows.
-            means.append(_means(differences, len(by_task)))
+            means.append(drawn_means(differences, len(by_task), per))
         by_task.append(
             {"task": task, "rows": first["scores"]["tasks"][task]["rows"], "own_value": theirs}
             | {"gain": mine - theirs, "normalised": mine / theirs if theirs else None}
-            | {"interval": _ends(means[-1]) if differences else None, **_best(singles, first["kind"], task, metric)}
+            | {"interval": ends(means[-1]) if differences else None, **_best(singles, first["kind"], task, metric)}
         )
     if not by_task:
         return []
     shares = [one["normalised"] for one in by_task if one["normalised"] is not None]
     whole: dict[str, Any] = {"task": None, "gain": fmean(one["gain"] for one in by_task)}
     whole |= {"normalised": fmean(shares) if shares else None}
-    whole |= {"interval": _ends(torch.stack(means).mean(0)) if len(means) == len(by_task) else None}
+    whole |= {"interval": ends(torch.stack(means).mean(0)) if len(means) == len(by_task) else None}
     return [*by_task, whole]
 
 
@@ -199,8 +181,14 @@ def _score(found: Mapping[str, Any], task: str, metric: str) -> float:
 
 
 def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], task: str, metric: str) -> list[float]:
-    pairs = [found["values"].get(task, {}).get(metric, []) for found in (mine, theirs)]
+    pairs = [_values(found, task, metric)[0] for found in (mine, theirs)]
     return [one - other for one, other in zip(*pairs, strict=True)]
+
+
+def _values(found: Mapping[str, Any], task: str, metric: str) -> tuple[list[float], list[float]]:
+    """Return the values of a task's rows, if they are known, and for the loss the tokens over which it sums."""
+    known = found["values"].get(task, {})
+    return known.get(metric, []), known.get("tokens", []) if metric == "loss" else []
 
 
 def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metric: str) -> dict[str, Any]:

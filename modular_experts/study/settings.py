@@ -14,8 +14,7 @@ import yaml
 
 from modular_experts.base.base import DType
 from modular_experts.data.tasks import NAME
-from modular_experts.evaluation import text_metrics
-from modular_experts.evaluation.scores import TextMetric
+from modular_experts.evaluation.metrics import Metrics, named_metrics, text_metrics
 from modular_experts.library import check_name
 from modular_experts.reports.results import ROLES
 from modular_experts.settings import SHORT_NAMES, Options, folded, plain, respelt
@@ -66,8 +65,8 @@ class Description(Options):
             float32.
         published: Figures of others to show beside ours. An example is {source: ..., metric: rougeL, rows: {lora TIES:
             {held_in: 50.2}}}. A row has the name of a model of this study; exact match and Rouge-L are in per cent.
-        metrics: Metrics beside exact match and rougeL, by name. Each is a function of a generated text and its target,
-            and may take the place of one of ours: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
+        metrics: Metrics beside exact match and rougeL. A list is [number, json, mine.length, year=/[0-9]{4}/]; by name,
+            one may take the place of ours: {rougeL: stemmed_rouge_l}.
         measures: Measures of single experts, by name. Each is a function of the opened experts of a kind and seed that
             returns a number for each, such as {overlap: mine.overlap}.
     """
@@ -85,7 +84,7 @@ class Description(Options):
     max_new_tokens: int = 64
     dtype: DType = "float32"
     published: Settings | None = None
-    metrics: dict[str, str] | None = None
+    metrics: Metrics | None = None
     measures: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +101,7 @@ class Description(Options):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
         make("--dtype", DType, self.dtype)
-        text_metrics(make("--metrics", dict[str, TextMetric], {**(self.metrics or {})}))
+        text_metrics(self.metrics)
         make("--measures", dict[str, Measure], {**(self.measures or {})})
 
 
@@ -140,7 +139,7 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         data=dict(given.data or {}),
         max_new_tokens=given.max_new_tokens,
         dtype=given.dtype,
-        metrics={**(given.metrics or {})},
+        metrics=named_metrics(given.metrics),
         measures={**(given.measures or {})},
     )
     if given.published:

@@ -18,7 +18,8 @@ def summary(results: Results, state: State, counts: Collection[int] | None = Non
     metric = results.main_metric
     # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
     best = "" if len(counts or results.where(metric=metric).values("count")) > 1 else better(metric)
-    groups, level = [[Line(BASE, results.where(model=BASE))]], level_with(state)
+    groups = [[Line(BASE, results.where(model=BASE))]]
+    level = level_with(state, metric if metric in SHARES else "exact_match")
     for kind in results.facts["kinds"]:
         mine = judged(results, kind)
         lines = [Line(f"{kind}{SINGLE}", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]
@@ -99,7 +100,7 @@ def findings(results: Results) -> list[str]:
     for kind, row in best_merges(results).items():
         metric, of_model = row["of"], results.where(model=row["model"])
         gains = [one for one in of_model.where(metric=GAIN).rows if one["task"]]
-        worst = (max if metric == "loss" else min)(gains, key=lambda one: one["value"])
+        lost_on = [one for one in gains if is_worse(one)]
         share = of_model.where(metric=NORMALISED, task=None).rows[0]["value"]
         experts, over = f"{row['count']} {kind} experts", ""
         if drawn := {one["of"]: one for one in _over_draws(results, row)}:
@@ -116,15 +117,22 @@ def findings(results: Results) -> list[str]:
             continue
         kept = f"keep {100 * share:.0f} % of their own {metric_words(metric)}"
         kept = f"have {share:.2f} times their own loss" if metric == "loss" else kept
-        lost = f"most is lost on {worst['task']} ({signed(worst['value'], metric)})"
-        if (worst["value"] if metric == "loss" else -worst["value"]) <= 0:
-            lost = "no task is worse than by its own expert"
+        lost = "each task is level with its own expert, or better"
+        if lost_on:
+            worst = max(lost_on, key=lambda one: abs(one["value"]))
+            lost = f"most is lost on {worst['task']} ({signed(worst['value'], metric)})"
         ways = {way["name"]: way for way in results.facts.get("merges", {}).get(kind, ())}
         done = "Routed" if "router" in ways.get(row["merge"], ()) else "Merged"
         sentences.append(
             f"{done} by {row['merge']}, the {experts} {kept}{over} ({change}){'' if over else f'; {lost}'}"
         )
     return sentences
+
+
+def is_worse(gain: Mapping[str, Any]) -> bool:
+    """Return whether the 95 % interval of a gain, or the gain without one, lies on the side of a loss."""
+    low, high = gain["interval"] or (gain["value"], gain["value"])
+    return low > 0 if gain["of"] == "loss" else high < 0
 
 
 def kept_apart(results: Results, kind: str) -> list[str]:

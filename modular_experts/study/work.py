@@ -23,7 +23,6 @@ from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import measure, text_metrics
 from modular_experts.evaluation.compare import EXAMPLES
-from modular_experts.evaluation.scores import TextMetric
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert, open_expert
@@ -36,7 +35,6 @@ from modular_experts.training.fit import fit
 from modular_experts.training.settings import read_run
 from modular_experts.tuning import ValidationRows
 
-EVERY_ROW = 10**9
 LONG = 60.0
 """Seconds of a training from which on it prints lines of its own."""
 # A training inside of a study writes its expert and nothing else, unless its config asks for more.
@@ -150,18 +148,12 @@ def measured(
     with put(model) if put else attached(model, experts, check=False):
         switched = time.perf_counter() - began
         data.fit_context(context_length(model))
-        metrics = text_metrics(made("--metrics", dict[str, TextMetric], study.metrics))
-        batches = data.test_dataloader()
-        scores = measure(model, tokenizer, batches, data.roles, study.max_new_tokens, metrics, examples=EVERY_ROW)
+        how = (study.max_new_tokens, text_metrics(study.metrics), EXAMPLES, True)
+        scores = measure(model, tokenizer, data.test_dataloader(), data.roles, *how)
         began = time.perf_counter()
     switched += time.perf_counter() - began
-    answers = scores.pop("examples")
-    values = {
-        task: {name: [round(of(row["answer"], row["target"]), 6) for row in rows] for name, of in metrics.items()}
-        for task, rows in answers.items()
-    }
-    kept = {task: rows[:EXAMPLES] for task, rows in answers.items()}
-    return {"scores": scores, "values": values, "answers": kept, "switch_seconds": switched}
+    answers, values = scores.pop("examples"), scores.pop("values")
+    return {"scores": scores, "values": values, "answers": answers, "switch_seconds": switched}
 
 
 def loaded(base: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

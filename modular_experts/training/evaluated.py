@@ -10,7 +10,7 @@ from modular_experts.data.batch import is_filler, source_of
 from modular_experts.evaluation import TaskScores, score_batch
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
-from modular_experts.evaluation.scores import TextMetric
+from modular_experts.evaluation.metrics import TextMetric
 from modular_experts.injection.sharded import await_others
 from modular_experts.library import StoredExpert, warn_unlike_training
 

@@ -24,6 +24,7 @@ from modular_experts.data.batch import datamodule_of, is_filler, source_of
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses, check_packing, text_metrics
 from modular_experts.evaluation.likelihood import keeps_rows_apart
+from modular_experts.evaluation.metrics import Metrics
 from modular_experts.experts import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan
 from modular_experts.injection import (
@@ -86,8 +87,8 @@ class ExpertModule(EvaluatedModule):
             bitsandbytes, or a form of torchao. The expert is a delta of the base that is not quantised.
         shard_base: Let each of several processes hold a part of the base (FSDP2) and whole experts, for a base that one
             device cannot hold.
-        metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
-            of one: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
+        metrics: Metrics beside exact match and rougeL, as `evaluation.text_metrics` takes them: [number, mine.length],
+            or by name, also in the place of one: {rougeL: stemmed_rouge_l}.
         values: Data type of the trained values, their gradients, and the optimizer's moments; half the memory in
             `bfloat16`, in which the expert is also stored.
     """
@@ -108,7 +109,7 @@ class ExpertModule(EvaluatedModule):
         max_new_tokens: int = 64,
         experts: Experts | None = None,
         learning_rate: float | None = None,
-        metrics: dict[str, Callable[[str, str], float]] | None = None,
+        metrics: Metrics | None = None,
         values: Literal["float32", "bfloat16"] = "float32",
         quantise: Quantise | None = None,
         shard_base: bool = False,

@@ -1,9 +1,12 @@
 """`evaluate` gives what the command `test` writes, in one call, for one mix of experts or for several, and as files."""
 
+import importlib
 import json
+import random
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +20,7 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.evaluation import TEXT_METRICS
 from modular_experts.evaluation.compare import write_report
+from modular_experts.evaluation.intervals import compared_means
 from modular_experts.library import as_parents, make_record, open_expert, write_expert
 from modular_experts.reports import Results
 
@@ -59,12 +63,25 @@ def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_di
         assert 100 * length <= found.mean("both", task=task) <= 100 * length + 3
 
 
-def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(tiny_llama_dir, task_files, weight):
+def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(
+    tiny_llama_dir, task_files, weight, monkeypatch
+) -> None:
     given = ("library/a", mixture(task_files, tiny_llama_dir), 3)
     evaluate(tiny_llama_dir, *given, out="runs/a")
     metrics = TEXT_METRICS | {"target": lambda generated, target: float(len(target))}
     found = evaluate(tiny_llama_dir, *given, metrics=metrics, out="runs/a", overwrite=True)
     assert found.mean("target", task="first") == 1.0
+    # By its path a metric is known, with the code of its file, so its results are stored, too.
+    measured, lines = Path("runs/a/measured.jsonl"), []
+    for factor in (1, 2, 2):
+        Path("mine.py").write_text(f"def wide(answer, target):\n    return {factor} * len(target)\n")
+        monkeypatch.syspath_prepend(Path.cwd())
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        importlib.invalidate_caches()
+        found = evaluate(tiny_llama_dir, *given, metrics=["mine.wide"], out="runs/a", overwrite=True)
+        assert found.mean("wide", task="first") == factor
+        lines.append(len(measured.read_text().splitlines()))
+    assert lines == [2, 3, 3]
 
 
 def test_a_page_shows_the_loss_where_some_tasks_alone_have_choices(tiny_llama_dir, task_files, weight) -> None:
@@ -154,7 +171,10 @@ def test_a_comparison_goes_on_where_it_was_and_measures_only_what_is_new(compare
     assert "measuring a2: 52 of 54 rows" in err
     assert err.startswith("measuring base: 18 of 54 rows\nmeasuring a: 36 of 54 rows\n")  # stored ones come at once
     again = Results.read("cmp/results.json")
-    assert again.where(model="a").rows == first.where(model="a").rows
+    # Which model leads depends on the others.
+    assert [{**row, "leads": 0} for row in again.where(model="a").rows] == [
+        {**row, "leads": 0} for row in first.where(model="a").rows
+    ]
     assert len(Path("cmp/measured.jsonl").read_text().splitlines()) == 3
     assert compare("--experts", "library/a", "--out", "cmp", "--overwrite", "--eval_limit", "3")[0] == 0
     assert Results.read("cmp/results.json").where(model="a").rows[0]["rows"] == 3
@@ -183,31 +203,74 @@ def test_results_of_a_base_that_has_changed_since_are_measured_anew(tiny_llama_d
 
 
 @pytest.mark.parametrize(
-    ("scores", "leader"),
+    ("right", "leader"),
     [
-        ({"base": [0.0, 0.0], "a": [0.0, 0.0]}, "All models are level on held-in tasks: exact 0.0 %"),
+        ({"base": [0, 0], "a": [0, 0]}, "All models are level on held-in tasks: exact 0.0 %"),
+        ({"base": [30, 30], "a": [31, 30]}, "All models are level on held-in tasks: exact 75.0 % and 76.2 %"),
         (
-            {"base": [0.0, 0.0], "a": [1.0, 0.0], "b": [1.0, 0.0]},
-            "a and b are best on held-in tasks: exact 50.0 %, base 0.0 %",
+            {"base": [0, 0], "a": [40, 0], "b": [39, 0]},
+            "a and b are level and lead on held-in tasks: exact 50.0 % and 48.8 %, base 0.0 %",
         ),
-        ({"base": [1.0, 0.0], "a": [0.0, 0.5]}, "base is best on held-in tasks: exact 50.0 %"),
+        ({"base": [40, 0], "a": [0, 20]}, "base is best on held-in tasks: exact 50.0 %"),
     ],
 )
-def test_no_model_is_called_best_of_those_that_look_alike(tmp_path, scores, leader) -> None:
-    rows = [
-        {
-            "model": model,
-            "experts": [],
-            "task": task,
-            "role": "held_in",
-            "metric": "exact_match",
-            "value": value,
-            "rows": 4,
+def test_no_model_is_called_best_unless_the_interval_of_the_difference_says_so(tmp_path, right, leader) -> None:
+    values = {
+        model: {
+            task: {"exact_match": [float(row < many) for row in range(40)]}
+            for task, many in zip("xy", counts, strict=True)
         }
-        for model, values in scores.items()
-        for task, value in zip(("x", "y"), values, strict=True)
+        for model, counts in right.items()
+    }
+    rows = [
+        {"model": model, "experts": [], "task": task, "role": "held_in", "rows": 40}
+        | {"metric": "exact_match", "value": fmean(own["exact_match"])}
+        for model, tasks in values.items()
+        for task, own in tasks.items()
     ]
+    means = compared_means(rows, values)
     facts = {"versions": {"modular-experts": "0"}, "date": "", "examples": [], "models": {}, "base": "", "machine": ""}
-    write_report(Results(rows, facts | {"dtype": "", "max_new_tokens": 3}), tmp_path / "page.html")
+    results = Results(rows, facts | {"dtype": "", "max_new_tokens": 3, "means": means})
+    write_report(results, tmp_path / "page.html")
     page = Path(tmp_path / "page.html").read_text().replace("&#160;", " ")
     assert leader in page
+    leading = [one["model"] for one in means if one["leads"]]
+    table = ElementTree.fromstring(results.html())
+    lines = {line.findtext("th"): line for line in table.iter("tr")}
+    marked = [name for name in right if any("best" in cell.get("class", "") for cell in lines[name].iter("td"))]
+    assert (
+        marked
+        == leading
+        == ([] if "All" in leader else leader.partition(" is ")[0].partition(" are ")[0].split(" and "))
+    )
+    assert f"{100 * (means[0]['interval'][1] - means[0]['interval'][0]) / 2:.1f}" in lines["base"][4].text
+
+
+def test_the_interval_of_a_loss_is_over_tokens_and_of_a_difference_over_the_same_rows() -> None:
+    draw = random.Random(0)
+    tokens = [draw.choice([1.0, 9.0]) for _ in range(300)]
+    sums = {"base": [count * draw.gauss(2.0, 1.0) for count in tokens]}
+    sums |= {"a": [value - 0.01 * count for value, count in zip(sums["base"], tokens, strict=True)]}
+    values = {model: {"x": {"loss": own, "tokens": tokens}} for model, own in sums.items()}
+    rows = [
+        {"model": model, "task": "x", "role": "held_in", "metric": "loss", "value": sum(own) / sum(tokens)}
+        for model, own in sums.items()
+    ]
+    compared_means(rows, values)
+    # The delta method: a ratio of two sums has the error of its residuals.
+    residuals = [value - rows[0]["value"] * count for value, count in zip(sums["base"], tokens, strict=True)]
+    error = 1.96 * sum(one**2 for one in residuals) ** 0.5 / sum(tokens)
+    low, high = rows[0]["interval"]
+    assert [low, high] == pytest.approx([rows[0]["value"] - error, rows[0]["value"] + error], abs=0.2 * error)
+    # Each interval holds the other mean, and yet every row is better.
+    assert low < rows[1]["value"] < high
+    assert [row["leads"] for row in rows] == [False, True]
+
+
+def test_a_model_with_a_loss_that_is_no_number_does_not_lead() -> None:
+    rows = [
+        {"model": m, "task": "x", "role": "held_in", "metric": "loss", "value": v} for m, v in (("a", None), ("b", 1.0))
+    ]
+    compared_means(rows, {m: {"x": {"loss": [v], "tokens": [1.0]}} for m, v in (("a", float("nan")), ("b", 1.0))})
+    assert [row["leads"] for row in rows] == [False, True]
+    assert [row["interval"] for row in rows] == [None, [1.0, 1.0]]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.text import ROUGEScore
 
-from modular_experts.evaluation.scores import rouge_l, stemmed_rouge_l, text_metrics, words
+from modular_experts.evaluation.metrics import rouge_l, stemmed_rouge_l, text_metrics, words
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""Tell how sure a mean over test rows is, and which models lead, by a bootstrap whose draws are always the same."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modular_experts.reports.results import better
+
+DRAWS = 500
+
+
+def interval(values: Sequence[float], per: Sequence[float] = ()) -> list[float]:
+    """Return the 95 % interval of a mean over rows; `per` is as for `drawn_means`."""
+    return ends(drawn_means(values, per=per))
+
+
+def drawn_means(values: Sequence[float], seed: int = 0, per: Sequence[float] = ()) -> Tensor:
+    """Return the means `(DRAWS,)` of rows that are drawn with replacement, the same rows for each model.
+
+    With `per`, such as the tokens of each row, it is the sum of the values over the sum of these.
+    """
+    draws = _draws(len(values), seed)
+    means = torch.tensor(values)[draws].mean(1)
+    return means / torch.tensor(per, dtype=means.dtype)[draws].mean(1) if per else means
+
+
+def ends(means: Tensor) -> list[float]:
+    """Return the 95 % interval of drawn means."""
+    return [means.quantile(0.025).item(), means.quantile(0.975).item()]
+
+
+def leaders(drawn: Mapping[str, Tensor], values: Mapping[str, float], low_is_best: bool = False) -> list[str]:
+    """Return the best model and those that are level with it: the interval of the paired difference contains zero.
+
+    Args:
+        drawn: The drawn means of each model, of the same draws.
+        values: The mean of each model.
+    """
+    finite = {model: value for model, value in values.items() if math.isfinite(value)}
+    if not finite:
+        return []
+    best = (min if low_is_best else max)(finite, key=finite.__getitem__)
+    spans = {model: ends(means - drawn[best]) for model, means in drawn.items()}
+    return [model for model, (low, high) in spans.items() if low <= 0.0 <= high]
+
+
+def compared_means(
+    rows: Sequence[dict[str, Any]], values: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+) -> list[dict[str, Any]]:
+    """Give each row its 95 % `interval`, and tell whether its model `leads` (`leaders`) where another is worse.
+
+    Args:
+        rows: A row of `Results` for each model, task and metric.
+        values: The scores of each row of the tasks, as `TaskScores.values` gives them, by model.
+
+    Returns:
+        The same for each model's means over the tasks of a role, with model, role, metric and value.
+    """
+    groups: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
+    drawn: dict[int, Tensor] = {}
+    for row in rows:
+        by_task = values[row["model"]]
+        own, seed = by_task[row["task"]], [*by_task].index(row["task"])  # each task draws its own rows
+        drawn[id(row)] = drawn_means(own[row["metric"]], seed, own["tokens"] if row["metric"] == "loss" else ())
+        for task in (row["task"], None):
+            group = groups.setdefault((row["role"], task, row["metric"]), {})
+            group.setdefault(row["model"], []).append(row)
+    found = []
+    for (role, task, metric), models in groups.items():
+        known = {one: fmean(_number(row["value"]) for row in mine) for one, mine in models.items()}
+        means = {one: torch.stack([drawn[id(row)] for row in mine]).mean(0) for one, mine in models.items()}
+        leading = leaders(means, known, metric == "loss") if better(metric) else []
+        for model, mine in models.items():
+            about: dict[str, Any] = {"interval": ends(means[model]) if means[model].isfinite().all() else None}
+            about["leads"] = model in leading and len(leading) < len(models)
+            if task is None:
+                found.append({"model": model, "role": role, "metric": metric, "value": known[model], **about})
+            else:
+                mine[0].update(about)
+    return found
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+@lru_cache(64)
+def _draws(rows: int, seed: int) -> Tensor:
+    return torch.randint(rows, (DRAWS, rows), generator=torch.Generator().manual_seed(seed))

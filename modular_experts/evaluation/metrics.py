@@ -1,0 +1,180 @@
+"""Score a generated text against its target: exactly, by words, or by the number, JSON or pattern in it."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torchmetrics.functional.text.rouge import rouge_score
+
+from modular_experts.settings.read import make
+from modular_experts.text import did_you_mean
+
+TextMetric = Callable[[str, str], float]
+"""Scores a generated text against its target; the mean over the rows of a task is its score."""
+if TYPE_CHECKING:
+    Metrics = Mapping[str, TextMetric | str] | Sequence[TextMetric | str] | str
+else:
+    # What the command line may be given.
+    Metrics = list[str] | dict[str, str] | str
+
+# A sign, perhaps U+2212, after a letter or digit is a hyphen; commas stand between groups of three digits.
+_NUMBER = re.compile(r"((?<![\w.)])[-+\u2212])?((\d{1,3}(,\d{3})+(?!\d)|\d+)(\.\d+)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+# Scripts without spaces between words: each character is a word (kana, Han, and Han's extensions).
+_CHARACTER_WORDS = re.compile(r"([぀-ヿ㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff])")
+
+
+def exact_match(generated: str, target: str) -> float:
+    """Return 1.0 if both texts are the same but for white space at their ends, else 0.0."""
+    return float(generated.strip() == target.strip())
+
+
+# Merges of the same experts give many rows the same answer, and a study asks again for each row's value.
+@lru_cache(2**14)
+def rouge_l(generated: str, target: str) -> float:
+    """Return the Rouge-L F-measure of one text against one target, between 0 and 1."""
+    return _rouge_l(generated, target)
+
+
+@lru_cache(2**14)
+def stemmed_rouge_l(generated: str, target: str) -> float:
+    """Return Rouge-L over the stems of English words (Porter's), as the evaluation of arXiv 2507.07140 takes it.
+
+    Words of up to three letters stay as they are. It needs nltk: `pip install 'modular-experts[rouge]'`.
+    """
+    try:
+        return _rouge_l(generated, target, use_stemmer=True)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "stemmed_rouge_l needs nltk, which is not installed: pip install 'modular-experts[rouge]'"
+        ) from error
+
+
+def _rouge_l(generated: str, target: str, use_stemmer: bool = False) -> float:
+    # Naming the key matters: torchmetrics' default keys include one that downloads a sentence splitter.
+    scores = rouge_score(
+        generated, target, use_stemmer=use_stemmer, rouge_keys="rougeL", normalizer=str, tokenizer=words
+    )
+    return float(scores["rougeL_fmeasure"])
+
+
+def words(text: str) -> list[str]:
+    """Return the lower-case words of a text: runs of letters, marks and digits of any script."""
+    spaced = _CHARACTER_WORDS.sub(r" \1 ", unicodedata.normalize("NFC", text.lower()))
+    return "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in spaced).split()
+
+
+def number(generated: str, target: str) -> float:
+    """Return 1.0 if the last number of the answer is the last number of the target, else 0.0; 1,250.0 is 1250."""
+    return _read_alike(_last_number, generated, target)
+
+
+def same_json(generated: str, target: str) -> float:
+    """Return 1.0 if both texts hold the same JSON, perhaps in a Markdown fence, else 0.0; the order of keys is free."""
+    return _read_alike(_canonical_json, generated, target)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Is 1.0 if a regular expression finds the same text in the answer and in the target, else 0.0.
+
+    The last match counts, and of it the first group where the pattern has one.
+    """
+
+    pattern: str
+
+    def __call__(self, generated: str, target: str) -> float:
+        return _read_alike(self._found, generated, target)
+
+    def _found(self, text: str) -> str | None:
+        matches = list(re.finditer(self.pattern, text))
+        found = matches[-1][min(1, matches[-1].re.groups)] if matches else None
+        return found and found.strip()
+
+
+def _read_alike(read: Callable[[str], Any], generated: str, target: str) -> float:
+    # A text in which nothing is found, such as a target without a number, counts as it is.
+    mine, wanted = (text.strip() if (found := read(text)) is None else found for text in (generated, target))
+    return float(mine == wanted)
+
+
+def _last_number(text: str) -> Decimal | None:
+    matches = list(_NUMBER.finditer(text))
+    return Decimal(matches[-1][0].replace(",", "").replace("\u2212", "-")) if matches else None
+
+
+def _canonical_json(text: str) -> str | None:
+    inner = re.fullmatch(r"```\w*\n(.*)\n?```", text.strip(), re.DOTALL)
+    with suppress(ValueError, RecursionError):
+        return json.dumps(json.loads(inner[1] if inner else text, parse_float=_whole), sort_keys=True)
+    return None
+
+
+def _whole(digits: str) -> float | int:
+    value = float(digits)
+    return int(value) if value.is_integer() else value
+
+
+TEXT_METRICS: dict[str, TextMetric] = {"exact_match": exact_match, "rougeL": rouge_l}
+NAMED = TEXT_METRICS | {"number": number, "json": same_json, "stemmed_rouge_l": stemmed_rouge_l}
+"""The metrics that have a name of their own."""
+TAKEN = ("loss", "choice_accuracy", "role", "rows", "tokens")
+
+
+def text_metrics(own: Metrics | None = None) -> dict[str, TextMetric]:
+    """Return exact match and Rouge-L with further metrics beside them, or in their place where a name is theirs.
+
+    Args:
+        own: Metrics by name, or a list of metrics. Each is a function of a generated text and its target, its dotted
+            path, one of `number`, `json` and `stemmed_rouge_l`, or a regular expression between slashes (`Matched`). In
+            a list, `year=/[0-9]{4}/` names one; others are called by the last part of their path.
+
+    Raises:
+        ValueError: A metric is not known, cannot be imported, or returns no number.
+    """
+    found = dict(TEXT_METRICS)
+    for name, metric in named_metrics(own).items():
+        made = _made(name, metric) if isinstance(metric, str) else metric
+        value = made("one answer", "one answer")
+        if not isinstance(value, int | float):
+            raise ValueError(f"metrics.{name} returned {value!r} for two texts; a metric must return a number")
+        found[name] = made
+    return found
+
+
+def named_metrics(own: Metrics | None) -> dict[str, TextMetric | str]:
+    """Return the metrics that `text_metrics` takes by name, as they were given."""
+    listed = [own] if isinstance(own, str) else own or ()
+    found = dict(listed) if isinstance(listed, Mapping) else {}
+    for metric in () if isinstance(listed, Mapping) else listed:
+        name = getattr(metric, "__name__", type(metric).__name__)
+        if isinstance(metric, str):
+            given, equals, path = metric.partition("=")
+            metric, given = (path, given) if equals and "/" not in given else (metric, "")
+            name = given or ("regex" if metric.startswith("/") else metric.rpartition(".")[2])
+        if name in found:
+            raise ValueError(f"two metrics are called {name}; name one of them: {name}-2={metric}")
+        found[name] = metric
+    if taken := [name for name in TAKEN if name in found]:
+        raise ValueError(f"a metric cannot be called {taken[0]}, because results have that already; give another name")
+    return found
+
+
+def _made(name: str, metric: str) -> TextMetric:
+    if metric in NAMED:
+        return NAMED[metric]
+    if len(metric) > 1 and metric[0] == metric[-1] == "/":
+        try:
+            return Matched(re.compile(metric[1:-1]).pattern)
+        except re.error as error:
+            raise ValueError(f"--metrics.{name}: {metric} is not a regular expression: {error}") from None
+    if "." not in metric or metric.startswith("/"):
+        near = did_you_mean(metric, NAMED) or f"; there are {', '.join(NAMED)}, a path of yours (mine.length), /regex/"
+        raise ValueError(f"--metrics.{name}: there is no metric {metric!r}{near}")
+    made: TextMetric = make(f"--metrics.{name}", TextMetric, metric)
+    return made

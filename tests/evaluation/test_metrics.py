@@ -1,0 +1,81 @@
+"""Metrics read answers as numbers, JSON and patterns, and are named by path, by word and by pattern."""
+
+import pytest
+
+from modular_experts.evaluation import text_metrics
+from modular_experts.evaluation.metrics import Matched, named_metrics, number, same_json
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "same"),
+    [
+        ("The total is 1,250.0 dollars.", "1250", 1.0),
+        ("3 + 4 = 7", "7", 1.0),
+        ("3 + 4 = 7", "3", 0.0),
+        ("\u22125", "so it is -5", 1.0),
+        ("5-3", "3", 1.0),
+        ("on 2026-11-29", "29", 1.0),
+        ("2e3 m", "2000", 1.0),
+        ("0.1", ".1", 1.0),
+        ("1,23", "123", 0.0),
+        ("12345678901234567891", "12345678901234567890", 0.0),
+        ("none", "7", 0.0),
+        ("blue ", "blue", 1.0),
+        ("5", "five", 0.0),
+    ],
+)
+def test_the_last_number_of_an_answer_is_compared(answer: str, target: str, same: float) -> None:
+    assert number(answer, target) == same
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "same"),
+    [
+        ('{"b": [1.0, 2],\n "a": null}', '{"a": null, "b": [1, 2]}', 1.0),
+        ('```json\n{"a": 1}\n```', '{"a": 1}', 1.0),
+        ("[1, 2]", "[2, 1]", 0.0),
+        ("true", "1", 0.0),
+        ('"1"', "1", 0.0),
+        ("null", "null", 1.0),
+        ("[10000000000000000001]", "[10000000000000000000]", 0.0),
+        ('{"a": 1', '{"a": 1}', 0.0),
+        ("[" * 100_000, "[]", 0.0),
+        ("no", " no", 1.0),
+    ],
+)
+def test_json_is_compared_by_its_content(answer: str, target: str, same: float) -> None:
+    assert same_json(answer, target) == same
+
+
+def test_a_pattern_finds_the_same_last_text_in_both() -> None:
+    last = Matched(r"#### (\S+)")
+    assert last("#### 1, no, #### 42", "so #### 42") == 1.0
+    assert last("#### 42", "42") == 1.0
+    assert last("42, or so", "#### 42") == 0.0
+    assert Matched(r"\d{4}")("in 1984", "1984 it was") == 1.0
+
+
+def test_metrics_are_named_in_lists_and_mappings() -> None:
+    listed = text_metrics(["number", "rougeL=stemmed_rouge_l", "year=/[0-9]{4}=?/", "operator.eq"])
+    assert [*listed] == ["exact_match", "rougeL", "number", "year", "eq"]
+    assert listed["year"] == Matched("[0-9]{4}=?")
+    assert listed["rougeL"]("police kill", "police killed") == 1.0
+    assert text_metrics({"year": "/[0-9]{4}=?/"})["year"] == listed["year"]
+    assert [*text_metrics("json")] == ["exact_match", "rougeL", "json"]
+    assert named_metrics([number, "/a=b/"]) == {"number": number, "regex": "/a=b/"}
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("nmber", "--metrics.nmber: there is no metric 'nmber'; did you mean number"),
+        ("nope.mine", "--metrics.mine: nope.mine cannot be imported"),
+        ("/(/", r"--metrics.regex: /(/ is not a regular expression"),
+        (["/a/", "/b/"], "two metrics are called regex; name one of them: regex-2=/b/"),
+        ({"loss": "number"}, "a metric cannot be called loss"),
+    ],
+)
+def test_a_metric_that_cannot_be_is_refused_in_one_sentence(given, sentence: str) -> None:
+    with pytest.raises(ValueError, match=r"--metrics|called") as caught:
+        text_metrics(given)
+    assert sentence in str(caught.value)
