@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -109,24 +110,26 @@ def compare(dtype: torch.dtype, rounds: int, quick: bool) -> Iterator[dict[str, 
     yield kind | {"work": "generation"} | over_places(written)
 
 
-def large_step(limit: int, dtype: torch.dtype, quick: bool) -> dict[str, float]:
+def large_step(dtype: str, limit: str, quick: bool = True) -> dict[str, float]:
     """Return CPU seconds, growth of memory and loss of a step on many labelled tokens; `limit` is `HEAD_BYTES`."""
     model: Any = language_model(quick).base
     del model.model.layers[1:]
     inject(model, lambda weight: LoRAExpert(weight, rank=16), r".*_proj")
-    model.to(dtype)
+    model.to(getattr(torch, dtype))
     ids = torch.randint(model.config.vocab_size, (4, 513), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    likelihood.HEAD_BYTES, before, start = limit, high_water(), time.process_time()
-    loss = train(by_places, model, batch)
+    with patch.object(likelihood, "HEAD_BYTES", int(limit)):
+        before, start = high_water(), time.process_time()
+        loss = train(by_places, model, batch)
     return {"seconds": time.process_time() - start, "memory": high_water() - before, "loss": loss}
 
 
 def in_parts(dtype: torch.dtype, quick: bool) -> dict[str, Any]:
     """Return a row for the step on many labelled tokens."""
-    kind, words = str(dtype).removeprefix("torch."), ["--quick"] * quick
+    kind = str(dtype).removeprefix("torch.")
     limits = {"whole": 2**62, "parts": 0 if quick else likelihood.HEAD_BYTES}
-    found = {way: in_own_process(__file__, "--step", kind, str(limit), *words) for way, limit in limits.items()}
+    step = large_step if quick else partial(in_own_process, __file__, "--step")
+    found = {way: step(kind, str(limit)) for way, limit in limits.items()}
     over = {name: found["parts"][name] / max(found["whole"][name], 1) for name in ("seconds", "memory")}
     apart = abs(found["parts"]["loss"] / found["whole"]["loss"] - 1)
     return {"dtype": kind, "time": over["seconds"], "memory": over["memory"], "losses_apart": apart}
@@ -139,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.step:
-        print(json.dumps(large_step(int(options.step[1]), getattr(torch, options.step[0]), options.quick)))
+        print(json.dumps(large_step(*options.step, options.quick)))
         return
     rounds = 1 if options.quick else options.repeats
     rows = [row for dtype in DTYPES for row in compare(dtype, rounds, options.quick)]

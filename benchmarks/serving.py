@@ -6,7 +6,8 @@ in this one. The numbers are ratios of medians over rounds:
 * base: `transformers serve --continuous-batching`, with the base alone;
 * PEFT: LoRAs of rank 16 in one PEFT model, whose `generate` takes `adapter_names` by row, behind FastAPI, which answers
   all requests that wait as one batch;
-* ours: `modular-experts serve`, with entries and tiles of 5 % in int4, and with those LoRAs.
+* ours: `modular-experts serve`, with entries and tiles of 5 % in int4, with those LoRAs, and with them cut to rank 2
+  in int4, as `shrink` stores them.
 
 Work is counted in CPU seconds of the server for each token, which other programs on the machine hardly change; the time
 to the first token, and to the end of an answer, is the clock's. Memory is the server's (PSS) when it has answered with
@@ -42,9 +43,13 @@ from modular_experts.data import TaskMixture
 from modular_experts.library import Library, make_record, open_expert, write_expert
 from modular_experts.routing import Centroid
 from modular_experts.training.route import route
+from modular_experts.tuning.shrink import Form
 
 WORDS = ["the", "card", "was", "lost", "at", "a", "bank", "in", "Paris", "and", "who", "knows", "how", "it", "went"]
 TOKENS = 24
+SHRUNK = "LoRA-of-rank-2"
+KINDS = {"entries": "int4", "tiles": "int4", "LoRA": "float32", SHRUNK: "int4"}
+"""The experts that are served, and how their values are stored."""
 
 
 def prompt_of(number: int) -> str:
@@ -150,10 +155,12 @@ def write_library(base: Base, place: Path, count: int, many: int = 0) -> None:
     """Write random experts of three kinds, a route among those of entries, and perhaps many small ones."""
     model = base.structure.model
     of = {"id": base.place, "revision": None, "fingerprint": base.fingerprint}
-    for kind, encoding in (("entries", "int4"), ("tiles", "int4"), ("LoRA", "float32")):
+    for kind, encoding in KINDS.items():
         for number in range(count):
+            expert = RandomExpert(model, "LoRA" if kind == SHRUNK else kind, number)
+            cut = {name: Form("int4", rank=2).cut(expert[name]) for name in expert} if kind == SHRUNK else expert
             record = make_record("SparseExpert", of, tasks=[f"{number}"])
-            write_expert(place / f"{kind}-{number}", RandomExpert(model, kind, number), record, encoding=encoding)
+            write_expert(place / f"{kind}-{number}", cut, record, encoding=encoding)
     for number in range(many):
         expert = RandomExpert(model, "LoRA", number)
         expert.shapes = {name: shape for name, shape in expert.shapes.items() if "q_proj" in name or "v_proj" in name}
@@ -190,7 +197,7 @@ def throughput(base: str, place: Path, quick: bool, rounds: int, numbers: Sequen
     several, rows = (2,) if quick else (1, 8, 20), []
     kinds = {
         kind: (ours(place, base), lambda number, kind=kind: f"{kind}-{number}", None)
-        for kind in ("entries", "tiles", "LoRA")
+        for kind in KINDS
     }
     with started(**peers(base, place), **kinds) as servers:
         for clients in numbers:

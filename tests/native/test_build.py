@@ -55,7 +55,7 @@ def test_the_package_has_three_sources() -> None:
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
 def test_our_sources_compile_without_a_warning(file, source, caplog) -> None:
-    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-parameter"]
+    strict = ["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-parameter"]
     with caplog.at_level(logging.INFO, logger=compiled.__name__):
         assert load(file, *strict) is not None, caplog.messages
 

@@ -1,0 +1,61 @@
+"""Texts of answers whose characters are spread over several tokens."""
+
+import asyncio
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from modular_experts.serving.answers import Answer, Answerer
+from modular_experts.serving.engine import Token
+from modular_experts.serving.models import Choice
+
+TEXT = "\u00e9t\u00e9 \u6f22\u5b57 \U0001f642 e\u0301!"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of which each token is a byte."""
+    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def pieces_of(tokenizer, tokens: list[int], *stops: str) -> list:
+    """Return the pieces of an answer that the model writes with these tokens."""
+
+    async def written():
+        for token in tokens:
+            yield Token(token)
+
+    async def all_of_them() -> list:
+        answer = Answer(Choice([]), 1)
+        return [one async for one in Answerer(None, None, tokenizer)._pieces(answer, written(), stops, [-1], False)]
+
+    return asyncio.run(all_of_them())
+
+
+def test_no_piece_ends_within_a_character(tokenizer) -> None:
+    tokens = tokenizer(TEXT)["input_ids"]
+    assert len(tokens) == len(TEXT.encode())
+    pieces = pieces_of(tokenizer, tokens)
+    assert "".join(piece.text for piece in pieces) == TEXT
+    assert not any("\ufffd" in piece.text for piece in pieces)
+    assert [token.id for piece in pieces for token in piece.tokens] == tokens
+    assert pieces[-1].finish == "length"
+
+
+@pytest.mark.parametrize("stop", ["\u5b57", "\U0001f642 e", "\u0301"])
+def test_a_stop_text_of_several_tokens_ends_an_answer(tokenizer, stop: str) -> None:
+    pieces = pieces_of(tokenizer, tokenizer(TEXT)["input_ids"], stop)
+    assert "".join(piece.text for piece in pieces) == TEXT[: TEXT.index(stop)]
+    assert pieces[-1].finish == "stop"
+
+
+def test_an_answer_that_ends_within_a_character_leaves_it_out(tokenizer) -> None:
+    tokens = tokenizer("so \u6f22")["input_ids"]
+    pieces = pieces_of(tokenizer, tokens[:-1])
+    assert "".join(piece.text for piece in pieces) == "so "
+    assert sum(len(piece.tokens) for piece in pieces) == len(tokens) - 1
