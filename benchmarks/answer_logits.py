@@ -142,7 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.step:
-        print(json.dumps(large_step(*options.step, options.quick)))
+        dtype, limit = options.step
+        print(json.dumps(large_step(dtype, limit, options.quick)))
         return
     rounds = 1 if options.quick else options.repeats
     rows = [row for dtype in DTYPES for row in compare(dtype, rounds, options.quick)]

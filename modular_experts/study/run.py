@@ -22,13 +22,13 @@ from modular_experts.base import Base
 from modular_experts.base.files import read_layouts
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
 from modular_experts.jobs.pieces import Key
-from modular_experts.jobs.processes import at_once
+from modular_experts.jobs.processes import at_once, cores, free_memory
 from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked, remove_leftovers
 from modular_experts.library.record import RECORD_FILE, read_record
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.plan import Study
-from modular_experts.study.work import warn_of_copies
+from modular_experts.study.work import training_bytes, warn_of_copies
 
 PIECES = "pieces.jsonl"
 
@@ -154,7 +154,7 @@ def run_study(
         retry: Whether all pieces that failed in an earlier call are tried again.
         executor: Where the pieces run; by default `processes` of this machine, one thread each.
         processes: How many, without an executor; by default as many as `LocalProcesses` starts, each with twice the
-            base.
+            base, or, where memory may be short, with the largest training that shapes predict.
         progress: Called at the start and after each piece, with the state then, and how many pieces run at once
             (None for an executor that does not tell).
 
@@ -172,7 +172,7 @@ def run_study(
         lines = Lines(out)
         lines.file.touch()
         state = state_of(pieces, lines, retry)
-        pool = executor or stack.enter_context(LocalProcesses(processes, _bytes_each(study)))
+        pool = executor or stack.enter_context(LocalProcesses(processes, 0 if processes else _bytes_each(study, out)))
         # A done piece needs nothing, not even one that failed since.
         todo = [replace(piece, needs=()) if piece.key in state.done else piece for piece in pieces]
         todo, before = [piece for piece in todo if piece.key not in state.failed], {*state.done}
@@ -207,11 +207,16 @@ def claim(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _bytes_each(study: Study) -> int:
-    """Return what a process takes in memory: the base that it tests, and the one that it trains."""
-    layouts = read_layouts(Base.open(study.at(study.seeds[0]).base).directory).values()
+def _bytes_each(study: Study, out: Path) -> int:
+    """Return what a process takes in memory: the base that it tests and the one that it trains, or a whole training."""
+    one = study.at(study.seeds[0])
+    layouts = read_layouts(Base.open(one.base).directory).values()
     entries = sum(math.prod(shape) for layout in layouts for _, shape in layout.values())
-    return 2 * getattr(torch, study.dtype).itemsize * entries
+    pair = 2 * getattr(torch, study.dtype).itemsize * entries
+    # Weights, their gradients, two moments and activations take less than this.
+    if cores() * 4 * pair < free_memory():
+        return pair
+    return max([pair, *(training_bytes(one, out, configs) for configs in [*one.experts.values(), *one.joint.values()])])
 
 
 def sentence_of(error: BaseException) -> str:

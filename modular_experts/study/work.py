@@ -31,7 +31,7 @@ from modular_experts.settings import SHORT_NAMES, folded
 from modular_experts.settings.read import make
 from modular_experts.statistics import take_statistics
 from modular_experts.study.plan import Measure, Study
-from modular_experts.training.fit import fit
+from modular_experts.training.fit import estimate_fit, fit
 from modular_experts.training.settings import read_run
 from modular_experts.tuning import ValidationRows
 
@@ -78,6 +78,17 @@ def training_settings(
     }
     every = [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *configs, own]
     return folded([("the config", one) for one in every], short=SHORT_NAMES)
+
+
+def training_bytes(study: Study, out: Path, configs: Sequence[Mapping[str, Any]]) -> int:
+    """Return what a training takes in memory beside imported packages, as shapes predict it; 0 where they cannot."""
+    task = next(iter(study.held_in))
+    settings = training_settings(study, out / "runs", configs, [task], study.seeds[0])
+    try:
+        found = estimate_fit(**read_run(settings).make(), fit_into=sys.maxsize)
+        return found.peak - found.bytes["Python and its libraries"]
+    except ValueError:  # a base or an expert of which shapes do not tell it
+        return 0
 
 
 def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, Any]:

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_rows
+from transformers import AutoModelForCausalLM
 
+from modular_experts import estimate_fit
 from modular_experts.__main__ import main
+from modular_experts.experts import FullExpert, LoRAExpert
 from modular_experts.library import Library
 from modular_experts.reports import Results
 
@@ -33,6 +36,10 @@ class Broken(Executor):
         future.set_exception(BrokenExecutor("the cluster dropped the call"))
         return future
 """
+
+
+class Seen(Exception):
+    """Ends a study before its first piece."""
 
 
 @pytest.fixture
@@ -94,3 +101,29 @@ def test_a_study_on_a_cluster_has_the_numbers_of_this_machine(config, cluster) -
     hashes = [{key: one.content_hash for key, one in Library(f"{out}/library").items()} for out in ("here", "there")]
     assert hashes[0] == hashes[1]
     assert len(hashes[0]) == 3
+
+
+def test_as_many_trainings_run_at_once_as_the_largest_one_lets(config, monkeypatch) -> None:
+    settings = yaml.safe_load(Path("study.yaml").read_text())
+    how = {"modules": "all-linear", "steps": 2, "batch_size": 4}
+    kinds = {"lora": LoRAExpert, "full": FullExpert}
+    settings["experts"] = {kind: how | {"expert": expert.__name__} for kind, expert in kinds.items()}
+    Path("study.yaml").write_text(yaml.safe_dump(settings))
+    own, sizes = how | {"base": settings["base"], "tasks": ["one.jsonl"]}, {}
+    for kind, expert in kinds.items():
+        taken = estimate_fit(**own, expert=expert, fit_into="1TB").bytes
+        sizes[kind] = sum(taken.values()) - taken["Python and its libraries"]
+    given = []
+
+    def local(processes: int | None, bytes_each: int) -> None:
+        given.append(bytes_each)
+        raise Seen
+
+    monkeypatch.setattr("modular_experts.study.run.LocalProcesses", local)
+    for free in (0, 10**12):
+        monkeypatch.setattr("modular_experts.study.run.free_memory", lambda free=free: free)
+        with pytest.raises(Seen):
+            main(["study", "--config", "study.yaml", "--out", "runs/mine"])
+    base = sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(settings["base"]).parameters())
+    assert given == [sizes["full"], 2 * 4 * base]
+    assert sizes["full"] > sizes["lora"]
