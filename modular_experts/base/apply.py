@@ -80,7 +80,13 @@ def check_fit(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
     structure = Structure(model)
     for expert in experts:
         shapes = expert.shapes() if isinstance(expert, TaskVector) else {n: d.shape for n, d in expert.items()}
-        structure.check_fit(shapes, expert.name if isinstance(expert, StoredExpert) else "the expert")
+        if not isinstance(expert, StoredExpert):
+            structure.check_fit(shapes)
+            continue
+        structure.check_fit(shapes, expert.name)
+        untied = expert.record["base"].get("untied")
+        if untied and untied["embeddings"] in expert:
+            structure.check_untied(untied["embeddings"], expert.name)
 
 
 @torch.no_grad()

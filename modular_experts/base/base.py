@@ -26,6 +26,7 @@ from modular_experts.base.files import (
 from modular_experts.base.quantised import Quantise, described, keep_order, quantiser
 from modular_experts.base.streaming import Rounding, StreamedSum
 from modular_experts.base.structure import StoredWeights, Structure, is_rounded, split_slice, weight_of
+from modular_experts.base.tied import untie, untied_from
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, check_base, check_target, new_directory
@@ -84,16 +85,31 @@ class Base:
             if not place:
                 if not experts:
                     raise ValueError("no base is named; give the directory of a model, or a hub id")
-                place, revision = find_base(experts), revision or experts[0].record["base"].get("revision")
+                place, revision = (
+                    find_base(experts),
+                    revision or _of_copies_first(experts)[0].record["base"].get("revision"),
+                )
             base = cls(str(place), fetch(place, revision), revision, quantise)
         if experts:
-            check_base(experts, base.fingerprint, base.place)
+            others = [one for one in experts if one.record["base"]["fingerprint"] != base.fingerprint]
+            check_base(others, base.fingerprint, base.place, base.untied_from if others else None)
         return base
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the names, shapes and stored bytes of its tensors."""
         return fingerprint(self.directory)
+
+    @cached_property
+    def untied_from(self) -> dict[str, str] | None:
+        """The tied base that this one is an untied copy of, as a record keeps it; None for any other base."""
+        return untied_from(self)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the record of an expert keeps about its base."""
+        facts: dict[str, Any] = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
+        return facts | ({"untied": self.untied_from} if self.untied_from else {})
 
     @property
     def identity(self) -> str:
@@ -211,7 +227,7 @@ class Base:
         whole, number = split_slice(name)
         if number is not None:
             return self.weight(whole)[number]
-        key = self._key(name)
+        key = self.stored_name(name)
         if key is None:
             return self._plain.load().get_parameter(name).detach()
         with open_tensors(self._files[key]) as tensors:
@@ -222,7 +238,7 @@ class Base:
 
         Weights that only transformers can put together are left out.
         """
-        keys = {name: key for name in names if (key := self._key(name)) is not None}
+        keys = {name: key for name in names if (key := self.stored_name(name)) is not None}
         # One file is open at a time, as a checkpoint may have more than a process may open.
         for file in sorted({self._files[key] for key in keys.values()}):
             tensors = MappedTensors(file)
@@ -237,7 +253,11 @@ class Base:
     def _plain(self) -> "Base":
         return Base(self.place, self.directory, self.revision)
 
-    def _key(self, name: str) -> str | None:
+    def untie(self, out: str | Path, overwrite: bool = False) -> "Base":
+        """Write it with a head of its own, as `tied.untie` does, and return the copy."""
+        return Base.open(untie(self, out, overwrite))
+
+    def stored_name(self, name: str) -> str | None:
         """Return under which name the files hold a weight, or None if only transformers can put it together."""
         if name in self._files:
             return name
@@ -331,7 +351,11 @@ class Base:
 
 
 def find_base(experts: Sequence[StoredExpert]) -> str:
-    """Return where a record names the experts' base, or the same path or name beside the library if that is there."""
+    """Return where a record names the experts' base, or the same path or name beside the library if that is there.
+
+    If some experts have an untied copy of the others' base, that copy is theirs all.
+    """
+    experts = _of_copies_first(experts)
     for expert in experts:
         recorded, beside = str(expert.record["base"].get("id") or ""), expert.path.parent.parent
         for place in (Path(recorded).expanduser(), beside / recorded, beside / Path(recorded).name):
@@ -341,6 +365,11 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
     if not named:
         raise ValueError(f"the record of {experts[0].path} does not name its base; give its directory or hub id")
     return str(named)
+
+
+def _of_copies_first(experts: Sequence[StoredExpert]) -> list[StoredExpert]:
+    """Return the experts in an order that begins with an untied copy of a base."""
+    return sorted(experts, key=lambda expert: "untied" not in expert.record["base"])
 
 
 @torch.no_grad()

@@ -60,15 +60,19 @@ def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]
     return layouts
 
 
-def fingerprint(directory: str | Path) -> str:
+def fingerprint(directory: str | Path, without: str | None = None) -> str:
     """Return the SHA-256, in hexadecimal digits, over the name, the shape and the stored bytes of every tensor.
+
+    The tensor that is stored as `without` is left out.
 
     `$XDG_CACHE_HOME/modular-experts` (or `~/.cache/modular-experts`) keeps it for as long as path, size and time stamps
     of the weight files stay the same.
     """
     files = weight_files(Path(directory))
     stats = [(str(file.resolve()), file.stat()) for file in files]
-    state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
+    state: list[Any] = [
+        (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats
+    ] + [without] * bool(without)
     note = cache_directory("fingerprints") / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]}.txt"
     with suppress(OSError, UnicodeDecodeError):
         known = note.read_text().strip()
@@ -77,7 +81,7 @@ def fingerprint(directory: str | Path) -> str:
     table = {}
     for file in files:
         with open_tensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
+            for name in {*tensors.keys()} - {without}:
                 tensor = tensors.get_tensor(name)
                 content = tensor.reshape(-1).view(torch.uint8).numpy()
                 table[name] = [list(tensor.shape), hashlib.sha256(content).hexdigest()]

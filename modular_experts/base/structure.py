@@ -119,8 +119,8 @@ class Structure:
         """Refuse an adapter's delta of one of several names of a tensor, as the adapter moves that one alone."""
         if len(twins := self.twins(name)) > 1:
             raise ValueError(
-                f"{source} moves {name} alone, and in {self.place} {' and '.join(twins)} are one tensor (tied); import "
-                "it against the base with untied embeddings (load it with tie_word_embeddings=False, and save it)"
+                f"{source} moves {name} alone, and in {self.place} {' and '.join(twins)} are one tensor (tied); make "
+                f"an untied copy, in Python Base.open({self.place!r}).untie('untied'), and give it as the base"
             )
 
     def check_fit(self, shapes: Mapping[str, torch.Size], source: str = "the expert") -> None:

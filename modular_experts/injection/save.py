@@ -74,7 +74,7 @@ def save_expert(
     facts = describe_experts(model)
     record = make_record(
         **facts | {"hyperparameters": facts["hyperparameters"] | dict(hyperparameters or {})},
-        base={"id": opened.place, "revision": opened.revision, "fingerprint": opened.fingerprint},
+        base=opened.facts,
         tasks=tasks,
         scores=scores,
         parents=as_parents(parents),

@@ -84,8 +84,8 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
             if self._tuned.keys(twin) != self._tuned.keys(name) and not torch.equal(self._tuned.read(twin), tuned):
                 raise ValueError(
                     f"{name} and {twin} are one tensor (tied) in {self._base.structure.place} and two different ones "
-                    f"in {self._tuned.structure.place}, which no delta can express; import it against the base with "
-                    "untied embeddings (load it with tie_word_embeddings=False, and save it)"
+                    f"in {self._tuned.structure.place}, which no delta can express; import it against an untied "
+                    f"copy of the base, in Python Base.open({self._base.structure.place!r}).untie('untied')"
                 )
         wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
         difference = tuned.to(wide, copy=True).sub_(base)

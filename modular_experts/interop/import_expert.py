@@ -66,8 +66,7 @@ def import_expert(
         if isinstance(imported.deltas, CheckpointDeltas | AskedDeltas):
             origin.update(imported.deltas.record())
 
-    trained_on = {"id": opened.place, "revision": opened.revision, "fingerprint": opened.fingerprint}
-    record = make_record(imported.kind, trained_on, hyperparameters=imported.settings, tasks=tasks)
+    record = make_record(imported.kind, opened.facts, hyperparameters=imported.settings, tasks=tasks)
     write_expert(out, checked(), record | {"source": origin}, overwrite)
     return open_expert(out)
 

@@ -103,25 +103,67 @@ def check_mergeable(experts: Sequence[StoredExpert]) -> None:
 
 
 def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
-    """Return the base that the experts' records name; raise ValueError if two have different fingerprints."""
-    first = experts[0]
-    for other in experts[1:]:
-        if other.record["base"]["fingerprint"] != first.record["base"]["fingerprint"]:
+    """Return the base that the experts' records name; raise ValueError if two have different fingerprints.
+
+    A tied base and its untied copy compute the same, so the copy is the base of both, unless an expert of the tied one
+    moves the tensor that is two in the copy.
+    """
+    first = next((expert for expert in experts if "untied" in expert.record["base"]), experts[0])
+    base = first.record["base"]
+    for other in experts:
+        found = other.record["base"]["fingerprint"]
+        if found != base["fingerprint"] and not _same_untied(other, found, base.get("untied")):
             raise ValueError(
                 f"{first.name} and {other.name} were trained on different bases and cannot be combined: "
                 f"{_base(first)} and {_base(other)}"
             )
-    return first.record["base"]
+    return base
 
 
-def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> None:
-    """Raise ValueError for an expert that was trained on a base of another fingerprint than the one at hand."""
+def check_base(
+    experts: Sequence[StoredExpert], fingerprint: str, base: str, untied: Mapping[str, str] | None = None
+) -> None:
+    """Raise ValueError for an expert that was trained on a base of another fingerprint than the one at hand.
+
+    Args:
+        experts: The experts.
+        fingerprint: The fingerprint of the base at hand.
+        base: Its name in the error.
+        untied: What a record keeps about the tied base that it is an untied copy of.
+    """
     for expert in experts:
-        if expert.record["base"]["fingerprint"] != fingerprint:
+        found = expert.record["base"]
+        if not (
+            found["fingerprint"] == fingerprint
+            or _same_untied(expert, found["fingerprint"], untied)
+            or _same_untied(expert, fingerprint, found.get("untied"))
+        ):
             raise ValueError(
                 f"{expert.name} was trained on another base than {base} (fingerprint {fingerprint[:12]}): on "
                 f"{_base(expert)}"
             )
+
+
+def _same_untied(expert: StoredExpert, tied: str, untied: Mapping[str, str] | None) -> bool:
+    """Return whether an expert is the same on a tied base and on its untied copy.
+
+    Args:
+        expert: An expert of either.
+        tied: The fingerprint of the base that is perhaps the tied one.
+        untied: What the copy's record keeps about the tied base; None for any other base.
+
+    Raises:
+        ValueError: It would be, if it did not move the tensor that is one in the tied base and two in the copy.
+    """
+    if untied is None or untied["fingerprint"] != tied:
+        return False
+    if not expert.mergeable or {untied["head"], untied["embeddings"]} & set(expert):
+        why = f"moves {untied['embeddings']} or {untied['head']}" if expert.mergeable else "is more than deltas"
+        raise ValueError(
+            f"{expert.name} {why}; these are one tensor in a tied base and two in its untied copy, so it stays with "
+            f"{_base(expert)}: make the others experts of that base, too"
+        )
+    return True
 
 
 def training_in_common(experts: Sequence[StoredExpert]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded
 | key                     | what it holds                                                                           |
 |-------------------------|-----------------------------------------------------------------------------------------|
 | `kind`                  | class of the trained experts, such as `SparseExpert`, or `merge`, or `routed`            |
-| `base`                  | `id` (path or hub id), `revision`, `fingerprint`                                        |
+| `base`                  | `id` (path or hub id), `revision`, `fingerprint`; `untied` where it is an untied copy: |
+| ` untied`               | `fingerprint` of the tied base, and the names of its `head` and `embeddings`            |
 | `tasks`, `scores`       | names of the tasks it was trained on; what it scored                                    |
 | `parents`               | `name`, `content_hash`, `tasks` of each expert that it was made of or trained on top of |
 | `encoding`              | how the values are stored, if not as float32                                            |
@@ -73,7 +74,8 @@ def make_record(
         "format": FORMAT,
         "kind": kind,
         "hyperparameters": {},
-        "base": {name: base.get(name) for name in ("id", "revision", "fingerprint")},
+        "base": {name: base.get(name) for name in ("id", "revision", "fingerprint")}
+        | ({"untied": dict(base["untied"])} if base.get("untied") else {}),
         "tasks": list(tasks),
         "scores": {},
         "parents": [dict(parent) for parent in parents],

@@ -398,7 +398,7 @@ class ExpertModule(EvaluatedModule):
         settings |= facts["hyperparameters"] | {"learning_rate": rate}
         return {
             **facts,
-            "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
+            "base": self.opened_base.facts | {"id": self.base, "revision": self.revision},
             "hyperparameters": settings,
             "training": {
                 **checkpoints.training_facts(self.trainer, self.dtype_name, self.config_file),

@@ -1,0 +1,89 @@
+"""Tell an untied copy of a base, whose head was copied from its embeddings, and write one.
+
+`Base` calls these functions with itself.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modular_experts.base.files import MANIFEST, copy_companions, fingerprint, read_layouts, write_manifest
+from modular_experts.base.streaming import Layout, shard_writer, write_index
+from modular_experts.library import check_target, new_directory
+from modular_experts.library.record import read_json
+from modular_experts.library.tensorfile import DTYPES
+
+
+def ends(base: Any) -> tuple[str, str] | None:
+    """Return the names of embeddings and head, which are equal if one tensor has both roles; None without a head."""
+    model, names = base.structure.model, dict[int, str]()
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), name)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = [names[id(layer.weight)] for layer in layers if layer is not None]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def untied_from(base: Any) -> dict[str, str] | None:
+    """Return what a record keeps about the tied base that a base is the untied copy of, or None for any other base.
+
+    That is the `fingerprint` of the tied base, which stores the same tensors without the head, and the names of the two
+    weights, `head` and `embeddings`.
+    """
+    names = None if base.quantisation else ends(base)
+    if names is None or names[0] == names[1]:
+        return None
+    embeddings, head = names
+    keys = {name: base.stored_name(name) for name in names}
+    if None in keys.values():
+        return None
+    # Most heads differ in their first rows.
+    for rows in (slice(8), slice(None)):
+        if not torch.equal(base.weight(embeddings)[rows], base.weight(head)[rows]):
+            return None
+    return {"fingerprint": fingerprint(base.directory, str(keys[head])), "head": head, "embeddings": embeddings}
+
+
+def untie(base: Any, out: str | Path, overwrite: bool = False) -> Path:
+    """Write a base whose embeddings are its head as one with a head of its own, a copy of the embeddings.
+
+    The copy computes the same. It takes adapters that move the head or the embeddings alone, and experts of the tied
+    base combine with theirs.
+
+    Args:
+        base: The base.
+        out: Directory of the copy.
+        overwrite: Replace a checkpoint of ours that is there.
+
+    Raises:
+        FileExistsError: `out` is there and may not be replaced.
+        ValueError: The base is not tied, or is quantised.
+    """
+    target, names, layouts = check_target(out, overwrite, MANIFEST), ends(base), read_layouts(base.directory)
+    if base.quantisation or names is None or names[0] != names[1]:
+        raise ValueError(f"{base.place} does not use one tensor as embeddings and head, so there is nothing to untie")
+    head = next(name for name in base.structure.twins(names[0]) if name != names[0])
+    weight = base.weight(names[0])
+    # The name `model.safetensors` would stand for all weights.
+    shards = [f"model-{number:05}-of-{len(layouts) + 1:05}.safetensors" for number in range(1, len(layouts) + 2)]
+    files: dict[str, Layout] = {
+        shard: {key: (DTYPES[dtype], tuple(shape)) for key, (dtype, shape) in layout.items() if key != head}
+        for shard, layout in zip(shards, layouts.values(), strict=False)
+    }
+    files[shards[-1]] = {head: (weight.dtype, tuple(weight.shape))}
+    with new_directory(target, overwrite, MANIFEST) as temporary:
+        for file, shard in zip(layouts, shards, strict=False):
+            shutil.copyfile(file, temporary / shard)
+        with shard_writer(temporary / shards[-1], files[shards[-1]]) as write:
+            write(weight)
+        write_index(temporary, files)
+        config: dict[str, Any] = read_json(base.directory / "config.json", "so it is not the directory of a model")
+        text = json.dumps(config | {"tie_word_embeddings": False}, indent=2)
+        (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+        copy_companions(base.directory, temporary)
+        tied = {"id": base.place, "revision": base.revision, "fingerprint": base.fingerprint}
+        write_manifest(temporary, {"base": tied, "untied": {"head": head, "embeddings": names[0]}})
+    return target
