@@ -94,7 +94,7 @@ class Race:
             return [sys.executable, *words, "--steps", str(steps), "--seed", str(seed)]
         words = ["-m", "modular_experts", "fit", "--base", base, "--tasks", self.data, "--modules", "all-linear"]
         words += [*KINDS[kind].split(), "--learning-rate", str(rate), "--steps", str(steps)]
-        words += ["--seed_everything", str(seed), "--trainer.default_root_dir", place]
+        words += ["--seed", str(seed), "--trainer.default_root_dir", place]
         words += ["--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
         return [sys.executable, *words, *self.options.more.split()]
 

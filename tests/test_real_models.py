@@ -64,11 +64,11 @@ def run(smollm2: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def command(verb: str, tasks: list[str], *options: str) -> dict[str, Any]:
         rows = json.dumps([{"name": task, "path": str(data / f"{task}.jsonl")} for task in tasks])
-        limits = ["--data.eval_limit", "16", "--data.max_length", "256", "--model.max_new_tokens", "8"]
+        limits = ["--eval_limit", "16", "--max_length", "256", "--model.max_new_tokens", "8"]
         device = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(place)
-            arguments = [verb, "--model.base", str(smollm2), "--data.tasks", rows, *limits, *device, *options]
+            arguments = [verb, "--model.base", str(smollm2), "--tasks", rows, *limits, *device, *options]
             patch.setattr("sys.argv", ["modular-experts", *arguments])
             assert main(arguments) == 0
         written = sorted((place / "runs").glob("results*.json"), key=lambda file: file.stat().st_mtime_ns)

@@ -3,6 +3,7 @@
 The command line beats a config file, and this beats the ones before it.
 """
 
+import dataclasses
 import os
 import re
 import stat
@@ -18,7 +19,7 @@ import yaml
 
 import modular_experts
 from modular_experts.cli.commands import COMPUTING, VERBS
-from modular_experts.settings import Loader, UsageError, Word, folded, listed, meant, over, respelt, unknown
+from modular_experts.settings import READING, Loader, UsageError, Word, folded, listed, meant, over, respelt, unknown
 from modular_experts.settings.read import Read, arguments_of, class_named, kinds_of, read, read_arguments
 
 Typed = list[tuple[str, list[Word]]]
@@ -32,6 +33,7 @@ def run_command(
     hints = arguments_of(function)[0] | ({"device": str} if argv[0] in COMPUTING else {})
     # An option such as --for is a word of Python's own.
     short = {**short, **{name.rstrip("_"): name for name in hints if name.endswith("_")}}
+    short |= {name: full for name, full in READING.items() if "data" in hints and name not in hints}
     function(**arguments_given(argv[1:], hints, make, positional, short))
 
 
@@ -99,6 +101,8 @@ def read_options(
             name = head.replace("-", "_").removesuffix("+")
             # Keys of a table are the user's, such as patterns of weights.
             rest = rest if _is(dict, name, hints) else rest.replace("-", "_")
+            if name not in {*hints, *short, "config", "print_config", "help", "help_all"}:
+                raise unknown("option", typed, [f"--{one}" for one in (*short, *hints)])
             name = short.get(name, name) + "+" * head.endswith("+") + dot + rest
             found.append((name, [Word(value)] if equals else []))
             room = not equals and name != "print_config"
@@ -110,13 +114,10 @@ def read_options(
             places = places if _is(list, places[0], hints) else places[1:]
             room = False
         else:
-            last = found[-1][0].partition(".")[0].removesuffix("+") if found else ""
-            if last and last not in {*hints, *short, "config", "print_config", "help", "help_all"}:
-                raise unknown("option", f"--{last}", [f"--{name}" for name in (*short, *hints)])
             raise UsageError(f"{word!r} is one argument too many; options start with --")
     joined: dict[str | int, tuple[str, list[Word]]] = {}
     for number, (name, taken) in enumerate(found):
-        if not taken and (name == "config" or kinds_of(name, hints) not in ([], [bool])):
+        if not taken and (name == "config" or _bare(name, hints) is None):
             raise UsageError(f"--{name} needs a value")
         joined.setdefault(name if _is(list, name, hints) else number, (name, []))[1].extend(taken)
     return list(joined.values())
@@ -132,8 +133,14 @@ def settings_of(
         head, _, rest = name.partition(".")
         path = [head, rest] if rest and _is(dict, head, hints) else name.split(".")
         if name not in ("config", "print_config"):
-            settings = _set(settings, path, _value(name, words, hints) if words else True)
+            settings = _set(settings, path, _value(name, words, hints) if words else _bare(name, hints))
     return settings
+
+
+def _bare(name: str, hints: Mapping[str, Any]) -> Any:
+    """Return what an option without a value means: true for a flag, all defaults for settings; else None."""
+    kinds = kinds_of(name, hints)
+    return {} if [dataclasses.is_dataclass(kind) for kind in kinds] == [True] else kinds in ([], [bool]) or None
 
 
 def _config(file: str) -> dict[str, Any]:

@@ -68,8 +68,8 @@ VERBS = {
     "fit": Command("training", "", "train experts on task files"),
     "study": Command("study", "study", "train, merge and test many experts by one description"),
     "validate": Command("training", "", "measure a model on the validation rows"),
-    "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
-    "evaluate": Command("evaluate", "evaluate", "compare a base and experts: a table, results.json, and a page"),
+    "test": Command("training", "", "measure one model on the test rows, also a checkpoint of `fit`"),
+    "evaluate": Command("evaluate", "evaluate", "compare a base and experts on the test rows: a table, a page"),
     "harness": Command("evaluate", "harness", "measure a base and experts on benchmarks, by the lm-evaluation-harness"),
     "predict": Command("training", "", "write a model's answers"),
     "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
@@ -132,10 +132,11 @@ _TRAINING = {
     "--learning_rate X": "Peak rate; each type of expert has its own default.",
     "--batch_size N": "Rows of a training batch, all processes together. (default: 8)",
 }
-_APPLIED = {"--applied A [B ...]": "Experts to add to the base first; also --experts."}
+_APPLIED = {"--experts A [B ...]": "Experts to add to the base first."}
+_ANSWERS = {"--max_new_tokens N": "The most tokens of an answer. (default: 64)"}
 _RUN = {
     "--ckpt_path FILE": "Checkpoint to go on from; settings that are given beat its own.",
-    "--seed_everything N": "Seed of all random numbers. (default: 0)",
+    "--seed N": "Seed of all random numbers. (default: 0)",
     "--trainer.NAME X": "Settings of the Trainer; --help-all lists them and all others.",
 }
 
@@ -145,7 +146,7 @@ def help_texts(verb: str) -> tuple[dict[str, dict[str, str]], list[str]]:
     line = f"modular-experts {verb} --base DIR --tasks a.jsonl"
     if verb != "fit":
         examples = [f"{line} --experts library/a", f"modular-experts {verb} --config configs/test.yaml"]
-        return {"required": _PLACES, "options": _APPLIED | _RUN}, examples
+        return {"required": _PLACES, "options": _APPLIED | _ANSWERS | _RUN}, examples
     examples = [
         f"{line} --expert SparseExpert --modules q_proj v_proj --steps 100 --out library/a",
         "modular-experts fit --config configs/fit/sparse.yaml --steps 20",

@@ -19,9 +19,11 @@ _ROOT = Path(__file__).parents[2]
 _WIDTH, _COLUMN = 80, 26
 _Wrapper = partial(textwrap.TextWrapper, break_long_words=False, break_on_hyphens=False)
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
-_CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
+_CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Rows": "", "Tuning": ""}
 _METAVARS = {"bool": "", "URL": " URL", "int": " N", "float": " X", "DType": " DTYPE"}
 _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
+# `data` is typed by its tasks.
+_METAVARS |= dict.fromkeys(("TaskMixture", "Rows"), _METAVARS["Tasks"]) | {"Tuning": ""}
 # An argument in a docstring, with its type or without, and the lines of its text.
 _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
 _EVERYWHERE = {
@@ -43,14 +45,15 @@ def _read_source(file: Path, name: str, whole: bool, required: dict[str, str], o
         if home := _file_of_options(file, tree, kind):
             _read_source(home, kind, whole, required, options)
             continue
-        option, text = f"--{argument.replace('dry_run', 'dry-run').rstrip('_')}", texts[argument]
+        name, text = argument.replace("dry_run", "dry-run").rstrip("_"), texts[argument]
+        option = "--tasks" if kind in ("TaskMixture", "Rows") else f"--{name}"
         shown = _METAVARS.get(kind, f" {argument.rpartition('_')[2].upper()}")
         if literal := re.match(r"Literal\[(.*)\]", kind):
             shown = " {" + re.sub("[' ]", "", literal[1]) + "}"
         if not whole:
             text = re.split(r"(?<=[.;])(?<!e\.g\.) ", text)[0].rstrip(".;") + "."
         if kind in _CLASSES:
-            text += f" Its settings: {option}.help{_CLASSES[kind]}"
+            text += f" Its settings: --{name}.help{_CLASSES[kind]}"
         if default is None:
             required[option + shown] = text
         else:

@@ -1,6 +1,6 @@
 """Run `modular-experts merge` and `remove`, which merge experts into one, and take one out of a merge again.
 
-The options `--tune` and `--data` do not import `TaskMixture`, so that a plain merge does without Lightning.
+The option `--data` does not import `TaskMixture`, so that a plain merge does without Lightning.
 """
 
 import math
@@ -21,6 +21,7 @@ from modular_experts.merger.merged import Merged, write_checkpoint, write_merged
 from modular_experts.merger.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.settings import Options
+from modular_experts.settings.read import make
 from modular_experts.text import bytes_of, bytes_text, in_any_block
 
 if TYPE_CHECKING:
@@ -30,38 +31,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """The tasks on whose inputs the experts are compared, for a method that needs inputs.
+    """The tasks whose rows tell what to merge.
 
     Args:
-        tasks: Task files, or tasks with settings; their training and validation inputs are read, and no targets.
-        max_length: The most tokens of an input.
+        tasks: Task files, or tasks with settings, as for `fit`.
+        max_length: The most tokens of a row.
         chat_template: Put the input through the tokenizer's chat template.
+        eval_batch_size: Rows that are measured at once; changes the speed only.
+        eval_limit: The most validation rows of one task.
     """
 
     tasks: list[Any]
     max_length: int = 1024
     chat_template: bool = False
+    eval_batch_size: int = 16
+    eval_limit: int | None = None
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The rows and values to choose the settings of a merge method from.
+    """How the settings of a merge method are chosen.
 
     Args:
-        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`. Default:
-            the inputs that the experts keep (`fit --keep_inputs`), which the experts answer.
         rows: The most rows of one task, spread evenly over its validation rows.
         grid: Values to try, by setting of the method: {keep: [0.1, 0.2]}; one value fixes it: {scale: [1]}.
-        base: The base's directory or hub id; the one in the experts' records by default.
         labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
         expert_of: Directory of the expert of each task, such as {dates: library/dates}; by default the record tells it.
         max_new_tokens: The most tokens of an expert's answer.
     """
 
-    data: "TaskMixture | None" = None
     rows: int = 64
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    base: str | None = None
     labels: Literal["rows", "experts"] = "rows"
     expert_of: dict[str, str] = field(default_factory=dict)
     max_new_tokens: int = 64
@@ -106,10 +106,10 @@ def merge(
     data: Rows | None = None,
     written: Output = Output(),
 ) -> None:
-    """Merge experts of one base into a new expert, weight by weight, or straight into a checkpoint.
+    """Merge experts of one base into a new expert, or straight into a checkpoint.
 
-    Which method? With inputs of each task, Distilled; with a few labelled rows, `search`, or --tune of one method;
-    without either, IsoC for LoRAs and SelfRegMean for other experts. `modular-experts methods` lists all of them.
+    Which method? With inputs of each task, Distilled; with labelled rows, `search` or --tune; without, IsoC for LoRAs
+    and SelfRegMean for others; `methods` lists all.
 
     The experts may be of any kinds. The result is an expert like any other: test it with `test --experts`,
     make it a checkpoint with `apply`, or merge it again. The same command resumes a merge that was interrupted.
@@ -122,31 +122,33 @@ def merge(
         per_weight: Methods of single weights, by a regular expression for the whole name; null keeps them at the base.
             The first match counts; without `method`, weights without a match stay at the base.
         overwrite: Replace an expert.
-        tune: Choose the method's settings by the loss on validation rows. These are the scale, the exponent if there
-            is one, and the settings in `tune.grid`; the rows come from the tasks in `tune.data`.
+        tune: Choose the method's settings on rows of --tasks. The lowest loss on validation rows decides about the
+            scale, the exponent if there is one, and the settings in `tune.grid`. Without a method, it tunes IsoC
+            for LoRAs, and SelfRegMean for other experts.
         dry_run: Only show the method and the memory of each weight; nothing is tuned.
-        data: Tasks for a method that needs inputs (Distilled). Default: the inputs that the experts keep.
+        data: Tasks for --tune, and for a method that needs inputs, such as Distilled. --tune measures their validation
+            rows; Distilled reads inputs of training and validation rows. Default: the inputs that the experts keep.
         written: What is written, and the most memory.
 
     Examples:
         modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab
+        modular-experts merge --experts library/a library/b --tune --tasks a.jsonl b.jsonl --out library/ab
         modular-experts merge --experts library/a library/b --method TIES --method.keep 0.1 --out library/ab
-        modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab \\
-            --tune.data.tasks a.jsonl b.jsonl
     """
     if method and method.needs.inputs:
         if per_weight or tune or dry_run or written != Output():
             raise ValueError(f"{type(method).__name__} searches, and writes an expert; give out, overwrite, data alone")
         _distill(experts, out, method, data, overwrite)
         return
-    if data:
-        raise ValueError("data are for a method that needs inputs, such as Distilled; `tune` has data of its own")
-    if tune and (method is None or per_weight):
-        raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
+    _check_tuning(tune, per_weight, data)
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
-    base = written.base or (tune.base if tune else None)
-    merged, tuned, check = Merged(open_experts(experts, base=base), method, per_weight), None, None
+    opened = open_experts(experts, base=written.base)
+    if tune and method is None:
+        from modular_experts.tuning.distill import without_data
+
+        method = without_data(opened)
+    merged, tuned, check = Merged(opened, method, per_weight), None, None
     if written.base:
         Base.open(written.base, merged.stored)  # which refuses another base than theirs
     if written.max_memory:
@@ -155,7 +157,7 @@ def merge(
         _print_plan(merged)
         return
     if tune and method:
-        tuned = _tuned(merged, method, tune, out, overwrite, written.output == "expert")
+        tuned = _tuned(merged, method, tune, _mixture(data), written, out, overwrite)
         merged = Merged(merged.stored, tuned.method)
     bar = progress_bar("merging")
     if written.is_checkpoint:
@@ -173,6 +175,14 @@ def merge(
             print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
     else:
         _print_experts(merged, out)
+
+
+def _check_tuning(tune: Tuning | None, per_weight: Any, data: Rows | None) -> None:
+    """Refuse settings of tuning without tuning, and methods of single weights with it."""
+    if data and not tune:
+        raise ValueError("--tasks are for --tune, and for a method that needs inputs, such as Distilled; add --tune")
+    if tune and per_weight:
+        raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
 
 
 def _report(tuned: "Tuned", tune: Tuning, out: str, is_checkpoint: bool) -> None:
@@ -206,25 +216,37 @@ def _print_tuning(tuned: "Tuned", searched: bool) -> None:
 
 
 def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overwrite: bool) -> None:
-    from modular_experts.data import TaskMixture
     from modular_experts.tuning.distill import distill
 
-    given = TaskMixture(**vars(data)) if data else None
-    done = distill(experts, out, method, given, overwrite, progress_bar("distilling"))
+    done = distill(experts, out, method, _mixture(data), overwrite, progress_bar("distilling"))
     print(f"merged {counted(len(experts), 'expert')} with {_method_text(method)}")
     for line in done.report():
         print(line)
     print(f"{out}: {summary(done.expert)}")
 
 
-def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrite: bool, written: bool) -> "Tuned":
+def _mixture(rows: Rows | None) -> "TaskMixture | None":
+    from modular_experts.data import TaskMixture
+
+    return make("--data", TaskMixture, vars(rows)) if rows else None
+
+
+def _tuned(
+    merged: Merged,
+    method: MergeMethod,
+    tune: Tuning,
+    data: "TaskMixture | None",
+    written: Output,
+    out: str,
+    overwrite: bool,
+) -> "Tuned":
     from modular_experts.tuning import ValidationRows
     from modular_experts.tuning import tune as tune_settings
     from modular_experts.tuning.objective import check_trials_file
 
     check_trials_file(out, overwrite)
-    rows = ValidationRows(tune.data, tune.rows, tune.base, tune.labels, tune.expert_of, tune.max_new_tokens)
-    target, bar = out if written else None, progress_bar("tuning")
+    rows = ValidationRows(data, tune.rows, written.base, tune.labels, tune.expert_of, tune.max_new_tokens)
+    target, bar = None if written.is_checkpoint else out, progress_bar("tuning")
     return tune_settings(merged.stored, method, rows, target, tune.grid, overwrite, bar)
 
 

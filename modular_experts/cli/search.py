@@ -18,6 +18,7 @@ from modular_experts.text import bytes_of, bytes_text
 from modular_experts.training.combine import combine as combine_experts
 from modular_experts.training.fit import quiet
 from modular_experts.training.route import route as route_experts
+from modular_experts.tuning.gradient_search import ATLAS
 from modular_experts.tuning.objective import ValidationRows
 from modular_experts.tuning.search import SearchAlgorithm
 from modular_experts.tuning.shrink import Form, Shrunk
@@ -29,9 +30,9 @@ import_systems("search")
 
 def search(
     experts: list[str],
-    algorithm: SearchAlgorithm,
     measured: ValidationRows,
     out: str,
+    algorithm: SearchAlgorithm | None = None,
     merges: list[MergeMethod] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -41,21 +42,21 @@ def search(
 
     Args:
         experts: Directories of the experts.
-        algorithm: ATLAS or AdaMerging, the search of a related system, or the dotted path of a class of your own.
-            ATLAS and AdaMerging take gradients, and learn a coefficient for each weight of an expert, or row of it.
         measured: The rows on which the loss is measured.
         out: Directory of the merged expert; its last part is the name.
+        algorithm: ATLAS or AdaMerging, the search of a related system, or the dotted path of a class of your own.
+            ATLAS and AdaMerging take gradients, and learn a coefficient for each weight of an expert, or row of it.
+            Default: ATLAS.
         merges: Methods whose merges the search combines with the experts, such as RegMean SparseAverage. The merges
             come before the experts, and each is also written as an expert, named after `out` and the method.
         overwrite: Replace an expert and trials.
 
     Examples:
-        modular-experts search --experts library/a library/b --algorithm AdaMerging --out library/ab \\
-            --data.tasks a.jsonl b.jsonl
+        modular-experts search --experts library/a library/b --tasks a.jsonl b.jsonl --out library/ab
         modular-experts search --experts library/a library/b --merges RegMean SparseAverage \\
-            --algorithm ATLAS --out library/ab \\
-            --data.tasks a.jsonl b.jsonl
+            --tasks a.jsonl b.jsonl --out library/ab
     """
+    algorithm = algorithm or ATLAS()
     done = algorithm.run(experts, measured, out, merges or (), overwrite, progress_bar("searching"))
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     for line in done.report():
@@ -96,8 +97,7 @@ def statistics(
         max_new_tokens: The most tokens of an expert's answer.
 
     Examples:
-        modular-experts statistics --experts library/a library/b --kind gram \\
-            --data.tasks a.jsonl b.jsonl
+        modular-experts statistics --experts library/a library/b --kind gram --tasks a.jsonl b.jsonl
         modular-experts merge --experts library/a library/b --method RegMean --out library/ab
     """
     bar = progress_bar("measuring")
@@ -167,7 +167,7 @@ def route(
         overwrite: Replace an expert of this name.
 
     Examples:
-        modular-experts route --experts library/a library/b --data.tasks a.jsonl b.jsonl --out library/routed
+        modular-experts route --experts library/a library/b --tasks a.jsonl b.jsonl --out library/routed
         modular-experts evaluate --experts library/routed --tasks a.jsonl b.jsonl --out runs/routed
     """
     chosen = router or DEFAULT_ROUTER()
@@ -210,8 +210,8 @@ def shrink(
         overwrite: Replace experts in `out`.
 
     Examples:
-        modular-experts shrink --experts library/a library/b --out small --data.tasks a.jsonl b.jsonl
-        modular-experts shrink --experts library/a --to sign --keep 0.5 --bound 0.1 --out small --data.tasks a.jsonl
+        modular-experts shrink --experts library/a library/b --out small --tasks a.jsonl b.jsonl
+        modular-experts shrink --experts library/a --to sign --keep 0.5 --bound 0.1 --out small --tasks a.jsonl
     """
     if to is None and (keep != 1 or rank is not None):
         raise ValueError("--keep and --rank belong to one encoding; name it, such as --to int4")
@@ -265,7 +265,7 @@ def combine(
 
     Examples:
         modular-experts combine --experts library/* --out combined
-        modular-experts combine --experts library/a library/b --data.tasks a.jsonl b.jsonl --budget 5MB --out combined
+        modular-experts combine --experts library/a library/b --tasks a.jsonl b.jsonl --budget 5MB --out combined
     """
     most = bytes_of(budget) if budget else None
     with quiet():

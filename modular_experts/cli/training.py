@@ -12,7 +12,7 @@ from rich.console import Console
 
 from modular_experts.cli.command import arguments_given, run_command
 from modular_experts.cli.commands import DEVICE, importing
-from modular_experts.settings import SHORT_NAMES, UsageError, unknown
+from modular_experts.settings import SHORT_NAMES, UsageError, respelt, unknown
 from modular_experts.settings.read import arguments_of
 from modular_experts.text import bytes_text
 
@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     if "gate_of" in [name.replace("-", "_") for name in names]:
         from modular_experts.cli.search import gates
 
-        run_command(gates, argv, short={"tasks": SHORT_NAMES["tasks"]})
+        run_command(gates, argv)
         return
     with importing():
         from modular_experts.cli.help import class_help
@@ -44,7 +44,8 @@ def run(argv: Sequence[str]) -> None:
         from modular_experts.training.settings import RunSettings, read_run
     hints = {name: hint for name, hint in arguments_of(RunSettings)[0].items() if name in known} | {"device": str}
     if {"--help_all", "--help-all"} & {*words}:
-        print("\n\n".join(class_help(f"--{group}.", hints[group].__args__[-1]) for group in GROUPS))
+        texts = "\n\n".join(class_help(f"--{group}.", hints[group].__args__[-1]) for group in GROUPS)
+        print(respelt(texts, {full: name for name, full in SHORT_NAMES.items()}))
         print("\n" + "  ".join(*DEVICE.items()))
         return
     make = partial(read_run, known=known)

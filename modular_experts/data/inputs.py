@@ -24,7 +24,7 @@ class _InputsAlone(TaskSource):
     """The source of a task that has inputs and no targets."""
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        raise ValueError("this task has inputs alone, and its targets are needed; give its rows: --data.tasks")
+        raise ValueError("this task has inputs alone, and its targets are needed; give its rows: --tasks")
 
 
 class Inputs(TaskMixture):
@@ -45,7 +45,7 @@ class Inputs(TaskMixture):
         if lacking := [str(expert.path) for expert in experts if not expert.keeps_inputs]:
             raise ValueError(
                 f"no rows are given, and {len(lacking)} of {len(experts)} experts keep no inputs, such as {lacking[0]}"
-                "; give the tasks (--data.tasks a.jsonl b.jsonl), or train with fit --keep_inputs 256"
+                "; give the tasks (--tasks a.jsonl b.jsonl), or train with fit --keep_inputs 256"
             )
         found: dict[str, list[Prompt]] = {}
         for expert in experts:

@@ -197,7 +197,7 @@ def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = Fa
         return f"modular-experts fit --gate-of {places} --tasks ..." + " --overwrite" * overwrite
     places = ", ".join(os.path.relpath(expert.path) for expert in experts)
     more = " --overwrite true" if overwrite else ""
-    return f"modular-experts statistics --experts '[{places}]' --kind {kind} --data.tasks '[...]'{more}"
+    return f"modular-experts statistics --experts '[{places}]' --kind {kind} --tasks '[...]'{more}"
 
 
 def _file(expert: StoredExpert, kind: str) -> Path:

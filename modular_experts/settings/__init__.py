@@ -39,20 +39,25 @@ ELSEWHERE = {
     **dict.fromkeys(("weight", "weights", "lambda"), "--method.scale"),
     **{"max_steps": "--steps", "per_device_train_batch_size": "--batch_size", "output_dir": "--out", "output": "--out"},
 }
+READING = {name: f"data.{name}" for name in ("tasks", "max_length", "chat_template", "eval_limit")}
+"""Short names of the settings of `data`, in every command that has it."""
 SHORT_NAMES = {
     "base": "model.base",
-    "tasks": "data.tasks",
     "expert": "model.expert",
     "modules": "model.modules",
+    "applied": "model.applied",
     # `model.experts` gives each pattern of layers its type; elsewhere `--experts` are directories, as they are here.
     "experts": "model.applied",
-    "applied": "model.applied",
     "steps": "trainer.max_steps",
     "learning_rate": "model.learning_rate",
     "values": "model.values",
     "batch_size": "data.batch_size",
     "quantise": "model.quantise",
     "metrics": "model.metrics",
+    "dtype": "model.dtype",
+    "max_new_tokens": "model.max_new_tokens",
+    "seed": "seed_everything",
+    **READING,
 }
 """Short names of the settings of `fit`, `validate`, `test` and `predict`."""
 
@@ -127,10 +132,11 @@ def folded(configs: Iterable[tuple[str, Mapping[str, Any]]], short: Mapping[str,
     for named, given in configs:
         found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
         for name in short.keys() & found.keys():
-            group, key = short[name].split(".")
-            if key in found.setdefault(group, {}):
+            group, _, key = short[name].rpartition(".")
+            home = found.setdefault(group, {}) if group else found
+            if key in home:
                 raise UsageError(f"{named} gives one option twice: {name} and {short[name]}; give it once")
-            found[group][key] = found.pop(name)
+            home[key] = found.pop(name)
         config = over(config, found)
     return config
 

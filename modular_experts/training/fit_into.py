@@ -76,6 +76,6 @@ def ways_to_fit(module: ExpertModule, batch_size: int, parts: int) -> Iterator[W
     yield halves
     if module.dtype_name == "float32":
         rounded: Settings = {"model": {"dtype": "bfloat16"}, "trainer": {"precision": "bf16-mixed"}}
-        yield [("--model.dtype bfloat16 --trainer.precision bf16-mixed", rounded)]
+        yield [("--dtype bfloat16 --trainer.precision bf16-mixed", rounded)]
     if module.values == "float32":
         yield [("--values bfloat16", {"model": {"values": "bfloat16"}})]

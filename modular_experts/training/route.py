@@ -112,7 +112,7 @@ def _take_missing(
     if lacking and data is None and not all(one.keeps_inputs for one in lacking):
         raise ValueError(
             f"{len(lacking)} of {len(experts)} experts have no {kind} statistics, which {type(router).__name__} learns "
-            "from; give the tasks of all: --data.tasks a.jsonl b.jsonl"
+            "from; give the tasks of all: --tasks a.jsonl b.jsonl"
         )
     if lacking:
         take_statistics([one.path for one in lacking], kind, ValidationRows(data, rows), progress=progress)

@@ -36,7 +36,7 @@ def printed(tmp_path, monkeypatch, capsys) -> Any:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--config", "later.yaml"), ("--data.tasks", '[{"name": "two", "path": "two.jsonl"}]')]
+    "arguments", [("--config", "later.yaml"), ("--tasks", '[{"name": "two", "path": "two.jsonl"}]')]
 )
 def test_a_later_task_takes_nothing_from_the_one_before(printed, arguments: tuple[str, str]) -> None:
     (task,) = printed(*arguments)["data"]["tasks"]
@@ -58,7 +58,7 @@ def test_a_field_of_the_last_item_is_set_in_place(printed) -> None:
 
 
 def test_plus_appends(printed) -> None:
-    found = printed("--data.tasks+", '{"name": "two", "path": "two.jsonl"}')["data"]["tasks"]
+    found = printed("--tasks+", '{"name": "two", "path": "two.jsonl"}')["data"]["tasks"]
     assert [(task["name"], task["weight"]) for task in found] == [("one", 3.0), ("two", 1.0)]
 
 

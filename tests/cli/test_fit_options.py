@@ -33,7 +33,7 @@ def test_the_line_of_the_documentation_trains_and_keeps_the_expert(place, capsys
     record = Library("library")["a"].record
     assert record["hyperparameters"]["granularity"] == "element"
     assert (record["hyperparameters"]["steps"], record["tasks"]) == (4, ["a", "b"])
-    assert main(["test", "--base", "base", "--applied", "library/a", "--tasks", "a.jsonl"]) == 0
+    assert main(["test", "--base", "base", "--experts", "library/a", "--tasks", "a.jsonl"]) == 0
     capsys.readouterr()
     again = [*FIT.split(), "--out", "library/a"]
     assert main(again) == 1
@@ -59,6 +59,16 @@ def test_short_names_are_long_ones(place, capsys) -> None:
     assert config["model"]["learning_rate"] == 0.01
     assert config["data"]["tasks"] == ["a.jsonl", "b.jsonl"]
     assert (config["trainer"]["max_steps"], config["data"]["batch_size"]) == (4, 4)
+    others = "--max_new_tokens 5 --dtype bfloat16 --seed 7 --max_length 9 --chat_template --eval_limit 3"
+    config = printed(f"{FIT} {others}", capsys)
+    assert (config["model"]["max_new_tokens"], config["model"]["dtype"], config["seed_everything"]) == (
+        5,
+        "bfloat16",
+        7,
+    )
+    assert [config["data"][name] for name in ("max_length", "chat_template", "eval_limit")] == [9, True, 3]
+    Path("seed.yaml").write_text("seed: 3")
+    assert printed(f"{FIT} --config seed.yaml", capsys)["seed_everything"] == 3
     assert printed(f"{FIT} --trainer.max_steps 4", capsys)["trainer"]["max_steps"] == 4
     task = ["--tasks", "a.jsonl", "{path: b.jsonl, role: held_out}"]
     with pytest.raises(SystemExit):

@@ -22,7 +22,7 @@ from modular_experts.__main__ import VERBS, main
 from modular_experts.cli.commands import COMPUTING
 from modular_experts.cli.training import FIT_ALONE
 from modular_experts.data import TaskMixture
-from modular_experts.settings import SHORT_NAMES
+from modular_experts.settings import READING, SHORT_NAMES
 from modular_experts.settings.read import arguments_of, kinds_of
 from modular_experts.training.module import ExpertModule
 
@@ -55,7 +55,8 @@ def hints_of(verb: str) -> dict[str, object]:
         module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
         hints = arguments_of(getattr(module, command.function))[0] | device
         # An argument such as `for_` is the option `--for`.
-        return {name.rstrip("_"): hint for name, hint in hints.items()}
+        short = {name: kinds_of(full, hints)[0] for name, full in READING.items() if kinds_of(full, hints)}
+        return short | {name.rstrip("_"): hint for name, hint in hints.items()}
     found = dict(GROUPS) | device | {"ckpt_path": str, "seed_everything": int}
     found |= {name: kinds_of(full, found)[0] for name, full in SHORT_NAMES.items()}
     return found | dict.fromkeys(FIT_ALONE if verb == "fit" else (), str)

@@ -54,7 +54,7 @@ EXPERTS = ["--experts", *[f"library/{name}" for name in TASKS]]
 
 
 def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, tasks, tiny_llama_dir, task_files):
-    learns = ["--data.tasks", tasks, "--router", "KernelRidge"]
+    learns = ["--tasks", tasks, "--router", "KernelRidge"]
     code, out, err = run("route", *EXPERTS, *learns, "--router.reject", "null", "--out", "library/r")
     assert (code, err) == (0, "")
     assert "KernelRidge(ridge=3e-06, shrink=0.3, depths=[0.0, 0.25]) chooses among 3 experts\n" in out
@@ -77,7 +77,7 @@ def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, t
 
 
 def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny_llama_dir, task_files):
-    assert main(["statistics", *EXPERTS, "--kind", "prompts", "--data.tasks", tasks]) == 0
+    assert main(["statistics", *EXPERTS, "--kind", "prompts", "--tasks", tasks]) == 0
     stored = open_statistics(open_expert("library/upper"), "prompts")
     assert list(stored) == ["depth 0", "depth 0.25", "depth 0.5", "depth 0.75", "depth 1", "n-grams"]
     rows = [json.loads(line) for line in task_files["upper"].read_text().splitlines()]
@@ -100,7 +100,7 @@ def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny
     "router", [Oracle(), Centroid(reject=None, select=Softmax(0.5)), Centroid(select=TopK(2)), KernelRidge()]
 )
 def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llama_dir, router):
-    assert main(["statistics", *EXPERTS, "--kind", router.needs or "prompts", "--data.tasks", tasks]) == 0
+    assert main(["statistics", *EXPERTS, "--kind", router.needs or "prompts", "--tasks", tasks]) == 0
     made = route(EXPERTS[1:], "library/r", router, fallback="library/merged" if router.rejects else None)
     model = Base.open(tiny_llama_dir).load()
     with attached(model, made) as running:
@@ -117,7 +117,7 @@ def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llam
 
 
 def test_another_expert_leaves_what_the_library_has_of_the_first_ones(run, place, tasks):
-    how = ["--data.tasks", tasks, "--router", "KernelRidge"]
+    how = ["--tasks", tasks, "--router", "KernelRidge"]
     assert run("route", *EXPERTS[:-1], *how, "--out", "library/two")[0] == 0
     files = {file: file.read_bytes() for file in place.glob("library/*/statistics/*")}
     assert len(files) == 2
@@ -128,7 +128,7 @@ def test_another_expert_leaves_what_the_library_has_of_the_first_ones(run, place
 
 
 def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, task_files):
-    assert run("route", *EXPERTS, *ALWAYS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
+    assert run("route", *EXPERTS, *ALWAYS, "--tasks", tasks, "--out", "library/r")[0] == 0
     how = ["--base", tiny_llama_dir, "--experts", "library/r", "--tasks", task_files["upper"]]
     assert run("test", *how, "--trainer.logger", "false")[0] == 0
     (results,) = place.rglob("results.json")
@@ -149,7 +149,7 @@ def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, ta
 
 
 def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
-    assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
+    assert run("route", *EXPERTS, "--tasks", tasks, "--out", "library/r")[0] == 0
     sentence = "r cannot be merged or added to its base, because its router chooses experts by the input; "
     code, _, err = run("merge", "--experts", "library/r", "library/upper", "--method", "Average", "--out", "library/x")
     assert code == 1
@@ -177,7 +177,7 @@ def test_constant_gates_fit_their_experts(run, place):
 
 
 def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, tasks, tiny_llama_dir):
-    assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
+    assert run("route", *EXPERTS, "--tasks", tasks, "--out", "library/r")[0] == 0
     model = Base.open(tiny_llama_dir).load()
     shutil.move("library/first", "library/old")
     with pytest.raises(FileNotFoundError, match="r was made with first, which is missing beside it"):

@@ -44,7 +44,7 @@ def validation_losses(base, task_files, expert) -> dict[str, float]:
 
 
 def test_merge_with_tuning_chooses_writes_and_says_so(run, place, tasks, tiny_llama_dir, task_files):
-    how = ["--method", "SparseAverage", "--tune.data.tasks", tasks, "--tune.grid.exponent", "[0, 1]"]
+    how = ["--method", "SparseAverage", "--tune", "--tasks", tasks, "--tune.grid.exponent", "[0, 1]"]
     code, out, err = run("merge", *EXPERTS, *how, "--out", "library/ab")
     assert (code, err) == (0, "")
     merged, trials = open_expert("library/ab"), json.loads((place / "library/ab.trials.json").read_text())
@@ -66,8 +66,19 @@ def test_merge_with_tuning_chooses_writes_and_says_so(run, place, tasks, tiny_ll
     assert "tuned_on=['reverse', 'upper']" in shown.replace("\n", " ").replace("  ", "")
 
 
+def test_tuning_and_searching_need_no_more_words_than_the_tasks(run, place, tasks):
+    (place / "tasks.yaml").write_text(f"tasks: {tasks}")
+    code, out, err = run("merge", *EXPERTS, "--tune", "--config", "tasks.yaml", "--out", "library/tuned")
+    assert (code, err) == (0, "")
+    assert "chose the best of " in out
+    assert "merged 2 experts with SelfRegMean" in out
+    assert run("search", *EXPERTS, "--tasks", tasks, "--out", "library/searched")[0] == 0
+    assert run("search", *EXPERTS, "--algorithm", "ATLAS", "--tasks", tasks, "--out", "library/atlas")[0] == 0
+    assert open_expert("library/searched").record["scores"] == open_expert("library/atlas").record["scores"]
+
+
 def test_settings_of_the_method_inside_another_are_tuned(run, place, tasks):
-    how = ["--method", "SVC", "--method.inner", "TIES", "--tune.data.tasks", tasks]
+    how = ["--method", "SVC", "--method.inner", "TIES", "--tune", "--tasks", tasks]
     grid = '{"inner.keep": [0.1, 0.9], "scale": [1]}'
     code, _, err = run("merge", *EXPERTS, *how, "--tune.grid", grid, "--out", "library/ab")
     assert (code, err) == (0, "")
@@ -90,7 +101,7 @@ def test_settings_of_the_method_inside_another_are_tuned(run, place, tasks):
 )
 def test_search_lowers_the_loss(run, place, tasks, tiny_llama_dir, task_files, algorithm, settings):
     options = [item for name, value in settings.items() for item in (f"--algorithm.{name}", value)]
-    how = ["--algorithm", algorithm, *options, "--data.tasks", tasks, "--out", "library/ab"]
+    how = ["--algorithm", algorithm, *options, "--tasks", tasks, "--out", "library/ab"]
     code, out, err = run("search", *EXPERTS, *how)
     assert (code, err) == (0, "")
     merged = open_expert("library/ab")
@@ -110,7 +121,7 @@ def test_a_search_by_row_writes_the_merge_which_only_the_same_search_makes_again
     run, place, tasks, tiny_llama_dir, task_files
 ):
     how = ["--merges", "[SparseAverage]", "--algorithm", "ATLAS", "--algorithm.per", "row", "--algorithm.steps", "3"]
-    code, out, err = run("search", *EXPERTS, *how, "--data.tasks", tasks, "--out", "library/ab")
+    code, out, err = run("search", *EXPERTS, *how, "--tasks", tasks, "--out", "library/ab")
     assert (code, err) == (0, "")
     merged = open_expert("library/ab")
     assert "the same command makes the expert again" in out
@@ -122,7 +133,7 @@ def test_a_search_by_row_writes_the_merge_which_only_the_same_search_makes_again
     losses = validation_losses(tiny_llama_dir, task_files, merged)
     assert losses == pytest.approx({name: record["scores"][f"val_loss/{name}"] for name in losses}, rel=1e-5)
     assert run("show", "library/ab")[0] == 0
-    assert run("search", *EXPERTS, *how, "--data.tasks", tasks, "--out", "library/again")[0] == 0
+    assert run("search", *EXPERTS, *how, "--tasks", tasks, "--out", "library/again")[0] == 0
     assert open_expert("library/again").content_hash == merged.content_hash
 
 
@@ -140,7 +151,7 @@ def test_experts_answer_inputs_in_the_place_of_labels(run, place, tasks, task_fi
     answered = ["--labels", "experts", "--expert_of", EXPERT_OF, "--max_new_tokens", "4"]
     how = [*answered, "--algorithm", "ATLAS", "--algorithm.steps", "3", "--algorithm.objective", objective]
     for out, data in (("ab", tasks), ("inputs", json.dumps(inputs))):
-        code, _, err = run("search", *EXPERTS, *how, "--data.tasks", data, "--out", f"library/{out}")
+        code, _, err = run("search", *EXPERTS, *how, "--tasks", data, "--out", f"library/{out}")
         assert (code, err) == (0, "")
         record = open_expert(f"library/{out}").record["hyperparameters"]
         assert record["labels"] == "experts"
@@ -152,7 +163,7 @@ def test_experts_answer_inputs_in_the_place_of_labels(run, place, tasks, task_fi
 def test_merges_are_combined_with_the_experts_and_written_beside(run, place, tasks):
     merges = ["--merges", "[SparseAverage, {class_path: TIES, init_args: {keep: 0.5}}]"]
     still = ["--algorithm", "ATLAS", "--algorithm.steps", "1", "--algorithm.learning_rate", "1e-12"]
-    how = [*merges, *still, "--algorithm.start", "[0.5, 0.25, 1.0]", "--data.tasks", tasks, "--out", "library/ab"]
+    how = [*merges, *still, "--algorithm.start", "[0.5, 0.25, 1.0]", "--tasks", tasks, "--out", "library/ab"]
     code, out, err = run("search", *EXPERTS, *how)
     assert (code, err) == (0, "")
     assert "0.500 of library/ab-SparseAverage" in out
@@ -169,7 +180,7 @@ def test_merges_are_combined_with_the_experts_and_written_beside(run, place, tas
 def test_merges_of_one_class_are_numbered_and_write_no_experts_beside_them(run, place, tasks):
     merges = ["--merges", "[EMR, {class_path: EMR, init_args: {scale: 0.5}}]", "--algorithm", "ATLAS"]
     still = ["--algorithm.steps", "1", "--algorithm.learning_rate", "1e-12"]
-    code, out, _ = run("search", *EXPERTS, *merges, *still, "--data.tasks", tasks, "--out", "library/ab/")
+    code, out, _ = run("search", *EXPERTS, *merges, *still, "--tasks", tasks, "--out", "library/ab/")
     assert code == 0
     assert out.count("  0.500 of library/ab-EMR") == 2  # the mean of the merges, unless `start` says another
     assert {path.name for path in (place / "library").iterdir() if path.is_dir()} == {
@@ -186,7 +197,7 @@ def test_merges_of_one_class_are_numbered_and_write_no_experts_beside_them(run, 
 
 
 def test_a_search_that_finds_nothing_better_than_the_base_says_so(run, place, tasks):
-    how = ["--algorithm", "LoRAHub", "--algorithm.steps", "1", "--algorithm.penalty", "1e6", "--data.tasks", tasks]
+    how = ["--algorithm", "LoRAHub", "--algorithm.steps", "1", "--algorithm.penalty", "1e6", "--tasks", tasks]
     code, out, _ = run("search", *EXPERTS, *how, "--out", "library/ab")
     assert code == 0
     assert "so the merge moves nothing" in out
@@ -194,13 +205,17 @@ def test_a_search_that_finds_nothing_better_than_the_base_says_so(run, place, ta
 
 MERGE = ["merge", *EXPERTS, "--method", "SparseAverage", "--out", "library/ab"]
 SEARCH = ["search", *EXPERTS, "--algorithm", "LoRAHub", "--out", "library/ab"]
-MERGED = ["search", "--merges", "[TIES]", "--algorithm", "ATLAS", "--out", "library/q", "--data.tasks", "TASKS"]
+MERGED = ["search", "--merges", "[TIES]", "--algorithm", "ATLAS", "--out", "library/q", "--tasks", "TASKS"]
 MISTAKES = [
     ([*MERGE, "--tune.rows", "8"], 1, "no rows are given, and 2 of 2 experts keep no inputs, such as"),
     ([*MERGE, "--tune.row", "8"], 2, "there is no option --tune.row; did you mean --tune.rows?"),
-    ([*MERGE, "--tune.data.tasks", "HELD_OUT"], 1, "upper, reverse: the rows of a held-out task are reserved"),
-    (["merge", *EXPERTS, "--out", "library/ab", "--tune.data.tasks", "TASKS"], 1, "settings of one method for all"),
-    ([*MERGE, "--tune.data.tasks", "TASKS", "--per_weight", "{'.*': null}"], 1, "give a method, and no per_weight"),
+    ([*MERGE, "--tune", "--tasks", "HELD_OUT"], 1, "upper, reverse: the rows of a held-out task are reserved"),
+    (
+        [*MERGE, "--tune", "--tasks", "TASKS", "--per_weight", "{'.*': null}"],
+        1,
+        "for all weights; leave per_weight out",
+    ),
+    ([*MERGE, "--tasks", "TASKS"], 1, "such as Distilled; add --tune"),
     ([*SEARCH], 1, "no rows are given, and 2 of 2 experts keep no inputs, such as"),
     (
         [*MERGED, "--experts", "[library/0, library/q-TIES]", "--overwrite"],
@@ -208,10 +223,10 @@ MISTAKES = [
         "would be written to library/q-TIES, which is among the experts",
     ),
     ([*MERGED, "--experts", "[library/0, library/1]"], 1, "library/q-TIES exists already"),
-    ([*SEARCH, "--data.tasks", "TASKS", "--labels", "experts"], 1, "no record names the task upper"),
-    ([*SEARCH, "--data.tasks", "TASKS", "--expert_of", EXPERT_OF], 1, "add labels=experts, or leave it out"),
+    ([*SEARCH, "--tasks", "TASKS", "--labels", "experts"], 1, "no record names the task upper"),
+    ([*SEARCH, "--tasks", "TASKS", "--expert_of", EXPERT_OF], 1, "add labels=experts, or leave it out"),
     (
-        [*SEARCH, "--data.tasks", "HELD_OUT", "--labels", "experts", "--expert_of", EXPERT_OF],
+        [*SEARCH, "--tasks", "HELD_OUT", "--labels", "experts", "--expert_of", EXPERT_OF],
         1,
         "reserved for the test; leave the task out",
     ),
@@ -243,7 +258,7 @@ def upper(tiny_llama_dir, task_files, tmp_path, monkeypatch) -> str:
 
 
 def test_an_expert_is_written_smaller(run, upper) -> None:
-    code, out, err = run("shrink", "--experts", "library/a", "--out", "small", "--bound", "10", "--data.tasks", upper)
+    code, out, err = run("shrink", "--experts", "library/a", "--out", "small", "--bound", "10", "--tasks", upper)
     assert (code, err) == (0, "")
     before, after = open_expert("library/a"), open_expert("small/a")
     assert "sign, 50% of the entries (written)" in out
@@ -254,13 +269,13 @@ def test_an_expert_is_written_smaller(run, upper) -> None:
         "format": "shrunk to sign, 50% of the entries, scales fitted to outputs",
         "content_hash": before.content_hash,
     }
-    assert run("shrink", "--experts", "library/a", "--out", "small", "--data.tasks", upper)[0] == 1
-    assert run("shrink", "--experts", "library/a", "--out", "small", "--overwrite", "--data.tasks", upper)[0] == 0
+    assert run("shrink", "--experts", "library/a", "--out", "small", "--tasks", upper)[0] == 1
+    assert run("shrink", "--experts", "library/a", "--out", "small", "--overwrite", "--tasks", upper)[0] == 0
 
 
 def test_one_encoding_is_tried_if_it_is_named(run, upper) -> None:
     words = ["--experts", "library/a", "--out", "small", "--to", "int4", "--bound", "10"]
-    code, out, _ = run("shrink", *words, "--data.tasks", upper)
+    code, out, _ = run("shrink", *words, "--tasks", upper)
     assert code == 0
     assert "int4 (written)" in out
     assert "magnitudes" not in out
@@ -269,12 +284,12 @@ def test_one_encoding_is_tried_if_it_is_named(run, upper) -> None:
 def test_a_loss_that_rises_too_far_is_refused(run, upper) -> None:
     words = ["--experts", "library/a", "--out", "small", "--to", "sign", "--keep", "0.1", "--bound", "0"]
     words += ["--labels", "experts"]  # the expert's own answers are likeliest with the expert as it was
-    code, _, err = run("shrink", *words, "--data.tasks", upper)
+    code, _, err = run("shrink", *words, "--tasks", upper)
     assert code == 1
     assert "no smaller form of a keeps the loss within 0; allow more with --bound" in err
 
 
 def test_a_share_belongs_to_one_encoding(run, upper) -> None:
-    code, _, err = run("shrink", "--experts", "library/a", "--out", "small", "--keep", "0.5", "--data.tasks", upper)
+    code, _, err = run("shrink", "--experts", "library/a", "--out", "small", "--keep", "0.5", "--tasks", upper)
     assert code != 0
     assert "name it, such as --to int4" in err

@@ -21,6 +21,7 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.cli.command import read_options, settings_of
 from modular_experts.cli.format import progress_bar
+from modular_experts.cli.merge import Tuning
 from modular_experts.cli.study import next_steps
 from modular_experts.library import Library, make_record, open_expert, write_expert
 from modular_experts.quickstart import Plan
@@ -206,7 +207,7 @@ def test_a_bug_keeps_its_traceback(run, place):
 
 
 HINTS = {"dry_run": bool, "experts": list[str] | None, "modules": str | list[str], "out": str, "max_memory": str}
-HINTS |= {"per_weight": dict[str, str] | None, "recipe": str}
+HINTS |= {"per_weight": dict[str, str] | None, "recipe": str, "tune": Tuning | None}
 SPELT = {
     "--experts a b --out c": {"experts": ["a", "b"], "out": "c"},
     "--experts a": {"experts": ["a"]},
@@ -225,7 +226,8 @@ SPELT = {
     "--dry_run False a": {"dry_run": "False", "recipe": "a"},
     "--per-weight.a-b[0-9]=c-d": {"per_weight": {"a-b[0-9]": "c-d"}},
     "--per_weight.[p-r]_proj TIES": {"per_weight": {"[p-r]_proj": "TIES"}},
-    "--tune.data.batch-size 3": {"tune": {"data": {"batch_size": "3"}}},
+    "--tune.max-new-tokens 3": {"tune": {"max_new_tokens": "3"}},
+    "--tune --experts a": {"tune": {}, "experts": ["a"]},
     "": {},
 }
 
@@ -332,7 +334,7 @@ def test_the_commands_at_the_end_work_as_typed(tmp_path, monkeypatch, tiny_llama
     kind = plan.kinds[0]
     for task in list(plan.held_in)[:2]:
         fit = f"""fit --model.base '{place}/base' --model.modules '.*q_proj' --model.expert LoRAExpert
-            --data.tasks '[{{"name": "{task}", "path": "{task_files["upper"]}"}}]' --trainer.max_steps 1
+            --tasks '[{{"name": "{task}", "path": "{task_files["upper"]}"}}]' --trainer.max_steps 1
             --trainer.callbacks+ ExportExpert --trainer.callbacks.library '{place}/library'
             --trainer.callbacks.name {kind}-{task}"""
         assert main(shlex.split(fit)) == 0

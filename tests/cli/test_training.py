@@ -43,7 +43,7 @@ def _printed_config(command: list[str], capsys) -> dict:
 
 def test_the_issues_first_command_trains(place, tiny_llama_dir) -> None:
     command = ["fit", "--config", SPARSE, "--model.base", str(tiny_llama_dir), "--trainer.max_steps", "3"]
-    assert main([*command, "--data.tasks", '[{"name": "intents", "path": "a.jsonl"}]']) == 0
+    assert main([*command, "--tasks", '[{"name": "intents", "path": "a.jsonl"}]']) == 0
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
         "--trainer.callbacks",
         '[{"class_path": "ExportExpert", "init_args": {"library": "library", "name": "b"}}]',
     ]
-    tasks = ["--data.tasks", '[{"name": "b", "path": "b.jsonl"}]']
+    tasks = ["--tasks", '[{"name": "b", "path": "b.jsonl"}]']
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", *second, *tasks]) == 0
     assert sorted(Library("library")) == ["a", "b"]
     merge = ["merge", "--experts", "[library/a, library/b]", "--method", "SparseAverage", "--out", "library/ab"]
@@ -185,7 +185,7 @@ MISTAKES = {
         "--expert: broken.X cannot be imported: '(' was never closed (broken.py",
     ),
     "kind": (["--model.expert", "torch.nn.Linear"], 2, "torch.nn.Linear is not a subclass of Expert"),
-    "task": (["--data.tasks", '[{"nme": "a"}]'], 2, "no option --tasks.nme; did you mean --tasks.name?"),
+    "task": (["--tasks", '[{"nme": "a"}]'], 2, "no option --tasks.nme; did you mean --tasks.name?"),
     "setting": (
         ["--model.expert.keep_ratoi", "0.1"],
         2,
@@ -199,7 +199,7 @@ MISTAKES = {
     ),
     "base": (["--model.base", "nowhere/to/be"], 1, "base 'nowhere/to/be' was not found"),
     "pattern": (["--model.modules", ".*query"], 1, "modules='.*query' matches no linear layer"),
-    "task file": (["--data.tasks", "aa.jsonl"], 1, "task 'aa': aa.jsonl: no such file in "),
+    "task file": (["--tasks", "aa.jsonl"], 1, "task 'aa': aa.jsonl: no such file in "),
     "no expert": (["--model.expert", "null", "--model.modules", "null"], 1, "give model.expert and model.modules"),
 }
 

@@ -79,7 +79,7 @@ def test_the_page_trains_each_type_on_the_twenty_tasks_merges_and_tests(commands
         assert [Path(expert).name for expert in experts] == tasks("held_in")
     tests = [command for command in commands if command[0] == "test"]
     tested = ["[]", "[library/multitask/full]", *(f"[{option(command, '--out')}]" for command in merges)]
-    assert sorted(option(command, "--model.applied") for command in tests) == sorted(tested)
+    assert sorted(option(command, "--applied") for command in tests) == sorted(tested)
     assert len({option(command, "--trainer.default_root_dir") for command in tests}) == len(tests) == 10
     assert len(commands) == 1 + 6 * 20 + 1 + 8 + 10
 
@@ -121,7 +121,7 @@ def test_the_tasks_are_rows_of_the_hubs_table(commands, capsys, monkeypatch) -> 
         assert (task["hub"], task["columns"]) == ("sordonia/flan-10k-flat", {"input": "source"})
         assert task["where"] == {"task_name": task["name"]}
     for name, command in zip(tasks("held_in"), of_type(commands, "lora"), strict=True):
-        (task,) = yaml.safe_load(option(command, "--data.tasks"))
+        (task,) = yaml.safe_load(option(command, "--tasks"))
         assert [task] == [
             {key: value for key, value in row.items() if key in task} for row in listed if row["name"] == name
         ]

@@ -42,7 +42,7 @@ def test_it_is_what_the_command_test_measures(tiny_llama_dir, task_files, weight
     tasks = [{"name": task, "path": str(task_files[task])} for task in ("upper", "reverse")]
     found = evaluate(tiny_llama_dir, "library/a", tasks, max_new_tokens=4)
     model = ["--model.base", str(tiny_llama_dir), "--model.applied", "[library/a]", "--model.max_new_tokens", "4"]
-    assert main(["test", *model, "--data.tasks", json.dumps(tasks)]) == 0
+    assert main(["test", *model, "--tasks", json.dumps(tasks)]) == 0
     written = json.loads(Path("runs/results.json").read_text())
     assert len(found.rows) == 6
     for row in found.rows:

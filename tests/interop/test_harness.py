@@ -191,11 +191,11 @@ def test_a_choice_ends_with_end_of_sequence_and_begins_where_our_own_begins(plac
 def test_experts_are_not_searched_on_a_benchmark(place, run, monkeypatch):
     installed()
     monkeypatch.chdir(place)
-    tasks = ["--data.tasks", "arc_easy", "--experts", "library/turn", "library/say"]
+    tasks = ["--tasks", "arc_easy", "--experts", "library/turn", "library/say"]
     for command in (
         ["search", *tasks, "--algorithm", "LoRAHub", "--out", "library/x"],
         ["statistics", *tasks, "--kind", "gram"],
-        ["merge", *tasks[2:], "--tune.data.tasks", "arc_easy", "--method", "TIES", "--out", "library/x"],
+        ["merge", *tasks[2:], "--tune", "--tasks", "arc_easy", "--method", "TIES", "--out", "library/x"],
     ):
         code, _, err = run(*command)
         assert code == 1

@@ -204,7 +204,7 @@ def check_refused(paths, method, sentence, out):
 def test_missing_and_unfit_statistics_are_refused_with_the_command_that_makes_them(one, other, tmp_path):
     paths, out = [one.path, other.path], tmp_path / "merged"
     command = r"modular-experts statistics --experts '\[.*one, .*another\]' --kind "
-    check_refused(paths, Fisher(), rf"one has no fisher statistics.*{command}fisher --data.tasks '\[...\]'$", out)
+    check_refused(paths, Fisher(), rf"one has no fisher statistics.*{command}fisher --tasks '\[...\]'$", out)
     store(one)
     check_refused(paths, RegMean(), rf"another has no gram statistics.*{command}gram .* --overwrite true$", out)
     store(other, statistics=grams(1, ["a.weight"]))

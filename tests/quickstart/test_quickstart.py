@@ -136,7 +136,7 @@ def test_a_stored_merge_tests_as_the_results_say(place, results) -> None:
         "--model.base": "runs/quickstart/base",
         "--model.applied": "[runs/quickstart/library/merge-sparse-SparseAverage]",
         "--model.max_new_tokens": "10",
-        "--data.tasks": json.dumps(tasks),
+        "--tasks": json.dumps(tasks),
         "--data.eval_batch_size": "100",
     }
     command = [sys.executable, "-m", "modular_experts", "test", *itertools.chain.from_iterable(settings.items())]

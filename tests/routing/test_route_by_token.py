@@ -63,7 +63,7 @@ def test_the_command_trains_the_gates_that_phatgoose_needs(tiny_llama_dir, tmp_p
     experts = library(tiny_llama_dir, tmp_path, WEIGHTS["llama"])
     tasks = json.dumps([{"name": name, "path": str(task_files[name])} for name in TASKS])
     out = ["--router", "Phatgoose", "--out", "library/routed"]
-    assert main(["route", "--experts", *experts, "--data.tasks", tasks, *out]) == 0
+    assert main(["route", "--experts", *experts, "--tasks", tasks, *out]) == 0
     names, state = WEIGHTS["llama"], open_expert("library/routed").state()
     stored = [open_statistics(open_expert(place), "gates") for place in experts]
     for name in names:
@@ -99,5 +99,5 @@ def test_fit_trains_the_gates_of_stored_experts(tiny_llama_dir, tmp_path, monkey
     assert "overwrite" in capsys.readouterr().err
     assert main(["fit", "--gate-of", experts[0], "--tasks", tasks, "--expert", "LoRAExpert"]) == 2
     assert "--expert" in capsys.readouterr().err
-    assert main(["statistics", "--experts", experts[0], "--kind", "gates", "--data.tasks", tasks]) == 2
+    assert main(["statistics", "--experts", experts[0], "--kind", "gates", "--tasks", tasks]) == 2
     capsys.readouterr()

@@ -197,7 +197,7 @@ def command(verb, *arguments):
 
 
 def take(kind, *arguments):
-    return command("statistics", "--kind", kind, "--data.tasks", json.dumps(TASKS), *arguments)
+    return command("statistics", "--kind", kind, "--tasks", json.dumps(TASKS), *arguments)
 
 
 def outputs_distance(merged):

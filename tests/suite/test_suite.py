@@ -122,5 +122,5 @@ def test_a_task_of_the_suite_is_named_by_its_class_in_a_config(tiny_llama_dir, t
         {"name": "upper", "source": {"class_path": "Upper", "init_args": {"test": 4}}, "role": "held_out"},
     ]
     command = ["test", "--model.base", str(tiny_llama_dir), "--model.max_new_tokens", "2"]
-    assert main([*command, "--data.tasks", json.dumps(tasks), "--data.eval_limit", "6"]) == 0
+    assert main([*command, "--tasks", json.dumps(tasks), "--eval_limit", "6"]) == 0
     assert "reverse" in capsys.readouterr().out

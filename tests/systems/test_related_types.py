@@ -74,7 +74,7 @@ def test_experts_of_every_kind_are_trained_merged_applied_and_tested(architectur
     of_bias = [f"--model.expert.{part}={kind}" for part, kind in {"c": "lora", "d": "vector", "e": "vector"}.items()]
     own = dict.fromkeys(["tt-lora", "adamix", "xgblora", "relora"], targets) | {"recast": []}
     own["glora"] = [*targets, *(of_bias if architecture in BIASED else [])]
-    tasks = ["--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
+    tasks = ["--tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
     own = {config: modules for config, modules in own.items() if there(config)}
     for config, modules in own.items():
         how = ["--config", CONFIGS / "fit" / f"{config}.yaml", "--model.base", base, *modules, *tasks]

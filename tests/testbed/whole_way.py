@@ -14,7 +14,7 @@ def fit_beside_another(run: Callable, base: Path, mine: Sequence[Any], other: Se
     """Train `library/mine` and `library/other` by the given options, each on a task of its own; return the first."""
     for name, options in {"mine": mine, "other": other}.items():
         tasks = json.dumps([{"name": name, "path": "a.jsonl" if name == "mine" else "b.jsonl"}])
-        more = ["--data.tasks", tasks, "--out", f"library/{name}", "--trainer.max_steps", 6]
+        more = ["--tasks", tasks, "--out", f"library/{name}", "--trainer.max_steps", 6]
         assert run("fit", "--model.base", base, *options, *more)[0] == 0
     return open_expert("library/mine")
 
@@ -31,7 +31,7 @@ def apply_and_test(run: Callable, base: Path, expert: str) -> None:
     assert run("apply", "--base", base, "--experts", expert, "--out", "applied")[0] == 0
     losses = []
     for number, model in enumerate(([base, "--model.applied", f"[{expert}]"], ["applied"])):
-        tested = ["test", "--model.base", *model, "--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
+        tested = ["test", "--model.base", *model, "--tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
         assert run(*tested, "--model.max_new_tokens", 2)[0] == 0
         results = Path("runs") / ("results.json" if not number else f"results-{number + 1}.json")
         losses.append(json.loads(results.read_text())["held_in"]["loss"])

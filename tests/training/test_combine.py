@@ -114,7 +114,7 @@ def test_experts_of_one_name_are_refused_before_anything_is_made(place) -> None:
 def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> None:
     monkeypatch.chdir(place)
     tasks = [{"path": f"{name}.jsonl", "role": "held_in" if name in NAMES[:2] else "held_out"} for name in NAMES[:3]]
-    how = ["--experts", "library/code0", "library/code1", "--data.tasks", json.dumps(tasks), "--out", "rows"]
+    how = ["--experts", "library/code0", "library/code1", "--tasks", json.dumps(tasks), "--out", "rows"]
     settings = [word for name in ("steps", "rows") for word in (f"--distilled.{name}", 4)]
     code, out, _ = run("combine", *how, *settings, "--distilled", "Distilled", "--budget", "1kB")
     assert code == 0
@@ -124,7 +124,7 @@ def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> 
     assert "held out" in out
     assert "\nbest within 1kB: " in out
     assert "next: modular-experts apply rows/distilled --out checkpoint" in out
-    code, _, err = run("combine", *how, *settings, "--distilled", "Distilled", "--data.max_length", 99)
+    code, _, err = run("combine", *how, *settings, "--distilled", "Distilled", "--max_length", 99)
     assert (code, "exists already" in err) == (1, True)
     with open("code2.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"input": "CC xyzp", "target": "a", "split": "test"}) + "\n")

@@ -72,7 +72,7 @@ def test_task_files_give_training_and_validation_inputs(run, place, task_files) 
         rows = [json.loads(line) for line in task_files[name].read_text().splitlines()]
         inputs = [json.dumps({"input": row["input"], "split": row["split"]}) for row in rows if row["split"] != "test"]
         (place / f"{name}.jsonl").write_text("\n".join(inputs))
-    how = ["--method", "Distilled", *OPTIONS, "--data.tasks", "upper.jsonl", "reverse.jsonl"]
+    how = ["--method", "Distilled", *OPTIONS, "--tasks", "upper.jsonl", "reverse.jsonl"]
     assert run("merge", *EXPERTS, *how, "--out", "library/inputs")[::2] == (0, "")
     data = mixture({name: task_files[name] for name in TASKS}, open_expert(EXPERTS[0]).record["base"]["id"])
     data.max_length = 1024
@@ -91,7 +91,7 @@ def test_each_mistake_gets_one_sentence(run, place) -> None:
         (["Distilled"], "no rows are given, and 1 of 2 experts keep no inputs"),
         (["Distilled", "--dry-run"], "Distilled searches, and writes an expert; give out, overwrite, data alone"),
         (["Distilled", "--output", "checkpoint"], "give out, overwrite, data alone"),
-        (["Average", "--data.tasks", "a.jsonl"], "data are for a method that needs inputs, such as Distilled"),
+        (["Average", "--tasks", "a.jsonl"], "such as Distilled; add --tune"),
         (["Distilled", "--method.steps", "0"], "steps must be at least 1, got 0"),
     ]:
         code, _, err = run(*ours, *words)

@@ -24,7 +24,7 @@ def trained(run, base) -> None:
     """Train a GLoRA on random paths, as `library/a`."""
     place = ["--model.base", base, "--model.modules", TARGETS["llama"], "--out", "library/a"]
     how = ["--model.expert", "GLoRAExpert", *RANDOM_PATHS, "--trainer.max_steps", 12]
-    code, _, err = run("fit", *place, *how, "--data.tasks", "a.jsonl", "--model.learning_rate", 0.02)
+    code, _, err = run("fit", *place, *how, "--tasks", "a.jsonl", "--model.learning_rate", 0.02)
     assert code == 0, err
 
 
@@ -44,7 +44,7 @@ def test_the_best_paths_under_a_limit_are_written_as_an_expert(run, tiny_llama_d
         "--algorithm.first",
         10,
     ]
-    code, out, err = run("search", "--experts", "library/a", *how, "--data.tasks", "a.jsonl", "--out", "library/small")
+    code, out, err = run("search", "--experts", "library/a", *how, "--tasks", "a.jsonl", "--out", "library/small")
     assert (code, err) == (0, "")
     assert "of 2,304 trained numbers: validation loss" in out
     whole, small = open_expert("library/a"), open_expert("library/small")
@@ -95,7 +95,7 @@ def test_a_search_repeats_and_goes_on_after_an_interruption(run, tiny_llama_dir,
 
 
 def test_experts_beneath_are_in_the_model_while_paths_are_searched(run, tiny_llama_dir, two_task_files) -> None:
-    place = ["--model.base", tiny_llama_dir, "--model.modules", TARGETS["llama"], "--data.tasks", "a.jsonl"]
+    place = ["--model.base", tiny_llama_dir, "--model.modules", TARGETS["llama"], "--tasks", "a.jsonl"]
     how = ["--trainer.max_steps", 12, "--model.learning_rate", 0.02]
     assert run("fit", *place, *how, "--model.expert", "LoRAExpert", "--out", "library/under")[0] == 0
     on_top = [*RANDOM_PATHS, "--model.applied", "[library/under]"]
@@ -106,7 +106,7 @@ def test_experts_beneath_are_in_the_model_while_paths_are_searched(run, tiny_lla
         8,
         "--algorithm.first",
         4,
-        "--data.tasks",
+        "--tasks",
         "a.jsonl",
         "--out",
         "library/small",
@@ -142,7 +142,7 @@ def test_weights_and_biases_of_gpt2_are_merged_applied_tested_and_pushed(run, ti
     assert {name.rpartition(".")[2] for name in made} == {"weight", "bias"}
     merge_and_apply(run, tiny("gpt2"))
     how = ["--algorithm", "PathSearch", "--algorithm.evaluations", 6, "--algorithm.first", 2, "--algorithm.limit", 400]
-    search = ["search", "--experts", "library/mine", *how, "--data.tasks", "a.jsonl"]
+    search = ["search", "--experts", "library/mine", *how, "--tasks", "a.jsonl"]
     assert run(*search, "--out", "library/small")[0] == 0
     push_and_pull(run, made)
     assert run("push", "--experts", "library/small", "--repo", "someone/experts")[0] == 0
