@@ -134,7 +134,7 @@ def resume(folder: Path, base: Path, files: dict[str, Path], ranks: int, checkpo
     finish(folder, ranks, found)
 
 
-def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: int) -> None:
+def main(folder: Path, base: Path, capped: Path, mixed: Path, files: dict[str, Path], ranks: int) -> None:
     warnings.simplefilter("ignore")
     found = {}
     for kind in KINDS:
@@ -157,6 +157,9 @@ def main(folder: Path, base: Path, capped: Path, files: dict[str, Path], ranks: 
         how = {"quantise": form, "dtype": "float32"}
         module, found[form] = train(folder, base, files, ranks, kind, model=how)
         found[f"held {form}"] = [type(module.model.get_parameter(f"model.{name}.weight")).__name__ for name in LAYERS]
+    # torch multiplies the matrices of a mixture, which are parted like other weights, in at most float32.
+    on_attention = {"modules": "q_proj", "dtype": "float32"}
+    found["of a mixture"] = train(folder, mixed, files, ranks, "entries", model=on_attention)[1]
     found["scores"] = answer(folder, base, files, ranks)
     found["refusals"] = refusals(folder, base, files) if ranks > 1 else []
     found["hashes"] = [open_expert(folder / "library" / kind).content_hash for kind in KINDS]

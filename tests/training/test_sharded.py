@@ -24,13 +24,14 @@ pytestmark = pytest.mark.ddp
 def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict]]:
     """What one process, this one, and two processes end with."""
     folder = tmp_path_factory.mktemp("sharded")
-    places = {name: folder / name for name in ("capped", "one", "two", "four", "last")}
+    places = {name: folder / name for name in ("capped", "mixed", "one", "two", "four", "last")}
     for place in places.values():
         place.mkdir()
-    build_model("gemma2").save_pretrained(places["capped"])
-    build_tokenizer().save_pretrained(places["capped"])
+    for name, model in (("capped", build_model("gemma2")), ("mixed", mixture("mixtral"))):
+        model.save_pretrained(places[name])
+        build_tokenizer().save_pretrained(places[name])
     load = lambda name, rank=0: torch.load(places[name] / f"rank{rank}.pt", weights_only=True)  # noqa: E731
-    several = tiny_llama_dir, places["capped"], task_files
+    several = tiny_llama_dir, places["capped"], places["mixed"], task_files
     with warnings.catch_warnings():
         sharded_run.main(places["one"], *several, 1)
     run_on_two_ranks(sharded_run.main, places["two"], *several, 2)
@@ -60,6 +61,12 @@ def test_a_quantised_base_trains_alike_and_shares_what_is_not_quantised(found, f
         assert rank[f"held {form}"] == [*one[f"held {form}"][:2], "DTensor"]
         # It computes in float32.
         torch.testing.assert_close(rank[form], one[form], rtol=1e-5, atol=1e-6)
+
+
+def test_experts_of_attention_train_beside_the_parted_matrices_of_a_mixture(found) -> None:
+    one, two = found
+    for rank in two:
+        torch.testing.assert_close(rank["of a mixture"], one["of a mixture"], rtol=1e-5, atol=1e-6)
 
 
 FURTHER = {"four": "entries", "one again": "entries", "clipped in four": "clipped", "moved": "moved"}
