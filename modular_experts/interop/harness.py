@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base, DType
+from modular_experts.base.quantised import Quantise
 from modular_experts.data import TaskMixture
 from modular_experts.data.rows import Row, content_hash
 from modular_experts.data.sources import READERS
@@ -48,6 +49,7 @@ class Measuring(Options):
         max_new_tokens: Length limit of a generated answer to a row of a task file; benchmarks have their own.
         batch_size: Rows that are measured at once. It changes scores in their last digits.
         dtype: Data type of the base.
+        quantise: Form in which the base is quantised, such as nf4.
     """
 
     limit: int | None = None
@@ -55,6 +57,7 @@ class Measuring(Options):
     max_new_tokens: int = 64
     batch_size: int = 16
     dtype: DType = "float32"
+    quantise: Quantise | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.max_new_tokens < 1:
@@ -103,6 +106,7 @@ def harness(
             f"the lm-evaluation-harness is not installed ({error}): pip install 'modular-experts[eval]'"
         ) from None
     found, models = open_models(base, experts)
+    found.quantise = measuring.quantise or found.quantise
     tokenizer, limit, dtype = found.tokenizer(), measuring.limit, measuring.dtype
     mixture = TaskMixture(files, eval_limit=limit) if files else None
     ours = harness_tasks(mixture, tokenizer, measuring.max_new_tokens) if mixture else {}

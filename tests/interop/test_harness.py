@@ -181,6 +181,17 @@ def test_the_command_shows_models_side_by_side(place, tmp_path, run, monkeypatch
     assert line.split()[2:] == [f"{value:.4f}" for value in values]
 
 
+def test_a_quantised_base_is_measured_as_evaluate_measures_it(place, no_network):
+    installed()
+    pytest.importorskip("bitsandbytes")
+    models, tasks = {"base": [], "turn": place / "library" / "turn"}, [place / "turn.jsonl"]
+    how = {"max_new_tokens": TOKENS, "batch_size": 5, "quantise": "int8"}
+    found = harness(place / "base", models, tasks, measuring=Measuring(**how))
+    wanted = evaluate(Base.open(place / "base", quantise="int8"), models, tasks, max_new_tokens=TOKENS)
+    assert numbers(found) == pytest.approx(numbers(wanted))
+    assert found.facts["dtype"] == "float32, int8"
+
+
 def test_a_choice_ends_with_end_of_sequence_and_begins_where_our_own_begins(place):
     settings, rows = harness_tasks(TaskMixture([place / "turn.jsonl"]), build_tokenizer())["turn_choices"]
     texts = [(row["input"][-1], settings["target_delimiter"] + choice) for row in rows for choice in row["choices"]]
