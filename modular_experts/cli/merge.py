@@ -166,7 +166,7 @@ def merge(
     elif tuned is None:
         write_merged(merged, out, overwrite, bar)
     if tuned and tune:
-        _report(tuned, tune, out, written.is_checkpoint)
+        _report(tuned, tune, out)
     _print_methods(merged)
     if written.is_checkpoint:
         print_check(check)
@@ -185,14 +185,12 @@ def _check_tuning(tune: Tuning | None, per_weight: Any, data: Rows | None) -> No
         raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
 
 
-def _report(tuned: "Tuned", tune: Tuning, out: str, is_checkpoint: bool) -> None:
-    """Print what tuning found, and write its trials beside a checkpoint, as an expert has them already."""
-    from modular_experts.tuning.objective import trials_file, write_trials
+def _report(tuned: "Tuned", tune: Tuning, out: str) -> None:
+    """Print what tuning found, and write its trials into a checkpoint, as an expert has them already."""
+    from modular_experts.tuning.objective import write_trials
 
-    if is_checkpoint:
-        write_trials(out, tuned.trials)
     _print_tuning(tuned, searched="scale" not in tune.grid)
-    print(f"all trials are in {trials_file(out)}")
+    print(f"all trials are in {write_trials(out, tuned.trials)}")
 
 
 def _print_tuning(tuned: "Tuned", searched: bool) -> None:
@@ -242,9 +240,7 @@ def _tuned(
 ) -> "Tuned":
     from modular_experts.tuning import ValidationRows
     from modular_experts.tuning import tune as tune_settings
-    from modular_experts.tuning.objective import check_trials_file
 
-    check_trials_file(out, overwrite)
     rows = ValidationRows(data, tune.rows, written.base, tune.labels, tune.expert_of, tune.max_new_tokens)
     target, bar = None if written.is_checkpoint else out, progress_bar("tuning")
     return tune_settings(merged.stored, method, rows, target, tune.grid, overwrite, bar)

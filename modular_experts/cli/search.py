@@ -38,7 +38,7 @@ def search(
 ) -> None:
     """Find how much of each expert to merge, by the loss on validation rows, and merge.
 
-    The trials are written beside the merged expert; the same command makes it again.
+    The merged expert holds the trials, and the same command makes it again.
 
     Args:
         experts: Directories of the experts.
@@ -49,7 +49,7 @@ def search(
             Default: ATLAS.
         merges: Methods whose merges the search combines with the experts, such as RegMean SparseAverage. The merges
             come before the experts, and each is also written as an expert, named after `out` and the method.
-        overwrite: Replace an expert and trials.
+        overwrite: Replace an expert.
 
     Examples:
         modular-experts search --experts library/a library/b --tasks a.jsonl b.jsonl --out library/ab

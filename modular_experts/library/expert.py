@@ -118,9 +118,9 @@ class StoredExpert(TaskVector):
 
     @property
     def size_on_disk(self) -> int:
-        """Number of bytes of its files, statistics and kept inputs left out."""
-        files = [file for file in self.path.iterdir() if file.is_file() and file.name != INPUTS_FILE]
-        return sum(file.stat().st_size for file in files)
+        """Number of bytes of its record and deltas or state, without statistics, kept inputs and trials."""
+        names = [RECORD_FILE, *files_of(self.record)]
+        return sum((self.path / name).stat().st_size for name in names)
 
     def shapes(self) -> dict[str, Size]:
         """Return the shape of each weight, without reading it."""

@@ -31,7 +31,6 @@ from modular_experts.tuning.gradient_search import ATLAS, descend, first_coeffic
 from modular_experts.tuning.objective import (
     Trial,
     ValidationRows,
-    check_trials_file,
     objective_on_base,
     own_experts,
     record_notes,
@@ -76,7 +75,6 @@ def distill(
     beside = places_of([start], [one.path for one in opened], out) if method.by == "model" else []
     for target in [out, *beside]:
         check_target(target, overwrite)
-    check_trials_file(out, overwrite)
     data = data or Inputs.kept_by(opened)
     if not isinstance(data, Inputs):
         data.tokenizer = data.tokenizer or Base.open(base, opened).tokenizer()

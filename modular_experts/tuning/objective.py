@@ -244,19 +244,9 @@ def own_experts(
     return found
 
 
-def trials_file(out: str | Path) -> Path:
-    return Path(out).with_name(f"{Path(out).name}.trials.json")
-
-
-def check_trials_file(out: str | Path, overwrite: bool) -> None:
-    """Refuse to replace the trials beside an expert; call it before any work."""
-    if trials_file(out).exists() and not overwrite:
-        raise FileExistsError(f"{trials_file(out)} exists already; choose another out, or replace it with --overwrite")
-
-
 def write_trials(out: str | Path, trials: Sequence[Trial]) -> Path:
-    """Write the trials as JSON beside an expert, in order; a loss that is not finite becomes null."""
-    file, rows = trials_file(out), [{**asdict(trial), "loss": trial.loss} for trial in trials]
+    """Write the trials as JSON into the directory of an expert, in order; a loss that is not finite becomes null."""
+    file, rows = Path(out) / "trials.json", [{**asdict(trial), "loss": trial.loss} for trial in trials]
     file.write_text(json.dumps(plain(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return file
 

@@ -22,7 +22,6 @@ from modular_experts.tuning.objective import (
     Objective,
     Trial,
     ValidationRows,
-    check_trials_file,
     mean_loss,
     objective_on_base,
     record_notes,
@@ -139,7 +138,7 @@ def search(
         experts: Directories of the experts.
         algorithm: Finds the coefficients, e.g. `ATLAS()`.
         data: The rows that are measured; a `TaskMixture` alone stands for at most 64 labelled rows of each task.
-        out: Directory of the merged expert. Its trials are written beside it.
+        out: Directory of the merged expert. It holds the trials.
         merges: Methods whose merges of the experts are combined with the experts, as the first ones. Each merge is
             also written as an expert, named after `out` and the method.
         overwrite: Whether files that exist may be replaced.
@@ -153,7 +152,6 @@ def search(
     algorithm.check(len(merges) + len(experts))
     for target in [out, *places]:
         check_target(target, overwrite)
-    check_trials_file(out, overwrite)
     opened = open_experts(experts, base=data.base)
     lazy = [Merged(opened, method) for method in merges]
     objective = objective_on_base(opened, data, algorithm.distills, progress)
@@ -165,16 +163,16 @@ def search(
         write_expert(place, deltas, merged.record(), overwrite)
     combined = [*places, *map(str, experts)]
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": data.rows, **objective.origin}
-    notes, trials = record_notes(settings, found.losses), write_trials(out, found.trials)
+    notes = record_notes(settings, found.losses)
     rows = found.coefficients.tolist()
     if len(rows) > len(combination.names):  # for each row of a weight, which no merge method has
         record = Merged(combined, TaskArithmetic()).record() | {"method": None} | notes
         write_expert(out, combination.deltas(found.coefficients), record, overwrite)
-        return Searched(open_expert(out), combined, found, before, trials)
+        return Searched(open_expert(out), combined, found, before, write_trials(out, found.trials))
     method = TaskArithmetic(weights=rows[0]) if all(row == rows[0] for row in rows) else None
     weights = {re.escape(n): TaskArithmetic(weights=row) for n, row in zip(combination.names, rows, strict=True)}
     expert = merge(combined, method, out, overwrite, progress, {} if method else weights, notes)
-    return Searched(expert, combined, found, before, trials)
+    return Searched(expert, combined, found, before, write_trials(out, found.trials))
 
 
 def places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:

@@ -24,7 +24,6 @@ from modular_experts.tuning.objective import (
     Objective,
     Trial,
     ValidationRows,
-    check_trials_file,
     objective_on_base,
     record_notes,
     write_trials,
@@ -74,7 +73,7 @@ def tune(
         method: The method, with the settings that are not tuned.
         data: The rows that are measured, or an objective on the experts' base; a `TaskMixture` alone stands for at most
             64 labelled rows of each task.
-        out: Directory of the merged expert. The trials are written beside it.
+        out: Directory of the merged expert. It holds the trials.
         grid: Values to try, by field of the method: {keep: [0.1, 0.2]}. One value fixes a field: {scale: [1]}. A field
             of the method inside a wrapper is `inner.keep`.
         overwrite: Whether files that exist may be replaced.
@@ -87,7 +86,6 @@ def tune(
     _candidates(method, grid or {})  # refuses a bad grid before anything is read
     if out is not None:
         check_target(out, overwrite)
-        check_trials_file(out, overwrite)
     opened = open_experts(experts, base=data.base if isinstance(data, ValidationRows) else None)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     trials, best = tune_groups([(opened, objective)], method, grid, progress)

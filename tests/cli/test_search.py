@@ -47,7 +47,7 @@ def test_merge_with_tuning_chooses_writes_and_says_so(run, place, tasks, tiny_ll
     how = ["--method", "SparseAverage", "--tune", "--tasks", tasks, "--tune.grid.exponent", "[0, 1]"]
     code, out, err = run("merge", *EXPERTS, *how, "--out", "library/ab")
     assert (code, err) == (0, "")
-    merged, trials = open_expert("library/ab"), json.loads((place / "library/ab.trials.json").read_text())
+    merged, trials = open_expert("library/ab"), json.loads((place / "library/ab/trials.json").read_text())
     best = min(trials, key=lambda trial: trial["loss"])
     settings = merged.record["method"]["init_args"]
     assert {name: settings[name] for name in ("exponent", "scale")} == best["settings"]
@@ -59,7 +59,9 @@ def test_merge_with_tuning_chooses_writes_and_says_so(run, place, tasks, tiny_ll
     notes = {"tuned": ["exponent", "scale"], "trials": len(trials), "rows": 64, "tuned_on": ["reverse", "upper"]}
     assert merged.record["hyperparameters"] == notes
     assert f"chose the best of {len(trials)} settings on validation rows of 2 tasks: loss {best['loss']:.4f}" in out
-    assert "all trials are in library/ab.trials.json" in out
+    assert "all trials are in library/ab/trials.json" in out
+    assert {file.name for file in (place / "library").iterdir()} == {"0", "1", "ab"}
+    assert merged.size_on_disk == sum(file.stat().st_size for file in merged.path.iterdir() if file.stem != "trials")
     assert f"scale={best['settings']['scale']:.4g}"[:10] in out
     shown = run("show", "library/ab")[1]
     assert f"validation loss of upper: {best['losses']['upper']:.4g}" in shown
@@ -82,7 +84,7 @@ def test_settings_of_the_method_inside_another_are_tuned(run, place, tasks):
     grid = '{"inner.keep": [0.1, 0.9], "scale": [1]}'
     code, _, err = run("merge", *EXPERTS, *how, "--tune.grid", grid, "--out", "library/ab")
     assert (code, err) == (0, "")
-    trials = json.loads((place / "library/ab.trials.json").read_text())
+    trials = json.loads((place / "library/ab/trials.json").read_text())
     assert [trial["settings"] for trial in trials] == [{"inner.keep": keep, "scale": 1} for keep in (0.1, 0.9)]
     best = min(trials, key=lambda trial: trial["loss"])
     inner = open_expert("library/ab").record["method"]["init_args"]["inner"]
@@ -113,7 +115,7 @@ def test_search_lowers_the_loss(run, place, tasks, tiny_llama_dir, task_files, a
     before = sum(validation_losses(tiny_llama_dir, task_files, {}).values()) / 2
     assert merged.record["scores"]["val_loss"] < before
     assert f"validation loss {merged.record['scores']['val_loss']:.4f}, and {before:.4f} of the base alone" in out
-    assert len(json.loads((place / "library/ab.trials.json").read_text())) == settings["steps"]
+    assert len(json.loads((place / "library/ab/trials.json").read_text())) == settings["steps"]
     assert bool(merged.record["per_weight"]) == (algorithm != "LoRAHub")
 
 
@@ -125,7 +127,7 @@ def test_a_search_by_row_writes_the_merge_which_only_the_same_search_makes_again
     assert (code, err) == (0, "")
     merged = open_expert("library/ab")
     assert "the same command makes the expert again" in out
-    assert len(json.loads((place / "library/ab.trials.json").read_text())) == 3
+    assert len(json.loads((place / "library/ab/trials.json").read_text())) == 3
     record = merged.record
     assert record["method"] is None
     assert (record["hyperparameters"]["search"], record["hyperparameters"]["per"]) == ("ATLAS", "row")

@@ -104,5 +104,5 @@ def test_experts_of_every_kind_are_trained_merged_applied_and_tested(architectur
     small = open_expert("small")
     assert small.keys() <= paths.keys()
     assert 0 < sum(tensor.numel() for tensor in small.state().values()) <= limit
-    trials = json.loads(Path("small.trials.json").read_text())
+    trials = json.loads(Path("small/trials.json").read_text())
     assert small.record["scores"]["val_loss"] == min(trial["loss"] for trial in trials)

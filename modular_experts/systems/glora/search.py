@@ -27,7 +27,6 @@ from modular_experts.tuning.objective import (
     Objective,
     Trial,
     ValidationRows,
-    check_trials_file,
     mean_loss,
     objective_on_base,
     record_notes,
@@ -86,7 +85,6 @@ class PathSearch(Evolution, SearchAlgorithm):
         if (given := len(experts) + len(merges)) != 1:
             raise ValueError(f"PathSearch searches the paths of one expert, and {given} experts and merges are given")
         check_target(out, overwrite)
-        check_trials_file(out, overwrite)
         opened = open_expert(experts[0])
         if opened.record["kind"] != "GLoRAExpert" or not opened.state():
             raise ValueError(

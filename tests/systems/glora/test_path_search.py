@@ -51,7 +51,7 @@ def test_the_best_paths_under_a_limit_are_written_as_an_expert(run, tiny_llama_d
     numbers = sum(tensor.numel() for tensor in small.state().values())
     assert numbers == small.record["hyperparameters"]["numbers"] <= 600
     assert sum(tensor.numel() for tensor in whole.state().values()) == 2304
-    trials = json.loads(Path("library/small.trials.json").read_text())
+    trials = json.loads(Path("library/small/trials.json").read_text())
     assert len(trials) == 40
     assert small.record["scores"]["val_loss"] == min(trial["loss"] for trial in trials)
     opened = Base.open(tiny_llama_dir)
@@ -85,7 +85,7 @@ def test_a_search_repeats_and_goes_on_after_an_interruption(run, tiny_llama_dir,
     again = algorithm.run(["library/a"], data(), "library/again")
     assert again.paths == whole.paths
     assert again.losses == whole.losses
-    assert Path("library/again.trials.json").read_text() == Path("library/whole.trials.json").read_text()
+    assert Path("library/again/trials.json").read_text() == Path("library/whole/trials.json").read_text()
     for name, delta in again.expert.items():
         assert torch.equal(delta.dense(), whole.expert[name].dense())
     # The smaller expert has paths of its own.
@@ -121,7 +121,7 @@ def test_experts_beneath_are_in_the_model_while_paths_are_searched(run, tiny_lla
     for experts in (["under"], ["under", "a"], ["under", "small"], ["a"]):
         with attached(objective.model, [f"library/{name}" for name in experts]):
             losses[experts[-1] if experts != ["a"] else "alone"] = objective.losses()["a"]
-    trials = json.loads(Path("library/small.trials.json").read_text())
+    trials = json.loads(Path("library/small/trials.json").read_text())
     small = open_expert("library/small")
     assert small.record["parents"] == open_expert("library/a").record["parents"]
     assert small.record["scores"]["val_loss"] == pytest.approx(losses["small"], rel=1e-5)
