@@ -25,6 +25,7 @@ _HOMES = {
     "modular_experts.training.fit": ("FitSettings", "check_fit", "estimate_fit", "fit"),
     "modular_experts.training.module": ("ExpertModule",),
     "modular_experts.data": ("Task", "TaskMixture"),
+    "modular_experts.data.look": ("look",),
     "modular_experts.evaluation": ("evaluate", "measure"),
     "modular_experts.evaluation.streaming": ("generate",),
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),

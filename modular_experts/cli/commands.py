@@ -67,6 +67,7 @@ VERBS = {
     "quickstart": Command("study", "quickstart", "see it all on generated tasks: train, merge, test, report"),
     "fit": Command("training", "", "train experts on task files"),
     "study": Command("study", "study", "train, merge and test many experts by one description"),
+    "look": Command("evaluate", "look", "look at task files as `fit` reads them: tokens, lengths, repeated rows"),
     "validate": Command("training", "", "measure a model on the validation rows"),
     "test": Command("training", "", "measure one model on the test rows, also a checkpoint of `fit`"),
     "evaluate": Command("evaluate", "evaluate", "compare a base and experts on the test rows: a table, a page"),

@@ -1,4 +1,4 @@
-"""Run `modular-experts evaluate` and `harness`, which compare a base and experts on tasks and on benchmarks."""
+"""Run `evaluate` and `harness`, which compare a base and experts on tasks and on benchmarks, and `look` at tasks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.quantised import Quantise
 from modular_experts.cli.format import open_page, progress_by_tenths, table_of
 from modular_experts.data import TaskMixture
+from modular_experts.data.look import look as look_at
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
 from modular_experts.evaluation.compare import REPORT, RESULTS, every_task, open_models
@@ -137,6 +138,42 @@ def mixes_of(experts: list[str]) -> dict[str, list[str]]:
             raise UsageError(f"two models are called {name}; name one of them: --experts {name}-2={places}")
         mixes[name] = members
     return mixes
+
+
+def look(
+    tasks: Tasks,
+    base: str,
+    page: str | None = None,
+    overwrite: bool = False,
+    max_length: int = 1024,
+    chat_template: bool = False,
+    validation_ratio: float = 0.1,
+    test_ratio: float = 0.1,
+    split_seed: int = 0,
+) -> None:
+    """Show how `fit` reads the rows of tasks: as which tokens, what it learns, how long they are, which repeat.
+
+    No model is loaded. Off a terminal the same text can be kept in a file.
+
+    Args:
+        tasks: Task files, or tasks with settings, as for `fit`.
+        base: The base's directory or hub id, whose tokenizer and context are taken.
+        page: File of a page that shows the same, such as look.html.
+        overwrite: Replace the page.
+        max_length: The most tokens of a row; longer rows lose tokens on the left of the input.
+        chat_template: Put the input as a user's message through the tokenizer's chat template.
+        validation_ratio: Share of a task's rows without a `split` that go to validation.
+        test_ratio: Share of a task's rows without a `split` that go to the test.
+        split_seed: Seed of this division.
+
+    Examples:
+        modular-experts look --base DIR --tasks a.jsonl b.csv
+        modular-experts look --base DIR --tasks chats.jsonl --page look.html
+    """
+    ratios = {"validation_ratio": validation_ratio, "test_ratio": test_ratio, "split_seed": split_seed}
+    print(look_at(base, tasks, page, overwrite, max_length=max_length, chat_template=chat_template, **ratios))
+    if page:
+        print(f"\nthe page is {page}")
 
 
 def harness(

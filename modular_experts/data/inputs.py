@@ -76,7 +76,7 @@ class Inputs(TaskMixture):
 
     def input_examples(self, splits: Sequence[str]) -> dict[str, list[Example]]:
         """Return at most `eval_limit` inputs of each task, the last tokens of those that are too long."""
-        tokenizer: Any = self._row_tokenizer().tokenizer
+        tokenizer: Any = self.row_tokenizer().tokenizer
         found: dict[str, list[Example]] = {}
         for task in self.roles:
             for ids, end in spread_evenly(self.prompts[task], self.eval_limit or len(self.prompts[task])):

@@ -107,6 +107,8 @@ class TaskMixture(LightningDataModule, DataSource):
         self.split_seed, self.eval_limit, self.chat_template = split_seed, eval_limit, chat_template
         self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
         self.packing, self.packed = packing, bool(packing)
+        self.said: list[str] = []
+        """Sentences on how the rows were read."""
         self._predicts = False
         # What was read and tokenised, by task, which the mixtures that `only` returns share.
         self._rows: dict[str, list[Row]] = {}
@@ -159,7 +161,7 @@ class TaskMixture(LightningDataModule, DataSource):
         read = self._read()
         mine = [read[task] for task in tasks if task in read] or list(read.values())
         chat = self.chat_template or any(row.messages for found in mine for row in found[:1])
-        template = template_hash(self._row_tokenizer().tokenizer) if chat else None
+        template = template_hash(self.row_tokenizer().tokenizer) if chat else None
         return {"max_length": self.max_length, "chat_template": template}
 
     @cached_property
@@ -283,7 +285,7 @@ class TaskMixture(LightningDataModule, DataSource):
 
     @cached_property
     def _training_collator(self) -> Collator:
-        return Collator(self._row_tokenizer().pad_id, False, self.max_length if self.packed else None)
+        return Collator(self.row_tokenizer().pad_id, False, self.max_length if self.packed else None)
 
     def padding(self) -> float:
         """Return the share of padding among the tokens of the first thousand training batches of this process."""
@@ -319,7 +321,7 @@ class TaskMixture(LightningDataModule, DataSource):
             dataset=ExampleSet(examples),
             batch_size=self.eval_batch_size,
             sampler=EvaluationSampler(len(examples), *self._place(), order),
-            collate_fn=Collator(self._row_tokenizer().pad_id),
+            collate_fn=Collator(self.row_tokenizer().pad_id),
             # Without a generator of its own, a loader takes numbers from the global one.
             generator=torch.Generator(),
         )
@@ -354,7 +356,7 @@ class TaskMixture(LightningDataModule, DataSource):
         return self._tokenised(split, self.rows(split))
 
     def _tokenised(self, kind: str, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
-        known, tokenize, problems = self._examples.setdefault(kind, {}), self._row_tokenizer(), list[str]()
+        known, tokenize, problems = self._examples.setdefault(kind, {}), self.row_tokenizer(), list[str]()
         for name, found in rows.items():
             if name in known:
                 continue
@@ -373,7 +375,8 @@ class TaskMixture(LightningDataModule, DataSource):
         """Return the tasks that have rows of a split: held-out ones have only test rows."""
         return [task for task in self.tasks if split == "test" or task.held_in]
 
-    def _row_tokenizer(self) -> RowTokenizer:
+    def row_tokenizer(self) -> RowTokenizer:
+        """Return what makes tokens of rows by these settings."""
         if self.tokenizer is None:
             raise ValueError("the task mixture has no tokenizer; set data.tokenizer to the model's directory or hub id")
         if isinstance(self.tokenizer, str):
@@ -382,6 +385,7 @@ class TaskMixture(LightningDataModule, DataSource):
 
     def _log(self, sentence: str, level: int = logging.INFO) -> None:
         if self.trainer is None or self.trainer.is_global_zero:
+            self.said.append(sentence)
             log.log(level, sentence)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modular_experts.data.chat import warn_once
-from modular_experts.data.rows import OWN, Form, Row, RowReader, recognise, template_fields
+from modular_experts.data.rows import OWN, SPLITS, Form, Row, RowReader, recognise, template_fields
 from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records
 from modular_experts.text import did_you_mean
 
 ROLES = ("held_in", "held_out")
+TRAINED = "are also training rows"
 COLUMNS = ("input", "target", "messages", "split", "choices")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -229,15 +230,21 @@ def fill_splits(rows: Sequence[Row], validation_ratio: float, test_ratio: float,
     return found
 
 
+def repeats(rows: Sequence[Row]) -> list[str]:
+    """Count the rows of each split that repeat an earlier one of it, and those that are also training rows."""
+    by_split = {split: [(row.input, row.target) for row in rows if row.split == split] for split in SPLITS}
+    inside = {split: len(mine) - len({*mine}) for split, mine in by_split.items()}
+    found = [f"{n} of {len(by_split[split])} {split} rows repeat an earlier one" for split, n in inside.items() if n]
+    trained = {*by_split.pop("train")}
+    again = {split: sum(row in trained for row in mine) for split, mine in by_split.items()}
+    counts = [f"{n} of {len(by_split[split])} {split} rows" for split, n in again.items() if n]
+    return found + [f"{' and '.join(counts)} {TRAINED}"] * bool(counts)
+
+
 def warn_of_repeats(task: str, rows: Sequence[Row]) -> None:
     """Warn, once in a process, of validation and test rows that are also training rows."""
-    trained = {(row.input, row.target) for row in rows if row.split == "train"}
-    counts = []
-    for split in ("validation", "test"):
-        again = [(row.input, row.target) in trained for row in rows if row.split == split]
-        counts += [f"{sum(again)} of {len(again)} {split} rows"] if any(again) else []
-    if counts:
+    for sentence in (one for one in repeats(rows) if one.endswith(TRAINED)):
         warn_once(
-            f"{task}: {' and '.join(counts)} are also training rows, which an expert may know by heart; remove the "
-            "copies, or give all copies of a row one `split`"
+            f"{task}: {sentence}, which an expert may know by heart; remove the copies, or give all copies of a row "
+            "one `split`"
         )

@@ -1,0 +1,177 @@
+"""Look at the rows of tasks as `fit` reads them: tokens with the learned ones marked, lengths, long and repeated rows.
+
+print(look("runs/base", ["a.jsonl", "b.csv"], page="look.html"))
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from modular_experts.base import Base
+from modular_experts.data.batch import IGNORED, Example
+from modular_experts.data.mixture import TaskMixture
+from modular_experts.data.rows import OWN, SPLITS, Row, raise_for_bad_rows
+from modular_experts.data.tasks import Task, Tasks, repeats
+from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.injection import context_length
+from modular_experts.library.atomic import new_file
+from modular_experts.reports.tables import Column, Html, Line, Table, element, joined, page
+
+SHOWN, LONGEST, EDGE = 2, 3, 60
+"""Rows of a task that are shown as tokens and as the longest ones, and tokens at each end of a shown row."""
+KEY = "are learned; in a task that is only tested, they are measured."
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split of a task: their lengths in tokens before any cut, and how many were cut."""
+
+    name: str
+    lengths: Sequence[int]
+    cut: int
+
+    def share(self, share: float) -> int:
+        """Return the length that a share of the rows does not pass."""
+        return sorted(self.lengths)[int(share * (len(self.lengths) - 1) + 0.5)]
+
+
+@dataclass(frozen=True)
+class LookedTask:
+    """What there is to see of one task; a shown row has its place, and its tokens with whether each is learned."""
+
+    name: str
+    facts: Sequence[str]
+    splits: Sequence[Split]
+    shown: Sequence[tuple[str, Sequence[tuple[str, bool]]]]
+
+    @property
+    def table(self) -> Table:
+        columns = [
+            Column("rows", lambda split: len(split.lengths)),
+            Column("median", lambda split: split.share(0.5)),
+            Column("p95", lambda split: split.share(0.95)),
+            Column("longest", lambda split: split.share(1.0)),
+            Column("cut", lambda split: split.cut),
+        ]
+        return Table(columns, [[Line(split.name, split) for split in self.splits]], "tokens")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What there is to see of several tasks; it prints as text, and `write` makes a page."""
+
+    tasks: Sequence[LookedTask]
+
+    def __str__(self) -> str:
+        parts = []
+        for task in self.tasks:
+            console = Console(width=80, file=io.StringIO(), color_system=None)
+            console.print(task.table.text())
+            table = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+            rows = [f"{place}\n{_marked(tokens)}" for place, tokens in task.shown]
+            parts.append("\n\n".join(["\n".join([task.name, *(f"  {fact}" for fact in task.facts)]), table, *rows]))
+        return "\n\n\n".join([*parts, f"The tokens in brackets {KEY}"])
+
+    def write(self, file: str | Path) -> None:
+        """Write the same as a page that needs no other file."""
+        sections = []
+        for task in self.tasks:
+            facts = element("ul", *[element("li", fact) for fact in task.facts])
+            rows = [
+                joined([element("p", place, class_="note"), element("pre", *map(_token, tokens), class_="tokens")])
+                for place, tokens in task.shown
+            ]
+            sections.append(element("section", element("h2", task.name), facts, task.table.html(), *rows))
+        head = element(
+            "header", element("h1", "The rows of the tasks"), element("p", KEY.replace("in brackets", "marked"))
+        )
+        with new_file(Path(file)) as temporary:
+            temporary.write_text(page("The rows of the tasks", head, *sections), encoding="utf-8")
+
+
+def look(
+    base: str | Path | Base,
+    tasks: Tasks | TaskMixture,
+    page: str | Path | None = None,
+    overwrite: bool = False,
+    **reading: Any,
+) -> Look:
+    """Read tasks as `fit` does, and return what there is to see; no model is loaded.
+
+    Args:
+        base: The base whose tokenizer and context are taken.
+        tasks: Task files, tasks with settings, or a mixture of them.
+        page: File of a page that shows the same.
+        overwrite: Replace the page.
+        reading: Further arguments of `TaskMixture`.
+
+    Raises:
+        FileExistsError: The page exists and may not be replaced.
+        ValueError: A row is bad, or a target does not fit `max_length`.
+    """
+    if page is not None and Path(page).exists() and not overwrite:
+        raise FileExistsError(f"{page} exists already; choose another page, or replace it with --overwrite")
+    opened = base if isinstance(base, Base) else Base.open(base)
+    data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **reading)
+    data.tokenizer = data.tokenizer or opened.tokenizer()
+    data.fit_context(context_length(opened.structure.model))
+    rows = {split: data.rows(split) for split in SPLITS}
+    found = Look(
+        [_looked(task, {split: rows[split].get(task.name, []) for split in SPLITS}, data) for task in data.tasks]
+    )
+    if page is not None:
+        found.write(page)
+    return found
+
+
+def _looked(task: Task, rows: dict[str, list[Row]], data: TaskMixture) -> LookedTask:
+    tokenize = data.row_tokenizer()
+    tokenizer = tokenize.tokenizer
+    splits, lengths, shown = list[Split](), dict[str, int](), list[tuple[str, list[tuple[str, bool]]]]()
+    for split, mine in rows.items():
+        learn = split == "train"
+        examples, cut, bad = tokenize(task.name, mine, learn)
+        raise_for_bad_rows(bad)
+        whole = RowTokenizer(tokenizer, 10**9, data.chat_template)(task.name, mine, learn)[0] if cut else examples
+        own = {f"{row.where} ({split})": len(one.tokens.ids) for row, one in zip(mine, whole, strict=True)}
+        splits += [Split(split, [*own.values()], cut)] * bool(own)
+        lengths |= own
+        shown += [(place, _tokens(one, tokenizer)) for place, one in zip(own, examples, strict=True)][:SHOWN]
+    every = [row for mine in rows.values() for row in mine]
+    longest = sorted(lengths, key=lambda place: -lengths[place])[:LONGEST]
+    facts = [*_reading(task, every[0], data), f"rows of at most {tokenize.limit}; a longer one loses its start"]
+    facts += ["longest: " + ", ".join(f"{place} with {lengths[place]}" for place in longest)]
+    return LookedTask(task.name, [*facts, *repeats(every)], splits, shown[:SHOWN])
+
+
+def _reading(task: Task, row: Row, data: TaskMixture) -> list[str]:
+    """Say which columns were taken, and whether the chat template, and why."""
+    told = [sentence.partition(": ")[2] for sentence in data.said if sentence.startswith(f"{task.name}: '")]
+    columns = f"{told[0] if told else OWN}, as the columns are called"
+    if task.template is not None or task.columns:
+        columns = f"the task names its {'template' if task.template is not None else 'columns'}"
+    has = "has one (--chat_template takes it)" if data.tokenizer.chat_template else "has none"  # type: ignore[union-attr]
+    chat = f"without a chat template: rows are texts, and the tokenizer {has}"
+    if row.messages or data.chat_template:
+        chat = f"by the tokenizer's chat template: {'rows are messages' if row.messages else '--chat_template says so'}"
+    return [columns, chat]
+
+
+def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    learned = (example.tokens.labels != IGNORED).tolist()
+    texts = [str(tokenizer.decode([one], clean_up_tokenization_spaces=False)) for one in example.tokens.ids.tolist()]
+    pairs = [(text.replace("\n", "\\n"), one) for text, one in zip(texts, learned, strict=True)]
+    return pairs if len(pairs) <= 2 * EDGE else [*pairs[:EDGE], (" ... ", False), *pairs[-EDGE:]]
+
+
+def _marked(tokens: Sequence[tuple[str, bool]]) -> str:
+    return "".join(f"[{text}]" if learned else f"{text}|" for text, learned in tokens)
+
+
+def _token(token: tuple[str, bool]) -> Html:
+    return element("span", token[0], **({"class_": "learned"} if token[1] else {}))

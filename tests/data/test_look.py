@@ -1,0 +1,109 @@
+"""A look shows what a fit learns of each row, how long rows are, and which rows repeat."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from testbed.runs import mixture
+
+from modular_experts import TaskMixture, look
+from modular_experts.__main__ import main
+from modular_experts.base import Base
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": "a" * length, "answer": "b", "split": "train"} for length in (3, 3, 9, 4)]
+    rows += [{"question": "aaa", "answer": answer, "split": "test"} for answer in "bbc"]
+    rows[3]["question"] = "a\nbc"
+    Path("q.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return "q.jsonl"
+
+
+def test_tokens_that_are_learned_are_marked_and_lengths_are_counted_before_the_cut(tiny_llama_dir, file) -> None:
+    (task,) = look(tiny_llama_dir, file, max_length=8).tasks
+    assert [(split.name, [*split.lengths], split.cut) for split in task.splits] == [
+        ("train", [6, 6, 12, 7], 1),
+        ("test", [6, 6, 6], 0),
+    ]
+    # The middle, the 95th hundredth and the longest of 6, 6, 7, 12.
+    assert [column.of(task.splits[0]) for column in task.table.columns] == [4, 7, 12, 12, 1]
+    data = TaskMixture(file, str(tiny_llama_dir), max_length=8)
+    data.setup("fit")
+    first = data.train_dataloader().dataset.examples[0].tokens
+    place, tokens = task.shown[0]
+    assert place == "q.jsonl:1 (train)"
+    assert [learned for _, learned in tokens] == (first.labels >= 0).tolist() == [False] * 3 + [True] * 3
+    assert "".join(text for text, _ in tokens) == "aaa b" + data.tokenizer.eos_token
+    assert task.facts[0] == "'question' is the input, 'answer' is the target, as the columns are called"
+    assert task.facts[2:] == [
+        "rows of at most max_length=8; a longer one loses its start",
+        "longest: q.jsonl:3 (train) with 12, q.jsonl:4 (train) with 7, q.jsonl:1 (train) with 6",
+        "1 of 4 train rows repeat an earlier one",
+        "1 of 3 test rows repeat an earlier one",
+        "2 of 3 test rows are also training rows",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fact"),
+    [
+        ({"columns": {"input": "question", "target": "answer"}}, "the task names its columns"),
+        ({"template": "{question}?", "columns": {"target": "answer"}}, "the task names its template"),
+    ],
+)
+def test_the_reading_that_a_task_names_is_said(tiny_llama_dir, file, settings, fact) -> None:
+    found = look(tiny_llama_dir, {"path": file, "role": "held_out", **settings})
+    assert found.tasks[0].facts[0] == fact
+    assert [split.name for split in found.tasks[0].splits] == ["test"]
+
+
+def test_the_chat_template_is_said_with_its_reason(tiny_llama_dir, file) -> None:
+    tokenizer = Base.open(tiny_llama_dir).tokenizer()
+    assert "the tokenizer has none" in look(tiny_llama_dir, file).tasks[0].facts[1]
+    tokenizer.chat_template = "{% for one in messages %}{{ one.role }}:{{ one.content }}{% endfor %}"
+    assert "has one (--chat_template takes it)" in look(tiny_llama_dir, file, tokenizer=tokenizer).tasks[0].facts[1]
+    (task,) = look(tiny_llama_dir, file, tokenizer=tokenizer, chat_template=True).tasks
+    assert task.facts[1] == "by the tokenizer's chat template: --chat_template says so"
+    assert "".join(text for text, learned in task.shown[0][1] if not learned) == "user:aaa"
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    Path("chat.jsonl").write_text(json.dumps({"messages": chat}))
+    facts = look(tiny_llama_dir, "chat.jsonl", tokenizer=tokenizer).tasks[0].facts
+    assert facts[1] == "by the tokenizer's chat template: rows are messages"
+
+
+def test_a_task_without_training_rows_and_a_long_row_are_shown_too(tiny_llama_dir, task_files, tmp_path) -> None:
+    assert len(look(tiny_llama_dir, mixture(task_files, tiny_llama_dir)).tasks) == 3
+    Path(tmp_path, "long.jsonl").write_text(json.dumps({"input": "a" * 200, "target": "b", "split": "test"}))
+    (task,) = look(tiny_llama_dir, str(tmp_path / "long.jsonl")).tasks
+    assert [text for text, _ in task.shown[0][1]][59:62] == ["a", " ... ", "a"]
+
+
+def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, capsys) -> None:
+    words = ["look", "--base", str(tiny_llama_dir), "--tasks", file, "--page", "look.html"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "q.jsonl:2 (train)\na|a|a|[ ][b][" in out
+    assert "q.jsonl:3 (train)\n" not in out
+    assert ["train", "4", "7", "12", "12", "0"] in [line.split() for line in out.splitlines()]
+    page = ElementTree.fromstring(Path("look.html").read_text().partition("\n")[2])
+    learned = ["".join(one.itertext()) for one in page.iter("span") if one.get("class") == "learned"]
+    assert learned[:2] == [" ", "b"]
+    assert "2 of 3 test rows are also training rows" in [one.text for one in page.iter("li")]
+    assert main(words) == 1
+    assert "look.html exists already; choose another page, or replace it with --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["fit", "evaluate"])
+def test_a_command_that_trains_or_measures_counts_test_rows_that_are_training_rows(
+    tiny_llama_dir, file, verb, caplog
+) -> None:
+    own = ["--expert", "LoRAExpert", "--modules", "q_proj", "--steps", "1"] if verb == "fit" else ["--out", "runs/e"]
+    # The same sentence is said once in a process.
+    Path(f"{verb}.jsonl").write_text(Path(file).read_text() + '{"question": "v", "answer": "v", "split": "validation"}')
+    words = [verb, "--base", str(tiny_llama_dir), "--tasks", f"{verb}.jsonl", *own]
+    assert main(words) == 0
+    assert [one.message for one in caplog.records if f"{verb}: 2 of 3 test rows are also training rows" in one.message]
