@@ -35,7 +35,7 @@ _HOMES = {
     "modular_experts.base": ("Base",),
     "modular_experts.base.device": ("use_device",),
     "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "check_loaded"),
-    "modular_experts.interop.import_expert": ("import_expert",),
+    "modular_experts.interop.import_expert": ("import_expert", "import_experts"),
     "modular_experts.interop.peft": ("export", "read_peft"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

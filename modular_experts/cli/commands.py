@@ -75,7 +75,7 @@ VERBS = {
     "predict": Command("training", "", "write a model's answers"),
     "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
     "serve": Command("serve", "serve", "answer requests over HTTP, each with its own expert", ("library",)),
-    "import": Command("interop", "import_", "bring an adapter or a fine-tuned checkpoint into a library", ("source",)),
+    "import": Command("interop", "import_", "bring adapters or fine-tuned checkpoints into a library", ("source",)),
     "statistics": Command(
         "search", "statistics", "measure what some merge methods need of the experts' data", ("experts",)
     ),

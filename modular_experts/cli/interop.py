@@ -1,5 +1,6 @@
 """Run `import`, `mergekit`, `apply`, `export`, `push` and `pull`: to and from other programs, and the hub."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -10,44 +11,50 @@ from modular_experts.cli.format import counted, print_check, progress_bar, share
 from modular_experts.hub.card import CARD_FILE
 from modular_experts.hub.pull import pull as pull_experts
 from modular_experts.hub.push import push as push_experts
-from modular_experts.interop.import_expert import import_expert
+from modular_experts.interop.import_expert import found_sources, import_expert, import_experts
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 from modular_experts.interop.peft import export as export_expert
 from modular_experts.interop.servers import ServedAdapters, export_for
 from modular_experts.interop.vllm_patch import export_patch
 from modular_experts.library import StoredExpert
+from modular_experts.library.record import RECORD_FILE
 from modular_experts.settings import UsageError
 from modular_experts.text import bytes_text
 
 
 def import_(
-    source: str,
+    source: list[str],
     out: str,
     base: str | None = None,
     revision: str | None = None,
     tasks: list[str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Bring a fine-tuning from elsewhere into a library, where it can be merged, applied and measured like any expert.
+    """Bring fine-tunings from elsewhere into a library, where they are merged, applied and measured like any expert.
 
     The format is found from the files: a PEFT adapter (adapter_config.json), or a full checkpoint (config.json and
     safetensors), which is compared with its base weight by weight and stored exactly. A plain LoRA needs nothing else;
     any other type that moves weights needs PEFT, which loads the adapter onto its base. Causal language models only.
 
     Args:
-        source: Directory or hub id of the fine-tuning.
-        out: Directory of the expert; its last part is the name.
+        source: Directories or hub ids of the fine-tunings, or patterns such as 'peft/*'; one that fails stops no other.
+        out: Directory of the expert, whose last part is its name. For several sources or a pattern, or where a library
+            is already, the directory of the library, in which each expert gets the name of its source.
         base: Directory or hub id of the model that was fine-tuned; the one that an adapter names by default.
         revision: Branch, tag or commit of the base on the hub.
-        tasks: Names of the tasks that the fine-tuning was trained on.
+        tasks: Names of the tasks that the one fine-tuning was trained on; by default the expert's name.
         overwrite: Replace an expert.
 
     Examples:
         modular-experts import --source downloads/lora --out library/lora
         modular-experts import --source runs/tuned --base runs/base --out library/tuned
+        modular-experts import peft/* --out library
     """
-    bar = progress_bar("importing")
-    expert = import_expert(source, out, base, revision, tasks or (), overwrite, bar)
+    if len(source) > 1 or found_sources(source) != source or any(Path(out).expanduser().glob(f"[!.]*/{RECORD_FILE}")):
+        if tasks:
+            raise UsageError("--tasks is for one fine-tuning; several count as trained on tasks of their names")
+        return _import_several(source, out, base, revision, overwrite)
+    expert = import_expert(source[0], out, base, revision, tasks or (), overwrite, progress_bar("importing"))
     origin = expert.record["source"]
     for line in _report(expert) if "account" in origin else ():
         print(line)
@@ -57,6 +64,19 @@ def import_(
             f"merged weight minus base; logits differ from PEFT's by at most {origin['largest_difference']:.1e}"
         )
     print(f"{out}: {summary(expert)}")
+
+
+def _import_several(sources: list[str], out: str, base: str | None, revision: str | None, overwrite: bool) -> None:
+    done = import_experts(sources, out, base, revision, overwrite, progress_bar("importing"))
+    for expert in done.experts:
+        there = "there already, of the same files, left alone" if expert.name in done.present else summary(expert)
+        print(f"{Path(out, expert.name)}: {there}")
+    for place, why in done.failed.items():
+        print(f"{place}: {why}", file=sys.stderr)
+    count = len(done.experts) + len(done.failed)
+    if done.failed:
+        raise ValueError(f"{len(done.failed)} of {count} sources did not become experts: {', '.join(done.failed)}")
+    print(f"imported {counted(count - len(done.present), 'expert')} into {out}")
 
 
 def _report(expert: StoredExpert) -> Iterator[str]:

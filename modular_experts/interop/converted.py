@@ -8,13 +8,12 @@ import hashlib
 import json
 import logging
 import os
-import re
 from pathlib import Path
 
 import modular_experts
 from modular_experts.base import Base
 from modular_experts.base.files import cache_directory, fetch_from_hub
-from modular_experts.interop.import_expert import import_expert, open_base
+from modular_experts.interop.import_expert import import_expert, name_for, open_base
 from modular_experts.interop.peft.files import ADAPTER_FILES, CONFIG_FILE, AdapterFiles
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.record import RECORD_FILE
@@ -26,8 +25,6 @@ log = logging.getLogger(__name__)
 
 def converted(place: str | Path, base: str | Path | Base | None = None) -> StoredExpert:
     """Open the expert that a PEFT adapter becomes; at the first time it is converted, and a line of the log tells it.
-
-    An adapter does not record its tasks, so the expert's name counts as its task.
 
     Args:
         place: Directory or hub id of the adapter.
@@ -55,15 +52,10 @@ def converted(place: str | Path, base: str | Path | Base | None = None) -> Store
     target = cache_directory("adapters") / key / name
     if not (target / RECORD_FILE).is_file():
         # Where two processes convert at the same time, the second replaces the same expert.
-        expert = import_expert(directory, target, whole, tasks=[name], overwrite=True, called=str(place))
+        expert = import_expert(directory, target, whole, overwrite=True, called=str(place))
         size = bytes_text(expert.size_on_disk)
         log.warning("%s is a PEFT adapter; made an expert of %s of it, in %s (%s)", place, found.place, target, size)
     return open_expert(target)
-
-
-def name_for(place: str | Path) -> str:
-    """Return the last part of a directory or hub id as a name that an expert may have."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(os.path.abspath(place))).lstrip("._-")[:64] or "adapter"
 
 
 def _find(place: str | Path) -> Path:

@@ -1,7 +1,12 @@
 """Import another tool's fine-tuning as an expert: find its format, read it, check it against its base, and write it."""
 
+import glob
 import logging
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from modular_experts.base import Base
@@ -12,6 +17,7 @@ from modular_experts.interop.peft import read_peft
 from modular_experts.interop.peft.asked import AskedDeltas
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
+from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.tensorfile import file_hash
 from modular_experts.progress import Progress
 
@@ -37,7 +43,8 @@ def import_expert(
         out: Directory of the expert; its last part is the name.
         base: Directory or hub id of the base; the one that an adapter's configuration names if not given.
         revision: Branch, tag or commit of the base on the hub.
-        tasks: Names of the tasks that it was trained on.
+        tasks: Names of the tasks that it was trained on; if not given, the expert's own name, as no adapter records
+            its tasks.
         overwrite: Replace an expert that is there.
         called: What the record calls the source, if not `source`.
 
@@ -66,9 +73,98 @@ def import_expert(
         if isinstance(imported.deltas, CheckpointDeltas | AskedDeltas):
             origin.update(imported.deltas.record())
 
-    record = make_record(imported.kind, opened.facts, hyperparameters=imported.settings, tasks=tasks)
+    record = make_record(
+        imported.kind, opened.facts, hyperparameters=imported.settings, tasks=tasks or [Path(out).name]
+    )
     write_expert(out, checked(), record | {"source": origin}, overwrite)
     return open_expert(out)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of several sources.
+
+    Attributes:
+        experts: The experts, those that were there among them.
+        present: Names of the experts that were there already, made of the same files.
+        failed: Why a source did not become an expert, by source.
+    """
+
+    experts: list[StoredExpert] = field(default_factory=list)
+    present: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def import_experts(
+    sources: Sequence[str | Path],
+    library: str | Path,
+    base: str | Path | Base | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = iter,
+) -> Imported:
+    """Write several fine-tunings as experts of a library, each named after its source; one that fails stops no other.
+
+    Args:
+        sources: Directories, hub ids, or patterns of directories such as `peft/*`, which leave out files.
+        library: Directory of the library.
+        base, revision, overwrite: As for `import_expert`, for all of them. An expert that is there and was made of the
+            same files is left alone.
+        progress: Iterator wrapper around the sources.
+
+    Raises:
+        ValueError: There is no source.
+    """
+    places = found_sources(sources)
+    if not places:
+        raise ValueError(f"no directory is called {' or '.join(map(str, sources))}; give directories or hub ids")
+    done = Imported()
+    for place, name in progress([*zip(places, _names(places), strict=True)]):
+        target = Path(library, name)
+        try:
+            if not overwrite and _is_made_of(target, place):
+                done.present.append(name)
+                done.experts.append(open_expert(target))
+            else:
+                done.experts.append(import_expert(place, target, base, revision, overwrite=overwrite))
+        except (OSError, ValueError) as error:
+            done.failed[place] = str(error)
+    return done
+
+
+def found_sources(sources: Sequence[str | Path]) -> list[str]:
+    """Return the directories and hub ids that words name, patterns spelt out; of several words, files are left out."""
+    found = []
+    for word in map(str, sources):
+        matches = sorted(glob.glob(os.path.expanduser(word))) if glob.has_magic(word) else []
+        found += matches or ([] if glob.has_magic(word) else [word])
+    found = list(dict.fromkeys(found))
+    return [place for place in found if not Path(place).is_file()] if len(found) > 1 else found
+
+
+def name_for(place: str | Path) -> str:
+    """Return the last part of a directory or hub id as a name that an expert may have; a `checkpoint-100` gets two."""
+    parent, last = os.path.split(os.path.abspath(place))
+    if re.fullmatch(r"checkpoint-\d+", last):
+        last = f"{os.path.basename(parent)}-{last}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:64] or "adapter"
+
+
+def _names(places: Sequence[str]) -> list[str]:
+    """Return the name of each source, with the directory above it where two would have one name."""
+    names = list(map(name_for, places))
+    counts = Counter(names)
+    above = (os.path.basename(os.path.dirname(os.path.abspath(place))) for place in places)
+    return [name if counts[name] == 1 else name_for(f"{up}-{name}") for name, up in zip(names, above, strict=True)]
+
+
+def _is_made_of(target: Path, place: str) -> bool:
+    """Return whether an expert is there and was made of the files that a directory holds."""
+    if not (target / RECORD_FILE).is_file():
+        return False
+    hashes = (open_expert(target).record.get("source") or {}).get("sha256") or {}
+    files = {name: Path(place).expanduser() / name for name in hashes}
+    return bool(files) and all(file.is_file() and file_hash(file) == hashes[name] for name, file in files.items())
 
 
 def open_base(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop import import_expert as import_room
 from modular_experts.interop.adapter import ImportedAdapter
-from modular_experts.library import open_expert
+from modular_experts.library import Library, open_expert
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -41,7 +42,7 @@ def place(tiny_llama_dir, tmp_path, monkeypatch, capsys):
 
 
 def write_lora(directory, base="base"):
-    directory.mkdir()
+    directory.mkdir(parents=True)
     settings = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none", "task_type": "CAUSAL_LM"}
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "revision": None} | settings
     (directory / "adapter_config.json").write_text(json.dumps(config))
@@ -116,3 +117,46 @@ def test_whatever_a_reader_gives_is_checked_against_the_base(run, place, monkeyp
         assert code == 1
         assert sentence in err
         assert list((place / "library").iterdir()) == []
+
+
+def test_many_sources_and_patterns_are_imported_and_one_that_fails_stops_no_other(run, place):
+    for name, base in (("a", "base"), ("b", "gone"), ("c", "base")):
+        write_lora(place / "peft" / name, base)
+    Path("peft/notes.txt").write_text("no adapter")
+    code, out, err = run("import", "peft/*", "--out", "library")
+    assert code == 1
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["library/a", "library/c"]
+    assert err.splitlines()[0].startswith("peft/b: base 'gone' was not found")
+    assert err.splitlines()[-1] == "error: 1 of 3 sources did not become experts: peft/b"
+    assert [*Library("library")] == ["a", "c"]
+    # The same command goes on: the shell may spell the pattern out, and names the file, too.
+    before = Path("library/a/expert.json").stat().st_mtime_ns
+    words = [str(path) for path in sorted(Path("peft").iterdir())]
+    code, out, err = run("import", *words, "--out", "library", "--base", "base")
+    assert code == 0, err
+    assert "library/a: there already, of the same files, left alone" in out
+    assert out.splitlines()[-1] == "imported 1 expert into library"
+    assert Path("library/a/expert.json").stat().st_mtime_ns == before
+    assert [open_expert(f"library/{name}").record["tasks"] for name in "abc"] == [["a"], ["b"], ["c"]]
+    factors = load_file("peft/a/adapter_model.safetensors")
+    save_file({key: 2 * factor for key, factor in factors.items()}, "peft/a/adapter_model.safetensors")
+    code, out, err = run("import", "peft/[ac]", "--out", "library")
+    assert code == 1
+    assert "peft/a: library/a exists already; choose another place" in err
+    assert run("import", "peft/[ac]", "--out", "library", "--overwrite")[0] == 0
+    torch.testing.assert_close(open_expert("library/a")[Q].dense(), 4 * open_expert("library/c")[Q].dense())
+    # One more goes into the library that is there, under its own name.
+    assert run("import", "lora", "--out", "library")[0] == 0
+    assert [*Library("library")] == ["a", "b", "c", "lora"]
+
+
+def test_sources_of_one_name_get_the_directory_above_and_words_that_name_nothing_are_an_error(run, place):
+    for name in ("dates/final", "mood/final", "dates/checkpoint-9"):
+        write_lora(place / "runs" / name)
+    assert run("import", "runs/*/*", "--out", "library")[0] == 0
+    assert [*Library("library")] == ["dates-checkpoint-9", "dates-final", "mood-final"]
+    code, _, err = run("import", "runs/none*", "--out", "library")
+    assert (code, err) == (1, "error: no directory is called runs/none*; give directories or hub ids\n")
+    code, _, err = run("import", "runs/*/*", "--out", "library", "--tasks", "dates")
+    assert code == 2
+    assert "--tasks is for one fine-tuning" in err
