@@ -78,3 +78,18 @@ def test_a_class_need_not_be_given_what_it_gives_its_base_itself() -> None:
     assert read_arguments("--x.", Own, {"rate": 2}).plain == {"rate": 2.0, "size": 1}
     with pytest.raises(UsageError, match=r"--x\.rate must be given"):
         read_arguments("--x.", Own, {"size": 2})
+
+
+def test_what_a_logger_of_others_refuses_is_one_sentence_and_a_bug_of_ones_own_class_is_shown() -> None:
+    class Refusal(Exception):
+        pass
+
+    class Refused:
+        def __init__(self, place: str) -> None:
+            raise Refusal("file store is\nin maintenance mode")
+
+    with pytest.raises(Refusal):
+        read("--trainer.logger", Refused, {"place": "x"}).make()
+    Refused.__module__ = "lightning.pytorch.loggers.refused"
+    with pytest.raises(UsageError, match=r"^--trainer\.logger: Refused cannot be made: file store is in maintenance"):
+        read("--trainer.logger", Refused, {"place": "x"}).make()

@@ -77,10 +77,14 @@ class Base:
 
         Raises:
             FileNotFoundError: There is no such directory, and the hub does not give it.
+            TypeError: It is something else, such as a model in memory.
             ValueError: It is not a causal language model in safetensors, or an expert was trained on another base.
         """
         if isinstance(place, Base):
             base = place
+        elif place and not isinstance(place, str | Path):
+            kind = type(place).__name__
+            raise TypeError(f"a base is a directory, a hub id or an opened Base, and not a {kind}; give its directory")
         else:
             if not place:
                 if not experts:

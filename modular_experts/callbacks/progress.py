@@ -105,7 +105,9 @@ class LogProgress(Callback):
         self._tenths = self._clock.tenths()
         if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("metrics and checkpoints go to %s", trainer.log_dir)
-        if self.first_loss is not None and trainer.global_step == 0:
+        if trainer.global_step:
+            log.info("goes on from step %d of %d", trainer.global_step, self._clock.total_steps)
+        elif self.first_loss is not None:
             log.info("the validation loss before training is %.4g", self.first_loss)
             for logger in trainer.loggers:
                 logger.log_metrics({"val_loss": self.first_loss}, step=0)

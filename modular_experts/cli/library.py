@@ -149,6 +149,7 @@ def show(expert: str, weights: bool = False) -> None:
     kept = stored.kept_entries()
     measures = {name: Measure(1, delta.shape.numel(), kept[name], delta.norm() ** 2) for name, delta in stored.items()}
     facts = Table.grid(padding=(0, 2))
+    facts.add_row("expert", expert)
     for name, text in _facts(stored, Measure.total(measures.values())):
         facts.add_row(name, text)
     console.print(facts)
@@ -172,7 +173,6 @@ def _own_name(weight: str) -> str:
 def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     record, base = expert.record, expert.record["base"]
     forms = Counter(expert.forms().values())
-    yield "expert", str(expert.path)
     settings = dict(record.get("hyperparameters") or {})
     shares = [settings.pop(name, None) for name in ("kept", "ever_trained")]
     yield "kind", call_text(record["kind"], settings)

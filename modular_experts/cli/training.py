@@ -83,7 +83,9 @@ def _print_estimate(found: "FitEstimate", limit: str | None) -> None:
     weights = table_of("weight", "weights", "entries", "trained", "share", left=1)
     for group in found.weights:
         share = share_text(group.trained / group.entries) if group.entries else ""
-        weights.add_row(group.name, str(group.weights), f"{group.entries:,}", f"{group.trained:,}", share)
+        weights.add_row(
+            group.name.removesuffix(".weight"), str(group.weights), f"{group.entries:,}", f"{group.trained:,}", share
+        )
     console.print(weights)
     length = found.length
     trained, entries = (sum(getattr(one, name) for one in found.weights) for name in ("trained", "entries"))

@@ -89,8 +89,7 @@ def evaluate(
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or found.tokenizer()
     data.setup("test")
-    options = {name: f"--{name}" for name in ("chat_template", "max_length", "dtype")}
-    warn_unlike_training([one for each in models for one in each.stored], data.reading_of, dtype, options)
+    warn_unlike_training([one for each in models for one in each.stored], data.reading_of, dtype)
     # A function without a path may be another one in the next call, and so may a task vector that is not stored.
     named = named_metrics(metrics)
     known = JSONLines(folder / MEASURED) if folder and not any(map(callable, named.values())) else {}

@@ -63,8 +63,7 @@ def generate(
     if chat is None:
         chat = bool(stored) and bool(training_in_common(stored).get("chat_template"))
     template = template_hash(tokenizer) if chat else None
-    options = {"chat_template": "--chat", "dtype": "--dtype"}
-    warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype, options)
+    warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype)
     ids, stops = _encoded(prompt, tokenizer, chat)
     model: Any = found.load(dtype)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -63,9 +63,9 @@ def inject(
             plan names a module that does not exist; an expert moves the bias of a layer that has none, or writes into a
             quantised weight.
     """
-    planned, others = _planned(model, experts, modules)
+    chosen, others = planned(model, experts, modules)
     owners = _owners(model)
-    for site in planned:
+    for site in chosen:
         is_new = not site.parameter and not isinstance(site.module, ExpertLayer)
         if is_new and len(names := owners[id(site.module.weight)]) > 1:
             other, first = next(name for name in names if name != site.weight), names[0].removesuffix(".weight")
@@ -78,7 +78,7 @@ def inject(
         model.requires_grad_(False)
     steps = [(name, partial(_attach, model.get_submodule(name), factory)) for name, factory in others.items()]
     dtype = next((p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()), None)
-    for site, factory in planned.items():
+    for site, factory in chosen.items():
         equip: Any = _equip_slice if site.number is not None else partial(_equip_whole, model)
         steps.append((site.weight, partial(equip if site.parameter else partial(_equip, dtype), site, factory)))
     plan = None
@@ -95,7 +95,7 @@ def inject(
         except Exception as error:  # passed on, with the name that is known only here
             error.add_note(f"for the expert of {name or 'the model'}")
             raise
-    return [*(site.weight for site in planned), *others]
+    return [*(site.weight for site in chosen), *others]
 
 
 def _attach(module: nn.Module, factory: Factory) -> Trained:
@@ -354,9 +354,10 @@ def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tens
     return read
 
 
-def _planned(
+def planned(
     model: nn.Module, experts: Any, modules: str | Sequence[str] | None
 ) -> tuple[dict[Site, Factory], dict[str, Factory]]:
+    """Return the factory of each site that gets an expert, and of each other module by name; `inject` explains it."""
     sites, others = find_sites(model), partial(other_sites, model)
     refused = {name: reason for name, module in _outside_of_experts(model) if (reason := _why_not(module))}
     if modules is not None:
@@ -379,8 +380,8 @@ def _planned(
             f"the plan gives an expert to {name}, which is not a linear layer or another module of the model"
             f"{did_you_mean(name, there)}"
         )
-    planned = {site: factories.pop(site.name) for site in sites if site.name in factories}
-    return planned, dict(sorted(factories.items()))
+    found = {site: factories.pop(site.name) for site in sites if site.name in factories}
+    return found, dict(sorted(factories.items()))
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

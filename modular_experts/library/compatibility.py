@@ -97,7 +97,7 @@ def check_mergeable(experts: Sequence[StoredExpert]) -> None:
     """Raise ValueError for an expert whose deltas are not all that it does."""
     for expert in experts:
         if not expert.mergeable:
-            instead = "leave it out of the list" if len(experts) > 1 else "evaluate, generate and test use it as it is"
+            instead = "leave it out of the list" if len(experts) > 1 else "evaluate, generate and serve use it as it is"
             why = expert.not_mergeable_because
             raise ValueError(f"{expert.name} cannot be merged or added to its base, because {why}; {instead}")
 
@@ -173,33 +173,28 @@ def training_in_common(experts: Sequence[StoredExpert]) -> dict[str, Any]:
     return {key: parts[0][key] for key in keys if all(part[key] == parts[0][key] for part in parts)}
 
 
-OPTIONS = {"chat_template": "data.chat_template", "max_length": "data.max_length", "dtype": "model.dtype"}
-
-
 def warn_unlike_training(
     experts: Sequence[StoredExpert],
     reading: Callable[[Iterable[str]], Mapping[str, Any]],
     dtype: str,
-    options: Mapping[str, str] = OPTIONS,
 ) -> None:
     """Log a sentence for each expert that meets rows or a base in another form than in its training.
 
-    `reading` tells how rows of tasks are read now, as `TaskMixture.reading_of`; `options` name the settings for it.
+    `reading` tells how rows of tasks are read now, as `TaskMixture.reading_of`.
     """
     for expert in experts:
         trained, unlike, now = expert.record.get("training") or {}, [], reading(expert.record["tasks"])
         if "chat_template" in trained and "chat_template" in now and trained["chat_template"] != now["chat_template"]:
             if trained["chat_template"] is None:
-                unlike.append(f"a chat template, which it never saw ({options['chat_template']})")
+                unlike.append("a chat template, which it never saw (--chat_template)")
             elif now["chat_template"] is None:
-                unlike.append(f"no chat template instead of one ({options['chat_template']})")
+                unlike.append("no chat template instead of one (--chat_template)")
             else:
                 unlike.append("another chat template")
         if now.get("max_length", math.inf) < trained.get("max_length", 0):
-            tokens = f"{now['max_length']} instead of {trained['max_length']} tokens a row"
-            unlike.append(f"{tokens} ({options['max_length']})")
+            unlike.append(f"{now['max_length']} instead of {trained['max_length']} tokens a row (--max_length)")
         if dtype != trained.get("dtype", dtype):
-            unlike.append(f"a base in {dtype} instead of {trained['dtype']} ({options['dtype']})")
+            unlike.append(f"a base in {dtype} instead of {trained['dtype']} (--dtype)")
         if unlike:
             log.warning("%s is used otherwise than it was trained, with %s", expert.name, ", ".join(unlike))
 

@@ -148,7 +148,20 @@ def _read_class(option: str, hint: Any, value: Any) -> Read:
     described = {"class_path": path_of(kind), "init_args": given.plain} if "class_path" in settings else given.plain
     # An object of a `Callable` is made later, with arguments that the settings do not hold.
     called = partial(partial, kind) if get_origin(hint) is Callable else kind
-    return Read(described, lambda: called(**given.make()))
+    return Read(described, lambda: _made(option, called, given.make()))
+
+
+def _made(option: str, called: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    try:
+        return called(**arguments)
+    except (ValueError, TypeError, ImportError, OSError):
+        raise
+    except Exception as error:
+        # Such as what the logger of a program raises, whose settings it refuses; a bug of the user's class is shown.
+        if not called.__module__.startswith("lightning."):
+            raise
+        told = " ".join(str(error).split())
+        raise UsageError(f"{option}: {getattr(called, '__name__', called)} cannot be made: {told}") from error
 
 
 def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[str, Any], given_by_us: int = 0) -> Read:

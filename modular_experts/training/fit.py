@@ -27,6 +27,7 @@ from modular_experts.callbacks.schedule import callbacks_of
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks
 from modular_experts.experts import Expert
+from modular_experts.injection.inject import planned
 from modular_experts.jobs.processes import free_memory
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
 from modular_experts.text import bytes_of
@@ -114,6 +115,12 @@ class Run:
             tokenizer = Base.open(self.module.base, revision=self.module.revision).tokenizer()
             self.data.tokenizer = self.module.tokenizer = tokenizer
 
+    def check_modules(self) -> None:
+        """Raise before rows are read if `modules` match no layer of a base on disk."""
+        if self.module.reads_base and self.module.modules_pattern:
+            model = Base.open(self.module.base, revision=self.module.revision).structure.model
+            planned(model, self.module.expert, self.module.modules_pattern)
+
     def is_large(self) -> bool:
         """Return whether a base that is to be read takes more than half of the memory that is free."""
         if not self.module.reads_base:
@@ -170,6 +177,7 @@ def fit(
         run.check_targets()
         try:
             run.share_tokenizer()
+            run.check_modules()
             run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint)
         finally:
             if not isinstance(base, nn.Module):
@@ -271,9 +279,9 @@ def prepare(
 ) -> Run:
     """Make what a trainer needs for its method `verb`: `fit`, `validate`, `test` or `predict`."""
     checkpoint = settings.get("checkpoint")
-    if checkpoint in ("last", "best", "hpc"):
-        # Lightning looks for it in the new run's directory, and trains anew.
-        raise ValueError(f"ckpt_path={checkpoint!r} is not a checkpoint; give its file, which ends in .ckpt")
+    if checkpoint is not None and "://" not in str(checkpoint) and not Path(checkpoint).exists():
+        # Lightning would look for it after all rows are read, and `last` in the new run's directory.
+        raise ValueError(f"ckpt_path={str(checkpoint)!r} is not a checkpoint; give its file, which ends in .ckpt")
     if (seed := settings.get("seed", 0)) is not False:
         seed_everything(None if seed is True else seed, workers=True, verbose=False)
     trainer = _trainer(verb, out, settings)

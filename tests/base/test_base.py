@@ -75,6 +75,11 @@ def test_base_is_found_where_the_record_or_the_library_leads(tiny_llama_dir, tmp
     assert Base.open(opened) is opened
 
 
+def test_a_model_in_memory_is_no_base(tiny_llama_dir):
+    with pytest.raises(TypeError, match="and not a LlamaForCausalLM; give its directory"):
+        Base.open(Base.open(tiny_llama_dir).load())
+
+
 def test_fingerprint_does_not_depend_on_path_or_sharding(tiny_llama_dir, copy, tmp_path):
     assert fingerprint(copy) == fingerprint(tiny_llama_dir)
     build_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="40KB")

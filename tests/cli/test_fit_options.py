@@ -76,6 +76,14 @@ def test_short_names_are_long_ones(place, capsys) -> None:
     assert yaml.safe_load(capsys.readouterr().out)["data"]["tasks"][1]["role"] == "held_out"
 
 
+def test_a_wrong_pattern_and_a_missing_checkpoint_are_found_before_rows_are_read(place, capsys) -> None:
+    Path("a.jsonl").write_text("{broken")
+    assert main(FIT.replace("q_proj", "query").split()) == 1
+    assert "modules='query' matches no linear layer" in capsys.readouterr().err
+    assert main([*FIT.split(), "--ckpt_path", "gone.ckpt"]) == 1
+    assert "ckpt_path='gone.ckpt' is not a checkpoint" in capsys.readouterr().err
+
+
 def test_a_model_that_is_no_class_is_a_base(place, capsys) -> None:
     assert main(["fit", "--model", "base", "--tasks", "a.jsonl"]) == 2
     assert capsys.readouterr().err == "error: --model: there is no class 'base'; did you mean --base?\n"

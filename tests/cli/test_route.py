@@ -157,7 +157,7 @@ def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
     for command in (["apply", "--experts", "library/r"], ["export", "library/r", "--form", "lora"]):
         code, _, err = run(*command, "--out", "x")
         assert code == 1
-        assert f"{sentence}evaluate, generate and test use it as it is" in err
+        assert f"{sentence}evaluate, generate and serve use it as it is" in err
     code, _, err = run("generate", "--experts", "library/r", "library/upper", "upper bat:")
     assert code == 1
     assert "r chooses by the input, so nothing can be added to it but what was trained on top of it; name it" in err

@@ -129,6 +129,7 @@ def test_show_tells_kind_shares_norms_and_where_from(run, place):
     for name in expert:
         total, kept = total + expert[name].dense().double().square().sum().item(), kept + expert[name].support_size
     out = run("show", "library/a", "--weights", "true")[1]
+    assert out.split()[:2] == ["expert", "library/a"]
     assert f"norm      {total**0.5:.4g}" in out
     assert "SparseExpert(keep_ratio=0.04917, modules='.*[qk]_proj')" in out.replace("\n", "")
     assert "validation loss: 2.346" in out

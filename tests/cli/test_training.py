@@ -243,6 +243,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, m
     assert "ckpt_path='last' is not a checkpoint" in capsys.readouterr().err
     monkeypatch.setattr(ExpertModule, "training_step", step)
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--ckpt_path", checkpoint]) == 0
+    assert "goes on from step 3 of " in capsys.readouterr().err
     assert list(Library("library")) == ["a"]
     assert not Path(best).exists()
 

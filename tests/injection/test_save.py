@@ -69,9 +69,9 @@ def test_what_is_no_delta_is_stored_shown_verified_and_not_merged(tiny, tmp_path
     load_expert_state(twin, open_expert(expert.path).state())
     assert torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
     sentence = "gated cannot be merged or added to its base, because its gate depends on the input; "
-    with pytest.raises(ValueError, match=f"{sentence}evaluate, generate and test use it as it is"):
+    with pytest.raises(ValueError, match=f"{sentence}evaluate, generate and serve use it as it is"):
         open_experts([expert.path])
-    with pytest.raises(ValueError, match=f"{sentence}evaluate, generate and test use it as it is"):
+    with pytest.raises(ValueError, match=f"{sentence}evaluate, generate and serve use it as it is"):
         applied(twin, expert)
     other = save_expert(train(load(tiny("llama")), LoRAExpert, "q_proj"), tmp_path / "other")
     with pytest.raises(ValueError, match=f"{sentence}leave it out of the list"):
