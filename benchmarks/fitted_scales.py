@@ -24,9 +24,9 @@ from modular_experts.data import TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import scale_rows
 from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
+from modular_experts.library.form import Form
 from modular_experts.tuning import Objective
 from modular_experts.tuning.scales import fitted_factors
-from modular_experts.tuning.shrink import Form
 
 FORMS = [Form("sign", 0.5), Form("sign"), Form("magnitudes2", 0.75)]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.library.form import Form
 from modular_experts.masks import top_k
-from modular_experts.tuning.shrink import Form
 
 
 @dataclass(frozen=True)

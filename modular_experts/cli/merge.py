@@ -5,16 +5,20 @@ The option `--data` does not import `TaskMixture`, so that a plain merge does wi
 
 import math
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from modular_experts.base import Base, DType
-from modular_experts.base.files import MANIFEST
-from modular_experts.cli.format import counted, print_check, progress_bar, summary, table_of, value_text
-from modular_experts.library import check_target, open_expert, open_experts
+from modular_experts.base.base import find_base
+from modular_experts.base.files import MANIFEST, fetch_from_hub, weight_files
+from modular_experts.cli.format import counted, print_check, progress_bar, share_text, summary, table_of, value_text
+from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.described import describe
+from modular_experts.library.form import Form
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.merger.estimate import WeightEstimate, check_memory, estimate, largest
 from modular_experts.merger.merged import Merged, write_checkpoint, write_merged
@@ -74,7 +78,9 @@ class Output(Options):
     Args:
         output: `checkpoint` writes base plus merge for transformers; the checkpoint is checked by loading it.
         base: The base's directory or hub id; the one in the experts' records by default.
-        dtype: Data type of a checkpoint; the base's by default.
+        dtype: Data type of a checkpoint, by default the base's; or of an expert's values: float32, the default, or
+            bfloat16.
+        rank: The most directions of each matrix of an expert. They are the nearest, by singular values; by default all.
         tolerance: Largest accepted difference of a logit between a checkpoint and the model in memory.
         max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside Python's own memory and, for
             a checkpoint, beside the base that it is checked with.
@@ -83,6 +89,7 @@ class Output(Options):
     output: Literal["expert", "checkpoint"] = "expert"
     base: str | None = None
     dtype: DType | None = None
+    rank: int | None = None
     tolerance: float = 1e-3
     max_memory: str | None = None
 
@@ -91,8 +98,17 @@ class Output(Options):
         return self.output == "checkpoint"
 
     def __post_init__(self) -> None:
-        if not self.is_checkpoint and (self.dtype or self.tolerance != 1e-3):
-            raise ValueError("dtype and tolerance are settings of a checkpoint; add --output checkpoint")
+        if self.is_checkpoint and self.rank is not None:
+            raise ValueError("--rank is for an expert, and a checkpoint holds whole matrices; leave out one of the two")
+        if not self.is_checkpoint and self.tolerance != 1e-3:
+            raise ValueError("tolerance is a setting of a checkpoint; add --output checkpoint")
+        if not self.is_checkpoint and self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"an expert is stored in float32 or bfloat16, not {self.dtype}, which a checkpoint takes")
+
+    @property
+    def form(self) -> Form | None:
+        """How an expert is stored, if not in whole matrices of float32."""
+        return Form(self.dtype or "float32", rank=self.rank) if self.dtype or self.rank is not None else None
 
 
 def merge(
@@ -109,7 +125,7 @@ def merge(
     """Merge experts of one base into a new expert, or straight into a checkpoint.
 
     Which method? With inputs of each task, Distilled; with labelled rows, `search` or --tune; without, IsoC for LoRAs
-    and SelfRegMean for others; `methods` lists all.
+    and SelfRegMean for others.
 
     The experts may be of any kinds. The result is an expert like any other: test it with `test --experts`,
     make it a checkpoint with `apply`, or merge it again. The same command resumes a merge that was interrupted.
@@ -136,9 +152,10 @@ def merge(
         modular-experts merge --experts library/a library/b --method TIES --method.keep 0.1 --out library/ab
     """
     if method and method.needs.inputs:
-        if per_weight or tune or dry_run or written != Output():
-            raise ValueError(f"{type(method).__name__} searches, and writes an expert; give out, overwrite, data alone")
-        _distill(experts, out, method, data, overwrite)
+        if per_weight or tune or dry_run or written != Output(base=written.base):
+            kind = type(method).__name__
+            raise ValueError(f"{kind} searches, and writes an expert; give out, base, overwrite and data alone")
+        _distill(experts, out, method, data, overwrite, written.base)
         return
     _check_tuning(tune, per_weight, data)
     if not dry_run:
@@ -157,14 +174,14 @@ def merge(
         _print_plan(merged)
         return
     if tune and method:
-        tuned = _tuned(merged, method, tune, _mixture(data), written, out, overwrite)
+        tuned = _tuned(merged, method, tune, _mixture(data), written)
         merged = Merged(merged.stored, tuned.method)
-    bar = progress_bar("merging")
+    bar, notes = progress_bar("merging"), tuned.notes if tuned else {}
     if written.is_checkpoint:
-        notes, how = tuned.notes if tuned else {}, (written.base, written.dtype, written.tolerance)
+        how = (written.base, written.dtype, written.tolerance)
         check = write_checkpoint(merged, out, *how, overwrite=overwrite, progress=bar, notes=notes)
-    elif tuned is None:
-        write_merged(merged, out, overwrite, bar)
+    else:
+        write_merged(merged, out, overwrite, bar, notes, written.form)
     if tuned and tune:
         _report(tuned, tune, out)
     _print_methods(merged)
@@ -186,7 +203,7 @@ def _check_tuning(tune: Tuning | None, per_weight: Any, data: Rows | None) -> No
 
 
 def _report(tuned: "Tuned", tune: Tuning, out: str) -> None:
-    """Print what tuning found, and write its trials into a checkpoint, as an expert has them already."""
+    """Print what tuning found, and write its trials into the result."""
     from modular_experts.tuning.objective import write_trials
 
     _print_tuning(tuned, searched="scale" not in tune.grid)
@@ -213,10 +230,10 @@ def _print_tuning(tuned: "Tuned", searched: bool) -> None:
         print(f"the best scale, {scale:g}, is at the end of the search; name scales beyond it in --tune.grid.scale")
 
 
-def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overwrite: bool) -> None:
+def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overwrite: bool, base: str | None) -> None:
     from modular_experts.tuning.distill import distill
 
-    done = distill(experts, out, method, _mixture(data), overwrite, progress_bar("distilling"))
+    done = distill(experts, out, method, _mixture(data), overwrite, progress_bar("distilling"), base)
     print(f"merged {counted(len(experts), 'expert')} with {_method_text(method)}")
     for line in done.report():
         print(line)
@@ -235,15 +252,12 @@ def _tuned(
     tune: Tuning,
     data: "TaskMixture | None",
     written: Output,
-    out: str,
-    overwrite: bool,
 ) -> "Tuned":
     from modular_experts.tuning import ValidationRows
     from modular_experts.tuning import tune as tune_settings
 
     rows = ValidationRows(data, tune.rows, written.base, tune.labels, tune.expert_of, tune.max_new_tokens)
-    target, bar = None if written.is_checkpoint else out, progress_bar("tuning")
-    return tune_settings(merged.stored, method, rows, target, tune.grid, overwrite, bar)
+    return tune_settings(merged.stored, method, rows, grid=tune.grid, progress=progress_bar("tuning"))
 
 
 def _print_methods(merged: Merged) -> None:
@@ -257,8 +271,26 @@ def _print_methods(merged: Merged) -> None:
 def _print_experts(merged: Merged, out: str) -> None:
     stored = open_expert(out)
     print(f"{out}: {summary(stored)}")
+    if cut := (stored.record["hyperparameters"] or {}).get("cut"):
+        print(f"rank {cut['rank']} keeps {share_text(cut['squared_norm_kept'])} of the merge's squared norm")
+    _print_size(stored, merged, out)
     for name in merged.beside():
         print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
+
+
+def _print_size(stored: StoredExpert, merged: Merged, out: str) -> None:
+    """Print what takes fewer bytes, if a merge takes more than half of its base's."""
+    with suppress(OSError, ValueError):  # the base is on another machine
+        place = Path(find_base(merged.stored)).expanduser()
+        if not place.is_dir():
+            place = fetch_from_hub("base", str(place), merged.base["revision"], ["*.json", "*.safetensors"], "", True)
+        size = sum(file.stat().st_size for file in weight_files(place))
+        if 2 * stored.size_on_disk > size:
+            print(
+                f"it takes {bytes_text(stored.size_on_disk)}, and its base {bytes_text(size)}. In fewer bytes: "
+                "--output checkpoint (base and merge in one), --dtype bfloat16, --rank 16 (16 directions), or "
+                f"modular-experts shrink {out} --out small --tasks ... (the fewest bytes that keep its loss)"
+            )
 
 
 def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:

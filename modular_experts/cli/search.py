@@ -10,6 +10,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
 from modular_experts.library import is_adapter
+from modular_experts.library.form import Form
 from modular_experts.methods import Distilled, MergeMethod
 from modular_experts.routing import DEFAULT_ROUTER, Router
 from modular_experts.statistics import take_statistics
@@ -21,7 +22,7 @@ from modular_experts.training.route import route as route_experts
 from modular_experts.tuning.gradient_search import ATLAS
 from modular_experts.tuning.objective import ValidationRows
 from modular_experts.tuning.search import SearchAlgorithm
-from modular_experts.tuning.shrink import Form, Shrunk
+from modular_experts.tuning.shrink import Shrunk
 from modular_experts.tuning.shrink import shrink as shrink_experts
 
 # So that a config names the searches of related systems by their class alone.

@@ -28,6 +28,7 @@ from modular_experts.library import (
 )
 from modular_experts.library.described import describe
 from modular_experts.library.expert import stored_in
+from modular_experts.library.form import Form
 from modular_experts.library.record import MERGE, RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.methods import MergeMethod, method_named
@@ -167,6 +168,7 @@ def merge(
     progress: Progress = iter,
     per_weight: Rules | None = None,
     notes: Mapping[str, Any] | None = None,
+    form: Form | None = None,
 ) -> StoredExpert:
     """Merge experts of one base into a new expert.
 
@@ -184,6 +186,7 @@ def merge(
         per_weight: Pattern of weight names and method, or None for weights that stay at the base. The first pattern
             that matches the whole name counts; without `method`, a weight that no pattern matches stays at the base.
         notes: More for the record of the merged expert, such as the `scores` that led to these settings.
+        form: How it is stored, such as `Form("bfloat16", rank=16)`; every number in float32 if not given.
 
     Raises:
         FileExistsError: `out` exists and may not be replaced; nothing has been read yet.
@@ -191,7 +194,7 @@ def merge(
             matches nothing, or an expert lacks the statistics that a method needs.
     """
     check_target(out, overwrite)
-    return write_merged(Merged(experts, method, per_weight), out, overwrite, progress, notes)
+    return write_merged(Merged(experts, method, per_weight), out, overwrite, progress, notes, form)
 
 
 def write_merged(
@@ -200,10 +203,14 @@ def write_merged(
     overwrite: bool = False,
     progress: Progress = iter,
     notes: Mapping[str, Any] | None = None,
+    form: Form | None = None,
 ) -> StoredExpert:
     """Write a merge as an expert, after the experts of the tasks that belong beside it; the settings are `merge`'s."""
     target = check_target(out, overwrite)
     key, record = merged.key(), merged.record()
+    stored: dict[str, Any] = {"overwrite": overwrite, "progress": progress}
+    if form:
+        key, stored["encoding"] = f"{key} {form}", form.encoding
     beside = {target.with_name(f"{target.name}-{name}"): (name, deltas) for name, deltas in merged.beside().items()}
     left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, key)}
     for path in left:
@@ -212,10 +219,37 @@ def write_merged(
     for path, (name, deltas) in left.items():
         tasks = dict.fromkeys(task for expert in stored_in([by_title[name]]) for task in expert.record["tasks"])
         own = record | {"tasks": list(tasks), "key": key}
-        write_expert(path, deltas, own, overwrite, f"{key}/{path.name}", progress)
+        write_expert(path, _Cut(deltas, form) if form else deltas, own, key=f"{key}/{path.name}", **stored)
+    vector, record = _Cut(merged, form) if form else merged, record | dict(notes or {})
+    if isinstance(vector, _Cut) and vector.facts:
+        record["hyperparameters"] = {**record["hyperparameters"], "cut": vector.facts}
     # The merged expert comes last, so that everything is there when it is.
-    write_expert(target, merged, record | dict(notes or {}), overwrite, key, progress)
+    write_expert(target, vector, record, key=key, **stored)
     return open_expert(target)
+
+
+class _Cut(TaskVector):
+    """A merge in the form in which it is stored.
+
+    Attributes:
+        facts: The `rank`, and the share of the squared norm that is kept of the weights that were looked up.
+    """
+
+    def __init__(self, vector: TaskVector, form: Form) -> None:
+        self._vector, self._form = vector, form
+        self._kept = self._all = 0.0
+        self.facts: dict[str, Any] = {"rank": form.rank} if form.rank else {}
+
+    def __getitem__(self, name: str) -> Delta:
+        delta = self._vector[name]
+        cut = self._form.cut(delta)
+        if self.facts:  # a cut is an orthogonal projection
+            self._kept, self._all = self._kept + cut.norm() ** 2, self._all + delta.norm() ** 2
+            self.facts["squared_norm_kept"] = self._kept / self._all if self._all else 1.0
+        return cut
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return self._vector.shapes()
 
 
 def write_checkpoint(

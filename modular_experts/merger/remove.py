@@ -43,8 +43,8 @@ def remove(
     if len(parents) == 1:
         raise ValueError(f"{whole.name} was made of {parents[0]['name']} alone, so nothing would be left")
     applied: dict[str, Any] = whole.record.get("method") or {}
-    # The factors of experts such as `0.5 * a` are not among the method's settings.
-    lazy = "experts" in (whole.record.get("hyperparameters") or {})
+    # The factors of experts such as `0.5 * a` are not among the method's settings, and a cut is not linear.
+    lazy = {"experts", "cut"} & set(whole.record.get("hyperparameters") or {})
     method: Linear | None = None
     if applied and not lazy and not whole.record.get("per_weight"):
         with suppress(ValueError):

@@ -15,13 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from modular_experts.data import TaskMixture
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
-from modular_experts.deltas.algebra import scale_rows, truncated_svd
+from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas.algebra import scale_rows
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, open_experts, write_expert
-from modular_experts.library.encoded import check_encoding
-from modular_experts.library.packing import pack, packed_bytes, unpack
+from modular_experts.library.form import Form
+from modular_experts.library.packing import packed_bytes
 from modular_experts.library.statistics import carry_statistics
-from modular_experts.masks import top_k
 from modular_experts.progress import Progress
 from modular_experts.tuning.objective import Objective, ValidationRows, mean_loss, objective_on_base
 from modular_experts.tuning.scales import fitted_factors
@@ -30,54 +29,6 @@ RANKS = (1, 2, 4, 8, 16, 32)
 """The numbers of directions to which low-rank and dense deltas are cut, if they have more."""
 FITTED = ("sign", "magnitudes2")
 """The encodings whose scales are fitted to the layers' outputs; in finer ones the fit changes nothing."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """A way to store an expert in fewer bytes.
-
-    Attributes:
-        encoding: How values are stored; a name of `VALUE_TYPES`.
-        keep: Share of the entries or tiles of each sparse delta that stay, the largest ones, in (0, 1].
-        rank: The most directions of each low-rank or dense matrix; None leaves all, and a dense delta dense.
-    """
-
-    encoding: str = "float32"
-    keep: float = 1.0
-    rank: int | None = None
-
-    def __post_init__(self) -> None:
-        check_encoding(self.encoding)
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep={self.keep} must be in (0, 1], the share of the entries that stay")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
-
-    def cut(self, delta: Delta) -> Delta:
-        """Return the delta with the directions, entries or tiles that stay, before its values are encoded."""
-        rank = delta.rank if isinstance(delta, LowRank) else min(delta.shape, default=0)
-        is_matrix = isinstance(delta, LowRank) or (isinstance(delta, Dense) and len(delta.shape) == 2)
-        if self.rank is not None and self.rank < rank and is_matrix:
-            cut = truncated_svd(delta, self.rank)[0]
-            # Both factors get the same size of each direction, so that they lose alike.
-            sizes = (cut.up.norm(dim=0) / cut.down.norm(dim=1).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
-            return LowRank(cut.up / sizes, cut.down * sizes[:, None])
-        if self.keep == 1 or not isinstance(delta, Sparse | BlockSparse) or delta.is_empty:
-            return delta
-        sizes = delta.values.abs() if isinstance(delta, Sparse) else delta.values.square().sum((1, 2))
-        kept = top_k(sizes, math.ceil(self.keep * len(sizes))).sort().values.long()
-        if isinstance(delta, Sparse):
-            return replace(delta, indices=delta.indices[kept], values=delta.values[kept])
-        return replace(delta, blocks=delta.blocks[kept], values=delta.values[kept])
-
-    def read(self, cut: Delta) -> Delta:
-        """Return what a reader gets of a delta that `cut` returned and a file holds."""
-        packed, values = pack(cut, self.encoding)
-        return unpack(values, packed)
-
-    def __str__(self) -> str:
-        rank = f"rank {self.rank}, " if self.rank is not None else ""
-        return f"{rank}{self.encoding}" + (f", {self.keep:.0%} of the entries" if self.keep < 1 else "")
 
 
 @dataclass(frozen=True)

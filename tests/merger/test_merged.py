@@ -306,10 +306,10 @@ def test_released_memory_is_read_again_from_the_file(library):
 def test_interrupted_merge_with_experts_beside_goes_on(library, monkeypatch):
     written = merger.write_expert
 
-    def interrupted(path, *more):
+    def interrupted(path, *more, **settings):
         if path.name == "merged":
             raise KeyboardInterrupt
-        return written(path, *more)
+        return written(path, *more, **settings)
 
     monkeypatch.setattr(merger, "write_expert", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -15,10 +15,11 @@ from modular_experts.deltas import Dense, LowRank
 from modular_experts.deltas.algebra import scale_rows
 from modular_experts.evaluation import batch_losses
 from modular_experts.library import make_record, write_expert
+from modular_experts.library.form import Form
 from modular_experts.methods.method import DataStatistic
 from modular_experts.statistics import gram
 from modular_experts.tuning.scales import FURTHEST, fitted_factors, row_factors
-from modular_experts.tuning.shrink import Form, shrink
+from modular_experts.tuning.shrink import shrink
 
 KINDS = ["Dense", "Sparse", "BlockSparse"]
 SIGNS = Form("sign", 0.5)

@@ -7,11 +7,12 @@ from testbed.searching import NAMES, objective_on, random_experts, same_bits, st
 
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert, write_statistics
+from modular_experts.library.form import Form
 from modular_experts.library.packing import pack
 from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.methods.method import DataStatistic
 from modular_experts.statistics import KINDS
-from modular_experts.tuning.shrink import Form, candidates_of, forms_for, shrink
+from modular_experts.tuning.shrink import candidates_of, forms_for, shrink
 
 
 @pytest.fixture(scope="module")
