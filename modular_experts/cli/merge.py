@@ -106,9 +106,9 @@ class Output(Options):
             raise ValueError(f"an expert is stored in float32 or bfloat16, not {self.dtype}, which a checkpoint takes")
 
     @property
-    def form(self) -> Form | None:
-        """How an expert is stored, if not in whole matrices of float32."""
-        return Form(self.dtype or "float32", rank=self.rank) if self.dtype or self.rank is not None else None
+    def form(self) -> Form:
+        """How an expert is stored."""
+        return Form(self.dtype or "float32", rank=self.rank)
 
 
 def merge(

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
+from modular_experts.deltas.encodings import ENCODINGS
 from modular_experts.deltas.tiles import index_dtype
 from modular_experts.library.encoded import check_encoding
-from modular_experts.library.packing import pack, packed_bytes, unpack
+from modular_experts.library.packing import pack, unpack
 from modular_experts.masks import top_k
 
 
@@ -54,12 +55,12 @@ class Form:
     def _sparse(self, delta: Dense) -> Delta:
         """Return a dense delta as a sparse one, which is equal, if that takes fewer bytes."""
         values = delta.values.reshape(-1)
-        # Near this share, places take what values save.
-        if int(values.count_nonzero()) > 0.8 * values.numel():
+        kept, size = int(values.count_nonzero()), values.numel()
+        bits = ENCODINGS[self.encoding].bits if self.encoding in ENCODINGS else 32 >> (self.encoding == "bfloat16")
+        if kept * bits + min(8 * kept, size) >= size * bits:  # a byte for the place of a value, or a bit an entry
             return delta
         indices = values.nonzero()[:, 0]
-        sparse = Sparse(indices.to(index_dtype(delta.shape)), values[indices], delta.shape)
-        return min(delta, sparse, key=lambda one: packed_bytes(one, self.encoding)[0])
+        return Sparse(indices.to(index_dtype(delta.shape)), values[indices], delta.shape)
 
     def read(self, cut: Delta) -> Delta:
         """Return what a reader gets of a delta that `cut` returned and a file holds."""

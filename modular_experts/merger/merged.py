@@ -36,6 +36,8 @@ from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 from modular_experts.text import depth_of, nearest
 
+WHOLE = Form()
+"""Every number of a merge, in float32."""
 Method = MergeMethod | str | None
 Rules = Mapping[str, Method]
 Experts = Sequence[str | Path | TaskVector]
@@ -168,7 +170,7 @@ def merge(
     progress: Progress = iter,
     per_weight: Rules | None = None,
     notes: Mapping[str, Any] | None = None,
-    form: Form | None = None,
+    form: Form = WHOLE,
 ) -> StoredExpert:
     """Merge experts of one base into a new expert.
 
@@ -186,7 +188,7 @@ def merge(
         per_weight: Pattern of weight names and method, or None for weights that stay at the base. The first pattern
             that matches the whole name counts; without `method`, a weight that no pattern matches stays at the base.
         notes: More for the record of the merged expert, such as the `scores` that led to these settings.
-        form: How it is stored, such as `Form("bfloat16", rank=16)`; every number in float32 if not given.
+        form: How it is stored, such as `Form("bfloat16", rank=16)`; every entry in float32 if not given.
 
     Raises:
         FileExistsError: `out` exists and may not be replaced; nothing has been read yet.
@@ -203,14 +205,13 @@ def write_merged(
     overwrite: bool = False,
     progress: Progress = iter,
     notes: Mapping[str, Any] | None = None,
-    form: Form | None = None,
+    form: Form = WHOLE,
 ) -> StoredExpert:
     """Write a merge as an expert, after the experts of the tasks that belong beside it; the settings are `merge`'s."""
     target = check_target(out, overwrite)
     key, record = merged.key(), merged.record()
-    stored: dict[str, Any] = {"overwrite": overwrite, "progress": progress}
-    if form:
-        key, stored["encoding"] = f"{key} {form}", form.encoding
+    stored: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "encoding": form.encoding}
+    key = key if form == WHOLE else f"{key} {form}"
     beside = {target.with_name(f"{target.name}-{name}"): (name, deltas) for name, deltas in merged.beside().items()}
     left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, key)}
     for path in left:
@@ -219,9 +220,9 @@ def write_merged(
     for path, (name, deltas) in left.items():
         tasks = dict.fromkeys(task for expert in stored_in([by_title[name]]) for task in expert.record["tasks"])
         own = record | {"tasks": list(tasks), "key": key}
-        write_expert(path, _Cut(deltas, form) if form else deltas, own, key=f"{key}/{path.name}", **stored)
-    vector, record = _Cut(merged, form) if form else merged, record | dict(notes or {})
-    if isinstance(vector, _Cut) and vector.facts:
+        write_expert(path, _Cut(deltas, form), own, key=f"{key}/{path.name}", **stored)
+    vector, record = _Cut(merged, form), record | dict(notes or {})
+    if vector.facts:
         record["hyperparameters"] = {**record["hyperparameters"], "cut": vector.facts}
     # The merged expert comes last, so that everything is there when it is.
     write_expert(target, vector, record, key=key, **stored)
