@@ -74,6 +74,7 @@ VERBS = {
     "harness": Command("evaluate", "harness", "measure a base and experts on benchmarks, by the lm-evaluation-harness"),
     "predict": Command("training", "", "write a model's answers"),
     "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
+    "chat": Command("generate", "chat", "talk with a base and experts in the terminal", ("library",)),
     "serve": Command("serve", "serve", "answer requests over HTTP, each with its own expert", ("library",)),
     "import": Command("interop", "import_", "bring adapters or fine-tuned checkpoints into a library", ("source",)),
     "statistics": Command(
@@ -105,7 +106,7 @@ VERBS = {
     **dict(system_commands()),
 }
 
-COMPUTING = {"combine", "compress", "evaluate", "fit", "generate", "harness", "merge", "predict", "quickstart"}
+COMPUTING = {"chat", "combine", "compress", "evaluate", "fit", "generate", "harness", "merge", "predict", "quickstart"}
 COMPUTING |= {"route", "search", "serve", "shrink", "statistics", "study", "test", "validate"}
 """Commands that load a model and compute with it, on the device that `--device` names."""
 DEVICE = {"--device NAME": "Where models compute: cpu, cuda, cuda:1. (default: a GPU if there is one)"}

@@ -1,26 +1,54 @@
-"""Run `modular-experts generate`, which answers one prompt."""
+"""Run `modular-experts generate`, which answers one prompt, and `chat`, which asks for one prompt after another."""
 
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from modular_experts.base import Base, DType
 from modular_experts.base.quantised import Quantise
+from modular_experts.evaluation.streaming import Conversation
 from modular_experts.evaluation.streaming import generate as generate_answer
-from modular_experts.library import open_expert
-from modular_experts.settings import UsageError
+from modular_experts.library import Library, StoredExpert, open_expert
+from modular_experts.settings import Options, UsageError
+
+COMMANDS = """\
+/expert NAME ...  these experts answer, added up; without a name, the base alone
+/auto             the library's route chooses who answers
+/new              forget what was said
+Ctrl-C stops an answer, and Ctrl-D ends the chat"""
+
+
+@dataclass(frozen=True)
+class Answering(Options):
+    """How prompts are answered.
+
+    Args:
+        system: A system message, which goes before the prompt through the tokenizer's chat template.
+        max_new_tokens: The most tokens of an answer, which also ends where the base's context does.
+        temperature: Above 0, tokens are sampled, more freely the higher it is.
+        seed: Seed of the samples.
+        dtype: Data type of the base.
+        quantise: Form in which the base is quantised, such as nf4.
+    """
+
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: DType = "float32"
+    quantise: Quantise | None = None
 
 
 def generate(
     prompt: str | None = None,
     base: str | None = None,
     experts: list[str] | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool | None = None,
-    dtype: DType = "float32",
-    quantise: Quantise | None = None,
+    chat_template: bool | None = None,
+    how: Answering = Answering(),
 ) -> None:
     """Answer a prompt with a base and experts, and print the answer while it comes.
 
@@ -31,13 +59,9 @@ def generate(
         prompt: The text to answer, in quotes; without one, the whole standard input is the prompt.
         base: The base's directory or hub id; the one in the experts' records by default.
         experts: Directories of the experts, whose deltas are added up.
-        max_new_tokens: The most tokens of the answer, which also ends where the base's context does.
-        temperature: Above 0, tokens are sampled, more freely the higher it is.
-        seed: Seed of the samples.
-        chat: Put the prompt as a user's message through the tokenizer's chat template; by default as the experts were
-            trained.
-        dtype: Data type of the base.
-        quantise: Form in which the base is quantised, such as nf4.
+        chat_template: Put the prompt as a user's message through the tokenizer's chat template; by default as the
+            experts were trained.
+        how: How it is answered.
 
     Examples:
         modular-experts generate --base DIR "The capital of France is"
@@ -53,7 +77,84 @@ def generate(
         prompt = sys.stdin.read().removesuffix("\n")
     if base is None and not experts:
         raise UsageError("--base or --experts must be given, on the command line or in --config")
-    write = partial(print, end="", flush=True)
-    found = Base.open(base, [open_expert(one, base) for one in experts], quantise=quantise) if quantise else base
-    generate_answer(found, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, write)
+    if how.system and chat_template is False:
+        raise UsageError("--system goes through the chat template; leave --chat_template out")
+    said = [{"role": "user", "content": prompt}]
+    given = [{"role": "system", "content": how.system}, *said] if how.system else prompt
+    found: Any = base
+    if how.quantise:
+        found = Base.open(base, [open_expert(one, base) for one in experts], quantise=how.quantise)
+    sampled = how.max_new_tokens, how.temperature, how.seed
+    generate_answer(found, given, experts, *sampled, chat_template, how.dtype, partial(print, end="", flush=True))
     print()
+
+
+def chat(
+    library: str | None = None, base: str | None = None, expert: str | None = None, how: Answering = Answering()
+) -> None:
+    """Talk with a base and the experts of a library in the terminal.
+
+    The line before a prompt names who answers. `/expert NAME` lets another expert answer, and `/auto` the library's
+    route; every other line that begins with / shows what there is. Messages go through the chat template, with all that
+    was said before, if the experts in use were trained with it, or for the base alone if it has one. Without it, each
+    prompt is read alone.
+
+    Args:
+        library: Directory of the experts.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        expert: Name of the expert that answers first, or auto; the base alone by default.
+        how: How prompts are answered.
+
+    Examples:
+        modular-experts chat library --expert a
+        modular-experts chat --base DIR --system "Answer in one word."
+    """
+    experts: Mapping[str, StoredExpert] = Library(library, base) if library else {}
+    first = [experts[name] for name in list(experts)[:1]]
+    if not (base or first):
+        raise UsageError("give a library that holds experts, or --base DIR")
+    opened = Base.open(base, [] if base else first, quantise=how.quantise)
+    with suppress(ImportError):
+        import readline  # noqa: F401, with which a terminal edits lines
+    talk, asks = Conversation(opened, experts, how.system, how.dtype), sys.stdin.isatty()
+    line = f"/expert {expert}" if expert not in (None, "auto") else "/auto" * (expert == "auto")
+    print(COMMANDS if asks else "", end="\n" * asks, flush=True)
+    while True:
+        try:
+            if line.startswith("/"):
+                _obey(talk, line)
+            elif line.strip():
+                talk.ask(line, how.max_new_tokens, how.temperature, how.seed, partial(print, end="", flush=True))
+                print(_chosen(talk))
+        except KeyboardInterrupt:
+            print(" (stopped)")
+        except (ValueError, KeyError, OSError) as error:
+            print(error.args[0], file=sys.stderr)
+        try:
+            line = input(f"{' + '.join(talk.experts.names) or 'base'}> " if asks else "")
+        except EOFError:
+            return print(end="\n" * asks)
+
+
+def _obey(talk: Conversation, line: str) -> None:
+    command, *names = line.split()
+    if command == "/auto":
+        names = [name for name, expert in talk.library.items() if expert.is_routed]
+        if len(names) != 1:
+            raise ValueError(f"/auto needs one route in the library, and there are {len(names)}; `route` makes one")
+    if command in ("/auto", "/expert"):
+        talk.experts.use(*names)
+    elif command == "/new":
+        talk.messages = [one for one in talk.messages if one["role"] == "system"]
+    else:
+        print(f"{COMMANDS}\nexperts: {', '.join(talk.library) or 'none'}")
+
+
+def _chosen(talk: Conversation) -> str:
+    """Return which experts the route in use chose for the last prompt, as the end of a line."""
+    gates = getattr(getattr(talk.experts.used, "current", None), "gates", None)
+    if gates is None:
+        return ""
+    behind = [*(one["name"] for one in talk.library[talk.experts.names[0]].record["parents"]), "base"]
+    pairs = zip(gates.ids[0].tolist(), gates.weights[0].tolist(), strict=True)
+    return f"  [{', '.join(behind[number] for number, weight in pairs if weight)}]"

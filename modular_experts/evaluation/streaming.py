@@ -1,20 +1,22 @@
-"""Answer one prompt with a base and experts, and hand over the text while it comes."""
+"""Answer a prompt, or one after another in a conversation, and hand over the text while it comes."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.base.device import device
-from modular_experts.data.chat import ConversationTokenizer, template_hash
+from modular_experts.data.chat import ConversationTokenizer, Messages, template_hash
 from modular_experts.evaluation.generation import answer_rooms, continued
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
+from modular_experts.injection.named import NamedExperts
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
 
@@ -23,12 +25,12 @@ log = logging.getLogger(__name__)
 
 def generate(
     base: str | Path | Base | None,
-    prompt: str,
+    prompt: str | Messages,
     experts: AnyExpert | Sequence[AnyExpert] = (),
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
-    chat: bool | None = None,
+    chat_template: bool | None = None,
     dtype: DType = "float32",
     write: Callable[[str], object] | None = None,
 ) -> str:
@@ -36,13 +38,13 @@ def generate(
 
     Args:
         base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
-        prompt: The text to answer.
+        prompt: The text to answer, or messages of {role, content}, which always go through the chat template.
         experts: One or several, whose deltas are added up: directories of a library, opened experts or task vectors.
         max_new_tokens: The most tokens of the answer, which also ends where the base's context does.
         temperature: 0 takes the likeliest token each time; above 0, tokens are sampled, more freely the higher it is.
         seed: Seed of the samples.
-        chat: Whether the prompt goes through the chat template, as a message of the user; None is as the experts were
-            trained, by their records.
+        chat_template: Whether a text goes through the chat template, as a message of the user; None is as the experts
+            were trained, by their records.
         dtype: Data type of the base.
         write: Takes each piece of the answer as it comes.
 
@@ -51,7 +53,7 @@ def generate(
         ValueError: An expert was trained on another base, the prompt is empty or too long, or a chat template is
             missing.
     """
-    if not prompt.strip():
+    if isinstance(prompt, str) and not prompt.strip():
         raise ValueError("the prompt is empty; give the text to answer")
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError(f"{max_new_tokens=} must be at least 1, and {temperature=} at least 0")
@@ -60,41 +62,108 @@ def generate(
     warn_of_missing_parents(stored)
     found = Base.open(base, stored)
     tokenizer = found.tokenizer()
-    if chat is None:
-        chat = bool(stored) and bool(training_in_common(stored).get("chat_template"))
+    if chat_template is None:
+        chat_template = bool(stored) and bool(training_in_common(stored).get("chat_template"))
+    chat = chat_template or not isinstance(prompt, str)
     template = template_hash(tokenizer) if chat else None
     warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype)
-    ids, stops = _encoded(prompt, tokenizer, chat)
+    given = _encoded(prompt, tokenizer, chat)
     model: Any = found.load(dtype)
+    with attached(model, opened, check=False):
+        model.to(device())
+        answer = _answer(model, tokenizer, *given, max_new_tokens, temperature, seed, write)
+        model.to("cpu")
+    return answer
+
+
+class Conversation:
+    """A conversation with a base, in which a library's experts answer by name.
+
+    Messages go through the chat template if the experts in use were trained with it, or for the base alone if it has
+    one. Without it, each prompt is read alone.
+
+    Args:
+        base: The opened base.
+        experts: The library, or opened experts by name.
+        system: A message that precedes all others.
+        dtype: Data type of the base.
+
+    Attributes:
+        experts: Chooses who answers: `conversation.experts.use("dates")`.
+        messages: What was said so far.
+    """
+
+    def __init__(
+        self, base: Base, experts: Mapping[str, StoredExpert], system: str | None = None, dtype: DType = "float32"
+    ) -> None:
+        model: Any = base.load(dtype)
+        self.model, self.tokenizer, self.library = model.to(device()), base.tokenizer(), experts
+        self.experts = NamedExperts(self.model, experts)
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether messages go through the chat template."""
+        used = [self.library[name] for name in self.experts.names]
+        has_template = self.tokenizer.chat_template is not None
+        return has_template and bool(not used or training_in_common(used).get("chat_template"))
+
+    def ask(
+        self,
+        prompt: str,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        write: Callable[[str], object] | None = None,
+    ) -> str:
+        """Return the answer to a prompt, as `generate`, and remember both, unless the answer was interrupted."""
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        chat = self.is_chat
+        given = _encoded(messages if chat else prompt, self.tokenizer, chat)
+        answer = _answer(self.model, self.tokenizer, *given, max_new_tokens, temperature, seed, write)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return answer
+
+
+@torch.no_grad()
+def _answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    stops: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    write: Callable[[str], object] | None,
+) -> str:
+    context = context_length(model)
+    if context is not None and ids.shape[1] >= context:
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens, and the base's context has room for {context}; shorten the prompt"
+        )
+    _, (room,) = answer_rooms(model, [ids[0]], max_new_tokens)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
-    with attached(model, opened, check=False), torch.random.fork_rng(), torch.no_grad():
-        context = context_length(model)
-        if context is not None and ids.shape[1] >= context:
-            raise ValueError(
-                f"the prompt has {ids.shape[1]} tokens, and the base's context has room for {context}; shorten the "
-                "prompt"
-            )
-        _, (room,) = answer_rooms(model, [ids[0]], max_new_tokens)
-        how: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops, "pad_token_id": pad}
-        config = GenerationConfig(do_sample=temperature > 0, **how, **sampling)
-        model.to(device())
-        ids = ids.to(model.device)
+    how: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops, "pad_token_id": pad}
+    config = GenerationConfig(do_sample=temperature > 0, **how, **sampling)
+    ids, streamer = ids.to(model.device), _Streamer(tokenizer, write) if write else None
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        streamer = _Streamer(tokenizer, write) if write else None
         written = continued(model, ids, torch.ones_like(ids), config, streamer)[0]
-        model.to("cpu")
     if len(written) == room < max_new_tokens and int(written[-1]) not in stops:
         log.warning("the answer ended where the model's context of %d tokens does; shorten the prompt", context)
     return str(tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
-def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[torch.Tensor, list[int]]:
+def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[torch.Tensor, list[int]]:
     stops: list[Any] = [tokenizer.eos_token_id]
     if chat:
         stops = list(dict.fromkeys([*stops, ConversationTokenizer(tokenizer, max_length=0).end]))
-        message = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        try:
+            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
     return torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]]), stops
 
 

@@ -1,5 +1,6 @@
 """`route`: a routed expert in a library, from its experts' inputs to the commands that use it, and every mistake."""
 
+import io
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ import torch
 from testbed.runs import mixture
 from testbed.scripts import run_in_one_process
 
+from modular_experts import generate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
@@ -127,8 +129,11 @@ def test_another_expert_leaves_what_the_library_has_of_the_first_ones(run, place
     assert len(open_expert("library/three").record["parents"]) == 3
 
 
-def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, task_files):
+def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, task_files, monkeypatch):
     assert run("route", *EXPERTS, *ALWAYS, "--tasks", tasks, "--out", "library/r")[0] == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("upper bat:"))
+    answer = generate(None, "upper bat:", "library/r", 5)
+    assert run("chat", "library", "--expert", "auto", "--max_new_tokens", "5") == (0, f"{answer}  [upper]\n", "")
     how = ["--base", tiny_llama_dir, "--experts", "library/r", "--tasks", task_files["upper"]]
     assert run("test", *how, "--trainer.logger", "false")[0] == 0
     (results,) = place.rglob("results.json")

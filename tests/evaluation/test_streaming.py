@@ -51,7 +51,7 @@ def test_samples_depend_on_the_seed_alone(tiny_llama_dir: Path) -> None:
 
 def test_a_chat_prompt_goes_through_the_template_and_what_is_no_prompt_is_refused(tiny_llama_dir: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="rows of messages need a chat template"):
-        generate(tiny_llama_dir, PROMPT, chat=True)
+        generate(tiny_llama_dir, PROMPT, chat_template=True)
     full = "has 256 tokens, and the base's context has room for 256"
     for words, sentence in ((" ", "the prompt is empty"), ("a" * 256, full)):
         with pytest.raises(ValueError, match=sentence):
@@ -61,5 +61,5 @@ def test_a_chat_prompt_goes_through_the_template_and_what_is_no_prompt_is_refuse
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     tokenizer.save_pretrained(place)
-    found = generate(place, PROMPT, max_new_tokens=9, chat=True)
+    found = generate(place, PROMPT, max_new_tokens=9, chat_template=True)
     assert found == by_hand(tiny_llama_dir, {}, f"[user]{PROMPT}[assistant]", 9)

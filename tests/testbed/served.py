@@ -82,7 +82,7 @@ def text_of(tokenizer: Any, tokens: Sequence[Any]) -> str:
 def generated(base: Path, library: Path, prompt: str, model: str, most: int = 12) -> str:
     """Return the answer of `generate` with the experts that a model names."""
     experts = [] if model == "base" else [library / name for name in model.split("+")]
-    return generate(str(base), prompt, experts, most, chat=False)
+    return generate(str(base), prompt, experts, most, chat_template=False)
 
 
 def run(engine: Engine, work: Coroutine[Any, Any, Any]) -> Any:

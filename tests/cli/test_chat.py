@@ -1,0 +1,51 @@
+"""`chat` reads prompts and commands line by line, and `generate --system` shows a system message to the template."""
+
+import io
+import sys
+
+import pytest
+from conftest import build_tokenizer
+from testbed.served import make_library
+
+from modular_experts import Base, generate
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
+
+@pytest.fixture
+def library(tiny_llama_dir, tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    make_library(tiny_llama_dir, tmp_path / "library")
+    return "library"
+
+
+def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama_dir, monkeypatch) -> None:
+    lines = ["the word", "/expert lora", "the word", "/expert lra", "", "/expert entries lora", "the word", "/new"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*lines, "/auto", "/help", "/expert", "the word"])))
+    code, out, err = run("chat", library, "--max_new_tokens", "7")
+    base, lora, both = (
+        generate(tiny_llama_dir, "the word", [f"library/{name}" for name in names], 7)
+        for names in ((), ("lora",), ("entries", "lora"))
+    )
+    answers, _, told = out.partition("/expert NAME")
+    assert (code, answers.split("\n")[:3]) == (0, [base, lora, both])
+    assert told.splitlines()[-2:] == ["experts: dense, entries, int4, lora, tiles", base]
+    assert err.splitlines() == [
+        "there is no expert 'lra'; did you mean lora?",
+        "/auto needs one route in the library, and there are 0; `route` makes one",
+    ]
+
+
+def test_nobody_to_talk_with_is_one_sentence(run) -> None:
+    assert run("chat") == (2, "", "error: give a library that holds experts, or --base DIR\n")
+
+
+def test_generate_takes_a_system_message(run, tiny_llama_dir, tmp_path, monkeypatch) -> None:
+    Base.open(tiny_llama_dir).load().save_pretrained(tmp_path / "chat")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "chat")
+    words = ["generate", "--base", tmp_path / "chat", "--max_new_tokens", "7", "the word", "--system", "be brief"]
+    expected = generate(tmp_path / "chat", "[system]be brief[user]the word[assistant]", max_new_tokens=7)
+    assert run(*words)[:2] == (0, f"{expected}\n")
+    assert run(*words, "--chat_template", "false")[2].startswith("error: --system goes through the chat template")
