@@ -105,7 +105,7 @@ class ExampleSet(Dataset):
 
 @dataclass
 class Collator:
-    """Makes a batch of examples, padded with `pad_id`; without `texts`, as in training, also without choices.
+    """Makes a batch of examples, padded with `pad_id`; in training without `texts`.
 
     With `pack_length` the batch is packed, in packs of at most that many tokens, or of the longest row.
     """
@@ -126,14 +126,13 @@ class Collator:
             batch["target"] = [example.target for example in examples]
             batch["end"] = [example.end for example in examples]
             batch["number"] = [example.number for example in examples]
-            choices = [choice for example in examples for choice in example.choices]
-            if choices:
-                counts = torch.tensor([len(example.choices) for example in examples])
-                correct = [number == example.correct for example in examples for number in range(len(example.choices))]
-                batch["choices"] = _padded(choices, self.pad_id) | {
-                    "row": torch.arange(len(examples)).repeat_interleave(counts),
-                    "correct": torch.tensor(correct),
-                }
+        if choices := [choice for example in examples for choice in example.choices]:
+            counts = torch.tensor([len(example.choices) for example in examples])
+            correct = [number == example.correct for example in examples for number in range(len(example.choices))]
+            batch["choices"] = _padded(choices, self.pad_id) | {
+                "row": torch.arange(len(examples)).repeat_interleave(counts),
+                "correct": torch.tensor(correct),
+            }
         return batch
 
 
@@ -251,6 +250,9 @@ class DataSource:
 
     def fit_context(self, context: int | None) -> None:
         """Cut rows to the context of the model, which is loaded now; None for one without a limit."""
+
+    def learn_choices(self) -> None:
+        """Let training batches have the choices of their rows, too, for a loss that compares them."""
 
     def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
         """Decide whether training batches are packed, if the model that is trained keeps packed rows apart."""

@@ -107,6 +107,7 @@ class TaskMixture(LightningDataModule, DataSource):
         self.split_seed, self.eval_limit, self.chat_template = split_seed, eval_limit, chat_template
         self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
         self.packing, self.packed = packing, bool(packing)
+        self._learns_choices = False
         self.said: list[str] = []
         """Sentences on how the rows were read."""
         self._predicts = False
@@ -287,6 +288,11 @@ class TaskMixture(LightningDataModule, DataSource):
     def _training_collator(self) -> Collator:
         return Collator(self.row_tokenizer().pad_id, False, self.max_length if self.packed else None)
 
+    def learn_choices(self) -> None:
+        if not self._learns_choices:
+            self._learns_choices = True
+            self._examples.pop("train", None)
+
     def padding(self) -> float:
         """Return the share of padding among the tokens of the first thousand training batches of this process."""
         (rank, processes), examples = self._place(), self._split("train")
@@ -381,7 +387,7 @@ class TaskMixture(LightningDataModule, DataSource):
             raise ValueError("the task mixture has no tokenizer; set data.tokenizer to the model's directory or hub id")
         if isinstance(self.tokenizer, str):
             self.tokenizer = Base.open(self.tokenizer).tokenizer()
-        return RowTokenizer(self.tokenizer, self.max_length, self.chat_template, self.context)
+        return RowTokenizer(self.tokenizer, self.max_length, self.chat_template, self.context, self._learns_choices)
 
     def _log(self, sentence: str, level: int = logging.INFO) -> None:
         if self.trainer is None or self.trainer.is_global_zero:

@@ -54,6 +54,7 @@ FORMS = (
     Form({"input": "prompt", "target": "completion"}),
     Form({"input": "instruction", "target": "output"}, optional="input"),
     Form({"input": "question", "target": "answer"}),
+    *[Form({"input": prompt, "target": "chosen", "rejected": "rejected"}) for prompt in ("prompt", "input")],
 )
 
 
@@ -101,7 +102,8 @@ class RowReader:
     """Turns records into rows.
 
     Args:
-        columns: The data's column for `input`, `target`, `messages`, `split` or `choices`, if it has another name.
+        columns: The data's column for `input`, `target`, `messages`, `split` or `choices`, if it has another name. With
+            one for `rejected`, the choices are the target and its text.
         template, choices: As for `Task`.
         optional: A column whose text follows the input, after an empty line, where a row has it.
         targets: Whether every row needs a target.
@@ -206,6 +208,7 @@ class RowReader:
         if target is None:
             return ()
         choices = list(self.choices) if choices is None or choices == "" else _listed(choices)
+        choices = [target, self._text(values, "rejected")] if "rejected" in self.columns else choices
         if not isinstance(choices, list | tuple):
             raise BadRow(f"{column!r} must be a list of texts, not {reprlib.repr(choices)}")
         texts = [_checked(column, choice) for choice in choices]

@@ -16,7 +16,7 @@ from modular_experts.text import did_you_mean
 
 ROLES = ("held_in", "held_out")
 TRAINED = "are also training rows"
-COLUMNS = ("input", "target", "messages", "split", "choices")
+COLUMNS = ("input", "target", "messages", "split", "choices", "rejected")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -32,6 +32,7 @@ class Task:
     | `prompt`, `completion` | the text of `prompt` | the text of `completion` |
     | `question`, `answer` | the text of `question` | the text of `answer` |
     | `instruction`, `output`, perhaps `input` | instruction, an empty line, input, a line end | the text of `output` |
+    | `prompt` or `input`, `chosen`, `rejected` | the prompt | the text of `chosen`; `rejected` is another choice |
     | `messages` | a conversation, a list of {role, content} | each turn of the assistant |
 
     `input` and `target` beat every other form, and `columns` or `template` beat them all. In a row of two texts, one

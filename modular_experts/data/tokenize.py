@@ -20,6 +20,7 @@ class RowTokenizer:
     Args:
         tokenizer: The model's tokenizer.
         max_length, chat_template: As for `TaskMixture`; the length counts end-of-sequence.
+        learns_choices: Whether rows to learn have their choices, too.
         context: How many tokens of a row the model can read, if that is known (`injection.context_length`).
 
     Raises:
@@ -32,12 +33,13 @@ class RowTokenizer:
         max_length: int = 1024,
         chat_template: bool = False,
         context: int | None = None,
+        learns_choices: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token to end a target; set tokenizer.eos_token")
         if chat_template and tokenizer.chat_template is None:
             raise ValueError("chat_template is set, but the tokenizer has no chat template (tokenizer.chat_template)")
-        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.tokenizer, self.chat_template, self.learns_choices = tokenizer, chat_template, learns_choices
         self.longest = max_length if context is None else min(max_length, context)
         self.limit = f"max_length={max_length}"
         """What bounds the tokens of a row, for sentences."""
@@ -57,7 +59,7 @@ class RowTokenizer:
     def __call__(self, task: str, rows: Sequence[Row], learn: bool = False) -> tuple[list[Example], int, list[str]]:
         """Tokenise all rows of one task.
 
-        Rows to `learn` have no choices, and conversations each turn of the assistant as a target, not only the last.
+        Conversations to `learn` have each turn of the assistant as a target, not only the last.
 
         Returns:
             The examples in the order of their rows, how many of them lost tokens, and a sentence for each bad row.
@@ -70,7 +72,7 @@ class RowTokenizer:
             texts = [str(render([{"role": "user", "content": text}])) for text in texts]
         prompts = self._ids(texts)
         targets = self._ends(texts, [[row.target or ""] for row in rows])
-        options = self._ends(texts, [() if learn else row.choices for row in rows])
+        options = self._ends(texts, [() if learn and not self.learns_choices else row.choices for row in rows])
         examples, problems, cut = list[Example](), list[str](), 0
         for row, prompt, (target,), ends in zip(rows, prompts, targets, options, strict=True):
             target = target if row.target is not None else []

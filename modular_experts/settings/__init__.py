@@ -54,6 +54,7 @@ SHORT_NAMES = {
     "batch_size": "data.batch_size",
     "quantise": "model.quantise",
     "metrics": "model.metrics",
+    "loss": "model.loss",
     "dtype": "model.dtype",
     "max_new_tokens": "model.max_new_tokens",
     "seed": "seed_everything",

@@ -1,6 +1,7 @@
 """Validate, test and predict with a causal language model, as hooks of a LightningModule."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -24,6 +25,8 @@ class EvaluatedModule(LightningModule):
     metrics: dict[str, TextMetric]
     applied_experts: list[StoredExpert]
     dtype_name: DType
+    preferences: Any = None
+    batch_losses: Callable[..., Any]
     _packs_evaluation: bool | None = None
 
     @abstractmethod
@@ -50,7 +53,10 @@ class EvaluatedModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score one batch; within `fit` by its loss alone."""
+        """Score one batch; within `fit` by the loss that is trained alone."""
+        if self.trainer.state.fn == "fit" and self.preferences:
+            self.scores.update(batch, *self.batch_losses(self.model, batch))
+            return
         tokens = None if self.trainer.state.fn == "fit" else self.max_new_tokens
         score_batch(self.scores, self.model, self.tokenizer, batch, tokens, bool(self._packs_evaluation))
         await_others(self.model)

@@ -20,7 +20,7 @@ from modular_experts.base.base import DType
 from modular_experts.base.quantised import Quantise
 from modular_experts.callbacks import EvenValidation, LogProgress, MaskSchedule, WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of
-from modular_experts.data.batch import datamodule_of, is_filler, source_of
+from modular_experts.data.batch import DataSource, datamodule_of, is_filler, source_of
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses, check_packing, text_metrics
 from modular_experts.evaluation.likelihood import keeps_rows_apart
@@ -43,10 +43,12 @@ from modular_experts.injection import (
 from modular_experts.injection.save import anchor
 from modular_experts.injection.sharded import shard
 from modular_experts.library import StoredExpert, as_parents
+from modular_experts.settings import plain
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
 from modular_experts.training.evaluated import EvaluatedModule
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
+from modular_experts.training.preferences import PreferenceLoss, start_of
 
 if TYPE_CHECKING:
     BaseModel = str | Path | Base | nn.Module
@@ -91,6 +93,8 @@ class ExpertModule(EvaluatedModule):
             or by name, also in the place of one: {rougeL: stemmed_rouge_l}.
         values: Data type of the trained values, their gradients, and the optimizer's moments; half the memory in
             `bfloat16`, in which the expert is also stored.
+        loss: A loss of preferences, such as `DPO`, for rows with a chosen and a rejected answer. Without one, the loss
+            is the cross-entropy of the targets.
     """
 
     length: TrainingLength
@@ -113,6 +117,7 @@ class ExpertModule(EvaluatedModule):
         values: Literal["float32", "bfloat16"] = "float32",
         quantise: Quantise | None = None,
         shard_base: bool = False,
+        loss: PreferenceLoss | None = None,
     ) -> None:
         super().__init__()
         if learning_rate is not None and optimizer is not None:
@@ -157,6 +162,7 @@ class ExpertModule(EvaluatedModule):
         """Computes the losses of a training batch, as `evaluation.batch_losses`; `Trained.before_fit` may replace it by
         a function that also returns sums over target tokens, by name, which are added to the loss."""
         self._extra: dict[str, Tensor] = {}
+        self.preferences, self._start = loss, dict[str, Tensor]()
 
     def setup(self, stage: str) -> None:
         """Raise before the model is loaded if settings do not fit each other, or would round what is trained."""
@@ -219,6 +225,7 @@ class ExpertModule(EvaluatedModule):
             inject(model, cast(Any, self.experts or self.expert), self.modules_pattern)
             loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
+        self._start = start_of(model) if self.preferences else {}
         loading.warn_of_slow_bfloat16(self._trainer, self.dtype_name)
         if self.shard_base:
             shard(model, self.trainer.strategy.root_device)
@@ -293,6 +300,13 @@ class ExpertModule(EvaluatedModule):
         """Let experts get ready for a training on these data; return how many seconds that took, 0 without work."""
         self.batch_losses, started = batch_losses, time.monotonic()
         ready = [expert.before_fit(self, data) for _, expert in named_experts(self.model)]
+        if self.preferences:
+            if self.batch_losses is not batch_losses:
+                kind, (_, expert) = type(self.preferences).__name__, named_experts(self.model)[0]
+                raise ValueError(f"{type(expert).__name__} has a loss of its own, so {kind} cannot train it")
+            if isinstance(data, DataSource):
+                data.learn_choices()
+            self.batch_losses = partial(self.preferences.batch_losses, self._start)
         return any(ready) * (time.monotonic() - started)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -394,6 +408,7 @@ class ExpertModule(EvaluatedModule):
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):
             settings["modules"] = list(self.experts)
+        settings |= {"loss": plain(self.preferences)} if self.preferences else {}
         rate = max(checkpoints.peak_rates(self.trainer), default=None)
         settings |= facts["hyperparameters"] | {"learning_rate": rate}
         return {

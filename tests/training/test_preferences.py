@@ -1,0 +1,193 @@
+"""Preferences: each kind of expert starts at ln 2, the loss is the closed form, and its reference stays the start."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from testbed import runs, systems
+from testbed.other_experts import GatedExpert
+
+from modular_experts import open_expert
+from modular_experts.__main__ import main
+from modular_experts.base import Base
+from modular_experts.callbacks import MaskSchedule
+from modular_experts.data import Task, TaskMixture
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.masks import GrowAndDrop
+from modular_experts.training.preferences import DPO, PreferenceLoss, at_start
+
+MOVING = partial(MaskSchedule, rule=GrowAndDrop(every=2, until=0.9, replace=0.4))
+KINDS: dict[str, list[Any]] = {
+    "entries": [partial(SparseExpert, keep_ratio=0.1)],
+    "moving entries": [partial(SparseExpert, keep_ratio=0.1), MOVING],
+    "tiles": [partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)],
+    "masked": [partial(MaskedExpert, keep_ratio=0.1)],
+    "lora": [partial(LoRAExpert, rank=2)],
+    "full": [FullExpert],
+    "gated": [GatedExpert],
+}
+KINDS |= systems.there(
+    {
+        "tt-lora": lambda: [systems.of("tt_lora.TTLoRAExpert")],
+        "boosted": lambda: [
+            systems.of("boosting.BoostedLoRAExpert"),
+            partial(systems.of("boosting.callback.Boosting"), every=2, share=1.0),
+        ],
+    }
+)
+WORDS = ["xa", "yb", "za", "wb", "vab", "uba", "tab", "sa", "rb", "qa", "pb", "na"]
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch) -> str:
+    """Write pairs whose answers have different lengths."""
+    monkeypatch.chdir(tmp_path)
+    splits = ["train"] * 8 + ["validation"] * 2 + ["test"] * 2
+    rows = [
+        {"prompt": f"{word} is", "chosen": word[0], "rejected": word[-1] * (1 + number % 3), "split": splits[number]}
+        for number, word in enumerate(WORDS)
+    ]
+    Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return "pairs.jsonl"
+
+
+def fit(base: Path, file: str, expert: Any, *callbacks: Any, steps: int = 6, **settings: Any) -> tuple[Any, Any, list]:
+    torch.manual_seed(0)
+    losses = runs.Losses()
+    module = runs.module(base, expert, **({"loss": DPO(0.5), "learning_rate": 1e-2} | settings))
+    trainer = runs.trainer(Path.cwd(), losses, *[made() for made in callbacks], max_steps=steps)
+    trainer.fit(module, TaskMixture(file, str(base), batch_size=4))
+    return module, trainer, losses.steps
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, choices: dict) -> torch.Tensor:
+    """Return the log-probability of each choice by a pass of its own."""
+    sums = []
+    for ids, mask, labels in zip(choices["input_ids"], choices["attention_mask"], choices["labels"], strict=True):
+        length = int(mask.sum())
+        logits = model(input_ids=ids[None, :length]).logits[0].log_softmax(-1)
+        sums.append(sum(logits[place - 1, labels[place]] for place in range(1, length) if labels[place] != -100))
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_starts_at_ln_2_and_its_reference_stays_the_base(kind, tiny_llama_dir, file) -> None:
+    module, trainer, losses = fit(tiny_llama_dir, file, *KINDS[kind])
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < losses[0] - 1e-3
+    choices = next(iter(trainer.datamodule.val_dataloader()))["choices"]
+    base = log_probabilities(Base.open(tiny_llama_dir).load(), choices)
+    before = {name: one.clone() for name, one in module.model.state_dict().items()}
+    assert (log_probabilities(module.model, choices) - base).abs().max() > 1e-3
+    with at_start(module.model, module._start):
+        torch.testing.assert_close(log_probabilities(module.model, choices), base)
+    after = module.model.state_dict()
+    assert all(torch.equal(one, after[name]) for name, one in before.items())
+
+
+@pytest.mark.parametrize("kind", ["entries", "lora", "full"])
+def test_the_loss_is_the_closed_form_in_float64_and_that_of_trl(kind, tiny_llama_dir, file) -> None:
+    module, trainer, _ = fit(tiny_llama_dir, file, *KINDS[kind], dtype="float64", steps=3)
+    batch = next(iter(trainer.datamodule.train_dataloader()))
+    base, moved = Base.open(tiny_llama_dir).load("float64"), Base.open(tiny_llama_dir).load("float64")
+    for name, delta in module.task_vector():
+        moved.get_parameter(name).data += delta.dense()
+    p, q = (log_probabilities(model, batch["choices"]).tolist() for model in (moved, base))
+    assert batch["choices"]["correct"].tolist() == [True, False] * 4
+    # By arithmetic of its own: -log of the Bradley-Terry probability of the chosen answer.
+    odds = [(math.exp(p[n]) / math.exp(q[n])) / (math.exp(p[n + 1]) / math.exp(q[n + 1])) for n in range(0, 8, 2)]
+    losses = [-math.log(odd**0.5 / (1 + odd**0.5)) for odd in odds]
+    sums, counts = module.batch_losses(module.model, batch)
+    assert sums.tolist() == pytest.approx(losses, rel=1e-6)
+    assert counts.tolist() == [1] * 4
+    module.trainer = trainer
+    assert module.loss(batch).item() == pytest.approx(sum(losses) / 4, rel=1e-6)
+    # TRL 1.16, `DPOTrainer._compute_loss` with loss_type sigmoid and f_divergence reverse_kl.
+    chosen, rejected = (torch.tensor(p[n::2]) - torch.tensor(q[n::2]) for n in (0, 1))
+    assert sums.tolist() == pytest.approx((-F.logsigmoid(0.5 * (chosen - rejected))).tolist(), rel=1e-4)
+
+
+def test_a_target_is_compared_with_each_other_choice(tiny_llama_dir, file) -> None:
+    rows = [{"input": "a is", "target": "b", "choices": ["a", "b", "c"], "split": split} for split in ("train", "test")]
+    Path("three.jsonl").write_text("".join(f"{json.dumps(row | {'split': 'train'})}\n" for row in rows))
+
+    class Margins(PreferenceLoss):
+        def of(self, margins):
+            return margins
+
+    module = runs.module(tiny_llama_dir, LoRAExpert, loss=Margins())
+    module.configure_model()
+    data = TaskMixture("three.jsonl", str(tiny_llama_dir))
+    data.learn_choices()
+    data.setup("fit")
+    module.prepare_experts(data)
+    batch, base = next(iter(data.train_dataloader())), Base.open(tiny_llama_dir).load()
+    for parameter in module.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    sums, counts = module.batch_losses(module.model, batch)
+    gain = log_probabilities(module.model, batch["choices"]) - log_probabilities(base, batch["choices"])
+    assert counts.tolist() == [2, 2]
+    assert sums.tolist() == pytest.approx((2 * gain[1::3] - gain[0::3] - gain[2::3]).tolist(), abs=1e-5)
+
+
+def test_rows_of_pairs_are_read_and_tokenised_with_one_prompt(tiny_llama_dir, file) -> None:
+    rows, problems = Task(path=file).read()
+    assert not problems
+    assert (rows[1].input, rows[1].target, rows[1].choices) == ("yb is", "y", ("y", "bb"))
+    Path("bad.jsonl").write_text('{"input": "a", "chosen": "b", "rejected": "b"}\n{"input": "a", "chosen": "b"}\n')
+    _, problems = Task(path="bad.jsonl").read()
+    assert "needs two or more different texts" in problems[0]
+    assert "the row has no 'rejected'" in problems[1]
+    data = TaskMixture(file, str(tiny_llama_dir))
+    data.setup("fit")
+    assert "choices" not in next(iter(data.train_dataloader()))
+    data.learn_choices()
+    assert len(next(iter(data.train_dataloader()))["choices"]["input_ids"]) == 16
+
+
+@pytest.mark.parametrize("kind", ["entries", "lora"])
+def test_a_resumed_training_has_the_same_reference_and_goes_on(kind, tiny_llama_dir, file) -> None:
+    expert = KINDS[kind][0]
+    _, trainer, first = fit(tiny_llama_dir, file, expert, steps=3)
+    trainer.save_checkpoint("half.ckpt")
+    module = runs.module(tiny_llama_dir, expert, loss=DPO(0.5))
+    again = runs.trainer(Path.cwd(), more := runs.Losses(), max_steps=6)
+    torch.manual_seed(1)
+    again.fit(module, TaskMixture(file, str(tiny_llama_dir), batch_size=4), ckpt_path="half.ckpt", weights_only=False)
+    choices = next(iter(again.datamodule.val_dataloader()))["choices"]
+    with at_start(module.model, module._start):
+        base = log_probabilities(Base.open(tiny_llama_dir).load(), choices)
+        torch.testing.assert_close(log_probabilities(module.model, choices), base)
+    assert len(first) == len(more.steps) == 3
+    assert max(more.steps) < math.log(2)
+
+
+def test_the_command_trains_on_pairs_validates_by_the_loss_and_records_it(tiny_llama_dir, file, capsys) -> None:
+    words = ["fit", "--base", str(tiny_llama_dir), "--tasks", file, "--expert", "LoRAExpert", "--modules", "q_proj"]
+    words += ["--steps", "4", "--learning_rate", "0.02", "--out", "library/pairs"]
+    assert main([*words, "--loss", "DPO", "--loss.beta", "0.3"]) == 0
+    err = capsys.readouterr().err
+    assert "'prompt' is the input, 'chosen' is the target" in err
+    record = open_expert("library/pairs").record
+    assert record["hyperparameters"]["loss"] == {
+        "class_path": "modular_experts.training.preferences.DPO",
+        "init_args": {"beta": 0.3},
+    }
+    assert record["scores"]["val_loss"] < math.log(2)
+    assert main([*words, "--overwrite", "--loss", "DPO", "--loss.beta", "0"]) != 0
+    assert "beta=0.0 must be a positive number" in capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_so_is_refused_in_one_sentence(tiny_llama_dir, file, task_files) -> None:
+    with pytest.raises(ValueError, match="DPO learns preferences, and rows of upper have none; give rows of prompt"):
+        fit(tiny_llama_dir, str(task_files["upper"]), LoRAExpert)
+    for own in systems.there({"adamix": lambda: systems.of("ada_mix.AdaMixExpert")}).values():
+        with pytest.raises(ValueError, match="AdaMixExpert has a loss of its own, so DPO cannot train it"):
+            fit(tiny_llama_dir, file, own)
