@@ -11,11 +11,9 @@ import importlib
 import io
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -28,12 +26,12 @@ import pytest
 import yaml
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import BashSessionLexer
-from testbed.documents import ROOT, few_examples, short
+from testbed.documents import ROOT, commands, few_examples, run_page, titled_blocks
 from testbed.here import STUDY, work_here
 
 import modular_experts
 from modular_experts import experts
-from modular_experts.__main__ import VERBS, main
+from modular_experts.__main__ import VERBS
 from modular_experts.discovery import import_systems
 from modular_experts.library import Library, open_expert
 from modular_experts.methods import METHODS
@@ -44,54 +42,6 @@ WRITTEN = sorted({path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md
 FIRST = ["README.md", "docs/index.md"]
 FIRST += [f"docs/{page}" for _, page in generate_docs.nav() if page.startswith("tutorial/") and page in WRITTEN]
 SCRIPTS = [page for page in WRITTEN if page.split("/")[0] in ("guides", "concepts", "systems")]
-
-
-def _blocks(text: str) -> list[tuple[str, str, str]]:
-    """Return language, title and content of each fenced block."""
-    fenced = r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$'
-    return re.findall(fenced, text, re.MULTILINE | re.DOTALL)
-
-
-def _run_command(line: str) -> None:
-    words = shlex.split(line)
-    if words[0] == "modular-experts":
-        assert main(words[1:]) == 0, line
-    elif words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
-    elif words[0] == "python":
-        assert (ROOT / words[1]).is_file(), line
-    else:
-        assert words[0] in ("pip", "source", "git", "cd"), f"{line}: nothing tests this command"
-
-
-def _run_page(page: str) -> None:
-    """Run the blocks of a page in the current directory."""
-    names = types.ModuleType("page")
-    sys.modules["page"] = names  # pickle and dataclasses look classes up in their module
-    titles = []
-    try:
-        for language, title, content in _blocks((ROOT / page).read_text(encoding="utf-8")):
-            if title:
-                Path(title).write_text(short(content), encoding="utf-8")
-                titles.append(Path(title).stem)
-                sys.modules.pop(titles[-1], None)  # another page's file of that name
-            elif language == "python":
-                exec(compile(short(content), page, "exec"), vars(names))
-            elif language == "console":
-                for line in _commands(content):
-                    _run_command(short(line))
-            else:
-                assert language in ("text", "json", "yaml"), (
-                    f"{page}: nobody runs a block of {language or 'no language'}"
-                )
-    finally:
-        for name in ("page", *titles):
-            sys.modules.pop(name, None)
-
-
-def _commands(content: str) -> list[str]:
-    """Return the commands of a console block, continued lines joined."""
-    return [line[2:] for line in content.replace("\\\n", "").splitlines() if line.startswith("$ ")]
 
 
 @contextmanager
@@ -123,7 +73,7 @@ def walk(tmp_path_factory, tiny_llama_dir) -> Walk:
         warnings.simplefilter("ignore")  # what Lightning says about a trainer that a reader makes
         for page in FIRST:
             with redirect_stdout(io.StringIO()) as out:
-                _run_page(page)
+                run_page(page)
             printed[page] = out.getvalue()
     return Walk(place, printed)
 
@@ -132,25 +82,16 @@ def test_readme_and_tutorial_run_in_order_in_one_folder(walk: Walk) -> None:
     assert [page for page in FIRST if page.startswith("docs/tutorial/")][1:] == [
         f"docs/tutorial/{page}.md" for page in ("train", "merge", "evaluate", "route", "ship", "own-expert")
     ]
-    assert {
-        "dates",
-        "mood",
-        "both",
-        "plural",
-        "tuned",
-        "ties",
-        "only-dates",
-        "chosen",
-        "scale-both",
-        "scale-chosen",
-    } <= set(Library(walk.place / "library"))
+    made = {"dates", "mood", "both", "plural", "tuned", "ties", "only-dates", "chosen", "scale-both", "scale-chosen"}
+    assert made <= set(Library(walk.place / "library"))
+    assert set(Library(walk.place / "demo")) == {"dates", "mood", "both"}
     assert set(Library(walk.place / "experts")) == {"dates", "mood", "both"}
     assert (walk.place / "merged-checkpoint/config.json").is_file()
 
 
 def test_readme_shows_what_its_tour_prints(walk: Walk) -> None:
     page, lines = (ROOT / "README.md").read_text(encoding="utf-8"), walk.printed["README.md"].splitlines()
-    verbs = [line.split()[1] for _, _, block in _blocks(page) for line in _commands(block)]
+    verbs = [line.split()[1] for _, _, block in titled_blocks(page) for line in commands(block)]
     assert verbs == ["fit", "fit", "combine", "merge", "evaluate", "generate", "apply"]
     of_python, of_command = (line for line in lines if line.startswith("model "))
     assert of_command in page
@@ -163,12 +104,12 @@ def test_no_two_pages_write_to_one_place() -> None:
     """Or the later one says that it overwrites."""
     pages: dict[str, set[str]] = {}
     for page in [*FIRST, *(f"docs/{page}" for page in SCRIPTS)]:
-        for language, _, content in _blocks((ROOT / page).read_text(encoding="utf-8")):
-            lines = _commands(content) if language == "console" else content.splitlines()
+        for language, _, content in titled_blocks((ROOT / page).read_text(encoding="utf-8")):
+            lines = commands(content) if language == "console" else content.splitlines()
             for line in lines if language in ("console", "yaml", "python") else []:
                 if (found := re.search(r"(?:--out |^out: |out=\")([\w./-]+)", line)) and "overwrite" not in line:
                     pages.setdefault(found[1], set()).add(page)
-    assert "library/both" in pages
+    assert {"demo/both", "library/both"} <= set(pages)
     assert not {place: names for place, names in pages.items() if len(names) > 1}
 
 
@@ -177,7 +118,7 @@ def test_no_two_pages_write_to_one_place() -> None:
 def test_a_page_runs_from_top_to_bottom(page: str, walk: Walk, tmp_path: Path) -> None:
     shutil.copytree(walk.place, tmp_path / "here", symlinks=True)
     with _reader(tmp_path / "here"):
-        _run_page(f"docs/{page}")
+        run_page(f"docs/{page}")
 
 
 def _anchors(text: str) -> set[str]:
@@ -207,10 +148,10 @@ def test_the_navigation_lists_every_page_once() -> None:
 
 def test_the_reference_has_every_public_name() -> None:
     reference = "\n".join((DOCS / page).read_text() for page in WRITTEN if page.startswith("reference/"))
-    documented = re.findall(r"^::: (\S+)$", reference, re.MULTILINE)
-    assert not {name for name in modular_experts.__all__ if not name.startswith("__")} - {
-        path.rpartition(".")[2] for path in documented
-    }
+    documented = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", reference, re.MULTILINE)}
+    rooms = [importlib.import_module(f"modular_experts.{name}") for name in ("callbacks", "routing", "tuning")]
+    public = {name for module in (modular_experts, *rooms) for name in module.__all__}
+    assert not {name for name in public if not name.startswith("__") and not name.isupper()} - documented
     for path, members in re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", reference, re.MULTILINE):
         module, _, name = path.rpartition(".")
         found = getattr(importlib.import_module(module), name)
@@ -277,6 +218,12 @@ def test_the_configuration_of_the_site_asks_nobody_on_the_network() -> None:
     assert "extra_javascript" not in config
 
 
+def test_the_site_states_the_version_and_the_changes() -> None:
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    assert modular_experts.__version__ in config["copyright"]
+    assert "changes.md" in [page for _, page in generate_docs.nav()]
+
+
 def test_the_page_on_experts_states_the_rate_of_each_type() -> None:
     page = (ROOT / "docs/concepts/expert.md").read_text(encoding="utf-8")
     stated = dict(re.findall(r"^\| `(\w+Expert)`.* \| ([\d.]+) \|$", page, re.MULTILINE))
@@ -306,7 +253,7 @@ def test_the_page_of_failures_quotes_sentences_of_the_code() -> None:
 
 
 def test_the_lives_name_files_and_what_is_in_them() -> None:
-    page = (DOCS / "concepts/lives.md").read_text(encoding="utf-8")
+    page = (ROOT / "CODE.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .+ \| (`.+`) \| (`.+`) \|$", page, re.MULTILINE)
     assert len(rows) > 30
     for files, names in rows:

@@ -2,10 +2,14 @@
 
 import importlib
 import re
+import shlex
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+from modular_experts.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +47,51 @@ def run_as_file(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         importlib.import_module("page_as_file")
     finally:
         sys.modules.pop("page_as_file", None)
+
+
+def titled_blocks(text: str) -> list[tuple[str, str, str]]:
+    """Return language, title and content of each fenced block."""
+    fenced = r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$'
+    return re.findall(fenced, text, re.MULTILINE | re.DOTALL)
+
+
+def _run_command(line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "modular-experts":
+        assert main(words[1:]) == 0, line
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), line
+    else:
+        assert words[0] in ("pip", "source", "git", "cd"), f"{line}: nothing tests this command"
+
+
+def run_page(page: str) -> None:
+    """Run the blocks of a page in the current directory."""
+    names = types.ModuleType("page")
+    sys.modules["page"] = names  # pickle and dataclasses look classes up in their module
+    titles = []
+    try:
+        for language, title, content in titled_blocks((ROOT / page).read_text(encoding="utf-8")):
+            if title:
+                Path(title).write_text(short(content), encoding="utf-8")
+                titles.append(Path(title).stem)
+                sys.modules.pop(titles[-1], None)  # another page's file of that name
+            elif language == "python":
+                exec(compile(short(content), page, "exec"), vars(names))
+            elif language == "console":
+                for line in commands(content):
+                    _run_command(short(line))
+            else:
+                assert language in ("text", "json", "yaml"), (
+                    f"{page}: nobody runs a block of {language or 'no language'}"
+                )
+    finally:
+        for name in ("page", *titles):
+            sys.modules.pop(name, None)
+
+
+def commands(content: str) -> list[str]:
+    """Return the commands of a console block, continued lines joined."""
+    return [line[2:] for line in content.replace("\\\n", "").splitlines() if line.startswith("$ ")]
