@@ -87,7 +87,7 @@ def test_the_page_trains_each_type_on_the_twenty_tasks_merges_and_tests(commands
 def test_no_file_of_the_folder_is_left_out(commands) -> None:
     used = {name for command in commands for name in configs_of(command)}
     # `test_configs.py` reads the studies.
-    studies = {"tiny.yaml", "small.yaml", "phi-3-mini.yaml"}
+    studies = {"tiny.yaml", "small.yaml", "made.yaml", "phi-3-mini.yaml"}
     assert {file.name for file in PAPER.glob("*.yaml")} <= used | studies
     assert all(f"`{file.name}`" in (PAPER / "README.md").read_text() for file in PAPER.glob("*.yaml"))
 

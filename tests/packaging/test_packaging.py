@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from testbed.documents import ROOT
+from testbed.documents import ROOT, few_examples
 
 import modular_experts
 
@@ -120,18 +120,53 @@ def test_only_the_publishing_job_may_ask_for_an_identity() -> None:
     assert publish["permissions"] == {"id-token": "write"}
     assert publish["environment"]["name"] == "pypi"
     assert "secrets." not in (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
-    assert set(flow["on"]) == {"release"}
+    assert flow["on"] == {"push": {"tags": ["v*"]}}
+
+
+def _environment(built: Path, place: Path) -> tuple[Path, dict[str, str]]:
+    """Make an environment that has the wheel, and of this one only the packages it depends on."""
+    environment = place / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", environment / "bin/python", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-index", next(built.glob("*.whl"))], check=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # `list` breaks long names at the width of a terminal, and COLUMNS would be one.
+    return environment, {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COLUMNS")}
+
+
+@pytest.mark.quickstart
+def test_the_wheel_alone_runs_the_tutorial(built: Path, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """All of its pages in one process, on a tiny base, with short trainings and few rows."""
+    environment, clean = _environment(built, tmp_path)
+    here = tmp_path / "here"
+    (here / ".cache").mkdir(parents=True)
+    (here / ".cache/smollm2").symlink_to(tiny_llama_dir)
+    few_examples(here)
+    pages = ("index", "train", "merge", "evaluate", "route", "ship", "own-expert")
+    (tmp_path / "run.py").write_text(
+        f"""
+import sys
+import modular_experts
+from testbed.documents import run_page
+assert modular_experts.__file__.startswith(sys.prefix)
+sys.path.insert(0, ".")
+sys.argv = ["modular-experts"]
+for page in {pages}:
+    run_page(f"docs/tutorial/{{page}}.md")
+"""
+    )
+    command = [environment / "bin/python", tmp_path / "run.py"]
+    subprocess.run(command, cwd=here, env=clean | {"PYTHONPATH": str(ROOT / "tests")}, check=True)
+    assert (here / "checkpoint/config.json").is_file()
+    assert {path.name for path in (here / "library").iterdir()} >= {"dates", "both", "chosen", "median-of-three"}
 
 
 @pytest.mark.quickstart
 def test_the_wheel_alone_runs_a_tiny_quickstart(built: Path, tmp_path: Path) -> None:
     """In an environment that has the wheel, and of this one only the packages it depends on."""
-    environment, python = tmp_path / "environment", tmp_path / "environment/bin/python"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, next(built.glob("*.whl"))], check=True)
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment, clean = _environment(built, tmp_path)
+    python = environment / "bin/python"
     sizes = "tasks=2, hidden=16, base_rows=4, base_target=2.0, base_limit=4, base_decay=2, expert_steps=1"
     (tmp_path / "tiny.py").write_text(
         f"""
@@ -144,8 +179,6 @@ if __name__ == "__main__":
     write_report(results_of(study, state), state, Path("report.html"))
 """
     )
-    # `list` breaks long names at the width of a terminal, and COLUMNS would be one.
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COLUMNS")}
     subprocess.run([python, "tiny.py"], cwd=tmp_path, env=clean, check=True)
     assert "</html>" in (tmp_path / "report.html").read_text()
     command = [environment / "bin/modular-experts", "list", "run/library"]
