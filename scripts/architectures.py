@@ -104,24 +104,15 @@ HEAD = """# Architectures
 
 Each line of the table is a tiny random base of a family of transformers, of two to four blocks. `all-linear` gives
 experts to its linear layers and to the matrices of its mixture-of-experts layers: the table has how many of both, and
-their share of the parameters. Two experts, sparse entries and a LoRA of rank 2, take the first five of these steps, and
-each step compares numbers:
+their share of the parameters. Two experts, sparse entries and a LoRA of rank 2, take five steps, and each step
+compares numbers: *train* (the logits move), *evaluate* (the stored expert gives the trained logits, and the base
+comes back bit for bit), *merge* (an average is the mean of the deltas in float64), *apply* (the checkpoint loads to
+the logits of the base plus the merge) and *route* (each row of a batch gets its own expert's logits). In the sixth,
+experts of embeddings, norms and biases get the gradients of a training of the whole model, also where the head is
+tied.
 
-- *train*: two steps of AdamW move the logits.
-- *evaluate*: the base with the stored expert gives the logits of the trained model, and is itself again afterwards, bit
-  for bit.
-- *merge*: an average equals the mean of the two deltas in float64.
-- *apply*: the checkpoint has the base's own names of tensors, and loads to the logits of the base plus the merge.
-- *route*: in a batch of two rows, each with an expert of its own, each row gets the logits of its expert.
-- *embeddings, vectors*: a sparse expert of the embeddings, and full experts of all vectors (norms, biases), get the
-  gradients of a training of the whole model, also where the head is the same tensor (tied); the stored expert gives the
-  trained logits, and so does a checkpoint.
-
-*Packed* tells whether a base keeps rows apart that lie behind one another in a sequence. `fit` and `evaluate` check
-that on the model at hand, and pack rows only if it does.
-
-JetMoE and Llama 4 multiply the matrices of their mixture-of-experts layers in other ways than one after the other, so
-these matrices get no expert. `scripts/architectures.py` makes this page.
+*Packed* tells whether a base keeps rows apart that lie behind one another in a sequence. JetMoE and Llama 4 multiply
+the matrices of their mixtures in another way, so these get no expert. `scripts/architectures.py` makes this page.
 
 """
 
@@ -138,7 +129,9 @@ class Result(NamedTuple):
     def line(self, family: str) -> str:
         """Return the family's line of the table."""
         counts = [str(self.layers), str(self.matrices or ""), f"{self.share:.0%}".replace("%", " %")]
-        cells = [family, f"`{FAMILIES[family][0]}`", *counts, *self.steps.values(), "yes" if self.packed else "no"]
+        failed = "; ".join(f"{step}: {why}" for step, why in self.steps.items() if why != "yes")
+        held = "all" if not failed else f"all but {failed}"
+        cells = [family, f"`{FAMILIES[family][0]}`", *counts, held, "yes" if self.packed else "no"]
         return f"| {' | '.join(cells)} |"
 
 
@@ -274,7 +267,7 @@ def main() -> None:
             lines.append(passed_through(family, Path(place)).line(family))
             print(lines[-1], flush=True)
     if len(chosen) == len(FAMILIES):
-        heads = ["family", "model type", "layers", "matrices", "of the parameters", *STEPS, "packed"]
+        heads = ["family", "model type", "layers", "matrices", "of the parameters", "steps that hold", "packed"]
         table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines]
         PAGE.write_text(HEAD + "\n".join(table) + "\n")
 

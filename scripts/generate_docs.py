@@ -1,4 +1,4 @@
-"""Write the pages of the site that come from the code: merge methods, commands, configurations, notebooks.
+"""Write the pages of the site that come from elsewhere: merge methods, commands, configurations, notebooks, changes.
 
     python scripts/generate_docs.py
 
@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -113,6 +114,12 @@ def paper_page() -> str:
     return (ROOT / "configs/paper/README.md").read_text(encoding="utf-8")
 
 
+def changes_page() -> str:
+    """Return the change log; its links lead into the repository's `docs/`, which is the site."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("# Changelog", "# Changes", 1)
+    return re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
+
+
 def notebook_page(name: str) -> str:
     """Return a notebook with its outputs, as it was run."""
     parts = []
@@ -163,6 +170,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "reference/methods.md": methods_page,
     "reference/commands.md": commands_page,
     "reference/configs.md": configs_page,
+    "changes.md": changes_page,
     "llms.txt": llms_txt,
 }
 

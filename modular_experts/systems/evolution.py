@@ -1,7 +1,7 @@
 """Search by evolution: the best candidates so far are changed and mixed, and a limit decides which may be measured.
 
 A candidate is a tuple of genes. The papers (arXiv 2306.07967, 2409.17372) evolve whole generations; here each candidate
-is measured before the next is made. The package cmaes finds about as much (`docs/decisions.md`).
+is measured before the next is made. The package cmaes finds about as much (`DECISIONS.md`).
 """
 
 import math
