@@ -5,6 +5,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from modular_experts.base import DType
 from modular_experts.cli.format import call_text, counted, progress_bar, statistics_text, summary, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
@@ -62,7 +63,7 @@ def search(
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     for line in done.report():
         print(line)
-    print(f"{done.expert.path}: {summary(done.expert)}")
+    print(f"{out}: {summary(done.expert)}")
 
 
 def statistics(
@@ -74,6 +75,7 @@ def statistics(
     overwrite: bool = False,
     labels: Literal["rows", "experts"] = "rows",
     max_new_tokens: int = 64,
+    dtype: DType = "float32",
 ) -> None:
     """Measure statistics of experts that are to be merged or routed, and store them beside each expert.
 
@@ -96,13 +98,14 @@ def statistics(
         overwrite: Replace statistics of this kind.
         labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
         max_new_tokens: The most tokens of an expert's answer.
+        dtype: Data type of the base; bfloat16 takes half the memory.
 
     Examples:
         modular-experts statistics --experts library/a library/b --kind gram --tasks a.jsonl b.jsonl
         modular-experts merge --experts library/a library/b --method RegMean --out library/ab
     """
     bar = progress_bar("measuring")
-    measured = ValidationRows(data, rows, base, labels, max_new_tokens=max_new_tokens)
+    measured = ValidationRows(data, rows, base, labels, max_new_tokens=max_new_tokens, dtype=dtype)
     found = take_statistics(experts, kind, measured, overwrite, bar)
     for directory, stored in zip(experts, found, strict=True):
         place = stored.file if is_adapter(Path(directory)) else Path(directory, *stored.file.parts[-2:])

@@ -209,7 +209,7 @@ def take_statistics(
     # What is refused is refused before the base is loaded.
     for expert in opened:
         _own_examples(expert, data, rows, splits, targets)
-    model: Any = opened_base.load("float32")
+    model: Any = opened_base.load(given.dtype or "float32")
     data.fit_context(context_length(model))
     examples = [_own_examples(expert, data, rows, splits, targets) for expert in opened]
     model.to(device())

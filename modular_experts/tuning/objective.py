@@ -18,7 +18,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modular_experts.base import Base
+from modular_experts.base import Base, DType
 from modular_experts.base.apply import applied
 from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
@@ -147,8 +147,9 @@ class ValidationRows(Options):
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
         labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
-        expert_of: Directory of the expert of each task, such as {dates: library/dates}; by default the record tells it.
+        expert_of: The expert of each task: {dates: library/dates}; by default the record tells it.
         max_new_tokens: The most tokens of an expert's answer.
+        dtype: Data type of the base; by default as it is stored, and float32 for statistics.
     """
 
     data: TaskMixture | None = None
@@ -157,6 +158,7 @@ class ValidationRows(Options):
     labels: Labels = "rows"
     expert_of: Mapping[str, str | Path] = field(default_factory=dict)
     max_new_tokens: int = 64
+    dtype: DType | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -201,7 +203,7 @@ def objective_on_base(
     data.eval_limit = min(given.rows, data.eval_limit or given.rows)
     # A task that is refused is refused before the base is loaded.
     read_validation_rows(data, targets=not by_experts)
-    model: Any = opened.load()
+    model: Any = opened.load(given.dtype)
     model.to(device())
     objective = Objective(model, data, own if by_experts else None, given.max_new_tokens, progress)
     if own:

@@ -76,7 +76,12 @@ def test_tuning_and_searching_need_no_more_words_than_the_tasks(run, place, task
     assert "merged 2 experts with SelfRegMean" in out
     assert run("search", *EXPERTS, "--tasks", tasks, "--out", "library/searched")[0] == 0
     assert run("search", *EXPERTS, "--algorithm", "ATLAS", "--tasks", tasks, "--out", "library/atlas")[0] == 0
-    assert open_expert("library/searched").record["scores"] == open_expert("library/atlas").record["scores"]
+    scores = open_expert("library/atlas").record["scores"]
+    assert open_expert("library/searched").record["scores"] == scores
+    assert run("search", *EXPERTS, "--tasks", tasks, "--dtype", "bfloat16", "--out", "library/narrow")[0] == 0
+    narrow = open_expert("library/narrow").record["scores"]
+    assert narrow == {name: pytest.approx(loss, rel=0.02) for name, loss in scores.items()}
+    assert narrow != scores
 
 
 def test_settings_of_the_method_inside_another_are_tuned(run, place, tasks):

@@ -244,6 +244,19 @@ def test_fisher_and_reg_mean_plus_plus_merge_what_was_stored_for_them(place, cap
     assert "were taken in a merge of other experts" in error
 
 
+@pytest.mark.parametrize("kind", ["fisher", "gram", "merged_gram", "prompts", "prompt_parts"])
+def test_a_base_in_bfloat16_gives_about_the_same_in_float32(place, kind):
+    assert take(kind) == 0
+    wanted = dict(open_statistics(open_expert(EXPERTS[0]), kind))
+    assert take(kind, "--dtype", "bfloat16", "--overwrite") == 0
+    found = dict(open_statistics(open_expert(EXPERTS[0]), kind))
+    assert found.keys() == wanted.keys()
+    for name, one in found.items():
+        assert one.values.dtype == torch.float32
+        assert 0 <= (one.values - wanted[name].values).norm() < 0.05 * wanted[name].values.norm(), name
+    assert any(not torch.equal(one.values, wanted[name].values) for name, one in found.items())
+
+
 def test_the_stored_matrices_of_a_merge_repeat_it(place):
     take_statistics(EXPERTS, "merged_gram", TaskMixture(TASKS))
     assert command("merge", "--method", "RegMeanPlusPlus", "--out", "library/merged") == 0
