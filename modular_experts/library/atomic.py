@@ -53,9 +53,7 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = RECORD
                 f"{path} exists and is not a directory of ours (it holds no {marker}); choose another place"
             )
         if not overwrite:
-            raise FileExistsError(
-                f"{path} exists already; choose another place, or replace it with overwrite: true (--overwrite true)"
-            )
+            raise FileExistsError(f"{path} exists already; choose another place, or replace it with --overwrite")
     parent = next(parent for parent in target.parents if os.path.lexists(parent))
     if not parent.is_dir():
         raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")

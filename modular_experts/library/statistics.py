@@ -131,7 +131,7 @@ def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwri
     """Raise FileExistsError if an expert has statistics that may not be replaced; call it before any work."""
     for file in [_file(expert, kind) for expert in experts]:
         if os.path.lexists(file) and not overwrite:
-            raise FileExistsError(f"{file} exists already; replace it with overwrite: true")
+            raise FileExistsError(f"{file} exists already; replace it with --overwrite")
 
 
 def carry_statistics(expert: StoredExpert, other: StoredExpert) -> None:
@@ -192,12 +192,10 @@ def write_statistics(
 
 def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> str:
     """Return the command that takes statistics of experts; the user fills in their tasks."""
+    places = " ".join(os.path.relpath(expert.path) for expert in experts)
     if kind == "gates":
-        places = " ".join(os.path.relpath(expert.path) for expert in experts)
         return f"modular-experts fit --gate-of {places} --tasks ..." + " --overwrite" * overwrite
-    places = ", ".join(os.path.relpath(expert.path) for expert in experts)
-    more = " --overwrite true" if overwrite else ""
-    return f"modular-experts statistics --experts '[{places}]' --kind {kind} --tasks '[...]'{more}"
+    return f"modular-experts statistics --experts {places} --kind {kind} --tasks ..." + " --overwrite" * overwrite
 
 
 def _file(expert: StoredExpert, kind: str) -> Path:

@@ -19,7 +19,7 @@ def experts_of(module: "TrainedModule", kind: type[E], owner: str) -> dict[str, 
     for name, layer in expert_layers(module.model):
         if not isinstance(layer.expert, kind):
             raise ValueError(
-                f"{owner} is for {kind.__name__}, and {name} has a {type(layer.expert).__name__}; give model.expert "
+                f"{owner} is for {kind.__name__}, and {name} has a {type(layer.expert).__name__}; give --expert "
                 f"{kind.__name__}, or leave {owner} out"
             )
         found[name] = layer.expert

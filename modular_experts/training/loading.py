@@ -141,7 +141,7 @@ def check_precision(trainer: Trainer) -> None:
     if weight.dtype.itemsize < torch.float32.itemsize:
         raise ValueError(
             f"trainer.precision={trainer.precision} also rounds the trained values, which must stay float32; for a "
-            "base in half the memory set model.dtype bfloat16 and trainer.precision bf16-mixed"
+            "base in half the memory give --dtype bfloat16 --trainer.precision bf16-mixed"
         )
 
 
@@ -149,8 +149,8 @@ def warn_of_slow_bfloat16(trainer: Trainer | None, dtype: str) -> None:
     """Log which settings are slow on a processor without instructions for bfloat16."""
     if trainer is None or trainer.strategy.root_device.type != "cpu":
         return
-    options = ["model.dtype float32"] * (dtype == "bfloat16")
-    options += ["trainer.precision 32-true"] * str(trainer.precision).startswith("bf16")
+    options = ["--dtype float32"] * (dtype == "bfloat16")
+    options += ["--trainer.precision 32-true"] * str(trainer.precision).startswith("bf16")
     can = torch.cpu.get_capabilities()
     # On x86 and on ARM; a processor of another kind is not known to be slow.
     instructions = {"x86_64": ["avx512_bf16", "amx_bf16", "avx10_2"], "arm64": ["bf16"], "aarch64": ["bf16"]}

@@ -177,7 +177,7 @@ class ExpertModule(EvaluatedModule):
             both = "give both (--expert LoRAExpert --modules q_proj v_proj), or neither to test a base"
             raise ValueError(f"{given} is given but not {missing}; {both}")
         if stage == "fit" and not self.has_experts:
-            raise ValueError("fit has no experts to train: give model.expert and model.modules")
+            raise ValueError("fit has no experts to train: give --expert and --modules")
         if self._trainer is not None:
             loading.check_strategy(self._trainer)
         if self._trainer is not None and self.has_experts:

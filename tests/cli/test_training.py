@@ -200,7 +200,7 @@ MISTAKES = {
     "base": (["--model.base", "nowhere/to/be"], 1, "base 'nowhere/to/be' was not found"),
     "pattern": (["--model.modules", ".*query"], 1, "modules='.*query' matches no linear layer"),
     "task file": (["--tasks", "aa.jsonl"], 1, "task 'aa': aa.jsonl: no such file in "),
-    "no expert": (["--model.expert", "null", "--model.modules", "null"], 1, "give model.expert and model.modules"),
+    "no expert": (["--model.expert", "null", "--model.modules", "null"], 1, "give --expert and --modules"),
 }
 
 

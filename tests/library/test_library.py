@@ -156,7 +156,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path):
 
 def test_an_existing_expert_is_kept_unless_overwritten(expert):
     before = open_expert(expert).content_hash
-    with pytest.raises(FileExistsError, match=r"exists already.*overwrite: true"):
+    with pytest.raises(FileExistsError, match=r"exists already.*--overwrite"):
         write(expert, deltas(seed=5).items(), RECORD)
     assert open_expert(expert).content_hash == before
     old = open_expert(expert)

@@ -177,7 +177,7 @@ def experts_routed(tiny_llama_dir, tmp_path) -> str:
 OPTIONS = [
     "--model.gradient_checkpointing true",
     "--batch_size 3 --trainer.accumulate_grad_batches 4",
-    "--model.dtype bfloat16 --trainer.precision bf16-mixed",
+    "--dtype bfloat16 --trainer.precision bf16-mixed",
     "--values bfloat16",
 ]
 

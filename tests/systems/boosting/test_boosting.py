@@ -219,7 +219,7 @@ def test_settings_that_cannot_be(tiny_llama_dir, task_files, tmp_path) -> None:
             Boosting(**settings)
     with pytest.raises(ValueError, match="rise=8, the steps of a rise, must be from 1 to every - 1 = 7"):
         WarmupRestarts(every=8, rise=8)
-    with pytest.raises(ValueError, match=r"down_proj.weight has a LoRAExpert; give model.expert BoostedLoRAExpert"):
+    with pytest.raises(ValueError, match=r"down_proj.weight has a LoRAExpert; give --expert BoostedLoRAExpert"):
         fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, Boosting())
 
 
