@@ -3,17 +3,15 @@
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modular_experts.base import Base, DType
-from modular_experts.base.quantised import Quantise
-from modular_experts.evaluation.streaming import Conversation
+from modular_experts.base import Base
+from modular_experts.evaluation.streaming import AS_USUAL, Answering, Conversation
 from modular_experts.evaluation.streaming import generate as generate_answer
 from modular_experts.library import Library, StoredExpert, open_expert
-from modular_experts.settings import Options, UsageError
+from modular_experts.settings import UsageError
 
 COMMANDS = """\
 /expert NAME ...  these experts answer, added up; without a name, the base alone
@@ -22,33 +20,12 @@ COMMANDS = """\
 Ctrl-C stops an answer, and Ctrl-D ends the chat"""
 
 
-@dataclass(frozen=True)
-class Answering(Options):
-    """How prompts are answered.
-
-    Args:
-        system: A system message, which goes before the prompt through the tokenizer's chat template.
-        max_new_tokens: The most tokens of an answer, which also ends where the base's context does.
-        temperature: Above 0, tokens are sampled, more freely the higher it is.
-        seed: Seed of the samples.
-        dtype: Data type of the base.
-        quantise: Form in which the base is quantised, such as nf4.
-    """
-
-    system: str | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
-    dtype: DType = "float32"
-    quantise: Quantise | None = None
-
-
 def generate(
     prompt: str | None = None,
     base: str | None = None,
     experts: list[str] | None = None,
     chat_template: bool | None = None,
-    how: Answering = Answering(),
+    how: Answering = AS_USUAL,
 ) -> None:
     """Answer a prompt with a base and experts, and print the answer while it comes.
 
@@ -90,7 +67,7 @@ def generate(
 
 
 def chat(
-    library: str | None = None, base: str | None = None, expert: str | None = None, how: Answering = Answering()
+    library: str | None = None, base: str | None = None, expert: str | None = None, how: Answering = AS_USUAL
 ) -> None:
     """Talk with a base and the experts of a library in the terminal.
 
@@ -116,7 +93,7 @@ def chat(
     opened = Base.open(base, [] if base else first, quantise=how.quantise)
     with suppress(ImportError):
         import readline  # noqa: F401, with which a terminal edits lines
-    talk, asks = Conversation(opened, experts, how.system, how.dtype), sys.stdin.isatty()
+    talk, asks = Conversation(opened, experts, how), sys.stdin.isatty()
     line = f"/expert {expert}" if expert not in (None, "auto") else "/auto" * (expert == "auto")
     print(COMMANDS if asks else "", end="\n" * asks, flush=True)
     while True:
@@ -124,7 +101,7 @@ def chat(
             if line.startswith("/"):
                 _obey(talk, line)
             elif line.strip():
-                talk.ask(line, how.max_new_tokens, how.temperature, how.seed, partial(print, end="", flush=True))
+                talk.ask(line, partial(print, end="", flush=True))
                 print(_chosen(talk))
         except KeyboardInterrupt:
             print(" (stopped)")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.base.device import device
+from modular_experts.base.quantised import Quantise
 from modular_experts.data.chat import ConversationTokenizer, Messages, template_hash
 from modular_experts.evaluation.generation import answer_rooms, continued
 from modular_experts.injection import context_length
@@ -19,8 +21,39 @@ from modular_experts.injection.attach import attached
 from modular_experts.injection.named import NamedExperts
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
+from modular_experts.settings import Options
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answering(Options):
+    """How prompts are answered.
+
+    Args:
+        system: A system message, which goes before the prompt through the tokenizer's chat template.
+        max_new_tokens: The most tokens of an answer, which also ends where the base's context does.
+        temperature: Above 0, tokens are sampled, more freely the higher it is.
+        seed: Seed of the samples.
+        dtype: Data type of the base.
+        quantise: Form in which the base is quantised, such as nf4.
+    """
+
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: DType = "float32"
+    quantise: Quantise | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            given = f"max_new_tokens={self.max_new_tokens} must be at least 1, and temperature={self.temperature}"
+            raise ValueError(f"{given} at least 0")
+
+
+AS_USUAL = Answering()
+"""The likeliest tokens, at most 256."""
 
 
 def generate(
@@ -55,8 +88,7 @@ def generate(
     """
     if isinstance(prompt, str) and not prompt.strip():
         raise ValueError("the prompt is empty; give the text to answer")
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"{max_new_tokens=} must be at least 1, and {temperature=} at least 0")
+    how = Answering(None, max_new_tokens, temperature, seed, dtype)
     opened = open_several(experts, base)
     stored = [expert for expert in opened if isinstance(expert, StoredExpert)]
     warn_of_missing_parents(stored)
@@ -71,7 +103,7 @@ def generate(
     model: Any = found.load(dtype)
     with attached(model, opened, check=False):
         model.to(device())
-        answer = _answer(model, tokenizer, *given, max_new_tokens, temperature, seed, write)
+        answer = _answer(model, tokenizer, *given, how, write)
         model.to("cpu")
     return answer
 
@@ -79,48 +111,39 @@ def generate(
 class Conversation:
     """A conversation with a base, in which a library's experts answer by name.
 
-    Messages go through the chat template if the experts in use were trained with it, or for the base alone if it has
-    one. Without it, each prompt is read alone.
+    Messages go through the chat template if there is a system message, if the experts in use were trained with it, or
+    for the base alone if it has one. Otherwise each prompt is read alone.
 
     Args:
         base: The opened base.
         experts: The library, or opened experts by name.
-        system: A message that precedes all others.
-        dtype: Data type of the base.
+        how: How prompts are answered.
 
     Attributes:
         experts: Chooses who answers: `conversation.experts.use("dates")`.
         messages: What was said so far.
     """
 
-    def __init__(
-        self, base: Base, experts: Mapping[str, StoredExpert], system: str | None = None, dtype: DType = "float32"
-    ) -> None:
-        model: Any = base.load(dtype)
+    def __init__(self, base: Base, experts: Mapping[str, StoredExpert], how: Answering = AS_USUAL) -> None:
+        model: Any = base.load(how.dtype)
         self.model, self.tokenizer, self.library = model.to(device()), base.tokenizer(), experts
-        self.experts = NamedExperts(self.model, experts)
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.experts, self.how = NamedExperts(self.model, experts), how
+        self.messages = [{"role": "system", "content": how.system}] if how.system else []
 
     @property
     def is_chat(self) -> bool:
         """Whether messages go through the chat template."""
         used = [self.library[name] for name in self.experts.names]
         has_template = self.tokenizer.chat_template is not None
-        return has_template and bool(not used or training_in_common(used).get("chat_template"))
+        trained = not used or training_in_common(used).get("chat_template")
+        return bool(self.how.system or (has_template and trained))
 
-    def ask(
-        self,
-        prompt: str,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
-        write: Callable[[str], object] | None = None,
-    ) -> str:
+    def ask(self, prompt: str, write: Callable[[str], object] | None = None) -> str:
         """Return the answer to a prompt, as `generate`, and remember both, unless the answer was interrupted."""
         messages = [*self.messages, {"role": "user", "content": prompt}]
         chat = self.is_chat
         given = _encoded(messages if chat else prompt, self.tokenizer, chat)
-        answer = _answer(self.model, self.tokenizer, *given, max_new_tokens, temperature, seed, write)
+        answer = _answer(self.model, self.tokenizer, *given, self.how, write)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
@@ -131,9 +154,7 @@ def _answer(
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     stops: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    how: Answering,
     write: Callable[[str], object] | None,
 ) -> str:
     context = context_length(model)
@@ -141,16 +162,16 @@ def _answer(
         raise ValueError(
             f"the prompt has {ids.shape[1]} tokens, and the base's context has room for {context}; shorten the prompt"
         )
-    _, (room,) = answer_rooms(model, [ids[0]], max_new_tokens)
+    _, (room,) = answer_rooms(model, [ids[0]], how.max_new_tokens)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
-    how: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops, "pad_token_id": pad}
-    config = GenerationConfig(do_sample=temperature > 0, **how, **sampling)
+    sampling: dict[str, Any] = {"temperature": how.temperature, "top_k": 0} if how.temperature else {}
+    limits: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops, "pad_token_id": pad}
+    config = GenerationConfig(do_sample=how.temperature > 0, **limits, **sampling)
     ids, streamer = ids.to(model.device), _Streamer(tokenizer, write) if write else None
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(how.seed)
         written = continued(model, ids, torch.ones_like(ids), config, streamer)[0]
-    if len(written) == room < max_new_tokens and int(written[-1]) not in stops:
+    if len(written) == room < how.max_new_tokens and int(written[-1]) not in stops:
         log.warning("the answer ended where the model's context of %d tokens does; shorten the prompt", context)
     return str(tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 

@@ -12,6 +12,9 @@ from modular_experts.injection.attach import attached
 from modular_experts.library import Library
 from modular_experts.text import did_you_mean
 
+_NAMED = "_modular_experts_named"
+"""The attribute of a model that holds the newest `NamedExperts` of it."""
+
 
 class NamedExperts(AbstractContextManager["NamedExperts"]):
     """Experts by name, of which a model uses none at first.
@@ -33,6 +36,10 @@ class NamedExperts(AbstractContextManager["NamedExperts"]):
         self.used: Any = None
         """What `attached` returned for them."""
         self._model = model
+        # A cell of a notebook may run twice, and must not add its experts twice.
+        if (before := model.__dict__.get(_NAMED)) is not None:
+            before.use()
+        model.__dict__[_NAMED] = self
 
     def use(self, *names: str) -> Any:
         """Use these experts, added up, in the place of those before; return what `attached` returns.

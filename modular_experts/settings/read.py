@@ -154,11 +154,10 @@ def _read_class(option: str, hint: Any, value: Any) -> Read:
 def _made(option: str, called: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     try:
         return called(**arguments)
-    except (ValueError, TypeError, ImportError, OSError):
-        raise
     except Exception as error:
-        # Such as what the logger of a program raises, whose settings it refuses; a bug of the user's class is shown.
-        if not called.__module__.startswith("lightning."):
+        # A bug of the user's class keeps its traceback; the logger of another program refuses its settings.
+        known = isinstance(error, ValueError | TypeError | ImportError | OSError)
+        if known or not called.__module__.startswith("lightning."):
             raise
         told = " ".join(str(error).split())
         raise UsageError(f"{option}: {getattr(called, '__name__', called)} cannot be made: {told}") from error

@@ -38,6 +38,7 @@ def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama
 
 def test_nobody_to_talk_with_is_one_sentence(run) -> None:
     assert run("chat") == (2, "", "error: give a library that holds experts, or --base DIR\n")
+    assert "temperature=-1.0 at least 0" in run("chat", "--base", "DIR", "--temperature", "-1")[2]
 
 
 def test_generate_takes_a_system_message(run, tiny_llama_dir, tmp_path, monkeypatch) -> None:

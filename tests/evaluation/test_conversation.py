@@ -7,7 +7,7 @@ from conftest import build_tokenizer
 from testbed.served import make_library
 
 from modular_experts import Base, Library, generate
-from modular_experts.evaluation.streaming import Conversation
+from modular_experts.evaluation.streaming import Answering, Conversation
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
@@ -23,18 +23,18 @@ def chat_base(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 
 def test_each_expert_answers_prompts_alone_where_no_template_is(tiny_llama_dir, tmp_path) -> None:
     library = make_library(tiny_llama_dir, tmp_path / "library")
-    talk = Conversation(Base.open(tiny_llama_dir), Library(library))
+    talk = Conversation(Base.open(tiny_llama_dir), Library(library), Answering(max_new_tokens=9))
     for names in ((), ("lora",), ("entries", "lora"), ()):
         talk.experts.use(*names)
         pieces: list[str] = []
-        answer = talk.ask("the word", 9, write=pieces.append)
+        answer = talk.ask("the word", pieces.append)
         assert answer == generate(tiny_llama_dir, "the word", [library / name for name in names], 9)
         assert "".join(pieces).strip() == answer
 
 
 def test_a_template_shows_the_system_message_and_what_was_said(chat_base) -> None:
-    talk = Conversation(Base.open(chat_base), {}, system="be brief")
-    first = talk.ask("one", 5)
+    talk = Conversation(Base.open(chat_base), {}, Answering("be brief", 5))
+    first = talk.ask("one")
     said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}]
     assert first == generate(chat_base, said, max_new_tokens=5)
     assert first == generate(chat_base, "[system]be brief[user]one[assistant]", max_new_tokens=5)
@@ -43,7 +43,7 @@ def test_a_template_shows_the_system_message_and_what_was_said(chat_base) -> Non
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        talk.ask("never mind", 5, write=stop)
+        talk.ask("never mind", stop)
     said += [{"role": "assistant", "content": first}]
     assert talk.messages == said
-    assert talk.ask("two", 5) == generate(chat_base, [*said, {"role": "user", "content": "two"}], max_new_tokens=5)
+    assert talk.ask("two") == generate(chat_base, [*said, {"role": "user", "content": "two"}], max_new_tokens=5)

@@ -30,4 +30,9 @@ def test_a_model_uses_the_experts_that_are_named_and_no_others(tiny_llama_dir, t
     assert torch.equal(logits(), expected[()])
     of_my_own = NamedExperts(model, {"mine": tmp_path / "library" / "dense"})
     of_my_own.use("mine")
-    assert not torch.equal(model(ids).logits, expected[()])
+    mine = model(ids).logits
+    assert not torch.equal(mine, expected[()])
+    again = NamedExperts(model, {"mine": tmp_path / "library" / "dense"})
+    assert torch.equal(model(ids).logits, expected[()])
+    again.use("mine")
+    assert torch.equal(model(ids).logits, mine)
