@@ -28,6 +28,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import BashSessionLexer
 from testbed.documents import ROOT, commands, few_examples, run_page, titled_blocks
 from testbed.here import STUDY, work_here
+from testbed.scripts import run_script
 
 import modular_experts
 from modular_experts import experts
@@ -119,6 +120,13 @@ def test_a_page_runs_from_top_to_bottom(page: str, walk: Walk, tmp_path: Path) -
     shutil.copytree(walk.place, tmp_path / "here", symlinks=True)
     with _reader(tmp_path / "here"):
         run_page(f"docs/{page}")
+
+
+def test_the_page_on_adapters_states_what_its_script_computes() -> None:
+    page = (DOCS / "guides/peft-and-hub.md").read_text(encoding="utf-8")
+    tables = run_script("adapters_7b.py")
+    rows = [row for row in re.findall(r"^\| .* \|$", page, re.MULTILINE) if row in tables]
+    assert len(rows) == 11
 
 
 def _anchors(text: str) -> set[str]:

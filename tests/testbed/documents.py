@@ -1,5 +1,6 @@
 """Pages whose code runs: their blocks, ways to make them short, and one to run the Python ones as a user's file."""
 
+import glob
 import importlib
 import re
 import shlex
@@ -56,7 +57,8 @@ def titled_blocks(text: str) -> list[tuple[str, str, str]]:
 
 
 def _run_command(line: str) -> None:
-    words = shlex.split(line)
+    # As a shell does, which spells patterns out.
+    words = [one for word in shlex.split(line) for one in (sorted(glob.glob(word)) or [word])]
     if words[0] == "modular-experts":
         assert main(words[1:]) == 0, line
     elif words[0] == "make":
