@@ -70,7 +70,7 @@ def open_parents(expert: StoredExpert) -> list[StoredExpert]:
     return found
 
 
-def put_beside(expert: StoredExpert, target: Path) -> StoredExpert:
+def put_beside(expert: StoredExpert, target: Path, overwrite: bool = False) -> StoredExpert:
     """Put an expert into another library, without a second copy on the disk where that is possible.
 
     Raises:
@@ -78,9 +78,10 @@ def put_beside(expert: StoredExpert, target: Path) -> StoredExpert:
     """
     if target.is_dir():
         there = open_expert(target, expert.record["base"]["id"])
-        if there.content_hash != expert.content_hash:
+        if there.content_hash == expert.content_hash:
+            return there
+        if not overwrite:
             raise FileExistsError(f"{target} is another expert than {expert.path}; rename the directory of one of them")
-        return there
 
     def link(source: str, place: str) -> None:
         try:
@@ -88,7 +89,7 @@ def put_beside(expert: StoredExpert, target: Path) -> StoredExpert:
         except OSError:
             shutil.copyfile(source, place)
 
-    with new_directory(check_target(target)) as directory:
+    with new_directory(check_target(target, overwrite), overwrite) as directory:
         shutil.copytree(expert.path, directory, copy_function=link, dirs_exist_ok=True)
     return open_expert(target)
 

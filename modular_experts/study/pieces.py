@@ -13,11 +13,13 @@ from typing import Any, Literal
 from modular_experts.base import Base
 from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
+from modular_experts.library import open_expert
 from modular_experts.library.result_key import result_key
 from modular_experts.statistics import KINDS
 from modular_experts.study.merges import Way, choose, combine_and_test, settings_of
 from modular_experts.study.plan import BASE, Study, groups
-from modular_experts.study.work import do, measure_experts, take, test, train
+from modular_experts.study.short_forms import stored_in
+from modular_experts.study.work import do, measure_experts, put, take, test, train
 
 Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
 """What `--only` takes; the key of a piece begins with one of them."""
@@ -114,6 +116,9 @@ class _Plan:
     def _train(
         self, configs: list[dict[str, Any]], tasks: Sequence[str], name: str, words: tuple[str, str], seed: int
     ) -> Key:
+        if place := stored_in(configs):
+            expert = open_expert(Path(place, *tasks), self.study.base)
+            return self._add(("experts", *words, seed), put, (expert.path, name), [expert.content_hash], [])
         settings = [configs, self.study.data, self.study.dtype, self.study.seen(tasks), seed]
         return self._add(("experts", *words, seed), train, (configs, tasks, name, seed), settings, [])
 

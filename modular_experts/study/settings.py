@@ -12,17 +12,25 @@ from typing import Any
 
 import yaml
 
-from modular_experts.base.base import DType
+from modular_experts.base.base import Base, DType
 from modular_experts.data.tasks import NAME
 from modular_experts.evaluation.metrics import Metrics, named_metrics, text_metrics
-from modular_experts.library import check_name
+from modular_experts.library import check_name, open_expert
 from modular_experts.reports.results import ROLES
 from modular_experts.settings import SHORT_NAMES, Options, folded, plain, respelt
 from modular_experts.settings.read import make
 from modular_experts.study.apart import Apart
 from modular_experts.study.merges import check_kinds, read_ways
 from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
-from modular_experts.study.short_forms import Kinds, Settings, content_hash, for_seed, read_tasks, spelt_out
+from modular_experts.study.short_forms import (
+    Kinds,
+    Settings,
+    content_hash,
+    for_seed,
+    read_tasks,
+    spelt_out,
+    stored_in,
+)
 from modular_experts.text import did_you_mean
 from modular_experts.training.settings import read_run
 
@@ -45,7 +53,8 @@ class Description(Options):
             ids, tasks of the suite such as Reverse, and tasks with settings, as for `fit`.
         experts: A config of `fit` for each kind, or its settings. An example is {lora: {expert: LoRAExpert, steps:
             200}}. With `grid: {learning_rate: [0.001, 0.003]}` in it there is a kind for each value, lora-0.001 and
-            lora-0.003; with `joint: true` the kind has one expert of all held-in tasks.
+            lora-0.003; with `joint: true` the kind has one expert of all held-in tasks. {lora: {stored: peft}} takes
+            the experts or PEFT adapters in a directory, each named after its task.
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Entries may also be routes
             and ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. {shrink: int4} stores
@@ -118,7 +127,12 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
     held_in, held_out = read_tasks(given.tasks)
     kinds, joint, named = read_experts(given)
     seeds = tuple(given.seeds or [0])
-    _check_fits(given, {**kinds, **joint}, next(iter(held_in.values())), seeds[0])
+    if both := [kind for kind, configs in joint.items() if stored_in(configs)]:
+        raise ValueError(f"experts.{both[0]}: stored is for kinds with an expert for each task")
+    trained = {kind: configs for kind, configs in {**kinds, **joint}.items() if not stored_in(configs)}
+    _check_fits(given, trained, next(iter(held_in.values())), seeds[0])
+    for place in {for_seed(stored_in(kinds[kind]), seed) for kind in kinds.keys() - trained for seed in seeds}:
+        Base.open(for_seed(given.base, seeds[0]), [open_expert(Path(place, task), given.base) for task in held_in])
     ways = read_ways(given.merges or [], named)
     counts = read_counts(given.counts or ["all"], len(held_in))  # type: ignore[arg-type]
     together = [name for name, (way, _) in ways.items() if way.together]

@@ -116,6 +116,11 @@ def spelt_out(experts: Mapping[str, Any]) -> Kinds:
     return kinds
 
 
+def stored_in(configs: Iterable[Mapping[str, Any]]) -> str | None:
+    """Return the directory that holds the experts of a kind, named after their tasks; None for a kind to be trained."""
+    return next((str(one["stored"]) for one in configs if "stored" in one), None)
+
+
 def each_method(merges: Iterable[Any]) -> Iterator[Any]:
     """Yield the entries of `merges`, and one for each method of an entry that lists several."""
     for entry in merges:

@@ -26,11 +26,13 @@ from modular_experts.evaluation.compare import EXAMPLES
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert, open_expert
+from modular_experts.library.compatibility import put_beside
 from modular_experts.library.described import trust
 from modular_experts.settings import SHORT_NAMES, folded
 from modular_experts.settings.read import make
 from modular_experts.statistics import take_statistics
 from modular_experts.study.plan import Measure, Study
+from modular_experts.study.short_forms import stored_in
 from modular_experts.training.fit import estimate_fit, fit
 from modular_experts.training.settings import read_run
 from modular_experts.tuning import ValidationRows
@@ -66,6 +68,11 @@ def train(
     return about_expert(open_expert(target))
 
 
+def put(study: Study, out: Path, place: Path, name: str) -> dict[str, Any]:
+    """Put an expert that is there into the library, instead of a training."""
+    return about_expert(put_beside(open_expert(place), out / "library" / name, overwrite=True))
+
+
 def training_settings(
     study: Study, place: Path, configs: Sequence[Mapping[str, Any]], tasks: Sequence[str], seed: int
 ) -> dict[str, Any]:
@@ -82,6 +89,8 @@ def training_settings(
 
 def training_bytes(study: Study, out: Path, configs: Sequence[Mapping[str, Any]]) -> int:
     """Return what a training takes in memory beside imported packages, as shapes predict it; 0 where they cannot."""
+    if stored_in(configs):
+        return 0
     task = next(iter(study.held_in))
     settings = training_settings(study, out / "runs", configs, [task], study.seeds[0])
     try:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -21,6 +22,7 @@ from modular_experts.evaluation import evaluate
 from modular_experts.library import Library
 from modular_experts.merger import merge
 from modular_experts.serving.models import Models
+from modular_experts.study import read_study, results_of, run_study
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 TASKS = ["upper", "reverse"]
@@ -170,6 +172,30 @@ def test_a_folder_of_adapters_is_a_library_to_route_and_serve(run, place):
     ]
     (expert,) = models.find("upper").members
     assert expert.content_hash == open_expert("peft/upper").content_hash
+
+
+def test_a_study_measures_and_merges_adapters_that_are_there(place, task_files):
+    tasks = [str(task_files[name]) for name in TASKS]
+    study = read_study("base", tasks, {"lora": {"stored": "peft"}}, ["Average"], max_new_tokens=2)
+    with ThreadPoolExecutor(1) as executor:
+        state = run_study(study, place / "study", executor=executor)
+    assert not state.failed
+    library = Library("study/library")
+    assert [*library] == ["lora-reverse", "lora-upper", "merge-lora-Average"]
+    for name, delta in stated("upper").items():
+        torch.testing.assert_close(library["lora-upper"][name].dense().double(), delta, rtol=1e-5, atol=1e-7)
+    models = {row["model"] for row in results_of(study, state).rows}
+    assert {"base", "lora-upper", "lora-reverse"} <= models
+    # An adapter that was trained again is measured again.
+    factors = load_file("peft/upper/adapter_model.safetensors")
+    save_file({key: 2 * factor for key, factor in factors.items()}, "peft/upper/adapter_model.safetensors")
+    with ThreadPoolExecutor(1) as executor:
+        assert not run_study(study, place / "study", executor=executor).failed
+    assert library["lora-upper"].content_hash == open_expert("peft/upper").content_hash
+    with pytest.raises(FileNotFoundError, match="peft/first is not an expert"):
+        read_study("base", [*tasks, str(task_files["first"])], {"lora": {"stored": "peft"}})
+    with pytest.raises(ValueError, match=r"experts\.all: stored is for kinds with an expert for each task"):
+        read_study("base", tasks, {"all": {"stored": "peft", "joint": True}})
 
 
 def test_a_base_is_named_only_where_the_adapter_leads_to_none(run, place, task_files):
