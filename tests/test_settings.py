@@ -67,6 +67,17 @@ def test_an_argument_without_annotation_has_the_one_of_the_base_class() -> None:
     assert made["select"].k == 2
 
 
+def test_a_name_that_only_type_checkers_know_stands_for_anything() -> None:
+    """As in WandbLogger, which imports `Run` of wandb so."""
+
+    class Logger:
+        def __init__(self, project: str = "experts", run: "OnlyForTypeCheckers | None" = None) -> None: ...  # noqa: F821
+
+    assert read_arguments("--x.", Logger, {"project": "mine", "run": 3}).plain == {"project": "mine", "run": 3}
+    with pytest.raises(UsageError, match=r"--x\.project must be"):
+        read_arguments("--x.", Logger, {"project": [1]})
+
+
 def test_a_class_need_not_be_given_what_it_gives_its_base_itself() -> None:
     class Base:
         def __init__(self, name: str, size: int = 1) -> None: ...

@@ -3,6 +3,7 @@
 A name stands for a class that is imported already, a dotted path for any class of the user.
 """
 
+import builtins
 import dataclasses
 import importlib
 import inspect
@@ -223,12 +224,22 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
     return hints, defaults
 
 
+class _Names(dict[str, Any]):
+    """Names for annotations, of which an unknown one means `Any`."""
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
 def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(maker)
     except NameError:
-        # A class may name TaskMixture without importing it, so that it is fast to import.
-        return typing.get_type_hints(maker, localns=vars(importlib.import_module("modular_experts.data")))
+        # A class may name TaskMixture without importing it, so that it is fast to import; others, such as WandbLogger,
+        # import names for type checkers alone.
+        own = vars(sys.modules[maker.__module__])
+        known = _Names(vars(builtins) | vars(importlib.import_module("modular_experts.data")) | own)
+        return typing.get_type_hints(maker, localns=known)
 
 
 def class_named(option: str, hints: Iterable[Any], name: str | None) -> tuple[Any, int]:
