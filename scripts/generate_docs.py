@@ -131,6 +131,8 @@ def notebook_page(name: str) -> str:
                 parts.append(_block("".join(output["text"])))
             elif "image/png" in output.get("data", {}):
                 parts.append(f"![What the cell draws](data:image/png;base64,{output['data']['image/png'].strip()})")
+            else:
+                parts.append(_block("".join(output["data"]["text/plain"])))
     return "\n\n".join(parts) + "\n"
 
 
@@ -166,6 +168,7 @@ def llms_txt() -> str:
 MAKERS: dict[str, Callable[[], str]] = {
     "tutorial/notebook-1.md": partial(notebook_page, "01-train-merge-look.ipynb"),
     "tutorial/notebook-2.md": partial(notebook_page, "02-your-own-expert-and-merge-method.ipynb"),
+    "tutorial/notebook-3.md": partial(notebook_page, "03-on-colab.ipynb"),
     "guides/paper.md": paper_page,
     "reference/methods.md": methods_page,
     "reference/commands.md": commands_page,
