@@ -6,7 +6,7 @@ Public names are imported when they are first used, so that `import modular_expe
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "modular_experts.deltas.task_vector": ("TaskVector",),
