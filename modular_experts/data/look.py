@@ -1,11 +1,9 @@
-"""Look at the rows of tasks as `fit` reads them: tokens with the learned ones marked, lengths, long and repeated rows.
-
-print(look("runs/base", ["a.jsonl", "b.csv"], page="look.html"))
-"""
+"""Look at the rows of tasks as `fit` reads them: tokens with the learned ones marked, lengths, repeated rows."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +18,11 @@ from modular_experts.data.tasks import Task, Tasks, repeats
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.injection import context_length
 from modular_experts.library.atomic import new_file
-from modular_experts.reports.tables import Column, Html, Line, Table, element, joined, page
+from modular_experts.reports.tables import Column, Line, Table, element, page
 
 SHOWN, LONGEST, EDGE = 2, 3, 60
 """Rows of a task that are shown as tokens and as the longest ones, and tokens at each end of a shown row."""
 KEY = "are learned; in a task that is only tested, they are measured."
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of one split of a task: their lengths in tokens before any cut, and how many were cut."""
-
-    name: str
-    lengths: Sequence[int]
-    cut: int
-
-    def share(self, share: float) -> int:
-        """Return the length that a share of the rows does not pass."""
-        return sorted(self.lengths)[int(share * (len(self.lengths) - 1) + 0.5)]
 
 
 @dataclass(frozen=True)
@@ -46,19 +31,13 @@ class LookedTask:
 
     name: str
     facts: Sequence[str]
-    splits: Sequence[Split]
+    splits: Mapping[str, Mapping[str, int]]
     shown: Sequence[tuple[str, Sequence[tuple[str, bool]]]]
 
     @property
     def table(self) -> Table:
-        columns = [
-            Column("rows", lambda split: len(split.lengths)),
-            Column("median", lambda split: split.share(0.5)),
-            Column("p95", lambda split: split.share(0.95)),
-            Column("longest", lambda split: split.share(1.0)),
-            Column("cut", lambda split: split.cut),
-        ]
-        return Table(columns, [[Line(split.name, split) for split in self.splits]], "tokens")
+        columns = [Column(name, itemgetter(name)) for name in next(iter(self.splits.values()))]
+        return Table(columns, [[Line(*one) for one in self.splits.items()]], "tokens")
 
 
 @dataclass(frozen=True)
@@ -73,25 +52,26 @@ class Look:
             console = Console(width=80, file=io.StringIO(), color_system=None)
             console.print(task.table.text())
             table = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
-            rows = [f"{place}\n{_marked(tokens)}" for place, tokens in task.shown]
-            parts.append("\n\n".join(["\n".join([task.name, *(f"  {fact}" for fact in task.facts)]), table, *rows]))
+            parts.append("\n".join([task.name, *(f"  {fact}" for fact in task.facts), "", table]))
+            for place, tokens in task.shown:
+                parts[-1] += f"\n\n{place}\n" + "".join(
+                    f"[{text}]" if learned else f"{text}|" for text, learned in tokens
+                )
         return "\n\n\n".join([*parts, f"The tokens in brackets {KEY}"])
 
     def write(self, file: str | Path) -> None:
         """Write the same as a page that needs no other file."""
-        sections = []
+        sections, looks = [], [dict[str, str](), {"class_": "learned"}]
         for task in self.tasks:
-            facts = element("ul", *[element("li", fact) for fact in task.facts])
-            rows = [
-                joined([element("p", place, class_="note"), element("pre", *map(_token, tokens), class_="tokens")])
-                for place, tokens in task.shown
-            ]
-            sections.append(element("section", element("h2", task.name), facts, task.table.html(), *rows))
-        head = element(
-            "header", element("h1", "The rows of the tasks"), element("p", KEY.replace("in brackets", "marked"))
-        )
+            parts = [element("ul", *[element("li", fact) for fact in task.facts]), task.table.html()]
+            for place, tokens in task.shown:
+                spans = [element("span", text, **looks[learned]) for text, learned in tokens]
+                parts += [element("p", place, class_="note"), element("pre", *spans, class_="tokens")]
+            sections.append(element("section", element("h2", task.name), *parts))
+        title = "The rows of the tasks"
+        head = element("header", element("h1", title), element("p", f"The marked tokens {KEY}"))
         with new_file(Path(file)) as temporary:
-            temporary.write_text(page("The rows of the tasks", head, *sections), encoding="utf-8")
+            temporary.write_text(page(title, head, *sections), encoding="utf-8")
 
 
 def look(
@@ -129,24 +109,30 @@ def look(
     return found
 
 
-def _looked(task: Task, rows: dict[str, list[Row]], data: TaskMixture) -> LookedTask:
-    tokenize = data.row_tokenizer()
-    tokenizer = tokenize.tokenizer
-    splits, lengths, shown = list[Split](), dict[str, int](), list[tuple[str, list[tuple[str, bool]]]]()
+def _looked(task: Task, rows: Mapping[str, list[Row]], data: TaskMixture) -> LookedTask:
+    tokenize, splits = data.row_tokenizer(), dict[str, Mapping[str, int]]()
+    uncut = RowTokenizer(tokenize.tokenizer, 10**9, data.chat_template)
+    lengths, shown = dict[str, int](), list[tuple[str, list[tuple[str, bool]]]]()
     for split, mine in rows.items():
         learn = split == "train"
         examples, cut, bad = tokenize(task.name, mine, learn)
         raise_for_bad_rows(bad)
-        whole = RowTokenizer(tokenizer, 10**9, data.chat_template)(task.name, mine, learn)[0] if cut else examples
+        whole = uncut(task.name, mine, learn)[0] if cut else examples
         own = {f"{row.where} ({split})": len(one.tokens.ids) for row, one in zip(mine, whole, strict=True)}
-        splits += [Split(split, [*own.values()], cut)] * bool(own)
+        if own:
+            splits[split] = _sizes(sorted(own.values())) | {"cut": cut}
         lengths |= own
-        shown += [(place, _tokens(one, tokenizer)) for place, one in zip(own, examples, strict=True)][:SHOWN]
+        shown += [(place, _tokens(one, tokenize.tokenizer)) for place, one in zip(own, examples[:SHOWN], strict=False)]
     every = [row for mine in rows.values() for row in mine]
     longest = sorted(lengths, key=lambda place: -lengths[place])[:LONGEST]
     facts = [*_reading(task, every[0], data), f"rows of at most {tokenize.limit}; a longer one loses its start"]
     facts += ["longest: " + ", ".join(f"{place} with {lengths[place]}" for place in longest)]
     return LookedTask(task.name, [*facts, *repeats(every)], splits, shown[:SHOWN])
+
+
+def _sizes(lengths: Sequence[int]) -> dict[str, int]:
+    at = {name: lengths[int(share * (len(lengths) - 1) + 0.5)] for name, share in (("median", 0.5), ("p95", 0.95))}
+    return {"rows": len(lengths), **at, "longest": lengths[-1]}
 
 
 def _reading(task: Task, row: Row, data: TaskMixture) -> list[str]:
@@ -167,11 +153,3 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     texts = [str(tokenizer.decode([one], clean_up_tokenization_spaces=False)) for one in example.tokens.ids.tolist()]
     pairs = [(text.replace("\n", "\\n"), one) for text, one in zip(texts, learned, strict=True)]
     return pairs if len(pairs) <= 2 * EDGE else [*pairs[:EDGE], (" ... ", False), *pairs[-EDGE:]]
-
-
-def _marked(tokens: Sequence[tuple[str, bool]]) -> str:
-    return "".join(f"[{text}]" if learned else f"{text}|" for text, learned in tokens)
-
-
-def _token(token: tuple[str, bool]) -> Html:
-    return element("span", token[0], **({"class_": "learned"} if token[1] else {}))

@@ -34,25 +34,18 @@ def ends(means: Tensor) -> list[float]:
     return [means.quantile(0.025).item(), means.quantile(0.975).item()]
 
 
-def leaders(drawn: Mapping[str, Tensor], values: Mapping[str, float], low_is_best: bool = False) -> list[str]:
-    """Return the best model and those that are level with it: the interval of the paired difference contains zero.
-
-    Args:
-        drawn: The drawn means of each model, of the same draws.
-        values: The mean of each model.
-    """
-    finite = {model: value for model, value in values.items() if math.isfinite(value)}
-    if not finite:
-        return []
-    best = (min if low_is_best else max)(finite, key=finite.__getitem__)
-    spans = {model: ends(means - drawn[best]) for model, means in drawn.items()}
+def _leaders(drawn: Mapping[str, Tensor], values: Mapping[str, float], low_is_best: bool) -> list[str]:
+    """Return the best model and those that are level with it: the interval of the paired difference contains zero."""
+    finite = [model for model, value in values.items() if math.isfinite(value)]
+    best = (min if low_is_best else max)(finite, key=values.__getitem__, default="")
+    spans = {model: ends(drawn[model] - drawn[best]) for model in finite}
     return [model for model, (low, high) in spans.items() if low <= 0.0 <= high]
 
 
 def compared_means(
     rows: Sequence[dict[str, Any]], values: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
 ) -> list[dict[str, Any]]:
-    """Give each row its 95 % `interval`, and tell whether its model `leads` (`leaders`) where another is worse.
+    """Give each row its 95 % `interval`, and tell whether its model `leads` where another is worse.
 
     Args:
         rows: A row of `Results` for each model, task and metric.
@@ -74,7 +67,7 @@ def compared_means(
     for (role, task, metric), models in groups.items():
         known = {one: fmean(_number(row["value"]) for row in mine) for one, mine in models.items()}
         means = {one: torch.stack([drawn[id(row)] for row in mine]).mean(0) for one, mine in models.items()}
-        leading = leaders(means, known, metric == "loss") if better(metric) else []
+        leading = _leaders(means, known, metric == "loss") if better(metric) else []
         for model, mine in models.items():
             about: dict[str, Any] = {"interval": ends(means[model]) if means[model].isfinite().all() else None}
             about["leads"] = model in leading and len(leading) < len(models)

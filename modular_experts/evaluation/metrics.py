@@ -5,9 +5,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from torchmetrics.functional.text.rouge import rouge_score
@@ -79,22 +78,17 @@ def same_json(generated: str, target: str) -> float:
     return _read_alike(_canonical_json, generated, target)
 
 
-@dataclass(frozen=True)
-class Matched:
-    """Is 1.0 if a regular expression finds the same text in the answer and in the target, else 0.0.
+def matched(pattern: str, generated: str, target: str) -> float:
+    """Return 1.0 if a regular expression finds the same text in the answer and in the target, else 0.0.
 
     The last match counts, and of it the first group where the pattern has one.
     """
 
-    pattern: str
+    def found(text: str) -> str | None:
+        last = [*re.finditer(pattern, text)][-1:]
+        return (last[0][min(1, last[0].re.groups)] or "").strip() or None if last else None
 
-    def __call__(self, generated: str, target: str) -> float:
-        return _read_alike(self._found, generated, target)
-
-    def _found(self, text: str) -> str | None:
-        matches = list(re.finditer(self.pattern, text))
-        found = matches[-1][min(1, matches[-1].re.groups)] if matches else None
-        return found and found.strip()
+    return _read_alike(found, generated, target)
 
 
 def _read_alike(read: Callable[[str], Any], generated: str, target: str) -> float:
@@ -131,7 +125,7 @@ def text_metrics(own: Metrics | None = None) -> dict[str, TextMetric]:
 
     Args:
         own: Metrics by name, or a list of metrics. Each is a function of a generated text and its target, its dotted
-            path, one of `number`, `json` and `stemmed_rouge_l`, or a regular expression between slashes (`Matched`). In
+            path, one of `number`, `json` and `stemmed_rouge_l`, or a regular expression between slashes (`matched`). In
             a list, `year=/[0-9]{4}/` names one; others are called by the last part of their path.
 
     Raises:
@@ -170,7 +164,7 @@ def _made(name: str, metric: str) -> TextMetric:
         return NAMED[metric]
     if len(metric) > 1 and metric[0] == metric[-1] == "/":
         try:
-            return Matched(re.compile(metric[1:-1]).pattern)
+            return partial(matched, re.compile(metric[1:-1]).pattern)
         except re.error as error:
             raise ValueError(f"--metrics.{name}: {metric} is not a regular expression: {error}") from None
     if "." not in metric or metric.startswith("/"):

@@ -94,10 +94,11 @@ class Results:
 
     @property
     def main_metric(self) -> str:
-        """The metric to show where there is room for one: the first share that every task has, or else the loss."""
-        tasks = {*self.values("task")}
-        having = {name: {*self.where(metric=name).values("task")} for name in SHARES}
-        return next((name for name in SHARES if having[name] and having[name] == tasks), "loss")
+        """The metric to show where there is room for one: the loss, or the first share that every task has, unless no
+        model has anything right in it."""
+        tasks, rows = {*self.values("task")}, {name: self.where(metric=name) for name in SHARES}
+        tells = [name for name in SHARES if any(row["value"] for row in rows[name].rows)]
+        return next((name for name in tells if {*rows[name].values("task")} == tasks), "loss")
 
     def mean(self, metric: str, **wanted: Any) -> float | None:
         """Return the unweighted mean of a metric over the rows that match: None without rows."""

@@ -172,4 +172,5 @@ def signed(value: float, metric: str) -> str:
 
 
 def metric_words(metric: str) -> str:
-    return "Rouge-L" if metric == "rougeL" else metric.replace("_", " ")
+    words = {"rougeL": "Rouge-L", "number": "right numbers", "json": "right JSON", "regex": "regex match"}
+    return words.get(metric, metric.replace("_", " "))

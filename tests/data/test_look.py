@@ -24,12 +24,11 @@ def file(tmp_path, monkeypatch) -> str:
 
 def test_tokens_that_are_learned_are_marked_and_lengths_are_counted_before_the_cut(tiny_llama_dir, file) -> None:
     (task,) = look(tiny_llama_dir, file, max_length=8).tasks
-    assert [(split.name, [*split.lengths], split.cut) for split in task.splits] == [
-        ("train", [6, 6, 12, 7], 1),
-        ("test", [6, 6, 6], 0),
-    ]
     # The middle, the 95th hundredth and the longest of 6, 6, 7, 12.
-    assert [column.of(task.splits[0]) for column in task.table.columns] == [4, 7, 12, 12, 1]
+    assert task.splits == {
+        "train": {"rows": 4, "median": 7, "p95": 12, "longest": 12, "cut": 1},
+        "test": {"rows": 3, "median": 6, "p95": 6, "longest": 6, "cut": 0},
+    }
     data = TaskMixture(file, str(tiny_llama_dir), max_length=8)
     data.setup("fit")
     first = data.train_dataloader().dataset.examples[0].tokens
@@ -57,7 +56,7 @@ def test_tokens_that_are_learned_are_marked_and_lengths_are_counted_before_the_c
 def test_the_reading_that_a_task_names_is_said(tiny_llama_dir, file, settings, fact) -> None:
     found = look(tiny_llama_dir, {"path": file, "role": "held_out", **settings})
     assert found.tasks[0].facts[0] == fact
-    assert [split.name for split in found.tasks[0].splits] == ["test"]
+    assert [*found.tasks[0].splits] == ["test"]
 
 
 def test_the_chat_template_is_said_with_its_reason(tiny_llama_dir, file) -> None:
@@ -92,6 +91,7 @@ def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, cap
     learned = ["".join(one.itertext()) for one in page.iter("span") if one.get("class") == "learned"]
     assert learned[:2] == [" ", "b"]
     assert "2 of 3 test rows are also training rows" in [one.text for one in page.iter("li")]
+    assert "The marked tokens are learned; in a task" in page.findtext(".//header/p")
     assert main(words) == 1
     assert "look.html exists already; choose another page, or replace it with --overwrite" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0

@@ -150,3 +150,22 @@ def test_the_download_of_a_page_is_the_results_as_json_packed() -> None:
     (link,) = ElementTree.fromstring(results.download()).iter("a")
     found = gzip.decompress(base64.b64decode(link.get("href").partition("base64,")[2]))
     assert json.loads(found)["rows"][1] == {"model": "c", "value": None}
+
+
+@pytest.mark.parametrize(
+    ("values", "main"),
+    [
+        ({"exact_match": [0.0, 0.5], "number": [0.0, 0.0]}, "exact_match"),
+        ({"exact_match": [0.0, 0.5], "number": [1.0, 0.0]}, "number"),
+        ({"exact_match": [0.0, 0.0]}, "loss"),
+        ({"exact_match": [0.5]}, "loss"),
+    ],
+)
+def test_a_share_that_is_zero_everywhere_or_that_a_task_lacks_is_not_the_main_metric(values, main) -> None:
+    given = values | {"loss": [1.0, 2.0]}
+    rows = [
+        {"task": task, "metric": metric, "value": value}
+        for metric, several in given.items()
+        for task, value in zip("ab", several, strict=False)
+    ]
+    assert Results(rows).main_metric == main

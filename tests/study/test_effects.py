@@ -131,7 +131,8 @@ def test_experts_that_have_nothing_right_get_a_loss_and_no_empty_section_and_no_
     for one, loss in ((single, 3.0), (merge, 2.5)):
         about = {name: one[name] for name in ("model", "kind", "merge", "count", "group", "seed")}
         about |= {"task": "a", "role": "held_in", "own": True}
-        rows += [about | {"metric": "loss", "value": loss}, about | {"metric": "exact_match", "value": 0.0}]
+        right = one["scores"]["tasks"]["a"]["exact_match"]
+        rows += [about | {"metric": "loss", "value": loss}, about | {"metric": "exact_match", "value": right}]
     table = summary(Results(rows, facts), state())
     (column,) = (column for column in table.columns if column.title == "loss")
     assert [column.of(line.rows) for line in table.groups[1]] == [3.0, 2.5]

@@ -698,7 +698,7 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half_made(settings, capsys
     shutil.rmtree("runs/mine")
     capsys.readouterr()
     shown = []
-    for limit in (1_000, 14_000):
+    for limit in (1_000, 12_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
             assert study(settings) == 1
