@@ -20,7 +20,7 @@ from modular_experts.library import Library
 
 pytestmark = pytest.mark.ddp
 
-GUIDE = Path(__file__).parents[2] / "docs/guides/clusters.md"
+GUIDE = Path(__file__).parents[2] / "docs/guides/large-base.md"
 LAUNCHERS = ("modular-experts", "srun", "torchrun")
 
 
