@@ -253,7 +253,7 @@ def test_a_precision_that_rounds_trained_values_is_refused_before_the_model_is_l
         "estimate": lambda data: estimate(module, data, trainer),
     }
     data = runs.mixture(task_files, tiny_llama_dir)
-    with pytest.raises(ValueError, match=rf"precision={precision} .*set model\.dtype bfloat16 and .*bf16-mixed$"):
+    with pytest.raises(ValueError, match=rf"precision={precision} .*give --dtype bfloat16 .*bf16-mixed$"):
         uses[use](data)
     assert not hasattr(module, "model")
     data.setup("fit")

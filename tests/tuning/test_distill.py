@@ -89,8 +89,11 @@ def test_each_mistake_gets_one_sentence(run, place) -> None:
     ours = ["merge", *EXPERTS, "--out", "library/both", "--method"]
     for words, sentence in [
         (["Distilled"], "no rows are given, and 1 of 2 experts keep no inputs"),
-        (["Distilled", "--dry-run"], "Distilled searches, and writes an expert; give out, overwrite, data alone"),
-        (["Distilled", "--output", "checkpoint"], "give out, overwrite, data alone"),
+        (
+            ["Distilled", "--dry-run"],
+            "Distilled searches, and writes an expert; give out, base, overwrite and data alone",
+        ),
+        (["Distilled", "--output", "checkpoint"], "give out, base, overwrite and data alone"),
         (["Average", "--tasks", "a.jsonl"], "such as Distilled; add --tune"),
         (["Distilled", "--method.steps", "0"], "steps must be at least 1, got 0"),
     ]:
