@@ -69,11 +69,15 @@ class Server:
             port = int(found[1]) if found else None
             self._check()
         self.address = f"http://127.0.0.1:{port}"
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.address}/health").status_code == 200:
-                    break
-            self._check()
+        with httpx.Client(base_url=self.address) as client:
+            while not self._answers(client):
+                self._check()
+
+    def _answers(self, client: httpx.Client) -> bool:
+        try:
+            return client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def _check(self) -> None:
         time.sleep(0.2)
@@ -378,7 +382,7 @@ def main() -> None:
     base, quick = Base.open(options.base), options.quick
     with tempfile.TemporaryDirectory() as folder:
         place, parts = Path(folder) / "library", options.only
-        count = 2 if quick else 20
+        count = 2 if quick else max(2, min(20, max(options.clients)))
         if options.soak:
             write_library(base, place, 8)
             print(soak(options.base, place, options.soak))
