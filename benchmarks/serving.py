@@ -47,7 +47,7 @@ from modular_experts.training.route import route
 
 WORDS = ["the", "card", "was", "lost", "at", "a", "bank", "in", "Paris", "and", "who", "knows", "how", "it", "went"]
 TOKENS = 24
-SHRUNK = "LoRA-of-rank-2"
+SHRUNK = "shrunk-LoRA"
 KINDS = {"entries": "int4", "tiles": "int4", "LoRA": "float32", SHRUNK: "int4"}
 """The experts that are served, and how their values are stored."""
 

@@ -72,6 +72,8 @@ def serve(
         from modular_experts.serving.proxy import make_proxy
     except ImportError as error:
         raise UsageError(f"serve needs {error.name}: pip install 'modular-experts[serve]'") from None
+    # It warns of each piece of an answer whose client has just left.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     if log_prompts:
         served = logging.getLogger("modular_experts.serving")
         served.setLevel(logging.INFO)
