@@ -155,11 +155,11 @@ async def load(server: Server, clients: int, experts: int, each: int, tokens: in
     }
 
 
-def write_library(base: Base, place: Path, count: int, many: int = 0) -> None:
-    """Write random experts of three kinds, a route among those of entries, and perhaps many small ones."""
+def write_library(base: Base, place: Path, count: int, many: int = 0, forms: Sequence[str] = tuple(KINDS)) -> None:
+    """Write random experts of some kinds, and perhaps many small ones."""
     model = base.structure.model
     of = {"id": base.place, "revision": None, "fingerprint": base.fingerprint}
-    for kind, encoding in KINDS.items():
+    for kind, encoding in [(kind, KINDS[kind]) for kind in forms]:
         for number in range(count):
             expert = RandomExpert(model, "LoRA" if kind == SHRUNK else kind, number)
             cut = {name: Form("int4", rank=2).cut(expert[name]) for name in expert} if kind == SHRUNK else expert
@@ -196,7 +196,9 @@ def peers(base: str, place: Path) -> dict[str, tuple[list[str], Callable[[int], 
     return {"base": (command, lambda _: base, 8471), "PEFT": (peft, lambda number: f"LoRA-{number}", 8472)}
 
 
-def throughput(base: str, place: Path, quick: bool, rounds: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
+def throughput(
+    base: str, place: Path, quick: bool, rounds: int, numbers: Sequence[int], forms: Sequence[str]
+) -> list[dict[str, Any]]:
     """Return a row for each server, number of clients and number of experts."""
     several, rows = (2,) if quick else (1, 8, 20), []
     kinds = {kind: (ours(place, base), lambda number, kind=kind: f"{kind}-{number}", None) for kind in KINDS}
@@ -371,6 +373,7 @@ def main() -> None:
     parser.add_argument("base", help="directory of SmolLM2, which make smollm2 fetches")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--kinds", nargs="+", default=[*KINDS], help="of the experts whose servers are measured")
     parser.add_argument("--soak", type=float, help="minutes")
     parser.add_argument("--only", nargs="+", default=["throughput", "first token", "memory"], help="parts")
     parser.add_argument("--peft", type=Path, help=argparse.SUPPRESS)
@@ -387,11 +390,19 @@ def main() -> None:
             write_library(base, place, 8)
             print(soak(options.base, place, options.soak))
             return
-        write_library(base, place, count, (20 if quick else 1000) if "memory" in parts else 0)
+        # PEFT serves the LoRAs, and the router chooses among the entries.
+        needed = [*options.kinds, "LoRA"] if "throughput" in parts else []
+        needed += ["entries"] if "first token" in parts else []
+        write_library(base, place, count, (20 if quick else 1000) if "memory" in parts else 0, [*{*needed}])
         report: dict[str, Any] = {}
         if "throughput" in parts:
             report["throughput"] = throughput(
-                options.base, place, quick, 1 if quick else options.rounds, [1] if quick else options.clients
+                options.base,
+                place,
+                quick,
+                1 if quick else options.rounds,
+                [1] if quick else options.clients,
+                options.kinds,
             )
         if "first token" in parts:
             add_route(base, place, 2)
