@@ -106,7 +106,7 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
         references = {model: value for model, value in known.items() if value is not None}
         panels.append(Panel(f"{len(facts[role])} {words} tasks", groups, references))
     words = metric_words(metric)
-    title = f"{words.capitalize()} of {most} experts in one model" if most else f"{words} of experts"
+    title = f"{words[:1].upper()}{words[1:]} of {most} experts in one model" if most else f"{words} of experts"
     key = "in % of test rows · filled: merged, with settings chosen in validation if there is a choice · hollow: the "
     key += "same method as it comes · bar: single experts, each on its own task"
     return draw(title, key, panels, wide, dark)
