@@ -136,10 +136,8 @@ def found_sources(sources: Sequence[str | Path]) -> list[str]:
     """Return the directories and hub ids that words name, patterns spelt out; of several words, files are left out."""
     found = []
     for word in map(str, sources):
-        matches = sorted(glob.glob(os.path.expanduser(word))) if glob.has_magic(word) else []
-        found += matches or ([] if glob.has_magic(word) else [word])
-    found = list(dict.fromkeys(found))
-    return [place for place in found if not Path(place).is_file()] if len(found) > 1 else found
+        found += sorted(glob.glob(os.path.expanduser(word))) if glob.has_magic(word) else [word]
+    return [place for place in dict.fromkeys(found) if len(found) == 1 or not Path(place).is_file()]
 
 
 def name_for(place: str | Path) -> str:
