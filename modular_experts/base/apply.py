@@ -40,7 +40,7 @@ _IN_PLACE = "_modular_experts_applied"
 
 
 def apply(
-    experts: Sequence[str | Path | StoredExpert],
+    experts: str | Path | StoredExpert | Sequence[str | Path | StoredExpert],
     out: str | Path,
     base: str | Path | Base | None = None,
     revision: str | None = None,

@@ -18,18 +18,20 @@ log = logging.getLogger(__name__)
 
 
 def open_experts(
-    paths: Sequence[str | Path | StoredExpert], mergeable: bool = True, base: Any = None
+    paths: str | Path | StoredExpert | Sequence[str | Path | StoredExpert], mergeable: bool = True, base: Any = None
 ) -> list[StoredExpert]:
     """Open experts in the given order; an opened expert stays as it is.
 
     Args:
-        paths: What `open_expert` takes, or opened experts.
+        paths: What `open_expert` takes, or opened experts; one alone is a list of one.
         base: The base of PEFT adapters among them; the one that they name if not given.
         mergeable: Refuse an expert whose deltas are not all that it does; merges and sums need deltas.
 
     Raises:
         ValueError: The list is empty, or names an expert twice, or one that is not mergeable.
     """
+    if isinstance(paths, str | Path | StoredExpert):
+        paths = [paths]
     if not paths:
         raise ValueError("the list of experts is empty; name at least one, such as '[library/a, library/b]'")
     experts = [path if isinstance(path, StoredExpert) else open_expert(path, base) for path in paths]

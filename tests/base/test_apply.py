@@ -60,7 +60,7 @@ def test_what_belongs_to_the_base_is_carried_along(tiny_llama_dir, tmp_path):
     (base / "LICENSE").write_text("be kind")
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "pytorch_model.bin").write_text("not this one")
-    apply([make(tmp_path / "one", base, 1)], tmp_path / "out", base)
+    apply(str(make(tmp_path / "one", base, 1)), tmp_path / "out", base)  # one alone is a list of one
     for file in ("generation_config.json", "LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes(), file
     assert not (tmp_path / "out/pytorch_model.bin").exists()
