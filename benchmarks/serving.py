@@ -246,7 +246,8 @@ def memory(base: str, place: Path, quick: bool) -> list[dict[str, Any]]:
     """Return the growth of the server's memory over the base's bytes, as it answers with more and more experts."""
     small = sorted(name for name in Library(place) if name.startswith("small-"))
     size = sum(open_expert(place / small[0]).stored_bytes().values())
-    words = ["--expert_bytes", str((5 if quick else 100) * size + 1)]
+    # Keys and values would grow until each of their pages has been used once.
+    words = ["--expert_bytes", str((5 if quick else 100) * size + 1), "--cache_tokens", "256"]
 
     async def answer(server: Server, names: list[str]) -> int:
         async with httpx.AsyncClient(base_url=server.address, timeout=None) as client:
