@@ -73,6 +73,8 @@ def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(
     assert found.mean("target", task="first") == 1.0
     # By its path a metric is known, with the code of its file, so its results are stored, too.
     measured, lines = Path("runs/a/measured.jsonl"), []
+    # Compiled code counts for a source of the same second and size.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for factor in (1, 2, 2):
         Path("mine.py").write_text(f"def wide(answer, target):\n    return {factor} * len(target)\n")
         monkeypatch.syspath_prepend(Path.cwd())
