@@ -80,7 +80,7 @@ def evaluate(
         FileExistsError: `out` holds results and may not be replaced; nothing was measured.
         FileNotFoundError: The base was not found.
         ValueError: An expert was trained on another base or cannot be put into it, a checkpoint has another tokenizer,
-            or a task has no test rows; no row was measured.
+            two models have one name, or a task has no test rows; no row was measured.
     """
     folder = None if out is None else Path(out)
     if folder and (folder / RESULTS).exists() and not overwrite:
@@ -211,6 +211,9 @@ def open_models(base: str | Path | Base | None, experts: AnyModels) -> tuple[Bas
         title = name or " + ".join(map(_name, mix)) or (Path(checkpoint.place).name if checkpoint else "base")
         models.append(Compared(title, mix, checkpoint))
         warn_of_missing_parents(models[-1].stored)
+    titles = [one.title for one in models]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise ValueError(f"two models are called {twice[0]}; give each a name of its own")
     found = Base.open(base, [one for each in models for one in each.stored])
     for one in models:
         if one.checkpoint and one.checkpoint.tokenizer().get_vocab() != found.tokenizer().get_vocab():

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -81,29 +81,34 @@ def same_json(generated: str, target: str) -> float:
 def matched(pattern: str, generated: str, target: str) -> float:
     """Return 1.0 if a regular expression finds the same text in the answer and in the target, else 0.0.
 
-    The last match counts, and of it the first group where the pattern has one.
+    The last match that is not empty counts, and where the pattern has groups, the first of them that took part in it.
     """
 
     def found(text: str) -> str | None:
-        last = [*re.finditer(pattern, text)][-1:]
-        return (last[0][min(1, last[0].re.groups)] or "").strip() or None if last else None
+        matches = re.finditer(pattern, text)
+        texts = [next((one for one in match.groups() or [match[0]] if one is not None), "") for match in matches]
+        return next((one.strip() for one in reversed(texts) if one.strip()), None)
 
     return _read_alike(found, generated, target)
 
 
 def _read_alike(read: Callable[[str], Any], generated: str, target: str) -> float:
-    # A text in which nothing is found, such as a target without a number, counts as it is.
-    mine, wanted = (text.strip() if (found := read(text)) is None else found for text in (generated, target))
+    mine, wanted = read(generated), read(target)
+    if wanted is None:
+        # A target in which nothing is found, such as a word where others are numbers, counts as it is.
+        mine, wanted = generated.strip() if mine is None else mine, target.strip()
     return float(mine == wanted)
 
 
 def _last_number(text: str) -> Decimal | None:
     matches = list(_NUMBER.finditer(text))
-    return Decimal(matches[-1][0].replace(",", "").replace("\u2212", "-")) if matches else None
+    with suppress(InvalidOperation):  # an exponent of twenty digits
+        return Decimal(matches[-1][0].replace(",", "").replace("\u2212", "-")) if matches else None
+    return None
 
 
 def _canonical_json(text: str) -> str | None:
-    inner = re.fullmatch(r"```\w*\n(.*)\n?```", text.strip(), re.DOTALL)
+    inner = re.fullmatch(r"```\w*\r?\n(.*)```", text.strip(), re.DOTALL)
     with suppress(ValueError, RecursionError):
         return json.dumps(json.loads(inner[1] if inner else text, parse_float=_whole), sort_keys=True)
     return None
@@ -117,7 +122,8 @@ def _whole(digits: str) -> float | int:
 TEXT_METRICS: dict[str, TextMetric] = {"exact_match": exact_match, "rougeL": rouge_l}
 NAMED = TEXT_METRICS | {"number": number, "json": same_json, "stemmed_rouge_l": stemmed_rouge_l}
 """The metrics that have a name of their own."""
-TAKEN = ("loss", "choice_accuracy", "role", "rows", "tokens")
+TAKEN = ("loss", "choice_accuracy", "role", "rows", "tokens", "gain", "normalised", "mean_over_draws", "size")
+"""Names that results have already; a study writes the last four."""
 
 
 def text_metrics(own: Metrics | None = None) -> dict[str, TextMetric]:
@@ -129,12 +135,18 @@ def text_metrics(own: Metrics | None = None) -> dict[str, TextMetric]:
             a list, `year=/[0-9]{4}/` names one; others are called by the last part of their path.
 
     Raises:
-        ValueError: A metric is not known, cannot be imported, or returns no number.
+        ValueError: A metric is not known, cannot be imported, fails, or returns no number.
     """
     found = dict(TEXT_METRICS)
     for name, metric in named_metrics(own).items():
         made = _made(name, metric) if isinstance(metric, str) else metric
-        value = made("one answer", "one answer")
+        try:
+            value = made("one answer", "one answer")
+        except Exception as error:
+            raise ValueError(
+                f"metrics.{name} must score any generated text against its target, and failed with two texts "
+                f"({type(error).__name__}: {error})"
+            ) from error
         if not isinstance(value, int | float):
             raise ValueError(f"metrics.{name} returned {value!r} for two texts; a metric must return a number")
         found[name] = made

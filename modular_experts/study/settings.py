@@ -14,7 +14,7 @@ import yaml
 
 from modular_experts.base.base import Base, DType
 from modular_experts.data.tasks import NAME
-from modular_experts.evaluation.metrics import Metrics, named_metrics, text_metrics
+from modular_experts.evaluation.metrics import TAKEN, Metrics, named_metrics, text_metrics
 from modular_experts.library import check_name, open_expert
 from modular_experts.reports.results import ROLES
 from modular_experts.settings import SHORT_NAMES, Options, folded, plain, respelt
@@ -112,6 +112,8 @@ class Description(Options):
         make("--dtype", DType, self.dtype)
         text_metrics(self.metrics)
         make("--measures", dict[str, Measure], {**(self.measures or {})})
+        if taken := [name for name in self.measures or () if name in TAKEN]:
+            raise ValueError(f"measures.{taken[0]} has a name that results have already; give another name")
 
 
 def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges: Any = None, **more: Any) -> Study:

@@ -63,6 +63,11 @@ def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_di
         assert 100 * length <= found.mean("both", task=task) <= 100 * length + 3
 
 
+def test_two_models_of_one_name_are_refused(tiny_llama_dir, task_files, weight) -> None:
+    with pytest.raises(ValueError, match="two models are called a; give each a name of its own"):
+        evaluate(tiny_llama_dir, {"": "library/a", "a": []}, mixture(task_files, tiny_llama_dir), 3)
+
+
 def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(
     tiny_llama_dir, task_files, weight, monkeypatch
 ) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from modular_experts.evaluation import text_metrics
 from modular_experts.evaluation.metrics import matched, named_metrics, number, same_json
+from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,9 @@ from modular_experts.evaluation.metrics import matched, named_metrics, number, s
         ("none", "7", 0.0),
         ("blue ", "blue", 1.0),
         ("5", "five", 0.0),
+        ("it is 1e99999999999999999999999", "5", 0.0),
+        ("1e-99999999999999999999999", "1e-99999999999999999999999", 1.0),
+        ("10e999999998", "1e999999999", 1.0),
     ],
 )
 def test_the_last_number_of_an_answer_is_compared(answer: str, target: str, same: float) -> None:
@@ -35,6 +39,7 @@ def test_the_last_number_of_an_answer_is_compared(answer: str, target: str, same
     [
         ('{"b": [1.0, 2],\n "a": null}', '{"a": null, "b": [1, 2]}', 1.0),
         ('```json\n{"a": 1}\n```', '{"a": 1}', 1.0),
+        ('```json\r\n{"a": 1}\r\n```\r\n', '{"a": 1}', 1.0),
         ("[1, 2]", "[2, 1]", 0.0),
         ("true", "1", 0.0),
         ('"1"', "1", 0.0),
@@ -54,7 +59,12 @@ def test_a_pattern_finds_the_same_last_text_in_both() -> None:
     assert last("#### 1, no, #### 42", "so #### 42") == 1.0
     assert last("#### 42", "42") == 1.0
     assert last("42, or so", "#### 42") == 0.0
+    assert last("42", "#### 42") == 0.0
     assert matched(r"\d{4}", "in 1984", "1984 it was") == 1.0
+    assert matched("[0-9]*", "in 1984, yes", "1984 it was") == 1.0
+    assert matched("[0-9]*", "no year", "1984 it was") == 0.0
+    either = partial(matched, r"a=(\d+)|b=(\d*)|c")
+    assert [either("so b=3", target) for target in ("b=3.", "a=3", "b=4", "a=3, then b= and c")] == [1, 1, 0, 1]
 
 
 def test_metrics_are_named_in_lists_and_mappings() -> None:
@@ -75,9 +85,11 @@ def test_metrics_are_named_in_lists_and_mappings() -> None:
         ("/(/", r"--metrics.regex: /(/ is not a regular expression"),
         (["/a/", "/b/"], "two metrics are called regex; name one of them: regex-2=/b/"),
         ({"loss": "number"}, "a metric cannot be called loss"),
+        *[({name: "number"}, f"a metric cannot be called {name}") for name in (GAIN, NORMALISED, DRAWN, SIZE)],
+        ("json.dumps", "metrics.dumps must score any generated text against its target, and failed with two texts"),
     ],
 )
 def test_a_metric_that_cannot_be_is_refused_in_one_sentence(given, sentence: str) -> None:
-    with pytest.raises(ValueError, match=r"--metrics|called") as caught:
+    with pytest.raises(ValueError, match=r"metrics|called") as caught:
         text_metrics(given)
     assert sentence in str(caught.value)
