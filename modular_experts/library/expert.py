@@ -183,8 +183,10 @@ class StoredExpert(TaskVector):
         delta = self[name]
         return self._as_stored(name) if "sizes" in self._table[name] and not delta.is_empty else delta
 
-    def release(self, name: str) -> None:
-        """Free the memory that a weight's delta was read into; a delta that is still held stays as it is."""
+    def release(self, name: str | None = None) -> None:
+        """Free the memory that a weight's delta, or all, was read into; a delta that is still held stays as it is."""
+        if name is None:
+            return self._tensors.release()
         for suffix in self._table[name]["tensors"]:
             self._tensors.release(f"{name}/{suffix}")
 

@@ -154,8 +154,10 @@ class MappedTensors:
         first, last = self._spans[name]
         return hashlib.sha256(memoryview(self._mapped)[first:last]).hexdigest()
 
-    def release(self, name: str) -> None:
-        """Drop the memory pages of a tensor; a view that is still held reads them again from the file."""
+    def release(self, name: str | None = None) -> None:
+        """Drop the memory pages of a tensor, or of all; a view that is still held reads them again from the file."""
+        if name is None:  # small tensors share pages
+            return self._mapped.madvise(mmap.MADV_DONTNEED)
         first, last = self._spans[name]
         first += -first % mmap.PAGESIZE  # pages that hold nothing else
         last -= last % mmap.PAGESIZE

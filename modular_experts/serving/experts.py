@@ -44,8 +44,7 @@ class Slot:
 
     def let_go(self) -> None:
         """Drop the pages of the expert's file; encoded deltas that are held read them again when they are decoded."""
-        for name in self.expert:
-            self.expert.release(name)
+        self.expert.release()
 
 
 class HeldExperts:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 BASE, AUTO = "base", "auto"
 """The names of the base alone, and of the route that the server takes where a request leaves the choice to it."""
-MOST_OPEN = 256
+MOST_OPEN = 64
 """How many experts are kept open, the least recently named ones left out."""
 
 Weighted = list[tuple[StoredExpert, float]]

@@ -4,8 +4,10 @@ file.
 
 import json
 import os
+import re
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -46,6 +48,26 @@ def test_what_is_written_comes_back_bit_for_bit(expert):
     assert stored.forms()["layers.0.weight"] == "Dense"
     assert {**stored.record, "content_hash": None} == {**RECORD, "content_hash": None}
     stored.verify()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_small_tensors_leave_the_memory_together(tmp_path) -> None:
+    """Tensors that share a page stay where one after the other is released."""
+    small = [(f"w{number:02}", random_delta("LowRank", (7, 10), number, torch.float32)) for number in range(40)]
+    write(tmp_path / "x", small, RECORD)
+    stored = open_expert(tmp_path / "x")
+
+    def resident() -> int:
+        parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        mine = [part for part in parts if str(tmp_path) in part.partition("\n")[0]]
+        assert mine, "the file is mapped"
+        return sum(int(re.search(r"^Rss: +(\d+)", part, re.MULTILINE)[1]) for part in mine)
+
+    assert all(same(stored[name], delta) for name, delta in small)
+    assert resident() > 0
+    stored.release()
+    assert resident() == 0
+    assert all(same(stored[name], delta) for name, delta in small)
 
 
 @given(deltas_of_one_weight())
