@@ -56,13 +56,23 @@ def untie(base: Any, out: str | Path, overwrite: bool = False) -> Path:
 
     Raises:
         FileExistsError: `out` is there and may not be replaced.
-        ValueError: The base is not tied, or is quantised.
+        ValueError: The base is not tied, is quantised, or stores the head, too.
     """
     target, names, layouts = check_target(out, overwrite, MANIFEST), ends(base), read_layouts(base.directory)
     if base.quantisation or names is None or names[0] != names[1]:
         raise ValueError(f"{base.place} does not use one tensor as embeddings and head, so there is nothing to untie")
     head = next(name for name in base.structure.twins(names[0]) if name != names[0])
     weight = base.weight(names[0])
+    if any(head in layout for layout in layouts.values()):
+        if torch.equal(base.weight(head), weight):
+            raise ValueError(
+                f"{base.place} stores {head} although it is {names[0]}, so a copy would have the same fingerprint; "
+                "write it anew with transformers' from_pretrained and save_pretrained, and untie what they write"
+            )
+        raise ValueError(
+            f"{base.place} stores {head} with other values than {names[0]}, so transformers does not tie them; set "
+            "tie_word_embeddings to false in its config.json instead"
+        )
     # The name `model.safetensors` would stand for all weights.
     shards = [f"model-{number:05}-of-{len(layouts) + 1:05}.safetensors" for number in range(1, len(layouts) + 2)]
     files: dict[str, Layout] = {

@@ -74,6 +74,25 @@ def test_the_untied_copy_computes_the_same_and_knows_its_base(place):
         copy.untie("twice")
 
 
+def test_a_base_that_stores_its_head_too_is_not_untied(tmp_path):
+    build_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for head, why in (
+        (stored[EMBEDDINGS].clone(), "so a copy would have the same fingerprint; write it anew"),
+        (stored[EMBEDDINGS] + 1, "with other values than model.embed_tokens.weight, so transformers does not tie them"),
+    ):
+        save_file(stored | {HEAD: head}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=why):
+            Base.open(tmp_path).untie(tmp_path / "untied")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == torch.equal(head, stored[EMBEDDINGS])
+        assert not (tmp_path / "untied").exists()
+    # What the first sentence tells to do.
+    save_file(stored | {HEAD: stored[EMBEDDINGS].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "anew")
+    assert Base.open(tmp_path / "anew").untie(tmp_path / "untied").untied_from["head"] == HEAD
+
+
 def test_a_merge_of_both_bases_experts_is_an_expert_of_the_copy(place):
     merged = merge(["library/plain", "library/other", "library/head"], "Average", "library/merged")
     assert merged.record["base"]["fingerprint"] == Base.open("untied").fingerprint
