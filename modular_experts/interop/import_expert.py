@@ -108,8 +108,8 @@ def import_experts(
     Args:
         sources: Directories, hub ids, or patterns of directories such as `peft/*`, which leave out files.
         library: Directory of the library.
-        base, revision, overwrite: As for `import_expert`, for all of them. An expert that is there and was made of the
-            same files is left alone.
+        base, revision, overwrite: As for `import_expert`, for all of them. An expert of the same base that is there
+            and was made of the same files is left alone.
         progress: Iterator wrapper around the sources.
 
     Raises:
@@ -119,10 +119,16 @@ def import_experts(
     if not places:
         raise ValueError(f"no directory is called {' or '.join(map(str, sources))}; give directories or hub ids")
     done = Imported()
-    for place, name in progress([*zip(places, _names(places), strict=True)]):
+    names = _names(places)
+    for place, name in progress([*zip(places, names, strict=True)]):
         target = Path(library, name)
         try:
-            if not overwrite and _is_made_of(target, place):
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"another of the sources would be called {name}, too; import each of them alone, with a name of "
+                    "its own as the last part of out"
+                )
+            if not overwrite and _is_made_of(target, place, base, revision):
                 done.present.append(name)
                 done.experts.append(open_expert(target))
             else:
@@ -136,8 +142,10 @@ def found_sources(sources: Sequence[str | Path]) -> list[str]:
     """Return the directories and hub ids that words name, patterns spelt out; of several words, files are left out."""
     found = []
     for word in map(str, sources):
-        found += sorted(glob.glob(os.path.expanduser(word))) if glob.has_magic(word) else [word]
-    return [place for place in dict.fromkeys(found) if len(found) == 1 or not Path(place).is_file()]
+        place = os.path.expanduser(word)
+        found += sorted(glob.glob(place)) if glob.has_magic(word) and not os.path.exists(place) else [word]
+    unlike = {os.path.normpath(place): place for place in found}.values()
+    return [place for place in unlike if len(found) == 1 or not Path(place).is_file()]
 
 
 def name_for(place: str | Path) -> str:
@@ -156,13 +164,17 @@ def _names(places: Sequence[str]) -> list[str]:
     return [name if counts[name] == 1 else name_for(f"{up}-{name}") for name, up in zip(names, above, strict=True)]
 
 
-def _is_made_of(target: Path, place: str) -> bool:
-    """Return whether an expert is there and was made of the files that a directory holds."""
+def _is_made_of(target: Path, place: str, base: str | Path | Base | None, revision: str | None) -> bool:
+    """Return whether an expert is there, was made of the files that a directory holds, and is of the same base."""
     if not (target / RECORD_FILE).is_file():
         return False
-    hashes = (open_expert(target).record.get("source") or {}).get("sha256") or {}
-    files = {name: Path(place).expanduser() / name for name in hashes}
-    return bool(files) and all(file.is_file() and file_hash(file) == hashes[name] for name, file in files.items())
+    record, directory = open_expert(target).record, Path(place).expanduser()
+    hashes = (record.get("source") or {}).get("sha256") or {}
+    files = {name: directory / name for name in hashes}
+    if not files or not all(file.is_file() and file_hash(file) == hashes[name] for name, file in files.items()):
+        return False
+    adapter = AdapterFiles(directory) if CONFIG_FILE in files else None
+    return open_base(place, adapter, base, revision).fingerprint == record["base"]["fingerprint"]
 
 
 def open_base(

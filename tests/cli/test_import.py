@@ -15,6 +15,7 @@ from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop import import_expert as import_room
 from modular_experts.interop.adapter import ImportedAdapter
+from modular_experts.interop.import_expert import import_experts
 from modular_experts.library import Library, open_expert
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -160,3 +161,29 @@ def test_sources_of_one_name_get_the_directory_above_and_words_that_name_nothing
     code, _, err = run("import", "runs/*/*", "--out", "library", "--tasks", "dates")
     assert code == 2
     assert "--tasks is for one fine-tuning" in err
+
+
+def test_sources_whose_names_stay_equal_are_refused_and_the_same_source_counts_once(run, place):
+    for name in ("a/v/lora", "b/v/lora", "c/mood"):
+        write_lora(place / "runs" / name)
+    done = import_experts(["runs/a/v/lora", "runs/b/v/lora", "runs/c/mood", "runs/c/mood/"], "library", overwrite=True)
+    assert [expert.name for expert in done.experts] == [*Library("library")] == ["mood"]
+    assert list(done.failed) == ["runs/a/v/lora", "runs/b/v/lora"]
+    assert all("another of the sources would be called v-lora, too; import each" in why for why in done.failed.values())
+
+
+def test_an_expert_of_another_base_is_not_the_one_that_is_asked_for(run, place):
+    build_model("llama", seed=1).save_pretrained(place / "other")
+    assert import_experts(["lora"], "library", "base").present == []
+    done = import_experts(["lora"], "library", "other")
+    assert done.present == []
+    assert "lora exists already" in done.failed["lora"]
+    assert import_experts(["lora"], "library").present == ["lora"]
+
+
+def test_a_directory_with_the_signs_of_a_pattern_in_its_name_is_taken_as_it_is(run, place):
+    write_lora(place / "runs[1]/lora")
+    write_lora(place / "runs1/lora")
+    code, _, err = run("import", "runs[1]/lora", "--out", "library/one")
+    assert (code, err) == (0, "")
+    assert open_expert("library/one").record["source"]["id"] == "runs[1]/lora"
