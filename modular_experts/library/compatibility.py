@@ -72,18 +72,24 @@ def open_parents(expert: StoredExpert) -> list[StoredExpert]:
     return found
 
 
+def found_beside(expert: StoredExpert, target: Path, overwrite: bool = False) -> StoredExpert | None:
+    """Return the expert at a place if it is there already; raise FileExistsError if another one is, which must stay."""
+    there = open_expert(target, expert.record["base"]["id"]) if target.is_dir() else None
+    if there is not None and there.content_hash == expert.content_hash:
+        return there
+    if there is not None and not overwrite:
+        raise FileExistsError(f"{target} is another expert than {expert.path}; rename the directory of one of them")
+    return None
+
+
 def put_beside(expert: StoredExpert, target: Path, overwrite: bool = False) -> StoredExpert:
     """Put an expert into another library, without a second copy on the disk where that is possible.
 
     Raises:
         FileExistsError: Another expert is there.
     """
-    if target.is_dir():
-        there = open_expert(target, expert.record["base"]["id"])
-        if there.content_hash == expert.content_hash:
-            return there
-        if not overwrite:
-            raise FileExistsError(f"{target} is another expert than {expert.path}; rename the directory of one of them")
+    if (there := found_beside(expert, target, overwrite)) is not None:
+        return there
 
     def link(source: str, place: str) -> None:
         try:

@@ -23,7 +23,7 @@ from modular_experts.library import (
     open_statistics,
     write_expert,
 )
-from modular_experts.library.compatibility import put_beside, union_of_weights
+from modular_experts.library.compatibility import found_beside, put_beside, union_of_weights
 from modular_experts.library.described import class_path, trust
 from modular_experts.library.record import ROUTED
 from modular_experts.library.statistics import command_for, kinds_of_statistics
@@ -63,14 +63,16 @@ def route(
     Raises:
         FileExistsError: An expert of this name is there and may not be replaced, or a name of another library is
             another expert there.
-        ValueError: An expert has another base or is not mergeable, there are too few, the
-            router would never use the fallback, or there are neither data nor statistics to learn from.
+        ValueError: An expert has another base or is not mergeable, there are too few, two of the experts and the
+            routed one have one name, the router would never use the fallback, or there are neither data nor statistics
+            to learn from.
     """
     target = check_target(out, overwrite)
     router = router or DEFAULT_ROUTER()
     check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
     opened = _members_of(experts, out, fallback)
     members = [*opened, *([] if fallback is None else open_experts([fallback]))]
+    _check_names(members, target)
     base = common_base(members)
     union_of_weights(members)
     router.select.check(len(opened))
@@ -102,6 +104,24 @@ def _members_of(
 
     left_out = {place(one) for one in (out, fallback) if one is not None}
     return open_experts([one for one in experts if place(one) not in left_out])
+
+
+def _check_names(members: Sequence[StoredExpert], target: Path) -> None:
+    """Refuse names that would meet in the library of the routed expert."""
+    first: dict[str, StoredExpert] = {}
+    for expert in members:
+        if expert.name == target.name:
+            raise ValueError(
+                f"{expert.path} and the routed expert {target} are to lie side by side, and have one name; give out "
+                "another name"
+            )
+        if first.setdefault(expert.name, expert).content_hash != expert.content_hash:
+            raise ValueError(
+                f"{first[expert.name].path} and {expert.path} are to lie side by side, and have one name; rename the "
+                "directory of one of them"
+            )
+        if expert.path.parent != target.parent:
+            found_beside(expert, target.parent / expert.name)
 
 
 def _take_missing(

@@ -283,3 +283,22 @@ def test_a_router_of_a_user_is_not_taken_for_a_built_in_one_of_its_name(place, t
         assert type(running.router) is Constant
     with pytest.raises(ValueError, match="r cannot be merged or added to its base, because its router chooses"):
         merge(["library/r", "library/upper"], "Average", "library/new")
+
+
+@pytest.mark.parametrize(
+    ("experts", "out", "sentence"),
+    [
+        (["library/upper", "library/reverse"], "new/upper", "library/upper and the routed expert .* have one name"),
+        (["library/upper", "more/upper"], "new/r", "library/upper and .*more/upper .* have one name; rename"),
+        (["library/reverse", "library/first"], "more/r", "more/reverse is another expert than .*library/reverse"),
+    ],
+)
+def test_names_that_would_meet_are_refused_before_anything_is_learned(place, monkeypatch, experts, out, sentence):
+    shutil.copytree("library/first", "more/upper")
+    shutil.copytree("library/first", "more/reverse")
+    monkeypatch.setattr("modular_experts.training.route._take_missing", lambda *_: pytest.fail("it learns"))
+    before = sorted(place.rglob("*"))
+    for overwrite in (False, True):
+        with pytest.raises((ValueError, FileExistsError), match=sentence):
+            route(experts, out, KernelRidge(), overwrite=overwrite)
+    assert sorted(place.rglob("*")) == before
