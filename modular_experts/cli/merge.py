@@ -223,6 +223,8 @@ def _print_tuning(tuned: "Tuned", searched: bool) -> None:
     base, best, tasks = mean_loss(tuned.base), tuned.best.loss, counted(len(tuned.base), "task")
     where = f"on validation rows of {tasks}"
     print(f"chose the best of {len(tuned.trials)} settings {where}: loss {best:.4f}, and {base:.4f} of the base alone")
+    if tuned.stored != best:
+        print(f"as it is stored, in fewer bytes, the merge has a loss of {tuned.stored:.4f} there")
     if best >= base:
         print("no setting lowers the loss of the base: these experts do not help on these tasks")
     scale = tuned.best.settings.get("scale")
@@ -257,7 +259,8 @@ def _tuned(
     from modular_experts.tuning import tune as tune_settings
 
     rows = ValidationRows(data, tune.rows, written.base, tune.labels, tune.expert_of, tune.max_new_tokens)
-    return tune_settings(merged.stored, method, rows, grid=tune.grid, progress=progress_bar("tuning"))
+    form = Form() if written.is_checkpoint else written.form
+    return tune_settings(merged.stored, method, rows, grid=tune.grid, progress=progress_bar("tuning"), form=form)
 
 
 def _print_methods(merged: Merged) -> None:

@@ -1,5 +1,6 @@
 """Merge many experts, weight by weight, with one merge method or one per pattern of weight names."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
@@ -10,7 +11,7 @@ import torch
 
 from modular_experts.base import Base, DType
 from modular_experts.base.verify import Check
-from modular_experts.deltas import Delta, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
 from modular_experts.library import (
     StoredExpert,
@@ -243,7 +244,7 @@ class _Cut(TaskVector):
 
     def __getitem__(self, name: str) -> Delta:
         delta = self._vector[name]
-        cut = self._form.cut(delta)
+        cut = self._form.cut(self._whole(delta))
         if self.facts:  # a cut is an orthogonal projection
             self._kept, self._all = self._kept + cut.norm() ** 2, self._all + delta.norm() ** 2
             self.facts["squared_norm_kept"] = self._kept / self._all if self._all else 1.0
@@ -251,6 +252,16 @@ class _Cut(TaskVector):
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._vector.shapes()
+
+    def _whole(self, delta: Delta) -> Delta:
+        """Return a sparse matrix that is to lose directions in the form of which `Form.cut` takes them."""
+        is_sparse = isinstance(delta, Sparse | BlockSparse) and len(delta.shape) == 2 and not delta.is_empty
+        return Dense(delta.dense()) if is_sparse and (self._form.rank or math.inf) < min(delta.shape) else delta
+
+
+def as_stored(merged: Merged, form: Form) -> dict[str, Delta]:
+    """Return the deltas that a reader gets of a merge that was written in a form."""
+    return {name: form.read(delta) for name, delta in _Cut(merged, form).items()}
 
 
 def write_checkpoint(

@@ -15,7 +15,8 @@ from typing import Any
 from modular_experts.data import TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.library import StoredExpert, check_target, open_experts
-from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.library.form import Form
+from modular_experts.merger.merged import WHOLE, Merged, as_stored, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import settings_of, with_settings
 from modular_experts.progress import Progress
@@ -42,6 +43,7 @@ class Tuned:
         best: The trial of the lowest mean loss, the earliest of equals.
         trials: All trials, in order.
         base: The losses of the base alone, by task.
+        stored: The mean loss of the merge in the form in which it is stored.
         notes: Entries about the choice for the record of a merge.
         expert: The merge, if it was written.
     """
@@ -50,6 +52,7 @@ class Tuned:
     best: Trial
     trials: list[Trial]
     base: dict[str, float]
+    stored: float
     notes: dict[str, Any]
     expert: StoredExpert | None = None
 
@@ -62,6 +65,7 @@ def tune(
     grid: Mapping[str, Sequence[Any]] | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
+    form: Form = WHOLE,
 ) -> Tuned:
     """Choose the settings of a merge method by the lowest mean loss over tasks, and merge if `out` is given.
 
@@ -77,6 +81,8 @@ def tune(
         grid: Values to try, by field of the method: {keep: [0.1, 0.2]}. One value fixes a field: {scale: [1]}. A field
             of the method inside a wrapper is `inner.keep`.
         overwrite: Whether files that exist may be replaced.
+        form: How the merge is stored. The settings are chosen for the whole merge, and the notes tell the losses of
+            the best one in this form.
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
@@ -91,11 +97,14 @@ def tune(
     trials, best = tune_groups([(opened, objective)], method, grid, progress)
     chosen = with_settings(method, best.settings)
     rows = data.rows if isinstance(data, ValidationRows) else ValidationRows.rows
-    base_losses, notes, expert = objective.losses(), notes_of(trials, best, rows, objective.origin), None
+    merged, stored, base_losses, expert = Merged(opened, chosen), best, objective.losses(), None
+    if form != WHOLE:
+        stored = replace(best, losses=objective.losses_with(as_stored(merged, form)))
+    notes = notes_of(trials, stored, rows, objective.origin)
     if out is not None:
-        expert = write_merged(Merged(opened, chosen), out, overwrite, progress, notes)
+        expert = write_merged(merged, out, overwrite, progress, notes, form)
         write_trials(out, trials)
-    return Tuned(chosen, best, trials, base_losses, notes, expert)
+    return Tuned(chosen, best, trials, base_losses, stored.loss, notes, expert)
 
 
 def tune_groups(

@@ -1,5 +1,6 @@
 """A merge in fewer bytes: in bfloat16, in few directions, and what a large one tells the user to do."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,15 +8,18 @@ import pytest
 import torch
 
 from modular_experts.base.files import fingerprint
-from modular_experts.deltas import LowRank
+from modular_experts.data import TaskMixture
+from modular_experts.deltas import LowRank, Sparse
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.library.form import Form
 from modular_experts.merger import merge
 from modular_experts.merger.merged import Merged
+from modular_experts.tuning.objective import ValidationRows, objective_on_base
 
 SHAPES = {"mlp.up_proj": (48, 32), "mlp.gate_proj": (48, 32), "mlp.down_proj": (32, 48), "self_attn.q_proj": (32, 32)}
 PLACES = {f"model.layers.{layer}.{name}.weight": shape for layer in range(2) for name, shape in SHAPES.items()}
 RANK = 6
+Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
@@ -37,6 +41,12 @@ def place(tiny_llama_dir, task_files, tmp_path, monkeypatch):
 
 BOTH = ["library/upper", "library/reverse"]
 ALL = ["--method", "TIES", "--method.keep", "1"]
+
+
+def entries_of(values: torch.Tensor) -> Sparse:
+    """Return the nonzero entries of a tensor as a sparse delta."""
+    indices = values.reshape(-1).nonzero()[:, 0]
+    return Sparse(indices.int(), values.reshape(-1)[indices], values.shape)
 
 
 def means() -> dict[str, torch.Tensor]:
@@ -132,8 +142,36 @@ def test_what_does_not_go_together_is_refused(run, place, options, sentence):
 
 def test_the_settings_that_were_tuned_are_written_in_the_form_that_is_asked_for(run, place):
     options = ["--method", "SparseAverage", "--tune", "--tune.rows", "2", "--tasks", "upper.jsonl", "reverse.jsonl"]
-    assert run("merge", *BOTH, *options, "--rank", "2", "--dtype", "bfloat16", "--out", "library/tuned")[0] == 0
+    code, out, _ = run("merge", *BOTH, *options, "--rank", "2", "--dtype", "bfloat16", "--out", "library/tuned")
+    assert code == 0
     stored = open_expert("library/tuned")
+    # The record and the screen tell the loss with the stored expert.
+    rows = ValidationRows(TaskMixture(["upper.jsonl", "reverse.jsonl"]), rows=2)
+    losses = objective_on_base([stored], rows).losses_with(stored)
+    scores = stored.record["scores"]
+    assert {
+        f"val_loss/{task}": pytest.approx(loss, rel=1e-6) for task, loss in losses.items()
+    }.items() <= scores.items()
+    assert f"as it is stored, in fewer bytes, the merge has a loss of {scores['val_loss']:.4f} there" in out
+    best = min(trial["loss"] for trial in json.loads(Path("library/tuned/trials.json").read_text()))
+    assert scores["val_loss"] != pytest.approx(best, rel=1e-6)
     assert set(stored.forms().values()) == {"LowRank"}
     assert stored.record["encoding"] == "bfloat16"
     assert stored.record["hyperparameters"]["cut"]["rank"] == 2
+
+
+def test_a_rank_cuts_sparse_matrices_and_leaves_vectors(place):
+    norm, draw = "model.norm.weight", torch.Generator().manual_seed(0)
+    for name in ("upper", "reverse"):
+        matrix = torch.where(torch.rand(32, 32, generator=draw) < 0.2, torch.randn(32, 32, generator=draw), 0.0)
+        deltas = {name: entries_of(values) for name, values in ((Q, matrix), (norm, torch.eye(1, 32)[0]))}
+        write_expert(f"library/sparse-{name}", deltas, open_expert(f"library/{name}").record)
+    both = ["library/sparse-upper", "library/sparse-reverse"]
+    whole, few = (merge(both, "Average", f"library/{rank}", form=Form(rank=rank)) for rank in (None, 3))
+    left, sizes, right = torch.linalg.svd(whole[Q].dense().double())
+    nearest = left[:, :3] * sizes[:3] @ right[:3]
+    torch.testing.assert_close(few[Q].dense().double(), nearest, rtol=1e-4, atol=1e-6)
+    assert few.forms() == {Q: "LowRank", norm: "Sparse"}
+    assert torch.equal(few[norm].dense(), whole[norm].dense())
+    kept = (sizes[:3].square().sum() + 1) / (sizes.square().sum() + 1)
+    assert few.record["hyperparameters"]["cut"]["squared_norm_kept"] == pytest.approx(kept.item())
