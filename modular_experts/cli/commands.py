@@ -6,6 +6,7 @@ A system of `modular_experts/systems` may bring commands: the functions of its f
 import ast
 import atexit
 import gc
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ def importing() -> Iterator[None]:
 
     Searching a million objects that stay took a third of the time of `list`, and a quarter of a fit of one step.
     """
+    # It warns that it lacks a package which makes 4-bit products faster, at each import of PEFT.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     before = len(sys.modules)
     gc.disable()
     try:

@@ -257,9 +257,13 @@ def _own_examples(
     found = data.validation_examples() if targets else data.input_examples(splits)
     by_task = {task: examples for task, examples in found.items() if task in trained_on}
     if not by_task:
+        source, place = expert.record.get("source"), expert.path
+        was, way = "was trained on", "give its tasks the names that they had in training"
+        if source:  # no adapter records its tasks
+            place, was = source["id"], "counts as trained on"
+            way = f"name its task: modular-experts import {place} --tasks {next(iter(data.roles))} --out DIR"
         raise ValueError(
-            f"{expert.path} was trained on {', '.join(trained_on) or 'no task that its record names'}, and data.tasks "
-            f"has {' or '.join(splits)} rows of {', '.join(data.roles)} only; give its tasks the names that they had "
-            "in training, or import it again with --tasks"
+            f"{place} {was} {', '.join(trained_on) or 'no task that its record names'}, and data.tasks has "
+            f"{' or '.join(splits)} rows of {', '.join(data.roles)} only; {way}"
         )
     return [row for task in by_task.values() for row in spread_evenly(task, rows)]
