@@ -95,7 +95,7 @@ def _facts(
     found: dict[str, Any] = {role: _Means(rows, role) for role in ("held_in", "held_out")}
     mine, theirs, own = (_pairs(group, metric) for group in (rows, other, alone))
     both = sorted(mine.keys() & theirs.keys())
-    low, high = interval([mine[pair] - theirs[pair] for pair in both]) if both else (float("nan"),) * 2
+    low, high = (interval([mine[pair] - theirs[pair] for pair in both]) if both else None) or (float("nan"),) * 2
     unit = 100 if metric in SHARES else 1
     found |= {"low": unit * low, "high": unit * high}
     found["kept"] = 100 * fmean(mine.values()) / (fmean(own.values()) or float("nan")) if mine and own else float("nan")

@@ -14,8 +14,8 @@ from modular_experts.reports.results import better
 DRAWS = 500
 
 
-def interval(values: Sequence[float], per: Sequence[float] = ()) -> list[float]:
-    """Return the 95 % interval of a mean over rows; `per` is as for `drawn_means`."""
+def interval(values: Sequence[float], per: Sequence[float] = ()) -> list[float] | None:
+    """Return the 95 % interval of a mean over rows, None if one is not finite; `per` is as for `drawn_means`."""
     return ends(drawn_means(values, per=per))
 
 
@@ -29,8 +29,10 @@ def drawn_means(values: Sequence[float], seed: int = 0, per: Sequence[float] = (
     return means / torch.tensor(per, dtype=means.dtype)[draws].mean(1) if per else means
 
 
-def ends(means: Tensor) -> list[float]:
-    """Return the 95 % interval of drawn means."""
+def ends(means: Tensor) -> list[float] | None:
+    """Return the 95 % interval of drawn means; None if one is not finite."""
+    if not means.isfinite().all():
+        return None
     return [means.quantile(0.025).item(), means.quantile(0.975).item()]
 
 
@@ -39,7 +41,7 @@ def _leaders(drawn: Mapping[str, Tensor], values: Mapping[str, float], low_is_be
     finite = [model for model, value in values.items() if math.isfinite(value)]
     best = (min if low_is_best else max)(finite, key=values.__getitem__, default="")
     spans = {model: ends(drawn[model] - drawn[best]) for model in finite}
-    return [model for model, (low, high) in spans.items() if low <= 0.0 <= high]
+    return [model for model, span in spans.items() if span and span[0] <= 0.0 <= span[1]]
 
 
 def compared_means(
@@ -69,7 +71,7 @@ def compared_means(
         means = {one: torch.stack([drawn[id(row)] for row in mine]).mean(0) for one, mine in models.items()}
         leading = _leaders(means, known, metric == "loss") if better(metric) else []
         for model, mine in models.items():
-            about: dict[str, Any] = {"interval": ends(means[model]) if means[model].isfinite().all() else None}
+            about: dict[str, Any] = {"interval": ends(means[model])}
             about["leads"] = model in leading and len(leading) < len(models)
             if task is None:
                 found.append({"model": model, "role": role, "metric": metric, "value": known[model], **about})

@@ -6,7 +6,7 @@ paired: two models answer the same test rows, and an interval is for the mean di
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -108,10 +108,10 @@ def level_with(state: State, metric: str = "exact_match") -> dict[tuple[str, str
     level = {}
     for (kind, merge), mine in values.items():
         rivals = [theirs for (other, _), theirs in values.items() if other == kind]
-        best = max(rivals, key=lambda theirs: fmean(theirs.values()))
+        best = best_of(rivals, lambda theirs: fmean(theirs.values()), metric)
         if both := sorted(mine.keys() & best.keys()):
-            low, high = interval([best[pair] - mine[pair] for pair in both])
-            level[kind, merge] = low <= 0.0 <= high
+            span = interval([best[pair] - mine[pair] for pair in both])
+            level[kind, merge] = bool(span and span[0] <= 0.0 <= span[1])
     return level
 
 
@@ -199,8 +199,14 @@ def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metr
             values.setdefault(trained_on, []).append(_score(found, task, metric))
     of = {trained_on: fmean(mine) for trained_on, mine in values.items()}
     # The task's own expert wins a tie.
-    best = (min if metric == "loss" else max)([task, *of], key=lambda one: of[one])
+    best = best_of([task, *of], of.__getitem__, metric)
     return {"best_single": best, "best_single_value": of[best]}
+
+
+def best_of(models: Iterable[Any], value_of: Callable[[Any], float], metric: str) -> Any:
+    """Return the first model with the best value of a metric; NaN, as after a divergence, is the worst."""
+    sign = 1 if metric == "loss" else -1
+    return min(models, key=lambda one: (math.isnan(value := value_of(one)), sign * value))
 
 
 def over_draws(results: Results, counts: Collection[int]) -> list[dict[str, Any]]:

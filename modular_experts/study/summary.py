@@ -1,5 +1,6 @@
 """Show the results of a study in a terminal: a table of all models, and a sentence for each kind of experts."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from statistics import fmean
@@ -9,7 +10,7 @@ from modular_experts.reports import Results
 from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 from modular_experts.study.plan import BASE, SINGLE
-from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE, level_with
+from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE, best_of, level_with
 from modular_experts.study.run import State
 
 
@@ -119,7 +120,7 @@ def findings(results: Results) -> list[str]:
         kept = f"have {share:.2f} times their own loss" if metric == "loss" else kept
         lost = "each task is level with its own expert, or better"
         if lost_on:
-            worst = max(lost_on, key=lambda one: abs(one["value"]))
+            worst = max(lost_on, key=lambda one: (math.isnan(one["value"]), abs(one["value"])))
             lost = f"most is lost on {worst['task']} ({signed(worst['value'], metric)})"
         ways = {way["name"]: way for way in results.facts.get("merges", {}).get(kind, ())}
         done = "Routed" if "router" in ways.get(row["merge"], ()) else "Merged"
@@ -130,9 +131,9 @@ def findings(results: Results) -> list[str]:
 
 
 def is_worse(gain: Mapping[str, Any]) -> bool:
-    """Return whether the 95 % interval of a gain, or the gain without one, lies on the side of a loss."""
+    """Return whether the 95 % interval of a gain, or the gain without one, is on the side of a loss or NaN."""
     low, high = gain["interval"] or (gain["value"], gain["value"])
-    return low > 0 if gain["of"] == "loss" else high < 0
+    return not (low <= 0 if gain["of"] == "loss" else high >= 0)
 
 
 def kept_apart(results: Results, kind: str) -> list[str]:
@@ -153,8 +154,8 @@ def best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
         most = [row for row in mine if row["count"] == max(one["count"] for one in mine)]
         if most:
             over = {(one["merge"], one["of"]): one["value"] for row in most for one in _over_draws(results, row)}
-            value_of = {id(row): over.get((row["merge"], GAIN), row["value"]) for row in most}
-            best[kind] = (min if most[0]["of"] == "loss" else max)(most, key=lambda row: value_of[id(row)])
+            values = [over.get((row["merge"], GAIN), row["value"]) for row in most]
+            best[kind] = most[best_of(range(len(most)), values.__getitem__, most[0]["of"])]
     return best
 
 

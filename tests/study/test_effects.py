@@ -1,5 +1,6 @@
 """Intervals, what is level with the best, the tables and the heat map show what the pieces measured."""
 
+import math
 import random
 import re
 import xml.etree.ElementTree as ElementTree
@@ -104,6 +105,28 @@ def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_
         merged = found("lora X", ["b"], {"b": kept}, "X")
         (sentence,) = findings(Results(effects(state(singles[1], merged), "exact_match"), facts))
         assert sentence.endswith("each task is level with its own expert, or better")
+
+
+def test_a_merge_that_diverged_is_worse_than_its_experts_and_never_the_best(tmp_path) -> None:
+    def losing(model: str, own: list[str], loss: float, merge: str | None = None) -> dict[str, Any]:
+        one = found(model, own, dict.fromkeys(own, 10), merge)
+        for task in own:
+            one["scores"]["tasks"][task]["loss"] = None if math.isnan(loss) else loss
+            one["values"][task] = {"loss": [loss] * 100, "tokens": [1.0] * 100}
+        return one
+
+    singles = [losing("lora-a", ["a"], 1.0), losing("lora-b", ["b"], 1.0)]
+    both = [losing(f"lora {name}", ["a", "b"], loss, name) for name, loss in (("X", math.nan), ("Y", 1.5))]
+    rows = effects(state(*singles, both[0]), "loss")
+    assert [row["interval"] for row in rows if row["metric"] == "gain"] == [None] * 3
+    assert findings(Results(rows, {"kinds": ["lora"]}))[0].endswith("most is lost on a (+nan)")
+    rows = effects(state(*singles, *both), "loss")
+    assert findings(Results(rows, {"kinds": ["lora"]}))[0].startswith("Merged by Y, the 2 lora experts have 1.50 times")
+    assert interval([math.nan, 1.0]) is None
+    diverged = merged("X", 80)
+    diverged["values"]["a"]["exact_match"] = [math.nan] * 100
+    done = [diverged, merged("Y", 60)]
+    assert level_with(state(*done)) == {("lora", "X"): False, ("lora", "Y"): True}
 
 
 def test_the_rows_of_each_task_are_drawn_apart() -> None:
