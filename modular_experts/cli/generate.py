@@ -1,9 +1,9 @@
 """Run `modular-experts generate`, which answers one prompt, and `chat`, which asks for one prompt after another."""
 
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ def chat(
         modular-experts chat library --expert a
         modular-experts chat --base DIR --system "Answer in one word."
     """
-    experts: Mapping[str, StoredExpert] = Library(library, base) if library else {}
-    first = [experts[name] for name in list(experts)[:1]]
+    experts: Library | dict[str, StoredExpert] = Library(library, base) if library else {}
+    first = [*islice(experts.readable(), 1)] if isinstance(experts, Library) and not base else []
     if not (base or first):
         raise UsageError("give a library that holds experts, or --base DIR")
-    opened = Base.open(base, [] if base else first, quantise=how.quantise)
+    opened = Base.open(base, first, quantise=how.quantise)
     with suppress(ImportError):
         import readline  # noqa: F401, with which a terminal edits lines
     talk, asks = Conversation(opened, experts, how), sys.stdin.isatty()
@@ -116,7 +116,9 @@ def chat(
 def _obey(talk: Conversation, line: str) -> None:
     command, *names = line.split()
     if command == "/auto":
-        names = [name for name, expert in talk.library.items() if expert.is_routed]
+        library = talk.library
+        experts = library.readable(adapters=False) if isinstance(library, Library) else ()
+        names = [expert.name for expert in experts if expert.is_routed]
         if len(names) != 1:
             raise ValueError(f"/auto needs one route in the library, and there are {len(names)}; `route` makes one")
     if command in ("/auto", "/expert"):

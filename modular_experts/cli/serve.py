@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ def serve(
     if min(rows, cache_tokens, most_requests, seconds) < 1:
         raise UsageError("--rows, --cache_tokens, --most_requests and --seconds must be at least 1")
     experts = Library(library, base)
-    first = [experts[name] for name in list(experts)[:1]]
+    first = [] if base else [*islice(experts.readable(), 1)]
     if not (first or base):
         raise UsageError(f"{library} has no experts; give --base to begin without, or fit one: --out {library}/NAME")
     # No model is loaded for an address that is taken.
     with _bound(host, port) as listening, ExitStack() as ends:
-        opened = Base.open(base, [] if base else first, quantise=quantise)
+        opened = Base.open(base, first, quantise=quantise)
         models = Models(library, opened.fingerprint, opened.place, auto)
         limits = Limits(most_requests, seconds, api_key=os.environ.get(KEY) or None, log_prompts=log_prompts)
         if in_front_of and models.auto is None:

@@ -4,6 +4,7 @@ Open `expert.py` first, which reads and writes one expert; `opening.py` finds it
 is merged.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,9 @@ __all__ = [
 ]
 
 
+log = logging.getLogger(__name__)
+
+
 class Library(Mapping[str, StoredExpert]):
     """The complete experts in a directory, by name, PEFT adapters among them.
 
@@ -73,6 +77,15 @@ class Library(Mapping[str, StoredExpert]):
 
     def __iter__(self) -> Iterator[str]:
         return (entry.name for entry in sorted(self.directory.iterdir()) if _problem(entry) is None)
+
+    def readable(self, adapters: bool = True) -> Iterator[StoredExpert]:
+        """Yield the experts, and warn of each that cannot be opened; `adapters` of PEFT may stay closed."""
+        for name in self:
+            if adapters or not is_adapter(self.directory / name):
+                try:
+                    yield open_expert(self.directory / name, self._base)
+                except (OSError, ValueError) as error:
+                    log.warning("%s is skipped: %s", name, error)
 
     def incomplete(self) -> dict[str, str]:
         """Return the directories that look like an expert but cannot be opened as one, by name, with the reason.

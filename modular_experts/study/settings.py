@@ -205,6 +205,9 @@ def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list
                 f"experts.{kind} is {one!r}; give a config of fit, or its settings: {{expert: LoRAExpert}}"
             )
         found.append(dict(one))
+    own = found[bool(shared) :]
+    if stored_in(own) and (more := [key for one in own for key in one if key != "stored"]):
+        raise ValueError(f"experts.{kind}: stored takes experts as they are; leave out {more[0]}, or stored")
     return found
 
 

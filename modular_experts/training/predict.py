@@ -142,8 +142,9 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
     cannot be trained; the data have a tokenizer already.
 
     Raises:
-        UnpredictableError: The base is in memory, or quantised by another library than bitsandbytes, an expert that is
-            applied first chooses by the input, or the model does not compute with shapes alone.
+        UnpredictableError: The base is in memory, or quantised by another library than bitsandbytes, the loss is of
+            preferences, an expert that is applied first chooses by the input, or the model does not compute with
+            shapes alone.
         ValueError: What a fit would refuse.
     """
     device = trainer.strategy.root_device
@@ -193,7 +194,8 @@ def _predictable_base(module: ExpertModule) -> Base:
         raise UnpredictableError("shapes predict what a fit takes on a base on disk; give its directory as base")
     applied = loading.open_applied(module.applied, trains=True)
     base = loading.opened_base(module.base, applied, module.revision, module.quantise)
-    reasons = ["on top of a routed expert"] * any(expert.is_routed for expert in applied)
+    reasons = ["with a loss of preferences"] * bool(module.preferences)
+    reasons += ["on top of a routed expert"] * any(expert.is_routed for expert in applied)
     method = (base.quantisation or {}).get("quant_method", "bitsandbytes")
     if method != "bitsandbytes" or (base.quantise or "").endswith("-torchao"):
         reasons.append("on a base that another library than bitsandbytes quantises")

@@ -1,13 +1,17 @@
 """`chat` reads prompts and commands line by line, and `generate --system` shows a system message to the template."""
 
 import io
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import build_tokenizer
 from testbed.served import make_library
 
 from modular_experts import Base, generate
+from modular_experts.library.opening import ADAPTER_FILE
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
@@ -34,6 +38,22 @@ def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama
         "there is no expert 'lra'; did you mean lora?",
         "/auto needs one route in the library, and there are 0; `route` makes one",
     ]
+
+
+def test_a_broken_adapter_does_not_end_a_chat_and_auto_opens_none(
+    run, library, tiny_llama_dir, monkeypatch, caplog
+) -> None:
+    broken = Path(library, "a-broken")
+    broken.mkdir()
+    (broken / ADAPTER_FILE).write_text(json.dumps({"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x"}))
+    expected = generate(tiny_llama_dir, "the word", ["library/lora"], 3)
+    for base, skipped in (((), 1), (("--base", tiny_llama_dir), 0)):
+        caplog.clear()
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/auto\n/expert lora\nthe word\n/expert a-broken"))
+        code, out, err = run("chat", library, *base, "--max_new_tokens", "3")
+        assert (code, out.strip()) == (0, expected)
+        assert caplog.text.count("a-broken is skipped") == skipped
+        assert re.search(r"there are 0; `route` makes one\n.*a-broken.*\n", err)
 
 
 def test_nobody_to_talk_with_is_one_sentence(run) -> None:

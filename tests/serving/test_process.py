@@ -18,6 +18,8 @@ import pytest
 from testbed import served
 from testbed.documents import ROOT
 
+from modular_experts.library.opening import ADAPTER_FILE
+
 LONG = {"model": "lora", "prompt": "upper", "max_tokens": 200, "stream": True}
 
 
@@ -82,6 +84,15 @@ def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path
             assert out == "", words
             assert sentence in err, words
             assert err.count("\n") == 1
+
+
+def test_a_broken_adapter_does_not_keep_it_from_starting(library, run, tmp_path, caplog) -> None:
+    shutil.copytree(library / "dates", tmp_path / "dates")
+    (tmp_path / "a-broken").mkdir()
+    (tmp_path / "a-broken" / ADAPTER_FILE).write_text("{}")
+    _, _, err = run("serve", tmp_path, "--port", "0", "--in-front-of", "http://127.0.0.1:1")
+    assert "a-broken is skipped" in caplog.text
+    assert "'auto' is for a library with one route" in err
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, and pip install playwright")

@@ -628,6 +628,10 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
         ({"tasks": {"heldin": ["upper.jsonl"]}}, "tasks.heldin is neither held_in nor held_out; did you mean held_in"),
         ({"merges": ["SparseAverag"]}, "did you mean SparseAverage"),
         ({"measures": {"gain": "operator.length_hint"}}, "measures.gain has a name that results have already"),
+        (
+            {"experts": {"lora": {"stored": "library", "steps": 5000}}},
+            "experts.lora: stored takes experts as they are; leave out steps, or stored",
+        ),
         ({"metrics": {"mine": "nope.mine"}}, "--metrics.mine: nope.mine cannot be imported"),
         ({"merges": ["TIES", "TIES"]}, "two merges are called 'TIES'"),
         (

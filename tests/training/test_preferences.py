@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from testbed import runs, systems
 from testbed.other_experts import GatedExpert
 
-from modular_experts import open_expert
+from modular_experts import estimate_fit, open_expert
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import Task, TaskMixture
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.masks import GrowAndDrop
+from modular_experts.training import fit as fits
 from modular_experts.training.preferences import DPO, PreferenceLoss, at_start
 
 MOVING = partial(MaskSchedule, rule=GrowAndDrop(every=2, until=0.9, replace=0.4))
@@ -183,6 +184,17 @@ def test_the_command_trains_on_pairs_validates_by_the_loss_and_records_it(tiny_l
     assert record["scores"]["val_loss"] < math.log(2)
     assert main([*words, "--overwrite", "--loss", "DPO", "--loss.beta", "0"]) != 0
     assert "beta=0.0 must be a positive number" in capsys.readouterr().err
+
+
+def test_its_memory_is_measured_by_steps_and_not_predicted_from_shapes(tiny_llama_dir, file, monkeypatch) -> None:
+    settings = (tiny_llama_dir, file, partial(LoRAExpert, rank=2), "q_proj", "library/pairs")
+    how: dict[str, Any] = {"model": {"loss": DPO(0.5)}, "steps": 4, "batch_size": 4}
+    with pytest.raises(ValueError, match="a fit with a loss of preferences cannot be predicted; a dry run without a"):
+        estimate_fit(*settings, **how, fit_into="8GB")
+    found = estimate_fit(*settings, **how)
+    assert (found.predicted, found.length.total_steps) == (False, 4)
+    monkeypatch.setattr(fits.Run, "is_large", lambda self: True)
+    assert not estimate_fit(*settings, **how).predicted
 
 
 def test_what_cannot_be_trained_so_is_refused_in_one_sentence(tiny_llama_dir, file, task_files) -> None:
