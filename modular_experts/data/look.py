@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -126,6 +127,9 @@ def _looked(task: Task, rows: Mapping[str, list[Row]], data: TaskMixture) -> Loo
     every = [row for mine in rows.values() for row in mine]
     longest = sorted(lengths, key=lambda place: -lengths[place])[:LONGEST]
     facts = [*_reading(task, every[0], data), f"rows of at most {tokenize.limit}; a longer one loses its start"]
+    if choosing := [row for row in every if row.choices]:
+        such = shorten(" | ".join(choosing[0].choices), 80)
+        facts.append(f"{len(choosing)} rows have choices to compare, or to prefer with --loss DPO: {such}")
     facts += ["longest: " + ", ".join(f"{place} with {lengths[place]}" for place in longest)]
     return LookedTask(task.name, [*facts, *repeats(every)], splits, shown[:SHOWN])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from conftest import write_rows
 from testbed.runs import mixture
 
 from modular_experts import TaskMixture, look
@@ -78,6 +79,14 @@ def test_a_task_without_training_rows_and_a_long_row_are_shown_too(tiny_llama_di
     Path(tmp_path, "long.jsonl").write_text(json.dumps({"input": "a" * 200, "target": "b", "split": "test"}))
     (task,) = look(tiny_llama_dir, str(tmp_path / "long.jsonl")).tasks
     assert [text for text, _ in task.shown[0][1]][59:62] == ["a", " ... ", "a"]
+
+
+def test_choices_and_rejected_answers_are_said(tiny_llama_dir, tmp_path) -> None:
+    rows = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no " * 40} for n in range(3)]
+    (task,) = look(tiny_llama_dir, [write_rows(tmp_path / "pairs.jsonl", rows)]).tasks
+    (fact,) = [fact for fact in task.facts if "--loss DPO" in fact]
+    assert fact.startswith("3 rows have choices to compare, or to prefer with --loss DPO: yes | no no ")
+    assert len(fact) < 160
 
 
 def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, capsys) -> None:
