@@ -148,10 +148,11 @@ class Models:
 
     def _listed(self, name: str) -> Listed | None:
         directory = self._library.directory / name
-        version = version_of(directory)
+        version = _version(directory)
         known, found = self._records.get(name, (None, None))
-        if version is None or known == version:
-            return found if version else None
+        if version[0] is None or known == version:
+            return found if version[0] else None
+        found = None
         try:
             record = open_expert(directory, self._place).record
         except (OSError, ValueError) as error:
@@ -159,7 +160,7 @@ class Models:
             record = {}
         if record and record["base"]["fingerprint"] == self._fingerprint:
             kind = {MERGE: "merge", ROUTED: "route"}.get(record["kind"], "expert")
-            found = Listed(name, kind, version[1] // 10**9)
+            found = Listed(name, kind, version[0][1] // 10**9)
         self._records[name] = version, found
         return found
 
@@ -204,19 +205,26 @@ class Models:
                 known = [BASE, AUTO, *self._library]
                 raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or _some(known)}")
             before, found = self._open.pop(name, (None, None))
-            if found is None or before != self._versions(found[0]):
+            version = _version(directory)  # before it is opened, so that a replacement meanwhile is seen
+            if found is None or before != [version, *self._behind(found[0])]:
                 expert = open_expert(directory, self._place)
                 check_base([expert], self._fingerprint, self._place)
                 found = expert, Route(expert) if expert.is_routed else Sum([(expert, 1.0)])
-            self._open[name] = self._versions(found[0]), found
+            self._open[name] = [version, *self._behind(found[0])], found
             while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
         return found[1]
 
-    def _versions(self, expert: StoredExpert) -> list[Any]:
-        """Return what changes when an expert is replaced, or one that a route chooses among."""
-        behind = [expert.path.parent / str(one["name"]) for one in expert.record["parents"] if expert.is_routed]
-        return [version_of(directory) for directory in (expert.path, *behind)]
+    def _behind(self, expert: StoredExpert) -> list[Any]:
+        """Return what changes when one of the experts is replaced that a route chooses among."""
+        names = [str(one["name"]) for one in expert.record["parents"] if expert.is_routed]
+        return [_version(self._library.directory / name) for name in names]
+
+
+def _version(directory: Path) -> list[tuple[int, int] | None]:
+    """Return what changes when an expert is replaced, or a file of an adapter; it begins with None if none is there."""
+    files = sorted(directory.glob("adapter_*")) if is_adapter(directory) else []
+    return [version_of(place) for place in (directory, *files)]
 
 
 def _term(whole: str, text: str) -> tuple[str, float]:

@@ -93,6 +93,11 @@ def test_experts_come_go_and_are_replaced_without_a_restart(library, tiny_llama_
     assert len([line for line in caplog.messages if line.startswith("damaged is not served")]) == 1
     with pytest.raises(ValueError, match="foreign was trained on another base"):
         models.find("foreign")
+    served.write(tiny_llama_dir, library / "new", "tiles", 9)
+    assert "new" in listed()
+    shutil.rmtree(library / "new")
+    (library / "foreign").rename(library / "new")
+    assert "new" not in listed()
     assert models.find("base").members == []
 
 
