@@ -83,13 +83,13 @@ def verify(expert: str, base: str | None = None) -> None:
         or is_adapter(place)
         or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE))
     ):
-        print(f"{expert}: {_verified(open_expert(expert), base)}")
+        print(f"{expert}: {_verified(open_expert(expert, base), base)}")
         return
     library = Library(expert)
     failed = dict(library.incomplete())
     for name in library:
         try:
-            print(f"{place / name}: {_verified(open_expert(place / name), base)}")
+            print(f"{place / name}: {_verified(open_expert(place / name, base), base)}")
         except (ValueError, OSError) as error:
             failed[name] = str(error)
     for name, problem in failed.items():

@@ -55,7 +55,9 @@ def converted(place: str | Path, base: str | Path | Base | None = None) -> Store
         expert = import_expert(directory, target, whole, overwrite=True, called=str(place))
         size = bytes_text(expert.size_on_disk)
         log.warning("%s is a PEFT adapter; made an expert of %s of it, in %s (%s)", place, found.place, target, size)
-    return open_expert(target)
+    opened = open_expert(target)
+    opened.place = place
+    return opened
 
 
 def _find(place: str | Path) -> Path:

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from modular_experts.library.atomic import check_target, new_directory
 from modular_experts.library.expert import StoredExpert
-from modular_experts.library.opening import open_expert
+from modular_experts.library.opening import is_adapter, open_expert
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def open_experts(
     seen: set[Path] = set()
     for expert in experts:
         if expert.path.resolve() in seen:
-            raise ValueError(f"the expert {expert.path} is listed twice; list each expert once")
+            raise ValueError(f"the expert {expert.place} is listed twice; list each expert once")
         seen.add(expert.path.resolve())
     if mergeable:
         check_mergeable(experts)
@@ -63,7 +64,7 @@ def open_parents(expert: StoredExpert) -> list[StoredExpert]:
         place = expert.path.parent / str(listed["name"])
         if not place.is_dir():
             raise FileNotFoundError(f"{expert.name} was made with {place.name}, which is missing beside it, at {place}")
-        found.append(open_expert(place))
+        found.append(_open_beside(place, expert))
         if not found[-1].is_listed_as(listed):
             raise ValueError(
                 f"{place} is not the expert that {expert.name} was made with (its contents are "
@@ -78,8 +79,16 @@ def found_beside(expert: StoredExpert, target: Path, overwrite: bool = False) ->
     if there is not None and there.content_hash == expert.content_hash:
         return there
     if there is not None and not overwrite:
-        raise FileExistsError(f"{target} is another expert than {expert.path}; rename the directory of one of them")
+        raise FileExistsError(f"{target} is another expert than {expert.place}; rename the directory of one of them")
     return None
+
+
+def _open_beside(place: Path, expert: StoredExpert) -> StoredExpert:
+    """Open what lies beside an expert; an adapter, for the base of that expert."""
+    if expert.base is None and is_adapter(place):
+        with suppress(FileNotFoundError):  # then the adapter may name the base where it is
+            return open_expert(place, expert.record["base"]["id"])
+    return open_expert(place, expert.base)
 
 
 def put_beside(expert: StoredExpert, target: Path, overwrite: bool = False) -> StoredExpert:

@@ -51,10 +51,14 @@ class StoredExpert(TaskVector):
         path: Directory of the expert.
         name: Its name in the library.
         record: The content of `expert.json`.
+        place: Where the user finds it: `path`, or the PEFT adapter that it was made of.
+        base: The base that it was opened for, or None.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, record: dict[str, Any], base: Any = None) -> None:
         self.path, self.name, self.record, files = path, path.name, record, files_of(record)
+        self.place: str | Path = path
+        self.base = base
         self._table: dict[str, Any] = {}
         if DELTA_FILE in files:
             self._table, self._tensors = _read_table(path / DELTA_FILE)

@@ -39,7 +39,7 @@ def open_expert(path: str | Path, base: Any = None) -> StoredExpert:
     for left in reversed(range(_READS)):
         before = version_of(directory)
         try:
-            return _opened(path, directory)
+            return _opened(path, directory, base)
         except (OSError, RuntimeError, ValueError):
             # Another process may replace the expert between the reads of its record and of its files. Between the two
             # renames of a replacement, the directory is missing, and one with a leading dot lies beside its place.
@@ -72,7 +72,7 @@ def version_of(directory: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns
 
 
-def _opened(path: str | Path, directory: Path) -> StoredExpert:
+def _opened(path: str | Path, directory: Path, base: Any) -> StoredExpert:
     if not directory.is_dir():
         names = sorted(one.parent.name for one in directory.parent.glob(f"[!.]*/{RECORD_FILE}"))
         hint = f"; {directory.parent} has {', '.join(names[:8])}" if names else ""
@@ -88,4 +88,4 @@ def _opened(path: str | Path, directory: Path) -> StoredExpert:
     for name in files_of(record):
         check_file(path, directory / name)
     check_name(directory.name)
-    return StoredExpert(directory, record)
+    return StoredExpert(directory, record, base)

@@ -117,7 +117,7 @@ class StoredStatistics(Mapping[str, "DataStatistic | None"]):
 def open_statistics(expert: StoredExpert, kind: str) -> StoredStatistics:
     """Open an expert's statistics of one kind, reading only the header; raise what `StoredStatistics` does."""
     if not _file(expert, kind).is_file():
-        raise FileNotFoundError(f"{expert.path} has no {kind} statistics; take them: {command_for([expert], kind)}")
+        raise FileNotFoundError(f"{expert.place} has no {kind} statistics; take them: {command_for([expert], kind)}")
     return StoredStatistics(expert, kind)
 
 
@@ -192,7 +192,7 @@ def write_statistics(
 
 def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> str:
     """Return the command that takes statistics of experts; the user fills in their tasks."""
-    places = " ".join(os.path.relpath(expert.path) for expert in experts)
+    places = " ".join(os.path.relpath(expert.place) for expert in experts)
     if kind == "gates":
         return f"modular-experts fit --gate-of {places} --tasks ..." + " --overwrite" * overwrite
     return f"modular-experts statistics --experts {places} --kind {kind} --tasks ..." + " --overwrite" * overwrite
@@ -238,7 +238,7 @@ def gather_statistics(
     lacking = [expert for expert in experts if not _file(expert, kind).is_file()]
     if lacking:
         raise ValueError(
-            f"{lacking[0].path} has no {kind} statistics, which this method needs; take them for all experts of the "
+            f"{lacking[0].place} has no {kind} statistics, which this method needs; take them for all experts of the "
             f"merge: {command_for(experts, kind, overwrite=len(lacking) < len(experts))}"
         )
     opened = [open_statistics(expert, kind) for expert in experts]
@@ -256,7 +256,7 @@ def gather_statistics(
             problem = "were taken in a merge of other experts"
         if problem:
             raise ValueError(
-                f"the {kind} statistics of {expert.path} {problem}; take them for all experts of the merge: "
+                f"the {kind} statistics of {expert.place} {problem}; take them for all experts of the merge: "
                 f"{command_for(experts, kind, overwrite=True)}"
             )
     return Gathered(opened)

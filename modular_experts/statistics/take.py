@@ -166,7 +166,7 @@ KINDS: dict[str, Way] = {
 
 
 def take_statistics(
-    experts: Sequence[str | Path],
+    experts: Sequence[str | Path | StoredExpert],
     kind: StatisticKind,
     data: ValidationRows | TaskMixture,
     overwrite: bool = False,
@@ -176,7 +176,7 @@ def take_statistics(
     """Measure experts that are to be merged, each at every weight that any of them moves, and store the statistics.
 
     Args:
-        experts: Directories of the experts.
+        experts: Directories of the experts, or opened experts.
         kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts; or
             `prompts`, `prompt_parts` and `gates`, from which routers learn.
         data: The validation rows of their tasks, for prompts also the training rows; each expert is measured on the

@@ -26,7 +26,7 @@ from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
 from modular_experts.injection.attach import attached, describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
-from modular_experts.library.compatibility import put_beside
+from modular_experts.library.compatibility import open_parents, put_beside
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.merger.merged import merge
@@ -233,7 +233,7 @@ class _Measure:
     def __call__(self, name: str, expert: StoredExpert, needs: str) -> Way:
         model, members = self._objective.model, [expert]
         if expert.is_routed:
-            members += [open_expert(expert.path.parent / parent["name"]) for parent in expert.record["parents"]]
+            members += open_parents(expert)
         with attached(model, expert, check=False):
             losses, seconds = self._seconds(batch_losses)
             matches = fmean(self._objective.losses(_matches).values())

@@ -135,7 +135,7 @@ def _take_missing(
             "from; give the tasks of all: --tasks a.jsonl b.jsonl"
         )
     if lacking:
-        take_statistics([one.path for one in lacking], kind, ValidationRows(data, rows), progress=progress)
+        take_statistics(lacking, kind, ValidationRows(data, rows), progress=progress)
 
 
 def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:

@@ -234,13 +234,14 @@ def own_experts(
         fewest = min((len(expert.record["tasks"]) for expert in named), default=0)
         named = [expert for expert in named if len(expert.record["tasks"]) == fewest]
         if task in given:
-            named = [expert for expert in experts if expert.path.resolve() == Path(given[task]).resolve()]
+            path = Path(given[task]).resolve()
+            named = [expert for expert in experts if path in (expert.path.resolve(), Path(expert.place).resolve())]
             if not named:
-                listed = ", ".join(str(expert.path) for expert in experts)
+                listed = ", ".join(str(expert.place) for expert in experts)
                 raise ValueError(f"expert_of gives {task} the expert {given[task]}, which is not among {listed}")
         if len(named) != 1:
-            why = f"the records of {' and '.join(str(one.path) for one in named)} name" if named else "no record names"
-            example = f"expert_of={{{task}: {(named or list(experts))[0].path}}}"
+            why = f"the records of {' and '.join(str(one.place) for one in named)} name" if named else "no record names"
+            example = f"expert_of={{{task}: {(named or list(experts))[0].place}}}"
             raise ValueError(f"{why} the task {task}; name the expert that answers it, such as {example}")
         found[task] = named[0]
     return found

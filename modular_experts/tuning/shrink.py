@@ -117,7 +117,7 @@ def shrink(
     for expert in opened:
         if not set(expert.record["tasks"]) & set(objective.batches):
             tasks, known = ", ".join(expert.record["tasks"]), ", ".join(objective.batches)
-            raise ValueError(f"{expert.path} was trained on {tasks}, and the data has {known}; add its task")
+            raise ValueError(f"{expert.place} was trained on {tasks}, and the data has {known}; add its task")
     for expert in opened:
         yield smallest(expert, objective, Path(out) / expert.name, to, bound, overwrite, progress)
 
@@ -128,7 +128,7 @@ def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: b
     names = [expert.name for expert in opened]
     for expert in opened:
         if expert.not_mergeable_because:
-            raise ValueError(f"{expert.path} cannot be shrunk, because {expert.not_mergeable_because}")
+            raise ValueError(f"{expert.place} cannot be shrunk, because {expert.not_mergeable_because}")
         if names.count(expert.name) > 1:
             raise ValueError(f"two experts are called {expert.name}; shrink them into two libraries")
         if (out / expert.name).resolve() == expert.path.resolve():
@@ -150,7 +150,7 @@ def smallest(
     deltas = {name: expert[name] for name in expert}
     loss = mean_loss(objective.losses_with(deltas, tasks=tasks))
     if loss == math.inf:
-        raise ValueError(f"{expert.path} has no finite loss on {', '.join(tasks)}, so no form of it can be judged")
+        raise ValueError(f"{expert.place} has no finite loss on {', '.join(tasks)}, so no form of it can be judged")
     before = Measured(Form(), sum(expert.stored_bytes().values()), loss)
     candidates = [one for one in candidates_of(deltas, [to] if to else forms_for(deltas)) if one[2] < before.bytes]
     fitted = fit_scales(objective, tasks, deltas, candidates)

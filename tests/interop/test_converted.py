@@ -18,11 +18,16 @@ from modular_experts import open_expert
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.files import cache_directory, fingerprint
+from modular_experts.data import TaskMixture
 from modular_experts.evaluation import evaluate
+from modular_experts.injection.attach import attached
 from modular_experts.library import Library
+from modular_experts.library.compatibility import open_parents
 from modular_experts.merger import merge
 from modular_experts.serving.models import Models
 from modular_experts.study import read_study, results_of, run_study
+from modular_experts.training.route import route
+from modular_experts.tuning.objective import own_experts
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 TASKS = ["upper", "reverse"]
@@ -194,6 +199,33 @@ def test_an_adapter_that_is_written_again_is_served_anew(place):
     shutil.rmtree("peft/upper")
     Path("peft/new").rename("peft/upper")
     assert served() == open_expert("peft/upper").content_hash
+
+
+def test_a_route_opens_the_adapters_beside_it_for_its_base(run, place):
+    for name in TASKS:
+        file = Path("peft", name, "adapter_config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "nowhere/base"}))
+    data = TaskMixture(["upper.jsonl", "reverse.jsonl"])
+    opened = [open_expert(f"peft/{name}", "base") for name in TASKS]
+    route(opened, "peft/routed", data=data)
+    with attached(Base.open("base").load(), "peft/routed"):
+        pass
+    assert run("verify", "peft/routed")[0] == 0
+    # A base that was moved is the one that is given.
+    Path("base").rename("moved")
+    scored = evaluate("moved", {"routed": ["peft/routed"]}, data, max_new_tokens=None)
+    assert {row["model"] for row in scored.rows} == {"routed"}
+    assert run("verify", "peft/routed", "--base", "moved")[0] == 0
+    with pytest.raises(FileNotFoundError, match="the base that it names did not open; give --base"):
+        open_parents(open_expert("peft/routed"))
+
+
+def test_errors_name_an_adapter_and_not_the_cache(place):
+    opened = [open_expert(f"peft/{name}") for name in TASKS]
+    taken = "modular-experts statistics --experts peft/upper peft/reverse --kind gram --tasks ..."
+    with pytest.raises(ValueError, match=f"peft/upper has no gram statistics.*{taken}"):
+        merge(opened, "RegMean", "library/gram")
+    assert own_experts(opened, ["upper"], {"upper": "peft/reverse"})["upper"] is opened[1]
 
 
 def test_a_study_measures_and_merges_adapters_that_are_there(place, task_files):
