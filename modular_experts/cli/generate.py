@@ -17,7 +17,8 @@ COMMANDS = """\
 /expert NAME ...  these experts answer, added up; without a name, the base alone
 /auto             the library's route chooses who answers
 /new              forget what was said
-Ctrl-C stops an answer, and Ctrl-D ends the chat"""
+/help             show these lines, and the names of the experts
+/exit             end the chat, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def generate(
@@ -71,8 +72,8 @@ def chat(
 ) -> None:
     """Talk with a base and the experts of a library in the terminal.
 
-    The line before a prompt names who answers. `/expert NAME` lets another expert answer, and `/auto` the library's
-    route; every other line that begins with / shows what there is. Messages go through the chat template, with all that
+    The line before a prompt names who answers, at first the base. `/expert NAME` lets another expert answer, and
+    `/auto` the library's route; /help shows the other commands. Messages go through the chat template, with all that
     was said before, if the experts in use were trained with it, or for the base alone if it has one. Without it, each
     prompt is read alone.
 
@@ -96,7 +97,7 @@ def chat(
     talk, asks = Conversation(opened, experts, how), sys.stdin.isatty()
     line = f"/expert {expert}" if expert not in (None, "auto") else "/auto" * (expert == "auto")
     print(COMMANDS if asks else "", end="\n" * asks, flush=True)
-    while True:
+    while line.strip() not in ("/exit", "/quit"):
         try:
             if line.startswith("/"):
                 _obey(talk, line)
@@ -125,8 +126,10 @@ def _obey(talk: Conversation, line: str) -> None:
         talk.experts.use(*names)
     elif command == "/new":
         talk.messages = [one for one in talk.messages if one["role"] == "system"]
-    else:
+    elif command == "/help":
         print(f"{COMMANDS}\nexperts: {', '.join(talk.library) or 'none'}")
+    else:
+        raise ValueError(f"there is no command {command}; /help shows those that there are")
 
 
 def _chosen(talk: Conversation) -> str:

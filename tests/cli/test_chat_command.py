@@ -25,7 +25,9 @@ def library(tiny_llama_dir, tmp_path, monkeypatch) -> str:
 
 def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama_dir, monkeypatch) -> None:
     lines = ["the word", "/expert lora", "the word", "/expert lra", "", "/expert entries lora", "the word", "/new"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*lines, "/auto", "/help", "/expert", "the word"])))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("\n".join([*lines, "/auto", "/help", "/go", "/expert", "the word", "/exit", "no"]))
+    )
     code, out, err = run("chat", library, "--max_new_tokens", "7")
     base, lora, both = (
         generate(tiny_llama_dir, "the word", [f"library/{name}" for name in names], 7)
@@ -37,6 +39,7 @@ def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama
     assert err.splitlines() == [
         "there is no expert 'lra'; did you mean lora?",
         "/auto needs one route in the library, and there are 0; `route` makes one",
+        "there is no command /go; /help shows those that there are",
     ]
 
 
