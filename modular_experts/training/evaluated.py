@@ -56,9 +56,9 @@ class EvaluatedModule(LightningModule):
         """Score one batch; within `fit` by the loss that is trained alone."""
         if self.trainer.state.fn == "fit" and self.preferences:
             self.scores.update(batch, *self.batch_losses(self.model, batch))
-            return
-        tokens = None if self.trainer.state.fn == "fit" else self.max_new_tokens
-        score_batch(self.scores, self.model, self.tokenizer, batch, tokens, bool(self._packs_evaluation))
+        else:
+            tokens = None if self.trainer.state.fn == "fit" else self.max_new_tokens
+            score_batch(self.scores, self.model, self.tokenizer, batch, tokens, bool(self._packs_evaluation))
         await_others(self.model)
 
     test_step = validation_step

@@ -39,24 +39,26 @@ class PreferenceLoss(ABC):
         Raises:
             ValueError: The rows of a task have no choices.
         """
-        choices = batch.get("choices", {"row": torch.empty(0, dtype=torch.int64)})
-        rows, there = choices["row"].tolist(), {*choices["row"].tolist()}
+        choices, count = batch.get("choices"), len(batch["task"])
+        there = set(choices["row"].tolist()) if choices else set()
         if lacking := [task for row, task in enumerate(batch["task"]) if task and row not in there]:
             raise ValueError(
                 f"{type(self).__name__} learns preferences, and rows of {lacking[0]} have none; give rows of prompt, "
                 "chosen and rejected, or of input, target and choices"
             )
+        # A batch of filler rows takes the same passes, in step with other processes, and has no pair.
+        choices = choices or batch | {"row": torch.arange(count), "correct": torch.ones(count, dtype=torch.bool)}
         both = {key: choices[key] for key in ("input_ids", "attention_mask", "labels")}
-        both["task"] = [batch["task"][row] for row in rows]
+        both["task"] = [batch["task"][row] for row in choices["row"].tolist()]
         # First the reference, because experts that lie in the weights write into them.
         with at_start(model, start):
             reference = batch_losses(model, both)[0]
         gains = reference - batch_losses(model, both)[0]
         owners, correct = choices["row"].to(gains.device), choices["correct"].to(gains.device)
-        chosen = gains.new_zeros(len(batch["task"])).index_add(0, owners[correct], gains[correct])
+        chosen = gains.new_zeros(count).index_add(0, owners[correct], gains[correct])
         losses, owners = self.of(chosen[owners[~correct]] - gains[~correct]), owners[~correct]
-        sums = losses.new_zeros(len(chosen)).index_add(0, owners, losses)
-        return sums, torch.bincount(owners, minlength=len(chosen))
+        sums = losses.new_zeros(count).index_add(0, owners, losses)
+        return sums, torch.bincount(owners, minlength=count)
 
 
 @dataclass(frozen=True)

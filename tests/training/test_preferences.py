@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_rows
 from testbed import runs, systems
+from testbed.forked import run_on_two_ranks
 from testbed.other_experts import GatedExpert
 
 from modular_experts import estimate_fit, open_expert
@@ -195,6 +198,40 @@ def test_its_memory_is_measured_by_steps_and_not_predicted_from_shapes(tiny_llam
     assert (found.predicted, found.length.total_steps) == (False, 4)
     monkeypatch.setattr(fits.Run, "is_large", lambda self: True)
     assert not estimate_fit(*settings, **how).predicted
+
+
+def train_in(ranks: int, base: Path, shard_base: bool = False) -> None:
+    """Train on five pairs, validate on three, and write what was trained and the losses."""
+    torch.manual_seed(0)
+    place: dict[str, Any] = {}
+    if ranks > 1:
+        place = {"devices": ranks, "strategy": "ddp"}
+        warnings.simplefilter("ignore")  # Lightning's, of values that are equal in all processes
+    how = {"dtype": "float64", "learning_rate": 1e-2, "shard_base": shard_base}
+    module = runs.module(base, partial(LoRAExpert, rank=2), loss=DPO(), **how)
+    trainer = runs.trainer(Path.cwd(), max_steps=4, **place)
+    trainer.fit(module, runs.mixture({"few": Path("few.jsonl")}, base, batch_size=4, eval_batch_size=2, seed=0))
+    found = {name: one.detach() for name, one in module.named_parameters() if one.requires_grad}
+    torch.save(found | trainer.callback_metrics, f"{ranks}-{trainer.global_rank}.pt")
+    if ranks > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("shard_base", [False, True])
+def test_two_processes_train_what_one_trains_though_one_has_batches_of_fillers_alone(
+    tiny_llama_dir, tmp_path, monkeypatch, shard_base
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n} is", "chosen": "yes", "rejected": "no" * (1 + n % 2), "split": "train"} for n in range(5)]
+    write_rows(tmp_path / "few.jsonl", [*rows, *({**row, "split": "validation"} for row in rows[:3])])
+    train_in(1, tiny_llama_dir)
+    run_on_two_ranks(train_in, 2, tiny_llama_dir, shard_base)
+    one, *two = (torch.load(f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert {"loss", "val_loss"} <= one.keys()
+    for rank in two:
+        torch.testing.assert_close(rank, one, rtol=1e-6, atol=1e-9)
 
 
 def test_what_cannot_be_trained_so_is_refused_in_one_sentence(tiny_llama_dir, file, task_files) -> None:
