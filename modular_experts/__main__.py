@@ -12,7 +12,8 @@ from modular_experts.cli.commands import VERBS, importing
 HELP = """\
 usage: modular-experts COMMAND [options]
 
-Train experts for a causal language model, keep them in a library, merge them, and measure the merge.
+Train experts for a causal language model, keep them in a library, merge them,
+and measure the merge.
 
 {verbs}
 
@@ -20,7 +21,8 @@ Each command has --help, --config FILE.yaml and --print_config. A first tour:
 
   modular-experts fit --base DIR --expert SparseExpert --modules q_proj v_proj \\
       --tasks a.jsonl --out library/a
-  modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab
+  modular-experts merge --experts library/a library/b --method SparseAverage \\
+      --out library/ab
   modular-experts apply --experts library/ab --out merged-checkpoint
 
 options: --help, --version"""

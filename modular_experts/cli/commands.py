@@ -70,11 +70,11 @@ VERBS = {
     "quickstart": Command("study", "quickstart", "see it all on generated tasks: train, merge, test, report"),
     "fit": Command("training", "", "train experts on task files"),
     "study": Command("study", "study", "train, merge and test many experts by one description"),
-    "look": Command("evaluate", "look", "look at task files as `fit` reads them: tokens, lengths, repeated rows"),
+    "look": Command("evaluate", "look", "show the rows of task files as `fit` reads them: tokens, lengths"),
     "validate": Command("training", "", "measure a model on the validation rows"),
     "test": Command("training", "", "measure one model on the test rows, also a checkpoint of `fit`"),
     "evaluate": Command("evaluate", "evaluate", "compare a base and experts on the test rows: a table, a page"),
-    "harness": Command("evaluate", "harness", "measure a base and experts on benchmarks, by the lm-evaluation-harness"),
+    "harness": Command("evaluate", "harness", "measure experts on benchmarks, by the lm-evaluation-harness"),
     "predict": Command("training", "", "write a model's answers"),
     "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
     "chat": Command("generate", "chat", "talk with a base and experts in the terminal", ("library",)),
@@ -89,9 +89,7 @@ VERBS = {
     ),
     "combine": Command("search", "combine", "find the best of merges and routers within some bytes", ("experts",)),
     "merge": Command("merge", "merge", "merge experts into one expert", ("experts",)),
-    "search": Command(
-        "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)
-    ),
+    "search": Command("search", "search", "find on validation rows how much of each expert to merge", ("experts",)),
     "route": Command("search", "route", "put experts behind a router, which chooses by the input", ("experts",)),
     "shrink": Command("search", "shrink", "store experts in the fewest bytes that keep their loss", ("experts",)),
     "mergekit": Command(
@@ -136,6 +134,7 @@ _TRAINING = {
     "--steps N": "Optimizer steps; without a length, 3 epochs.",
     "--learning_rate X": "Peak rate; each type of expert has its own default.",
     "--batch_size N": "Rows of a training batch, all processes together. (default: 8)",
+    "--loss DPO": "Learn from rows with `chosen` and `rejected`.",
 }
 _APPLIED = {"--experts A [B ...]": "Experts to add to the base first."}
 _ANSWERS = {"--max_new_tokens N": "The most tokens of an answer. (default: 64)"}

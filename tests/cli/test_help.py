@@ -89,6 +89,7 @@ def function_of(verb: str):
 def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(capsys) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
     for verb, command in VERBS.items():
         assert re.search(rf"^  {verb} +{re.escape(command.summary)}$", shown, re.MULTILINE)
     for verb in VERBS:
