@@ -133,7 +133,7 @@ _EXPERT = {
 _TRAINING = {
     "--steps N": "Optimizer steps; without a length, 3 epochs.",
     "--learning_rate X": "Peak rate; each type of expert has its own default.",
-    "--batch_size N": "Rows of a training batch, all processes together. (default: 8)",
+    "--batch_size N": "Rows of a step, of all processes. (default: 8)",
     "--loss DPO": "Learn from rows with `chosen` and `rejected`.",
 }
 _APPLIED = {"--experts A [B ...]": "Experts to add to the base first."}
