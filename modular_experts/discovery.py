@@ -10,10 +10,8 @@ SYSTEMS = Path(__file__).parent / "systems"
 
 
 def import_systems(*files: str) -> list[ModuleType]:
-    """Import every system, so that short names find its experts, plans and routers; return the modules.
-
-    Args:
-        files: Names of files, such as `callback`, to import from the systems that have them, beside the `__init__`.
+    """Import every system, so that short names find its experts, plans and routers, and `files` (such as `callback`) of
+    those that have them; return the modules.
     """
     folders = [found.name for found in pkgutil.iter_modules([str(SYSTEMS)]) if found.ispkg]
     modules = [importlib.import_module(f"modular_experts.systems.{folder}") for folder in folders]

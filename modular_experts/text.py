@@ -48,11 +48,7 @@ def bytes_text(size: float) -> str:
 
 
 def bytes_of(text: str | int) -> int:
-    """Parse a size such as `2GB` or `512 MiB`, or a number of bytes.
-
-    Raises:
-        ValueError: The text is not a size of at least one byte.
-    """
+    """Parse a size such as `2GB` or `512 MiB`, or a number of bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
     size = float(found[1]) * _UNITS.get(found[2], 0) if found else 0
     if not 1 <= size < float("inf"):

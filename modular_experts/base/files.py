@@ -30,12 +30,7 @@ _WITHOUT_EFFECT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "tr
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files that make up a checkpoint, after a look at each header.
-
-    Raises:
-        FileNotFoundError: The directory has no weights, or lacks a file that its index names.
-        ValueError: A file is damaged.
-    """
+    """Return the safetensors files that make up a checkpoint, after a look at each header."""
     files = [directory / "model.safetensors"]
     if (directory / _INDEX).is_file():
         names = set(read_json(directory / _INDEX, "so the weights cannot be found").get("weight_map", {}).values())
@@ -132,10 +127,6 @@ def fetch(place: str | Path, revision: str | None = None, local_only: bool = Fal
         place: A directory with `config.json` and safetensors weights, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
         revision: Branch, tag or commit of a hub id.
         local_only: Look for a hub id in the local cache only.
-
-    Raises:
-        FileNotFoundError: There is no such directory, and the hub does not give it.
-        ValueError: The directory does not hold a causal language model in safetensors.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

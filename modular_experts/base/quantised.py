@@ -20,12 +20,7 @@ _TORCHAO = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig", 
 
 
 def quantiser(form: str, dtype: torch.dtype) -> Any:
-    """Return the settings of a form for transformers' `from_pretrained`.
-
-    Raises:
-        ImportError: The library that quantises is not installed.
-        ValueError: There is no such form, or it does not compute in this dtype.
-    """
+    """Return the settings of a form for transformers' `from_pretrained`."""
     if form not in get_args(Quantise):
         dynamic = "dynamic" in form or "da" in form.split("-")
         reason = "it also rounds the activations, and has no gradient; " if dynamic else ""
@@ -103,12 +98,7 @@ def is_quantised(layer: nn.Module) -> bool:
 
 
 def read_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the weight of a linear layer `(out, in)`: its own, or one that is dequantised whenever it is read.
-
-    Args:
-        layer: The layer.
-        dtype: Data type of a quantised weight; as it was quantised if not given.
-    """
+    """Return the weight of a linear layer `(out, in)`: its own, or one that is dequantised whenever it is read."""
     if not isinstance(layer, nn.Linear) or (found := _reader(layer)) is None:
         return layer.weight
     read, own = found

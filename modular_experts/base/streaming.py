@@ -29,10 +29,7 @@ from modular_experts.progress import Progress
 class Rounding:
     """What the dtype of a checkpoint cannot hold of the deltas.
 
-    Attributes:
-        moved: Entries whose delta is not zero.
-        unchanged: Moved entries whose value in the checkpoint is still the base's.
-        lost: Norm of the rounding errors, as a share of the norm of the deltas.
+    Some entries that `moved` are `unchanged` in it; `lost` is the norm of all rounding errors over the deltas'.
     """
 
     moved: int = 0
@@ -50,9 +47,6 @@ class StreamedSum:
         deltas: Delta of each weight that moves, by its name in the model; each is read once.
         out: Directory that gets the files.
         dtype: Data type of the floating-point tensors; the base's own if not given.
-
-    Raises:
-        ValueError: A sum is not finite in its dtype.
     """
 
     def __init__(

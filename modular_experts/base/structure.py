@@ -204,12 +204,8 @@ def why_not_read(layer: nn.Module) -> str:
 
 
 def is_rounded(layer: nn.Module, stored: Tensor, step: int = 1) -> bool | None:
-    """Return whether a quantised layer holds a stored weight within the error of its form; None for a plain layer.
-
-    Args:
-        layer: The layer.
-        stored: Every `step`-th row of the weight as the base stores it.
-        step: The distance of two rows.
+    """Return whether a quantised layer holds every `step`-th row of a weight, as a base stores it, within the error
+    of its form; None for a plain layer.
     """
     if not is_quantised(layer):
         return None
@@ -220,14 +216,7 @@ def is_rounded(layer: nn.Module, stored: Tensor, step: int = 1) -> bool | None:
 
 
 class StoredWeights:
-    """The weights of one checkpoint on disk; only the last one that was read is in memory.
-
-    Args:
-        layouts: Dtype and shape of each stored tensor, by file, from `read_layouts`.
-
-    Raises:
-        ValueError: The files lack a weight of the model, hold one in another shape, or hold a quantised one.
-    """
+    """The weights of one checkpoint on disk; only the last one that was read is in memory."""
 
     def __init__(self, layouts: Mapping[Path, Mapping[str, tuple[str, torch.Size]]], structure: Structure) -> None:
         self.structure = structure
@@ -278,11 +267,7 @@ class StoredWeights:
         return self._files.keys() - {key for keys in self._keys.values() for key in keys}
 
     def read(self, name: str) -> Tensor:
-        """Return one weight as stored: a view of the mapped file, never to be written to.
-
-        Raises:
-            ValueError: It holds NaN or infinity, or it is tied and the files hold two different values for it.
-        """
+        """Return one weight as stored: a view of the mapped file, never to be written to."""
         owner, place = self.structure.owners[name], self.structure.place
         if self._last and self._last[0] != owner:
             for key in self.keys(self._last[0]):

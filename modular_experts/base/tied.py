@@ -48,15 +48,6 @@ def untie(base: Any, out: str | Path, overwrite: bool = False) -> Path:
 
     The copy computes the same. It takes adapters that move the head or the embeddings alone, and experts of the tied
     base combine with theirs.
-
-    Args:
-        base: The base.
-        out: Directory of the copy.
-        overwrite: Replace a checkpoint of ours that is there.
-
-    Raises:
-        FileExistsError: `out` is there and may not be replaced.
-        ValueError: The base is not tied, is quantised, or stores the head, too.
     """
     target, names, layouts = check_target(out, overwrite, MANIFEST), ends(base), read_layouts(base.directory)
     if base.quantisation or names is None or names[0] != names[1]:

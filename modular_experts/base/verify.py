@@ -16,14 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """How far a reloaded checkpoint is from the model it was written from, and how much its dtype lost.
+    """How far a reloaded checkpoint is from the model it was written from, over prompts of the shape `(rows, tokens)`.
 
-    Attributes:
-        largest_difference: Largest absolute difference of a logit over the fixed prompts.
-        mean_difference: Mean absolute difference.
-        tolerance: Largest accepted difference.
-        prompts: Shape of the prompts, `(rows, tokens)`.
-        rounding: What rounding took from the deltas.
+    Differences are absolute, of a logit; `rounding` tells how much of the deltas its dtype took.
     """
 
     largest_difference: float

@@ -36,9 +36,6 @@ class ConversationTokenizer:
         tokenizer: A fast tokenizer with a chat template.
         max_length: The most tokens of a row.
         filled: For errors: the limit that an answer fills, and the advice for this case.
-
-    Raises:
-        ValueError: The tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, filled: str = "") -> None:

@@ -59,11 +59,7 @@ FORMS = (
 
 
 def recognise(columns: Collection[str]) -> Form:
-    """Return the form of rows with these columns; `input` and `target` beat every other form.
-
-    Raises:
-        ValueError: The columns fit no form, or more than one; the sentence gives the setting to type.
-    """
+    """Return the form of rows with these columns; `input` and `target` beat every other form."""
     whole = [form for form in FORMS if set(form.columns.values()) <= set(columns)]
     if OWN in whole:
         return OWN

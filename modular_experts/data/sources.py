@@ -36,9 +36,6 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     """Read a JSONL, JSON, CSV, TSV or Parquet file, or a directory written by `datasets.save_to_disk`.
 
     A directory may skip rows that `where` rules out; the caller filters all records by it.
-
-    Raises:
-        ValueError: The path does not exist, or its suffix is unknown.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -63,11 +60,7 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
 def hub_records(
     name: str, subset: str | None = None, revision: str | None = None, where: Wanted | None = None
 ) -> Iterator[Record]:
-    """Read all splits of a dataset of the Hugging Face hub; class labels become names, and `where` is as for a path.
-
-    Raises:
-        ValueError: The hub, or the dataset on it, could not be reached or read.
-    """
+    """Read all splits of a dataset of the Hugging Face hub; class labels become names, and `where` is as for a path."""
     return _dataset_records(name, _hub_dataset(name, subset, revision), where or {})
 
 

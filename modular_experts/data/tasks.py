@@ -151,11 +151,7 @@ else:
 
 
 def as_tasks(tasks: Tasks) -> list[Task]:
-    """Return the tasks; a path, or a mapping of a task's settings, becomes a `Task`.
-
-    Raises:
-        ValueError: There are no tasks, a name comes twice, or a mapping has an unknown key.
-    """
+    """Return the tasks; a path, or a mapping of a task's settings, becomes a `Task`."""
     made: dict[str, Task] = {}
     known = [entry.name for entry in fields(Task)]
     for given in [tasks] if isinstance(tasks, Task | Mapping | str | os.PathLike) else tasks:

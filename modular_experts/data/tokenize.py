@@ -22,9 +22,6 @@ class RowTokenizer:
         max_length, chat_template: As for `TaskMixture`; the length counts end-of-sequence.
         learns_choices: Whether rows to learn have their choices, too.
         context: How many tokens of a row the model can read, if that is known (`injection.context_length`).
-
-    Raises:
-        ValueError: The tokenizer has no end-of-sequence token, or no chat template although `chat_template` is set.
     """
 
     def __init__(

@@ -61,11 +61,7 @@ class Encoding:
     is_linear: bool = False
 
     def encode(self, values: Tensor, rows: Tensor, count: int) -> Encoded:
-        """Return values `(n,)` in few bits, by their row numbers `(n,)` below `count`; a row may have no value.
-
-        Raises:
-            ValueError: A value is not finite.
-        """
+        """Return values `(n,)` in few bits, by their row numbers `(n,)` below `count`; a row may have no value."""
         values, rows = values.detach().float().reshape(-1), rows.reshape(-1).long()
         if not bool(values.isfinite().all()):
             raise ValueError("values that are not finite cannot be encoded")

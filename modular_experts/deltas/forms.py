@@ -336,9 +336,6 @@ def add(deltas: Sequence[Delta]) -> Delta:
     Sparse sums stay sparse on the union of the supports (tiles of one size stay tiles), low-rank sums are concatenated
     while their factors are smaller than the dense form, and every other mixture is dense. Zeros change nothing, not
     even the form.
-
-    Raises:
-        ValueError: No delta was given, or their shapes differ.
     """
     if not deltas:
         raise ValueError("a sum needs at least one delta; for nothing at all there is Sparse.zero(shape)")

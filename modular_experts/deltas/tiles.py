@@ -42,10 +42,7 @@ def _tile_entries(blocks: Tensor, shape: Sequence[int], tile: Tile) -> tuple[Ten
 def entries_in_order(blocks: Tensor, tiles: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the sorted flat entries `(k,)` of tiles inside the weight, in `index_dtype`, and their values `(k,)`.
 
-    Args:
-        blocks: Numbers of the tiles, `(n,)`, sorted and unique.
-        tiles: Their values, `(n, height, width)`.
-        shape: Shape of the weight.
+    Tiles have sorted and unique numbers `(n,)`, and values `(n, height, width)`.
     """
     # The tiles in one row of the grid cover the same rows of the weight. Its entries in order are the first row of each
     # of these tiles, then the second row of each, and so on: so whole rows of tiles are moved and nothing is sorted.

@@ -33,9 +33,7 @@ def losses_and_answers(
 ) -> tuple[tuple[Tensor, Tensor], list[list[int]]]:
     """Return what `batch_losses` and `generate_tokens` give for a padded batch with texts.
 
-    Args:
-        model: A causal language model of which `packs_evaluation` is true, in evaluation mode.
-        batch: A batch whose rows fit into the model's context, as a `TaskMixture` makes them.
+    Its rows fit into the context. `packs_evaluation` must be true of the model, which is in evaluation mode.
     """
     packed = with_cache(model, repacked(batch))
     logits, labels = answer_logits(model, packed)

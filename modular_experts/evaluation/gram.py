@@ -23,15 +23,6 @@ from modular_experts.text import block_of
 def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic | None]:
     """Return the Gram matrix `(in, in)` of the inputs of each weight's layer, in at least float32; None for a weight
     that is not the matrix of a linear layer.
-
-    Args:
-        model: A causal language model; it is in evaluation mode while it is measured.
-        batches: Batches as `data/batch.py` describes them.
-        names: The weights.
-
-    Raises:
-        ValueError: There is no row; or the batch has padding, and a layer's inputs are not laid out by row and token,
-            as in a mixture of experts.
     """
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     inputs = {name: _inputs(name, layer) for name, layer in layers.items()}

@@ -47,14 +47,9 @@ def _leaders(drawn: Mapping[str, Tensor], values: Mapping[str, float], low_is_be
 def compared_means(
     rows: Sequence[dict[str, Any]], values: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
 ) -> list[dict[str, Any]]:
-    """Give each row its 95 % `interval`, and tell whether its model `leads` where another is worse.
+    """Give each row of `Results` its 95 % `interval`, and tell whether its model `leads` where another is worse.
 
-    Args:
-        rows: A row of `Results` for each model, task and metric.
-        values: The scores of each row of the tasks, as `TaskScores.values` gives them, by model.
-
-    Returns:
-        The same for each model's means over the tasks of a role, with model, role, metric and value.
+    `values` are `TaskScores.values` by model. The same comes back for each model's means over the tasks of a role.
     """
     groups: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
     drawn: dict[int, Tensor] = {}

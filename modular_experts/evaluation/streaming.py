@@ -109,19 +109,10 @@ def generate(
 
 
 class Conversation:
-    """A conversation with a base, in which a library's experts answer by name.
+    """A conversation with an opened base, in which a library's experts answer by name: `talk.experts.use("dates")`.
 
     Messages go through the chat template if there is a system message, if the experts in use were trained with it, or
-    for the base alone if it has one. Otherwise each prompt is read alone.
-
-    Args:
-        base: The opened base.
-        experts: The library, or opened experts by name.
-        how: How prompts are answered.
-
-    Attributes:
-        experts: Chooses who answers: `conversation.experts.use("dates")`.
-        messages: What was said so far.
+    for the base alone if it has one. Otherwise each prompt is read alone. `messages` holds all that was said.
     """
 
     def __init__(self, base: Base, experts: Mapping[str, StoredExpert], how: Answering = AS_USUAL) -> None:

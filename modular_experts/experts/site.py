@@ -101,9 +101,6 @@ def by_pattern(
         where: Name of the argument, for errors.
         refused: Name of each layer that gets no expert, with the reason, for errors.
         others: Returns the sites of the other parameters.
-
-    Raises:
-        ValueError: (by the plan) A pattern matches no site, or is not a valid regular expression.
     """
 
     def plan(sites: Sequence[Site]) -> dict[Site, Factory]:
@@ -124,11 +121,7 @@ def by_pattern(
 
 
 def make_expert(factory: Factory, weight: Tensor, site: Site) -> Expert:
-    """Call a factory with the weight, and with the site if its signature has a parameter for it.
-
-    Raises:
-        TypeError: It made something that is not an expert.
-    """
+    """Call a factory with the weight, and with the site if its signature has a parameter for it."""
     try:
         parameters = list(inspect.signature(factory).parameters.values())
     except ValueError:  # a builtin without a signature
@@ -146,12 +139,7 @@ def make_expert(factory: Factory, weight: Tensor, site: Site) -> Expert:
 
 
 def make_module_expert(factory: Factory, module: nn.Module) -> ModuleExpert:
-    """Call a factory with a module that is not a linear layer.
-
-    Raises:
-        TypeError: It made something that is not a module expert.
-        ValueError: The module is a container, which would run the expert as one of its layers.
-    """
+    """Call a factory with a module that is not a linear layer."""
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ValueError(
             f"a {type(module).__name__} cannot have a module expert, because it would take it for one of its layers; "

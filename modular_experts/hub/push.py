@@ -22,14 +22,9 @@ from modular_experts.progress import Progress
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push wrote, or would write.
+    """What a push wrote, or would write: files beside the card by path, and what it `removed` of replaced experts.
 
-    Attributes:
-        files: The files beside the card, by their path in the repository.
-        removed: What a replaced expert had and its successor does not have.
-        present: Experts that the repository had already, with the same record.
-        card: The card; None if the repository has one with a text of its own, which stays.
-        commit: The commit; None after a dry run, or if there was nothing to write.
+    `card` is None if the repository has one of its own, `commit` after a dry run or if there was nothing to write.
     """
 
     files: Mapping[str, Path]

@@ -26,14 +26,7 @@ from modular_experts.text import did_you_mean
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A model repository at one commit.
-
-    Attributes:
-        repo_id: `owner/name`.
-        commit: The commit; None for a repository that does not exist yet.
-        private: Whether only its owner sees it.
-        files: Size of each file in bytes, by its path.
-    """
+    """A model repository at a commit, which is None if it does not exist yet, and the size of each file by its path."""
 
     repo_id: str
     commit: str | None = None
@@ -46,11 +39,7 @@ class HubRepository:
         return sorted(folder for folder in folders if "/" not in folder)
 
     def choose(self, wanted: Sequence[str] | None) -> list[str]:
-        """Return the names of the wanted experts, all if `wanted` is None, once each is known to be there.
-
-        Raises:
-            ValueError: The repository holds no experts, lacks a wanted one, or has a path that leads out of it.
-        """
+        """Return the names of the wanted experts, all if `wanted` is None, once each is known to be there."""
         for path in self.files:
             if "\\" in path or {"", ".", ".."} & set(path.split("/")):
                 raise ValueError(f"{self.repo_id} has a file {path!r}, whose path leads elsewhere; nothing was fetched")

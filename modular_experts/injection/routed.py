@@ -51,10 +51,8 @@ class Injected(AbstractContextManager[Any]):
 class Routed(Injected):
     """Experts behind a router in a model.
 
-    Attributes:
-        router: The router of scope `sample`, or None.
-        current: The gates of the last pass, for scope `sample`.
-        after_removal: Closed by `remove`, when the model has its own layers again.
+    For scope `sample`, `current` holds the gates of the last pass. `after_removal` is closed by `remove`, when the
+    model has its own layers again.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates) -> None:

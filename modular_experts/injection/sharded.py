@@ -47,9 +47,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
     """Let each process hold its part of each frozen weight; all of them call it, with the experts in the model.
 
     Quantised weights stay whole in each process: FSDP2 parts tensors by rows, and these have packed ones.
-
-    Raises:
-        ValueError: An expert needs a weight whole outside of the passes of its layer.
     """
     layers: list[tuple[str, Any]] = list(expert_layers(model))
     # The weights of the others are whole in each process: those that are trained, and those that are quantised.

@@ -18,13 +18,7 @@ from modular_experts.injection.layers import ExpertLayer
 
 
 class ExpertParameter(ExpertLayer):
-    """A parameter with an expert; a module of its own in the first owner, of a name such as `weight[:]`.
-
-    Args:
-        site: The parameter.
-        expert: Its expert.
-        owners: The modules that own it, the site's first.
-    """
+    """A parameter with an expert; a module of its own in the first of its owners, of a name such as `weight[:]`."""
 
     bias = None
     _now: tuple[Any, Tensor] | None = None

@@ -12,12 +12,9 @@ from modular_experts.deltas.tiles import index_dtype
 
 @dataclass(frozen=True)
 class ImportedAdapter:
-    """The deltas of another tool's fine-tuning, and what its files state about it.
+    """The deltas of another tool's fine-tuning by the names of weights in the loaded base, and what its files state.
 
-    Attributes:
-        deltas: Name of each moved weight, as the loaded base calls it, and its delta; an iteration can be repeated.
-        kind: The tool's name for this kind of fine-tuning, such as `LORA`.
-        settings: The settings of the training, as the files give them.
+    An iteration over the deltas can be repeated.
     """
 
     deltas: Iterable[tuple[str, Delta]]

@@ -29,10 +29,6 @@ def converted(place: str | Path, base: str | Path | Base | None = None) -> Store
     Args:
         place: Directory or hub id of the adapter.
         base: Directory or hub id of the base; the one that the adapter names if not given.
-
-    Raises:
-        FileNotFoundError: The adapter, or its base, was not found.
-        ValueError: No deltas can express the adapter, or it does not fit the base.
     """
     directory = _find(place)
     adapter, name = AdapterFiles(directory), name_for(place)

@@ -17,16 +17,7 @@ from modular_experts.text import did_you_mean
 def read_full_checkpoint(
     checkpoint: str | Path | Base, base: str | Path | Base, progress: Progress = iter
 ) -> ImportedAdapter:
-    """Compare a fine-tuned checkpoint with its base; an iteration over the deltas reads the numbers.
-
-    Args:
-        checkpoint: The fine-tuned model: configuration and safetensors weights, in one file or several.
-        base: The model that it was made from.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: The two are not two states of one model; the sentence names a weight that shows it.
-    """
+    """Compare a fine-tuned checkpoint with its base; an iteration over the deltas reads the numbers."""
     return ImportedAdapter(CheckpointDeltas(Base.open(checkpoint), Base.open(base), progress), kind="checkpoint")
 
 

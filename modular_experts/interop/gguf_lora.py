@@ -15,11 +15,7 @@ _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3
 
 
 def write_gguf(directory: Path, base: Base, format: Any, encoded: Encoded) -> None:
-    """Write the factors of all weights, of the rank `format.rank`, in float32 into `GGUF_FILE` of a directory.
-
-    Raises:
-        ValueError: gguf is not installed, or llama.cpp's name of the architecture or of a weight is not known.
-    """
+    """Write the factors of all weights, of the rank `format.rank`, in float32 into `GGUF_FILE` of a directory."""
     try:
         import gguf
     except ImportError as error:

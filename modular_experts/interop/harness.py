@@ -146,9 +146,6 @@ def harness_tasks(
     Each task generates an answer. Rows with choices also become a task that compares their likelihoods, with `_choices`
     behind the name. Scores are as with `evaluate` for rows that fit the model's context, unless the tokenizer splits a
     text otherwise where the answer follows the prompt.
-
-    Raises:
-        ValueError: A task has no test rows, or holds conversations; or two tasks get one name.
     """
     found: dict[str, HarnessTask] = {}
     for name, rows in data.rows("test").items():

@@ -50,9 +50,6 @@ def export_for(
 
     Low-rank experts are written exactly, filled up with zeros to a rank that the server takes; any other expert at the
     smallest such rank that keeps the share `keep` of its squared Frobenius norm. The rest is as for `export`.
-
-    Raises:
-        ValueError: Two experts have one name, the server does not take a LoRA of a weight, or no rank keeps enough.
     """
     opened, places = open_experts(experts, base=base), Path(out).expanduser().absolute()
     if len({expert.name for expert in opened}) < len(opened):

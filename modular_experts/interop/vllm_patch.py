@@ -40,10 +40,6 @@ def export_patch(
     """Write an expert or a merge as a patch: the base with it has the bits of the checkpoint that `apply` writes.
 
     The whole patch is in memory. The arguments are as for `export`.
-
-    Raises:
-        FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
-        ValueError: The base stores a weight in parts, or a sum is not finite; nothing is written then.
     """
     target = check_target(out, overwrite, MANIFEST)
     (opened,) = open_experts([expert], base=base)

@@ -42,9 +42,6 @@ def make_kernel(backend: str, units: Tensor, shape: Sequence[int], tile: Tile, d
         backend: Name of a kernel, or `auto`.
         units, shape, tile: As for `KeptGradient`.
         dtype: Data type in which the layer computes.
-
-    Raises:
-        ValueError: The backend cannot work on this device or in this dtype, or is not installed.
     """
     check_backend(backend, shape, tile)
     if backend == "auto":

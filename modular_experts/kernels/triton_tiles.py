@@ -48,9 +48,6 @@ class TritonTiles(KeptGradient):
 
     It takes float32, bfloat16 and float16, sums in float32 and returns float32. Products of float32 inputs are exact
     float32 unless `torch.backends.cuda.matmul.fp32_precision` is `tf32`.
-
-    Raises:
-        ValueError: The tiles have a size that is not among `SIZES`, or Triton is not installed.
     """
 
     name: ClassVar[str] = "triton"

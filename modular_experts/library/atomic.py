@@ -39,10 +39,6 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = RECORD
         path: The directory.
         overwrite: Replace a directory that is there.
         marker: The file that only directories of ours have; a directory without it is never replaced.
-
-    Raises:
-        FileExistsError: The path exists and may not be replaced.
-        PermissionError: The nearest directory above it cannot be written to.
     """
     target = Path(os.path.abspath(Path(path).expanduser()))
     if marker == RECORD_FILE:
@@ -76,9 +72,6 @@ def new_directory(
         target, overwrite, marker: As for `check_target`.
         key: What identifies this work. With it, a block that is interrupted, or whose process is killed, leaves its
             files, and the next block with the same key finds them. An error removes them.
-
-    Raises:
-        BlockingIOError: Another process is doing the same work.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
@@ -135,11 +128,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(directory: Path, target: Path) -> Iterator[None]:
-    """Hold a lock on a directory that other processes find by its name; the system frees it when this process ends.
-
-    Raises:
-        BlockingIOError: Another process holds it; the sentence names `target`.
-    """
+    """Hold a lock on a directory that other processes find by its name; the system frees it when this process ends."""
     if directory.is_symlink():
         raise FileExistsError(f"{directory} is a link, so nothing is written there; remove it")
     handle = os.open(directory, os.O_RDONLY)

@@ -21,15 +21,9 @@ log = logging.getLogger(__name__)
 def open_experts(
     paths: str | Path | StoredExpert | Sequence[str | Path | StoredExpert], mergeable: bool = True, base: Any = None
 ) -> list[StoredExpert]:
-    """Open experts in the given order; an opened expert stays as it is.
+    """Open experts in the given order, one or several; an opened expert stays as it is.
 
-    Args:
-        paths: What `open_expert` takes, or opened experts; one alone is a list of one.
-        base: The base of PEFT adapters among them; the one that they name if not given.
-        mergeable: Refuse an expert whose deltas are not all that it does; merges and sums need deltas.
-
-    Raises:
-        ValueError: The list is empty, or names an expert twice, or one that is not mergeable.
+    `base` is for PEFT adapters among them. With `mergeable`, one whose deltas are not all that it does is refused.
     """
     if isinstance(paths, str | Path | StoredExpert):
         paths = [paths]
@@ -92,11 +86,7 @@ def _open_beside(place: Path, expert: StoredExpert) -> StoredExpert:
 
 
 def put_beside(expert: StoredExpert, target: Path, overwrite: bool = False) -> StoredExpert:
-    """Put an expert into another library, without a second copy on the disk where that is possible.
-
-    Raises:
-        FileExistsError: Another expert is there.
-    """
+    """Put an expert into another library, without a second copy on the disk where that is possible."""
     if (there := found_beside(expert, target, overwrite)) is not None:
         return there
 
@@ -141,13 +131,9 @@ def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
 def check_base(
     experts: Sequence[StoredExpert], fingerprint: str, base: str, untied: Mapping[str, str] | None = None
 ) -> None:
-    """Raise ValueError for an expert that was trained on a base of another fingerprint than the one at hand.
+    """Raise ValueError for an expert of a base of another fingerprint than the one at hand, which errors call `base`.
 
-    Args:
-        experts: The experts.
-        fingerprint: The fingerprint of the base at hand.
-        base: Its name in the error.
-        untied: What a record keeps about the tied base that it is an untied copy of.
+    `untied` holds the facts that a record keeps about a tied base, if it is an untied copy of one.
     """
     for expert in experts:
         found = expert.record["base"]
@@ -163,15 +149,9 @@ def check_base(
 
 
 def _same_untied(expert: StoredExpert, tied: str, untied: Mapping[str, str] | None) -> bool:
-    """Return whether an expert is the same on a tied base and on its untied copy.
+    """Return whether an expert is the same on a tied base, perhaps of the fingerprint `tied`, and on its untied copy.
 
-    Args:
-        expert: An expert of either.
-        tied: The fingerprint of the base that is perhaps the tied one.
-        untied: What the copy's record keeps about the tied base; None for any other base.
-
-    Raises:
-        ValueError: It would be, if it did not move the tensor that is one in the tied base and two in the copy.
+    `untied` holds the facts that the record of the copy keeps about the tied base; None for any other base.
     """
     if untied is None or untied["fingerprint"] != tied:
         return False

@@ -73,11 +73,7 @@ def describe(thing: Any) -> dict[str, Any]:
 
 
 def rebuild(described: Mapping[str, Any], *contracts: type, owner: str = "the record") -> Any:
-    """Return the object that `describe` has described; it and each object among its settings must be of a contract.
-
-    Raises:
-        ValueError: A class is unknown, or it does not take its settings.
-    """
+    """Return the object that `describe` has described; it and each object among its settings must be of a contract."""
     kind = find_class(described["class_path"], *contracts, owner=owner)
     given = {
         name: rebuild(one, *contracts, owner=owner) if isinstance(one, Mapping) and "class_path" in one else one
@@ -90,11 +86,7 @@ def rebuild(described: Mapping[str, Any], *contracts: type, owner: str = "the re
 
 
 def find_class(path: str, *contracts: type, owner: str = "the record") -> Any:
-    """Return the class that a record names by its path, or by its name alone.
-
-    Raises:
-        ValueError: No class of this package, or that the user trusts, has this name and is of a contract.
-    """
+    """Return the class that a record names by its path, or by its name alone."""
     for kind in _candidates(path, {one.__module__.rpartition(".")[0] for one in contracts}):
         if isinstance(kind, type) and issubclass(kind, contracts):
             return kind

@@ -26,13 +26,9 @@ VALUE_TYPES = ("float32", "bfloat16", *ENCODINGS)
 
 @dataclass(frozen=True)
 class StoredValues:
-    """How the values of one weight are stored.
+    """How the values of one weight are stored: the class name of its delta, its shape, and a name of `VALUE_TYPES`.
 
-    Attributes:
-        form: Class name of the delta.
-        shape: Shape of the weight.
-        encoding: A name of `VALUE_TYPES`.
-        sizes: For values in few bits, the shape of each tensor of values by its name; else empty.
+    For values in few bits, `sizes` has the shape of each tensor by its name.
     """
 
     form: str
@@ -85,11 +81,7 @@ class StoredValues:
         return values.view(*self.sizes[name])
 
     def decoded_layout(self, layout: Mapping[str, Layout]) -> dict[str, Layout]:
-        """Return the layout of the tensors once their values are float32.
-
-        Raises:
-            ValueError: This encoding has other tensors.
-        """
+        """Return the layout of the tensors once their values are float32."""
         plain, bits = dict(layout), ENCODINGS.get(self.encoding)
         if self.encoding == "bfloat16":
             for name, (dtype, size) in layout.items():

@@ -37,16 +37,7 @@ NUMBERS = (*_KEPT.values(), *PLACES)
 
 
 def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], StoredValues]:
-    """Return the tensors to store, by their name in the file, contiguous and on the CPU, and how values are stored.
-
-    Args:
-        encoding: A name of `VALUE_TYPES`.
-
-    Raises:
-        TypeError: The delta has none of the four forms.
-        ValueError: A value is not finite in float32; or the kept numbers are not sorted and unique, out of bounds, or
-            more or fewer than the values.
-    """
+    """Return the tensors to store, by their name in the file, contiguous and on the CPU, and how values are stored."""
     form, shape = type(delta).__name__, delta.shape
     if form not in _FORMS:
         raise TypeError(f"a delta to store must be one of {', '.join(_FORMS)}, got {form}")
@@ -79,11 +70,7 @@ def packed_bytes(delta: Delta, *encodings: str) -> list[int]:
 
 
 def check_layout(values: StoredValues, layout: Mapping[str, Layout]) -> None:
-    """Check dtypes and shapes of the stored tensors of one weight, by their names in the file, before reading them.
-
-    Raises:
-        ValueError: The tensors cannot be a delta of this form and shape.
-    """
+    """Check dtypes and shapes of the stored tensors of one weight, by their names in the file, before reading them."""
     form, shape, layout = values.form, values.shape, values.decoded_layout(layout)
     kept = _name_of_kept(form, layout)
     if form not in _FORMS or set(layout) != {*_FORMS[form], *kept}:
@@ -115,9 +102,6 @@ def unpack(stored: StoredValues, tensors: Mapping[str, Tensor], check: bool = Tr
     """Return the delta of tensors of checked layout, by their names in the file.
 
     Encoded numbers are always checked; values, and numbers that are stored as they are, if `check` is set.
-
-    Raises:
-        ValueError: A value is not finite, or the kept numbers are not what `pack` stores.
     """
     form, shape = stored.form, stored.shape
     for name, tensor in tensors.items() if check else ():
@@ -142,13 +126,7 @@ def unpack(stored: StoredValues, tensors: Mapping[str, Tensor], check: bool = Tr
 
 @dataclass(frozen=True, eq=False)
 class PackedDelta:
-    """A delta as it lies in a file, whose bytes have been checked.
-
-    Attributes:
-        stored: What the tensors are.
-        tensors: The stored tensors, by their names in the file.
-        is_transposed: Whether it stands for the delta of the transposed weight.
-    """
+    """A delta as it lies in a file, whose bytes have been checked, or if `is_transposed`, of the transposed weight."""
 
     stored: StoredValues
     tensors: Mapping[str, Tensor]
@@ -183,9 +161,6 @@ def encode(numbers: Tensor, limit: int, plain: str, by_rice: bool = False) -> di
     """Return sorted, unique numbers `(n,)` in the fewest bytes, by the name of the encoding.
 
     Ties go to the fastest to read; `plain` is the name for the numbers as they are. A Rice code is tried if `by_rice`.
-
-    Raises:
-        ValueError: The numbers are not sorted and unique, or out of `[0, limit)`.
     """
     distances = numbers.diff(prepend=numbers.new_tensor([-1]))
     if numbers.numel() and not (int(distances.min()) > 0 and int(numbers[-1]) < limit):
@@ -244,11 +219,7 @@ def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
 
 
 def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
-    """Return the numbers `(count,)` of a stored tensor that `fits`; numbers stored as they are stay unchecked.
-
-    Raises:
-        ValueError: There are more or fewer numbers, or one reaches the limit.
-    """
+    """Return the numbers `(count,)` of a stored tensor that `fits`; numbers stored as they are stay unchecked."""
     if name not in PLACES:
         return stored
     found = decode_numbers(name, stored, count) if dtype == torch.int32 else None

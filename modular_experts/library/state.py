@@ -26,11 +26,7 @@ _DTYPES = {"ids": torch.int32, "starts": torch.int64, "tasks": torch.int32, "end
 
 
 class StoredState:
-    """The tensors of a state file; opening it checks the header, and `read` the tensors.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """The tensors of a state file; opening it checks the header, and `read` the tensors."""
 
     def __init__(self, file: Path) -> None:
         self.table, self._tensors = read_table(file, "state", FORMAT_WITH_STATE)

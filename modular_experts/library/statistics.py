@@ -157,10 +157,6 @@ def write_statistics(
         tasks: Number of rows of each task.
         data: How the rows were read, in plain values.
         among: The experts of the merge that the statistics hold for, if they hold only in that merge.
-
-    Raises:
-        FileExistsError: The expert has statistics of this kind, and they may not be replaced.
-        ValueError: A number is not finite.
     """
     check_statistics_targets([expert], kind, overwrite)
     facts: dict[str, Any] = {"format": FORMAT, "kind": kind, "expert": expert.content_hash}
@@ -228,11 +224,7 @@ class Gathered:
 def gather_statistics(
     experts: Sequence[StoredExpert], kind: str | None, shapes: Mapping[str, Sequence[int]]
 ) -> Gathered:
-    """Return a function from a weight's name to its statistics, one per expert; it gives an empty list without a kind.
-
-    Raises:
-        ValueError: An expert has no statistics of this kind, or has them for other weights or for another merge.
-    """
+    """Return a function from a name to the statistics of a weight, one per expert; an empty list without a kind."""
     if kind is None:
         return Gathered([])
     lacking = [expert for expert in experts if not _file(expert, kind).is_file()]

@@ -16,12 +16,9 @@ _SCRATCH, _VALUES, _INDEX, _COPY, _WRITTEN = 40, 8, 4, 8, 6
 
 @dataclass(frozen=True)
 class WeightEstimate:
-    """The cost of merging one weight.
+    """The cost of merging one weight: how many experts move it, and in bytes their deltas and the peak of memory.
 
-    Attributes:
-        experts: Number of experts that move it.
-        read: Bytes of their deltas in the files.
-        peak: Most bytes of memory, without the files' own pages: indices, scratch, matrices, and the result.
+    The peak leaves out the pages of the files.
     """
 
     name: str

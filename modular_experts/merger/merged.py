@@ -231,11 +231,7 @@ def write_merged(
 
 
 class _Cut(TaskVector):
-    """A merge in the form in which it is stored.
-
-    Attributes:
-        facts: The `rank`, and the share of the squared norm that is kept of the weights that were looked up.
-    """
+    """A merge as it is stored; `facts` are the `rank`, and the share of the squared norm that it keeps."""
 
     def __init__(self, vector: TaskVector, form: Form) -> None:
         self._vector, self._form = vector, form
@@ -284,11 +280,7 @@ def write_checkpoint(
 def method_of_each(
     names: Sequence[str], method: MergeMethod | None, per_weight: Mapping[str, MergeMethod | None]
 ) -> dict[str, MergeMethod]:
-    """Return the method of each weight that is merged, by the first pattern that matches it.
-
-    Raises:
-        ValueError: There is no method or nothing to merge, or a pattern is not a regular expression or matches nothing.
-    """
+    """Return the method of each weight that is merged, by the first pattern that matches it."""
     if method is None and not any(per_weight.values()):
         raise ValueError(
             "there is no merge method; name one, such as --method SparseAverage (`modular-experts methods` lists "

@@ -51,11 +51,7 @@ __all__ = ["MergeMethod", *METHODS]
 
 
 def method_named(name: str) -> MergeMethod:
-    """Return a method of the package with its default settings.
-
-    Raises:
-        ValueError: There is no such method.
-    """
+    """Return a method of the package with its default settings."""
     if name not in METHODS:
         hint = did_you_mean(name, METHODS) or f"; the methods are {', '.join(METHODS)}"
         raise ValueError(f"there is no merge method {name!r}{hint}")

@@ -29,10 +29,6 @@ def load(source: Path, *flags: str) -> ctypes.CDLL | None:
     """Return the library of a C++ file, compiled now if it is not in the cache; where that fails, log why.
 
     Its functions of C have the types that their signatures in the file give.
-
-    Args:
-        source: The C++ file.
-        flags: Flags of the compiler beside `FLAGS`.
     """
     compilers = list(dict.fromkeys(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS)))))
     if not compilers:

@@ -163,14 +163,9 @@ def split_rows(places: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor] |
 
 
 class Added(NamedTuple):
-    """A weight plus a delta, rounded, and how much of the delta it holds.
+    """A weight plus a delta, rounded, and how many entries the delta moved and how many changed.
 
-    Attributes:
-        weight: The sums.
-        moved: Number of entries whose delta is not zero.
-        changed: Number of entries whose bits changed.
-        lost: Sum of the squared rounding errors.
-        norm: Sum of the squares of the delta.
+    `lost` is the sum of the squared rounding errors, `norm` of the squared delta.
     """
 
     weight: Tensor

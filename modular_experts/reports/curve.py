@@ -27,11 +27,7 @@ class Point:
 def draw_curves(title: str, key: str, curves: Mapping[str, Sequence[Point]], wide: bool = True) -> str:
     """Draw the points of each kind, and a line along those that keep more than all smaller ones, which have names.
 
-    Args:
-        title: What they show.
-        key: What the axes mean.
-        curves: The points of each kind.
-        wide: Whether two panels stand beside each other, for more than 800 pixels, or one, as on a phone.
+    Two panels stand beside each other if it is `wide`; `key` says what the axes mean.
     """
     found, top = heading(title, key, wide)
     width, across = WIDTH[wide], 2 if wide else 1

@@ -75,14 +75,9 @@ class Panel:
 
 
 def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark: bool | None = None) -> str:
-    """Draw panels as SVG, beside each other or below each other.
+    """Draw panels that share their rows as SVG, beside each other, or for a phone (not `wide`) below each other.
 
-    Args:
-        title: What they show.
-        key: What the marks mean.
-        panels: All have the same rows.
-        wide: Whether the panels stand beside each other, for more than 800 pixels, or below each other, as on a phone.
-        dark: Set the colours of a dark or of a light page; None leaves them to the page.
+    `key` says what the marks mean. `dark` sets the colours of a dark or a light page; None leaves them to the page.
     """
     found, top = heading(title, key, wide)
     width, top = WIDTH[wide], top + 12

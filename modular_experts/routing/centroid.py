@@ -77,11 +77,7 @@ class Centroid(Router):
 
 
 def means_and_precision(prompts: Sequence[Tensor], shrink: float) -> tuple[Tensor, Tensor]:
-    """Return the means `(experts, size)` and the inverse of the shrunk covariance `(size, size)` of experts' prompts.
-
-    Raises:
-        ValueError: All prompts of each expert are alike.
-    """
+    """Return the means `(experts, size)` and the inverse of the shrunk covariance `(size, size)` of prompts."""
     means = torch.stack([rows.mean(0) for rows in prompts])
     around = torch.cat([rows - mean for rows, mean in zip(prompts, means, strict=True)])
     covariance = around.T @ around / max(len(around) - len(prompts), 1)

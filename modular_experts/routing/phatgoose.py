@@ -47,12 +47,7 @@ class Phatgoose(Router):
 
 
 class Gated(NotMergeable, Expert):
-    """Adds `sigmoid(g . x) d x`: a frozen delta d behind a gate g `(in,)`, which is trained and starts at zero.
-
-    Args:
-        weight: The base weight `(out, in)`.
-        frozen: The delta.
-    """
+    """Adds `sigmoid(g . x) d x`: a frozen delta d behind a gate g `(in,)`, which is trained and starts at zero."""
 
     not_mergeable_because: ClassVar[str] = "its gate depends on the input"
 

@@ -21,10 +21,6 @@ class PromptGates:
     Before the pass, the prompts are read in a pass of their own over the first transformer blocks. A pass that goes on
     with kept keys and values keeps the gates of its prompts. Where rows are packed, or some of them go on, `reading`
     must tell the row of each place.
-
-    Raises:
-        ValueError: (by a pass) The model was called without `input_ids`, or with packed rows of which `reading` tells
-            nothing, or a growing answer would be read as prompt.
     """
 
     def __init__(self, router: Router, current: CurrentGates) -> None:
@@ -122,9 +118,6 @@ def prompt_vectors(
         mask: 1 on tokens and 0 on padding, `(rows, length)`; None without padding; for packed rows, where they are.
         depths: Shares of the blocks, rising, from 0, the embeddings, to 1.
         prompt: Which tokens are the prompts, `(rows, length)` bool; None where all are.
-
-    Raises:
-        ValueError: Processes share the weights of the model (`shard_base`).
     """
     if hasattr(model, "unshard"):
         raise ValueError(

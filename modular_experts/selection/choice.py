@@ -89,11 +89,7 @@ class Choice:
 
 
 def shared_units(name: str, layer: SelectableLayer, other: StoredExpert) -> Tensor:
-    """Return the units that another expert keeps of a layer's weight.
-
-    Raises:
-        ValueError: It keeps no entry of this weight, or units of another kind.
-    """
+    """Return the units that another expert keeps of a layer's weight."""
     tile = layer.expert.tile
     found = layer.oriented(other[name]).units if name in other else None
     if found and found[0] == tile:

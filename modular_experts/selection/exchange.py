@@ -67,9 +67,6 @@ def carry_state(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None
     """Move an optimizer's per-entry state of a parameter to new slots, in place.
 
     `slots` has for each new slot the one it had before, or -1 for a newcomer, which starts from zero.
-
-    Raises:
-        ValueError: The state is quantised, in blocks of neighbouring slots.
     """
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -31,14 +31,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Answer:
-    """An answer that is about to be written.
-
-    Attributes:
-        choice: Who answers.
-        prompt_tokens: How many tokens the model reads.
-        pieces: Yields the parts; close it to end the answer.
-        tokens: How many tokens have been written.
-    """
+    """An answer that is about to be written: close its `pieces` to end it; `tokens` counts those that are written."""
 
     choice: Choice
     prompt_tokens: int
@@ -48,13 +41,7 @@ class Answer:
 
 @dataclass
 class Answerer:
-    """Answers prompts with the models of a library.
-
-    Args:
-        models: The models.
-        engine: The base that computes.
-        tokenizer: The base's.
-    """
+    """Answers prompts with the models of a library."""
 
     models: Models
     engine: Engine
@@ -73,10 +60,6 @@ class Answerer:
 
         Messages go through the chat template if the experts were trained with it, or for the base alone if it has one.
         Without it, their texts follow each other, a line each.
-
-        Raises:
-            UnknownModelError: There is no such model.
-            ValueError: The model cannot be served, or the prompt is empty or too long.
         """
         found = await asyncio.to_thread(self.models.find, model)
         chat = isinstance(prompt, list) and isinstance(prompt[0], dict) and self._reads_chat(found.members)

@@ -172,9 +172,6 @@ class Engine:
         """Yield the tokens of an answer as they come, with the one of `stops` that ends it; at most `most`.
 
         Whoever leaves the iterator ends the answer: close it (`aclose`). `check` the experts before.
-
-        Raises:
-            EngineError: (while it is read) The model failed, or an expert cannot be read.
         """
         slots = await self._taken([expert for expert, _ in experts]) if experts else []
         key, tokens = f"{next(self._numbers)}", asyncio.Queue[Any]()

@@ -28,14 +28,7 @@ class NoRoomError(Exception):
 
 @dataclass
 class Slot:
-    """An expert in the model.
-
-    Attributes:
-        number: What gates name it by.
-        expert: What is held.
-        nbytes: What it takes in memory while nobody uses it.
-        users: How many requests use it.
-    """
+    """An expert in the model, which gates name by its number; `nbytes` counts its memory while no request uses it."""
 
     number: int
     expert: StoredExpert
@@ -102,12 +95,7 @@ class HeldExperts:
             )
 
     def take(self, experts: Sequence[StoredExpert]) -> list[Slot]:
-        """Return the slots of checked experts, which are read if they are not there yet.
-
-        Raises:
-            NoRoomError: Together with the experts in use they take more than `most`.
-            ValueError: The files of one are damaged.
-        """
+        """Return the slots of checked experts, which are read if they are not there yet."""
         slots: list[Slot] = []
         with self._reading:
             self._let_go(0)

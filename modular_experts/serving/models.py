@@ -87,12 +87,7 @@ class Route:
 
     @torch.inference_mode()
     def choose(self, reader: nn.Module, ids: Sequence[int]) -> Choice:
-        """Return what answers a prompt of these tokens.
-
-        Args:
-            reader: The base without experts, of which the first blocks read the prompt.
-            ids: The prompt's tokens.
-        """
+        """Return what answers a prompt of these tokens, which the first blocks of the base alone (`reader`) read."""
         device = next(reader.parameters()).device
         tokens = torch.tensor([list(ids)], device=device)
         read = prompt_vectors(reader, tokens, None, self._router.depths)
@@ -120,13 +115,9 @@ class Listed:
 
 
 class Models:
-    """The models of a library, as it lies on the disk at the time of a request.
+    """The models of a library, as it lies on the disk at the time of a request, for a base of this fingerprint.
 
-    Args:
-        library: A directory of experts.
-        fingerprint: The base's.
-        place: The base's directory or hub id, for errors.
-        auto: The route that `auto` means; if not given, the only one of the library.
+    `auto` is the route that this name means; if not given, the only one of the library.
     """
 
     def __init__(self, library: str | Path, fingerprint: str, place: str, auto: str | None = None) -> None:
@@ -171,12 +162,7 @@ class Models:
         return routes[0] if len(routes) == 1 else None
 
     def find(self, name: str) -> Sum | Route:
-        """Return what a request's `model` means.
-
-        Raises:
-            UnknownModelError: There is no such expert.
-            ValueError: It cannot be served.
-        """
+        """Return what a request's `model` means."""
         if name == AUTO:
             if (route := self.auto) is None:
                 raise UnknownModelError(

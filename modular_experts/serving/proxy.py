@@ -29,12 +29,7 @@ Headers = list[tuple[str, str]]
 def make_proxy(models: Models, model: Any, tokenizer: Any, upstream: str, limits: Limits) -> FastAPI:
     """Return the application, which keeps of the base what the route reads: the embeddings and the first blocks.
 
-    Args:
-        models: The models of the library, of which `auto` is read.
-        model: The base; the weights of its other layers are freed.
-        tokenizer: The base's.
-        upstream: The address of the other server, without `/v1`.
-        limits: What the proxy takes; a request's key is handed on.
+    `upstream` is the address of the other server, without `/v1`; a request's key is handed on.
     """
     proxy = _Proxy(models, model, tokenizer)
     proxy.keep_first_blocks()

@@ -19,13 +19,7 @@ from modular_experts.methods.method import DataStatistic
 def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic]:
     """Return the mean squared gradient of each weight, of its shape, in at least float32; each row costs a pass.
 
-    Args:
-        model: A causal language model with the expert applied; it is in evaluation mode while it is measured.
-        batches: Batches as `data/batch.py` describes them; rows without a labelled token are left out.
-        names: The weights.
-
-    Raises:
-        ValueError: There is no row.
+    The model has the expert applied, and is in evaluation mode meanwhile; rows without a labelled token are left out.
     """
     sums: dict[str, Tensor] = {}
     parts: dict[str, dict[int | None, Tensor]] = {}

@@ -93,9 +93,6 @@ def prompts(
     Args:
         names: The experts' weights, which do not matter here.
         depths: Where prompts are read, rising: after these shares of the transformer blocks.
-
-    Raises:
-        ValueError: There is no row.
     """
     found: list[list[Tensor]] = []
     kept = []

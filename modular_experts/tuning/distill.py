@@ -130,9 +130,6 @@ def distill_blocks(
             deltas outside of the blocks go into the result as they are, and act on no state during the search.
         own: The expert of each task.
         learning_rate, steps: Of `descend`, in each block.
-
-    Raises:
-        ValueError: The experts move no weight of a block.
     """
     names = sorted({name for expert in experts for name in expert})
     if not (inner := [block for block in map(block_of, names) if block]):

@@ -33,13 +33,7 @@ FITTED = ("sign", "magnitudes2")
 
 @dataclass(frozen=True)
 class Measured:
-    """One form of one expert.
-
-    Attributes:
-        form: The form.
-        bytes: Bytes of its tensors on disk.
-        loss: Mean loss of the expert's tasks, in nats a target token.
-    """
+    """One form of one expert, its bytes on disk, and the mean loss of the expert's tasks, in nats a target token."""
 
     form: Form
     bytes: int

@@ -122,9 +122,6 @@ def tune_groups(
         grid: As for `tune`.
         folder: Where the merges of several groups lie meanwhile, each as large as the base; by default among the
             temporary files of the system.
-
-    Raises:
-        ValueError: The grid does not fit the method, or no trial gives a finite loss.
     """
     candidates = itertools.chain.from_iterable(
         _trials(groups, one, settings, scales, folder) for one, settings, scales in _candidates(method, grid or {})

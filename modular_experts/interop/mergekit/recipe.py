@@ -41,15 +41,9 @@ Settings = Mapping[str, Rules]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe.
+    """A checked recipe: settings of each model, the base last if only `base_model` names it, and of slice and recipe.
 
-    Attributes:
-        models: Settings of each model, the base included; it comes last if only `base_model` names it.
-        settings: Settings of the slice and of the whole recipe.
-        layers: Number of layers that the file gives the models.
-        dtype: Data type of the checkpoint.
-        tokenizer: Whether the file asks for the base's tokenizer.
-        source: The file as plain values.
+    `tokenizer` tells whether it asks for the base's tokenizer; `source` is the file as plain values.
     """
 
     name: str
@@ -117,12 +111,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_recipe(file: str | Path) -> Recipe:
-    """Read and check a recipe.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: It is not a recipe, or it has a key that is unknown or not supported.
-    """
+    """Read and check a recipe."""
     try:
         loaded = yaml.load(Path(file).expanduser().read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:

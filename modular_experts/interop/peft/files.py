@@ -48,12 +48,7 @@ _DAMAGE = (
 
 
 class AdapterFiles:
-    """An adapter in a directory: its configuration, read at once, and its tensors, read when asked for.
-
-    Attributes:
-        config: Content of `adapter_config.json`.
-        file: The file of tensors.
-    """
+    """An adapter in a directory: its configuration, read at once, and its tensors, read when asked for."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser()

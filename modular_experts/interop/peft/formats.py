@@ -22,14 +22,10 @@ from modular_experts.library import StoredExpert
 
 @dataclass(frozen=True)
 class EncodedWeight:
-    """One weight as an adapter stores it.
+    """One weight as an adapter stores it: the delta that this stands for, and tensors by the last parts of their keys.
 
-    Attributes:
-        delta: The delta that the adapter stands for.
-        tensors: The adapter's tensors, by the last parts of their key.
-        energy: Squared Frobenius norm of the expert's delta.
-        lost: Squared Frobenius norm of the part of it that the adapter lacks.
-        padding: Number of entries that the format requires and the expert does not have.
+    `energy` and `lost` are squared Frobenius norms of the expert's delta and of the part that the adapter lacks;
+    `padding` counts entries that the format requires and the expert does not have.
     """
 
     delta: Delta

@@ -27,13 +27,7 @@ DAMPING = 0.01
 
 
 def reformed(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
-    """Return the weight `(out, kept)` for the inputs that stay, in float64.
-
-    Args:
-        weight: The whole weight `(out, in)`.
-        gram: `X^T X` `(in, in)` of the layer's inputs.
-        kept: Numbers of the inputs that stay, without repetition.
-    """
+    """Return the weight `(out, kept)` for the inputs that stay, in float64, by the Gram matrix `(in, in)` of all."""
     whole, matrix = weight.double(), gram.double()
     left = matrix[kept][:, kept]
     mean = left.diagonal().mean()
@@ -54,14 +48,9 @@ def reform(
     text: Tensor,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Correct a smaller model in place, one block after the other, and return how many layers were corrected.
+    """Correct a model that was cut to `kept`, in place, block after block; return how many layers were corrected.
 
-    The inputs of a block are those that the reformed blocks before it make.
-
-    Args:
-        small: The model that was cut to `kept`.
-        text: Token ids `(rows, tokens)`.
-        progress: Called after each block with the number of those that are done.
+    The inputs of a block are those that the reformed blocks before it make of the text `(rows, tokens)`.
     """
     whole, parts, count = BlockByBlock(removable, removable.model, text), BlockByBlock(removable, small, text), 0
     hidden = whole.embedded

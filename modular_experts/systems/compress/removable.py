@@ -53,15 +53,7 @@ class Part(NamedTuple):
 class Removable:
     """The parts of a causal language model that can be removed; errors call the model by its `place`.
 
-    Attributes:
-        blocks: How many transformer blocks it has.
-        groups: How many groups of heads a block has; 1 if its heads cannot be removed.
-        channels: How many channels an MLP has.
-        parameters: How many parameters it has.
-        readers: Name within a block of the layer that reads the `channels`, and, if they can be removed, the `groups`.
-
-    Raises:
-        ValueError: Its MLPs are of no known form, or its blocks differ in size.
+    It has 1 group if its heads cannot be removed. `readers` are the layers that read `channels` and `groups`.
     """
 
     def __init__(self, model: PreTrainedModel, place: str) -> None:
@@ -119,11 +111,7 @@ class Removable:
 
     @torch.no_grad()
     def cut(self, kept: Kept) -> PreTrainedModel:
-        """Return a smaller model of the kept parts; it shares weights that stay whole with the model.
-
-        Raises:
-            ValueError: The model's weights do not have the sizes that the names of their layers imply.
-        """
+        """Return a smaller model of the kept parts; it shares weights that stay whole with the model."""
         config = self._config(kept)
         with quiet(), Unfilled():
             small = AutoModelForCausalLM.from_config(

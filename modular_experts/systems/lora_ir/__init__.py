@@ -103,12 +103,7 @@ class TaskGate(ModuleExpert):
         self._gates = PromptGates(self.router, gates)
 
     def before_fit(self, module: Any, data: Any) -> bool:
-        """Teach the router the tasks of the data, unless it has learned, and log how well it knows validation prompts.
-
-        Raises:
-            ValueError: The data are not a `TaskMixture`, or have another number of held-in tasks than there are
-                experts, or a task has too few rows.
-        """
+        """Teach the router the tasks of the data, unless it has learned, and log how well it knows others."""
         if self.router.weight.any():
             return False
         started = time.monotonic()
