@@ -21,7 +21,7 @@ EXPERTS = ["--experts", "library/a", "library/b"]
 def library(run, tiny_llama_dir, two_task_files):
     """Experts of the tasks `a` and `b`, which keep at most ten inputs each."""
     for name in "ab":
-        how = ["--expert", "SparseExpert", "--modules", TARGET, "--steps", 4, "--learning_rate", 0.01]
+        how = ["--expert", "SparseExpert", "--modules", TARGET, "--steps", 4, "--learning_rate", 0.1]
         how += ["--tasks", f"{name}.jsonl", "--keep_inputs", 10, "--out", f"library/{name}"]
         code, _, err = run("fit", "--base", tiny_llama_dir, *how)
         assert code == 0

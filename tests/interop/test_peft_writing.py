@@ -227,7 +227,7 @@ def test_matrices_of_a_mixture_of_experts_go_to_peft_and_back(kind, ranks, tmp_p
     written = export(expert.path, tmp_path / "adapter")
     assert written.relative_error < 1e-6
     expected = expected_logits(tmp_path / "base", dict(expert))
-    torch.testing.assert_close(peft_logits(tmp_path / "base", tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(peft_logits(tmp_path / "base", tmp_path / "adapter"), expected, rtol=0, atol=1e-4)
     back = dict(read_peft(tmp_path / "adapter").deltas)
     assert back.keys() == set(expert)
     for name, delta in expert.items():
