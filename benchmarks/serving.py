@@ -201,7 +201,7 @@ def throughput(
 ) -> list[dict[str, Any]]:
     """Return a row for each server, number of clients and number of experts."""
     several, rows = (2,) if quick else (1, 8, 20), []
-    kinds = {kind: (ours(place, base), lambda number, kind=kind: f"{kind}-{number}", None) for kind in KINDS}
+    kinds = {kind: (ours(place, base), lambda number, kind=kind: f"{kind}-{number}", None) for kind in forms}
     with started(**peers(base, place), **kinds) as servers:
         for clients in numbers:
             cases = [(name, count) for name in servers for count in (several if name != "base" else several[:1])]

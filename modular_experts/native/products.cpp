@@ -25,7 +25,6 @@
 namespace {
 
 constexpr int LANES = 16;
-constexpr int64_t CHUNK = 1024;  // rows of the weight that a thread takes at once; a multiple of LANES
 constexpr int64_t FEW = 3;       // tokens up to which the first way is taken; a guess, not measured
 
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -261,15 +260,16 @@ void multiply_low_rank(const Part& part, const Work& work, const float* x, int64
     }
 }
 
-template <class S> void few_tokens(const Part& part, const Work& work, const S* x, S* out) {
-    // Each chunk of a low rank computes its inner products again.
-    const int64_t chunk = part.form == LOW_RANK ? work.outputs : CHUNK;
-#pragma omp for schedule(static)
-    for (int64_t low = 0; low < work.outputs; low += chunk) {
-        const int64_t high = std::min(low + chunk, work.outputs);
+// A thread gets the same rows of the weight for each part, so it need not wait for the others between two parts.
+template <class S> void few_tokens(const Part& part, const Work& work, const S* x, S* out, int threads) {
+    const int64_t groups = (work.outputs + LANES - 1) / LANES;
+#pragma omp for schedule(static) nowait
+    for (int share = 0; share < threads; share++) {
+        const int64_t low = groups * share / threads * LANES;
+        const int64_t high = std::min(groups * (share + 1) / threads * LANES, work.outputs);
         const auto room = buffer<float>(work.inputs);
         const auto sums = buffer<V>((high - low + LANES - 1) / LANES);
-        for (int64_t t = 0; t < work.tokens(part); t++) {
+        for (int64_t t = 0; t < work.tokens(part) && low < high; t++) {
             const float* own = widened(x + work.row(part, t) * work.inputs, work.inputs, room.get());
             V* const to = sums.get();
             if (part.form == SHORT_ENTRIES) multiply_entries<S, uint16_t>(part, own, low, high, to);
@@ -439,8 +439,14 @@ template <class S> void all_parts(const S* x, S* out, const Work& work, const Pa
 #pragma omp parallel num_threads(threads)
     for (int64_t number = 0; number < count; number++) {
         const int64_t tokens = work.tokens(parts[number]);
-        if (tokens <= FEW) few_tokens(parts[number], work, x, out);
-        else if (tokens <= LANES) more_tokens<1>(parts[number], work, x, out);
+        if (tokens <= FEW) {
+            few_tokens(parts[number], work, x, out, threads);
+            continue;
+        }
+        if (number && work.tokens(parts[number - 1]) <= FEW) {
+#pragma omp barrier
+        }
+        if (tokens <= LANES) more_tokens<1>(parts[number], work, x, out);
         else more_tokens<2>(parts[number], work, x, out);
     }
 }

@@ -68,24 +68,34 @@ def serves(out: Tensor, x: Tensor) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         return False
     # The values must lie at the tensor's address, one after the other.
-    in_place = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (out, x))
+    in_place = out.is_cpu and x.is_cpu and out.is_contiguous() and x.is_contiguous()
     return in_place and library() is not None
 
 
-def add_products(out: Tensor, x: Tensor, parts: Sequence[Part]) -> None:
-    """Add to `out` `(n, tokens, out)` the products of the inputs of each part with its delta, times their weights.
+class Parts:
+    """The parts of a number of inputs as the loops read them, which passes with the same parts use again."""
 
-    `x` is `(n, tokens, in)`; both must pass `serves`.
-    """
-    products = library()
-    assert products is not None, "call serves() first"
-    described = array("q")
-    for factor, places, weights in parts:
-        assert factor.dtype == x.dtype, (factor.dtype, x.dtype)
-        count = x.shape[0] if places is None else places.numel()
-        described.extend((*factor.fields, count, _address(places), _address(weights)))
-    inputs = (x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, x.shape[2], out.shape[2], x.shape[1])
-    products.add_products(*inputs, described.buffer_info()[0], len(parts), torch.get_num_threads())
+    def __init__(self, parts: Sequence[Part], inputs: int) -> None:
+        # The loops read the tensors of `parts` at their addresses.
+        self._made_of, self._described = (parts, inputs), array("q")
+        for factor, places, weights in parts:
+            count = inputs if places is None else places.numel()
+            self._described.extend((*factor.fields, count, _address(places), _address(weights)))
+
+    def __reduce__(self) -> "tuple[type[Parts], tuple[object, ...]]":
+        """Let copies have addresses of their own."""
+        return Parts, self._made_of
+
+    def add_products(self, out: Tensor, x: Tensor) -> None:
+        """Add to `out` `(n, tokens, out)` the products of the inputs of each part with its delta, times their weights.
+
+        `x` is `(n, tokens, in)`, of the factors' dtype; both must pass `serves`.
+        """
+        products = library()
+        assert products is not None, "call serves() first"
+        inputs = (x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, x.shape[2], out.shape[2], x.shape[1])
+        described, count = self._described.buffer_info()[0], len(self._made_of[0])
+        products.add_products(*inputs, described, count, torch.get_num_threads())
 
 
 def _address(tensor: Tensor | None) -> int:

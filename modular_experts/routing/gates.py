@@ -91,6 +91,11 @@ class Gates:
         return self.weights.new_zeros(len(self.ids), experts).scatter(1, self.ids, self.weights)
 
     @cached_property
+    def count(self) -> int:
+        """The number of inputs."""
+        return len(self.ids)
+
+    @cached_property
     def segments(self) -> list[Segment]:
         """The inputs of each expert that any input takes, by the expert's number."""
         taken = self.weights != 0

@@ -18,9 +18,9 @@ from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.kernels.plain import accept_compressed_rows
 from modular_experts.native import products as compiled
-from modular_experts.native.products import Factor, Form, Part
+from modular_experts.native.products import Factor, Form, Part, Parts
 from modular_experts.native.sparse_passes import split_rows
-from modular_experts.routing.gates import CurrentGates, Segment
+from modular_experts.routing.gates import CurrentGates, Gates, Segment
 from modular_experts.routing.router import Router
 
 
@@ -55,6 +55,7 @@ class Mixture(NotMergeable, Expert):
         self.deltas: list[Held | None] = []
         self.biases: dict[int, Tensor] = {}
         self.gates, self.router, self.common = gates, router, common
+        self._last: tuple[Gates, Parts | None] | None = None
         for number, delta in enumerate(deltas):
             self.put(number, delta, biases[number] if biases else None)
 
@@ -64,6 +65,7 @@ class Mixture(NotMergeable, Expert):
         held = self.deltas[number] = Held(delta, self.like) if _moves(delta) else None
         self.encoded = {one for one, held in enumerate(self.deltas) if held is not None and held.is_encoded}
         self.biases.pop(number, None)
+        self._last = None
         if bias is not None:
             self.biases[number] = bias.dense().to(self.like.device)
         return (0 if held is None else held.nbytes) + (0 if bias is None else self.biases[number].nbytes)
@@ -86,13 +88,17 @@ class Mixture(NotMergeable, Expert):
         gates = self.gates.gates if self.router is None else self.router(x.reshape(-1, x.shape[-1]))
         if gates is None:
             return out
-        inputs = x.to(out.dtype).reshape(len(gates.ids), -1, x.shape[-1]).contiguous()
-        added = out.view(len(gates.ids), -1, out.shape[-1])
-        # Encoded deltas that these gates do not name take the room of a few bits again.
-        for number in self.encoded.difference(self.gates.kept, (segment.expert for segment in gates.segments)):
-            if (held := self.deltas[number]) is not None:
-                held.let_go()
-        add_products(added, inputs, self.deltas, gates.segments)
+        inputs = x.to(out.dtype).reshape(gates.count, -1, x.shape[-1]).contiguous()
+        added = out.view(gates.count, -1, out.shape[-1])
+        # While tokens are decoded, the gates stay from pass to pass.
+        if self._last is not None and self._last[0] is gates and self._last[1] and compiled.serves(added, inputs):
+            self._last[1].add_products(added, inputs)
+        else:
+            # Encoded deltas that these gates do not name take the room of a few bits again.
+            for number in self.encoded.difference(self.gates.kept, (segment.expert for segment in gates.segments)):
+                if (held := self.deltas[number]) is not None:
+                    held.let_go()
+            self._last = gates, add_products(added, inputs, self.deltas, gates.segments)
         for expert, places, weights in gates.segments if self.biases else ():
             if (moved := self.biases.get(expert)) is not None:
                 change = moved.to(out.dtype).expand(len(inputs) if places is None else len(places), *added.shape[1:])
@@ -105,6 +111,7 @@ class Mixture(NotMergeable, Expert):
         self.deltas = [None if delta is None else delta.to(self.like) for delta in self.deltas]
         self.biases = {number: bias.to(self.like.device) for number, bias in self.biases.items()}
         self.common = None if self.common is None else self.common.to(self.like.device)
+        self._last = None
         return self
 
 
@@ -232,22 +239,31 @@ def _factor(delta: Delta | Entries) -> Factor | None:
     return None
 
 
-def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments: Sequence[Segment]) -> None:
-    """Add to `out` `(n, tokens, out)` the weighted products of `x` `(n, tokens, in)` with the segments' deltas."""
+def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments: Sequence[Segment]) -> Parts | None:
+    """Add to `out` `(n, tokens, out)` the weighted products of `x` `(n, tokens, in)` with the segments' deltas.
+
+    Returns:
+        What does the same for other inputs, where the compiled loops did all and no weight needs a gradient.
+    """
     is_served, graded = compiled.serves(out, x), torch.is_grad_enabled()
-    parts = []
+    parts, fixed = [], True
     for expert, places, weights in segments:
         if (held := deltas[expert]) is None:
             continue
-        formed = held.formed
-        factor = formed.factor if is_served and not (graded and weights is not None and weights.requires_grad) else None
+        formed, learns = held.formed, weights is not None and weights.requires_grad
+        factor = formed.factor if is_served and not (graded and learns) else None
+        fixed &= not learns
         if factor is not None and factor.dtype == x.dtype:
             parts.append(Part(factor, places, None if weights is None else weights.float().contiguous()))
         else:
+            fixed = False
             change = formed.delta.linear(x if places is None else x.index_select(0, places))
             add_change(out, change, places, weights)
-    if parts:
-        compiled.add_products(out, x, parts)
+    if not parts:
+        return None
+    ready = Parts(parts, len(x))
+    ready.add_products(out, x)
+    return ready if fixed else None
 
 
 def add_change(out: Tensor, change: Tensor, places: Tensor | None, weights: Tensor | None) -> None:

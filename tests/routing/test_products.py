@@ -105,26 +105,55 @@ def test_inputs_of_no_expert_stay_as_they_are_to_the_bit() -> None:
         assert not torch.equal(out[5], before[5])
 
 
-def test_a_row_has_the_same_bits_whatever_the_other_rows_and_threads() -> None:
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_row_has_the_same_bits_whatever_the_other_rows_and_threads(tokens: int) -> None:
+    """Rows of few tokens and of many stand beside each other, and one row has two experts."""
     if compiled.library() is None:
         pytest.skip("no C++ compiler makes the products here")
-    x, out = inputs(6, 40, torch.float32)
-    deltas = [
-        Held(make("entries", 0), torch.empty(0, dtype=torch.float32)),
-        Held(make("tiles", 1), torch.empty(0, dtype=torch.float32)),
-    ]
-    alone, together, threaded = out.clone(), out.clone(), out.clone()
-    add_products(alone, x, deltas, [Segment(0, torch.tensor([4]), None)])
-    segments = [Segment(0, torch.tensor([1, 4, 5]), None), Segment(1, torch.tensor([0, 2]), None)]
-    add_products(together, x, deltas, segments)
+    x, out = inputs(30, tokens, torch.float32)
+    deltas = [Held(make(form, 0), torch.empty(0)) for form in ("entries", "tiles", "low rank", "columns")]
+    segments = [Segment(number, torch.tensor([number, 9]), None) for number in range(4)]
+    segments.insert(2, Segment(0, torch.arange(10, 30), None))
+    for number in range(4):
+        alone, together = out.clone(), out.clone()
+        add_products(alone, x, deltas, [Segment(number, torch.tensor([number]), None)])
+        add_products(together, x, deltas, segments)
+        assert torch.equal(alone[number], together[number])
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     try:
-        add_products(threaded, x, deltas, segments)
+        for count in (2, 3, 7):
+            torch.set_num_threads(count)
+            threaded = out.clone()
+            add_products(threaded, x, deltas, segments)
+            assert torch.equal(together, threaded)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(alone[4], together[4])
-    assert torch.equal(together, threaded)
+
+
+def test_passes_with_the_same_gates_are_those_of_the_deltas_at_hand() -> None:
+    """What a mixture keeps from one pass to the next is neither of other deltas nor of a copy."""
+    current = CurrentGates(Gates(torch.tensor([[0], [1], [1]]), torch.ones(3, 1)))
+    deltas, weight = [make("entries", 0), make("low rank", 1)], torch.randn(SHAPE)
+    mixture = Mixture(weight, deltas, current)
+
+    def check(one: Mixture, deltas: list[Delta]) -> None:
+        assert one.gates.gates is not None
+        for tokens in (2, 1, 1, 40):
+            x, _ = inputs(3, tokens, torch.float32)
+            with torch.no_grad():
+                found = one(x, weight, None)
+            through_base = (x.double() @ weight.double().T).float()
+            wanted = by_hand(through_base, x, deltas, one.gates.gates.segments)
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+    check(mixture, deltas)
+    mixture.put(0, make("tiles", 2))
+    check(mixture, [make("tiles", 2), deltas[1]])
+    twin = copy.deepcopy(mixture)
+    mixture.put(0, None)
+    check(mixture, [Dense(torch.zeros(SHAPE)), deltas[1]])
+    del mixture
+    check(twin, [make("tiles", 2), deltas[1]])
 
 
 @pytest.mark.parametrize(("wide", "dtype"), [(65_536, torch.int16), (65_537, torch.int32)])
