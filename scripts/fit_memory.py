@@ -2,7 +2,7 @@
 
 Each line is one kind of expert of all linear layers, beside a base in bfloat16, nf4 or int8. One process predicts the
 memory (`estimate_fit(..., fit_into="1TB")`), and another takes two steps of the fit and reads the most memory that it
-ever had. `MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536`, set before, leave no gaps in the memory.
+had in them. `MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536`, set before, leave no gaps in the memory.
 
     python scripts/fit_memory.py --work FOLDER [--shapes Qwen3-1.7B Phi-3-mini] [--forms nf4] [--rows 2] [--length 128]
 """
@@ -18,11 +18,12 @@ from typing import Any
 
 import tokenizers
 import torch
+from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
 
 from modular_experts import LoRAExpert, SparseExpert, estimate_fit, fit
-from modular_experts.training.estimate import high_water
+from modular_experts.training.activations import high_water
 
 QWEN: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128}
 QWEN |= {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
@@ -82,11 +83,19 @@ def settings(base: Path, form: str, kind: str, rows: int, length: int) -> dict[s
     return given | {"trainer": trainer} | ({} if form == "bfloat16" else {"quantise": form})
 
 
+class FromFirstStep(Callback):
+    """Lets Linux forget the most memory so far, which counts files that quantising read and that need not stay."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def measured(way: str, *line: Any) -> int:
     """Return the bytes that a fit takes as shapes predict it, or the most that this process had when it was done."""
     if way == "predicted":
         return estimate_fit(**settings(*line), fit_into="1TB").peak
-    fit(**settings(*line))
+    given = settings(*line)
+    fit(**given | {"trainer": given["trainer"] | {"callbacks": [FromFirstStep()]}})
     return high_water(torch.device("cpu"))
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from modular_experts.cli.command import arguments_given, run_command
 from modular_experts.cli.commands import DEVICE, importing
-from modular_experts.settings import SHORT_NAMES, UsageError, respelt, unknown
+from modular_experts.settings import SHORT_NAMES, respelt, unknown
 from modular_experts.settings.read import arguments_of
 from modular_experts.text import bytes_text
 
@@ -51,13 +51,11 @@ def run(argv: Sequence[str]) -> None:
     make = partial(read_run, known=known)
     arguments = arguments_given(words, hints, make, short=SHORT_NAMES, beneath=_settings_of_checkpoint)
     described = arguments["described"]
-    if (limit := described.get("fit_into")) is not None and not described["dry_run"]:
-        raise UsageError("--fit-into tells what makes a fit take less memory, and trains nothing; add --dry-run")
     try:
         if verb != "fit":
             measure(verb, **arguments)
         elif described["dry_run"]:
-            _print_estimate(estimate_fit(**arguments, fit_into=limit), limit)
+            _print_estimate(estimate_fit(**arguments), described["fit_into"])
         else:
             fit(**arguments)
     finally:

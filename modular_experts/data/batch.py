@@ -45,6 +45,8 @@ IGNORED = -100
 FILLER = -1
 LITTLE_PADDING = 0.05
 PACK_LENGTH = 1024
+MOST_BATCHES = 500
+"""So many batches of an epoch are looked at, to find the typical and the longest."""
 
 Batch = dict[str, Any]
 Ids = TypeVar("Ids", list[int], Tensor)
@@ -134,6 +136,11 @@ class Collator:
                 "correct": torch.tensor(correct),
             }
         return batch
+
+
+def size_of(batch: Batch) -> int:
+    """Return the places of a batch, padding among them."""
+    return batch["input_ids"].numel()
 
 
 def is_filler(batch: Batch) -> list[bool]:

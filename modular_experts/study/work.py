@@ -94,7 +94,7 @@ def training_bytes(study: Study, out: Path, configs: Sequence[Mapping[str, Any]]
     task = next(iter(study.held_in))
     settings = training_settings(study, out / "runs", configs, [task], study.seeds[0])
     try:
-        found = estimate_fit(**read_run(settings).make(), fit_into=sys.maxsize)
+        found = estimate_fit(**read_run(settings).make() | {"fit_into": sys.maxsize})
         return found.peak - found.bytes["Python and its libraries"]
     except ValueError:  # a base or an expert of which shapes do not tell it
         return 0

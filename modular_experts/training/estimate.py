@@ -3,8 +3,6 @@
 import copy
 import itertools
 import logging
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +19,13 @@ from torch.utils.data import DataLoader
 from modular_experts.callbacks import EvenValidation, ExportExpert
 from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of, seconds_between_steps
 from modular_experts.data import Batch, TaskMixture
-from modular_experts.data.batch import DataSource
+from modular_experts.data.batch import MOST_BATCHES, DataSource, size_of
 from modular_experts.data.mixture import SplitSize
 from modular_experts.injection import ExpertLayer, context_length, expert_layers, named_experts
 from modular_experts.library.packing import pack
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import in_any_block
+from modular_experts.training.activations import high_water
 from modular_experts.training.checkpoint import resize_like
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
@@ -36,7 +35,6 @@ SILENT: dict[str, Any] = dict.fromkeys(
 )
 """Arguments of a trainer that prints and keeps nothing."""
 _STEPS = 4
-MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the longest
 
 
 @dataclass(frozen=True)
@@ -194,11 +192,6 @@ def logging_from(level: int, *names: str) -> Iterator[None]:
             logger.setLevel(old)
 
 
-def size_of(batch: Batch) -> int:
-    """Return the places of a batch, padding among them."""
-    return batch["input_ids"].numel()
-
-
 def _typical(batches: Sequence[Batch]) -> Batch:
     mean = sum(map(size_of, batches)) / len(batches)
     return min(batches, key=lambda batch: abs(size_of(batch) - mean))
@@ -278,14 +271,6 @@ def _now(module: LightningModule) -> float:
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     return time.perf_counter()
-
-
-def high_water(device: torch.device) -> int:
-    """Return the most memory that this process has had so far on a device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def weights_of(module: ExpertModule) -> list[TrainedWeights]:

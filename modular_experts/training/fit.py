@@ -28,9 +28,9 @@ from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks
 from modular_experts.experts import Expert
 from modular_experts.injection.inject import planned
-from modular_experts.jobs.processes import free_memory
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
 from modular_experts.text import bytes_of
+from modular_experts.training.activations import free_bytes
 from modular_experts.training.estimate import FitEstimate, estimate, logging_from
 from modular_experts.training.fit_into import Settings, changes_to_fit, ways_to_fit
 from modular_experts.training.module import BaseModel, ExpertModule, Experts
@@ -69,6 +69,7 @@ class FitSettings(TypedDict, total=False):
         overwrite: Replace an expert of this name.
         keep_inputs: The most training inputs that are kept beside the expert, as token ids and without targets.
         checkpoint: A checkpoint to go on from, a file that ends in .ckpt.
+        fit_into: The most memory, such as `24GB` or in bytes; what is there if not given.
         model: Further arguments of `ExpertModule`.
         data: Further arguments of `TaskMixture`.
         trainer: Further arguments of Lightning's `Trainer`, `callbacks` among them.
@@ -84,6 +85,7 @@ class FitSettings(TypedDict, total=False):
     overwrite: bool
     keep_inputs: int
     checkpoint: str | Path | None
+    fit_into: str | int | None
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     trainer: Mapping[str, Any]
@@ -126,9 +128,8 @@ class Run:
         if not self.module.reads_base:
             return False
         device, dtype = self.trainer.strategy.root_device, getattr(torch, self.module.dtype_name)
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         model = Base.open(self.module.base, revision=self.module.revision).structure.model
-        return 2 * dtype.itemsize * sum(one.numel() for one in model.parameters()) > free
+        return 2 * dtype.itemsize * sum(one.numel() for one in model.parameters()) > free_bytes(device)
 
     def release(self) -> None:
         """Give the memory of weights and optimizer states back.
@@ -294,6 +295,8 @@ def prepare(
     for name in ("learning_rate", "quantise"):
         given |= {name: settings[name]} if name in settings else {}
     module = ExpertModule(base, **given)
+    if (most := settings.get("fit_into")) is not None:
+        module.memory_limit = bytes_of(most)
     if described := settings.get("described", {}).get("model"):
         # With jsonargparse, `ExpertModule.load_from_checkpoint` makes objects of these settings.
         module.save_hyperparameters({**described, "_instantiator": "lightning.pytorch.cli.instantiate_module"})

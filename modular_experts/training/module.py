@@ -46,6 +46,7 @@ from modular_experts.library import StoredExpert, as_parents
 from modular_experts.settings import plain
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
+from modular_experts.training.activations import recompute, recompute_if_needed
 from modular_experts.training.evaluated import EvaluatedModule
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 from modular_experts.training.preferences import PreferenceLoss, start_of
@@ -75,7 +76,8 @@ class ExpertModule(EvaluatedModule):
         dtype: Data type of the base; trained values are float32, beside a float64 base float64. For a base of half the
             memory give `bfloat16` with the precision `bf16-mixed`; `bf16-true` and `16-true` are refused.
         revision: Branch, tag or commit of a hub id.
-        gradient_checkpointing: Recompute activations in backward instead of keeping them.
+        gradient_checkpointing: Recompute activations in backward instead of keeping them. If not given, a fit does so
+            where it would else take more memory than there is.
         optimizer: Any torch optimizer over the trained parameters. The default is AdamW without weight decay at the
             expert type's learning rate.
         scheduler: A shape (`WarmupLinear`, `WarmupCosine`, `Constant`) or any torch scheduler, stepped every optimizer
@@ -107,7 +109,7 @@ class ExpertModule(EvaluatedModule):
         applied: list[str] | None = None,
         dtype: DType = "float32",
         revision: str | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | None = None,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         scheduler: LearningRateShape | Callable[[Optimizer], LRScheduler] | None = None,
         max_new_tokens: int = 64,
@@ -156,6 +158,8 @@ class ExpertModule(EvaluatedModule):
         """The base's tokenizer; read with the base, unless it was given before."""
         self.applied_experts: list[StoredExpert] = []
         self.results: dict[str, Any] = {}
+        self.memory_limit: int | None = None
+        """The most bytes that a fit may take; what is there if not given."""
         self._random_states: list[dict[str, Any]] | None = None
         self._resized = False
         self.batch_losses: Callable[..., Any] = batch_losses
@@ -220,7 +224,7 @@ class ExpertModule(EvaluatedModule):
             model = self.opened_base.load(self.dtype_name)
         loading.put_applied(model, self.applied_experts, self.has_experts)
         if self.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute(model)
         if self.has_experts:
             inject(model, cast(Any, self.experts or self.expert), self.modules_pattern)
             loading.hold_values(model, getattr(torch, self.values))
@@ -287,6 +291,7 @@ class ExpertModule(EvaluatedModule):
         else:
             found = self._packs() if self.shard_base else None  # all processes take part in each pass
             source.choose_packing(lambda: self._packs() if found is None else found)
+        recompute_if_needed(self)
         checkpoints.log_training(self.model, self.trainer, self.length)
         if self.trainer.world_size > 1:
             for buffer in (buffer for _, expert in named_experts(self.model) for buffer in expert.buffers()):

@@ -20,20 +20,18 @@ from modular_experts.base.quantised import packed, quantised_shapes, quantiser
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.callbacks.schedule import Schedule, callbacks_of
 from modular_experts.data import Batch, TaskMixture
-from modular_experts.data.batch import IGNORED
+from modular_experts.data.batch import IGNORED, MOST_BATCHES, size_of
 from modular_experts.evaluation.likelihood import HEAD_BYTES, PART
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import context_length, expert_layers, extra_losses, inject, moves_tokens_alone
 from modular_experts.kernels import KeptGradient
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.training import loading
+from modular_experts.training.activations import high_water, recompute
 from modular_experts.training.estimate import (
-    MOST_BATCHES,
     FitEstimate,
-    high_water,
     logging_from,
     places_of,
-    size_of,
     validations_of,
     weights_of,
 )
@@ -266,7 +264,7 @@ def _with_experts(module: ExpertModule, model: Any, device: torch.device) -> nn.
         for name, one in part._buffers.items():
             part._buffers[name] = one if one is None else torch.empty(one.shape, dtype=one.dtype, device=device)
     if module.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
     inject(model, cast(Any, module.experts or module.expert), module.modules_pattern)
     loading.hold_values(model, getattr(torch, module.values))
     for expert in _with_plan(model) if device.type == "cpu" else ():

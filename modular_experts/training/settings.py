@@ -71,6 +71,7 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
             "keep_inputs": run.keep_inputs,
             "seed": run.seed_everything,
             "checkpoint": run.ckpt_path,
+            "fit_into": run.fit_into,
             "model": model,
             "data": data,
             "trainer": trainer,

@@ -1,6 +1,7 @@
-"""Compare gradients with and without gradient checkpointing."""
+"""Compare gradients with and without gradient checkpointing, and count what is kept for backward."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,3 +20,20 @@ def check_checkpointing(make: Callable[[], nn.Module], loss: Callable[[nn.Module
     for name, gradient in found[0].items():
         assert gradient.any(), name
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def saved_for_backward(model: nn.Module, make_loss: Callable[[], Tensor]) -> tuple[int, int]:
+    """Return the bytes that a forward pass keeps for backward, without the model's own, and without small ones."""
+    own = {one.untyped_storage()._cdata for one in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # which stays, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = make_loss()
+    sizes = [storage.nbytes() for place, storage in kept.items() if place not in own]
+    assert loss.requires_grad
+    return sum(sizes), sum(size for size in sizes if size > 512)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GROUPED, build_tokenizer
+from testbed.checkpointing import saved_for_backward
 from testbed.runs import TARGET, mixture, module, trainer
 from transformers import AutoModelForCausalLM, FalconConfig, MixtralConfig
 
@@ -20,7 +21,6 @@ from modular_experts.evaluation import batch_losses
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.library import make_record, write_expert
 from modular_experts.routing import Energy
-from modular_experts.training import fit as fits
 from modular_experts.training.estimate import estimate
 from modular_experts.training.predict import BatchShape, Held, loss_of, native_plans, predict
 from modular_experts.training.route import route
@@ -34,23 +34,6 @@ KINDS = {
     "full": FullExpert,
     "masked": MaskedExpert,
 }
-
-
-def saved_for_backward(model, make_loss) -> tuple[int, int]:
-    """Return the bytes that a forward pass keeps for backward, without the model's own, and without small ones."""
-    own = {one.untyped_storage()._cdata for one in [*model.parameters(), *model.buffers()]}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # which stays, so that no other takes its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = make_loss()
-    sizes = [storage.nbytes() for place, storage in kept.items() if place not in own]
-    assert loss.requires_grad
-    return sum(sizes), sum(size for size in sizes if size > 512)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,7 +219,7 @@ def test_what_shapes_do_not_tell_is_refused(settings, experts_routed) -> None:
 
 def test_a_base_of_more_than_half_of_the_free_memory_is_not_loaded(settings, monkeypatch) -> None:
     assert not estimate_fit(**settings).predicted
-    monkeypatch.setattr(fits, "free_memory", lambda: 2**16)
+    monkeypatch.setattr("modular_experts.training.activations.free_memory", lambda: 2**16)
     assert estimate_fit(**settings).predicted
 
 

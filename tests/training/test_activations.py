@@ -1,0 +1,112 @@
+"""A fit recomputes activations where it would else take more memory than there is, and trains the same."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from conftest import GROUPED, build_tokenizer
+from testbed.checkpointing import saved_for_backward
+from testbed.runs import TARGET, Losses, mixture, module, trainer
+from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from modular_experts import fit
+from modular_experts.evaluation import batch_losses
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.training.activations import activations, held_bytes, recompute
+
+KINDS = {"sparse": partial(SparseExpert, keep_ratio=0.1), "lora": LoRAExpert, "full": FullExpert}
+DEEP = GROUPED | {"num_hidden_layers": 4}
+BASES = {
+    "eager": Gemma2Config(**DEEP, head_dim=8, attn_implementation="eager"),
+    "mixture": MixtralConfig(**DEEP, num_local_experts=4),
+}
+
+
+@pytest.fixture(scope="session", params=["llama", *BASES])
+def base(request, tiny_llama_dir, tmp_path_factory):
+    """A base with few tokens a row, one that keeps the square of their number, and a mixture of experts."""
+    if request.param == "llama":
+        return tiny_llama_dir
+    place = tmp_path_factory.mktemp(request.param)
+    AutoModelForCausalLM.from_config(BASES[request.param]).save_pretrained(place)
+    build_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_rows_tell_what_blocks_keep_of_a_batch(kind, precision, base, task_files, tmp_path) -> None:
+    found = module(base, KINDS[kind], modules="all-linear" if kind == "lora" else TARGET.replace("down", "k"))
+    data, found.trainer = mixture(task_files, base, packing=False), trainer(tmp_path, precision=precision)
+    data.setup("fit")
+    found.configure_model()
+    # Long rows, in which the square of the length counts.
+    ids = torch.randint(5, 30, (3, 96), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "task": ["upper"] * 3}
+    blocks = [one for one in found.model.train().modules() if isinstance(one, GradientCheckpointingLayer)]
+    state = torch.get_rng_state()
+    whole, less = activations(found, blocks, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def saved() -> int:
+        with found.trainer.precision_plugin.forward_context():
+            return saved_for_backward(found.model, lambda: batch_losses(found.model, batch)[0].sum())[0]
+
+    kept = saved()
+    recompute(found.model)
+    inputs = less - whole // len(blocks)
+    assert inputs == len(blocks) * ids.numel() * 32 * 4
+    assert kept - saved() == pytest.approx(whole - inputs, rel=0.05)
+
+
+@pytest.fixture
+def run(tiny_llama_dir, task_files, capsys):
+    """Fit with some bytes and settings; return the losses, what is logged of memory, and whether blocks recomputed."""
+
+    class Watch(Losses):
+        def on_train_end(self, trainer, pl_module) -> None:
+            self.recomputed = any(getattr(one, "gradient_checkpointing", False) for one in pl_module.model.modules())
+
+    def run(fit_into, **model) -> tuple[list[float], str, bool]:
+        seen = Watch()
+        how = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "callbacks": [seen]}
+        how = {"steps": 3, "batch_size": 12, "data": {"packing": False}, "trainer": how, "model": model}
+        fit(str(tiny_llama_dir), [str(task_files["upper"])], LoRAExpert, TARGET, fit_into=fit_into, **how)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "checkpointing" in line]
+        return seen.steps, "\n".join(lines), seen.recomputed
+
+    return run
+
+
+def test_a_fit_recomputes_where_that_makes_it_fit(run, monkeypatch) -> None:
+    losses, *rest = run("1TB")
+    assert rest == ["", False]
+    # A process that takes nothing itself.
+    monkeypatch.setattr("modular_experts.training.activations.held_bytes", lambda device: 0)
+    same, text, recomputed = run(1)
+    whole, there, less = re.findall(r"([\d.]+ k?B)\b", text)[:3]
+    assert (same, recomputed, there) == (losses, False, "1 B")
+    assert "also with gradient checkpointing" in text
+    assert float(less.split()[0]) < 0.7 * float(whole.split()[0])
+    half = f"{(float(less.split()[0]) + float(whole.split()[0])) / 2:.0f} kB"
+    same, text, recomputed = run(half)
+    assert (same, recomputed) == (losses, True)
+    assert f"this fit takes about {whole} and {half} are there, so it uses gradient checkpointing" in text
+    assert f"with which it takes {less} (--model.gradient_checkpointing false" in text
+    # What a user sets stays.
+    assert run(half, gradient_checkpointing=False) == (losses, "", False)
+    assert run(half, gradient_checkpointing=True) == (losses, "", True)
+
+
+def test_pages_of_files_are_not_held(tmp_path) -> None:
+    device, size = torch.device("cpu"), 2**26
+    before = held_bytes(device)
+    held = torch.ones(size, dtype=torch.uint8)
+    beside = held_bytes(device)
+    held.numpy().tofile(tmp_path / "file")
+    mapped = torch.from_file(str(tmp_path / "file"), size=size, dtype=torch.uint8)
+    assert int(mapped.sum(dtype=torch.int64)) == size
+    after = held_bytes(device)
+    assert [(beside - before) / size, (after - beside) / size] == pytest.approx([1, 0], abs=0.1)
