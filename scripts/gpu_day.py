@@ -9,6 +9,7 @@ beside the page gpu.md that shows them. A second call makes the parts that are m
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -41,6 +42,10 @@ COMPARED = ("frozen", "full", "PEFT LoRA", "PEFT SHiRA", "dense, masked", "LoRA"
 KINDS = [one for one in CONTENDERS if one.name in COMPARED]
 KINDS += [_sparse("entries", "element"), _sparse("tiles of 16", "block", block_size=16)]
 TRITON = _sparse("tiles of 64, Triton", "block", block_size=64, backend="triton")
+OFFLOADED = "inputs of blocks, on the CPU"
+"""Its prediction is that of the inputs on the GPU."""
+ACTIVATIONS: dict[str, dict[str, Any]] = {"all": {"gradient_checkpointing": False}}
+ACTIVATIONS |= {"inputs of blocks": {"gradient_checkpointing": True}, OFFLOADED: {"offload_activations": True}}
 Row = dict[str, Any]
 
 
@@ -144,10 +149,16 @@ def memory(quick: bool) -> list[Row]:
             model_of(shape).save_pretrained(folder)
             PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
             (Path(folder) / "numbers.jsonl").write_text(f"{json.dumps(text)}\n" * 16)
-            for kind in (SparseExpert, LoRAExpert):
-                call = partial(estimate_fit, folder, [f"{folder}/numbers.jsonl"], kind, "all-linear", **fit)
-                predicted, measured = call(fit_into="1TB").peak, call().peak
-                rows.append({"shape": shape, "kind": kind.__name__, "predicted": predicted, "measured": measured})
+            for kind, (way, more) in itertools.product((SparseExpert, LoRAExpert), ACTIVATIONS.items()):
+                rows.append({"shape": shape, "kind": kind.__name__, "activations": way})
+                if way == OFFLOADED and not is_gpu():
+                    rows[-1]["failed"] = "there is no GPU to leave"
+                    continue
+                how = fit | {"model": fit["model"] | more}
+                call = partial(estimate_fit, folder, [f"{folder}/numbers.jsonl"], kind, "all-linear", **how)
+                found = call()
+                rows[-1] |= {"predicted": call(fit_into="1TB").peak, "measured": found.peak}
+                rows[-1] |= {"seconds of 4 steps": found.seconds["steps"]}
     return rows
 
 

@@ -30,9 +30,18 @@ _STEP = 8
 """The short rows that are measured have this many tokens, twice, and three times as many."""
 
 
-def recompute(model: Any) -> None:
-    """Let blocks keep their inputs alone, and compute again in backward."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+def recompute(model: Any, offload: bool = False) -> None:
+    """Let blocks keep their inputs alone, with `offload` in the memory of the CPU, and compute again in backward."""
+    model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+
+
+def check_offload(device: torch.device) -> None:
+    """Raise if inputs of blocks have no other memory to go to."""
+    if device.type == "cpu":
+        raise ValueError(
+            "offload_activations=True moves inputs of blocks from a GPU to the memory of the CPU, and this fit "
+            "computes on the CPU, where that does nothing; leave it out"
+        )
 
 
 def recompute_if_needed(module: Any) -> None:

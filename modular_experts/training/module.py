@@ -46,7 +46,7 @@ from modular_experts.library import StoredExpert, as_parents
 from modular_experts.settings import plain
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
-from modular_experts.training.activations import recompute, recompute_if_needed
+from modular_experts.training.activations import check_offload, recompute, recompute_if_needed
 from modular_experts.training.evaluated import EvaluatedModule
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 from modular_experts.training.preferences import PreferenceLoss, start_of
@@ -78,6 +78,8 @@ class ExpertModule(EvaluatedModule):
         revision: Branch, tag or commit of a hub id.
         gradient_checkpointing: Recompute activations in backward instead of keeping them. If not given, a fit does so
             where it would else take more memory than there is.
+        offload_activations: Keep what gradient checkpointing recomputes from, the inputs of blocks, in the memory of
+            the CPU instead of a GPU's, which makes steps slower.
         optimizer: Any torch optimizer over the trained parameters. The default is AdamW without weight decay at the
             expert type's learning rate.
         scheduler: A shape (`WarmupLinear`, `WarmupCosine`, `Constant`) or any torch scheduler, stepped every optimizer
@@ -110,6 +112,7 @@ class ExpertModule(EvaluatedModule):
         dtype: DType = "float32",
         revision: str | None = None,
         gradient_checkpointing: bool | None = None,
+        offload_activations: bool = False,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         scheduler: LearningRateShape | Callable[[Optimizer], LRScheduler] | None = None,
         max_new_tokens: int = 64,
@@ -142,7 +145,10 @@ class ExpertModule(EvaluatedModule):
         self.base, self.revision = loading.place_of(base, revision)
         self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
-        self.dtype_name, self.gradient_checkpointing, self.values = dtype, gradient_checkpointing, values
+        if offload_activations and gradient_checkpointing is False:
+            raise ValueError("offload_activations=True is for gradient_checkpointing=True; leave one of the two out")
+        self.gradient_checkpointing = True if offload_activations else gradient_checkpointing
+        self.dtype_name, self.values, self.offload_activations = dtype, values, offload_activations
         self.shard_base = shard_base
         self.quantise: Quantise | None = quantise or getattr(base, "quantise", None)
         self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
@@ -184,6 +190,8 @@ class ExpertModule(EvaluatedModule):
             raise ValueError("fit has no experts to train: give --expert and --modules")
         if self._trainer is not None:
             loading.check_strategy(self._trainer)
+            if stage == "fit" and self.offload_activations:
+                check_offload(self._trainer.strategy.root_device)
         if self._trainer is not None and self.has_experts:
             loading.check_precision(self._trainer)
         if self.shard_base:
@@ -224,7 +232,7 @@ class ExpertModule(EvaluatedModule):
             model = self.opened_base.load(self.dtype_name)
         loading.put_applied(model, self.applied_experts, self.has_experts)
         if self.gradient_checkpointing:
-            recompute(model)
+            recompute(model, self.offload_activations)
         if self.has_experts:
             inject(model, cast(Any, self.experts or self.expert), self.modules_pattern)
             loading.hold_values(model, getattr(torch, self.values))

@@ -110,3 +110,38 @@ def test_pages_of_files_are_not_held(tmp_path) -> None:
     assert int(mapped.sum(dtype=torch.int64)) == size
     after = held_bytes(device)
     assert [(beside - before) / size, (after - beside) / size] == pytest.approx([1, 0], abs=0.1)
+
+
+def test_the_inputs_of_blocks_alone_leave_the_device(tiny_llama_dir, monkeypatch) -> None:
+    """NumPy stands for the CPU, and torch for a GPU."""
+    moved: list[int] = []
+
+    class ToNumPy(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool, device_type: str) -> None:
+            super().__init__(self.leave, torch.from_numpy)
+
+        def leave(self, tensor):
+            moved.append(tensor.numel())
+            return tensor.detach().numpy().copy()
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", ToNumPy)
+    ids, gradients = torch.arange(48).view(3, 16) % 20 + 5, []
+    for offload in (False, True):
+        found = module(tiny_llama_dir, LoRAExpert, gradient_checkpointing=True, offload_activations=offload)
+        torch.manual_seed(0)
+        found.configure_model()
+        model = found.model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([one.grad for one in model.parameters() if one.requires_grad])
+    assert moved == 2 * [ids.numel() * 32]
+    assert any(one.any() for one in gradients[0])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_nothing_leaves_a_cpu(tiny_llama_dir, task_files, tmp_path) -> None:
+    found = module(tiny_llama_dir, LoRAExpert, offload_activations=True)
+    with pytest.raises(ValueError, match="this fit computes on the CPU, where that does nothing; leave it out"):
+        trainer(tmp_path).fit(found, mixture(task_files, tiny_llama_dir))
+    assert not hasattr(found, "model")
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        module(tiny_llama_dir, LoRAExpert, offload_activations=True, gradient_checkpointing=False)

@@ -124,3 +124,15 @@ def test_two_gpus_train_what_one_trains(tiny_llama_dir, task_files, tmp_path) ->
         found.append({name: delta.dense() for name, delta in Library(tmp_path)[f"of-{devices}"].items()})
     for name, delta in found[0].items():
         torch.testing.assert_close(found[1][name], delta, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(device().type == "cpu", reason="a CPU has no other memory")
+def test_inputs_of_blocks_on_the_cpu_train_the_same(tiny_llama_dir, task_files, tmp_path) -> None:
+    losses = []
+    for offload in (False, True):
+        seed_everything(0, verbose=False)
+        losses.append(Losses())
+        found = module(tiny_llama_dir, LoRAExpert, gradient_checkpointing=True, offload_activations=offload)
+        run = trainer(tmp_path, losses[-1], max_steps=3, accelerator=device().type)
+        run.fit(found, mixture(task_files, tiny_llama_dir))
+    assert losses[0].steps == losses[1].steps
