@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
@@ -95,6 +99,7 @@ class Base:
                 )
             base = cls(str(place), fetch(place, revision), revision, quantise)
         if experts:
+            base.adopt(experts)
             others = [one for one in experts if one.record["base"]["fingerprint"] != base.fingerprint]
             check_base(others, base.fingerprint, base.place, base.untied_from if others else None)
         return base
@@ -110,9 +115,30 @@ class Base:
         return untied_from(self)
 
     @property
+    def rows(self) -> int:
+        """How many rows its embeddings have."""
+        return self.structure.model.get_input_embeddings().weight.shape[0]
+
+    def adopt(self, experts: Sequence[StoredExpert]) -> None:
+        """Let experts count as trained on this base if theirs is the same with fewer rows of the vocabulary.
+
+        Its embeddings, head and the head's bias may have further rows, which such experts leave as they are; all else
+        must be the same, bit for bit.
+        """
+        others = [one for one in experts if one.record["base"]["fingerprint"] != self.fingerprint]
+        for expert in others:
+            theirs, names = expert.record["base"], self.structure.vocabulary
+            rows = {key: theirs.get("rows") or self.rows for key, name in self._stored.items() if name in names}
+            if max(rows.values()) < self.rows and fingerprint(self.directory, rows=rows) == theirs["fingerprint"]:
+                text = "%s was trained on %s; %s is the same with %d more rows of the vocabulary, which it leaves alone"
+                log.warning(text, expert.name, theirs["id"], self.place, self.rows - theirs["rows"])
+                expert.move_to(self.facts, names)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What the record of an expert keeps about its base."""
         facts: dict[str, Any] = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
+        facts["rows"] = self.rows
         return facts | ({"untied": self.untied_from} if self.untied_from else {})
 
     @property
@@ -371,9 +397,19 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
     return str(named)
 
 
+def adopt_smaller(experts: Sequence[StoredExpert]) -> None:
+    """Let the base with most rows of a vocabulary, if it is on this machine, adopt the experts of the others."""
+    if len({expert.record["base"].get("rows") for expert in experts}) > 1:
+        place, base = find_base(experts), _of_copies_first(experts)[0].record["base"]
+        with suppress(OSError, ValueError):  # the experts have different bases then
+            Base(place, fetch(place, base["revision"], local_only=True), base["revision"]).adopt(experts)
+
+
 def _of_copies_first(experts: Sequence[StoredExpert]) -> list[StoredExpert]:
-    """Return the experts in an order that begins with an untied copy of a base."""
-    return sorted(experts, key=lambda expert: "untied" not in expert.record["base"])
+    """Return the experts in an order that begins with an untied copy of a base, and with most rows of a vocabulary."""
+    bases = [(expert, expert.record["base"]) for expert in experts]
+    bases.sort(key=lambda one: ("untied" not in one[1], -(one[1].get("rows") or 0)))
+    return [expert for expert, _ in bases]
 
 
 @torch.no_grad()

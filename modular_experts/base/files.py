@@ -55,10 +55,11 @@ def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]
     return layouts
 
 
-def fingerprint(directory: str | Path, without: str | None = None) -> str:
+def fingerprint(directory: str | Path, without: str | None = None, rows: Mapping[str, int] | None = None) -> str:
     """Return the SHA-256, in hexadecimal digits, over the name, the shape and the stored bytes of every tensor.
 
-    The tensor that is stored as `without` is left out.
+    The tensor that is stored as `without` is left out, and the tensors that are stored by the names in `rows` count
+    with this many rows, their first ones.
 
     `$XDG_CACHE_HOME/modular-experts` (or `~/.cache/modular-experts`) keeps it for as long as path, size and time stamps
     of the weight files stay the same.
@@ -67,7 +68,7 @@ def fingerprint(directory: str | Path, without: str | None = None) -> str:
     stats = [(str(file.resolve()), file.stat()) for file in files]
     state: list[Any] = [
         (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats
-    ] + [without] * bool(without)
+    ] + [one for one in (without, rows) if one]
     note = cache_directory("fingerprints") / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]}.txt"
     with suppress(OSError, UnicodeDecodeError):
         known = note.read_text().strip()
@@ -78,6 +79,7 @@ def fingerprint(directory: str | Path, without: str | None = None) -> str:
         with open_tensors(file) as tensors:
             for name in {*tensors.keys()} - {without}:
                 tensor = tensors.get_tensor(name)
+                tensor = tensor[: rows[name]] if rows and name in rows else tensor
                 content = tensor.reshape(-1).view(torch.uint8).numpy()
                 table[name] = [list(tensor.shape), hashlib.sha256(content).hexdigest()]
     found = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

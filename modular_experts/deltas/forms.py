@@ -73,6 +73,14 @@ class Delta(ABC):
         """Return the delta as one tensor `(out, in)`."""
         return self.add_to(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
 
+    def with_rows(self, count: int) -> Delta:
+        """Return the delta of the weight with rows added at its end, `(count, in)`, which it leaves as they are."""
+        shape = torch.Size((count, *self.shape[1:]))
+        moved = {"shape": shape} | {
+            name: tensor.to(index_dtype(shape)) for name, tensor in self.tensors().items() if name != "values"
+        }
+        return replace(self, **moved)  # type: ignore[type-var]
+
     def rows(self, first: int, last: int) -> Tensor:
         """Return rows of the dense form, `(last - first, in)`; a delta without dimensions has one row."""
         return (self.dense().view(1) if len(self.shape) == 0 else self.dense())[first:last]
@@ -149,6 +157,9 @@ class Dense(Delta):
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(x, self.values.to(x.dtype))
 
+    def with_rows(self, count: int) -> Dense:
+        return Dense(torch.cat([self.values, self.values.new_zeros(count - len(self.values), *self.shape[1:])]))
+
     def rows(self, first: int, last: int) -> Tensor:
         return (self.values.view(1) if self.values.dim() == 0 else self.values)[first:last]
 
@@ -186,6 +197,9 @@ class LowRank(Delta):
 
     def rows(self, first: int, last: int) -> Tensor:
         return self.up[first:last] @ self.down
+
+    def with_rows(self, count: int) -> LowRank:
+        return LowRank(Dense(self.up).with_rows(count).values, self.down)
 
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))

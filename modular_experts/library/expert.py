@@ -64,7 +64,7 @@ class StoredExpert(TaskVector):
             self._table, self._tensors = _read_table(path / DELTA_FILE)
         self._state = StoredState(path / STATE_FILE) if STATE_FILE in files else None
         self._shapes = {name: Size(self._table[name]["shape"]) for name in sorted(self._table)}
-        self._checked: set[str] = set()
+        self._checked, self._padded = set[str](), dict[str, int]()
         self._tensors_hash = content_hash(self._table, self._state.table if self._state else None)
         if hash_of_all(self._tensors_hash, record) != record["content_hash"]:
             raise damaged(path / files[0], f"its content hash is not the one in {path / RECORD_FILE}")
@@ -103,6 +103,19 @@ class StoredExpert(TaskVector):
     def is_merge(self) -> bool:
         """Whether it was made of other experts by a merge, and contains them."""
         return bool(self.record["kind"] == MERGE)
+
+    def move_to(self, base: Mapping[str, Any], vocabulary: Iterable[str]) -> None:
+        """Count from now on as an expert of a base whose vocabulary has more rows, which it leaves as they are.
+
+        Args:
+            base: What a record keeps about that base.
+            vocabulary: The weights that have a row for each token.
+        """
+        self.record = self.record | {"base": dict(base)}
+        self._padded = dict.fromkeys(self._table.keys() & set(vocabulary), base["rows"])
+        self._shapes = self._shapes | {
+            name: Size((rows, *self._shapes[name][1:])) for name, rows in self._padded.items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Read the trained tensors of the type's own form, by `<weight>/<name>`; none for an expert of deltas alone."""
@@ -175,7 +188,7 @@ class StoredExpert(TaskVector):
         except ValueError as error:
             raise damaged(self._tensors.file, f"{error} ({name})") from error
         self._checked.add(name)
-        return delta
+        return delta.with_rows(self._padded[name]) if name in self._padded else delta
 
     def _as_stored(self, name: str) -> PackedDelta:
         entry = self._table[name]
@@ -185,7 +198,8 @@ class StoredExpert(TaskVector):
     def packed(self, name: str) -> Delta | PackedDelta:
         """Return the delta of a weight as it is stored if its values take few bits, after the checks of a reading."""
         delta = self[name]
-        return self._as_stored(name) if "sizes" in self._table[name] and not delta.is_empty else delta
+        few_bits = "sizes" in self._table[name] and not delta.is_empty and name not in self._padded
+        return self._as_stored(name) if few_bits else delta
 
     def release(self, name: str | None = None) -> None:
         """Free the memory that a weight's delta, or all, was read into; a delta that is still held stays as it is."""

@@ -10,7 +10,8 @@ its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded
 | key                     | what it holds                                                                           |
 |-------------------------|-----------------------------------------------------------------------------------------|
 | `kind`                  | class of the trained experts, such as `SparseExpert`, or `merge`, or `routed`            |
-| `base`                  | `id` (path or hub id), `revision`, `fingerprint`; `untied` where it is an untied copy: |
+| `base`                  | `id` (path or hub id), `revision`, `fingerprint`, `rows` of the embeddings if known;    |
+|                         | `untied` where it is an untied copy:                                                    |
 | ` untied`               | `fingerprint` of the tied base, and the names of its `head` and `embeddings`            |
 | `tasks`, `scores`       | names of the tasks it was trained on; what it scored                                    |
 | `parents`               | `name`, `content_hash`, `tasks` of each expert that it was made of or trained on top of |
@@ -75,7 +76,7 @@ def make_record(
         "kind": kind,
         "hyperparameters": {},
         "base": {name: base.get(name) for name in ("id", "revision", "fingerprint")}
-        | ({"untied": dict(base["untied"])} if base.get("untied") else {}),
+        | {name: base[name] for name in ("rows", "untied") if base.get(name)},
         "tasks": list(tasks),
         "scores": {},
         "parents": [dict(parent) for parent in parents],
@@ -158,6 +159,7 @@ def what_is_wrong(record: Mapping[str, Any]) -> str:
         **{name: isinstance(record.get(name), dict | None) for name in _OPTIONAL},
         "the fingerprint of its base": isinstance(base.get("fingerprint"), str),
         "the id or the revision of its base": all(isinstance(text, str | None) for text in texts[:2]),
+        "the number of rows of its base": isinstance(base.get("rows"), int | None),
         "a task": _are_texts(record["tasks"]),
         "a parent": all(
             _has_texts(parent, "name", "content_hash") and _are_texts(parent.get("tasks", []))

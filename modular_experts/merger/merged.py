@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from modular_experts.base import Base, DType
+from modular_experts.base.base import adopt_smaller
 from modular_experts.base.verify import Check
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
@@ -65,6 +66,7 @@ class Merged(TaskVector):
         self.stored = stored_in(self.experts)
         if not self.stored:
             raise ValueError("no task vector comes from a stored expert, so the base is unknown; store one of them")
+        adopt_smaller(self.stored)
         self.base = common_base(self.stored)
         self._method = _made(method)
         self._per_weight = {pattern: _made(chosen) for pattern, chosen in (per_weight or {}).items()}

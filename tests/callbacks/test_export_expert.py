@@ -56,7 +56,8 @@ def test_the_last_state_is_exported_without_a_monitor_and_recorded(tiny_llama_di
         assert torch.equal(stored[name].dense(), delta.dense())
     record = json.loads((export.target / "expert.json").read_text())
     assert record["kind"] == "SparseExpert"
-    assert record["base"] == {"id": str(tiny_llama_dir), "revision": None, "fingerprint": module.fingerprint}
+    base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": module.fingerprint}
+    assert record["base"] == base | {"rows": module.model.config.vocab_size}
     assert record["tasks"] == ["reverse", "upper"]
     assert record["seed"] == 0
     settings = record["hyperparameters"]

@@ -72,7 +72,7 @@ def test_a_full_checkpoint_is_imported_exactly_and_says_so(run, place):
     ]
     assert out.splitlines()[2].startswith(f"library/x: checkpoint, {len(moved)} weights, ")
     expert = open_expert("library/x")
-    assert expert.record["base"] == {"id": "half", "revision": None, "fingerprint": fingerprint("half")}
+    assert expert.record["base"].items() >= {"id": "half", "revision": None, "fingerprint": fingerprint("half")}.items()
     assert expert.record["tasks"] == ["sums"]
     for name in moved:
         assert torch.equal((before[name].float() + expert[name].dense()).bfloat16(), after[name])
