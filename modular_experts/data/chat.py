@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from typing import Any
@@ -67,18 +68,25 @@ class ConversationTokenizer:
         """The token that ends a turn of the assistant: the template's own, or end-of-sequence if it has none."""
         return self.tokenizer.eos_token_id if self._own_end is None else self._own_end
 
-    def __call__(self, task: str, rows: Sequence[Row], learn: bool) -> tuple[list[Example], int, list[str]]:
-        """Tokenise conversations, with the arguments and results of `RowTokenizer`."""
+    def __call__(
+        self, task: str, rows: Sequence[Row], learn: bool, choices: bool = False
+    ) -> tuple[list[Example], int, list[str]]:
+        """Tokenise conversations, with the arguments and results of `RowTokenizer`, perhaps with their choices."""
         examples, problems, cut = list[Example](), list[str](), 0
         for row in rows:
             try:
                 tokens, shortened = self._row(row, learn)
+                answers = [{"role": "assistant", "content": one} for one in row.choices if choices]
+                others = [self._row(replace(row, messages=(*row.messages[:-1], one)), False)[0] for one in answers]
+                if len({tuple(one.ids[: one.prompt].tolist()) for one in others}) > 1:
+                    raise BadRow(f"an answer to compare with another one fills {self._filled}")
             except (BadRow, jinja2.TemplateError) as error:
                 refused = "the chat template refuses the conversation: " * isinstance(error, jinja2.TemplateError)
                 problems.append(f"{row.where}: {refused}{' '.join(str(error).split())}")
                 continue
             cut += shortened
-            examples.append(Example(task, row.input, row.target, tokens, end=self.end, number=len(examples)))
+            place = row.choices.index(str(row.target)) if row.choices else 0
+            examples.append(Example(task, row.input, row.target, tokens, tuple(others), place, self.end, len(examples)))
         return examples, cut, problems
 
     def _row(self, row: Row, learn: bool) -> tuple[Tokens, bool]:
@@ -153,6 +161,20 @@ class ConversationTokenizer:
 def warn_once(sentence: str) -> None:
     """Log a sentence about the data once in a process, which may read them for several models."""
     log.warning(sentence)
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """Return a conversation as the prompt that the chat template makes of it."""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+
+def ends_of_answers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[int]:
+    """Return the tokens that end an answer, with a chat template or without."""
+    ends = [tokenizer.eos_token_id, ConversationTokenizer(tokenizer, 0).end if chat else None]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -290,6 +290,12 @@ class TaskMixture(LightningDataModule, DataSource):
 
     def learn_choices(self) -> None:
         if not self._learns_choices:
+            for name, rows in [*self.rows("train").items(), *self.rows("validation").items()]:
+                if not all(row.choices for row in rows):
+                    raise ValueError(
+                        f"a loss of preferences compares answers, and rows of {name} have one each; give rows of "
+                        "prompt, chosen and rejected, or of input, target and choices"
+                    )
             self._learns_choices = True
             self._examples.pop("train", None)
 

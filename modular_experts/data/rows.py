@@ -42,7 +42,7 @@ class Form:
 
     def __str__(self) -> str:
         if "messages" in self.columns:
-            return "'messages' is the conversation, and the assistant's turns are the target"
+            return f"{self.columns['messages']!r} is the conversation, and the assistant's turns are the target"
         more = f" and {self.optional!r} are" if self.optional else " is"
         return f"{self.columns['input']!r}{more} the input, {self.columns['target']!r} is the target"
 
@@ -55,12 +55,17 @@ FORMS = (
     Form({"input": "instruction", "target": "output"}, optional="input"),
     Form({"input": "question", "target": "answer"}),
     *[Form({"input": prompt, "target": "chosen", "rejected": "rejected"}) for prompt in ("prompt", "input")],
+    Form({"messages": "chosen", "rejected": "rejected"}),
 )
 
 
 def recognise(columns: Collection[str]) -> Form:
     """Return the form of rows with these columns; `input` and `target` beat every other form."""
-    whole = [form for form in FORMS if set(form.columns.values()) <= set(columns)]
+    names = [{*form.columns.values()} for form in FORMS]
+    fitting = [own for own in names if own <= {*columns}]
+    # A conversation in `chosen` and `rejected` may have a prompt of its own.
+    wanted = [own for own in fitting if not any(own < one for one in fitting)]
+    whole = [form for form, own in zip(FORMS, names, strict=True) if own in wanted]
     if OWN in whole:
         return OWN
     # Rows without targets: of Alpaca's two columns of input, `input` is the optional one.
@@ -126,11 +131,22 @@ class RowReader:
         return rows, problems
 
     def _row(self, values: Mapping[str, Any], where: str) -> Row:
-        split = self._split(values)
-        if "messages" not in self.columns:
+        split, column = self._split(values), self.columns.get("messages", self.columns.get("target", "target"))
+        if not ("messages" in self.columns or ("rejected" in self.columns and _is_listed(values.get(column)))):
             text, target = self._input(values), self._target(values)
             return Row(text, target, split, self._choices(values, target), where)
-        messages = self._messages(values)
+        choices, before = tuple[str, ...](), list[dict[str, str]]()
+        if "input" in self.columns:
+            prompt = self.columns["input"]
+            before = [{"role": "user", "content": str(values.get(prompt))}]
+            before = self._messages(values, prompt) if _is_listed(values.get(prompt)) else before
+        messages = before + self._messages(values, column)
+        if "rejected" in self.columns:
+            other = before + self._messages(values, self.columns["rejected"])
+            choices = messages[-1]["content"], other[-1]["content"]
+            if other[:-1] != messages[:-1] or choices[0] == choices[1] or other[-1]["role"] != "assistant":
+                both = f"{column!r} and {self.columns['rejected']!r}"
+                raise BadRow(f"{both} must differ in the assistant's last message alone")
         target = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
         if target is None and self.targets:
             raise BadRow(
@@ -142,7 +158,7 @@ class RowReader:
             raise BadRow("the conversation starts with the assistant; a message of the user comes before")
         lines = [f"{message['role']}: {message['content']}" for message in before]
         text = before[0]["content"] if len(before) == 1 else "\n".join(lines)
-        return Row(text, target, split, (), where, tuple(messages))
+        return Row(text, target, split, choices, where, tuple(messages))
 
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)
@@ -169,8 +185,7 @@ class RowReader:
         given = values.get(self.columns.get("target", "target"))
         return None if not self.targets and given in (None, "") else self._text(values, "target")
 
-    def _messages(self, values: Mapping[str, Any]) -> list[dict[str, str]]:
-        column = self.columns["messages"]
+    def _messages(self, values: Mapping[str, Any], column: str) -> list[dict[str, str]]:
         if column not in values:
             raise BadRow(_no_column(column, values))
         listed = _listed(values[column])
@@ -262,6 +277,10 @@ def _listed(value: Any) -> Any:
         with suppress(json.JSONDecodeError):
             return json.loads(value)
     return value
+
+
+def _is_listed(value: Any) -> bool:
+    return isinstance(_listed(value), list | tuple)
 
 
 def _no_column(column: str, values: Mapping[str, Any]) -> str:

@@ -54,15 +54,13 @@ class RowTokenizer:
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def __call__(self, task: str, rows: Sequence[Row], learn: bool = False) -> tuple[list[Example], int, list[str]]:
-        """Tokenise all rows of one task.
+        """Tokenise the rows of a task; return examples in their order, how many lost tokens, and sentences on bad ones.
 
         Conversations to `learn` have each turn of the assistant as a target, not only the last.
-
-        Returns:
-            The examples in the order of their rows, how many of them lost tokens, and a sentence for each bad row.
         """
         if rows and rows[0].messages:
-            return ConversationTokenizer(self.tokenizer, self.longest, self._filled)(task, rows, learn)
+            tokenize = ConversationTokenizer(self.tokenizer, self.longest, self._filled)
+            return tokenize(task, rows, learn, self.learns_choices or not learn)
         texts = [row.input for row in rows]
         if self.chat_template:
             render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
@@ -14,7 +13,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
-from modular_experts.data.chat import ConversationTokenizer, Messages, template_hash
+from modular_experts.data.chat import Messages, ends_of_answers, prompt_text, template_hash
 from modular_experts.evaluation.generation import answer_rooms, continued
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
@@ -154,9 +153,9 @@ def _answer(
             f"the prompt has {ids.shape[1]} tokens, and the base's context has room for {context}; shorten the prompt"
         )
     _, (room,) = answer_rooms(model, [ids[0]], how.max_new_tokens)
-    pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = next(iter(stops), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": how.temperature, "top_k": 0} if how.temperature else {}
-    limits: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops, "pad_token_id": pad}
+    limits: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops or None, "pad_token_id": pad}
     config = GenerationConfig(do_sample=how.temperature > 0, **limits, **sampling)
     ids, streamer = ids.to(model.device), _Streamer(tokenizer, write) if write else None
     with torch.random.fork_rng():
@@ -168,15 +167,10 @@ def _answer(
 
 
 def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[torch.Tensor, list[int]]:
-    stops: list[Any] = [tokenizer.eos_token_id]
+    ends = ends_of_answers(tokenizer, chat)
     if chat:
-        stops = list(dict.fromkeys([*stops, ConversationTokenizer(tokenizer, max_length=0).end]))
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        try:
-            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
-    return torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]]), stops
+        prompt = prompt_text(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    return torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]]), ends
 
 
 class _Streamer(TextStreamer):

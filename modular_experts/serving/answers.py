@@ -6,11 +6,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import jinja2
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from modular_experts.data.chat import ConversationTokenizer
+from modular_experts.data.chat import ends_of_answers, prompt_text
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, training_in_common
 from modular_experts.serving.engine import Engine, Sampling, Token
@@ -82,10 +81,7 @@ class Answerer:
                 raise ValueError(f"the prompt has tokens outside of the vocabulary of {len(self.tokenizer)}")
             return prompt
         if chat:
-            try:
-                text: Any = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            except jinja2.TemplateError as error:
-                raise ValueError(f"the chat template refuses the conversation: {error}") from error
+            text = prompt_text(self.tokenizer, prompt)
         else:
             text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
         if not text.strip():
@@ -104,9 +100,7 @@ class Answerer:
 
     def _stops(self, chat: bool) -> list[int]:
         if chat not in self._ends:
-            ends = [self.tokenizer.eos_token_id]
-            ends += [ConversationTokenizer(self.tokenizer, max_length=0).end] if chat else []
-            self._ends[chat] = [end for end in dict.fromkeys(ends) if end is not None] or [-1]
+            self._ends[chat] = ends_of_answers(self.tokenizer, chat) or [-1]
         return self._ends[chat]
 
     async def _pieces(

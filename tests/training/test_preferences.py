@@ -235,8 +235,52 @@ def test_two_processes_train_what_one_trains_though_one_has_batches_of_fillers_a
 
 
 def test_what_cannot_be_trained_so_is_refused_in_one_sentence(tiny_llama_dir, file, task_files) -> None:
-    with pytest.raises(ValueError, match="DPO learns preferences, and rows of upper have none; give rows of prompt"):
+    with pytest.raises(ValueError, match="a loss of preferences compares answers, and rows of upper have one each"):
         fit(tiny_llama_dir, str(task_files["upper"]), LoRAExpert)
     for own in systems.there({"adamix": lambda: systems.of("ada_mix.AdaMixExpert")}).values():
         with pytest.raises(ValueError, match="AdaMixExpert has a loss of its own, so DPO cannot train it"):
             fit(tiny_llama_dir, file, own)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rows_with_one_answer_are_refused_before_the_base_is_read(tiny_llama_dir, file, monkeypatch, split) -> None:
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    alone = [{"input": one["prompt"], "target": one["chosen"], "split": one["split"]} for one in rows]
+    pairs = [one | {"choices": [one["target"], "other"]} for one in alone]
+    write_rows(
+        Path("one.jsonl"), [one if one["split"] == split else pair for one, pair in zip(alone, pairs, strict=True)]
+    )
+    monkeypatch.setattr(Base, "load", lambda *given: pytest.fail("the base is read"))
+    with pytest.raises(ValueError, match="a loss of preferences compares answers, and rows of one have one each; give"):
+        fit(tiny_llama_dir, "one.jsonl", partial(LoRAExpert, rank=2))
+
+
+def test_conversations_in_chosen_and_rejected_are_compared_in_their_last_turn(tiny_llama_dir, tmp_path) -> None:
+    tokenizer = Base.open(tiny_llama_dir).tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<a>{% endif %}"
+
+    def said(*turns: str) -> list[dict]:
+        return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+
+    forms = {
+        "text": {"prompt": "q", "chosen": said("q", "yes")[1:], "rejected": said("q", "no no")[1:]},
+        "list": {"prompt": said("q"), "chosen": said("q", "yes")[1:], "rejected": said("q", "no no")[1:]},
+        "whole": {"chosen": said("q", "yes"), "rejected": said("q", "no no")},
+    }
+    for name, row in forms.items():
+        write_rows(tmp_path / f"{name}.jsonl", [row | {"split": split} for split in ("train", "train", "validation")])
+        data = TaskMixture(str(tmp_path / f"{name}.jsonl"), tokenizer, batch_size=2)
+        data.learn_choices()
+        data.setup("fit")
+        choices = next(iter(data.train_dataloader()))["choices"]
+        assert (choices["row"].tolist(), choices["correct"].tolist()) == ([0, 0, 1, 1], [True, False] * 2)
+        for ids, mask, labels, answer in zip(
+            *(choices[key] for key in ("input_ids", "attention_mask", "labels")), ["yes", "no no"] * 2, strict=True
+        ):
+            assert tokenizer.decode(ids[mask.bool()]) == f"<u>q<a>{answer}{tokenizer.eos_token}"
+            assert tokenizer.decode(ids[labels != -100]) == f"{answer}{tokenizer.eos_token}"
+    unlike = {"chosen": said("q", "yes"), "rejected": said("p", "no")}
+    for row in (unlike, {"chosen": said("q", "yes"), "rejected": said("q", "yes")}):
+        _, problems = Task(path=str(write_rows(tmp_path / "bad.jsonl", [row]))).read()
+        assert "'chosen' and 'rejected' must differ in the assistant's last message alone" in problems[0]
