@@ -319,7 +319,7 @@ def _about(results: Results) -> str:
     answers = f" Answers are greedy, and at most {tokens} tokens long." if tokens else ""
     return (
         f"Each number is a mean over tasks, of {sum(rows.values())} test rows in all; ± is half the 95 % interval over "
-        "such rows, without width where all rows of a task are alike. Bold marks the best model and those that are "
-        "level with it, where another is worse: the interval of the paired difference tells. The loss is in nats per "
-        f"target token.{answers}"
+        "such rows: Wilson's where a row is right or wrong, else a bootstrap. Bold marks the best model and those that "
+        "are level with it, where another is worse: the interval of the paired difference tells. The loss is in nats "
+        f"per target token.{answers}"
     )

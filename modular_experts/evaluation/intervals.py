@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any
 
 import torch
@@ -12,11 +12,30 @@ from torch import Tensor
 from modular_experts.reports.results import better
 
 DRAWS = 500
+_NORMAL = NormalDist().inv_cdf(0.975)
 
 
 def interval(values: Sequence[float], per: Sequence[float] = ()) -> list[float] | None:
-    """Return the 95 % interval of a mean over rows, None if one is not finite; `per` is as for `drawn_means`."""
+    """Return the 95 % interval of a mean by the bootstrap, None if one is not finite; `per` is as for `drawn_means`."""
     return ends(drawn_means(values, per=per))
+
+
+def share_interval(*tasks: Sequence[float]) -> list[float] | None:
+    """Return the 95 % interval of a mean over tasks whose rows are right or wrong; None if a value is not 0 or 1.
+
+    It is Wilson's (1927), which has a width also where all rows are alike; of several tasks, their distances from the
+    shares are joined by squares (Newcombe, 1998).
+    """
+    if {value for values in tasks for value in values} - {0.0, 1.0}:
+        return None
+    shares, below, above = [fmean(values) for values in tasks], 0.0, 0.0
+    for share, values in zip(shares, tasks, strict=True):
+        unsure = _NORMAL**2 / len(values)
+        middle = (share + unsure / 2) / (1 + unsure)
+        half = math.sqrt(unsure * share * (1 - share) + unsure**2 / 4) / (1 + unsure)
+        below, above = below + (share - middle + half) ** 2, above + (middle + half - share) ** 2
+    mean = fmean(shares)
+    return [mean - math.sqrt(below) / len(tasks), mean + math.sqrt(above) / len(tasks)]
 
 
 def drawn_means(values: Sequence[float], seed: int = 0, per: Sequence[float] = ()) -> Tensor:
@@ -62,21 +81,20 @@ def compared_means(
             group.setdefault(row["model"], []).append(row)
     found = []
     for (role, task, metric), models in groups.items():
-        known = {one: fmean(_number(row["value"]) for row in mine) for one, mine in models.items()}
+        values_of = {one: [row["value"] for row in mine] for one, mine in models.items()}
+        known = {one: math.nan if None in mine else fmean(mine) for one, mine in values_of.items()}
         means = {one: torch.stack([drawn[id(row)] for row in mine]).mean(0) for one, mine in models.items()}
         leading = _leaders(means, known, metric == "loss") if better(metric) else []
         for model, mine in models.items():
-            about: dict[str, Any] = {"interval": ends(means[model])}
+            several = [values[model][row["task"]][metric] for row in mine]
+            of_shares = None if metric == "loss" else share_interval(*several)
+            about: dict[str, Any] = {"interval": of_shares or ends(means[model])}
             about["leads"] = model in leading and len(leading) < len(models)
             if task is None:
                 found.append({"model": model, "role": role, "metric": metric, "value": known[model], **about})
             else:
                 mine[0].update(about)
     return found
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 @lru_cache(64)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from modular_experts.evaluation.intervals import drawn_means, ends, interval
+from modular_experts.evaluation.intervals import drawn_means, ends, interval, share_interval
 from modular_experts.reports import Results
 from modular_experts.reports.results import examples_of, provenance
 from modular_experts.study.apart import Apart
@@ -36,8 +36,9 @@ def results_of(study: Study, state: State) -> Results:
             continue
         about = {name: found.get(name) for name in ("kind", "merge", "count", "group", "seed")}
         for row in Results.of_scores(found["scores"], found["model"], found["experts"], **about).rows:
-            values = _values(found, row["task"], row["metric"])
-            more = {"own": row["task"] in found["own"], "interval": interval(*values) if values[0] else None}
+            more: dict[str, Any] = {"own": row["task"] in found["own"], "interval": None}
+            if (values := _values(found, row["task"], row["metric"]))[0]:
+                more["interval"] = (None if values[1] else share_interval(values[0])) or interval(*values)
             rows.append({**row, **more})
         rows += _sizes(found, about) if has_small else []
     facts: dict[str, Any] = {
@@ -150,13 +151,14 @@ def _effects_of(
     by_task: list[dict[str, Any]] = []
     means: list[torch.Tensor] = []
     for task in first["own"]:
-        pairs = [(found, singles.get((found["kind"], task, found["seed"]))) for found in several]
-        known = [(found, single) for found, single in pairs if single is not None]
+        both = [(found, singles.get((found["kind"], task, found["seed"]))) for found in several]
+        known = [(found, single) for found, single in both if single is not None]
         if not known:
             continue
         mine = fmean(_score(found, task, metric) for found, _ in known)
         theirs = fmean(_score(single, task, metric) for _, single in known)
-        differences = [one for found, single in known for one in _differences(found, single, task, metric)]
+        pairs = [[_values(found, task, metric)[0] for found in pair] for pair in known]
+        differences = [one - other for pair in pairs for one, other in zip(*pair, strict=True)]
         per = [one for found, _ in known for one in _values(found, task, metric)[1]]
         if differences:
             # Each task draws its own rows.
@@ -178,11 +180,6 @@ def _effects_of(
 def _score(found: Mapping[str, Any], task: str, metric: str) -> float:
     value = found["scores"]["tasks"][task][metric]
     return math.nan if value is None else value
-
-
-def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], task: str, metric: str) -> list[float]:
-    pairs = [_values(found, task, metric)[0] for found in (mine, theirs)]
-    return [one - other for one, other in zip(*pairs, strict=True)]
 
 
 def _values(found: Mapping[str, Any], task: str, metric: str) -> tuple[list[float], list[float]]:

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from modular_experts.evaluation import text_metrics
+from modular_experts.evaluation.intervals import share_interval
 from modular_experts.evaluation.metrics import matched, named_metrics, number, same_json
 from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE
 
@@ -93,3 +94,19 @@ def test_a_metric_that_cannot_be_is_refused_in_one_sentence(given, sentence: str
     with pytest.raises(ValueError, match=r"metrics|called") as caught:
         text_metrics(given)
     assert sentence in str(caught.value)
+
+
+def test_the_interval_of_right_and_wrong_rows_is_wilsons_and_has_a_width_where_all_are_alike():
+    z = 1.959963984540054
+    for right, rows in ((0, 12), (3, 12), (12, 12), (49, 50)):
+        low, high = share_interval([1.0] * right + [0.0] * (rows - right))
+        # The ends are the shares from which the observed one is as far as chance takes 95 % of the samples.
+        for end in (low, high):
+            assert (right / rows - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / rows, abs=1e-12)
+        assert max(0.0, low) < high <= 1 + 1e-12
+    # All of ten right: n / (n + z^2), as in Brown, Cai and DasGupta (2001).
+    assert share_interval([1.0] * 10) == pytest.approx([10 / (10 + z**2), 1.0])
+    # A mean over tasks: the distances of Wilson's ends, joined by squares.
+    low, high = share_interval([1.0] * 10, [0.0] * 20)
+    assert (low, high) == pytest.approx((0.5 - z**2 / (10 + z**2) / 2, 0.5 + z**2 / (20 + z**2) / 2))
+    assert share_interval([0.5, 1.0]) is None
