@@ -1,7 +1,7 @@
 """Run `import`, `mergekit`, `apply`, `export`, `push` and `pull`: to and from other programs, and the hub."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,12 +67,15 @@ def import_(
 
 
 def _import_several(sources: list[str], out: str, base: str | None, revision: str | None, overwrite: bool) -> None:
-    done = import_experts(sources, out, base, revision, overwrite, progress_bar("importing"))
+    def told(pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        for number, (place, name) in enumerate(pairs, 1):
+            print(f"importing {place} ({number} of {len(pairs)})", file=sys.stderr, flush=True)
+            yield place, name
+
+    done = import_experts(sources, out, base, revision, overwrite, told)
     for expert in done.experts:
         there = "there already, of the same files, left alone" if expert.name in done.present else summary(expert)
         print(f"{Path(out, expert.name)}: {there}")
-    for place, why in done.failed.items():
-        print(f"{place}: {why}", file=sys.stderr)
     count = len(done.experts) + len(done.failed)
     if done.failed:
         raise ValueError(f"{len(done.failed)} of {count} sources did not become experts: {', '.join(done.failed)}")

@@ -4,7 +4,6 @@ import glob
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,13 +81,7 @@ def import_expert(
 
 @dataclass(frozen=True)
 class Imported:
-    """What became of several sources.
-
-    Attributes:
-        experts: The experts, those that were there among them.
-        present: Names of the experts that were there already, made of the same files.
-        failed: Why a source did not become an expert, by source.
-    """
+    """What became of several sources: experts, names of those that were there already, and why one failed."""
 
     experts: list[StoredExpert] = field(default_factory=list)
     present: list[str] = field(default_factory=list)
@@ -110,7 +103,7 @@ def import_experts(
         library: Directory of the library.
         base, revision, overwrite: As for `import_expert`, for all of them. An expert of the same base that is there
             and was made of the same files is left alone.
-        progress: Iterator wrapper around the sources.
+        progress: Iterator wrapper around the sources, each with the name of its expert.
 
     Raises:
         ValueError: There is no source.
@@ -119,7 +112,10 @@ def import_experts(
     if not places:
         raise ValueError(f"no directory is called {' or '.join(map(str, sources))}; give directories or hub ids")
     done = Imported()
-    names = _names(places)
+    names = list(map(name_for, places))
+    above = [os.path.basename(os.path.dirname(os.path.abspath(place))) for place in places]
+    # Where two would have one name, the directory above tells them apart.
+    names = [one if names.count(one) == 1 else name_for(f"{up}-{one}") for one, up in zip(names, above, strict=True)]
     for place, name in progress([*zip(places, names, strict=True)]):
         target = Path(library, name)
         try:
@@ -135,6 +131,7 @@ def import_experts(
                 done.experts.append(import_expert(place, target, base, revision, overwrite=overwrite))
         except (OSError, ValueError) as error:
             done.failed[place] = str(error)
+            log.warning("%s: %s", place, error)
     return done
 
 
@@ -154,14 +151,6 @@ def name_for(place: str | Path) -> str:
     if re.fullmatch(r"checkpoint-\d+", last):
         last = f"{os.path.basename(parent)}-{last}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:64] or "adapter"
-
-
-def _names(places: Sequence[str]) -> list[str]:
-    """Return the name of each source, with the directory above it where two would have one name."""
-    names = list(map(name_for, places))
-    counts = Counter(names)
-    above = (os.path.basename(os.path.dirname(os.path.abspath(place))) for place in places)
-    return [name if counts[name] == 1 else name_for(f"{up}-{name}") for name, up in zip(names, above, strict=True)]
 
 
 def _is_made_of(target: Path, place: str, base: str | Path | Base | None, revision: str | None) -> bool:

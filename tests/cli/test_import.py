@@ -120,14 +120,14 @@ def test_whatever_a_reader_gives_is_checked_against_the_base(run, place, monkeyp
         assert list((place / "library").iterdir()) == []
 
 
-def test_many_sources_and_patterns_are_imported_and_one_that_fails_stops_no_other(run, place):
+def test_many_sources_and_patterns_are_imported_and_one_that_fails_stops_no_other(run, place, caplog):
     for name, base in (("a", "base"), ("b", "gone"), ("c", "base")):
         write_lora(place / "peft" / name, base)
     Path("peft/notes.txt").write_text("no adapter")
     code, out, err = run("import", "peft/*", "--out", "library")
     assert code == 1
     assert [line.partition(":")[0] for line in out.splitlines()] == ["library/a", "library/c"]
-    assert err.splitlines()[0].startswith("peft/b: base 'gone' was not found")
+    assert "peft/b: base 'gone' was not found" in caplog.text
     assert err.splitlines()[-1] == "error: 1 of 3 sources did not become experts: peft/b"
     assert [*Library("library")] == ["a", "c"]
     # The same command goes on: the shell may spell the pattern out, and names the file, too.
@@ -143,7 +143,7 @@ def test_many_sources_and_patterns_are_imported_and_one_that_fails_stops_no_othe
     save_file({key: 2 * factor for key, factor in factors.items()}, "peft/a/adapter_model.safetensors")
     code, out, err = run("import", "peft/[ac]", "--out", "library")
     assert code == 1
-    assert "peft/a: library/a exists already; choose another place" in err
+    assert "peft/a: library/a exists already; choose another place" in caplog.text
     assert run("import", "peft/[ac]", "--out", "library", "--overwrite")[0] == 0
     torch.testing.assert_close(open_expert("library/a")[Q].dense(), 4 * open_expert("library/c")[Q].dense())
     # One more goes into the library that is there, under its own name.
@@ -187,3 +187,15 @@ def test_a_directory_with_the_signs_of_a_pattern_in_its_name_is_taken_as_it_is(r
     code, _, err = run("import", "runs[1]/lora", "--out", "library/one")
     assert (code, err) == (0, "")
     assert open_expert("library/one").record["source"]["id"] == "runs[1]/lora"
+
+
+def test_each_source_is_named_when_its_turn_comes_and_why_it_failed_at_once(run, place, caplog):
+    for name in ("a", "b", "c"):
+        write_lora(place / "peft" / name)
+    (place / "peft/b/adapter_config.json").write_text("{")
+    code, _, err = run("import", "peft/*", "--out", "library")
+    assert code == 1
+    *told, last = err.splitlines()
+    assert told == [f"importing peft/{name} ({number} of 3)" for number, name in enumerate("abc", 1)]
+    assert last == "error: 1 of 3 sources did not become experts: peft/b"
+    assert [one.startswith("peft/b: peft/b/adapter_config.json") for one in caplog.messages] == [True]
