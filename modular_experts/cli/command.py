@@ -23,6 +23,7 @@ from modular_experts.settings import READING, Loader, UsageError, Word, folded, 
 from modular_experts.settings.read import Read, arguments_of, class_named, kinds_of, read, read_arguments
 
 Typed = list[tuple[str, list[Word]]]
+_USUAL = {"router": "KernelRidge", "algorithm": "ATLAS"}
 
 
 def run_command(
@@ -34,7 +35,12 @@ def run_command(
     # An option such as --for is a word of Python's own.
     short = {**short, **{name.rstrip("_"): name for name in hints if name.endswith("_")}}
     short |= {name: full for name, full in READING.items() if "data" in hints and name not in hints}
-    function(**arguments_given(argv[1:], hints, make, positional, short))
+
+    def beneath(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        # A setting of a class that nobody names is one of the usual class.
+        return {name: {"class_path": kind} for name, kind in _USUAL.items() if isinstance(settings.get(name), dict)}
+
+    function(**arguments_given(argv[1:], hints, make, positional, short, beneath))
 
 
 def arguments_given(
@@ -55,7 +61,13 @@ def arguments_given(
     try:
         for option, named in options:
             if option.endswith(".help"):
-                print(respelt(_help_on(option.removesuffix(".help"), named, options, hints), spelt))
+                from modular_experts.cli.help import class_help
+
+                option = option.removesuffix(".help")
+                # `--method.help TIES`, or `--method TIES --method.help`.
+                word = [*named, *dict(options).get(option, []), None][0]
+                kind = class_named(f"--{option}", kinds_of(option, hints), word)
+                print(respelt(class_help(f"--{option}.", *kind), spelt))
                 raise SystemExit(0)
         settings = settings_of(options, hints, short, beneath(settings_of(options, hints, short)))
         # To trust something imports torch.
@@ -70,14 +82,6 @@ def arguments_given(
         print(yaml.safe_dump(found.plain, sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
     return found.make()
-
-
-def _help_on(option: str, words: Sequence[str], options: Typed, hints: Mapping[str, Any]) -> str:
-    from modular_experts.cli.help import class_help
-
-    # `--method.help TIES`, or `--method TIES --method.help`.
-    named = [*words, *dict(options).get(option, []), None][0]
-    return class_help(f"--{option}.", *class_named(f"--{option}", kinds_of(option, hints), named))
 
 
 def _is(form: type, name: str, hints: Mapping[str, Any]) -> bool:

@@ -45,15 +45,10 @@ def importing() -> Iterator[None]:
         # Where all is imported already, there may be garbage.
         if len(sys.modules) > before:
             gc.freeze()
-            atexit.register(_unfreeze)
+            # Triton's bindings report objects that nobody frees as leaks; without Triton the process ends faster.
+            atexit.register(lambda: gc.unfreeze() if "triton" in sys.modules else None)
     finally:
         gc.enable()
-
-
-def _unfreeze() -> None:
-    # Triton's bindings report objects that nobody frees as leaks; without Triton the process ends faster.
-    if "triton" in sys.modules:
-        gc.unfreeze()
 
 
 def system_commands() -> Iterator[tuple[str, Command]]:
@@ -70,7 +65,7 @@ VERBS = {
     "quickstart": Command("study", "quickstart", "see it all on generated tasks: train, merge, test, report"),
     "fit": Command("training", "", "train experts on task files"),
     "study": Command("study", "study", "train, merge and test many experts by one description"),
-    "look": Command("evaluate", "look", "show the rows of task files as `fit` reads them: tokens, lengths"),
+    "look": Command("evaluate", "look", "show the rows of task files as `fit` reads them: tokens, lengths", ("tasks",)),
     "validate": Command("training", "", "measure a model on the validation rows"),
     "test": Command("training", "", "measure one model on the test rows, also a checkpoint of `fit`"),
     "evaluate": Command("evaluate", "evaluate", "compare a base and experts on the test rows: a table, a page"),

@@ -92,26 +92,14 @@ def evaluate(
     if reading.quantise:
         found_base, _ = open_models(base, mixes)
         found_base.quantise = reading.quantise
-    with progress_by_tenths(
-        *Progress.get_default_columns(),
-        TimeElapsedColumn(),
-        line=lambda model, done, total: f"{model}: {done} of {total} rows",
-        transient=True,
-    ) as bar:
+    columns = *Progress.get_default_columns(), TimeElapsedColumn()
+    with progress_by_tenths(*columns, line=lambda *now: "{}: {} of {} rows".format(*now), transient=True) as bar:
 
         def show(model: str, done: int, total: int) -> None:
             bar(f"measuring {model}", done, total)
 
         found = evaluate_experts(
-            found_base,
-            mixes,
-            data,
-            reading.max_new_tokens,
-            reading.dtype,
-            reading.metrics,
-            out,
-            overwrite,
-            show,
+            found_base, mixes, data, reading.max_new_tokens, reading.dtype, reading.metrics, out, overwrite, show
         )
     console = Console(width=80)
     console.print(found.table())
@@ -167,7 +155,7 @@ def look(
         split_seed: Seed of this division.
 
     Examples:
-        modular-experts look --base DIR --tasks a.jsonl b.csv
+        modular-experts look a.jsonl b.csv --base DIR
         modular-experts look --base DIR --tasks chats.jsonl --page look.html
     """
     ratios = {"validation_ratio": validation_ratio, "test_ratio": test_ratio, "split_seed": split_seed}

@@ -23,7 +23,6 @@ from modular_experts.training.route import route as route_experts
 from modular_experts.tuning.gradient_search import ATLAS
 from modular_experts.tuning.objective import ValidationRows
 from modular_experts.tuning.search import SearchAlgorithm
-from modular_experts.tuning.shrink import Shrunk
 from modular_experts.tuning.shrink import shrink as shrink_experts
 
 # So that a config names the searches of related systems by their class alone.
@@ -147,6 +146,8 @@ def route(
     data: TaskMixture | None = None,
     rows: int = 256,
     overwrite: bool = False,
+    base: str | None = None,
+    dtype: DType = "float32",
 ) -> None:
     """Put experts behind a router, which chooses by the prompt or the token, and write both as one routed expert.
 
@@ -169,6 +170,8 @@ def route(
             `statistics` took what they need, or the experts keep inputs (`fit --keep_inputs`).
         rows: The most rows of one task.
         overwrite: Replace an expert of this name.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        dtype: Data type of the base where statistics are taken; bfloat16 takes half the memory.
 
     Examples:
         modular-experts route --experts library/a library/b --tasks a.jsonl b.jsonl --out library/routed
@@ -176,7 +179,7 @@ def route(
     """
     chosen = router or DEFAULT_ROUTER()
     bar = progress_bar(f"taking {chosen.needs}")
-    made = route_experts(experts, out, chosen, fallback, data, rows, overwrite, bar)
+    made = route_experts(experts, out, chosen, fallback, data, rows, overwrite, bar, base, dtype)
     count = len(made.record["parents"]) - (fallback is not None)
     settings = {
         name: value for name, value in describe_router(chosen).items() if name not in ("router", "select", "tasks")
@@ -221,7 +224,13 @@ def shrink(
         raise ValueError("--keep and --rank belong to one encoding; name it, such as --to int4")
     form, done = Form(to, keep, rank) if to else None, []
     for one in shrink_experts(experts, measured, out, form, bound, overwrite, progress_bar("shrinking")):
-        _print_forms(one, bound)
+        table = table_of("form", "bytes", "loss")
+        table.add_row("as it was", bytes_text(one.before.bytes), f"{one.before.loss:.4f}")
+        for tried in one.tried:
+            mark = " (written)" if tried is one.chosen else ""
+            table.add_row(f"{tried.form}{mark}", bytes_text(tried.bytes), f"{tried.loss:.4f}")
+        print(f"{one.source.name}: loss on validation rows, at most {one.before.loss + bound:.4f}")
+        Console(markup=False, emoji=False).print(table)
         done.append(one)
     kept = [one for one in done if one.chosen]
     before, after = sum(one.before.bytes for one in kept), sum(one.chosen.bytes for one in kept if one.chosen)
@@ -232,16 +241,6 @@ def shrink(
         raise ValueError(f"no smaller form of {names} keeps the loss within {bound:g}; allow more with --bound")
 
 
-def _print_forms(one: Shrunk, bound: float) -> None:
-    table = table_of("form", "bytes", "loss")
-    table.add_row("as it was", bytes_text(one.before.bytes), f"{one.before.loss:.4f}")
-    for tried in one.tried:
-        mark = " (written)" if tried is one.chosen else ""
-        table.add_row(f"{tried.form}{mark}", bytes_text(tried.bytes), f"{tried.loss:.4f}")
-    print(f"{one.source.name}: loss on validation rows, at most {one.before.loss + bound:.4f}")
-    Console(markup=False, emoji=False).print(table)
-
-
 def combine(
     experts: list[str],
     out: str,
@@ -250,6 +249,8 @@ def combine(
     distilled: Distilled | None = None,
     router: Router | None = None,
     overwrite: bool = False,
+    base: str | None = None,
+    dtype: DType | None = None,
 ) -> None:
     """Make one model of many experts in four ways, measure what each keeps, and name the best.
 
@@ -266,6 +267,8 @@ def combine(
         distilled: Settings of the merge Distilled, such as --distilled.steps 80.
         router: The router, as for `route`.
         overwrite: Replace what `out` holds of other experts, rows or settings.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        dtype: Data type of the base; by default as it is stored, but float32 where a router learns.
 
     Examples:
         modular-experts combine --experts library/* --out combined
@@ -273,7 +276,8 @@ def combine(
     """
     most = bytes_of(budget) if budget else None
     with quiet():
-        done = combine_experts(experts, out, data, most, distilled, router, overwrite, progress_bar("  done"))
+        bar = progress_bar("  done")
+        done = combine_experts(experts, out, data, most, distilled, router, overwrite, bar, base, dtype)
     held_out = any(way.held_out is not None for way in done.ways)
     heads = ["kept", "loss", *["held out"] * held_out, "bytes", "time", "needs"]
     table = table_of("way", *heads)

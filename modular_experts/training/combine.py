@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from modular_experts.base import Base
+from modular_experts.base import Base, DType
 from modular_experts.base.device import device
 from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.data.rows import content_hash
@@ -90,6 +90,8 @@ def combine(
     router: Router | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
+    base: str | None = None,
+    dtype: DType | None = None,
 ) -> Combined:
     """Merge experts without data and by `distill`, put them behind a router as they are and shrunk, and measure all.
 
@@ -103,18 +105,20 @@ def combine(
         distilled: Settings of `distill`; `rows` also limits the inputs that a router learns from.
         router: The router; `KernelRidge` if not given.
         overwrite: Replace what `out` holds of other experts, rows or settings.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        dtype: Data type of the base; as it is stored if not given, but float32 where a router learns.
 
     Raises:
         FileExistsError: `out` holds something else; nothing has been made yet.
         ValueError: There are no rows, a task has no expert of its own, or two experts have one name or one is called
             routed.
     """
-    opened, method, router = open_experts(experts), distilled or Distilled(), router or DEFAULT_ROUTER()
+    opened, method, router = open_experts(experts, base=base), distilled or Distilled(), router or DEFAULT_ROUTER()
     names = [*(expert.name for expert in opened), ROUTED]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two experts would be called {twice[0]} in one library; rename the directory of one of them")
     data = data or Inputs.kept_by(opened)
-    data.tokenizer = data.tokenizer or Base.open(None, opened).tokenizer()
+    data.tokenizer = data.tokenizer or Base.open(base, opened).tokenizer()
     held_in = [task for task, role in data.roles.items() if role == "held_in"]
     others = [task for task in data.roles if task not in held_in]
     own = own_experts(opened, held_in)
@@ -124,14 +128,16 @@ def combine(
         rows = [one.ids.tolist() for prompts in data.prompts.values() for one in prompts]
     reading = [data.roles, data.max_length, data.chat_template, data.eval_limit]
     reading += [content_hash(found) for found in data.only(others).rows("test").values()] if others else []
-    settings = [repr(method), describe_router(router), rows or data.contents, reading]
+    settings = [repr(method), describe_router(router), rows or data.contents, reading, *[dtype] * bool(dtype)]
     file = _begin(Path(out), result_key([expert.content_hash for expert in opened], settings), overwrite)
     learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
-    made = _make(opened, Path(out), learned, method, router, progress)
+    how: dict[str, Any] = {"progress": progress, "base": base, "dtype": dtype}
+    made = _make(opened, Path(out), learned, method, router, how)
     known = json.loads(file.read_text(encoding="utf-8"))
     if left := [name for name in made if name not in known["ways"]]:
         log.info("measuring what %d ways keep", len(left))
-        measure = _Measure(own, measured, data.only(others) if others else None, answer, progress)
+        model: Any = Base.open(base, opened).load(dtype)
+        measure = _Measure(model, own, measured, data.only(others) if others else None, answer, progress)
         for name in progress(left):
             place, needs = made[name]
             known["ways"][name] = asdict(measure(name, open_expert(place), needs))
@@ -155,7 +161,7 @@ def _begin(out: Path, key: str, overwrite: bool) -> Path:
 
 
 def _make(
-    opened: Sequence[StoredExpert], out: Path, learned: Inputs, method: Distilled, router: Router, progress: Progress
+    opened: Sequence[StoredExpert], out: Path, learned: Inputs, method: Distilled, router: Router, how: dict[str, Any]
 ) -> dict[str, tuple[Path, str]]:
     """Make what is not there yet, and return place and needs of each way by its name."""
     start, count = method.start or without_data(opened), max(map(len, learned.prompts.values()))
@@ -163,7 +169,7 @@ def _make(
     chooses = type(router).__name__
     if not _is_made(merged):
         log.info("merging without data, by %s", type(start).__name__)
-        merge(opened, start, merged, progress=progress)
+        merge(opened, start, merged, progress=how["progress"])
     beside = [one for one in opened if not _is_made(out / "experts" / one.name)]
     for expert in beside:
         put_beside(expert, out / "experts" / expert.name)
@@ -171,19 +177,20 @@ def _make(
     routed, small = out / "experts" / ROUTED, out / "small" / ROUTED
     if not _is_made(routed):
         log.info("putting %s in front of the experts", chooses)
-        route(whole, routed, router, data=learned, rows=method.rows, progress=progress)
+        route(whole, routed, router, data=learned, rows=method.rows, **how)
     left = [one for one in whole if not _is_made(small.parent / one.name)]
     if left:
         log.info("shrinking %d experts", len(left))
-    few = ValidationRows(learned, SHRINK_ROWS, None, "experts", {}, method.max_new_tokens)
-    for done in shrink(left, few, small.parent, progress=progress) if left else ():
+    few = ValidationRows(learned, SHRINK_ROWS, how["base"], "experts", {}, method.max_new_tokens, how["dtype"])
+    for done in shrink(left, few, small.parent, progress=how["progress"]) if left else ():
         if done.expert is None:
             put_beside(done.source, small.parent / done.source.name)
     if not _is_made(small):
-        route([open_expert(small.parent / one.name) for one in opened], small, router, data=learned, rows=method.rows)
+        shrunk = [open_expert(small.parent / one.name) for one in opened]
+        route(shrunk, small, router, data=learned, rows=method.rows, **how)
     if not _is_made(distilled):
         log.info("searching for the merge Distilled")
-        distill(opened, distilled, method, learned, overwrite=True, progress=progress)
+        distill(opened, distilled, method, learned, overwrite=True, **how)
     return {
         type(start).__name__: (merged, "no data"),
         f"{chooses}, experts as they are": (routed, inputs),
@@ -204,13 +211,13 @@ class _Measure:
 
     def __init__(
         self,
+        model: Any,
         own: Mapping[str, StoredExpert],
         data: TaskMixture,
         held_out: TaskMixture | None,
         answer: int | None,
         progress: Progress,
     ) -> None:
-        model: Any = Base.open(None, list(own.values())).load()
         model.to(device())
         self._objective = Objective(model, data, own if answer else None, answer or 64, progress)
         self._held_out: list[Batch] = []

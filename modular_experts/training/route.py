@@ -1,14 +1,14 @@
 """Make a routed expert of experts in a library; `injection/attach.py` puts it into a model."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modular_experts.base import Base
+from modular_experts.base import Base, DType
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import COUNT, MODEL, describe_router
 from modular_experts.injection.routed import by_weight
@@ -44,6 +44,8 @@ def route(
     rows: int = 256,
     overwrite: bool = False,
     progress: Progress = iter,
+    base: str | None = None,
+    dtype: DType | None = None,
 ) -> StoredExpert:
     """Let a router learn some experts, and write both as one routed expert: the router's state, and the experts' names
     and content hashes.
@@ -59,6 +61,8 @@ def route(
         rows: The most rows of one task.
         overwrite: Replace an expert of this name.
         progress: Iterator wrapper around the experts whose statistics are taken, e.g. `tqdm`.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        dtype: Data type of the base where statistics are taken; float32 if not given.
 
     Raises:
         FileExistsError: An expert of this name is there and may not be replaced, or a name of another library is
@@ -70,19 +74,28 @@ def route(
     target = check_target(out, overwrite)
     router = router or DEFAULT_ROUTER()
     check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
-    opened = _members_of(experts, out, fallback)
-    members = [*opened, *([] if fallback is None else open_experts([fallback]))]
+
+    def place(one: str | Path | StoredExpert) -> str:
+        return os.path.abspath(one.path if isinstance(one, StoredExpert) else one)
+
+    left_out = {place(one) for one in (out, fallback) if one is not None}
+    opened = open_experts([one for one in experts if place(one) not in left_out], base=base)
+    members = [*opened, *([] if fallback is None else open_experts([fallback], base=base))]
     _check_names(members, target)
-    base = common_base(members)
+    recorded = common_base(members)
     union_of_weights(members)
     router.select.check(len(opened))
-    _take_missing(router, opened, data, rows, progress)
+    _take_missing(router, opened, ValidationRows(data, rows, base, dtype=dtype), progress)
     # Whoever gives the router trusts its code.
     trust(type(router), type(router.select))
-    state = _state(_learned(router, opened), len(opened))
+    learned = _learned(router, opened, base)
+    routers = {MODEL: learned} if isinstance(learned, Router) else learned
+    state = {f"{weight}/{name}": tensor for weight, one in routers.items() for name, tensor in one.state().items()}
+    # How many of the parents it chooses among.
+    state[f"{MODEL}/{COUNT}"] = torch.tensor(len(opened))
     record = make_record(
         ROUTED,
-        base,
+        recorded,
         hyperparameters=describe_router(router),
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
         parents=as_parents(members),
@@ -94,16 +107,6 @@ def route(
             put_beside(expert, target.parent / expert.name)
     write_expert(target, {}, record, overwrite, state=state)
     return open_expert(target)
-
-
-def _members_of(
-    experts: Sequence[str | Path | StoredExpert], out: str | Path, fallback: str | Path | StoredExpert | None
-) -> list[StoredExpert]:
-    def place(one: str | Path | StoredExpert) -> str:
-        return os.path.abspath(one.path if isinstance(one, StoredExpert) else one)
-
-    left_out = {place(one) for one in (out, fallback) if one is not None}
-    return open_experts([one for one in experts if place(one) not in left_out])
 
 
 def _check_names(members: Sequence[StoredExpert], target: Path) -> None:
@@ -124,28 +127,26 @@ def _check_names(members: Sequence[StoredExpert], target: Path) -> None:
             found_beside(expert, target.parent / expert.name)
 
 
-def _take_missing(
-    router: Router, experts: Sequence[StoredExpert], data: TaskMixture | None, rows: int, progress: Progress
-) -> None:
+def _take_missing(router: Router, experts: Sequence[StoredExpert], given: ValidationRows, progress: Progress) -> None:
     kind: Any = router.needs
     lacking = [one for one in experts if kind and kind not in kinds_of_statistics(one)]
-    if lacking and data is None and not all(one.keeps_inputs for one in lacking):
+    if lacking and given.data is None and not all(one.keeps_inputs for one in lacking):
         raise ValueError(
             f"{len(lacking)} of {len(experts)} experts have no {kind} statistics, which {type(router).__name__} learns "
             "from; give the tasks of all: --tasks a.jsonl b.jsonl"
         )
     if lacking:
-        take_statistics(lacking, kind, ValidationRows(data, rows), progress=progress)
+        take_statistics(lacking, kind, given, progress=progress)
 
 
-def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:
+def _learned(router: Router, experts: Sequence[StoredExpert], base: str | None) -> Router | dict[str, Router]:
     router.hear_tasks([list(map(str, expert.record["tasks"])) for expert in experts])
     if router.scope == "sample":
         prompts = [_prompts(expert, router) for expert in experts] if router.needs else []
         router.learn([None] * len(experts), prompts)
         return router
     # Only the base tells how its layers keep their weights.
-    model = Base.open(None, experts).structure.model
+    model = Base.open(base, experts).structure.model
     taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
     return by_weight(router, model, experts, taken)
 
@@ -163,10 +164,3 @@ def _prompts(expert: StoredExpert, router: Router) -> Tensor:
             )
         parts.append(found.values)
     return torch.cat(parts, 1)
-
-
-def _state(router: Router | Mapping[str, Router], count: int) -> dict[str, Tensor]:
-    """Return the tensors of a router, or of one for each weight, and how many of the parents it chooses among."""
-    routers = {MODEL: router} if isinstance(router, Router) else router
-    found = {f"{weight}/{name}": tensor for weight, one in routers.items() for name, tensor in one.state().items()}
-    return found | {f"{MODEL}/{COUNT}": torch.tensor(count)}

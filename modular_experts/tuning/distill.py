@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modular_experts.base import Base
+from modular_experts.base import Base, DType
 from modular_experts.base.apply import applied
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import Batch
@@ -55,6 +55,7 @@ def distill(
     overwrite: bool = False,
     progress: Progress = iter,
     base: str | None = None,
+    dtype: DType | None = None,
 ) -> Searched:
     """Merge experts by the answers of each to inputs of its own task; `Distilled` explains how.
 
@@ -65,6 +66,7 @@ def distill(
         data: Tasks, whose training and validation inputs are taken; if not given, the inputs that the experts keep.
         overwrite: Whether files that exist may be replaced.
         base: The base's directory or hub id; the one in the experts' records by default.
+        dtype: Data type of the base; as it is stored if not given.
 
     Raises:
         FileExistsError: A file would be replaced; no input has been read yet.
@@ -81,7 +83,8 @@ def distill(
         data = Inputs.read_from(data, ["train", "validation"], method.rows)
     data = data.only([*data.roles])  # which leaves the batches of the caller's inputs alone
     data.eval_batch_size = method.batch
-    rate, rows = method.learning_rate, ValidationRows(data, method.rows, base, "experts", {}, method.max_new_tokens)
+    rate, tokens = method.learning_rate, method.max_new_tokens
+    rows = ValidationRows(data, method.rows, base, "experts", {}, tokens, dtype)
     if method.by == "block":
         return _by_block(opened, out, method, start, rows, overwrite, progress)
     algorithm = ATLAS(method.steps, rate, objective="distill", per="row", decay=True)

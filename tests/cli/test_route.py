@@ -302,3 +302,10 @@ def test_names_that_would_meet_are_refused_before_anything_is_learned(place, mon
         with pytest.raises((ValueError, FileExistsError), match=sentence):
             route(experts, out, KernelRidge(), overwrite=overwrite)
     assert sorted(place.rglob("*")) == before
+
+
+def test_settings_of_a_router_that_is_not_named_are_those_of_the_usual_one(run, place, tasks):
+    code, _, err = run("route", *EXPERTS, "--tasks", tasks, "--router.reject", "null", "--out", "library/r")
+    assert (code, err) == (0, "")
+    settings = open_expert("library/r").record["hyperparameters"]
+    assert (settings["router"], settings["reject"]) == ("KernelRidge", None)

@@ -104,6 +104,9 @@ def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, cap
     assert main(words) == 1
     assert "look.html exists already; choose another page, or replace it with --overwrite" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["look", file, "--base", str(tiny_llama_dir)]) == 0
+    assert f"{capsys.readouterr().out}\nthe page is look.html\n" == out
 
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate"])

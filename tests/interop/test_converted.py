@@ -299,3 +299,17 @@ def test_an_adapter_that_no_delta_expresses_is_refused_by_its_name(run, place):
     Path("peft/upper/adapter_model.safetensors").unlink()
     code, _, err = run("show", "peft/upper")
     assert "adapter_model.safetensors is missing, so the adapter has no tensors" in err
+
+
+def test_route_and_combine_take_the_base_and_its_dtype_for_adapters_whose_base_is_elsewhere(run, place, monkeypatch):
+    for name in TASKS:
+        file = Path("peft", name, "adapter_config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "is/elsewhere"}))
+    loaded, load = [], Base.load
+    monkeypatch.setattr(Base, "load", lambda base, dtype=None: loaded.append(dtype) or load(base, dtype))
+    how = ["--tasks", "upper.jsonl", "reverse.jsonl", "--base", "base", "--dtype", "bfloat16"]
+    assert run("route", *both(), *how, "--out", "library/routed")[0] == 0
+    assert loaded == ["bfloat16"]
+    code, out, err = run("combine", *both(), *how, "--distilled.steps", "1", "--out", "combined")
+    assert code == 0, f"{out}{err}"
+    assert {*loaded} == {"bfloat16"}
