@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, OFTConfig, VeraConfig
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
 from testbed.peft_types import CASES, committed, compare, make_adapter
@@ -191,3 +191,30 @@ def test_a_plain_lora_needs_no_peft(tiny_llama_dir, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"], use_rslora=True, task_type="CAUSAL_LM")
     expert = import_expert(save_adapter(tiny_llama_dir, tmp_path / "lora", config), tmp_path / "library/lora")
     assert "read_with" not in expert.record["source"]
+
+
+def test_rounding_of_large_logits_is_no_reason_to_refuse_an_adapter_and_a_wrong_delta_is(
+    tiny_llama_dir, tmp_path, monkeypatch
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    model.lm_head.weight.data *= 1e5
+    model.save_pretrained(tmp_path / "base")
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "ia3", config, spread=30.0)
+    expert = import_expert(adapter, tmp_path / "library/ia3")
+    assert expert.record["source"]["largest_difference"] > 1e-3
+    # In float64 PEFT's model computes what base plus deltas does.
+    tuned = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).double()
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "base").double()
+    for name, delta in expert.items():
+        moved.get_parameter(name).data += delta.dense().double()
+    wanted = logits(tuned)
+    torch.testing.assert_close(logits(moved), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    merge_layer = peft.tuners.ia3.Linear.merge
+
+    def wrong(layer, *given, **named):
+        merge_layer(layer, *given, **named)
+        layer.get_base_layer().weight.data *= 1.05
+
+    monkeypatch.setattr(peft.tuners.ia3.Linear, "merge", wrong)
+    assert "so it does more than move weights" in refused(adapter, tmp_path)

@@ -58,7 +58,8 @@ def ask_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base, tolera
     Args:
         adapter: The adapter's directory.
         base: The base's directory or hub id.
-        tolerance: Largest accepted difference of a logit between PEFT with the adapter and base plus deltas.
+        tolerance: Largest accepted difference of a logit between PEFT with the adapter and base plus deltas; where the
+            largest logit is above 1, as a share of it.
 
     Raises:
         ValueError: PEFT is not installed or does not know the type, the type moves no weight, or a setting might lead
@@ -103,12 +104,16 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         self.__dict__.pop("_plain", None)
         # By now the model is the base plus the deltas in their stored form.
         self.largest_difference, _ = difference(logits(whole, prompts), expected)
-        if not self.largest_difference <= self._tolerance:  # written so that NaN is refused too
+        allowed = self._allowed(expected)
+        if not self.largest_difference <= allowed:  # written so that NaN is refused too
             raise ValueError(
                 f"{files.directory} was not imported: its logits by PEFT differ by {self.largest_difference:.3g} from "
-                f"those of base plus deltas, and the tolerance is {self._tolerance:.3g}, so it does more than move "
-                "weights"
+                f"those of base plus deltas, and the tolerance is {allowed:.3g}, so it does more than move weights"
             )
+
+    def _allowed(self, expected: Tensor) -> float:
+        """Return the tolerance, or as large a share of the largest logit, with which rounding grows."""
+        return self._tolerance * max(1.0, expected.abs().max().item())
 
     def _load_twice(self) -> tuple[Any, Any, Tensor, Tensor]:
         with _asking(self._files, "load"):
@@ -119,7 +124,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
             model, tuned = self._load(seed=0)
             expected = logits(tuned, prompts)
         apart, _ = difference(other, expected)
-        if not apart <= self._tolerance:
+        if not apart <= self._allowed(expected):
             raise ValueError(
                 f"{self._files.directory} has no fixed meaning: PEFT draws numbers while it loads it, "
                 f"and the logits of two loads differ by {apart:.3g}; convert it where it was trained, with PEFT's "
