@@ -219,6 +219,7 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
         text = "the base of %s (%s) is not on this machine, so the model's weights were not compared with it"
         log.warning(text, stored[0].name, recorded.get("id"))
         return
+    Base.open(base, stored)
     moved = dict.fromkeys(name for expert in stored for name in expert)
     known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for one in reversed(model.__dict__.get(_IN_PLACE, [])):

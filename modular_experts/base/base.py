@@ -35,6 +35,7 @@ from modular_experts.library import StoredExpert, check_base, check_target, new_
 from modular_experts.library.record import package_versions, read_json
 from modular_experts.library.tensorfile import MappedTensors
 from modular_experts.progress import Progress
+from modular_experts.text import block_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,10 +99,15 @@ class Base:
                     revision or _of_copies_first(experts)[0].record["base"].get("revision"),
                 )
             base = cls(str(place), fetch(place, revision), revision, quantise)
-        if experts:
-            base.adopt(experts)
-            others = [one for one in experts if one.record["base"]["fingerprint"] != base.fingerprint]
-            check_base(others, base.fingerprint, base.place, base.untied_from if others else None)
+        base.adopt(experts)
+        # An untied copy of a tied base that stores its head has the fingerprint of this.
+        unsure = [
+            one
+            for one in experts
+            if (found := one.record["base"])["fingerprint"] != base.fingerprint
+            or ("untied" not in found and any(block_of(name) is None for name in one))
+        ]
+        check_base(unsure, base.fingerprint, base.place, base.untied_from if unsure else None)
         return base
 
     @cached_property

@@ -137,6 +137,8 @@ def check_base(
     """
     for expert in experts:
         found = expert.record["base"]
+        if found["fingerprint"] == fingerprint and untied and "untied" not in found:
+            _same_untied(expert, untied["fingerprint"], untied)
         if not (
             found["fingerprint"] == fingerprint
             or _same_untied(expert, found["fingerprint"], untied)
@@ -172,9 +174,7 @@ def training_in_common(experts: Sequence[StoredExpert]) -> dict[str, Any]:
 
 
 def warn_unlike_training(
-    experts: Sequence[StoredExpert],
-    reading: Callable[[Iterable[str]], Mapping[str, Any]],
-    dtype: str,
+    experts: Sequence[StoredExpert], reading: Callable[[Iterable[str]], Mapping[str, Any]], dtype: str
 ) -> None:
     """Log a sentence for each expert that meets rows or a base in another form than in its training.
 

@@ -159,3 +159,25 @@ def test_an_adapter_of_the_head_alone_names_the_way_out(run, place):
     code, _, err = run("merge", "peft/head", "peft/plain", "--method", "Average", "--out", "library/n")
     assert code == 0, err
     assert open_expert("library/m").content_hash == open_expert("library/n").content_hash
+
+
+def test_an_expert_of_the_embeddings_does_not_go_from_a_base_that_stores_its_head_to_an_untied_copy(place):
+    """Both store the same tensors, so that their fingerprints are equal."""
+    shutil.copytree("untied", "stores")
+    for file in ("config.json", "modular_experts.json"):
+        Path("stores", file).write_bytes(Path("tied", file).read_bytes()) if Path("tied", file).exists() else None
+    tied = Base.open("stores")
+    assert tied.fingerprint == Base.open("untied").fingerprint
+    assert tied.untied_from is None
+    both = open_expert("library/both")
+    write_expert("library/moved", dict(both.items()), make_record("SparseExpert", tied.facts))
+    inner = {Q: Sparse(torch.tensor([3]), torch.ones(1), (32, 32))}
+    write_expert("library/inner", inner, make_record("SparseExpert", tied.facts))
+    Base.open("stores", [open_expert("library/moved"), open_expert("library/inner")])
+    Base.open("untied", [open_expert("library/inner")])
+    for measure in (
+        lambda: Base.open("untied", [open_expert("library/moved")]),
+        lambda: applied(AutoModelForCausalLM.from_pretrained("untied"), "library/moved"),
+    ):
+        with pytest.raises(ValueError, match=r"moved moves .* these are one tensor in a tied base and two"):
+            measure()
