@@ -125,10 +125,7 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
 def fetch(place: str | Path, revision: str | None = None, local_only: bool = False) -> Path:
     """Return the directory of a causal language model, after fetching a hub id that is not in the cache yet.
 
-    Args:
-        place: A directory with `config.json` and safetensors weights, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
-        revision: Branch, tag or commit of a hub id.
-        local_only: Look for a hub id in the local cache only.
+    With `local_only`, a hub id is looked for in the local cache alone.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

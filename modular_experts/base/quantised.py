@@ -59,10 +59,7 @@ def described(form: str, dtype: torch.dtype) -> dict[str, Any]:
 def quantised_shapes(model: Any, settings: Any, dtype: torch.dtype) -> None:
     """Give a model on the meta device the layers of bitsandbytes that it has when transformers quantises it.
 
-    Args:
-        model: The model, whose weights stay as they are (`packed`).
-        settings: What `quantiser` returns, or the `quantization_config` of its files.
-        dtype: The dtype of all else.
+    `settings` come from `quantiser`, or are the `quantization_config` of its files; all else has the dtype.
     """
     from transformers.quantizers import AutoHfQuantizer
 

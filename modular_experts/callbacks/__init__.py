@@ -13,14 +13,5 @@ from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule
 from modular_experts.callbacks.train_under_others import TrainUnderOthers
 
-__all__ = [
-    "EvenValidation",
-    "ExportExpert",
-    "GradientMask",
-    "LogProgress",
-    "MaskSchedule",
-    "Schedule",
-    "TrainUnderOthers",
-    "WritePredictions",
-    "WriteResults",
-]
+__all__ = ["EvenValidation", "ExportExpert", "GradientMask", "LogProgress", "MaskSchedule", "Schedule"]
+__all__ += ["TrainUnderOthers", "WritePredictions", "WriteResults"]

@@ -176,7 +176,10 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     settings = dict(record.get("hyperparameters") or {})
     shares = [settings.pop(name, None) for name in ("kept", "ever_trained")]
     yield "kind", call_text(record["kind"], settings)
-    yield from _methods(record)
+    if method := record.get("method"):
+        yield "method", call_text(method["class_path"].rpartition(".")[2], method["init_args"])
+    for pattern, chosen in (record.get("per_weight") or {}).items():
+        yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
     yield "tasks", ", ".join(map(str, record["tasks"])) or "not recorded"
     yield from _training(record.get("training") or {})
     yield "base", f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"
@@ -209,14 +212,6 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     seed = "" if record.get("seed") is None else f", seed {record['seed']}"
     yield "created", f"{record.get('created')}{seed}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
-
-
-def _methods(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield the method of a merge, and the methods of single weights."""
-    if method := record.get("method"):
-        yield "method", call_text(method["class_path"].rpartition(".")[2], method["init_args"])
-    for pattern, chosen in (record.get("per_weight") or {}).items():
-        yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
 
 
 def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -16,7 +16,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.base import find_base
 from modular_experts.base.files import MANIFEST, fetch_from_hub, weight_files
 from modular_experts.cli.format import counted, print_check, progress_bar, share_text, summary, table_of, value_text
-from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
+from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.described import describe
 from modular_experts.library.form import Form
 from modular_experts.library.record import RECORD_FILE
@@ -157,7 +157,10 @@ def merge(
             raise ValueError(f"{kind} searches, and writes an expert; give out, base, overwrite and data alone")
         _distill(experts, out, method, data, overwrite, written.base)
         return
-    _check_tuning(tune, per_weight, data)
+    if data and not tune:
+        raise ValueError("--tasks are for --tune, and for a method that needs inputs, such as Distilled; add --tune")
+    if tune and per_weight:
+        raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
     opened = open_experts(experts, base=written.base)
@@ -183,8 +186,12 @@ def merge(
     else:
         write_merged(merged, out, overwrite, bar, notes, written.form)
     if tuned and tune:
-        _report(tuned, tune, out)
-    _print_methods(merged)
+        _report(tuned, "scale" not in tune.grid, out)
+    texts = Counter(map(_method_text, merged.rules.values()))
+    for text, number in texts.items():
+        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
+        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
+    _print_kept(merged)
     if written.is_checkpoint:
         print_check(check)
         print(f"{out}: a checkpoint of the base and the merge")
@@ -194,25 +201,9 @@ def merge(
         _print_experts(merged, out)
 
 
-def _check_tuning(tune: Tuning | None, per_weight: Any, data: Rows | None) -> None:
-    """Refuse settings of tuning without tuning, and methods of single weights with it."""
-    if data and not tune:
-        raise ValueError("--tasks are for --tune, and for a method that needs inputs, such as Distilled; add --tune")
-    if tune and per_weight:
-        raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
-
-
-def _report(tuned: "Tuned", tune: Tuning, out: str) -> None:
-    """Print what tuning found, and write its trials into the result."""
-    from modular_experts.tuning.objective import write_trials
-
-    _print_tuning(tuned, searched="scale" not in tune.grid)
-    print(f"all trials are in {write_trials(out, tuned.trials)}")
-
-
-def _print_tuning(tuned: "Tuned", searched: bool) -> None:
-    """Print the best trials, and whether a scale that was searched is at the end of its interval."""
-    from modular_experts.tuning.objective import mean_loss
+def _report(tuned: "Tuned", searched: bool, out: str) -> None:
+    """Print the best trials, and whether a scale that was searched is at an end; write them all into the result."""
+    from modular_experts.tuning.objective import mean_loss, write_trials
     from modular_experts.tuning.tune import SCALES
 
     table = table_of(*tuned.best.settings, "validation loss", left=0)
@@ -230,6 +221,7 @@ def _print_tuning(tuned: "Tuned", searched: bool) -> None:
     scale = tuned.best.settings.get("scale")
     if searched and scale in (SCALES[0], SCALES[-1]):
         print(f"the best scale, {scale:g}, is at the end of the search; name scales beyond it in --tune.grid.scale")
+    print(f"all trials are in {write_trials(out, tuned.trials)}")
 
 
 def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overwrite: bool, base: str | None) -> None:
@@ -248,13 +240,7 @@ def _mixture(rows: Rows | None) -> "TaskMixture | None":
     return make("--data", TaskMixture, vars(rows)) if rows else None
 
 
-def _tuned(
-    merged: Merged,
-    method: MergeMethod,
-    tune: Tuning,
-    data: "TaskMixture | None",
-    written: Output,
-) -> "Tuned":
+def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, data: "TaskMixture | None", written: Output) -> "Tuned":
     from modular_experts.tuning import ValidationRows
     from modular_experts.tuning import tune as tune_settings
 
@@ -263,26 +249,11 @@ def _tuned(
     return tune_settings(merged.stored, method, rows, grid=tune.grid, progress=progress_bar("tuning"), form=form)
 
 
-def _print_methods(merged: Merged) -> None:
-    texts = Counter(map(_method_text, merged.rules.values()))
-    for text, number in texts.items():
-        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
-        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
-    _print_kept(merged)
-
-
 def _print_experts(merged: Merged, out: str) -> None:
     stored = open_expert(out)
     print(f"{out}: {summary(stored)}")
     if cut := (stored.record["hyperparameters"] or {}).get("cut"):
         print(f"rank {cut['rank']} keeps {share_text(cut['squared_norm_kept'])} of the merge's squared norm")
-    _print_size(stored, merged, out)
-    for name in merged.beside():
-        print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
-
-
-def _print_size(stored: StoredExpert, merged: Merged, out: str) -> None:
-    """Print what takes fewer bytes, if a merge takes more than half of its base's."""
     with suppress(OSError, ValueError):  # the base is on another machine
         place = Path(find_base(merged.stored)).expanduser()
         if not place.is_dir():
@@ -294,6 +265,8 @@ def _print_size(stored: StoredExpert, merged: Merged, out: str) -> None:
                 "--output checkpoint (base and merge in one), --dtype bfloat16, --rank 16 (16 directions), or "
                 f"modular-experts shrink {out} --out small --tasks ... (the fewest bytes that keep its loss)"
             )
+    for name in merged.beside():
+        print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
 
 
 def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:

@@ -212,7 +212,12 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     with study_progress() as show:
         study, state = run_plan(plan, place, show)
     check_finished(state, place)
-    about, steps = _about_base(place), next_steps(plan, place)
+    facts, steps = json.loads((place / "base" / FACTS).read_text(encoding="utf-8")), next_steps(plan, place)
+    about = (
+        f"The base is a small Llama ({facts['parameters']:,} parameters). It has learned all tasks, but mostly in a "
+        f"format of its own, in which it answers {percent(facts['latent']['held_in']['exact_match'])} % of the held-in "
+        "test words." + " It ran out of steps before it reached its target." * (not facts["target_reached"])
+    )
     commands = [element("pre", element("code", command)) for command in steps]
     more = Section("Try next", "Look into the library, and merge two of these experts yourself", commands)
     results = write_results(study, place, state, [plan.tasks], [element("p", about, class_="lede")], [more])
@@ -221,17 +226,6 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     print("to go on:")
     for command in steps:
         print(textwrap.indent(command, "  "))
-
-
-def _about_base(place: Path) -> str:
-    facts = json.loads((place / "base" / FACTS).read_text(encoding="utf-8"))
-    latent, missed = percent(facts["latent"]["held_in"]["exact_match"]), not facts["target_reached"]
-    return (
-        f"The base is a small Llama ({facts['parameters']:,} parameters). It has learned all tasks, but mostly in a "
-        f"format of its own, in which it answers {latent} % of the held-in test words."
-        + " It ran out of steps before it reached its target."
-        * missed
-    )
 
 
 def next_steps(plan: Plan, place: Path) -> list[str]:

@@ -104,7 +104,9 @@ def _print_estimate(found: "FitEstimate", limit: str | None) -> None:
     if not any(content == "the expert" for content, _ in found.places):
         print("  no expert; --out library/NAME keeps one")
     if limit:
-        _print_changes(found, limit)
+        print(f"to fit into {limit}, add these options:" if found.changes else f"it fits into {limit} as it is")
+    for change in found.changes:
+        print(f"  {bytes_text(change.peak):>8}  with {change.options}")
     ways = ["estimated from a few steps at a learning rate of 0", "predicted from shapes alone, without times"]
     print(f"{ways[found.predicted]}; nothing was written")
 
@@ -124,13 +126,3 @@ def _print_times(found: "FitEstimate") -> None:
     for name, taken in found.seconds.items():
         if taken:
             print(f"  {duration_text(taken):>8}  {counts[name]}")
-
-
-def _print_changes(found: "FitEstimate", limit: str) -> None:
-    """Print what makes a fit take as much memory as it may."""
-    if not found.changes:
-        print(f"it fits into {limit} as it is")
-        return
-    print(f"to fit into {limit}, add these options:")
-    for change in found.changes:
-        print(f"  {bytes_text(change.peak):>8}  with {change.options}")

@@ -11,17 +11,5 @@ from modular_experts.data.sampler import Equal, Mixing, Proportional, Temperatur
 from modular_experts.data.sources import TaskSource
 from modular_experts.data.tasks import Task
 
-__all__ = [
-    "Batch",
-    "DataSource",
-    "Equal",
-    "Inputs",
-    "Mixing",
-    "Proportional",
-    "Task",
-    "TaskMixture",
-    "TaskSource",
-    "Temperature",
-    "is_filler",
-    "prompts",
-]
+__all__ = ["Batch", "DataSource", "Equal", "Inputs", "Mixing", "Proportional", "Task", "TaskMixture", "TaskSource"]
+__all__ += ["Temperature", "is_filler", "prompts"]

@@ -121,7 +121,9 @@ def _looked(task: Task, rows: Mapping[str, list[Row]], data: TaskMixture) -> Loo
         whole = uncut(task.name, mine, learn)[0] if cut else examples
         own = {f"{row.where} ({split})": len(one.tokens.ids) for row, one in zip(mine, whole, strict=True)}
         if own:
-            splits[split] = _sizes(sorted(own.values())) | {"cut": cut}
+            sizes = sorted(own.values())
+            median, p95 = (sizes[int(share * (len(sizes) - 1) + 0.5)] for share in (0.5, 0.95))
+            splits[split] = {"rows": len(own), "median": median, "p95": p95, "longest": sizes[-1], "cut": cut}
         lengths |= own
         shown += [(place, _tokens(one, tokenize.tokenizer)) for place, one in zip(own, examples[:SHOWN], strict=False)]
     every = [row for mine in rows.values() for row in mine]
@@ -132,11 +134,6 @@ def _looked(task: Task, rows: Mapping[str, list[Row]], data: TaskMixture) -> Loo
         facts.append(f"{len(choosing)} rows have choices to compare, or to prefer with --loss DPO: {such}")
     facts += ["longest: " + ", ".join(f"{place} with {lengths[place]}" for place in longest)]
     return LookedTask(task.name, [*facts, *repeats(every)], splits, shown[:SHOWN])
-
-
-def _sizes(lengths: Sequence[int]) -> dict[str, int]:
-    at = {name: lengths[int(share * (len(lengths) - 1) + 0.5)] for name, share in (("median", 0.5), ("p95", 0.95))}
-    return {"rows": len(lengths), **at, "longest": lengths[-1]}
 
 
 def _reading(task: Task, row: Row, data: TaskMixture) -> list[str]:

@@ -23,12 +23,8 @@ class MixtureSampler(DistributedSampler):
     """Gives the rows of one process in training: of each global batch, every `world_size`-th row from `rank` on, and
     `FILLER` where the last batch does not divide.
 
-    Args:
-        order: Returns the global order of an epoch, given its number.
-        length: Number of rows of that order.
-        batch_size: Rows of a global batch; a multiple of `world_size`.
-        rank, world_size: Number of this process, and of all that share a batch.
-        position: Returns, for the epoch that was set, the one to read and how many of its batches are finished.
+    `order` returns the global order of an epoch, of `length` rows; `position` returns, for the epoch that was set, the
+    one to read and how many of its batches are finished.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modular_experts.data.chat import warn_once
-from modular_experts.data.rows import OWN, SPLITS, Form, Row, RowReader, recognise, template_fields
+from modular_experts.data.rows import OWN, SPLITS, Row, RowReader, recognise, template_fields
 from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records
 from modular_experts.text import did_you_mean
 
@@ -130,7 +130,11 @@ class Task:
                 records = _matching(place, records, self.where)
             form, columns = OWN, self.columns
             if self.template is None and not {"input", "target", "messages"} & set(columns):
-                form, records = _recognised(records)
+                # The first hundred records tell the columns.
+                records = iter(records)
+                first = list(islice(records, 100))
+                names = [str(name) for one in first if isinstance(one.values, Mapping) for name in one.values]
+                form, records = recognise([*dict.fromkeys(names)]) if names else OWN, chain(first, records)
                 columns = {**form.columns, **columns}
                 if form != OWN:
                     report(f"{self.name}: {form}")
@@ -170,14 +174,6 @@ def as_tasks(tasks: Tasks) -> list[Task]:
     if not made:
         raise ValueError("no tasks were given; a task is at least the path of its file, such as intents.jsonl")
     return list(made.values())
-
-
-def _recognised(records: Iterable[Record]) -> tuple[Form, Iterator[Record]]:
-    """Return the form of the records, judged by the columns of the first hundred, and all of them."""
-    records = iter(records)
-    first = list(islice(records, 100))
-    columns = {str(name): None for record in first if isinstance(record.values, Mapping) for name in record.values}
-    return recognise([*columns]) if columns else OWN, chain(first, records)
 
 
 def _matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[Record]:

@@ -28,12 +28,9 @@ _ROUNDS = 8  # of k-means; each row of a few hundred values has settled before
 
 @dataclass(frozen=True)
 class Encoded:
-    """Values `(n,)` in few bits.
+    """Values in few bits: `count` of them, whose codes have their bits in `planes`, `(bits, ceil(count / 8))` uint8.
 
-    Attributes:
-        planes: The bits of the codes, `(bits, ceil(n / 8))` uint8.
-        scales: Scales, or magnitudes from the smallest to the largest, of each row, `(rows, 1 or more)` bfloat16.
-        count: How many values there are.
+    Each row has scales, or magnitudes from the smallest to the largest, `(rows, 1 or more)` bfloat16.
     """
 
     planes: Tensor

@@ -14,22 +14,6 @@ from modular_experts.evaluation.measure import measure, score_batch
 from modular_experts.evaluation.metrics import TEXT_METRICS, stemmed_rouge_l, text_metrics
 from modular_experts.evaluation.scores import TaskScores
 
-__all__ = [
-    "TEXT_METRICS",
-    "TaskScores",
-    "answer_logits",
-    "answer_text",
-    "answered",
-    "batch_losses",
-    "check_packing",
-    "choice_log_likelihoods",
-    "evaluate",
-    "generate",
-    "generate_tokens",
-    "greedy_matches",
-    "measure",
-    "row_sums",
-    "score_batch",
-    "stemmed_rouge_l",
-    "text_metrics",
-]
+__all__ = ["TEXT_METRICS", "TaskScores", "answer_logits", "answer_text", "answered", "batch_losses", "check_packing"]
+__all__ += ["choice_log_likelihoods", "evaluate", "generate", "generate_tokens", "greedy_matches", "measure"]
+__all__ += ["row_sums", "score_batch", "stemmed_rouge_l", "text_metrics"]

@@ -146,14 +146,8 @@ def answered(
 ) -> list[Example]:
     """Return the examples with the model's answers in the place of their targets, for a search or for statistics.
 
-    A row that is too long with its answer loses tokens on the left of its prompt; the log counts them.
-
-    Args:
-        model: The base with the expert applied.
-        examples: Prompts, as `TaskMixture.validation_examples(targets=False)` gives them.
-        collate: Makes a batch, with texts.
-        size: Rows that are generated together.
-        longest: The most tokens of a row, such as `TaskMixture.longest`.
+    Examples are prompts, as `TaskMixture.validation_examples(targets=False)` gives them, of which `size` are generated
+    together. A row of more than `longest` tokens with its answer loses the left of its prompt; the log counts them.
     """
     written, cut = dict[int, list[int]](), 0
     # A row has a token of its prompt beside the answer.

@@ -109,14 +109,13 @@ def _last_number(text: str) -> Decimal | None:
 
 def _canonical_json(text: str) -> str | None:
     inner = re.fullmatch(r"```\w*\r?\n(.*)```", text.strip(), re.DOTALL)
+
+    def whole(digits: str) -> float | int:
+        return int(value) if (value := float(digits)).is_integer() else value
+
     with suppress(ValueError, RecursionError):
-        return json.dumps(json.loads(inner[1] if inner else text, parse_float=_whole), sort_keys=True)
+        return json.dumps(json.loads(inner[1] if inner else text, parse_float=whole), sort_keys=True)
     return None
-
-
-def _whole(digits: str) -> float | int:
-    value = float(digits)
-    return int(value) if value.is_integer() else value
 
 
 TEXT_METRICS: dict[str, TextMetric] = {"exact_match": exact_match, "rougeL": rouge_l}

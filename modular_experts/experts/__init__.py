@@ -12,13 +12,4 @@ from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.site import Plan, Site
 from modular_experts.experts.sparse import SparseExpert
 
-__all__ = [
-    "Expert",
-    "FullExpert",
-    "LoRAExpert",
-    "MaskedExpert",
-    "ModuleExpert",
-    "Plan",
-    "Site",
-    "SparseExpert",
-]
+__all__ = ["Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "ModuleExpert", "Plan", "Site", "SparseExpert"]

@@ -88,19 +88,14 @@ def by_pattern(
     refused: Mapping[str, str] | None = None,
     others: Callable[[], Sequence[Site]] = lambda: (),
 ) -> Plan:
-    """Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.
+    r"""Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.
 
     A pattern is the end of a name from a dot on (`q_proj`, `self_attn.q_proj`, or several, `(q|v)_proj`), a regular
-    expression for the full name (`.*\\.layers\\.[0-3]\\..*_proj`), or `all-linear`: every layer but the output head,
-    those whose weight is tied to another, routers of mixture-of-experts blocks, and layers of one output.
+    expression for the full name (`.*\.layers\.[0-3]\..*_proj`), or `all-linear`: every layer but the output head, those
+    whose weight is tied to another, routers of mixture-of-experts blocks, and layers of one output.
 
-    A pattern that matches no such layer may name another parameter, such as `embed_tokens` or `input_layernorm`.
-
-    Args:
-        experts: Pattern and factory.
-        where: Name of the argument, for errors.
-        refused: Name of each layer that gets no expert, with the reason, for errors.
-        others: Returns the sites of the other parameters.
+    A pattern that matches no such layer may name another parameter, such as `embed_tokens`, among the `others`. For
+    errors, `where` names the argument, and `refused` has the reason for each layer that gets no expert.
     """
 
     def plan(sites: Sequence[Site]) -> dict[Site, Factory]:

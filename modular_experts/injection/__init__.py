@@ -24,20 +24,6 @@ from modular_experts.injection.inject import (
 from modular_experts.injection.layers import ExpertLayer
 from modular_experts.injection.save import describe_experts
 
-__all__ = [
-    "ExpertLayer",
-    "context_length",
-    "describe_experts",
-    "draw",
-    "eject",
-    "expert_layers",
-    "expert_state",
-    "extra_losses",
-    "find_sites",
-    "inject",
-    "load_expert_state",
-    "moves_tokens_alone",
-    "named_experts",
-    "task_vector",
-    "write_experts",
-]
+__all__ = ["ExpertLayer", "context_length", "describe_experts", "draw", "eject", "expert_layers", "expert_state"]
+__all__ += ["extra_losses", "find_sites", "inject", "load_expert_state", "moves_tokens_alone", "named_experts"]
+__all__ += ["task_vector", "write_experts"]

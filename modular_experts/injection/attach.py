@@ -63,7 +63,8 @@ def attached(
         with ExitStack() as until_routed:
             if on_top:
                 until_routed.enter_context(applied(model, on_top, check=check))
-            both = _routed(model, first, check)
+            routers, members, fallback = open_route(first, partial(moved_sites, model))
+            both = routed(model, members, routers.get(MODEL, routers), fallback=fallback, check=check)
             both.after_removal.push(until_routed.pop_all())
         return both
     if check:
@@ -112,12 +113,6 @@ def by_state(kind: Any, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[
     """Plan experts of the sizes that a stored expert's state has: `kind.of_state(weight, state)` makes one."""
     by_weight = state_by_place(expert.state())
     return {site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight}
-
-
-def _routed(model: nn.Module, expert: StoredExpert, check: bool) -> Routed:
-    """Put a routed expert into its base with the experts behind it, which lie beside it."""
-    routers, experts, fallback = open_route(expert, partial(moved_sites, model))
-    return routed(model, experts, routers.get(MODEL, routers), fallback=fallback, check=check)
 
 
 def open_route(

@@ -24,12 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def converted(place: str | Path, base: str | Path | Base | None = None) -> StoredExpert:
-    """Open the expert that a PEFT adapter becomes; at the first time it is converted, and a line of the log tells it.
-
-    Args:
-        place: Directory or hub id of the adapter.
-        base: Directory or hub id of the base; the one that the adapter names if not given.
-    """
+    """Open the expert that a PEFT adapter becomes; it is converted at the first time, and the log tells it."""
     directory = _find(place)
     adapter, name = AdapterFiles(directory), name_for(place)
     try:

@@ -128,7 +128,11 @@ def harness(
         with one.in_place(model, dtype) as whole:
             for suite in suites:
                 measured = _measured(whole, tokenizer, suite, measuring.batch_size, alone)
-                facts["harness"]["tasks"] |= _versions(measured)
+                for name, task_version in measured["versions"].items():
+                    metadata = measured["configs"].get(name, {}).get("metadata") or {}
+                    more = {key: metadata[key] for key in ("content_hash",) if key in metadata}
+                    about = {"version": task_version, "num_fewshot": measured["n-shot"].get(name), **more}
+                    facts["harness"]["tasks"][name] = about
                 rows += [{"model": one.title, "experts": one.names, **row} for row in _rows(measured, ours, roles)]
     progress("", len(models), len(models))
     results = Results(rows, facts)
@@ -166,6 +170,7 @@ def harness_tasks(
 
 
 def _generation(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, longest: int) -> HarnessTask:
+    whole = {"function": "regex", "regex_pattern": r"(?s)^.*$"}
     settings = {
         **_common(name, rows, "generate_until", "exact_match"),
         "doc_to_target": "target",
@@ -175,12 +180,7 @@ def _generation(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
             **{"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0},
         },
         # The whole answer, without white space at its ends, which this filter takes away.
-        "filter_list": [
-            {
-                "name": "none",
-                "filter": [{"function": "regex", "regex_pattern": r"(?s)^.*$"}, {"function": "take_first"}],
-            }
-        ],
+        "filter_list": [{"name": "none", "filter": [whole, {"function": "take_first"}]}],
     }
     return HarnessTask(settings, [{"input": row.input, "target": str(row.target).strip()} for row in rows])
 
@@ -295,15 +295,6 @@ def _measured(
         task.set_fewshot_seed(FEWSHOT_SEED)
     lm = Measured(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos)
     return evaluate(lm, loaded, limit=limit, log_samples=False)
-
-
-def _versions(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, task_version in measured["versions"].items():
-        metadata = measured["configs"].get(name, {}).get("metadata") or {}
-        more = {key: metadata[key] for key in ("content_hash",) if key in metadata}
-        found[name] = {"version": task_version, "num_fewshot": measured["n-shot"].get(name), **more}
-    return found
 
 
 def _rows(

@@ -36,13 +36,7 @@ def check_backend(backend: str, shape: Sequence[int], tile: Tile) -> None:
 
 
 def make_kernel(backend: str, units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -> KeptGradient:
-    """Return a kernel planned for these units, by its name or, for `auto`, by the rule.
-
-    Args:
-        backend: Name of a kernel, or `auto`.
-        units, shape, tile: As for `KeptGradient`.
-        dtype: Data type in which the layer computes.
-    """
+    """Return a kernel planned for these units, as for `KeptGradient`, by its name or, for `auto`, by the rule."""
     check_backend(backend, shape, tile)
     if backend == "auto":
         backend = _rule(units, shape, tile, dtype)

@@ -79,12 +79,8 @@ class TransientWeight(Tensor):
                 raise TypeError(f"{name} would write into a weight that is made anew at each reading")
             if func is F.linear and isinstance(args[1], cls):
                 return linear(*args, **kwargs)
-            args, kwargs = tree_map(_plain, (args, kwargs))
+            args, kwargs = tree_map(lambda one: one.read() if isinstance(one, cls) else one, (args, kwargs))
         return func(*args, **kwargs)
-
-
-def _plain(value: Any) -> Any:
-    return value.read() if isinstance(value, TransientWeight) else value
 
 
 def linear(x: Tensor, weight: TransientWeight, bias: Tensor | None = None) -> Tensor:

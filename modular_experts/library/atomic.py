@@ -35,10 +35,7 @@ def is_name(name: str) -> bool:
 def check_target(path: str | Path, overwrite: bool = False, marker: str = RECORD_FILE) -> Path:
     """Return the absolute path of a directory that is to be written; call it before any work.
 
-    Args:
-        path: The directory.
-        overwrite: Replace a directory that is there.
-        marker: The file that only directories of ours have; a directory without it is never replaced.
+    Only directories of ours have the file `marker`; a directory without it is never replaced.
     """
     target = Path(os.path.abspath(Path(path).expanduser()))
     if marker == RECORD_FILE:
@@ -66,12 +63,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """Yield a temporary directory beside the target, and move it into place when the block ends without an error.
 
-    A reader of the target sees nothing or the whole.
-
-    Args:
-        target, overwrite, marker: As for `check_target`.
-        key: What identifies this work. With it, a block that is interrupted, or whose process is killed, leaves its
-            files, and the next block with the same key finds them. An error removes them.
+    A reader of the target sees nothing or the whole. With a `key`, which identifies the work, a block that is
+    interrupted or killed leaves its files, and the next block with this key finds them. An error removes them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)

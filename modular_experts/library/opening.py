@@ -34,7 +34,9 @@ def open_expert(path: str | Path, base: Any = None) -> StoredExpert:
             of the adapter.
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
-    if is_adapter(directory) or _is_hub_id(path, directory):
+    # Such as `owner/name` on the hub, which can be no expert of a library that is here.
+    on_hub = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", str(path), re.ASCII) and not directory.parent.exists()
+    if is_adapter(directory) or on_hub:
         return importlib.import_module(_CONVERTER).converted(path, base)
     for left in reversed(range(_READS)):
         before = version_of(directory)
@@ -55,12 +57,6 @@ def open_expert(path: str | Path, base: Any = None) -> StoredExpert:
 def is_adapter(directory: Path) -> bool:
     """Return whether a directory holds a PEFT adapter and no expert."""
     return (directory / ADAPTER_FILE).is_file() and not (directory / RECORD_FILE).exists()
-
-
-def _is_hub_id(path: str | Path, directory: Path) -> bool:
-    """Return whether a place looks like `owner/name` on the hub, and can be no expert of a library that is here."""
-    owner = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", str(path), re.ASCII)
-    return owner is not None and not directory.parent.exists()
 
 
 def version_of(directory: Path) -> tuple[int, int] | None:

@@ -97,9 +97,7 @@ def package_versions() -> dict[str, str]:
     return {"modular-experts": modular_experts.__version__} | {name: _version(name) for name in _PACKAGES}
 
 
-@cache
-def _version(package: str) -> str:
-    return metadata.version(package)  # which parses a text of many lines each time
+_version = cache(metadata.version)  # which parses a text of many lines each time
 
 
 def read_json(file: Path, consequence: str) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from modular_experts.library.record import package_versions
 def result_key(*parts: Any) -> str:
     """Return a hash of all that a result depends on: a result under another key is another one, or stale.
 
-    Args:
-        parts: Hashes and settings. A class or a function of the user's stands in them as it is, or by its dotted path,
-            as in configs and in records of merges; the key then covers its code.
+    A class or a function of the user's stands in them as it is, or by its dotted path, as in configs and in records of
+    merges; the key then covers its code.
     """
     content = [package_versions()["modular-experts"], parts, own_code(parts)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -152,11 +152,8 @@ def write_statistics(
 ) -> StoredStatistics:
     """Write statistics beside an expert, one tensor in memory at a time; the file appears when it is complete.
 
-    Args:
-        statistics: Name and statistic of each weight, None where the kind is not defined; the norms are not read.
-        tasks: Number of rows of each task.
-        data: How the rows were read, in plain values.
-        among: The experts of the merge that the statistics hold for, if they hold only in that merge.
+    `tasks` counts the rows of each task, and `data` tells in plain values how they were read; `among` are the experts
+    of the merge that the statistics hold for, if they hold only in that merge.
     """
     check_statistics_targets([expert], kind, overwrite)
     facts: dict[str, Any] = {"format": FORMAT, "kind": kind, "expert": expert.content_hash}

@@ -17,19 +17,6 @@ from modular_experts.masks.scores import (
 )
 from modular_experts.masks.top_k import kth_highest, top_k
 
-__all__ = [
-    "SNIP",
-    "ConnectionSensitivity",
-    "FisherInformation",
-    "GradientMagnitude",
-    "GradientStatistic",
-    "GrowAndDrop",
-    "RandomScore",
-    "Reselect",
-    "Rule",
-    "Score",
-    "SelectOnce",
-    "WeightMagnitude",
-    "kth_highest",
-    "top_k",
-]
+__all__ = ["SNIP", "ConnectionSensitivity", "FisherInformation", "GradientMagnitude", "GradientStatistic"]
+__all__ += ["GrowAndDrop", "RandomScore", "Reselect", "Rule", "Score", "SelectOnce", "WeightMagnitude", "kth_highest"]
+__all__ += ["top_k"]

@@ -119,10 +119,7 @@ def _check(outside: int) -> None:
 def pack_entries(total: Tensor, kept: Tensor, start: int, places: Tensor, values: Tensor) -> int:
     """Write the kept entries of a chunk of a weight and their values, and return their number.
 
-    Args:
-        total, kept: Values of the chunk, and which are kept, `(n,)`.
-        start: Flat entry of the weight with which the chunk begins.
-        places, values: Room for n flat entries and values, all of which may be overwritten.
+    The chunk of n values begins at the flat entry `start`; `places` and `values` have room for n entries.
     """
     tensors = [total, kept, places, values]
     passes = serving(total.numel(), tensors, [torch.float64, torch.bool, torch.int32, torch.float32])

@@ -84,8 +84,6 @@ def answers_section(rows: Sequence[Mapping[str, Any]], models: Models = None) ->
     first: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         first.setdefault(row["task"], row)
-    shown = [
-        element("div", element("h3", task), example(row, models(task) if models else None))
-        for task, row in first.items()
-    ]
+    answers = {task: example(row, models(task) if models else None) for task, row in first.items()}
+    shown = [element("div", element("h3", task), one) for task, one in answers.items()]
     return Section("Answers", "Read what the models answer to one test row of each task", shown)

@@ -205,7 +205,7 @@ def better(metric: str) -> Literal["", "high", "low"]:
 
 def _column(metric: str, compared: bool) -> Column:
     is_share = metric in SHARES
-    show = percent if is_share else _loss
+    show = percent if is_share else lambda one: f"{one:.1e}" if 1e4 <= abs(one) < math.inf else number(one, 3)
     best: Any = partial(leads, metric=metric) if compared else ""
     return Column(METRICS.get(metric, metric), lambda rows: rows.mean(metric), show, is_share, best=best)
 
@@ -222,10 +222,6 @@ def _half(rows: Results, metric: str) -> float | None:
 
 def _tested(rows: Results) -> int:
     return sum(rows.where(task=task).rows[0].get("rows") or 0 for task in rows.values("task"))
-
-
-def _loss(value: float) -> str:
-    return number(value, 3) if abs(value) < 1e4 or not math.isfinite(value) else f"{value:.1e}"
 
 
 def _plain(value: Any) -> Any:

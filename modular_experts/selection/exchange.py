@@ -31,12 +31,9 @@ class Exchange:
     ) -> None:
         """Let the expert of the weight `name` keep other units, sorted, in place.
 
-        Args:
-            name, layer, units: The weight's name and layer, and the units to keep.
-            optimizers: What may hold state of the expert's parameters.
-            trained: Whether the present support was trained; a random one before the first step was not.
-            graded: Whether the packed parameter's gradient belongs to the new support already. If not, the accumulated
-                gradient moves along, and a newcomer's gradient starts from zero.
+        The optimizers may hold state of its parameters. A random support before the first step was not `trained`. If
+        the packed parameter's gradient does not belong to the new support yet (`graded`), the accumulated gradient
+        moves along, and a newcomer's gradient starts from zero.
         """
         expert = layer.expert
         # A copy, for the expert changes its support in place.

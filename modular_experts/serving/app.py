@@ -118,14 +118,14 @@ class _Server:
             raise refusal(404, str(error), "model") from None
         except (ValueError, FileNotFoundError) as error:
             raise refusal(400, str(error)) from None
-        form = kind(body, answer, self.answerer.tokenizer.decode)
+        form, headers = kind(body, answer, self.answerer.tokenizer.decode), answer.choice.headers
         if self.limits.log_prompts:
             log.info("%s asks %s: %s", form.id, answer.choice.name, body.prompt)
         pieces = self._measured(form, answer, started)
         if body.stream:
-            return _Stream(form.events(pieces), media_type="text/event-stream", headers=form.headers)
+            return _Stream(form.events(pieces), media_type="text/event-stream", headers=headers)
         whole = await _unless_gone(request, _joined(pieces))
-        return JSONResponse(form.whole(whole), headers=form.headers)
+        return JSONResponse(form.whole(whole), headers=headers)
 
     async def _measured(self, form: "_Form", answer: Answer, started: float) -> AsyncIterator[Piece]:
         """Yield the pieces of an answer until its time is over, and count them."""
@@ -174,12 +174,6 @@ class _Form:
     ) -> None:
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self.body, self.answer, self._decode = body, answer, decode
-
-    @property
-    def headers(self) -> dict[str, str]:
-        choice = self.answer.choice
-        shown = {} if choice.confidence is None else {"X-Expert-Confidence": f"{choice.confidence:.4f}"}
-        return {"X-Expert": choice.name} | shown
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         """Return the answer in one piece."""
@@ -352,5 +346,4 @@ def send_refusal(request: Request, error: Any) -> JSONResponse:
 
 
 def _refuse_fields(request: Request, error: Any) -> JSONResponse:
-    message, field = sentence(error.errors())
-    return JSONResponse(_detail(400, message, field), 400)
+    return send_refusal(request, refusal(400, *sentence(error.errors())))

@@ -87,7 +87,8 @@ class Engine:
 
     def __init__(self, model: Any, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30) -> None:
         self.model, self.rows, self.cache_tokens = model.eval(), rows, cache_tokens
-        self.reader = _twin(model)
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.reader: nn.Module = copy.deepcopy(model, shared)
         self.experts = HeldExperts(model, expert_bytes, self._pause)
         self._manager: Any = None
         self._answering: dict[str, _Row] = {}
@@ -311,9 +312,3 @@ def _gates(rows: Sequence[tuple[int, Sequence[tuple[int, float]]]], device: torc
     ids = torch.tensor([[slot for slot, _ in slots] for slots in padded]).repeat_interleave(counts, 0)
     weights = torch.tensor([[weight for _, weight in slots] for slots in padded]).repeat_interleave(counts, 0)
     return Gates(ids.to(device), weights.to(device))
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that has the same tensors and modules of its own."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

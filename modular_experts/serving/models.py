@@ -51,6 +51,12 @@ class Choice(NamedTuple):
         parts = [(f"{weight:.6f}".rstrip("0").rstrip("."), one.name) for one, weight in self.experts]
         return "+".join(name if share == "1" else f"{share}*{name}" for share, name in parts) or BASE
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What an answer tells of the choice."""
+        shown = {} if self.confidence is None else {"x-expert-confidence": f"{self.confidence:.4f}"}
+        return {"x-expert": self.name} | shown
+
 
 class Sum:
     """Experts that a request names itself."""
@@ -189,7 +195,8 @@ class Models:
             directory = self._library.directory / name
             if not ((directory / RECORD_FILE).is_file() or is_adapter(directory)):
                 known = [BASE, AUTO, *self._library]
-                raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or _some(known)}")
+                some = f"; there are {', '.join(known[:8])}{', and more' * (len(known) > 8)}"
+                raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or some}")
             before, found = self._open.pop(name, (None, None))
             version = _version(directory)  # before it is opened, so that a replacement meanwhile is seen
             if found is None or before != [version, *self._behind(found[0])]:
@@ -221,7 +228,3 @@ def _term(whole: str, text: str) -> tuple[str, float]:
     if found is None or len(whole) > 4096:
         raise UnknownModelError(f"{whole[:200]!r} names no model; give the name of one, or a sum such as 'a+0.5*b'")
     return found[2], 1.0 if found[1] is None else float(found[1])
-
-
-def _some(known: Sequence[str]) -> str:
-    return f"; there are {', '.join(known[:8])}{', and more' * (len(known) > 8)}"

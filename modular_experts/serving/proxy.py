@@ -102,8 +102,7 @@ class _Proxy(Answerer):
         if isinstance(asked, dict) and asked.get("model") == AUTO:
             choice = await self._choose(asked)
             body = json.dumps(asked | {"model": await self._name(choice.name, headers)}).encode()
-            own = {"x-expert": choice.name}
-            own |= {} if choice.confidence is None else {"x-expert-confidence": f"{choice.confidence:.4f}"}
+            own = choice.headers
         url = httpx.URL(path=request.url.path, query=request.url.query.encode())
         return _Passed(await self._send(request.method, url, headers, body), own)
 

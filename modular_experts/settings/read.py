@@ -10,6 +10,7 @@ import inspect
 import sys
 import types
 import typing
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -173,7 +174,11 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
     for name, default in defaults.items():
         if default is inspect.Parameter.empty and name not in settings:
             raise UsageError(f"{prefix}{name} must be given, on the command line or in --config")
-    described = {name: _default(hints[name], default) for name, default in defaults.items()}
+    described = {}
+    for name, default in defaults.items():
+        described[name] = _as_it_is(default).plain
+        with suppress(UsageError):
+            described[name] = read("", hints[name], default).plain
 
     def made() -> dict[str, Any]:
         arguments = given.make()
@@ -184,12 +189,6 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
         return arguments
 
     return Read(described | given.plain, made)
-
-
-def _default(hint: Any, default: Any) -> Any:
-    with suppress(UsageError):
-        return read("", hint, default).plain
-    return _as_it_is(default).plain
 
 
 def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -224,13 +223,6 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
     return hints, defaults
 
 
-class _Names(dict[str, Any]):
-    """Names for annotations, of which an unknown one means `Any`."""
-
-    def __missing__(self, name: str) -> Any:
-        return Any
-
-
 def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(maker)
@@ -238,8 +230,8 @@ def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
         # A class may name TaskMixture without importing it, so that it is fast to import; others, such as WandbLogger,
         # import names for type checkers alone.
         own = vars(sys.modules[maker.__module__])
-        known = _Names(vars(builtins) | vars(importlib.import_module("modular_experts.data")) | own)
-        return typing.get_type_hints(maker, localns=known)
+        named = vars(builtins) | vars(importlib.import_module("modular_experts.data")) | own
+        return typing.get_type_hints(maker, localns=defaultdict(lambda: Any, named))
 
 
 def class_named(option: str, hints: Iterable[Any], name: str | None) -> tuple[Any, int]:

@@ -51,7 +51,11 @@ def train_gates(
             raise ValueError(
                 f"the expert moves {strange}, which is not the weight of a linear layer, so it cannot have a gate"
             )
-        return {known[name]: partial(_gated, delta) for name, delta in expert.items()}
+
+        def gated(delta: Delta, weight: Tensor, site: Site) -> Gated:
+            return Gated(weight, (delta.T if site.is_transposed else delta).to(weight.device))
+
+        return {known[name]: partial(gated, delta) for name, delta in expert.items()}
 
     losses = []
     with Injected(model, plan):
@@ -69,7 +73,3 @@ def train_gates(
             optimizer.step()
             losses.append(loss.item())
         return {name: DataStatistic(one.gate.detach()) for name, one in gates.items()}, losses
-
-
-def _gated(delta: Delta, weight: Tensor, site: Site) -> Gated:
-    return Gated(weight, (delta.T if site.is_transposed else delta).to(weight.device))

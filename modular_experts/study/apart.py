@@ -30,10 +30,8 @@ ROWS = 64
 class Apart:
     """One way to keep the experts of a kind in fewer bytes.
 
-    Attributes:
-        form: Settings of the `Form` of all experts; None takes the smallest form of each within the `bound`.
-        bound: How much the loss on at most `rows` validation rows may rise, in nats a target token.
-        method: Settings of a merge method that gives each task an expert of its own, in the place of a form.
+    All experts have one `form`, or without it each the smallest whose loss on at most `rows` validation rows rises by
+    at most the `bound`, in nats a target token. Or a merge `method` gives each task an expert of its own.
     """
 
     name: str

@@ -38,11 +38,6 @@ def pieces_of(study: Study, out: Path, only: Collection[str] = ()) -> list[Piece
     return kept[::-1]
 
 
-def _read(study: Study, statistics: str) -> dict[str, Any]:
-    """Return the settings by which rows are read for statistics; inputs do not depend on `eval_limit`."""
-    return {key: value for key, value in study.data.items() if key != "eval_limit" or not KINDS[statistics].of_inputs}
-
-
 class _Plan:
     def __init__(self, study: Study, out: Path) -> None:
         self.out = out
@@ -71,10 +66,11 @@ class _Plan:
             tested = [*study.tasks] if study.matrix else [task]
             about = {"kind": kind, "seed": seed, "own": [task]}
             self._test(name, (name,), tested, (kind, task, seed), [trained[task]], **about)
-        statistics = {
-            of: self._add(("statistics", kind, of, seed), take, (kind, of, seed), [_read(study, of)], trained.values())
-            for of in sorted(set[str]().union(*(way.statistics for way in study.merges[kind])))
-        }
+        statistics: dict[str, Key] = {}
+        for of in sorted(set[str]().union(*(way.statistics for way in study.merges[kind]))):
+            # Inputs do not depend on `eval_limit`.
+            read = {k: value for k, value in study.data.items() if k != "eval_limit" or not KINDS[of].of_inputs}
+            statistics[of] = self._add(("statistics", kind, of, seed), take, (kind, of, seed), [read], trained.values())
         for name, path in study.measures.items():
             measured = (kind, name, seed)
             self._add(("statistics", *measured), measure_experts, measured, [path, [*study.held_in]], trained.values())

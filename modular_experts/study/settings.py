@@ -22,15 +22,7 @@ from modular_experts.settings.read import make
 from modular_experts.study.apart import Apart
 from modular_experts.study.merges import check_kinds, read_ways
 from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
-from modular_experts.study.short_forms import (
-    Kinds,
-    Settings,
-    content_hash,
-    for_seed,
-    read_tasks,
-    spelt_out,
-    stored_in,
-)
+from modular_experts.study.short_forms import Kinds, Settings, content_hash, for_seed, read_tasks, spelt_out, stored_in
 from modular_experts.text import did_you_mean
 from modular_experts.training.settings import read_run
 
@@ -159,7 +151,9 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         measures={**(given.measures or {})},
     )
     if given.published:
-        study = replace(study, published=_read_published(given.published, _models(study)))
+        merged = [f"{kind} {way.name}" for kind, ways in study.merges.items() for way in ways]
+        models = [BASE, *(f"{kind}{SINGLE}" for kind in study.experts), *merged, *study.joint]
+        study = replace(study, published=_read_published(given.published, models))
     _check_names(study)
     for seed in seeds[1:]:
         study.at(seed)  # refuses files that are not there
@@ -265,17 +259,6 @@ def _read_published(given: Mapping[str, Any], models: Collection[str]) -> Publis
                 f"published.rows: {name} has {figures}; give the means as {{held_in: 51.4, held_out: 43.1}}"
             )
     return found
-
-
-def _models(study: Study) -> list[str]:
-    """Return the names of a study's models as its tables name them; merges are of all experts."""
-    singles = [f"{kind}{SINGLE}" for kind in study.experts]
-    return [
-        BASE,
-        *singles,
-        *[f"{kind} {way.name}" for kind in study.merges for way in study.merges[kind]],
-        *study.joint,
-    ]
 
 
 def _check_names(study: Study) -> None:

@@ -81,13 +81,12 @@ def beside_published(results: Results) -> Table | None:
         for role, words in ROLES.items()
         for whose in show
     ]
-    lines = [Line(name, (_ours(results, name), figures)) for name, figures in published["rows"].items()]
+    lines = []
+    for model, figures in published["rows"].items():
+        kind = model.removesuffix(SINGLE)
+        ours = results.where(model=model) if kind == model else judged(results, kind).where(merge=None)
+        lines.append(Line(model, (ours, figures)))
     return Table(columns, [lines], METRICS[metric])
-
-
-def _ours(results: Results, model: str) -> Results:
-    kind = model.removesuffix(SINGLE)
-    return results.where(model=model) if kind == model else judged(results, kind).where(merge=None)
 
 
 def judged(results: Results, kind: str) -> Results:

@@ -219,9 +219,7 @@ def made(option: str, kind: Any, settings: Any) -> Any:
     return _made(option, kind, json.dumps(settings))
 
 
-@cache
-def _made(option: str, kind: Any, settings: str) -> Any:
-    return make(option, kind, json.loads(settings))
+_made = cache(lambda option, kind, settings: make(option, kind, json.loads(settings)))
 
 
 def about_expert(expert: StoredExpert) -> dict[str, Any]:

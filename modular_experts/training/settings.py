@@ -50,7 +50,9 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
     # Also an empty group has settings that must be given.
     whole = {"model": {}, "data": {}, **settings, "trainer": trainer}
     found = read_arguments("--", RunSettings, whole)
-    _check_pattern(found.plain["model"].get("modules"))
+    modules = found.plain["model"].get("modules")
+    if isinstance(modules, str) and len(words := modules.split()) > 1:
+        raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
 
     def made() -> dict[str, Any]:
         try:
@@ -79,11 +81,6 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
         }
 
     return Read(found.plain, made)
-
-
-def _check_pattern(modules: Any) -> None:
-    if isinstance(modules, str) and len(words := modules.split()) > 1:
-        raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
 
 
 def settings_of_checkpoint(path: Path) -> dict[str, Any]:

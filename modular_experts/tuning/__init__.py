@@ -10,18 +10,5 @@ from modular_experts.tuning.objective import Objective, Trial, ValidationRows, o
 from modular_experts.tuning.search import CoefficientSearch, Found, Searched, search
 from modular_experts.tuning.tune import Tuned, tune
 
-__all__ = [
-    "ATLAS",
-    "AdaMerging",
-    "CoefficientSearch",
-    "Combination",
-    "Found",
-    "Objective",
-    "Searched",
-    "Trial",
-    "Tuned",
-    "ValidationRows",
-    "objective_on_base",
-    "search",
-    "tune",
-]
+__all__ = ["ATLAS", "AdaMerging", "CoefficientSearch", "Combination", "Found", "Objective", "Searched", "Trial"]
+__all__ += ["Tuned", "ValidationRows", "objective_on_base", "search", "tune"]

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
 
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.progress import Progress
@@ -36,21 +35,19 @@ def descend(
     bounds: tuple[float, float] | None = None,
     decay: bool = False,
 ) -> Found:
-    """Return the coefficients after some steps of Adam, and leave the model at them.
+    """Return the coefficients after some steps of Adam from `start`, and leave the model at them.
 
-    Each step takes the next batch of every task, in turn. Tasks share passes (`joint`), because the inner product with
-    every expert costs the same for one task and for many.
-
-    Args:
-        measured: What is lowered.
-        start: The first coefficients, as `first_coefficients` gives them.
-        bounds: Interval into which every coefficient is clamped after each step.
-        decay: Whether the rate falls linearly to 0.
+    Each step takes the next batch of every task, in turn, and clamps each coefficient into `bounds`; with `decay` the
+    rate falls linearly to 0. Tasks share passes (`joint`), because the inner product with every expert costs the same
+    for one task and for many.
     """
     coefficients = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
     shape, trials = (max(len(start), len(combination.names)), combination.experts), []
-    with combination.gradients(len(start) > len(combination.names)) as gathered, _attention(objective.model):
+    # On a CPU the backward of fused attention is slow in bfloat16.
+    slow = objective.model.device.type == "cpu" and objective.model.dtype == torch.bfloat16
+    attention: Any = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+    with combination.gradients(len(start) > len(combination.names)) as gathered, attention:
         for step in map(int, progress([str(number) for number in range(steps)])):
             combination.move_to(coefficients.detach().expand(shape))
             gathered.zero_()
@@ -108,12 +105,6 @@ def _joined(batches: Sequence[Batch]) -> Batch:
         columns = zip(*(batch["prediction"] for batch in batches), strict=True)
         joined["prediction"] = Prediction(*map(torch.cat, columns))
     return joined
-
-
-def _attention(model: PreTrainedModel) -> AbstractContextManager[object]:
-    """Return a context in which attention's backward is quick: on a CPU the fused one is slow in bfloat16."""
-    slow = model.device.type == "cpu" and model.dtype == torch.bfloat16
-    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
 def _check_descent(search: "AdaMerging | ATLAS") -> None:

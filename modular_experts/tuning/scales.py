@@ -51,13 +51,9 @@ def fitted_factors(
 ) -> list[dict[str, Tensor]]:
     """Return for each coding the `row_factors` of each weight, on the inputs that the layers of the expert get.
 
-    The weights are the matrices of linear layers whose delta is not low-rank. The Gram matrices take at most as much
-    memory as the model, and a pass over the data measures as many as fit.
-
-    Args:
-        model: The base of the expert; it is bit for bit as before afterwards.
-        deltas: The expert.
-        codings: Each returns the coded delta of a weight by its name.
+    A coding returns the coded delta of a weight by its name. The weights are the matrices of linear layers whose delta
+    is not low-rank. The Gram matrices take at most as much memory as the model, which is as before afterwards, bit for
+    bit, and a pass over the data measures as many as fit.
     """
     found: list[dict[str, Tensor]] = [{} for _ in codings]
     wanted = {n: d for n, d in deltas.items() if len(d.shape) == 2 and not isinstance(d, LowRank) and not d.is_empty}

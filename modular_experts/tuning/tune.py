@@ -116,12 +116,8 @@ def tune_groups(
 ) -> tuple[list[Trial], Trial]:
     """Choose settings that the merges of several groups of experts share, by the mean loss over the tasks of all.
 
-    Args:
-        groups: The experts of each group, and an objective on its own tasks; no two groups share a task.
-        method: The method, with the settings that are not tuned.
-        grid: As for `tune`.
-        folder: Where the merges of several groups lie meanwhile, each as large as the base; by default among the
-            temporary files of the system.
+    Each group has an objective on its own tasks, and no two share a task. The merges of several groups lie in `folder`
+    meanwhile, each as large as the base; by default among the temporary files of the system.
     """
     candidates = itertools.chain.from_iterable(
         _trials(groups, one, settings, scales, folder) for one, settings, scales in _candidates(method, grid or {})

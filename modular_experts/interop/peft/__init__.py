@@ -9,13 +9,5 @@ from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, Peft
 from modular_experts.interop.peft.read import read_peft
 from modular_experts.interop.peft.write import export
 
-__all__ = [
-    "EncodedWeight",
-    "LoraFormat",
-    "PeftFormat",
-    "ShiraFormat",
-    "SupertuningFormat",
-    "ask_peft",
-    "export",
-    "read_peft",
-]
+__all__ = ["EncodedWeight", "LoraFormat", "PeftFormat", "ShiraFormat", "SupertuningFormat", "ask_peft", "export"]
+__all__ += ["read_peft"]

@@ -35,13 +35,9 @@ class Ranking:
 def rank(
     removable: Removable, text: Tensor, damping: float = DAMPING, progress: Callable[[int], None] = lambda done: None
 ) -> Ranking:
-    """Rank the parts of a model on a text.
+    """Rank the parts of a model on a text of token ids `(rows, tokens)`.
 
-    Args:
-        removable: The parts.
-        text: Token ids `(rows, tokens)`.
-        damping: Share of the mean of a Gram matrix's diagonal that is added to the diagonal before it is inverted.
-        progress: Called after each block with the number of those that are done.
+    The share `damping` of the mean of a Gram matrix's diagonal is added to the diagonal before it is inverted.
     """
     steps = BlockByBlock(removable, removable.model, text)
     hidden, turned = steps.embedded, list[float]()

@@ -76,9 +76,7 @@ def oriented(layer: nn.Module) -> Tensor:
 class BlockByBlock:
     """A model, whole or cut, that runs one block at a time over a text `(rows, tokens)`; each row is a pass of its own.
 
-    Attributes:
-        blocks: The model's transformer blocks.
-        embedded: For each row the hidden states `(1, tokens, hidden)` that enter the first block.
+    For each row, `embedded` has the hidden states `(1, tokens, hidden)` that enter the first block.
     """
 
     def __init__(self, removable: Removable, model: PreTrainedModel, text: Tensor) -> None:

@@ -108,8 +108,13 @@ class MoA(LayerPlan):
         if self.adapter_size:
             planned[f"{block}.mlp"] = lambda module: ParallelAdapter(made[0], len(sites), self.adapter_size)
         if self.prompts:
-            place = _attention(block, sites, self.prompts)
-            planned[place] = lambda module: PromptAttention(module, made[0], self.prompts)
+            found = {site.layer: site.name.rpartition(".")[0] for site in sites}
+            if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= found.keys():
+                raise ValueError(
+                    f"MoA: prompts={self.prompts} need layers q_proj, k_proj, v_proj and o_proj among `modules`, and "
+                    f"{block} has {', '.join(found)}; set prompts to 0"
+                )
+            planned[found["o_proj"]] = lambda module: PromptAttention(module, made[0], self.prompts)
         return planned | {block: gates}
 
 
@@ -288,13 +293,3 @@ class PromptAttention(ModuleExpert):
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_queries": None}
-
-
-def _attention(block: str, sites: Sequence[Site], prompts: int) -> str:
-    found = {site.layer: site.name.rpartition(".")[0] for site in sites}
-    if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= found.keys():
-        raise ValueError(
-            f"MoA: prompts={prompts} need layers q_proj, k_proj, v_proj and o_proj among `modules`, and {block} has "
-            f"{', '.join(found)}; set prompts to 0"
-        )
-    return found["o_proj"]
