@@ -47,6 +47,13 @@ def bytes_text(size: float) -> str:
     return f"{size:.3g} TB"
 
 
+def score_text(score: object) -> str:
+    """Return a score of a record: a number to four digits, or several by name in brackets."""
+    if isinstance(score, dict):
+        return f"({', '.join(f'{name} {score_text(value)}' for name, value in score.items())})"
+    return f"{score:.4g}" if isinstance(score, float) else str(score)
+
+
 def bytes_of(text: str | int) -> int:
     """Parse a size such as `2GB` or `512 MiB`, or a number of bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?\s*", str(text).upper())

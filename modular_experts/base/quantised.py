@@ -29,9 +29,7 @@ def quantiser(form: str, dtype: torch.dtype) -> Any:
         raise ValueError(f"quantise={form!r} does not compute in float64; set dtype to float32 or bfloat16")
     library = "torchao" if form.endswith("-torchao") else "bitsandbytes"
     if importlib.util.find_spec(library) is None:
-        raise ImportError(
-            f"quantise={form!r} needs {library}, which is not installed: pip install 'modular-experts[quantised]'"
-        )
+        raise ImportError(f"quantise={form!r} needs {library}: pip install 'modular-experts[quantised]'")
     # They name kernels of a GPU that they do not find, and each layer that casts its inputs.
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -49,9 +49,7 @@ def stemmed_rouge_l(generated: str, target: str) -> float:
     try:
         return _rouge_l(generated, target, use_stemmer=True)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            "stemmed_rouge_l needs nltk, which is not installed: pip install 'modular-experts[rouge]'"
-        ) from error
+        raise ValueError("stemmed_rouge_l needs nltk: pip install 'modular-experts[rouge]'") from error
 
 
 def _rouge_l(generated: str, target: str, use_stemmer: bool = False) -> float:

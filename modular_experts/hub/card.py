@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from modular_experts.library.record import MERGE
-from modular_experts.text import bytes_text
+from modular_experts.text import bytes_text, score_text
 
 CARD_FILE = "README.md"
 _LIBRARY = "modular-experts"
@@ -88,7 +88,7 @@ def _table(entries: Sequence[CardEntry]) -> Iterator[str]:
     for entry in entries:
         tasks = list(map(str, entry.record["tasks"]))
         shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
-        scores = ", ".join(f"{name} {_number(score)}" for name, score in sorted(entry.record["scores"].items()))
+        scores = ", ".join(f"{name} {score_text(score)}" for name, score in sorted(entry.record["scores"].items()))
         cells = [entry.name, entry.record["kind"], shown, bytes_text(entry.size)]
         cells += [scores or "none", entry.record["content_hash"][:12]]
         yield f"| {' | '.join(map(_plain, cells))} |"
@@ -107,12 +107,6 @@ def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     if any(entry.hub_base is None for entry in entries):
         yield "`BASE` is the directory of the base; another one is refused, by its fingerprint."
     yield '`TASK.jsonl` is a file of rows `{"input": ..., "target": ...}`; transformers loads `checkpoint`.\n'
-
-
-def _number(score: Any) -> str:
-    if isinstance(score, dict):
-        return "(" + ", ".join(f"{name} {_number(value)}" for name, value in score.items()) + ")"
-    return f"{score:.4g}" if isinstance(score, float) else str(score)
 
 
 def _plain(text: Any) -> str:

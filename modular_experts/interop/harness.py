@@ -102,9 +102,7 @@ def harness(
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"the lm-evaluation-harness is not installed ({error}): pip install 'modular-experts[eval]'"
-        ) from None
+        raise ValueError(f"lm-eval is not installed ({error}): pip install 'modular-experts[eval]'") from None
     found, models = open_models(base, experts)
     found.quantise = measuring.quantise or found.quantise
     tokenizer, limit, dtype = found.tokenizer(), measuring.limit, measuring.dtype
@@ -235,8 +233,7 @@ def _loaded_files(tasks: Mapping[str, HarnessTask]) -> list[Any]:
     def from_memory(task: HarnessTask) -> dict[str, Any]:
         return {**task.settings, "custom_dataset": lambda **_: {"test": Dataset.from_list(task.rows)}}
 
-    manager = TaskManager(include_defaults=False)
-    return [manager.load([from_memory(task) for task in tasks.values()])] if tasks else []
+    return [TaskManager(include_defaults=False).load(list(map(from_memory, tasks.values())))] if tasks else []
 
 
 def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> list[Any]:

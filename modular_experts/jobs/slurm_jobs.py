@@ -50,9 +50,7 @@ class SlurmJobs(Executor):
         try:
             submitit = importlib.import_module("submitit")
         except ModuleNotFoundError:
-            raise ValueError(
-                "the engine slurm needs submitit, which is not installed: pip install 'modular-experts[slurm]'"
-            ) from None
+            raise ValueError("the engine slurm needs submitit: pip install 'modular-experts[slurm]'") from None
         if not isinstance(time, int):
             raise ValueError(f"time={time!r} of the engine slurm is not a number of minutes; write one, such as 240")
         given = {"time": time, **options}.items()
@@ -61,9 +59,7 @@ class SlurmJobs(Executor):
             # This starts nothing.
             found = subprocess.run(["sbatch", "--test-only", *flags, "--wrap=true"], capture_output=True, text=True)
         except FileNotFoundError:
-            raise ValueError(
-                "the engine slurm needs the command sbatch; run this on a login node of a cluster"
-            ) from None
+            raise ValueError("the engine slurm needs sbatch; run this on a login node of a cluster") from None
         if found.returncode:
             raise ValueError(f"SLURM refuses {' '.join(flags)}: {found.stderr.strip().splitlines()[-1]}")
         self.folder, self.poll_seconds = Path(folder).absolute(), poll_seconds

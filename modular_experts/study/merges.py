@@ -257,9 +257,7 @@ def read_ways(merges: Iterable[Any], kinds: Mapping[str, Sequence[str]]) -> dict
         before = {name: one for name, (one, its) in found.items() if {*combines} <= {*its}}
         way = read(given, before)
         if way.name in found:
-            raise ValueError(
-                f"two merges are called {way.name!r}; name one of them: {{method: {way.name}, name: mine}}"
-            )
+            raise ValueError(f"two merges are called {way.name!r}; name one: {{method: {way.name}, name: mine}}")
         found[way.name] = way, combines
     return found
 

@@ -195,9 +195,7 @@ def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list
                 meant = "" if file.suffix in (".yaml", ".yml") else f"; a type of expert is {{expert: {file}}}"
                 raise ValueError(f"experts.{kind}: {file} cannot be read as a config of fit ({why}){meant}") from None
         if not isinstance(one, Mapping):
-            raise ValueError(
-                f"experts.{kind} is {one!r}; give a config of fit, or its settings: {{expert: LoRAExpert}}"
-            )
+            raise ValueError(f"experts.{kind} is {one!r}; give a config of fit, or settings: {{expert: LoRAExpert}}")
         found.append(dict(one))
     own = found[bool(shared) :]
     if stored_in(own) and (more := [key for one in own for key in one if key != "stored"]):
@@ -255,9 +253,7 @@ def _read_published(given: Mapping[str, Any], models: Collection[str]) -> Publis
             near = did_you_mean(name, models) or f"; they are {', '.join(models)}"
             raise ValueError(f"published.rows: {name!r} is not a model of this study{near}")
         if not set(figures) <= set(ROLES):
-            raise ValueError(
-                f"published.rows: {name} has {figures}; give the means as {{held_in: 51.4, held_out: 43.1}}"
-            )
+            raise ValueError(f"published.rows: {name} has {figures}; give means as {{held_in: 51.4, held_out: 43.1}}")
     return found
 
 

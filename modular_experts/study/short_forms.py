@@ -60,9 +60,7 @@ def named_tasks(word: str) -> list[Settings]:
             raise ValueError(f"no file matches {word!r}; the pattern starts from the current directory")
         return [{"path": file} for file in files]
     if path.is_dir() and not [*path.glob("dataset_*.json")]:
-        raise ValueError(
-            f"{word} is a directory that datasets.save_to_disk did not write; give its files: {word}/*.jsonl"
-        )
+        raise ValueError(f"{word} is not a directory of datasets.save_to_disk; give its files: {word}/*.jsonl")
     if not path.exists() and word.isidentifier() and word[0].isupper():
         return [{"name": re.sub(r"(?<!^)(?=[A-Z])", "-", word).lower(), "source": word}]
     is_on_hub = not path.exists() and not path.suffix and re.fullmatch(r"[\w.-]+/[\w.-]+", word)

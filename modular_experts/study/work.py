@@ -137,16 +137,12 @@ class ChoiceRows(TaskMixture):
 
     def __init__(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase | None = None, **reading: Any) -> None:
         if held_out := [task.name for task in tasks if not task.held_in]:
-            raise ValueError(
-                f"{held_out[0]} is held out, and a held-out task must not choose anything; give held-in tasks"
-            )
+            raise ValueError(f"{held_out[0]} is held out, and must not choose anything; give held-in tasks")
         super().__init__(tasks, tokenizer, **reading)
 
     def setup(self, stage: str | None = None) -> None:
         if stage not in ("fit", "validate"):
-            raise ValueError(
-                f"stage={stage!r} reads test rows, and a test row must not choose anything; take 'validate'"
-            )
+            raise ValueError(f"stage={stage!r} reads test rows, which must not choose anything; take 'validate'")
         super().setup(stage)
 
 

@@ -42,9 +42,7 @@ class EvaluatedModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         roles = source_of(self.trainer).roles
         if not roles:
-            raise ValueError(
-                "scores need the role of each task: give a TaskMixture, or a data module that is a DataSource"
-            )
+            raise ValueError("scores need the role of each task: give a TaskMixture or another DataSource")
         self.scores = TaskScores(roles, self.metrics).to(self.device)
         # A fit moves values alone, so it asks once; `ExpertModule.on_fit_start` forgets the answer.
         if self.trainer.state.fn != "fit" or self._packs_evaluation is None:

@@ -7,6 +7,7 @@ ProDistill (Xu et al., ICML 2025), there with a coefficient for each entry.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,9 +137,7 @@ def distill_blocks(
     """
     names = sorted({name for expert in experts for name in expert})
     if not (inner := [block for block in map(block_of, names) if block]):
-        raise ValueError(
-            "by=block needs experts that move weights of transformer blocks; these do not, so take by=model"
-        )
+        raise ValueError("by=block needs experts that move weights of transformer blocks; take by=model")
     found = {name: experts[0][name] for name in names if block_of(name) is None and name in experts[0]}
     parent = inner[0].rpartition(".")[0]
     every = [batch for own_batches in batches.values() for batch in own_batches]
@@ -158,7 +157,7 @@ def distill_blocks(
         members = [{name: expert[name] for name in inside if name in expert} for expert in experts]
         with Combination(model, members, 1) as combination:
             if inside:
-                start, aim = first_coefficients(combination, "row", [1.0]), _distance_of(run)
+                start, aim = first_coefficients(combination, "row", [1.0]), partial(_distances, run)
                 target: Any = SimpleNamespace(model=model, batches=batches, losses=dict)
                 best = descend(combination, target, aim, start, learning_rate, steps, decay=True)
                 found |= dict(combination.deltas(best.coefficients))
@@ -209,12 +208,9 @@ class _Left(Exception):
     """Ends a forward pass behind the block."""
 
 
-def _distance_of(run: Run) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
-    def distance(_: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return each row's squared distances over the squared lengths of the expert's states, and its tokens."""
-        own, tokens = batch["states"][:, :, 1].float(), batch["attention_mask"]
-        away = (run(batch, batch["states"][:, :, 0])[1].float() - own).square().sum(-1)
-        # States of padding may be zero.
-        return (tokens * away / (own.square().sum(-1) + 1 - tokens)).sum(1), tokens.sum(1)
-
-    return distance
+def _distances(run: Run, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return each row's squared distances over the squared lengths of the expert's states, and its tokens."""
+    own, tokens = batch["states"][:, :, 1].float(), batch["attention_mask"]
+    away = (run(batch, batch["states"][:, :, 0])[1].float() - own).square().sum(-1)
+    # States of padding may be zero.
+    return (tokens * away / (own.square().sum(-1) + 1 - tokens)).sum(1), tokens.sum(1)

@@ -591,10 +591,10 @@ def test_what_chooses_settings_never_sees_test_rows_or_held_out_tasks(settings) 
     for name in Library("runs/mine/library"):
         found, known = (open_expert(f"{place}/library/{name}").content_hash for place in ("runs/mine", before))
         assert found == known, name
-    with pytest.raises(ValueError, match="first is held out, and a held-out task must not choose anything"):
+    with pytest.raises(ValueError, match="first is held out, and must not choose anything"):
         work.ChoiceRows([work.Task(path="first.jsonl", role="held_out")])
     for stage in ("test", "predict", None):
-        with pytest.raises(ValueError, match=f"stage={stage!r} reads test rows, and a test row must not choose"):
+        with pytest.raises(ValueError, match=f"stage={stage!r} reads test rows, which must not choose"):
             work.ChoiceRows([work.Task(path="upper.jsonl")]).setup(stage)
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from inspect import isabstract
@@ -138,10 +138,13 @@ def _write_peft(
 
 def find_format(form: str, rank: int | None) -> PeftFormat:
     import_systems("peft")
+    kinds: list[Any] = [PeftFormat]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
     # A format of a user's own, which may be of the same type, is found by its path.
-    ours = [kind for kind in _kinds_of(PeftFormat) if kind.__module__.startswith("modular_experts.")]
-    formats = {kind.peft_type.lower(): kind for kind in ours if not isabstract(kind)}
-    kind: Any = formats.get(form) or (locate(form) if "." in form else None)
+    ours = [kind for kind in kinds if kind.__module__.startswith("modular_experts.") and not isabstract(kind)]
+    formats = {kind.peft_type.lower(): kind for kind in ours}
+    kind = formats.get(form) or (locate(form) if "." in form else None)
     if not (isinstance(kind, type) and issubclass(kind, PeftFormat)):
         raise ValueError(
             f"form must be one of {', '.join(formats)}, or the dotted path of a PeftFormat, got "
@@ -150,12 +153,6 @@ def find_format(form: str, rank: int | None) -> PeftFormat:
     if rank is not None and kind is not LoraFormat:
         raise ValueError(f"rank={rank} is a setting of form lora, and form is {form}; leave rank out")
     return LoraFormat(rank) if kind is LoraFormat else kind()
-
-
-def _kinds_of(kind: type) -> Iterator[type[Any]]:
-    below: list[type[Any]] = kind.__subclasses__()
-    for one in below:
-        yield from (one, *_kinds_of(one))
 
 
 def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:

@@ -35,9 +35,7 @@ class RandomPaths(Schedule):
         experts = experts_of(cast(TrainedModule, pl_module), GLoRAExpert, "RandomPaths").values()
         counts = [math.prod(map(len, expert.choices().values())) for expert in experts]
         if not counts:
-            raise ValueError(
-                "RandomPaths found no GLoRAExpert in the model; give --expert GLoRAExpert, or leave it out"
-            )
+            raise ValueError("RandomPaths found no GLoRAExpert; give --expert GLoRAExpert, or leave it out")
         spread = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
         log.info("%d layers with %s paths each, one drawn for each step", len(counts), spread)
 
