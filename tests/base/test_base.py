@@ -53,7 +53,7 @@ def test_dtype_is_the_one_asked_for_or_else_the_stored_one(tmp_path):
 
 
 def test_base_is_found_where_the_record_or_the_library_leads(tiny_llama_dir, tmp_path):
-    class Expert:
+    class Expert(dict):
         name, path = "one", tmp_path / "library/one"
 
         def __init__(self, place, mark=None):
