@@ -1,10 +1,14 @@
-"""Print how far off the predicted memory of a fit is, on bases of random weights with the shapes of real ones.
+"""Print how far off predicted memory is, on bases of random weights with the shapes of real ones.
 
-Each line is one kind of expert of all linear layers, beside a base in bfloat16, nf4 or int8. One process predicts the
-memory (`estimate_fit(..., fit_into="1TB")`), and another takes two steps of the fit and reads the most memory that it
-had in them. `MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536`, set before, leave no gaps in the memory.
+A line of the work `fit` is one kind of expert of all linear layers, beside a base in bfloat16, nf4 or int8. One process
+predicts the memory (`estimate_fit(..., fit_into="1TB")`), and another takes two steps of the fit and reads the most
+memory that it had in them. `MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536`, set before, leave no gaps in
+the memory. The other works take twenty random experts of the kind: `merge` is their TIES merge, `apply` writes base
+plus one of them and loads both to compare them, and `route` passes a row through the base with all of them behind
+`Arrow`. Their predictions are the merge's own (`--dry-run`), and the bytes of the base and of the experts, each beside
+a process that has only imported the package.
 
-    python scripts/fit_memory.py --work FOLDER [--shapes Qwen3-1.7B Phi-3-mini] [--forms nf4] [--rows 2] [--length 128]
+    python scripts/fit_memory.py --work FOLDER [--shapes Qwen3-1.7B Phi-3-mini] [--forms nf4] [--works merge route]
 """
 
 import argparse
@@ -12,6 +16,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,16 @@ from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
 
-from modular_experts import LoRAExpert, SparseExpert, estimate_fit, fit
+from modular_experts import LoRAExpert, SparseExpert, apply, estimate_fit, fit, merge
+from modular_experts.base import Base
+from modular_experts.deltas import Delta, LowRank, Sparse
+from modular_experts.injection.attach import attached
+from modular_experts.library import make_record, open_experts, write_expert
+from modular_experts.merger.estimate import estimate
+from modular_experts.merger.merged import Merged
+from modular_experts.routing import Arrow
 from modular_experts.training.activations import high_water
+from modular_experts.training.route import route
 
 QWEN: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128}
 QWEN |= {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
@@ -79,7 +92,8 @@ def settings(base: Path, form: str, kind: str, rows: int, length: int) -> dict[s
     (base / "numbers.jsonl").write_text(f"{json.dumps(text)}\n" * 4 * rows)
     given = {"base": str(base), "tasks": [str(base / "numbers.jsonl")], "expert": KINDS[kind], "modules": "all-linear"}
     trainer = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "precision": "bf16-mixed"}
-    given |= {"steps": 2, "batch_size": rows, "model": {"dtype": "bfloat16"}, "data": {"max_length": length}}
+    given |= {"steps": 2, "batch_size": rows, "data": {"max_length": length}}
+    given["model"] = {"dtype": "bfloat16", "gradient_checkpointing": False}
     return given | {"trainer": trainer} | ({} if form == "bfloat16" else {"quantise": form})
 
 
@@ -90,12 +104,66 @@ class FromFirstStep(Callback):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def measured(way: str, *line: Any) -> int:
-    """Return the bytes that a fit takes as shapes predict it, or the most that this process had when it was done."""
-    if way == "predicted":
+def random_deltas(base: Base, kind: str, seed: int) -> Iterator[tuple[str, Delta]]:
+    """Yield a random delta of each linear layer but the head, of the kind's size."""
+    drawn, size = torch.Generator().manual_seed(seed), KINDS[kind].keywords
+    for name, shape in base.structure.shapes.items():
+        if not name.endswith("proj.weight"):
+            continue
+        if rank := size.get("rank"):
+            up, down = (torch.randn(one, generator=drawn) for one in ((shape[0], rank), (rank, shape[1])))
+            yield name, LowRank(0.01 * up, 0.01 * down)
+            continue
+        count = int(size["keep_ratio"] * shape.numel())
+        places = torch.randint(shape.numel(), (count,), generator=drawn, dtype=torch.int32).unique()
+        yield name, Sparse(places, 0.01 * torch.randn(len(places), generator=drawn), shape)
+
+
+def library_of(place: Path, kind: str) -> list[Path]:
+    """Return the places of twenty random experts of a base, which are made at the first time."""
+    base, folder = Base.open(place), place.parent / f"{place.name}-{kind.replace(' ', '-').replace('%', 'percent')}"
+    places = [folder / f"expert-{number}" for number in range(20)]
+    for number, one in enumerate(places):
+        if not one.exists():
+            write_expert(one, random_deltas(base, kind, number), make_record("random", base.facts, [one.name]))
+    return places
+
+
+def predicted(work: str, *line: Any) -> int:
+    """Return the bytes that a work is told to take."""
+    if work == "fit":
         return estimate_fit(**settings(*line), fit_into="1TB").peak
-    given = settings(*line)
-    fit(**given | {"trainer": given["trainer"] | {"callbacks": [FromFirstStep()]}})
+    experts, python = open_experts(library_of(line[0], line[2])), high_water(torch.device("cpu"))
+    if work == "merge":
+        return python + max(weight.peak for weight in estimate(Merged(experts, "TIES")))
+    weights = sum(2 * one.numel() for one in Base.open(line[0]).structure.model.parameters())
+    # An apply goes on with its experts' files closed; `route` maps those of all experts.
+    held = sum(sum(one.stored_bytes().values()) for one in experts) if work == "route" else 0
+    return python + weights + held
+
+
+def take(work: str, *line: Any) -> None:
+    if work == "fit":
+        given = settings(*line)
+        fit(**given | {"trainer": given["trainer"] | {"callbacks": [FromFirstStep()]}})
+        return
+    places = library_of(line[0], line[2])
+    out = places[0].parent / work
+    if work == "merge":
+        merge(places, "TIES", out, overwrite=True)
+    elif work == "apply":
+        apply(places[0], out, overwrite=True)
+    else:
+        routed, model = route(places, out, Arrow(), overwrite=True), Base.open(line[0]).load("bfloat16")
+        with torch.no_grad(), attached(model, routed, check=False):
+            model(input_ids=torch.arange(line[4])[None] % 10 + 3, use_cache=False)
+
+
+def measured(way: str, *line: Any) -> int:
+    """Return the bytes that a work takes as they are predicted, or the most that this process had when it was done."""
+    if way == "predicted":
+        return predicted(*line)
+    take(*line)
     return high_water(torch.device("cpu"))
 
 
@@ -110,24 +178,26 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["Qwen3-109M", "Qwen3-MoE-111M"])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["bfloat16"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["LoRA of rank 16"])
+    parser.add_argument("--works", nargs="+", choices=("fit", "merge", "apply", "route"), default=["fit"])
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--line", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--line", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.line:
-        way, base, form, kind, rows, length = options.line
-        print(measured(way, Path(base), form, kind, int(rows), int(length)))
+        way, work, base, form, kind, rows, length = options.line
+        print(measured(way, work, Path(base), form, kind, int(rows), int(length)))
         return
     print(
-        "| base | form | expert of all linear layers | predicted, MB | taken, MB | apart |\n|---|---|---|---|---|---|"
+        "| base | work | form | experts of all linear layers | predicted, MB | taken, MB | apart |\n" + 7 * "|---" + "|"
     )
-    for shape, form, kind in itertools.product(options.shapes, options.forms, options.kinds):
+    lines = itertools.product(options.shapes, options.works, options.forms, options.kinds)
+    for shape, work, form, kind in lines:
         if not (options.work / shape / "config.json").exists():
             make_base(options.work / shape, SHAPES[shape])
-        line = (options.work / shape, form, kind, options.rows, options.length)
+        line = (work, options.work / shape, form, kind, options.rows, options.length)
         predicted, taken = (in_own_process(way, *line) / 1e6 for way in ("predicted", "taken"))
         apart = f"{100 * (predicted / taken - 1):+.1f} %"
-        print(f"| {shape} | {form} | {kind} | {predicted:,.0f} | {taken:,.0f} | {apart} |", flush=True)
+        print(f"| {shape} | {work} | {form} | {kind} | {predicted:,.0f} | {taken:,.0f} | {apart} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ def test_a_tiny_base_is_made_predicted_and_trained(tmp_path, monkeypatch, capsys
 
     # In this process, which takes more than the fit.
     monkeypatch.setattr(fit_memory, "in_own_process", fit_memory.measured)
-    fit_memory.main(["--work", str(tmp_path), "--shapes", "tiny", "--rows", "2", "--length", "16"])
-    base, form, kind, predicted, taken, apart = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
-    assert (base, form, kind) == ("tiny", "bfloat16", "LoRA of rank 16")
-    assert float(predicted.replace(",", "")) == pytest.approx(float(taken.replace(",", "")), rel=0.1)
-    assert abs(float(apart.removesuffix(" %"))) < 10
+    works = ["fit", "merge", "apply", "route"]
+    fit_memory.main(["--work", str(tmp_path), "--shapes", "tiny", "--rows", "2", "--length", "16", "--works", *works])
+    lines = [
+        line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")
+    ]
+    assert [line[:4] for line in lines] == [["tiny", work, "bfloat16", "LoRA of rank 16"] for work in works]
+    for predicted, taken, apart in (line[4:] for line in lines):
+        assert float(predicted.replace(",", "")) == pytest.approx(float(taken.replace(",", "")), rel=0.1)
+        assert abs(float(apart.removesuffix(" %"))) < 10
     # The words of a process of its own.
-    fit_memory.main(["--line", "predicted", str(tmp_path / "tiny"), "bfloat16", "1 % of the entries", "2", "16"])
+    line = [str(tmp_path / "tiny"), "bfloat16", "1 % of the entries", "2", "16"]
+    for work in ("fit", "merge"):
+        fit_memory.main(["--line", "predicted", work, *line])
     assert int(capsys.readouterr().out.splitlines()[-1]) > 2**20
