@@ -188,4 +188,4 @@ class _KeptByBlocks:
         if self._alike and storage._cdata not in self._seen:
             self._seen[storage._cdata] = storage  # which stays, so that no other takes its place
             self.bytes += self._alike * storage.nbytes()
-        return tensor
+        return tensor.detach()  # else the graph would hold itself
