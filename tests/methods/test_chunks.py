@@ -20,14 +20,6 @@ def summed(chunk):
     return total, None
 
 
-@given(sizes, deltas_of_one_weight())
-def test_chunks_add_up_to_the_weight(size, deltas):
-    whole = sum(delta.dense().double() for delta in deltas)
-    with chunks_of_size(size):
-        merged = merge_by_chunks(deltas, summed)
-    torch.testing.assert_close(merged.dense().double(), whole, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     "method",
     [
@@ -89,18 +81,6 @@ def test_joined_entries_are_those_of_the_experts(size, most, deltas, weight, ali
             assert torch.equal(each, together)
             of_one = max(len(entries.values) for entries in chunk)
             assert all(len(entries.values) <= max(most, of_one) for entries, _ in pieces)
-
-
-def test_equal_weights_join_sparse_experts_and_others_stay_apart():
-    sparse = [random_delta(form, (6, 8), number) for number, form in enumerate(["Sparse", "BlockSparse", "Sparse"])]
-    dense = random_delta("Dense", (6, 8), 3)
-    for deltas, weights, count in [
-        (sparse, [0.5] * 3, 1),
-        (sparse, [0.5, 0.5, 1.0], 3),
-        ([*sparse[:2], dense, sparse[2]], [0.5] * 4, 3),
-    ]:
-        (chunk,) = chunks_of(deltas)
-        assert len(list(joined(chunk, weights))) == count
 
 
 def test_a_kept_zero_stays_in_the_support():

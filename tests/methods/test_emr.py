@@ -76,17 +76,6 @@ def test_one_factor_per_task_is_taken_over_all_weights(seed):
             torch.testing.assert_close(merged.dense().double(), shaped(expected, deltas), **CLOSE)
 
 
-def test_example_worked_by_hand():
-    one = Dense(torch.tensor([[4.0, -1.0, 3.0, 0.0, 2.0]]))
-    two = Dense(torch.tensor([[2.0, -3.0, -1.0, 5.0, -2.0]]))
-    assert EMR().merge([one, two]).dense().tolist() == [[4.0, -3.0, 3.0, 5.0, 0.0]]
-    # The factors: 10 / (4 + 3 + 3) and (2 + 3 + 1 + 5 + 2) / (4 + 3 + 5).
-    assert EMR().prepare([[one, two]]) == [1.0, 13 / 12]
-    (first,), (second,) = tasks_of(EMR(), [[one, two]])
-    assert first.dense().tolist() == [[4.0, -3.0, 3.0, 0.0, 0.0]]
-    torch.testing.assert_close(second.dense(), torch.tensor([[4.0, -3.0, 0.0, 5.0, 0.0]]) * 13 / 12)
-
-
 def test_task_that_is_outvoted_everywhere_gets_an_expert_that_moves_nothing():
     one, two = Dense(torch.tensor([[3.0, -3.0]])), Dense(torch.tensor([[-1.0, 1.0]]))
     (first,), (second,) = tasks_of(EMR(), [[one, two]])

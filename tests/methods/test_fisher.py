@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight
 
-from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import Fisher
 from modular_experts.methods.method import Context, DataStatistic
 
@@ -43,11 +42,3 @@ def test_fisher_equals_the_formula(deltas, seed, scale, normalise, floor):
     statistics = informations(deltas, seed)
     merged = merge(Fisher(scale, normalise, floor), deltas, statistics)
     torch.testing.assert_close(merged.dense().double(), formula(deltas, statistics, scale, normalise, floor), **CLOSE)
-
-
-def test_example_worked_by_hand():
-    deltas = [Dense(torch.tensor([[8.0, 8.0]])), Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((1, 2)))]
-    statistics = [DataStatistic(torch.tensor([[3.0, 1.0]])), DataStatistic(torch.tensor([[1.0, 3.0]]))]
-    merged = merge(Fisher(floor=1e-12), deltas, statistics).dense()
-    # (3 * 8 + 1 * 0) / 4: the second does not move the entry, but its data hold it a quarter back; (8 + 3 * 4) / 4
-    torch.testing.assert_close(merged, torch.tensor([[6.0, 5.0]]))

@@ -10,7 +10,7 @@ from testbed.merging import merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 import modular_experts.methods as m
-from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.deltas import LowRank
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 METHODS = [
@@ -94,12 +94,6 @@ def test_sparse_average_equals_the_formula(deltas, scale, count, exponent):
     torch.testing.assert_close(merged.dense().double(), sparse_average(deltas, scale, count, exponent), **CLOSE)
 
 
-@given(deltas_of_one_weight())
-def test_sparse_average_of_exponent_0_is_the_sum(deltas):
-    summed = m.TaskArithmetic().merge(deltas).dense()
-    torch.testing.assert_close(m.SparseAverage(exponent=0.0).merge(deltas).dense(), summed, **CLOSE)
-
-
 @given(deltas_of_one_weight(), st.lists(st.floats(-2, 2), min_size=4, max_size=4), st.floats(-2, 2))
 def test_task_arithmetic_is_the_scaled_weighted_sum(deltas, weights, scale):
     weights = weights[: len(deltas)]
@@ -108,22 +102,13 @@ def test_task_arithmetic_is_the_scaled_weighted_sum(deltas, weights, scale):
     torch.testing.assert_close(merged.dense().double(), exact, rtol=1e-9, atol=1e-12)
 
 
-def test_weights_of_task_arithmetic_are_not_divided_by_their_sum():
-    deltas = [Dense(torch.full((2, 2), value)) for value in (1.0, 4.0)]
-    assert m.TaskArithmetic(weights=[3, 1]).merge(deltas).dense().eq(7).all()
-    assert m.Average(weights=[3, 1]).merge(deltas).dense().eq(7 / 4).all()
-    assert m.TaskArithmetic(weights=[1, -1]).merge(deltas).dense().eq(-3).all()
-    assert m.TaskArithmetic(weights=[0, 0]).merge(deltas).dense().eq(0).all()
-    assert torch.equal(m.TaskArithmetic(weights=[1, 1]).merge(deltas).dense(), m.TaskArithmetic().merge(deltas).dense())
-
-
 @given(deltas_of_one_weight(), st.floats(0.01, 1), st.floats(-2, 2))
 def test_ties_equals_the_formula(deltas, keep, scale):
     merged = m.TIES(keep=keep, scale=scale).merge(deltas)
     torch.testing.assert_close(merged.dense().double(), ties(deltas, keep, scale), **CLOSE)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.sampled_from(METHODS), deltas_of_one_weight(), st.sampled_from([-4.0, 0.5]))
 def test_a_negative_factor_of_all_experts_is_one_of_the_merge_too(method, deltas, factor):
     merged = run(method, deltas) * factor
@@ -149,11 +134,3 @@ def test_stored_float32_values_are_rounded_once(form):
     ]:
         exact = run(method, [delta.to(dtype=torch.float64) for delta in deltas]).dense()
         assert torch.equal(run(method, deltas).dense(), exact.float()), method
-
-
-def test_sparse_average_leaves_what_one_expert_alone_has_learned():
-    one = Sparse(torch.tensor([0, 1, 3]), torch.tensor([2.0, 4.0, 0.0]), torch.Size((2, 2)))
-    other = Sparse(torch.tensor([1, 2, 3]), torch.tensor([8.0, 6.0, 1.0]), torch.Size((2, 2)))
-    assert m.SparseAverage().merge([one, other]).dense().tolist() == [[2.0, 6.0], [6.0, 1.0]]
-    assert m.SparseAverage(count="supports").merge([one, other]).dense().tolist() == [[2.0, 6.0], [6.0, 0.5]]
-    assert m.Average().merge([one, other]).dense().tolist() == [[1.0, 6.0], [3.0, 0.5]]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, seeds
 
 import modular_experts.methods as m
-from modular_experts.deltas import Dense, Sparse
+from modular_experts.deltas import Dense
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 scales = st.floats(-2, 2)
@@ -119,19 +119,6 @@ def test_tall_masks_equal_the_formula(deltas, threshold, scale):
         assert_entries(method.per_task(deltas, expert), expected)
 
 
-def test_tall_mask_of_an_expert_apart_is_the_expert():
-    one = Sparse(torch.tensor([0, 3]), torch.tensor([1.0, -2.0]), torch.Size((2, 3)))
-    other = Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((2, 3)))
-    assert torch.equal(m.TALLMask().per_task([one, other], 0).dense(), one.dense())
-    assert m.TALLMask().per_task([one, other], 1).indices.tolist() == [1]
-
-
-ONE = Dense(torch.tensor([[5.0, -1.0, 3.0, -2.0, 0.0]]))
-TWO = Dense(torch.tensor([[-6.0, 0.5, -3.0, 1.0, 0.0]]))
-THREE = Dense(torch.tensor([[1.0, -4.0, 2.0, -9.0, 0.0]]))
-BY_HAND = [[-6.0, -4.0, 3.0, -9.0, 0.0]]
-
-
 def mag_max(deltas, scale):
     columns = zip(*(delta.dense().double().view(-1).tolist() for delta in deltas), strict=True)
     largest = [scale * max(column, key=abs) for column in columns]  # the first of equal ones, as max says
@@ -141,11 +128,6 @@ def mag_max(deltas, scale):
 @given(deltas_of_one_weight(), st.floats(-2, 2))
 def test_mag_max_equals_the_formula(deltas, scale):
     torch.testing.assert_close(m.MagMax(scale).merge(deltas).dense().double(), mag_max(deltas, scale), rtol=0, atol=0)
-
-
-def test_example_worked_by_hand():
-    assert m.MagMax().merge([ONE, TWO, THREE]).dense().tolist() == BY_HAND
-    assert m.MagMax(scale=-0.5).merge([ONE, TWO, THREE]).dense().tolist() == [[3.0, 2.0, -1.5, 4.5, 0.0]]
 
 
 def test_first_of_opposite_deltas_wins():

@@ -5,9 +5,8 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.random_deltas import deltas_of_one_weight, random_delta
+from testbed.random_deltas import deltas_of_one_weight
 
-from modular_experts.deltas import Dense
 from modular_experts.methods.pcb import PCB
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -52,20 +51,3 @@ def test_pcb_equals_the_paper(deltas, keep, scale):
 @given(deltas_of_one_weight())
 def test_pcb_of_all_entries_equals_the_paper_for_every_form(deltas):
     torch.testing.assert_close(PCB(keep=1.0).merge(deltas).dense().double(), pcb(deltas, keep=1.0), **CLOSE)
-
-
-def test_example_worked_by_hand():
-    one, other = Dense(torch.tensor([[3.0, 0.0]])), Dense(torch.tensor([[0.0, 3.0]]))
-    e = math.e
-    own, shared = e**2 / (e**2 + 1), e / (e + 1) + 1 / 2  # where the expert moved
-    still, beside = 1 / (e**2 + 1), 1 / (e + 1) + 1 / 2  # where the other did
-    say = own * shared / (own * shared + still * beside)
-    torch.testing.assert_close(PCB(keep=1.0).merge([one, other]).dense(), torch.full((1, 2), 3 * say))
-    assert PCB(keep=0.5).merge([one, other]).dense().tolist() == [[3.0, 3.0]]
-
-
-def test_one_expert_merges_to_its_largest_entries():
-    delta = random_delta("Dense", (5, 6), 3)
-    kept = delta.values.abs() >= delta.values.abs().flatten().sort().values[-6]
-    torch.testing.assert_close(PCB(keep=0.2).merge([delta]).dense(), delta.values * kept)
-    assert PCB(keep=1e-6).merge([delta]).dense().count_nonzero() == 1

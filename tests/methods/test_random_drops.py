@@ -76,25 +76,6 @@ def test_rescaled_by_magnitudes_single_entries_are_those_of_the_dense_delta(meth
     assert found.support_size == found.values.count_nonzero() == dense.values.count_nonzero()
 
 
-def test_rescaled_by_magnitudes_the_sum_of_each_stays():
-    delta = random_delta("Sparse", (30, 40), 3)
-    found = DARE(keep=0.3, rescale="l1").merge([delta])
-    assert found.dtype == delta.dtype
-    assert 0 < found.support_size < delta.support_size
-    torch.testing.assert_close(found.values.abs().sum(), delta.values.abs().sum())
-
-
-def test_a_delta_of_which_nothing_is_left_still_counts_for_the_form():
-    single = Sparse(torch.tensor([7], dtype=torch.int32), torch.ones(1, dtype=torch.float64), torch.Size((6, 8)))
-    tiles = random_delta("BlockSparse", (6, 8), 0)
-    method = next(
-        m for m in (DARE(keep=0.1, rescale="l1", seed=seed) for seed in range(99)) if m.merge([single]).is_empty
-    )
-    merged = method.merge([single, tiles])
-    assert isinstance(merged, Sparse)
-    assert merged.dtype == torch.float64
-
-
 @given(deltas_of_one_weight())
 def test_dare_at_keep_1_is_task_arithmetic_and_ties(deltas):
     added, elected = TaskArithmetic().merge(deltas).dense(), TIES(keep=1.0).merge(deltas).dense()

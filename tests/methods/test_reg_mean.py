@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.methods import Average, RegMean, RegMeanPlusPlus, SelfRegMean, SparseAverage
+from modular_experts.methods import Average, RegMean, RegMeanPlusPlus, SelfRegMean
 from modular_experts.methods.method import Context, DataStatistic
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-8}
@@ -66,19 +66,6 @@ def test_the_base_cancels_out_of_the_papers_formula(deltas, seed, reduce, scale)
     whole = paper([base + delta.dense().double() for delta in deltas], grams, reduce) - base
     merged = merge(RegMean(scale, reduce), deltas, grams).dense().double()
     torch.testing.assert_close(merged, scale * whole, **CLOSE)
-
-
-def test_example_worked_by_hand():
-    deltas = [Dense(torch.tensor([[8.0, 4.0]])), Dense(torch.tensor([[0.0, 8.0]]))]
-    grams = [
-        DataStatistic(torch.tensor([[3.0, 2.0], [2.0, 2.0]])),
-        DataStatistic(torch.tensor([[1.0, 0.0], [0.0, 2.0]])),
-    ]
-    # uncorrelated: (3 * 8 + 0) / 4 and (2 * 4 + 2 * 8) / 4; else (8*3 + 4*2, 8*2 + 4*2 + 16) = (32, 40) times the
-    # inverse of ((4, 2), (2, 4)), which is ((4, -2), (-2, 4)) / 12
-    torch.testing.assert_close(merge(RegMean(reduce=0.0), deltas, grams).dense(), torch.tensor([[6.0, 6.0]]))
-    expected = torch.tensor([[(32 * 4 - 40 * 2) / 12, (40 * 4 - 32 * 2) / 12]])
-    torch.testing.assert_close(merge(RegMean(reduce=1.0), deltas, grams).dense(), expected)
 
 
 @pytest.mark.parametrize("reduce", [1.0, 0.9])
@@ -203,12 +190,6 @@ def test_flatten_evens_out_the_singular_values_and_keeps_the_norm(deltas, share,
     plain = SelfRegMean(scale=2.0, inputs=inputs).merge(deltas).dense().double()
     found = SelfRegMean(scale=2.0, inputs=inputs, flatten=share).merge(deltas).dense().double()
     torch.testing.assert_close(found, flat(plain, share), rtol=1e-6, atol=1e-8)
-
-
-def test_an_endless_ridge_gives_the_overlap_aware_average():
-    deltas = [random_delta("Sparse", (6, 9), seed) for seed in range(3)]
-    average = SparseAverage().merge(deltas).dense()
-    torch.testing.assert_close(SelfRegMean(ridge=1e12).merge(deltas).dense(), average, rtol=1e-6, atol=1e-9)
 
 
 def test_vectors_are_averaged_over_the_experts_that_move_them():

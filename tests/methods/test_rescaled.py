@@ -27,13 +27,6 @@ def test_the_norm_is_that_of_the_sum_over_the_root_and_the_direction_that_of_the
         assert not merged.any()
 
 
-@pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse"])
-def test_the_form_is_that_of_the_inner_method(form):
-    deltas = [random_delta(form, (12, 14), seed) for seed in range(3)]
-    merged = m.Rescaled(m.TaskArithmetic()).merge(deltas)
-    assert type(merged).__name__ == form
-
-
 def test_a_low_rank_merge_is_measured_by_its_factors(monkeypatch):
     loras = [random_delta("LowRank", (12, 14), seed) for seed in range(3)]
     monkeypatch.setattr(LowRank, "dense", None)
@@ -41,19 +34,6 @@ def test_a_low_rank_merge_is_measured_by_its_factors(monkeypatch):
     monkeypatch.undo()
     assert isinstance(merged, LowRank)
     assert merged.norm() == pytest.approx(sum(lora.dense() for lora in loras).norm().item() / 3**0.5)
-
-
-def test_a_linear_method_gives_the_sum_over_the_root_and_apart_experts_keep_their_norm():
-    one, two = torch.zeros(4, 6), torch.zeros(4, 6)
-    one[0, 0] = two[1, 1] = 3.0
-    deltas = [Dense(one), Dense(two), Sparse.zero((4, 6))]
-    torch.testing.assert_close(m.Rescaled(m.TaskArithmetic(0.1)).merge(deltas).dense(), (one + two) / 2**0.5)
-    assert m.Rescaled().merge(deltas).norm() == pytest.approx(3.0)
-
-
-def test_experts_that_cancel_merge_to_nothing():
-    delta = random_delta("Dense", (4, 5), 0)
-    assert not m.Rescaled(m.TaskArithmetic()).merge([delta, -delta]).dense().any()
 
 
 def test_experts_of_tasks_are_those_of_the_inner_method():

@@ -9,7 +9,7 @@ from testbed.random_deltas import deltas_of_one_weight, forms, random_delta, see
 
 import modular_experts.methods as ours
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.methods.spectrum import as_delta, join, left_factor, nearest_isometry, spectrum
+from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -44,28 +44,12 @@ def test_low_rank_factors_that_repeat_themselves_count_once():
     torch.testing.assert_close(product(found), 2 * up.double() @ down.double(), **CLOSE)
 
 
-def test_top_directions_are_the_nearest_matrix_of_their_rank():
-    dense = torch.diag(torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64))
-    assert product(spectrum(Dense(dense)).top(2)).round(decimals=9).tolist() == [[0, 0, 0], [0, 5, 0], [0, 0, 3]]
-
-
 @given(shapes, seeds, forms)
 def test_left_factor_has_the_left_side_of_the_delta(shape, seed, form):
     delta = random_delta(form, shape, seed)
     factor, dense = left_factor(delta), delta.dense().double()
     torch.testing.assert_close(factor @ factor.T, dense @ dense.T, **CLOSE)
     assert factor.shape[1] <= (delta.rank if isinstance(delta, LowRank) else min(shape))
-
-
-def test_nearest_isometry_is_orthonormal_and_nearer_than_others():
-    draw = torch.Generator().manual_seed(0)
-    matrix = torch.randn(7, 4, generator=draw, dtype=torch.float64)
-    nearest = nearest_isometry(matrix)
-    torch.testing.assert_close(nearest.T @ nearest, torch.eye(4, dtype=torch.float64), **CLOSE)
-    for _ in range(50):
-        other = torch.linalg.qr(nearest + 0.1 * torch.randn(7, 4, generator=draw, dtype=torch.float64)).Q
-        signs = (other * nearest).sum(0).sign()
-        assert (matrix - other * signs).norm() > (matrix - nearest).norm()
 
 
 @pytest.mark.parametrize(("rank", "form"), [(0, Sparse), (2, LowRank), (3, Dense)])
@@ -76,12 +60,6 @@ def test_result_has_the_smaller_form_and_the_dtype_of_the_deltas(rank, form):
     assert isinstance(made, form)
     assert made.dense().double().eq(rank).all()
     assert rank == 0 or made.dtype == torch.bfloat16
-
-
-def test_joined_spectra_sum_to_the_sum():
-    deltas = [random_delta(form, (6, 9), 4) for form in ("Dense", "LowRank", "zero", "Sparse")]
-    total = sum(delta.dense().double() for delta in deltas)
-    torch.testing.assert_close(product(join([spectrum(delta) for delta in deltas])), total, **CLOSE)
 
 
 def draw(shape, seed):
@@ -137,11 +115,6 @@ def test_iso_cts_equals_the_algorithm(shape, numbers, common):
     np.testing.assert_allclose(merged.dense().numpy(), iso_cts(matrices, common), rtol=1e-6, atol=1e-6)
 
 
-def test_iso_c_worked_by_hand():
-    one, other = torch.diag(torch.tensor([5.0, 0.0])), torch.diag(torch.tensor([1.0, -2.0]))
-    assert ours.IsoC().merge([Dense(one), Dense(other)]).dense().tolist() == [[4.0, 0.0], [0.0, -4.0]]  # (6 + 2) / 2
-
-
 def test_directions_that_the_sum_lacks_are_left_out():
     lora = LowRank(torch.tensor([[3.0], [0.0], [4.0]]), torch.tensor([[0.0, 2.0, 0.0]]))
     for method in (ours.IsoC(), ours.IsoCTS()):
@@ -153,15 +126,6 @@ def test_an_expert_within_the_common_space_gets_no_directions_made_of_rounding()
     matrices = [left @ np.diag(values) @ right for values in ([9.0, 0.0, 0.0, 0.0], [0.0, 5.0, 2.0, 1.0])]
     merged = ours.IsoCTS(common=0.5).merge(deltas_of(matrices)).dense().numpy()
     np.testing.assert_allclose(merged, (9 + 5 + 2) / 3 * left @ np.diag([1.0, 1.0, 1.0, 0.0]) @ right, atol=1e-9)
-
-
-@pytest.mark.parametrize("common", [0.8, 0.3])
-def test_one_expert_and_a_wholly_common_space_are_iso_c(common):
-    matrices = [draw((7, 9), seed) for seed in range(3)]
-    alone = ours.IsoCTS(common).merge(deltas_of(matrices[:1])).dense()
-    torch.testing.assert_close(alone, ours.IsoC().merge(deltas_of(matrices[:1])).dense())
-    whole = ours.IsoCTS(common=1.0).merge(deltas_of(matrices)).dense()
-    torch.testing.assert_close(whole, ours.IsoC().merge(deltas_of(matrices)).dense())
 
 
 def tsv_merge(matrices, share=1.0, orthogonal=decorrelated):
@@ -180,29 +144,6 @@ def test_tsv_merge_equals_the_equations(shape, numbers, share):
     np.testing.assert_allclose(merged.dense().numpy(), tsv_merge(matrices, share), rtol=1e-6, atol=1e-6)
 
 
-def test_example_worked_by_hand():
-    # Left directions at 60 degrees, right ones orthogonal. The nearest orthogonal pair lies 15 degrees further out.
-    cos, sin = np.cos(np.pi / 12), np.sin(np.pi / 12)
-    up, down = torch.tensor([[1.0, 0.5], [0.0, 3**0.5 / 2]]).double(), torch.tensor([[4.0, 0.0], [0.0, 2.0]]).double()
-    merged = ours.TSVMerge().merge([LowRank(up[:, :1], down[:1]), LowRank(up[:, 1:], down[1:])])
-    expected = torch.tensor([[4 * cos, 2 * sin], [-4 * sin, 2 * cos]])
-    torch.testing.assert_close(merged.dense(), expected.double())
-
-
-def test_merged_matrix_has_the_singular_values_that_were_kept():
-    matrices = [draw((12, 9), seed) for seed in range(3)]
-    kept = np.concatenate([np.linalg.svd(matrix, compute_uv=False)[:3] for matrix in matrices])
-    merged = ours.TSVMerge().merge([Dense(torch.from_numpy(matrix)) for matrix in matrices])
-    np.testing.assert_allclose(np.linalg.svd(merged.dense().numpy(), compute_uv=False), np.sort(kept)[::-1])
-
-
-@pytest.mark.parametrize(("shape", "experts", "each"), [((8, 9), 3, 2), ((9, 30), 3, 3), ((4, 4), 5, 1)])
-def test_experts_keep_the_same_whole_number_of_directions(shape, experts, each):
-    deltas = [Dense(torch.from_numpy(draw(shape, seed))) for seed in range(experts)]
-    merged = ours.TSVMerge().merge(deltas).dense()
-    assert torch.linalg.matrix_rank(merged) == min(experts * each, *shape)
-
-
 def svd_average(deltas, rank):
     total = np.zeros(tuple(deltas[0].shape))
     for delta in deltas:
@@ -216,11 +157,6 @@ def svd_average(deltas, rank):
 def test_svd_average_equals_the_formula(deltas, rank):
     merged = ours.SVDAverage(rank).merge(deltas)
     np.testing.assert_allclose(merged.dense().double().numpy(), svd_average(deltas, rank), rtol=1e-5, atol=1e-5)
-
-
-def test_enough_directions_give_the_average():
-    deltas = [random_delta(form, (9, 12), 3) for form in ("Dense", "LowRank", "zero", "Sparse", "BlockSparse")]
-    torch.testing.assert_close(ours.SVDAverage(rank=9).merge(deltas).dense(), ours.Average().merge(deltas).dense())
 
 
 def test_dense_experts_become_small():

@@ -10,21 +10,6 @@ from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.methods import TIES
 from modular_experts.methods.prune import Cutoff, streamed_thresholds
 
-# Three experts, five entries, keep 3 of 5.
-#             entry:     0     1     2     3     4
-ONE = Dense(torch.tensor([[5.0, -1.0, 3.0, 2.0, 0.5]]))  # keeps 0, 2, 3
-TWO = Dense(torch.tensor([[-2.0, 4.0, 0.1, 6.0, 0.2]]))  # keeps 0, 1, 3
-THREE = Dense(torch.tensor([[1.0, -4.0, 3.0, -9.0, 0.1]]))  # keeps 1, 2, 3
-# trimmed sums:           3     0    6    -1     0
-# elected sign:           +   none   +     -   none
-# agreeing:               5          3, 3  -9
-BY_HAND = [[5.0, 0.0, 3.0, -9.0, 0.0]]
-
-
-def test_example_worked_by_hand():
-    assert TIES(keep=0.6).merge([ONE, TWO, THREE]).dense().tolist() == BY_HAND
-    assert TIES(keep=0.6, scale=0.5).merge([ONE, TWO, THREE]).dense().tolist() == [[2.5, 0.0, 1.5, -4.5, 0.0]]
-
 
 def test_equal_magnitudes_keep_exactly_the_share_from_the_lowest_entry():
     flat = Dense(torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 2.0, 1.0]]))
@@ -36,12 +21,6 @@ def test_equal_magnitudes_in_tiles_go_by_entry_and_not_by_tile():
     merged = TIES(keep=0.5).merge([tiles])
     assert isinstance(merged, BlockSparse)
     assert merged.dense().tolist() == [[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
-
-
-def test_share_counts_all_entries_of_the_weight():
-    expert = Sparse(torch.tensor([1, 5, 7]), torch.tensor([1.0, 3.0, 2.0]), torch.Size((2, 5)))
-    assert TIES(keep=0.2).merge([expert]).indices.tolist() == [5, 7]
-    assert TIES(keep=0.3).merge([expert]).indices.tolist() == [1, 5, 7]
 
 
 def test_trimmed_entries_and_empty_tiles_leave_the_support():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from testbed.random_deltas import random_delta, seeds
 
-from modular_experts.deltas import Dense, LowRank
+from modular_experts.deltas import Dense
 from modular_experts.methods import WUDI
 
 experts = st.lists(seeds, min_size=1, max_size=3, unique=True)
@@ -65,31 +65,6 @@ def test_exact_is_the_formula_of_the_docstring(power):
     weights = [matrix.T @ matrix / matrix.norm() ** power for matrix in matrices]
     formula = sum(t @ a for t, a in zip(matrices, weights, strict=True)) @ torch.linalg.pinv(sum(weights))
     torch.testing.assert_close(WUDI(power=power, solver="exact").merge([*map(Dense, matrices)]).dense(), formula)
-
-
-def test_plain_gradient_descent_from_the_sum_reaches_the_exact_solution():
-    matrices = [random_delta("LowRank", (6, 9), seed).dense() for seed in range(2)]
-    place = sum(matrices)
-    for _ in range(1000):
-        place = place - 0.05 * gradient(place, matrices, 2.0)
-    exact = WUDI("roberta", solver="exact").merge([*map(Dense, matrices)]).dense()
-    torch.testing.assert_close(place, exact, rtol=1e-4, atol=1e-4)
-
-
-def test_one_expert_stays_where_it_is_but_for_steps_of_adam():
-    delta = random_delta("LowRank", (5, 7), 1)
-    assert (WUDI().merge([delta]).dense() - delta.dense()).abs().max() < 10 * 1e-5
-
-
-def test_experts_that_read_different_inputs_are_kept_whole():
-    down = torch.eye(6, dtype=torch.float64)
-    loras = [LowRank(torch.randn(4, 2, dtype=torch.float64), down[2 * i : 2 * i + 2]) for i in range(3)]
-    loras[1] = LowRank(loras[1].up, loras[1].down + 0.5 * down[:2])  # independent of the first, not orthogonal
-    merged = WUDI(solver="exact").merge(loras).dense()
-    for lora in loras:
-        inputs = lora.down
-        torch.testing.assert_close(merged @ inputs.T, lora.dense() @ inputs.T)
-    assert not torch.allclose(merged, sum(lora.dense() for lora in loras))
 
 
 @pytest.mark.parametrize(
