@@ -85,17 +85,6 @@ def test_draws_are_independent_of_one_another_and_of_other_layers_and_come_again
     assert torch.equal(expert.drawn, drawn)
 
 
-def test_a_draw_trains_its_copies_alone_and_evaluation_takes_the_mean_of_all() -> None:
-    weight, x = random_weight(), torch.randn(4, 10, dtype=torch.float64)
-    expert = filled(AdaMixExpert(weight, copies=3, share_up=False, consistency=0.0)).train()
-    expert.drawn = torch.tensor([(2, 0)])
-    expert(x, weight, None).square().sum().backward()
-    assert [bool(part.any()) for part in expert.up.grad] == [False, False, True]
-    assert [bool(part.any()) for part in expert.down.grad] == [True, False, False]
-    averaged = weight + expert.delta(weight, weight.detach).dense()
-    torch.testing.assert_close(expert.eval()(x, weight, None), x @ averaged.T)
-
-
 def test_copies_start_equal_as_a_lora_and_one_copy_is_one_bit_for_bit() -> None:
     weight = random_weight()
     torch.manual_seed(1)

@@ -193,14 +193,6 @@ def test_boosters_of_more_than_full_rank_become_one_product() -> None:
         assert not expert.boost(torch.Generator().manual_seed(0)), "a product that learned nothing is no booster"
 
 
-def test_gpt2_is_boosted_and_takes_its_own_orientation(tiny, task_files, tmp_path) -> None:
-    own = {"own": {"modules": "c_attn"}}
-    module, _ = fit(tiny("gpt2"), task_files, tmp_path, BoostedLoRAExpert, Boosting(every=2, share=1.0), **own)
-    for name, delta in module.task_vector():
-        assert delta.shape == module.model.get_parameter(name).shape == (32, 96)
-        assert delta.rank == 5
-
-
 def test_the_rate_rises_again_after_each_restart() -> None:
     shape, smooth = WarmupRestarts(every=10, rise=4, warmup=0.0), WarmupCosine(warmup=0.0)
     shares = [shape.factor(step, 30) / smooth.factor(step, 30) for step in range(25)]

@@ -79,11 +79,3 @@ def test_blocks_keep_their_kinds_of_attention(tmp_path) -> None:
     assert small.config.layer_types == [kinds[0], kinds[2], kinds[3]]
     with torch.no_grad():
         assert (small(IDS).logits - masked(model, "qwen3", kept)(IDS).logits).abs().max() < 1e-9
-
-
-def test_weights_that_stay_whole_are_not_copied() -> None:
-    removable = Removable(model_of("llama", tie_word_embeddings=True), "llama")
-    small = removable.cut(some(removable, 1, 8))
-    embedding = small.get_input_embeddings().weight
-    assert embedding.data_ptr() == removable.model.get_input_embeddings().weight.data_ptr()
-    assert embedding is small.get_output_embeddings().weight

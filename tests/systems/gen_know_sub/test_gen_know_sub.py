@@ -4,11 +4,7 @@ import pytest
 import torch
 from conftest import build_model
 
-from modular_experts.__main__ import main
-from modular_experts.base import Base
-from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import routed
-from modular_experts.library import make_record, open_experts, write_expert
 from modular_experts.routing import Softmax, TopK
 from modular_experts.routing.gates import Selection
 from modular_experts.systems.gen_know_sub import GenKnowSub
@@ -50,20 +46,3 @@ def test_a_mean_is_subtracted_without_changing_the_form_of_an_expert() -> None:
     weighed, common = GenKnowSub().held(deltas)
     assert all(one is other for one, other in zip(weighed, deltas, strict=True))
     torch.testing.assert_close(common.dense(), -sum(one.dense() for one in deltas) / 3)
-
-
-def test_the_command_finds_it_and_the_library_brings_it_back(tiny_llama_dir, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    base, name = Base.open(tiny_llama_dir), f"{LAYERS['llama']}.weight"
-    record = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": base.fingerprint}
-    for seed, form in enumerate(FORMS):
-        delta = made_delta(form, base.structure.shapes[name], seed)
-        write_expert(f"library/{form}", {name: delta}, make_record("made", record, tasks=[form]))
-    experts = [f"library/{form}" for form in FORMS]
-    assert main(["route", "--experts", *experts, "--router", "GenKnowSub", "--out", "library/routed"]) == 0
-    model = base.load()
-    with torch.no_grad():
-        with routed(model, open_experts(experts), GenKnowSub()):
-            wanted = model(TOKENS).logits
-        with attached(model, "library/routed"):
-            assert torch.equal(model(TOKENS).logits, wanted)

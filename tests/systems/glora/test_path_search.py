@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TARGETS
-from testbed.whole_way import fit_beside_another, merge_and_apply, push_and_pull
 
 from modular_experts.base import Base
 from modular_experts.data import TaskMixture
@@ -16,7 +15,6 @@ from modular_experts.library import open_expert
 from modular_experts.systems.glora.search import PathSearch
 from modular_experts.tuning import Objective, ValidationRows
 
-ALL = ["--model.expert.c", "lora", "--model.expert.d", "vector", "--model.expert.e", "vector"]
 RANDOM_PATHS = ["--trainer.callbacks", json.dumps([{"class_path": "RandomPaths"}])]
 
 
@@ -133,18 +131,3 @@ def test_experts_beneath_are_in_the_model_while_paths_are_searched(run, tiny_lla
     code, _, err = run(*search[:-1], "library/again")
     assert code == 1
     assert "a was made with under, which is missing beside it" in err
-
-
-def test_weights_and_biases_of_gpt2_are_merged_applied_tested_and_pushed(run, tiny, two_task_files, hub) -> None:
-    place = ["--model.modules", TARGETS["gpt2"], "--model.expert"]
-    mine, other = [*place, "GLoRAExpert", *ALL, *RANDOM_PATHS], [*place, "FullExpert"]
-    made = fit_beside_another(run, tiny("gpt2"), mine, other)
-    assert {name.rpartition(".")[2] for name in made} == {"weight", "bias"}
-    merge_and_apply(run, tiny("gpt2"))
-    how = ["--algorithm", "PathSearch", "--algorithm.evaluations", 6, "--algorithm.first", 2, "--algorithm.limit", 400]
-    search = ["search", "--experts", "library/mine", *how, "--tasks", "a.jsonl"]
-    assert run(*search, "--out", "library/small")[0] == 0
-    push_and_pull(run, made)
-    assert run("push", "--experts", "library/small", "--repo", "someone/experts")[0] == 0
-    assert run("pull", "--repo", "someone/experts", "--out", "small", "--experts", "small")[0] == 0
-    assert open_expert("small/small").content_hash == open_expert("library/small").content_hash

@@ -20,7 +20,6 @@ from modular_experts.routing.gates import CurrentGates, Gates, reading
 from modular_experts.statistics.take import name_of, prompts
 from modular_experts.systems.lora_ir import LoRAIR, LoRAIRExpert, TaskGate
 from modular_experts.testing import check_expert
-from modular_experts.training.estimate import estimate
 from modular_experts.training.module import ExpertModule
 
 OTHERS = [[50, 51, 52], [61, 60, 59, 58], [70], [55, 66, 77, 60, 61]]
@@ -79,23 +78,6 @@ def test_a_batch_is_each_row_with_its_own_merged_weights(architecture: str, k: i
         torch.testing.assert_close(found[number, : len(row)], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_a_gate_of_one_expert_is_that_expert_alone() -> None:
-    made, weight = torch.Generator().manual_seed(0), torch.randn(7, 5, dtype=torch.float64)
-    current, one = CurrentGates(), CurrentGates(Gates(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)))
-    several = LoRAIRExpert(weight, current, experts=3, rank=2)
-    for parameter in several.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=made, dtype=torch.float64)
-    x = torch.randn(3, 4, 5, generator=made, dtype=torch.float64)
-    for number in range(3):
-        alone = LoRAIRExpert(weight, one, experts=1, rank=2)
-        alone.up.data = several.up.data[:, 2 * number : 2 * number + 2]
-        alone.down.data = several.down.data[2 * number : 2 * number + 2]
-        current.gates = Gates(torch.full((3, 1), number), torch.ones(3, 1))
-        torch.testing.assert_close(several(x, weight, None), alone(x, weight, None), rtol=1e-12, atol=1e-12)
-        # A model may give the tokens of all rows in one dimension.
-        torch.testing.assert_close(several(x.flatten(0, 1), weight, None).view(3, 4, 7), several(x, weight, None))
-
-
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_loss_teaches_a_router_only_where_several_experts_share_a_prompt(k: int) -> None:
     model = taught(k=k)
@@ -117,19 +99,6 @@ def test_the_router_is_not_trained_and_its_rate_lowers_no_other() -> None:
     assert gate_of(model).learning_rate == LoRAIRExpert.learning_rate
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.rpartition(".")[2] for name in trained} == {"up", "down"}
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_neither_padding_nor_other_rows_change_a_gate(side: str) -> None:
-    model, rows = taught(k=2), [*ROWS, *OTHERS]
-    with torch.no_grad():
-        model(**padded(rows, side))
-        together = gates_of(model).dense(2)
-        model(**padded(rows[::-1], side))
-        torch.testing.assert_close(gates_of(model).dense(2).flip(0), together, rtol=1e-6, atol=1e-7)
-        for number, row in enumerate(rows):
-            model(input_ids=torch.tensor([row]))
-            torch.testing.assert_close(gates_of(model).dense(2)[0], together[number], rtol=1e-5, atol=1e-6)
 
 
 def test_training_shows_the_gate_the_prompt_and_never_the_answer() -> None:
@@ -178,19 +147,6 @@ def test_a_resumed_run_keeps_its_router_and_reads_no_prompt_again(tiny_llama_dir
         again, _ = fit(tiny_llama_dir, task_files, tmp_path, max_steps=4, resume=tmp_path / "step=2.ckpt")
     assert "the router" not in caplog.text
     assert torch.equal(gate_of(again.model).router.weight, gate_of(first.model).router.weight)
-
-
-def test_a_fit_after_the_estimate_is_the_fit_without_it(tiny_llama_dir, task_files, tmp_path) -> None:
-    found = []
-    for first in (False, True):
-        torch.manual_seed(0)
-        module = ExpertModule(str(tiny_llama_dir), experts=LoRAIR(experts=2, rank=2))
-        data, trainer = runs.mixture(task_files, tiny_llama_dir, seed=0), runs.trainer(tmp_path, max_steps=2)
-        if first:
-            assert estimate(module, data, trainer).seconds["router"] > 0
-        trainer.fit(module, data)
-        found.append(module.state_dict())
-    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

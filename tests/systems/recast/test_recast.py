@@ -1,7 +1,5 @@
 """RECAST against the singular values of the stack of weights, and what its library, merges and resumed runs keep."""
 
-import json
-import math
 import pickle
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import torch
 from conftest import build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
-from testbed.whole_way import fit_beside_another, merge_and_apply, push_and_pull
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply_deltas
@@ -179,44 +176,6 @@ def test_a_resumed_run_ends_with_the_same_numbers(tiny_llama_dir, task_files, tm
     again = fit(tiny_llama_dir, task_files, tmp_path, checkpointing=True).expert_state()
     for name, tensor in again.items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("architecture", ["gpt2"])
-def test_an_expert_is_trained_merged_applied_tested_exported_pushed_and_opened_by_its_plan(
-    architecture, tiny, two_task_files, run, hub
-) -> None:
-    base = tiny(architecture)
-    plan = json.dumps({"class_path": "TemplateBanks", "init_args": {"modules": "all-linear", "templates": 1}})
-    other = ["--model.modules", "all-linear", "--model.expert", "SparseExpert", "--model.expert.keep_ratio", "0.2"]
-    stored = fit_beside_another(run, base, ["--model.experts", plan], other)
-    assert stored.record["kind"] == "TemplateBanks"
-    assert stored.mergeable
-    merge_and_apply(run, base)
-    both, beside = open_expert("library/both"), open_expert("library/other")
-    for name in stored:
-        wanted = 0.5 * (stored[name].dense() + beside[name].dense())
-        torch.testing.assert_close(both[name].dense(), wanted, rtol=1e-6, atol=1e-8)
-
-    # A dense delta is no LoRA of a small rank: it is refused, or approximated where that is asked for.
-    code, _, shown = run("export", "--experts", "library/mine", "--form", "lora", "--out", "adapter")
-    assert (code, shown.count("error")) == (1, 1)
-    assert "give a rank to approximate it" in shown
-    code, shown, _ = run("export", "--experts", "library/mine", "--form", "lora", "--rank", 4, "--out", "adapter")
-    assert code == 0
-    assert "weights are approximated" in shown
-    adapter = json.loads(Path("adapter/adapter_config.json").read_text())
-    assert adapter["r"] == 4
-    pulled = push_and_pull(run, stored)
-    assert all(torch.equal(tensor, stored.state()[name]) for name, tensor in pulled.state().items())
-
-    model = Base.open(base).load("float64")
-    with attached(model, pulled, as_trained=True):
-        as_trained = model(IDS).logits
-        assert math.prod(next(expert_layers(model))[1].expert.mixing.shape) == 2
-    plain = model(IDS).logits
-    with applied(model, stored):
-        torch.testing.assert_close(model(IDS).logits, as_trained, rtol=1e-6, atol=1e-6)
-    assert (as_trained - plain).abs().max() > 1e-3
 
 
 def test_on_top_of_others_the_state_needs_their_weights_and_the_stored_delta_does_not(tiny_llama_dir, tmp_path) -> None:

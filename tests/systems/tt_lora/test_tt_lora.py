@@ -6,10 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import build_model
 
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import expert_layers, expert_state, inject, load_expert_state
+from modular_experts.injection import expert_layers, inject
 from modular_experts.systems.tt_lora import TTLoRAExpert, even_factors
 from modular_experts.testing import check_expert
 
@@ -125,19 +124,3 @@ def test_the_delta_is_at_first_as_large_as_the_last_core_times_alpha() -> None:
         expert.cores[-1].normal_()
     norm = 3.0 * expert.cores[-1].norm()
     assert expert.delta(weight, weight.detach).norm() == pytest.approx(norm.item(), rel=1e-10)
-
-
-def test_the_state_is_the_cores_alone_and_training_goes_on_from_it() -> None:
-    first, second = build_model("gpt2").double(), build_model("gpt2").double()
-    for model in (first, second):
-        inject(model, partial(TTLoRAExpert, rank=3), "c_attn")
-    for _, layer in expert_layers(first):
-        filled(layer.expert)
-    state = expert_state(first)
-    assert len(state) == 2 * 6
-    assert sum(tensor.numel() for tensor in state.values()) == sum(
-        parameter.numel() for parameter in first.parameters() if parameter.requires_grad
-    )
-    load_expert_state(second, state)
-    ids = torch.arange(5, 15)[None]
-    assert torch.equal(second(ids).logits, first(ids).logits)
