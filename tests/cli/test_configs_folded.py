@@ -44,13 +44,6 @@ def test_a_later_task_takes_nothing_from_the_one_before(printed, arguments: tupl
     assert (task["role"], task["weight"]) == ("held_in", 1.0)
 
 
-def test_a_later_callback_takes_nothing_from_the_one_before(printed) -> None:
-    new = '[{"class_path": "ExportExpert", "init_args": {"library": "c", "name": "d"}}]'
-    (callback,) = printed("--trainer.callbacks", new)["trainer"]["callbacks"]
-    kept = {"library": "c", "name": "d", "overwrite": False, "monitor": "val_loss", "keep_inputs": 0}
-    assert callback["init_args"] == kept
-
-
 def test_a_field_of_the_last_item_is_set_in_place(printed) -> None:
     (callback,) = printed("--trainer.callbacks.name", "d")["trainer"]["callbacks"]
     kept = {"library": "a", "name": "d", "overwrite": True, "monitor": "val_loss", "keep_inputs": 0}

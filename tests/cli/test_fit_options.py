@@ -84,11 +84,6 @@ def test_a_wrong_pattern_and_a_missing_checkpoint_are_found_before_rows_are_read
     assert "ckpt_path='gone.ckpt' is not a checkpoint" in capsys.readouterr().err
 
 
-def test_a_model_that_is_no_class_is_a_base(place, capsys) -> None:
-    assert main(["fit", "--model", "base", "--tasks", "a.jsonl"]) == 2
-    assert capsys.readouterr().err == "error: --model: there is no class 'base'; did you mean --base?\n"
-
-
 SLIPS = {
     "--bass x": "there is no option --bass; did you mean --base?",
     "--max_steps 3": "there is no option --max_steps; did you mean --steps?",

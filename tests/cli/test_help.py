@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
 from modular_experts.settings.read import arguments_of
 
 TRAINING = [verb for verb, command in VERBS.items() if not command.function]
-PACKAGE = Path(modular_experts.__file__).parent
 
 
 def python(code: str, cwd: Path | None = None) -> None:
@@ -114,12 +112,6 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
         assert not re.search(r"^  --\S+( \S+)*\n(?=  --|\n)", shown, re.MULTILINE), verb
         lines = shown.splitlines()
         assert (len(lines) <= 40, max(map(len, lines)) <= 80) == (True, True), verb
-
-
-def test_the_configs_of_the_repository_name_options_that_exist() -> None:
-    parameters = arguments_of(function_of("merge"))[0]
-    for file in (PACKAGE.parent / "configs" / "merge").rglob("*.yaml"):
-        assert set(yaml.safe_load(file.read_text())) <= set(parameters), file
 
 
 def test_bash_completes_commands_and_options(capsys) -> None:

@@ -3,8 +3,6 @@
 import inspect
 from dataclasses import fields
 
-import pytest
-
 from modular_experts import methods
 from modular_experts.__main__ import main
 from modular_experts.methods.method import documentation
@@ -51,12 +49,3 @@ def test_unknown_method_gets_a_near_name(capsys):
     for name in ("TEIS", "ties"):
         assert main(["methods", name]) == 2
         assert f"there is no class '{name}'; did you mean TIES?" in capsys.readouterr().err
-
-
-def test_settings_are_options_of_the_command_line(capsys):
-    for name in NAMES:
-        with pytest.raises(SystemExit, match="0"):
-            main(["merge", "--method.help", name])
-        shown = capsys.readouterr().out
-        for setting in documentation(getattr(methods, name))[1]:
-            assert f"--method.{setting} " in shown

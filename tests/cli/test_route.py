@@ -21,8 +21,7 @@ from modular_experts.evaluation import evaluate, measure
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merger import merge
-from modular_experts.routing import Centroid, KernelRidge, Oracle, Softmax, TopK
-from modular_experts.routing.router import GRAMS
+from modular_experts.routing import KernelRidge, Oracle
 from modular_experts.training.route import route
 
 TASKS = ["upper", "reverse", "first"]
@@ -96,26 +95,6 @@ def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny
     torch.testing.assert_close(
         found[found[:, 0].sort().indices], wanted[wanted[:, 0].sort().indices], rtol=1e-4, atol=1e-5
     )
-
-
-@pytest.mark.parametrize(
-    "router", [Oracle(), Centroid(reject=None, select=Softmax(0.5)), Centroid(select=TopK(2)), KernelRidge()]
-)
-def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llama_dir, router):
-    assert main(["statistics", *EXPERTS, "--kind", router.needs or "prompts", "--tasks", tasks]) == 0
-    made = route(EXPERTS[1:], "library/r", router, fallback="library/merged" if router.rejects else None)
-    model = Base.open(tiny_llama_dir).load()
-    with attached(model, made) as running:
-        again = running.router
-        assert type(again) is type(router)
-        assert again.select == router.select
-        assert again.experts == 3
-        x = torch.randn(5, 64 + GRAMS * router.reads_grams, generator=torch.Generator().manual_seed(0))
-        if not isinstance(router, Oracle):
-            assert torch.equal(again(x).ids, router(x).ids)
-            assert torch.equal(again(x).weights, router(x).weights)
-        else:
-            assert again.tasks == {"upper": 0, "reverse": 1, "first": 2}
 
 
 def test_another_expert_leaves_what_the_library_has_of_the_first_ones(run, place, tasks):

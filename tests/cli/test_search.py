@@ -280,23 +280,9 @@ def test_an_expert_is_written_smaller(run, upper) -> None:
     assert run("shrink", "--experts", "library/a", "--out", "small", "--overwrite", "--tasks", upper)[0] == 0
 
 
-def test_one_encoding_is_tried_if_it_is_named(run, upper) -> None:
-    words = ["--experts", "library/a", "--out", "small", "--to", "int4", "--bound", "10"]
-    code, out, _ = run("shrink", *words, "--tasks", upper)
-    assert code == 0
-    assert "int4 (written)" in out
-    assert "magnitudes" not in out
-
-
 def test_a_loss_that_rises_too_far_is_refused(run, upper) -> None:
     words = ["--experts", "library/a", "--out", "small", "--to", "sign", "--keep", "0.1", "--bound", "0"]
     words += ["--labels", "experts"]  # the expert's own answers are likeliest with the expert as it was
     code, _, err = run("shrink", *words, "--tasks", upper)
     assert code == 1
     assert "no smaller form of a keeps the loss within 0; allow more with --bound" in err
-
-
-def test_a_share_belongs_to_one_encoding(run, upper) -> None:
-    code, _, err = run("shrink", "--experts", "library/a", "--out", "small", "--keep", "0.5", "--tasks", upper)
-    assert code != 0
-    assert "name it, such as --to int4" in err

@@ -11,9 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from testbed.random_deltas import random_delta
-from testbed.searching import FORMS, objective_on, random_experts
 
 from modular_experts import generate
 from modular_experts.__main__ import main
@@ -45,21 +43,6 @@ def place(tiny_llama_dir, tiny, tmp_path, monkeypatch):
     other = {**base, "id": "elsewhere", "fingerprint": "b" * 64}
     write_expert(tmp_path / "others/x", deltas, make_record("SparseExpert", other))
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
-
-    def command(*argv):
-        try:
-            code = main([str(argument) for argument in argv])
-        except SystemExit as leaving:  # argparse leaves by itself after --help and --print_config
-            code = leaving.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
 
 
 def test_merge_by_config_and_options_beat_it(run, place):
@@ -196,17 +179,6 @@ def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place):
         assert sorted(str(path) for path in place.rglob("*")) == before, argv
 
 
-def test_a_bug_keeps_its_traceback(run, place):
-    (place / "broken_methods.py").write_text(
-        "from dataclasses import dataclass\nfrom modular_experts import MergeMethod\n\n\n"
-        "@dataclass(frozen=True)\nclass Broken(MergeMethod):\n"
-        '    """Broken."""\n\n    def merge(self, deltas):\n        return int("a bug")\n'
-    )
-    with pytest.raises(ValueError, match="a bug"):
-        run("merge", "--experts", "[library/a]", "--method", "broken_methods.Broken", "--out", "library/new")
-    assert not (place / "library/new").exists()
-
-
 HINTS = {"dry_run": bool, "experts": list[str] | None, "modules": str | list[str], "out": str, "max_memory": str}
 HINTS |= {"per_weight": dict[str, str] | None, "recipe": str, "tune": Tuning | None}
 SPELT = {
@@ -275,55 +247,6 @@ def test_a_line_comes_at_every_tenth_of_work_that_takes_more_than_five_seconds(m
         lines = capsys.readouterr().err.splitlines()
         assert lines == [f"searching: {done} of 40" for done in wanted]
     assert list(progress_bar("searching")([])) == []
-
-
-@pytest.fixture(scope="module")
-def library(tiny_llama_dir, task_files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("library")
-    objective, base = objective_on(tiny_llama_dir, task_files), Base.open(tiny_llama_dir)
-    record = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": base.fingerprint}
-    for form, expert in zip(FORMS, random_experts(objective), strict=True):
-        write_expert(folder / form.lower(), expert.items(), make_record("FullExpert", record, tasks=["upper"]))
-    return folder
-
-
-def test_experts_and_layers(library, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    out = tmp_path / "all.json"
-    words = ["interference", *map(str, sorted(library.iterdir())), "--out", str(out)]
-    assert main(words) == 0
-    shown, report = capsys.readouterr().out, json.loads(out.read_text())
-    assert report["experts"] == sorted(form.lower() for form in FORMS)
-    for text in ("expert ", "SparseAverage("):
-        assert text in shown
-    assert main(words) == 1
-    assert "exists already" in capsys.readouterr().err
-
-
-RECIPE = """
-merge_method: ties
-base_model: {base}
-models:
-  - model: {model}
-    parameters: {{weight: 1, density: 0.5}}
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch, tiny_llama_dir):
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE.format(base=tiny_llama_dir, model=f"{tiny_llama_dir}/../llama"))
-    return file
-
-
-def test_recipe_is_merged(recipe, tmp_path, capsys, tiny_llama_dir):
-    assert main(["mergekit", "recipe.yaml", "merged"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[-1].startswith("merged: a checkpoint of ")
-    merged, base = load_file(tmp_path / "merged/model.safetensors"), load_file(tiny_llama_dir / "model.safetensors")
-    assert merged.keys() == base.keys()
-    assert all(torch.equal(merged[name], base[name]) for name in base)  # the one model is the base itself
 
 
 def test_the_commands_at_the_end_work_as_typed(tmp_path, monkeypatch, tiny_llama_dir, task_files, capsys) -> None:

@@ -41,11 +41,6 @@ def _printed_config(command: list[str], capsys) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_the_issues_first_command_trains(place, tiny_llama_dir) -> None:
-    command = ["fit", "--config", SPARSE, "--model.base", str(tiny_llama_dir), "--trainer.max_steps", "3"]
-    assert main([*command, "--tasks", '[{"name": "intents", "path": "a.jsonl"}]']) == 0
-
-
 @pytest.mark.parametrize(
     "config", [["--config", SPARSE], ["--model.expert", "LoRAExpert", "--model.modules", "q_proj"]]
 )
@@ -68,8 +63,6 @@ def test_a_dry_run_says_what_makes_it_fit(place, capsys) -> None:
     assert max(map(len, out.splitlines())) <= 80
     assert "it fits into 1TB as it is\npredicted from shapes alone, without times; nothing was written\n" in out
     assert "time: about" not in out
-    assert main([*command, "--dry-run", "--fit-into", "1MB"]) == 1
-    assert "nothing makes this fit take at most 1 MB: it takes" in capsys.readouterr().err
     assert main([*command, "--dry-run", "--fit-into", ""]) == 1
     assert "'' is not a size" in capsys.readouterr().err
     assert sorted(place.rglob("*")) == before
@@ -135,14 +128,6 @@ def test_the_command_line_beats_config_files_beat_the_checkpoint(place, capsys) 
     more, shorter = ["--config", "more.yaml"], ["--model.max_new_tokens", "3"]
     for options, expected in (([], 5), (shorter, 3), (more, 4), ([*more, *shorter], 3)):
         assert _printed_config([*validate, *options], capsys)["model"]["max_new_tokens"] == expected
-
-
-def test_another_expert_than_the_checkpoints_is_refused_not_replaced(place, capsys) -> None:
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]) == 0
-    (checkpoint,) = Path("runs/lightning_logs").rglob("*.ckpt")
-    validate = ["validate", "--config", "tasks.yaml", "--ckpt_path", str(checkpoint), "--model.expert", "LoRAExpert"]
-    assert main(validate) == 1
-    assert "the checkpoint's experts are not those configured" in capsys.readouterr().err
 
 
 def test_fit_resumes_from_its_checkpoint_and_says_that_nothing_is_exported(place, capsys) -> None:

@@ -21,11 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import generate_docs
-import pygments
 import pytest
 import yaml
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import BashSessionLexer
 from testbed.documents import ROOT, commands, few_examples, run_page, titled_blocks
 from testbed.here import STUDY, work_here
 from testbed.scripts import run_script
@@ -211,15 +208,6 @@ def test_the_site_is_built_anew_and_the_base_beside_the_cache_of_its_builder_sta
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
         assert sentence in (tmp_path / "site/index.html").read_text(encoding="utf-8")
     assert (tmp_path / ".cache/smollm2/model.safetensors").read_text() == "the base"
-
-
-def test_the_copy_button_takes_commands_without_prompts_and_output() -> None:
-    """The site's script marks a block while it reads its visible text, and Pygments marks prompts and output."""
-    html = pygments.highlight("$ modular-experts list library\na b\n", BashSessionLexer(), HtmlFormatter())
-    (rule,) = re.findall(r"^(.*) \{ display: none; \}$", (DOCS / "assets/site.css").read_text(), re.MULTILINE)[-1:]
-    for kind, text in (("gp", "$ "), ("go", "a b")):
-        assert f'<span class="{kind}">{text}' in html
-        assert f"[data-md-copying] .{kind}" in rule
 
 
 def test_the_configuration_of_the_site_asks_nobody_on_the_network() -> None:

@@ -35,23 +35,6 @@ def test_each_value_has_its_mark_at_its_place_on_the_axis() -> None:
     assert {"base 10.0", "multitask 90.0", "<b>"} <= {*texts}
 
 
-def test_a_wide_figure_names_its_rows_once_and_lies_inside_its_width() -> None:
-    tree = drawn(wide=True)
-    assert [text.text for text in tree.iter(f"{SVG}text")].count("TIES") == 1
-    width, height = map(float, tree.get("viewBox").split()[2:])
-    for line in tree.iter(f"{SVG}line"):
-        assert 0 <= float(line.get("x1")) <= float(line.get("x2")) <= width - NUMBERS
-        assert float(line.get("y2")) < height
-    tops = [float(text.get("y")) for text in tree.iter(f"{SVG}text") if text.text in ("3 tasks", "2 tasks")]
-    assert tops[0] == tops[1]
-
-
-def test_colours_are_those_of_the_page_or_of_a_light_or_dark_file() -> None:
-    assert "--ink:" not in draw("t", "k", PANELS)
-    assert "--paper: #ffffff" in draw("t", "k", PANELS, dark=False)
-    assert "--paper: #0d1117" in draw("t", "k", PANELS, dark=True)
-
-
 CURVES = {
     "sparse": [
         Point("sign", 0.2, 0.9),

@@ -1,7 +1,5 @@
 """Results are rows that anyone can read, and tables that any terminal and any notebook shows."""
 
-import base64
-import gzip
 import io
 import json
 import math
@@ -43,13 +41,6 @@ def test_scores_become_a_row_for_each_task_and_metric() -> None:
     }
     assert results.values("task") == ["a", "b"]
     assert results.values("nothing") == []
-
-
-def test_results_print_as_their_table() -> None:
-    results = Results.of_scores(scores(["a", "b"]), "merged")
-    assert [line.rstrip() for line in str(results).splitlines()] == [
-        line.rstrip() for line in shown(results.table(), 80).rstrip().splitlines()
-    ]
 
 
 def test_rows_are_chosen_by_column_and_averaged_by_metric() -> None:
@@ -143,13 +134,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_the_download_of_a_page_is_the_results_as_json_packed() -> None:
-    results = Results([{"model": "a, b", "value": 0.5, "experts": ["x"]}, {"model": "c", "value": math.nan}])
-    (link,) = ElementTree.fromstring(results.download()).iter("a")
-    found = gzip.decompress(base64.b64decode(link.get("href").partition("base64,")[2]))
-    assert json.loads(found)["rows"][1] == {"model": "c", "value": None}
 
 
 @pytest.mark.parametrize(

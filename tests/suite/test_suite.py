@@ -1,12 +1,9 @@
 """The generated suite: every answer is right, no test word is trained on, and the same seed gives the same rows."""
 
 import itertools
-import json
 
 import pytest
 
-from modular_experts.__main__ import main
-from modular_experts.data import Task, TaskMixture
 from modular_experts.suite import HELD_IN, HELD_OUT, WordTask
 from modular_experts.suite.tasks import LETTERS, split_of
 
@@ -89,38 +86,8 @@ def test_more_rows_than_can_be_drawn_are_refused(counts: dict[str, int]) -> None
         HELD_IN[0](**counts)
 
 
-def test_the_largest_number_of_rows_is_drawn() -> None:
-    assert len({row["input"] for row in HELD_IN[0](train=0, validation=10_000, test=20_000).rows()}) == 30_000
-
-
 def test_a_chatty_target_repeats_the_word() -> None:
     row = next(HELD_IN[0](chatty=True).rows())
     word, answer = row["target"].split(" , ")
     assert row["input"] == f"order reverse {word} ="
     assert answer == word[::-1]
-
-
-def test_a_task_of_ones_own_is_a_few_lines(tiny_llama_dir) -> None:
-    class Double(WordTask):
-        instruction = "order double"
-
-        def answer(self, word: str) -> str:
-            return word + word
-
-    data = TaskMixture([Task(Double.name(), source=Double(train=8, validation=2, test=4))], str(tiny_llama_dir))
-    data.setup("test")
-    batch = next(iter(data.test_dataloader()))
-    words = [text.split()[2:-1] for text in batch["input"]]
-    assert batch["target"] == [" ".join(2 * word) for word in words]
-
-
-def test_a_task_of_the_suite_is_named_by_its_class_in_a_config(tiny_llama_dir, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["modular-experts"])
-    tasks = [
-        {"name": "reverse", "source": "Reverse"},
-        {"name": "upper", "source": {"class_path": "Upper", "init_args": {"test": 4}}, "role": "held_out"},
-    ]
-    command = ["test", "--model.base", str(tiny_llama_dir), "--model.max_new_tokens", "2"]
-    assert main([*command, "--tasks", json.dumps(tasks), "--eval_limit", "6"]) == 0
-    assert "reverse" in capsys.readouterr().out
