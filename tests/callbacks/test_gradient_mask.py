@@ -52,19 +52,6 @@ def test_optimizer_state_from_before_the_mask_is_cleared(mask) -> None:
         assert torch.equal(optimizer.state[module.weight][moment] != 0, mask)
 
 
-def test_masking_gradients_alone_would_move_them(tiny_llama_dir, task_files, tmp_path, mask) -> None:
-    """The mutant: weight decay moves what has no gradient."""
-
-    class GradientsOnly(GradientMask):
-        def on_train_batch_end(self, *args) -> None:
-            pass
-
-    module = _fit(tiny_llama_dir, task_files, tmp_path, GradientsOnly({NAME: mask}))
-    base = runs.module(tiny_llama_dir, None)
-    base.configure_model()
-    assert (module.model.get_parameter(NAME) != base.model.get_parameter(NAME))[~mask].any()
-
-
 def test_the_support_of_a_library_expert_is_a_mask(tiny_llama_dir, task_files, tmp_path) -> None:
     export = ExportExpert(str(tmp_path / "library"), "sparse", monitor=None)
     sparse = _fit(tiny_llama_dir, task_files, tmp_path, export, expert=partial(SparseExpert, keep_ratio=0.1))

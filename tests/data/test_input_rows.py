@@ -1,15 +1,17 @@
 """From `fit --keep_inputs` to statistics, a router, a search and smaller experts, all without task files."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from testbed.runs import TARGET
 
-from modular_experts import open_expert
+from modular_experts import fit, open_expert
 from modular_experts.base import Base
 from modular_experts.data import Inputs
 from modular_experts.data.batch import prompts
+from modular_experts.experts import SparseExpert
 from modular_experts.library import open_statistics
 from modular_experts.library.state import INPUTS_FILE
 from modular_experts.tuning import ValidationRows, objective_on_base
@@ -17,18 +19,22 @@ from modular_experts.tuning import ValidationRows, objective_on_base
 EXPERTS = ["--experts", "library/a", "library/b"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama_dir, task_files):
+    """A library of experts of the tasks `a` and `b`, which keep at most ten inputs each."""
+    place = tmp_path_factory.mktemp("inputs")
+    for name, task in (("a", "upper"), ("b", "reverse")):
+        tasks = [{"name": name, "path": str(task_files[task])}]
+        how = {"steps": 20, "learning_rate": 0.3, "keep_inputs": 10, "trainer": {"logger": False}}
+        fit(tiny_llama_dir, tasks, SparseExpert, TARGET, place / "library" / name, **how)
+    return place / "library"
+
+
 @pytest.fixture
-def library(run, tiny_llama_dir, two_task_files):
-    """Experts of the tasks `a` and `b`, which keep at most ten inputs each."""
-    for name in "ab":
-        how = ["--expert", "SparseExpert", "--modules", TARGET, "--steps", 4, "--learning_rate", 0.1]
-        how += ["--tasks", f"{name}.jsonl", "--keep_inputs", 10, "--out", f"library/{name}"]
-        code, _, err = run("fit", "--base", tiny_llama_dir, *how)
-        assert code == 0
-        assert f"kept 10 inputs of {name} beside it, which its tokenizer turns back into text" in err
-    (two_task_files / "a.jsonl").rename("gone-a")
-    (two_task_files / "b.jsonl").rename("gone-b")
-    return two_task_files / "library"
+def library(trained, tmp_path, monkeypatch):
+    """The library alone, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(trained, tmp_path / "library")
 
 
 def trained_inputs(file) -> list[str]:
@@ -36,13 +42,13 @@ def trained_inputs(file) -> list[str]:
     return [row["input"] for row in rows if row["split"] == "train"]
 
 
-def test_prompts_of_training_rows_are_kept_and_nothing_else(library, tiny_llama_dir, run) -> None:
+def test_prompts_of_training_rows_are_kept_and_nothing_else(library, tiny_llama_dir, task_files, run) -> None:
     tokenizer = Base.open(tiny_llama_dir).tokenizer()
-    for name in "ab":
+    for name, task in (("a", "upper"), ("b", "reverse")):
         kept = open_expert(library / name).inputs()
         assert list(kept) == [name]
         texts = [tokenizer.decode(one.ids) for one in kept[name]]
-        trained = trained_inputs(library.parent / f"gone-{name}")
+        trained = trained_inputs(task_files[task])
         assert texts == [text for number, text in enumerate(trained) if number in {n * 12 // 10 for n in range(10)}]
         assert {one.end for one in kept[name]} == {tokenizer.eos_token_id}
     assert "10 kept, as token ids" in run("show", "library/a")[1]
@@ -60,7 +66,7 @@ def test_each_tasks_own_expert_answers_what_it_keeps(library) -> None:
         with torch.no_grad():
             own = objective.losses_with(expert, tasks=[expert.name])[expert.name]
             other = objective.losses_with(next(one for one in experts if one is not expert), tasks=[expert.name])
-        assert own < other[expert.name]
+        assert own < other[expert.name] - 0.1
 
 
 @pytest.mark.parametrize(
@@ -112,12 +118,15 @@ def test_long_inputs_keep_their_last_tokens(library, tiny_llama_dir) -> None:
     assert [one.tokens.prompt for one in found] == [5] * 10
 
 
-def test_keeping_needs_a_place_and_data_that_have_inputs(run, tiny_llama_dir, two_task_files) -> None:
+def test_keeping_needs_a_place_and_data_that_have_inputs_and_says_so(run, tiny_llama_dir, two_task_files) -> None:
     how = ["--expert", "SparseExpert", "--modules", TARGET, "--steps", 1, "--tasks", "a.jsonl", "--keep_inputs", 5]
     code, _, err = run("fit", "--base", tiny_llama_dir, *how)
     assert (code, "keep_inputs keeps inputs beside an expert" in err) == (1, True)
     how[-1:] = [-1, "--out", "library/a"]
     assert "keep_inputs=-1 must be 0 or more inputs" in run("fit", "--base", tiny_llama_dir, *how)[2]
+    how[-3] = 5
+    said = run("fit", "--base", tiny_llama_dir, *how)[2]
+    assert "kept 5 inputs of a beside it, which its tokenizer turns back into text; push leaves them out" in said
 
 
 def test_the_two_parts_share_no_input(library) -> None:

@@ -8,20 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tokenizer, write_rows
-from lightning.pytorch import LightningModule, Trainer
 
-from modular_experts.data import Task, TaskMixture, is_filler
-from modular_experts.data.batch import Batch
+from modular_experts.data import Task, TaskMixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # Lightning 2.6.6 meets torch 2.13
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def mixture(*tasks: Any, **options: Any) -> TaskMixture:
@@ -57,18 +47,6 @@ def test_prediction_keeps_the_order_of_tasks_and_files(three: list[Task]) -> Non
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     wanted = [("upper", row["input"]) for row in rows if row["split"] == "test"]
     assert served(data.predict_dataloader())[:6] == wanted
-
-
-def test_epochs_differ_and_repeat_themselves(three: list[Task]) -> None:
-    loader = mixture(*three).train_dataloader()
-
-    def epoch(number: int) -> list[list[int]]:
-        loader.sampler.set_epoch(number)
-        return [row for batch in loader for row in batch["input_ids"].tolist()]
-
-    assert epoch(0) != epoch(1)
-    assert epoch(1) == epoch(1)
-    assert sorted(epoch(0)) == sorted(epoch(1)) or len(epoch(0)) == len(epoch(1))
 
 
 def test_reading_takes_no_number_from_the_global_generator(three: list[Task]) -> None:
@@ -155,49 +133,6 @@ def test_parts_of_a_mixture_have_the_batches_of_mixtures_of_their_own_and_read_e
     by_name = {task.name: task for task in three}
     assert shared == [found(mixture(*map(by_name.get, names), eval_limit=4)) for names in parts]
     assert list(whole.roles) == ["upper", "reverse", "first"]
-
-
-class Reader(LightningModule):
-    """Learns nothing and remembers what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: dict[str, list[str]] = {"train": [], "val": [], "test": [], "predict": []}
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def training_step(self, batch: Batch) -> torch.Tensor:
-        self.seen["train"] += batch["task"]
-        return self.weight * batch["labels"].sum()
-
-    def validation_step(self, batch: Batch) -> None:
-        self.seen["val"] += batch["input"]
-
-    def test_step(self, batch: Batch) -> None:
-        self.seen["test"] += batch["input"]
-
-    def predict_step(self, batch: Batch) -> list[str]:
-        texts = [text for text, filler in zip(batch["input"], is_filler(batch), strict=True) if not filler]
-        self.seen["predict"] += texts
-        return texts
-
-
-def test_a_plain_trainer_reads_every_stage(three: list[Task]) -> None:
-    module, data = Reader(), mixture(*three, eval_batch_size=4)
-    trainer = Trainer(**QUIET, max_epochs=2)
-    trainer.fit(module, datamodule=data)
-    trainer.test(module, datamodule=data, verbose=False)
-    trainer.predict(module, datamodule=data, return_predictions=False)
-    assert Counter(module.seen["train"]) == {"upper": 24, "reverse": 24}
-    assert {stage: len(seen) for stage, seen in module.seen.items()} == {
-        "train": 48,
-        "val": 32,
-        "test": 18,
-        "predict": 18,
-    }
-    assert module.seen["predict"] == [text for _, text in served(data.predict_dataloader())]
 
 
 def test_the_hash_of_a_task_is_that_of_its_contents_alone(tmp_path) -> None:

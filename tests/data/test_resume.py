@@ -86,11 +86,3 @@ def test_resumed_from_any_step_equals_uninterrupted(task_files: dict[str, Path],
     for step in steps if case == "plain" else {steps[0], steps[len(steps) // 3], steps[len(steps) // 2], steps[-1]}:
         rest = run(task_files, tmp_path / str(step), tmp_path / "whole" / f"step={step}.ckpt", **CASES[case])
         assert rest.seen == [entry for entry in whole.seen if entry[0] >= step], f"resumed at step {step}"
-
-
-def test_an_epoch_is_every_row_once(task_files: dict[str, Path], tmp_path: Path) -> None:
-    seen = run(task_files, tmp_path).seen
-    epochs = [[row for _, _, batch in seen[start : start + 6] for row in batch] for start in (0, 6, 12)]
-    lengths = [sorted(len([token for token in row if token]) for row in epoch) for epoch in epochs]
-    assert lengths[0] == lengths[1] == lengths[2]
-    assert len({str(epoch) for epoch in epochs}) == 3

@@ -66,25 +66,6 @@ def counts(mixing: Mixing, weights: dict[str, float] | None = None, caps: dict[s
     return epoch_counts(SIZES, mixing, weights or {}, caps or {})
 
 
-def test_proportional_takes_every_row_once() -> None:
-    assert counts(Proportional()) == SIZES
-
-
-def test_equal_takes_a_third_of_the_epoch_from_each() -> None:
-    assert counts(Equal()) == {"a": 335, "b": 335, "c": 334}
-
-
-def test_temperature_two_takes_square_roots() -> None:
-    # 1004 * (30, 10, 2) / 42 = 717.14, 239.05, 47.81
-    assert counts(Temperature(2.0)) == {"a": 717, "b": 239, "c": 48}
-    assert counts(Temperature(1.0)) == SIZES
-
-
-def test_weights_multiply_the_share() -> None:
-    # 1004 * (1, 2, 5) / 8 = 125.5, 251, 627.5: the tie goes to the first
-    assert counts(Equal(), {"a": 1, "b": 2, "c": 5}) == {"a": 126, "b": 251, "c": 627}
-
-
 def test_a_cap_bounds_a_task_and_shortens_the_epoch() -> None:
     assert counts(Proportional(), caps={"a": 50}) == {"a": 50, "b": 100, "c": 4}
     # 154 rows in equal parts, of which the first may take only 20

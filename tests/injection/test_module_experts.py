@@ -146,15 +146,6 @@ def gated() -> torch.nn.Module:
     return model
 
 
-def test_generation_with_kept_keys_and_values_is_that_without() -> None:
-    model = gated()
-    base = build_model("llama").double()
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(IDS)}
-    written = [one.generate(IDS, use_cache=cache, **options) for one, cache in ((model, True), (model, False))]
-    assert torch.equal(*written)
-    assert not torch.equal(written[0], base.generate(IDS, **options)), "else the experts had done nothing"
-
-
 def fitted(
     base: Path, files: dict[str, Path], folder: Path, *callbacks, plan: LayerPlan, ckpt: Path | None = None
 ) -> tuple:

@@ -17,17 +17,14 @@ from torch import Tensor, nn
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply
-from modular_experts.base.structure import Structure, split_slice, weight_of
+from modular_experts.base.structure import split_slice, weight_of
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
-from modular_experts.deltas import Dense, LowRank
+from modular_experts.deltas import Dense
 from modular_experts.evaluation import likelihood
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.injection import eject, expert_layers, find_sites, inject, task_vector
-from modular_experts.injection.routed import routed
 from modular_experts.library import open_expert
 from modular_experts.masks import SelectOnce
-from modular_experts.routing import Arrow, TopK
 from modular_experts.statistics.fisher import fisher
 from modular_experts.training.learning_rate import Constant
 from modular_experts.tuning.combination import Combination
@@ -253,23 +250,6 @@ def test_statistics_and_combinations_take_matrices(saved) -> None:
     assert torch.equal(model.model.layers[0].mlp.experts.down_proj, before)
 
 
-def test_a_router_of_each_matrix_chooses_by_its_own_inputs(saved, tmp_path) -> None:
-    model, deltas = Base.open(saved).load(), []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        shapes = {name: shape for name, shape in Structure(model).shapes.items() if "[" in name}
-        deltas.append(
-            {name: LowRank(torch.randn(out, 1), torch.randn(1, size)) for name, (out, size) in shapes.items()}
-        )
-    wanted = model(IDS).logits
-    with routed(model, deltas, Arrow(select=TopK(1))):
-        found = model(IDS).logits
-        kinds = {type(layer).__name__ for _, layer in expert_layers(model)}
-    assert kinds == {"ExpertSlice"}
-    assert (found - wanted).abs().max() > 1e-3
-    assert torch.equal(model(IDS).logits, wanted)
-
-
 def tied() -> transformers.PreTrainedModel:
     return conftest.build_model("llama", tie_word_embeddings=True)
 
@@ -384,13 +364,3 @@ def test_what_no_linear_layer_multiplies_refuses_experts_that_cannot_move_it() -
     assert inject(conftest.build_model("qwen2"), FullExpert, "layers.0.self_attn.q_proj.bias") == [
         "model.layers.0.self_attn.q_proj.bias"
     ]
-
-
-def test_an_in_place_expert_that_says_nothing_of_embeddings_moves_none() -> None:
-    class Written(FullExpert):
-        moved = InPlaceExpert.moved
-
-    model = tied()
-    inject(model, Written, "embed_tokens")
-    with pytest.raises(NotImplementedError, match="Written has no `moved`, which an embedding or a bias needs"):
-        model(torch.arange(3, 9)[None])

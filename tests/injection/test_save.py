@@ -86,21 +86,6 @@ def test_what_is_no_delta_is_stored_shown_verified_and_not_merged(tiny, tmp_path
     assert sentence in capsys.readouterr().err
 
 
-def test_a_state_beside_deltas_is_merged_by_its_deltas(tiny, tmp_path) -> None:
-    class Seeded(LoRAExpert):
-        def state(self):
-            return {"up": self.up}
-
-        def load_state_dict(self, state_dict):
-            self.up.data.copy_(state_dict["up"])
-
-    expert = save_expert(train(load(tiny("llama")), Seeded, "q_proj"), tmp_path / "x")
-    assert expert.record["files"] == ["delta.safetensors", "state.safetensors"]
-    assert expert.mergeable
-    assert len(expert.state()) == len(expert) == 2
-    assert "not_mergeable_because" not in expert.record
-
-
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tiny, tmp_path) -> None:
     plain = load(tiny("llama"))
     with pytest.raises(ValueError, match="has no experts to save; put them in before training"):

@@ -9,14 +9,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import LoraConfig
 from safetensors.torch import load_file, save, save_file
 from testbed.hub_server import Repository
-from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
+from testbed.peft_adapters import PEFT_WARNINGS, save_adapter
 
 from modular_experts import open_expert
 from modular_experts.base import Base
-from modular_experts.base.apply import applied
 from modular_experts.base.files import cache_directory, fingerprint
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import evaluate
@@ -101,28 +100,6 @@ def test_an_adapter_is_converted_once_for_its_content_and_its_base(place, caplog
     # The record leads to the base from any directory.
     os.chdir(place / "peft")
     assert Base.open(None, [open_expert("../peft/reverse", "../base")]).directory == place / "base"
-
-
-def test_a_merge_of_adapters_is_the_formula_of_their_files(run, place):
-    code, out, err = run("merge", *both(), "--method", "Average", "--out", "library/both")
-    assert code == 0, err
-    assert "merged 2 experts with Average" in out
-    ours, theirs = open_expert("library/both"), [stated(name) for name in TASKS]
-    assert [parent["name"] for parent in ours.record["parents"]] == TASKS
-    for name in theirs[0]:
-        mean = (theirs[0][name] + theirs[1][name]) / 2
-        torch.testing.assert_close(ours[name].dense().double(), mean, rtol=1e-5, atol=1e-7)
-    merged = merge(both(), "Average", "library/in-python")
-    assert merged.content_hash == ours.content_hash
-
-
-def test_a_type_that_peft_reads_computes_what_peft_computes(place):
-    config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
-    save_adapter(Path("base"), place / "peft/ia3", config)
-    model = Base.open("base").load()
-    with applied(model, "peft/ia3"):
-        found = logits(model)
-    torch.testing.assert_close(found, peft_logits(place / "base", place / "peft/ia3"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

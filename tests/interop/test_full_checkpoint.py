@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modular_experts.base import structure as stored
-from modular_experts.base.apply import apply
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.interop.full_checkpoint import read_full_checkpoint
 from modular_experts.interop.import_expert import import_expert
@@ -81,20 +80,6 @@ def test_base_plus_delta_is_the_checkpoint_in_every_entry(tmp_path, architecture
     assert total["moved"] == sum(int((before[name] != weight).sum()) for name, weight in after.items())
     assert total["entries"] == sum(after[name].numel() for name in deltas)
     assert dtype == torch.float32 or total["missed"] == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_imported_checkpoint_applied_is_the_checkpoint(tmp_path, dtype):
-    base, _ = save(tmp_path / "base", dtype=dtype)
-    tuned, after = save(tmp_path / "tuned", dtype=dtype, noise=0.01)
-    expert = import_expert(tuned, tmp_path / "library/x", base)
-    apply([expert.path], tmp_path / "out")
-    plain, original = (AutoModelForCausalLM.from_pretrained(place) for place in (tmp_path / "out", tuned))
-    for name, weight in after.items():
-        torch.testing.assert_close(plain.get_parameter(name), weight, rtol=0, atol=0)
-    tokens = torch.arange(20).view(1, 20)
-    assert torch.equal(plain(tokens).logits, original(tokens).logits)
-    assert not torch.equal(AutoModelForCausalLM.from_pretrained(base)(tokens).logits, original(tokens).logits)
 
 
 def test_sharding_of_either_changes_nothing(tmp_path):

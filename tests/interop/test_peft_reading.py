@@ -15,7 +15,6 @@ from modular_experts.interop.peft import read_peft
 from modular_experts.interop.peft.files import AdapterFiles
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
-Q = "model.layers.0.self_attn.q_proj"
 
 
 def lora(**settings):
@@ -77,15 +76,6 @@ def test_base_plus_deltas_computes_what_peft_computes(tiny, tmp_path, case):
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
     assert form is None or all(isinstance(delta, form) for delta in deltas.values()), deltas
     assert all(delta.dtype == torch.float32 for delta in deltas.values())
-
-
-def test_a_delta_is_the_written_out_formula(tiny_llama_dir, tmp_path):
-    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", lora(r=4, lora_alpha=6, use_rslora=True))
-    stored = load_file(adapter / "adapter_model.safetensors")
-    deltas = dict(read_peft(adapter).deltas)
-    down, up = (stored[f"base_model.model.{Q}.lora_{factor}.weight"].double() for factor in "AB")
-    torch.testing.assert_close(deltas[f"{Q}.weight"].dense().double(), 6 / 2 * up @ down, rtol=0, atol=1e-6)
-    assert len(deltas) == 4
 
 
 def _with(base, adapter):

@@ -8,13 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
+from peft import IA3Config, LoraConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
 from testbed.peft_types import CASES, committed, compare, make_adapter
 from transformers import AutoModelForCausalLM
 
-from modular_experts import merge
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.deltas import Dense, LowRank
@@ -38,29 +37,6 @@ def test_a_type_is_imported_as_peft_computes_it_or_refused_as_the_table_says(cas
 
 def test_the_table_has_a_line_for_every_type_and_no_other():
     assert list(committed()) == CASES
-
-
-def two_types(base, place):
-    common = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
-    configs = {"loha": LoHaConfig(r=2, **common), "oft": OFTConfig(r=0, oft_block_size=8, **common)}
-    return {name: save_adapter(base, place / name, config) for name, config in configs.items()}
-
-
-def test_a_loha_and_an_oft_merge_into_the_mean_of_what_peft_merges(tiny_llama_dir, tmp_path):
-    adapters = two_types(tiny_llama_dir, tmp_path)
-    experts = [import_expert(place, tmp_path / "library" / name).path for name, place in adapters.items()]
-    both = merge(experts, "Average", out=tmp_path / "library/both")
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in base.named_parameters()}
-    for adapter in adapters.values():
-        tuned = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), adapter)
-        for name, weight in tuned.merge_and_unload().named_parameters():
-            total[name] += (weight.detach().double() - base.get_parameter(name).detach().double()) / 2
-    moved = {name for name, delta in total.items() if delta.any()}
-    assert set(both) == moved
-    assert len(moved) == 4
-    for name in moved:
-        torch.testing.assert_close(both[name].dense().double(), total[name], rtol=0, atol=1e-7)
 
 
 def test_what_is_trained_beside_the_adapters_comes_along(tiny, tmp_path):

@@ -12,7 +12,6 @@ from testbed.mixture_bases import mixture
 from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits
 from testbed.random_deltas import random_delta
 
-from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.deltas import Dense, LowRank, Sparse
@@ -198,20 +197,6 @@ def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, 
         with pytest.raises(ValueError, match=r"adapter was not written: loaded again with peft 0.21.2, its logits"):
             export(expert, tmp_path / "adapter", LoraFormat())
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
-
-
-def test_a_merge_of_low_rank_experts_is_carried_exactly(tiny_llama_dir, tmp_path):
-    for name in ("a", "b"):
-        make(tmp_path / name, tiny_llama_dir, LLAMA, "LowRank")
-    (tmp_path / "b").rename(tmp_path / "c")
-    both = f"[{tmp_path / 'a'}, {tmp_path / 'c'}]"
-    assert main(["merge", "--experts", both, "--method", "TaskArithmetic", "--out", str(tmp_path / "ac")]) == 0
-    merged = open_expert(tmp_path / "ac")
-    assert all(isinstance(delta, LowRank) for delta in merged.values())
-    written = export(merged.path, tmp_path / "adapter", LoraFormat())
-    assert written.relative_error == 0.0
-    expected = expected_logits(tiny_llama_dir, dict(merged))
-    torch.testing.assert_close(peft_logits(tiny_llama_dir, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])

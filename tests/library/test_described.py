@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from testbed.random_deltas import random_delta
 
 from modular_experts.experts.site import LayerPlan
-from modular_experts.library import make_record, write_expert
 from modular_experts.library.described import describe, find_class, rebuild, short_name, trust
-from modular_experts.merger.merged import merge
-from modular_experts.merger.remove import remove
-from modular_experts.methods import TIES, Average, KnOTS, MergeMethod
+from modular_experts.methods import TIES, KnOTS, MergeMethod
 from modular_experts.routing import Router, TopK
 from modular_experts.routing.gates import Selection
-
-BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
 
 
 def test_an_object_comes_back_of_its_description_with_the_objects_inside() -> None:
@@ -89,18 +82,3 @@ def test_a_class_in_hand_is_trusted_itself_and_never_beats_one_of_this_package()
     trust(TIES)
     assert find_class(describe(TIES())["class_path"], MergeMethod) is TIES
     assert find_class("TIES", MergeMethod) is not TIES
-
-
-def test_an_expert_is_removed_from_a_merge_whose_method_has_moved(tmp_path) -> None:
-    for seed, name in enumerate(("one", "two", "three")):
-        deltas = [("a.weight", random_delta("Sparse", (12, 15), seed, torch.float32))]
-        write_expert(tmp_path / name, deltas, make_record("X", BASE, tasks=[name]))
-    merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
-    file = tmp_path / "all" / "expert.json"
-    record = json.loads(file.read_text())
-    record["method"]["class_path"] = "modular_experts.merging.average.Average"
-    file.write_text(json.dumps(record))
-    left = remove(tmp_path / "all", tmp_path / "one", tmp_path / "rest")
-    again = merge([tmp_path / "two", tmp_path / "three"], Average(), tmp_path / "again")
-    torch.testing.assert_close(left["a.weight"].dense(), again["a.weight"].dense(), rtol=2e-5, atol=1e-5)
-    assert left.record["method"] == again.record["method"]

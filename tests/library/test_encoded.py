@@ -15,8 +15,6 @@ from modular_experts.deltas.tiles import gather_tiles
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.library.encoded import VALUE_TYPES
 from modular_experts.library.packing import pack, packed_bytes, unpack
-from modular_experts.merger.merged import Merged
-from modular_experts.methods import Average
 
 RECORD = make_record("SparseExpert", {"id": "base", "fingerprint": "f"}, ["task"])
 
@@ -78,15 +76,6 @@ def test_bits_of_a_sparse_weight(tmp_path):
         places = len(pack(delta, name)[0]["rice"])
         assert 8 * places < 1.02 * 5.72 * 10_000
         assert expert.stored_bytes()["w.weight"] == places + 10_000 * encoding.bits // 8 + 400 * encoding.magnitudes
-
-
-def test_a_merge_reads_what_is_stored(tmp_path):
-    experts = [
-        _written(tmp_path / f"x{seed}", "int4", {"w.weight": random_delta("Sparse", (30, 20), seed)})[0]
-        for seed in range(3)
-    ]
-    expected = sum(expert["w.weight"].dense().double() for expert in experts) / 3
-    torch.testing.assert_close(Merged(experts, Average())["w.weight"].dense().double(), expected, rtol=0, atol=1e-6)
 
 
 def test_other_encodings_are_other_experts(tmp_path):

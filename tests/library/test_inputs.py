@@ -29,9 +29,11 @@ def plain(inputs):
     return {task: [(one.ids.tolist(), one.end) for one in prompts] for task, prompts in inputs.items()}
 
 
-@given(
-    st.dictionaries(st.text(), st.lists(st.tuples(st.lists(st.integers(0, 2**31 - 1), min_size=1), st.integers(-1, 9))))
-)
+tokens = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4)
+prompts = st.lists(st.tuples(tokens, st.integers(-1, 9)), max_size=3)
+
+
+@given(st.dictionaries(st.text(max_size=9), prompts, max_size=3))
 def test_any_inputs_come_back(tmp_path_factory, given_inputs) -> None:
     inputs = {
         task: [Prompt(torch.tensor(ids, dtype=torch.int32), end) for ids, end in prompts]

@@ -79,14 +79,6 @@ def test_every_form_and_shape_comes_back(tmp_path_factory, found):
     assert all(same(stored[f"w{i}"], delta.to(dtype=torch.float32)) for i, delta in enumerate(found))
 
 
-def test_plain_safetensors_reads_the_file(expert):
-    with safetensors.safe_open(expert / "delta.safetensors", "pt") as tensors:
-        assert set(tensors.metadata()) == {"modular_experts"}
-        names = {f"layers.{i}.weight/{s}" for i, s in enumerate(["dense", "up", "values", "mask", "indices"])}
-        assert names < set(tensors.keys())
-        assert torch.equal(tensors.get_tensor("layers.0.weight/dense"), deltas()["layers.0.weight"].values)
-
-
 def test_content_hash_is_of_the_content_alone(tmp_path):
     forward, backward = list(deltas().items()), list(deltas().items())[::-1]
     one = write(tmp_path / "one", forward, RECORD)

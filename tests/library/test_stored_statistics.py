@@ -1,10 +1,7 @@
 """Stored statistics: they are read as they were written, of this expert and no other, whole or not at all."""
 
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
 from testbed.random_deltas import random_delta
 
 from modular_experts.deltas import Dense
@@ -78,17 +75,6 @@ def test_what_is_written_is_read_and_the_expert_stays_what_it_was(one, tmp_path)
     assert open_expert(one.path).content_hash == one.content_hash
     assert list(Library(tmp_path)) == ["one"]
     assert not Library(tmp_path).incomplete()
-
-
-def test_the_file_is_a_plain_safetensors_file_of_float32(one):
-    store(one, statistics=[("a.weight", DataStatistic(torch.ones(10, 10, dtype=torch.float64), inputs=0))])
-    with safe_open(one.path / "statistics/gram.safetensors", "pt") as file:
-        assert list(file.keys()) == ["a.weight"]
-        assert file.get_tensor("a.weight").dtype == torch.float32
-        facts = json.loads(file.metadata()["modular_experts"])
-    assert facts["expert"] == one.content_hash
-    assert facts["base"] == BASE["fingerprint"]
-    assert open_statistics(one, "gram")["a.weight"].inputs == 0
 
 
 def test_equal_tensors_are_stored_once(one):

@@ -135,11 +135,3 @@ def test_with_the_prototypes_of_peft_it_is_the_arrow_of_peft(tiny_llama_dir, tmp
             one.load_state({"prototypes": prototypes[name]}, COUNT)
     with routed(model, experts, routers):
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-6)
-
-
-def test_by_default_few_experts_are_all_taken() -> None:
-    model, experts = build_model("llama"), experts_of(build_model("llama"), 2)
-    asked = Arrow(select=TopK(2))
-    torch.testing.assert_close(outputs(model, experts, Arrow()), outputs(model, experts, asked), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="TopK: k=3 is more than the 2 experts"):
-        outputs(model, experts, Arrow(select=TopK(3)))

@@ -63,36 +63,6 @@ def test_entropies_fall(objective, per) -> None:
         assert objective.losses() == found.losses
 
 
-def test_the_loss_falls_where_it_is_the_objective(objective) -> None:
-    experts = [descent(objective, "upper", 2.0), descent(objective, "reverse", 2.0)]
-    with Combination(objective.model, experts) as combination:
-        combination.move_to(torch.full((len(NAMES), 2), 0.3))
-        before = sum(objective.losses().values())
-        found = AdaMerging(objective="loss", steps=12, learning_rate=0.05).search(combination, objective)
-    assert sum(found.losses.values()) < 0.98 * before
-
-
-def test_a_first_step_goes_by_the_learning_rate_against_the_sign_of_the_gradient(objective) -> None:
-    """Adam's first step has that size whatever the gradient; a finite difference gives the sign."""
-    experts = random_experts(objective)[:2]
-
-    def entropy(coefficients: torch.Tensor) -> float:
-        with Combination(objective.model, experts) as combination, torch.no_grad():
-            combination.move_to(coefficients)
-            parts = [batch_entropies(objective.model, batches[0]) for batches in objective.batches.values()]
-        return sum((sums.sum() / counts.sum()).item() for sums, counts in parts) / len(parts)
-
-    with Combination(objective.model, experts) as combination:
-        found = AdaMerging(per="expert", steps=1, learning_rate=0.01, start=0.4).search(combination, objective)
-    for expert in range(2):
-        step = torch.zeros(2, dtype=torch.float64)
-        step[expert] = 0.02
-        ahead, behind = (entropy((torch.full((2,), 0.4) + sign * step).expand(len(NAMES), -1)) for sign in (1, -1))
-        assert found.coefficients[0, expert].item() == pytest.approx(
-            0.4 - (0.01 if ahead > behind else -0.01), abs=1e-4
-        )
-
-
 @pytest.mark.parametrize("per", ["weight", "expert"])
 def test_four_steps_are_those_of_adam_through_the_explicit_sum(objective, per) -> None:
     """In float64, with autograd through base + sum of coefficients times deltas, and Adam written out."""
@@ -173,14 +143,6 @@ def test_it_starts_at_a_merge_and_corrects_it(smooth) -> None:
     torch.testing.assert_close(stays.coefficients, torch.tensor([[1.0, 0.0, 0.0]]).double().expand(len(NAMES), -1))
     assert stays.losses == pytest.approx(at_the_merge, rel=1e-5)
     assert sum(moves.losses.values()) < sum(at_the_merge.values())
-
-
-def test_it_is_adamerging_on_the_loss_where_no_coefficient_meets_a_bound(smooth) -> None:
-    with Combination(smooth.model, random_experts(smooth)) as combination:
-        free = ATLAS(steps=4, learning_rate=0.01, start=[0.5] * combination.experts)
-        bounded = AdaMerging(objective="loss", steps=4, learning_rate=0.01, start=0.5)
-        one, other = (search.search(combination, smooth) for search in (free, bounded))
-    assert torch.equal(one.coefficients, other.coefficients)
 
 
 @pytest.mark.parametrize(("per", "decay"), [("weight", False), ("row", True)])

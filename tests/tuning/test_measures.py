@@ -43,19 +43,6 @@ def test_it_is_the_divergence_of_the_merge_from_the_expert_at_the_answers(object
                 assert counts[row] == len(p)
 
 
-def test_an_expert_has_distance_zero_to_itself_and_less_than_any_other(objective) -> None:
-    own = {"upper": descent(objective, "upper", 2.0), "reverse": descent(objective, "reverse", 2.0)}
-    objective.remember(own)
-    with Combination(objective.model, list(own.values())) as combination:
-        distances = {}
-        for factors in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5]):
-            combination.move_to(torch.tensor(factors).expand(len(NAMES), 2))
-            distances[tuple(factors)] = objective.losses(batch_divergences)
-    assert distances[1.0, 0.0]["upper"] == pytest.approx(0, abs=1e-6)
-    assert distances[0.0, 1.0]["reverse"] == pytest.approx(0, abs=1e-6)
-    assert min(distances[0.0, 1.0]["upper"], distances[0.5, 0.5]["upper"], distances[1.0, 0.0]["reverse"]) > 1e-3
-
-
 @pytest.mark.parametrize("kept", [1, 7, 50])
 def test_tokens_that_are_not_kept_count_as_one(objective, kept) -> None:
     torch.manual_seed(0)

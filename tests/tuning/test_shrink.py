@@ -5,7 +5,7 @@ import torch
 from testbed.random_deltas import random_delta
 from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
 
-from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Dense, LowRank
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert, write_statistics
 from modular_experts.library.form import Form
 from modular_experts.library.packing import pack
@@ -120,13 +120,6 @@ def test_the_largest_tiles_stay() -> None:
     assert isinstance(cut, BlockSparse)
     norms = delta.values.flatten(1).norm(dim=1)
     assert cut.blocks.tolist() == sorted(norms.argsort(descending=True)[:4].tolist())
-
-
-def test_forms_follow_the_kind_of_expert() -> None:
-    lora = {"w": LowRank(torch.randn(30, 4), torch.randn(4, 20))}
-    assert {form.rank for form in forms_for(lora)} == {1, 2, None}
-    assert Form("sign", 0.5) in forms_for({"w": Sparse.zero((3, 3))})
-    assert all(form.keep == 1 for form in forms_for({"w": random_delta("Dense", (3, 3), 0)}))
 
 
 @pytest.mark.parametrize(

@@ -132,20 +132,6 @@ parameters: {{lambda: 0.5, normalize: {str(normalize).lower()}}}
     assert_merge(merged, {name: expected(name) for name in base})
 
 
-def test_one_slice_of_all_layers_is_the_whole_model(run, place):
-    merged = run("""
-merge_method: linear
-slices:
-  - sources:
-      - {model: a, layer_range: [0, 3], parameters: {weight: [0.25, 0.75]}}
-      - {model: b, layer_range: [0, 3]}
-    parameters: {weight: 1}
-parameters: {normalize: false}
-""")
-    a, b = tensors(place, "a"), tensors(place, "b")
-    assert_merge(merged, {name: of_layer(name, [0.25, 0.5, 0.75]) * a[name] + b[name] for name in a})
-
-
 def test_dare_keeps_the_length_and_its_seed_gives_the_same_merge(run, place):
     recipe = """
 merge_method: dare_linear
