@@ -46,8 +46,8 @@ def _fit(base: Path, files: dict[str, Path], folder: Path, *callbacks: Callback,
 
 
 CASES = {
-    "many epochs": ({"max_steps": -1, "max_epochs": 10}, [12, 24, 36, 48, 60, 72, 84, 96, 108, 120]),
-    "ends in mid epoch": ({"max_steps": 100}, [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]),
+    "many epochs": ({"max_steps": -1, "max_epochs": 5}, [6, 12, 18, 24, 30, 36, 42, 48, 54, 60]),
+    "ends in mid epoch": ({"max_steps": 70}, [7, 14, 21, 28, 35, 42, 49, 56, 63, 70]),
     "does not divide": ({"max_steps": 64}, [7, 13, 20, 26, 32, 39, 45, 52, 58, 64]),
     "few rows": ({"max_steps": 30}, [6, 12, 18, 24, 30]),  # five times six rows
     "short": ({"max_steps": 3}, [3]),
@@ -85,7 +85,7 @@ def test_training_is_the_same_with_and_without_validation(tiny_llama_dir, task_f
 
 
 def test_a_fit_that_time_ends_is_validated_on_the_way_and_at_its_end(tiny_llama_dir, task_files, tmp_path) -> None:
-    seen = _fit(tiny_llama_dir, task_files, tmp_path, max_steps=10**6, max_time=timedelta(seconds=2))
+    seen = _fit(tiny_llama_dir, task_files, tmp_path, max_steps=10**6, max_time=timedelta(seconds=1))
     assert 3 <= len(seen.steps) <= 11
     assert seen.steps == sorted(set(seen.steps))
 
@@ -115,7 +115,7 @@ def test_a_run_resumed_from_any_validation_goes_on_with_the_same_losses_and_vali
 
     whole, validated, logged = run()
     assert validated == [3, 6, 9, 12, 15, 18, 21, 24]
-    for step in validated[:-1]:
+    for step in validated[:-1:2]:
         after, rest, counted = run(tmp_path / f"step={step}.ckpt")
         assert after == whole[step:], step
         assert rest == [one for one in validated if one > step]

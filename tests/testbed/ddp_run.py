@@ -207,7 +207,7 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     found["under others"] = train_under_others(folder, base, files, ranks, trainer.global_rank)
     for name in SYSTEMS:
         found[name] = train_system(folder, base, files, ranks, name)
-    for name in MIXTURES:
+    for name in MIXTURES.keys() - {*FEW_ROWS}:
         found[f"mixture {name}"] = expert_state(trained_mixtures.train(name, base, files, folder, ranks=ranks)[0].model)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:

@@ -126,12 +126,9 @@ def finish(folder: Path, ranks: int, found: dict) -> None:
 
 
 def resume(folder: Path, base: Path, files: dict[str, Path], ranks: int, checkpoint: Path) -> None:
-    """Go on from the checkpoint of a run of other processes; and train from the start."""
+    """Go on from the checkpoint of a run of other processes."""
     warnings.simplefilter("ignore")
-    found = {"resumed": train(folder, base, files, ranks, "entries", "entries", ckpt=checkpoint)[1]}
-    if ranks > 1:
-        found["clipped"] = train(folder, base, files, ranks, "entries", **CLIPPED)[1]
-    finish(folder, ranks, found)
+    finish(folder, ranks, {"resumed": train(folder, base, files, ranks, "entries", "entries", ckpt=checkpoint)[1]})
 
 
 def main(folder: Path, base: Path, capped: Path, mixed: Path, files: dict[str, Path], ranks: int) -> None:

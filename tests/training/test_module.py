@@ -66,7 +66,7 @@ def test_training_lowers_the_loss_and_export_and_checkpoint_test_like_the_traine
     kind: str, tiny_llama_dir, task_files, tmp_path
 ) -> None:
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
-    module, trainer, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS[kind], export, max_steps=24)
+    module, trainer, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS[kind], export, max_steps=12)
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert kind == "masked" or sum(losses[-6:]) < sum(losses[:6])  # it hides nine tenths of its first training
     trainer.test(module, runs.mixture(task_files, tiny_llama_dir), verbose=False)
@@ -442,6 +442,6 @@ def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(precision, t
         trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
         return losses.steps
 
-    whole = run(tmp_path / "whole", 20)
+    whole = run(tmp_path / "whole", 14)
     for step in (6, 12):  # an epoch is six
-        assert run(tmp_path / f"from{step}", 20, tmp_path / "whole" / f"step={step}.ckpt") == whole[step:]
+        assert run(tmp_path / f"from{step}", 14, tmp_path / "whole" / f"step={step}.ckpt") == whole[step:]

@@ -1,5 +1,6 @@
 """A fit whose memory is predicted from shapes takes this memory with numbers."""
 
+import itertools
 import json
 import shutil
 from functools import partial
@@ -36,11 +37,13 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"values": "bfloat16"}])
+SETTINGS = [{"gradient_checkpointing": True}, {"values": "bfloat16"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [*((kind, {}) for kind in KINDS), *itertools.product(["tiles", "lora"], SETTINGS)]
+)
 def test_as_much_is_kept_for_backward_as_with_numbers(kind, settings, tiny_llama_dir, task_files, tmp_path) -> None:
-    if kind == "full" and "values" in settings:
-        pytest.skip("a full expert has no values beside the weight")
     data, run = mixture(task_files, tiny_llama_dir, packing=False), trainer(tmp_path)
     shapes, real = module(tiny_llama_dir, KINDS[kind], **settings), module(tiny_llama_dir, KINDS[kind], **settings)
     data.setup("fit")
@@ -168,26 +171,18 @@ OPTIONS = [
 def test_changes_come_cheapest_first_until_it_fits(settings) -> None:
     whole = estimate_fit(**settings, fit_into="1GB")
     assert (whole.predicted, whole.changes) == (True, [])
+    changed = {"model": {"gradient_checkpointing": True, "dtype": "bfloat16", "values": "bfloat16"}, "batch_size": 3}
+    changed["trainer"] = QUIET | {"accumulate_grad_batches": 4, "precision": "bf16-mixed"}
+    least = estimate_fit(**settings | changed, fit_into="1GB").peak
+    found = estimate_fit(**settings, fit_into=least)
+    assert [change.options for change in found.changes] == OPTIONS
+    peaks = [found.peak, *(change.peak for change in found.changes)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert (peaks[0], peaks[-1]) == (whole.peak, least), "a changed fit takes what was said"
     one = estimate_fit(**settings, fit_into=whole.peak - 1)
     assert [change.options for change in one.changes] == OPTIONS[:1]
-    assert one.peak == whole.peak
-    peaks = [whole.peak]
-    for count in range(1, 5):
-        changes = estimate_fit(**settings, fit_into=peaks[-1] - 1).changes
-        wanted = [*OPTIONS[:1], "--batch_size 6 --trainer.accumulate_grad_batches 2"] if count == 2 else OPTIONS[:count]
-        assert [change.options for change in changes] == wanted
-        peaks.append(changes[-1].peak)
-        if count == 2:
-            peaks[-1] = estimate_fit(**settings, fit_into=peaks[-1] - 1).changes[-1].peak
-    assert peaks == sorted(peaks, reverse=True)
     with pytest.raises(ValueError, match=r"nothing makes this fit take at most .* kB: it takes .* --values bfloat16;"):
-        estimate_fit(**settings, fit_into=peaks[-1] - 1)
-
-
-def test_a_changed_fit_takes_what_was_said(settings) -> None:
-    whole = estimate_fit(**settings, fit_into="1GB").peak
-    found = estimate_fit(**settings, fit_into=whole - 1).changes[0]
-    assert estimate_fit(**settings, model={"gradient_checkpointing": True}, fit_into="1GB").peak == found.peak
+        estimate_fit(**settings, fit_into=least - 1)
 
 
 def test_a_prediction_is_for_one_of_the_processes(tiny_llama_dir, task_files, tmp_path) -> None:

@@ -15,8 +15,7 @@ from testbed import runs
 from testbed.quantised import load, plain_twin, put, step
 from transformers import AutoModelForCausalLM
 
-from modular_experts import ExpertModule, TaskMixture, apply, estimate_fit, fit, generate
-from modular_experts.__main__ import main
+from modular_experts import ExpertModule, TaskMixture, apply, estimate_fit, fit
 from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
 from modular_experts.base.quantised import quantiser
@@ -79,18 +78,6 @@ def test_it_is_measured_on_both_bases(tasks, wide) -> None:
     data = TaskMixture(tasks, wide, eval_batch_size=6)
     runs.trainer("x").test(module, data, verbose=False)
     assert module.results["tasks"]["upper"]["loss"] == pytest.approx(quantised["expert"], abs=1e-6)
-
-
-def test_it_answers_a_prompt_beside_the_quantised_base(tasks, wide, monkeypatch, capsys) -> None:
-    fit(wide, tasks, SPARSE, out="library/a", quantise="nf4", **HOW)
-    wanted = generate(Base.open(wide, quantise="nf4"), "upper bat:", "library/a", max_new_tokens=6)
-    load, forms = Base.load, []
-    monkeypatch.setattr(Base, "load", lambda base, dtype: (forms.append(base.quantise), load(base, dtype))[1])
-    capsys.readouterr()
-    words = ["--experts", "library/a", "--quantise", "nf4", "--max_new_tokens", "6"]
-    assert main(["generate", "upper bat:", *words]) == 0
-    assert capsys.readouterr().out == wanted + "\n"
-    assert forms == ["nf4"]
 
 
 def test_a_resumed_run_ends_with_the_same_expert(tasks, wide) -> None:
