@@ -42,13 +42,3 @@ def test_their_figures_stand_beside_our_means_in_per_cent_as_they_published_them
         # A single expert is judged by its own task alone.
         ["lora,", "single", "80.0", "77.50"],
     ]
-
-
-def test_a_loss_is_shown_as_it_is() -> None:
-    losses = [{**one, "metric": "loss"} for one in ROWS]
-    shown = text(Results(losses, {"published": {**GIVEN, "metric": "loss", "rows": {"lora TIES": {"held_in": 2.5}}}}))
-    assert shown.splitlines()[-1].split() == ["lora", "TIES", "0.375", "2.500", "0.125"]
-
-
-def test_a_study_without_figures_of_others_has_no_such_table() -> None:
-    assert beside_published(Results(ROWS, {"published": None})) is None

@@ -121,6 +121,11 @@ def test_random_groups_differ_and_come_again(drawn, counts) -> None:
     assert drawn({3: 4}, 3) == found[:4]
 
 
+def test_groups_that_are_not_drawn_are_disjoint(drawn) -> None:
+    members = [name for group in drawn([2, "all"], 2) for name in group]
+    assert sorted(members) == [*"abcdef"]
+
+
 def test_all_groups_are_taken_if_there_are_fewer_than_draws(drawn, caplog) -> None:
     assert {frozenset(group) for group in drawn({5: 10}, 5)} == {frozenset("abcdef") - {one} for one in "abcdef"}
     sentence = "counts: 6 experts have only 6 different groups of 5, so the study takes each once instead of 10 draws"

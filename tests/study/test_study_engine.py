@@ -14,21 +14,14 @@ from modular_experts.experts import FullExpert, LoRAExpert
 from modular_experts.library import Library
 from modular_experts.reports import Results
 
-POOL = """
-from concurrent.futures import ThreadPoolExecutor
-
-
-class Pool(ThreadPoolExecutor):
-    def __init__(self, word):
-        super().__init__(1)
-        open(word, "w").close()
-"""
-
 BROKEN = """
 from concurrent.futures import BrokenExecutor, Executor, Future
 
 
 class Broken(Executor):
+    def __init__(self, word):
+        open(word, "w").close()
+
     def submit(self, *call):
         with open("submitted", "a") as file:
             file.write("call ")
@@ -69,20 +62,15 @@ def study(out: str, *words: str) -> int:
     return main(["study", "--config", "study.yaml", "--out", out, *words])
 
 
-def test_a_class_of_the_user_runs_a_study_and_gets_its_settings(config) -> None:
-    Path("study_pool.py").write_text(POOL)
-    assert not study("mine", "--engine", "study_pool.Pool", "--engine_settings.word", "hello")
-    assert Path("hello").exists()
-    assert Path("mine/results.json").exists()
-
-
 def test_a_piece_that_a_cluster_drops_fails_with_the_words_of_the_cluster(config, capsys) -> None:
     Path("study_broken.py").write_text(BROKEN)
-    assert study("mine", "--engine", "study_broken.Broken") == 1
+    engine = ["--engine", "study_broken.Broken", "--engine_settings.word", "hello"]
+    assert study("mine", *engine) == 1
+    assert Path("hello").exists(), "the class of a user gets its settings"
     dropped = "failed: tests base, experts lora one 0, experts lora two 0: the cluster dropped the call\n"
     assert dropped in capsys.readouterr().out
     submitted = Path("submitted").read_text()
-    assert study("mine", "--engine", "study_broken.Broken") == 1
+    assert study("mine", *engine) == 1
     assert Path("submitted").read_text() == submitted, "a cluster got a job for a piece that is not tried again"
     assert dropped in capsys.readouterr().out
 
