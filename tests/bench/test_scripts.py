@@ -174,7 +174,8 @@ LINEAR = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256) + 1024 * 256
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_every_kind_is_timed_beside_its_floor_and_its_goal() -> None:
-    report = json.loads(run_script("routing_cost.py", "--quick", "--json", "--dtype", "bfloat16"))
+    short = {"PROMPT": 4, "WORKS": {"prefill 64": 2, "prefill 128": 4, "decode": 1}}
+    report = json.loads(run_script("routing_cost.py", "--quick", "--json", "--dtype", "bfloat16", **short))
     assert [row["work"] for row in report["rows"]] == ["prefill 64", "prefill 128", "decode"]
     for row in report["rows"]:
         assert row["base"] == 1
@@ -259,21 +260,6 @@ def test_the_floor_is_the_information_in_a_choice(report) -> None:
         kept = max(1, round(row["share"] * places))
         assert row["floor"] * kept * 8 == pytest.approx(math.log2(math.comb(places, kept)), abs=1e-6)
         assert row["stored_over_floor"] >= 1
-
-
-def test_what_is_stored_is_the_shortest_of_the_three_ways(report) -> None:
-    assert all(row["stored"] == min(row[way] for way in ("int32", "gaps", "mask")) for row in report["sizes"])
-    shortest = {min(("int32", "gaps", "mask"), key=lambda way: row[way]) for row in report["sizes"]}
-    assert {"gaps", "mask"} <= shortest
-
-
-def test_fewer_bits_take_fewer_bytes(report) -> None:
-    for kind in ("entries", "tiles", "LoRA"):
-        own = {row["name"]: row for row in report["encoded"] if row["name"].startswith(f"{kind}, ")}
-        sizes = [own[f"{kind}, {name}"]["bytes"] for name in ("bfloat16", "int8", "int4", "sign")]
-        assert sizes == sorted(sizes, reverse=True)
-        assert 0 < sizes[-1] < sizes[0] < 1
-        assert all(row[work] > 0 for row in own.values() for work in ("read", "merge", "route"))
 
 
 @pytest.fixture(scope="module")

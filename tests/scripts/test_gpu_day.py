@@ -1,6 +1,7 @@
 """The script of the day on a GPU runs in small on a CPU, goes on where it stopped, and shows what it measured."""
 
 import json
+import subprocess
 from types import ModuleType
 
 import pytest
@@ -21,6 +22,9 @@ def script(monkeypatch) -> ModuleType:
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_part_runs_on_a_cpu(script, tmp_path, monkeypatch) -> None:
+    # The rows of a batch are short, and the model is tiny.
+    monkeypatch.setattr(script.routing_cost, "PROMPT", 4)
+    monkeypatch.setattr(script.routing_cost, "WORKS", {"prefill 64": 2, "decode": 1})
     slow = {name for name in script.PARTS if name.startswith(("steps of 1.7B", "steps of 8B", "tests"))}
     monkeypatch.setattr(script, "PARTS", {name: part for name, part in script.PARTS.items() if name not in slow})
     script.main(["--quick", "--out", str(tmp_path)])
@@ -57,16 +61,15 @@ def test_a_second_call_makes_the_parts_that_are_missing(script, tmp_path, monkey
     assert made == ["b", "a", "a"]
 
 
-def test_the_tests_of_a_gpu_are_found(script) -> None:
-    # The other part starts the same file, with the mark of all its tests.
-    assert "pytestmark = pytest.mark.gpu\n" in (ROOT / "tests/training/test_on_device.py").read_text()
-    (row,) = script.PARTS[script.SEVERAL](True)
-    assert row["passed"], row
-
-
-def test_a_part_that_fails_says_so(script, monkeypatch) -> None:
-    monkeypatch.setattr(script.sys, "executable", "false")
-    assert script.in_own_process("tests") == [{"failed": "CalledProcessError, see its lines above"}]
+def test_the_tests_of_a_gpu_are_found(script, monkeypatch) -> None:
+    started = []
+    monkeypatch.setattr(script.subprocess, "run", lambda words, **how: started.append(words) or done)
+    done = subprocess.CompletedProcess([], 0, "2 tests collected")
+    assert script.PARTS["tests"](True) == script.PARTS[script.SEVERAL](True)
+    for words, mark in zip(started, ("gpu", "gpu_multi"), strict=True):
+        file = next(word for word in words if word.startswith("tests/"))
+        assert f"pytest.mark.{mark}\n" in (ROOT / file).read_text()
+        assert words[words.index("-m", 2) + 1] == mark
 
 
 def test_the_config_of_a_gpu_is_that_of_the_peers_table(capsys, monkeypatch) -> None:

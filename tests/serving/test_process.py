@@ -1,7 +1,6 @@
 """`modular-experts serve` in a process of its own: streams, clients that leave, the end, and the page in a browser."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -24,12 +24,13 @@ LONG = {"model": "lora", "prompt": "upper", "max_tokens": 200, "stream": True}
 
 
 class Started:
-    """A server on loopback."""
+    """A server on loopback, whose process has started Python or is a copy of this one."""
 
-    def __init__(self, library: Path, *words: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "modular_experts", "serve", str(library), "--port", "0", *words]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    def __init__(self, library: Path, *words: str, copied: bool = False) -> None:
+        command, pipe = ["serve", str(library), "--port", "0", *words], subprocess.PIPE
+        own = [sys.executable, "-m", "modular_experts", *command]
+        self.process: Any = (
+            served.Copy(*command) if copied else subprocess.Popen(own, stdout=pipe, stderr=pipe, text=True)
         )
         lines = [self.process.stdout.readline() for _ in range(2)]
         found = re.fullmatch(r"answers at (http://127\.0\.0\.1:\d+)/v1; Ctrl-C ends it\n", lines[1])
@@ -172,7 +173,7 @@ def test_it_streams_frees_the_place_of_whoever_leaves_and_finishes_what_it_began
 
 
 def test_two_interrupts_end_it_at_once_and_it_logs_prompts_if_it_shall(library) -> None:
-    started = Started(library, "--log_prompts")
+    started = Started(library, "--log_prompts", copied=True)
     with started.client.stream("POST", "/v1/completions", json=LONG) as stream:
         next(stream.iter_lines())
         for _ in range(2):
@@ -181,6 +182,5 @@ def test_two_interrupts_end_it_at_once_and_it_logs_prompts_if_it_shall(library) 
         # A shell's background job ignores the signal at its end, so the code may be 0.
         started.process.wait(20)
     started.client.close()
-    _, log = started.process.communicate()
-    assert re.search(r"^cmpl-\w+ asks lora: upper$", log, re.M)
-    assert re.search(r"^cmpl-\w+ is answered: .", log, re.M)
+    assert re.search(r"^cmpl-\w+ asks lora: upper$", started.process.log, re.M)
+    assert re.search(r"^cmpl-\w+ is answered: .", started.process.log, re.M)

@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -245,12 +244,12 @@ def test_in_front_of_the_packages_own_server_answers_are_its_own(proxied, librar
 def test_the_command_starts_it(library):
     words = ["serve", str(library), "--auto", "route", "--port", "0", "--in-front-of"]
     with listening(Stub().app) as address:
-        command = [sys.executable, "-m", "modular_experts", *words, f"{address}/v1/"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                started = [process.stdout.readline() for _ in range(2)][1].split()[2].rstrip(";")
-                answer = httpx.post(f"{started}/completions", json={"model": "auto", "prompt": "one"}, timeout=30)
-            finally:
-                process.terminate()
+        process = served.Copy(*words, f"{address}/v1/")
+        try:
+            started = [process.stdout.readline() for _ in range(2)][1].split()[2].rstrip(";")
+            answer = httpx.post(f"{started}/completions", json={"model": "auto", "prompt": "one"}, timeout=30)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
     assert answer.content == b"".join(PARTS)
     assert answer.headers["x-expert"] in ("upper", "reverse")

@@ -23,15 +23,21 @@ from modular_experts.__main__ import main
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run_script(name: str, *options: object) -> str:
-    """Return what a script prints; `SystemExit` goes on to the caller."""
+def run_script(name: str, *options: object, **constants: object) -> str:
+    """Return what a script prints, with other constants of its module; `SystemExit` goes on to the caller."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         # The scripts collect garbage before they take times, and would look through the tests' modules each time.
         patch.setattr(gc, "collect", lambda: 0)
         patch.syspath_prepend(BENCHMARKS)
         patch.setattr(sys, "argv", [name, *map(str, options)])
-        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        if constants:
+            module = importlib.import_module(name.removesuffix(".py"))
+            for constant, value in constants.items():
+                patch.setattr(module, constant, value)
+            module.main()
+        else:
+            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
     return printed.getvalue()
 
 

@@ -1,12 +1,16 @@
 """A library of experts of every form on the tiny Llama, and answers of `generate`, for the tests of the server."""
 
 import asyncio
+import os
+import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from testbed.forked import ended, forked
 
+from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
@@ -14,6 +18,35 @@ from modular_experts.evaluation.streaming import generate
 from modular_experts.library import make_record, write_expert
 from modular_experts.serving.engine import Engine, Sampling
 from modular_experts.serving.models import Models
+
+
+class Copy:
+    """A command in a copy of this process, with the parts of `subprocess.Popen` that tests of a server need."""
+
+    def __init__(self, *words: str) -> None:
+        pipes = [os.pipe() for _ in range(2)]
+        self.number = forked(_command, words, *(writing for _, writing in pipes))
+        for _, writing in pipes:
+            os.close(writing)
+        self.stdout, self.stderr = (os.fdopen(reading) for reading, _ in pipes)
+
+    def send_signal(self, signal: int) -> None:
+        os.kill(self.number, signal)
+
+    def wait(self, seconds: float) -> int:
+        """Wait for the end; what it wrote to stderr is in `log` then."""
+        status, self.log = ended(self.number, seconds), self.stderr.read()
+        for pipe in (self.stdout, self.stderr):
+            pipe.close()
+        return status
+
+
+def _command(words: Sequence[str], *pipes: int) -> int:
+    for number, pipe in enumerate(pipes, 1):
+        os.dup2(pipe, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    return main(list(words))
+
 
 WEIGHTS = {
     "model.layers.0.self_attn.q_proj.weight": (32, 32),
