@@ -43,7 +43,7 @@ class Case:
         return " ".join(str(value) for value in dataclasses.astuple(self))
 
 
-SHAPES, TOKENS, KINDS = [(17, 40), (64, 64), (130, 70)], [1, 50, 300], ["few", "all", "one", "empty row", "none"]
+SHAPES, TOKENS, KINDS = [(17, 40), (64, 64), (130, 70)], [1, 50, 100], ["few", "all", "one", "empty row", "none"]
 CASES = [
     *itertools.starmap(Case, pairwise(SHAPES, TOKENS, (16, 32, 64, 128))),
     *(Case(shape=shape, size=8) for shape in SHAPES),

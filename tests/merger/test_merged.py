@@ -35,10 +35,6 @@ def library(tmp_path):
     return tmp_path
 
 
-def entries(expert, name):
-    return expert[name].dense() if name in expert else torch.zeros(SHAPES[name])
-
-
 @pytest.mark.parametrize("method", [Average(), SparseAverage(), TaskArithmetic(0.4), TIES()], ids=str)
 def test_merge_on_disk_is_the_method_weight_by_weight(library, method):
     merged = merge([library / name for name in ("one", "two", "three")], method, library / "merged")
@@ -47,13 +43,6 @@ def test_merge_on_disk_is_the_method_weight_by_weight(library, method):
     for name, shape in SHAPES.items():
         deltas = [expert[name] if name in expert else Sparse.zero(shape) for expert in experts]
         assert torch.equal(merged[name].dense(), method.merge(deltas).dense())
-
-
-def test_missing_weight_counts_as_zero_in_an_average(library):
-    merged = merge([library / "one", library / "two"], Average(), library / "merged")
-    one = open_expert(library / "one")
-    assert torch.equal(merged["b.weight"].dense(), one["b.weight"].dense() / 2)
-    assert isinstance(merged["a.weight"], Sparse)
 
 
 def test_merge_of_merges_works_and_provenance_tells_the_parents(library):

@@ -58,7 +58,6 @@ PROMISES = [
     (m.CoreSpace(inner=m.SparseAverage()), FULL),
     (m.CtM(), {"order": True, "zero": True}),
     (m.CtM(inner=m.SparseAverage()), FULL),
-    (m.CtM(inner=m.IsoC(), rank=2), {"order": True, "zero": True}),
     (m.LiNeS(), FULL),
     (m.Rescaled(), {"alone": True, "order": True, "zero": True}),
     (m.Rescaled(inner=m.SparseAverage()), {"alone": True, "order": True, "zero": True}),

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.plugins import MixedPrecision
 from testbed import runs
+from testbed.pairwise import pairwise
 
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.experts import MaskedExpert, SparseExpert
@@ -105,13 +106,14 @@ def test_the_first_choice_is_that_of_a_scoring_pass_over_the_training_batch(tiny
     assert schedule.seconds > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("parts", "mib"), [(1, 1024), (3, 1024), (3, 0)])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "part", "checkpointing"), pairwise(KINDS, [(1, 1024), (3, 1024), (3, 0)], [False, True])
+)
 def test_the_chosen_units_train_by_the_sum_over_micro_batches_of_the_dense_gradient(
-    kind, parts, mib, checkpointing, tiny_llama_dir, task_files, tmp_path
+    kind, part, checkpointing, tiny_llama_dir, task_files, tmp_path
 ) -> None:
     """Weights are as before the choice; the last micro-batch chooses, or the first without memory."""
+    parts, mib = part
     rule = GrowAndDrop(every=1, until=1.0, replace=0.5)
     schedule = MaskSchedule(rule=rule, batches="step", accumulator_mib=mib)
     module, look = _fit(

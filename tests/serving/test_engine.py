@@ -245,7 +245,7 @@ def test_a_slow_reader_keeps_one_output_in_memory(library, tiny_llama_dir) -> No
 
     async def read_slowly():
         read, kept = [], 0
-        async with aclosing(engine.answer([5, 6], [], [-1], 40, Sampling())) as tokens:
+        async with aclosing(engine.answer([5, 6], [], [-1], 12, Sampling())) as tokens:
             async for token in tokens:
                 read.append(token.id)
                 while len(read) == 1 and engine._manager.output_router.result_handlers:
@@ -253,7 +253,7 @@ def test_a_slow_reader_keeps_one_output_in_memory(library, tiny_llama_dir) -> No
                 kept = max(kept, sum(type(one).__name__ == "GenerationOutput" for one in gc.get_objects()))
         return len(read), kept
 
-    assert served.run(engine, read_slowly()) == (40, 2)
+    assert served.run(engine, read_slowly()) == (12, 2)
 
 
 def test_a_model_that_fails_ends_its_requests_and_answers_the_next(
