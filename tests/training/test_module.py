@@ -153,6 +153,7 @@ def test_a_loaded_model_trains_like_its_directory(tiny_llama_dir, task_files, tm
         "id": str(tiny_llama_dir),
         "revision": None,
         "fingerprint": from_directory.fingerprint,
+        "rows": 99,
     }
 
 
