@@ -25,7 +25,8 @@
 namespace {
 
 constexpr int LANES = 16;
-constexpr int64_t FEW = 3;       // tokens up to which the first way is taken; a guess, not measured
+constexpr int64_t FEW = 3;          // tokens up to which the first way is taken; a guess, not measured
+constexpr int64_t SMALL = 1 << 16;  // products up to which one thread is quicker than several; a guess, too
 
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -41,6 +42,10 @@ struct Part {
     int64_t count;                         // number of inputs
     const int64_t* places;                 // their numbers, or null for all
     const float* weights;                  // one per input, or null for 1
+    int64_t size(int64_t inputs, int64_t outputs) const {  // number of values
+        if (form == LOW_RANK) return kept * (inputs + outputs);
+        return form == TILES ? kept * height * width : static_cast<const int32_t*>(where)[outputs];
+    }
 };
 
 struct Work {
@@ -435,6 +440,10 @@ template <int W, class S> void more_tokens(const Part& part, const Work& work, c
 }
 
 template <class S> void all_parts(const S* x, S* out, const Work& work, const Part* parts, int64_t count, int threads) {
+    int64_t size = 0;
+    for (int64_t number = 0; number < count; number++)
+        size += parts[number].size(work.inputs, work.outputs) * work.tokens(parts[number]);
+    if (size <= SMALL) threads = 1;
     // One part after the other, because an input may be in several.
 #pragma omp parallel num_threads(threads)
     for (int64_t number = 0; number < count; number++) {

@@ -105,13 +105,13 @@ def test_inputs_of_no_expert_stay_as_they_are_to_the_bit() -> None:
         assert not torch.equal(out[5], before[5])
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_a_row_has_the_same_bits_whatever_the_other_rows_and_threads(tokens: int) -> None:
-    """Rows of few tokens and of many stand beside each other, and one row has two experts."""
+@pytest.mark.parametrize(("tokens", "shape"), [(1, (300, 400)), (40, SHAPE)])
+def test_a_row_has_the_same_bits_whatever_the_other_rows_and_threads(tokens: int, shape: tuple[int, int]) -> None:
+    """Rows of few tokens and of many stand beside each other, and one row has several experts."""
     if compiled.library() is None:
         pytest.skip("no C++ compiler makes the products here")
-    x, out = inputs(30, tokens, torch.float32)
-    deltas = [Held(make(form, 0), torch.empty(0)) for form in ("entries", "tiles", "low rank", "columns")]
+    x, out = inputs(30, tokens, torch.float32, shape)
+    deltas = [Held(make(form, 0, shape), torch.empty(0)) for form in ("entries", "tiles", "low rank", "columns")]
     segments = [Segment(number, torch.tensor([number, 9]), None) for number in range(4)]
     segments.insert(2, Segment(0, torch.arange(10, 30), None))
     for number in range(4):
