@@ -184,8 +184,9 @@ class _KeptByBlocks:
             yield block.register_forward_hook(leave)
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if self._alike and storage._cdata not in self._seen:
+        if not self._alike or tensor.layout != torch.strided:  # sparse tensors are deltas
+            return tensor
+        if (storage := tensor.untyped_storage())._cdata not in self._seen:
             self._seen[storage._cdata] = storage  # which stays, so that no other takes its place
             self.bytes += self._alike * storage.nbytes()
         return tensor.detach()  # else the graph would hold itself
