@@ -183,10 +183,10 @@ class _KeptByBlocks:
             yield block.register_forward_pre_hook(enter)
             yield block.register_forward_hook(leave)
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def _keep(self, tensor: Tensor) -> None:
+        """Count a tensor that backward would read; nobody goes back, and a graph that kept it would hold itself."""
         if not self._alike or tensor.layout != torch.strided:  # sparse tensors are deltas
-            return tensor
+            return
         if (storage := tensor.untyped_storage())._cdata not in self._seen:
             self._seen[storage._cdata] = storage  # which stays, so that no other takes its place
             self.bytes += self._alike * storage.nbytes()
-        return tensor.detach()  # else the graph would hold itself
