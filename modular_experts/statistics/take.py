@@ -258,7 +258,9 @@ def _own_examples(
         was, way = "was trained on", "give its tasks the names that they had in training"
         if source:  # no adapter records its tasks
             place, was = source["id"], "counts as trained on"
-            way = f"name its task: modular-experts import {place} --tasks {next(iter(data.roles))} --out DIR"
+            first = next(iter(data.roles))
+            way = f"give its task's file, too; if it was trained on {first}, say so, and name DIR in its place: "
+            way += f"modular-experts import {place} --tasks {first} --out DIR"
         raise ValueError(
             f"{place} {was} {', '.join(trained_on) or 'no task that its record names'}, and data.tasks has "
             f"{' or '.join(splits)} rows of {', '.join(data.roles)} only; {way}"
