@@ -48,9 +48,9 @@ def bytes_text(size: float) -> str:
 
 
 def score_text(score: object) -> str:
-    """Return a score of a record: a number to four digits, or several by name in brackets."""
+    """Return a score of a record: a number to four digits, or several by name."""
     if isinstance(score, dict):
-        return f"({', '.join(f'{name} {score_text(value)}' for name, value in score.items())})"
+        return ", ".join(f"{name} {score_text(value)}" for name, value in score.items())
     return f"{score:.4g}" if isinstance(score, float) else str(score)
 
 

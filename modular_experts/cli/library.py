@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,29 +176,15 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     settings = dict(record.get("hyperparameters") or {})
     shares = [settings.pop(name, None) for name in ("kept", "ever_trained")]
     yield "kind", call_text(record["kind"], settings)
-    if method := record.get("method"):
-        yield "method", call_text(method["class_path"].rpartition(".")[2], method["init_args"])
-    for pattern, chosen in (record.get("per_weight") or {}).items():
-        yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
+    yield from _methods(record)
     yield "tasks", ", ".join(map(str, record["tasks"])) or "not recorded"
-    training = record.get("training") or {}
-    if plain := {k: value for k, value in training.items() if k not in ("data", "config") and value is not None}:
-        yield "training", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plain.items())
-    for task, data in (training.get("data") or {}).items():
-        rows = ", ".join(f"{count} {split}" for split, count in data["rows"].items())
-        yield "rows", f"{task}: {rows} (content {data['hash'][:12]})"
-    if training.get("config"):
-        yield "configuration", training["config"]
+    yield from _training(record.get("training") or {})
     yield "base", f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"
     if source := record.get("source"):
         yield "source", f"{source.get('id')} ({source.get('format')})"
     for parent in record["parents"]:
         yield "parent", f"{parent.get('name')} (content {str(parent.get('content_hash'))[:12]})"
-    # `ExpertModule` logs losses per target token under these names.
-    words = {"val_loss": "validation loss", "loss": "training loss of the last batch"}
-    for name, score in sorted(record["scores"].items()):
-        metric, _, task = name.partition("/")
-        yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {score_text(score).strip('()')}"
+    yield from _scores(record["scores"])
     if not expert.mergeable:
         yield "merging", f"not possible, because {expert.not_mergeable_because}"
     if state := expert.state():
@@ -223,3 +209,30 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     seed = "" if record.get("seed") is None else f", seed {record['seed']}"
     yield "created", f"{record.get('created')}{seed}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+
+
+def _methods(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield the method of a merge, and the methods of single weights."""
+    if method := record.get("method"):
+        yield "method", call_text(method["class_path"].rpartition(".")[2], method["init_args"])
+    for pattern, chosen in (record.get("per_weight") or {}).items():
+        yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
+
+
+def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    plain = {name: value for name, value in facts.items() if name not in ("data", "config") and value is not None}
+    if plain:
+        yield "training", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plain.items())
+    for task, data in (facts.get("data") or {}).items():
+        rows = ", ".join(f"{count} {split}" for split, count in data["rows"].items())
+        yield "rows", f"{task}: {rows} (content {data['hash'][:12]})"
+    if facts.get("config"):
+        yield "configuration", facts["config"]
+
+
+def _scores(scores: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    # `ExpertModule` logs losses per target token under these names.
+    words = {"val_loss": "validation loss", "loss": "training loss of the last batch"}
+    for name, score in sorted(scores.items()):
+        metric, _, task = name.partition("/")
+        yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {score_text(score)}"

@@ -157,10 +157,7 @@ def merge(
             raise ValueError(f"{kind} searches, and writes an expert; give out, base, overwrite and data alone")
         _distill(experts, out, method, data, overwrite, written.base)
         return
-    if data and not tune:
-        raise ValueError("--tasks are for --tune, and for a method that needs inputs, such as Distilled; add --tune")
-    if tune and per_weight:
-        raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
+    _check_tuning(tune, per_weight, data)
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
     opened = open_experts(experts, base=written.base)
@@ -187,11 +184,7 @@ def merge(
         write_merged(merged, out, overwrite, bar, notes, written.form)
     if tuned and tune:
         _report(tuned, "scale" not in tune.grid, out)
-    texts = Counter(map(_method_text, merged.rules.values()))
-    for text, number in texts.items():
-        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
-        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
-    _print_kept(merged)
+    _print_methods(merged)
     if written.is_checkpoint:
         print_check(check)
         print(f"{out}: a checkpoint of the base and the merge")
@@ -199,6 +192,14 @@ def merge(
             print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
     else:
         _print_experts(merged, out)
+
+
+def _check_tuning(tune: Tuning | None, per_weight: Any, data: Rows | None) -> None:
+    """Refuse settings of tuning without tuning, and methods of single weights with it."""
+    if data and not tune:
+        raise ValueError("--tasks are for --tune, and for a method that needs inputs, such as Distilled; add --tune")
+    if tune and per_weight:
+        raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
 
 
 def _report(tuned: "Tuned", searched: bool, out: str) -> None:
@@ -247,6 +248,14 @@ def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, data: "TaskMixture
     rows = ValidationRows(data, tune.rows, written.base, tune.labels, tune.expert_of, tune.max_new_tokens)
     form = Form() if written.is_checkpoint else written.form
     return tune_settings(merged.stored, method, rows, grid=tune.grid, progress=progress_bar("tuning"), form=form)
+
+
+def _print_methods(merged: Merged) -> None:
+    texts = Counter(map(_method_text, merged.rules.values()))
+    for text, number in texts.items():
+        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
+        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
+    _print_kept(merged)
 
 
 def _print_experts(merged: Merged, out: str) -> None:

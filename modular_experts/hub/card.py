@@ -88,7 +88,9 @@ def _table(entries: Sequence[CardEntry]) -> Iterator[str]:
     for entry in entries:
         tasks = list(map(str, entry.record["tasks"]))
         shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
-        scores = ", ".join(f"{name} {score_text(score)}" for name, score in sorted(entry.record["scores"].items()))
+        texts = {name: score_text(score) for name, score in sorted(entry.record["scores"].items())}
+        several = {name for name, score in entry.record["scores"].items() if isinstance(score, dict)}
+        scores = ", ".join(f"{name} ({text})" if name in several else f"{name} {text}" for name, text in texts.items())
         cells = [entry.name, entry.record["kind"], shown, bytes_text(entry.size)]
         cells += [scores or "none", entry.record["content_hash"][:12]]
         yield f"| {' | '.join(map(_plain, cells))} |"

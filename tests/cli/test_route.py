@@ -16,13 +16,15 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
+from modular_experts.cli.command import _USUAL
 from modular_experts.deltas import Sparse
 from modular_experts.evaluation import evaluate, measure
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merger import merge
-from modular_experts.routing import KernelRidge, Oracle
+from modular_experts.routing import DEFAULT_ROUTER, KernelRidge, Oracle
 from modular_experts.training.route import route
+from modular_experts.tuning import ATLAS
 
 TASKS = ["upper", "reverse", "first"]
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": (32, 32), "model.layers.1.mlp.down_proj.weight": (32, 48)}
@@ -52,6 +54,10 @@ def tasks(task_files) -> str:
 
 ALWAYS = ["--router", "Centroid", "--router.reject", "null"]
 EXPERTS = ["--experts", *[f"library/{name}" for name in TASKS]]
+
+
+def test_the_usual_classes_of_the_command_line_are_those_of_python() -> None:
+    assert {"router": DEFAULT_ROUTER.__name__, "algorithm": ATLAS.__name__} == _USUAL
 
 
 def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, tasks, tiny_llama_dir, task_files):
