@@ -20,12 +20,15 @@ LINEAR_ENTRIES = LAYER_ENTRIES + 1024 * 256
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """What a quick run prints: nothing but JSON. The processes whose memory it takes are copies of this one."""
+    """What a quick run prints: nothing but JSON. The process that selects is a copy of this one.
+
+    A copy has the peak of the process that it copies, so the peaks that a test compares come from new processes.
+    """
 
     elsewhere = subprocess.run
 
     def run(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
-        if "--peak" not in words:  # a compiler
+        if "--selection" not in words:
             return elsewhere(words, **how)
         with TemporaryFile("w+") as printed:
             assert ended(forked(lambda: print(run_script("sparse_step.py", *words[2:]), file=printed, flush=True))) == 0
