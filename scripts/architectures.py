@@ -104,17 +104,17 @@ HEAD = """# Architectures
 
 Each line of the table is a tiny random base of a family of transformers, of two to four blocks. `all-linear` gives
 experts to its linear layers and to the matrices of its mixture-of-experts layers: the table has how many of both, and
-their share of the parameters. Two experts, sparse entries and a LoRA of rank 2, take five steps, and each step
-compares numbers: *train* (the logits move), *evaluate* (the stored expert gives the trained logits, and the base
-comes back bit for bit), *merge* (an average is the mean of the deltas in float64), *apply* (the checkpoint loads to
-the logits of the base plus the merge) and *route* (each row of a batch gets its own expert's logits). In the sixth,
-experts of embeddings, norms and biases get the gradients of a training of the whole model, also where the head is
-tied.
+their share of the parameters. Two experts, sparse entries and a LoRA of rank 2, take six steps, and each compares
+numbers: *train* (the logits move), *evaluate* (the stored expert gives the trained logits, and the base comes back bit
+for bit), *merge* (an average is the mean of the deltas in float64), *apply* (the checkpoint loads to the logits of the
+base plus the merge), *route* (each row of a batch gets its own expert's logits), and *embeddings, vectors* (experts of
+embeddings, norms and biases get the gradients of a training of the whole model). {held}
 
 *Packed* tells whether a base keeps rows apart that lie behind one another in a sequence. JetMoE and Llama 4 multiply
 the matrices of their mixtures in another way, so these get no expert. `scripts/architectures.py` makes this page.
 
 """
+HEADS = ("family", "model type", "layers", "matrices", "of the parameters", "packed")
 
 
 class Result(NamedTuple):
@@ -129,10 +129,12 @@ class Result(NamedTuple):
     def line(self, family: str) -> str:
         """Return the family's line of the table."""
         counts = [str(self.layers), str(self.matrices or ""), f"{self.share:.0%}".replace("%", " %")]
-        failed = "; ".join(f"{step}: {why}" for step, why in self.steps.items() if why != "yes")
-        held = "all" if not failed else f"all but {failed}"
-        cells = [family, f"`{FAMILIES[family][0]}`", *counts, held, "yes" if self.packed else "no"]
+        cells = [family, f"`{FAMILIES[family][0]}`", *counts, "yes" if self.packed else "no"]
         return f"| {' | '.join(cells)} |"
+
+    def failed(self) -> list[str]:
+        """Return the steps that do not hold, each with the reason."""
+        return [f"{step}: {why}" for step, why in self.steps.items() if why != "yes"]
 
 
 def tiny_base(family: str, place: Path) -> Base:
@@ -261,15 +263,17 @@ def _same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def main() -> None:
     chosen = sys.argv[1:] or list(FAMILIES)
-    lines = []
+    lines, failed = [], []
     for family in chosen:
         with tempfile.TemporaryDirectory() as place:
-            lines.append(passed_through(family, Path(place)).line(family))
-            print(lines[-1], flush=True)
+            result = passed_through(family, Path(place))
+        lines.append(result.line(family))
+        failed += [f"{family}, {reason}" for reason in result.failed()]
+        print(lines[-1], *result.failed(), flush=True)
     if len(chosen) == len(FAMILIES):
-        heads = ["family", "model type", "layers", "matrices", "of the parameters", "steps that hold", "packed"]
-        table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines]
-        PAGE.write_text(HEAD + "\n".join(table) + "\n")
+        held = "Every step holds for every family." if not failed else f"Steps that do not hold: {'; '.join(failed)}."
+        table = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *lines]
+        PAGE.write_text(HEAD.format(held=held) + "\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

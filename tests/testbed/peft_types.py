@@ -25,7 +25,7 @@ from modular_experts.interop.import_expert import import_expert
 from modular_experts.library import StoredExpert
 
 PAGE = Path(__file__).parents[2] / "docs/reference/peft-types.md"
-HEAD = ("| PEFT type | how it is read | form of its deltas | logits |", "|---|---|---|---|")
+HEAD = ("| how it is read | form of its deltas | PEFT types, with the difference of their logits |", "|---|---|---|")
 
 CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 TUNERS = {kind.value: tuner for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
@@ -68,20 +68,23 @@ CASES = sorted(CONFIGS) + [f"LORA, {variant}" for variant in VARIANTS]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `difference` is the largest difference of a logit to PEFT's, or None if refused."""
+    """One type; `difference` is the largest difference of a logit to PEFT's, or None if it is refused."""
 
     case: str
     way: str
     forms: str
     difference: float | None
 
-    def line(self) -> str:
-        shown = "" if self.difference is None else f"{self.difference:.0e}"
-        return f"| {self.case} | {self.way} | {self.forms} | {shown} |"
 
-    def words(self) -> str:
-        """The line without its number."""
-        return self.line().rsplit("|", 2)[0].rstrip()
+def table(rows: list[Row]) -> list[str]:
+    """Return the lines of the table, one for each way and form, and imported types first."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        shown = "" if row.difference is None else f" {row.difference:.0e}"
+        groups.setdefault((row.way, row.forms), []).append(row.case + shown)
+    order = sorted(groups, key=lambda group: (group[0].startswith("not"), group))
+    lines = (f"| {way} | {forms} | {'; '.join(groups[way, forms])} |" for way, forms in order)
+    return [*HEAD, *(line.replace("|  |", "| |") for line in lines)]
 
 
 def make_adapter(case: str, base: Path, out: Path, **more: object) -> Path:
@@ -138,11 +141,15 @@ def compare(case: str, bases: Callable[[str], Path], place: Path) -> tuple[Row, 
     return Row(case, " and ".join(way for way, count in ways.items() if count), forms, apart), expert
 
 
-def committed() -> dict[str, str]:
-    """Return the lines of the page's table by their first cell."""
+def committed() -> dict[str, tuple[str, str]]:
+    """Return how the page's table says that each type is read, and the forms of its deltas."""
     lines = PAGE.read_text(encoding="utf-8").splitlines()
-    rows = lines[lines.index(HEAD[1]) + 1 :]
-    return {line.split("|")[1].strip(): line for line in rows if line.startswith("|")}
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[lines.index(HEAD[1]) + 1 :] if line
+    ]
+    return {
+        re.sub(r" \d+e[+-]\d+$", "", case): (way, forms) for way, forms, cases in cells for case in cases.split("; ")
+    }
 
 
 def main() -> None:
@@ -155,10 +162,9 @@ def main() -> None:
         for number, case in enumerate(CASES):
             place = Path(folder) / str(number)
             place.mkdir()
-            rows.append(compare(case, lambda name: Path(folder) / name, place)[0].line())
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(HEAD[0])[0], text.partition(HEAD[0])[2].partition("\n\n")[2]
-    PAGE.write_text("\n".join([before + HEAD[0], HEAD[1], *rows]) + "\n" + ("\n" + after if after else ""))
+            rows.append(compare(case, lambda name: Path(folder) / name, place)[0])
+    before = PAGE.read_text(encoding="utf-8").partition(HEAD[0])[0]
+    PAGE.write_text(before + "\n".join(table(rows)) + "\n")
 
 
 if __name__ == "__main__":
