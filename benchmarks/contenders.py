@@ -1,7 +1,6 @@
 """What `sparse_step.py` compares: a piece of work (a base, the layers that are trained, a batch), and ways to train it.
 
-Every way trains as many entries as LoRA of the work's rank, so that only how they are trained differs. How it is
-measured is said in `sparse_step`, what is made of the numbers in `step_report`.
+Every way trains as many entries as LoRA of the work's rank, so that only how they are trained differs.
 """
 
 import copy
@@ -19,7 +18,7 @@ from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.injection import expert_layers, inject
 
-__all__ = ["CONTENDERS", "Contender", "Step", "Work", "language_model", "missing", "pretrained", "single_layer"]
+__all__ = ["CONTENDERS", "Contender", "Step", "Work", "language_model", "missing", "pretrained"]
 
 PROJECTIONS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 SIZES: dict[bool, dict[str, Any]] = {
@@ -37,8 +36,7 @@ class Work:
     Args:
         base: The frozen base, float32.
         modules: Regular expression of the names of the layers that are trained.
-        forward: From a model to its loss or output; the batch's input requires a gradient, as behind other layers.
-        gradient: That of the output; none for a loss.
+        forward: From a model to its loss; the batch's input requires a gradient, as behind other layers.
         tokens: Of the batch.
         rank: Of the LoRA whose number of trained entries all take.
     """
@@ -46,7 +44,6 @@ class Work:
     base: nn.Module
     modules: str
     forward: Callable[[nn.Module], Tensor]
-    gradient: Tensor | None
     tokens: int
     rank: int
 
@@ -78,7 +75,7 @@ def language_model(quick: bool) -> Work:
     def forward(model: nn.Module) -> Tensor:
         return model(inputs_embeds=vectors.detach().requires_grad_(), labels=tokens).loss
 
-    return Work(base, PROJECTIONS, forward, None, tokens.numel(), rank=16)
+    return Work(base, PROJECTIONS, forward, tokens.numel(), rank=16)
 
 
 def pretrained(place: str, quick: bool, dtype: str = "float32") -> tuple[Any, Any]:
@@ -90,15 +87,6 @@ def pretrained(place: str, quick: bool, dtype: str = "float32") -> tuple[Any, An
     else:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
     return model.requires_grad_(False), tokenizer
-
-
-def single_layer(shape: tuple[int, int], tokens: int, keep: float) -> Work:
-    """Return one linear layer `(out, in)`, with the rank that comes nearest to a share of its entries."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)).requires_grad_(False)
-    x, gradient = torch.randn(tokens, shape[1]), torch.randn(tokens, shape[0])
-    rank = max(1, round(keep * shape[0] * shape[1] / sum(shape)))
-    return Work(base, "0", lambda model: model(x.detach().requires_grad_()), gradient, tokens, rank)
 
 
 @dataclass(frozen=True)
@@ -140,7 +128,7 @@ class Step:
         assert not any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
     def __call__(self, before_update: Callable[[], None] = lambda: None) -> None:
-        self.work.forward(self.model).backward(self.work.gradient)
+        self.work.forward(self.model).backward()
         before_update()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -230,9 +218,9 @@ CONTENDERS = [
 
 
 def missing(contender: Contender) -> str | None:
-    """Return why a contender cannot run here, after a step of it with a small layer."""
+    """Return why a contender cannot run here, after a step of it with a tiny model."""
     try:
-        Step(contender, single_layer((128, 128), tokens=8, keep=0.3))()
+        Step(contender, language_model(quick=True))()
     except ValueError as error:  # no compiler, for example
         return str(error)
     return None

@@ -1,8 +1,9 @@
-"""What the scripts share: their options, calls that take turns, processes of their own, memory, and the machine."""
+"""What the scripts share: options, calls that take turns, processes of their own, memory, machine, goals and tables."""
 
 import argparse
 import gc
 import json
+import os
 import platform
 import random
 import re
@@ -11,14 +12,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-__all__ = ["Parser", "high_water", "in_own_process", "machine", "medians", "output", "print_machine", "race"]
+__all__ = [
+    *("Parser", "goal", "high_water", "in_own_process", "machine", "medians"),
+    *("output", "print_goals", "print_machine", "print_table", "race"),
+]
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,12 +44,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def machine() -> dict[str, str]:
-    """Return what a reader must know of the machine."""
+    """Return what a reader must know of the machine, and how busy it is: 1 means that each core has one to serve."""
     file = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.*)", file.read_text()) if file.exists() else []
     kind = f"{models[0] if models else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
     found = {"CPU": kind, "threads": str(torch.get_num_threads()), "Python": platform.python_version()}
-    return found | {name: version(name) for name in ("torch", "transformers", "peft")}
+    found |= {name: version(name) for name in ("torch", "transformers", "peft")}
+    return found | {"load per core": f"{os.getloadavg()[0] / (os.cpu_count() or 1):.1f}"}
 
 
 def print_machine(report: Mapping[str, Any]) -> None:
@@ -54,12 +59,43 @@ def print_machine(report: Mapping[str, Any]) -> None:
 
 
 def output(options: argparse.Namespace, report: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
-    """Print a report as `--json` asks, with the machine that made it."""
+    """Print a report as `--json` asks, with the machine that made it; where `--json` names a file, write it there."""
     report = {"machine": machine(), "quick": options.quick} | report
-    if options.json:
+    if isinstance(options.json, Path):
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.json is True:
         print(json.dumps(report))
     else:
         show(report)
+
+
+def goal(what: str, measured: float | None, limit: float, at_least: bool = False) -> dict[str, Any]:
+    """Return a goal with what was measured, and whether it was met."""
+    met = None if measured is None else measured >= limit if at_least else measured <= limit
+    sense = "at least" if at_least else "at most"
+    return {"goal": what, "measured": measured, "limit": limit, "sense": sense, "met": met}
+
+
+def print_goals(goals: Iterable[Mapping[str, Any]]) -> None:
+    """Print which goals were met."""
+    verdicts = {True: "met", False: "missed", None: "not measured"}
+    rows = [{**row, "limit": f"{row['sense']} {row['limit']:g}", "met": verdicts[row["met"]]} for row in goals]
+    print_table("Goals", rows, {"measured": "measured", "limit": "goal", "met": ""})
+
+
+def print_table(title: str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Print a title and a table of each row's name, which is its first value, and some of its numbers."""
+    print(f"\n{title}\n\n| | {' | '.join(columns.values())} |\n" + "|---" * (1 + len(columns)) + "|")
+    for row in rows:
+        print("| " + " | ".join([str(next(iter(row.values()))), *(_cell(row.get(key)) for key in columns)]) + " |")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def race(

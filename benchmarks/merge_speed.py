@@ -3,7 +3,7 @@
 Both write a full checkpoint in bfloat16. Every merge is a process of its own on one thread; they take turns, mergekit
 and ours, and the numbers are ratios of medians: CPU seconds (user and system) and wall clock of the merge after the
 imports, and peak memory with them. Wall clock means little beside busy neighbours. Whether both results are the same is
-looked at, too. What is run is in `merge_work`, what is merged in `merge_inputs`; goals and tables: `merge_report`.
+looked at, too. What is run is in `merge_work`, what is merged in `merge_inputs`.
 
     python benchmarks/merge_speed.py                     2, 8 and 20 experts, three times: an hour
     python benchmarks/merge_speed.py --quick             2 and 8 experts, once: ten minutes
@@ -19,11 +19,10 @@ equal magnitudes meet a threshold, ours keeps the first, mergekit any.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +30,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import Parser
+from measuring import Parser, goal, output, print_goals, print_machine, print_table
 from merge_inputs import WEIGHTS, Inputs, Shape
-from merge_report import goals, machine, show
 from merge_work import watch
 
 from modular_experts.library import DELTA_FILE
@@ -42,6 +40,10 @@ ROOT = Path(__file__).parent.parent
 MERGEKIT = "mergekit==0.1.5"
 SMOLLM2, TINY = Shape(576, 30, 1536), Shape(64, 2, 128, 512)
 MEASURED = ["cpu", "wall", "peak", "anonymous", "anonymous_beyond"]
+CPU_GOALS = {"linear": 6.0, "task_arithmetic": 10.0, "ties": 15.0, "dare_ties": 12.0, "breadcrumbs": 10.0}
+PEAK_GOAL, GROWTH_GOAL, FLOOR_GOAL = 6.0, 1.1, 2.0
+COLUMNS = {"cpu": "CPU", "wall": "wall", "peak": "peak", "anonymous": "anonymous"}
+AGREEMENT = {"unequal": "unequal", "unequal_of_moved": "of moved"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,6 @@ METHODS = [
         *("Breadcrumbs", {"beta": 0.97, "gamma": 0.01} | LIKE_MERGEKIT),
     ),
 ]
-FROM_CHECKPOINTS = ["linear", "ties"]
 
 
 class Bench:
@@ -110,19 +111,6 @@ class Bench:
         ratios = over(peer, ours) if peer else {}
         self._say(", ".join(f"{name} {value:.3g}" for name, value in (ratios | agreed).items()))
         return {"method": method.name, "experts": experts, "ours": medians(ours)} | ratios | agreed
-
-    def from_checkpoints(self, method: Method, experts: int) -> dict[str, Any]:
-        """Return the row of a method whose inputs are full checkpoints on both sides."""
-        peer, ours = [], []
-        agreed: dict[str, float] = {}
-        for round_ in range(self.repeats):
-            self._say(f"{method.name}, {experts} full checkpoints, {round_ + 1} of {self.repeats}")
-            with self.results() as out:
-                peer.append(self._by_mergekit(method, experts, out / "mergekit"))
-                recipe = method.recipe(self.inputs.base, self._checkpoints(experts))
-                ours.append(watch(sys.executable, "recipe", recipe=recipe, out=str(out / "ours")))
-                agreed = agreed or self._agreement(out / "mergekit", out / "ours")
-        return {"method": method.name, "experts": experts, **over(peer, ours), **agreed}
 
     def beside_the_floor(self, method: Method, experts: int) -> dict[str, Any]:
         """Return ours, and ours with the check, over a process that only reads, hashes and writes."""
@@ -225,13 +213,49 @@ def measure(options: argparse.Namespace, python: Path | None) -> dict[str, Any]:
     methods = [method for method in METHODS if method.name in options.methods]
     most, named = max(options.experts), {method.name: method for method in methods}
     rows = [bench.merges(method, count) for count in options.experts for method in methods]
-    report: dict[str, Any] = {"machine": machine(), "repeats": options.repeats, "tiny": options.tiny}
+    report: dict[str, Any] = {"repeats": options.repeats, "tiny": options.tiny}
     report |= {"growth": growth(rows) if len(options.experts) > 1 else []}
     report["merges"] = [{key: value for key, value in row.items() if key != "ours"} for row in rows]
-    of_both = [named[name] for name in FROM_CHECKPOINTS if python and name in named]
-    report["checkpoints"] = [bench.from_checkpoints(method, most) for method in of_both]
     report["floor"] = [bench.beside_the_floor(named["linear"], most)] if "linear" in named else []
     return report | {"goals": goals(report), "complete": True}
+
+
+def goals(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return each goal with what was measured at the most experts, and whether it was met."""
+    most = max((row["experts"] for row in report["merges"]), default=0)
+    rows = {row["method"]: row for row in report["merges"] if row["experts"] == most}
+    found = []
+    for name, limit in CPU_GOALS.items():
+        row = rows.get(name, {})
+        found.append(goal(f"{name}: CPU of mergekit over ours", row.get("cpu"), limit, at_least=True))
+        found.append(goal(f"{name}: peak memory of mergekit over ours", row.get("peak"), PEAK_GOAL, at_least=True))
+    for row in report["growth"]:
+        what = f"{row['method']}: anonymous memory of ours, {row['experts'][1]} experts over {row['experts'][0]}"
+        found.append(goal(what, row["anonymous"], GROWTH_GOAL))
+    for row in report["floor"]:
+        what = f"{row['method']}: CPU of ours over reading, hashing and writing"
+        found.append(goal(what, row["over_hashed"]["cpu"], FLOOR_GOAL))
+    return found
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print the report of `merge_speed.py`."""
+    print_machine(report)
+    if report["tiny"]:
+        print("A tiny base, at which the numbers mean nothing.")
+    of_both = "mergekit / ours, medians of {}; spread: range of CPU seconds over their median".format(report["repeats"])
+    titles = {"experts": "experts"} | COLUMNS | {"spread": "spread"} | AGREEMENT
+    if any("cpu" in row for row in report["merges"]):
+        print_table(f"Sparse experts to a checkpoint: {of_both}", report["merges"], titles)
+    if report["growth"]:
+        span = "{1} experts over {0}".format(*report["growth"][0]["experts"])
+        print_table(f"Ours: {span}", report["growth"], COLUMNS | {"anonymous_beyond": "beyond imports"})
+    for row in report["floor"]:
+        kinds = {"over_hashed": "/ read, hash, write", "over_read": "/ read, write", "checked_over_plain": "checked /"}
+        rows = [{"method": f"ours {title}", **row[kind]} for kind, title in kinds.items()]
+        print_table(f"{row['method']}, {row['experts']} experts: ours over the floor, and the check", rows, COLUMNS)
+    print_goals(report["goals"])
+    print("\nWall clock and spread tell how busy the machine was; compare CPU and memory.")
 
 
 def parse() -> tuple[Parser, argparse.Namespace]:
@@ -278,20 +302,12 @@ def python_of_mergekit(parser: Parser, options: argparse.Namespace) -> Path | No
     """Return the Python that has mergekit; refuse one that lacks it."""
     if options.alone:
         return None
-    if options.mergekit and not shutil.which(str(options.mergekit)):
-        parser.error(f"--mergekit {options.mergekit} is no Python; name that of an environment with {MERGEKIT}")
     python = options.mergekit or Path(sys.executable)
-    if not _has_mergekit(python):
-        parser.error(
-            f"{python} cannot import mergekit; install {MERGEKIT} there, name another with --mergekit, or measure ours "
-            "with --alone"
-        )
-    return python
-
-
-def _has_mergekit(python: Path) -> bool:
     command = [str(python), "-c", "import mergekit.merge"]
-    return python.exists() and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    if not python.exists() or subprocess.run(command, capture_output=True, check=False).returncode:
+        way = f"install {MERGEKIT} there, name another with --mergekit, or measure ours with --alone"
+        parser.error(f"{python} cannot import mergekit; {way}")
+    return python
 
 
 def main() -> None:
@@ -303,9 +319,7 @@ def main() -> None:
         report = measure(options, python_of_mergekit(parser, options))
     except RuntimeError as error:  # from a process of its own
         sys.exit(str(error))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    show(report)
+    output(options, report, show)
 
 
 if __name__ == "__main__":

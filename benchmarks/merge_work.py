@@ -127,16 +127,6 @@ def by_experts(
     return work
 
 
-def by_recipe(recipe: dict[str, Any], out: str) -> Work:
-    """Our merge of full checkpoints, from mergekit's recipe."""
-    from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
-
-    _imports()
-    file = Path(f"{out}.yaml")
-    file.write_text(json.dumps(recipe))  # JSON is YAML
-    return lambda: str(merge_recipe(read_recipe(file), out, overwrite=True))
-
-
 def by_copying(files: Sequence[str], hashed: Sequence[str], written: str, out: str) -> Work:
     """What no merge can do without: reading its inputs, hashing those that are checked, writing as much as a result.
 
@@ -193,7 +183,6 @@ def comparison(first: str, second: str, base: str) -> Work:
 KINDS: dict[str, Callable[..., Work]] = {
     "mergekit": by_mergekit,
     "experts": by_experts,
-    "recipe": by_recipe,
     "copying": by_copying,
     "comparison": comparison,
 }

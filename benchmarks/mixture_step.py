@@ -14,7 +14,7 @@ from typing import Any
 import peft
 import torch
 from contenders import Contender, Work
-from measuring import Parser, output, print_machine
+from measuring import Parser, output, print_machine, print_table
 from quantised import measure
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -43,7 +43,7 @@ def base_work(quick: bool) -> Work:
     def forward(model: nn.Module) -> torch.Tensor:
         return model(inputs_embeds=vectors.detach().requires_grad_(), labels=tokens, use_cache=False).loss
 
-    return Work(model, "all-linear", forward, None, tokens.numel(), RANK)
+    return Work(model, "all-linear", forward, tokens.numel(), RANK)
 
 
 def lora_of_peft(model: nn.Module, work: Work) -> nn.Module:
@@ -69,10 +69,8 @@ CONTENDERS = [
 
 def show(report: dict[str, Any]) -> None:
     print_machine(report)
-    print("\n| | time / frozen | time / PEFT | kept for backward / PEFT | trained |\n|---|---|---|---|---|")
-    for row in report["rows"]:
-        ratios = " | ".join(f"{row[key]:.2f}" for key in ("over_frozen", "over_peft", "kept_over_peft"))
-        print(f"| {row['name']} | {ratios} | {row['trained']:,} |")
+    columns = {"over_frozen": "time / frozen", "over_peft": "time / PEFT", "kept_over_peft": "kept for backward / PEFT"}
+    print_table("A step", report["rows"], columns | {"trained": "trained"})
 
 
 def main() -> None:

@@ -9,10 +9,6 @@ A row of the table gives the share of padding in an epoch, and the tokens of dat
 `plain`. `packed` reads the rows of `plain`, so the mean loss of its steps is the same to rounding.
 
     MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py [--json] [--quick]      8 minutes; --quick: in small
-    MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py --shares                half a minute
-
-`--shares` loads no model, and prints the share of padding in training batches of 8, as drawn and as fitted, and in
-validation and test batches of 16, padded and packed, of all files in one mixture and of each.
 """
 
 import argparse
@@ -28,10 +24,8 @@ import torch
 from contenders import pretrained
 from measuring import Parser, output, print_machine
 from torch import nn
-from transformers import AutoTokenizer
 
 from modular_experts.data import TaskMixture
-from modular_experts.data.batch import repacked
 from modular_experts.evaluation import batch_losses, check_packing
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
@@ -83,24 +77,6 @@ def compare(model: nn.Module, tokenizer: Any, files: list[Path], batch_size: int
     }
 
 
-def shares_of_padding(options: argparse.Namespace) -> Iterator[list[str]]:
-    """Give a line of shares of padding for the mixture of all files, and for each file."""
-    files, tokenizer = sorted(Path(options.data).glob("*.jsonl")), AutoTokenizer.from_pretrained(options.model)
-    for chosen in [files, *([file] for file in files)]:
-        data = TaskMixture([str(file) for file in chosen], tokenizer, 8, seed=0)
-        data.setup()
-        drawn = data.padding()
-        data.choose_packing(lambda: True)
-        found = [drawn, data.padding()]
-        for loader in (data.val_dataloader(), data.test_dataloader()):
-            batches = list(loader)
-            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-            for form in (batches, map(repacked, batches)):
-                found.append(1 - tokens / sum(batch["input_ids"].numel() for batch in form))
-        name = f"all {len(files)} files" if len(chosen) > 1 else chosen[0].stem
-        yield [name, *(f"{share:.1%}" for share in found)]
-
-
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Give a row for each mixture and batch size."""
     files = sorted(Path(options.data).glob("*.jsonl"))
@@ -118,19 +94,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = Parser(__doc__, quick="a tiny model and two steps: the speeds mean nothing")
-    parser.add_argument("--shares", action="store_true", help="print only how much is padding, task by task")
     parser.add_argument("--rows", type=int, default=128, help="rows that each way trains on, in each line")
     parser.add_argument("--model", default=str(Path(__file__).parents[1] / ".cache" / "smollm2"))
     parser.add_argument("--data", default=os.environ.get("MODULAR_EXPERTS_DATA", "."))
     options = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
-    if options.shares:
-        print("| rows | training: as drawn | as fitted | validation: padded | packed | test: padded | packed |")
-        print("|---|---|---|---|---|---|---|")
-        for line in shares_of_padding(options):
-            print(f"| {' | '.join(line)} |")
-        return
     output(options, {"rows": list(measure(options))}, show)
 
 

@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import torch
 from contenders import CONTENDERS, SIZES, Contender, Step, Work, language_model
-from measuring import Parser, output, print_machine, race
+from measuring import Parser, goal, output, print_goals, print_machine, print_table, race
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,7 +86,7 @@ def errors() -> dict[str, float]:
     base = LlamaForCausalLM(LlamaConfig(**{**SIZES[False], "num_hidden_layers": 1, "vocab_size": 8}))
     name = "model.layers.0.self_attn.q_proj"
     weight = base.get_parameter(f"{name}.weight").detach()
-    work, found = Work(base, "", lambda model: weight, None, 0, 0), {}
+    work, found = Work(base, "", lambda model: weight, 0, 0), {}
     for form in get_args(Quantise):
         layer: Any = quantised(work, form, "float32").base.get_submodule(name)
         found[form] = float((read_weight(layer, torch.float32) - weight).norm() / weight.norm())
@@ -95,15 +95,10 @@ def errors() -> dict[str, float]:
 
 def show(report: dict[str, Any]) -> None:
     print_machine(report)
-    print(f"\n| {report['form']}, {report['dtype']} | time / PEFT LoRA | / frozen | kept / PEFT LoRA | trained |")
-    print("|---|---|---|---|---|")
-    for row in report["rows"]:
-        ratios = " | ".join(f"{row[key]:.2f}" for key in ("over_peft", "over_frozen", "kept_over_peft"))
-        print(f"| {row['name']} | {ratios} | {row['trained']:,} |")
+    columns = {"over_peft": "time / PEFT LoRA", "over_frozen": "/ frozen", "kept_over_peft": "kept / PEFT LoRA"}
+    print_table(f"{report['form']}, {report['dtype']}", report["rows"], columns | {"trained": "trained"})
     ours = [row for row in report["rows"] if row["name"].startswith(("entries", "tiles", "rows"))]
-    for key, goal in GOALS.items():
-        worst = max(row[key] for row in ours)
-        print(f"\n{key}: at most {worst:.2f} of sparse experts, and the goal is {goal:.2f}")
+    print_goals(goal(key, max(row[key] for row in ours), limit) for key, limit in GOALS.items())
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from contenders import language_model
-from measuring import Parser, high_water, in_own_process, medians, output, print_machine
+from measuring import Parser, high_water, in_own_process, medians, output, print_machine, print_table
 from torch import Tensor, nn
 
 from modular_experts.base.files import quiet
@@ -153,10 +153,8 @@ def show(report: dict[str, Any]) -> None:
     """Print a table of each part."""
     print_machine(report)
     for part in [part for part in PLANS if part in report]:
-        print(f"\n| {part} | trained | active | time of a step | peak memory |\n" + "|---" * 5 + "|")
-        for row in report[part]:
-            cells = [row["name"], *(f"{row[key]:.2f}" for key in ("trained", "active", "time", "memory"))]
-            print("| " + " | ".join(cells) + " |")
+        columns = {"trained": "trained", "active": "active", "time": "time of a step", "memory": "peak memory"}
+        print_table(part, report[part], columns)
 
 
 def own_memory(part: str, name: str, small: bool) -> int:

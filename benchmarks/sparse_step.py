@@ -2,11 +2,10 @@
 
 All take their steps in turn in one process, on one thread, in an order drawn anew for each round; the numbers are
 ratios of medians of CPU time. Peak memory is that of two steps in a process of their own, imports and model included.
-The rows are made in `contenders`; goals and tables are in `step_report`.
+The rows are made in `contenders`.
 
-    python benchmarks/sparse_step.py                       all three parts: about 22 minutes on two idle cores
+    python benchmarks/sparse_step.py                       both parts: about 12 minutes on two idle cores
     python benchmarks/sparse_step.py --model               a whole Llama of 135 M parameters: 9 minutes, 6 GB of memory
-    python benchmarks/sparse_step.py --layers --keep 0.01 0.05 0.1    single layers: 10 minutes per share
     python benchmarks/sparse_step.py --selection           choosing what is trained anew: 3 minutes
     python benchmarks/sparse_step.py --quick               everything in small, to see that it runs: less than a minute
 """
@@ -15,65 +14,53 @@ import argparse
 import importlib
 import json
 import statistics
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, Contender, Step, Work, language_model, missing, single_layer
-from measuring import Parser, high_water, in_own_process, machine, race
-from step_report import goals, text
+from contenders import CONTENDERS, Contender, Step, Work, language_model, missing
+from measuring import Parser, goal, high_water, in_own_process, output, print_goals, print_machine, print_table, race
 
 from modular_experts.injection import expert_layers
 
-SHAPES = [(576, 576), (1536, 576), (576, 1536), (3072, 3072), (3072, 8192), (8192, 3072)]
-TOKENS = [512, 2048]
 CHOOSING = ["entries, sampled", "tiles of 16, block_rows", "rows, slices", "columns, slices"]
 REFERENCES = ["frozen", "PEFT LoRA", "PEFT SHiRA", "dense, masked"]
 QUICK_PEAKS, QUICK_CHOOSING = ["PEFT LoRA", "dense, masked"], ["tiles of 16, block_rows"]
 WARM_UP = 2
-PROCESS_SECONDS = 12.0  # a process that imports, makes the model and takes two steps
+FORMS = {
+    "entries": ["entries, sampled", "entries, native"],
+    "tiles": ["tiles of 16, block_rows", "tiles of 16, native", "tiles of 64, block_rows", "tiles of 64, native"],
+    "rows": ["rows, slices"],
+    "columns": ["columns, slices"],
+}
+"""Rows of the table by form. The dense backend of entries is left out: it is for when more is kept."""
+
+EVERY, SLICES = [name for names in FORMS.values() for name in names], ["rows, slices", "columns, slices"]
+GOALS = [
+    ("tiles of 16, PyTorch only: time over PEFT LoRA's", "over_lora", ["tiles of 16, block_rows"], 1.0),
+    ("tiles of 16, native: time over PEFT LoRA's", "over_lora", ["tiles of 16, native"], 0.95),
+    ("rows and columns: time over PEFT LoRA's", "over_lora", SLICES, 0.94),
+    ("rows and columns: time over frozen", "over_frozen", SLICES, 1.05),
+    ("entries, PyTorch only: time over PEFT SHiRA's", "over_shira", ["entries, sampled"], 0.8),
+    ("entries, native: time over PEFT SHiRA's", "over_shira", ["entries, native"], 0.8),
+    ("entries, native: time over PEFT LoRA's", "over_lora", ["entries, native"], 1.0),
+    ("every form: time over dense and masked", "over_masked", EVERY, 0.55),
+    *((f"{form}: peak memory over PEFT LoRA's", "peak_over_lora", FORMS[form], 1.0) for form in FORMS),
+    ("columns: peak memory over PEFT LoRA's, tighter", "peak_over_lora", FORMS["columns"], 0.9),
+    ("every form: peak memory over dense and masked", "peak_over_masked", EVERY, 0.5),
+    ("every form: bytes of AdamW's moments per kept entry", "moment_bytes_per_kept", EVERY, 8.0),
+    ("re-selection every 100 steps: share of the time", "share_of_time", CHOOSING, 0.02),
+    ("re-selection: memory beyond a step's, over one layer and 1.3 k", "extra_over_allowed", CHOOSING, 1.0),
+]
+"""What is measured, its column, the rows of which the worst counts, and the most that it may be."""
 
 
-class Progress:
-    """Counts what is done, in seconds as guessed beforehand, and says on standard error what is left."""
-
-    def __init__(self, total: float) -> None:
-        self.total, self.done, self.started, self.said = total, 0.0, time.monotonic(), 0.0
-
-    def advance(self, seconds: float, what: str) -> None:
-        self.done += seconds
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self.said < (0.5 if terminal else 20):
-            return
-        self.said = now
-        left = (now - self.started) * max(0.0, self.total / self.done - 1)
-        line = f"{min(1.0, self.done / self.total):4.0%}, {left // 60:.0f} min {left % 60:2.0f} s left: {what}"
-        print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-
-
-def guess(entries: int, tokens: int) -> float:
-    """Return about how many seconds a step takes, from its operations; for the progress and the number of rounds."""
-    return 0.002 + 5.6 * entries * tokens / 1.5e11
-
-
-def compare(contenders: list[Contender], work: Work, rounds: int, progress: Progress) -> list[dict[str, Any]]:
+def compare(contenders: list[Contender], work: Work, rounds: int) -> list[dict[str, Any]]:
     """Return a row per contender: time over that of the references, over the floor, and what is trained."""
     steps = {contender.name: Step(contender, work) for contender in contenders}
-    cost = guess(work.entries, work.tokens)
-
-    def rest(name: str) -> None:
-        steps[name].rest()  # takes its writes out of the shared base
-        progress.advance(cost, name)
-
-    seconds = race(steps, rounds, WARM_UP, rest)
+    seconds = race(steps, rounds, WARM_UP, lambda name: steps[name].rest())  # writes leave the shared base
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows: list[dict[str, Any]] = []
     for contender in contenders:
@@ -95,14 +82,13 @@ def compare(contenders: list[Contender], work: Work, rounds: int, progress: Prog
     return [row | {"kept_over_lora": row["kept"] / lora} for row in rows]
 
 
-def measure_model(work: Work, contenders: list[Contender], options: argparse.Namespace, progress: Progress) -> dict:
+def measure_model(work: Work, contenders: list[Contender], options: argparse.Namespace) -> dict[str, Any]:
     """Return the table of the whole model; the peaks come first, while this process is small."""
     peaks = {}
     for contender in contenders:
         if not options.quick or contender.name in QUICK_PEAKS:
             peaks[contender.name] = peak(contender.name, options.quick)["steps"]
-            progress.advance(PROCESS_SECONDS, f"memory of {contender.name}")
-    rows = compare(contenders, work, options.repeats, progress)
+    rows = compare(contenders, work, options.repeats)
     for row in rows:
         for key, other in {"lora": "PEFT LoRA", "masked": "dense, masked"}.items():
             own = peaks.get(row["name"])
@@ -110,27 +96,6 @@ def measure_model(work: Work, contenders: list[Contender], options: argparse.Nam
     parameters = sum(parameter.numel() for parameter in work.base.parameters())
     facts = {"parameters": parameters, "tokens": work.tokens, "rank": work.rank, "keep": work.keep}
     return facts | {"repeats": options.repeats, "rows": rows}
-
-
-def layer_plan(options: argparse.Namespace) -> list[tuple[tuple[int, int], int, float, int]]:
-    """Return shape, tokens, share and number of rounds for each table of a layer; large layers take fewer rounds."""
-    shapes, tokens = ([(256, 256)], [64]) if options.quick else (SHAPES, TOKENS)
-    pairs = [(shape, count) for shape in shapes for count in tokens]
-    pairs = [(shape, count) for shape, count in pairs if shape[0] * shape[1] * count <= 3072 * 3072 * 2048]  # for time
-    plan = [(*pair, keep) for keep in options.keep for pair in pairs]
-    rounds = [round(options.repeats / guess(shape[0] * shape[1], count) / 2) for shape, count, _ in plan]
-    most = options.repeats if options.quick else 21
-    return [(*entry, max(3, min(most, number))) for entry, number in zip(plan, rounds, strict=True)]
-
-
-def measure_layers(contenders: list[Contender], options: argparse.Namespace, progress: Progress) -> list[dict]:
-    """Return a table for each layer, number of tokens and share."""
-    tables = []
-    for shape, tokens, keep, rounds in layer_plan(options):
-        work = single_layer(shape, tokens, keep)
-        facts = {"shape": list(shape), "tokens": tokens, "keep": work.keep, "rank": work.rank, "repeats": rounds}
-        tables.append(facts | {"rows": compare(contenders, work, rounds, progress)})
-    return tables
 
 
 def select(step: Step) -> None:
@@ -152,20 +117,14 @@ def select(step: Step) -> None:
     step(exchange)
 
 
-def measure_selection(work: Work, contenders: list[Contender], options: argparse.Namespace, progress: Progress) -> dict:
+def measure_selection(work: Work, contenders: list[Contender], options: argparse.Namespace) -> dict[str, Any]:
     """Return what a re-selection in every 100th step costs, in time and in memory beyond a step's."""
-    rows, cost = [], guess(work.entries, work.tokens)
+    rows = []
     for contender in contenders:
         space = peak(contender.name, options.quick, selection=True)
-        progress.advance(PROCESS_SECONDS, f"memory of a selection of {contender.name}")
         step = Step(contender, work)
         calls: dict[str, Callable[[], None]] = {"step": step, "selection": partial(select, step)}
-
-        def rest(what: str, step: Step = step, name: str = contender.name) -> None:
-            step.rest()
-            progress.advance(cost, f"{what} of {name}")
-
-        seconds = race(calls, 3, WARM_UP, rest)
+        seconds = race(calls, 3, WARM_UP, lambda _: step.rest())  # noqa: B023 - called within this round
         median = {what: statistics.median(values) for what, values in seconds.items()}
         share = median["selection"] / median["step"] - 1
         largest = max(rows * columns for rows, columns in work.shapes(work.modules))
@@ -198,72 +157,72 @@ def own_peak(name: str, quick: bool, selection: bool) -> dict[str, int]:
     return peaks
 
 
-def available(words: list[str]) -> tuple[list[Contender], dict[str, str]]:
-    """Return the contenders that can run here, of those asked for, and why the others cannot."""
-    asked = [row for row in CONTENDERS if row.name in REFERENCES or any(word in row.name for word in words or [""])]
-    reasons = {row.name: missing(row) for row in asked}
-    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
-    for name, reason in skipped.items():
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    return [row for row in asked if row.name not in skipped], skipped
-
-
 def parse() -> argparse.Namespace:
-    """Return the options; without a part, all three are asked for."""
+    """Return the options; without a part, both are measured."""
     parser = Parser(__doc__, quick="tiny sizes and two rounds, to see that it runs")
-    for part in ("model", "layers", "selection"):
-        parser.add_argument(f"--{part}", action="store_true", help="only this part, or those that are named")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.05], help="shares trained of single layers: 0.05")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds for the model; layers take 3 to 21: 5")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="WORD", help="only rows with such a word, and the peers"
-    )
+    for part in ("model", "selection"):
+        parser.add_argument(f"--{part}", action="store_true", help="only this part")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds: 5")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if any(not 0 < keep < 0.5 for keep in options.keep):
-        parser.error(f"--keep {' '.join(map(str, options.keep))} must lie between 0 and 0.5; 0.05 is five of a hundred")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats} must be at least 1")
-    for word in options.only:
-        if not any(word in row.name for row in CONTENDERS):
-            names = "; ".join(row.name for row in CONTENDERS)
-            parser.error(f"--only {word} is part of no row's name; the rows are: {names}")
-    if not (options.model or options.layers or options.selection or options.peak):
-        options.model = options.layers = options.selection = True
+    if not (options.model or options.selection or options.peak):
+        options.model = options.selection = True
     options.repeats = min(options.repeats, 2) if options.quick else options.repeats
     return options
 
 
-def expected(work: Work, number: int, choosing: int, options: argparse.Namespace) -> float:
-    """Return about how many seconds all will take, for the progress."""
-    step, seconds = guess(work.entries, work.tokens), 0.0
-    if options.model:
-        processes = len(QUICK_PEAKS) if options.quick else number
-        seconds += processes * PROCESS_SECONDS + number * (WARM_UP + options.repeats) * step
-    if options.layers:
-        steps = [guess(shape[0] * shape[1], t) * (WARM_UP + rounds) for shape, t, _, rounds in layer_plan(options)]
-        seconds += number * sum(steps)
-    if options.selection:
-        seconds += choosing * (PROCESS_SECONDS + 2 * (WARM_UP + 3) * step)
-    return seconds
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the whole report."""
-    contenders, skipped = available(options.only)
+    reasons = {row.name: missing(row) for row in CONTENDERS}
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    contenders = [row for row in CONTENDERS if row.name not in skipped]
     choosing = [row for row in contenders if row.name in (QUICK_CHOOSING if options.quick else CHOOSING)]
     work = language_model(options.quick)
-    progress = Progress(expected(work, len(contenders), len(choosing), options))
-    report: dict[str, Any] = {"machine": machine(), "quick": options.quick, "skipped": skipped}
+    report: dict[str, Any] = {"skipped": skipped}
     if options.model:
-        report["model"] = measure_model(work, contenders, options, progress)
+        report["model"] = measure_model(work, contenders, options)
     if options.selection:
-        report["selection"] = measure_selection(work, choosing, options, progress)
-    del work
-    if options.layers:
-        report["layers"] = measure_layers(contenders, options, progress)
-    progress.close()
+        report["selection"] = measure_selection(work, choosing, options)
     return report | {"goals": goals(report), "complete": True}
+
+
+def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each goal with the worst of its rows."""
+    rows: dict[str, dict[str, Any]] = {}
+    for part in ("model", "selection"):
+        for row in report.get(part, {}).get("rows", []):
+            rows[row["name"]] = rows.get(row["name"], {}) | row
+    found = []
+    for what, column, names, limit in GOALS:
+        values = [rows[name][column] for name in names if rows.get(name, {}).get(column) is not None]
+        found.append(goal(what, max(values, default=None), limit))
+    return found
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report for people."""
+    print_machine(report)
+    for name, reason in report["skipped"].items():
+        print(f"left out: {name}: {reason}")
+    if report["quick"]:
+        print("A quick run, of sizes at which the numbers mean nothing.")
+    if model := report.get("model"):
+        head = (
+            f"A training step of a Llama of {model['parameters'] / 1e6:.1f} M parameters, {model['tokens']} tokens, "
+            f"{model['keep']:.1%} of seven projections trained; medians of {model['repeats']}"
+        )
+        columns = {"over_frozen": "/frozen", "over_lora": "/LoRA", "over_floor": "/floor"}
+        columns |= {"shortest_over_frozen": "shortest", "spread": "spread"}
+        columns |= {"peak_over_lora": "peak/LoRA", "peak_over_masked": "peak/masked", "kept": "kept"}
+        columns |= {"optimizer_bytes": "optimizer bytes", "optimizer_bytes_per_kept": "per kept"}
+        print_table(head, model["rows"], columns)
+    if selection := report.get("selection"):
+        columns = {"share_of_time": "share of time", "over_step": "/step", "extra_over_allowed": "memory/allowed"}
+        head = "A re-selection in every 100th step; allowed is one layer and 1.3 x 8 bytes per kept entry"
+        print_table(head, selection["rows"], columns)
+    print_goals(report["goals"])
 
 
 def main() -> None:
@@ -273,8 +232,7 @@ def main() -> None:
     if options.peak:
         print(json.dumps(own_peak(options.peak, options.quick, options.selection)))
         return
-    report = measure(options)
-    print(json.dumps(report, indent=2) if options.json else text(report))
+    output(options, measure(options), show)
 
 
 if __name__ == "__main__":

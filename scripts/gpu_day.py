@@ -83,7 +83,7 @@ def steps(shape: str, quick: bool) -> list[Row]:
         with torch.autocast(device().type, torch.bfloat16):
             return model(inputs_embeds=vectors.detach().requires_grad_(), labels=tokens).loss
 
-    work, rows = Work(base, PROJECTIONS, forward, None, tokens.numel(), rank=16), list[Row]()
+    work, rows = Work(base, PROJECTIONS, forward, tokens.numel(), rank=16), list[Row]()
     for kind in [*KINDS, *[TRITON] * is_gpu()]:
         rows.append({"kind": kind.name})
         if is_gpu():
