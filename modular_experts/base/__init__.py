@@ -6,6 +6,6 @@ them on disk and in memory.
 This room trains nothing and merges nothing. Open `base.py` first.
 """
 
-from modular_experts.base.base import Base, DType
+from modular_experts.base.base import Base, DType, Origin
 
-__all__ = ["Base", "DType"]
+__all__ = ["Base", "DType", "Origin"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.base import Base, DType, find_base
+from modular_experts.base.base import Base, DType, Origin, find_base
 from modular_experts.base.files import MANIFEST, fetch
 from modular_experts.base.quantised import is_quantised
 from modular_experts.base.structure import Structure, is_rounded, weight_of
@@ -70,8 +70,7 @@ def apply(
         tolerance,
         overwrite,
         progress,
-        origin={"experts": parents},
-        key=json.dumps(parent_ids(parents)),
+        Origin({"experts": parents}, json.dumps(parent_ids(parents))),
     )
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,19 @@ log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+
+
+class Origin(NamedTuple):
+    """Where the deltas of a checkpoint come from.
+
+    Attributes:
+        entries: What the manifest records about it.
+        key: A text that changes with anything that the deltas depend on; an interrupted checkpoint goes on if its key
+            is the same.
+    """
+
+    entries: Mapping[str, Any]
+    key: str
 
 
 class Base:
@@ -321,8 +334,7 @@ class Base:
         tolerance: float = 1e-3,
         overwrite: bool = False,
         progress: Progress = iter,
-        origin: Mapping[str, Any] | None = None,
-        key: str | None = None,
+        origin: Origin | None = None,
     ) -> Check | None:
         """Write the base plus deltas as an ordinary Hugging Face checkpoint, and verify it by loading it again.
 
@@ -334,8 +346,7 @@ class Base:
             tolerance: Largest accepted difference of a logit.
             overwrite: Replace a checkpoint of ours that is there.
             progress: Iterator wrapper, e.g. `tqdm`.
-            origin: What the manifest records about where the deltas come from.
-            key: What the deltas depend on. With it, interrupted writing goes on with the file where it stopped.
+            origin: Where the deltas come from. With it, interrupted writing goes on with the file where it stopped.
 
         Raises:
             FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
@@ -348,6 +359,7 @@ class Base:
                 "the base from before it was quantised, with quantise, and apply the expert to that"
             )
         self.structure.check_fit(deltas.shapes())
+        entries, key = origin or ({}, None)
         work = json.dumps([key, self.fingerprint, dtype, package_versions()])
         resume = hashlib.sha256(work.encode()).hexdigest() if key else None
         # Tensors that transformers cuts or joins while it loads need the model in memory.
@@ -382,7 +394,7 @@ class Base:
                 del model, weights, weight  # before the second model comes
                 check = check_reloaded(temporary, prompts, reference, tolerance, rounding)
             base = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
-            write_manifest(temporary, {"base": base, **(origin or {}), "check": asdict(check) if check else None})
+            write_manifest(temporary, {"base": base, **entries, "check": asdict(check) if check else None})
         return check
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modular_experts.base import Base, DType
+from modular_experts.base import Base, DType, Origin
 from modular_experts.base.base import adopt_smaller
 from modular_experts.base.verify import Check
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
@@ -274,9 +274,9 @@ def write_checkpoint(
     notes: Mapping[str, Any] | None = None,
 ) -> Check | None:
     """Write base plus merge as an ordinary checkpoint, whose origin is the parents, the methods and `notes`."""
-    origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")} | dict(notes or {})
-    opened = Base.open(base, merged.stored)
-    return opened.write(merged, out, dtype, True, tolerance, overwrite, progress, origin=origin, key=merged.key())
+    entries = {name: merged.record()[name] for name in ("parents", "method", "per_weight")} | dict(notes or {})
+    origin = Origin(entries, merged.key())
+    return Base.open(base, merged.stored).write(merged, out, dtype, True, tolerance, overwrite, progress, origin)
 
 
 def method_of_each(
