@@ -16,7 +16,7 @@ from modular_experts.discovery import SYSTEMS
 
 
 class Command(NamedTuple):
-    """A command: its file in `cli/` or another folder, its function (empty if it runs a trainer), and what it does."""
+    """A command: its file in `cli/` or another folder, its function (empty if it runs a trainer), and its help."""
 
     file: str
     function: str

@@ -144,7 +144,7 @@ def progress_by_tenths(
 
 
 def print_check(found: Check | None) -> None:
-    """Print how a checkpoint compared with the model in memory, and what rounding took."""
+    """Print how a checkpoint compared with the model in memory, and the effect of rounding."""
     if found is None:
         print("not loaded again, because check is false")
         return

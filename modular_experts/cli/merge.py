@@ -59,7 +59,7 @@ class Tuning:
     Args:
         rows: The most rows of one task, spread evenly over its validation rows.
         grid: Values to try, by setting of the method: {keep: [0.1, 0.2]}; one value fixes it: {scale: [1]}.
-        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+        labels: Take the targets of the `rows`, or the answers of the `experts` to the inputs of their own tasks.
         expert_of: Directory of the expert of each task, such as {dates: library/dates}; by default the record tells it.
         max_new_tokens: The most tokens of an expert's answer.
     """

@@ -95,7 +95,7 @@ def statistics(
         rows: The most rows of one task, spread evenly over them.
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Replace statistics of this kind.
-        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+        labels: Take the targets of the `rows`, or the answers of the `experts` to the inputs of their own tasks.
         max_new_tokens: The most tokens of an expert's answer.
         dtype: Data type of the base; bfloat16 takes half the memory.
 

@@ -144,7 +144,7 @@ class UnfinishedStudyError(ValueError):
 
 
 def _print_state(state: State, dry_run: bool) -> None:
-    """Print what is done and what is left of each stage, and what failed; of a dry run also each piece."""
+    """Print how many pieces of each stage are done, left and failed; of a dry run also each piece."""
     for piece in state.pieces if dry_run else ():
         mark = "done" if piece.key in state.done else "failed" if piece.key in state.failed else "to do"
         print(f"{mark:<8}{title_of(piece.key)}")

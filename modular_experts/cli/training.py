@@ -69,7 +69,7 @@ def _settings_of_checkpoint(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _print_estimate(found: "FitEstimate", limit: str | None) -> None:
-    """Print rows, what is trained, time and memory, and what would be written, in at most 80 columns."""
+    """Print rows, trained numbers, time and memory, and the files to be written, in at most 80 columns."""
     from modular_experts.cli.format import share_text, table_of
 
     console = Console(markup=False, emoji=False, width=80)

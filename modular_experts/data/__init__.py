@@ -1,6 +1,6 @@
 """Read, check and tokenise the rows of tasks, and mix them into batches.
 
-`batch.py` defines a batch, and what training may ask of its data beside batches; no model and no expert is loaded
+`batch.py` defines a batch, and the protocol of all that training asks of its data; no model and no expert is loaded
 here. `sources.py` reads files and the hub. Open `mixture.py` first.
 """
 

@@ -1,4 +1,4 @@
-"""Define the batch, in which data and training meet, and what training may ask of its data beside batches.
+"""Define the batch, in which data and training meet, and the protocol of all that training asks of its data.
 
 A batch is a dict, for `n` rows padded on the right to the longest, `length`:
 

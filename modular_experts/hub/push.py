@@ -22,7 +22,7 @@ from modular_experts.progress import Progress
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push wrote, or would write: files beside the card by path, and what it `removed` of replaced experts.
+    """What a push wrote, or would write: files beside the card by path, and those that it `removed`.
 
     `card` is None if the repository has one of its own, `commit` after a dry run or if there was nothing to write.
     """

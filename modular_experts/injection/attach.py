@@ -1,7 +1,7 @@
 """Use stored experts of any kind in a model for a while: `with attached(model, "library/x"): ...`.
 
 Deltas are added to the weights. An expert that depends on the input is put into the layers: a routed expert with the
-experts behind it, and what was trained by a plan or by a type that is made of its state.
+experts behind it, and experts that a plan or a type makes of their state.
 """
 
 import copy

@@ -12,7 +12,7 @@ from modular_experts.deltas.tiles import index_dtype
 
 @dataclass(frozen=True)
 class ImportedAdapter:
-    """The deltas of another tool's fine-tuning by the names of weights in the loaded base, and what its files state.
+    """The deltas of another tool's fine-tuning by the names of weights in the loaded base, and facts of its files.
 
     An iteration over the deltas can be repeated.
     """

@@ -213,7 +213,7 @@ def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
     if name == "gaps":
         return count <= shape[0] <= count + limit // FURTHEST
     if name == "rice":
-        # Low bits, a one for each number, the zeros before them, and what rounds up to bytes.
+        # Low bits, a one for each number, the zeros before them, and the bits that fill up the last bytes.
         return 0 < count <= 8 * shape[0] <= (_MOST_LOW + 1) * (count + 8) + limit + 8
     return shape[0] == (-(-limit // 8) if name == "mask" else count)
 

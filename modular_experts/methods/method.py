@@ -128,7 +128,7 @@ class MergeMethod(ABC):
         Args:
             deltas: One delta per expert, in the order of the experts, all of the weight's shape. An expert that does
                 not move this weight gives `Sparse.zero(shape)`.
-            context: The weight's name, statistics of the experts' data, and what `prepare` returned.
+            context: The weight's name, statistics of the experts' data, and the result of `prepare`.
         """
 
     @property

@@ -123,7 +123,7 @@ class SVC(Wrapper):
 
 
 def counted(found: Spectrum, deltas: Sequence[Delta]) -> Tensor:
-    """Return `s_ri` `(experts, directions)` for the spectrum of a merge and what was merged.
+    """Return `s_ri` `(experts, directions)` for the spectrum of a merge and the merged deltas.
 
     It is NaN where an expert moves nothing along a direction.
     """

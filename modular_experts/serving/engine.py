@@ -51,7 +51,7 @@ class Sampling:
 
 
 class Token(NamedTuple):
-    """A token of an answer; with `logprobs`, its logarithmic probability and those of the likeliest tokens."""
+    """A token of an answer; with `logprobs`, its logarithmic probability and the likeliest tokens with theirs."""
 
     id: int
     logprob: float | None = None
@@ -60,7 +60,7 @@ class Token(NamedTuple):
 
 @dataclass(eq=False)
 class _Row:
-    """A request that the model answers: its experts' slots with weights, and what its hooks told of its tokens."""
+    """A request that the model answers: its experts' slots with weights, and the notes of its hooks on its tokens."""
 
     slots: list[tuple[int, float]]
     sampling: Sampling

@@ -22,7 +22,7 @@ from modular_experts.text import did_you_mean
 
 
 class Read(NamedTuple):
-    """Settings that fit, as a YAML file holds them with all defaults, and what makes the object of them."""
+    """Settings that fit, as a YAML file holds them with all defaults, and a function that makes the object."""
 
     plain: Any
     make: Callable[[], Any]

@@ -39,7 +39,7 @@ import_systems("search")
 
 Put = Callable[..., Any] | None
 Combined = tuple[Sequence[Any], Mapping[str, Any], Put]
-"""Experts to add up in the base, the settings that were chosen, and what puts them in place otherwise."""
+"""Experts to add up in the base, the settings that were chosen, and a function that puts them in place otherwise."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Published:
     """Figures of others for models of a study, as its tables name them; shares are in per cent.
 
     Args:
-        source: Where they stand, and what they measure.
+        source: Where they stand, and their metric.
         metric: The metric that they are of.
         rows: For each model the mean over the tasks of a role (`held_in`, `held_out`).
     """

@@ -49,7 +49,7 @@ SHRINK_ROWS = 32
 
 @dataclass(frozen=True)
 class Way:
-    """One way to combine the experts, and what was measured of it.
+    """One way to combine the experts, and its measurements.
 
     Attributes:
         name: What was done.

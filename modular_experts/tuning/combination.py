@@ -87,7 +87,7 @@ class Combination:
             weight.copy_(total)
 
     def deltas(self, coefficients: Tensor) -> Iterator[tuple[str, Delta]]:
-        """Yield each weight's name and what `move_to` adds to it, on the CPU, in the cheapest form that holds it."""
+        """Yield each weight's name and the delta of `move_to`, on the CPU, in the cheapest form that holds it."""
         for name, weight, scaled in zip(self.names, self._weights, self._scaled(coefficients), strict=True):
             yield name, add([Sparse.zero(weight.shape, weight.device), *scaled]).to("cpu")
 

@@ -110,7 +110,7 @@ class Objective:
 
     @torch.no_grad()
     def losses(self, measure: Measure = batch_losses, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """Return the loss of each task, or of some, with the model's present weights, or what another measure gives."""
+        """Return the loss of each task, or of some, with the model's present weights, or another measure of it."""
         losses = {}
         for task in self.batches if tasks is None else tasks:
             parts = [measure(self.model, batch) for batch in self.batches[task]]
@@ -146,7 +146,7 @@ class ValidationRows(Options):
             the inputs that the experts keep (`fit --keep_inputs`), which the experts answer.
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
-        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+        labels: Take the targets of the `rows`, or the answers of the `experts` to the inputs of their own tasks.
         expert_of: The expert of each task: {dates: library/dates}; by default the record tells it.
         max_new_tokens: The most tokens of an expert's answer.
         dtype: Data type of the base; by default as it is stored, and float32 for statistics.

@@ -46,7 +46,7 @@ _TEXT = {
     *("init_lora_weights", "init_weights", "mask_type", "poly_type", "psoft_svd", "variant"),
     "wavelet_family",
 }
-# What PEFT raises for a wrong field, a tensor of another shape, or what it does not support.
+# What PEFT raises for a wrong field, a tensor of another shape, or a form that it does not support.
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
 
 

@@ -33,7 +33,7 @@ Encoded = Mapping[str, EncodedWeight]
 
 @dataclass(frozen=True)
 class WrittenAdapter:
-    """An adapter that was written: each weight as it stores it, and what loading it again with PEFT showed."""
+    """An adapter that was written: each weight as it stores it, and how it compared when PEFT loaded it again."""
 
     weights: Encoded
     check: "AdapterCheck | None"
