@@ -102,19 +102,19 @@ PAGE = Path(__file__).parent.parent / "docs" / "results" / "architectures.md"
 STEPS = ("train", "evaluate", "merge", "apply", "route", "embeddings, vectors")
 HEAD = """# Architectures
 
-Each line of the table is a tiny random base of a family of transformers, of two to four blocks. `all-linear` gives
-experts to its linear layers and to the matrices of its mixture-of-experts layers: the table has how many of both, and
-their share of the parameters. Two experts, sparse entries and a LoRA of rank 2, take six steps, and each compares
-numbers: *train* (the logits move), *evaluate* (the stored expert gives the trained logits, and the base comes back bit
-for bit), *merge* (an average is the mean of the deltas in float64), *apply* (the checkpoint loads to the logits of the
-base plus the merge), *route* (each row of a batch gets its own expert's logits), and *embeddings, vectors* (experts of
-embeddings, norms and biases get the gradients of a training of the whole model). {held}
+Each line of the table is a tiny random base of two to four blocks. `all-linear` gives experts to its linear layers and
+to the matrices of its mixture-of-experts layers: the table has how many of both, and their share of the parameters. Two
+experts, sparse entries and a LoRA of rank 2, take six steps, and each compares numbers: *train* (the logits move),
+*evaluate* (the stored expert gives the trained logits, and the base comes back bit for bit), *merge* (an average is the
+mean of the deltas in float64), *apply* (the checkpoint loads to the logits of the base plus the merge), *route* (each
+row of a batch gets its own expert's logits), and *embeddings, vectors* (experts of embeddings, norms and biases get the
+gradients of a training of the whole model). {held}
 
 *Packed* tells whether a base keeps rows apart that lie behind one another in a sequence. JetMoE and Llama 4 multiply
 the matrices of their mixtures in another way, so these get no expert. `scripts/architectures.py` makes this page.
 
 """
-HEADS = ("family", "model type", "layers", "matrices", "of the parameters", "packed")
+HEADS = ("family", "model type", "layers + matrices", "of the parameters", "packed")
 
 
 class Result(NamedTuple):
@@ -128,7 +128,8 @@ class Result(NamedTuple):
 
     def line(self, family: str) -> str:
         """Return the family's line of the table."""
-        counts = [str(self.layers), str(self.matrices or ""), f"{self.share:.0%}".replace("%", " %")]
+        places = f"{self.layers}+{self.matrices}" if self.matrices else str(self.layers)
+        counts = [places, f"{self.share:.0%}".replace("%", " %")]
         cells = [family, f"`{FAMILIES[family][0]}`", *counts, "yes" if self.packed else "no"]
         return f"| {' | '.join(cells)} |"
 
