@@ -375,7 +375,7 @@ def main() -> None:
     parser.add_argument("base", help="directory of SmolLM2, which make smollm2 fetches")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--kinds", nargs="+", default=[*KINDS], help="of the experts whose servers are measured")
+    parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=[*KINDS], help="of the experts")
     parser.add_argument("--soak", type=float, help="minutes")
     parser.add_argument("--only", nargs="+", default=["throughput", "first token", "memory"], help="parts")
     parser.add_argument("--peft", type=Path, help=argparse.SUPPRESS)

@@ -90,9 +90,10 @@ class Mixture(NotMergeable, Expert):
             return out
         inputs = x.to(out.dtype).reshape(gates.count, -1, x.shape[-1]).contiguous()
         added = out.view(gates.count, -1, out.shape[-1])
-        # While tokens are decoded, the gates stay from pass to pass.
-        if self._last is not None and self._last[0] is gates and self._last[1] and compiled.serves(added, inputs):
-            self._last[1].add_products(added, inputs)
+        # While tokens are decoded, the gates stay from pass to pass; another thread may `put` meanwhile.
+        last = self._last
+        if last is not None and last[0] is gates and last[1] and compiled.serves(added, inputs):
+            last[1].add_products(added, inputs)
         else:
             # Encoded deltas that these gates do not name take the room of a few bits again.
             for number in self.encoded.difference(self.gates.kept, (segment.expert for segment in gates.segments)):
