@@ -206,12 +206,9 @@ CONTENDERS = [
     ),
     Contender("LoRA", _expert(lambda work: lambda weight: LoRAExpert(weight, rank=work.rank)), operations=6),
     _sparse("entries, sampled", "element", backend="sampled"),
-    _sparse("entries, dense", "element", backend="dense"),
     _sparse("entries, native", "element", backend="native"),
     _sparse("tiles of 16, block_rows", "block", block_size=16, backend="block_rows"),
     _sparse("tiles of 16, native", "block", block_size=16, backend="native"),
-    _sparse("tiles of 64, block_rows", "block", block_size=64, backend="block_rows"),
-    _sparse("tiles of 64, native", "block", block_size=64, backend="native"),
     _sparse("rows, slices", "row", backend="slices"),
     _sparse("columns, slices", "column", backend="slices"),
 ]

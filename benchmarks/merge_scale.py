@@ -26,7 +26,7 @@ PLAN = SIZES, [2, 4, 8, 16, 32, 64], 8
 QUICK_PLAN = [TINY, Shape(128, 2, 256, 512)], [2, 3], 2
 """The sizes, the numbers of experts of the largest size, and the number of experts of all sizes."""
 
-SHOWN = {"cpu": "CPU", "wall": "wall", "anonymous_beyond": "anonymous", "peak": "peak with files"}
+SHOWN = {"cpu": "CPU", "anonymous_beyond": "anonymous", "peak": "peak with files"}
 
 Point = tuple[Shape, int]
 
@@ -106,7 +106,6 @@ def show(report: dict[str, Any]) -> None:
             line = f"{SHOWN[column]}: {fit['fixed']:.3f} + {fit['each']:.3f} N"
             print(f"\n{line} (off by at most {fit['largest_error']:.0%}), or the {fit['power']:.2f}th power of N")
         print_table(f"{name}: over the smallest model", found["by_size"], {"entries": "entries", **SHOWN})
-    print("\nWall clock means little on a busy machine; compare CPU and memory.")
 
 
 def parse() -> tuple[Parser, argparse.Namespace]:

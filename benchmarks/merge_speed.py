@@ -1,9 +1,9 @@
 """What a merge of sparse experts costs beside mergekit's merge of the same experts as full checkpoints.
 
 Both write a full checkpoint in bfloat16. Every merge is a process of its own on one thread; they take turns, mergekit
-and ours, and the numbers are ratios of medians: CPU seconds (user and system) and wall clock of the merge after the
-imports, and peak memory with them. Wall clock means little beside busy neighbours. Whether both results are the same is
-looked at, too. What is run is in `merge_work`, what is merged in `merge_inputs`.
+and ours, and the numbers are ratios of medians: CPU seconds (user and system) of the merge after the imports, and peak
+memory with them. The script also tells whether both results are the same. `merge_work` has what a process does,
+`merge_inputs` what is merged.
 
     python benchmarks/merge_speed.py                     2, 8 and 20 experts, three times: an hour
     python benchmarks/merge_speed.py --quick             2 and 8 experts, once: ten minutes
@@ -39,10 +39,10 @@ from modular_experts.library import DELTA_FILE
 ROOT = Path(__file__).parent.parent
 MERGEKIT = "mergekit==0.1.5"
 SMOLLM2, TINY = Shape(576, 30, 1536), Shape(64, 2, 128, 512)
-MEASURED = ["cpu", "wall", "peak", "anonymous", "anonymous_beyond"]
+MEASURED = ["cpu", "peak", "anonymous", "anonymous_beyond"]
 CPU_GOALS = {"linear": 6.0, "task_arithmetic": 10.0, "ties": 15.0, "dare_ties": 12.0, "breadcrumbs": 10.0}
 PEAK_GOAL, GROWTH_GOAL, FLOOR_GOAL = 6.0, 1.1, 2.0
-COLUMNS = {"cpu": "CPU", "wall": "wall", "peak": "peak", "anonymous": "anonymous"}
+COLUMNS = {"cpu": "CPU", "peak": "peak", "anonymous": "anonymous"}
 AGREEMENT = {"unequal": "unequal", "unequal_of_moved": "of moved"}
 
 
@@ -255,7 +255,6 @@ def show(report: Mapping[str, Any]) -> None:
         rows = [{"method": f"ours {title}", **row[kind]} for kind, title in kinds.items()]
         print_table(f"{row['method']}, {row['experts']} experts: ours over the floor, and the check", rows, COLUMNS)
     print_goals(report["goals"])
-    print("\nWall clock and spread tell how busy the machine was; compare CPU and memory.")
 
 
 def parse() -> tuple[Parser, argparse.Namespace]:

@@ -1,6 +1,6 @@
 """One merge, watched, in a process of its own: what `merge_speed.py` and `merge_scale.py` measure.
 
-The process imports what it needs, and then the work begins that counts: CPU seconds, wall clock, and memory. It may be
+The process imports what it needs, and then the work begins that counts: CPU seconds and memory. It may be
 that of another Python, so everything but the standard library is imported where it is used.
 """
 
@@ -36,7 +36,7 @@ def watch(python: str, kind: str, **task: Any) -> dict[str, Any]:
         task: What that work needs.
 
     Returns:
-        `cpu` and `wall` in seconds; `peak`, `anonymous` (both with the imports) and `anonymous_before`, the latter
+        `cpu` in seconds; `peak`, `anonymous` (both with the imports) and `anonymous_before`, the latter
         after the imports, in bytes; `found`, what the work returned.
 
     Raises:
@@ -73,10 +73,10 @@ def _watched(work: Work) -> dict[str, Any]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    wall, cpu = time.perf_counter(), time.process_time()
+    cpu = time.process_time()
     try:
         found = work()
-        took = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        took = {"cpu": time.process_time() - cpu}
     finally:
         over.set()
         sampler.join()

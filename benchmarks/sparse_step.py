@@ -31,11 +31,11 @@ QUICK_PEAKS, QUICK_CHOOSING = ["PEFT LoRA", "dense, masked"], ["tiles of 16, blo
 WARM_UP = 2
 FORMS = {
     "entries": ["entries, sampled", "entries, native"],
-    "tiles": ["tiles of 16, block_rows", "tiles of 16, native", "tiles of 64, block_rows", "tiles of 64, native"],
+    "tiles": ["tiles of 16, block_rows", "tiles of 16, native"],
     "rows": ["rows, slices"],
     "columns": ["columns, slices"],
 }
-"""Rows of the table by form. The dense backend of entries is left out: it is for when more is kept."""
+"""Rows of the table by form."""
 
 EVERY, SLICES = [name for names in FORMS.values() for name in names], ["rows, slices", "columns, slices"]
 GOALS = [

@@ -9,8 +9,8 @@ import pytest
 from testbed.forked import ended, forked
 from testbed.scripts import run_script
 
-SPARSE = ["entries, sampled", "entries, dense", "entries, native", "tiles of 16, block_rows", "tiles of 16, native"]
-SPARSE += ["tiles of 64, block_rows", "tiles of 64, native", "rows, slices", "columns, slices"]
+SPARSE = ["entries, sampled", "entries, native", "tiles of 16, block_rows", "tiles of 16, native"]
+SPARSE += ["rows, slices", "columns, slices"]
 PEERS = ["PEFT SHiRA", "PEFT Super-Tuning", "dense, masked"]
 LOW_RANK = ["PEFT LoRA", "LoRA"]
 LORA_ENTRIES = 2 * 16 * (2 * (256 + 256) + 2 * (128 + 256) + 3 * (512 + 256))

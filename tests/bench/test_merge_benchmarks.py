@@ -91,7 +91,7 @@ def no_processes(module, monkeypatch) -> None:
 
     def watch(python: str, kind: str, **task: Any) -> dict[str, Any]:
         found = work.KINDS[kind](**json.loads(json.dumps(task)))()
-        return {"cpu": 1.0, "wall": 1.0, "anonymous_before": 2e6, "anonymous": 3e6, "peak": 4e6, "found": found}
+        return {"cpu": 1.0, "anonymous_before": 2e6, "anonymous": 3e6, "peak": 4e6, "found": found}
 
     for asking in (work, module("merge_speed")):
         monkeypatch.setattr(asking, "watch", watch)
