@@ -28,7 +28,7 @@ from modular_experts.library import (
 )
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.library.expert import stored_in
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
             f"{quantised[0]} is quantised, so a delta cannot be written into it; injection.attach.attached adds it "
             "beside the weight"
         )
-    for name in progress(sorted({name for expert in experts for name in expert})):
+    for name in progress(Counted(sorted({name for expert in experts for name in expert}), "weights")):
         weight = weight_of(model, name)
         delta = add([expert[name] for expert in experts if name in expert])
         delta.to(weight.device).add_to(weight)

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import Progress, TimeElapsedColumn
 
 from modular_experts.base import Base, DType
 from modular_experts.base.quantised import Quantise
-from modular_experts.cli.format import open_page, progress_by_tenths, table_of
+from modular_experts.cli.format import open_page, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.data.look import look as look_at
 from modular_experts.data.tasks import Tasks, as_tasks
@@ -92,15 +91,8 @@ def evaluate(
     if reading.quantise:
         found_base, _ = open_models(base, mixes)
         found_base.quantise = reading.quantise
-    columns = *Progress.get_default_columns(), TimeElapsedColumn()
-    with progress_by_tenths(*columns, line=lambda *now: "{}: {} of {} rows".format(*now), transient=True) as bar:
-
-        def show(model: str, done: int, total: int) -> None:
-            bar(f"measuring {model}", done, total)
-
-        found = evaluate_experts(
-            found_base, mixes, data, reading.max_new_tokens, reading.dtype, reading.metrics, out, overwrite, show
-        )
+    how = reading.max_new_tokens, reading.dtype, reading.metrics
+    found = evaluate_experts(found_base, mixes, data, *how, out, overwrite)
     console = Console(width=80)
     console.print(found.table())
     if len(mixes) > 1 and len(found.values("task")) > 1:

@@ -1,16 +1,11 @@
-"""Write experts, settings and numbers in few characters, and draw progress bars."""
+"""Write experts, settings and numbers in few characters."""
 
-import sys
-import time
 import webbrowser
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
 from modular_experts.base.verify import Check
@@ -18,8 +13,6 @@ from modular_experts.library import StoredExpert
 from modular_experts.library.record import MERGE, ROUTED
 from modular_experts.library.statistics import StoredStatistics
 from modular_experts.text import bytes_text
-
-INTERRUPTED = "interrupted; the same command goes on from here"
 
 
 def summary(expert: StoredExpert) -> str:
@@ -89,58 +82,6 @@ def counted(number: int, thing: str) -> str:
 def share_text(share: float) -> str:
     """Return a share in per cent, such as `5 %` or `0.013 %`."""
     return f"{100 * share:.3g} %"
-
-
-def progress_bar(description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """Return an iterator wrapper that draws a bar on a terminal.
-
-    Off a terminal, work of more than five seconds prints a line at every tenth.
-    """
-
-    def shown(items: Sequence[Any]) -> Iterator[Any]:
-        started, terminal = time.monotonic(), Console(stderr=True).is_terminal
-        with progress_by_tenths(line=lambda what, done, total: f"{what}: {done} of {total}", transient=True) as show:
-            for done, item in enumerate(items):
-                if terminal or time.monotonic() > started + 5:
-                    show(description, done, len(items))
-                yield item
-            if items and (terminal or time.monotonic() > started + 5):
-                show(description, len(items), len(items))
-
-    return shown
-
-
-@contextmanager
-def progress_by_tenths(
-    *columns: str | ProgressColumn, line: Callable[[str, float, float], str], transient: bool = False
-) -> Iterator[Callable[[str, float, float], None]]:
-    """Yield a function of a description, the work done and all work, which shows a bar on a terminal.
-
-    Off a terminal it prints the `line` of the same arguments to the standard error at every tenth, unless all work was
-    done at the first call. An interruption is answered by how to go on.
-    """
-    console, shown = Console(stderr=True), -1
-    bar = Progress(*columns, console=console, expand=True, transient=transient, disable=not console.is_terminal)
-    task = bar.add_task("", total=1)
-
-    def show(what: str, done: float, total: float) -> None:
-        nonlocal shown
-        bar.update(task, description=what, completed=done, total=total)
-        tenths = int(10 * done / total + 1e-9)
-        if not console.is_terminal and shown < tenths and (shown >= 0 or tenths < 10):
-            shown = tenths
-            print(line(what, done, total), file=sys.stderr, flush=True)
-
-    with bar:
-        try:
-            yield show
-        except KeyboardInterrupt as interruption:
-            interruption.add_note(INTERRUPTED)
-            raise
-        except SystemExit:
-            # Lightning has made it of an interruption.
-            console.print(INTERRUPTED)
-            raise
 
 
 def print_check(found: Check | None) -> None:

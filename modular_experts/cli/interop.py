@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from modular_experts.base import DType
 from modular_experts.base.apply import apply as apply_experts
-from modular_experts.cli.format import counted, print_check, progress_bar, share_text, summary
+from modular_experts.cli.format import counted, print_check, share_text, summary
 from modular_experts.hub.card import CARD_FILE
 from modular_experts.hub.pull import pull as pull_experts
 from modular_experts.hub.push import push as push_experts
@@ -18,6 +18,7 @@ from modular_experts.interop.servers import ServedAdapters, export_for
 from modular_experts.interop.vllm_patch import export_patch
 from modular_experts.library import StoredExpert
 from modular_experts.library.record import RECORD_FILE
+from modular_experts.reports.progress import progress_bar
 from modular_experts.settings import UsageError
 from modular_experts.text import bytes_text
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from modular_experts.base import Base, DType
 from modular_experts.base.base import find_base
 from modular_experts.base.files import MANIFEST, fetch_from_hub, weight_files
-from modular_experts.cli.format import counted, print_check, progress_bar, share_text, summary, table_of, value_text
+from modular_experts.cli.format import counted, print_check, share_text, summary, table_of, value_text
 from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.described import describe
 from modular_experts.library.form import Form
@@ -24,6 +24,7 @@ from modular_experts.merger.estimate import WeightEstimate, check_memory, estima
 from modular_experts.merger.merged import Merged, write_checkpoint, write_merged
 from modular_experts.merger.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
+from modular_experts.reports.progress import progress_bar
 from modular_experts.settings import Options
 from modular_experts.settings.read import make
 from modular_experts.text import bytes_of, bytes_text, in_any_block

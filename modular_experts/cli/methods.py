@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from modular_experts.cli.format import call_text, progress_bar, share_text, table_of, value_text
+from modular_experts.cli.format import call_text, share_text, table_of, value_text
 from modular_experts.merger.interference import Interference, mean_of_others
 from modular_experts.merger.interference import interference as compare
 from modular_experts.methods import FIRST, METHODS, MergeMethod, SparseAverage
 from modular_experts.methods.method import PROMISES, documentation
+from modular_experts.reports.progress import progress_bar
 from modular_experts.settings.read import class_named
 from modular_experts.text import depth_of
 

@@ -6,13 +6,14 @@ from typing import Literal
 from rich.console import Console
 
 from modular_experts.base import DType
-from modular_experts.cli.format import call_text, counted, progress_bar, statistics_text, summary, table_of
+from modular_experts.cli.format import call_text, counted, statistics_text, summary, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
 from modular_experts.library import is_adapter
 from modular_experts.library.form import Form
 from modular_experts.methods import Distilled, MergeMethod
+from modular_experts.reports.progress import progress_bar
 from modular_experts.routing import DEFAULT_ROUTER, Router
 from modular_experts.statistics import take_statistics
 from modular_experts.statistics.gates import STEPS

@@ -12,12 +12,13 @@ from typing import get_args
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-from modular_experts.cli.format import counted, duration_text, open_page, progress_by_tenths
+from modular_experts.cli.format import counted, duration_text, open_page
 from modular_experts.jobs.engines import Where
 from modular_experts.quickstart import Plan, prepare_base, run_plan
 from modular_experts.quickstart.run import FACTS
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section
+from modular_experts.reports.progress import progress_by_tenths
 from modular_experts.reports.tables import Html, element, percent
 from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
 from modular_experts.study.pieces import Stage, title_of
@@ -90,7 +91,7 @@ def study(
 def study_progress() -> Iterator[Callable[[State, int | None], None]]:
     """Yield the function that shows how far a study is."""
     columns, starts = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn()), True
-    with progress_by_tenths(*columns, line=lambda what, done, total: what) as bar:
+    with progress_by_tenths(*columns, line=lambda what, *_: what) as bar:
 
         def show(state: State, processes: int | None) -> None:
             nonlocal starts
@@ -207,7 +208,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     """
     place, plan = Path(out), Plan(seed=seed, tasks=tasks)
     what, columns = "training a small base", ("{task.description}", BarColumn(None), TaskProgressColumn())
-    with progress_by_tenths(*columns, line=lambda *now: f"{now[0]}: {now[1]:.0%}", transient=True) as bar:
+    with progress_by_tenths(*columns, line=lambda *now: f"{now[0]}: {now[1]:.0%}{now[3]}", transient=True) as bar:
         prepare_base(plan, place, lambda share: bar(what, share, 1))
     with study_progress() as show:
         study, state = run_plan(plan, place, show)

@@ -32,6 +32,7 @@ from modular_experts.library import StoredExpert, is_adapter, warn_of_missing_pa
 from modular_experts.library.result_key import result_key
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
+from modular_experts.reports.progress import progress_by_tenths
 from modular_experts.reports.results import METRICS, ROLES, SHARES, examples_of, format_of, leads, provenance
 from modular_experts.reports.tables import Column, Line, Table, listed, note
 
@@ -50,9 +51,10 @@ def evaluate(
     metrics: Metrics | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] = lambda model, done, total: None,
 ) -> Results:
     """Measure a base with experts on the test rows of tasks, and return rows that print as a table.
+
+    Lines on stderr, or a bar on a terminal, tell how far it is.
 
         evaluate("runs/base", {"base": [], "TIES": "library/ties", "sum": ["library/a", "library/b"]}, tasks)
 
@@ -74,7 +76,6 @@ def evaluate(
             and its target by name, or their dotted paths, `number`, `json`, or regular expressions.
         out: Directory of the files.
         overwrite: Replace the results in `out`.
-        progress: Called with the name of a model, how many rows of all models are measured, and how many there are.
 
     Raises:
         FileExistsError: `out` holds results and may not be replaced; nothing was measured.
@@ -93,7 +94,8 @@ def evaluate(
     # A function without a path may be another one in the next call, and so may a task vector that is not stored.
     named = named_metrics(metrics)
     known = JSONLines(folder / MEASURED) if folder and not any(map(callable, named.values())) else {}
-    scores = _scores(found, models, data, dtype, max_new_tokens, named, known, progress)
+    with progress_by_tenths(line="measuring {}: {} of {} rows{}".format, transient=True) as show:
+        scores = _scores(found, models, data, dtype, max_new_tokens, named, known, show)
     facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
     pairs = [*zip(models, scores, strict=True)]
@@ -115,7 +117,7 @@ def _scores(
     max_new_tokens: int | None,
     metrics: Mapping[str, TextMetric | str],
     known: MutableMapping[Any, Any],
-    progress: Callable[[str, int, int], None],
+    show: Callable[[str, float, float], None],
 ) -> list[dict[str, Any]]:
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
@@ -124,18 +126,18 @@ def _scores(
     same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles, "values", metrics)
     functions = text_metrics(metrics)
     keys = [(result_key(*same, one.hashes),) for one in models]
-    done, total = 0, len(models) * len(examples)
+    new = [one for one, key in zip(models, keys, strict=True) if key not in known]
+    done, total = 0, len(new) * len(examples)
 
     def counted(title: str) -> Iterator[Batch]:
         rows = done
         for batch in data.test_dataloader():
-            progress(title, rows, total)
+            show(title, rows, total)
             yield batch
             rows += len(batch["task"])
 
-    for one, key in zip(models, keys, strict=True):
-        if key not in known:
-            one.check(model)
+    for one in new:
+        one.check(model)
     found = []
     for one, key in zip(models, keys, strict=True):
         if (scores := known.get(key)) is None:
@@ -145,8 +147,8 @@ def _scores(
                 scores = measure(measured, tokenizer, batches, data.roles, *how)
             if one.hashes is not None:
                 known[key] = scores
-        done += len(examples)
-        progress(one.title, done, total)
+            done += len(examples)
+            show(one.title, done, total)
         found.append(scores)
     return found
 

@@ -41,7 +41,7 @@ from modular_experts.library.record import (
 )
 from modular_experts.library.state import INPUTS_FILE, Prompt, StoredState, read_inputs, write_inputs, write_state
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, read_table
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 
 
 class StoredExpert(TaskVector):
@@ -301,7 +301,8 @@ def _write_deltas(
         table: dict[str, Any] = dict(writer.resumed)
         pairs: Iterable[tuple[str, Delta]] = () if isinstance(deltas, Mapping) else deltas
         if isinstance(deltas, Mapping):
-            pairs = ((name, deltas[name]) for name in progress([name for name in deltas if name not in table]))
+            left = Counted([name for name in deltas if name not in table], "weights")
+            pairs = ((name, deltas[name]) for name in progress(left))
         for name, delta in pairs:
             if name in table:
                 raise ValueError(f"the weight {name} was given twice")

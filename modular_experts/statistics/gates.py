@@ -16,7 +16,7 @@ from modular_experts.experts.site import Factory, Site
 from modular_experts.injection.inject import expert_layers
 from modular_experts.injection.routed import Injected
 from modular_experts.methods.method import DataStatistic
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.routing.phatgoose import Gated
 
 STEPS = 100
@@ -63,7 +63,7 @@ def train_gates(
         optimizer = torch.optim.AdamW([one.gate for one in gates.values()], learning_rate, weight_decay=0.0)
         draw = torch.Generator().manual_seed(0)
         order: list[int] = []
-        for _ in progress(range(STEPS if steps is None else steps)):
+        for _ in progress(Counted(range(STEPS if steps is None else steps), "steps")):
             order = order or torch.randperm(len(given), generator=draw).tolist()
             batch = given[order.pop()]
             rows, tokens = batch_losses(model, move_data_to_device(batch, model.device))

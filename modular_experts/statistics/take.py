@@ -25,7 +25,7 @@ from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
 from modular_experts.methods.method import DataStatistic
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.routing.prompts import prompt_grams, prompt_vectors
 from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.gates import train_gates
@@ -63,7 +63,7 @@ def _each(measure: Callable[..., Mapping[str, Any]], of_inputs: bool = False) ->
     def each(model: Any, experts: Any, batches: Any, names: Any, steps: int | None, progress: Progress) -> Any:
         for expert, part in zip(experts, batches, strict=True):
             with applied(model, [] if of_inputs else expert, check=False):
-                yield measure(model, progress(part), names)
+                yield measure(model, progress(Counted(part, "batches")), names)
 
     return Way(each, of_inputs)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 
 Value = int | float | str
 Genes = tuple[Value, ...]
@@ -195,7 +195,7 @@ class Evolution:
                     return genes, parent
             return None, None
 
-        for number in map(int, progress([str(number) for number in range(self.evaluations)])):
+        for number in progress(Counted(range(self.evaluations), "trials")):
             genes, parent = fresh(number)
             if genes is None:
                 break

@@ -31,7 +31,7 @@ from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.merger.merged import merge
 from modular_experts.methods import Distilled
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.routing import DEFAULT_ROUTER, Router
 from modular_experts.training.route import route
 from modular_experts.tuning.distill import distill, without_data
@@ -138,7 +138,7 @@ def combine(
         log.info("measuring what %d ways keep", len(left))
         model: Any = Base.open(base, opened).load(dtype)
         measure = _Measure(model, own, measured, data.only(others) if others else None, answer, progress)
-        for name in progress(left):
+        for name in progress(Counted(left, "ways")):
             place, needs = made[name]
             known["ways"][name] = asdict(measure(name, open_expert(place), needs))
             with new_file(file) as temporary:

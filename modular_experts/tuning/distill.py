@@ -25,7 +25,7 @@ from modular_experts.library import StoredExpert, check_target, open_expert, ope
 from modular_experts.library.described import describe
 from modular_experts.merger.merged import Merged
 from modular_experts.methods import Distilled, IsoC, MergeMethod, SelfRegMean, TaskArithmetic
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.text import block_of
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.gradient_search import ATLAS, descend, first_coefficients
@@ -142,7 +142,7 @@ def distill_blocks(
     parent = inner[0].rpartition(".")[0]
     every = [batch for own_batches in batches.values() for batch in own_batches]
     coefficients, trials = [torch.zeros(0, len(experts))], list[Trial]()
-    for number in map(int, progress([str(one) for one in range(len(model.get_submodule(parent)))])):  # type: ignore[arg-type]
+    for number in progress(Counted(range(len(model.get_submodule(parent))), "blocks")):  # type: ignore[arg-type]
         run, block = _runner(model, parent, number), f"{parent}.{number}"
         inside = [name for name in names if block_of(name) == block]
         for task, expert in own.items():

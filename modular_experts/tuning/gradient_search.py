@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import MEASURES, Aim, Measure, Objective, Prediction, Trial, check_aim
 from modular_experts.tuning.search import CoefficientSearch, Found
@@ -48,7 +48,7 @@ def descend(
     slow = objective.model.device.type == "cpu" and objective.model.dtype == torch.bfloat16
     attention: Any = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
     with combination.gradients(len(start) > len(combination.names)) as gathered, attention:
-        for step in map(int, progress([str(number) for number in range(steps)])):
+        for step in progress(Counted(range(steps), "steps")):
             combination.move_to(coefficients.detach().expand(shape))
             gathered.zero_()
             losses = dict.fromkeys(objective.batches, 0.0)

@@ -29,7 +29,7 @@ from modular_experts.evaluation import answer_logits, answered, batch_losses, ro
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert
 from modular_experts.library.record import plain
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.settings import Options
 
 Aim = Literal["loss", "entropy", "distill"]
@@ -86,7 +86,7 @@ class Objective:
         size, examples = data.eval_batch_size, read_validation_rows(data, targets=answered_by is None)
         tokenizer: Any = data.tokenizer
         collate = Collator(RowTokenizer(tokenizer).pad_id, texts=False)
-        for task in examples if answered_by is None else progress(list(examples)):
+        for task in examples if answered_by is None else progress(Counted(examples, "tasks")):
             rows = examples[task]
             if answered_by is not None:
                 with applied(model, answered_by[task], check=False):
@@ -103,7 +103,7 @@ class Objective:
     @torch.no_grad()
     def remember(self, experts: Mapping[str, Mapping[str, Delta]], progress: Progress = iter) -> None:
         """Keep in each batch what the expert of its task predicts there, on the model at the base."""
-        for task in progress(list(self.batches)):
+        for task in progress(Counted(self.batches, "tasks")):
             with applied(self.model, experts[task], check=False):
                 for batch in self.batches[task]:
                     batch["prediction"] = prediction(answer_logits(self.model, batch)[0])

@@ -16,7 +16,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
 from modular_experts.merger.merged import Merged, merge
 from modular_experts.methods import MergeMethod, TaskArithmetic
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import (
     Objective,
@@ -156,7 +156,7 @@ def search(
     lazy = [Merged(opened, method) for method in merges]
     objective = objective_on_base(opened, data, algorithm.distills, progress)
     before = objective.losses()
-    held = [{name: one[name] for name in progress(list(one))} for one in lazy]
+    held = [{name: one[name] for name in progress(Counted(one, "weights"))} for one in lazy]
     with Combination(objective.model, [*held, *opened], len(held)) as combination:
         found = algorithm.search(combination, objective, progress)
     for place, deltas, merged in zip(places, held, lazy, strict=True):

@@ -21,7 +21,7 @@ from modular_experts.library import StoredExpert, check_target, make_record, ope
 from modular_experts.library.form import Form
 from modular_experts.library.packing import packed_bytes
 from modular_experts.library.statistics import carry_statistics
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.tuning.objective import Objective, ValidationRows, mean_loss, objective_on_base
 from modular_experts.tuning.scales import fitted_factors
 
@@ -149,7 +149,7 @@ def smallest(
     candidates = [one for one in candidates_of(deltas, [to] if to else forms_for(deltas)) if one[2] < before.bytes]
     fitted = fit_scales(objective, tasks, deltas, candidates)
     tried = []
-    for form, cut, size in progress(candidates):
+    for form, cut, size in progress(Counted(candidates, "forms")):
         factors = fitted.get(form, {})
         cut = {name: scale_rows(delta, factors[name]) if name in factors else delta for name, delta in cut.items()}
         losses = objective.losses_with({name: form.read(delta) for name, delta in cut.items()}, tasks=tasks)

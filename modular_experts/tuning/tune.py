@@ -19,7 +19,7 @@ from modular_experts.library.form import Form
 from modular_experts.merger.merged import WHOLE, Merged, as_stored, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import settings_of, with_settings
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.text import did_you_mean
 from modular_experts.tuning.objective import (
     Objective,
@@ -122,8 +122,8 @@ def tune_groups(
     candidates = itertools.chain.from_iterable(
         _trials(groups, one, settings, scales, folder) for one, settings, scales in _candidates(method, grid or {})
     )
-    names = [str(number) for number in range(most_trials(method, grid))]
-    trials = [trial for _, trial in zip(progress(names), candidates, strict=False)]
+    counted = progress(Counted(range(most_trials(method, grid)), "trials"))
+    trials = [trial for _, trial in zip(counted, candidates, strict=False)]
     best = min(trials, key=lambda trial: trial.loss)
     if best.loss == math.inf:
         raise ValueError(f"none of the {len(trials)} settings tried gives a finite loss; check the tasks and the base")

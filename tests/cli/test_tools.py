@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import sys
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,12 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.cli.command import read_options, settings_of
-from modular_experts.cli.format import progress_bar
 from modular_experts.cli.merge import Tuning
 from modular_experts.cli.study import next_steps
 from modular_experts.library import Library, make_record, open_expert, write_expert
+from modular_experts.progress import Counted
 from modular_experts.quickstart import Plan
+from modular_experts.reports.progress import progress_bar
 from modular_experts.settings import UsageError
 
 
@@ -242,10 +244,12 @@ def test_a_line_comes_at_every_tenth_of_work_that_takes_more_than_five_seconds(m
     for seconds, wanted in ((2.5, [2, *range(4, 41, 4)]), (0.01, [])):
         ticks = count()
         clock = SimpleNamespace(monotonic=lambda ticks=ticks, seconds=seconds: seconds * next(ticks))
-        monkeypatch.setattr("modular_experts.cli.format.time", clock)
-        assert list(progress_bar("searching")(range(40))) == list(range(40))
+        monkeypatch.setattr("modular_experts.reports.progress.time", clock)
+        assert list(progress_bar("searching")(Counted(range(40), "steps"))) == list(range(40))
         lines = capsys.readouterr().err.splitlines()
-        assert lines == [f"searching: {done} of 40" for done in wanted]
+        # The clock goes on by 2.5 seconds at each item, so that the time left is the items left times 2.5.
+        left = [f", {timedelta(seconds=round(2.5 * (40 - done)))} left" if done < 40 else "" for done in wanted]
+        assert lines == [f"searching: {done} of 40 steps{then}" for done, then in zip(wanted, left, strict=True)]
     assert list(progress_bar("searching")([])) == []
 
 

@@ -1,7 +1,8 @@
 """The command `modular-experts compress`, which makes a smaller base without training."""
 
-from modular_experts.cli.format import progress_by_tenths, share_text
+from modular_experts.cli.format import share_text
 from modular_experts.data.tasks import Tasks
+from modular_experts.reports.progress import progress_by_tenths
 from modular_experts.systems.compress.compress import Reduction
 from modular_experts.systems.compress.compress import compress as make_smaller
 
@@ -29,7 +30,9 @@ def compress(
         modular-experts fit --base smaller --expert SparseExpert --modules q_proj v_proj \\
             --tasks a.jsonl --out library/a
     """
-    with progress_by_tenths(line=lambda what, done, total: f"{what}: {done / total:.0%} of the work done") as bar:
+    with progress_by_tenths(
+        line=lambda what, done, total, left: f"{what}: {done / total:.0%} of the work done{left}"
+    ) as bar:
         found = make_smaller(base, tasks, out, reduction, revision, overwrite=overwrite, progress=bar)
     parts = [f"{len(found.blocks)} of {found.all_blocks} blocks"]
     parts += [f"{one:,} of {whole:,} {name}" for name, (one, whole) in found.sizes.items() if whole > 1]
