@@ -112,7 +112,6 @@ OWN_OPTIONS = {
     "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
     "--overwrite": "Replace an expert.",
     "--keep_inputs N": "Keep N training inputs beside it, for merges.",
-    "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
     "--dry-run": "Only tell plan, time, memory; also --fit-into 24GB.",
 }
 """Options of `fit` that are arguments of no class, and their texts."""

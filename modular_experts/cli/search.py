@@ -1,4 +1,4 @@
-"""Run the commands that use rows of tasks: `combine`, `search`, `statistics`, `route`, `shrink`, `fit --gate-of`."""
+"""Run the commands that use rows of tasks: `combine`, `search`, `statistics`, `route`, `shrink`."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,6 @@ from modular_experts.methods import Distilled, MergeMethod
 from modular_experts.reports.progress import progress_bar
 from modular_experts.routing import DEFAULT_ROUTER, Router
 from modular_experts.statistics import take_statistics
-from modular_experts.statistics.gates import STEPS
 from modular_experts.text import bytes_of, bytes_text
 from modular_experts.training.combine import combine as combine_experts
 from modular_experts.training.fit import quiet
@@ -68,7 +67,7 @@ def search(
 
 def statistics(
     experts: list[str],
-    kind: Literal["fisher", "gram", "merged_gram", "prompt_parts", "prompts"],
+    kind: Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"],
     data: TaskMixture | None = None,
     rows: int = 256,
     base: str | None = None,
@@ -76,6 +75,7 @@ def statistics(
     labels: Literal["rows", "experts"] = "rows",
     max_new_tokens: int = 64,
     dtype: DType = "float32",
+    steps: int | None = None,
 ) -> None:
     """Measure statistics of experts that are to be merged or routed, and store them beside each expert.
 
@@ -89,8 +89,8 @@ def statistics(
             `prompts`, and KernelRidge and Classifier `prompt_parts`. `fisher` is one number per entry; `gram` one per
             pair of a layer's inputs; `merged_gram` the same in the course of the merge of exactly these experts;
             `prompts` the base's hidden states of each input, and its n-grams of tokens; `prompt_parts` adds the same
-            of each input without its instruction, or without a part of its front. `fit --gate-of` trains what
-            Phatgoose needs.
+            of each input without its instruction, or without a part of its front. Phatgoose needs `gates`, one
+            for each weight of an expert, which are trained with the expert frozen.
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`. Default: the inputs
             that the experts keep (`fit --keep_inputs`).
         rows: The most rows of one task, spread evenly over them.
@@ -99,6 +99,7 @@ def statistics(
         labels: Take the targets of the `rows`, or the answers of the `experts` to the inputs of their own tasks.
         max_new_tokens: The most tokens of an expert's answer.
         dtype: Data type of the base; bfloat16 takes half the memory.
+        steps: Steps of AdamW that train `gates`, each on a batch of rows; 100 by default.
 
     Examples:
         modular-experts statistics --experts library/a library/b --kind gram --tasks a.jsonl b.jsonl
@@ -106,37 +107,10 @@ def statistics(
     """
     bar = progress_bar("measuring")
     measured = ValidationRows(data, rows, base, labels, max_new_tokens=max_new_tokens, dtype=dtype)
-    found = take_statistics(experts, kind, measured, overwrite, bar)
+    found = take_statistics(experts, kind, measured, overwrite, bar, steps)
     for directory, stored in zip(experts, found, strict=True):
         place = stored.file if is_adapter(Path(directory)) else Path(directory, *stored.file.parts[-2:])
         print(f"{place}: {kind} statistics of {statistics_text(stored)}")
-
-
-def gates(
-    gate_of: list[str],
-    data: TaskMixture,
-    steps: int = STEPS,
-    rows: int = 256,
-    base: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Train a gate for each weight of stored experts, each expert frozen, and store the gates beside it.
-
-    The router Phatgoose compares tokens with them. Gates are trained on validation rows, which the expert has not seen.
-
-    Args:
-        gate_of: Directories of the experts.
-        data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
-        steps: Steps of AdamW, each on `data.eval_batch_size` rows.
-        rows: The most rows of one task, spread evenly over them.
-        base: The base's directory or hub id; the one in the experts' records by default.
-        overwrite: Replace the gates of these experts.
-    """
-    bar = progress_bar("training gates")
-    found = take_statistics(gate_of, "gates", ValidationRows(data, rows, base), overwrite, bar, steps)
-    for directory, stored in zip(gate_of, found, strict=True):
-        place = stored.file.relative_to(stored.file.parents[1])
-        print(f"{Path(directory, place)}: gates of {statistics_text(stored)}")
 
 
 def route(

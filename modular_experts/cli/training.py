@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from modular_experts.cli.command import arguments_given, run_command
+from modular_experts.cli.command import arguments_given
 from modular_experts.cli.commands import DEVICE, importing
 from modular_experts.settings import SHORT_NAMES, respelt, unknown
 from modular_experts.settings.read import arguments_of
@@ -21,23 +21,17 @@ if TYPE_CHECKING:
 
 GROUPS = ("model", "data", "trainer")
 OTHERS = ("seed_everything", "ckpt_path", "trust", "device")
-FIT_ALONE = ("out", "overwrite", "keep_inputs", "dry_run", "fit_into", "gate_of")
+FIT_ALONE = ("out", "overwrite", "keep_inputs", "dry_run", "fit_into")
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run the command, or with `--gate-of` the training of gates; a `UsageError` comes before anything is made."""
+    """Run the command; a `UsageError` comes before anything is made."""
     verb, *words = argv
     known = [*SHORT_NAMES, *GROUPS, *OTHERS, *(FIT_ALONE if verb == "fit" else ())]
-    names = [word[2:].partition("=")[0].partition(".")[0] for word in words if word.startswith("--")]
-    for name in names:
+    for name in [word[2:].partition("=")[0].partition(".")[0] for word in words if word.startswith("--")]:
         # Before torch and Lightning are imported, which takes seconds.
         if name.replace("-", "_").removesuffix("+") not in {*known, "config", "print_config", "help", "help_all"}:
             raise unknown("option", f"--{name}", [f"--{one}" for one in known])
-    if "gate_of" in [name.replace("-", "_") for name in names]:
-        from modular_experts.cli.search import gates
-
-        run_command(gates, argv)
-        return
     with importing():
         from modular_experts.cli.help import class_help
         from modular_experts.training.fit import end_processes, estimate_fit, fit, measure

@@ -186,8 +186,6 @@ def write_statistics(
 def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> str:
     """Return the command that takes statistics of experts; the user fills in their tasks."""
     places = " ".join(os.path.relpath(expert.place) for expert in experts)
-    if kind == "gates":
-        return f"modular-experts fit --gate-of {places} --tasks ..." + " --overwrite" * overwrite
     return f"modular-experts statistics --experts {places} --kind {kind} --tasks ..." + " --overwrite" * overwrite
 
 

@@ -19,8 +19,8 @@ class Phatgoose(Router):
     arXiv 2402.05859).
 
     The gate g_i of an expert is trained on its own tasks, with the expert frozen, as the vector of a sigmoid that
-    weighs what the expert adds (`Gated`); `fit --gate-of` trains them. norm subtracts the mean of a vector and divides
-    it by its standard deviation.
+    weighs what the expert adds (`Gated`); `statistics --kind gates` trains them. norm subtracts the mean of a
+    vector and divides it by its standard deviation.
 
     Args:
         select: Turns scores into gates; the softmax over the best two by default, as in the paper.

@@ -78,26 +78,24 @@ def test_the_command_trains_the_gates_that_phatgoose_needs(tiny_llama_dir, tmp_p
             assert (model(input_ids=TOKENS).logits - alone).abs().max() > 1e-2
 
 
-def test_fit_trains_the_gates_of_stored_experts(tiny_llama_dir, tmp_path, monkeypatch, task_files, capsys) -> None:
+def test_statistics_trains_the_gates_of_stored_experts(
+    tiny_llama_dir, tmp_path, monkeypatch, task_files, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     experts = library(tiny_llama_dir, tmp_path, WEIGHTS["llama"])
     tasks = json.dumps([{"name": name, "path": str(task_files[name])} for name in TASKS])
     before = [open_expert(place).content_hash for place in experts]
-    assert main(["fit", "--gate-of", *experts, "--tasks", tasks, "--steps", "2"]) == 0
+    assert main(["statistics", *experts, "--kind", "gates", "--tasks", tasks, "--steps", "2"]) == 0
     assert "gates.safetensors: gates of" in capsys.readouterr().out
     assert [open_expert(place).content_hash for place in experts] == before
     (wanted,) = take_statistics(experts[:1], "gates", mixture(task_files, tiny_llama_dir), overwrite=True, steps=2)
     found = {name: wanted[name].values for name in wanted}
     (longer,) = take_statistics(experts[:1], "gates", mixture(task_files, tiny_llama_dir), overwrite=True, steps=3)
     assert not any(torch.equal(longer[name].values, found[name]) for name in found)
-    assert main(["fit", "--gate-of", experts[0], "--tasks", tasks, "--steps", "2", "--overwrite"]) == 0
+    assert main(["statistics", experts[0], "--kind", "gates", "--tasks", tasks, "--steps", "2", "--overwrite"]) == 0
     again = open_statistics(open_expert(experts[0]), "gates")
     assert all(torch.equal(again[name].values, found[name]) for name in found)
     assert main(["route", "--experts", *experts, "--router", "Phatgoose", "--out", "library/routed"]) == 0
     capsys.readouterr()
-    assert main(["fit", "--gate-of", experts[0], "--tasks", tasks]) == 1
+    assert main(["statistics", experts[0], "--kind", "gates", "--tasks", tasks]) == 1
     assert "overwrite" in capsys.readouterr().err
-    assert main(["fit", "--gate-of", experts[0], "--tasks", tasks, "--expert", "LoRAExpert"]) == 2
-    assert "--expert" in capsys.readouterr().err
-    assert main(["statistics", "--experts", experts[0], "--kind", "gates", "--tasks", tasks]) == 2
-    capsys.readouterr()
