@@ -411,7 +411,7 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
                 return str(place)
     named = experts[0].record["base"].get("id")
     if not named:
-        raise ValueError(f"the record of {experts[0].path} does not name its base; give its directory or hub id")
+        raise ValueError(f"the record of {experts[0].place} does not name its base; give its directory or hub id")
     return str(named)
 
 

@@ -42,7 +42,7 @@ class Inputs(TaskMixture):
     @classmethod
     def kept_by(cls, experts: Sequence[StoredExpert]) -> Self:
         """Take the inputs that experts keep (`fit --keep_inputs`); raise ValueError if one keeps none."""
-        if lacking := [str(expert.path) for expert in experts if not expert.keeps_inputs]:
+        if lacking := [str(expert.place) for expert in experts if not expert.keeps_inputs]:
             raise ValueError(
                 f"no rows are given, and {len(lacking)} of {len(experts)} experts keep no inputs, such as {lacking[0]}"
                 "; give the tasks (--tasks a.jsonl b.jsonl), or train with fit --keep_inputs 256"

@@ -180,9 +180,9 @@ class Compared:
     def members(self) -> list[dict[str, str]]:
         """The name and the place of each expert or of the checkpoint; a task vector has its name in both."""
         if self.checkpoint:
-            return [{"name": "checkpoint", "place": os.path.relpath(self.checkpoint.place)}]
+            return [{"name": "checkpoint", "place": _shown(self.checkpoint.place)}]
         return [
-            {"name": _name(one), "place": os.path.relpath(one.path) if isinstance(one, StoredExpert) else _name(one)}
+            {"name": _name(one), "place": _shown(one.place) if isinstance(one, StoredExpert) else _name(one)}
             for one in self.experts
         ]
 
@@ -245,6 +245,11 @@ def _named(experts: Any) -> Mapping[str, Any]:
 
 def _name(expert: Mapping[str, Delta]) -> str:
     return expert.title if isinstance(expert, TaskVector) else "task vector"
+
+
+def _shown(place: str | Path) -> str:
+    """Return a path from here; what is not here, such as the hub id of an adapter, stays as it is."""
+    return os.path.relpath(place) if Path(place).exists() else str(place)
 
 
 def _checkpoint(mix: Any) -> Base | None:

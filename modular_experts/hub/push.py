@@ -1,5 +1,7 @@
 """Push experts and a card about them into a repository of the hub, in one commit, after reading and checking them."""
 
+import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +21,8 @@ from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Pushed:
@@ -27,12 +31,17 @@ class Pushed:
     `card` is None if the repository has one of its own, `commit` after a dry run or if there was nothing to write.
     """
 
-    files: Mapping[str, Path]
+    files: Mapping[str, Path | bytes]
     removed: Sequence[str]
     present: Sequence[str]
     card: str | None
     address: str
     commit: str | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file."""
+        return {path: one.stat().st_size if isinstance(one, Path) else len(one) for path, one in self.files.items()}
 
     @property
     def experts(self) -> list[str]:
@@ -57,7 +66,7 @@ def push(
         private: Make the repository private; one that exists must be.
         overwrite: Replace experts of the same name.
         statistics: Push the experts' statistics too.
-        dry_run: Check everything and write nothing.
+        dry_run: Check everything and write nothing; without the network, as for an empty repository.
         inputs: Push the inputs that experts keep too, which their tokenizer turns back into text.
 
     Raises:
@@ -65,11 +74,18 @@ def push(
         OSError: The hub was not reached, does not let this user write, or has another expert of that name.
     """
     opened = _open(experts)
-    files: dict[str, Path] = {}
+    files: dict[str, Path | bytes] = {}
     for name in progress(list(opened)):
         contents = check_contents(opened[name], statistics, inputs)
         files |= {f"{name}/{file}": opened[name].path / file for file in contents}
-    repository = look(repo_id, writing=True)
+        files[f"{name}/{RECORD_FILE}"] = _published(opened[name])
+    try:
+        repository, reached = look(repo_id, writing=True), True
+    except ConnectionError as error:
+        if not dry_run:
+            raise
+        log.warning("%s; this dry run shows what a push into an empty repository would write", error)
+        repository, reached = HubRepository(repo_id), False
     if private and repository.commit and not repository.private:
         raise PermissionError(f"{repo_id} is public; make it private on its page first, or leave out private")
     present, entries, earlier = _look_inside(repository, opened, overwrite)
@@ -77,7 +93,7 @@ def push(
     new = {
         path: file
         for path, file in files.items()
-        if path.count("/") > 1 or file.name == INPUTS_FILE or path.split("/")[0] not in present
+        if path.count("/") > 1 or path.endswith(f"/{INPUTS_FILE}") or path.split("/")[0] not in present
     }
     removed = [
         path
@@ -91,7 +107,7 @@ def push(
         CardEntry(one.name, one.record, one.size_on_disk, inputs=f"{one.name}/{INPUTS_FILE}" in kept)
         for one in opened.values()
     ]
-    on_hub = cache(lambda base: isinstance(base, str) and is_hub_model(base))
+    on_hub = cache(lambda base: reached and isinstance(base, str) and is_hub_model(base))
     bases = [entry.record["base"].get("id") for entry in entries]
     entries = [replace(e, hub_base=base if on_hub(base) else None) for e, base in zip(entries, bases, strict=True)]
     card = model_card(repo_id, entries, earlier) if is_ours(earlier) else None
@@ -114,7 +130,7 @@ def _look_inside(
             record = place / name / RECORD_FILE
             if name not in opened:
                 entries += _entry(repository, name, record)
-            elif record.read_bytes() == (opened[name].path / RECORD_FILE).read_bytes():
+            elif record.read_bytes() == _published(opened[name]):
                 present.append(name)  # the record holds the hash of the contents
             elif not overwrite:
                 raise FileExistsError(
@@ -123,6 +139,17 @@ def _look_inside(
                 )
         earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
     return present, entries, earlier
+
+
+def _published(expert: StoredExpert) -> bytes:
+    """Return the record of an expert, in which the base's absolute path here gives way to the directory's name."""
+    content = (expert.path / RECORD_FILE).read_bytes()
+    record = json.loads(content)
+    place = Path(str(record["base"].get("id")))
+    if not place.is_absolute():
+        return content
+    record["base"]["id"] = place.name
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def _open(experts: Sequence[str | Path]) -> dict[str, StoredExpert]:
@@ -150,7 +177,9 @@ def _entry(repository: HubRepository, name: str, file: Path) -> list[CardEntry]:
 
 def _commit(repository: HubRepository, plan: Pushed, private: bool) -> Pushed:
     api, repo_id = HfApi(), repository.repo_id
-    operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in plan.files.items()]
+    operations: list[Any] = [
+        CommitOperationAdd(path, str(file) if isinstance(file, Path) else file) for path, file in plan.files.items()
+    ]
     operations += [CommitOperationAdd(CARD_FILE, plan.card.encode())] if plan.card else []
     operations += [CommitOperationDelete(path) for path in plan.removed]
     names = ", ".join(dict.fromkeys(path.split("/")[0] for path in plan.files))

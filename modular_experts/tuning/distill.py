@@ -89,7 +89,7 @@ def distill(
     if method.by == "block":
         return _by_block(opened, out, method, start, rows, overwrite, progress)
     algorithm = ATLAS(method.steps, rate, objective="distill", per="row", decay=True)
-    return search([one.path for one in opened], algorithm, rows, out, [start], overwrite, progress)
+    return search(opened, algorithm, rows, out, [start], overwrite, progress)
 
 
 def _by_block(
@@ -112,7 +112,7 @@ def _by_block(
     )
     record = Merged(experts, TaskArithmetic()).record() | {"method": None} | notes
     write_expert(out, deltas, record, overwrite)
-    places, trials = [type(start).__name__, *(str(one.path) for one in experts)], write_trials(out, found.trials)
+    places, trials = [type(start).__name__, *(str(one.place) for one in experts)], write_trials(out, found.trials)
     return Searched(open_expert(out), places, found, before, trials)
 
 

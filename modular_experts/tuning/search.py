@@ -124,7 +124,7 @@ class Searched(SearchResult):
 
 
 def search(
-    experts: Sequence[str | Path],
+    experts: Sequence[str | Path | StoredExpert],
     algorithm: CoefficientSearch,
     data: ValidationRows | TaskMixture,
     out: str | Path,
@@ -135,7 +135,7 @@ def search(
     """Find how much of each expert to merge by the loss on validation rows, and write the merge.
 
     Args:
-        experts: Directories of the experts.
+        experts: Directories of the experts, or opened ones.
         algorithm: Finds the coefficients, e.g. `ATLAS()`.
         data: The rows that are measured; a `TaskMixture` alone stands for at most 64 labelled rows of each task.
         out: Directory of the merged expert. It holds the trials.
@@ -148,7 +148,7 @@ def search(
         ValueError: A merge would replace one of the experts, or `objective_on_base` refuses the data.
     """
     data = ValidationRows(data) if isinstance(data, TaskMixture) else data
-    places = places_of(merges, experts, out)
+    places = places_of(merges, [one.path if isinstance(one, StoredExpert) else one for one in experts], out)
     algorithm.check(len(merges) + len(experts))
     for target in [out, *places]:
         check_target(target, overwrite)
@@ -161,18 +161,19 @@ def search(
         found = algorithm.search(combination, objective, progress)
     for place, deltas, merged in zip(places, held, lazy, strict=True):
         write_expert(place, deltas, merged.record(), overwrite)
-    combined = [*places, *map(str, experts)]
+    combined: list[str | StoredExpert] = [*places, *opened]
+    shown = [*places, *(str(one.place) for one in opened)]
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": data.rows, **objective.origin}
     notes = record_notes(settings, found.losses)
     rows = found.coefficients.tolist()
     if len(rows) > len(combination.names):  # for each row of a weight, which no merge method has
         record = Merged(combined, TaskArithmetic()).record() | {"method": None} | notes
         write_expert(out, combination.deltas(found.coefficients), record, overwrite)
-        return Searched(open_expert(out), combined, found, before, write_trials(out, found.trials))
+        return Searched(open_expert(out), shown, found, before, write_trials(out, found.trials))
     method = TaskArithmetic(weights=rows[0]) if all(row == rows[0] for row in rows) else None
     weights = {re.escape(n): TaskArithmetic(weights=row) for n, row in zip(combination.names, rows, strict=True)}
     expert = merge(combined, method, out, overwrite, progress, {} if method else weights, notes)
-    return Searched(expert, combined, found, before, write_trials(out, found.trials))
+    return Searched(expert, shown, found, before, write_trials(out, found.trials))
 
 
 def places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:

@@ -42,7 +42,7 @@ def test_push_and_pull(run, place, hub):
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         f"new/b: SparseExpert, 2 weights, {100 * open_expert('library/b').kept_share:.3g} % of their entries kept, "
-        f"{open_expert('library/b').size_on_disk / 1000:.3g} kB",
+        f"{open_expert('new/b').size_on_disk / 1000:.3g} kB",
         f"pulled 1 expert of {REPO}; the same again: --revision {sha}",
     ]
     assert open_expert("new/b").content_hash == open_expert("library/b").content_hash

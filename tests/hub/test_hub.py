@@ -1,12 +1,15 @@
 """Experts through the hub: the real client against a server on this machine (`hub_server`)."""
 
+import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from testbed.hub_server import point_client
 from testbed.random_deltas import random_delta
 
 from modular_experts.deltas import Sparse
@@ -343,10 +346,22 @@ def test_a_dry_run_writes_nothing_and_says_what_a_real_one_does(hub, library):
     assert planned.commit is None
 
 
+def test_a_dry_run_needs_no_network(hub, library, monkeypatch, caplog):
+    wanted = push([library / "a"], REPO, dry_run=True)
+    point_client(monkeypatch, "http://127.0.0.1:1")
+    found = push([library / "a"], REPO, dry_run=True)
+    assert found.files == wanted.files
+    assert "shows what a push into an empty repository would write" in caplog.text
+    with pytest.raises(ConnectionError):
+        push([library / "a"], REPO)
+
+
 def test_a_path_is_not_a_base_model_and_stays_private(hub, library, tmp_path):
     for number, place in enumerate(["/home/me/secret/base", "runs/base", "~/base", str(tmp_path)]):
         expert = write(tmp_path / "more" / f"x{number}", base={**BASE, "id": place})
-        card = push([expert.path], REPO, dry_run=True).card
+        pushed = push([expert.path], REPO, dry_run=True)
+        card, record = pushed.card, json.loads(pushed.files[f"{expert.name}/expert.json"])
+        assert record == expert.record | {"base": {**BASE, "id": Path(place).name if place[0] == "/" else place}}
         assert "base_model" not in header(card)
         assert "secret" not in card
         assert "--base BASE" in card

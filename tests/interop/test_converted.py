@@ -241,6 +241,7 @@ def test_a_base_is_named_only_where_the_adapter_leads_to_none(run, place, task_f
     assert open_expert("library/both").record["base"]["id"] == str(place / "moved")
     results = evaluate("moved", {"a": ["peft/upper"]}, str(task_files["upper"]), max_new_tokens=None)
     assert {row["model"] for row in results.rows} == {"a"}
+    assert results.facts["models"] == {"a": [{"name": "upper", "place": "peft/upper"}]}
     assert run("generate", "upper bad:", "--experts", "peft/upper", "--base", "moved", "--max_new_tokens", "1")[0] == 0
 
 

@@ -88,8 +88,8 @@ class PathSearch(Evolution, SearchAlgorithm):
         opened = open_expert(experts[0])
         if opened.record["kind"] != "GLoRAExpert" or not opened.state():
             raise ValueError(
-                f"{opened.path} ({opened.record['kind']}) has no paths to choose from; name an expert that was trained "
-                "with --expert GLoRAExpert and the callback RandomPaths, and not the result of a search"
+                f"{opened.place} ({opened.record['kind']}) has no paths to choose from; name an expert that was "
+                "trained with --expert GLoRAExpert and the callback RandomPaths, and not the result of a search"
             )
         parents = open_parents(opened)
         check_mergeable(parents)
