@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from modular_experts import __version__
-from modular_experts.cli.command import guarded, run_command, unknown_command
+from modular_experts.cli.command import check_experts, guarded, run_command, unknown_command
 from modular_experts.cli.commands import VERBS, importing
 
 HELP = """\
@@ -51,6 +51,7 @@ def _run(argv: Sequence[str]) -> None:
 
         print(command_help(verb, command, whole=not {"-h", "--help"} & asked))
         return
+    check_experts(argv, command.positional)
     # A user's class lies beside the config, where a console script does not look.
     sys.path[:0] = {os.getcwd()} - {*sys.path}
     with importing():

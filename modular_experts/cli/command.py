@@ -19,6 +19,7 @@ import yaml
 
 import modular_experts
 from modular_experts.cli.commands import COMPUTING, VERBS
+from modular_experts.discovery import may_be_on_hub, missing_expert
 from modular_experts.settings import READING, Loader, UsageError, Word, folded, listed, meant, over, respelt, unknown
 from modular_experts.settings.read import Read, arguments_of, class_named, kinds_of, read, read_arguments
 
@@ -174,6 +175,22 @@ def _set(settings: Any, path: Sequence[str], value: Any) -> Any:
     if not deeper:
         return over(settings, {key: value})
     return {**settings, key: _set(settings.get(key), deeper, value)}
+
+
+def check_experts(argv: Sequence[str], positional: Sequence[str]) -> None:
+    """Refuse the place of an expert that does not exist, before torch is imported, which takes seconds."""
+    verb, *words = argv
+    is_expert = bool({"expert", "experts", "merged"} & {*positional})
+    if not is_expert and verb not in COMPUTING:
+        return  # `pull --experts` takes names
+    for word in words:
+        option, _, value = word.partition("=")
+        if word.startswith("--"):
+            is_expert, word = option in ("--experts", "--merged"), value
+        # Prompts, names, sums, lists and patterns wait for the command.
+        waits = not word or {*" =+[{*"} & {*word} or may_be_on_hub(word)
+        if is_expert and not waits and (missing := missing_expert(word)):
+            raise FileNotFoundError(missing)
 
 
 def unknown_command(word: str) -> UsageError:

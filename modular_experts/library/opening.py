@@ -2,15 +2,14 @@
 
 import importlib
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
+from modular_experts.discovery import may_be_on_hub, missing_expert
 from modular_experts.library.atomic import check_name
 from modular_experts.library.expert import StoredExpert, check_file
 from modular_experts.library.record import RECORD_FILE, files_of, read_record
-from modular_experts.text import did_you_mean
 
 ADAPTER_FILE = "adapter_config.json"
 """The file that marks an adapter of PEFT."""
@@ -34,9 +33,7 @@ def open_expert(path: str | Path, base: Any = None) -> StoredExpert:
             of the adapter.
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
-    # Such as `owner/name` on the hub, which can be no expert of a library that is here.
-    on_hub = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", str(path), re.ASCII) and not directory.parent.exists()
-    if is_adapter(directory) or on_hub:
+    if is_adapter(directory) or may_be_on_hub(path):
         return importlib.import_module(_CONVERTER).converted(path, base)
     for left in reversed(range(_READS)):
         before = version_of(directory)
@@ -69,12 +66,8 @@ def version_of(directory: Path) -> tuple[int, int] | None:
 
 
 def _opened(path: str | Path, directory: Path, base: Any) -> StoredExpert:
-    if not directory.is_dir():
-        names = sorted(one.parent.name for one in directory.parent.glob(f"[!.]*/{RECORD_FILE}"))
-        hint = f"; {directory.parent} has {', '.join(names[:8])}" if names else ""
-        if near := did_you_mean(directory.name, names):
-            hint = near.replace("did you mean ", f"did you mean {directory.parent}{os.sep}")
-        raise FileNotFoundError(f"{path} is not an expert: there is no such directory{hint}")
+    if missing := missing_expert(path):
+        raise FileNotFoundError(missing)
     inside = sorted(one.parent.name for one in directory.glob(f"[!.]*/{RECORD_FILE}"))
     if inside and not (directory / RECORD_FILE).exists():
         raise ValueError(f"{path} is a library of {len(inside)} experts; name one of them, such as {path}/{inside[0]}")

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import modular_experts
+from modular_experts.discovery import RECORD_FILE as RECORD_FILE
 
 FORMAT = "modular-experts/1"
 FORMAT_WITH_STATE = "modular-experts/2"
@@ -50,7 +51,6 @@ FORMAT_ROUTED = "modular-experts/3"
 FORMAT_ENCODED = "modular-experts/4"
 FORMATS = (FORMAT, FORMAT_WITH_STATE, FORMAT_ROUTED, FORMAT_ENCODED)
 DELTA_FILE = "delta.safetensors"
-RECORD_FILE = "expert.json"
 STATE_FILE = "state.safetensors"
 MERGE, ROUTED = "merge", "routed"
 """Kinds of records of experts that were not trained."""

@@ -35,6 +35,31 @@ def test_no_help_imports_torch() -> None:
     python("\n".join(lines))
 
 
+def test_a_wrong_place_of_an_expert_is_refused_before_torch_is_imported(tmp_path) -> None:
+    for name in ("dates", "mood"):
+        (tmp_path / "library" / name).mkdir(parents=True)
+        (tmp_path / "library" / name / "expert.json").write_text("{}")
+    commands = [
+        "show library/date",
+        "merge library/mood library/date --out both",
+        "evaluate --tasks a.jsonl --experts library/mood library/date --out runs/a",
+        "fit --base base --tasks a.jsonl --experts library/date",
+        "remove --merged library/date --expert library/mood --out rest",
+    ]
+    wanted = f"library/date is not an expert: there is no such directory; did you mean {tmp_path}/library/dates?"
+    lines = [
+        "import io, sys",
+        "from contextlib import redirect_stderr",
+        "from modular_experts.__main__ import main",
+        f"for line in {commands}:",
+        "    with redirect_stderr(io.StringIO()) as err:",
+        "        assert main(line.split()) == 1, line",
+        f"    assert err.getvalue() == 'error: {wanted}\\n', err.getvalue()",
+        "assert 'torch' not in sys.modules",
+    ]
+    python("\n".join(lines), tmp_path)
+
+
 def test_import_is_lazy_and_common_commands_import_neither_lightning_nor_transformers(tmp_path) -> None:
     commands = [
         "list library",
