@@ -39,8 +39,8 @@ def import_(
 
     Args:
         source: Directories or hub ids of the fine-tunings, or patterns such as 'peft/*'; one that fails stops no other.
-        out: Directory of the expert, whose last part is its name. For several sources or a pattern, or where a library
-            is already, the directory of the library, in which each expert gets the name of its source.
+        out: Directory of the one expert, such as library/lora; or, with several sources or a pattern, or where experts
+            lie already, of the library, in which each expert gets the name of its source.
         base: Directory or hub id of the model that was fine-tuned; the one that an adapter names by default.
         revision: Branch, tag or commit of the base on the hub.
         tasks: Names of the tasks that the one fine-tuning was trained on; by default the expert's name.
@@ -247,8 +247,8 @@ def push(
     """Push experts, and a card about them, into a model repository of the Hugging Face hub, in one commit.
 
     Every expert is read and checked first. It becomes a folder of the repository, beside the folders that exist; an
-    expert that the repository already has is left alone. Its files are pushed unchanged: `expert.json` names the base
-    and the tasks as you named them, paths included.
+    expert that the repository already has is left alone. `expert.json` names the tasks as you named them, and so the
+    base, but for an absolute path, of which the last part is published.
 
     Args:
         experts: Directories of experts, such as library/*, which the shell expands.
@@ -256,7 +256,7 @@ def push(
         private: Make the repository private; an existing one must be private already.
         overwrite: Replace experts of the same name.
         statistics: Push the experts' statistics too.
-        dry_run: Print the card and the files, and write nothing.
+        dry_run: Print the card and the files, and write nothing; this needs no network.
         inputs: Push the inputs that experts keep too. Everybody who has the base's tokenizer can read them.
 
     Examples:
@@ -269,8 +269,8 @@ def push(
         print(f"{CARD_FILE} of {repo} has a text of its own and stays as it is")
     elif dry_run:
         print(pushed.card)
-    for path, file in pushed.files.items():
-        print(f"{path}: {bytes_text(file.stat().st_size)}")
+    for path, size in pushed.sizes.items():
+        print(f"{path}: {bytes_text(size)}")
     for path in pushed.removed:
         print(f"{path}: {'would be ' if dry_run else ''}removed, because it belongs to a replaced expert")
     for name in pushed.present:

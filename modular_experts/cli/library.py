@@ -172,11 +172,16 @@ def _own_name(weight: str) -> str:
 
 def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     record, base = expert.record, expert.record["base"]
-    forms = Counter(expert.forms().values())
+    forms = Counter(expert.stored_as().values())
     settings = dict(record.get("hyperparameters") or {})
     shares = [settings.pop(name, None) for name in ("kept", "ever_trained")]
+    held = ", ".join(f"{count} {form}" for form, count in sorted(forms.items())) or "no deltas"
+    yield "holds", f"{held}; {bytes_text(expert.size_on_disk)}"
     yield "kind", call_text(record["kind"], settings)
-    yield from _methods(record)
+    if method := record.get("method"):
+        yield "method", call_text(method["class_path"].rpartition(".")[2], method["init_args"])
+    for pattern, chosen in (record.get("per_weight") or {}).items():
+        yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
     yield "tasks", ", ".join(map(str, record["tasks"])) or "not recorded"
     yield from _training(record.get("training") or {})
     yield "base", f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"
@@ -190,7 +195,6 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     if state := expert.state():
         numbers = sum(tensor.numel() for tensor in state.values())
         yield "state", f"{len(state)} tensors with {numbers:,} numbers, of {record.get('class_path')}"
-    yield "forms", ", ".join(f"{count} {form}" for form, count in sorted(forms.items())) or "no deltas"
     if forms:
         yield "kept", f"{total.kept:,} of {total.entries:,} entries ({total.cells()[2]})"
     if shares[1] is not None:
@@ -204,19 +208,10 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "norm", total.cells()[3]
     for kind in kinds_of_statistics(expert):
         yield "statistics", f"{kind}: {statistics_text(open_statistics(expert, kind))}"
-    yield "size", bytes_text(expert.size_on_disk)
     yield "content", expert.content_hash
     seed = "" if record.get("seed") is None else f", seed {record['seed']}"
     yield "created", f"{record.get('created')}{seed}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
-
-
-def _methods(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield the method of a merge, and the methods of single weights."""
-    if method := record.get("method"):
-        yield "method", call_text(method["class_path"].rpartition(".")[2], method["init_args"])
-    for pattern, chosen in (record.get("per_weight") or {}).items():
-        yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
 
 
 def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -158,7 +158,10 @@ def merge(
             raise ValueError(f"{kind} searches, and writes an expert; give out, base, overwrite and data alone")
         _distill(experts, out, method, data, overwrite, written.base)
         return
-    _check_tuning(tune, per_weight, data)
+    if data and not tune:
+        raise ValueError("--tasks are for --tune, and for a method that needs inputs, such as Distilled; add --tune")
+    if tune and per_weight:
+        raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
     opened = open_experts(experts, base=written.base)
@@ -193,14 +196,6 @@ def merge(
             print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
     else:
         _print_experts(merged, out)
-
-
-def _check_tuning(tune: Tuning | None, per_weight: Any, data: Rows | None) -> None:
-    """Refuse settings of tuning without tuning, and methods of single weights with it."""
-    if data and not tune:
-        raise ValueError("--tasks are for --tune, and for a method that needs inputs, such as Distilled; add --tune")
-    if tune and per_weight:
-        raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
 
 
 def _report(tuned: "Tuned", searched: bool, out: str) -> None:

@@ -104,7 +104,8 @@ def serve(
             engine.check_base()
             app = make_app(Answerer(models, engine, tokenizer), limits)
         count = len(models.listed()) - 1
-        print(f"{opened.place} with {count} models of {Path(library)}; auto is {models.auto or 'not there'}")
+        auto = models.auto or f"not there: {models.why_no_auto}"
+        print(f"{opened.place} with {count} models of {Path(library)}; auto is {auto}")
         print(f"answers at http://{host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it", flush=True)
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=int(seconds), server_header=False)
         uvicorn.Server(config).run(sockets=[listening])

@@ -147,6 +147,15 @@ class StoredExpert(TaskVector):
         """Return the form of each weight's delta (`Dense`, `LowRank`, `Sparse`, `BlockSparse`), without reading it."""
         return {name: self._table[name]["form"] for name in self}
 
+    def stored_as(self) -> dict[str, str]:
+        """Return form, rank and encoding of each weight's delta, such as `LowRank of rank 4 in int8`."""
+        found = {}
+        for name, form in self.forms().items():
+            entry = self._table[name]
+            down = entry.get("sizes", {}).get("down") or entry["tensors"].get("down", {}).get("shape")
+            found[name] = f"{form}{f' of rank {down[0]}' if down else ''} in {entry.get('encoding', 'float32')}"
+        return found
+
     def tiles(self) -> dict[str, tuple[int, int]]:
         """Return height and width of the tiles of each weight that is kept in tiles, without reading it."""
         tables = {name: self._table[name] for name, form in self.forms().items() if form == "BlockSparse"}

@@ -164,17 +164,25 @@ class Models:
     @property
     def auto(self) -> str | None:
         """The name of the route that `auto` means, or None."""
-        routes = [one.name for one in self.listed() if one.kind == "route"] if self._auto is None else [self._auto]
+        routes = self._routes
         return routes[0] if len(routes) == 1 else None
+
+    @property
+    def _routes(self) -> list[str]:
+        return [one.name for one in self.listed() if one.kind == "route"] if self._auto is None else [self._auto]
+
+    @property
+    def why_no_auto(self) -> str:
+        """Why `auto` means no route, and what helps."""
+        if routes := self._routes:
+            return f"the library has the routes {', '.join(routes)}; choose one with --auto, such as --auto {routes[0]}"
+        return "the library has no route; modular-experts route LIBRARY/* --out LIBRARY/routed makes one"
 
     def find(self, name: str) -> Sum | Route:
         """Return what a request's `model` means."""
         if name == AUTO:
             if (route := self.auto) is None:
-                raise UnknownModelError(
-                    f"'{AUTO}' is for a library with one route; name a model, or start the server with --auto ROUTE, "
-                    "where modular-experts route makes one"
-                )
+                raise UnknownModelError(f"'{AUTO}' names no model here: {self.why_no_auto}")
             return self._find(route)
         weighted = [_term(name, term) for term in name.split("+")]
         parts = [(self._find(each), weight) for each, weight in weighted]

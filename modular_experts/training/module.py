@@ -1,5 +1,6 @@
 """ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule."""
 
+import logging
 import math
 import os
 import time
@@ -59,6 +60,9 @@ else:
     # What the command line may be given.
     BaseModel = str
     Experts = LayerPlan | dict[str, Callable[[Tensor], Expert]]
+
+# Every trainer advertises two other products through this logger.
+logging.getLogger("lightning.fabric.utilities.rank_zero").addFilter(lambda record: "Tip: " not in record.getMessage())
 
 
 class ExpertModule(EvaluatedModule):

@@ -270,6 +270,7 @@ def test_an_expert_is_written_smaller(run, upper) -> None:
     before, after = open_expert("library/a"), open_expert("small/a")
     assert "sign, 50% of the entries (written)" in out
     assert after.record["encoding"] == "sign"
+    assert run("show", "small/a")[1].splitlines()[1].split()[:5] == ["holds", "4", "BlockSparse", "in", "sign;"]
     assert sum(after.stored_bytes().values()) < 0.4 * sum(before.stored_bytes().values())
     assert after.record["source"] == {
         "id": "a",

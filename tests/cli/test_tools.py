@@ -114,7 +114,9 @@ def test_show_tells_kind_shares_norms_and_where_from(run, place):
     for name in expert:
         total, kept = total + expert[name].dense().double().square().sum().item(), kept + expert[name].support_size
     out = run("show", "library/a", "--weights", "true")[1]
-    assert out.split()[:2] == ["expert", "library/a"]
+    size = f"{open_expert('library/a').size_on_disk / 1000:.3g} kB"
+    assert out.split()[:8] == ["expert", "library/a", "holds", "14", "Sparse", "in", "float32;", size.split()[0]]
+    assert "LowRank of rank 2 in float32" in run("show", "library/lora")[1]
     assert f"norm      {total**0.5:.4g}" in out
     assert "SparseExpert(keep_ratio=0.04917, modules='.*[qk]_proj')" in out.replace("\n", "")
     assert "validation loss: 2.346" in out

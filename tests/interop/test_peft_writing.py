@@ -160,8 +160,8 @@ REFUSED = {
                          r"moves model.layers.0.input_layernorm.weight; .* modular-experts apply"),
     "embeddings in a sparse adapter": ("Sparse", ["model.embed_tokens.weight"], SupertuningFormat(),
                                        r"a SUPERTUNING adapter can only move the weight of a Linear"),
-    "dense as super-tuning": ("Dense", LLAMA, SupertuningFormat(), r"is Dense and has no single entries to store"),
-    "low-rank as super-tuning": ("LowRank", LLAMA, SupertuningFormat(), r"is LowRank and has no single entries"),
+    "dense as super-tuning": ("Dense", LLAMA, SupertuningFormat(), r"export it with --form lora --rank 16"),
+    "low-rank as super-tuning": ("LowRank", LLAMA, SupertuningFormat(), r"to store; export it with --form lora$"),
     "sparse as lora": ("Sparse", LLAMA, LoraFormat(), r"is Sparse, not a product of two factors; give a rank"),
     "too many entries for shira": ("Sparse", None, ShiraFormat(), r"SHiRA would need r=11 .* 528 entries .* only 512"),
 }  # fmt: skip

@@ -58,7 +58,7 @@ def test_what_is_no_model_is_refused_with_what_is_near(library, tiny_llama_dir) 
         ("1e9*lora", "names no model"),
         ("9" * 400 + "*lora", "names no model"),
         ("a+" * 4000, "names no model"),
-        ("auto", "'auto' is for a library with one route"),
+        ("auto", "'auto' names no model here: the library has no route"),
     ):
         with pytest.raises(UnknownModelError) as error:
             models.find(name)

@@ -76,7 +76,10 @@ def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path
             ([library, "--port", "70000"], "--port 70000 is outside 0 to 65535"),
             ([library, "--auto", "loar"], "there is no model 'loar'; did you mean lora?"),
             ([library, "--rows", "0"], "must be at least 1"),
-            ([library, "--in-front-of", "http://127.0.0.1:1"], "'auto' is for a library with one route"),
+            (
+                [library, "--in-front-of", "http://127.0.0.1:1"],
+                "'auto' names no model here: the library has no route; modular-experts route",
+            ),
             ([library, "--expert_bytes", "much"], "'much' is not a size"),
             ([tmp_path], "has no experts"),
         ):
@@ -93,7 +96,7 @@ def test_a_broken_adapter_does_not_keep_it_from_starting(library, run, tmp_path,
     (tmp_path / "a-broken" / ADAPTER_FILE).write_text("{}")
     _, _, err = run("serve", tmp_path, "--port", "0", "--in-front-of", "http://127.0.0.1:1")
     assert "a-broken is skipped" in caplog.text
-    assert "'auto' is for a library with one route" in err
+    assert "'auto' names no model here: the library has no route" in err
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, and pip install playwright")
@@ -137,11 +140,13 @@ def test_the_commands_of_the_guide_work(server) -> None:
     answer = server.client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     # This library has no route.
     assert answer.status_code == 404
-    assert answer.json()["error"]["message"].startswith("'auto' is for a library with one route")
+    assert answer.json()["error"]["message"].startswith("'auto' names no model here: the library has no route")
 
 
 def test_it_streams_frees_the_place_of_whoever_leaves_and_finishes_what_it_began(server, library, tiny_llama_dir):
-    assert server.first == f"{tiny_llama_dir} with 6 models of {library}; auto is not there\n"
+    how = "modular-experts route LIBRARY/* --out LIBRARY/routed makes one"
+    reason = f"the library has no route; {how}"
+    assert server.first == f"{tiny_llama_dir} with 6 models of {library}; auto is not there: {reason}\n"
     client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
     parts = [part.choices[0].text for part in client.completions.create(**LONG | {"max_tokens": 12})]
     assert len(parts) > 5

@@ -289,8 +289,9 @@ def _as_sparse(name: str, delta: Delta) -> Sparse:
     elif isinstance(delta, Dense):
         delta = lossless(delta.values)
     if not isinstance(delta, Sparse):
+        way_out = "--form lora" + " --rank 16, which approximates it" * (not isinstance(delta, LowRank))
         raise ValueError(
-            f"the delta of {name} is {type(delta).__name__} and has no single entries to store; export it as lora, "
-            "with a rank to approximate it"
+            f"the delta of {name} is {type(delta).__name__} and has no single entries to store; export it with "
+            f"{way_out}"
         )
     return delta
