@@ -110,14 +110,9 @@ def prompt_vectors(
     """Return each prompt as a vector of length 1 for each depth, `(rows, size)` float32.
 
     It is the mean over the prompt's tokens, without the first, of the hidden states after a share of the transformer
-    blocks. The pass ends at the deepest one, and runs without dropout.
-
-    Args:
-        model: A causal language model.
-        ids: Token ids `(rows, length)`, padded on either side, or `(packs, length)`.
-        mask: 1 on tokens and 0 on padding, `(rows, length)`; None without padding; for packed rows, where they are.
-        depths: Shares of the blocks, rising, from 0, the embeddings, to 1.
-        prompt: Which tokens are the prompts, `(rows, length)` bool; None where all are.
+    blocks, from 0, the embeddings, to 1; `depths` rise. The pass ends at the deepest one, and runs without dropout.
+    Token ids `(rows, length)` may be padded on either side, where the `mask` has 0, or packed, `(packs, length)`. The
+    tokens of the prompts are true in `prompt`, or all.
     """
     if hasattr(model, "unshard"):
         raise ValueError(

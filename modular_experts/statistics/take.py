@@ -73,10 +73,6 @@ def _gates(model: Any, experts: Any, batches: Any, names: Any, steps: int | None
         yield train_gates(model, expert, part, steps, progress=progress)[0]
 
 
-def _merged_grams(model: Any, experts: Any, batches: Any, names: Any, steps: int | None, progress: Progress) -> Any:
-    return merged_grams(model, experts, batches, names, progress)
-
-
 def prompts(
     model: PreTrainedModel,
     batches: Iterable[Batch],
@@ -88,11 +84,8 @@ def prompts(
 
     With `parts`, a part of each prompt follows it, `(2 rows, size)`. The parts of the first, third, ... prompt lack the
     instruction: they are the longest stretch of tokens between the first places of the tokens that nearly all prompts
-    hold (`SHARED`). The other parts lack a share of the tokens at the front, between 0 and `MOST_CUT`.
-
-    Args:
-        names: The experts' weights, which do not matter here.
-        depths: Where prompts are read, rising: after these shares of the transformer blocks.
+    hold (`SHARED`). The other parts lack a share of the tokens at the front, between 0 and `MOST_CUT`. The `names` of
+    the experts' weights do not matter here.
     """
     found: list[list[Tensor]] = []
     kept = []
@@ -156,7 +149,10 @@ KINDS: dict[str, Way] = {
     "fisher": _each(fisher),
     "gates": Way(_gates),
     "gram": _each(gram),
-    "merged_gram": Way(_merged_grams, together=True),
+    "merged_gram": Way(
+        lambda model, experts, batches, names, steps, progress: merged_grams(model, experts, batches, names, progress),
+        together=True,
+    ),
     "prompt_parts": _each(partial(prompts, parts=True), of_inputs=True),
     "prompts": _each(prompts, of_inputs=True),
 }

@@ -45,13 +45,10 @@ def check_offload(device: torch.device) -> None:
 
 
 def recompute_if_needed(module: Any) -> None:
-    """Turn gradient checkpointing on if the fit takes more memory than there is, and less than that with it.
+    """Turn gradient checkpointing on if the fit takes more memory than there is, and less with it, unless it is set.
 
     Short rows that pass forward tell what blocks keep of a token, so no base is loaded for it and no step is taken.
     Losses of preferences and sharded bases stay as they are.
-
-    Args:
-        module: The `ExpertModule` of a fit that begins; its own setting wins.
     """
     data = datamodule_of(module.trainer)
     blocks = [one for one in module.model.modules() if isinstance(one, GradientCheckpointingLayer)]

@@ -19,16 +19,10 @@ def changes_to_fit(
     ways: Iterable[Way],
     predicted: Callable[[Settings], int],
 ) -> list[Change]:
-    """Return changes after which a fit takes at most `most` bytes; none if it does already.
+    """Return changes after which the fit that was `found` takes at most `most` bytes; none if it does already.
 
-    Args:
-        most: Bytes.
-        found: The prediction of the fit as it is set.
-        ways: What `ways_to_fit` yields. Each is tried on top of those before it that help.
-        predicted: Predicts the memory of the fit with other settings.
-
-    Raises:
-        ValueError: All of them together are not enough.
+    Each of the `ways` is tried on top of those before it that help, and `predicted` returns the memory of the fit with
+    their settings. Raise ValueError if all of them together are not enough.
     """
     peak, changes = found.peak, list[Change]()
     taken: Settings = {"model": {}, "data": {}, "trainer": {}}
@@ -58,12 +52,8 @@ def ways_to_fit(module: ExpertModule, batch_size: int, parts: int) -> Iterator[W
     """Yield ways to take less memory, cheapest first; the steps of the fit and their rows stay the same.
 
     Gradient checkpointing costs a second forward pass, and a batch in parts makes each product smaller; a base in
-    bfloat16 rounds what the experts are trained beside, and values in bfloat16 what is trained.
-
-    Args:
-        module: What is trained.
-        batch_size: Rows of a training batch.
-        parts: How many batches make a step.
+    bfloat16 rounds what the experts are trained beside, and values in bfloat16 what is trained. A step has `parts`
+    batches of `batch_size` rows.
     """
     if not module.gradient_checkpointing:
         yield [("--model.gradient_checkpointing true", {"model": {"gradient_checkpointing": True}})]
