@@ -181,8 +181,9 @@ def check_experts(argv: Sequence[str], positional: Sequence[str]) -> None:
     """Refuse the place of an expert that does not exist, before torch is imported, which takes seconds."""
     verb, *words = argv
     is_expert = bool({"expert", "experts", "merged"} & {*positional})
-    if not is_expert and verb not in COMPUTING:
-        return  # `pull --experts` takes names
+    # `pull --experts` takes names.
+    if "--print_config" in words or not (is_expert or verb in COMPUTING):
+        return
     for word in words:
         option, _, value = word.partition("=")
         if word.startswith("--"):

@@ -116,7 +116,7 @@ def test_show_tells_kind_shares_norms_and_where_from(run, place):
     out = run("show", "library/a", "--weights", "true")[1]
     size = f"{open_expert('library/a').size_on_disk / 1000:.3g} kB"
     assert out.split()[:8] == ["expert", "library/a", "holds", "14", "Sparse", "in", "float32;", size.split()[0]]
-    assert "LowRank of rank 2 in float32" in run("show", "library/lora")[1]
+    assert "LowRank of rank 1 in float32" in run("show", "library/lora")[1]
     assert f"norm      {total**0.5:.4g}" in out
     assert "SparseExpert(keep_ratio=0.04917, modules='.*[qk]_proj')" in out.replace("\n", "")
     assert "validation loss: 2.346" in out

@@ -86,7 +86,7 @@ def test_statistics_trains_the_gates_of_stored_experts(
     tasks = json.dumps([{"name": name, "path": str(task_files[name])} for name in TASKS])
     before = [open_expert(place).content_hash for place in experts]
     assert main(["statistics", *experts, "--kind", "gates", "--tasks", tasks, "--steps", "2"]) == 0
-    assert "gates.safetensors: gates of" in capsys.readouterr().out
+    assert "gates.safetensors: gates statistics of" in capsys.readouterr().out
     assert [open_expert(place).content_hash for place in experts] == before
     (wanted,) = take_statistics(experts[:1], "gates", mixture(task_files, tiny_llama_dir), overwrite=True, steps=2)
     found = {name: wanted[name].values for name in wanted}
