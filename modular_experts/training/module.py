@@ -62,7 +62,7 @@ else:
     Experts = LayerPlan | dict[str, Callable[[Tensor], Expert]]
 
 # Every trainer advertises two other products through this logger.
-logging.getLogger("lightning.fabric.utilities.rank_zero").addFilter(lambda record: "Tip: " not in record.getMessage())
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda one: "Tip: " not in one.getMessage())
 
 
 class ExpertModule(EvaluatedModule):

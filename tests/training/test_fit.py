@@ -1,5 +1,6 @@
 """`fit` trains what the Lightning form trains, and Lightning's finders of rates and batch sizes work."""
 
+import logging
 from functools import partial
 
 import pytest
@@ -155,3 +156,10 @@ def test_a_found_rate_trains_as_the_same_rate_typed_in(expert, tiny_llama_dir, t
     assert 1e-4 < found.learning_rate < 0.1
     typed, _ = run(tiny_llama_dir, task_files, tmp_path, expert, rate=found.learning_rate)
     assert same(found, typed)
+
+
+def test_a_trainer_tells_its_devices_and_advertises_nothing(tmp_path, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        Trainer(default_root_dir=tmp_path)
+    assert "GPU available" in caplog.text
+    assert "Tip" not in caplog.text
