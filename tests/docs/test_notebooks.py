@@ -113,8 +113,8 @@ def test_the_commands_of_the_second_work_with_its_cells_as_a_file(place: Path, m
 
 
 def _kinds(cell: nbformat.NotebookNode) -> list[tuple[str, ...]]:
-    """Return what a cell put out: texts by their stream, pictures by their formats."""
-    return [(output.output_type, output.get("name", ""), *sorted(output.get("data", {}))) for output in cell.outputs]
+    """Return what a cell put out: texts by their stream, pictures by their formats; lines of progress come early."""
+    return sorted((one.output_type, one.get("name", ""), *sorted(one.get("data", {}))) for one in cell.outputs)
 
 
 def _text(cell: nbformat.NotebookNode) -> str:
