@@ -129,10 +129,8 @@ def fetch(place: str | Path, revision: str | None = None, local_only: bool = Fal
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    directory = Path(place).expanduser()
-    if not directory.is_dir():
-        advice = "give the directory of a model (config.json and *.safetensors), or a hub id while the hub is reachable"
-        directory = fetch_from_hub("base", str(place), revision, _FILES, advice, local_only)
+    advice = "give the directory of a model (config.json and *.safetensors), or a hub id while the hub is reachable"
+    directory = found_or_fetched("base", str(place), revision, _FILES, advice, local_only)
     config = read_json(directory / "config.json", "so it is not the directory of a model")
     kind, classes = config.get("model_type"), config.get("architectures") or []
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind))
@@ -146,10 +144,12 @@ def fetch(place: str | Path, revision: str | None = None, local_only: bool = Fal
     return directory
 
 
-def fetch_from_hub(
+def found_or_fetched(
     what: str, place: str, revision: str | None, patterns: Sequence[str], advice: str, local_only: bool = False
 ) -> Path:
-    """Return the directory of a hub repository, or raise FileNotFoundError, which calls it `what` and gives advice."""
+    """Return the directory at a place, here or on the hub, or raise FileNotFoundError, which calls it `what`."""
+    if (directory := Path(place).expanduser()).is_dir():
+        return directory
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -167,7 +167,7 @@ def fetch_from_hub(
         offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the hub was not reached"
         why = f"and as a hub id it is not in the local cache ({offline})"
     raise FileNotFoundError(
-        f"{what} {place!r} was not found: {Path(place).expanduser().absolute()} is not a directory, {why}; {advice}"
+        f"{what} {place!r} was not found: {directory.absolute()} is not a directory, {why}; {advice}"
     )
 
 

@@ -7,14 +7,13 @@ import math
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from modular_experts.base import Base, DType
 from modular_experts.base.base import find_base
-from modular_experts.base.files import MANIFEST, fetch_from_hub, weight_files
+from modular_experts.base.files import MANIFEST, found_or_fetched, weight_files
 from modular_experts.cli.format import counted, print_check, share_text, summary, table_of, value_text
 from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.described import describe
@@ -260,9 +259,8 @@ def _print_experts(merged: Merged, out: str) -> None:
     if cut := (stored.record["hyperparameters"] or {}).get("cut"):
         print(f"rank {cut['rank']} keeps {share_text(cut['squared_norm_kept'])} of the merge's squared norm")
     with suppress(OSError, ValueError):  # the base is on another machine
-        place = Path(find_base(merged.stored)).expanduser()
-        if not place.is_dir():
-            place = fetch_from_hub("base", str(place), merged.base["revision"], ["*.json", "*.safetensors"], "", True)
+        files, revision = ["*.json", "*.safetensors"], merged.base["revision"]
+        place = found_or_fetched("base", str(find_base(merged.stored)), revision, files, "", local_only=True)
         size = sum(file.stat().st_size for file in weight_files(place))
         if 2 * stored.size_on_disk > size:
             print(

@@ -207,7 +207,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
         modular-experts quickstart --tasks 5 --out runs/short
     """
     place, plan = Path(out), Plan(seed=seed, tasks=tasks)
-    what, columns = "training a small base", ("{task.description}", BarColumn(None), TaskProgressColumn())
+    what, columns = "training a small base", ("{task.description}", BarColumn(None))
     with progress_by_tenths(*columns, line=lambda *now: f"{now[0]}: {now[1]:.0%}{now[3]}", transient=True) as bar:
         prepare_base(plan, place, lambda share: bar(what, share, 1))
     with study_progress() as show:

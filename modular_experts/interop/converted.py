@@ -12,7 +12,7 @@ from pathlib import Path
 
 import modular_experts
 from modular_experts.base import Base
-from modular_experts.base.files import cache_directory, fetch_from_hub
+from modular_experts.base.files import cache_directory, found_or_fetched
 from modular_experts.interop.import_expert import import_expert, name_for, open_base
 from modular_experts.interop.peft.files import ADAPTER_FILES, CONFIG_FILE, AdapterFiles
 from modular_experts.library import StoredExpert, open_expert
@@ -52,11 +52,8 @@ def converted(place: str | Path, base: str | Path | Base | None = None) -> Store
 
 
 def _find(place: str | Path) -> Path:
-    directory = Path(place).expanduser()
-    if directory.is_dir():
-        return directory
     advice = "give the directory of an expert or of a PEFT adapter, or an adapter's hub id while the hub is reachable"
-    directory = fetch_from_hub("expert", str(place), None, [*ADAPTER_FILES, f"*/{RECORD_FILE}"], advice)
+    directory = found_or_fetched("expert", str(place), None, [*ADAPTER_FILES, f"*/{RECORD_FILE}"], advice)
     if not (directory / CONFIG_FILE).is_file():
         names = sorted(file.parent.name for file in directory.glob(f"*/{RECORD_FILE}"))
         found = f"it holds the experts {', '.join(names[:8])}, which modular-experts pull {place} --out library fetches"

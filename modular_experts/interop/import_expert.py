@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modular_experts.base import Base
-from modular_experts.base.files import fetch_from_hub, weight_files
+from modular_experts.base.files import found_or_fetched, weight_files
 from modular_experts.deltas import Delta
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, read_full_checkpoint
 from modular_experts.interop.peft import read_peft
@@ -180,12 +180,10 @@ def open_base(
 
 
 def _find(place: str | Path) -> Path:
-    directory = Path(place).expanduser()
-    if directory.is_file():
+    if Path(place).expanduser().is_file():
         raise ValueError(f"{place} is a file; give the directory that holds it and the files beside it")
-    if not directory.is_dir():
-        advice = "give the directory of a fine-tuning, or a hub id while the hub is reachable"
-        directory = fetch_from_hub("source", str(place), None, _FETCHED, advice)
+    advice = "give the directory of a fine-tuning, or a hub id while the hub is reachable"
+    directory = found_or_fetched("source", str(place), None, _FETCHED, advice)
     if not any((directory / file).is_file() for file in (CONFIG_FILE, "config.json")):
         names = sorted(path.name for path in directory.iterdir())[:6]
         raise ValueError(

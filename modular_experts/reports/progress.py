@@ -53,7 +53,7 @@ def progress_by_tenths(
 
     def show(what: str, done: float, total: float) -> None:
         nonlocal shown, first
-        bar.update(task, description=what, completed=done, total=total)
+        bar.update(task, description=line(what, done, total, ""), completed=done, total=total)
         now, tenths = time.monotonic(), int(10 * done / total + 1e-9)
         started, before = first = first or (now, done)
         is_first_and_last = shown < 0 and tenths == 10
