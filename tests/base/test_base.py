@@ -59,6 +59,7 @@ def test_base_is_found_where_the_record_or_the_library_leads(tiny_llama_dir, tmp
         def __init__(self, place, mark=None):
             mark = mark or fingerprint(tiny_llama_dir)
             self.record = {"base": {"id": place, "revision": "r", "fingerprint": mark}}
+            self.place = self.path
 
     shutil.copytree(tiny_llama_dir, tmp_path / "base")
     for named in (str(tiny_llama_dir), "elsewhere/base"):
