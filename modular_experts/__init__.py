@@ -29,7 +29,7 @@ _HOMES = {
     "modular_experts.data.look": ("look",),
     "modular_experts.evaluation": ("evaluate", "measure"),
     "modular_experts.evaluation.streaming": ("generate",),
-    "modular_experts.callbacks": ("ExportExpert", "MaskSchedule", "TrainUnderOthers"),
+    "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
     "modular_experts.tuning": ("ATLAS", "AdaMerging", "Objective", "search", "tune"),
     "modular_experts.tuning.distill": ("distill",),
     "modular_experts.tuning.shrink": ("shrink",),

@@ -12,12 +12,13 @@ from testbed import runs
 from modular_experts.callbacks import (
     EvenValidation,
     ExportExpert,
+    GradientMask,
     LogProgress,
     MaskSchedule,
     Schedule,
     TrainUnderOthers,
 )
-from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop, Reselect
@@ -52,8 +53,9 @@ def library(tmp_path_factory, tiny_llama_dir, task_files) -> Path:
     [
         (partial(MaskSchedule, support="a"), SparseExpert),
         (partial(TrainUnderOthers, others="a", count=1), SparseExpert),
+        (partial(GradientMask, masks="a"), FullExpert),
     ],
-    ids=["support", "others"],
+    ids=["support", "others", "gradient-mask"],
 )
 def test_so_does_one_that_reads_a_library(kind, expert, library, tiny_llama_dir) -> None:
     (setting,) = (name for name, value in kind.keywords.items() if value == "a")
