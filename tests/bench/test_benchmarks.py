@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -15,20 +16,16 @@ PEERS = ["PEFT SHiRA", "PEFT Super-Tuning", "dense, masked"]
 LOW_RANK = ["PEFT LoRA", "LoRA"]
 LORA_ENTRIES = 2 * 16 * (2 * (256 + 256) + 2 * (128 + 256) + 3 * (512 + 256))
 LAYER_ENTRIES = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)
-LINEAR_ENTRIES = LAYER_ENTRIES + 1024 * 256
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """What a quick run prints: nothing but JSON. The process that selects is a copy of this one.
-
-    A copy has the peak of the process that it copies, so the peaks that a test compares come from new processes.
-    """
+    """What a quick run prints: nothing but JSON. Processes that measure are copies of this one, with its peak."""
 
     elsewhere = subprocess.run
 
     def run(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
-        if "--selection" not in words:
+        if words[0] != sys.executable:  # a compiler
             return elsewhere(words, **how)
         with TemporaryFile("w+") as printed:
             assert ended(forked(lambda: print(run_script("sparse_step.py", *words[2:]), file=printed, flush=True))) == 0
@@ -61,18 +58,9 @@ def test_all_rows_train_the_same_number_of_entries(rows) -> None:
     assert rows["full"]["trained"] == rows["dense, masked"]["trained"] == LAYER_ENTRIES
 
 
-def test_times_are_ratios_and_the_floor_counts_operations(rows) -> None:
-    assert rows["frozen"]["over_frozen"] == rows["PEFT LoRA"]["over_lora"] == rows["frozen"]["floor"] == 1
-    assert all(0.2 < row["over_frozen"] < 50 for row in rows.values())
-    for name in [*LOW_RANK, *PEERS, *(name for name in SPARSE if name in rows)]:
-        share = rows[name]["kept"] / LINEAR_ENTRIES
-        assert rows[name]["floor"] == pytest.approx(1 + (1.5 if name in LOW_RANK else 0.5) * share)
-
-
 def test_memory_is_that_of_processes_of_their_own(report, rows) -> None:
     measured = {name for name, row in rows.items() if row["peak_over_lora"] is not None}
     assert measured == {"PEFT LoRA", "dense, masked"}  # all rows, where the run is not a quick one
-    assert rows["dense, masked"]["peak_over_lora"] >= 1
     (chosen,) = report["selection"]["rows"]
     assert chosen["name"] == "tiles of 16, block_rows"
     assert 0 < chosen["share_of_time"] < 1

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from testbed.scripts import BENCHMARKS, run_script
 
 
@@ -49,17 +48,6 @@ def test_a_stored_expert_and_its_full_checkpoint_say_exactly_the_same(inputs) ->
         assert name not in expert or 0.03 < moved.count_nonzero() / moved.numel() < 0.07
 
 
-def test_agreement_counts_entries_that_differ_and_that_moved(module, tmp_path) -> None:
-    base = torch.zeros(10, dtype=torch.bfloat16)
-    first, second = base.clone(), base.clone()
-    first[:4] = second[:3] = 1
-    for name, values in {"base": base, "first": first, "second": second}.items():
-        (tmp_path / name).mkdir()
-        save_file({"w": values}, tmp_path / name / "model.safetensors")
-    found = module("merge_work").comparison(*(str(tmp_path / name) for name in ("first", "second", "base")))()
-    assert found == {"unequal": 1 / 10, "unequal_of_moved": 1 / 4}
-
-
 def test_a_watched_process_reports_what_it_took_and_what_went_wrong(module, tmp_path) -> None:
     watch, source = module("merge_work").watch, tmp_path / "source"
     source.write_bytes(bytes(10**6))
@@ -70,18 +58,6 @@ def test_a_watched_process_reports_what_it_took_and_what_went_wrong(module, tmp_
     assert 10**6 < took["anonymous_before"] <= took["anonymous"] <= took["peak"]
     with pytest.raises(RuntimeError, match="FileNotFoundError"):
         watch(sys.executable, "copying", **task | {"files": [str(tmp_path / "none")]})
-
-
-def test_both_sides_of_a_method_get_the_same_settings(module) -> None:
-    for method in module("merge_speed").METHODS:
-        recipe = method.recipe(Path("base"), [Path("a"), Path("b")])
-        assert [model["model"] for model in recipe["models"]] == ["a", "b"]
-        assert ("base_model" in recipe) is (method.name != "linear")
-        each, ours = recipe["models"][0]["parameters"], method.settings
-        kept = ours.get("keep", 1 - ours["beta"] - ours["gamma"] if "beta" in ours else None)
-        assert each.get("density") == pytest.approx(kept)
-        assert each.get("gamma") == ours.get("gamma")
-        assert each["weight"] == ours.get("scale", 1)
 
 
 @pytest.fixture
@@ -132,16 +108,3 @@ def test_both_sides_are_merged_and_agree(no_processes, mergekit, tmp_path) -> No
     assert [row["method"] for row in report["growth"]] == ["linear", "ties", "dare_ties"]
     for title in ("Sparse experts to a checkpoint", "Ours: 3 experts over 2"):
         assert title in shown
-
-
-def test_a_run_without_the_peer_measures_ours_and_leaves_no_results(no_processes, tmp_path) -> None:
-    options = ["--alone", "--tiny", "--methods", "linear", "--experts", "2", "--repeats", "1"]
-    run_script("merge_speed.py", *options, "--folder", tmp_path / "inputs", "--json", tmp_path / "report.json")
-    assert not (tmp_path / "inputs" / "results").exists()
-    report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
-    assert report["complete"] is True
-    (floor,) = report["floor"]
-    assert floor["over_hashed"]["cpu"] == floor["over_read"]["cpu"] == floor["checked_over_plain"]["cpu"] == 1
-    for goal in report["goals"]:
-        at_least, value, limit = goal["sense"] == "at least", goal["measured"], goal["limit"]
-        assert goal["met"] == (None if value is None else value >= limit if at_least else value <= limit)

@@ -3,8 +3,6 @@
 import importlib
 import io
 import json
-import math
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,48 +10,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, write_rows
-from testbed.here import STUDY, Here, work_here
-from testbed.scripts import BENCHMARKS, run_commands_here, run_script, shown
+from testbed.here import STUDY, work_here
+from testbed.scripts import run_commands_here, run_script, shown
 from transformers import LlamaForCausalLM
 
-from modular_experts.deltas import Sparse
 from modular_experts.injection import inject
-from modular_experts.jobs.engines import ENGINES
-from modular_experts.library import make_record, write_expert
-
-
-def test_the_three_ways_are_timed_and_agree() -> None:
-    report = json.loads(run_script("answer_logits.py", "--quick", "--json"))
-    works = [(dtype, work) for dtype in ("float32", "bfloat16") for work in ("training step", "forward", "generation")]
-    assert [(row["dtype"], row["work"]) for row in report["rows"]] == works
-    for row in report["rows"]:
-        assert row["places"] == 1
-        assert 0.05 < row["slice"] < 1000
-        if row["work"] != "generation":
-            assert 0.05 < row["whole"] < 1000
-            assert row["losses_apart"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
-    assert {"CPU", "threads", "torch"} <= set(report["machine"])
-    assert all(row["losses_apart"] < 1e-5 and row["time"] > 0 for row in report["parts"])
-    assert shown("answer_logits", report).count("\n| bfloat16, ") == 3
-
-
-@pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing.*:FutureWarning", "ignore:Sparse invariant:UserWarning"
-)  # in PEFT
-def test_sparse_experts_keep_nothing_of_a_quantised_weight() -> None:
-    pytest.importorskip("bitsandbytes")
-    report = json.loads(run_script("quantised.py", "--quick", "--json"))
-    rows = {row["name"]: row for row in report["rows"]}
-    assert rows["PEFT SHiRA"]["kept_over_peft"] > 2
-    for name in ("LoRA", "entries, native", "tiles of 16, native", "rows, slices"):
-        assert rows[name]["kept_over_peft"] <= 1.02
-        assert 0.9 < rows[name]["trained"] / rows["PEFT LoRA"]["trained"] < 1.1
-    assert all(row["over_peft"] > 0 for row in rows.values())
-    assert "at most 1.02 | met |" in shown("quantised", report)
 
 
 def test_both_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> None:
@@ -74,27 +38,6 @@ def test_both_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> 
         assert row["loss"]["packed"] == pytest.approx(row["loss"]["plain"], rel=1e-5)
         assert 0.05 < row["speed"]["packed"] < 100
     assert shown("packing", report).count("\n| two | ") == 2
-
-
-def test_an_evaluation_with_an_expert_has_two_lines(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    rows = [{"input": f"say {number}", "target": "a", "choices": ["a", "b"], "split": "test"} for number in range(4)]
-    write_rows(tmp_path / "one.jsonl", rows)
-    record = make_record("SparseExpert", {"id": "base", "revision": None, "fingerprint": "0" * 64}, tasks=["one"])
-    weight = "model.layers.0.self_attn.q_proj.weight"
-    delta = Sparse(torch.tensor([1, 5]), torch.ones(2), torch.Size((32, 32)))
-    write_expert(tmp_path / "library/one", {weight: delta}, record)
-    places = ["--model", tiny_llama_dir, "--data", tmp_path, "--experts", tmp_path / "library/{task}", "--tasks", "one"]
-    table = run_script("evaluation_cost.py", *places, "--new-tokens", "2").splitlines()[-2:]
-    assert [line.split(" | ")[0] for line in table] == ["| one", "| one, expert"]
-
-
-def test_a_quick_run_measures_each_engine_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENGINES, "local", Here)
-    found = json.loads(run_script("engine_overhead.py", "--quick", "--json", "--engines", "local"))["local"]
-    assert found["pieces"] == 4
-    assert min(found["piece"], found["start"]) > 0
-    printed = run_script("engine_overhead.py", "--quick", "--engines", "local")
-    assert re.search(r"^local +[\d.]+ s to start, +[\d.]+ ms a piece", printed)
 
 
 def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
@@ -147,64 +90,6 @@ def test_tasks_with_words_of_their_own_are_told_apart(tmp_path, tiny_llama_dir, 
     assert "| 8 | `KernelRidge` | 100.0 |" in printed
 
 
-KINDS = ["entries", "tiles", "LoRA"]
-ENCODED = [f"{kind}, int4" for kind in KINDS]
-ARROWS = ["Arrow", "PEFT Arrow"]
-LINEAR = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256) + 1024 * 256
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_every_kind_is_timed_beside_its_floor_and_its_goal() -> None:
-    short = {"PROMPT": 4, "WORKS": {"prefill 64": 2, "prefill 128": 4, "decode": 1}}
-    report = json.loads(run_script("routing_cost.py", "--quick", "--json", "--dtype", "bfloat16", **short))
-    assert [row["work"] for row in report["rows"]] == ["prefill 64", "prefill 128", "decode"]
-    for row in report["rows"]:
-        assert row["base"] == 1
-        assert all(0.1 < row[kind] < 100 for kind in [*KINDS, *ENCODED, "PEFT LoRA", *ARROWS])
-    prefill, _, decode = report["rows"]
-    kept = round(0.05 * 256 * 256) * 4 + round(0.05 * 128 * 256) * 4 + round(0.05 * 512 * 256) * 6
-    assert prefill["entries, floor"] == pytest.approx(1 + kept / LINEAR)
-    assert decode["entries, floor"] == pytest.approx(1 + 8 * 2 * kept / LINEAR)
-    assert decode["entries, goal"] == pytest.approx(1 + 1.2 * (decode["entries, floor"] - 1))
-    assert [row["kind"] for row in report["memory"]] == [*KINDS, *ENCODED, *ARROWS]
-    held = {row["kind"]: row["held_over_packed"] for row in report["memory"] if row["kind"] != "PEFT Arrow"}
-    assert shown("routing_cost", report).count("\n| bfloat16, ") == 3 + 8
-    assert all(held[f"{kind}, int4"] < 0.6 * held[kind] for kind in KINDS)
-    for row in report["memory"]:
-        if row["kind"] in ENCODED:
-            assert 1 < row["with_base"] < row["used_with_base"], "eight experts have been decoded"
-    assert held["tiles"] == held["LoRA"] == 1
-    assert 1 < held["entries"] < 1.1, "the row pointers are all that is added"
-
-
-def test_choices_cost_what_their_steps_take_beyond_those_of_a_run_that_chose_once(monkeypatch) -> None:
-    """The first choice took 2 s by its own clock, in a step that warmed up; the four others 1.5 s, and 5 MiB more."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    selection_cost = importlib.import_module("selection_cost")
-    tokens = np.array([200, 100, 300, 100, 200, 300, 100, 200, 100, 400])
-    chosen = np.array([1, 0, 1, 0, 1, 1, 0, 1, 0, 0])
-    mib = 2**20
-    once = {"tokens": tokens, "seconds": 2 + tokens / 100, "peak": np.full(10, 900 * mib)}
-    once["seconds"][0] += 3
-    own = {
-        "tokens": tokens,
-        "chosen": chosen,
-        "seconds": once["seconds"] + 1.5 * chosen * (np.arange(10) > 0),
-        "peak": once["peak"] + 7 * mib + 5 * mib * chosen,
-        "own": 2.0 * chosen,
-        "largest": 2.5 * mib,
-    }
-    found = selection_cost.compare(own, once)
-    plain = (2 + tokens[1:] / 100).mean()
-    assert found["choices"] == 5
-    assert found["choice_in_steps"] == pytest.approx(1.5 / plain)
-    assert found["first_in_steps"] == pytest.approx(2 / plain)
-    assert found["share_of_time"] == pytest.approx(8 / own["seconds"].sum())
-    assert found["own_share"] == pytest.approx(10 / own["seconds"].sum())
-    assert found["spread"] == pytest.approx(0, abs=1e-12)
-    assert found["more_peak_in_largest_gradients"] == 2.0
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, tiny_llama_dir, monkeypatch):
     class Run:
@@ -224,23 +109,12 @@ def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, tiny_llama_d
     assert found["choices"] >= 1
 
 
-PLACES = {"entries": 96 * 64, "tiles of 16": 6 * 4}
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict[str, Any]:
     """What a quick run writes."""
     file = tmp_path_factory.mktemp("storage") / "report.json"
     assert "file/floor" in run_script("storage.py", "--quick", "--json", file)
     return json.loads(file.read_text())
-
-
-def test_the_floor_is_the_information_in_a_choice(report) -> None:
-    for row in report["sizes"]:
-        places = PLACES[row["name"].split(", ")[0]]
-        kept = max(1, round(row["share"] * places))
-        assert row["floor"] * kept * 8 == pytest.approx(math.log2(math.comb(places, kept)), abs=1e-6)
-        assert row["stored_over_floor"] >= 1
 
 
 @pytest.fixture(scope="module")
@@ -270,14 +144,6 @@ def test_mixtures_train_as_many_numbers_as_the_lora(script) -> None:
     assert counts.pop("HiLo, fewer") < 0.8 * counts["MoLoRA"]
     for name, count in counts.items():
         assert round(abs(count / reference - 1), 6) <= 0.02, name
-
-
-def test_experts_train_as_many_numbers_as_the_goals_say(script) -> None:
-    counts = {name: counted(script, "experts", name) for name in ("LoRA, rank 8", "LoRA, rank 4", "AdaMix", "GLoRA")}
-    assert counts["LoRA, rank 8"] == 2 * counts["LoRA, rank 4"] == counts["GLoRA"]
-    assert counts["LoRA, rank 4"] < counts["AdaMix"] < 4 * counts["LoRA, rank 4"]
-    assert counted(script, "experts", "TT-LoRA") <= counts["LoRA, rank 4"] / 6
-    assert counted(script, "experts", "AdaMix, nothing shared") == 4 * counts["LoRA, rank 4"]
 
 
 def test_it_shows_the_costs(script, tmp_path) -> None:
