@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs, trained_mixtures
 from testbed.shared_gate import SharedGate
 from testbed.systems import of, there
-from testbed.trained_mixtures import MIXTURES, of_config
+from testbed.trained_mixtures import of_config
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule, TrainUnderOthers
@@ -32,19 +32,19 @@ from modular_experts.training.module import ExpertModule
 FEW_ROWS = ("molora", "point-lora")
 """Mixtures with a penalty that counts tokens, and one that counts rows."""
 
-PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate()}
-PLANS |= there({"template banks": lambda: of("recast.TemplateBanks")()})
+ALONE = ("goat", "lora-ir")
+"""A mixture that balances the use of its experts, and one whose router reads prompts."""
 
-STEPS = [(1, 1024), (2, 1024), (2, 0)]
+PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate()}
+
+STEPS = [(1, 1024), (2, 0)]
 """Micro-batches of steps that choose supports, and the memory for their sums."""
 
 
 SYSTEMS = there(
     {
-        "tt-lora": lambda: (of("tt_lora.TTLoRAExpert", rank=3), []),
         "adamix": lambda: (of("ada_mix.AdaMixExpert", copies=3), []),
         "boosting": lambda: (of("boosting.BoostedLoRAExpert"), [of("boosting.callback.Boosting", every=2, share=0.5)]),
-        "glora": lambda: (of("glora.GLoRAExpert", rank=2), [of("glora.callback.RandomPaths", seed=0)]),
     }
 )
 """Types and the callbacks that they need."""
@@ -207,7 +207,7 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     found["under others"] = train_under_others(folder, base, files, ranks, trainer.global_rank)
     for name in SYSTEMS:
         found[name] = train_system(folder, base, files, ranks, name)
-    for name in MIXTURES.keys() - {*FEW_ROWS}:
+    for name in ALONE:
         found[f"mixture {name}"] = expert_state(trained_mixtures.train(name, base, files, folder, ranks=ranks)[0].model)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:

@@ -29,10 +29,7 @@ KINDS = {
     "tiles": partial(SparseExpert, keep_ratio=0.2, granularity="block", block_size=4),
     "lora": partial(LoRAExpert, rank=2),
 }
-FORMS = {"lora": "nf4", "tiles": "int8", "entries": "int8-torchao"}
-QUANTISED = {
-    kind: form for kind, form in FORMS.items() if find_spec("torchao" if form.endswith("torchao") else "bitsandbytes")
-}
+QUANTISED = {"lora": "nf4"} if find_spec("bitsandbytes") else {}
 LAYERS = ("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "embed_tokens")
 CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 TIED = {

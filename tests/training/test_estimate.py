@@ -42,7 +42,7 @@ def test_an_estimate_is_for_one_of_the_processes(processes, tiny_llama_dir, task
     assert set(Rows.seen) == {4 // processes}
 
 
-@pytest.mark.parametrize("expert", [LoRAExpert, SparseExpert, FullExpert])
+@pytest.mark.parametrize("expert", [SparseExpert, FullExpert])
 def test_a_fit_after_the_estimate_is_the_fit_without_it(expert, tiny_llama_dir, task_files, tmp_path):
     found = []
     for first in (False, True):
@@ -69,9 +69,7 @@ def test_an_estimate_between_two_fits_changes_nothing_that_the_first_one_trained
     ("expert", "schedule", "parts", "batches"),
     [
         (LoRAExpert, None, 1, 4),
-        (SparseExpert, None, 1, 4),
         (SparseExpert, Reselect(every=2, until=1.0), 2, 4),
-        (SparseExpert, None, 1, "step"),
         (SparseExpert, Reselect(every=2, until=1.0), 2, "step"),
     ],
 )
@@ -126,7 +124,7 @@ def test_padding_is_that_of_the_training_batches(tiny_llama_dir, tmp_path):
         assert found.padding == pytest.approx(share)
 
 
-@pytest.mark.parametrize("expert", [LoRAExpert, SparseExpert, FullExpert])
+@pytest.mark.parametrize("expert", [LoRAExpert, SparseExpert])
 def test_the_size_of_the_expert_is_that_of_its_file(expert, tiny_llama_dir, task_files, tmp_path):
     run = trainer(tmp_path, MaskSchedule(), ExportExpert(str(tmp_path), "made"))
     trained, data = module(tiny_llama_dir, expert), mixture(task_files, tiny_llama_dir)

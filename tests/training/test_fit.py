@@ -149,7 +149,7 @@ def same(one, other):
     return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
-@pytest.mark.parametrize("expert", [LoRAExpert, SparseExpert])
+@pytest.mark.parametrize("expert", [SparseExpert])
 def test_a_found_rate_trains_as_the_same_rate_typed_in(expert, tiny_llama_dir, task_files, tmp_path):
     finder = LearningRateFinder(num_training_steps=40, min_lr=1e-4, max_lr=0.1)
     found, _ = run(tiny_llama_dir, task_files, tmp_path, expert, finder)

@@ -231,8 +231,7 @@ def test_penalties_join_the_loss_and_are_logged_by_name(tiny_llama_dir, task_fil
     assert losses[-1] != others[-1]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "precision"), [*zip(KINDS, ["32-true", "bf16-mixed"] * len(KINDS), strict=False)])
 def test_trained_values_are_float32_beside_a_bfloat16_base(kind, precision, tiny_llama_dir, task_files, tmp_path):
     """And a rate at which nothing moves leaves no rounding of the base in the delta."""
     module = runs.module(tiny_llama_dir, KINDS[kind], dtype="bfloat16", learning_rate=1e-12)

@@ -48,8 +48,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["lora", "sparse", "full"])
-@pytest.mark.parametrize("router", [Centroid(reject=None, select=Softmax(5.0)), Energy()], ids=["prompts", "tokens"])
+@pytest.mark.parametrize(
+    ("kind", "router"),
+    [*zip(KINDS, [Centroid(reject=None, select=Softmax(5.0)), Energy()] * 2, strict=False)],
+    ids=["lora-prompts", "sparse-tokens", "full-prompts"],
+)
 def test_a_new_expert_starts_at_the_routed_one_and_is_used_with_it(
     kind, router, experts, tiny_llama_dir, task_files, tmp_path
 ) -> None:

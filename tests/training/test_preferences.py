@@ -20,7 +20,7 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import Task, TaskMixture
-from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.masks import GrowAndDrop
 from modular_experts.training import fit as fits
 from modular_experts.training.preferences import DPO, PreferenceLoss, at_start
@@ -30,14 +30,12 @@ KINDS: dict[str, list[Any]] = {
     "entries": [partial(SparseExpert, keep_ratio=0.1)],
     "moving entries": [partial(SparseExpert, keep_ratio=0.1), MOVING],
     "tiles": [partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)],
-    "masked": [partial(MaskedExpert, keep_ratio=0.1)],
     "lora": [partial(LoRAExpert, rank=2)],
     "full": [FullExpert],
     "gated": [GatedExpert],
 }
 KINDS |= systems.there(
     {
-        "tt-lora": lambda: [systems.of("tt_lora.TTLoRAExpert")],
         "boosted": lambda: [
             systems.of("boosting.BoostedLoRAExpert"),
             partial(systems.of("boosting.callback.Boosting"), every=2, share=1.0),
@@ -219,7 +217,7 @@ def train_in(ranks: int, base: Path, shard_base: bool = False) -> None:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("shard_base", [False, True])
+@pytest.mark.parametrize("shard_base", [True])
 def test_two_processes_train_what_one_trains_though_one_has_batches_of_fillers_alone(
     tiny_llama_dir, tmp_path, monkeypatch, shard_base
 ) -> None:
