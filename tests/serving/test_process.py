@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
@@ -24,14 +23,10 @@ LONG = {"model": "lora", "prompt": "upper", "max_tokens": 200, "stream": True}
 
 
 class Started:
-    """A server on loopback, whose process has started Python or is a copy of this one."""
+    """A server on loopback, whose process is a copy of this one."""
 
-    def __init__(self, library: Path, *words: str, copied: bool = False) -> None:
-        command, pipe = ["serve", str(library), "--port", "0", *words], subprocess.PIPE
-        own = [sys.executable, "-m", "modular_experts", *command]
-        self.process: Any = (
-            served.Copy(*command) if copied else subprocess.Popen(own, stdout=pipe, stderr=pipe, text=True)
-        )
+    def __init__(self, library: Path, *words: str) -> None:
+        self.process = served.Copy("serve", str(library), "--port", "0", *words)
         lines = [self.process.stdout.readline() for _ in range(2)]
         found = re.fullmatch(r"answers at (http://127\.0\.0\.1:\d+)/v1; Ctrl-C ends it\n", lines[1])
         assert found, [*lines, self.process.stderr.read()]
@@ -61,8 +56,6 @@ def server(library) -> Iterator[Started]:
     started = Started(library)
     yield started
     started.client.close()
-    started.process.kill()
-    started.process.communicate()
 
 
 def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path) -> None:
@@ -174,11 +167,11 @@ def test_it_streams_frees_the_place_of_whoever_leaves_and_finishes_what_it_began
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
     client.close()
     assert server.process.wait(30) == -signal.SIGTERM
-    assert server.process.stderr.read() == ""
+    assert server.process.log == ""
 
 
 def test_two_interrupts_end_it_at_once_and_it_logs_prompts_if_it_shall(library) -> None:
-    started = Started(library, "--log_prompts", copied=True)
+    started = Started(library, "--log_prompts")
     with started.client.stream("POST", "/v1/completions", json=LONG) as stream:
         next(stream.iter_lines())
         for _ in range(2):
