@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from testbed.runs import mixture
-from testbed.scripts import run_in_one_process
+from testbed.scripts import run_in_a_copy
 
 from modular_experts import generate
 from modular_experts.__main__ import main
@@ -246,12 +246,12 @@ def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trus
     )
 
     router = ["--router", "mine.Mine", "--router.select", "mine.Top"]
-    assert run_in_one_process(["route", *EXPERTS, *router, "--out", "library/r"], copied=True) == [(0, "")]
+    assert run_in_a_copy(["route", *EXPERTS, *router, "--out", "library/r"]) == [(0, "")]
     record = open_expert("library/r").record
     assert (record["class_path"], record["hyperparameters"]["select"]["class"]) == ("mine.Mine", "mine.Top")
     use = ["evaluate", "--experts", "library/r", "--tasks", task_files["upper"], "--out", "runs/r"]
     nobody = [*use, "--trust", "mine.Nobody"]
-    (code, err), (unknown, told), trusted = run_in_one_process(use, nobody, [*use, "--trust", "mine"], copied=True)
+    (code, err), (unknown, told), trusted = run_in_a_copy(use, nobody, [*use, "--trust", "mine"])
     assert code == 1
     assert "library/r names mine.Mine, which is not a class of this package" in err
     assert "if you trust it, add --trust mine to the command" in err

@@ -49,38 +49,22 @@ def shown(name: str, *report: Any) -> str:
     return printed.getvalue()
 
 
-ONE_PROCESS = """
-import contextlib, io, json, sys
-from modular_experts.__main__ import main
+def run_in_a_copy(*commands: Sequence[object]) -> list[tuple[int, str]]:
+    """Run commands of ours in a copy of this process, which may not have seen what they name.
 
-for words in json.loads(sys.argv.pop()):
-    printed, told = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
-        code = main(words)
-    print(json.dumps([code, told.getvalue()]))
-"""
-
-
-def run_in_one_process(*commands: Sequence[object], copied: bool = False) -> list[tuple[int, str]]:
-    """Run commands of ours one after the other in one process; return each one's exit code and its errors.
-
-    The process is new, or a copy of this one, which is enough where this one has not seen what they name.
+    Return each one's exit code and its errors.
     """
-    words = json.dumps([list(map(str, command)) for command in commands])
     with tempfile.TemporaryFile("w+") as printed:
-        if copied:
-            status = ended(forked(_run_printing_to, printed, words))
-        else:
-            status = subprocess.run([sys.executable, "-c", ONE_PROCESS, words], stdout=printed, check=False).returncode
-        assert status == 0
+        assert ended(forked(_run_printing_to, printed, commands)) == 0
         printed.seek(0)
         return [tuple(json.loads(line)) for line in printed]
 
 
-def _run_printing_to(file: TextIO, words: str) -> None:
-    with redirect_stdout(file):
-        sys.argv.append(words)
-        exec(ONE_PROCESS, {})
+def _run_printing_to(file: TextIO, commands: Sequence[Sequence[object]]) -> None:
+    for words in commands:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as told:
+            code = main([str(word) for word in words])
+        print(json.dumps([code, told.getvalue()]), file=file)
     file.flush()
 
 
