@@ -50,7 +50,7 @@ def test_block_by_block_is_the_model(architecture) -> None:
     torch.testing.assert_close(norm(torch.cat(hidden)), wanted.hidden_states[-1], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("architecture", conftest.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "phi3"])
 @torch.no_grad()
 def test_each_block_is_nearer_to_the_whole_one_after_the_correction(architecture) -> None:
     removable = Removable(model_of(architecture), architecture)

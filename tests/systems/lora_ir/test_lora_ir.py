@@ -60,8 +60,7 @@ def vectors(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return torch.cat([found[name_of(depth)].values for depth in depths], 1)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("architecture", "k"), [("llama", 1), ("gpt2", 2), ("neox", 2)])
 def test_a_batch_is_each_row_with_its_own_merged_weights(architecture: str, k: int) -> None:
     model, rows = taught(architecture, k=k), [*ROWS, *OTHERS]
     with torch.no_grad():
