@@ -64,15 +64,12 @@ def run(
 
 
 CASES = {
-    "plain": {},
     "accumulated over the end": {"accumulate_grad_batches": 4},
     "limited": {"limit_train_batches": 5},
-    "validated in mid-epoch": {"val_check_interval": 2},
     "saved after validation": {
         "val_check_interval": 2,
         "saved": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
     },
-    "saved after the epoch": {"saved": {"every_n_epochs": 1, "save_on_train_epoch_end": True}},
     "with steps asked for early": {"early": True},
 }
 
