@@ -93,7 +93,7 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         # Lightning reads the metadata of all installed packages for each trainer.
         importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
         # How long an example takes says nothing on a busy machine. Each run draws other examples, most of them in CI.
-        examples = 100 if os.environ.get("CI") else 15
+        examples = 100 if os.environ.get("CI") else 10
         hypothesis.settings.register_profile("untimed", deadline=None, max_examples=examples)
         hypothesis.settings.load_profile("untimed")
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from testbed.merging import merge_all
+from testbed.pairwise import pairwise
 from testbed.random_deltas import random_delta, seeds
 
 import modular_experts.methods as m
@@ -193,9 +194,14 @@ def compressed(deltas, method, rank):
     return outputs @ method.merge(small).dense().numpy() @ inputs.T
 
 
-@pytest.mark.parametrize("method", [m.TIES(), m.MagMax(), m.IsoC(), m.TaskArithmetic(0.4)], ids=str)
-@pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse"])
-@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("method", "form", "rank"),
+    pairwise(
+        [m.TIES(), m.MagMax(), m.IsoC(), m.TaskArithmetic(0.4)],
+        ["Dense", "LowRank", "Sparse", "BlockSparse"],
+        [1, 2, 4],
+    ),
+)
 def test_it_equals_the_formula(method, form, rank):
     deltas = [random_delta(form, (9, 12), seed) for seed in range(4)]
     merged = m.CtM(method, scale=0.6, rank=rank).merge(deltas).dense()
