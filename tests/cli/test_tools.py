@@ -47,19 +47,6 @@ def place(tiny_llama_dir, tiny, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_merge_by_config_and_options_beat_it(run, place):
-    (place / "merge.yaml").write_text(
-        "experts: [library/a, library/b]\nout: library/ab\n"
-        "method: {class_path: TaskArithmetic, init_args: {scale: 0.4}}\n"
-    )
-    assert run("merge", "--config", "merge.yaml")[0] == 0
-    assert run("merge", "--config", "merge.yaml", "--method.scale", "0.5", "--out", "library/half")[0] == 0
-    assert run("merge", "--config", "merge.yaml", "--method", "TIES", "--out", "library/ties")[0] == 0
-    methods = [open_expert(f"library/{name}").record["method"] for name in ("ab", "half", "ties")]
-    assert [method["init_args"]["scale"] for method in methods[:2]] == [0.4, 0.5]
-    assert methods[2]["class_path"].endswith("TIES")
-
-
 def test_a_users_own_method_by_its_dotted_path(run, place):
     (place / "my_methods.py").write_text(
         "from dataclasses import dataclass\n"

@@ -5,12 +5,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import write_rows
-from testbed.runs import mixture
 
 from modular_experts import TaskMixture, look
 from modular_experts.__main__ import main
-from modular_experts.base import Base
 
 
 @pytest.fixture
@@ -58,35 +55,6 @@ def test_the_reading_that_a_task_names_is_said(tiny_llama_dir, file, settings, f
     found = look(tiny_llama_dir, {"path": file, "role": "held_out", **settings})
     assert found.tasks[0].facts[0] == fact
     assert [*found.tasks[0].splits] == ["test"]
-
-
-def test_the_chat_template_is_said_with_its_reason(tiny_llama_dir, file) -> None:
-    tokenizer = Base.open(tiny_llama_dir).tokenizer()
-    assert "the tokenizer has none" in look(tiny_llama_dir, file).tasks[0].facts[1]
-    tokenizer.chat_template = "{% for one in messages %}{{ one.role }}:{{ one.content }}{% endfor %}"
-    assert "has one (--chat_template takes it)" in look(tiny_llama_dir, file, tokenizer=tokenizer).tasks[0].facts[1]
-    (task,) = look(tiny_llama_dir, file, tokenizer=tokenizer, chat_template=True).tasks
-    assert task.facts[1] == "by the tokenizer's chat template: --chat_template says so"
-    assert "".join(text for text, learned in task.shown[0][1] if not learned) == "user:aaa"
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    Path("chat.jsonl").write_text(json.dumps({"messages": chat}))
-    facts = look(tiny_llama_dir, "chat.jsonl", tokenizer=tokenizer).tasks[0].facts
-    assert facts[1] == "by the tokenizer's chat template: rows are messages"
-
-
-def test_a_task_without_training_rows_and_a_long_row_are_shown_too(tiny_llama_dir, task_files, tmp_path) -> None:
-    assert len(look(tiny_llama_dir, mixture(task_files, tiny_llama_dir)).tasks) == 3
-    Path(tmp_path, "long.jsonl").write_text(json.dumps({"input": "a" * 200, "target": "b", "split": "test"}))
-    (task,) = look(tiny_llama_dir, str(tmp_path / "long.jsonl")).tasks
-    assert [text for text, _ in task.shown[0][1]][59:62] == ["a", " ... ", "a"]
-
-
-def test_choices_and_rejected_answers_are_said(tiny_llama_dir, tmp_path) -> None:
-    rows = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no " * 40} for n in range(3)]
-    (task,) = look(tiny_llama_dir, [write_rows(tmp_path / "pairs.jsonl", rows)]).tasks
-    (fact,) = [fact for fact in task.facts if "--loss DPO" in fact]
-    assert fact.startswith("3 rows have choices to compare, or to prefer with --loss DPO: yes | no no ")
-    assert len(fact) < 160
 
 
 def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, capsys) -> None:

@@ -92,19 +92,6 @@ def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(
     assert lines == [2, 3, 3]
 
 
-def test_a_page_shows_the_loss_where_some_tasks_alone_have_choices(tiny_llama_dir, task_files, weight) -> None:
-    rows = [{"input": f"{n} is", "target": "odd", "choices": ["odd", "even"], "split": "test"} for n in (1, 3)]
-    Path("odd.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    tasks = [
-        {"name": "odd", "path": "odd.jsonl", "role": "held_out"},
-        {"name": "upper", "path": str(task_files["upper"])},
-    ]
-    found = evaluate(tiny_llama_dir, {"base": [], "a": "library/a"}, tasks, max_new_tokens=None, out="runs/odd")
-    assert found.values("metric") == ["loss", "choice_accuracy"]
-    page = ElementTree.fromstring(Path("runs/odd/report.html").read_text().partition("\n")[2])
-    assert "loss of every task" in "".join(page.itertext())
-
-
 def test_a_checkpoint_measures_as_base_and_expert_do(tiny_llama_dir, task_files, weight, tmp_path) -> None:
     apply(["library/a"], "checkpoint", tiny_llama_dir)
     data = mixture(task_files, tiny_llama_dir)

@@ -89,12 +89,6 @@ def test_content_hash_is_of_the_content_alone(tmp_path):
     assert open_expert(tmp_path / "one").content_hash == one
 
 
-def test_same_content_gives_the_same_bytes(tmp_path):
-    for name in ("one", "two"):
-        write(tmp_path / name, deltas().items(), RECORD)
-    assert (tmp_path / "one/delta.safetensors").read_bytes() == (tmp_path / "two/delta.safetensors").read_bytes()
-
-
 def test_every_flipped_byte_is_noticed_and_named(expert):
     file = expert / "delta.safetensors"
     whole = file.read_bytes()

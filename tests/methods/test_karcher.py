@@ -11,7 +11,6 @@ from testbed.random_deltas import random_delta, seeds
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import Average
 from modular_experts.methods.karcher import Karcher
-from modular_experts.methods.slerp import MultiSLERP
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 EAST, NORTH, UP = (Dense(row[None]) for row in torch.eye(3, dtype=torch.float64))
@@ -70,17 +69,6 @@ def test_tolerance_ends_the_steps():
     assert torch.equal(
         Karcher(SKEWED, tolerance=3.0).merge(deltas).dense(), Karcher(SKEWED, max_iterations=0).merge(deltas).dense()
     )
-
-
-def test_example_worked_by_hand():
-    merged = Karcher().merge([EAST * 2.0, NORTH * 4.0, UP * 6.0]).dense()
-    torch.testing.assert_close(merged, torch.full((1, 3), 4 / math.sqrt(3), dtype=torch.float64))
-    # on a circle the mean angle: of 0, 0 and 60 degrees it is 20
-    sixty = Dense(torch.tensor([[0.5, math.sqrt(3) / 2, 0.0]], dtype=torch.float64))
-    merged = Karcher(**EXACT).merge([EAST, sixty, EAST]).dense()
-    twenty = math.radians(20)
-    torch.testing.assert_close(merged, torch.tensor([[math.cos(twenty), math.sin(twenty), 0.0]], dtype=torch.float64))
-    assert not torch.allclose(MultiSLERP().merge([EAST, sixty, EAST]).dense(), merged)
 
 
 def test_directions_that_cancel_are_averaged():

@@ -159,14 +159,6 @@ def test_svd_average_equals_the_formula(deltas, rank):
     np.testing.assert_allclose(merged.dense().double().numpy(), svd_average(deltas, rank), rtol=1e-5, atol=1e-5)
 
 
-def test_dense_experts_become_small():
-    deltas = [random_delta("Dense", (40, 50), seed) for seed in range(3)]
-    merged = ours.SVDAverage(rank=2).merge(deltas)
-    assert isinstance(merged, LowRank)
-    assert merged.rank == 6
-    assert isinstance(ours.SVDAverage(rank=8).merge(deltas), Dense)
-
-
 LOOSE = {"rtol": 1e-6, "atol": 1e-7}
 ADAM = ours.WUDI(learning_rate=1e-2, steps=20)
 EXACT = ours.WUDI(solver="exact")

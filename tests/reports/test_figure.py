@@ -63,12 +63,3 @@ def test_marks_lie_at_the_logarithm_of_the_bytes_and_at_the_share(wide) -> None:
     named = {one.text for one in picture.iter() if one.tag.endswith("text")}
     assert {"sign", "int4", "rank 1", "bfloat16", "sparse", "lora"} <= named
     assert not named & {"as large", "worse", "as trained"}
-
-
-def test_names_cover_no_other_name() -> None:
-    crowd = {"sparse": [Point(f"a way called {n}", 1.02**n, 0.5 + n / 100) for n in range(20)]}
-    picture = ElementTree.fromstring(draw_curves("many", "ways", crowd))
-    names = [one for one in picture.iter() if one.tag.endswith("text") and (one.text or "").startswith("a way")]
-    assert 3 <= len(names) < 20
-    heights = sorted((float(one.get("x")), float(one.get("y"))) for one in names)
-    assert len({*heights}) == len(names)

@@ -69,23 +69,6 @@ def test_a_table_of_many_long_names_fits_80_columns_and_cuts_no_name(width: int)
     assert "21.3" not in text
 
 
-def test_one_model_has_a_line_for_each_task_and_the_means_of_each_role() -> None:
-    found = scores(["a", "b", "c[d]"])
-    found["tasks"]["a"] = {"role": "held_in", "rows": 3, "loss": float("nan")}
-    lines = [line.split() for line in shown(Results.of_scores(found).table()).splitlines()]
-    assert lines[0] == ["task", "role", "rows", "loss", *["exact", "%", "Rouge-L", "%", "choice", "%"]]
-    assert lines[1] == ["a", "held-in", "3", "-"]
-    assert lines[2] == ["c[d]", "held-in", "12345", "0.213", "85.0", "88.5", "50.0"]
-    assert lines[3] == ["mean", "held-in", "12348", "-", "85.0", "88.5", "50.0"]
-    assert lines[5:] == [[name, "held-out", "12345", "0.213", "85.0", "88.5", "50.0"] for name in ("b", "mean")]
-
-
-def test_columns_that_nobody_measured_are_left_out_and_other_metrics_shown() -> None:
-    found = {"tasks": {"a": {"role": "held_in", "rows": 1, "loss": 2e6, "my_metric": 0.25}}}
-    lines = [line.split() for line in shown(Results.of_scores(found).table()).splitlines()]
-    assert lines[:2] == [["task", "role", "rows", "loss", "my_metric"], ["a", "held-in", "1", "2.0e+06", "0.250"]]
-
-
 def test_several_models_have_a_line_each_in_terminal_and_notebook() -> None:
     one, other = scores(["a", "b", "c"], exact_match=0.5), scores(["a", "b", "c"], exact_match=0.75)
     both = Results.of_scores(one, "base") + Results.of_scores(other, "<merged>")

@@ -7,8 +7,7 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 
-from modular_experts.reports import Results
-from modular_experts.reports.page import Section, answers_section, example, telling_example, write_page
+from modular_experts.reports.page import answers_section, example, telling_example
 from modular_experts.reports.tables import Column, Html, Line, Table, element, note, page, percent
 
 COLUMNS = [
@@ -73,17 +72,6 @@ def test_an_example_marks_answers_and_the_telling_row_comes_first() -> None:
     assert "".join(ElementTree.fromstring(example(silent)).itertext()).split() == ["input1wanted2baseempty", "wrong"]
     (answers,) = answers_section(ROWS, lambda task: ["mine"]).parts
     assert "".join(ElementTree.fromstring(answers).itertext()).split() == ["sumsinput1+1=wanted2mine3", "wrong"]
-
-
-def test_the_contents_of_a_page_link_to_its_sections(tmp_path) -> None:
-    facts = {"versions": {"torch": "2"}, "date": "2026-11-28", "machine": "2 cores"}
-    write_page(tmp_path / "page.html", Results([], facts), [Section("A & b", "It is 5 %", [])], {"seed": "7"})
-    text = (tmp_path / "page.html").read_text()
-    tree = ElementTree.fromstring(text[: text.index("<script>")].partition("\n")[2] + "</body></html>")
-    assert tree.find("body/main/nav/a").get("href") == "#a-b"
-    assert tree.find("body/main/section").get("id") == "a-b"
-    foot = {item.find("dt").text: item.find("dd").text for item in tree.findall("body/main/footer/dl/div")}
-    assert foot == {"seed": "7", "machine": "2 cores", "versions": "torch 2"}
 
 
 def test_text_never_becomes_markup() -> None:
