@@ -390,7 +390,8 @@ def main() -> None:
         place, parts = Path(folder) / "library", options.only
         count = 2 if quick else max(2, min(20, max(options.clients)))
         if options.soak:
-            write_library(base, place, 8)
+            write_library(base, place, 8, forms=["LoRA"])
+            write_library(base, place, 2, forms=["entries", "tiles"])
             print(soak(options.base, place, options.soak))
             return
         # PEFT serves the LoRAs, and the router chooses among the entries.
