@@ -18,6 +18,7 @@ from modular_experts.evaluation.generation import answer_rooms, continued
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.injection.named import NamedExperts
+from modular_experts.injection.routed import Routed
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
 from modular_experts.settings import Options
@@ -100,10 +101,14 @@ def generate(
     warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype)
     given = _encoded(prompt, tokenizer, chat)
     model: Any = found.load(dtype)
-    with attached(model, opened, check=False):
+    with attached(model, opened, check=False) as put:
         model.to(device())
         answer = _answer(model, tokenizer, *given, how, write)
         model.to("cpu")
+        if isinstance(put, Routed) and put.router is not None and put.current.gates is not None:
+            if bool((put.current.gates.ids == put.router.experts).all()):
+                text = "the router of %s rejects this prompt, so its fallback answers, or the base alone without one"
+                log.warning(text, stored[0].name)
     return answer
 
 

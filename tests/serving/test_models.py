@@ -10,6 +10,7 @@ from testbed import runs, served
 
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
+from modular_experts.evaluation.streaming import generate
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.routing import Arrow, Centroid, KernelRidge, TopK
@@ -137,7 +138,7 @@ def test_a_route_chooses_by_the_prompt_as_its_router_does(routed, tiny_llama_dir
         assert both.confidence == pytest.approx(1, abs=1e-5)
 
 
-def test_a_rejected_prompt_takes_the_fallback_or_the_base(routed, tiny_llama_dir) -> None:
+def test_a_rejected_prompt_takes_the_fallback_or_the_base(routed, tiny_llama_dir, caplog) -> None:
     library, make = routed
     served.write(tiny_llama_dir, library / "spare", "tiles", 3)
     make(Centroid(reject=0.9))
@@ -147,6 +148,10 @@ def test_a_rejected_prompt_takes_the_fallback_or_the_base(routed, tiny_llama_dir
         choice = models.find(name).choose(reader, [90, 7, 80, 9, 70])
         assert (choice.name, choice.confidence) == (expected, None)
     assert [one.name for one in models.find("spared").members] == ["upper", "reverse", "spare"]
+    make(Centroid(reject=None), "all")
+    for name, told in (("all", []), ("route", ["the router of route rejects this prompt"])):
+        generate(tiny_llama_dir, "zq xj", library / name, max_new_tokens=2)
+        assert [line.partition(",")[0] for line in caplog.messages if "rejects" in line] == told
 
 
 def test_routes_that_cannot_be_served_say_so(routed, tiny_llama_dir) -> None:
