@@ -16,6 +16,7 @@ PEERS = ["PEFT SHiRA", "PEFT Super-Tuning", "dense, masked"]
 LOW_RANK = ["PEFT LoRA", "LoRA"]
 LORA_ENTRIES = 2 * 16 * (2 * (256 + 256) + 2 * (128 + 256) + 3 * (512 + 256))
 LAYER_ENTRIES = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)
+LINEAR_ENTRIES = LAYER_ENTRIES + 1024 * 256
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,14 @@ def test_all_rows_train_the_same_number_of_entries(rows) -> None:
     assert all(abs(row["kept"] / LORA_ENTRIES - 1) < 0.02 for row in compared)
     assert rows["frozen"]["trained"] == 0
     assert rows["full"]["trained"] == rows["dense, masked"]["trained"] == LAYER_ENTRIES
+
+
+def test_times_are_ratios_and_the_floor_counts_operations(rows) -> None:
+    assert rows["frozen"]["over_frozen"] == rows["PEFT LoRA"]["over_lora"] == rows["frozen"]["floor"] == 1
+    assert all(0.2 < row["over_frozen"] < 50 for row in rows.values())
+    for name in [*LOW_RANK, *PEERS, *(name for name in SPARSE if name in rows)]:
+        share = rows[name]["kept"] / LINEAR_ENTRIES
+        assert rows[name]["floor"] == pytest.approx(1 + (1.5 if name in LOW_RANK else 0.5) * share)
 
 
 def test_memory_is_that_of_processes_of_their_own(report, rows) -> None:

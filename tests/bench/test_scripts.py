@@ -10,11 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, write_rows
 from testbed.here import STUDY, work_here
-from testbed.scripts import run_commands_here, run_script, shown
+from testbed.scripts import BENCHMARKS, run_commands_here, run_script, shown
 from transformers import LlamaForCausalLM
 
 from modular_experts.injection import inject
@@ -156,3 +157,31 @@ def test_it_shows_the_costs(script, tmp_path) -> None:
     stored = (tmp_path / "experts-quick.jsonl").read_text()
     run_script("related_cost.py", "--quick", *names, "--work", tmp_path)
     assert (tmp_path / "experts-quick.jsonl").read_text() == stored
+
+
+def test_choices_cost_what_their_steps_take_beyond_those_of_a_run_that_chose_once(monkeypatch) -> None:
+    """The first choice took 2 s by its own clock, in a step that warmed up; the four others 1.5 s, and 5 MiB more."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    selection_cost = importlib.import_module("selection_cost")
+    tokens = np.array([200, 100, 300, 100, 200, 300, 100, 200, 100, 400])
+    chosen = np.array([1, 0, 1, 0, 1, 1, 0, 1, 0, 0])
+    mib = 2**20
+    once = {"tokens": tokens, "seconds": 2 + tokens / 100, "peak": np.full(10, 900 * mib)}
+    once["seconds"][0] += 3
+    own = {
+        "tokens": tokens,
+        "chosen": chosen,
+        "seconds": once["seconds"] + 1.5 * chosen * (np.arange(10) > 0),
+        "peak": once["peak"] + 7 * mib + 5 * mib * chosen,
+        "own": 2.0 * chosen,
+        "largest": 2.5 * mib,
+    }
+    found = selection_cost.compare(own, once)
+    plain = (2 + tokens[1:] / 100).mean()
+    assert found["choices"] == 5
+    assert found["choice_in_steps"] == pytest.approx(1.5 / plain)
+    assert found["first_in_steps"] == pytest.approx(2 / plain)
+    assert found["share_of_time"] == pytest.approx(8 / own["seconds"].sum())
+    assert found["own_share"] == pytest.approx(10 / own["seconds"].sum())
+    assert found["spread"] == pytest.approx(0, abs=1e-12)
+    assert found["more_peak_in_largest_gradients"] == 2.0

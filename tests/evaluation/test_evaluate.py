@@ -95,7 +95,8 @@ def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(
 def test_a_checkpoint_measures_as_base_and_expert_do(tiny_llama_dir, task_files, weight, tmp_path) -> None:
     apply(["library/a"], "checkpoint", tiny_llama_dir)
     data = mixture(task_files, tiny_llama_dir)
-    mixes = {"base": [], "a": "library/a", "path": ["checkpoint"], "opened": Base.open("checkpoint")}
+    # The base comes behind an expert, which must have left it.
+    mixes = {"a": "library/a", "base": [], "path": ["checkpoint"], "opened": Base.open("checkpoint")}
     found = evaluate(tiny_llama_dir, mixes, data, 4, out="runs/checkpoint")
     scores = {name: [row["value"] for row in found.where(model=name).rows] for name in mixes}
     assert scores["a"] == scores["path"] == scores["opened"] != scores["base"]

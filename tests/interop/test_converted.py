@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from testbed.hub_server import Repository
 from testbed.peft_adapters import PEFT_WARNINGS, save_adapter
 
@@ -274,3 +274,21 @@ def test_route_and_combine_take_the_base_and_its_dtype_for_adapters_whose_base_i
     code, out, err = run("combine", *both(), *how, "--distilled.steps", "1", "--out", "combined")
     assert code == 0, f"{out}{err}"
     assert {*loaded} == {"bfloat16"}
+
+
+def test_an_adapter_that_is_written_again_is_served_anew(place):
+    models = Models("peft", fingerprint("base"), "base")
+
+    def served() -> str:
+        assert [one.name for one in models.listed()] == ["base", *sorted(TASKS)]
+        return models.find("upper").members[0].content_hash
+
+    file = Path("peft/upper/adapter_model.safetensors")
+    for write in (lambda tensors: file.write_bytes(save(tensors)), lambda tensors: save_file(tensors, file)):
+        before = served()
+        write({key: 2 * factor for key, factor in load_file(file).items()})
+        assert served() == open_expert("peft/upper").content_hash != before
+    shutil.copytree("peft/reverse", "peft/new")
+    shutil.rmtree("peft/upper")
+    Path("peft/new").rename("peft/upper")
+    assert served() == open_expert("peft/upper").content_hash
