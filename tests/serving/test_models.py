@@ -149,7 +149,7 @@ def test_a_rejected_prompt_takes_the_fallback_or_the_base(routed, tiny_llama_dir
         assert (choice.name, choice.confidence) == (expected, None)
     assert [one.name for one in models.find("spared").members] == ["upper", "reverse", "spare"]
     make(Centroid(reject=None), "all")
-    for name, told in (("all", []), ("route", ["the router of route rejects this prompt"])):
+    for name, told in (("all", []), ("route", ["the router rejects this prompt"])):
         generate(tiny_llama_dir, "zq xj", library / name, max_new_tokens=2)
         assert [line.partition(",")[0] for line in caplog.messages if "rejects" in line] == told
 
