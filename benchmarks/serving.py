@@ -304,8 +304,9 @@ def soak(base: str, place: Path, minutes: float) -> dict[str, Any]:
         end = time.monotonic() + 60 * minutes
         await asyncio.gather(*(client(n, server, end) for n in range(50)), replace(end), watch(server, end))
 
-    # Few enough that each page of keys and values is used in the first minute.
-    with started(ours=(ours(place, base, "--cache_tokens", "4096"), str, None)) as servers:
+    # All pages of keys and values are used before: freed ones are used again first, so that rare crowds would add some.
+    with started(ours=(ours(place, base, "--cache_tokens", "4096"), "LoRA-{}".format, None)) as servers:
+        asyncio.run(load(servers["ours"], 32, 8, 1, 100))
         asyncio.run(all_of_it(servers["ours"]))
     first = statistics.median(sizes[min(12, len(sizes) // 5) :][:6])
     return {"answers": answers, "errors": errors[:5], "growth": statistics.median(sizes[-6:]) / first - 1}
