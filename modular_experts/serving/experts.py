@@ -1,5 +1,7 @@
 """Hold the experts of requests in a serving model, each in a slot, and let those go that nobody asked for lately."""
 
+import ctypes
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -150,6 +152,7 @@ class HeldExperts:
     def _let_go(self, size: int) -> None:
         """Let experts leave that nobody uses: those that others have replaced, and more until this size is free."""
         unused = [(self._newest[slot.expert.path] == key, key) for key, slot in self._slots.items() if not slot.users]
+        before = len(self._slots)
         for is_newest, key in sorted(unused, key=lambda one: one[0]):
             if is_newest and self.nbytes + size <= self.most:
                 break
@@ -157,6 +160,8 @@ class HeldExperts:
             slot.let_go()
             for _, mixture in self._mixtures.values():
                 mixture.put(slot.number, None)
+        if len(self._slots) < before:
+            _give_back_memory()
 
     def _equip(self, sites: Sequence[Site]) -> None:
         """Give linear layers mixtures, without an expert so far."""
@@ -171,6 +176,13 @@ class HeldExperts:
         with self._pause():
             inject(self._model, lambda _: dict.fromkeys(sites, make))
             self._model.eval()
+
+
+def _give_back_memory() -> None:
+    """Give memory that was freed between other tensors back to the system; glibc does not do so by itself."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _bytes(expert: StoredExpert) -> int:
