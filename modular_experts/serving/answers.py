@@ -54,13 +54,11 @@ class Answerer:
         most: int | None,
         stops: Sequence[str],
         sampling: Sampling,
-        streams: bool,
     ) -> Answer:
         """Return the answer to a prompt, or to the messages of a conversation.
 
         Messages go through the chat template if the experts were trained with it, or for the base alone if it has one.
-        Without it, their texts follow each other, a line each. An answer that nobody `streams` comes in one piece,
-        unless a stop text may end it before.
+        Without it, their texts follow each other, a line each.
         """
         found = await asyncio.to_thread(self.models.find, model)
         chat = isinstance(prompt, list) and isinstance(prompt[0], dict) and self._reads_chat(found.members)
@@ -68,8 +66,7 @@ class Answerer:
         room = self._room(len(ids), most)
         choice = await asyncio.to_thread(found.choose, self.engine.reader, ids)
         await asyncio.to_thread(self.engine.check, [expert for expert, _ in choice.experts], len(ids), room)
-        streams = streams or bool(stops)
-        tokens = self.engine.answer(ids, choice.experts, self._stops(chat), room, sampling, streams)
+        tokens = self.engine.answer(ids, choice.experts, self._stops(chat), room, sampling)
         answer = Answer(choice, len(ids))
         answer.pieces = self._pieces(answer, tokens, stops, self._stops(chat), isinstance(prompt, list))
         return answer

@@ -113,8 +113,7 @@ class _Server:
         started = time.monotonic()
         try:
             sampling = body.sampling(body.told)
-            how = body.most_tokens, body.stops, sampling, body.stream
-            answer = await self.answerer.answer(body.model, body.prompt, *how)
+            answer = await self.answerer.answer(body.model, body.prompt, body.most_tokens, body.stops, sampling)
         except UnknownModelError as error:
             raise refusal(404, str(error), "model") from None
         except (ValueError, FileNotFoundError) as error:
@@ -138,7 +137,7 @@ class _Server:
                 while piece is None or piece.finish is None:
                     async with asyncio.timeout_at(deadline):
                         following = await anext(pieces)
-                    if piece is None and form.body.stream:
+                    if piece is None:
                         self.measured.first_token.observe(time.monotonic() - started)
                     piece = following
                     text += piece.text

@@ -9,7 +9,6 @@ import copy
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,8 +95,6 @@ class Engine:
         self._numbers, self._turn = itertools.count(), asyncio.Lock()
         self._batch: tuple[list[tuple[str, int]], Gates | None] = [], None
         self._hooks: list[Any] = []
-        # Each thread that reads experts keeps their freed memory for itself.
-        self._reading = ThreadPoolExecutor(1, "experts")
 
     def check_base(self) -> None:
         """Raise ValueError if transformers cannot batch the rows of this base; this answers a prompt of two tokens."""
@@ -171,18 +168,11 @@ class Engine:
             )
 
     async def answer(
-        self,
-        ids: Sequence[int],
-        experts: Weighted,
-        stops: Sequence[int],
-        most: int,
-        sampling: Sampling,
-        streams: bool = True,
+        self, ids: Sequence[int], experts: Weighted, stops: Sequence[int], most: int, sampling: Sampling
     ) -> AsyncIterator[Token]:
-        """Yield the tokens of an answer, with the one of `stops` that ends it; at most `most`.
+        """Yield the tokens of an answer as they come, with the one of `stops` that ends it; at most `most`.
 
-        They come as they are made, or, where nobody `streams` them, all at the end, which takes less of the time
-        between passes. Whoever leaves the iterator ends the answer: close it (`aclose`). `check` the experts before.
+        Whoever leaves the iterator ends the answer: close it (`aclose`). `check` the experts before.
         """
         slots = await self._taken([expert for expert, _ in experts]) if experts else []
         key, tokens = f"{next(self._numbers)}", asyncio.Queue[Any]()
@@ -191,8 +181,7 @@ class Engine:
             row.generator = torch.Generator().manual_seed(sampling.seed)
         self._answering[key], finished = row, False
         try:
-            asked = partial(self._asked, key, partial(_replace, tokens), streaming=streams)
-            manager, count = await asked(list(ids), max_new_tokens=most, eos_token_id=list(stops)), 0
+            manager, count = await self._asked(key, partial(_replace, tokens), list(ids), most, list(stops)), 0
             while not finished:
                 found = await _next(tokens, manager)
                 finished = found.is_finished()
@@ -209,13 +198,13 @@ class Engine:
             del self._answering[key]
             self.experts.give_back(slots)
 
-    async def _asked(self, key: str, tell: Callable[[Any], None], ids: list[int], **how: Any) -> Any:
+    async def _asked(self, key: str, tell: Callable[[Any], None], ids: list[int], most: int, stops: list[int]) -> Any:
         """Hand a request to the manager of the batch, and return it; one that failed is replaced."""
         while True:
             self.start()
             manager = self._manager
             manager.register_result_handler(key, tell)
-            if manager.add_request(ids, key, **how) is not None:
+            if manager.add_request(ids, key, most, streaming=True, eos_token_id=stops) is not None:
                 return manager
             # It takes no more requests, and ends.
             await asyncio.sleep(0.05)
@@ -224,7 +213,7 @@ class Engine:
         """Take experts, one request after the other, as soon as those that answer now leave room for them."""
         async with self._turn:
             while True:
-                taking = asyncio.get_running_loop().run_in_executor(self._reading, self.experts.take, experts)
+                taking = asyncio.ensure_future(asyncio.to_thread(self.experts.take, experts))
                 try:
                     return await asyncio.shield(taking)
                 except NoRoomError:

@@ -16,7 +16,7 @@ class Metrics:
         self._requests = Counter(name("requests"), "Answers", ["expert", "end"], registry=registry)
         self._tokens = Counter(name("tokens"), "Tokens of prompts and answers", ["of"], registry=registry)
         self._seconds = Histogram(name("seconds"), "Time from a request to the end of its answer", registry=registry)
-        self.first_token = Histogram(name("first_token_seconds"), "Time to a stream's first text", registry=registry)
+        self.first_token = Histogram(name("first_token_seconds"), "Time to the first text", registry=registry)
         gauges = {
             "answering": ("Requests that are answered or wait for a row", lambda: engine.answering),
             "experts": ("Experts in memory", lambda: len(engine.experts)),

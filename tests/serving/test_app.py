@@ -327,9 +327,8 @@ def test_a_key_is_wanted_for_all_but_the_page_and_the_health(serve) -> None:
 
 def test_counts_are_those_of_the_answers_and_prompts_stay_out_of_the_log(serve, caplog) -> None:
     async def work(client, answerer):
-        for stream in (True, False, False):
-            asked = {"model": "lora+tiles", "prompt": "secret", "max_tokens": 4, "stream": stream}
-            await client.post("/v1/completions", json=asked)
+        for _ in range(3):
+            await client.post("/v1/completions", json={"model": "lora+tiles", "prompt": "secret", "max_tokens": 4})
         return (await client.get("/metrics")).text
 
     with caplog.at_level("DEBUG"):
@@ -343,7 +342,7 @@ def test_counts_are_those_of_the_answers_and_prompts_stay_out_of_the_log(serve, 
         'modular_experts_tokens_total{of="answers"} 12.0',
         "modular_experts_experts 2.0",
         "modular_experts_answering 0.0",
-        "modular_experts_first_token_seconds_count 1.0",
+        "modular_experts_first_token_seconds_count 3.0",
     ):
         assert line in lines
 

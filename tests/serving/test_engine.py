@@ -256,24 +256,6 @@ def test_a_slow_reader_keeps_one_output_in_memory(library, tiny_llama_dir) -> No
     assert served.run(engine, read_slowly()) == (12, 2)
 
 
-def test_an_answer_that_nobody_streams_is_told_once(tiny_llama_dir, library, monkeypatch) -> None:
-    engine, models, _ = served.opened(tiny_llama_dir, library)
-    told, replace = [], engines._replace
-    monkeypatch.setattr(engines, "_replace", lambda *found: told.append(0) or replace(*found))
-
-    async def ask(streams: bool):
-        told.clear()
-        answer = engine.answer([5, 6], models.find("lora").choice.experts, [-1], 12, Sampling(logprobs=1), streams)
-        return [token async for token in answer], len(told)
-
-    async def both():
-        return await ask(True), await ask(False)
-
-    (parts, by_parts), (whole, at_once) = served.run(engine, both())
-    assert parts == whole
-    assert (by_parts, at_once) == (12, 1)
-
-
 def test_a_model_that_fails_ends_its_requests_and_answers_the_next(
     library, tiny_llama_dir, monkeypatch, caplog
 ) -> None:
