@@ -18,7 +18,7 @@ PACKAGE = ROOT / "modular_experts"
 # Room -> layer. A room imports rooms of its own layer and below; `experts` and `methods` know nothing of each other.
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
-    **dict.fromkeys(["deltas", "discovery", "native", "masks", "progress", "text"], 0),
+    **dict.fromkeys(["deltas", "discovery", "native", "masks", "places", "progress", "text"], 0),
     **dict.fromkeys(["kernels", "experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection", "merger"], 2),
     **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),

@@ -19,7 +19,7 @@ import yaml
 
 import modular_experts
 from modular_experts.cli.commands import COMPUTING, VERBS
-from modular_experts.discovery import may_be_on_hub, missing_expert
+from modular_experts.places import may_be_on_hub, missing_expert
 from modular_experts.settings import READING, Loader, UsageError, Word, folded, listed, meant, over, respelt, unknown
 from modular_experts.settings.read import Read, arguments_of, class_named, kinds_of, read, read_arguments
 

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modular_experts.discovery import may_be_on_hub, missing_expert
 from modular_experts.library.atomic import check_name
 from modular_experts.library.expert import StoredExpert, check_file
 from modular_experts.library.record import RECORD_FILE, files_of, read_record
+from modular_experts.places import may_be_on_hub, missing_expert
 
 ADAPTER_FILE = "adapter_config.json"
 """The file that marks an adapter of PEFT."""

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import modular_experts
-from modular_experts.discovery import RECORD_FILE as RECORD_FILE
+from modular_experts.places import RECORD_FILE as RECORD_FILE
 
 FORMAT = "modular-experts/1"
 FORMAT_WITH_STATE = "modular-experts/2"
