@@ -87,15 +87,17 @@ class Parts:
         return Parts, self._made_of
 
     def add_products(self, out: Tensor, x: Tensor) -> None:
-        """Add to `out` `(n, tokens, out)` the products of the inputs of each part with its delta, times their weights.
+        """Add to `out` `(..., out)` the products of the inputs of each part with its delta, times their weights.
 
-        `x` is `(n, tokens, in)`, of the factors' dtype; both must pass `serves`.
+        `x` is `(..., in)`, of the factors' dtype, and each input has as many of its rows; both must pass `serves`.
         """
         products = library()
         assert products is not None, "call serves() first"
-        inputs = (x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, x.shape[2], out.shape[2], x.shape[1])
-        described, count = self._described.buffer_info()[0], len(self._made_of[0])
-        products.add_products(*inputs, described, count, torch.get_num_threads())
+        (parts, inputs), width = self._made_of, x.size(-1)
+        each = x.numel() // (inputs * width)
+        described, threads = self._described.buffer_info()[0], torch.get_num_threads()
+        sizes = x.dtype == torch.bfloat16, width, out.size(-1), each
+        products.add_products(x.data_ptr(), out.data_ptr(), *sizes, described, len(parts), threads)
 
 
 def _address(tensor: Tensor | None) -> int:

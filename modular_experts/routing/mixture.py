@@ -88,23 +88,29 @@ class Mixture(NotMergeable, Expert):
         gates = self.gates.gates if self.router is None else self.router(x.reshape(-1, x.shape[-1]))
         if gates is None:
             return out
-        inputs = x.to(out.dtype).reshape(gates.count, -1, x.shape[-1]).contiguous()
-        added = out.view(gates.count, -1, out.shape[-1])
         # While tokens are decoded, the gates stay from pass to pass; another thread may `put` meanwhile.
         last = self._last
-        if last is not None and last[0] is gates and last[1] and compiled.serves(added, inputs):
-            last[1].add_products(added, inputs)
+        if last is not None and last[0] is gates and last[1] and compiled.serves(out, x):
+            last[1].add_products(out, x)
         else:
             # Encoded deltas that these gates do not name take the room of a few bits again.
             for number in self.encoded.difference(self.gates.kept, (segment.expert for segment in gates.segments)):
                 if (held := self.deltas[number]) is not None:
                     held.let_go()
+            added, inputs = self._by_input(gates, out, x)
             self._last = gates, add_products(added, inputs, self.deltas, gates.segments)
         for expert, places, weights in gates.segments if self.biases else ():
             if (moved := self.biases.get(expert)) is not None:
-                change = moved.to(out.dtype).expand(len(inputs) if places is None else len(places), *added.shape[1:])
+                added, _ = self._by_input(gates, out, x)
+                change = moved.to(out.dtype).expand(gates.count if places is None else len(places), *added.shape[1:])
                 add_change(added, change, places, weights)
-        return added.view_as(out)
+        return out
+
+    @staticmethod
+    def _by_input(gates: Gates, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views `(inputs, tokens, size)` of an output and an input, by the inputs of gates."""
+        inputs = x.to(out.dtype).reshape(gates.count, -1, x.shape[-1]).contiguous()
+        return out.view(gates.count, -1, out.shape[-1]), inputs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
