@@ -13,7 +13,8 @@ from modular_experts.data.chat import ends_of_answers, prompt_text
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, training_in_common
 from modular_experts.serving.engine import Engine, Sampling, Token
-from modular_experts.serving.models import Choice, Models
+from modular_experts.serving.models import Choice, Models, Route
+from modular_experts.serving.threads import SideThreads
 
 MOST_TOKENS = 256
 """The most tokens of an answer to a request that does not say."""
@@ -46,6 +47,7 @@ class Answerer:
     engine: Engine
     tokenizer: PreTrainedTokenizerFast
     _ends: dict[bool, list[int]] = field(default_factory=dict)
+    _choosing: SideThreads = field(default_factory=SideThreads)
 
     async def answer(
         self,
@@ -64,7 +66,10 @@ class Answerer:
         chat = isinstance(prompt, list) and isinstance(prompt[0], dict) and self._reads_chat(found.members)
         ids = await asyncio.to_thread(self._encoded, prompt, chat)
         room = self._room(len(ids), most)
-        choice = await asyncio.to_thread(found.choose, self.engine.reader, ids)
+        if isinstance(found, Route):
+            choice = await self._choosing.call(found.choose, self.engine.reader, ids)
+        else:
+            choice = found.choice
         await asyncio.to_thread(self.engine.check, [expert for expert, _ in choice.experts], len(ids), room)
         tokens = self.engine.answer(ids, choice.experts, self._stops(chat), room, sampling)
         answer = Answer(choice, len(ids))

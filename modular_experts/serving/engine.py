@@ -22,6 +22,7 @@ from modular_experts.library import StoredExpert
 from modular_experts.routing.gates import Gates
 from modular_experts.serving.experts import HeldExperts, NoRoomError, Slot
 from modular_experts.serving.models import Weighted
+from modular_experts.serving.threads import SideThreads
 
 transformers_log = logging.getLogger("ContinuousBatchingLogger")
 # Its warnings quote tokens of prompts.
@@ -92,7 +93,7 @@ class Engine:
         self.experts = HeldExperts(model, expert_bytes, self._pause)
         self._manager: Any = None
         self._answering: dict[str, _Row] = {}
-        self._numbers, self._turn = itertools.count(), asyncio.Lock()
+        self._numbers, self._turn, self._reading = itertools.count(), asyncio.Lock(), SideThreads()
         self._batch: tuple[list[tuple[str, int]], Gates | None] = [], None
         self._hooks: list[Any] = []
 
@@ -213,7 +214,7 @@ class Engine:
         """Take experts, one request after the other, as soon as those that answer now leave room for them."""
         async with self._turn:
             while True:
-                taking = asyncio.ensure_future(asyncio.to_thread(self.experts.take, experts))
+                taking = asyncio.ensure_future(self._reading.call(self.experts.take, experts))
                 try:
                     return await asyncio.shield(taking)
                 except NoRoomError:

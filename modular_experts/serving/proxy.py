@@ -119,7 +119,7 @@ class _Proxy(Answerer):
             ids = await asyncio.to_thread(self._encoded, prompt, chat)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise refusal(400, f"the route cannot read the prompt of the request: {str(error)[:200]}") from None
-        return await asyncio.to_thread(found.choose, self.engine, ids[: context_length(self.engine)])
+        return await self._choosing.call(found.choose, self.engine, ids[: context_length(self.engine)])
 
     async def _name(self, name: str, headers: Headers) -> str:
         """Return how the other server calls an expert, or the base."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,7 @@ from modular_experts.serving import answers
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Limits, make_app
 from modular_experts.serving.engine import EngineError
+from modular_experts.serving.models import Route
 from modular_experts.training.route import route
 
 CHAT = "/v1/chat/completions"
@@ -52,6 +54,28 @@ def serve(library, tiny_llama_dir):
 
 def openai_client(client: httpx.AsyncClient, key: str = "none") -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url="http://test/v1", api_key=key, http_client=client, max_retries=0)
+
+
+def test_what_computes_beside_the_model_leaves_no_thread_behind(serve, monkeypatch) -> None:
+    """Its workers of OpenMP would slow down each later pass of the model."""
+    threads: list[threading.Thread] = []
+
+    def noting(owner, name: str) -> None:
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *all: threads.append(threading.current_thread()) or call(*all))
+
+    async def work(client, answerer):
+        noting(Route, "choose")
+        noting(answerer.engine.experts, "take")
+        for prompt in ("reverse dot:", "upper dot:"):
+            answer = await client.post("/v1/completions", json={"model": "auto", "prompt": prompt, "max_tokens": 1})
+            assert answer.status_code == 200
+        for thread in threads:
+            await asyncio.to_thread(thread.join, 10)
+        return [thread.is_alive() for thread in threads]
+
+    assert serve(work) == [False] * 4
+    assert len(set(threads)) == 4
 
 
 def test_the_client_of_openai_gets_what_generate_gives(serve, library, tiny_llama_dir) -> None:
