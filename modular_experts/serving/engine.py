@@ -8,6 +8,7 @@ import asyncio
 import copy
 import itertools
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -88,6 +89,9 @@ class Engine:
 
     def __init__(self, model: Any, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30) -> None:
         self.model, self.rows, self.cache_tokens = model.eval(), rows, cache_tokens
+        if model.device.type == "cpu":
+            # Attention then reads the keys and values that several heads share without a copy for each head.
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.reader: nn.Module = copy.deepcopy(model, shared)
         self.experts = HeldExperts(model, expert_bytes, self._pause)
