@@ -30,12 +30,17 @@ class NoRoomError(Exception):
 
 @dataclass
 class Slot:
-    """An expert in the model, which gates name by its number; `nbytes` counts its memory while no request uses it."""
+    """An expert in the model, which gates name by its number.
+
+    `nbytes` counts its memory as it is stored, and `decoded` what more it takes since its last request has left it
+    decoded; None while it is in use.
+    """
 
     number: int
     expert: StoredExpert
     nbytes: int = 0
     users: int = 0
+    decoded: int | None = None
 
     def let_go(self) -> None:
         """Drop the pages of the expert's file; encoded deltas that are held read them again when they are decoded."""
@@ -45,13 +50,13 @@ class Slot:
 class HeldExperts:
     """The experts in a model, of which each row of a pass takes those that `gates` name.
 
-    Experts stay encoded as they are stored, and those that are in use are held decoded too. Whoever `take`s an expert
-    must give it back.
+    Experts stay encoded as they are stored. Those that are in use are held decoded too, and after that as long as
+    there is room. Whoever `take`s an expert must give it back.
 
     Args:
         model: The base, with nothing injected.
-        most: The most bytes of experts that are held; those that nobody uses leave first, the least recently used one
-            before the others.
+        most: The most bytes of experts that are held, without the decoded form of those in use. Where they are too
+            many, those that nobody uses lose their decoded form and then leave, the least recently used one first.
         pause: Keeps the model from computing while it gets new layers.
     """
 
@@ -72,7 +77,7 @@ class HeldExperts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the experts that are held, without what is decoded for a while."""
+        """Bytes of the experts that are held, as they are stored."""
         return sum(slot.nbytes for slot in tuple(self._slots.values()))
 
     def __len__(self) -> int:
@@ -128,8 +133,9 @@ class HeldExperts:
         with self._counting:
             for slot in slots:
                 slot.users += change
-            used, unused = [{slot.number for slot in slots if bool(slot.users) == kept} for kept in (True, False)]
-            self.gates.kept = self.gates.kept - unused | used
+                slot.decoded = None
+            if change > 0:
+                self.gates.kept = self.gates.kept | {slot.number for slot in slots}
 
     def _read(self, expert: StoredExpert, own: int) -> Slot:
         size = _bytes(expert)
@@ -152,6 +158,7 @@ class HeldExperts:
     def _let_go(self, size: int) -> None:
         """Let experts leave that nobody uses: those that others have replaced, and more until this size is free."""
         unused = [(self._newest[slot.expert.path] == key, key) for key, slot in self._slots.items() if not slot.users]
+        self._encode([self._slots[key] for _, key in unused], size)
         before = len(self._slots)
         for is_newest, key in sorted(unused, key=lambda one: one[0]):
             if is_newest and self.nbytes + size <= self.most:
@@ -162,6 +169,21 @@ class HeldExperts:
                 mixture.put(slot.number, None)
         if len(self._slots) < before:
             _give_back_memory()
+
+    def _encode(self, unused: Sequence[Slot], size: int) -> None:
+        """Let unused experts lose their decoded form, in the next pass, until this size is free beside it."""
+        for slot in unused:
+            if slot.decoded is None:
+                held = (mixture.deltas[slot.number] for _, mixture in self._mixtures.values())
+                slot.decoded = sum(one.nbytes for one in held if one is not None) - slot.nbytes
+        room = self.most - self.nbytes - size - sum(slot.decoded or 0 for slot in unused)
+        for slot in unused:
+            if room >= 0:
+                break
+            room += slot.decoded or 0
+            slot.decoded = 0
+            with self._counting:
+                self.gates.kept = self.gates.kept - {slot.number}
 
     def _equip(self, sites: Sequence[Site]) -> None:
         """Give linear layers mixtures, without an expert so far."""

@@ -129,6 +129,21 @@ def test_experts_that_nobody_asked_for_lately_leave_and_others_wait_for_room(lib
             small.check(models.find(model).members, 1, 1)
 
 
+@pytest.mark.parametrize("has_room", [True, False])
+def test_an_expert_stays_decoded_after_its_answer_as_long_as_there_is_room(library, tiny_llama_dir, has_room) -> None:
+    most = 2**30 if has_room else sizes(library)["int4"] + sizes(library)["lora"] + 500
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library, expert_bytes=most)
+
+    async def one_after_the_other():
+        for model in ("int4", "lora", "int4", "lora"):
+            await served.tokens_of(engine, models, tokenizer, "upper", model)
+        assert {slot.expert.name for slot in engine.experts._slots.values()} == {"int4", "lora"}
+        held = [one for _, mixture in engine.experts._mixtures.values() for one in mixture.deltas if one is not None]
+        return {one._formed is not None for one in held if one.is_encoded}
+
+    assert served.run(engine, one_after_the_other()) == {has_room}
+
+
 def test_whoever_leaves_while_experts_are_read_frees_them(library, tiny_llama_dir, monkeypatch) -> None:
     engine, models, tokenizer = served.opened(tiny_llama_dir, library)
     reading, go_on, take = threading.Event(), threading.Event(), engine.experts.take
@@ -150,9 +165,9 @@ def test_whoever_leaves_while_experts_are_read_frees_them(library, tiny_llama_di
         while not len(engine.experts):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
-        return engine.experts.gates.kept
+        return [slot.users for slot in engine.experts._slots.values()]
 
-    assert served.run(engine, leave()) == frozenset()
+    assert served.run(engine, leave()) == [0]
 
 
 def test_an_expert_is_given_back_while_another_one_is_read(library, tiny_llama_dir, monkeypatch) -> None:
@@ -229,7 +244,7 @@ def test_whoever_leaves_frees_the_row_and_the_experts(library, tiny_llama_dir) -
             async for _ in tokens:
                 break
         assert engine.answering == 0
-        assert not engine.experts.gates.kept
+        assert [slot.users for slot in engine.experts._slots.values()] == [0]
         assert not engine._manager.output_router.result_handlers
         # The only row is free.
         return await served.tokens_of(engine, models, tokenizer, "upper", "base")
