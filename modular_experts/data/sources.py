@@ -47,9 +47,10 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
             raise ValueError(f"{path} was not written by datasets.save_to_disk; name a file in it") from error
         return _dataset_records(path, loaded, where or {})
     if not place.is_file():
-        near = did_you_mean(place.name, [entry.name for entry in place.parent.glob("*")])
+        missing = next(one for one in (place.absolute(), *place.absolute().parents) if one.parent.exists())
+        near = did_you_mean(missing.name, [entry.name for entry in missing.parent.glob("*")])
         raise ValueError(
-            f"{path}: no such file in {str(place.parent.absolute())!r}{near} "
+            f"{path}: there is no {missing.name!r} in {str(missing.parent)!r}{near} "
             "(hub ids go into `hub`, classes that make rows into `source`; benchmarks are for the command harness)"
         )
     if place.suffix.lower() not in READERS:
@@ -144,13 +145,16 @@ def _broken_json(path: str, line: int, error: ValueError) -> Record:
 
 
 def _delimited(path: str, place: Path) -> Iterator[Record]:
-    delimiter = "\t" if place.suffix.lower() == ".tsv" else ","
     with place.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         # A quoted field may span lines; a row's place is the line that it starts on.
         line = 1
         try:
+            names = file.readline()
+            file.seek(0)
+            # Spreadsheets write semicolons where numbers have a comma.
+            delimiter = "\t" if place.suffix.lower() == ".tsv" else ";" if ";" in names and "," not in names else ","
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
             for fields in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1
                 if header is None:

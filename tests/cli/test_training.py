@@ -186,7 +186,7 @@ MISTAKES = {
     ),
     "base": (["--model.base", "nowhere/to/be"], 1, "base 'nowhere/to/be' was not found"),
     "pattern": (["--model.modules", ".*query"], 1, "modules='.*query' matches no linear layer"),
-    "task file": (["--tasks", "aa.jsonl"], 1, "task 'aa': aa.jsonl: no such file in "),
+    "task file": (["--tasks", "aa.jsonl"], 1, "task 'aa': aa.jsonl: there is no 'aa.jsonl' in "),
     "no expert": (["--model.expert", "null", "--model.modules", "null"], 1, "give --expert and --modules"),
 }
 

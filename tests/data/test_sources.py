@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -102,10 +103,25 @@ def test_reading_goes_on_after_a_broken_line(tmp_path: Path) -> None:
     assert [record.values for record in records] == [{"a": 1}, None, {"a": 2}, None]
 
 
-def test_a_missing_file_is_answered_with_the_near_name(tmp_path: Path) -> None:
-    (tmp_path / "intents.jsonl").touch()
-    with pytest.raises(ValueError, match=r"intnets\.jsonl: no such file in .*; did you mean intents\.jsonl\?"):
-        path_records(str(tmp_path / "intnets.jsonl"))
+def test_a_missing_file_or_directory_is_answered_with_the_near_name(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "intents.jsonl").touch()
+    for path, missing, place, near in (
+        ("tasks/intnets.jsonl", "intnets.jsonl", tmp_path / "tasks", "intents.jsonl"),
+        ("taks/deep/intents.jsonl", "taks", tmp_path, "tasks"),
+    ):
+        sentence = f"{path}: there is no '{missing}' in '{place}'; did you mean {near}?"
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            path_records(str(tmp_path / path))
+
+
+def test_a_spreadsheet_may_write_semicolons(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('input;target\n"a; b";1,5\nc;2\n', encoding="utf-8-sig")
+    assert [one.values for one in path_records(str(path))] == [
+        {"input": "a; b", "target": "1,5"},
+        {"input": "c", "target": "2"},
+    ]
 
 
 def test_an_unknown_suffix_and_a_directory_of_files_are_refused(tmp_path: Path) -> None:
