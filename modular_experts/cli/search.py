@@ -252,7 +252,7 @@ def combine(
     most = bytes_of(budget) if budget else None
     with quiet():
         bar = progress_bar("  done")
-        done = combine_experts(experts, out, data, most, distilled, router, overwrite, bar, base, dtype)
+        done = combine_experts(experts, out, data, distilled, router, overwrite, bar, base, dtype)
     held_out = any(way.held_out is not None for way in done.ways)
     heads = ["kept", "loss", *["held out"] * held_out, "bytes", "time", "needs"]
     table = table_of("way", *heads)
@@ -262,7 +262,7 @@ def combine(
     Console(markup=False, emoji=False).print(table)
     print("kept: exact match, 100 % for each task's own expert; bytes: beside the base; time: of a pass, base 1")
     within = f" within {budget}" if budget else ""
-    print(f"best{within}: {done.best.name}, in {done.best.place}")
-    merged = done.best.bytes == 0
-    command = f"apply {done.best.place} --out checkpoint" if merged else f'generate "..." --experts {done.best.place}'
+    best = done.best(most)
+    print(f"best{within}: {best.name}, in {best.place}")
+    command = f'generate "..." --experts {best.place}' if best.bytes else f"apply {best.place} --out checkpoint"
     print(f"next: modular-experts {command}")

@@ -75,17 +75,23 @@ class Way:
 
 @dataclass(frozen=True)
 class Combined:
-    """All ways, and the one within the budget that keeps most; of equal ones, the one with the lowest loss."""
+    """All ways to combine the experts."""
 
     ways: list[Way]
-    best: Way
+
+    def best(self, budget: int | None = None) -> Way:
+        """Return the way that keeps most, of those that take at most a budget of bytes beside the base.
+
+        If several keep as much, it is the one with the lowest loss.
+        """
+        fitting = [way for way in self.ways if budget is None or way.bytes <= budget]
+        return max(fitting, key=lambda way: (way.kept, -way.loss))
 
 
 def combine(
     experts: Sequence[str | Path | StoredExpert],
     out: str | Path,
     data: TaskMixture | None = None,
-    budget: int | None = None,
     distilled: Distilled | None = None,
     router: Router | None = None,
     overwrite: bool = False,
@@ -101,7 +107,6 @@ def combine(
         data: Their tasks: ways learn from inputs of training rows, and are measured on validation rows. Tasks that are
             held out are measured on test rows. If not given, ways learn from three quarters of the inputs that the
             experts keep, and are measured against the experts' own answers to the others.
-        budget: The most bytes beside the base; any number if not given.
         distilled: Settings of `distill`; `rows` also limits the inputs that a router learns from.
         router: The router; `KernelRidge` if not given.
         overwrite: Replace what `out` holds of other experts, rows or settings.
@@ -143,9 +148,7 @@ def combine(
             known["ways"][name] = asdict(measure(name, open_expert(place), needs))
             with new_file(file) as temporary:
                 temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    ways = [Way(**known["ways"][name] | {"place": str(place)}) for name, (place, _) in made.items()]
-    fitting = [way for way in ways if budget is None or way.bytes <= budget]
-    return Combined(ways, max(fitting, key=lambda way: (way.kept, -way.loss)))
+    return Combined([Way(**known["ways"][name] | {"place": str(place)}) for name, (place, _) in made.items()])
 
 
 def _begin(out: Path, key: str, overwrite: bool) -> Path:

@@ -60,11 +60,10 @@ def test_the_better_choice_within_each_budget(place, done) -> None:
     assert (merged.name, distilled.name, merged.bytes, distilled.bytes) == ("IsoC", "Distilled", 0, 0)
     assert 0 < small.bytes < whole.bytes
     assert whole.bytes == sum(one.size_on_disk for one in map(open_expert, (place / "out/experts").iterdir()))
-    assert done.best is whole
+    assert done.best() is whole
     assert exact(place, whole) > max(0.2, exact(place, merged))
     for budget, fitting in ((small.bytes, [merged, small, distilled]), (small.bytes - 1, [merged, distilled])):
-        best = combine([place / "library" / name for name in NAMES], place / "out", None, budget, FEW).best
-        assert best == max(fitting, key=lambda way: way.kept)
+        assert done.best(budget) is max(fitting, key=lambda way: way.kept)
 
 
 def test_distilled_learns_from_every_input_that_does_not_measure(place, done) -> None:
