@@ -178,6 +178,7 @@ MISTAKES = {
         2,
         "there is no option --expert.keep_ratoi; did you mean --expert.keep_ratio?",
     ),
+    "far": (["--expert.rank", "4"], 2, "no option --expert.rank; the options are --expert."),
     "value": (["--model.expert.keep_ratio", "much"], 2, "--expert.keep_ratio must be of type float, got much"),
     "monitor": (
         ["--trainer.callbacks", _export("a", monitor="val_los")],
