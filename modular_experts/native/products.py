@@ -94,7 +94,8 @@ class Parts:
         products = library()
         assert products is not None, "call serves() first"
         (parts, inputs), width = self._made_of, x.size(-1)
-        each = x.numel() // (inputs * width)
+        each, rest = divmod(x.numel(), inputs * width)
+        assert not rest, f"{x.numel() // width} rows are not as many for each of {inputs} inputs"
         described, threads = self._described.buffer_info()[0], torch.get_num_threads()
         sizes = x.dtype == torch.bfloat16, width, out.size(-1), each
         products.add_products(x.data_ptr(), out.data_ptr(), *sizes, described, len(parts), threads)

@@ -207,8 +207,13 @@ class Held:
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        formed = 0 if self._formed is None else self._formed.delta.nbytes
-        return formed + (0 if self._source is None else self._source.nbytes)
+        formed = self._formed
+        return (0 if formed is None else formed.delta.nbytes) + (0 if self._source is None else self._source.nbytes)
+
+    @property
+    def decoded_nbytes(self) -> int:
+        """Bytes that an encoded delta takes in memory beside its encoded form."""
+        return 0 if self._source is None else self.nbytes - self._source.nbytes
 
 
 def _moves(delta: Delta | EncodedDelta | None) -> TypeGuard[Delta | EncodedDelta]:

@@ -32,8 +32,8 @@ class NoRoomError(Exception):
 class Slot:
     """An expert in the model, which gates name by its number.
 
-    `nbytes` counts its memory as it is stored, and `decoded` what more it takes since its last request has left it
-    decoded; None while it is in use.
+    `nbytes` counts its bytes as it is stored. `decoded` counts the further bytes of its decoded form once nobody uses
+    it; None where nobody has counted them.
     """
 
     number: int
@@ -66,10 +66,12 @@ class HeldExperts:
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # by content hash, the least recently used first
         self._newest: dict[Path, str] = {}  # the content hash that was last asked for at each place
         self._mixtures: dict[str, tuple[Site, Mixture]] = {}
+        # transformers computes the head for the last token of a prompt alone, and the gates are made for all.
+        head = model.get_output_embeddings()  # type: ignore[operator]
         self._sites = {
             name: site
             for site in find_sites(model)
-            if not site.parameter or site.number is not None
+            if (not site.parameter or site.number is not None) and site.module is not head
             for name in (site.weight, f"{site.name}.bias")
         }
         # Experts are given back while another one is read, which takes a while.
@@ -171,26 +173,30 @@ class HeldExperts:
             _give_back_memory()
 
     def _encode(self, unused: Sequence[Slot], size: int) -> None:
-        """Let unused experts lose their decoded form, in the next pass, until this size is free beside it."""
+        """Let unused experts lose their decoded form until there is room for some more bytes.
+
+        They lose it in the next pass with other gates.
+        """
         for slot in unused:
             if slot.decoded is None:
                 held = (mixture.deltas[slot.number] for _, mixture in self._mixtures.values())
-                slot.decoded = sum(one.nbytes for one in held if one is not None) - slot.nbytes
-        room = self.most - self.nbytes - size - sum(slot.decoded or 0 for slot in unused)
+                slot.decoded = sum(one.decoded_nbytes for one in held if one is not None)
+        room, leaving = self.most - self.nbytes - size - sum(slot.decoded or 0 for slot in unused), set[int]()
         for slot in unused:
-            if room >= 0:
-                break
-            room += slot.decoded or 0
-            slot.decoded = 0
-            with self._counting:
-                self.gates.kept = self.gates.kept - {slot.number}
+            # The pass that runs may still decode an expert whose client has left.
+            if room < 0 or not slot.decoded:
+                room, slot.decoded = room + (slot.decoded or 0), 0
+                leaving.add(slot.number)
+        with self._counting:
+            self.gates.kept = self.gates.kept - leaving
 
     def _equip(self, sites: Sequence[Site]) -> None:
         """Give linear layers mixtures, without an expert so far."""
 
         def make(weight: Tensor, site: Site) -> Mixture:
             gates = self.gates if site.number is None else GatesOfSlice(self.gates, site)
-            none: list[Delta | None] = [None] * (len(self._slots) + 1)
+            # Low numbers are free again where experts have left.
+            none: list[Delta | None] = [None] * (1 + max((slot.number for slot in self._slots.values()), default=0))
             mixture = Mixture(weight, none, gates)
             self._mixtures[site.weight] = site, mixture
             return mixture

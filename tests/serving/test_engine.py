@@ -14,11 +14,12 @@ from testbed.served import LONG, MODELS, PROMPTS
 
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
+from modular_experts.deltas import Dense
 from modular_experts.injection import expert_layers, find_sites
-from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 from modular_experts.serving import engine as engines
 from modular_experts.serving import experts
-from modular_experts.serving.engine import EngineError, Sampling, choose
+from modular_experts.serving.engine import Engine, EngineError, Sampling, choose
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,61 @@ def test_an_expert_stays_decoded_after_its_answer_as_long_as_there_is_room(libra
         return {one._formed is not None for one in held if one.is_encoded}
 
     assert served.run(engine, one_after_the_other()) == {has_room}
+
+
+def expert_of(base: Path, place: Path, shapes: dict[str, tuple[int, int]], seed: int = 0) -> StoredExpert:
+    """Write an expert of some weights, and open it."""
+    made = torch.Generator().manual_seed(seed)
+    deltas = {name: served.delta("lora", shape, made) for name, shape in shapes.items()}
+    of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
+    write_expert(place, deltas, make_record("LoRAExpert", of, tasks=[place.name]))
+    return open_expert(place)
+
+
+async def tokens_with(engine: Engine, expert: StoredExpert) -> list[int]:
+    engine.check([expert], 3, 3)
+    return [token.id async for token in engine.answer([3, 4, 5], [(expert, 1.0)], [-1], 3, Sampling())]
+
+
+def test_an_expert_of_other_weights_joins_those_that_stayed_when_others_left(tiny_llama_dir, tmp_path) -> None:
+    """It gives more layers mixtures, which have a place for each number that is in use."""
+    weights = dict(served.WEIGHTS)
+    name, shape = weights.popitem()
+    first, second, third = (expert_of(tiny_llama_dir, tmp_path / f"{seed}", weights, seed) for seed in range(3))
+    other = expert_of(tiny_llama_dir, tmp_path / "other", {name: shape, name.replace("1", "0"): shape})
+    # Three of equal size fit; the other one is larger, and takes the place of two.
+    size = sum(third.stored_bytes().values())
+    engine = Engine(Base.open(str(tiny_llama_dir)).load("float32"), expert_bytes=3 * size)
+
+    async def one_after_the_other():
+        before = [await tokens_with(engine, one) for one in (first, second, third)]
+        await tokens_with(engine, other)
+        numbers = {slot.expert.name: slot.number for slot in engine.experts._slots.values()}
+        return before, [await tokens_with(engine, one) for one in (third, first, second)], numbers
+
+    before, after, numbers = served.run(engine, one_after_the_other())
+    assert numbers == {"2": 2, "other": 0}
+    assert after == [before[2], before[0], before[1]]
+
+
+def test_an_expert_of_the_head_is_refused(tiny_llama_dir, tmp_path) -> None:
+    model = Base.open(str(tiny_llama_dir)).load("float32")
+    head = expert_of(tiny_llama_dir, tmp_path / "head", {"lm_head.weight": tuple(model.lm_head.weight.shape)})
+    with pytest.raises(ValueError, match=r"it moves lm_head\.weight, which all rows share; apply it to the base"):
+        Engine(model).check([head], 3, 3)
+
+
+def test_only_the_decoded_form_of_an_expert_is_counted_as_decoded(library, tiny_llama_dir) -> None:
+    """The bytes of a bias stay, and so does an expert that has left before a pass decoded it."""
+    engine, models, _ = served.opened(tiny_llama_dir, library)
+    held = engine.experts
+    for name in ("lora", "int4"):
+        held.give_back(held.take(models.find(name).members))
+    for _, mixture in held._mixtures.values():
+        mixture.put(0, None, Dense(torch.ones(mixture.like.numel() + 32)))
+    held.take(models.find("tiles").members)
+    assert [slot.decoded for slot in held._slots.values()] == [0, 0, None]
+    assert held.gates.kept == {2}
 
 
 def test_whoever_leaves_while_experts_are_read_frees_them(library, tiny_llama_dir, monkeypatch) -> None:
@@ -312,5 +368,5 @@ def test_a_base_that_transformers_does_not_batch_is_refused_with_one_sentence(ti
     config = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4)
     for model in (transformers.MambaForCausalLM(config), Base.open(str(tiny("neox"))).load("float32")):
         with pytest.raises(ValueError, match=f"transformers does not batch the rows of {type(model).__name__} \\("):
-            engines.Engine(model).check_base()
+            Engine(model).check_base()
     assert caplog.text == ""
