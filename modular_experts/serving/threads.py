@@ -17,10 +17,12 @@ class SideThreads:
         self._turn = asyncio.Lock()
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return a function's result. If the caller is cancelled, the function goes on, and nobody gets its result."""
+        """Return a function's result; a caller that is cancelled waits for the end of one that has begun."""
         async with self._turn:
             thread = ThreadPoolExecutor(1)
+            running = asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
             try:
-                return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
+                return await asyncio.shield(running)
             finally:
+                await asyncio.wait([running])
                 thread.shutdown(wait=False)

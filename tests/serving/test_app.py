@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Limits, make_app
 from modular_experts.serving.engine import EngineError
 from modular_experts.serving.models import Route
+from modular_experts.serving.threads import SideThreads
 from modular_experts.training.route import route
 
 CHAT = "/v1/chat/completions"
@@ -76,6 +78,30 @@ def test_what_computes_beside_the_model_leaves_no_thread_behind(serve, monkeypat
 
     assert serve(work) == [False] * 4
     assert len(set(threads)) == 4
+
+
+def test_calls_beside_the_model_follow_each_other_although_clients_leave() -> None:
+    running, most, ended = [0], [0], []
+
+    def work(number: int) -> int:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.05)
+        running[0] -= 1
+        ended.append(number)
+        return number
+
+    async def leave() -> int:
+        beside = SideThreads()
+        tasks = [asyncio.create_task(beside.call(work, number)) for number in range(4)]
+        await asyncio.sleep(0.02)
+        for task in tasks[:3]:
+            task.cancel()
+        return await tasks[3]
+
+    assert asyncio.run(leave()) == 3
+    assert most == [1]
+    assert ended == [0, 3], "a call that nobody waits for has begun"
 
 
 def test_the_client_of_openai_gets_what_generate_gives(serve, library, tiny_llama_dir) -> None:
