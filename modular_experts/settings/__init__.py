@@ -86,9 +86,11 @@ def meant(word: str) -> Any:
 def unknown(kind: str, word: str, known: Collection[str], cutoff: float = 0.8) -> UsageError:
     """Return the error about an `option`, with its dashes as all known ones, or a `command` that is not known."""
     ours = ELSEWHERE.get(word.rpartition("--")[2].rpartition(".")[2], "")
-    # The part before the last dot is right, and would make each name behind it look near.
+    # A part before the last dot that is right would make each name behind it look near.
     place = word[: word.rfind(".") + 1]
-    found = nearest(word.removeprefix(place), [one.removeprefix(place) for one in known], cutoff)
+    inner = [one.removeprefix(place) for one in known if one.startswith(place)]
+    found = nearest(word.removeprefix(place), inner, cutoff) if inner else nearest(word, known, cutoff)
+    place = place if inner else ""
     found = ours if ours.partition(".")[0] in known else found and place + found
     near = f"; did you mean {found}?" if found else ""
     return UsageError(f"there is no {kind} {word}{near or f'; the {kind}s are ' * bool(known) + ', '.join(known)}")

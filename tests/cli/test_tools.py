@@ -137,6 +137,7 @@ MISTAKES = [
     (["compare"], 2, "no command compare; did you mean evaluate?"),
     (["--config", "x.yaml", "merge"], 2, "the command comes first"),
     (["merge", "--exprts", "[a]"], 2, "no option --exprts; did you mean --experts?"),
+    (["generate", "hi", "--model.max_new_tokens", "3"], 2, "did you mean --max_new_tokens?"),
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
     ([*MERGE, "TIES", "--method.keep", "much"], 2, "--method.keep must be of type float or list[float], got much"),
     (
