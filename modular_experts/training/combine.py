@@ -75,12 +75,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Combined:
-    """All ways to combine the experts."""
+    """The ways that `combine` has made and measured."""
 
     ways: list[Way]
 
     def best(self, budget: int | None = None) -> Way:
-        """Return the way that keeps most, of those that take at most a budget of bytes beside the base.
+        """Return the way that keeps most and takes at most `budget` bytes beside the base.
 
         If several keep as much, it is the one with the lowest loss.
         """
