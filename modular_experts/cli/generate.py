@@ -121,8 +121,8 @@ def _obey(talk: Conversation, line: str) -> None:
         experts = library.readable(adapters=False) if isinstance(library, Library) else ()
         names = [expert.name for expert in experts if expert.is_routed]
         if len(names) != 1:
-            found = f"are {', '.join(names)}; take one: /expert {names[0]}" if names else "is none; `route` makes one"
-            raise ValueError(f"/auto needs one route in the library, and there {found}")
+            way = f"take one: /expert {names[0]}" if names else "`route` makes one"
+            raise ValueError(f"/auto needs one route in the library, which has {', '.join(names) or 'none'}; {way}")
     if command in ("/auto", "/expert"):
         talk.experts.use(*names)
     elif command == "/new":

@@ -40,7 +40,7 @@ def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama
     assert told.splitlines()[-2:] == ["experts: dense, entries, int4, lora, tiles", base]
     assert err.splitlines() == [
         "there is no expert 'lra'; did you mean lora?",
-        "/auto needs one route in the library, and there is none; `route` makes one",
+        "/auto needs one route in the library, which has none; `route` makes one",
         "there is no command /go; /help shows those that there are",
     ]
 
@@ -58,7 +58,7 @@ def test_a_broken_adapter_does_not_end_a_chat_and_auto_opens_none(
         code, out, err = run("chat", library, *base, "--max_new_tokens", "3")
         assert (code, out.strip()) == (0, expected)
         assert caplog.text.count("a-broken is skipped") == skipped
-        assert re.search(r"there is none; `route` makes one\n.*a-broken.*\n", err)
+        assert re.search(r"which has none; `route` makes one\n.*a-broken.*\n", err)
 
 
 def test_one_of_several_routes_answers_by_its_name(run, library, monkeypatch) -> None:
@@ -66,7 +66,7 @@ def test_one_of_several_routes_answers_by_its_name(run, library, monkeypatch) ->
         route([f"{library}/lora", f"{library}/entries"], f"{library}/{name}", Constant())
     monkeypatch.setattr(sys, "stdin", io.StringIO("/auto\n/expert two\nthe word"))
     code, out, err = run("chat", library, "--max_new_tokens", "3")
-    assert err.startswith("/auto needs one route in the library, and there are one, two; take one: /expert one\n")
+    assert err.startswith("/auto needs one route in the library, which has one, two; take one: /expert one\n")
     assert (code, bool(out.strip())) == (0, True)
 
 

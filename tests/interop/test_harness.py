@@ -210,6 +210,6 @@ def test_experts_are_not_searched_on_a_benchmark(place, run, monkeypatch):
     ):
         code, _, err = run(*command)
         assert code == 1
-        assert "arc_easy: no such file" in err
+        assert "arc_easy: there is no 'arc_easy'" in err
         assert "benchmarks are for the command harness" in err
     assert not (place / "library" / "x").exists()
