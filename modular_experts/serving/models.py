@@ -69,10 +69,6 @@ class Sum:
         """All experts that may answer."""
         return [expert for expert, _ in self.choice.experts]
 
-    def choose(self, reader: nn.Module, ids: Sequence[int]) -> Choice:
-        """Return what answers a prompt of these tokens."""
-        return self.choice
-
 
 class Route:
     """A stored router, which chooses among experts by the prompt."""

@@ -10,7 +10,7 @@ class SideThreads:
     """Calls functions that compute with torch one after the other, each in a thread that ends with the call.
 
     OpenMP keeps workers for every thread that has computed. As soon as there are more of them than cores, they sleep
-    between two products instead of waiting awake, and each pass of the model takes 1.5 times as long.
+    between two products instead of waiting awake, and each pass of the model takes longer.
     """
 
     def __init__(self) -> None:

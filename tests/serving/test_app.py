@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -82,11 +81,13 @@ def test_what_computes_beside_the_model_leaves_no_thread_behind(serve, monkeypat
 
 def test_calls_beside_the_model_follow_each_other_although_clients_leave() -> None:
     running, most, ended = [0], [0], []
+    begun, go_on = threading.Event(), threading.Event()
 
     def work(number: int) -> int:
         running[0] += 1
         most[0] = max(most[0], running[0])
-        time.sleep(0.05)
+        begun.set()
+        assert go_on.wait(30)
         running[0] -= 1
         ended.append(number)
         return number
@@ -94,9 +95,12 @@ def test_calls_beside_the_model_follow_each_other_although_clients_leave() -> No
     async def leave() -> int:
         beside = SideThreads()
         tasks = [asyncio.create_task(beside.call(work, number)) for number in range(4)]
-        await asyncio.sleep(0.02)
+        await asyncio.to_thread(begun.wait, 30)
         for task in tasks[:3]:
             task.cancel()
+        # Here the last one would begin if the first one had given its turn away.
+        await asyncio.sleep(0.05)
+        go_on.set()
         return await tasks[3]
 
     assert asyncio.run(leave()) == 3

@@ -188,7 +188,7 @@ def test_an_expert_of_the_head_is_refused(tiny_llama_dir, tmp_path) -> None:
 
 
 def test_only_the_decoded_form_of_an_expert_is_counted_as_decoded(library, tiny_llama_dir) -> None:
-    """The bytes of a bias stay, and so does an expert that has left before a pass decoded it."""
+    """A bias has no decoded form, and an expert whose client left before a pass decoded it is not kept decoded."""
     engine, models, _ = served.opened(tiny_llama_dir, library)
     held = engine.experts
     for name in ("lora", "int4"):
