@@ -97,20 +97,15 @@ class Mixture(NotMergeable, Expert):
             for number in self.encoded.difference(self.gates.kept, (segment.expert for segment in gates.segments)):
                 if (held := self.deltas[number]) is not None:
                     held.let_go()
-            added, inputs = self._by_input(gates, out, x)
+            inputs = x.to(out.dtype).reshape(gates.count, -1, x.shape[-1]).contiguous()
+            added = out.view(gates.count, -1, out.shape[-1])
             self._last = gates, add_products(added, inputs, self.deltas, gates.segments)
         for expert, places, weights in gates.segments if self.biases else ():
             if (moved := self.biases.get(expert)) is not None:
-                added, _ = self._by_input(gates, out, x)
+                added = out.view(gates.count, -1, out.shape[-1])
                 change = moved.to(out.dtype).expand(gates.count if places is None else len(places), *added.shape[1:])
                 add_change(added, change, places, weights)
         return out
-
-    @staticmethod
-    def _by_input(gates: Gates, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views `(inputs, tokens, size)` of an output and an input, by the inputs of gates."""
-        inputs = x.to(out.dtype).reshape(gates.count, -1, x.shape[-1]).contiguous()
-        return out.view(gates.count, -1, out.shape[-1]), inputs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

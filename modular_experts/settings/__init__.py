@@ -88,9 +88,9 @@ def unknown(kind: str, word: str, known: Collection[str], cutoff: float = 0.8) -
     ours = ELSEWHERE.get(word.rpartition("--")[2].rpartition(".")[2], "")
     # A part before the last dot that is right would make each name behind it look near.
     place = word[: word.rfind(".") + 1]
-    inner = [one.removeprefix(place) for one in known if one.startswith(place)]
-    found = nearest(word.removeprefix(place), inner, cutoff) if inner else nearest(word, known, cutoff)
-    place = place if inner else ""
+    if not (inner := [one for one in known if one.startswith(place)]):
+        place, inner = "", [*known]
+    found = nearest(word.removeprefix(place), [one.removeprefix(place) for one in inner], cutoff)
     found = ours if ours.partition(".")[0] in known else found and place + found
     near = f"; did you mean {found}?" if found else ""
     return UsageError(f"there is no {kind} {word}{near or f'; the {kind}s are ' * bool(known) + ', '.join(known)}")

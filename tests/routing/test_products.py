@@ -105,6 +105,19 @@ def test_inputs_of_no_expert_stay_as_they_are_to_the_bit() -> None:
         assert not torch.equal(out[5], before[5])
 
 
+def test_rows_that_are_not_as_many_for_each_input_are_refused() -> None:
+    """The gates of a pass would else be taken for another pass, and some rows get no expert."""
+    if compiled.library() is None:
+        pytest.skip("no C++ compiler makes the products here")
+    x, out = inputs(6, 1, torch.float32)
+    parts = add_products(out, x, [Held(make("entries", 0), torch.empty(0))], [Segment(0, torch.tensor([5]), None)])
+    assert parts is not None
+    for rows in (4, 7):
+        x, out = inputs(rows, 1, torch.float32)
+        with pytest.raises(AssertionError, match=f"{rows} rows are not as many for each of 6 inputs"):
+            parts.add_products(out, x)
+
+
 @pytest.mark.parametrize(("tokens", "shape"), [(1, (300, 400)), (40, SHAPE)])
 def test_a_row_has_the_same_bits_whatever_the_other_rows_and_threads(tokens: int, shape: tuple[int, int]) -> None:
     """Rows of few tokens and of many stand beside each other, and one row has several experts."""
