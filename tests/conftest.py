@@ -83,19 +83,23 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)
 
 
-def pytest_collectstart(collector: pytest.Collector) -> None:
-    """Set up a process that runs tests."""
-    if isinstance(collector, pytest.Session):
-        import hypothesis
-        import torch
+def pytest_collectstart() -> None:
+    """Set up a process that runs tests, before it imports the first of them."""
+    _set_up()
 
-        torch.set_num_threads(1)
-        # Lightning reads the metadata of all installed packages for each trainer.
-        importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
-        # How long an example takes says nothing on a busy machine. Each run draws other examples, most of them in CI.
-        examples = 100 if os.environ.get("CI") else 10
-        hypothesis.settings.register_profile("untimed", deadline=None, max_examples=examples)
-        hypothesis.settings.load_profile("untimed")
+
+@functools.cache
+def _set_up() -> None:
+    import hypothesis
+    import torch
+
+    torch.set_num_threads(1)
+    # Lightning reads the metadata of all installed packages for each trainer.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+    # How long an example takes says nothing on a busy machine. Each run draws other examples, most of them in CI.
+    examples = 100 if os.environ.get("CI") else 10
+    hypothesis.settings.register_profile("untimed", deadline=None, max_examples=examples)
+    hypothesis.settings.load_profile("untimed")
 
 
 def build_model(architecture: str, seed: int = 0, **changes: object) -> PreTrainedModel:

@@ -4,14 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, TaskVector
 from modular_experts.deltas.tiles import Tile, gather_tiles, index_dtype, tile_grid
-
-settings.register_profile("quick", max_examples=60, deadline=None)
-settings.load_profile("quick")
 
 FORMS = ["Dense", "LowRank", "Sparse", "BlockSparse", "zero"]
 
