@@ -246,3 +246,27 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
         return code, captured.out, captured.err
 
     return command
+
+
+@pytest.fixture
+def done(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Run a command that succeeds without a word on stderr; return what it printed."""
+
+    def command(*argv: object) -> str:
+        code, out, err = run(*argv)
+        assert (code, err) == (0, ""), argv
+        return out
+
+    return command
+
+
+@pytest.fixture
+def refused(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Run a command that fails with exit code 1; return what it wrote to stderr."""
+
+    def command(*argv: object) -> str:
+        code, _, err = run(*argv)
+        assert code == 1, argv
+        return err
+
+    return command

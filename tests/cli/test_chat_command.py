@@ -27,14 +27,11 @@ def library(tiny_llama_dir, tmp_path, monkeypatch) -> str:
 
 def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama_dir, monkeypatch) -> None:
     lines = ["the word", "/expert lora", "the word", "/expert lra", "", "/expert entries lora", "the word", "/new"]
-    monkeypatch.setattr(
-        sys, "stdin", io.StringIO("\n".join([*lines, "/auto", "/help", "/go", "/expert", "the word", "/exit", "no"]))
-    )
+    lines += ["/auto", "/help", "/go", "/expert", "the word", "/exit", "no"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     code, out, err = run("chat", library, "--max_new_tokens", "7")
-    base, lora, both = (
-        generate(tiny_llama_dir, "the word", [f"library/{name}" for name in names], 7)
-        for names in ((), ("lora",), ("entries", "lora"))
-    )
+    groups = ([], ["library/lora"], ["library/entries", "library/lora"])
+    base, lora, both = (generate(tiny_llama_dir, "the word", experts, 7) for experts in groups)
     answers, _, told = out.partition("/expert NAME")
     assert (code, answers.split("\n")[:3]) == (0, [base, lora, both])
     assert told.splitlines()[-2:] == ["experts: dense, entries, int4, lora, tiles", base]
@@ -45,9 +42,7 @@ def test_lines_are_prompts_and_commands_say_who_answers(run, library, tiny_llama
     ]
 
 
-def test_a_broken_adapter_does_not_end_a_chat_and_auto_opens_none(
-    run, library, tiny_llama_dir, monkeypatch, caplog
-) -> None:
+def test_a_broken_adapter_ends_no_chat_and_auto_opens_none(run, library, tiny_llama_dir, monkeypatch, caplog):
     broken = Path(library, "a-broken")
     broken.mkdir()
     (broken / ADAPTER_FILE).write_text(json.dumps({"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x"}))

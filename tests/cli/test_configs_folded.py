@@ -44,13 +44,10 @@ def test_a_later_task_takes_nothing_from_the_one_before(printed, arguments: tupl
     assert (task["role"], task["weight"]) == ("held_in", 1.0)
 
 
-def test_a_field_of_the_last_item_is_set_in_place(printed) -> None:
+def test_a_field_of_the_last_item_is_set_in_place_and_plus_appends(printed) -> None:
     (callback,) = printed("--trainer.callbacks.name", "d")["trainer"]["callbacks"]
     kept = {"library": "a", "name": "d", "overwrite": True, "monitor": "val_loss", "keep_inputs": 0}
     assert callback["init_args"] == kept
-
-
-def test_plus_appends(printed) -> None:
     found = printed("--tasks+", '{"name": "two", "path": "two.jsonl"}')["data"]["tasks"]
     assert [(task["name"], task["weight"]) for task in found] == [("one", 3.0), ("two", 1.0)]
 

@@ -24,18 +24,8 @@ def python(code: str, cwd: Path | None = None) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_no_help_imports_torch() -> None:
+def test_help_a_slip_and_a_wrong_place_of_an_expert_need_no_torch(tmp_path) -> None:
     words = [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)]
-    lines = [
-        "import sys",
-        "from modular_experts.__main__ import main",
-        f"assert all(main(words) == 0 for words in {words})",
-        "assert not {'torch', 'lightning', 'transformers', 'jsonargparse', 'rich'} & set(sys.modules)",
-    ]
-    python("\n".join(lines))
-
-
-def test_a_wrong_place_of_an_expert_is_refused_before_torch_is_imported(tmp_path) -> None:
     for name in ("dates", "mood"):
         (tmp_path / "library" / name).mkdir(parents=True)
         (tmp_path / "library" / name / "expert.json").write_text("{}")
@@ -47,14 +37,18 @@ def test_a_wrong_place_of_an_expert_is_refused_before_torch_is_imported(tmp_path
         "remove --merged library/date --expert library/mood --out rest",
     ]
     wanted = f"library/date is not an expert: there is no such directory; did you mean {tmp_path}/library/dates?"
+    slip = "there is no option --bass; did you mean --base?"
+    refused = [*((command, 1, wanted) for command in commands), ("fit --bass x", 2, slip)]
     lines = [
         "import io, sys",
         "from contextlib import redirect_stderr",
         "from modular_experts.__main__ import main",
-        f"for line in {commands}:",
+        f"assert all(main(words) == 0 for words in {words})",
+        "assert not {'torch', 'lightning', 'transformers', 'jsonargparse', 'rich'} & set(sys.modules)",
+        f"for line, code, sentence in {refused}:",
         "    with redirect_stderr(io.StringIO()) as err:",
-        "        assert main(line.split()) == 1, line",
-        f"    assert err.getvalue() == 'error: {wanted}\\n', err.getvalue()",
+        "        assert main(line.split()) == code, line",
+        "    assert err.getvalue() == f'error: {sentence}\\n', err.getvalue()",
         "assert 'torch' not in sys.modules",
     ]
     python("\n".join(lines), tmp_path)

@@ -6,12 +6,12 @@ f-string counts as a word.
 
 import ast
 import contextlib
+import functools
 import importlib
 import inspect
 import io
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,10 @@ EVERYWHERE = {"help", "help-all", "config", "print_config", "version", "trust"}
 STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ")
 
 
-def texts() -> Iterator[tuple[str, str]]:
-    """Yield each string of the package with its file; of an f-string, placeholders become the word X."""
+@functools.cache
+def texts() -> list[tuple[str, str]]:
+    """Return each string of the package with its file; of an f-string, placeholders become the word X."""
+    found = []
     # These have options of SLURM's commands and of other servers.
     strangers = {PACKAGE / "jobs" / "slurm_jobs.py", PACKAGE / "interop" / "servers.py"}
     for file in sorted(set(PACKAGE.rglob("*.py")) - strangers):
@@ -43,9 +45,10 @@ def texts() -> Iterator[tuple[str, str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 words = [part.value if isinstance(part, ast.Constant) else "X" for part in node.values]
-                yield file.name, "".join(words)
+                found.append((file.name, "".join(words)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
-                yield file.name, node.value
+                found.append((file.name, node.value))
+    return found
 
 
 def hints_of(verb: str) -> dict[str, object]:
@@ -104,13 +107,7 @@ def wrong_hints(text: str) -> list[str]:
 
 
 # Names of weights and attributes in texts that are no settings.
-ATTRIBUTES = {
-    ("model", "layers"),
-    ("model", "embed_tokens"),
-    ("model", "safetensors"),
-    ("model", "norm"),
-    ("model", "generate"),
-}
+ATTRIBUTES = {("model", name) for name in ("layers", "embed_tokens", "safetensors", "norm", "generate")}
 
 
 def test_every_option_and_command_that_a_text_names_exists() -> None:

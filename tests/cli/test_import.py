@@ -22,24 +22,27 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
-def place(tiny_llama_dir, tmp_path, monkeypatch, capsys):
-    """A directory to stand in, with a base, a fine-tuned checkpoint, and a LoRA."""
+def place(tiny_llama_dir, tmp_path, monkeypatch):
+    """A directory to stand in, with a base and a LoRA."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    write_lora(tmp_path / "lora")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing/notes.txt").write_text("no weights here")
+    return tmp_path
+
+
+def write_checkpoints():
+    """Write a base, and a checkpoint whose weights moved, one of them in five entries."""
     model = build_model("llama").bfloat16()
-    model.save_pretrained(tmp_path / "half")
+    model.save_pretrained("half")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
         model.model.layers[1].mlp.up_proj.weight.copy_(build_model("llama").model.layers[1].mlp.up_proj.weight)
         model.model.layers[1].mlp.up_proj.weight[0, :5] += 1
-    model.save_pretrained(tmp_path / "tuned")
-    write_lora(tmp_path / "lora")
-    (tmp_path / "nothing").mkdir()
-    (tmp_path / "nothing/notes.txt").write_text("no weights here")
-    capsys.readouterr()
-    return tmp_path
+    model.save_pretrained("tuned")
 
 
 def write_lora(directory, base="base"):
@@ -56,9 +59,10 @@ def write_lora(directory, base="base"):
     return 2.0 * factors["lora_B"].double() @ factors["lora_A"].double()
 
 
-def test_a_full_checkpoint_is_imported_exactly_and_says_so(run, place):
-    code, out, err = run("import", "--source", "tuned", "--base", "half", "--out", "library/x", "--tasks", "[sums]")
-    assert (code, err) == (0, "")
+def test_a_full_checkpoint_is_imported_exactly_and_says_so(run, done, place, capsys):
+    write_checkpoints()
+    capsys.readouterr()
+    out = done("import", "--source", "tuned", "--base", "half", "--out", "library/x", "--tasks", "[sums]")
     before, after = (load_file(f"{name}/model.safetensors") for name in ("half", "tuned"))
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     entries, changed = (
@@ -80,10 +84,9 @@ def test_a_full_checkpoint_is_imported_exactly_and_says_so(run, place):
     assert all(torch.equal(value, after[name]) for name, value in load_file("full/model.safetensors").items())
 
 
-def test_a_lora_is_imported_against_the_base_that_it_names(run, place):
+def test_a_lora_is_imported_against_the_base_that_it_names(done, place):
     shutil.copy("base/config.json", "lora/config.json")  # some adapters carry it
-    code, out, err = run("import", "--source", "lora", "--out", "library/lora")
-    assert (code, err) == (0, "")
+    out = done("import", "--source", "lora", "--out", "library/lora")
     shutil.rmtree("lora")
     expected = write_lora(place / "lora")
     expert = open_expert("library/lora")
@@ -97,30 +100,28 @@ def test_a_lora_is_imported_against_the_base_that_it_names(run, place):
 
 
 @pytest.mark.filterwarnings("ignore")  # what PEFT warns of while the adapter is made
-def test_a_type_that_only_peft_reads_is_imported_and_its_check_is_printed(run, place, capsys):
+def test_a_type_that_only_peft_reads_is_imported_and_its_check_is_printed(run, done, place, capsys):
     save_adapter(place / "base", place / "loha", LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     capsys.readouterr()
-    code, out, err = run("import", "--source", "loha", "--out", "library/loha")
-    assert (code, err) == (0, "")
+    out = done("import", "--source", "loha", "--out", "library/loha")
     assert "states 2 of the deltas; 0 are merged weight minus base; logits differ from PEFT's by at most " in out
     assert run("import", "--source", "lora", "--out", "library/lora")[0] == 0
     assert run("merge", "--experts", "library/loha", "library/lora", "--method", "TIES", "--out", "library/m")[0] == 0
 
 
-def test_whatever_a_reader_gives_is_checked_against_the_base(run, place, monkeypatch):
+def test_whatever_a_reader_gives_is_checked_against_the_base(refused, place, monkeypatch):
     for name, shape, sentence in (
         ("model.layers.0.self_attn.qproj.weight", (32, 32), f"has no such weight; did you mean {Q}"),
         (Q, (32, 31), "as a weight of shape (32, 31), and in base it has (32, 32)"),
     ):
         foreign = ImportedAdapter([(Q, Sparse.zero((32, 32))), (name, Sparse.zero(shape))], "LORA")
         monkeypatch.setattr(import_room, "read_peft", lambda *_, given=foreign: given)
-        code, _, err = run("import", "--source", "lora", "--out", "library/x")
-        assert code == 1
+        err = refused("import", "--source", "lora", "--out", "library/x")
         assert sentence in err
         assert list((place / "library").iterdir()) == []
 
 
-def test_many_sources_and_patterns_are_imported_and_one_that_fails_stops_no_other(run, place, caplog):
+def test_many_sources_and_patterns_are_imported_and_one_that_fails_stops_no_other(run, refused, place, caplog):
     for name, base in (("a", "base"), ("b", "gone"), ("c", "base")):
         write_lora(place / "peft" / name, base)
     Path("peft/notes.txt").write_text("no adapter")
@@ -128,7 +129,9 @@ def test_many_sources_and_patterns_are_imported_and_one_that_fails_stops_no_othe
     assert code == 1
     assert [line.partition(":")[0] for line in out.splitlines()] == ["library/a", "library/c"]
     assert "peft/b: base 'gone' was not found" in caplog.text
-    assert err.splitlines()[-1] == "error: 1 of 3 sources did not become experts: peft/b"
+    *told, last = err.splitlines()
+    assert told == [f"importing peft/{name} ({number} of 3)" for number, name in enumerate("abc", 1)]
+    assert last == "error: 1 of 3 sources did not become experts: peft/b"
     assert [*Library("library")] == ["a", "c"]
     # The same command goes on: the shell may spell the pattern out, and names the file, too.
     before = Path("library/a/expert.json").stat().st_mtime_ns
@@ -141,8 +144,7 @@ def test_many_sources_and_patterns_are_imported_and_one_that_fails_stops_no_othe
     assert [open_expert(f"library/{name}").record["tasks"] for name in "abc"] == [["a"], ["b"], ["c"]]
     factors = load_file("peft/a/adapter_model.safetensors")
     save_file({key: 2 * factor for key, factor in factors.items()}, "peft/a/adapter_model.safetensors")
-    code, out, err = run("import", "peft/[ac]", "--out", "library")
-    assert code == 1
+    refused("import", "peft/[ac]", "--out", "library")
     assert "peft/a: library/a exists already; choose another place" in caplog.text
     assert run("import", "peft/[ac]", "--out", "library", "--overwrite")[0] == 0
     torch.testing.assert_close(open_expert("library/a")[Q].dense(), 4 * open_expert("library/c")[Q].dense())
@@ -161,14 +163,12 @@ def test_sources_of_one_name_get_the_directory_above_and_words_that_name_nothing
     code, _, err = run("import", "runs/*/*", "--out", "library", "--tasks", "dates")
     assert code == 2
     assert "--tasks is for one fine-tuning" in err
-
-
-def test_sources_whose_names_stay_equal_are_refused_and_the_same_source_counts_once(run, place):
     for name in ("a/v/lora", "b/v/lora", "c/mood"):
-        write_lora(place / "runs" / name)
-    done = import_experts(["runs/a/v/lora", "runs/b/v/lora", "runs/c/mood", "runs/c/mood/"], "library", overwrite=True)
-    assert [expert.name for expert in done.experts] == [*Library("library")] == ["mood"]
-    assert list(done.failed) == ["runs/a/v/lora", "runs/b/v/lora"]
+        write_lora(place / "more" / name)
+    # Names that stay equal are refused, and the same source counts once.
+    done = import_experts(["more/a/v/lora", "more/b/v/lora", "more/c/mood", "more/c/mood/"], "new", overwrite=True)
+    assert [expert.name for expert in done.experts] == [*Library("new")] == ["mood"]
+    assert list(done.failed) == ["more/a/v/lora", "more/b/v/lora"]
     assert all("another of the sources would be called v-lora, too; import each" in why for why in done.failed.values())
 
 
@@ -181,21 +181,8 @@ def test_an_expert_of_another_base_is_not_the_one_that_is_asked_for(run, place):
     assert import_experts(["lora"], "library").present == ["lora"]
 
 
-def test_a_directory_with_the_signs_of_a_pattern_in_its_name_is_taken_as_it_is(run, place):
+def test_a_directory_with_the_signs_of_a_pattern_in_its_name_is_taken_as_it_is(done, place):
     write_lora(place / "runs[1]/lora")
     write_lora(place / "runs1/lora")
-    code, _, err = run("import", "runs[1]/lora", "--out", "library/one")
-    assert (code, err) == (0, "")
+    done("import", "runs[1]/lora", "--out", "library/one")
     assert open_expert("library/one").record["source"]["id"] == "runs[1]/lora"
-
-
-def test_each_source_is_named_when_its_turn_comes_and_why_it_failed_at_once(run, place, caplog):
-    for name in ("a", "b", "c"):
-        write_lora(place / "peft" / name)
-    (place / "peft/b/adapter_config.json").write_text("{")
-    code, _, err = run("import", "peft/*", "--out", "library")
-    assert code == 1
-    *told, last = err.splitlines()
-    assert told == [f"importing peft/{name} ({number} of 3)" for number, name in enumerate("abc", 1)]
-    assert last == "error: 1 of 3 sources did not become experts: peft/b"
-    assert [one.startswith("peft/b: peft/b/adapter_config.json") for one in caplog.messages] == [True]

@@ -15,7 +15,6 @@ import torch
 from testbed.random_deltas import random_delta
 
 from modular_experts import generate
-from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.cli.command import read_options, settings_of
@@ -65,9 +64,8 @@ def test_a_users_own_method_by_its_dotted_path(run, place):
     assert open_expert("library/f").record["method"] == {"class_path": "my_methods.First", "init_args": {"scale": 2.0}}
 
 
-def test_apply_writes_a_checkpoint_and_says_how_it_was_checked(run, place, tiny_llama_dir):
-    code, out, err = run("apply", "--base", tiny_llama_dir, "--experts", "[library/a]", "--out", "merged")
-    assert (code, err) == (0, "")
+def test_apply_writes_a_checkpoint_and_says_how_it_was_checked(done, place, tiny_llama_dir):
+    out = done("apply", "--base", tiny_llama_dir, "--experts", "[library/a]", "--out", "merged")
     assert "the largest difference of a logit is 0 (tolerance 0.001)" in out
     assert json.loads((place / "merged/modular_experts.json").read_text())["check"]["largest_difference"] == 0
     assert "merged: a checkpoint" in out
@@ -112,21 +110,18 @@ def test_show_tells_kind_shares_norms_and_where_from(run, place):
     assert "model.layers.1.self_attn.q_proj.weight" in out.replace("\n", "")
 
 
-def test_verify_one_a_library_and_a_base(run, place, tiny_llama_dir, tiny):
+def test_verify_one_a_library_and_a_base(run, refused, place, tiny_llama_dir, tiny):
     assert "is the one it was trained on" in run("verify", "library/a")[1]
     assert "all 3 experts are intact" in run("verify", "library")[1]
     assert "base not checked" in run("verify", "others/x")[1]
     assert run("verify", "library/a", "--base", tiny_llama_dir)[0] == 0
-    code, _, err = run("verify", "library/a", "--base", tiny("qwen2"))
-    assert code == 1
-    assert "trained on another base" in err
+    assert "trained on another base" in refused("verify", "library/a", "--base", tiny("qwen2"))
     file = place / "library/b/delta.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     code, out, err = run("verify", "library")
-    assert code == 1
-    assert "library/a: intact" in out
+    assert (code, "library/a: intact" in out) == (1, True)
     assert "b/delta.safetensors is damaged" in err
     assert "1 of 3 experts in library failed: b" in err
 
@@ -140,11 +135,7 @@ MISTAKES = [
     (["generate", "hi", "--model.max_new_tokens", "3"], 2, "did you mean --max_new_tokens?"),
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
     ([*MERGE, "TIES", "--method.keep", "much"], 2, "--method.keep must be of type float or list[float], got much"),
-    (
-        [*MERGE, "TIES", "--method.zero", "positve"],
-        2,
-        "--method.zero must be one of none, positive, weight_majority, got positve; did you mean positive?",
-    ),
+    ([*MERGE, "TIES", "--method.zero", "positve"], 2, "weight_majority, got positve; did you mean positive?"),
     ([*MERGE, "nowhere.Method"], 2, "--method: nowhere.Method cannot be imported: No module named 'nowhere'"),
     ([*MERGE, "TIES", "--method.keep", "1.5"], 1, "must be in (0, 1], got 1.5"),
     (["merge", "--method", "TIES", "--out", "library/new"], 2, "--experts must be given"),
@@ -224,10 +215,8 @@ def test_generate_finds_its_prompt_where_people_put_it(place, run, monkeypatch, 
         assert run("generate", *words) == (0, answers[answer], ""), words
     monkeypatch.setattr(sys, "stdin", io.StringIO("the word\n"))
     assert run("generate", *base, *length) == (0, answers["base"], "")
-    assert run("generate", "the word")[::2] == (
-        2,
-        "error: --base or --experts must be given, on the command line or in --config\n",
-    )
+    refusal = "error: --base or --experts must be given, on the command line or in --config\n"
+    assert run("generate", "the word")[::2] == (2, refusal)
 
 
 def test_a_line_comes_at_every_tenth_of_work_that_takes_more_than_five_seconds(monkeypatch, capsys) -> None:
@@ -243,21 +232,14 @@ def test_a_line_comes_at_every_tenth_of_work_that_takes_more_than_five_seconds(m
     assert list(progress_bar("searching")([])) == []
 
 
-def test_the_commands_at_the_end_work_as_typed(tmp_path, monkeypatch, tiny_llama_dir, task_files, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["modular-experts"])
-    shutil.copytree(tiny_llama_dir, "runs/quick start/base")
-    plan, place = Plan(), Path("runs/quick start")
+def test_the_commands_at_the_end_work_as_typed(run, place) -> None:
+    plan, at = Plan(), Path("runs/quick start")
     assert max(len(line) for step in next_steps(plan, Path("runs/quickstart")) for line in step.splitlines()) <= 78
-    kind = plan.kinds[0]
-    for task in list(plan.held_in)[:2]:
-        fit = f"""fit --model.base '{place}/base' --model.modules '.*q_proj' --model.expert LoRAExpert
-            --tasks '[{{"name": "{task}", "path": "{task_files["upper"]}"}}]' --trainer.max_steps 1
-            --trainer.callbacks+ ExportExpert --trainer.callbacks.library '{place}/library'
-            --trainer.callbacks.name {kind}-{task}"""
-        assert main(shlex.split(fit)) == 0
-    for command in next_steps(plan, place):
+    for expert, task in zip(("a", "b"), plan.held_in, strict=False):
+        shutil.copytree(f"library/{expert}", at / f"library/{plan.kinds[0]}-{task}")
+    for command in next_steps(plan, at):
         words = shlex.split(command.replace("\\\n", " "))
-        assert words[0] == "modular-experts"
-        assert main(words[1:]) == 0, capsys.readouterr().err
-    assert "two" in Library(place / "library")
+        more = ["--eval_limit", "2", "--max_new_tokens", "2"] if words[1] == "evaluate" else []
+        code, _, err = run(*words[1:], *more)
+        assert (words[0], code) == ("modular-experts", 0), err
+    assert "two" in Library(at / "library")

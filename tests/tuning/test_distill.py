@@ -40,9 +40,8 @@ def place(tiny_llama_dir, task_files, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_it_is_the_search_by_row_from_the_experts_answers(run, place) -> None:
-    code, out, err = run("merge", *EXPERTS, "--method", "Distilled", *OPTIONS, "--out", "library/both")
-    assert (code, err) == (0, "")
+def test_it_is_the_search_by_row_from_the_experts_answers(done, place) -> None:
+    out = done("merge", *EXPERTS, "--method", "Distilled", *OPTIONS, "--out", "library/both")
     assert "merged 2 experts with Distilled(" in out
     merged = open_expert("library/both")
     data = Inputs.kept_by([open_expert(one) for one in EXPERTS])
@@ -81,18 +80,13 @@ def test_task_files_give_training_and_validation_inputs(run, place, task_files) 
 
 
 def test_each_mistake_gets_one_sentence(run, place) -> None:
-    with pytest.raises(
-        ValueError, match="no formula of the deltas gives a merge by Distilled; merge --method Distilled"
-    ):
+    with pytest.raises(ValueError, match="no formula of the deltas gives a merge by Distilled; merge --method"):
         merge(EXPERTS, "Distilled", "library/both")
     (place / "library/upper/inputs.safetensors").unlink()
     ours = ["merge", *EXPERTS, "--out", "library/both", "--method"]
     for words, sentence in [
         (["Distilled"], "no rows are given, and 1 of 2 experts keep no inputs"),
-        (
-            ["Distilled", "--dry-run"],
-            "Distilled searches, and writes an expert; give out, base, overwrite and data alone",
-        ),
+        (["Distilled", "--dry-run"], "Distilled searches, and writes an expert; give out, base, overwrite and data"),
         (["Distilled", "--output", "checkpoint"], "give out, base, overwrite and data alone"),
         (["Average", "--tasks", "a.jsonl"], "such as Distilled; add --tune"),
         (["Distilled", "--method.steps", "0"], "steps must be at least 1, got 0"),
