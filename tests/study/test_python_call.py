@@ -17,34 +17,24 @@ from modular_experts.study.plan import groups
 from modular_experts.study.short_forms import named_tasks
 
 
-def test_objects_do_what_their_settings_do(tmp_path, tiny_llama_dir) -> None:
-    rows = [
-        {"input": f"{n}+1=", "target": str(n + 1), "split": ("train", "validation", "test")[n % 3]} for n in range(9)
-    ]
-    files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
-    for file in files:
-        write_rows(file, rows)
+def test_objects_do_what_their_settings_do(two_task_files, tiny_llama_dir) -> None:
     lora = {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
+    average = {"class_path": "SparseAverage", "init_args": {"scale": 0.5}}
     ways = {
-        "objects": (Task(path=str(files[0]), cap=2), partial(LoRAExpert, rank=2), SparseAverage(scale=0.5), TIES),
-        "settings": (
-            {"path": str(files[0]), "cap": 2},
-            lora,
-            {"class_path": "SparseAverage", "init_args": {"scale": 0.5}},
-            "TIES",
-        ),
+        "objects": (Task(path="a.jsonl", cap=2), partial(LoRAExpert, rank=2), SparseAverage(scale=0.5), TIES),
+        "settings": ({"path": "a.jsonl", "cap": 2}, lora, average, "TIES"),
     }
     found = {}
     for name, (task, expert, *merges) in ways.items():
         experts = {"lora": {"expert": expert, "modules": "all-linear", "steps": 2}}
-        study = read_study(tiny_llama_dir, [task, str(files[1])], experts, merges, max_new_tokens=3)
+        study = read_study(tiny_llama_dir, [task, "b.jsonl"], experts, merges, max_new_tokens=3)
         with ThreadPoolExecutor(1) as executor:
-            state = run_study(study, tmp_path / name, executor=executor)
+            state = run_study(study, Path(name), executor=executor)
         assert not state.failed
         rows = [(row["model"], row["task"], row["metric"], row["value"]) for row in results_of(study, state).rows]
-        found[name] = rows, {key: one.content_hash for key, one in Library(tmp_path / name / "library").items()}
+        found[name] = rows, {key: one.content_hash for key, one in Library(f"{name}/library").items()}
     assert found["objects"] == found["settings"]
-    assert {"lora-one", "merge-lora-SparseAverage", "merge-lora-TIES"} <= set(found["objects"][1])
+    assert {"lora-a", "merge-lora-SparseAverage", "merge-lora-TIES"} <= set(found["objects"][1])
 
 
 def test_copies_of_rows_are_counted_before_the_pieces_run(tmp_path, tiny_llama_dir, caplog) -> None:

@@ -2,18 +2,15 @@
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 import yaml
-from conftest import SIZES, build_tokenizer, write_rows
 from testbed.forked import ended, forked
 
 from modular_experts.__main__ import main
@@ -22,16 +19,6 @@ from modular_experts.reports import Results
 from modular_experts.study import work
 from modular_experts.study.run import PIECES
 
-WORDS = [first + middle + last for first in "klmp" for middle in "aeu" for last in "rst"]
-TASKS: dict[str, Callable[[str], str]] = {
-    "twice": lambda word: word * 2,
-    "middle": lambda word: word[1],
-    "last": lambda word: word[-1],
-    "ends": lambda word: word[::2],
-    "capital": str.title,
-    "shout": lambda word: word + "!",
-}
-SPLITS = ["train", "train", "validation", "test"]
 STUDY = {
     "base": "base",
     "tasks": {"held_in": "tasks/in/*.jsonl", "held_out": "tasks/out/*.jsonl"},
@@ -64,20 +51,15 @@ HERE = ["--engine", "killed_pool.One"]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> None:
-    """Make a user's own base, task files (four to train on, two to test on), merge method and study."""
+def folder(tmp_path, monkeypatch, tiny, task_files) -> None:
+    """Make a user's own base, task files (two to train on, one to test on), merge method and study."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
-    torch.manual_seed(7)
-    base = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, num_key_value_heads=1, **SIZES))
-    base.save_pretrained("base")
-    build_tokenizer().save_pretrained("base")
-    for number, (name, answer) in enumerate(TASKS.items()):
-        file = Path("tasks", "in" if number < 4 else "out", f"{name}.jsonl")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"input": f"{name} {word}:", "target": answer(word)} for word in WORDS]
-        write_rows(file, [row | {"split": SPLITS[place % 4]} for place, row in enumerate(rows)])
+    Path("base").symlink_to(tiny("qwen2"))
+    for name, file in task_files.items():
+        place = Path("tasks", "out" if name == "first" else "in")
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
     Path("killed_methods.py").write_text(MINE)
     Path("killed_pool.py").write_text(POOL)
     Path("study.yaml").write_text(yaml.safe_dump(STUDY))
@@ -98,11 +80,8 @@ def content(out: str) -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
     """Return all numbers of a study, the hashes of its experts, and the names of all that it left, also hidden."""
     library = Library(f"{out}/library")
     files = [str(file.relative_to(out)) for file in Path(out).rglob("*")]
-    return (
-        Results.read(f"{out}/results.json").rows,
-        {name: library[name].content_hash for name in library},
-        sorted(files),
-    )
+    hashes = {name: library[name].content_hash for name in library}
+    return Results.read(f"{out}/results.json").rows, hashes, sorted(files)
 
 
 def test_killed_while_it_trains_and_while_it_tunes_it_ends_with_the_same_bytes_and_a_failure_stays_alone(
@@ -110,7 +89,7 @@ def test_killed_while_it_trains_and_while_it_tunes_it_ends_with_the_same_bytes_a
 ) -> None:
     draw = random.Random(3)
     # At random while two processes train the first kind, and while a merge of the second is tuned.
-    for moment, words in (draw.randrange(1, 8), ["--processes", "2"]), (26, HERE):
+    for moment, words in (draw.randrange(1, 4), ["--processes", "2"]), (18, HERE):
         process = forked(study, "killed", *words)
         while done("killed") < moment:
             assert os.waitpid(process, os.WNOHANG) == (0, 0), capsys.readouterr().err
@@ -122,9 +101,9 @@ def test_killed_while_it_trains_and_while_it_tunes_it_ends_with_the_same_bytes_a
     assert study("killed", *HERE) == 1
     shown, error = capsys.readouterr()
     sentence = "[Errno 2] No such file or directory: 'which'"
-    broken = ", ".join(f"merges {kind} First 4 0 0" for kind in ("lora", "sparse"))
+    broken = ", ".join(f"merges {kind} First 2 0 0" for kind in ("lora", "sparse"))
     assert [line for line in shown.splitlines() if "failed" in line] == [f"failed: {broken}: {sentence}"]
-    assert "2 of 29 pieces have no result" in error
+    assert "2 of 21 pieces have no result" in error
     before = done("killed")
     Path("which").write_text("0")
     # Processes or a thread, the bytes are the same.
