@@ -9,6 +9,7 @@ from testbed.random_deltas import random_delta
 from testbed.runs import mixture
 
 from modular_experts.base import Base
+from modular_experts.data.batch import IGNORED
 from modular_experts.deltas import Delta, Dense
 from modular_experts.evaluation import batch_losses
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
@@ -67,3 +68,14 @@ def state(model) -> dict[str, torch.Tensor]:
 def same_bits(model, before: dict[str, torch.Tensor]) -> bool:
     """Return whether every weight is as it was."""
     return all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def loss_by_hand(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of the labelled tokens."""
+    chosen = labels[:, 1:] != IGNORED
+    return torch.nn.functional.cross_entropy(logits[:, :-1][chosen], labels[:, 1:][chosen])
+
+
+def entropy_by_hand(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean entropy at the places that predict labelled tokens."""
+    return torch.distributions.Categorical(logits=logits[:, :-1][labels[:, 1:] != IGNORED]).entropy().mean()

@@ -5,11 +5,10 @@ told.
 import pytest
 import torch
 from testbed.random_deltas import random_delta
-from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
+from testbed.searching import NAMES, entropy_by_hand, loss_by_hand, objective_on, random_experts, same_bits, state
 from torch.func import functional_call
 
 from modular_experts.base import Base
-from modular_experts.data.batch import IGNORED
 from modular_experts.deltas import Dense
 from modular_experts.deltas.algebra import dot
 from modular_experts.evaluation import batch_losses
@@ -32,76 +31,44 @@ def test_the_inner_product_is_that_of_the_dense_forms(form) -> None:
     torch.testing.assert_close(dot(strided, delta).double(), expected, rtol=1e-12, atol=1e-12)
 
 
-def loss_by_hand(logits, labels):
-    """Return the mean loss of the labelled tokens."""
-    chosen = labels[:, 1:] != IGNORED
-    return torch.nn.functional.cross_entropy(logits[:, :-1][chosen], labels[:, 1:][chosen])
+MEASURES = [
+    pytest.param(batch_losses, loss_by_hand, False, id="losses"),
+    pytest.param(batch_entropies, entropy_by_hand, False, id="entropies"),
+    pytest.param(batch_losses, loss_by_hand, True, id="rows"),
+]
 
 
-def entropy_by_hand(logits, labels):
-    """Return the mean entropy at the places that predict labelled tokens."""
-    return torch.distributions.Categorical(logits=logits[:, :-1][labels[:, 1:] != IGNORED]).entropy().mean()
-
-
-@pytest.mark.parametrize(("measured", "by_hand"), [(batch_losses, loss_by_hand), (batch_entropies, entropy_by_hand)])
-def test_the_gradient_is_that_of_autograd_through_the_explicit_sum(objective, measured, by_hand) -> None:
-    experts = [{name: d.to(dtype=torch.float64) for name, d in e.items()} for e in random_experts(objective)]
-    model = objective.model.double()
-    coefficients = torch.rand(len(NAMES), len(experts), dtype=torch.float64)
-    batches = [batches[0] for batches in objective.batches.values()]
-    before = state(model)
-    with Combination(model, experts) as combination, combination.gradients() as gathered:
-        order = [NAMES.index(name) for name in combination.names]
-        combination.move_to(coefficients[order])
-        for batch in batches:
-            sums, counts = measured(model, batch)
-            (sums.sum() / counts.sum()).backward()
-        assert all(weight.grad is None for weight in model.parameters())
-    assert same_bits(model, before)
-    assert all(weight.requires_grad for weight in model.parameters())
-
-    factors = coefficients.clone().requires_grad_(True)
-    moved = {
-        name: before[name]
-        + sum(factors[row, number] * e[name].dense() for number, e in enumerate(experts) if name in e)
-        for row, name in enumerate(NAMES)
-    }
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        total = total + by_hand(functional_call(model, moved, kwargs=inputs).logits, batch["labels"])
-    total.backward()
-    torch.testing.assert_close(gathered, factors.grad[order], rtol=1e-9, atol=1e-12)
-    assert gathered.abs().min() == 0  # the weight that one expert does not move
-    assert (gathered != 0).sum() == gathered.numel() - 1
-
-
-def test_rows_have_coefficients_and_gradients_of_their_own(objective) -> None:
-    """The reference has a graph through the explicit sum, whose rows are scaled in the dense form."""
+@pytest.mark.parametrize(("measured", "by_hand", "by_row"), MEASURES)
+def test_the_gradient_is_that_of_autograd_through_the_explicit_sum(objective, measured, by_hand, by_row) -> None:
+    """Each weight, or each of its rows, has coefficients of its own. The reference scales the dense forms."""
     experts = [{name: d.to(dtype=torch.float64) for name, d in e.items()} for e in random_experts(objective)]
     model, batches = objective.model.double(), [batches[0] for batches in objective.batches.values()]
     before, total = state(model), torch.zeros((), dtype=torch.float64)
-    with Combination(model, experts) as combination, combination.gradients(by_row=True) as gathered:
+    with Combination(model, experts) as combination, combination.gradients(by_row) as gathered:
         assert combination.rows == [before[name].shape[0] for name in combination.names]
-        factors = torch.randn(sum(combination.rows), len(experts), dtype=torch.float64, requires_grad=True)
+        rows = combination.rows if by_row else [1] * len(combination.names)
+        factors = torch.randn(sum(rows), len(experts), dtype=torch.float64, requires_grad=True)
         combination.move_to(factors.detach())
         moved = dict(before)
-        for name, own in zip(combination.names, factors.split(combination.rows), strict=True):
+        for name, own in zip(combination.names, factors.split(rows), strict=True):
             terms = [own[:, place, None] * e[name].dense() for place, e in enumerate(experts) if name in e]
             moved[name] = before[name] + sum(terms)
             torch.testing.assert_close(model.get_parameter(name), moved[name], rtol=1e-12, atol=1e-12)
         for name, delta in combination.deltas(factors.detach()):
             torch.testing.assert_close(before[name] + delta.dense(), moved[name], rtol=1e-12, atol=1e-12)
         for batch in batches:
-            sums, counts = batch_losses(model, batch)
+            sums, counts = measured(model, batch)
             (sums.sum() / counts.sum()).backward()
+        assert all(weight.grad is None for weight in model.parameters())
     assert same_bits(model, before)
+    assert all(weight.requires_grad for weight in model.parameters())
     for batch in batches:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        total = total + loss_by_hand(functional_call(model, moved, kwargs=inputs).logits, batch["labels"])
+        total = total + by_hand(functional_call(model, moved, kwargs=inputs).logits, batch["labels"])
     total.backward()
     torch.testing.assert_close(gathered, factors.grad, rtol=1e-9, atol=1e-12)
-    assert gathered.any()
+    if not by_row:
+        assert (gathered == 0).sum() == 1, "one expert does not move one weight"
 
 
 def test_the_model_stands_at_the_base_plus_the_weighted_deltas(objective) -> None:

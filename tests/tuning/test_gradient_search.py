@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
+from testbed.searching import (
+    NAMES,
+    descent,
+    entropy_by_hand,
+    loss_by_hand,
+    objective_on,
+    random_experts,
+    same_bits,
+    state,
+)
 from torch.func import functional_call
 
 from modular_experts.data.batch import IGNORED
@@ -63,35 +72,47 @@ def test_entropies_fall(objective, per) -> None:
         assert objective.losses() == found.losses
 
 
-@pytest.mark.parametrize("per", ["weight", "expert"])
-def test_four_steps_are_those_of_adam_through_the_explicit_sum(objective, per) -> None:
-    """In float64, with autograd through base + sum of coefficients times deltas, and Adam written out."""
+LOSSES = {"steps": 3, "learning_rate": 0.05, "start": [0.5] * 4}
+SEARCHES = [
+    pytest.param(AdaMerging(per="weight", steps=4, learning_rate=0.02), entropy_by_hand, id="entropies, weight"),
+    pytest.param(AdaMerging(per="expert", steps=4, learning_rate=0.02), entropy_by_hand, id="entropies, expert"),
+    pytest.param(ATLAS(**LOSSES), loss_by_hand, id="losses, weight"),
+    pytest.param(ATLAS(**LOSSES, per="row", decay=True), loss_by_hand, id="losses, row"),
+]
+
+
+@pytest.mark.parametrize(("search", "by_hand"), SEARCHES)
+def test_the_steps_are_adams_on_the_mean_of_each_tasks_own_measure(objective, search, by_hand) -> None:
+    """The reference has a graph through the explicit sum in float64, and measures each task alone."""
     experts = [{name: delta.to(dtype=torch.float64) for name, delta in e.items()} for e in random_experts(objective)]
-    model, names = objective.model.double(), sorted(NAMES)
-    base = state(model)
-    values = torch.full((len(names) if per == "weight" else 1, len(experts)), 0.3, dtype=torch.float64)
-    mean, square = torch.zeros_like(values), torch.zeros_like(values)
-    for step in range(4):
-        factors = values.clone().requires_grad_(True)
-        moved = {
-            name: base[name] + sum(f * e[name].dense() for f, e in zip(row, experts, strict=True) if name in e)
-            for name, row in zip(names, factors.expand(len(names), -1), strict=True)
-        }
-        total = torch.zeros((), dtype=torch.float64)
-        for batches in objective.batches.values():
+    model = objective.model.double()
+    before = state(model)
+    with Combination(model, experts) as combination:
+        found = search.search(combination, objective)
+        names = combination.names
+        rows = combination.rows if search.per == "row" else [1] * len(names)
+    shape = (1 if search.per == "expert" else sum(rows), len(experts))
+    mine = torch.full(shape, 0.5 if by_hand is loss_by_hand else 0.3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([mine], lr=search.learning_rate)
+    for step in range(search.steps):
+        left = 1 - step / search.steps if search.per == "row" else 1
+        optimizer.param_groups[0]["lr"] = search.learning_rate * left
+        moved, losses = dict(before), {}
+        for own, name in zip(mine.expand(sum(rows), -1).split(rows), names, strict=True):
+            terms = [own[:, place, None] * e[name].dense() for place, e in enumerate(experts) if name in e]
+            moved[name] = before[name] + sum(terms)
+        for task, batches in objective.batches.items():
             batch = batches[step % len(batches)]
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            logits = functional_call(model, moved, kwargs=inputs).logits
-            places = logits[:, :-1][batch["labels"][:, 1:] != IGNORED].softmax(-1)
-            total = total - (places * places.log()).sum(-1).mean() / len(objective.batches)
-        (gradient,) = torch.autograd.grad(total, factors)
-        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-        unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
-        values = (values - 0.02 * unbiased[0] / (unbiased[1].sqrt() + 1e-8)).clamp(0, 1)
-    with Combination(model, experts) as combination:
-        search = AdaMerging(per=per, steps=4, learning_rate=0.02)
-        found = search.search(combination, objective)
-    torch.testing.assert_close(found.coefficients, values.expand(len(names), -1), rtol=1e-7, atol=1e-9)
+            losses[task] = by_hand(functional_call(model, moved, kwargs=inputs).logits, batch["labels"])
+        optimizer.zero_grad()
+        (sum(losses.values()) / len(losses)).backward()
+        optimizer.step()
+        if by_hand is entropy_by_hand:
+            mine.data.clamp_(0, 1)
+        exact = {task: loss.item() for task, loss in losses.items()}
+        assert found.trials[step].losses == pytest.approx(exact, rel=1e-9)
+    torch.testing.assert_close(found.coefficients, mine.detach().expand(sum(rows), -1), rtol=1e-7, atol=1e-9)
 
 
 def test_coefficients_stay_between_zero_and_the_largest(objective) -> None:
@@ -143,38 +164,6 @@ def test_it_starts_at_a_merge_and_corrects_it(smooth) -> None:
     torch.testing.assert_close(stays.coefficients, torch.tensor([[1.0, 0.0, 0.0]]).double().expand(len(NAMES), -1))
     assert stays.losses == pytest.approx(at_the_merge, rel=1e-5)
     assert sum(moves.losses.values()) < sum(at_the_merge.values())
-
-
-@pytest.mark.parametrize(("per", "decay"), [("weight", False), ("row", True)])
-def test_the_steps_are_adams_on_the_mean_of_each_tasks_own_loss(smooth, per, decay) -> None:
-    """The reference has a graph through the explicit sum, and measures each task alone."""
-    experts = [{name: d.to(dtype=torch.float64) for name, d in e.items()} for e in random_experts(smooth)[:3]]
-    model = smooth.model.double()
-    before = state(model)
-    with Combination(model, experts) as combination:
-        search = ATLAS(steps=3, learning_rate=0.05, start=[0.5, 0.5, 0.5], per=per, decay=decay)
-        found = search.search(combination, smooth)
-        names, rows = combination.names, combination.rows if per == "row" else [1] * len(combination.names)
-    mine = torch.full((sum(rows), 3), 0.5, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([mine], lr=0.05)
-    for step in range(3):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 3) if decay else 0.05
-        moved = dict(before)
-        for own, name in zip(mine.split(rows), names, strict=True):
-            terms = [own[:, number, None] * e[name].dense() for number, e in enumerate(experts)]
-            moved[name] = before[name] + sum(terms)
-        losses = []
-        for batches in smooth.batches.values():
-            batch = batches[step % len(batches)]
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            logits = functional_call(model, moved, kwargs=inputs).logits[:, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
-        optimizer.zero_grad()
-        (sum(losses) / len(losses)).backward()
-        optimizer.step()
-        exact = {task: loss.item() for task, loss in zip(smooth.batches, losses, strict=True)}
-        assert found.trials[step].losses == pytest.approx(exact, rel=1e-9)
-    torch.testing.assert_close(found.coefficients, mine.detach(), rtol=1e-7, atol=1e-9)
 
 
 def rows_of(model, batches, measure):

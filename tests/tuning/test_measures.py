@@ -80,10 +80,8 @@ def test_its_gradient_is_the_closed_form(objective) -> None:
 def test_a_search_comes_nearer_to_each_tasks_own_expert(objective) -> None:
     own = {"upper": descent(objective, "upper", 2.0), "reverse": descent(objective, "reverse", 2.0)}
     objective.remember(own)
-    for search in (
-        ATLAS(objective="distill", steps=12, learning_rate=0.05),
-        LoRAHub(objective="distill", steps=25, penalty=0.0),
-    ):
+    gradients = ATLAS(objective="distill", steps=12, learning_rate=0.05)
+    for search in (gradients, LoRAHub(objective="distill", steps=25, penalty=0.0)):
         assert search.distills
         with Combination(objective.model, list(own.values())) as combination:
             combination.move_to(torch.zeros(len(NAMES), 2))

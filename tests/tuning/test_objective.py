@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model, build_tokenizer, write_rows
 from testbed.runs import mixture
-from testbed.searching import objective_on, random_experts, same_bits, state, stored
+from testbed.searching import objective_on, random_experts, same_bits, state
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply_deltas
@@ -66,9 +66,8 @@ def test_only_validation_rows_are_taken_and_as_many_as_asked(tiny_llama_dir, tas
 
 
 def test_rows_of_a_length_share_a_batch_and_batches_of_all_lengths_alternate(tiny_llama_dir, tmp_path) -> None:
-    file = tmp_path / "lengths.jsonl"
     rows = [{"input": "a " * (40 - length), "target": "b", "split": "validation"} for length in range(24)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "lengths.jsonl", rows)
     model = Base.open(tiny_llama_dir).load()
     batches, again = (
         Objective(model, mixture({"lengths": file}, tiny_llama_dir, eval_batch_size=2)).batches["lengths"] for _ in "ab"
@@ -84,8 +83,7 @@ def test_rows_of_a_length_share_a_batch_and_batches_of_all_lengths_alternate(tin
 def test_a_held_out_task_and_one_without_validation_rows_are_refused(tiny_llama_dir, task_files, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"first: the rows of a held-out task are reserved for"):
         Objective(Base.open(tiny_llama_dir).load(), mixture(task_files, tiny_llama_dir))
-    file = tmp_path / "tests.jsonl"
-    file.write_text('{"input": "a", "target": "b", "split": "test"}\n')
+    file = write_rows(tmp_path / "tests.jsonl", [{"input": "a", "target": "b", "split": "test"}])
     with pytest.raises(ValueError, match=r"task 'tests' has no validation rows, only 1 test"):
         Objective(Base.open(tiny_llama_dir).load(), mixture({"tests": file}, tiny_llama_dir))
 
@@ -99,9 +97,8 @@ def test_what_is_no_number_never_wins() -> None:
 def named(folder, **tasks):
     """Return stored experts by name, whose records name tasks."""
     base = {"id": "base", "revision": None, "fingerprint": "f" * 64}
-    (first,) = stored(folder / "any", [{"w": Dense(torch.ones(2, 2))}], base)
     for name, several in tasks.items():
-        write_expert(folder / name, first.items(), make_record("SparseExpert", base, tasks=several))
+        write_expert(folder / name, {"w": Dense(torch.ones(2, 2))}, make_record("SparseExpert", base, tasks=several))
     return [open_expert(folder / name) for name in tasks]
 
 
@@ -174,48 +171,46 @@ def test_labels_are_what_the_expert_of_the_task_writes_greedily(tiny_llama_dir, 
     assert not all(ended), "an answer that is cut has no end-of-sequence to learn"
 
 
-def test_no_target_is_read_where_experts_answer(tiny_llama_dir, tmp_path, task_files) -> None:
-    model, kept = lively_model(), {}
-    rows = [json.loads(line) for line in task_files["upper"].read_text().splitlines()]
-    files = {
-        "theirs": rows,
-        "others": [{**row, "target": "another and a longer one", "choices": None} for row in rows],
-        "inputs": [{name: text for name, text in row.items() if name != "target"} for row in rows],
-    }
-    for name, several in files.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "upper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
-        data = mixture({"upper": folder / "upper.jsonl"}, tiny_llama_dir)
-        own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
-        kept[name] = Objective(model, data, own, max_new_tokens=4)
-    assert rows_of(kept["theirs"]) == rows_of(kept["others"]) == rows_of(kept["inputs"])
-
-
-def test_rows_with_neither_target_nor_split_are_asked(tiny_llama_dir, tmp_path, task_files) -> None:
-    file = tmp_path / "upper.jsonl"
-    file.write_text("".join(json.dumps({"input": text}) + "\n" for text in ("bat", "fit", "dot")))
+@pytest.fixture
+def answered(tiny_llama_dir, task_files):
+    """Return a function that gives the rows of a file, which an expert answers with some tokens at most."""
     own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
-    objective = Objective(lively_model(), mixture({"upper": file}, tiny_llama_dir), own, max_new_tokens=3)
-    assert len(rows_of(objective)["upper"]) == 3
+
+    def rows(file, most: int, **settings):
+        data = mixture({"upper": file}, tiny_llama_dir, **settings)
+        return rows_of(Objective(lively_model(), data, own, max_new_tokens=most))["upper"]
+
+    return rows
+
+
+def test_no_target_is_read_where_experts_answer(answered, tmp_path, task_files) -> None:
+    kept = []
+    rows = [json.loads(line) for line in task_files["upper"].read_text().splitlines()]
+    others = [{**row, "target": "another and a longer one", "choices": None} for row in rows]
+    inputs = [{name: text for name, text in row.items() if name != "target"} for row in rows]
+    for several in (rows, others, inputs):
+        kept.append(answered(write_rows(tmp_path / "upper.jsonl", several), 4))
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_rows_with_neither_target_nor_split_are_asked(answered, tiny_llama_dir, tmp_path) -> None:
+    file = write_rows(tmp_path / "upper.jsonl", [{"input": text} for text in ("bat", "fit", "dot")])
+    assert len(answered(file, 3)) == 3
     with pytest.raises(ValueError, match="has no 'target'"):
         Objective(lively_model(), mixture({"upper": file}, tiny_llama_dir))
     file.write_text('{"input": "bat", "split": "test"}\n')
     with pytest.raises(ValueError, match="task 'upper' has no validation rows; give some rows the split 'validation'"):
-        Objective(lively_model(), mixture({"upper": file}, tiny_llama_dir), own)
+        answered(file, 3)
 
 
-def test_a_prompt_leaves_room_for_its_answer(tiny_llama_dir, tmp_path, task_files) -> None:
-    file = tmp_path / "upper.jsonl"
-    file.write_text(json.dumps({"input": "abcdefghijklmnop"}) + "\n")
-    own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
-    data = mixture({"upper": file}, tiny_llama_dir, max_length=12)
-    ((prompt, labels),) = rows_of(Objective(lively_model(), data, own, max_new_tokens=4))["upper"]
+def test_a_prompt_leaves_room_for_its_answer(answered, tmp_path) -> None:
+    file = write_rows(tmp_path / "upper.jsonl", [{"input": "abcdefghijklmnop"}])
+    ((prompt, labels),) = answered(file, 4, max_length=12)
     assert build_tokenizer().decode(prompt) == "ijklmnop"
     assert len(prompt) + len(labels) <= 12
 
 
-def test_a_conversation_is_answered_to_its_last_turn(tiny_llama_dir, tmp_path, task_files) -> None:
+def test_a_conversation_is_answered_to_its_last_turn(answered, tmp_path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
@@ -223,9 +218,7 @@ def test_a_conversation_is_answered_to_its_last_turn(tiny_llama_dir, tmp_path, t
     )
     talk = [{"role": "user", "content": "bat"}, {"role": "assistant", "content": "BAT"}]
     talk += [{"role": "user", "content": "fit"}]
-    file = tmp_path / "upper.jsonl"
-    file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (talk, [*talk, talk[1]], talk[:1])))
-    own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
-    data = mixture({"upper": file}, tiny_llama_dir, tokenizer=tokenizer, validation_ratio=0.9, test_ratio=0.0)
-    found = rows_of(Objective(lively_model(), data, own, max_new_tokens=3))["upper"]
+    rows = [{"messages": messages} for messages in (talk, [*talk, talk[1]], talk[:1])]
+    file = write_rows(tmp_path / "upper.jsonl", rows)
+    found = answered(file, 3, tokenizer=tokenizer, validation_ratio=0.9, test_ratio=0.0)
     assert sorted(tokenizer.decode(prompt) for prompt, _ in found) == ["u:bat\na:", *["u:bat\na:BAT\nu:fit\na:"] * 2]

@@ -72,15 +72,12 @@ def test_one_form_alone_is_tried(objective, experts, tmp_path) -> None:
     assert torch.equal(kept.indices, largest)
 
 
-def test_a_low_rank_expert_keeps_its_strongest_directions() -> None:
+def test_low_rank_and_full_experts_keep_their_strongest_directions() -> None:
     delta = LowRank(torch.randn(30, 6), torch.randn(6, 20))
     cut = Form(rank=2).cut(delta)
     u, s, v = torch.linalg.svd(delta.dense().double())
     torch.testing.assert_close(cut.dense().double(), (u[:, :2] * s[:2]) @ v[:2], rtol=0, atol=1e-4)
     torch.testing.assert_close(cut.up.norm(dim=0), cut.down.norm(dim=1))
-
-
-def test_a_full_expert_keeps_its_strongest_directions() -> None:
     weight, bias = Dense(torch.randn(30, 20)), Dense(torch.randn(30))
     u, s, v = torch.linalg.svd(weight.dense().double())
     expected = (u[:, :4] * s[:4]) @ v[:4]
@@ -141,14 +138,11 @@ def test_mistakes_are_refused_before_anything_is_measured(objective, experts, tm
         list(shrink(chosen, objective, out, **change))
 
 
-def test_an_expert_without_a_finite_loss_is_not_judged(objective, experts, tmp_path) -> None:
+def test_an_expert_without_a_finite_loss_or_of_other_tasks_is_not_judged(objective, experts, tmp_path) -> None:
     huge = {"lm_head.weight": Dense(torch.full(objective.model.lm_head.weight.shape, 3e38))}
     write_expert(tmp_path / "library/huge", huge, experts[0].record)
     with pytest.raises(ValueError, match="huge has no finite loss on upper"):
         list(shrink([tmp_path / "library/huge"], objective, tmp_path / "small"))
-
-
-def test_an_expert_of_other_tasks_is_refused(objective, experts, tmp_path) -> None:
     record = make_record("SparseExpert", {"id": "base", "fingerprint": "f" * 64}, tasks=["dates"])
     write_expert(tmp_path / "library/other", [(NAMES[0], experts[0][NAMES[0]])], record)
     with pytest.raises(ValueError, match="was trained on dates, and the data has upper, reverse"):
