@@ -16,7 +16,6 @@ import torch
 from conftest import build_model, build_tokenizer, write_rows
 from testbed.here import STUDY, work_here
 from testbed.scripts import BENCHMARKS, run_commands_here, run_script, shown
-from transformers import LlamaForCausalLM
 
 from modular_experts.injection import inject
 
@@ -30,10 +29,8 @@ def test_both_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> 
     places = ["--model", tmp_path / "base", "--data", tmp_path / "data"]
     report = json.loads(run_script("packing.py", "--quick", "--json", *places))
     found = report["rows"]
-    assert [(row["rows"], row["batch_size"]) for row in found] == [
-        *(("all 2 files", 8), ("all 2 files", 32)),
-        *(("two", 8), ("two", 32)),
-    ]
+    batches = [(files, size) for files in ("all 2 files", "two") for size in (8, 32)]
+    assert [(row["rows"], row["batch_size"]) for row in found] == batches
     for row in found:
         assert row["padding"]["packed"] < row["padding"]["plain"]
         assert row["loss"]["packed"] == pytest.approx(row["loss"]["plain"], rel=1e-5)
@@ -111,14 +108,6 @@ def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, tiny_llama_d
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> dict[str, Any]:
-    """What a quick run writes."""
-    file = tmp_path_factory.mktemp("storage") / "report.json"
-    assert "file/floor" in run_script("storage.py", "--quick", "--json", file)
-    return json.loads(file.read_text())
-
-
-@pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
@@ -126,20 +115,16 @@ def script() -> Iterator[ModuleType]:
         yield importlib.import_module("related_cost")
 
 
-def smollm2_model() -> LlamaForCausalLM:
-    """Return a random model of SmolLM2's linear layers, without their memory."""
-    with torch.device("meta"):
-        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-        return build_model("llama", **sizes, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
-
-
-def counted(script: ModuleType, part: str, name: str) -> int:
-    inject(model := smollm2_model(), script.PLANS[part][name]())
-    return script.parameters(model)["trained"]
-
-
 def test_mixtures_train_as_many_numbers_as_the_lora(script) -> None:
-    counts = {name: counted(script, "mixtures", name) for name in script.PLANS["mixtures"]}
+    """In the linear layers of SmolLM2, without their memory."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    counts = {}
+    for name, plan in script.PLANS["mixtures"].items():
+        with torch.device("meta"):
+            model = build_model("llama", **sizes)
+        inject(model, plan())
+        counts[name] = script.parameters(model)["trained"]
     reference = counts.pop("LoRA")
     assert reference == 30 * 18 * (2 * (576 + 576) + 2 * (192 + 576) + 3 * (1536 + 576))
     assert counts.pop("HiLo, fewer") < 0.8 * counts["MoLoRA"]

@@ -19,16 +19,16 @@ SHARED = {"suite", "ten-tasks", "real", "real-kinds"}
 OF_REAL_TASKS = {"few-bytes"}
 TEN_TASKS = {"selection", "training", "training-under", "related-experts", "mixtures"}
 SMALL = {
-    "tasks": {"held_in": ["Reverse", "Upper"], "held_out": ["RotateRight"]},
+    "tasks": {
+        "held_in": [{"name": name, "source": name, "cap": 8} for name in ("Reverse", "Upper")],
+        "held_out": ["RotateRight"],
+    },
     "fit": {"modules": "all-linear", "steps": 2, "batch_size": 2},
     "experts": {
         "sparse": {"expert": "SparseExpert", "grid": {"learning_rate": [0.001, 0.01]}},
         "molora": {"joint": True, "expert": {"class_path": "MoLoRAExpert", "init_args": {"experts": 2, "rank": 1}}},
     },
-    "merges": [
-        {"method": ["SparseAverage", "IsoC"]},
-        {"shrink": "int4"},
-    ],
+    "merges": [{"method": ["SparseAverage", "IsoC"]}, {"shrink": "int4"}],
     "measures": {"overlap": "benchmarks.measures.overlap"},
     "seeds": [0, 1],
     "data": {"eval_limit": 2, "eval_batch_size": 8},
@@ -95,10 +95,8 @@ def test_a_study_runs_from_its_files_to_its_table(place: Path) -> None:
     assert [line[0] for line in lines] == ["alone", "SparseAverage", "IsoC", "int4"]
     assert lines[1][1:3] == ["", ""], "an expert of all tasks is in no merge"
     assert lines[1][3].startswith("0.0 "), "the line that others are compared with"
-    sizes = [
-        float(line.split("|")[4])
-        for line in run_script("tables.py", "runs/small", "--cell", "{size}").splitlines()[2::3]
-    ]
+    lines = run_script("tables.py", "runs/small", "--cell", "{size}").splitlines()[2::3]
+    sizes = [float(line.split("|")[4]) for line in lines]
     assert 0 < sizes[1] < 0.6 * sizes[0], "int4 takes fewer bytes than float32"
     shown = run_script("tables.py", "runs/small", "--lines", "kind", "--columns", "merge", "--cell", "{rank[overlap]}")
     kinds = ["| base", "| molora", "| sparse-0.001", "| sparse-0.01"]

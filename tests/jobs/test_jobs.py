@@ -39,7 +39,7 @@ def pieces(*numbers: int) -> list[Piece]:
     return [Piece(("square", number), square, (number,)) for number in numbers]
 
 
-def test_results_come_by_key_and_progress_counts_them() -> None:
+def test_results_come_by_key_which_no_two_pieces_share_and_progress_counts_them() -> None:
     seen = []
     with ThreadPoolExecutor(2) as pool:
         found = run(pieces(1, 2, 3), executor=pool, progress=lambda *now: seen.append(now[:2]))
@@ -47,9 +47,11 @@ def test_results_come_by_key_and_progress_counts_them() -> None:
     assert not found.failures
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     found.raise_failures()
+    with pytest.raises(ValueError, match=r"two pieces have the key square 2; give each a key of its own"):
+        run(pieces(1, 2, 2))
 
 
-def test_a_piece_whose_result_is_stored_is_not_run_again(tmp_path) -> None:
+def test_a_piece_whose_result_is_stored_is_not_run_again_and_one_that_failed_is(tmp_path) -> None:
     file, seen = tmp_path / "new" / "results.jsonl", []
     with ThreadPoolExecutor(1) as pool:
         run(pieces(1, 2), JSONLines(file), pool)
@@ -57,6 +59,11 @@ def test_a_piece_whose_result_is_stored_is_not_run_again(tmp_path) -> None:
     assert again.results == {("square", 3): 9}
     assert seen == [(2, 3), (3, 3)]
     assert dict(JSONLines(file)) == {("square", number): number**2 for number in (1, 2, 3)}
+    store = {("square", 1): 1}
+    with ThreadPoolExecutor(1) as pool:
+        assert run(pieces(1, -1), store, pool).failures.keys() == {("square", -1)}
+        store["square", -1] = 1
+        assert not run(pieces(1, -1), store, pool).failures
 
 
 def test_a_line_that_was_not_finished_is_replaced_by_the_next_result(tmp_path) -> None:
@@ -89,19 +96,6 @@ def test_a_failure_leaves_the_others_alone_and_is_named_at_the_end(tmp_path) -> 
     with pytest.raises(RuntimeError, match=r"^2 of 4 pieces failed, first square -\d: .* is below zero") as raised:
         found.raise_failures()
     assert isinstance(raised.value.__cause__, ValueError), "the trace of the first failure is not shown"
-
-
-def test_only_what_failed_runs_again() -> None:
-    store = {("square", 1): 1}
-    with ThreadPoolExecutor(1) as pool:
-        assert run(pieces(1, -1), store, pool).failures.keys() == {("square", -1)}
-        store["square", -1] = 1
-        assert not run(pieces(1, -1), store, pool).failures
-
-
-def test_two_pieces_with_one_key_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"two pieces have the key square 2; give each a key of its own"):
-        run(pieces(1, 2, 2))
 
 
 def test_processes_have_one_thread_and_a_killed_one_fails_only_its_own_piece() -> None:

@@ -44,11 +44,14 @@ def test_a_piece_runs_after_all_that_it_needs(threads: int) -> None:
     assert DONE.index("left") < 3
 
 
-def test_what_is_ready_first_in_the_list_goes_first() -> None:
+def test_what_is_ready_first_in_the_list_goes_first_and_needs_a_stored_result() -> None:
+    store = {("a",): "a"}
     with ThreadPoolExecutor(1) as pool:
         run(graph(a="", b="a", c=""), executor=pool)
-    # All that may run is handed to an executor of unknown size at once.
-    assert DONE == ["a", "c", "b"]
+        # All that may run is handed to an executor of unknown size at once.
+        assert DONE == ["a", "c", "b"]
+        assert run(graph(a="", d="a"), store, pool).results == {("d",): "d"}
+    assert DONE == ["a", "c", "b", "d"]
 
 
 def test_a_failure_stops_only_what_needs_it_directly_or_through_others() -> None:
@@ -68,14 +71,6 @@ def test_a_failure_stops_only_what_needs_it_directly_or_through_others() -> None
     assert failed == [("bad", "bad is bad")]
     assert [done for done, _ in seen] == [0, 1, 2, 3, 4, 5]
     assert {name for _, name in seen[1:]} == {"top", "middle", "bad", "good", "beside"}
-
-
-def test_a_stored_result_is_what_a_later_piece_needs() -> None:
-    store = {("a",): "a"}
-    with ThreadPoolExecutor(1) as pool:
-        found = run(graph(a="", b="a"), store, pool)
-    assert DONE == ["b"]
-    assert found.results == {("b",): "b"}
 
 
 def test_a_need_that_is_not_there_and_a_circle_are_refused() -> None:

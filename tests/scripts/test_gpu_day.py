@@ -22,11 +22,12 @@ def script(monkeypatch) -> ModuleType:
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_part_runs_on_a_cpu(script, tmp_path, monkeypatch) -> None:
-    # Few kinds are compared, the rows of a batch are short, and the model is tiny.
+    # Few kinds are compared, a batch has three short rows, and the model is tiny.
     few = ("frozen", "full", "PEFT LoRA", "LoRA")
     monkeypatch.setattr(script, "KINDS", [one for one in script.KINDS if one.name in few])
     monkeypatch.setattr(script.routing_cost, "KINDS", ["LoRA"])
     monkeypatch.setattr(script, "ACTIVATIONS", dict([*script.ACTIVATIONS.items()][::2]))
+    monkeypatch.setattr(script.routing_cost, "ROWS", 3)
     monkeypatch.setattr(script.routing_cost, "PROMPT", 4)
     monkeypatch.setattr(script.routing_cost, "WORKS", {"prefill 64": 2, "decode": 1})
     slow = {name for name in script.PARTS if name.startswith(("steps of 1.7B", "steps of 8B", "tests"))}
