@@ -29,12 +29,7 @@ SOURCES = {
     "modular_experts": sorted((ROOT / "modular_experts").rglob("*.py")),
     "tests": sorted(file for file in (ROOT / "tests").rglob("*.py") if file != Path(__file__)),
     "docs": sorted((ROOT / "docs").rglob("*.md")),
-    ".": [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "CHANGELOG.md",
-        *sorted((ROOT / "configs").rglob("*.*")),
-    ],
+    ".": [*PAGES[:3], *sorted((ROOT / "configs").rglob("*.*"))],
 }
 
 

@@ -65,27 +65,15 @@ def test_every_package_that_is_imported_is_asked_for() -> None:
     served = {"fastapi", "httpx", "prometheus_client", "pydantic", "starlette"}  # two come with FastAPI
     assert {re.split("[<>=]", line)[0] for line in PROJECT["optional-dependencies"]["serve"]} >= {"fastapi", "httpx"}
     asked = {re.split(r"[\[>=<;~ ]", line)[0].lower() for line in PROJECT["dependencies"]}
-    asked |= {
-        "modular_experts",
-        "yaml",
-        "tokenizers",
-        "numpy",
-        "jinja2",
-    }  # PyYAML; two come with transformers, and jinja2 with torch
+    # PyYAML; two come with transformers, and jinja2 with torch.
+    asked |= {"modular_experts", "yaml", "tokenizers", "numpy", "jinja2", *sys.stdlib_module_names}
     for name in TRACKED:
         if name.startswith("modular_experts/") and name.endswith(".py"):
             for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:
-                modules = (
-                    [alias.name for alias in node.names]
-                    if isinstance(node, ast.Import)
-                    else [node.module or ""]
-                    if isinstance(node, ast.ImportFrom)
-                    else []
-                )
-                for module in modules:
-                    root = module.split(".")[0]
-                    own = served if "/serving/" in name else set()
-                    assert root in asked | own or root in sys.stdlib_module_names, f"{name} imports {module}"
+                named = [node.module] if isinstance(node, ast.ImportFrom) else []
+                named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                own = served if "/serving/" in name else set()
+                assert not {module.split(".")[0] for module in named} - asked - own, name
 
 
 def test_the_citation_names_this_version_and_the_paper() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
+from testbed.runs import trainer
 from torch.optim import AdamW
 
 from modular_experts.callbacks import MaskSchedule
@@ -100,25 +101,16 @@ def _exact_match(place: Path, task: str, schedule: MaskSchedule) -> float:
     module = ExpertModule(str(place / "base"), MODULES, partial(SparseExpert, keep_ratio=0.05), optimizer=optimizer)
     words = Task(task, source=PLAN.held_in[task](PLAN.seed))
     data = TaskMixture([words], str(place / "base"), batch_size=16, eval_batch_size=448, seed=PLAN.seed)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(
-        accelerator="cpu", max_steps=50, gradient_clip_val=1.0, limit_val_batches=0, callbacks=[schedule], **quiet
-    )
-    trainer.fit(module, data)
+    how = {"max_steps": 50, "gradient_clip_val": 1.0, "limit_val_batches": 0}
+    trainer(place, schedule, **how).fit(module, data)
     data.setup("test")
     scores = measure(module.model, module.tokenizer, data.test_dataloader(), data.roles, max_new_tokens=10)
     return scores["tasks"][task]["exact_match"]
 
 
 def test_the_directory_holds_what_is_promised(place) -> None:
-    assert {"base", "library", "results.json", "quickstart.svg", "report.html"} <= {
-        path.name for path in place.iterdir()
-    }
+    promised = {"base", "library", "results.json", "quickstart.svg", "report.html"}
+    assert promised <= {path.name for path in place.iterdir()}
     assert len(Library(place / "library")) == 4 * 20 + 1 + 2 * 14
     shown = (place.parents[1] / "output.txt").read_text()
     assert f"the page is {Path('runs/quickstart/report.html')}" in shown

@@ -36,9 +36,8 @@ SMALL = Plan(
     kinds=("sparse", "lora"),
 )
 EXPERTS = [f"{kind}-{task}" for kind in SMALL.kinds for task in SMALL.held_in]
-MERGES = [("sparse", method) for method in METHODS] + [
-    ("lora", method) for method in METHODS if method != "SparseAverage"
-]
+OF_ALL = [method for method in METHODS if method != "SparseAverage"]
+MERGES = [*(("sparse", method) for method in METHODS), *(("lora", method) for method in OF_ALL)]
 
 
 class WithoutDevices(Here):
@@ -98,7 +97,7 @@ def test_the_figure_has_a_line_for_each_method_and_the_page_all_sections(finishe
     _, results, state = finished
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", figure_of(results))
     names = [text for text in texts if text in METHODS or text.endswith(", single")]
-    assert names == ["sparse, single", *METHODS, "lora, single", *[one for one in METHODS if one != "SparseAverage"]]
+    assert names == ["sparse, single", *METHODS, "lora, single", *OF_ALL]
     write_report(
         results, state, tmp_path / "report.html", [element("p", "A base.")], [Section("Try next", "Go on", [])]
     )
@@ -176,12 +175,9 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name:
     assert file.read_text() == text
 
 
-def test_another_plan_in_the_same_directory_is_refused(finished) -> None:
+def test_a_directory_of_another_plan_or_an_older_version_is_refused_and_left_alone(finished, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"holds a quickstart of other settings, such as another seed, or of"):
         run_plan(replace(SMALL, seed=1), finished[0])
-
-
-def test_a_directory_of_an_older_version_is_refused_and_left_alone(finished, tmp_path) -> None:
     file = tmp_path / "out" / "base" / FACTS
     shutil.copytree(finished[0] / "base", file.parent)
     facts = json.loads(file.read_text())
@@ -202,16 +198,12 @@ def test_the_first_tasks_are_of_different_families() -> None:
     assert len(set(families)) == 7
 
 
-def test_the_overlap_aware_average_is_not_made_of_dense_experts() -> None:
-    merges = Plan().study(Path("base"))["merges"]
-    made = {(kind, merge["method"]) for merge in merges for kind in merge["kinds"]}
-    assert made == {(kind, m) for kind in ("sparse", "block") for m in METHODS} | {
-        (kind, method) for kind in ("lora", "full") for method in set(METHODS) - {"SparseAverage"}
-    }
-
-
-def test_the_multitask_expert_reads_as_many_rows_as_the_experts_of_a_kind_together() -> None:
+def test_the_study_of_the_plan_makes_no_overlap_aware_average_of_dense_experts() -> None:
     study = Plan().study(Path("base"))
+    made = {(kind, merge["method"]) for merge in study["merges"] for kind in merge["kinds"]}
+    of_each = {"sparse": METHODS, "block": METHODS, "lora": OF_ALL, "full": OF_ALL}
+    assert made == {(kind, method) for kind, methods in of_each.items() for method in methods}
+    # The multitask expert reads as many rows as the experts of a kind together.
     rows = study["multitask"]["steps"] * study["multitask"]["batch_size"]
     assert rows == 20 * study["fit"]["steps"] * study["fit"]["batch_size"]
 
