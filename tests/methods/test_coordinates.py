@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.merging import merge_all
+from testbed.merging import assert_merged, factors_only, merge_all
 from testbed.pairwise import pairwise
 from testbed.random_deltas import random_delta, seeds
 
@@ -35,13 +35,7 @@ def knots(deltas, method):
 @given(st.lists(seeds, min_size=1, max_size=4, unique=True), st.sampled_from([(7, 9), (9, 4), (1, 6), (6, 1)]))
 def test_knots_equals_the_formula(method, numbers, shape):
     deltas = [random_delta("Dense" if seed % 2 else "LowRank", shape, seed) for seed in numbers]
-    merged = m.KnOTS(method, scale=0.6).merge(deltas).dense()
-    np.testing.assert_allclose(merged.numpy(), 0.6 * knots(deltas, method), rtol=1e-6, atol=1e-7)
-
-
-def test_what_is_not_a_matrix_is_merged_as_it_is():
-    deltas = [Dense(torch.tensor([5.0, -1.0, 3.0])), Sparse(torch.tensor([0]), torch.tensor([-7.0]), torch.Size([3]))]
-    assert torch.equal(m.KnOTS(m.MagMax(), scale=2.0).merge(deltas).dense(), torch.tensor([-14.0, -2.0, 6.0]))
+    assert_merged(m.KnOTS(method, scale=0.6).merge(deltas), 0.6 * knots(deltas, method), rtol=1e-6, atol=1e-7)
 
 
 def test_global_ties_sees_every_weight_in_its_basis():
@@ -68,12 +62,18 @@ class Named(m.MergeMethod):
 
 def test_inner_method_learns_the_weight_and_gives_each_task_its_expert():
     deltas = [random_delta("LowRank", (12, 14), seed) for seed in range(2)]
-    torch.testing.assert_close(m.KnOTS(Named()).merge(deltas, Context("here")).dense(), deltas[0].dense())
+    assert_merged(m.KnOTS(Named()).merge(deltas, Context("here")), deltas[0].dense())
     assert m.KnOTS(Named()).merge(deltas, Context("there")).norm() == 0
-    assert m.KnOTS(Named()).has_tasks
-    assert not m.KnOTS().has_tasks
     for expert, delta in enumerate(deltas):
-        torch.testing.assert_close(m.KnOTS(Named()).per_task(deltas, expert).dense(), delta.dense())
+        assert_merged(m.KnOTS(Named()).per_task(deltas, expert), delta.dense())
+
+
+@pytest.mark.parametrize("kind", [m.KnOTS, m.CoreSpace, m.CtM])
+def test_vectors_are_merged_as_they_are_and_tasks_have_experts_where_the_inner_method_has(kind):
+    vectors = [Dense(torch.tensor([5.0, -1.0, 3.0])), Sparse(torch.tensor([0]), torch.tensor([-7.0]), torch.Size([3]))]
+    assert_merged(kind(m.MagMax(), scale=2.0).merge(vectors), [-14.0, -2.0, 6.0])
+    assert kind(m.EMR()).has_tasks
+    assert not kind().has_tasks
 
 
 def test_nothing_larger_than_the_factors_and_blocks_is_made(monkeypatch):
@@ -86,12 +86,10 @@ def test_nothing_larger_than_the_factors_and_blocks_is_made(monkeypatch):
         return decompose(matrix, **settings)
 
     monkeypatch.setattr(torch.linalg, "svd", watch)
-    monkeypatch.setattr(LowRank, "add_to", None)
-    monkeypatch.setattr(LowRank, "dense", None)
-    merged = m.KnOTS().merge(loras)
-    monkeypatch.undo()
+    with factors_only():
+        merged = m.KnOTS().merge(loras)
     assert max(sizes) == 60 * 6
-    np.testing.assert_allclose(merged.dense().numpy(), knots(loras, m.TIES()), rtol=1e-4, atol=1e-5)
+    assert_merged(merged, knots(loras, m.TIES()), rtol=1e-4, atol=1e-5)
 
 
 def lora(shape, rank, seed):
@@ -121,27 +119,21 @@ def in_core_space(deltas, method):
 @given(st.lists(seeds, min_size=1, max_size=3, unique=True), st.sampled_from([(12, 9), (7, 15)]))
 def test_core_space_equals_the_formula(method, numbers, shape):
     deltas = [lora(shape, 1 + seed % 3, seed) for seed in numbers]
-    merged = m.CoreSpace(method, scale=0.6).merge(deltas).dense()
-    np.testing.assert_allclose(merged.numpy(), 0.6 * in_core_space(deltas, method), rtol=1e-6, atol=1e-7)
+    assert_merged(m.CoreSpace(method, scale=0.6).merge(deltas), 0.6 * in_core_space(deltas, method), 1e-6, 1e-7)
 
 
-def test_the_result_is_of_the_rank_of_all_experts_and_nothing_is_made_dense(monkeypatch):
+def test_the_result_is_of_the_rank_of_all_experts_and_nothing_is_made_dense():
     loras = [lora((60, 70), rank, rank) for rank in (1, 2, 3)]
-    expected = in_core_space(loras, m.TIES())
-    monkeypatch.setattr(LowRank, "add_to", None)
-    monkeypatch.setattr(LowRank, "dense", None)
-    merged = m.CoreSpace().merge([*loras, Sparse.zero((60, 70))])
-    monkeypatch.undo()
+    with factors_only():
+        merged = m.CoreSpace().merge([*loras, Sparse.zero((60, 70))])
     assert merged.rank == 6
-    np.testing.assert_allclose(merged.dense().numpy(), expected, rtol=1e-6, atol=1e-8)
+    assert_merged(merged, in_core_space(loras, m.TIES()), rtol=1e-6, atol=1e-8)
 
 
-def test_other_forms_and_vectors_are_merged_as_they_are():
-    mixed = [lora((8, 6), 2, 0), random_delta("Sparse", (8, 6), 1)]
-    vectors = [Dense(torch.tensor([5.0, -1.0, 3.0])), Dense(torch.tensor([-7.0, 0.0, 2.0]))]
-    for deltas in (mixed, [random_delta("Dense", (8, 6), seed) for seed in range(2)], vectors):
-        alone = m.TIES().merge(deltas).dense()
-        torch.testing.assert_close(m.CoreSpace(scale=2.0).merge(deltas).dense(), 2.0 * alone)
+@pytest.mark.parametrize("forms", [("LowRank", "Sparse"), ("Dense", "Dense")])
+def test_other_forms_are_merged_as_they_are(forms):
+    deltas = [random_delta(form, (8, 6), seed) for seed, form in enumerate(forms)]
+    assert_merged(m.CoreSpace(scale=2.0).merge(deltas), 2.0 * m.TIES().merge(deltas).dense())
 
 
 def test_a_look_at_all_weights_sees_the_cores():
@@ -150,26 +142,16 @@ def test_a_look_at_all_weights_sees_the_cores():
     inner = merge_all(m.TIES(scope="global"), [cores(deltas)[2] for deltas in stream])
     for merged, core, deltas in zip(found, inner, stream, strict=True):
         outputs, inputs, _ = cores(deltas)
-        np.testing.assert_allclose(merged.dense().numpy(), outputs @ core.dense().numpy() @ inputs.T, atol=1e-8)
+        assert_merged(merged, outputs @ core.dense().numpy() @ inputs.T, atol=1e-8)
 
 
-def test_experts_of_tasks_and_statistics():
+def test_experts_of_tasks_are_those_of_the_inner_method_in_the_core_space():
     deltas = [lora((9, 12), 2, seed) for seed in range(2)]
-    assert m.CoreSpace(m.EMR()).has_tasks
-    assert not m.CoreSpace().has_tasks
-    with pytest.raises(ValueError, match=r"CoreSpace: RegMean needs gram statistics .* in the core space"):
-        m.CoreSpace(m.RegMean())
-    context = Context(prepared=m.EMR().prepare([cores(deltas)[2]]))
+    outputs, inputs, small = cores(deltas)
+    context = Context(prepared=m.EMR().prepare([small]))
     for expert in range(2):
-        outputs, inputs, small = cores(deltas)
         own = m.EMR().per_task(small, expert, context).dense().numpy()
-        np.testing.assert_allclose(
-            m.CoreSpace(m.EMR()).per_task(deltas, expert, context).dense().numpy(), outputs @ own @ inputs.T, atol=1e-8
-        )
-
-
-def arrays(deltas):
-    return [delta.dense().double().numpy() for delta in deltas]
+        assert_merged(m.CoreSpace(m.EMR()).per_task(deltas, expert, context), outputs @ own @ inputs.T, atol=1e-8)
 
 
 def strongest(columns, rank):
@@ -188,7 +170,7 @@ def spaces(matrices, rank, rounds=300):
 
 
 def compressed(deltas, method, rank):
-    matrices = arrays(deltas)
+    matrices = [delta.dense().double().numpy() for delta in deltas]
     outputs, inputs = spaces(matrices, rank)
     small = [Dense(torch.from_numpy(outputs.T @ matrix @ inputs)) for matrix in matrices]
     return outputs @ method.merge(small).dense().numpy() @ inputs.T
@@ -204,23 +186,13 @@ def compressed(deltas, method, rank):
 )
 def test_it_equals_the_formula(method, form, rank):
     deltas = [random_delta(form, (9, 12), seed) for seed in range(4)]
-    merged = m.CtM(method, scale=0.6, rank=rank).merge(deltas).dense()
-    np.testing.assert_allclose(merged.numpy(), 0.6 * compressed(deltas, method, rank), rtol=1e-3, atol=1e-3)
+    assert_merged(m.CtM(method, scale=0.6, rank=rank).merge(deltas), 0.6 * compressed(deltas, method, rank), 1e-3, 1e-3)
 
 
-def test_loras_stay_in_factors(monkeypatch):
+def test_loras_stay_in_factors():
     loras = [random_delta("LowRank", (60, 70), seed) for seed in range(4)]
-    expected = compressed(loras, m.TIES(), 3)
-    monkeypatch.setattr(LowRank, "add_to", None)
-    monkeypatch.setattr(LowRank, "dense", None)
-    merged = m.CtM(rank=3).merge([*loras, Sparse.zero((60, 70))])
-    monkeypatch.undo()
+    with factors_only():
+        merged = m.CtM(rank=3).merge([*loras, Sparse.zero((60, 70))])
     assert isinstance(merged, LowRank)
     assert merged.rank == 3
-    np.testing.assert_allclose(merged.dense().numpy(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_vectors_are_merged_as_they_are_and_tasks_have_experts_of_their_own():
-    vectors = [Dense(torch.tensor([5.0, -1.0, 3.0])), Dense(torch.tensor([-7.0, 0.0, 2.0]))]
-    torch.testing.assert_close(m.CtM(scale=2.0).merge(vectors).dense(), 2.0 * m.TIES().merge(vectors).dense())
-    assert m.CtM(m.EMR()).has_tasks
+    assert_merged(merged, compressed(loras, m.TIES(), 3), rtol=1e-3, atol=1e-3)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from testbed.merging import assert_merged, factors_only
 from testbed.random_deltas import random_delta
 
 from modular_experts.deltas import Dense, LowRank, Sparse
@@ -50,8 +51,8 @@ def esm(deltas, inputs, share=1.0, power=0.15):
 def test_it_equals_the_formula(form, share, power, shape):
     deltas = [random_delta(form, shape, seed) for seed in range(3)] + [Sparse.zero(shape)]
     inputs = inputs_of(deltas)
-    merged = merge(ESM(0.7, share, power), deltas, inputs).dense()
-    np.testing.assert_allclose(merged.numpy(), 0.7 * esm(deltas, inputs, share, power), rtol=1e-6, atol=1e-7)
+    merged = merge(ESM(0.7, share, power), deltas, inputs)
+    assert_merged(merged, 0.7 * esm(deltas, inputs, share, power), rtol=1e-6, atol=1e-7)
 
 
 def test_a_direction_that_no_input_reaches_gives_way_to_one_that_moves_the_outputs():
@@ -71,22 +72,19 @@ def test_a_weight_that_is_stored_transposed_merges_to_the_transpose():
     deltas = [random_delta(form, (7, 5), seed) for seed, form in enumerate(("Dense", "LowRank", "Sparse"))]
     inputs = inputs_of(deltas)
     turned = merge(ESM(), [delta.T for delta in deltas], inputs, transposed=True)
-    torch.testing.assert_close(turned.dense().T, merge(ESM(), deltas, inputs).dense())
+    assert_merged(turned.T, merge(ESM(), deltas, inputs).dense())
 
 
-def test_low_rank_experts_are_never_made_dense(monkeypatch):
+def test_low_rank_experts_are_never_made_dense():
     deltas = [random_delta("LowRank", (30, 20), seed) for seed in range(3)]
     inputs = inputs_of(deltas)
-    expected = esm(deltas, inputs)
-    monkeypatch.setattr(LowRank, "add_to", None)
-    merged = merge(ESM(), deltas, inputs)
-    monkeypatch.undo()
+    with factors_only():
+        merged = merge(ESM(), deltas, inputs)
     assert isinstance(merged, LowRank)
-    np.testing.assert_allclose(merged.dense().numpy(), expected, rtol=1e-6, atol=1e-7)
+    assert_merged(merged, esm(deltas, inputs), rtol=1e-6, atol=1e-7)
 
 
 def test_weights_without_a_gram_matrix_are_averaged_and_silent_inputs_merge_to_nothing():
     deltas = [random_delta("Dense", (4, 5), seed) for seed in range(2)]
-    found = ESM(scale=2.0).merge(deltas, Context("w", [None, None]))
-    torch.testing.assert_close(found.dense(), 2.0 * Average().merge(deltas).dense())
+    assert_merged(ESM(scale=2.0).merge(deltas, Context("w", [None, None])), 2.0 * Average().merge(deltas).dense())
     assert not merge(ESM(), deltas, [np.zeros((3, 5))] * 2).dense().any()

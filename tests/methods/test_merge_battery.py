@@ -1,12 +1,14 @@
 """The battery runs on every merge method of the package, with the promises of its docstring, and catches wrong ones."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
 import modular_experts.methods as m
-from modular_experts.deltas import Dense, Sparse
+from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.methods.chunks import weighted_sum
 from modular_experts.testing.methods import check_merge_method
 
@@ -18,7 +20,6 @@ PROMISES = [
     (m.SparseAverage(exponent=0.5), {"alone": True, "order": True, "zero": True}),
     (m.TaskArithmetic(), {"alone": True, "order": True, "zero": True}),
     (m.RAM(), FULL),
-    (m.RAMPlus(r=0.0), FULL),
     (m.RAMPlus(), {"order": True, "zero": True}),
     (m.ModelStock(), FULL),
     (m.ModelStock(row_wise=True), FULL),
@@ -26,14 +27,12 @@ PROMISES = [
     (m.SLERP(), SAME),
     (m.NuSLERP(), SAME),
     (m.NuSLERP(row_wise=True), SAME),
-    (m.NuSLERP(column_wise=True), SAME),
     (m.NuSLERP(preset="mergekit"), SAME),
     (m.MultiSLERP(), {**SAME, "order": True}),
     (m.Karcher(), {**SAME, "order": True}),
     (m.TIES(keep=1.0), FULL),
     (m.TIES(scope="global"), {"order": True, "zero": True}),
     (m.TIES(preset="mergekit"), {**SAME, "order": True, "zero": True}),
-    (m.TIES(preset="paper-code"), {"order": True, "zero": True}),
     (m.MagnitudePrune(), {"order": True, "zero": True}),
     (m.DARE(), {"zero": True}),
     (m.DARE(preset="mergekit", keep=0.5), {"zero": True}),
@@ -54,19 +53,14 @@ PROMISES = [
     (m.IsoC(), {"order": True, "zero": True}),
     (m.IsoCTS(), {"order": True, "zero": True}),
     (m.KnOTS(inner=m.TIES(keep=1.0)), {"alone": True}),
-    (m.CoreSpace(), {"order": True, "zero": True}),
     (m.CoreSpace(inner=m.SparseAverage()), FULL),
-    (m.CtM(), {"order": True, "zero": True}),
     (m.CtM(inner=m.SparseAverage()), FULL),
     (m.LiNeS(), FULL),
     (m.Rescaled(), {"alone": True, "order": True, "zero": True}),
-    (m.Rescaled(inner=m.SparseAverage()), {"alone": True, "order": True, "zero": True}),
     (m.SVDAverage(), {"order": True}),
     (m.WUDI(solver="exact"), {"alone": True, "order": True, "zero": True}),
     (m.SelfRegMean(), FULL),
-    (m.SelfRegMean(flatten=0.5), {"order": True, "zero": True}),
     (m.SVC(), FULL),
-    (m.SVC(inner=m.TIES(keep=1.0)), FULL),
     (m.SVC(inner=m.Fisher()), SAME),
     (m.Fisher(), SAME),
     (m.RegMean(), {"alone": True}),
@@ -103,49 +97,26 @@ class Correct(m.MergeMethod):
         return weighted_sum(deltas, [self.scale / len(deltas)] * len(deltas))
 
 
+@dataclass(frozen=True)
+class Changed(Correct):
+    """Changes what is right."""
+
+    change: Callable[[Delta], Any] = field(default=lambda merged: merged)
+
+    def merge(self, deltas):
+        return self.change(super().merge(deltas))
+
+
+class Unscaled(Correct):
+    def merge(self, deltas):
+        return weighted_sum(deltas, [1.0] * len(deltas))
+
+
 class InPlace(Correct):
     def merge(self, deltas):
         for delta in deltas:
             next(t for t in delta.tensors().values() if t.is_floating_point()).mul_(1.5)
         return super().merge(deltas)
-
-
-class Shifting(Correct):
-    def merge(self, deltas):
-        return Dense(super().merge(deltas).dense() + 1)
-
-
-class Narrow(Correct):
-    def merge(self, deltas):
-        return super().merge(deltas).to(dtype=torch.bfloat16)
-
-
-class Infinite(Correct):
-    def merge(self, deltas):
-        return Dense(super().merge(deltas).dense() / 0)
-
-
-class Tensors(Correct):
-    def merge(self, deltas):
-        return super().merge(deltas).dense()
-
-
-class Tensorlike(Correct):
-    def merge(self, deltas):
-        return Dense(super().merge(deltas).dense())
-
-
-class Unscaled(Correct):
-    def merge(self, deltas):
-        return replace(self, scale=1.0)._sum(deltas)
-
-    def _sum(self, deltas):
-        return weighted_sum(deltas, [1.0] * len(deltas))
-
-
-class Random(Correct):
-    def merge(self, deltas):
-        return Dense(super().merge(deltas).dense() * torch.rand(()))
 
 
 class FirstOnly(Correct):
@@ -157,19 +128,23 @@ class FirstOnly(Correct):
     ("method", "promises", "sentence"),
     [
         (InPlace(), {}, "must not change what it is given"),
-        (Shifting(), {}, "must merge to"),
-        (Narrow(), {}, "must have the widest dtype"),
-        (Infinite(), {}, "must be finite"),
-        (Tensors(), {}, "must return a delta"),
+        (Changed(change=lambda merged: Dense(merged.dense() + 1)), {}, "must merge to"),
+        (Changed(change=lambda merged: merged.to(dtype=torch.bfloat16)), {}, "must have the widest dtype"),
+        (Changed(change=lambda merged: Dense(merged.dense() / 0)), {}, "must be finite"),
+        (Changed(change=lambda merged: merged.dense()), {}, "must return a delta"),
         (Unscaled(), {}, "the scale must be a factor"),
-        (Random(), {}, "the same call must give the same result"),
+        (Changed(change=lambda merged: merged * torch.rand(()).item()), {}, "the same call must give the same result"),
         (Correct(), {"zero": True}, "an expert that moves nothing must change nothing"),
-        (Tensorlike(), {"sparse": True}, "Sparse experts must merge to a Sparse one"),
+        (
+            Changed(change=lambda merged: Dense(merged.dense())),
+            {"sparse": True},
+            "Sparse experts must merge to a Sparse one",
+        ),
         (FirstOnly(), {"order": True}, "the order of the experts must not matter"),
         (m.TaskArithmetic(), FULL, "copies of an expert must merge to it"),
         (m.IsoC(), {"alone": True}, "one expert must merge to itself"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_methods_are_caught(method, promises, sentence):
     with pytest.raises(AssertionError, match=sentence):

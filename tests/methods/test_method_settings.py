@@ -16,6 +16,7 @@ BAD = [
     (m.Breadcrumbs, {"beta": 0.9, "gamma": 0.1}, "beta 0.9 and gamma 0.1 drop every entry"),
     (m.Breadcrumbs, {"beta": [0.9, 0.1], "gamma": 0.8}, "beta 0.9 and gamma 0.8 drop every entry"),
     (m.ConsensusTA, {"agreement": 0}, "agreement is a number of experts, at least 1, got 0"),
+    (m.CoreSpace, {"inner": m.RegMean()}, "CoreSpace: RegMean needs gram statistics .* in the core space"),
     (m.CtM, {"rank": 0}, "CtM: rank must be at least 1, got 0"),
     (m.CtM, {"inner": m.RegMean()}, "CtM: RegMean needs gram statistics .* in the small space"),
     (m.DARE, {"keep": [0.5, 2.0]}, "keep is the probability with which an entry stays .* got 2.0"),

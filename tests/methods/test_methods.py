@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed.merging import merge_one
+from testbed.merging import assert_merged, merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 import modular_experts.methods as m
@@ -84,8 +84,7 @@ def test_average_equals_the_formula(deltas):
 @given(deltas_of_one_weight(), st.lists(st.floats(0.1, 5), min_size=4, max_size=4), st.floats(-2, 2))
 def test_weighted_average_equals_the_formula(deltas, weights, scale):
     weights = weights[: len(deltas)]
-    merged = m.Average(weights, scale).merge(deltas)
-    torch.testing.assert_close(merged.dense().double(), scale * average(deltas, weights), **CLOSE)
+    assert_merged(m.Average(weights, scale).merge(deltas), scale * average(deltas, weights), **CLOSE)
 
 
 @given(deltas_of_one_weight(), st.floats(-2, 2), st.sampled_from(["values", "supports"]), st.floats(0, 2))
@@ -98,14 +97,12 @@ def test_sparse_average_equals_the_formula(deltas, scale, count, exponent):
 def test_task_arithmetic_is_the_scaled_weighted_sum(deltas, weights, scale):
     weights = weights[: len(deltas)]
     exact = sum(scale * weight * delta.dense().double() for weight, delta in zip(weights, deltas, strict=True))
-    merged = m.TaskArithmetic(scale=scale, weights=weights).merge(deltas)
-    torch.testing.assert_close(merged.dense().double(), exact, rtol=1e-9, atol=1e-12)
+    assert_merged(m.TaskArithmetic(scale=scale, weights=weights).merge(deltas), exact, rtol=1e-9, atol=1e-12)
 
 
 @given(deltas_of_one_weight(), st.floats(0.01, 1), st.floats(-2, 2))
 def test_ties_equals_the_formula(deltas, keep, scale):
-    merged = m.TIES(keep=keep, scale=scale).merge(deltas)
-    torch.testing.assert_close(merged.dense().double(), ties(deltas, keep, scale), **CLOSE)
+    assert_merged(m.TIES(keep=keep, scale=scale).merge(deltas), ties(deltas, keep, scale), **CLOSE)
 
 
 @settings(max_examples=50)

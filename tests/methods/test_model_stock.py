@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from testbed.merging import assert_merged
 from testbed.random_deltas import deltas_of_one_weight
 
 from modular_experts.deltas import Dense, Sparse
@@ -33,8 +34,7 @@ def model_stock(deltas, scale=1.0):
 
 @given(deltas_of_one_weight(most=6), st.floats(-2, 2))
 def test_model_stock_equals_the_formula(deltas, scale):
-    merged = ModelStock(scale).merge(deltas)
-    torch.testing.assert_close(merged.dense().double(), model_stock(deltas, scale), rtol=1e-9, atol=1e-11)
+    assert_merged(ModelStock(scale).merge(deltas), model_stock(deltas, scale), rtol=1e-9, atol=1e-11)
 
 
 def test_example_worked_by_hand():
@@ -56,8 +56,7 @@ def test_weight_that_one_expert_alone_moves_is_taken_whole():
     zero = torch.Size((1, 2))
     for still in (Sparse.zero(zero), Dense(torch.zeros(1, 2, dtype=torch.float64))):
         assert torch.equal(ModelStock().merge([still, TWO, still]).dense(), TWO.dense())
-        both = ModelStock().merge([ONE, still, TWO]).dense()
-        torch.testing.assert_close(both, ModelStock().merge([ONE, TWO]).dense())
+        assert_merged(ModelStock().merge([ONE, still, TWO]), ModelStock().merge([ONE, TWO]).dense())
 
 
 def steps(deltas, row_wise, mergekit):
@@ -91,5 +90,4 @@ def test_mergekit_preset_steps_backwards_and_counts_experts_that_do_not_move_the
     torch.testing.assert_close(merged, c / (1 + c) * (ONE.dense() + opposed.dense()))
     still = Sparse.zero(torch.Size((1, 2)))
     # cosines 1/2, 0, 0: c = 1/6 of three experts
-    merged = ModelStock(preset="mergekit").merge([ONE, still, TWO]).dense()
-    torch.testing.assert_close(merged, 1 / 8 * (ONE.dense() + TWO.dense()))
+    assert_merged(ModelStock(preset="mergekit").merge([ONE, still, TWO]), 1 / 8 * (ONE.dense() + TWO.dense()))

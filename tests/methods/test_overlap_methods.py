@@ -1,8 +1,11 @@
-"""Methods that look at each entry of all experts, against their formulas entry by entry in Python."""
+"""Methods that look at each entry of all experts, PCB too, against their formulas entry by entry in Python."""
+
+import math
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from testbed.merging import assert_merged
 from testbed.random_deltas import deltas_of_one_weight, seeds
 
 import modular_experts.methods as m
@@ -18,9 +21,7 @@ def columns(deltas):
 
 
 def assert_entries(merged, expected):
-    torch.testing.assert_close(
-        merged.dense().double().reshape(-1), torch.tensor(expected, dtype=torch.float64), **CLOSE
-    )
+    assert_merged(merged, torch.tensor(expected, dtype=torch.float64).view(merged.shape), **CLOSE)
 
 
 @given(deltas_of_one_weight(), st.floats(0, 1.5), scales)
@@ -96,13 +97,16 @@ def test_sce_selects_nothing_where_experts_do_not_differ(seed):
     torch.testing.assert_close(m.SCE().merge(copies).dense(), copies[0].dense())
 
 
+def votes(column, threshold):
+    """The sum of the values of an entry, and which of them outweigh the others."""
+    total = torch.tensor(column, dtype=torch.float64).sum().item()
+    return total, [value != 0 and abs(value) >= threshold * abs(total - value) for value in column]
+
+
 @given(deltas_of_one_weight(), st.floats(0, 2), st.integers(1, 3), scales)
 def test_consensus_equals_the_formula(deltas, threshold, agreement, scale):
-    expected = []
-    for column in columns(deltas):
-        total = torch.tensor(column, dtype=torch.float64).sum().item()
-        votes = sum(value != 0 and abs(value) >= threshold * abs(total - value) for value in column)
-        expected.append(scale * total if votes >= agreement else 0.0)
+    counted = [votes(column, threshold) for column in columns(deltas)]
+    expected = [scale * total if sum(found) >= agreement else 0.0 for total, found in counted]
     assert_entries(m.ConsensusTA(threshold, agreement, scale).merge(deltas), expected)
 
 
@@ -110,24 +114,16 @@ def test_consensus_equals_the_formula(deltas, threshold, agreement, scale):
 def test_tall_masks_equal_the_formula(deltas, threshold, scale):
     method = m.TALLMask(threshold, scale)
     torch.testing.assert_close(method.merge(deltas).dense(), m.TaskArithmetic(scale).merge(deltas).dense(), **CLOSE)
+    counted = [votes(column, threshold) for column in columns(deltas)]
     for expert in range(len(deltas)):
-        expected = []
-        for column in columns(deltas):
-            total = torch.tensor(column, dtype=torch.float64).sum().item()
-            own = column[expert]
-            expected.append(scale * total if own != 0 and abs(own) >= threshold * abs(total - own) else 0.0)
+        expected = [scale * total if found[expert] else 0.0 for total, found in counted]
         assert_entries(method.per_task(deltas, expert), expected)
 
 
-def mag_max(deltas, scale):
-    columns = zip(*(delta.dense().double().view(-1).tolist() for delta in deltas), strict=True)
-    largest = [scale * max(column, key=abs) for column in columns]  # the first of equal ones, as max says
-    return torch.tensor(largest, dtype=torch.float64).view(deltas[0].shape)
-
-
-@given(deltas_of_one_weight(), st.floats(-2, 2))
+@given(deltas_of_one_weight(), scales)
 def test_mag_max_equals_the_formula(deltas, scale):
-    torch.testing.assert_close(m.MagMax(scale).merge(deltas).dense().double(), mag_max(deltas, scale), rtol=0, atol=0)
+    largest = [scale * max(column, key=abs) for column in columns(deltas)]  # the first of equal ones, as max says
+    assert m.MagMax(scale).merge(deltas).dense().double().reshape(-1).tolist() == largest
 
 
 def test_first_of_opposite_deltas_wins():
@@ -146,23 +142,58 @@ def supports(deltas):
     return [set(delta.support().tolist()) for delta in deltas]
 
 
-@given(deltas_of_one_weight(), st.one_of(st.none(), st.integers(1, 4)), st.floats(-2, 2))
+@given(deltas_of_one_weight(), st.one_of(st.none(), st.integers(1, 4)), scales)
 def test_intersection_is_the_mean_where_enough_experts_keep_the_entry(deltas, agreement, scale):
-    expected = torch.zeros(deltas[0].shape, dtype=torch.float64).view(-1)
-    values = [delta.dense().double().reshape(-1).tolist() for delta in deltas]
-    for entry in range(expected.numel()):
-        keepers = [number for number, kept in enumerate(supports(deltas)) if entry in kept]
-        if len(keepers) >= (agreement or len(deltas)) and keepers:
-            expected[entry] = scale * sum(values[number][entry] for number in keepers) / len(keepers)
-    merged = m.Intersection(agreement, scale).merge(deltas)
-    torch.testing.assert_close(merged.dense().double().reshape(-1), expected, rtol=1e-12, atol=1e-12)
+    expected, kept = [], supports(deltas)
+    for entry, column in enumerate(columns(deltas)):
+        own = [value for value, support in zip(column, kept, strict=True) if entry in support]
+        expected.append(scale * sum(own) / len(own) if own and len(own) >= (agreement or len(deltas)) else 0.0)
+    assert_entries(m.Intersection(agreement, scale).merge(deltas), expected)
 
 
-@given(deltas_of_one_weight(), st.floats(-2, 2))
+@given(deltas_of_one_weight(), scales)
 def test_difference_is_the_first_where_no_other_keeps_the_entry(deltas, scale):
     own, *others = supports(deltas)
     kept = own - set().union(*others)
-    values = deltas[0].dense().double().reshape(-1)
-    expected = torch.tensor([scale * value if entry in kept else 0.0 for entry, value in enumerate(values.tolist())])
-    merged = m.Difference(scale).merge(deltas)
-    torch.testing.assert_close(merged.dense().double().reshape(-1), expected.double(), rtol=1e-6, atol=1e-12)
+    expected = [scale * column[0] if entry in kept else 0.0 for entry, column in enumerate(columns(deltas))]
+    assert_entries(m.Difference(scale).merge(deltas), expected)
+
+
+def norm(values):
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+
+
+def softmax(values):
+    powers = [math.exp(value) for value in values]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def pcb(deltas, keep=0.1, scale=1.0):
+    experts = [delta.dense().double().reshape(-1).tolist() for delta in deltas]
+    experts = [expert for expert in experts if any(expert)]
+    size, total, weight = deltas[0].shape.numel(), [0.0] * deltas[0].shape.numel(), [0.0] * deltas[0].shape.numel()
+    for expert in experts:
+        intra = softmax([len(experts) * value for value in norm([value**2 for value in expert])])
+        inter = [0.0] * size
+        for other in experts:
+            shared = softmax(norm([one * two for one, two in zip(expert, other, strict=True)]))
+            inter = [before + now for before, now in zip(inter, shared, strict=True)]
+        score = [one * two for one, two in zip(intra, inter, strict=True)]
+        least = sorted(score, reverse=True)[max(1, int(keep * size)) - 1]
+        for entry in range(size):
+            if score[entry] >= least * (1 - 1e-9):  # entries that tie but for rounding
+                total[entry] += score[entry] * expert[entry]
+                weight[entry] += score[entry]
+    merged = [scale * top / bottom if bottom else 0.0 for top, bottom in zip(total, weight, strict=True)]
+    return merged
+
+
+@given(deltas_of_one_weight(of=["Dense", "LowRank", "zero"]), st.floats(0.05, 1), scales)
+def test_pcb_equals_the_paper(deltas, keep, scale):
+    assert_entries(m.PCB(keep, scale).merge(deltas), pcb(deltas, keep, scale))
+
+
+@given(deltas_of_one_weight())
+def test_pcb_of_all_entries_equals_the_paper_for_every_form(deltas):
+    assert_entries(m.PCB(keep=1.0).merge(deltas), pcb(deltas, keep=1.0))

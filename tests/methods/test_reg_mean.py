@@ -1,15 +1,16 @@
-"""RegMean and SelfRegMean against least squares on the inputs, found here in another way."""
+"""RegMean and SelfRegMean against least squares on the inputs, found here in another way; Fisher entry by entry."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from testbed.merging import assert_merged, factors_only
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.methods import Average, RegMean, RegMeanPlusPlus, SelfRegMean
+from modular_experts.methods import Average, Fisher, RegMean, RegMeanPlusPlus, SelfRegMean
 from modular_experts.methods.method import Context, DataStatistic
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-8}
@@ -55,8 +56,8 @@ def paper(weights, grams, reduce):
 @given(deltas_of_one_weight(), st.integers(0, 99))
 def test_unreduced_it_is_the_least_squares_solution_on_the_inputs(deltas, seed):
     inputs = inputs_of(deltas, seed)
-    merged = merge(RegMean(reduce=1.0), deltas, grams_of(inputs)).dense().double()
-    torch.testing.assert_close(merged, least_squares(deltas, inputs), rtol=1e-4, atol=1e-5)
+    merged = merge(RegMean(reduce=1.0), deltas, grams_of(inputs))
+    assert_merged(merged, least_squares(deltas, inputs), rtol=1e-4, atol=1e-5)
 
 
 @given(deltas_of_one_weight(), st.integers(0, 99), st.floats(0, 0.999), st.floats(-2, 2))
@@ -64,8 +65,7 @@ def test_the_base_cancels_out_of_the_papers_formula(deltas, seed, reduce, scale)
     base = torch.randn(deltas[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     grams = grams_of(inputs_of(deltas, seed))
     whole = paper([base + delta.dense().double() for delta in deltas], grams, reduce) - base
-    merged = merge(RegMean(scale, reduce), deltas, grams).dense().double()
-    torch.testing.assert_close(merged, scale * whole, **CLOSE)
+    assert_merged(merge(RegMean(scale, reduce), deltas, grams), scale * whole, **CLOSE)
 
 
 @pytest.mark.parametrize("reduce", [1.0, 0.9])
@@ -98,9 +98,8 @@ def test_fewer_tokens_than_inputs_still_give_a_minimum():
 @given(deltas_of_one_weight(least=2))
 def test_a_weight_that_is_stored_transposed_merges_to_the_transpose(deltas):
     grams = grams_of(inputs_of(deltas))
-    merged = merge(RegMean(), deltas, grams).dense()
     turned = merge(RegMean(), [delta.T for delta in deltas], [DataStatistic(gram.values, inputs=0) for gram in grams])
-    torch.testing.assert_close(turned.dense().T.double(), merged.double(), **CLOSE)
+    assert_merged(turned.T, merge(RegMean(), deltas, grams).dense(), **CLOSE)
 
 
 def test_weights_without_a_gram_matrix_are_averaged():
@@ -109,15 +108,13 @@ def test_weights_without_a_gram_matrix_are_averaged():
     assert isinstance(merge(RegMean(), [Sparse.zero((3, 3))] * 2, [None, None]), Sparse)
 
 
-def test_low_rank_experts_are_never_made_dense(monkeypatch):
+def test_low_rank_experts_are_never_made_dense():
     deltas = [random_delta("LowRank", (30, 20), seed) for seed in range(3)]
     grams = grams_of(inputs_of(deltas))
-    expected = merge(RegMean(), [Dense(delta.dense()) for delta in deltas], grams).dense()
-    monkeypatch.setattr(LowRank, "add_to", None)
-    merged = merge(RegMean(), deltas, grams)
-    monkeypatch.undo()
+    with factors_only():
+        merged = merge(RegMean(), deltas, grams)
     assert isinstance(merged, LowRank)
-    torch.testing.assert_close(merged.dense(), expected)
+    assert_merged(merged, merge(RegMean(), [Dense(delta.dense()) for delta in deltas], grams).dense())
 
 
 def test_the_same_matrices_are_solved_in_the_same_way_by_its_successor():
@@ -128,7 +125,6 @@ def test_the_same_matrices_are_solved_in_the_same_way_by_its_successor():
     assert RegMeanPlusPlus.needs.statistics != RegMean.needs.statistics
 
 
-LOOSE = {"rtol": 1e-7, "atol": 1e-9}
 ridges = st.sampled_from([0.01, 0.1, 1.0, 100.0])
 
 
@@ -150,32 +146,28 @@ def ridge_solution(dense, inputs, ridge):
 def test_self_reg_mean_is_the_least_squares_solution(deltas, ridge, scale):
     dense = [delta.dense().double() for delta in deltas]
     inputs = [d / d.norm().clamp(min=1e-150) for d in dense]
-    merged = SelfRegMean(ridge, scale).merge(deltas).dense().double()
-    if any(d.any() for d in dense):
-        torch.testing.assert_close(merged, scale * ridge_solution(dense, inputs, ridge), **LOOSE)
-    else:
-        assert not merged.any()
+    moved = any(d.any() for d in dense)
+    wanted = scale * ridge_solution(dense, inputs, ridge) if moved else torch.zeros_like(dense[0])
+    assert_merged(SelfRegMean(ridge, scale).merge(deltas), wanted, rtol=1e-7, atol=1e-9)
 
 
 @given(deltas_of_one_weight(), ridges, st.sampled_from([1.0, 0.5]), st.integers(0, 99))
 def test_ridge_of_reg_mean_is_the_least_squares_solution(deltas, ridge, reduce, seed):
-    draw = torch.Generator().manual_seed(seed)
-    width = deltas[0].shape[1]
+    assume(not all(delta.is_empty for delta in deltas))
+    draw, width = torch.Generator().manual_seed(seed), deltas[0].shape[1]
     inputs = [torch.randn(6, width, generator=draw, dtype=torch.float64) for _ in deltas]
     grams = [x.T @ x for x in inputs]
-    method, context = RegMean(reduce=reduce, ridge=ridge), Context("w", [DataStatistic(gram) for gram in grams])
     reduced = [reduce * gram + (1 - reduce) * torch.diag(gram.diagonal()) for gram in grams]
     roots = [torch.linalg.cholesky(gram + 1e-13 * gram.trace() * torch.eye(width)).T for gram in reduced]
-    if all(delta.is_empty for delta in deltas):
-        return
     expected = ridge_solution([delta.dense().double() for delta in deltas], roots, ridge)
-    torch.testing.assert_close(method.merge(deltas, context).dense().double(), expected, rtol=1e-5, atol=1e-6)
+    merged = merge(RegMean(reduce=reduce, ridge=ridge), deltas, [DataStatistic(gram) for gram in grams])
+    assert_merged(merged, expected, rtol=1e-5, atol=1e-6)
 
 
 @given(deltas_of_one_weight())
 def test_inputs_along_the_other_dimension_are_those_of_the_transposed_weight(deltas):
-    turned = SelfRegMean().merge([delta.T for delta in deltas]).dense().T
-    torch.testing.assert_close(SelfRegMean(inputs=0).merge(deltas).dense(), turned, **LOOSE)
+    turned = SelfRegMean().merge([delta.T for delta in deltas]).T
+    assert_merged(turned, SelfRegMean(inputs=0).merge(deltas).dense(), rtol=1e-7, atol=1e-9)
 
 
 def flat(matrix, share):
@@ -188,10 +180,39 @@ def flat(matrix, share):
 @given(deltas_of_one_weight(), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0, 1]))
 def test_flatten_evens_out_the_singular_values_and_keeps_the_norm(deltas, share, inputs):
     plain = SelfRegMean(scale=2.0, inputs=inputs).merge(deltas).dense().double()
-    found = SelfRegMean(scale=2.0, inputs=inputs, flatten=share).merge(deltas).dense().double()
-    torch.testing.assert_close(found, flat(plain, share), rtol=1e-6, atol=1e-8)
+    found = SelfRegMean(scale=2.0, inputs=inputs, flatten=share).merge(deltas)
+    assert_merged(found, flat(plain, share), rtol=1e-6, atol=1e-8)
 
 
 def test_vectors_are_averaged_over_the_experts_that_move_them():
     deltas = [Dense(torch.tensor([2.0, 0.0])), Dense(torch.tensor([4.0, 1.0]))]
     assert SelfRegMean(scale=2.0).merge(deltas).dense().tolist() == [6.0, 2.0]
+
+
+def informations(deltas, seed=0, spread=3.0):
+    """Random Fisher informations over several orders of magnitude, as in a trained model, in float32."""
+    draw = torch.Generator().manual_seed(seed)
+    logs = [spread * torch.randn(deltas[0].shape, generator=draw) - 9 for _ in deltas]
+    return [DataStatistic(log.exp(), norm=2.0 + number) for number, log in enumerate(logs)]
+
+
+def fisher(deltas, statistics, scale=1.0, normalise=True, floor=1e-6):
+    """The weighted mean of each entry, one entry after the other."""
+    dense = [delta.dense().double().reshape(-1).tolist() for delta in deltas]
+    weights = [
+        [value / one.norm if normalise else value for value in one.values.double().reshape(-1).tolist()]
+        for one in statistics
+    ]
+    added = floor * sum(map(sum, weights)) / sum(map(len, weights))
+    merged = []
+    for entry in range(len(dense[0])):
+        each = [row[entry] + added for row in weights]
+        merged.append(scale * sum(w * row[entry] for w, row in zip(each, dense, strict=True)) / sum(each))
+    return torch.tensor(merged, dtype=torch.float64).view(deltas[0].shape)
+
+
+@given(deltas_of_one_weight(), st.integers(0, 99), st.floats(-2, 2), st.booleans(), st.floats(1e-8, 10))
+def test_fisher_equals_the_formula(deltas, seed, scale, normalise, floor):
+    statistics = informations(deltas, seed)
+    merged = merge(Fisher(scale, normalise, floor), deltas, statistics)
+    assert_merged(merged, fisher(deltas, statistics, scale, normalise, floor), rtol=1e-10, atol=1e-12)

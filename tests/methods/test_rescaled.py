@@ -1,10 +1,11 @@
-"""Rescaled and LiNeS change the length of any merge: to the experts' own, or by depth."""
+"""Rescaled, LiNeS and SVC change the length of any merge: to the experts' own, by depth, or in each direction."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.merging import tasks_of
+from testbed.merging import assert_merged, factors_only, merge_all, tasks_of
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 import modular_experts.methods as m
@@ -18,29 +19,27 @@ from modular_experts.methods.method import Context
 @given(deltas_of_one_weight(), st.sampled_from([-0.5, 1.0, 2.0]))
 def test_the_norm_is_that_of_the_sum_over_the_root_and_the_direction_that_of_the_method(inner, deltas, scale):
     dense = [delta.dense().double() for delta in deltas]
-    movers = sum(bool(matrix.any()) for matrix in dense)
-    merged, plain = m.Rescaled(inner, scale).merge(deltas).dense().double(), inner.merge(deltas).dense().double()
-    if plain.any():
-        wanted = scale * sum(dense).norm() / movers**0.5 * plain / plain.norm()
-        torch.testing.assert_close(merged, wanted, rtol=1e-6, atol=1e-8)
-    else:
-        assert not merged.any()
+    movers, plain = sum(bool(matrix.any()) for matrix in dense), inner.merge(deltas).dense().double()
+    wanted = scale * sum(dense).norm() / movers**0.5 * plain / plain.norm() if plain.any() else plain
+    assert_merged(m.Rescaled(inner, scale).merge(deltas), wanted, rtol=1e-6, atol=1e-8)
 
 
-def test_a_low_rank_merge_is_measured_by_its_factors(monkeypatch):
+def test_a_low_rank_merge_is_measured_by_its_factors():
     loras = [random_delta("LowRank", (12, 14), seed) for seed in range(3)]
-    monkeypatch.setattr(LowRank, "dense", None)
-    merged = m.Rescaled(m.TSVMerge()).merge([*loras, Sparse.zero((12, 14))])
-    monkeypatch.undo()
+    with factors_only():
+        merged = m.Rescaled(m.TSVMerge()).merge([*loras, Sparse.zero((12, 14))])
     assert isinstance(merged, LowRank)
     assert merged.norm() == pytest.approx(sum(lora.dense() for lora in loras).norm().item() / 3**0.5)
 
 
-def test_experts_of_tasks_are_those_of_the_inner_method():
-    stream = [[Dense(torch.randn(4, 5, dtype=torch.float64)) for _ in range(2)]]
-    for found, inner in zip(tasks_of(m.Rescaled(m.EMR(), scale=2.0), stream), tasks_of(m.EMR(), stream), strict=True):
-        torch.testing.assert_close(found[0].dense(), 2.0 * inner[0].dense())
-    assert not m.Rescaled(m.SparseAverage()).has_tasks
+@pytest.mark.parametrize("kind", [m.Rescaled, m.SVC])
+def test_experts_of_tasks_are_those_of_the_inner_method(kind):
+    stream = [[random_delta("Dense", shape, seed) for seed in range(2)] for shape in [(4, 5), (6, 3)]]
+    for found, inner in zip(tasks_of(kind(m.EMR(), scale=2.0), stream), tasks_of(m.EMR(), stream), strict=True):
+        for one, other in zip(found, inner, strict=True):
+            assert_merged(one, 2.0 * other.dense())
+    assert kind(m.EMR()).has_tasks
+    assert not kind(m.SparseAverage()).has_tasks
 
 
 WEIGHTS = {
@@ -67,7 +66,7 @@ def experts(tmp_path):
 def test_each_block_gets_its_scale_linearly_between_first_and_last(experts, inner):
     plain, scaled = Merged(experts, inner), Merged(experts, m.LiNeS(inner, scale=0.4, last=1.5))
     for name, factor in WEIGHTS.items():
-        torch.testing.assert_close(scaled[name].dense(), 0.4 * factor * plain[name].dense())
+        assert_merged(scaled[name], 0.4 * factor * plain[name].dense())
 
 
 def test_the_last_block_is_the_last_that_is_merged(experts):
@@ -75,19 +74,73 @@ def test_the_last_block_is_the_last_that_is_merged(experts):
     plain, scaled = Merged(experts, "Average", without), Merged(experts, m.LiNeS(m.Average(), last=3.0), without)
     for block, factor in ((0, 1.0), (2, 3.0)):
         name = f"model.layers.{block}.mlp.up_proj.weight"
-        torch.testing.assert_close(scaled[name].dense(), factor * plain[name].dense())
-
-
-def test_a_single_block_gets_the_scale_of_the_first(experts):
-    names = {r"model\.layers\.0\..*": m.LiNeS(m.Average(), last=3.0)}
-    name = "model.layers.0.mlp.up_proj.weight"
-    torch.testing.assert_close(Merged(experts, None, names)[name].dense(), Merged(experts, "Average")[name].dense())
+        assert_merged(scaled[name], factor * plain[name].dense())
+    # A single block gets the scale of the first.
+    name, single = "model.layers.0.mlp.up_proj.weight", {r"model\.layers\.0\..*": m.LiNeS(m.Average(), last=3.0)}
+    assert_merged(Merged(experts, None, single)[name], plain[name].dense())
 
 
 def test_experts_of_tasks_are_scaled_too():
     deltas = [random_delta("Dense", (4, 5), seed) for seed in range(2)]
-    prepared = m.EMR().prepare([deltas])
-    method = m.LiNeS(m.EMR(), scale=2.0, last=1.5)
+    prepared, method = m.EMR().prepare([deltas]), m.LiNeS(m.EMR(), scale=2.0, last=1.5)
     assert method.has_tasks
-    found = method.per_task(deltas, 1, Context(prepared=prepared, depth=1.0)).dense()
-    torch.testing.assert_close(found, 3.0 * m.EMR().per_task(deltas, 1, Context(prepared=prepared)).dense())
+    found = method.per_task(deltas, 1, Context(prepared=prepared, depth=1.0))
+    assert_merged(found, 3.0 * m.EMR().per_task(deltas, 1, Context(prepared=prepared)).dense())
+
+
+def svc(merged, experts, alpha):
+    """Return the calibrated matrix, one direction after another."""
+    left, values, right = np.linalg.svd(merged, full_matrices=False)
+    total = np.zeros_like(merged)
+    for u, value, v in zip(left.T, values, right, strict=True):
+        if value < 1e-7 * values[0]:
+            continue
+        shares = []
+        for expert in experts:
+            moved = u @ expert
+            if np.linalg.norm(moved) > 1e-7 * np.linalg.norm(expert) > 0:
+                along = np.dot(value * v, moved) / np.dot(moved, moved)
+                shares.append(max(alpha, along))
+        total += value * (len(shares) / sum(shares) if shares else 1.0) * np.outer(u, v)
+    return total
+
+
+def arrays(deltas):
+    return [delta.dense().double().numpy() for delta in deltas]
+
+
+@pytest.mark.parametrize("inner", [m.TaskArithmetic(0.3), m.TIES(keep=0.7), m.SelfRegMean()], ids=str)
+@given(deltas_of_one_weight(), st.sampled_from([0.1, 0.5, 1.0]))
+def test_svc_equals_the_formula(inner, deltas, alpha):
+    expected = 0.7 * svc(inner.merge(deltas).dense().double().numpy(), arrays(deltas), alpha)
+    assert_merged(m.SVC(inner, scale=0.7, alpha=alpha).merge(deltas), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_what_all_experts_do_is_counted_once_and_what_one_does_stays():
+    both, own = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    both[0, 0], own[1, 1] = 2.0, 5.0
+    assert_merged(m.SVC(m.TaskArithmetic()).merge([Dense(both), Dense(both), Dense(both + own)]), both + own)
+
+
+def test_a_vector_is_a_single_row():
+    deltas = [Dense(torch.tensor([2.0, 0.0])), Dense(torch.tensor([4.0, 3.0])), Sparse.zero((2,))]
+    rows = [Dense(delta.dense()[None]) for delta in deltas]
+    method = m.SVC(m.TaskArithmetic(), scale=0.5)
+    assert torch.equal(method.merge(deltas).dense(), method.merge(rows).dense()[0])
+    shares = [max(0.5, 12 / 4), max(0.5, (24 + 9) / 25)]
+    torch.testing.assert_close(method.merge(deltas).dense(), torch.tensor([6.0, 3.0]) * 0.5 * 2 / sum(shares))
+
+
+def test_low_rank_experts_stay_low_rank():
+    loras = [random_delta("LowRank", (12, 14), seed) for seed in range(3)]
+    merged = m.SVC(m.Average()).merge(loras)
+    assert merged.rank <= 6
+    torch.testing.assert_close(merged.dense(), m.SVC(m.Average()).merge([Dense(one.dense()) for one in loras]).dense())
+
+
+def test_a_look_at_all_weights_is_that_of_the_inner_method():
+    stream = [[random_delta("Sparse", shape, seed) for seed in range(3)] for shape in [(6, 5), (4, 8)]]
+    threshold = m.TIES(scope="global", keep=0.3)
+    found, plain = merge_all(m.SVC(threshold), stream), merge_all(threshold, stream)
+    for merged, inner, deltas in zip(found, plain, stream, strict=True):
+        assert_merged(merged, svc(inner.dense().numpy(), arrays(deltas), 0.5), rtol=1e-6, atol=1e-8)

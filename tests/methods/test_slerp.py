@@ -1,4 +1,4 @@
-"""SLERP, NuSLERP and MultiSLERP against rotations worked out on dense float64 tensors."""
+"""SLERP, NuSLERP, MultiSLERP and Karcher against rotations worked out on dense float64 tensors."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from testbed.merging import assert_merged
 from testbed.random_deltas import deltas_of_one_weight, forms, random_delta, seeds, shapes
 
 from modular_experts.deltas import Dense, Sparse
@@ -40,7 +41,7 @@ def fold(deltas, t):
 
 @given(deltas_of_one_weight(most=5), shares, st.floats(-2, 2))
 def test_slerp_equals_the_rotation(deltas, t, scale):
-    torch.testing.assert_close(SLERP(t, scale).merge(deltas).dense().double(), scale * fold(deltas, t), **CLOSE)
+    assert_merged(SLERP(t, scale).merge(deltas), scale * fold(deltas, t), **CLOSE)
 
 
 @pytest.mark.parametrize("cosine", [0.99951, 1.0, -0.99951, -1.0])
@@ -59,22 +60,25 @@ def test_a_little_further_apart_they_go_along_the_arc(cosine):
 
 def test_opposite_deltas_of_one_length_cancel():
     assert SLERP().merge([EAST, EAST * -1.0]).dense().count_nonzero() == 0
-    torch.testing.assert_close(SLERP().merge([EAST * 3.0, EAST * -1.0]).dense(), EAST.dense())
-    torch.testing.assert_close(SLERP().merge([EAST, EAST * -1.0, UP]).dense(), 0.5 * UP.dense())
+    assert_merged(SLERP().merge([EAST * 3.0, EAST * -1.0]), EAST.dense())
+    assert_merged(SLERP().merge([EAST, EAST * -1.0, UP]), 0.5 * UP.dense())
 
 
 weights_of_five = st.lists(st.floats(0.1, 5), min_size=5, max_size=5)
 
 
+def angle(one, other):
+    """The angle between two directions, from the sum and the difference of their unit vectors."""
+    one, other = one / one.norm(), other / other.norm()
+    return 2 * math.atan2((one - other).norm(), (one + other).norm())
+
+
 def turned(one, other, t):
-    """The formula as printed, with the angle from the sum and the difference of the unit vectors."""
-    if not one.count_nonzero() or not other.count_nonzero():
+    """The formula as printed."""
+    if not one.count_nonzero() or not other.count_nonzero() or abs(math.cos(angle(one, other))) > 0.9995:
         return (1 - t) * one + t * other
-    units = one / one.norm(), other / other.norm()
-    angle = 2 * math.atan2((units[0] - units[1]).norm(), (units[0] + units[1]).norm())
-    if abs(math.cos(angle)) > 0.9995:
-        return (1 - t) * one + t * other
-    return (math.sin((1 - t) * angle) * one + math.sin(t * angle) * other) / math.sin(angle)
+    whole = angle(one, other)
+    return (math.sin((1 - t) * whole) * one + math.sin(t * whole) * other) / math.sin(whole)
 
 
 def by_row(one, other, t):
@@ -89,16 +93,11 @@ def folded(deltas, weights, turn):
     return merged
 
 
+@pytest.mark.parametrize("row_wise", [False, True])
 @given(deltas_of_one_weight(most=5), weights_of_five, st.floats(-2, 2))
-def test_whole_weights_equal_the_formula(deltas, weights, scale):
-    merged = NuSLERP(weights[: len(deltas)], scale).merge(deltas)
-    torch.testing.assert_close(merged.dense().double(), scale * folded(deltas, weights, turned), **CLOSE)
-
-
-@given(deltas_of_one_weight(most=5), weights_of_five, st.floats(-2, 2))
-def test_rows_equal_the_formula_row_by_row(deltas, weights, scale):
-    merged = NuSLERP(weights[: len(deltas)], scale, row_wise=True).merge(deltas)
-    torch.testing.assert_close(merged.dense().double(), scale * folded(deltas, weights, by_row), **CLOSE)
+def test_whole_weights_and_rows_equal_the_formula(row_wise, deltas, weights, scale):
+    merged = NuSLERP(weights[: len(deltas)], scale, row_wise=row_wise).merge(deltas)
+    assert_merged(merged, scale * folded(deltas, weights, by_row if row_wise else turned), **CLOSE)
 
 
 @pytest.mark.parametrize("row_wise", [False, True])
@@ -107,15 +106,7 @@ def test_deltas_of_one_direction_are_averaged(row_wise, shape, seed, form, lengt
     delta = random_delta(form, shape, seed)
     deltas = [delta * length for length in lengths]
     merged = NuSLERP(weights[:3], row_wise=row_wise).merge(deltas)
-    torch.testing.assert_close(merged.dense(), Average(weights[:3]).merge(deltas).dense(), **CLOSE)
-
-
-@given(seeds, forms, forms)
-def test_rows_of_the_transposed_weight_are_its_columns(seed, form, second):
-    one, other = random_delta(form, (6, 4), seed), random_delta(second, (6, 4), seed + 1)
-    columns = by_row(one.dense().double().T, other.dense().double().T, 0.5).T
-    merged = NuSLERP(row_wise=True).merge([one.T, other.T]).T
-    torch.testing.assert_close(merged.dense().double(), columns, **CLOSE)
+    assert_merged(merged, Average(weights[:3]).merge(deltas).dense(), **CLOSE)
 
 
 def arc(one, other, t):
@@ -149,13 +140,11 @@ def test_mergekit_preset_turns_a_zero_by_a_right_angle_and_takes_negative_weight
 
 
 @given(seeds, forms, forms)
-def test_column_wise_turns_each_column_by_its_own_angle(seed, form, second):
+def test_column_wise_turns_each_column_as_rows_of_the_transposed_weight_by_its_own_angle(seed, form, second):
     one, other = random_delta(form, (6, 4), seed), random_delta(second, (6, 4), seed + 1)
-    merged = NuSLERP([1.0, 3.0], column_wise=True).merge([one, other]).dense().double()
-    torch.testing.assert_close(merged, by_row(one.dense().double().T, other.dense().double().T, 0.75).T, **CLOSE)
-
-
-LOOSE = {"rtol": 1e-8, "atol": 1e-10}
+    columns = by_row(one.dense().double().T, other.dense().double().T, 0.75).T
+    assert_merged(NuSLERP([1.0, 3.0], column_wise=True).merge([one, other]), columns, **CLOSE)
+    assert_merged(NuSLERP([1.0, 3.0], row_wise=True).merge([one.T, other.T]).T, columns, **CLOSE)
 
 
 def through_the_tangent_plane(deltas, weights):
@@ -174,11 +163,11 @@ def through_the_tangent_plane(deltas, weights):
     return back * sum(share * value.norm() for share, value in zip(shares, values, strict=True))
 
 
-@given(deltas_of_one_weight(most=5), st.lists(st.floats(0.1, 5), min_size=5, max_size=5), st.floats(-2, 2))
+@given(deltas_of_one_weight(most=5), weights_of_five, st.floats(-2, 2))
 def test_result_is_that_of_the_tangent_plane(deltas, weights, scale):
     weights = weights[: len(deltas)]
-    merged = MultiSLERP(weights, scale).merge(deltas).dense().double()
-    torch.testing.assert_close(merged, scale * through_the_tangent_plane(deltas, weights), **LOOSE)
+    wanted = scale * through_the_tangent_plane(deltas, weights)
+    assert_merged(MultiSLERP(weights, scale).merge(deltas), wanted, rtol=1e-8, atol=1e-10)
 
 
 def test_directions_that_cancel_are_averaged():
@@ -187,8 +176,7 @@ def test_directions_that_cancel_are_averaged():
         ([EAST * 3.0, EAST * -1.0], [1.0, 1.0]),
         ([EAST, NORTH * 5.0, third], [1.0, 1.0, math.sqrt(2)]),
     ):
-        average = Average(weights).merge(deltas).dense()
-        torch.testing.assert_close(MultiSLERP(weights).merge(deltas).dense(), average)
+        assert_merged(MultiSLERP(weights).merge(deltas), Average(weights).merge(deltas).dense())
 
 
 @pytest.mark.parametrize("kind", [NuSLERP, MultiSLERP, Karcher])
@@ -197,3 +185,68 @@ def test_only_ratios_of_weights_count(kind):
     merged = kind([1.0, 2.0, 5.0]).merge(deltas).dense()
     torch.testing.assert_close(kind([0.125, 0.25, 0.625]).merge(deltas).dense(), merged, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(kind([2.0] * 3).merge(deltas).dense(), kind().merge(deltas).dense())
+
+
+EXACT = {"max_iterations": 200, "tolerance": 0.0}
+SKEWED = [1.0, 2.0, 5.0]
+
+
+def nearby_deltas(seed, count=3, shape=(3, 4), spread=0.8):
+    """Deltas that scatter around one, as experts of one task do; every form, of all lengths."""
+    centre = random_delta("Dense", shape, seed)
+    around = [random_delta("Dense", shape, seed + 1 + place) * spread for place in range(count)]
+    return [(centre + delta) * (1.0 + place) for place, delta in enumerate(around)]
+
+
+def way(start, goal):
+    """The tangent at a unit vector that leads along the arc to a goal, as long as the arc."""
+    aside = goal / goal.norm() - (goal * start).sum() / goal.norm() * start
+    return angle(start, goal) * aside / aside.norm()
+
+
+def stepped(deltas, weights, steps):
+    """The steps on the deltas themselves."""
+    shares = [weight / math.fsum(weights) for weight in weights]
+    values = [delta.dense().double() for delta in deltas]
+    mean = sum(share * value / value.norm() for share, value in zip(shares, values, strict=True))
+    mean = mean / mean.norm()
+    for _ in range(steps):
+        step = sum(share * way(mean, value) for share, value in zip(shares, values, strict=True))
+        mean = torch.cos(step.norm()) * mean + torch.sin(step.norm()) * step / step.norm()
+    return mean * sum(share * value.norm() for share, value in zip(shares, values, strict=True))
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(0, 0), (1, 1), (2, 2), (3, 3)])
+def test_each_step_equals_that_on_the_deltas(seed, steps):
+    deltas = nearby_deltas(seed)
+    merged = Karcher(SKEWED, scale=1.5, max_iterations=steps, tolerance=0.0).merge(deltas)
+    assert_merged(merged, 1.5 * stepped(deltas, SKEWED, steps))
+
+
+@given(seeds, st.lists(st.floats(0.1, 5), min_size=4, max_size=4))
+def test_ways_to_all_experts_cancel_at_the_mean(seed, weights):
+    deltas = nearby_deltas(seed, count=4)
+    merged = Karcher(weights, **EXACT).merge(deltas).dense()
+    mean = merged / merged.norm()
+    left = sum(weight * way(mean, delta.dense()) for weight, delta in zip(weights, deltas, strict=True))
+    assert left.norm() < 1e-6
+
+
+def test_tolerance_ends_the_steps():
+    deltas = nearby_deltas(3)
+    early, none = (Karcher(SKEWED, **how).merge(deltas).dense() for how in ({"tolerance": 3.0}, {"max_iterations": 0}))
+    assert torch.equal(early, none)
+
+
+def test_directions_that_cancel_have_no_karcher_mean_and_are_averaged():
+    assert_merged(Karcher().merge([EAST * 3.0, EAST * -1.0]), EAST.dense())
+    irregular = random_delta("Dense", (5, 7), 1)
+    deltas = [irregular * 0.3, irregular * -1.7]
+    assert_merged(Karcher().merge(deltas), Average().merge(deltas).dense(), rtol=1e-6, atol=1e-9)
+
+
+def test_delta_of_zero_counts_only_in_the_length():
+    deltas = nearby_deltas(5)
+    for still in (Sparse.zero((3, 4)), Dense(torch.zeros(3, 4, dtype=torch.float64))):
+        assert_merged(Karcher().merge([*deltas[:2], still, deltas[2]]), 3 / 4 * Karcher().merge(deltas).dense())
+        assert Karcher().merge([still, still]).dense().count_nonzero() == 0
