@@ -222,6 +222,14 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
+def fit_tiny(tiny_llama_dir: Path, task_files: dict[str, Path], tmp_path: Path) -> Callable:
+    """`testbed.runs.fit` on the tiny Llama, the three tasks and a folder of the test."""
+    from testbed import runs
+
+    return functools.partial(runs.fit, tiny_llama_dir, task_files, tmp_path)
+
+
+@pytest.fixture
 def two_task_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task_files: dict[str, Path]) -> Path:
     """The directory in which a user types commands: the current one, with the tasks `a.jsonl` and `b.jsonl`."""
     monkeypatch.chdir(tmp_path)

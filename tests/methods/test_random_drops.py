@@ -58,7 +58,7 @@ def test_form_of_the_delta_does_not_matter(kind, height, width, seed):
         assert torch.equal(first, other)
 
 
-@pytest.mark.parametrize("keep", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("keep", [0.05, 0.9])
 def test_dare_keeps_the_share_and_the_mean(keep):
     merged = DARE(keep=keep).merge([LONG]).dense()
     error = 4 * math.sqrt(keep * (1 - keep) / 100_000)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from testbed.merging import assert_merged, factors_only
 from testbed.random_deltas import deltas_of_one_weight, forms, random_delta, seeds, shapes
@@ -174,7 +174,6 @@ def assert_same(one, other):
 
 
 @each_method
-@settings(max_examples=20)
 @given(st.lists(seeds, min_size=2, max_size=4, unique=True))
 def test_low_rank_experts_merge_to_what_their_dense_forms_do(method, numbers):
     deltas = [random_delta("LowRank", (12, 14), seed) for seed in numbers]

@@ -61,11 +61,10 @@ def _record(path: Path) -> dict[str, Any]:
     return json.loads((path / "expert.json").read_text())
 
 
-def test_how_layers_are_grouped_for_scoring_does_not_show(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_how_layers_are_grouped_for_scoring_does_not_show(fit_tiny) -> None:
     settings = {"rule": SelectOnce(), "batches": 4}
     first, second = Watch(**settings), Watch(**settings, accumulator_mib=0)
-    _, _, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, first, max_steps=3)
-    _, _, others = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, second, max_steps=3)
+    losses, others = (fit_tiny(SPARSE, watch, max_steps=2)[2] for watch in (first, second))
     assert first.supports == second.supports
     assert losses == others
     assert (first.passes, second.passes) == (4, 4 * 4)
@@ -82,11 +81,16 @@ def neighbours(tiny_llama_dir, task_files, tmp_path_factory) -> Path:
     return folder / "library"
 
 
-def _beside(base: Path, files: dict[str, Path], folder: Path, kind: Callable, **settings: Any) -> Path:
-    """Train an expert beside others and return where it is stored; `steps` and more are taken out of the settings."""
-    steps, export = settings.pop("steps", 4), ExportExpert(str(folder / "out"), "mine", overwrite=True, monitor=None)
-    runs.fit(base, files, folder, kind, MaskSchedule(**settings), export, max_steps=steps)
-    return export.target
+@pytest.fixture
+def beside(fit_tiny, tmp_path) -> Callable[..., Path]:
+    """Train an expert beside others, whose selection has the given settings, and return where it is stored."""
+
+    def train(kind: Callable, steps: int = 4, **settings: Any) -> Path:
+        export = ExportExpert(str(tmp_path / "out"), "mine", monitor=None)
+        fit_tiny(kind, MaskSchedule(**settings), export, max_steps=steps)
+        return export.target
+
+    return train
 
 
 @pytest.mark.parametrize(
@@ -98,8 +102,8 @@ def _beside(base: Path, files: dict[str, Path], folder: Path, kind: Callable, **
         ("tiles", partial(MaskedExpert, keep_ratio=0.3, granularity="block", block_size=8)),
     ],
 )
-def test_a_support_is_shared_as_it_is(other: str, kind, neighbours, tiny_llama_dir, task_files, tmp_path) -> None:
-    place = _beside(tiny_llama_dir, task_files, tmp_path, kind, support=str(neighbours / other), steps=6)
+def test_a_support_is_shared_as_it_is(other: str, kind, neighbours, beside) -> None:
+    place = beside(kind, support=str(neighbours / other))
     assert _entries(place) == _entries(neighbours / other)
     mine, theirs = open_expert(place), open_expert(neighbours / other)
     assert all(mine[name].dense().ne(0).any() for name in mine)
@@ -132,7 +136,7 @@ def test_the_same_seed_twice_gives_the_same_supports_whatever_the_score(units, t
     def chosen(score: Score, seed: int, noise: int) -> dict[str, list[int]]:
         torch.manual_seed(noise)  # where the process's random numbers are
         module = modules[noise]
-        schedule = MaskSchedule(score=score, seed=seed, batches=2)
+        schedule = MaskSchedule(score=score, seed=seed, batches=1)
         found = schedule.choose(module.trainer, module, selectable_layers(module.model), 0, 1)
         return {name: kept.tolist() for name, kept in found.items()}
 
@@ -162,9 +166,8 @@ def test_the_support_of_a_weight_stored_the_other_way_round_is_shared_alike(unit
 
 
 @pytest.mark.parametrize(("score", "passes"), [(None, 2), (FisherInformation(), 2), (WeightMagnitude(), 0)])
-def test_the_record_holds_what_training_and_selections_cost(score, passes: int, tiny_llama_dir, task_files, tmp_path):
-    settings = {"rule": GrowAndDrop(every=2, until=1.0), "score": score, "batches": 2, "steps": 5}
-    place = _beside(tiny_llama_dir, task_files, tmp_path, SPARSE, **settings)
+def test_the_record_holds_what_training_and_selections_cost(score, passes: int, beside) -> None:
+    place = beside(SPARSE, steps=5, rule=GrowAndDrop(every=2, until=1.0), score=score, batches=2)
     costs, kept = _record(place)["costs"], sum(map(len, _entries(place).values()))
     assert kept == 2 * (102 + 153)
     assert costs["optimizer_bytes"] == 8 * kept
@@ -172,25 +175,21 @@ def test_the_record_holds_what_training_and_selections_cost(score, passes: int, 
     assert costs["selection_seconds"] > 0
 
 
-def _resumable(base: Path, files: dict[str, Path], folder: Path, kind: Callable, ckpt: Path | None) -> tuple:
-    torch.manual_seed(0 if ckpt is None else 99)  # a resumed run must not depend on its own first supports
-    rule = GrowAndDrop(every=3, until=0.9, replace=0.4)
-    watch = Watch(rule=rule, batches=2, seed=0)
-    saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    module = runs.module(base, kind)
-    trainer = runs.trainer(folder, watch, saving, max_steps=10, enable_checkpointing=True)
-    trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=ckpt)
-    return module, trainer, watch
-
-
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumed_from_any_step_ends_with_the_same_supports_and_values(tiny_llama_dir, task_files, tmp_path):
-    module, _, watch = _resumable(tiny_llama_dir, task_files, tmp_path / "whole", SPARSE, None)
+def test_a_run_resumed_from_any_step_ends_with_the_same_supports_and_values(fit_tiny, tmp_path) -> None:
+    def run(place: Path, ckpt: Path | None = None) -> tuple[ExpertModule, Watch]:
+        watch = Watch(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
+        saving = ModelCheckpoint(place, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        # A resumed run must not depend on its own first supports.
+        how = {"seed": 0 if ckpt is None else 99, "data": {"seed": 0}, "ckpt": ckpt}
+        module, *_ = fit_tiny(SPARSE, watch, saving, max_steps=8, enable_checkpointing=True, **how)
+        return module, watch
+
+    module, watch = run(tmp_path / "whole")
     whole = {name: layer.expert for name, layer in expert_layers(module.model)}
     assert watch.selections == 3
     for step in (1, 3, 7):  # choices at the steps 3 and 6
-        ckpt = tmp_path / "whole" / f"step={step}.ckpt"
-        rest, _, again = _resumable(tiny_llama_dir, task_files, tmp_path / str(step), SPARSE, ckpt)
+        rest, again = run(tmp_path / str(step), tmp_path / "whole" / f"step={step}.ckpt")
         assert again.supports == watch.supports[step:]
         assert again.selections == 3
         for name, layer in expert_layers(rest.model):
@@ -218,7 +217,7 @@ def test_a_second_fit_begins_with_all_that_the_first_trained(
     module = runs.module(tiny_llama_dir, kind, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate))
     schedule = MaskSchedule(**settings)
     data = runs.mixture(task_files, tiny_llama_dir)
-    runs.trainer(tmp_path, schedule, max_steps=6).fit(module, data)
+    runs.trainer(tmp_path, schedule, max_steps=4).fit(module, data)
     trained = {name: delta.dense().clone() for name, delta in module.task_vector()}
     assert any(dense.any() for dense in trained.values())
     # `GrowAndDrop` exchanges entries at the second of few steps.

@@ -2,6 +2,7 @@
 
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -57,7 +58,7 @@ def test_gradients_are_those_of_the_dense_model(kind: partial, batches: int, bud
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7)
 
 
-def test_no_parameter_gets_a_gradient_and_no_probe_stays() -> None:
+def test_no_parameter_gets_a_gradient_and_no_probe_stays_even_where_a_loss_fails() -> None:
     model = conftest.build_model("llama")
     inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
     inject(model, LoRAExpert, r".*\.v_proj")
@@ -65,6 +66,13 @@ def test_no_parameter_gets_a_gradient_and_no_probe_stays() -> None:
     assert len(sparse) == 4
     ScoringPass(_loss(model), BATCHES).gradient(sparse, lambda name, gradient: None)
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(layer.expert.probe is None for layer in sparse.values())
+
+    def fails(batch: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no loss")
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        ScoringPass(fails, BATCHES).gradient(sparse, lambda name, gradient: None)
     assert all(layer.expert.probe is None for layer in sparse.values())
 
 
@@ -84,19 +92,6 @@ def test_with_one_batch_one_dense_gradient_lives_at_a_time() -> None:
     ScoringPass(_loss(model), BATCHES[:1]).gradient(layers, receive)
     assert len(layers) == 8
     assert most == 1
-
-
-def test_a_failing_loss_leaves_no_probe_behind() -> None:
-    model = conftest.build_model("llama")
-    inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
-    layers = selectable_layers(model)
-    with pytest.raises(RuntimeError, match="no loss"):
-        ScoringPass(_fails, BATCHES).gradient(layers, lambda name, gradient: None)
-    assert all(layer.expert.probe is None for layer in layers.values())
-
-
-def _fails(batch: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError("no loss")
 
 
 @pytest.mark.parametrize(("kind", "batches", "budget"), [(KINDS[0], 3, 1), (KINDS[1], 3, 2**30), (KINDS[1], 1, 1)])
@@ -138,7 +133,7 @@ def test_the_mean_gradient_does_not_depend_on_how_rows_are_cut_into_batches(size
     module = runs.module(tiny("gpt2"), KINDS[0], modules=conftest.TARGETS["gpt2"], dtype="float64")
     module.configure_model()
     module.trainer = runs.trainer(tmp_path)
-    module.trainer.datamodule = _Cut(batches)
+    module.trainer.datamodule = SimpleNamespace(train_dataloader=lambda: batches)
     layers, found = selectable_layers(module.model), {}
     MaskSchedule(batches=9).scoring(module.trainer, module, 0).gradient(layers, found.__setitem__)
 
@@ -155,11 +150,3 @@ def test_the_mean_gradient_does_not_depend_on_how_rows_are_cut_into_batches(size
     wanted = torch.autograd.grad(total / count, list(weights.values()))
     for name, gradient in zip(weights, wanted, strict=True):
         torch.testing.assert_close(found[name], gradient.T, rtol=1e-9, atol=1e-14)
-
-
-class _Cut:
-    def __init__(self, batches: list[dict]) -> None:
-        self.batches = batches
-
-    def train_dataloader(self) -> list[dict]:
-        return self.batches

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import build_model
 from testbed.checkpointing import check_checkpointing
+from testbed.systems import filled, random_weight
 from torch import nn
 
 from modular_experts.evaluation import batch_losses
@@ -20,23 +21,9 @@ from modular_experts.systems.molora import MoLoRAExpert
 from modular_experts.testing import check_expert
 
 
-def random_weight(rows: int = 12, columns: int = 10, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def filled(expert: nn.Module) -> nn.Module:
-    """Give every parameter random values."""
-    made = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in expert.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=made, dtype=torch.float64))
-    return expert
-
-
 def test_each_token_takes_its_best_experts() -> None:
     weight = random_weight()
-    expert = MoLoRAExpert(weight, experts=4, rank=2, k=2, alpha=6.0).eval()
-    filled(expert)
+    expert = filled(MoLoRAExpert(weight, experts=4, rank=2, k=2, alpha=6.0)).eval()
     x = torch.randn(3, 5, 10, dtype=torch.float64)
     found = expert(x, weight, None)
     for row, token in itertools.product(range(3), range(5)):

@@ -26,38 +26,22 @@ PAUSES = ["--trainer.callbacks", '[{"class_path": "own_system.Pauses"}]']
 
 def test_it_is_fitted_merged_routed_evaluated_and_exported(run, tiny_llama_dir, two_task_files) -> None:
     for name in ("a", "b"):
-        how = [
-            "--tasks",
-            f"{name}.jsonl",
-            "--steps",
-            "4",
-            "--expert",
-            "own_system.RayExpert",
-            "--modules",
-            "all-linear",
-        ]
+        how = ["--tasks", f"{name}.jsonl", "--steps=4", "--expert", "own_system.RayExpert", "--modules", "all-linear"]
         code, _, err = run("fit", "--base", tiny_llama_dir, *how, *PAUSES, "--out", f"library/{name}")
         assert code == 0, err
     record = open_expert("library/a").record
     assert (record["kind"], record["costs"]["rests"]) == ("RayExpert", 1)
-    plan = ["--model.experts", "own_system.Rays", "--tasks", "a.jsonl", "--steps", "2", "--out", "library/gated"]
+    plan = ["--model.experts", "own_system.Rays", "--tasks", "a.jsonl", "--steps", "1", "--out", "library/gated"]
     assert run("fit", "--base", tiny_llama_dir, *plan)[0] == 0
     experts = ["--experts", "library/a", "library/b"]
     assert run("merge", *experts, "--method", "TaskArithmetic", "--out", "library/sum")[0] == 0
     total = open_expert("library/sum")
     for name, delta in open_expert("library/a").items():
         torch.testing.assert_close(total[name].dense(), delta.dense() + open_expert("library/b")[name].dense())
-    router = [
-        "--router",
-        "own_system.Nearest",
-        "--router.select",
-        "own_system.Largest",
-        "--router.select.weight",
-        "0.5",
-    ]
-    code, _, err = run("route", *experts, *router, "--router.select.weight", "0.5", "--out", "library/routed")
+    router = ["--router", "own_system.Nearest", "--router.select", "own_system.Largest", "--router.select.weight=0.5"]
+    code, _, err = run("route", *experts, *router, "--out", "library/routed")
     assert code == 0, err
-    on_top = ["--applied", "library/routed", "--expert", "own_system.RayExpert", "--modules", "v_proj", "--steps", "2"]
+    on_top = ["--applied", "library/routed", "--expert", "own_system.RayExpert", "--modules", "v_proj", "--steps", "1"]
     code, _, err = run("fit", "--base", tiny_llama_dir, "--tasks", "b.jsonl", *on_top, "--out", "library/top")
     assert code == 0, err
     assert [parent["name"] for parent in open_expert("library/top").record["parents"]] == ["routed"]
@@ -66,20 +50,13 @@ def test_it_is_fitted_merged_routed_evaluated_and_exported(run, tiny_llama_dir, 
     evaluate += ["both=library/routed+library/top"]
     code, _, err = run(*evaluate, "--trust", "own_system")
     assert code == 0, err
-    assert {row["model"] for row in Results.read("runs/all/results.json").rows} >= {
-        "base",
-        "a",
-        "sum",
-        "gated",
-        "routed",
-        "both",
-    }
+    models = {row["model"] for row in Results.read("runs/all/results.json").rows}
+    assert models >= {"base", "a", "sum", "gated", "routed", "both"}
     code, _, err = run("export", "library/a", "--form", "own_system.RayFormat", "--out", "adapter")
     assert code == 0, err
     assert json.loads(Path("adapter/adapter_config.json").read_text())["r"] == 1
-    lengths = [
-        tensor.norm() for name, tensor in load_file("adapter/adapter_model.safetensors").items() if "lora_A" in name
-    ]
+    stored = load_file("adapter/adapter_model.safetensors")
+    lengths = [tensor.norm() for name, tensor in stored.items() if "lora_A" in name]
     torch.testing.assert_close(torch.stack(lengths), torch.ones(len(lengths)))
     assert run("export", "library/sum", "--form", "lora", "--rank", "2", "--out", "other")[0] == 0
 

@@ -1,6 +1,7 @@
 """Short runs of the public classes on tiny models, for the tests of module and callbacks."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,21 @@ def module(base: Path, expert: Callable | None, **settings: Any) -> ExpertModule
 
 
 def fit(
-    base: Path, files: dict[str, Path], folder: Path, expert: Callable, *callbacks: Callback, **settings: Any
+    base: Path,
+    files: dict[str, Path],
+    folder: Path,
+    expert: Callable | None,
+    *callbacks: Callback,
+    own: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    ckpt: Path | None = None,
+    seed: int = 0,
+    **settings: Any,
 ) -> tuple:
-    """Train, and return module, trainer and the losses of the steps."""
-    seed_everything(0, verbose=False)
-    losses, optimizer = Losses(), lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
-    trained = module(base, expert, optimizer=optimizer)
+    """Train, and return module, trainer and losses of the steps; `own` has settings of the module, `data` of rows."""
+    seed_everything(seed, verbose=False)
+    losses, optimizer = Losses(), partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    trained = module(base, expert, **({"optimizer": optimizer} | (own or {})))
     run = trainer(folder, losses, *callbacks, **settings)
-    run.fit(trained, mixture(files, base))
+    run.fit(trained, mixture(files, base, **(data or {})), ckpt_path=ckpt)
     return trained, run, losses.steps

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from testbed import runs
 from testbed.checkpointing import check_checkpointing
+from testbed.systems import filled, five_steps, random_weight
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -25,19 +25,6 @@ from modular_experts.testing import check_expert
 def test_the_type_keeps_the_contract() -> None:
     torch.manual_seed(3)
     check_expert(partial(AdaMixExpert, copies=3), compile=False)
-
-
-def random_weight(rows: int = 12, columns: int = 10) -> torch.Tensor:
-    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-def filled(expert: AdaMixExpert) -> AdaMixExpert:
-    """Give every copy random values."""
-    made = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in expert.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=made, dtype=torch.float64))
-    return expert
 
 
 @pytest.mark.parametrize("share_up", [False, True])
@@ -94,15 +81,9 @@ def test_copies_start_equal_as_a_lora_and_one_copy_is_one_bit_for_bit() -> None:
     torch.manual_seed(1)
     lora = LoRAExpert(weight, rank=3, alpha=6.0)
     assert all(torch.equal(copy, lora.down) for copy in several.down)
+    one.draw("0")
     for expert in (one, lora):
-        optimizer = torch.optim.AdamW(expert.parameters(), lr=0.02)
-        made = torch.Generator().manual_seed(1)
-        for step in range(5):
-            expert.draw(str(step))
-            x = torch.randn(6, 10, dtype=torch.float64, generator=made)
-            expert(x, weight, None).sub(1.0).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        five_steps(expert, lambda x, expert=expert: expert(x, weight, None))
     ours, theirs = (expert.delta(weight, weight.detach) for expert in (one, lora))
     assert torch.equal(ours.up, theirs.up)
     assert torch.equal(ours.down, theirs.down)
@@ -223,19 +204,10 @@ class Draws(Callback):
         self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def fit(base: Path, files: dict, folder: Path, expert, *callbacks: Callback, ckpt: Path | None = None, **settings):
-    seed_everything(0, verbose=False)
-    losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=0.01)
-    module = runs.module(base, expert, dtype="float64", optimizer=optimizer)
-    run = runs.trainer(folder, losses, *callbacks, **({"max_steps": 6} | settings))
-    run.fit(module, runs.mixture(files, base), ckpt_path=ckpt)
-    return module, losses.steps
-
-
-def test_each_step_and_layer_draws_anew_and_micro_batches_share_a_draw(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_each_step_and_layer_draws_anew_and_micro_batches_share_a_draw(fit_tiny) -> None:
     draws = Draws()
     expert = partial(AdaMixExpert, copies=4, consistency=2.0)
-    _, losses = fit(tiny_llama_dir, task_files, tmp_path, expert, draws, accumulate_grad_batches=2, max_steps=4)
+    *_, losses = fit_tiny(expert, draws, accumulate_grad_batches=2, max_steps=4)
     assert len(losses) == 8
     assert draws.drawn[::2] == draws.drawn[1::2]
     assert len({tuple(pairs) for drawn in draws.drawn for pairs in drawn.values()}) > 8
@@ -245,13 +217,13 @@ def test_each_step_and_layer_draws_anew_and_micro_batches_share_a_draw(tiny_llam
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_with_draws_resumes_exactly(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_a_run_with_draws_resumes_exactly(fit_tiny, tmp_path) -> None:
     def run(name: str, ckpt: Path | None = None):
         saving = ModelCheckpoint(tmp_path / name, every_n_train_steps=2, save_top_k=-1, filename="{step}")
         expert = partial(AdaMixExpert, copies=3, dropout=0.1)
-        return fit(*(tiny_llama_dir, task_files, tmp_path, expert, saving), ckpt=ckpt, enable_checkpointing=True)
+        return fit_tiny(expert, saving, own={"dtype": "float64"}, ckpt=ckpt, enable_checkpointing=True, max_steps=4)
 
-    whole, losses = run("whole")
-    again, rest = run("again", tmp_path / "whole" / "step=2.ckpt")
+    whole, _, losses = run("whole")
+    again, _, rest = run("again", tmp_path / "whole" / "step=2.ckpt")
     assert rest == losses[2:]
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())

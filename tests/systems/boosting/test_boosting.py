@@ -1,11 +1,10 @@
 """Boosting: rounds whose products add up, chosen blocks, fresh optimizer state, exact resume; one round is a LoRA."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback
 from testbed import runs
 
 from modular_experts.experts import LoRAExpert
@@ -66,16 +65,9 @@ class Watch(Callback):
         self.bytes = max(self.bytes, optimizer_bytes([optimizer]))
 
 
-def fit(base: Path, files: dict, folder: Path, expert, *callbacks: Callback, ckpt: Path | None = None, **settings):
-    """Train in float64 at a constant rate; return the module and the losses."""
-    seed_everything(0, verbose=False)
-    losses = runs.Losses()
-    optimizer = partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, eps=1e-12)
-    own = {"dtype": "float64", "scheduler": Constant(), "optimizer": optimizer}
-    module = runs.module(base, expert, **own | settings.pop("own", {}))
-    run = runs.trainer(folder, *callbacks, losses, **({"max_steps": 10} | settings))
-    run.fit(module, runs.mixture(files, base), ckpt_path=ckpt)
-    return module, losses.steps
+OWN = {"dtype": "float64", "scheduler": Constant()}
+OWN["optimizer"] = partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, eps=1e-12)
+"""A constant rate, and steps of exactly its size."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def rounds(tiny_llama_dir, task_files, tmp_path_factory) -> tuple:
     """Three rounds of four steps, the last one cut off, in one of the two blocks each."""
     schedule, watch = Boosting(every=4, share=0.5, seed=2), Watch()
     place = tmp_path_factory.mktemp("rounds")
-    module, _ = fit(tiny_llama_dir, task_files, place, BoostedLoRAExpert, schedule, watch)
+    module, *_ = runs.fit(tiny_llama_dir, task_files, place, BoostedLoRAExpert, schedule, watch, own=OWN, max_steps=10)
     return module, schedule, watch
 
 
@@ -141,7 +133,7 @@ def test_the_first_step_of_a_round_moves_each_number_by_the_learning_rate(rounds
             torch.testing.assert_close(moved, torch.full_like(moved, RATE * trained), rtol=1e-5, atol=0)
 
 
-def test_products_that_a_round_leaves_out_are_skipped_and_change_nothing(rounds, tiny_llama_dir, task_files, tmp_path):
+def test_products_that_a_round_leaves_out_are_skipped_and_change_nothing(rounds, fit_tiny):
     class Whole(BoostedLoRAExpert):
         """Computes its product in every round."""
 
@@ -149,7 +141,7 @@ def test_products_that_a_round_leaves_out_are_skipped_and_change_nothing(rounds,
             pass
 
     schedule = Boosting(every=4, share=0.5, seed=2)
-    whole, _ = fit(tiny_llama_dir, task_files, tmp_path, Whole, schedule, Watch())
+    whole, *_ = fit_tiny(Whole, schedule, Watch(), own=OWN, max_steps=10)
     state = whole.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in rounds[0].state_dict().items())
 
@@ -168,9 +160,9 @@ def test_products_that_a_round_leaves_out_are_skipped_and_change_nothing(rounds,
     torch.testing.assert_close(moved, 2.0 * x @ expert.down.T @ expert.up.T, msg="what has learned is never skipped")
 
 
-def test_one_round_in_all_blocks_is_a_lora_bit_for_bit(tiny_llama_dir, task_files, tmp_path) -> None:
-    lora, wanted = fit(tiny_llama_dir, task_files, tmp_path / "a", partial(LoRAExpert, rank=1, alpha=2.0))
-    ours, found = fit(tiny_llama_dir, task_files, tmp_path / "b", BoostedLoRAExpert, Boosting(every=10, share=1.0))
+def test_one_round_in_all_blocks_is_a_lora_bit_for_bit(fit_tiny) -> None:
+    lora, _, wanted = fit_tiny(partial(LoRAExpert, rank=1, alpha=2.0), own=OWN)
+    ours, _, found = fit_tiny(BoostedLoRAExpert, Boosting(every=6, share=1.0), own=OWN)
     assert found == wanted
     for name, expert in layers(ours).items():
         assert torch.equal(expert.up, layers(lora)[name].up)
@@ -200,18 +192,19 @@ def test_the_rate_rises_again_after_each_restart() -> None:
     assert shares[20:] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-def test_settings_that_cannot_be(tiny_llama_dir, task_files, tmp_path) -> None:
-    for settings, sentence in [
-        ({"every": 0}, "every=0, the optimizer steps of a round, must be at least 1"),
-        ({"share": 0.0}, r"share=0.0, .* is outside \(0, 1\]"),
-        ({"share": 1.5}, r"share=1.5, .* is outside \(0, 1\]"),
-    ]:
-        with pytest.raises(ValueError, match=sentence):
-            Boosting(**settings)
-    with pytest.raises(ValueError, match="rise=8, the steps of a rise, must be from 1 to every - 1 = 7"):
-        WarmupRestarts(every=8, rise=8)
-    with pytest.raises(ValueError, match=r"down_proj.weight has a LoRAExpert; give --expert BoostedLoRAExpert"):
-        fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, Boosting())
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda fit: Boosting(every=0), "every=0, the optimizer steps of a round, must be at least 1"),
+        (lambda fit: Boosting(share=0.0), r"share=0.0, .* is outside \(0, 1\]"),
+        (lambda fit: Boosting(share=1.5), r"share=1.5, .* is outside \(0, 1\]"),
+        (lambda fit: WarmupRestarts(every=8, rise=8), "rise=8, the steps of a rise, must be from 1 to every - 1 = 7"),
+        (lambda fit: fit(LoRAExpert, Boosting()), "down_proj.weight has a LoRAExpert; give --expert BoostedLoRAExpert"),
+    ],
+)
+def test_settings_that_cannot_be(make, sentence, fit_tiny) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make(fit_tiny)
 
 
 class Failure(Callback):

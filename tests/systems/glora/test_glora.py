@@ -4,13 +4,13 @@ import itertools
 import math
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model
-from lightning.pytorch import Callback, seed_everything
-from testbed import runs
+from lightning.pytorch import Callback
+from testbed.checkpointing import check_checkpointing
+from testbed.systems import filled, five_steps
 from torch import nn
 
 from modular_experts.experts import LoRAExpert
@@ -31,19 +31,12 @@ def test_the_type_keeps_the_contract(settings) -> None:
     check_expert(partial(GLoRAExpert, **settings), compile=False)
 
 
-def filled(module: nn.Module) -> nn.Module:
-    """Give every trained number a random value."""
-    made = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=made, dtype=torch.float64))
-    return module
-
-
 def layer(bias: bool = True) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(10, 12, bias=bias, dtype=torch.float64)
+
+
+assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-9)
 
 
 def by_hand(expert: GLoRAExpert, path: GLoRAPath, weight, bias):
@@ -68,42 +61,29 @@ def by_hand(expert: GLoRAExpert, path: GLoRAPath, weight, bias):
     return weight + weight * a + b, bias + bias * d + e + weight @ c
 
 
-def test_each_of_the_432_paths_is_the_papers_formula_in_training_and_merged() -> None:
+def test_each_of_the_432_paths_is_the_papers_formula_in_training_merged_and_cut_out() -> None:
     base, x = layer(), torch.randn(7, 10, dtype=torch.float64)
     expert = filled(GLoRAExpert(base.weight, rank=3, **ALL))
     assert math.prod(map(len, expert.choices().values())) == len(PATHS) == len(set(PATHS)) == 432
     with torch.no_grad():
         for path in PATHS:
             weight, bias = by_hand(expert, path, base.weight, base.bias)
-            expert.drawn, expert.path = path, LARGEST
             wanted = x @ weight.T + bias
-            torch.testing.assert_close(expert.train()(x, base.weight, base.bias), wanted, rtol=0, atol=1e-9)
+            expert.drawn, expert.path = path, LARGEST
+            assert_close(expert.train()(x, base.weight, base.bias), wanted)
             expert.drawn, expert.path = LARGEST, path
-            torch.testing.assert_close(expert.eval()(x, base.weight, base.bias), wanted, rtol=0, atol=1e-9)
-            merged = base.weight + expert.delta(base.weight, base.weight.detach).dense()
-            torch.testing.assert_close(merged, weight, rtol=0, atol=1e-9)
-            moved = expert.bias_delta(base.bias, base.weight)
-            assert (moved is None) == (path[2:] == ("none",) * 3)
-            torch.testing.assert_close(
-                base.bias if moved is None else base.bias + moved.dense(), bias, rtol=0, atol=1e-9
-            )
-
-
-def test_a_path_cut_out_keeps_its_numbers_alone_and_moves_the_layer_as_before() -> None:
-    base = layer()
-    expert = filled(GLoRAExpert(base.weight, rank=3, **ALL))
-    with torch.no_grad():
-        for path in PATHS:
+            assert_close(expert.eval()(x, base.weight, base.bias), wanted)
+            assert (expert.bias_delta(base.bias, base.weight) is None) == (path[2:] == ("none",) * 3)
+            # What is cut out keeps the numbers of its path alone, and its state makes it anew.
             cut = expert.only(path, base.weight)
             assert sum(parameter.numel() for parameter in cut.parameters()) == expert.numbers(path)
             again = GLoRAExpert.of_state(base.weight, cut.state())
             again.load_state_dict(cut.state())
-            weight, bias = by_hand(expert, path, base.weight, base.bias)
-            for one in (cut, again):
-                assert one.path == path
-                torch.testing.assert_close(base.weight + one.delta(base.weight, base.weight.detach).dense(), weight)
+            assert cut.path == again.path == path
+            for one in (expert, cut, again):
+                assert_close(base.weight + one.delta(base.weight, base.weight.detach).dense(), weight)
                 moved = one.bias_delta(base.bias, base.weight)
-                torch.testing.assert_close(base.bias if moved is None else base.bias + moved.dense(), bias)
+                assert_close(base.bias if moved is None else base.bias + moved.dense(), bias)
 
 
 def test_the_numbers_of_a_path_are_those_of_the_formula() -> None:
@@ -119,44 +99,12 @@ def test_b_alone_is_a_lora_bit_for_bit() -> None:
         torch.manual_seed(1)
         network = nn.Sequential(layer(), nn.Tanh())
         inject(network, make, "0")
-        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.02)
-        made = torch.Generator().manual_seed(1)
-        for _ in range(5):
-            network(torch.randn(6, 10, dtype=torch.float64, generator=made)).sub(1.0).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        five_steps(network, network)
         ((_, delta),) = task_vector(network)
         found.append(delta)
     assert torch.equal(found[0].up, found[1].up)
     assert torch.equal(found[0].down, found[1].down)
     assert found[0].rank == 3
-
-
-@pytest.mark.parametrize(
-    "kinds", [("lora", "lora", "vector"), ("vector", "vector", "constant"), ("constant", "none", "none")]
-)
-def test_it_equals_pefts_glora_on_layers_with_a_bias(kinds) -> None:
-    peft = pytest.importorskip("peft")
-    both, c, rest = kinds
-    network = nn.Sequential()
-    network.add_module("one", layer())
-    config = peft.GloraConfig(r=3, target_modules=["one"], config_A_B=both, config_C=c, config_D_E=rest)
-    theirs = peft.get_peft_model(network, config).double()
-    ours = filled(GLoRAExpert(layer().weight, rank=3, a=both, b=both, c=c, d=rest, e=rest))
-    with torch.no_grad():
-        for part in "abcde":
-            path = getattr(theirs.base_model.model.one, f"glora_{part.upper()}")["default"]
-            for name, parameter in path.named_parameters():
-                half = "down" if name == "Xu" else "up"
-                parameter.copy_(getattr(ours, f"{part}_{half}").view(parameter.shape))
-        x, base = torch.randn(7, 10, dtype=torch.float64), layer()
-        torch.testing.assert_close(ours(x, base.weight, base.bias), theirs(x), rtol=0, atol=1e-12)
-        merged = theirs.merge_and_unload().one
-        weight, bias = ours.delta(base.weight, base.weight.detach), ours.bias_delta(base.bias, base.weight)
-        torch.testing.assert_close(base.weight + weight.dense(), merged.weight, rtol=0, atol=1e-12)
-        torch.testing.assert_close(
-            base.bias if bias is None else base.bias + bias.dense(), merged.bias, rtol=0, atol=1e-12
-        )
 
 
 def test_only_what_a_path_uses_learns_and_the_rest_has_a_gradient_of_zero() -> None:
@@ -189,24 +137,17 @@ def test_gpt2_moves_weights_in_its_own_orientation_and_biases() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_gradient_checkpointing_takes_the_same_path_again(architecture) -> None:
-    found = []
-    for checkpointing in (False, True):
+    def make() -> nn.Module:
         model = build_model(architecture, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0).double()
         biased = ALL if architecture == "gpt2" else {"a": "lora", "b": "lora"}
         inject(model, partial(GLoRAExpert, rank=2, **biased), "all-linear")
-        filled(model.train())
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         for number, (_, one) in enumerate(expert_layers(model)):
             kinds = one.expert.choices().values()
             one.expert.drawn = GLoRAPath(*(names[(number + place) % len(names)] for place, names in enumerate(kinds)))
-        ids = torch.arange(5, 29).view(4, 6)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert any(gradient.any() for gradient in found[0].values())
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+        return filled(model)
+
+    ids = torch.arange(5, 29).view(4, 6)
+    check_checkpointing(make, lambda model: model(input_ids=ids, labels=ids).loss, all_learn=False)
 
 
 def test_the_callback_keeps_its_state_within_a_fit() -> None:
@@ -223,37 +164,29 @@ class Paths(Callback):
         self.drawn.append({name: layer.expert.drawn for name, layer in expert_layers(pl_module.model)})
 
 
-def fit(base: Path, files: dict, folder: Path, *callbacks: Callback, **settings):
-    seed_everything(0, verbose=False)
-    losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=0.01)
-    expert = settings.pop("expert", partial(GLoRAExpert, rank=2))
-    module = runs.module(base, expert, dtype="float64", optimizer=optimizer)
-    run = runs.trainer(folder, *callbacks, losses, **({"max_steps": 6} | settings))
-    run.fit(module, runs.mixture(files, base))
-    return module, losses.steps
+GLORA = partial(GLoRAExpert, rank=2)
 
 
-def test_a_path_is_drawn_for_each_step_and_layer_and_micro_batches_share_it(tiny_llama_dir, task_files, tmp_path):
+def test_a_path_is_drawn_for_each_step_and_layer_and_micro_batches_share_it(fit_tiny):
     paths = Paths()
-    place = (tiny_llama_dir, task_files, tmp_path)
-    module, losses = fit(*place, RandomPaths(seed=1), paths, accumulate_grad_batches=2, max_steps=40)
-    assert len(losses) == 80
+    module, _, losses = fit_tiny(GLORA, RandomPaths(seed=1), paths, accumulate_grad_batches=2, max_steps=20)
+    assert len(losses) == 40
     assert paths.drawn[::2] == paths.drawn[1::2]
-    # Without biases 16 paths are left: 40 steps of four layers draw each about ten times.
+    # Without biases 16 paths are left: 20 steps of four layers draw each about five times.
     counted = Counter(path for drawn in paths.drawn[::2] for path in drawn.values())
     assert len(counted) == 16
     # Chi-square with 15 degrees of freedom; 37.7 is its 99.9 % quantile.
-    assert sum((number - 10) ** 2 / 10 for number in counted.values()) < 37.7
-    assert sum(len(set(drawn.values())) > 1 for drawn in paths.drawn) > 70
+    assert sum((number - 5) ** 2 / 5 for number in counted.values()) < 37.7
+    assert sum(len(set(drawn.values())) > 1 for drawn in paths.drawn) > 35
     assert all(layer.expert.drawn is None for _, layer in expert_layers(module.model)), "later training is the largest"
     again = Paths()
-    fit(*place, RandomPaths(seed=1), again, max_steps=3)
+    fit_tiny(GLORA, RandomPaths(seed=1), again, max_steps=3)
     assert again.drawn == paths.drawn[:6:2]
-    fit(*place, RandomPaths(seed=2), again, max_steps=3)
+    fit_tiny(GLORA, RandomPaths(seed=2), again, max_steps=3)
     assert again.drawn[3:] != again.drawn[:3]
 
 
-def test_a_fit_that_fails_leaves_no_path_drawn(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_a_fit_that_fails_leaves_no_path_drawn(fit_tiny) -> None:
     class Fail(Paths):
         def on_train_batch_end(self, trainer, pl_module, *rest) -> None:
             super().on_train_batch_end(trainer, pl_module, *rest)
@@ -262,6 +195,6 @@ def test_a_fit_that_fails_leaves_no_path_drawn(tiny_llama_dir, task_files, tmp_p
 
     failing = Fail()
     with pytest.raises(OSError):  # noqa: PT011
-        fit(tiny_llama_dir, task_files, tmp_path, RandomPaths(), failing)
+        fit_tiny(GLORA, RandomPaths(), failing)
     assert all(failing.drawn[0].values())
     assert all(layer.expert.drawn is None for layer in failing.layers.values())

@@ -16,6 +16,8 @@ from modular_experts.systems.glora.search import PathSearch
 from modular_experts.tuning import Objective, ValidationRows
 
 RANDOM_PATHS = ["--trainer.callbacks", json.dumps([{"class_path": "RandomPaths"}])]
+SEARCH = ["search", "--experts", "library/a", "--algorithm", "PathSearch"]
+SMALL = ["--tasks", "a.jsonl", "--out", "library/small"]
 
 
 def trained(run, base) -> None:
@@ -30,19 +32,15 @@ def data() -> TaskMixture:
     return TaskMixture([{"name": "a", "path": "a.jsonl"}])
 
 
+def objective_of(base: Path) -> Objective:
+    opened, mixture = Base.open(base), data()
+    mixture.tokenizer, mixture.eval_limit = opened.tokenizer(), 64
+    return Objective(opened.load(), mixture)
+
+
 def test_the_best_paths_under_a_limit_are_written_as_an_expert(run, tiny_llama_dir, two_task_files) -> None:
     trained(run, tiny_llama_dir)
-    how = [
-        "--algorithm",
-        "PathSearch",
-        "--algorithm.limit",
-        600,
-        "--algorithm.evaluations",
-        40,
-        "--algorithm.first",
-        10,
-    ]
-    code, out, err = run("search", "--experts", "library/a", *how, "--tasks", "a.jsonl", "--out", "library/small")
+    code, out, err = run(*SEARCH, "--algorithm.limit=600", "--algorithm.evaluations=40", "--algorithm.first=10", *SMALL)
     assert (code, err) == (0, "")
     assert "of 2,304 trained numbers: validation loss" in out
     whole, small = open_expert("library/a"), open_expert("library/small")
@@ -52,10 +50,7 @@ def test_the_best_paths_under_a_limit_are_written_as_an_expert(run, tiny_llama_d
     trials = json.loads(Path("library/small/trials.json").read_text())
     assert len(trials) == 40
     assert small.record["scores"]["val_loss"] == min(trial["loss"] for trial in trials)
-    opened = Base.open(tiny_llama_dir)
-    mixture = data()
-    mixture.tokenizer, mixture.eval_limit = opened.tokenizer(), 64
-    objective = Objective(opened.load(), mixture)
+    objective = objective_of(tiny_llama_dir)
     with attached(objective.model, small):
         assert objective.losses()["a"] == pytest.approx(small.record["scores"]["val_loss"], rel=1e-5)
     assert not Path("library/small.losses.jsonl").exists()
@@ -98,24 +93,11 @@ def test_experts_beneath_are_in_the_model_while_paths_are_searched(run, tiny_lla
     assert run("fit", *place, *how, "--model.expert", "LoRAExpert", "--out", "library/under")[0] == 0
     on_top = [*RANDOM_PATHS, "--model.applied", "[library/under]"]
     assert run("fit", *place, *how, "--model.expert", "GLoRAExpert", *on_top, "--out", "library/a")[0] == 0
-    search = ["search", "--experts", "library/a", "--algorithm", "PathSearch", "--algorithm.limit", 900]
-    search += [
-        "--algorithm.evaluations",
-        8,
-        "--algorithm.first",
-        4,
-        "--tasks",
-        "a.jsonl",
-        "--out",
-        "library/small",
-    ]
+    search = [*SEARCH, "--algorithm.limit=900", "--algorithm.evaluations=8", "--algorithm.first=4", *SMALL]
     code, out, err = run(*search)
     assert (code, err) == (0, "")
     assert "of the base with under" in out
-    opened, mixture = Base.open(tiny_llama_dir), data()
-    mixture.tokenizer, mixture.eval_limit = opened.tokenizer(), 64
-    objective = Objective(opened.load(), mixture)
-    losses = {}
+    objective, losses = objective_of(tiny_llama_dir), {}
     for experts in (["under"], ["under", "a"], ["under", "small"], ["a"]):
         with attached(objective.model, [f"library/{name}" for name in experts]):
             losses[experts[-1] if experts != ["a"] else "alone"] = objective.losses()["a"]

@@ -4,25 +4,19 @@ import itertools
 
 import pytest
 import torch
+from testbed.systems import filled, random_weight
 
 from modular_experts.systems.goat import GOATExpert
 from modular_experts.systems.molora import MoLoRAExpert
 from modular_experts.testing import check_expert
 
 
-def random_weight(rows: int = 12, columns: int = 10, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def test_it_is_the_mixture_of_its_parameters_without_the_start() -> None:
     weight, x = random_weight(), torch.randn(3, 5, 10, dtype=torch.float64)
     expert = GOATExpert(weight, experts=4, rank=2, k=2, alpha=6.0).eval()
     start = expert.up.detach() @ expert.down.detach()
-    plain = MoLoRAExpert(weight, experts=4, rank=2, k=2, alpha=6.0).eval()
-    with torch.no_grad():
-        for name, parameter in expert.named_parameters():
-            parameter.normal_(generator=torch.Generator().manual_seed(3))
-            plain.get_parameter(name).copy_(parameter)
+    plain = filled(MoLoRAExpert(weight, experts=4, rank=2, k=2, alpha=6.0)).eval()
+    plain.load_state_dict(dict(filled(expert).named_parameters()))
     wanted = plain(x, weight, None) - 3.0 / 4 * x @ start.T
     torch.testing.assert_close(expert(x, weight, None), wanted, rtol=1e-10, atol=1e-10)
 
@@ -56,7 +50,7 @@ def test_goat_starts_at_segments_of_the_spectrum(segment: str) -> None:
         torch.testing.assert_close(found, part, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("setting", [{}, {"ratio": 0.25}, {"ratio": 4.0}], ids=str)
+@pytest.mark.parametrize("setting", [{}, {"ratio": 4.0}], ids=str)
 def test_the_first_step_at_the_scale_of_theory_is_that_of_full_training(setting: dict[str, float]) -> None:
     """In the mean over the random starts of a LoRA, SGD moves the weight `ratio` times as far as full training does."""
     torch.manual_seed(0)

@@ -1,13 +1,13 @@
 """RECAST against the singular values of the stack of weights, and what its library, merges and resumed runs keep."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
+from testbed.systems import filled
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply_deltas
@@ -20,9 +20,9 @@ from modular_experts.injection.save import save_expert
 from modular_experts.library import open_expert
 from modular_experts.systems.recast import RecastExpert, TemplateBanks
 from modular_experts.testing import check_expert, check_plan
-from modular_experts.training.module import ExpertModule
 
 IDS = torch.arange(30).view(2, 15) + 3
+BANKS = {"experts": TemplateBanks()}
 
 
 def made(architecture: str = "llama", layers: int = 4, **settings) -> torch.nn.Module:
@@ -30,24 +30,6 @@ def made(architecture: str = "llama", layers: int = 4, **settings) -> torch.nn.M
     depth = {"n_layer": layers} if architecture == "gpt2" else {"num_hidden_layers": layers}
     model = build_model(architecture, **depth).double()
     inject(model, TemplateBanks(**settings))
-    return model
-
-
-def filled(model: torch.nn.Module) -> torch.nn.Module:
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, layer in expert_layers(model):
-            change = layer.expert.change
-            change.copy_(0.3 * torch.randn(change.shape, generator=draw, dtype=torch.float64))
-    return model
-
-
-def filled_with_noise(model: torch.nn.Module, *plan) -> torch.nn.Module:
-    inject(model, *plan)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, layer in expert_layers(model):
-            layer.expert.up.copy_(0.1 * torch.randn(layer.expert.up.shape, generator=draw))
     return model
 
 
@@ -132,17 +114,16 @@ def test_tasks_share_the_weights_of_the_model_and_own_a_few_numbers() -> None:
 def test_experts_of_a_library_share_one_bank_which_is_their_base(tiny_llama_dir, task_files, tmp_path) -> None:
     """The fingerprint of the base in their records is the content hash of the bank; no file holds a template."""
     opened = []
-    for name in task_files:
+    for name in ("upper", "reverse"):
         export = ExportExpert(str(tmp_path / "library"), name, monitor=None)
-        fit(tiny_llama_dir, {name: task_files[name]}, tmp_path / name, export)
+        runs.fit(tiny_llama_dir, {name: task_files[name]}, tmp_path / name, None, export, own=BANKS, max_steps=2)
         opened.append(open_expert(tmp_path / "library" / name))
     states = [expert.state() for expert in opened]
     assert len({expert.record["base"]["fingerprint"] for expert in opened}) == 1
     own, shared = ([name for name in states[0] if name.endswith(end)] for end in ("change", "mixing"))
     assert len(own) == len(shared) == len(states[0]) / 2 == 14
-    for state in states[1:]:
-        assert all(torch.equal(state[name], states[0][name]) for name in shared)
-        assert not any(torch.equal(state[name], states[0][name]) for name in own)
+    assert all(torch.equal(states[1][name], states[0][name]) for name in shared)
+    assert not any(torch.equal(states[1][name], states[0][name]) for name in own)
     # Two coefficients of a layer, and its two templates as sums of two layers.
     assert all(sum(tensor.numel() for tensor in state.values()) == 14 * (2 + 2 * 2) for state in states)
 
@@ -157,35 +138,30 @@ def test_a_state_means_the_same_whatever_basis_a_new_bank_has() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(first))(IDS).logits, first(IDS).logits)
 
 
-def fit(base: Path, files: dict[str, Path], folder: Path, *callbacks, ckpt: Path | None = None, checkpointing=False):
-    """Train four steps in float64; return the module."""
-    torch.manual_seed(0)
-    module = ExpertModule(str(base), experts=TemplateBanks(), dtype="float64", gradient_checkpointing=checkpointing)
-    trainer = runs.trainer(folder, *callbacks, max_steps=4, enable_checkpointing=len(callbacks) > 0)
-    trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=ckpt)
-    return module
-
-
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_resumed_run_ends_with_the_same_numbers(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_a_resumed_run_ends_with_the_same_numbers(fit_tiny, tmp_path) -> None:
+    def fit(*callbacks, checkpointing: bool = False, **how) -> dict[str, torch.Tensor]:
+        own = BANKS | {"dtype": "float64", "gradient_checkpointing": checkpointing}
+        return fit_tiny(None, *callbacks, own=own, max_steps=4, **how)[0].expert_state()
+
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    whole = fit(tiny_llama_dir, task_files, tmp_path, saving).expert_state()
-    rest = fit(tiny_llama_dir, task_files, tmp_path, ckpt=tmp_path / "step=2.ckpt").expert_state()
+    whole = fit(saving, enable_checkpointing=True)
+    rest = fit(ckpt=tmp_path / "step=2.ckpt")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in rest.items())
     assert max(tensor.abs().max() for name, tensor in whole.items() if name.endswith("change")) > 1e-3
-    again = fit(tiny_llama_dir, task_files, tmp_path, checkpointing=True).expert_state()
-    for name, tensor in again.items():
+    for name, tensor in fit(checkpointing=True).items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-9, atol=1e-12)
 
 
 def test_on_top_of_others_the_state_needs_their_weights_and_the_stored_delta_does_not(tiny_llama_dir, tmp_path) -> None:
     library, opened = tmp_path / "library", Base.open(tiny_llama_dir)
-    under = filled_with_noise(opened.load(), LoRAExpert, "all-linear")
-    save_expert(under, library / "under", base=tiny_llama_dir)
+    under = opened.load()
+    inject(under, LoRAExpert, "all-linear")
+    save_expert(filled(under, 0.1), library / "under", base=tiny_llama_dir)
     model = opened.load()
     apply_deltas(model, [open_expert(library / "under")])
     inject(model, TemplateBanks())
-    filled(model.eval())
+    filled(model.eval(), 0.3)
     save_expert(model, library / "top", base=tiny_llama_dir, applied=[library / "under"])
     wanted, fresh, both = model(IDS).logits, opened.load(), [library / "under", library / "top"]
     with attached(fresh, both):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from testbed.systems import filled, five_steps, random_weight
 
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers, inject
@@ -16,19 +17,6 @@ from modular_experts.testing import check_expert
 def test_the_type_keeps_the_contract() -> None:
     torch.manual_seed(3)
     check_expert(partial(TTLoRAExpert, rank=4), compile=False)
-
-
-def random_weight(rows: int = 12, columns: int = 10) -> torch.Tensor:
-    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-def filled(expert: TTLoRAExpert) -> TTLoRAExpert:
-    """Give every core random values."""
-    made = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for core in expert.cores:
-            core.copy_(torch.randn(core.shape, generator=made, dtype=torch.float64))
-    return expert
 
 
 def reconstructed(expert: TTLoRAExpert, rows: int, columns: int) -> torch.Tensor:
@@ -63,13 +51,7 @@ def test_two_cores_train_as_lora_does_bit_for_bit() -> None:
     lora = LoRAExpert(weight, rank=4, alpha=6.0)
     lora.load_state_dict({"up": train.cores[0][0], "down": train.cores[1][..., 0]})
     for expert in (train, lora):
-        optimizer = torch.optim.AdamW(expert.parameters(), lr=0.02)
-        made = torch.Generator().manual_seed(1)
-        for _ in range(5):
-            x = torch.randn(6, 10, dtype=torch.float64, generator=made)
-            expert(x, weight, None).sub(1.0).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        five_steps(expert, lambda x, expert=expert: expert(x, weight, None))
     ours, theirs = (expert.delta(weight, weight.detach) for expert in (train, lora))
     assert ours.down.abs().max() > 0.05
     assert torch.equal(ours.up, theirs.up)
