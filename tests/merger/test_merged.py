@@ -3,6 +3,7 @@
 import importlib
 import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,15 +16,15 @@ from modular_experts.deltas import Sparse
 from modular_experts.library import make_record, new_directory, open_expert, write_expert
 from modular_experts.merger import merged as merger
 from modular_experts.merger.merged import Merged, merge
-from modular_experts.methods import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
+from modular_experts.methods import SVC, TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
 
 BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
 SHAPES = {"b.weight": (6, 9), "a.weight": (7, 10), "c.weight": (4, 4)}
 
 
-def make(path, form, seed, weights=("a.weight", "b.weight", "c.weight"), base=BASE, tasks=()):
+def make(path, form, seed, weights=("a.weight", "b.weight", "c.weight"), base=BASE, tasks=(), **how):
     deltas = ((name, random_delta(form, SHAPES[name], seed, torch.float32)) for name in weights)
-    write_expert(path, deltas, make_record("SparseExpert", base, tasks=tasks))
+    write_expert(path, deltas, make_record("SparseExpert", base, tasks=tasks), **how)
     return path
 
 
@@ -47,9 +48,8 @@ def test_merge_on_disk_is_the_method_weight_by_weight(library, method):
 
 def test_merge_of_merges_works_and_provenance_tells_the_parents(library):
     method = SparseAverage(scale=0.5)
-    merge([library / "one", library / "two"], method, library / "ab")
+    record = merge_two(library, "ab", method).record
     again = merge([library / "ab", library / "three"], method, library / "abc")
-    record = open_expert(library / "ab").record
     assert record["kind"] == "merge"
     assert record["tasks"] == ["intents", "slots"]
     assert record["base"] == BASE
@@ -58,6 +58,15 @@ def test_merge_of_merges_works_and_provenance_tells_the_parents(library):
     assert record["method"]["class_path"].endswith(".SparseAverage")
     assert record["method"]["init_args"] == {"scale": 0.5, "count": "values", "exponent": 1.0}
     assert again.record["parents"][0]["content_hash"] == open_expert(library / "ab").content_hash
+
+
+def test_released_memory_is_read_again_from_the_file(library):
+    expert = open_expert(library / "one")
+    delta = expert["a.weight"]
+    before = delta.values.clone()
+    expert.release("a.weight")
+    assert torch.equal(delta.values, before)
+    assert torch.equal(expert["a.weight"].values, before)
 
 
 def test_one_weight_is_in_memory_at_a_time(library, monkeypatch):
@@ -77,29 +86,30 @@ def test_one_weight_is_in_memory_at_a_time(library, monkeypatch):
     assert most <= 6, "deltas of more than this weight and the last one are alive"
 
 
-def check_refused(library, paths, sentence, error=ValueError, out="merged", **settings):
+def check_refused(library, paths, sentence, error=ValueError, out="merged"):
     before = sorted(path.name for path in library.iterdir())
     with pytest.raises(error, match=sentence):
-        merge(paths, Average(), library / out, **settings)
+        merge([library / path for path in paths], Average(), library / out)
     assert sorted(path.name for path in library.iterdir()) == before
 
 
-def test_bad_requests_are_refused_and_leave_nothing(library):
-    one, two = library / "one", library / "two"
-    check_refused(library, [], "list of experts is empty")
-    check_refused(library, [one, one], "listed twice")
-    check_refused(library, [one, library / "." / "one"], "listed twice")
-    check_refused(library, [one, library / "tow"], "did you mean .*two", FileNotFoundError)
-    check_refused(library, [one, two], "exists already", FileExistsError, out="three")
-    check_refused(library, [one, two], "cannot be the name", out="-x")
+@pytest.mark.parametrize(
+    ("paths", "sentence", "more"),
+    [
+        ([], "list of experts is empty", {}),
+        (["one", "one"], "listed twice", {}),
+        (["one", "./one"], "listed twice", {}),
+        (["one", "tow"], "did you mean .*two", {"error": FileNotFoundError}),
+        (["one", "two"], "exists already", {"error": FileExistsError, "out": "three"}),
+        (["one", "two"], "cannot be the name", {"out": "-x"}),
+        (["one", "other"], "different bases.*base .fingerprint aaaa.*elsewhere .fingerprint bbbb", {}),
+        (["one", "odd"], r"one and odd disagree on the shape of a.weight: \(7, 10\) and \(3, 3\)", {}),
+    ],
+)
+def test_bad_requests_are_refused_and_leave_nothing(library, paths, sentence, more):
     make(library / "other", "Sparse", 4, base={**BASE, "id": "elsewhere", "fingerprint": "b" * 64})
-    check_refused(
-        library, [one, library / "other"], "different bases.*base .fingerprint aaaa.*elsewhere .fingerprint bbbb"
-    )
     write_expert(library / "odd", [("a.weight", Sparse.zero((3, 3)))], make_record("X", BASE))
-    check_refused(
-        library, [one, library / "odd"], r"one and odd disagree on the shape of a.weight: \(7, 10\) and \(3, 3\)"
-    )
+    check_refused(library, paths, sentence, **more)
 
 
 def test_a_damaged_expert_stops_the_merge_and_leaves_nothing(library):
@@ -107,22 +117,22 @@ def test_a_damaged_expert_stops_the_merge_and_leaves_nothing(library):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    check_refused(library, [library / "one", library / "two"], r"two/delta.safetensors is damaged: the .* of c.weight")
+    check_refused(library, ["one", "two"], r"two/delta.safetensors is damaged: the .* of c.weight")
+
+
+def merge_two(library, out, method=Average(), **settings):  # noqa: B008 - nothing changes it
+    return merge([library / "one", library / "two"], method, library / out, **settings)
 
 
 def test_overwrite_replaces_a_merge_even_one_of_its_parents(library):
     before = open_expert(library / "one").content_hash
-    merge([library / "one", library / "two"], Average(), library / "one", overwrite=True)
+    merge_two(library, "one", overwrite=True)
     assert open_expert(library / "one").record["parents"][0]["content_hash"] == before
-
-
-def merge_two(library, out, **settings):
-    return merge([library / "one", library / "two"], settings.pop("method", Average()), library / out, **settings)
 
 
 def test_patterns_give_weights_methods_of_their_own(library):
     rules = {r"[ab]\.weight": TaskArithmetic(3.0), "c.*": None}
-    merged = merge_two(library, "merged", method=None, per_weight=rules)
+    merged = merge_two(library, "merged", None, per_weight=rules)
     one, two = (open_expert(library / name) for name in ("one", "two"))
     assert list(merged) == ["a.weight", "b.weight"]
     torch.testing.assert_close(merged["a.weight"].dense(), 3 * (one["a.weight"].dense() + two["a.weight"].dense()))
@@ -134,8 +144,8 @@ def test_patterns_give_weights_methods_of_their_own(library):
 def test_what_no_pattern_matches_gets_the_method_or_keeps_the_base(library):
     first_wins = {"a.*": TaskArithmetic(), ".*weight": TaskArithmetic(5.0)}
     with_rest = merge_two(library, "with-rest", per_weight={"a.*": TaskArithmetic()})
-    without = merge_two(library, "without", method=None, per_weight={"a.*": TaskArithmetic()})
-    narrow = merge_two(library, "narrow", method=None, per_weight=first_wins)
+    without = merge_two(library, "without", None, per_weight={"a.*": TaskArithmetic()})
+    narrow = merge_two(library, "narrow", None, per_weight=first_wins)
     average = merge_two(library, "average")
     assert list(without) == ["a.weight"]
     assert torch.equal(with_rest["a.weight"].dense(), without["a.weight"].dense())
@@ -146,7 +156,7 @@ def test_what_no_pattern_matches_gets_the_method_or_keeps_the_base(library):
 
 def test_global_statistics_are_those_of_the_weights_that_the_method_gets(library):
     method = TIES(keep=0.3, scope="global")
-    apart = merge_two(library, "apart", method=None, per_weight={"a.*": method})
+    apart = merge_two(library, "apart", None, per_weight={"a.*": method})
     expected = merge_one(method, [open_expert(library / name)["a.weight"] for name in ("one", "two")])
     assert torch.equal(apart["a.weight"].dense(), expected.dense())
 
@@ -164,7 +174,7 @@ def test_global_statistics_are_those_of_the_weights_that_the_method_gets(library
 )
 def test_bad_rules_get_a_sentence(library, method, rules, sentence):
     with pytest.raises(ValueError, match=sentence):
-        merge_two(library, "merged", method=method, per_weight=rules)
+        merge_two(library, "merged", method, per_weight=rules)
     assert not (library / "merged").exists()
 
 
@@ -174,23 +184,19 @@ class Interrupted(MergeMethod):
 
     calls: ClassVar[list[str]] = []
     at_weight: ClassVar[str] = ""
-    reason: ClassVar[type[BaseException]] = KeyboardInterrupt
 
     def merge(self, deltas, context=None):
         self.calls.append(context.name)
         if context.name == self.at_weight:
-            raise self.reason
+            raise KeyboardInterrupt
         return Average().merge(deltas)
 
 
-def interrupted_at(library, weight, reason=KeyboardInterrupt):
+def interrupted_at(library, weight):
     Interrupted.calls.clear()
-    Interrupted.at_weight, Interrupted.reason = weight, reason
-    if weight:
-        with pytest.raises(reason):
-            merge_two(library, "merged", method=Interrupted())
-    else:
-        merge_two(library, "merged", method=Interrupted())
+    Interrupted.at_weight = weight
+    with pytest.raises(KeyboardInterrupt) if weight else nullcontext():
+        merge_two(library, "merged", Interrupted())
     return list(Interrupted.calls)
 
 
@@ -205,7 +211,7 @@ def test_interrupted_merge_goes_on_where_it_stopped_and_ends_with_the_same_bytes
     assert interrupted_at(library, "c.weight") == ["b.weight", "c.weight"]
     assert interrupted_at(library, "") == ["c.weight"]
     assert not hidden(library)
-    whole = merge_two(library, "whole", method=Interrupted())
+    whole = merge_two(library, "whole", Interrupted())
     assert (library / "merged/delta.safetensors").read_bytes() == (library / "whole/delta.safetensors").read_bytes()
     assert open_expert(library / "merged").content_hash == whole.content_hash
 
@@ -226,7 +232,7 @@ def test_what_an_interrupted_merge_left_is_only_taken_up_whole(library):
 def test_another_merge_does_not_take_up_what_one_left_and_removes_it(library):
     interrupted_at(library, "c.weight")
     assert len(hidden(library)) == 1
-    merge_two(library, "merged", method=TaskArithmetic())
+    merge_two(library, "merged", TaskArithmetic())
     assert not hidden(library)
     assert open_expert(library / "merged").record["method"]["class_path"].endswith("TaskArithmetic")
 
@@ -254,7 +260,7 @@ class WithTasks(MergeMethod):
 
 
 def test_experts_of_the_tasks_are_written_beside_the_merge(library):
-    merge_two(library, "merged", method=WithTasks())
+    merge_two(library, "merged", WithTasks())
     for name in ("one", "two"):
         beside, own = open_expert(library / f"merged-{name}"), open_expert(library / name)
         for weight in own:
@@ -264,32 +270,12 @@ def test_experts_of_the_tasks_are_written_beside_the_merge(library):
     assert open_expert(library / "merged").record["tasks"] == sorted(
         {task for name in ("one", "two") for task in open_expert(library / name).record["tasks"]}
     )
-    with pytest.raises(FileExistsError):
-        merge_two(library, "merged", method=WithTasks())
-
-
-def test_existing_expert_of_a_task_stops_the_merge_before_it_begins(library):
-    make(library / "merged-two", "Sparse", 5)
-    with pytest.raises(FileExistsError, match="merged-two"):
-        merge_two(library, "merged", method=WithTasks())
-    assert not (library / "merged").exists()
-
-
-def test_merged_deltas_are_made_when_they_are_asked_for_and_can_be_used_like_an_expert(library):
-    merged = Merged([open_expert(library / "one"), open_expert(library / "two")], Average())
-    written = merge_two(library, "written")
-    assert merged.shapes() == written.shapes()
-    for name in written:
-        assert torch.equal(merged[name].dense(), written[name].dense())
-
-
-def test_released_memory_is_read_again_from_the_file(library):
-    expert = open_expert(library / "one")
-    delta = expert["a.weight"]
-    before = delta.values.clone()
-    expert.release("a.weight")
-    assert torch.equal(delta.values, before)
-    assert torch.equal(expert["a.weight"].values, before)
+    # An expert that is there stops the merge before it begins.
+    for out, there in (("merged", "merged"), ("again", "again-two")):
+        make(library / "again-two", "Sparse", 5, overwrite=True)
+        with pytest.raises(FileExistsError, match=there):
+            merge_two(library, out, WithTasks())
+    assert not (library / "again").exists()
 
 
 def test_interrupted_merge_with_experts_beside_goes_on(library, monkeypatch):
@@ -302,13 +288,13 @@ def test_interrupted_merge_with_experts_beside_goes_on(library, monkeypatch):
 
     monkeypatch.setattr(merger, "write_expert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        merge_two(library, "merged", method=WithTasks())
+        merge_two(library, "merged", WithTasks())
     assert (library / "merged-one").exists()
     monkeypatch.setattr(merger, "write_expert", written)
     # Other settings, code or statistics than those with which they were made.
     with pytest.raises(FileExistsError, match="merged-one exists already"):
-        merge_two(library, "merged", method=WithTasks(factor=3.0))
-    merge_two(library, "merged", method=WithTasks())
+        merge_two(library, "merged", WithTasks(factor=3.0))
+    merge_two(library, "merged", WithTasks())
     assert {path.name for path in library.iterdir()} >= {"merged", "merged-one", "merged-two"}
 
 
@@ -322,10 +308,12 @@ def test_key_tells_apart_what_gives_other_results(library):
     keys = {
         key_of(library, Average()),
         key_of(library, Average(scale=2.0)),
+        key_of(library, SVC(TIES(keep=0.1))),
+        key_of(library, SVC(TIES(keep=0.2))),
         key_of(library, per_weight=dict([narrow, (".*weight", Average())])),
         key_of(library, per_weight=dict([narrow, wide])),
     }
-    assert len(keys) == 4
+    assert len(keys) == 6
     assert key_of(library, Average()) in keys
     overlapping = {"[ab].*": TIES(), "[bc].*": Average()}  # b.weight gets the first
     turned = dict(reversed(overlapping.items()))
@@ -343,13 +331,14 @@ class Own(MergeMethod):
 """
 
 
-def test_key_changes_with_the_code_of_a_method_of_ones_own(library, tmp_path, monkeypatch):
+@pytest.mark.parametrize("around", [lambda method: method, SVC], ids=["alone", "inside"])
+def test_key_changes_with_the_code_of_a_method_of_ones_own(around, library, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     keys = []
     for factor in ("1.0", "1.0", "2.25"):
         (tmp_path / "own_method.py").write_text(OWN.replace("FACTOR", factor))
         monkeypatch.delitem(sys.modules, "own_method", raising=False)
-        keys.append(key_of(library, importlib.import_module("own_method").Own()))
+        keys.append(key_of(library, around(importlib.import_module("own_method").Own())))
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -359,6 +348,7 @@ def test_experts_may_be_paths_opened_or_lazy_and_the_method_a_name(library):
     assert isinstance(lazy, Merged)
     written = merge([one, 0.5 * two], TaskArithmetic(), library / "merged")
     plain = TaskArithmetic(weights=[1.0, 0.5])
+    assert lazy.shapes() == written.shapes()
     for name in one:
         expected = plain.merge([one[name], two[name] if name in two else Sparse.zero(SHAPES[name])])
         torch.testing.assert_close(lazy[name].dense(), expected.dense())

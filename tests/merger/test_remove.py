@@ -5,7 +5,6 @@ import torch
 from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
-from modular_experts.deltas import Sparse
 from modular_experts.library import make_record, write_expert
 from modular_experts.merger.merged import merge
 from modular_experts.merger.remove import remove
@@ -46,13 +45,12 @@ def test_result_is_the_merge_of_the_others(tmp_path, forms, method):
         left = remove(library / "all", library / name, library / f"without-{name}")
         rest = [other for other in names if other != name]
         weights = method.weights and [w for number, w in enumerate(method.weights) if number != place]
-        again = merge(
-            [library / other for other in rest],
-            type(method)(weights=weights, scale=method.scale),
-            library / f"again-{name}",
-        )
+        without = type(method)(weights=weights, scale=method.scale)
+        again = merge([library / other for other in rest], without, library / f"again-{name}")
         for weight in again:
             torch.testing.assert_close(left[weight].dense(), again[weight].dense(), rtol=2e-5, atol=1e-5)
+            if forms[0] == forms[-1] == "Sparse":
+                assert torch.equal(left[weight].indices, again[weight].indices)
         assert [parent["name"] for parent in left.record["parents"]] == rest
         assert left.record["method"] == again.record["method"]
         assert left.record["tasks"] == sorted(rest, key=lambda task: sorted(names).index(task))
@@ -65,17 +63,6 @@ def test_a_task_that_another_expert_has_too_stays(tmp_path):
     merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
     assert remove(tmp_path / "all", tmp_path / "one", tmp_path / "left").record["tasks"] == ["b", "c"]
     assert remove(tmp_path / "left", tmp_path / "three", tmp_path / "two-alone").record["tasks"] == ["b"]
-
-
-def test_support_of_sparse_experts_is_that_of_the_others(tmp_path):
-    for seed, name in enumerate(("one", "two", "three")):
-        make(tmp_path / name, "Sparse", seed)
-    merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
-    left = remove(tmp_path / "all", tmp_path / "three", tmp_path / "left")
-    again = merge([tmp_path / "one", tmp_path / "two"], Average(), tmp_path / "again")
-    for weight in again:
-        assert isinstance(left[weight], Sparse)
-        assert torch.equal(left[weight].indices, again[weight].indices)
 
 
 def test_what_cannot_be_taken_out_is_refused(tmp_path, capsys):

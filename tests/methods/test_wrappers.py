@@ -1,6 +1,4 @@
-"""A method inside another: its settings have dotted names, and its needs, code and record count."""
-
-import sys
+"""A method inside another: its settings have dotted names, and its needs and record count."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
 from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.merger.merged import Merged
 from modular_experts.methods import DARE, SVC, TIES, Fisher, KnOTS, SparseAverage
 from modular_experts.methods.method import Needs
 from modular_experts.methods.wrapper import settings_of, with_settings
@@ -62,28 +59,3 @@ def test_the_command_line_names_the_inner_method_and_its_settings(library, capsy
     assert inner["init_args"]["keep"] == 0.3
     assert main(["show", str(library / "ab")]) == 0
     assert "keep=0.3" in capsys.readouterr().out
-
-
-OWN = """
-from dataclasses import dataclass
-from modular_experts.methods import MergeMethod
-
-@dataclass(frozen=True)
-class Inside(MergeMethod):
-    def merge(self, deltas):
-        return deltas[0] * FACTOR
-"""
-
-
-def test_an_interrupted_merge_does_not_go_on_with_another_inner_method(library, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    keys = [Merged([library / "a", library / "b"], SVC(TIES(keep=keep))).key() for keep in (0.1, 0.2)]
-    for factor in ("1.0", "2.25", "2.25"):
-        (tmp_path / "inside_method.py").write_text(OWN.replace("FACTOR", factor))
-        sys.modules.pop("inside_method", None)
-        import inside_method
-
-        keys.append(Merged([library / "a"], SVC(inside_method.Inside())).key())
-    monkeypatch.delitem(sys.modules, "inside_method")
-    assert len(set(keys)) == 4
-    assert keys[-1] == keys[-2]
