@@ -9,7 +9,6 @@ from testbed import runs
 
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers
-from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.systems.boosting import BoostedLoRAExpert
 from modular_experts.systems.boosting.callback import Boosting, WarmupRestarts
 from modular_experts.testing import check_callback, check_expert
@@ -41,7 +40,6 @@ class Watch(Callback):
         self.begun: list[dict] = []
         self.logits: list[torch.Tensor] = []
         self.states: list[set[str]] = []
-        self.bytes = 0
 
     def _see(self, module) -> torch.Tensor:
         return module.model(input_ids=torch.arange(5, 15)[None]).logits.detach()
@@ -62,7 +60,6 @@ class Watch(Callback):
         self.logits.append(self._see(pl_module))
         (optimizer,) = trainer.optimizers
         self.states.append({n for n, one in layers(pl_module).items() if one.up in optimizer.state})
-        self.bytes = max(self.bytes, optimizer_bytes([optimizer]))
 
 
 OWN = {"dtype": "float64", "scheduler": Constant()}
@@ -117,14 +114,10 @@ def test_the_draws_are_of_the_seed_and_the_round_and_each_block_has_its_turns(ro
     assert len({frozenset(names) for names in drawn[:3]}) == 2, "the rounds of this test train both blocks"
 
 
-def test_only_the_blocks_of_a_round_hold_optimizer_state(rounds) -> None:
+def test_the_first_step_of_a_round_moves_each_number_by_the_rate_as_its_blocks_alone_hold_state(rounds) -> None:
     module, schedule, watch = rounds
     for step, names in enumerate(watch.states):
         assert blocks(names) == schedule.trained(module, step // 4)
-
-
-def test_the_first_step_of_a_round_moves_each_number_by_the_learning_rate(rounds) -> None:
-    module, schedule, watch = rounds
     for step in (0, 4, 8):
         for name in layers(module):
             moved = (watch.after[step][name] - watch.before[step][name]).abs()
@@ -207,12 +200,11 @@ def test_settings_that_cannot_be(make, sentence, fit_tiny) -> None:
         make(fit_tiny)
 
 
-class Failure(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        raise OSError("no space left")
-
-
 def test_a_round_that_ends_early_leaves_experts_that_train_their_products(tiny_llama_dir, task_files, tmp_path) -> None:
+    class Failure(Callback):
+        def on_train_batch_end(self, *args) -> None:
+            raise OSError("no space left")
+
     module = runs.module(tiny_llama_dir, BoostedLoRAExpert)
     first = runs.trainer(tmp_path / "first", Boosting(every=4, share=0.5, seed=2), Failure(), max_steps=4)
     with pytest.raises(OSError, match="no space"):

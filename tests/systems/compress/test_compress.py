@@ -67,17 +67,36 @@ def test_the_dtype_of_the_base_stays(tasks, tmp_path) -> None:
     base = tmp_path / "base"
     conftest.build_model("llama").to(torch.bfloat16).save_pretrained(base)
     conftest.build_tokenizer().save_pretrained(base)
-    compress(base, tasks, tmp_path / "smaller", keep=0.8, **SMALL)
+    compress(base, tasks, tmp_path / "smaller", keep=0.8, **SMALL | {"evaluations": 1})
     assert {one.dtype for one in load_file(tmp_path / "smaller/model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "smaller/config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("members", ["importance", "masks"])
-def test_the_best_candidate_is_written_and_equal_seeds_find_it_again(members, tiny, tasks, tmp_path) -> None:
-    one = compress(tiny("llama"), tasks, tmp_path / "one", keep=0.7, members=members, **SMALL)
+def test_the_best_candidate_is_written_also_after_an_interruption(members, tiny, tasks, tmp_path) -> None:
+    how, searched = SMALL | {"keep": 0.7, "members": members}, 0
+
+    def stop(what: str, done: float, total: float) -> None:
+        nonlocal searched
+        searched += what == "searching"
+        if searched == 4:
+            raise KeyboardInterrupt
+
+    one, out = compress(tiny("llama"), tasks, tmp_path / "one", **how), tmp_path / "smaller"
     assert len(one.searched) == 8
-    compress(tiny("llama"), tasks, tmp_path / "other", keep=0.7, members=members, **SMALL)
-    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny("llama"), tasks, out, progress=stop, **how)
+    assert not out.exists()
+    (left,) = tmp_path.glob(".smaller.*/search.jsonl")
+    stored = left.read_text().splitlines()
+    assert 3 <= len(stored) <= 4
+    # The stored values are taken, not measured again: without them the search would end elsewhere.
+    left.write_text("".join(line.partition('"result"')[0] + '"result": 0.5}' + "\n" for line in stored))
+    assert min(compress(tiny("llama"), tasks, out, **how).searched) < 1
+    shutil.rmtree(out)
+    # An equal seed finds it again.
+    assert compress(tiny("llama"), tasks, out, **how).searched == one.searched
+    assert fingerprint(out) == fingerprint(tmp_path / "one")
     # Cut by hand, the members that the record names give the lowest perplexity of the search.
     model = Base.open(tiny("llama")).load()
     kept = {
@@ -135,33 +154,6 @@ def test_masks_start_at_the_best_scores_of_the_paper_and_exchange_members(tiny, 
     assert 0 < min(filter(None, others)) < count / 4, "few of the members are exchanged at once"
 
 
-def test_an_interrupted_search_goes_on(tiny, tasks, tmp_path) -> None:
-    wanted = compress(tiny("llama"), tasks, tmp_path / "wanted", keep=0.7, **SMALL)
-    searched = 0
-
-    def stop(what: str, done: float, total: float) -> None:
-        nonlocal searched
-        searched += what == "searching"
-        if searched == 4:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "smaller"
-    with pytest.raises(KeyboardInterrupt):
-        compress(tiny("llama"), tasks, out, keep=0.7, progress=stop, **SMALL)
-    assert not out.exists()
-    (left,) = tmp_path.glob(".smaller.*/search.jsonl")
-    stored = left.read_text().splitlines()
-    assert 3 <= len(stored) <= 4
-    # The stored values are taken, not measured again: without them the search would end elsewhere.
-    left.write_text("".join(line.partition('"result"')[0] + '"result": 0.5}' + "\n" for line in stored))
-    found = compress(tiny("llama"), tasks, out, keep=0.7, **SMALL)
-    assert min(found.searched) < 1
-    shutil.rmtree(out)
-    found = compress(tiny("llama"), tasks, out, keep=0.7, **SMALL)
-    assert found.searched == wanted.searched
-    assert fingerprint(out) == fingerprint(tmp_path / "wanted")
-
-
 def test_rows_take_turns_and_splits_stay_apart(tasks) -> None:
     tokenizer = conftest.build_tokenizer()
     texts = read_texts(tasks, tokenizer, {"train": 90, "validation": 10_000, "test": 7}, 30)
@@ -207,5 +199,6 @@ def test_the_config_makes_a_smaller_base(tiny_llama_dir, tmp_path, monkeypatch) 
     monkeypatch.chdir(tmp_path)
     Path("runs/quickstart").mkdir(parents=True)
     Path("runs/quickstart/base").symlink_to(tiny_llama_dir)
-    assert main(["compress", "--config", str(Path(__file__).parents[3] / "configs/compress/search.yaml")]) == 0
+    config = Path(__file__).parents[3] / "configs/compress/search.yaml"
+    assert main(["compress", "--config", str(config), "--evaluations", "4"]) == 0
     assert Path("smaller/model.safetensors").stat().st_size < (tiny_llama_dir / "model.safetensors").stat().st_size

@@ -1,14 +1,12 @@
 """LoRA-IR against merged weights and one LoRA at a time; its router learns first, sees prompts only, and then rests."""
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
-from testbed import runs
 from testbed.padded_rows import ROWS, padded
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, repacked
@@ -20,8 +18,8 @@ from modular_experts.routing.gates import CurrentGates, Gates, reading
 from modular_experts.statistics.take import name_of, prompts
 from modular_experts.systems.lora_ir import LoRAIR, LoRAIRExpert, TaskGate
 from modular_experts.testing import check_expert
-from modular_experts.training.module import ExpertModule
 
+OWN = {"experts": LoRAIR(experts=2, rank=2)}
 OTHERS = [[50, 51, 52], [61, 60, 59, 58], [70], [55, 66, 77, 60, 61]]
 
 
@@ -115,13 +113,13 @@ def test_training_shows_the_gate_the_prompt_and_never_the_answer() -> None:
     torch.testing.assert_close(seen[0], gates_of(model).weights, rtol=1e-6, atol=1e-7)
 
 
-def test_a_fit_teaches_its_tasks_and_uses_no_name_of_a_task(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+def test_a_fit_teaches_its_tasks_and_uses_no_name_of_a_task(fit_tiny, caplog) -> None:
     with caplog.at_level(logging.INFO, "modular_experts"):
-        module, data = fit(tiny_llama_dir, task_files, tmp_path)
+        module, trainer, _ = fit_tiny(None, own=OWN, data={"seed": 0})
     assert (
         "the router learned 2 tasks, and sends 12 of 12 validation prompts to the expert of their task" in caplog.text
     )
-    rows = data.input_examples(["validation"])
+    rows = trainer.datamodule.input_examples(["validation"])
     for number, task in enumerate(sorted(rows)):
         batch = Collator(pad_id=0)(rows[task])
         with reading(tasks=["another"] * len(rows[task])), torch.no_grad():
@@ -129,21 +127,13 @@ def test_a_fit_teaches_its_tasks_and_uses_no_name_of_a_task(tiny_llama_dir, task
         assert gates_of(module.model).ids.flatten().tolist() == [number] * len(rows[task])
 
 
-def fit(base: Path, files: dict[str, Path], folder: Path, *callbacks, resume: Path | None = None, **settings):
-    torch.manual_seed(0)
-    module = ExpertModule(str(base), experts=LoRAIR(experts=2, rank=2))
-    data = runs.mixture(files, base, seed=0)
-    runs.trainer(folder, *callbacks, **settings).fit(module, data, ckpt_path=resume)
-    return module, data
-
-
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_resumed_run_keeps_its_router_and_reads_no_prompt_again(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+def test_a_resumed_run_keeps_its_router_and_reads_no_prompt_again(fit_tiny, tmp_path, caplog) -> None:
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    first, _ = fit(tiny_llama_dir, task_files, tmp_path, saving, max_steps=2, enable_checkpointing=True)
+    first, *_ = fit_tiny(None, saving, own=OWN, data={"seed": 0}, max_steps=2, enable_checkpointing=True)
     caplog.clear()
     with caplog.at_level(logging.INFO, "modular_experts"):
-        again, _ = fit(tiny_llama_dir, task_files, tmp_path, max_steps=4, resume=tmp_path / "step=2.ckpt")
+        again, *_ = fit_tiny(None, own=OWN, data={"seed": 0}, max_steps=3, ckpt=tmp_path / "step=2.ckpt")
     assert "the router" not in caplog.text
     assert torch.equal(gate_of(again.model).router.weight, gate_of(first.model).router.weight)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, build_model, build_tokenizer
 from testbed.padded_rows import ROWS, padded
+from testbed.systems import filled
 from torch import nn
 
 from modular_experts.evaluation import batch_losses
@@ -22,12 +23,7 @@ def planned(architecture: str = "llama", spread: float = 0.3, **settings: object
     """Return a model whose LoRAs, MLPs and scorer have random values."""
     model = build_model(architecture).double()
     inject(model, PointLoRA(**{"rank": 2, "tokens": 3, "hidden": 5} | settings))
-    made = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(spread * torch.randn(parameter.shape, generator=made, dtype=torch.float64))
-    return model
+    return filled(model, spread)
 
 
 def scores(model: nn.Module, ids: list[int]) -> torch.Tensor:
@@ -39,10 +35,14 @@ def scores(model: nn.Module, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_best_tokens_stand_in_front_in_their_order(architecture: str, side: str) -> None:
     model = planned(architecture)
-    selection = selection_of(model)
+    selection, batch = selection_of(model), padded(ROWS, side)
+    mask = batch["attention_mask"]
     with torch.no_grad():
-        found = model(**padded(ROWS, side)).logits
+        found = model(**batch).logits
         assert found.shape[:2] == (4, 5)
+        # Places that the caller gives move with the tokens.
+        placed = model(**batch, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        torch.testing.assert_close(placed[mask.bool()], found[mask.bool()], rtol=1e-9, atol=1e-9)
         # The same by hand: a model that selects nothing reads the tokens behind those of the other one.
         bare = planned(architecture)
         selection_of(bare).before = lambda args, kwargs: None
@@ -96,16 +96,6 @@ def test_generation_with_a_cache_is_generation_without(architecture: str) -> Non
         )
     assert torch.equal(cached.sequences, whole.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_places_that_the_caller_gives_move_with_the_tokens(architecture: str) -> None:
-    model, batch = planned(architecture), padded(ROWS, "left")
-    mask = batch["attention_mask"]
-    with torch.no_grad():
-        wanted = model(**batch).logits
-        found = model(**batch, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-9, atol=1e-9)
 
 
 def test_a_cache_without_a_mask_is_read_on() -> None:
@@ -163,9 +153,8 @@ def test_the_loss_teaches_the_scorer() -> None:
     model = planned(entropy=0.0).train()
     ids = torch.tensor([[7, 8, 9, 50]])
     labels = ids.where(ids == 50, -100)
-    batch_losses(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})[
-        0
-    ].sum().backward()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch_losses(model, batch)[0].sum().backward()
     assert all(parameter.grad.any() for parameter in selection_of(model).scorer.parameters())
     assert extra_losses(model) == {}
 
