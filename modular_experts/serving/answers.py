@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
@@ -18,15 +18,14 @@ from modular_experts.serving.threads import SideThreads
 
 MOST_TOKENS = 256
 """The most tokens of an answer to a request that does not say."""
-Finish = Literal["stop", "length"]
 
 
 class Piece(NamedTuple):
-    """A part of an answer: its text, its tokens, and at the end why it ends."""
+    """A part of an answer: its text, its tokens, and at the end why it ends (`stop` or `length`)."""
 
     text: str
     tokens: Sequence[Token] = ()
-    finish: Finish | None = None
+    finish: str | None = None
 
 
 @dataclass
@@ -46,7 +45,6 @@ class Answerer:
     models: Models
     engine: Engine
     tokenizer: PreTrainedTokenizerFast
-    _ends: dict[bool, list[int]] = field(default_factory=dict)
     _choosing: SideThreads = field(default_factory=SideThreads)
 
     async def answer(
@@ -67,13 +65,11 @@ class Answerer:
         ids = await asyncio.to_thread(self._encoded, prompt, chat)
         room = self._room(len(ids), most)
         if isinstance(found, Route):
-            choice = await self._choosing.call(found.choose, self.engine.reader, ids)
-        else:
-            choice = found.choice
-        await asyncio.to_thread(self.engine.check, [expert for expert, _ in choice.experts], len(ids), room)
-        tokens = self.engine.answer(ids, choice.experts, self._stops(chat), room, sampling)
-        answer = Answer(choice, len(ids))
-        answer.pieces = self._pieces(answer, tokens, stops, self._stops(chat), isinstance(prompt, list))
+            found = await self._choosing.call(found.choose, self.engine.reader, ids)
+        await asyncio.to_thread(self.engine.check, found.members, len(ids), room)
+        ends = ends_of_answers(self.tokenizer, chat) or [-1]
+        tokens, answer = self.engine.answer(ids, found.experts, ends, room, sampling), Answer(found, len(ids))
+        answer.pieces = self._pieces(answer, tokens, stops, ends, isinstance(prompt, list))
         return answer
 
     def _reads_chat(self, members: Sequence[StoredExpert]) -> bool:
@@ -101,12 +97,7 @@ class Answerer:
             raise ValueError(
                 f"the prompt has {prompt} tokens, and the base's context has room for {context}; shorten the prompt"
             )
-        return min(most or min(MOST_TOKENS, max(self.engine.cache_tokens - prompt, 1)), room)
-
-    def _stops(self, chat: bool) -> list[int]:
-        if chat not in self._ends:
-            self._ends[chat] = ends_of_answers(self.tokenizer, chat) or [-1]
-        return self._ends[chat]
+        return min(most or MOST_TOKENS, room)
 
     async def _pieces(
         self, answer: Answer, tokens: AsyncIterator[Token], stops: Sequence[str], ends: Sequence[int], strip: bool
@@ -131,4 +122,4 @@ class Answerer:
                 if len(text) > kept_back:
                     yield Piece(text[: len(text) - kept_back], held)
                     text, held = text[len(text) - kept_back :], []
-        yield Piece(text, held, finish)  # type: ignore[arg-type]
+        yield Piece(text, held, finish)

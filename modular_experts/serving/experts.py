@@ -42,10 +42,6 @@ class Slot:
     users: int = 0
     decoded: int | None = None
 
-    def let_go(self) -> None:
-        """Drop the pages of the expert's file; encoded deltas that are held read them again when they are decoded."""
-        self.expert.release()
-
 
 class HeldExperts:
     """The experts in a model, of which each row of a pass takes those that `gates` name.
@@ -153,42 +149,40 @@ class HeldExperts:
         for site, mixture in self._mixtures.values():
             bias = f"{site.name}.bias"
             slot.nbytes += mixture.put(slot.number, oriented(site, expert, encoded=True), expert.get(bias))
-        slot.let_go()
+        # Encoded deltas that are held read the pages of the file again when they are decoded.
+        expert.release()
         self._slots[expert.content_hash] = slot
         return slot
 
     def _let_go(self, size: int) -> None:
-        """Let experts leave that nobody uses: those that others have replaced, and more until this size is free."""
-        unused = [(self._newest[slot.expert.path] == key, key) for key, slot in self._slots.items() if not slot.users]
-        self._encode([self._slots[key] for _, key in unused], size)
+        """Let experts leave that nobody uses: those that others have replaced, and more until this size is free.
+
+        Of those that stay, the most recently used ones keep their decoded form as long as there is room. The others
+        lose it in the next pass with other gates.
+        """
+        unused = sorted((slot for slot in self._slots.values() if not slot.users), key=self._is_newest)
         before = len(self._slots)
-        for is_newest, key in sorted(unused, key=lambda one: one[0]):
-            if is_newest and self.nbytes + size <= self.most:
-                break
-            slot = self._slots.pop(key)
-            slot.let_go()
+        while unused and (self.nbytes + size > self.most or not self._is_newest(unused[0])):
+            slot = unused.pop(0)
+            del self._slots[slot.expert.content_hash]
+            slot.expert.release()
             for _, mixture in self._mixtures.values():
                 mixture.put(slot.number, None)
         if len(self._slots) < before:
             _give_back_memory()
-
-    def _encode(self, unused: Sequence[Slot], size: int) -> None:
-        """Let unused experts lose their decoded form until there is room for some more bytes.
-
-        They lose it in the next pass with other gates.
-        """
-        for slot in unused:
+        room, kept = self.most - self.nbytes - size, {slot.number for slot in self._slots.values()}
+        for slot in reversed(unused):
             if slot.decoded is None:
                 held = (mixture.deltas[slot.number] for _, mixture in self._mixtures.values())
                 slot.decoded = sum(one.decoded_nbytes for one in held if one is not None)
-        room, leaving = self.most - self.nbytes - size - sum(slot.decoded or 0 for slot in unused), set[int]()
-        for slot in unused:
+            room -= slot.decoded
             # The pass that runs may still decode an expert whose client has left.
             if room < 0 or not slot.decoded:
-                room, slot.decoded = room + (slot.decoded or 0), 0
-                leaving.add(slot.number)
-        with self._counting:
-            self.gates.kept = self.gates.kept - leaving
+                kept.remove(slot.number)
+        self.gates.kept = kept
+
+    def _is_newest(self, slot: Slot) -> bool:
+        return self._newest[slot.expert.path] == slot.expert.content_hash
 
     def _equip(self, sites: Sequence[Site]) -> None:
         """Give linear layers mixtures, without an expert so far."""

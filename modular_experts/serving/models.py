@@ -2,12 +2,10 @@
 
 import logging
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,8 +21,6 @@ log = logging.getLogger(__name__)
 
 BASE, AUTO = "base", "auto"
 """The names of the base alone, and of the route that the server takes where a request leaves the choice to it."""
-MOST_OPEN = 64
-"""How many experts are kept open, the least recently named ones left out."""
 
 Weighted = list[tuple[StoredExpert, float]]
 
@@ -46,6 +42,11 @@ class Choice(NamedTuple):
     confidence: float | None = None
 
     @property
+    def members(self) -> list[StoredExpert]:
+        """The experts without their weights."""
+        return [expert for expert, _ in self.experts]
+
+    @property
     def name(self) -> str:
         """The choice as a request would name it."""
         parts = [(f"{weight:.6f}".rstrip("0").rstrip("."), one.name) for one, weight in self.experts]
@@ -58,34 +59,18 @@ class Choice(NamedTuple):
         return {"x-expert": self.name} | shown
 
 
-class Sum:
-    """Experts that a request names itself."""
-
-    def __init__(self, experts: Weighted) -> None:
-        self.choice = Choice(experts)
-
-    @property
-    def members(self) -> list[StoredExpert]:
-        """All experts that may answer."""
-        return [expert for expert, _ in self.choice.experts]
-
-
 class Route:
-    """A stored router, which chooses among experts by the prompt."""
+    """A stored router, which chooses among experts by the prompt; `members` are all that may answer."""
 
     def __init__(self, expert: StoredExpert) -> None:
-        routers, self._experts, self._fallback = open_route(expert)
+        routers, experts, fallback = open_route(expert)
         if len(routers) != 1 or (router := next(iter(routers.values()))).scope != "sample":
             raise ValueError(
                 f"{expert.name} chooses for each token and layer, and only routes that choose by the prompt are "
                 "served; make one with --router KernelRidge or Centroid"
             )
         self._router, self.depths = router.eval(), list(router.depths)
-
-    @property
-    def members(self) -> list[StoredExpert]:
-        """All experts that may answer."""
-        return [*self._experts, *([] if self._fallback is None else [self._fallback])]
+        self.members = experts if fallback is None else [*experts, fallback]
 
     @torch.inference_mode()
     def choose(self, reader: nn.Module, ids: Sequence[int]) -> Choice:
@@ -98,17 +83,14 @@ class Route:
         hidden = torch.cat(read, 1)
         router = self._router.to(device)
         gates, shares = router(hidden), router.scores(hidden).float().softmax(1)[0]
-        by_number: list[StoredExpert | None] = [*self._experts, self._fallback]
         pairs = [(number, float(w)) for number, w in zip(gates.ids[0].tolist(), gates.weights[0], strict=True) if w]
+        # The number behind those of the experts is the fallback's, or the base's without one.
+        experts = [(self.members[number], weight) for number, weight in pairs if number < len(self.members)]
         chosen = [number for number, _ in pairs if number < len(shares)]
-        return Choice(
-            [(found, weight) for number, weight in pairs if (found := by_number[number]) is not None],
-            float(shares[chosen].sum()) if chosen else None,
-        )
+        return Choice(experts, float(shares[chosen].sum()) if chosen else None)
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """A model that a request can name: its `kind` is `base`, `expert`, `merge` or `route`."""
 
     name: str
@@ -125,36 +107,18 @@ class Models:
     def __init__(self, library: str | Path, fingerprint: str, place: str, auto: str | None = None) -> None:
         self._library = Library(library, place)
         self._fingerprint, self._place, self._auto = fingerprint, place, auto
-        self._open: OrderedDict[str, tuple[Any, tuple[StoredExpert, Sum | Route]]] = OrderedDict()
-        self._records: dict[str, tuple[Any, Listed | None]] = {}
-        self._lock = threading.Lock()
         if auto is not None:
             self._find(auto)
 
     def listed(self) -> list[Listed]:
         """Return all models but `auto` and sums; what was trained on another base is left out."""
-        with self._lock:
-            names = list(self._library)
-            found = [self._listed(name) for name in names if name not in (BASE, AUTO)]
-            self._records = {name: self._records[name] for name in names if name in self._records}
-        return [Listed(BASE, "base", 0), *(one for one in found if one is not None)]
-
-    def _listed(self, name: str) -> Listed | None:
-        directory = self._library.directory / name
-        version = _version(directory)
-        known, found = self._records.get(name, (None, None))
-        if version[0] is None or known == version:
-            return found if version[0] else None
-        found = None
-        try:
-            record = open_expert(directory, self._place).record
-        except (OSError, ValueError) as error:
-            log.warning("%s is not served: %s", name, error)
-            record = {}
-        if record and record["base"]["fingerprint"] == self._fingerprint:
-            kind = {MERGE: "merge", ROUTED: "route"}.get(record["kind"], "expert")
-            found = Listed(name, kind, version[0][1] // 10**9)
-        self._records[name] = version, found
+        found = [Listed(BASE, "base", 0)]
+        for name in self._library:
+            version = _version(directory := self._library.directory / name)
+            if name not in (BASE, AUTO) and version[0] is not None:
+                kind, fingerprint = _described(directory, version, self._place)
+                if fingerprint == self._fingerprint:
+                    found.append(Listed(name, kind, version[0][1] // 10**9))
         return found
 
     @property
@@ -174,14 +138,13 @@ class Models:
             return f"the library has the routes {', '.join(routes)}; choose one with --auto, such as --auto {routes[0]}"
         return "the library has no route; modular-experts route LIBRARY/* --out LIBRARY/routed makes one"
 
-    def find(self, name: str) -> Sum | Route:
+    def find(self, name: str) -> Choice | Route:
         """Return what a request's `model` means."""
         if name == AUTO:
             if (route := self.auto) is None:
                 raise UnknownModelError(f"'{AUTO}' names no model here: {self.why_no_auto}")
             return self._find(route)
-        weighted = [_term(name, term) for term in name.split("+")]
-        parts = [(self._find(each), weight) for each, weight in weighted]
+        parts = [(self._find(each), weight) for each, weight in [_term(name, term) for term in name.split("+")]]
         if len(parts) == 1 and parts[0][1] == 1:
             return parts[0][0]
         total: dict[str, tuple[StoredExpert, float]] = {}
@@ -190,38 +153,54 @@ class Models:
                 raise ValueError(f"{name!r} adds a route to something; name the route alone")
             for expert in part.members:
                 total[expert.content_hash] = expert, weight + total.get(expert.content_hash, (expert, 0.0))[1]
-        return Sum(list(total.values()))
+        return Choice(list(total.values()))
 
-    def _find(self, name: str) -> Sum | Route:
+    def _find(self, name: str) -> Choice | Route:
         if name == BASE:
-            return Sum([])
-        with self._lock:
-            directory = self._library.directory / name
-            if not ((directory / RECORD_FILE).is_file() or is_adapter(directory)):
-                known = [BASE, AUTO, *self._library]
-                some = f"; there are {', '.join(known[:8])}{', and more' * (len(known) > 8)}"
-                raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or some}")
-            before, found = self._open.pop(name, (None, None))
-            version = _version(directory)  # before it is opened, so that a replacement meanwhile is seen
-            if found is None or before != [version, *self._behind(found[0])]:
-                expert = open_expert(directory, self._place)
-                check_base([expert], self._fingerprint, self._place)
-                found = expert, Route(expert) if expert.is_routed else Sum([(expert, 1.0)])
-            self._open[name] = [version, *self._behind(found[0])], found
-            while len(self._open) > MOST_OPEN:
-                self._open.popitem(last=False)
-        return found[1]
-
-    def _behind(self, expert: StoredExpert) -> list[Any]:
-        """Return what changes when one of the experts is replaced that a route chooses among."""
-        names = [str(one["name"]) for one in expert.record["parents"] if expert.is_routed]
-        return [_version(self._library.directory / name) for name in names]
+            return Choice([])
+        directory = self._library.directory / name
+        if not ((directory / RECORD_FILE).is_file() or is_adapter(directory)):
+            known = [BASE, AUTO, *self._library]
+            some = f"; there are {', '.join(known[:8])}{', and more' * (len(known) > 8)}"
+            raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or some}")
+        version = _version(directory)
+        expert = _opened(directory, version, self._place)
+        check_base([expert], self._fingerprint, self._place)
+        if not expert.is_routed:
+            return Choice([(expert, 1.0)])
+        behind = tuple(_version(self._library.directory / str(one["name"])) for one in expert.record["parents"])
+        return _route(directory, version, self._place, behind)
 
 
-def _version(directory: Path) -> list[tuple[int, int] | None]:
+Version = tuple[tuple[int, int] | None, ...]
+
+
+def _version(directory: Path) -> Version:
     """Return what changes when an expert is replaced, or a file of an adapter; it begins with None if none is there."""
     files = sorted(directory.glob("adapter_*")) if is_adapter(directory) else []
-    return [version_of(place) for place in (directory, *files)]
+    return tuple(version_of(place) for place in (directory, *files))
+
+
+# Each of these keeps its last results, until another `version` asks for new ones. An open expert holds a file.
+@lru_cache(64)
+def _opened(directory: Path, version: Version, base: str) -> StoredExpert:
+    return open_expert(directory, base)
+
+
+@lru_cache(8)
+def _route(directory: Path, version: Version, base: str, behind: tuple[Version, ...]) -> Route:
+    return Route(_opened(directory, version, base))
+
+
+@lru_cache(10_000)
+def _described(directory: Path, version: Version, base: str) -> tuple[str, str | None]:
+    """Return the kind of an expert and the fingerprint of its base, which is None for one that cannot be opened."""
+    try:
+        record = open_expert(directory, base).record
+    except (OSError, ValueError) as error:
+        log.warning("%s is not served: %s", directory.name, error)
+        return "", None
+    return {MERGE: "merge", ROUTED: "route"}.get(record["kind"], "expert"), record["base"]["fingerprint"]
 
 
 def _term(whole: str, text: str) -> tuple[str, float]:

@@ -38,11 +38,11 @@ def test_a_sum_adds_experts_up_and_names_them(library, tiny_llama_dir) -> None:
         ("2*base+lora", "lora", {"lora": 1}),
         ("100000*lora+.00001*dense", "100000*lora+0.00001*dense", {"lora": 100000, "dense": 0.00001}),
     ):
-        choice = models.find(name).choice
+        choice = models.find(name)
         assert choice.name == shown
         assert {expert.name: weight for expert, weight in choice.experts} == weights
         assert choice.confidence is None
-        assert models.find(choice.name).choice == choice
+        assert models.find(choice.name) == choice
 
 
 def test_what_is_no_model_is_refused_with_what_is_near(library, tiny_llama_dir) -> None:

@@ -102,7 +102,7 @@ async def tokens_of(
 ) -> list[Any]:
     """Return the tokens with which a model answers a prompt."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    choice = models.find(model).choice
+    choice = models.find(model)
     tokens = engine.answer(ids, choice.experts, [tokenizer.eos_token_id], most, Sampling(**sampling))
     return [token async for token in tokens]
 
