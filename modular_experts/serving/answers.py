@@ -37,6 +37,12 @@ class Answer:
     pieces: AsyncIterator[Piece] = field(init=False)
     tokens: int = 0
 
+    @property
+    def usage(self) -> dict[str, int]:
+        """Return the numbers of tokens as OpenAI's protocol names them."""
+        read, written = self.prompt_tokens, self.tokens
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
 
 @dataclass
 class Answerer:

@@ -35,14 +35,9 @@ BATCH_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen: the likeliest one, or above a temperature of 0 by chance, which `seed` decides.
 
-    Args:
-        temperature: 0 takes the likeliest token; above 0, tokens are sampled, more freely the higher it is.
-        top_p: Sampled are the likeliest tokens alone whose probabilities add up to this share.
-        seed: Seed of the samples: the same prompt and seed give the same answer, whatever else the batch holds.
-        logprobs: How many of the likeliest tokens the answer tells, with the logarithms of their probabilities, beside
-            the one that was chosen; None tells none.
+    With `logprobs`, tokens come with the logarithms of their probabilities, and with so many of the likeliest ones.
     """
 
     temperature: float = 0.0
@@ -74,16 +69,10 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """A model that answers requests, from `start` to `stop`.
+    """A model that answers requests, from `start` to `stop`: up to `rows` of them in each pass.
 
-    Args:
-        model: The base, on its device, with nothing injected.
-        rows: The most rows of a pass.
-        cache_tokens: For how many tokens of all rows together keys and values are kept.
-        expert_bytes: The most bytes of experts in memory.
-
-    Attributes:
-        reader: The base alone, which reads prompts for routers; it shares its tensors with the model.
+    The keys and values of up to `cache_tokens` tokens of all rows are kept, and up to `expert_bytes` of experts.
+    `reader` is the base alone, which reads prompts for routers; it shares its tensors with the model.
     """
 
     def __init__(self, model: Any, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30) -> None:
@@ -98,7 +87,8 @@ class Engine:
         self._answering: dict[str, _Row] = {}
         self._numbers, self._turn, self._reading = itertools.count(), asyncio.Lock(), SideThreads()
         self._batch: tuple[list[tuple[str, int]], Gates | None] = [], None
-        self._hooks: list[Any] = []
+        model.register_forward_pre_hook(self._give_experts, with_kwargs=True)
+        model.register_forward_hook(self._choose_tokens, with_kwargs=True)
 
     def check_base(self) -> None:
         """Raise ValueError if transformers cannot batch the rows of this base; this answers a prompt of two tokens."""
@@ -118,15 +108,9 @@ class Engine:
 
     def start(self) -> None:
         """Begin to answer; a second call does nothing."""
-        if self._manager is not None:
-            if self._manager.is_running():
-                return
-            self._manager.stop(block=True, hard_stop=True)
-        if not self._hooks:
-            self._hooks = [
-                self.model.register_forward_pre_hook(self._give_experts, with_kwargs=True),
-                self.model.register_forward_hook(self._choose_tokens, with_kwargs=True),
-            ]
+        if self._manager is not None and self._manager.is_running():
+            return
+        self.stop()
         settings = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=-(-self.cache_tokens // PAGE),
@@ -144,14 +128,10 @@ class Engine:
             self._manager.start()
 
     def stop(self) -> None:
-        """End, with the answers that are not finished, and make the model what it was."""
+        """End, with the answers that are not finished."""
         if self._manager is not None:
             self._manager.stop(block=True, hard_stop=True)
             self._manager = None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self.experts.remove()
 
     @property
     def answering(self) -> int:

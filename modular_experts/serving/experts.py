@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modular_experts.base.apply import check_fit
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Site
-from modular_experts.injection import eject, find_sites, inject
+from modular_experts.injection import find_sites, inject
 from modular_experts.injection.routed import oriented
 from modular_experts.injection.slices import GatesOfSlice
 from modular_experts.library import StoredExpert
@@ -49,11 +49,9 @@ class HeldExperts:
     Experts stay encoded as they are stored. Those that are in use are held decoded too, and after that as long as
     there is room. Whoever `take`s an expert must give it back.
 
-    Args:
-        model: The base, with nothing injected.
-        most: The most bytes of experts that are held, without the decoded form of those in use. Where they are too
-            many, those that nobody uses lose their decoded form and then leave, the least recently used one first.
-        pause: Keeps the model from computing while it gets new layers.
+    `most` limits the bytes that are held, without the decoded form of those in use. Where they are too many, experts
+    that nobody uses lose their decoded form and then leave, the least recently used one first. `pause` keeps the model
+    from computing while it gets new layers.
     """
 
     def __init__(self, model: nn.Module, most: int, pause: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -119,13 +117,6 @@ class HeldExperts:
     def give_back(self, slots: Sequence[Slot]) -> None:
         """Tell that a request no longer uses the experts in these slots."""
         self._use(slots, -1)
-
-    def remove(self) -> None:
-        """Take all experts out of the model."""
-        if self._mixtures:
-            eject(self._model)
-        self._slots.clear()
-        self._mixtures.clear()
 
     def _use(self, slots: Sequence[Slot], change: int) -> None:
         with self._counting:

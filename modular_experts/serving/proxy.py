@@ -11,13 +11,11 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import Receive, Scope, Send
 
 from modular_experts.injection import context_length
 from modular_experts.serving.answers import Answerer
-from modular_experts.serving.app import Guard, Limits, refusal, send_refusal
+from modular_experts.serving.app import Guard, Limits, Stream, refusal, send_refusal
 from modular_experts.serving.models import AUTO, BASE, Choice, Models, Route
 from modular_experts.text import block_of
 
@@ -54,21 +52,6 @@ def make_proxy(models: Models, model: Any, tokenizer: Any, upstream: str, limits
     return app
 
 
-class _Passed(StreamingResponse):
-    """The other server's answer, byte by byte, which is closed when it ends or the client leaves."""
-
-    def __init__(self, answer: httpx.Response, headers: dict[str, str]) -> None:
-        kept = {name: value for name, value in answer.headers.items() if name not in _OWN}
-        super().__init__(answer.aiter_raw(), answer.status_code, kept | headers)
-        self.answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.answer.aclose()
-
-
 class _Proxy(Answerer):
     engine: Any  # the base itself, as nothing is computed here but the choice
     client: httpx.AsyncClient
@@ -90,7 +73,7 @@ class _Proxy(Answerer):
             raise ValueError("the route reads more of the base than the one before; start the proxy again")
         return found
 
-    async def forward(self, request: Request) -> _Passed:
+    async def forward(self, request: Request) -> Stream:
         """Send a request to the other server, with the route's choice in place of `auto`."""
         if ".." in request.url.path.split("/"):
             raise refusal(404, "only what lies below /v1 is passed on")
@@ -104,7 +87,9 @@ class _Proxy(Answerer):
             body = json.dumps(asked | {"model": await self._name(choice.name, headers)}).encode()
             own = choice.headers
         url = httpx.URL(path=request.url.path, query=request.url.query.encode())
-        return _Passed(await self._send(request.method, url, headers, body), own)
+        answer = await self._send(request.method, url, headers, body)
+        kept = {name: value for name, value in answer.headers.items() if name not in _OWN}
+        return Stream(answer.aiter_raw(), answer, status_code=answer.status_code, headers=kept | own)
 
     async def _choose(self, asked: dict[str, Any]) -> Choice:
         """Return what the route chooses for the prompt of a request."""

@@ -1,10 +1,11 @@
 """Define the requests of OpenAI's protocol that the server takes, and refuse what it would otherwise ignore."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from modular_experts.serving.engine import Sampling
+from modular_experts.serving.engine import Sampling, Token
 
 Neutral = Annotated[float, Field(ge=0, le=0)]
 """A setting that the server lacks, and takes where it changes nothing."""
@@ -60,9 +61,19 @@ class Settings(Form):
             raise ValueError("stop takes up to 16 texts of 1 to 256 characters")
         return self
 
-    def sampling(self, logprobs: int | None) -> Sampling:
-        """Return how tokens are chosen."""
-        return Sampling(self.temperature, self.top_p, self.seed % SEEDS, logprobs)
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def told(self) -> int | None:
+        """How many of the likeliest tokens the answer tells."""
+        raise NotImplementedError
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature, self.top_p, self.seed % SEEDS, self.told)
 
 
 class Message(Form):
@@ -81,14 +92,13 @@ class Message(Form):
             raise ValueError("this server reads text alone")
         return "".join(texts)
 
-    def plain(self) -> dict[str, str]:
-        """Return role and content as chat templates take them."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-
 
 class ChatRequest(Settings):
     """A conversation to go on with."""
 
+    object: ClassVar[str] = "chat.completion"
+    chunk: ClassVar[str] = "chat.completion.chunk"
+    prefix: ClassVar[str] = "chatcmpl"
     messages: list[Message] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -96,7 +106,8 @@ class ChatRequest(Settings):
 
     @property
     def prompt(self) -> list[dict[str, str]]:
-        return [message.plain() for message in self.messages]
+        roles = {"developer": "system"}
+        return [{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]
 
     @property
     def most_tokens(self) -> int | None:
@@ -104,13 +115,30 @@ class ChatRequest(Settings):
 
     @property
     def told(self) -> int | None:
-        """How many of the likeliest tokens the answer tells."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def said(self, text: str, is_part: bool) -> dict[str, Any]:
+        """Return a text of the answer in its field."""
+        return {"delta": {"content": text}} if is_part else {"message": {"role": "assistant", "content": text}}
+
+    def logprobs_of(self, tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
+        """Return the probabilities of tokens in this protocol."""
+
+        def told(id: int, logprob: float | None) -> dict[str, Any]:
+            text = tokenizer.decode([id])
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        likeliest = [[told(*like) for like in one.likeliest] for one in tokens]
+        pairs = zip(tokens, likeliest, strict=True)
+        return {"content": [told(one.id, one.logprob) | {"top_logprobs": others} for one, others in pairs]}
 
 
 class CompletionRequest(Settings):
     """A text to go on with: characters, or the ids of tokens."""
 
+    object: ClassVar[str] = "text_completion"
+    chunk: ClassVar[str] = "text_completion"
+    prefix: ClassVar[str] = "cmpl"
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
@@ -127,13 +155,20 @@ class CompletionRequest(Settings):
         return prompt
 
     @property
-    def most_tokens(self) -> int | None:
-        return self.max_tokens
-
-    @property
     def told(self) -> int | None:
-        """How many of the likeliest tokens the answer tells."""
         return self.logprobs
+
+    def said(self, text: str, is_part: bool) -> dict[str, Any]:
+        """Return a text of the answer in its field."""
+        return {"text": text}
+
+    def logprobs_of(self, tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
+        """Return the probabilities of tokens in this protocol."""
+        return {
+            "tokens": [tokenizer.decode([one.id]) for one in tokens],
+            "token_logprobs": [one.logprob for one in tokens],
+            "top_logprobs": [{tokenizer.decode([id]): logprob for id, logprob in one.likeliest} for one in tokens],
+        }
 
 
 def sentence(errors: list[Any]) -> tuple[str, str | None]:

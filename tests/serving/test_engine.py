@@ -15,7 +15,7 @@ from testbed.served import LONG, MODELS, PROMPTS
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Dense
-from modular_experts.injection import expert_layers, find_sites
+from modular_experts.injection import find_sites
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 from modular_experts.serving import engine as engines
 from modular_experts.serving import experts
@@ -44,14 +44,6 @@ def test_each_row_of_a_batch_is_answered_as_generate_does(library, tiny_llama_di
     assert texts == [served.generated(tiny_llama_dir, library, *one) for one in asked]
     by_model = {named: texts[place :: len(MODELS)] for place, named in enumerate(MODELS)}
     assert len({*map(tuple, by_model.values())}) == len(by_model), "the experts say the same"
-
-
-def test_the_model_is_the_base_again_when_it_stops(library, tiny_llama_dir) -> None:
-    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
-    served.run(engine, served.tokens_of(engine, models, tokenizer, LONG, "tiles"))
-    assert not list(expert_layers(engine.model))
-    ids = torch.arange(3, 30)[None]
-    assert torch.equal(engine.model(ids).logits, Base.open(str(tiny_llama_dir)).load("float32")(ids).logits)
 
 
 def test_a_seed_gives_the_same_samples_whatever_else_the_batch_holds(library, tiny_llama_dir) -> None:
