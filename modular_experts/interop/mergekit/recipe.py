@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from modular_experts.base import Base
-from modular_experts.base.files import MANIFEST, copy_companions, write_manifest
+from modular_experts.base.files import MANIFEST, copy_companions, read_layouts, write_manifest
 from modular_experts.base.streaming import Layout, shard_writer, write_index
 from modular_experts.deltas import Delta, Dense, Sparse, all_finite
 from modular_experts.deltas.tiles import index_dtype
@@ -29,8 +28,6 @@ from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 from modular_experts.text import depth_of, did_you_mean
 
-SHARD = 2 * 10**9
-"""The most bytes of a file of the checkpoint, unless one weight alone has more."""
 _KEYS = ("merge_method", "base_model", "parameters", "models", "slices", "dtype", "out_dtype", "tokenizer_source")
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -260,7 +257,8 @@ def merge_recipe(
         return result
 
     with new_directory(target, overwrite, MANIFEST) as temporary:
-        _write(temporary, {key: (dtypes[n], tuple(stored.shape(n))) for key, n in keys.items()}, merged, progress)
+        layout = {key: (dtypes[name], tuple(stored.shape(name))) for key, name in keys.items()}
+        _write(temporary, donor.directory, layout, merged, progress)
         copy_companions(donor.directory, temporary)
         config = read_json(donor.directory / "config.json", "so it is not the directory of a model")
         kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes.values()]
@@ -309,18 +307,18 @@ def _check_alike(recipe: Recipe, donor: Base, others: Sequence[Base]) -> None:
             raise ValueError(f"{place} has another tokenizer than {recipe.base}; run mergekit to reorder embeddings")
 
 
-def _write(directory: Path, layout: Layout, tensor_of: Callable[[str], Tensor], progress: Progress) -> None:
-    """Write a checkpoint as one file, or as several of limited size and their index."""
-    empty = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in layout.items()}
-    split = split_torch_state_dict_into_shards(
-        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
-    )
-    files = {file: {key: layout[key] for key in keys} for file, keys in split.filename_to_tensors.items()}
+def _write(
+    directory: Path, donor: Path, layout: Layout, tensor_of: Callable[[str], Tensor], progress: Progress
+) -> None:
+    """Write a checkpoint whose files hold what those of another checkpoint hold."""
+    files = {
+        file.name: {key: layout[key] for key in held if key in layout} for file, held in read_layouts(donor).items()
+    }
     steps = iter(progress(list(layout)))
     for file, held in files.items():
         with shard_writer(directory / file, held) as write:
             for key in held:
                 next(steps)
                 write(tensor_of(key))
-    if split.is_sharded:
+    if len(files) > 1:
         write_index(directory, files)

@@ -9,7 +9,6 @@ from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modular_experts.interop.mergekit import recipe as mergekit_recipe
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 
 LAYERS = 3
@@ -181,15 +180,16 @@ def test_models_of_different_make_are_refused(run, place, changes, told, tmp_pat
     assert not (tmp_path / "merged").exists()
 
 
-def test_files_are_cut_at_the_limit_and_listed(run, place, tmp_path, monkeypatch):
+def test_files_are_divided_as_those_of_the_first_model_and_listed(run, place, tmp_path):
     recipe = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}"
     whole = run(recipe)
-    monkeypatch.setattr(mergekit_recipe, "SHARD", 20_000)
-    (tmp_path / "recipe.yaml").write_text(recipe)
+    AutoModelForCausalLM.from_pretrained(place / "a").save_pretrained(tmp_path / "parted", max_shard_size="20KB")
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("model: a", f"model: {tmp_path / 'parted'}"))
     merge_recipe(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "cut")
-    index = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())
-    files = sorted(set(index["weight_map"].values()))
-    assert len(files) > 2
-    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index, first = (
+        json.loads((tmp_path / one / "model.safetensors.index.json").read_text()) for one in ("cut", "parted")
+    )
+    assert index["weight_map"] == first["weight_map"]
+    assert len({*index["weight_map"].values()}) > 2
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "cut" / file)[name].double(), whole[name])
