@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens
 from modular_experts.data.rows import BadRow, Row
+from modular_experts.library import StoredExpert, training_in_common
 
 log = logging.getLogger(__name__)
 
@@ -163,12 +164,24 @@ def warn_once(sentence: str) -> None:
     log.warning(sentence)
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """Return a conversation as the prompt that the chat template makes of it."""
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> tuple[list[int], list[int]]:
+    """Return the tokens of a prompt, with `chat` as the chat template makes it, and those that end its answer."""
+    ends = ends_of_answers(tokenizer, chat)
+    if isinstance(prompt, str) and not prompt.strip():
+        raise ValueError("the prompt is empty; give the text to answer")
+    if chat:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        try:
+            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    return list(tokenizer(prompt, add_special_tokens=False)["input_ids"]), ends
+
+
+def reads_chat(tokenizer: PreTrainedTokenizerBase, experts: Sequence[StoredExpert]) -> bool:
+    """Return whether experts were trained with the chat template; for the base alone, whether there is one."""
+    trained = not experts or training_in_common(experts).get("chat_template")
+    return bool(tokenizer.chat_template is not None and trained)
 
 
 def ends_of_answers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[int]:

@@ -32,6 +32,16 @@ def answer_rooms(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: in
     return kept, [min(max_new_tokens, context - len(prompt)) for prompt in kept]
 
 
+def answer_room(model: nn.Module, prompt: int, most: int) -> int:
+    """Return how many tokens, at most `most`, the answer to a prompt of so many tokens may have."""
+    context = context_length(model)
+    if context is not None and prompt >= context:
+        raise ValueError(
+            f"the prompt has {prompt} tokens, and the base's context has room for {context}; shorten the prompt"
+        )
+    return most if context is None else min(most, context - prompt)
+
+
 def cut_answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: Batch, answers: Sequence[Sequence[int]], most: int
 ) -> list[bool]:

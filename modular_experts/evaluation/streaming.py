@@ -13,9 +13,8 @@ from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
-from modular_experts.data.chat import Messages, ends_of_answers, prompt_text, template_hash
-from modular_experts.evaluation.generation import answer_rooms, continued
-from modular_experts.injection import context_length
+from modular_experts.data.chat import Messages, encoded, reads_chat, template_hash
+from modular_experts.evaluation.generation import answer_room, continued
 from modular_experts.injection.attach import attached
 from modular_experts.injection.named import NamedExperts
 from modular_experts.injection.routed import Routed
@@ -87,8 +86,6 @@ def generate(
         ValueError: An expert was trained on another base, the prompt is empty or too long, or a chat template is
             missing.
     """
-    if isinstance(prompt, str) and not prompt.strip():
-        raise ValueError("the prompt is empty; give the text to answer")
     how = Answering(None, max_new_tokens, temperature, seed, dtype)
     opened = open_several(experts, base)
     stored = [expert for expert in opened if isinstance(expert, StoredExpert)]
@@ -100,7 +97,7 @@ def generate(
     chat = chat_template or not isinstance(prompt, str)
     template = template_hash(tokenizer) if chat else None
     warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype)
-    given = _encoded(prompt, tokenizer, chat)
+    given = encoded(tokenizer, prompt, chat)
     model: Any = found.load(dtype)
     with attached(model, opened, check=False) as put:
         model.to(device())
@@ -134,15 +131,13 @@ class Conversation:
     def is_chat(self) -> bool:
         """Whether messages go through the chat template."""
         used = [self.library[name] for name in self.experts.names]
-        has_template = self.tokenizer.chat_template is not None
-        trained = not used or training_in_common(used).get("chat_template")
-        return bool(self.how.system or (has_template and trained))
+        return bool(self.how.system) or reads_chat(self.tokenizer, used)
 
     def ask(self, prompt: str, write: Callable[[str], object] | None = None) -> str:
         """Return the answer to a prompt, as `generate`, and remember both, unless the answer was interrupted."""
         messages = [*self.messages, {"role": "user", "content": prompt}]
         chat = self.is_chat
-        given = _encoded(messages if chat else prompt, self.tokenizer, chat)
+        given = encoded(self.tokenizer, messages if chat else prompt, chat)
         answer = _answer(self.model, self.tokenizer, *given, self.how, write)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
@@ -152,35 +147,23 @@ class Conversation:
 def _answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    ids: torch.Tensor,
+    prompt: list[int],
     stops: list[int],
     how: Answering,
     write: Callable[[str], object] | None,
 ) -> str:
-    context = context_length(model)
-    if context is not None and ids.shape[1] >= context:
-        raise ValueError(
-            f"the prompt has {ids.shape[1]} tokens, and the base's context has room for {context}; shorten the prompt"
-        )
-    _, (room,) = answer_rooms(model, [ids[0]], how.max_new_tokens)
+    room = answer_room(model, len(prompt), how.max_new_tokens)
     pad = next(iter(stops), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": how.temperature, "top_k": 0} if how.temperature else {}
     limits: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops or None, "pad_token_id": pad}
     config = GenerationConfig(do_sample=how.temperature > 0, **limits, **sampling)
-    ids, streamer = ids.to(model.device), _Streamer(tokenizer, write) if write else None
+    ids, streamer = torch.tensor([prompt], device=model.device), _Streamer(tokenizer, write) if write else None
     with torch.random.fork_rng():
         torch.manual_seed(how.seed)
         written = continued(model, ids, torch.ones_like(ids), config, streamer)[0]
     if len(written) == room < how.max_new_tokens and int(written[-1]) not in stops:
-        log.warning("the answer ended where the model's context of %d tokens does; shorten the prompt", context)
+        log.warning("the answer ended where the model's context does; shorten the prompt")
     return str(tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
-
-
-def _encoded(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[torch.Tensor, list[int]]:
-    ends = ends_of_answers(tokenizer, chat)
-    if chat:
-        prompt = prompt_text(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-    return torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]]), ends
 
 
 class _Streamer(TextStreamer):

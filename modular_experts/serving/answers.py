@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from modular_experts.data.chat import ends_of_answers, prompt_text
-from modular_experts.injection import context_length
-from modular_experts.library import StoredExpert, training_in_common
+from modular_experts.data.chat import encoded, ends_of_answers, reads_chat
+from modular_experts.evaluation.generation import answer_room
 from modular_experts.serving.engine import Engine, Sampling, Token
 from modular_experts.serving.models import Choice, Models, Route
 from modular_experts.serving.threads import SideThreads
 
+Prompt = str | list[int] | list[dict[str, str]]
 MOST_TOKENS = 256
 """The most tokens of an answer to a request that does not say."""
 
@@ -56,7 +56,7 @@ class Answerer:
     async def answer(
         self,
         model: str,
-        prompt: str | list[int] | list[dict[str, str]],
+        prompt: Prompt,
         most: int | None,
         stops: Sequence[str],
         sampling: Sampling,
@@ -66,44 +66,26 @@ class Answerer:
         Messages go through the chat template if the experts were trained with it, or for the base alone if it has one.
         Without it, their texts follow each other, a line each.
         """
-        found = await asyncio.to_thread(self.models.find, model)
-        chat = isinstance(prompt, list) and isinstance(prompt[0], dict) and self._reads_chat(found.members)
-        ids = await asyncio.to_thread(self._encoded, prompt, chat)
-        room = self._room(len(ids), most)
+        found, ids, ends = await asyncio.to_thread(self.read, model, prompt)
+        room = answer_room(self.engine.reader, len(ids), most or MOST_TOKENS)
         if isinstance(found, Route):
             found = await self._choosing.call(found.choose, self.engine.reader, ids)
         await asyncio.to_thread(self.engine.check, found.members, len(ids), room)
-        ends = ends_of_answers(self.tokenizer, chat) or [-1]
         tokens, answer = self.engine.answer(ids, found.experts, ends, room, sampling), Answer(found, len(ids))
         answer.pieces = self._pieces(answer, tokens, stops, ends, isinstance(prompt, list))
         return answer
 
-    def _reads_chat(self, members: Sequence[StoredExpert]) -> bool:
-        has_template = self.tokenizer.chat_template is not None
-        return has_template and bool(not members or training_in_common(members).get("chat_template"))
-
-    def _encoded(self, prompt: Any, chat: bool) -> list[int]:
+    def read(self, model: str, prompt: Any) -> tuple[Choice | Route, list[int], list[int]]:
+        """Return what a model's name means, the tokens of a prompt, and those that end its answer."""
+        found = self.models.find(model)
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             if not all(0 <= token < len(self.tokenizer) for token in prompt):
                 raise ValueError(f"the prompt has tokens outside of the vocabulary of {len(self.tokenizer)}")
-            return prompt
-        if chat:
-            text = prompt_text(self.tokenizer, prompt)
-        else:
-            text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        if not text.strip():
-            raise ValueError("the prompt is empty; give the text to answer")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _room(self, prompt: int, most: int | None) -> int:
-        """Return how many tokens the answer may have."""
-        context = context_length(self.engine.reader) or self.engine.cache_tokens
-        room = context - prompt
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {prompt} tokens, and the base's context has room for {context}; shorten the prompt"
-            )
-        return min(most or MOST_TOKENS, room)
+            return found, prompt, ends_of_answers(self.tokenizer, False)
+        chat = isinstance(prompt, list) and reads_chat(self.tokenizer, found.members)
+        if isinstance(prompt, list) and not chat:
+            prompt = "\n".join(message["content"] for message in prompt)
+        return found, *encoded(self.tokenizer, prompt, chat)
 
     async def _pieces(
         self, answer: Answer, tokens: AsyncIterator[Token], stops: Sequence[str], ends: Sequence[int], strip: bool

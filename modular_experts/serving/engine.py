@@ -185,7 +185,7 @@ class Engine:
             self.start()
             manager = self._manager
             manager.register_result_handler(key, tell)
-            if manager.add_request(ids, key, most, streaming=True, eos_token_id=stops) is not None:
+            if manager.add_request(ids, key, most, streaming=True, eos_token_id=stops or [-1]) is not None:
                 return manager
             # It takes no more requests, and ends.
             await asyncio.sleep(0.05)

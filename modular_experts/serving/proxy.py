@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from modular_experts.injection import context_length
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Guard, Limits, Stream, refusal, send_refusal
-from modular_experts.serving.models import AUTO, BASE, Choice, Models, Route
+from modular_experts.serving.models import AUTO, BASE, Choice, Models
 from modular_experts.text import block_of
 
 # Headers that belong to one connection, or that httpx writes itself.
@@ -61,17 +61,11 @@ class _Proxy(Answerer):
 
     def keep_first_blocks(self) -> None:
         """Free the weights that the route does not read."""
-        self.depth, model = max(self._route().depths), self.engine
+        route: Any = self.models.find(AUTO)
+        self.depth, model = max(route.depths), self.engine
         blocks = list(dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name))))
         for unread in [*blocks[round(self.depth * len(blocks)) :], *["lm_head"] * hasattr(model, "lm_head")]:
             model.get_submodule(unread).to("meta")
-
-    def _route(self) -> Route:
-        found = self.models.find(AUTO)
-        assert isinstance(found, Route)
-        if max(found.depths) > self.depth:
-            raise ValueError("the route reads more of the base than the one before; start the proxy again")
-        return found
 
     async def forward(self, request: Request) -> Stream:
         """Send a request to the other server, with the route's choice in place of `auto`."""
@@ -99,12 +93,14 @@ class _Proxy(Answerer):
                 prompt = [{"role": str(one["role"]), "content": _text(one.get("content"))} for one in asked["messages"]]
             elif isinstance(prompt, list) and isinstance(prompt[0], str):
                 prompt = prompt[0]
-            found = await asyncio.to_thread(self._route)
-            chat = "messages" in asked and self._reads_chat(found.members)
-            ids = await asyncio.to_thread(self._encoded, prompt, chat)
+            route: Any
+            route, ids, _ = await asyncio.to_thread(self.read, AUTO, prompt)
+            if max(route.depths) > self.depth:
+                raise ValueError("it reads more of the base than the one before; start the proxy again")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise refusal(400, f"the route cannot read the prompt of the request: {str(error)[:200]}") from None
-        return await self._choosing.call(found.choose, self.engine, ids[: context_length(self.engine)])
+        chosen: Choice = await self._choosing.call(route.choose, self.engine, ids[: context_length(self.engine)])
+        return chosen
 
     async def _name(self, name: str, headers: Headers) -> str:
         """Return how the other server calls an expert, or the base."""

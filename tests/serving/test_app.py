@@ -12,8 +12,8 @@ import openai
 import pytest
 from testbed import runs, served
 
+from modular_experts.data import chat as chats
 from modular_experts.routing import Centroid
-from modular_experts.serving import answers
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Limits, make_app
 from modular_experts.serving.engine import EngineError
@@ -189,7 +189,7 @@ def test_a_conversation_goes_through_the_template_with_which_experts_were_traine
         content = [{"type": "text", "text": "b"}]
         messages = [{"role": "developer", "content": "a"}, {"role": "user", "content": content}]
         for model, chat in (("base", None), ("lora", None), ("lora", "h")):
-            monkeypatch.setattr(answers, "training_in_common", lambda _, chat=chat: {"chat_template": chat})
+            monkeypatch.setattr(chats, "training_in_common", lambda _, chat=chat: {"chat_template": chat})
             await openai_client(client).chat.completions.create(model=model, messages=messages, max_tokens=1)
 
     serve(work)
