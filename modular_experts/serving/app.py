@@ -9,12 +9,12 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +26,7 @@ from modular_experts.serving.models import AUTO, Listed, UnknownModelError
 from modular_experts.serving.requests import ChatRequest, CompletionRequest, sentence
 
 log = logging.getLogger(__name__)
+PAGE = Path(__file__).with_name("page.html")
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,8 @@ def make_app(answerer: Answerer, limits: Limits = Limits()) -> FastAPI:
     app.add_api_route("/v1/completions", server.complete, methods=["POST"], response_model=None)
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/metrics", server.metrics, methods=["GET"])
-    app.add_api_route("/", page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/", lambda: FileResponse(PAGE), methods=["GET"], include_in_schema=False)
     return app
-
-
-def page() -> HTMLResponse:
-    """A page on which to ask."""
-    return HTMLResponse(resources.files("modular_experts.serving").joinpath("page.html").read_text(encoding="utf-8"))
 
 
 class _Server:
@@ -122,14 +118,14 @@ class _Server:
             raise refusal(404, str(error), "model") from None
         except (ValueError, FileNotFoundError) as error:
             raise refusal(400, str(error)) from None
-        choice, id = answer.choice, f"{body.prefix}-{uuid.uuid4().hex}"
+        choice, id = answer.choice, f"cmpl-{uuid.uuid4().hex}"
         if self.limits.log_prompts:
             log.info("%s asks %s: %s", id, choice.name, body.prompt)
         pieces = self._measured(id, answer, started)
         said = {"id": id, "created": int(time.time()), "model": body.model}
         said |= {"expert": choice.name, "confidence": choice.confidence}
         if body.stream:
-            events = self._events(body, said | {"object": body.chunk}, answer, pieces)
+            events = self._events(body, said | {"object": body.part}, answer, pieces)
             return Stream(events, events, media_type="text/event-stream", headers=choice.headers)
         whole = self._choice(body, await _joined(pieces, request), is_part=False)
         said |= {"object": body.object, "choices": [whole], "usage": answer.usage}

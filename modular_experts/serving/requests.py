@@ -97,8 +97,7 @@ class ChatRequest(Settings):
     """A conversation to go on with."""
 
     object: ClassVar[str] = "chat.completion"
-    chunk: ClassVar[str] = "chat.completion.chunk"
-    prefix: ClassVar[str] = "chatcmpl"
+    part: ClassVar[str] = "chat.completion.chunk"
     messages: list[Message] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -137,8 +136,7 @@ class CompletionRequest(Settings):
     """A text to go on with: characters, or the ids of tokens."""
 
     object: ClassVar[str] = "text_completion"
-    chunk: ClassVar[str] = "text_completion"
-    prefix: ClassVar[str] = "cmpl"
+    part: ClassVar[str] = "text_completion"
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
