@@ -259,7 +259,7 @@ def refusal(
 
 
 def send_refusal(request: Request, error: Any) -> JSONResponse:
-    """Answer with an error; those of FastAPI have a text alone."""
+    """Answer with an error; FastAPI's own errors have a text alone."""
     if not isinstance(error.detail, dict):
         error = refusal(error.status_code, str(error.detail), headers=error.headers)
     return JSONResponse(error.detail, error.status_code, error.headers)

@@ -148,7 +148,7 @@ class HeldExperts:
     def _let_go(self, size: int) -> None:
         """Let experts leave that nobody uses: those that others have replaced, and more until this size is free.
 
-        Of those that stay, the most recently used ones keep their decoded form as long as there is room. The others
+        The most recently used ones that stay keep their decoded form as long as there is room. The others
         lose it in the next pass with other gates.
         """
         unused = sorted((slot for slot in self._slots.values() if not slot.users), key=self._is_newest)

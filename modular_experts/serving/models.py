@@ -84,7 +84,7 @@ class Route:
         router = self._router.to(device)
         gates, shares = router(hidden), router.scores(hidden).float().softmax(1)[0]
         pairs = [(number, float(w)) for number, w in zip(gates.ids[0].tolist(), gates.weights[0], strict=True) if w]
-        # The number behind those of the experts is the fallback's, or the base's without one.
+        # The number behind the experts' numbers is the fallback's, or the base's without one.
         experts = [(self.members[number], weight) for number, weight in pairs if number < len(self.members)]
         chosen = [number for number, _ in pairs if number < len(shares)]
         return Choice(experts, float(shares[chosen].sum()) if chosen else None)

@@ -310,7 +310,7 @@ def _check_alike(recipe: Recipe, donor: Base, others: Sequence[Base]) -> None:
 def _write(
     directory: Path, donor: Path, layout: Layout, tensor_of: Callable[[str], Tensor], progress: Progress
 ) -> None:
-    """Write a checkpoint whose files hold what those of another checkpoint hold."""
+    """Write a checkpoint whose files hold the same tensors as the files of another one."""
     files = {
         file.name: {key: layout[key] for key in held if key in layout} for file, held in read_layouts(donor).items()
     }
