@@ -1,4 +1,4 @@
-"""Tell whether a place can hold an expert, also before torch is imported."""
+"""Tell whether a place can hold an expert, and whether it may be written, also before torch is imported."""
 
 import os
 import re
@@ -25,3 +25,11 @@ def missing_expert(place: str | Path) -> str | None:
     if near := did_you_mean(directory.name, names):
         hint = near.replace("did you mean ", f"did you mean {directory.parent}{os.sep}")
     return f"{place} is not an expert: there is no such directory{hint}"
+
+
+def check_free(path: str | Path, overwrite: bool) -> None:
+    """Raise FileExistsError if there is a file or directory that may not be replaced."""
+    if os.path.lexists(os.path.expanduser(path)) and not overwrite:
+        raise FileExistsError(
+            f"{path} exists already; choose another place, or replace it with overwrite=True (--overwrite)"
+        )

@@ -3,7 +3,6 @@
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -15,6 +14,7 @@ from modular_experts.merger.interference import Interference, mean_of_others
 from modular_experts.merger.interference import interference as compare
 from modular_experts.methods import FIRST, METHODS, MergeMethod, SparseAverage
 from modular_experts.methods.method import PROMISES, documentation
+from modular_experts.places import check_free
 from modular_experts.reports.progress import progress_bar
 from modular_experts.settings.read import class_named
 from modular_experts.text import depth_of
@@ -95,8 +95,8 @@ def interference(
         modular-experts interference library/a library/b
         modular-experts interference --experts library/a library/b --method TIES --out interference.json
     """
-    if out and Path(out).exists() and not overwrite:
-        raise FileExistsError(f"{out} exists already; choose another out, or replace it with --overwrite")
+    if out:
+        check_free(out, overwrite)
     chosen = method or SparseAverage()
     found = compare(experts, chosen, progress_bar("comparing"))
     console = Console(markup=False, emoji=False)

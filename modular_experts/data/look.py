@@ -19,6 +19,7 @@ from modular_experts.data.tasks import Task, Tasks, repeats
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.injection import context_length
 from modular_experts.library.atomic import new_file
+from modular_experts.places import check_free
 from modular_experts.reports.tables import Column, Line, Table, element, page
 
 SHOWN, LONGEST, EDGE = 2, 3, 60
@@ -95,8 +96,8 @@ def look(
         FileExistsError: The page exists and may not be replaced.
         ValueError: A row is bad, or a target does not fit `max_length`.
     """
-    if page is not None and Path(page).exists() and not overwrite:
-        raise FileExistsError(f"{page} exists already; choose another page, or replace it with --overwrite")
+    if page is not None:
+        check_free(page, overwrite)
     opened = base if isinstance(base, Base) else Base.open(base)
     data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **reading)
     data.tokenizer = data.tokenizer or opened.tokenizer()

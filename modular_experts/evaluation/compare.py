@@ -30,6 +30,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, is_adapter, warn_of_missing_parents, warn_unlike_training
 from modular_experts.library.result_key import result_key
+from modular_experts.places import check_free
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
 from modular_experts.reports.progress import progress_by_tenths
@@ -84,8 +85,8 @@ def evaluate(
             two models have one name, or a task has no test rows; no row was measured.
     """
     folder = None if out is None else Path(out)
-    if folder and (folder / RESULTS).exists() and not overwrite:
-        raise FileExistsError(f"{folder / RESULTS} exists already; choose another out, or replace it with --overwrite")
+    if folder:
+        check_free(folder / RESULTS, overwrite)
     found, models = open_models(base, experts)
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or found.tokenizer()

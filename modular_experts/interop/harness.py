@@ -19,6 +19,7 @@ from modular_experts.data.sources import READERS
 from modular_experts.data.tasks import Task, Tasks, as_tasks
 from modular_experts.data.tokenize import joined
 from modular_experts.evaluation.compare import RESULTS, AnyModels, facts_of, open_models
+from modular_experts.places import check_free
 from modular_experts.reports import Results
 from modular_experts.routing.gates import reading
 from modular_experts.settings import Options
@@ -96,8 +97,8 @@ def harness(
             `evaluate` refuses.
     """
     folder = None if out is None else Path(out)
-    if folder and (folder / RESULTS).exists() and not overwrite:
-        raise FileExistsError(f"{folder / RESULTS} exists already; choose another out, or replace it with --overwrite")
+    if folder:
+        check_free(folder / RESULTS, overwrite)
     names, files = benchmarks_and_tasks(tasks)
     try:
         import lm_eval  # noqa: F401

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modular_experts.library.record import RECORD_FILE
+from modular_experts.places import check_free
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # As `_beside` and `tempfile` make them, also with the endings of a file of tensors that was not finished.
@@ -45,8 +46,7 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = RECORD
             raise FileExistsError(
                 f"{path} exists and is not a directory of ours (it holds no {marker}); choose another place"
             )
-        if not overwrite:
-            raise FileExistsError(f"{path} exists already; choose another place, or replace it with --overwrite")
+        check_free(path, overwrite)
     parent = next(parent for parent in target.parents if os.path.lexists(parent))
     if not parent.is_dir():
         raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")

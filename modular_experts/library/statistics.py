@@ -20,6 +20,7 @@ from modular_experts.library.atomic import is_name, new_file
 from modular_experts.library.expert import StoredExpert, content_hash
 from modular_experts.library.record import plain
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
+from modular_experts.places import check_free
 
 if TYPE_CHECKING:
     from modular_experts.methods.method import DataStatistic
@@ -129,9 +130,8 @@ def kinds_of_statistics(expert: StoredExpert) -> list[str]:
 
 def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> None:
     """Raise FileExistsError if an expert has statistics that may not be replaced; call it before any work."""
-    for file in [_file(expert, kind) for expert in experts]:
-        if os.path.lexists(file) and not overwrite:
-            raise FileExistsError(f"{file} exists already; replace it with --overwrite")
+    for expert in experts:
+        check_free(_file(expert, kind), overwrite)
 
 
 def carry_statistics(expert: StoredExpert, other: StoredExpert) -> None:

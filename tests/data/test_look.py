@@ -70,7 +70,7 @@ def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, cap
     assert "2 of 3 test rows are also training rows" in [one.text for one in page.iter("li")]
     assert "The marked tokens are learned; in a task" in page.findtext(".//header/p")
     assert main(words) == 1
-    assert "look.html exists already; choose another page, or replace it with --overwrite" in capsys.readouterr().err
+    assert "look.html exists already; choose another place, or replace it with" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
     capsys.readouterr()
     assert main(["look", file, "--base", str(tiny_llama_dir)]) == 0

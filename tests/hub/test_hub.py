@@ -205,7 +205,7 @@ def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_r
     push(experts_of(library), REPO)
     other = write(tmp_path / "other" / "b", seed=99)
     hub.requests.clear()
-    with pytest.raises(FileExistsError, match=r"exists already, damaged or with other contents .* --overwrite"):
+    with pytest.raises(FileExistsError, match=r"exists already, damaged or with other contents .*--overwrite"):
         pull(REPO, tmp_path / "other")
     assert list(Library(tmp_path / "other")) == ["b"]
     assert open_expert(tmp_path / "other/b").content_hash == other.content_hash
@@ -237,7 +237,7 @@ def test_another_expert_of_the_same_name_is_not_replaced_unasked(hub, library):
     there = hub.repositories[REPO].files()
     shutil.rmtree(library / "a")
     write(library / "a", seed=99)
-    with pytest.raises(FileExistsError, match=f"{REPO} has another expert called a; .* --overwrite"):
+    with pytest.raises(FileExistsError, match=f"{REPO} has another expert called a; .*--overwrite"):
         push(experts_of(library), REPO)
     assert hub.repositories[REPO].files() == there
     push(experts_of(library), REPO, overwrite=True)
