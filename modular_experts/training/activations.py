@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -100,8 +101,10 @@ def high_water(device: torch.device) -> int:
     """Return the most memory that this process has had so far on a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage also counts the process that started this one
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def held_bytes(device: torch.device) -> int:

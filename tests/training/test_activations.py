@@ -1,6 +1,8 @@
 """A fit recomputes activations where it would else take more memory than there is, and trains the same."""
 
 import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -14,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from modular_experts import fit
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
-from modular_experts.training.activations import activations, held_bytes, recompute
+from modular_experts.training.activations import activations, held_bytes, high_water, recompute
 
 KINDS = {"sparse": partial(SparseExpert, keep_ratio=0.1), "lora": LoRAExpert, "full": FullExpert}
 DEEP = GROUPED | {"num_hidden_layers": 4}
@@ -144,3 +146,11 @@ def test_nothing_leaves_a_cpu(tiny_llama_dir, task_files, tmp_path) -> None:
     assert not hasattr(found, "model")
     with pytest.raises(ValueError, match="leave one of the two out"):
         module(tiny_llama_dir, LoRAExpert, offload_activations=True, gradient_checkpointing=False)
+
+
+def test_the_most_memory_of_a_process_leaves_out_the_one_that_started_it() -> None:
+    program = "import torch; from modular_experts.training.activations import high_water as most; "
+    program += "print(most(torch.device('cpu')))"
+    large = torch.ones(2**28)  # 1 GB
+    child = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    assert int(child.stdout.splitlines()[-1]) < high_water(torch.device("cpu")) - large.nbytes / 2
