@@ -13,10 +13,9 @@ from testbed import served
 from testbed.served import LONG, MODELS, PROMPTS
 
 from modular_experts.base import Base
-from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Dense
 from modular_experts.injection import find_sites
-from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
+from modular_experts.library import StoredExpert, open_expert
 from modular_experts.serving import engine as engines
 from modular_experts.serving import experts
 from modular_experts.serving.engine import Engine, EngineError, Sampling, choose
@@ -27,21 +26,25 @@ def library(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return served.make_library(tiny_llama_dir, tmp_path_factory.mktemp("served") / "library")
 
 
+ASKED = [(prompt, model) for prompt in PROMPTS for model in MODELS]
+
+
+@pytest.fixture(scope="module")
+def expected(library, tiny_llama_dir) -> list[str]:
+    return [served.generated(tiny_llama_dir, library, *one) for one in ASKED]
+
+
 @pytest.mark.parametrize(
     ("settings", "tokens"), [({}, 1024), ({"rows": 3, "cache_tokens": 320}, 50)], ids=["roomy", "narrow"]
 )
-def test_each_row_of_a_batch_is_answered_as_generate_does(library, tiny_llama_dir, monkeypatch, settings, tokens):
+def test_each_row_of_a_batch_is_answered_as_generate_does(
+    library, tiny_llama_dir, expected, monkeypatch, settings, tokens
+) -> None:
     """Rows share long prompts, wait for each other, and in a narrow batch are read in parts and read again."""
     monkeypatch.setattr(engines, "BATCH_TOKENS", tokens)
     engine, models, tokenizer = served.opened(tiny_llama_dir, library, **settings)
-    asked = [(prompt, model) for prompt in PROMPTS for model in MODELS]
-
-    async def all_at_once():
-        return await asyncio.gather(*[served.tokens_of(engine, models, tokenizer, *one) for one in asked])
-
-    answers = served.run(engine, all_at_once())
-    texts = [served.text_of(tokenizer, tokens) for tokens in answers]
-    assert texts == [served.generated(tiny_llama_dir, library, *one) for one in asked]
+    texts = served.texts_of(engine, models, tokenizer, ASKED)
+    assert texts == expected
     by_model = {named: texts[place :: len(MODELS)] for place, named in enumerate(MODELS)}
     assert len({*map(tuple, by_model.values())}) == len(by_model), "the experts say the same"
 
@@ -71,11 +74,9 @@ def test_samples_are_drawn_by_their_probabilities() -> None:
         assert not counts[kept:].any()
         # Three standard deviations of a binomial distribution.
         assert bool(((counts[:kept] / 2000 - expected).abs() <= 3 * (expected * (1 - expected) / 2000).sqrt()).all())
-
-
-def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
-    logits, generator = torch.tensor([1.0, 30.0, 2.0]), torch.Generator().manual_seed(0)
-    assert {choose(logits, Sampling(heat), generator).id for heat in (1e-3, 1e-40, 5e-324)} == {1}
+    # A temperature near zero takes the likeliest token.
+    likely = torch.tensor([1.0, 30.0, 2.0])
+    assert {choose(likely, Sampling(heat), generator).id for heat in (1e-3, 1e-40, 5e-324)} == {1}
 
 
 def test_logprobs_are_those_of_a_pass_over_the_whole_text(library, tiny_llama_dir) -> None:
@@ -137,15 +138,6 @@ def test_an_expert_stays_decoded_after_its_answer_as_long_as_there_is_room(libra
     assert served.run(engine, one_after_the_other()) == {has_room}
 
 
-def expert_of(base: Path, place: Path, shapes: dict[str, tuple[int, int]], seed: int = 0) -> StoredExpert:
-    """Write an expert of some weights, and open it."""
-    made = torch.Generator().manual_seed(seed)
-    deltas = {name: served.delta("lora", shape, made) for name, shape in shapes.items()}
-    of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
-    write_expert(place, deltas, make_record("LoRAExpert", of, tasks=[place.name]))
-    return open_expert(place)
-
-
 async def tokens_with(engine: Engine, expert: StoredExpert) -> list[int]:
     engine.check([expert], 3, 3)
     return [token.id async for token in engine.answer([3, 4, 5], [(expert, 1.0)], [-1], 3, Sampling())]
@@ -155,14 +147,16 @@ def test_an_expert_of_other_weights_joins_those_that_stayed_when_others_left(tin
     """It gives more layers mixtures, which have a place for each number that is in use."""
     weights = dict(served.WEIGHTS)
     name, shape = weights.popitem()
-    first, second, third = (expert_of(tiny_llama_dir, tmp_path / f"{seed}", weights, seed) for seed in range(3))
-    other = expert_of(tiny_llama_dir, tmp_path / "other", {name: shape, name.replace("1", "0"): shape})
+    three = [served.write(tiny_llama_dir, tmp_path / f"{seed}", "lora", seed, weights) for seed in range(3)]
+    first, second, third = three
+    wider = {name: shape, name.replace("1", "0"): shape}
+    other = served.write(tiny_llama_dir, tmp_path / "other", "lora", shapes=wider)
     # Three of equal size fit; the other one is larger, and takes the place of two.
     size = sum(third.stored_bytes().values())
     engine = Engine(Base.open(str(tiny_llama_dir)).load("float32"), expert_bytes=3 * size)
 
     async def one_after_the_other():
-        before = [await tokens_with(engine, one) for one in (first, second, third)]
+        before = [await tokens_with(engine, one) for one in three]
         await tokens_with(engine, other)
         numbers = {slot.expert.name: slot.number for slot in engine.experts._slots.values()}
         return before, [await tokens_with(engine, one) for one in (third, first, second)], numbers
@@ -174,7 +168,8 @@ def test_an_expert_of_other_weights_joins_those_that_stayed_when_others_left(tin
 
 def test_an_expert_of_the_head_is_refused(tiny_llama_dir, tmp_path) -> None:
     model = Base.open(str(tiny_llama_dir)).load("float32")
-    head = expert_of(tiny_llama_dir, tmp_path / "head", {"lm_head.weight": tuple(model.lm_head.weight.shape)})
+    shapes = {"lm_head.weight": model.lm_head.weight.shape}
+    head = served.write(tiny_llama_dir, tmp_path / "head", "lora", shapes=shapes)
     with pytest.raises(ValueError, match=r"it moves lm_head\.weight, which all rows share; apply it to the base"):
         Engine(model).check([head], 3, 3)
 
@@ -260,7 +255,7 @@ def test_requests_take_experts_in_the_order_in_which_they_came(library, tiny_lla
 
 def test_an_old_request_ends_on_the_expert_that_a_new_one_replaces(tiny_llama_dir, tmp_path) -> None:
     place = tmp_path / "library"
-    served.write(tiny_llama_dir, place / "one", "entries", 1, "int4")
+    served.write(tiny_llama_dir, place / "one", "entries", 1, encoding="int4")
     before = served.generated(tiny_llama_dir, place, LONG, "one", 60)
     engine, models, tokenizer = served.opened(tiny_llama_dir, place)
 
@@ -317,9 +312,7 @@ def test_a_slow_reader_keeps_one_output_in_memory(library, tiny_llama_dir) -> No
     assert served.run(engine, read_slowly()) == (12, 2)
 
 
-def test_a_model_that_fails_ends_its_requests_and_answers_the_next(
-    library, tiny_llama_dir, monkeypatch, caplog
-) -> None:
+def test_a_model_that_fails_ends_its_requests_and_answers_the_next(library, tiny_llama_dir, monkeypatch, caplog):
     engine, models, tokenizer = served.opened(tiny_llama_dir, library)
 
     async def fail_once():
@@ -337,20 +330,12 @@ def test_a_model_that_fails_ends_its_requests_and_answers_the_next(
 def test_bases_of_other_architectures_answer_as_generate_does(tiny, tmp_path, architecture) -> None:
     base = tiny(architecture)
     engine, models, tokenizer = served.opened(base, tmp_path)
-    made, deltas = torch.Generator().manual_seed(0), {}
-    for site in find_sites(engine.model):
-        rows, columns = site.matrix.shape[::-1] if site.is_transposed else site.matrix.shape
-        if not site.by_name_only:
-            deltas[site.weight] = served.delta("lora", (rows, columns), made)
-    of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
-    write_expert(tmp_path / "lora", deltas, make_record("LoRAExpert", of, tasks=["lora"]))
+    weights = [site.weight for site in find_sites(engine.model) if not site.by_name_only]
+    shapes = Base.open(base).structure.shapes
+    served.write(base, tmp_path / "lora", "lora", shapes={name: shapes[name] for name in weights})
     asked = [(prompt, model) for prompt in PROMPTS[:2] for model in ("base", "lora")]
-
-    async def all_at_once():
-        return await asyncio.gather(*[served.tokens_of(engine, models, tokenizer, *one) for one in asked])
-
     engine.check_base()
-    texts = [served.text_of(tokenizer, tokens) for tokens in served.run(engine, all_at_once())]
+    texts = served.texts_of(engine, models, tokenizer, asked)
     assert texts == [served.generated(base, tmp_path, *one) for one in asked]
 
 

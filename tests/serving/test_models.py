@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from testbed import runs, served
+from testbed import served
 
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
@@ -15,7 +15,6 @@ from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.routing import Arrow, Centroid, KernelRidge, TopK
 from modular_experts.serving.models import Models, UnknownModelError
-from modular_experts.training.route import route
 
 
 @pytest.fixture
@@ -106,14 +105,7 @@ def test_experts_come_go_and_are_replaced_without_a_restart(library, tiny_llama_
 def routed(tiny_llama_dir, task_files, tmp_path):
     """A library of the experts of two tasks, and a function that puts them behind a router."""
     library = tmp_path / "routed"
-    for seed, name in enumerate(("upper", "reverse")):
-        served.write(tiny_llama_dir, library / name, "lora", seed)
-
-    def make(router, name: str = "route", **settings):
-        data = runs.mixture({one: task_files[one] for one in ("upper", "reverse")}, tiny_llama_dir)
-        return route([library / "upper", library / "reverse"], library / name, router, data=data, **settings)
-
-    return library, make
+    return library, served.router_of(tiny_llama_dir, library, task_files, seed=0)
 
 
 def test_a_route_chooses_by_the_prompt_as_its_router_does(routed, tiny_llama_dir) -> None:

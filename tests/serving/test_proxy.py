@@ -55,10 +55,10 @@ def listening(app: Any) -> Iterator[str]:
 
 
 class Stub:
-    """A server that speaks OpenAI's protocol, and notes what it is asked."""
+    """A server that speaks OpenAI's protocol, and notes what it is asked; it waits behind each part of an answer."""
 
-    def __init__(self, owner: str = "vllm", status: int = 200) -> None:
-        self.owner, self.status, self.asked = owner, status, list[tuple[str, bytes, Any]]()
+    def __init__(self, owner: str = "vllm", status: int = 200, wait: float = 0) -> None:
+        self.owner, self.status, self.wait, self.asked = owner, status, wait, list[tuple[str, bytes, Any]]()
         self.app = FastAPI()
         self.app.add_api_route("/v1/models", self.models)
         self.app.add_api_route("/{rest:path}", self.answer, methods=["POST", "GET"], response_model=None)
@@ -82,7 +82,7 @@ class Stub:
         async def parts():
             for part in PARTS:
                 yield part
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(self.wait)
 
         return StreamingResponse(parts(), media_type="text/event-stream", headers={"x-theirs": "yes"})
 
@@ -90,11 +90,9 @@ class Stub:
 @pytest.fixture(scope="module")
 def library(tiny_llama_dir: Path, task_files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("proxied") / "library"
-    for seed, name in enumerate(("upper", "reverse")):
-        served.write(tiny_llama_dir, place / name, "lora", 10 + seed)
-    data = runs.mixture({one: task_files[one] for one in ("upper", "reverse")}, tiny_llama_dir)
-    route([place / "upper", place / "reverse"], place / "route", Centroid(depths=(0.0, 0.5), reject=None), data=data)
-    route([place / "upper", place / "reverse"], place / "strict", Centroid(depths=(0.0, 0.5), reject=0.99), data=data)
+    make = served.router_of(tiny_llama_dir, place, task_files)
+    make(Centroid(depths=(0.0, 0.5), reject=None))
+    make(Centroid(depths=(0.0, 0.5), reject=0.99), "strict")
     return place
 
 
@@ -113,16 +111,13 @@ def proxied(library: Path, tiny_llama_dir: Path):
     return run
 
 
-def prompts_of(task_files) -> list[str]:
-    return [json.loads(line)["input"] for one in task_files.values() for line in one.read_text().splitlines()[:8]]
-
-
 def test_auto_becomes_what_the_router_alone_chooses_and_all_else_stays(proxied, library, tiny_llama_dir, task_files):
     base, stub, chosen = Base.open(tiny_llama_dir), Stub(), []
     found = Models(library, base.fingerprint, str(tiny_llama_dir), "route").find("auto")
     whole, tokenizer = base.load("float32"), base.tokenizer()
+    prompts = [json.loads(line)["input"] for one in task_files.values() for line in one.read_text().splitlines()[:3]]
     with listening(stub.app) as address, proxied(address) as client:
-        for prompt in prompts_of(task_files):
+        for prompt in prompts:
             choice = found.choose(whole, tokenizer(prompt, add_special_tokens=False)["input_ids"])
             chosen.append(choice.name)
             messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
@@ -143,12 +138,13 @@ def test_auto_becomes_what_the_router_alone_chooses_and_all_else_stays(proxied, 
 
 
 def test_a_stream_comes_part_by_part_and_other_requests_byte_by_byte(proxied):
-    stub, strange = Stub(), b'{ "model":"upper" ,"model": "nobody", "prompt": 1.0e2}'
+    stub, strange = Stub(wait=0.2), b'{ "model":"upper" ,"model": "nobody", "prompt": 1.0e2}'
     with listening(stub.app) as address, proxied(address) as client:
         with client.stream("POST", TEXT, json={"model": "auto", "prompt": "one"}) as answer:
             arrived = [(time.monotonic(), part) for part in answer.iter_raw()]
         assert [part for _, part in arrived] == PARTS
         assert arrived[-1][0] - arrived[0][0] > 0.2
+        stub.wait = 0
         for body in (strange, b"\xff\x00", b"[" * 100_000, b"", b'["auto"]'):
             assert client.post("/v1/embeddings?a=1", content=body).status_code == 200
             assert stub.asked.pop()[1] == body
@@ -161,7 +157,7 @@ def test_a_stream_comes_part_by_part_and_other_requests_byte_by_byte(proxied):
 
 def test_more_requests_than_the_limit_are_refused_until_one_ends(proxied):
     asked = {"model": "upper", "prompt": "one"}
-    with listening(Stub().app) as address, proxied(address, requests=1) as client:
+    with listening(Stub(wait=0.2).app) as address, proxied(address, requests=1) as client:
         with client.stream("POST", TEXT, json=asked):
             assert client.post(TEXT, json=asked).status_code == 429
         # The proxy learns a moment later that the client has left.
@@ -181,23 +177,19 @@ def test_errors_of_the_other_server_pass_and_one_that_is_away_is_told(proxied):
     with proxied("http://127.0.0.1:1") as client:
         for model in ("auto", "upper"):
             answer = client.post(TEXT, json={"model": model, "prompt": "one"})
-            assert answer.status_code == 502
-            assert (
-                answer.json()["error"]["message"] == "the server at http://127.0.0.1:1 does not answer (ConnectError)"
-            )
+            told = "the server at http://127.0.0.1:1 does not answer (ConnectError)"
+            assert (answer.status_code, answer.json()["error"]["message"]) == (502, told)
 
 
-def test_names_are_spelt_as_the_other_server_spells_them(proxied):
-    for owner, auto, expected in (
-        ("sglang", "route", "tiny:"),
-        ("sglang", "strict", "tiny"),
-        ("vllm", "strict", "tiny"),
-    ):
-        stub = Stub(owner)
-        with listening(stub.app) as address, proxied(address, auto) as client:
-            client.post(TEXT, json={"model": "auto", "prompt": "one two"})
-            name = json.loads(stub.asked.pop()[1])["model"]
-        assert name in ({"tiny:upper", "tiny:reverse"} if expected.endswith(":") else {expected})
+@pytest.mark.parametrize(
+    ("owner", "auto", "names"),
+    [("sglang", "route", {"tiny:upper", "tiny:reverse"}), ("sglang", "strict", {"tiny"}), ("vllm", "strict", {"tiny"})],
+)
+def test_names_are_spelt_as_the_other_server_spells_them(proxied, owner, auto, names):
+    stub = Stub(owner)
+    with listening(stub.app) as address, proxied(address, auto) as client:
+        client.post(TEXT, json={"model": "auto", "prompt": "one two"})
+    assert json.loads(stub.asked.pop()[1])["model"] in names
 
 
 def test_the_guard_of_the_server_stands_in_front_and_prompts_that_cannot_be_read_are_refused(proxied):
@@ -229,7 +221,7 @@ def test_only_what_the_route_reads_stays_in_memory(library, tiny_llama_dir):
 
 
 def test_in_front_of_the_packages_own_server_answers_are_its_own(proxied, library, tiny_llama_dir):
-    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+    engine, _, tokenizer = served.opened(tiny_llama_dir, library)
     models = Models(library, Base.open(tiny_llama_dir).fingerprint, str(tiny_llama_dir), "route")
     app = make_app(Answerer(models, engine, tokenizer), Limits())
     with listening(app) as address, httpx.Client(base_url=address, timeout=60) as direct, proxied(address) as client:

@@ -3,11 +3,12 @@
 import asyncio
 import os
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from testbed import runs
 from testbed.forked import ended, forked
 
 from modular_experts.__main__ import main
@@ -15,9 +16,10 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.evaluation.streaming import generate
-from modular_experts.library import make_record, write_expert
+from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 from modular_experts.serving.engine import Engine, Sampling
 from modular_experts.serving.models import Models
+from modular_experts.training.route import route
 
 
 class Copy:
@@ -55,7 +57,7 @@ WEIGHTS = {
 }
 
 
-def delta(form: str, shape: tuple[int, int], made: torch.Generator) -> Any:
+def delta(form: str, shape: Sequence[int], made: torch.Generator) -> Any:
     """Return a random delta that is large enough to change answers."""
     size, full = shape[0] * shape[1], torch.Size(shape)
     if form == "entries":
@@ -69,12 +71,15 @@ def delta(form: str, shape: tuple[int, int], made: torch.Generator) -> Any:
     return Dense(0.5 * torch.randn(shape, generator=made))
 
 
-def write(base: Path, place: Path, form: str, seed: int, encoding: str = "float32", overwrite: bool = False) -> None:
-    """Write a random expert."""
+def write(
+    base: Path, place: Path, form: str, seed: int = 0, shapes: Mapping[str, Sequence[int]] = WEIGHTS, **settings: Any
+) -> StoredExpert:
+    """Write a random expert, and open it."""
     made = torch.Generator().manual_seed(seed)
-    deltas = {weight: delta(form, shape, made) for weight, shape in WEIGHTS.items()}
+    deltas = {weight: delta(form, shape, made) for weight, shape in shapes.items()}
     of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
-    write_expert(place, deltas, make_record("SparseExpert", of, tasks=[place.name]), overwrite, encoding=encoding)
+    write_expert(place, deltas, make_record("SparseExpert", of, tasks=[place.name]), **settings)
+    return open_expert(place)
 
 
 LONG = "reverse the word " * 6
@@ -86,8 +91,21 @@ MODELS = ["base", *FORMS, "entries+lora", "lora"]
 def make_library(base: Path, place: Path) -> Path:
     """Write an expert of each form, of the same weights."""
     for seed, (name, form) in enumerate(FORMS.items()):
-        write(base, place / name, form, seed, "int4" if name == "int4" else "float32")
+        write(base, place / name, form, seed, encoding="int4" if name == "int4" else "float32")
     return place
+
+
+def router_of(base: Path, library: Path, files: Mapping[str, Path], seed: int = 10) -> Callable[..., StoredExpert]:
+    """Write an expert of each of two tasks; return a function that puts a router before them."""
+    tasks = ("upper", "reverse")
+    for number, name in enumerate(tasks):
+        write(base, library / name, "lora", seed + number)
+
+    def make(router: Any, name: str = "route", **settings: Any) -> StoredExpert:
+        data = runs.mixture({one: files[one] for one in tasks}, base)
+        return route([library / one for one in tasks], library / name, router, data=data, **settings)
+
+    return make
 
 
 def opened(base: Path, library: Path, **settings: Any) -> tuple[Engine, Models, Any]:
@@ -110,6 +128,15 @@ async def tokens_of(
 def text_of(tokenizer: Any, tokens: Sequence[Any]) -> str:
     kept = [token.id for token in tokens]
     return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def texts_of(engine: Engine, models: Models, tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the answers of models to prompts, all of which are asked at once, and stop the engine."""
+
+    async def all_at_once() -> list[list[Any]]:
+        return await asyncio.gather(*[tokens_of(engine, models, tokenizer, *one) for one in asked])
+
+    return [text_of(tokenizer, tokens) for tokens in run(engine, all_at_once())]
 
 
 def generated(base: Path, library: Path, prompt: str, model: str, most: int = 12) -> str:
