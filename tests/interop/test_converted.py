@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save, save_file
 from testbed.hub_server import Repository
-from testbed.peft_adapters import PEFT_WARNINGS, save_adapter
+from testbed.peft_adapters import PEFT_WARNINGS, configure, save_adapter
 
 from modular_experts import open_expert
 from modular_experts.base import Base
@@ -32,17 +32,25 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 TASKS = ["upper", "reverse"]
 
 
+@pytest.fixture(scope="module")
+def made(tiny_llama_dir, task_files, tmp_path_factory):
+    """A base, and an adapter of each of two tasks, named after it."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(tiny_llama_dir, folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for seed, name in enumerate(TASKS):
+            shutil.copy(task_files[name], f"{name}.jsonl")
+            config = LoraConfig(r=2 + seed, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+            save_adapter(Path("base"), folder / "peft" / name, config, seed)
+    return folder
+
+
 @pytest.fixture
-def place(tiny_llama_dir, task_files, tmp_path, monkeypatch):
-    """A directory to stand in, with a base and an adapter of each of two tasks, named after it."""
-    monkeypatch.chdir(tmp_path)
+def place(made, tmp_path, monkeypatch):
+    """A directory to stand in, with these."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shutil.copytree(tiny_llama_dir, tmp_path / "base")
-    shutil.copy(task_files["upper"], "upper.jsonl")
-    shutil.copy(task_files["reverse"], "reverse.jsonl")
-    for seed, name in enumerate(TASKS):
-        config = LoraConfig(r=2 + seed, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        save_adapter(Path("base"), tmp_path / "peft" / name, config, seed)
     return tmp_path
 
 
@@ -52,18 +60,19 @@ def both(*more: str) -> list[str]:
 
 def stated(name: str) -> dict[str, torch.Tensor]:
     """Return the deltas of one of the adapters, from its files and the formula of LoRA."""
-    tensors, config = (
-        load_file(f"peft/{name}/adapter_model.safetensors"),
-        json.loads(Path(f"peft/{name}/adapter_config.json").read_text()),
-    )
-    downs = [key for key in tensors if "lora_A" in key]
-    return {
-        key.removeprefix("base_model.model.").replace("lora_A.weight", "weight"): config["lora_alpha"]
-        / config["r"]
-        * tensors[key.replace("lora_A", "lora_B")].double()
-        @ tensors[key].double()
-        for key in downs
-    }
+    tensors = load_file(f"peft/{name}/adapter_model.safetensors")
+    config, found = json.loads(Path(f"peft/{name}/adapter_config.json").read_text()), {}
+    for key in [key for key in tensors if "lora_A" in key]:
+        up, down = tensors[key.replace("lora_A", "lora_B")].double(), tensors[key].double()
+        weight = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+        found[weight] = config["lora_alpha"] / config["r"] * up @ down
+    return found
+
+
+def double(name: str) -> None:
+    """Write an adapter again with factors twice as large."""
+    file = f"peft/{name}/adapter_model.safetensors"
+    save_file({key: 2 * factor for key, factor in load_file(file).items()}, file)
 
 
 def conversions() -> list[Path]:
@@ -86,8 +95,7 @@ def test_an_adapter_is_converted_once_for_its_content_and_its_base(place, caplog
     assert open_expert("peft/upper").path.stat().st_ino == before
     assert not caplog.messages
     # Other contents, another base, or the base elsewhere: an expert of its own.
-    factors = load_file("peft/upper/adapter_model.safetensors")
-    save_file({key: 2 * factor for key, factor in factors.items()}, "peft/upper/adapter_model.safetensors")
+    double("upper")
     changed = open_expert("peft/upper")
     name = next(iter(changed))
     torch.testing.assert_close(changed[name].dense(), 4 * first[name].dense())
@@ -105,20 +113,20 @@ def test_an_adapter_is_converted_once_for_its_content_and_its_base(place, caplog
 @pytest.mark.filterwarnings("ignore")
 def test_every_command_takes_adapters(run, place):
     tasks = ["upper.jsonl", "reverse.jsonl"]
-    data = ["--data.tasks", *tasks]
+    data, short = ["--data.tasks", *tasks], ["--max_new_tokens", "2"]
     commands = [
         ["interference", *both()],
         ["show", "peft/upper"],
         ["verify", "peft"],
-        ["generate", "upper bad:", "--experts", *both(), "--max_new_tokens", "2"],
-        ["evaluate", "--experts", *both("sum=peft/upper+peft/reverse"), "--tasks", *tasks, "--out", "runs/evaluate"],
+        ["generate", "upper bad:", "--experts", *both(), *short],
+        ["evaluate", "--experts", *both("sum=peft/upper+peft/reverse"), "--tasks", *tasks, *short, "--out", "runs/one"],
         ["statistics", *both(), "--kind", "gram", *data],
         ["merge", *both(), "--method", "RegMean", "--out", "library/gram"],
-        ["search", *both(), "--algorithm", "ATLAS", "--algorithm.steps", "1", "--out", "library/atlas", *data],
+        ["search", *both(), "--algorithm", "ATLAS", "--algorithm.steps", "1", *short, "--out", "library/atlas", *data],
         ["shrink", *both(), "--bound", "9", "--out", "small", *data],
         ["route", *both(), "--out", "library/routed", *data],
         ["combine", *both(), *data, "--distilled.steps", "1", "--out", "combined"],
-        ["evaluate", "--experts", "library/routed", "--tasks", *tasks, "--out", "runs/routed"],
+        ["evaluate", "--experts", "library/routed", "--tasks", *tasks, *short, "--out", "runs/routed"],
         ["apply", *both(), "--out", "checkpoint"],
         ["export", "peft/upper", "--out", "again"],
         ["remove", "library/average", "--expert", "peft/reverse", "--out", "library/left"],
@@ -151,20 +159,15 @@ def test_a_folder_of_adapters_is_a_library_to_route_and_serve(run, place):
     assert not Path("peft/upper/expert.json").exists()
     assert [*Library("peft")] == ["reverse", "routed", "upper"]
     models = Models("peft", fingerprint("base"), "base")
-    assert [(one.name, one.kind) for one in models.listed()] == [
-        ("base", "base"),
-        ("reverse", "expert"),
-        ("routed", "route"),
-        ("upper", "expert"),
-    ]
+    kinds = {"base": "base", "reverse": "expert", "routed": "route", "upper": "expert"}
+    assert [(one.name, one.kind) for one in models.listed()] == [*kinds.items()]
     (expert,) = models.find("upper").members
     assert expert.content_hash == open_expert("peft/upper").content_hash
 
 
 def test_a_route_opens_the_adapters_beside_it_for_its_base(run, place):
     for name in TASKS:
-        file = Path("peft", name, "adapter_config.json")
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "nowhere/base"}))
+        configure(Path("peft", name), base_model_name_or_path="nowhere/base")
     data = TaskMixture(["upper.jsonl", "reverse.jsonl"])
     opened = [open_expert(f"peft/{name}", "base") for name in TASKS]
     route(opened, "peft/routed", data=data)
@@ -180,12 +183,22 @@ def test_a_route_opens_the_adapters_beside_it_for_its_base(run, place):
         open_parents(open_expert("peft/routed"))
 
 
-def test_errors_name_an_adapter_and_not_the_cache(place):
+def test_errors_name_an_adapter_and_not_the_cache(run, place):
     opened = [open_expert(f"peft/{name}") for name in TASKS]
     taken = "modular-experts statistics --experts peft/upper peft/reverse --kind gram --tasks ..."
     with pytest.raises(ValueError, match=f"peft/upper has no gram statistics.*{taken}"):
         merge(opened, "RegMean", "library/gram")
     assert own_experts(opened, ["upper"], {"upper": "peft/reverse"})["upper"] is opened[1]
+    # No delta expresses this one, and the next one has no tensors.
+    shutil.rmtree(cache_directory("adapters"))
+    configure(Path("peft/upper"), peft_type="PROMPT_TUNING")
+    code, _, err = run("merge", *both(), "--method", "Average", "--out", "library/both")
+    assert code == 1
+    assert "which moves no weight" in err
+    assert not conversions()
+    Path("peft/upper/adapter_model.safetensors").unlink()
+    code, _, err = run("show", "peft/upper")
+    assert "adapter_model.safetensors is missing, so the adapter has no tensors" in err
 
 
 def test_a_study_measures_and_merges_adapters_that_are_there(place, task_files):
@@ -201,8 +214,7 @@ def test_a_study_measures_and_merges_adapters_that_are_there(place, task_files):
     models = {row["model"] for row in results_of(study, state).rows}
     assert {"base", "lora-upper", "lora-reverse"} <= models
     # An adapter that was trained again is measured again.
-    factors = load_file("peft/upper/adapter_model.safetensors")
-    save_file({key: 2 * factor for key, factor in factors.items()}, "peft/upper/adapter_model.safetensors")
+    double("upper")
     with ThreadPoolExecutor(1) as executor:
         assert not run_study(study, place / "study", executor=executor).failed
     assert library["lora-upper"].content_hash == open_expert("peft/upper").content_hash
@@ -250,22 +262,9 @@ def test_a_hub_id_is_an_adapter_that_is_fetched(run, place, hub, monkeypatch):
     assert "it holds the experts reverse, which modular-experts pull me/experts --out library fetches" in err
 
 
-def test_an_adapter_that_no_delta_expresses_is_refused_by_its_name(run, place):
-    config = json.loads(Path("peft/upper/adapter_config.json").read_text())
-    Path("peft/upper/adapter_config.json").write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
-    code, _, err = run("merge", *both(), "--method", "Average", "--out", "library/both")
-    assert code == 1
-    assert "which moves no weight" in err
-    assert not conversions()
-    Path("peft/upper/adapter_model.safetensors").unlink()
-    code, _, err = run("show", "peft/upper")
-    assert "adapter_model.safetensors is missing, so the adapter has no tensors" in err
-
-
 def test_route_and_combine_take_the_base_and_its_dtype_for_adapters_whose_base_is_elsewhere(run, place, monkeypatch):
     for name in TASKS:
-        file = Path("peft", name, "adapter_config.json")
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "is/elsewhere"}))
+        configure(Path("peft", name), base_model_name_or_path="is/elsewhere")
     loaded, load = [], Base.load
     monkeypatch.setattr(Base, "load", lambda base, dtype=None: loaded.append(dtype) or load(base, dtype))
     how = ["--tasks", "upper.jsonl", "reverse.jsonl", "--base", "base", "--dtype", "bfloat16"]

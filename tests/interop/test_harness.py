@@ -4,6 +4,7 @@ import json
 import socket
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,23 @@ ENDS = [":", " ->\n", " is ", "?"]
 TOKENS = 4
 
 
+def rows_of(number: int) -> list[dict[str, Any]]:
+    """Return the rows of one of the tasks, half of them for validation."""
+    return [
+        {
+            "input": word + ENDS[row % 8 // 2] if number else f"{word} {word}{ENDS[row % 8 // 2]}",
+            "target": word[::-1],
+            "choices": [word + "s", word[::-1], word * 2],
+            "split": "test" if row % 2 else "validation",
+        }
+        for row, word in enumerate(WORDS)
+    ]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, an expert for each of two tasks, and a router over both; models answer some of the rows right."""
+    pytest.importorskip("lm_eval", reason="pip install 'modular-experts[eval]'")
     folder = tmp_path_factory.mktemp("harness")
     base, library = folder / "base", folder / "library"
     build_model("llama").save_pretrained(base)
@@ -43,15 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         deltas = [(n, random_delta("Sparse", w.shape, number, torch.float32, share=0.5)) for n, w in moved.items()]
         record = make_record("X", {"id": str(base), "fingerprint": fingerprint(base)}, tasks=[task])
         write_expert(library / task, deltas, record)
-        rows = [
-            {
-                "input": word + ENDS[row % 8 // 2] if number else f"{word} {word}{ENDS[row % 8 // 2]}",
-                "target": word[::-1],
-                "choices": [word + "s", word[::-1], word * 2],
-                "split": "test" if row % 2 else "validation",
-            }
-            for row, word in enumerate(WORDS)
-        ]
+        rows = rows_of(number)
         file = write_rows(folder / f"{task}.jsonl", rows)
         # Every other test row has what a model with the expert writes as its target.
         data = TaskMixture([file], tokenizer)
@@ -88,12 +95,7 @@ def numbers(results: Results) -> dict[tuple[str, str, str], float]:
     }
 
 
-def installed() -> None:
-    pytest.importorskip("lm_eval", reason="pip install 'modular-experts[eval]'")
-
-
 def test_both_types_of_task_have_the_scores_of_evaluate(place, tmp_path, no_network):
-    installed()
     library, tasks = place / "library", [place / "turn.jsonl", {"path": str(place / "say.jsonl"), "role": "held_out"}]
     models = {"base": [], "turn": library / "turn", "sum": [library / "turn", library / "say"], "again": []}
     models["routed"] = library / "routed"
@@ -132,7 +134,6 @@ def export_tasks(place: Path, out: Path) -> list[str]:
 
 
 def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place, tmp_path, no_network, monkeypatch):
-    installed()
     from lm_eval.tasks import TaskManager
 
     # In the place of the harness's own tasks, whose data are on the hub; the index of those takes ten seconds.
@@ -170,7 +171,6 @@ def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place
 
 def test_the_command_shows_models_side_by_side(place, tmp_path, run, monkeypatch, no_network):
     monkeypatch.chdir(place)
-    installed()
     what = ["--base", "base", "--experts", "a=library/turn", "--tasks", "turn.jsonl", "--max_new_tokens", TOKENS]
     code, out, err = run("harness", *what, "--out", tmp_path / "o")
     assert code == 0, err
@@ -182,7 +182,6 @@ def test_the_command_shows_models_side_by_side(place, tmp_path, run, monkeypatch
 
 
 def test_a_quantised_base_is_measured_as_evaluate_measures_it(place, no_network):
-    installed()
     pytest.importorskip("bitsandbytes")
     models, tasks = {"base": [], "turn": place / "library" / "turn"}, [place / "turn.jsonl"]
     how = {"max_new_tokens": TOKENS, "batch_size": 5, "quantise": "int8"}
@@ -192,15 +191,15 @@ def test_a_quantised_base_is_measured_as_evaluate_measures_it(place, no_network)
     assert found.facts["dtype"] == "float32, int8"
 
 
-def test_a_choice_ends_with_end_of_sequence_and_begins_where_our_own_begins(place):
-    settings, rows = harness_tasks(TaskMixture([place / "turn.jsonl"]), build_tokenizer())["turn_choices"]
+def test_a_choice_ends_with_end_of_sequence_and_begins_where_our_own_begins(tmp_path):
+    data = TaskMixture([write_rows(tmp_path / "turn.jsonl", rows_of(0))])
+    settings, rows = harness_tasks(data, build_tokenizer())["turn_choices"]
     texts = [(row["input"][-1], settings["target_delimiter"] + choice) for row in rows for choice in row["choices"]]
     assert {(end, len(text) - len(text.lstrip())) for end, text in texts} == {(":", 1), ("\n", 0), (" ", 0), ("?", 1)}
     assert all(choice.endswith("<eos>") for row in rows for choice in row["choices"])
 
 
 def test_experts_are_not_searched_on_a_benchmark(place, run, monkeypatch):
-    installed()
     monkeypatch.chdir(place)
     tasks = ["--tasks", "arc_easy", "--experts", "library/turn", "library/say"]
     for command in (

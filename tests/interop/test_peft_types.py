@@ -8,9 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, VeraConfig
+from peft import IA3Config, VeraConfig
 from safetensors.torch import load_file, save_file
-from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
+from testbed.peft_adapters import PEFT_WARNINGS, configure, logits, peft_logits, save_adapter
 from testbed.peft_types import CASES, committed, compare, make_adapter
 from transformers import AutoModelForCausalLM
 
@@ -52,11 +52,6 @@ def test_what_is_trained_beside_the_adapters_comes_along(tiny, tmp_path):
 @pytest.fixture
 def loha(tiny_llama_dir, tmp_path):
     return make_adapter("LOHA", tiny_llama_dir, tmp_path / "loha")
-
-
-def configure(adapter, **fields):
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def refused(adapter, place):
@@ -111,13 +106,7 @@ def test_only_peft_files_known_to_fetch_or_import_do_so():
     assert found - called_by_the_user - refused - moves_no_weight - in_a_text == set()
 
 
-def test_a_pickled_file_is_never_given_to_peft(loha, tmp_path):
-    torch.save(load_file(loha / "adapter_model.safetensors"), loha / "adapter_model.bin")
-    (loha / "adapter_model.safetensors").unlink()
-    assert "adapter_model.bin is pickled, and PEFT gets only safetensors" in refused(loha, tmp_path)
-
-
-def test_tensors_that_are_missing_unknown_or_of_another_shape_are_refused(loha, tmp_path):
+def test_damaged_tensors_are_refused_and_pickled_ones_never_given_to_peft(loha, tmp_path):
     file = loha / "adapter_model.safetensors"
     stored = load_file(file)
     first = min(stored)
@@ -133,6 +122,8 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape_are_refused(loha, 
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing"):
         import_expert(loha, tmp_path / "library/x")
+    torch.save(stored, loha / "adapter_model.bin")
+    assert "adapter_model.bin is pickled, and PEFT gets only safetensors" in refused(loha, tmp_path)
 
 
 def test_logits_that_no_delta_explains_are_refused(loha, tiny_llama_dir):
@@ -160,12 +151,6 @@ def test_rounding_of_a_merge_does_not_hide_a_rank():
     found = exact_form(moved, rounding=torch.finfo(torch.float32).eps * base.norm().item())
     assert isinstance(found, LowRank)
     assert found.rank == 3
-
-
-def test_a_plain_lora_needs_no_peft(tiny_llama_dir, tmp_path):
-    config = LoraConfig(r=2, target_modules=["q_proj"], use_rslora=True, task_type="CAUSAL_LM")
-    expert = import_expert(save_adapter(tiny_llama_dir, tmp_path / "lora", config), tmp_path / "library/lora")
-    assert "read_with" not in expert.record["source"]
 
 
 def test_rounding_of_large_logits_is_no_reason_to_refuse_an_adapter_and_a_wrong_delta_is(

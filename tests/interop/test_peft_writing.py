@@ -9,8 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from testbed.mixture_bases import mixture
-from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits
-from testbed.random_deltas import random_delta
+from testbed.peft_adapters import PEFT_WARNINGS, delta_of, logits, make_expert, peft_logits, store
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
@@ -19,27 +18,11 @@ from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers, inject
 from modular_experts.injection.save import save_expert
 from modular_experts.interop.peft import LoraFormat, ShiraFormat, SupertuningFormat, export, read_peft
-from modular_experts.library import make_record, open_expert, write_expert
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 LAYER = "model.layers.0"
 LLAMA = [f"{LAYER}.self_attn.q_proj.weight", f"{LAYER}.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 GPT2 = [f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
-
-
-def delta_of(form, shape, seed):
-    return random_delta(form, shape, seed, torch.float32, share=0.05, tile=(4, 4)) * 0.1
-
-
-def store(path, base, deltas):
-    write_expert(path, deltas, make_record("test", {"id": str(base), "fingerprint": Base.open(base).fingerprint}))
-    return path
-
-
-def make(path, base, names, form):
-    """Store an expert; the rank of its `LowRank` deltas alternates between 1 and 2."""
-    model = Base.open(base).load()
-    return store(path, base, [(n, delta_of(form, model.get_parameter(n).shape, i)) for i, n in enumerate(names)])
 
 
 def expected_logits(base, deltas, tokens=None):
@@ -66,7 +49,7 @@ CASES = {
 def test_peft_computes_what_base_plus_deltas_does_and_reading_back_gives_the_same_bits(tiny, tmp_path, case):
     architecture, names, form, kind = CASES[case]
     base = tiny(architecture)
-    expert = open_expert(make(tmp_path / "one", base, names, form))
+    expert = make_expert(tmp_path / "one", base, names, form)
     written = export(expert.path, tmp_path / "adapter", kind)
     expected = expected_logits(base, dict(expert))
     assert (expected - logits(Base.open(base).load())).abs().max() > 0.01
@@ -89,7 +72,7 @@ def test_peft_computes_what_base_plus_deltas_does_and_reading_back_gives_the_sam
 
 
 def test_padding_stands_at_places_that_are_not_kept_each_one_once(tiny_llama_dir, tmp_path):
-    expert = open_expert(make(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse"))
+    expert = make_expert(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse")
     for form in ("shira", "supertuning"):
         written = export(expert.path, tmp_path / form, form)
         stored = load_file(tmp_path / form / "adapter_model.safetensors")
@@ -121,11 +104,10 @@ def test_shira_takes_the_smallest_r_that_holds_every_module():
 
 
 def test_what_an_approximation_loses_is_told_for_each_weight_and_in_all(tiny_llama_dir, tmp_path):
-    model = Base.open(tiny_llama_dir).load()
-    shapes = {name: model.get_parameter(name).shape for name in LLAMA}
+    shapes = Base.open(tiny_llama_dir).structure.shapes
     deltas = {name: delta_of("Dense", shapes[name], seed) for seed, name in enumerate(LLAMA[:2])}
     deltas[LLAMA[2]] = delta_of("LowRank", shapes[LLAMA[2]], 1)
-    expert = open_expert(store(tmp_path / "one", tiny_llama_dir, list(deltas.items())))
+    expert = store(tmp_path / "one", tiny_llama_dir, deltas)
     written = export(expert.path, tmp_path / "adapter", LoraFormat(rank=4))
     lost = energy = 0.0
     for name, delta in deltas.items():
@@ -147,10 +129,9 @@ def test_what_an_approximation_loses_is_told_for_each_weight_and_in_all(tiny_lla
 
 
 def test_a_delta_that_is_dense_in_form_only_is_written_as_single_entries(tiny_llama_dir, tmp_path):
-    shape = Base.open(tiny_llama_dir).load().get_parameter(LLAMA[0]).shape
-    sparse = delta_of("Sparse", shape, 1)
-    expert = store(tmp_path / "one", tiny_llama_dir, [(LLAMA[0], Dense(sparse.dense()))])
-    encoded = export(expert, tmp_path / "adapter", SupertuningFormat()).weights[LLAMA[0]]
+    sparse = delta_of("Sparse", Base.open(tiny_llama_dir).structure.shapes[LLAMA[0]], 1)
+    expert = store(tmp_path / "one", tiny_llama_dir, {LLAMA[0]: Dense(sparse.dense())})
+    encoded = export(expert.path, tmp_path / "adapter", SupertuningFormat()).weights[LLAMA[0]]
     assert torch.equal(encoded.delta.dense(), sparse.dense())
 
 
@@ -172,19 +153,19 @@ def test_what_an_adapter_cannot_store_is_refused_with_the_way_out(tiny_llama_dir
         place = tmp_path / str(number) / "one"
         if names is None:
             full = Sparse(torch.arange(512, dtype=torch.int32), torch.ones(512), torch.Size((16, 32)))
-            expert = store(place, tiny_llama_dir, [(f"{LAYER}.self_attn.k_proj.weight", full)])
+            store(place, tiny_llama_dir, {f"{LAYER}.self_attn.k_proj.weight": full})
         elif "layernorm" in names[0]:
             deltas = [Dense(torch.ones(32)), Dense(torch.ones(32, 32))]
-            expert = store(place, tiny_llama_dir, list(zip(names, deltas, strict=True)))
+            store(place, tiny_llama_dir, dict(zip(names, deltas, strict=True)))
         else:
-            expert = make(place, tiny_llama_dir, names, form)
+            make_expert(place, tiny_llama_dir, names, form)
         with pytest.raises(ValueError, match=sentence):
-            export(expert, place.parent / "adapter", kind)
+            export(place, place.parent / "adapter", kind)
         assert sorted(path.name for path in place.parent.iterdir()) == ["one"]
 
 
 def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, tmp_path, monkeypatch):
-    load, expert = PeftModel.from_pretrained, make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
+    load, expert = PeftModel.from_pretrained, make_expert(tmp_path / "one", tiny_llama_dir, LLAMA)
     for shift in (0.01, float("nan")):
 
         def load_another(*arguments, shift=shift):
@@ -195,19 +176,15 @@ def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, 
 
         monkeypatch.setattr(PeftModel, "from_pretrained", load_another)
         with pytest.raises(ValueError, match=r"adapter was not written: loaded again with peft 0.21.2, its logits"):
-            export(expert, tmp_path / "adapter", LoraFormat())
+            export(expert.path, tmp_path / "adapter", LoraFormat())
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "ranks"),
-    [
-        ("mixtral", {"all-linear": 2}),
-        ("gpt_oss", {"all-linear": 2}),
-        ("mixtral", {"down_proj": 3, "q_proj": 2}),
-        ("gpt_oss", {"gate_up_proj[1]": 3}),
-    ],
-)
+MIXTURES = [("mixtral", {"all-linear": 2}), ("gpt_oss", {"all-linear": 2})]
+PARTS = [("mixtral", {"down_proj": 3, "q_proj": 2}), ("gpt_oss", {"gate_up_proj[1]": 3})]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), MIXTURES + PARTS)
 def test_matrices_of_a_mixture_of_experts_go_to_peft_and_back(kind, ranks, tmp_path) -> None:
     """They become PEFT's `target_parameters`; the first base stores `(out, in)`, the other `(in, out)`."""
     mixture(kind).save_pretrained(tmp_path / "base")

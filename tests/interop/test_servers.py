@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from testbed.peft_adapters import PEFT_WARNINGS, peft_logits
-from testbed.random_deltas import random_delta
+from testbed.peft_adapters import PEFT_WARNINGS, make_expert, peft_logits, store
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
@@ -19,7 +18,7 @@ from modular_experts.base.apply import apply
 from modular_experts.deltas import Dense, LowRank
 from modular_experts.interop.servers import export_for
 from modular_experts.interop.vllm_patch import export_patch
-from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.library import open_expert
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 ATTENTION = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"]
@@ -27,15 +26,8 @@ MLP = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down
 VLLM_RANKS = [1, 8, 16, 32, 64, 128, 256, 320, 512]  # --max-lora-rank of vLLM 0.33
 
 
-def make(path, base, form="LowRank", names=(*ATTENTION, *MLP), share=0.05):
-    """Store an expert; the rank of its `LowRank` deltas alternates between 1 and 2."""
-    shapes = Base.open(base).structure.shapes
-    deltas = [
-        (n, random_delta(form, shapes[n], seed, torch.float32, share=share, tile=(4, 4)) * 0.1)
-        for seed, n in enumerate(names)
-    ]
-    write_expert(path, deltas, make_record("test", {"id": str(base), "fingerprint": Base.open(base).fingerprint}))
-    return open_expert(path)
+def make(path, base, form="LowRank", names=(*ATTENTION, *MLP)):
+    return make_expert(path, base, names, form)
 
 
 def energies(expert):
@@ -54,9 +46,7 @@ def test_low_rank_experts_are_exact_at_one_rank_that_the_server_takes(server, ti
         assert (config["r"], config["lora_alpha"], config["bias"]) == (8, 8, "none")
         assert not config["rank_pattern"] | config["alpha_pattern"]
         assert config["modules_to_save"] is config["target_parameters"] is None
-        assert set(stored) == {
-            f"base_model.model.{n.removesuffix('.weight')}.lora_{k}.weight" for n in expert for k in "AB"
-        }
+        assert len(stored) == 2 * len(expert)
         for name, delta in expert.items():
             down, up = (stored[f"base_model.model.{name.removesuffix('weight')}lora_{k}.weight"] for k in "AB")
             assert down.shape[0] == up.shape[1] == 8
@@ -177,16 +167,10 @@ def test_a_patched_base_has_the_bits_of_the_applied_checkpoint(form, dtype, tiny
 
 
 def test_a_patch_that_is_not_finite_is_refused(tiny_llama_dir, tmp_path):
-    expert = make(tmp_path / "a", tiny_llama_dir, "Dense", ATTENTION[:1])
-    huge = {ATTENTION[0]: Dense(torch.full(expert[ATTENTION[0]].shape, 3e38))}
     base = Base.open(tiny_llama_dir).load()
-    base.get_parameter(ATTENTION[0]).data.fill_(3e38)
+    weight = base.get_parameter(ATTENTION[0]).data.fill_(3e38)
     base.save_pretrained(tmp_path / "base")
-    write_expert(
-        tmp_path / "b",
-        huge.items(),
-        make_record("test", {"id": str(tmp_path / "base"), "fingerprint": Base.open(tmp_path / "base").fingerprint}),
-    )
+    store(tmp_path / "b", tmp_path / "base", {ATTENTION[0]: Dense(weight)})
     with pytest.raises(ValueError, match=r"is not finite in torch\.float32"):
         export_patch(tmp_path / "b", tmp_path / "patch")
     assert not (tmp_path / "patch").exists()
