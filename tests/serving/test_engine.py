@@ -187,8 +187,10 @@ def test_only_the_decoded_form_of_an_expert_is_counted_as_decoded(library, tiny_
     assert held.gates.kept == {2}
 
 
-def test_whoever_leaves_while_experts_are_read_frees_them(library, tiny_llama_dir, monkeypatch) -> None:
-    engine, models, tokenizer = served.opened(tiny_llama_dir, library)
+def test_whoever_leaves_while_experts_are_read_or_later_frees_them_and_the_row(
+    library, tiny_llama_dir, expected, monkeypatch
+) -> None:
+    engine, models, tokenizer = served.opened(tiny_llama_dir, library, rows=1)
     reading, go_on, take = threading.Event(), threading.Event(), engine.experts.take
 
     def slow(experts):
@@ -206,9 +208,18 @@ def test_whoever_leaves_while_experts_are_read_frees_them(library, tiny_llama_di
             go_on.set()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        return [slot.users for slot in engine.experts._slots.values()]
+        assert [slot.users for slot in engine.experts._slots.values()] == [0]
+        chosen = models.find("lora").experts
+        async with aclosing(engine.answer([5, 6], chosen, [-1], 200, Sampling())) as tokens:
+            async for _ in tokens:
+                break
+        assert engine.answering == 0
+        assert [slot.users for slot in engine.experts._slots.values()] == [0]
+        assert not engine._manager.output_router.result_handlers
+        # The only row is free.
+        return await served.tokens_of(engine, models, tokenizer, *ASKED[0])
 
-    assert served.run(engine, leave()) == [0]
+    assert served.text_of(tokenizer, served.run(engine, leave())) == expected[0]
 
 
 def test_an_expert_is_given_back_while_another_one_is_read(library, tiny_llama_dir, monkeypatch) -> None:
@@ -274,25 +285,6 @@ def test_an_old_request_ends_on_the_expert_that_a_new_one_replaces(tiny_llama_di
     expected, new, old = served.run(engine, replaced_meanwhile())
     assert old == before
     assert new == expected != before
-
-
-def test_whoever_leaves_frees_the_row_and_the_experts(library, tiny_llama_dir) -> None:
-    engine, models, tokenizer = served.opened(tiny_llama_dir, library, rows=1)
-
-    async def leave():
-        chosen = models.find("lora").experts
-        async with aclosing(engine.answer([5, 6], chosen, [-1], 200, Sampling())) as tokens:
-            async for _ in tokens:
-                break
-        assert engine.answering == 0
-        assert [slot.users for slot in engine.experts._slots.values()] == [0]
-        assert not engine._manager.output_router.result_handlers
-        # The only row is free.
-        return await served.tokens_of(engine, models, tokenizer, "upper", "base")
-
-    assert served.text_of(tokenizer, served.run(engine, leave())) == served.generated(
-        tiny_llama_dir, library, "upper", "base"
-    )
 
 
 def test_a_slow_reader_keeps_one_output_in_memory(library, tiny_llama_dir) -> None:

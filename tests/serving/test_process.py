@@ -58,7 +58,8 @@ def server(library) -> Iterator[Started]:
     started.client.close()
 
 
-def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path) -> None:
+def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path, caplog) -> None:
+    front, no_route = ["--in-front-of", "http://127.0.0.1:1"], "'auto' names no model here: the library has no route"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -69,10 +70,7 @@ def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path
             ([library, "--port", "70000"], "--port 70000 is outside 0 to 65535"),
             ([library, "--auto", "loar"], "there is no model 'loar'; did you mean lora?"),
             ([library, "--rows", "0"], "must be at least 1"),
-            (
-                [library, "--in-front-of", "http://127.0.0.1:1"],
-                "'auto' names no model here: the library has no route; modular-experts route",
-            ),
+            ([library, *front], f"{no_route}; modular-experts route"),
             ([library, "--expert_bytes", "much"], "'much' is not a size"),
             ([tmp_path], "has no experts"),
         ):
@@ -81,15 +79,13 @@ def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path
             assert out == "", words
             assert sentence in err, words
             assert err.count("\n") == 1
-
-
-def test_a_broken_adapter_does_not_keep_it_from_starting(library, run, tmp_path, caplog) -> None:
+    # A broken adapter does not keep it from starting.
     shutil.copytree(library / "dates", tmp_path / "dates")
     (tmp_path / "a-broken").mkdir()
     (tmp_path / "a-broken" / ADAPTER_FILE).write_text("{}")
-    _, _, err = run("serve", tmp_path, "--port", "0", "--in-front-of", "http://127.0.0.1:1")
+    _, _, err = run("serve", tmp_path, "--port", "0", *front)
     assert "a-broken is skipped" in caplog.text
-    assert "'auto' names no model here: the library has no route" in err
+    assert no_route in err
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, and pip install playwright")
