@@ -78,18 +78,18 @@ def test_bits_of_a_sparse_weight(tmp_path):
         assert expert.stored_bytes()["w.weight"] == places + 10_000 * encoding.bits // 8 + 400 * encoding.magnitudes
 
 
-def test_other_encodings_are_other_experts(tmp_path):
-    hashes = {_written(tmp_path / name, name)[0].content_hash for name in VALUE_TYPES}
-    assert len(hashes) == len(VALUE_TYPES)
-
-
-def test_a_copy_in_float32_is_no_encoded_expert(tmp_path):
-    expert, _ = _written(tmp_path / "x", "int4")
+def test_other_encodings_are_other_experts_and_a_copy_in_float32_is_none_that_is_encoded(tmp_path):
+    experts = {name: _written(tmp_path / name, name)[0] for name in VALUE_TYPES}
+    assert len({one.content_hash for one in experts.values()}) == len(VALUE_TYPES)
+    expert = experts["int4"]
     write_expert(tmp_path / "y", expert, expert.record)
     copy = open_expert(tmp_path / "y")
     assert "encoding" not in copy.record
     assert copy.record["format"] == "modular-experts/1"
     assert all(torch.equal(copy[name].dense(), expert[name].dense()) for name in expert)
+    with pytest.raises(ValueError, match=r"not as 'int5'; did you mean int"):
+        _written(tmp_path / "x", "int5")
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("form", ["Sparse", None])
@@ -100,12 +100,6 @@ def test_a_state_lies_beside_encoded_values(tmp_path, form):
     expert.verify()
     assert list(expert) == list(deltas)
     assert expert.state()["w.weight/cores"].tolist() == [1, 1, 1]
-
-
-def test_a_misspelt_encoding_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"not as 'int5'; did you mean int"):
-        _written(tmp_path / "x", "int5")
-    assert not (tmp_path / "x").exists()
 
 
 def _forge(folder, change):
@@ -127,12 +121,8 @@ def _encoded(name):
     return lambda tensors, entry: entry.update(encoding=name)
 
 
-def _fewer_codes(tensors, entry):
-    tensors["w.weight/values.codes"] = tensors["w.weight/values.codes"][:, :-1].contiguous()
-
-
-def _other_scales(tensors, entry):
-    tensors["w.weight/values.scales"] = tensors["w.weight/values.scales"].float()
+def _with(part, change):
+    return lambda tensors, entry: tensors.update({f"w.weight/{part}": change(tensors[f"w.weight/{part}"])})
 
 
 @pytest.mark.parametrize(
@@ -148,8 +138,8 @@ def _other_scales(tensors, entry):
         (_encoded(["int4"]), "not as"),
         (lambda tensors, entry: entry.pop("sizes"), "have the shapes"),
         (lambda tensors, entry: entry.pop("encoding"), "have the shapes"),
-        (_fewer_codes, "values in int4 are the tensors"),
-        (_other_scales, "values in int4 are the tensors"),
+        (_with("values.codes", lambda codes: codes[:, :-1].contiguous()), "values in int4 are the tensors"),
+        (_with("values.scales", torch.Tensor.float), "values in int4 are the tensors"),
     ],
 )
 def test_forged_files_are_refused(tmp_path, change, sentence):

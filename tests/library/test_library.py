@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
-from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta
+from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta, same
 from testbed.stored_by_hand import as_it_is, write_by_hand
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
@@ -33,11 +33,6 @@ def deltas(seed=0):
 def expert(tmp_path):
     write(tmp_path / "library" / "one", deltas().items(), RECORD)
     return tmp_path / "library" / "one"
-
-
-def same(one, other):
-    tensors, others = one.tensors(), other.tensors()
-    return type(one) is type(other) and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 def test_what_is_written_comes_back_bit_for_bit(expert):
@@ -144,25 +139,34 @@ def test_content_that_is_no_delta_is_refused(tmp_path, delta, sentence):
         write(tmp_path / "y", [("w", delta)], RECORD)
 
 
-def test_values_that_are_not_finite_are_not_stored(tmp_path):
+def test_values_that_are_not_finite_and_records_that_could_not_be_read_are_not_written(tmp_path):
     for value in (float("nan"), float("inf"), 1e60):
         bad = Dense(torch.full((2, 2), value, dtype=torch.float64))
         with pytest.raises(ValueError, match=r"the delta of w cannot be stored: .*not finite"):
             write(tmp_path / "x", [("w", bad)], RECORD)
+    for facts, sentence in (
+        ({"tasks": [1, 2]}, "cannot be written: of its record a task is not what it must be"),
+        ({"parents": [{"name": "a"}]}, "a parent is not"),
+        ({"method": {"class_path": "TIES"}}, "a merge method is not"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            write(tmp_path / "x", [("w", Dense(torch.ones(2, 2)))], make_record("X", BASE, **facts))
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_in_the_middle_leaves_nothing(tmp_path):
+def test_an_error_in_the_middle_leaves_what_was_there(expert):
     def broken():
         yield from list(deltas().items())[:2]
         raise RuntimeError("the disk is full")
 
-    with pytest.raises(RuntimeError):
-        write(tmp_path / "library" / "x", broken(), RECORD)
-    assert not list((tmp_path / "library").iterdir())
+    for name, overwrite in (("x", False), ("one", True)):
+        with pytest.raises(RuntimeError):
+            write(expert.parent / name, broken(), RECORD, overwrite=overwrite)
+    assert [entry.name for entry in expert.parent.iterdir()] == ["one"]
+    open_expert(expert).verify()
 
 
-def test_an_existing_expert_is_kept_unless_overwritten(expert):
+def test_an_existing_expert_is_kept_unless_overwritten(expert, tmp_path):
     before = open_expert(expert).content_hash
     with pytest.raises(FileExistsError, match=r"exists already.*--overwrite"):
         write(expert, deltas(seed=5).items(), RECORD)
@@ -172,24 +176,12 @@ def test_an_existing_expert_is_kept_unless_overwritten(expert):
     assert open_expert(expert).content_hash == after != before
     assert same(old["layers.0.weight"], deltas()["layers.0.weight"]), "an open expert goes on reading what it opened"
     assert [entry.name for entry in expert.parent.iterdir()] == ["one"]
-
-
-def test_overwrite_replaces_nothing_but_experts(tmp_path):
+    # What is no expert is never replaced.
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("two years of work")
     with pytest.raises(FileExistsError, match=r"not a directory of ours"):
         write(tmp_path / "thesis", deltas().items(), RECORD, overwrite=True)
     assert (tmp_path / "thesis/chapter.txt").exists()
-
-
-def test_a_failed_overwrite_keeps_the_old_expert(expert):
-    def broken():
-        raise RuntimeError
-        yield
-
-    with pytest.raises(RuntimeError):
-        write(expert, broken(), RECORD, overwrite=True)
-    open_expert(expert).verify()
 
 
 def test_names_that_leave_the_library_are_refused_and_ordinary_ones_allowed():
@@ -212,23 +204,7 @@ def test_links_that_lead_out_are_not_followed(expert, tmp_path):
     assert list(Library(tmp_path / "library")) == ["one"]
 
 
-def test_library_lists_complete_experts_only(expert):
-    library = Library(expert.parent)
-    (expert.parent / ".two.1234").mkdir()
-    (expert.parent / "three").mkdir()
-    (expert.parent / "three/expert.json").write_text("{}")
-    (expert.parent / "note.txt").write_text("")
-    assert list(library) == ["one"]
-    assert len(library) == 1
-    assert "three" not in library
-    assert library["one"].name == "one"
-    with pytest.raises(KeyError, match=r"did you mean one"):
-        library["onee"]
-    with pytest.raises(FileNotFoundError, match=r"no such directory"):
-        Library(expert.parent / "nowhere")
-
-
-def test_library_names_what_is_incomplete_and_what_it_lacks(expert):
+def test_library_lists_complete_experts_only_and_names_what_others_lack(expert):
     library = Library(expert.parent)
     for name, left in (("half", "expert.json"), ("other-half", "delta.safetensors"), ("a b", None), (".tmp", None)):
         shutil.copytree(expert, expert.parent / name)
@@ -236,6 +212,7 @@ def test_library_names_what_is_incomplete_and_what_it_lacks(expert):
             if file != left:
                 (expert.parent / name / file).unlink()
     (expert.parent / "notes").mkdir()
+    (expert.parent / "note.txt").write_text("")
     (expert.parent / "linked").symlink_to(expert)
     assert library.incomplete() == {
         "a b": "its name is not a valid name of an expert",
@@ -244,6 +221,13 @@ def test_library_names_what_is_incomplete_and_what_it_lacks(expert):
         "other-half": "expert.json is missing",
     }
     assert list(library) == ["one"]
+    assert len(library) == 1
+    assert "half" not in library
+    assert library["one"].name == "one"
+    with pytest.raises(KeyError, match=r"did you mean one"):
+        library["onee"]
+    with pytest.raises(FileNotFoundError, match=r"no such directory"):
+        Library(expert.parent / "nowhere")
 
 
 def test_a_dense_delta_keeps_what_is_not_zero_and_a_tile_what_lies_inside(expert):
@@ -327,18 +311,3 @@ def test_what_is_written_has_the_permissions_of_the_umask(tmp_path, umask):
     found = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert len(found) == 9
     assert found == {path: (0o777 if (tmp_path / path).is_dir() else 0o666) & ~umask for path in found}
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"tasks": [1, 2]}, "cannot be written: of its record a task is not what it must be"),
-        ({"parents": [{"name": "a"}]}, "a parent is not"),
-        ({"method": {"class_path": "TIES"}}, "a merge method is not"),
-    ],
-)
-def test_a_record_that_could_not_be_read_is_not_written(tmp_path, settings, sentence):
-    deltas = [("w", Dense(torch.ones(2, 2)))]
-    with pytest.raises(ValueError, match=sentence):
-        write(tmp_path / "one", deltas, make_record("X", {"id": "b", "fingerprint": "f" * 64}, **settings))
-    assert not (tmp_path / "one").exists()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from testbed.random_deltas import random_delta
+from testbed.random_deltas import random_delta, same
 from testbed.stored_by_hand import as_it_is, write_by_hand
 
 from modular_experts.deltas import BlockSparse, Sparse
@@ -194,11 +194,6 @@ TILES = {
     "mask": random_delta("BlockSparse", SHAPE, 4, torch.float32, share=0.5, tile=(3, 3)),
 }
 DELTAS = {f"entries {name}": delta for name, delta in KEPT.items()} | {f"tiles {n}": d for n, d in TILES.items()}
-
-
-def same(one, other):
-    tensors, others = one.tensors(), other.tensors()
-    return type(one) is type(other) and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 def test_each_weight_is_stored_in_its_shortest_form_beside_its_values(tmp_path):

@@ -87,7 +87,8 @@ def test_a_routed_expert_is_its_router_its_settings_and_its_experts_in_order(exp
 def test_a_routed_expert_of_an_earlier_version_opens_as_one_of_this_version(expert) -> None:
     new = write_expert(expert.parent / "r", {}, RECORD | ROUTED | {"parents": PARENTS}, state=STATE)
     file = expert.parent / "r/expert.json"
-    table = {"state": json.loads(_metadata(file.with_name("state.safetensors")))["state"], "weights": {}}
+    with safe_open(file.with_name("state.safetensors"), framework="pt") as opened:
+        table = {"state": json.loads(opened.metadata()["modular_experts"])["state"], "weights": {}}
     old = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     assert json.loads(file.read_text())["format"] == "modular-experts/3"
     record = json.loads(file.read_text()) | {"format": "modular-experts/2", "content_hash": old}
@@ -99,11 +100,6 @@ def test_a_routed_expert_of_an_earlier_version_opens_as_one_of_this_version(expe
     file.write_text(json.dumps(record | {"content_hash": new}))
     with pytest.raises(ValueError, match=r"state.safetensors is damaged"):
         open_expert(file.parent)
-
-
-def _metadata(file) -> str:
-    with safe_open(file, framework="pt") as opened:
-        return opened.metadata()["modular_experts"]
 
 
 def test_every_flipped_byte_of_a_state_is_noticed(expert) -> None:
@@ -129,11 +125,9 @@ def test_the_format_is_version_2_only_where_there_is_a_state(expert) -> None:
     assert read == (expert.parent / "plain/delta.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "files", [[], ["delta.safetensors"], ["../x"], ["state.safetensors", "x"], "state.safetensors"]
-)
-def test_a_list_of_files_that_leads_elsewhere_is_refused(expert, files) -> None:
+def test_a_list_of_files_that_leads_elsewhere_is_refused(expert) -> None:
     record = json.loads((expert / "expert.json").read_text())
-    (expert / "expert.json").write_text(json.dumps({**record, "files": files}))
-    with pytest.raises(ValueError, match="the list of its files is not what it must be"):
-        open_expert(expert)
+    for files in ([], ["delta.safetensors"], ["../x"], ["state.safetensors", "x"], "state.safetensors"):
+        (expert / "expert.json").write_text(json.dumps({**record, "files": files}))
+        with pytest.raises(ValueError, match="the list of its files is not what it must be"):
+            open_expert(expert)

@@ -51,6 +51,12 @@ def random_delta(
     return BlockSparse(blocks, gather_tiles(values, blocks, tile), torch.Size(shape))
 
 
+def same(one: Delta, other: Delta) -> bool:
+    """Return whether two deltas have the same form and the same tensors, bit for bit."""
+    tensors, others = one.tensors(), other.tensors()
+    return type(one) is type(other) and all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
 def _factors(shape: Sequence[int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (shape[0], rank), (rank, shape[1])
 
