@@ -11,7 +11,7 @@ from test_routed import FORMS, delta, experts_of
 from testbed.peft_adapters import PEFT_WARNINGS, logits, save_adapter
 from transformers import AutoModelForCausalLM
 
-from modular_experts.deltas import Delta, Dense, Sparse
+from modular_experts.deltas import Dense, Sparse
 from modular_experts.deltas.algebra import top_direction
 from modular_experts.injection.routed import by_weight, routed
 from modular_experts.interop.peft import read_peft
@@ -30,9 +30,14 @@ def test_the_top_direction_is_the_first_right_singular_vector(form: str) -> None
         assert 1 - abs(found @ right[0]).item() < 1e-9
 
 
-def test_close_singular_values_and_none_at_all_have_a_top_direction() -> None:
+def rotations(size: int) -> list[torch.Tensor]:
+    """Return two random orthogonal matrices."""
     made = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(40, 40, generator=made, dtype=torch.float64)).Q for _ in range(2))
+    return [torch.linalg.qr(torch.randn(size, size, generator=made, dtype=torch.float64)).Q for _ in range(2)]
+
+
+def test_close_singular_values_and_none_at_all_have_a_top_direction() -> None:
+    left, right = rotations(40)
     values = torch.ones(40, dtype=torch.float64) - 1e-5 * torch.arange(40)
     found, value = top_direction(Dense(left * values @ right))
     assert abs(found @ right[0]).item() == pytest.approx(1, abs=1e-9)
@@ -42,8 +47,7 @@ def test_close_singular_values_and_none_at_all_have_a_top_direction() -> None:
 
 
 def test_a_clear_top_direction_needs_no_decomposition(monkeypatch) -> None:
-    made = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(60, 60, generator=made, dtype=torch.float64)).Q for _ in range(2))
+    left, right = rotations(60)
     one = Dense(left * 0.8 ** torch.arange(60) @ right)
     monkeypatch.setattr(torch.linalg, "svd", None)
     found, value = top_direction(one)
@@ -51,15 +55,17 @@ def test_a_clear_top_direction_needs_no_decomposition(monkeypatch) -> None:
     assert value == pytest.approx(1, abs=1e-12)
 
 
+DELTAS = [delta(form, torch.Size((12, 16)), seed) for seed, form in enumerate(FORMS)]
+INPUTS = torch.randn(7, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("unit_inputs", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_scores_are_products_with_the_first_singular_vectors(unit_inputs: bool, scaled: bool) -> None:
-    deltas = [delta(form, torch.Size((12, 16)), seed) for seed, form in enumerate(FORMS)]
-    router = Arrow(unit_inputs, scaled)
-    router.learn([*deltas[:2], None, *deltas[2:]], [])
-    x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    router, x = Arrow(unit_inputs, scaled), INPUTS
+    router.learn([*DELTAS[:2], None, *DELTAS[2:]], [])
     wanted = []
-    for one in deltas:
+    for one in DELTAS:
         _, values, right = torch.linalg.svd(one.dense())
         score = (x @ right[0]).abs() * (values[0] if scaled else 1)
         wanted.append(score / x.norm(dim=1) if unit_inputs else score)
@@ -68,18 +74,10 @@ def test_scores_are_products_with_the_first_singular_vectors(unit_inputs: bool, 
 
 
 def test_energy_is_the_length_of_what_an_expert_adds_for_its_size() -> None:
-    deltas = [delta(form, torch.Size((12, 16)), seed) for seed, form in enumerate(FORMS)]
     router = Energy()
-    router.learn([*deltas, None], [])
-    x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    wanted = [(x @ one.dense().T).norm(dim=1) / one.dense().norm() for one in deltas]
-    torch.testing.assert_close(router.scores(x), torch.stack([*wanted, torch.zeros(7).double()], 1), rtol=1e-6, atol=0)
-
-
-def outputs(model: torch.nn.Module, experts: list[dict[str, Delta]], router: object) -> torch.Tensor:
-    tokens = 3 + torch.arange(40).view(2, 20)
-    with routed(model, experts, router), torch.no_grad():
-        return model(input_ids=tokens).logits
+    router.learn([*DELTAS, None], [])
+    wanted = [*[(INPUTS @ one.dense().T).norm(dim=1) / one.dense().norm() for one in DELTAS], torch.zeros(7).double()]
+    torch.testing.assert_close(router.scores(INPUTS), torch.stack(wanted, 1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -92,9 +90,11 @@ def test_a_mixture_behind_arrow_is_the_sum_by_hand(architecture: str, select: ob
     seen: list[torch.Tensor] = []
     layer = model.get_submodule(name.removesuffix(".weight"))
     handle = layer.register_forward_hook(lambda _, x, out: seen.extend([x[0].flatten(0, 1), out.flatten(0, 1)]))
-    outputs(model, experts, Arrow(select=select))
+    tokens = 3 + torch.arange(40).view(2, 20)
     with torch.no_grad():
-        model(input_ids=3 + torch.arange(40).view(2, 20))
+        with routed(model, experts, Arrow(select=select)):
+            model(input_ids=tokens)
+        model(input_ids=tokens)
     handle.remove()
     dense = [expert[name].dense() for expert in experts]
     dense = [one.T for one in dense] if architecture == "gpt2" else dense

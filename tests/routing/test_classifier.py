@@ -29,7 +29,8 @@ def test_it_is_the_minimum_of_cross_entropy_and_decay() -> None:
     assert bias.grad.abs().max() < 1e-5
 
 
-def test_the_decay_is_the_best_on_prompts_that_were_left_out() -> None:
+def test_the_decay_is_the_best_on_prompts_that_were_left_out(monkeypatch) -> None:
+    monkeypatch.setattr(module, "DECAYS", module.DECAYS[:3])  # the last one takes by far the longest
     # A prompt and its part are alike, and must be left out together.
     given = [rows.repeat_interleave(2, 0) for rows in prompts(1.6)]
     chosen = Classifier()

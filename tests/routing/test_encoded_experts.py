@@ -39,6 +39,13 @@ def _stored_bytes(experts: list[StoredExpert]) -> int:
 
 
 @pytest.fixture
+def in_int4(tmp_path) -> tuple[nn.Module, list[StoredExpert]]:
+    """A model, and experts of all forms in four bits."""
+    model = build_model("llama")
+    return model, _stored(tmp_path, model, "int4")
+
+
+@pytest.fixture
 def decoded(monkeypatch) -> Counter[str]:
     """How often each form has been decoded."""
     found: Counter[str] = Counter()
@@ -64,23 +71,16 @@ def test_encoded_experts_act_as_what_they_stand_for(architecture, encoding, tmp_
             assert torch.equal(model(input_ids=IDS).logits, wanted)
 
 
-def test_only_experts_in_use_are_held_decoded(tmp_path) -> None:
-    model = build_model("llama")
-    experts = _stored(tmp_path, model, "int4")
+def test_only_experts_in_use_are_held_decoded(in_int4) -> None:
+    model, experts = in_int4
     with routed(model, experts, rows=[1, 1, 1], check=False) as inside, torch.no_grad():
         assert _held(model) == _stored_bytes(experts)
-        model(input_ids=IDS)
-        one = _held(model)
-        assert one > _stored_bytes(experts)
-        inside.current.gates = Gates(torch.tensor([[1], [2], [0]]), torch.ones(3, 1))
-        model(input_ids=IDS)
-        assert _held(model) > one
-        inside.current.gates = Gates(torch.tensor([[1], [1], [1]]), torch.ones(3, 1))
-        model(input_ids=IDS)
-        assert _held(model) == one
-        inside.current.gates = Gates(torch.tensor([[3], [3], [3]]), torch.ones(3, 1))
-        model(input_ids=IDS)
-        assert _held(model) == _stored_bytes(experts)
+        held = []
+        for numbers in ([1, 1, 1], [1, 2, 0], [1, 1, 1], [3, 3, 3]):
+            inside.current.gates = Gates(torch.tensor(numbers)[:, None], torch.ones(3, 1))
+            model(input_ids=IDS)
+            held.append(_held(model))
+        assert held[1] > held[0] == held[2] > held[3] == _stored_bytes(experts)
 
 
 def test_an_expert_is_decoded_once_while_it_is_in_use(tmp_path, decoded) -> None:
@@ -93,9 +93,8 @@ def test_an_expert_is_decoded_once_while_it_is_in_use(tmp_path, decoded) -> None
     assert decoded == {"Sparse": 2 * len(experts[0])}
 
 
-def test_a_trainer_may_validate_in_inference_mode_before_it_trains(tmp_path) -> None:
-    model = build_model("llama")
-    experts = _stored(tmp_path, model, "int4")
+def test_a_trainer_may_validate_in_inference_mode_before_it_trains(in_int4) -> None:
+    model, experts = in_int4
     with routed(model, experts, rows=[0, 1, 2], check=False) as inside:
         with torch.inference_mode():
             model(input_ids=IDS)
@@ -127,9 +126,8 @@ def test_a_router_of_each_weight_has_the_decoded_deltas(tmp_path) -> None:
         assert torch.equal(model(input_ids=IDS).logits, wanted)
 
 
-def test_copies_and_casts_keep_encoded_experts(tmp_path) -> None:
-    model = build_model("llama")
-    experts = _stored(tmp_path, model, "int4")
+def test_copies_and_casts_keep_encoded_experts(in_int4) -> None:
+    model, experts = in_int4
     with routed(model, experts, rows=[0, 1, 2], check=False), torch.no_grad():
         twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         wanted = model(input_ids=IDS).logits
@@ -141,12 +139,11 @@ def test_copies_and_casts_keep_encoded_experts(tmp_path) -> None:
         torch.testing.assert_close(model(input_ids=IDS).logits.float(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_forged_bytes_are_refused_before_a_model_gets_them(tmp_path) -> None:
-    model = build_model("llama")
-    _stored(tmp_path, model, "int4")
-    file = tmp_path / "1/delta.safetensors"
+def test_forged_bytes_are_refused_before_a_model_gets_them(in_int4) -> None:
+    model, experts = in_int4
+    file = experts[1].path / "delta.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 255
     file.write_bytes(content)
     with pytest.raises(ValueError, match="is damaged"):
-        routed(model, [tmp_path / "0", tmp_path / "1"], rows=[0, 1], check=False)
+        routed(model, [expert.path for expert in experts], rows=[0, 1], check=False)

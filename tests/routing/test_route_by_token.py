@@ -57,11 +57,17 @@ def test_a_router_of_each_layer_is_the_same_after_it_was_stored(tiny, tmp_path, 
     assert torch.equal(found, wanted)
 
 
-def test_the_command_trains_the_gates_that_phatgoose_needs(tiny_llama_dir, tmp_path, monkeypatch, task_files) -> None:
+@pytest.fixture
+def stored_experts(tiny_llama_dir, tmp_path, monkeypatch, task_files) -> tuple[list[str], str]:
+    """Experts in the current directory, and their tasks as an option of a command."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("modular_experts.statistics.gates.STEPS", 3)
-    experts = library(tiny_llama_dir, tmp_path, WEIGHTS["llama"])
     tasks = json.dumps([{"name": name, "path": str(task_files[name])} for name in TASKS])
+    return library(tiny_llama_dir, tmp_path, WEIGHTS["llama"]), tasks
+
+
+def test_the_command_trains_the_gates_that_phatgoose_needs(tiny_llama_dir, stored_experts, monkeypatch) -> None:
+    monkeypatch.setattr("modular_experts.statistics.gates.STEPS", 3)
+    experts, tasks = stored_experts
     out = ["--router", "Phatgoose", "--out", "library/routed"]
     assert main(["route", "--experts", *experts, "--tasks", tasks, *out]) == 0
     names, state = WEIGHTS["llama"], open_expert("library/routed").state()
@@ -78,12 +84,8 @@ def test_the_command_trains_the_gates_that_phatgoose_needs(tiny_llama_dir, tmp_p
             assert (model(input_ids=TOKENS).logits - alone).abs().max() > 1e-2
 
 
-def test_statistics_trains_the_gates_of_stored_experts(
-    tiny_llama_dir, tmp_path, monkeypatch, task_files, capsys
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    experts = library(tiny_llama_dir, tmp_path, WEIGHTS["llama"])
-    tasks = json.dumps([{"name": name, "path": str(task_files[name])} for name in TASKS])
+def test_statistics_trains_the_gates_of_stored_experts(tiny_llama_dir, stored_experts, task_files, capsys) -> None:
+    experts, tasks = stored_experts
     before = [open_expert(place).content_hash for place in experts]
     assert main(["statistics", *experts, "--kind", "gates", "--tasks", tasks, "--steps", "2"]) == 0
     assert "gates.safetensors: gates statistics of" in capsys.readouterr().out

@@ -51,13 +51,18 @@ def test_each_row_has_the_logits_of_its_own_expert(architecture: str) -> None:
         torch.testing.assert_close(found[row, : len(ROWS[row])], alone, rtol=1e-9, atol=1e-9)
 
 
-def test_the_model_is_the_base_again_afterwards() -> None:
-    model = build_model("llama")
+def test_the_model_is_the_base_again_afterwards_and_trains_what_it_trained() -> None:
+    model = build_model("llama").train()
+    model.get_parameter("model.norm.weight").requires_grad_(False)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with routed(model, experts_of(model), rows=[0]):
         assert sorted(model.state_dict()) == sorted(before), "a mixture must add nothing to the base's own tensors"
+        assert not model.training
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert not model._forward_pre_hooks
+    assert model.training
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
 
 
 def test_constant_gates_are_the_weighted_sum_of_the_experts() -> None:
@@ -140,15 +145,9 @@ def test_a_centroid_is_linear_discriminant_analysis() -> None:
     covariance = around.T @ around / (27 - 3)
     shrunk = 0.8 * covariance + 0.2 * covariance.diagonal().mean() * torch.eye(4).double()
     x = torch.randn(5, 4, generator=made, dtype=torch.float64)
-    wanted = torch.stack(
-        [
-            torch.distributions.MultivariateNormal(rows.mean(0), shrunk).log_prob(x)
-            - torch.distributions.MultivariateNormal(torch.zeros(4).double(), shrunk).log_prob(torch.zeros(4).double())
-            for rows in prompts
-        ],
-        1,
-    )
-    torch.testing.assert_close(router.scores(x.float()).double(), wanted, rtol=1e-4, atol=1e-4)
+    normal, zero = torch.distributions.MultivariateNormal, torch.zeros(4).double()
+    wanted = [normal(rows.mean(0), shrunk).log_prob(x) - normal(zero, shrunk).log_prob(zero) for rows in prompts]
+    torch.testing.assert_close(router.scores(x.float()).double(), torch.stack(wanted, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_far_from_all_means_go_to_the_fallback() -> None:
@@ -162,23 +161,6 @@ def test_prompts_far_from_all_means_go_to_the_fallback() -> None:
     assert 0.01 < rejected.float().mean() < 0.12, "about as many new prompts as own ones are rejected"
     assert gates.weights[rejected].tolist() == [[1.0, 0.0]] * int(rejected.sum())
     assert (router(torch.full((1, 4), 100.0)).ids[0, 0], router(fresh[1][:1]).ids[0, 0]) == (3, 1)
-
-
-def test_prompts_that_are_all_alike_are_refused() -> None:
-    prompts = torch.eye(3)[:, None].expand(3, 2, 3)
-    with pytest.raises(ValueError, match="two different prompts among the 6"):
-        Centroid(reject=None).learn([None] * 3, list(prompts))
-
-
-def test_permuting_experts_permutes_their_numbers() -> None:
-    made = torch.Generator().manual_seed(0)
-    prompts = [torch.randn(20, 4, generator=made) + 3 * number for number in range(3)]
-    x, order = 3 * torch.randn(30, 4, generator=made), [2, 0, 1]
-    first, second = Centroid(), Centroid()
-    first.learn([], prompts)
-    second.learn([], [prompts[number] for number in order])
-    there = torch.tensor([*order, 3])
-    assert torch.equal(first(x).ids, there[second(x).ids])
 
 
 def test_selections() -> None:
@@ -220,6 +202,12 @@ def test_what_cannot_be_routed_is_refused() -> None:
         routed(model, experts[:2], centroid(model))
     with routed(model, experts, rows=[0]), pytest.raises(ValueError, match="the model has experts already"):
         routed(model, experts, rows=[0])
+    packed = torch.arange(5, 11)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
+    whole = r"reads whole prompts, which it cannot in packed rows; leave data\.packing out"
+    with routed(model, experts, centroid(model)), pytest.raises(ValueError, match=whole):
+        model(input_ids=packed[0], position_ids=packed[1])
+    with pytest.raises(ValueError, match="two different prompts among the 6"):
+        Centroid(reject=None).learn([None] * 3, list(torch.eye(3)[:, None].expand(3, 2, 3)))
 
 
 def test_few_prompts_do_not_make_a_router_reject_new_ones() -> None:
@@ -231,16 +219,6 @@ def test_few_prompts_do_not_make_a_router_reject_new_ones() -> None:
     assert (router(fresh).ids == 3).float().mean() < 0.1
 
 
-def test_what_was_trained_is_trained_again_afterwards() -> None:
-    model = build_model("llama").train()
-    model.get_parameter("model.norm.weight").requires_grad_(False)
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with routed(model, experts_of(model), rows=[0]):
-        assert not model.training
-    assert model.training
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
-
-
 def test_prompts_are_read_without_dropout_while_the_model_trains() -> None:
     model, ids = build_model("gpt2"), torch.arange(5, 15)[None]
     wanted = prompt_vectors(model, ids, None, [0.0, 1.0])
@@ -250,17 +228,6 @@ def test_prompts_are_read_without_dropout_while_the_model_trains() -> None:
     assert all(map(torch.equal, found, wanted))
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_packed_rows_are_refused_by_a_router_of_whole_rows() -> None:
-    model = build_model("llama")
-    with (
-        routed(model, experts_of(model), centroid(model)),
-        pytest.raises(
-            ValueError, match=r"reads whole prompts, which it cannot in packed rows; leave data\.packing out"
-        ),
-    ):
-        model(input_ids=torch.arange(5, 11)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
 
 
 def test_without_a_cache_an_answer_is_no_prompt() -> None:

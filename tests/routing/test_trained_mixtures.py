@@ -21,6 +21,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.routing.gates import reading
 
 each_mixture = pytest.mark.parametrize("name", MIXTURES)
+ARCHITECTURE = dict(zip(MIXTURES, ["llama", "gpt2"] * 3, strict=False))
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,11 @@ def trained(tmp_path_factory, tiny, task_files) -> Callable[..., tuple[Any, Any,
     """Return a function that trains a mixture once; it has a checkpoint of the fourth of six steps, and is exported."""
 
     @cache
-    def run(name: str, architecture: str = "llama") -> tuple[Any, Any, Path]:
-        folder = tmp_path_factory.mktemp(f"{name}-{architecture}")
+    def run(name: str) -> tuple[Any, Any, Path]:
+        folder, architecture = tmp_path_factory.mktemp(name), ARCHITECTURE[name]
         saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
         callbacks = (saving, ExportExpert(str(folder / "library"), "mine", monitor=None))
-        everywhere = architecture == "gpt2"
-        how = {"enable_checkpointing": True, "everywhere": everywhere}
+        how = {"enable_checkpointing": True, "everywhere": architecture == "gpt2"}
         return (*train(name, tiny(architecture), task_files, folder, *callbacks, **how), folder)
 
     return run
@@ -50,12 +50,13 @@ def prompts() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", [name for name in ("molora", "moa", "lora-ir") if name in MIXTURES])
 def test_a_run_resumed_in_mid_epoch_ends_with_the_same_numbers(name, trained, tiny, task_files, tmp_path) -> None:
     module, _, folder = trained(name)
-    saved = folder / "step=4.ckpt"
-    rest, _ = train(name, tiny("llama"), task_files, tmp_path, resume=saved)
+    how = {"resume": folder / "step=4.ckpt", "everywhere": ARCHITECTURE[name] == "gpt2"}
+    early, rest = (
+        train(name, tiny(ARCHITECTURE[name]), task_files, tmp_path, max_steps=steps, **how)[0] for steps in (4, 6)
+    )
     whole, found = expert_state(module.model), expert_state(rest.model)
     assert whole.keys() == found.keys()
     assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
-    early, _ = train(name, tiny("llama"), task_files, tmp_path, max_steps=4)
     assert not all(torch.equal(tensor, whole[key]) for key, tensor in expert_state(early.model).items())
 
 
@@ -73,10 +74,10 @@ def test_generation_with_a_cache_is_generation_without(name, trained) -> None:
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "architecture"), [*zip(MIXTURES, ["llama", "gpt2"] * 3, strict=False)])
-def test_a_stored_mixture_reopens_as_it_was_trained(name, architecture, trained, tiny) -> None:
-    module, _, folder = trained(name, architecture)
-    model = Base.open(tiny(architecture)).load("float64")
+@each_mixture
+def test_a_stored_mixture_reopens_as_it_was_trained(name, trained, tiny) -> None:
+    module, _, folder = trained(name)
+    model = Base.open(tiny(ARCHITECTURE[name])).load("float64")
     with torch.no_grad():
         before, wanted = model(**prompts()).logits, module.model.eval()(**prompts()).logits
         with attached(model, folder / "library" / "mine"):
