@@ -46,10 +46,8 @@ def ids(text: str) -> list[int]:
     found, first = [], 3 + len(CHARACTERS)
     while text:
         mark = next((mark for mark in ["<eos>", *SPECIAL] if text.startswith(mark)), None)
-        number = (
-            3 + CHARACTERS.index(text[0]) if mark is None else 1 if mark == "<eos>" else first + SPECIAL.index(mark)
-        )
-        found.append(number)
+        special = {"<eos>": 1} | {mark: first + number for number, mark in enumerate(SPECIAL)}
+        found.append(3 + CHARACTERS.index(text[0]) if mark is None else special[mark])
         text = text[len(mark or "x") :]
     return found
 
@@ -110,20 +108,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_learns_each_turn_of_the_assistant_with_its_end(case: str) -> None:
+def test_training_learns_each_turn_of_the_assistant_and_a_measurement_takes_the_last(case: str) -> None:
     template, turns, pieces = CASES[case]
-    examples, cut, problems = RowTokenizer(chatty(template))("t", [row(*turns)], learn=True)
+    tokenizer = chatty(template)
+    examples, cut, problems = RowTokenizer(tokenizer)("t", [row(*turns)], learn=True)
     assert (cut, problems) == (0, [])
     batch = Collator(pad_id=0, texts=False)(examples)
     expected, labels = learned(*pieces)
     assert batch["input_ids"].tolist() == [expected]
     assert batch["labels"].tolist() == [labels]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_measurement_takes_the_last_turn_as_the_target(case: str) -> None:
-    template, turns, pieces = CASES[case]
-    tokenizer = chatty(template)
     examples, _, _ = RowTokenizer(tokenizer)("t", [row(*turns), row(*turns[:-1])])
     batch = Collator(pad_id=0)(examples)
     prompt = ids("".join(pieces[:-1]))

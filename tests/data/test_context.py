@@ -44,25 +44,19 @@ def read(base: Path, tmp_path: Path) -> Callable[..., TaskMixture]:
     rows = [{"input": "abcdefghij" * 5 + "k" * row, "target": "yes", "split": splits[row % 3]} for row in range(6)]
     rows += [{"input": "short", "target": "no", "split": split} for split in splits]
     path = write_rows(tmp_path / "t.jsonl", rows)
-    return lambda **settings: TaskMixture(
-        [str(path)], Base.open(base).tokenizer(), batch_size=3, packing=False, **settings
-    )
+    tokenizer = Base.open(base).tokenizer()
+    return lambda **settings: TaskMixture([str(path)], tokenizer, batch_size=3, packing=False, **settings)
 
 
-def fitted(base: Path, data: TaskMixture, library: Path) -> tuple[ExpertModule, Trainer]:
-    torch.manual_seed(0)
-    module = ExpertModule(str(base), modules="all-linear", expert=LoRAExpert, learning_rate=0.01)
-    trainer = Trainer(max_steps=2, callbacks=[ExportExpert(str(library), "t")], default_root_dir=library, **QUIET)
-    trainer.fit(module, data)
-    return module, trainer
-
-
-def test_a_fit_and_its_test_are_those_with_max_length_at_the_context(base, read, tmp_path, caplog) -> None:
+def test_every_command_does_what_it_does_with_max_length_at_the_context(base, read, tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING)
     found = []
     for name, settings in (("context", {}), ("max_length", {"max_length": CONTEXT})):
-        data = read(**settings)
-        module, trainer = fitted(base, data, tmp_path / name)
+        data, library = read(**settings), tmp_path / name
+        torch.manual_seed(0)
+        module = ExpertModule(str(base), modules="all-linear", expert=LoRAExpert, learning_rate=0.01)
+        trainer = Trainer(max_steps=2, callbacks=[ExportExpert(str(library), "t")], default_root_dir=library, **QUIET)
+        trainer.fit(module, data)
         trainer.test(module, data, verbose=False)
         found.append((open_expert(tmp_path / name / "t").content_hash, module.results["tasks"]))
     assert found[0] == found[1]
@@ -70,26 +64,15 @@ def test_a_fit_and_its_test_are_those_with_max_length_at_the_context(base, read,
     for split in ("train", "validation", "test"):
         for limit in ("the base's context of 40 tokens", "max_length=40"):
             assert f"t: 2 of 3 {split} rows are longer than {limit} and lost their start" in said
-
-
-def test_other_commands_measure_what_they_measure_with_max_length_at_the_context(base, read, tmp_path) -> None:
-    fitted(base, read(), tmp_path / "library")
-    place = tmp_path / "library" / "t"
+    place = tmp_path / "context" / "t"
     expert = open_expert(place)
 
     def measured(**settings: Any) -> list[Any]:
-        tuned = [
-            tune(
-                [expert], TaskArithmetic(), ValidationRows(read(**settings), labels=labels), grid={"scale": [0.5]}
-            ).trials
-            for labels in ("rows", "experts")
-        ]
+        rows = [ValidationRows(read(**settings), labels=labels) for labels in ("rows", "experts")]
+        tuned = [tune([expert], TaskArithmetic(), some, grid={"scale": [0.5]}).trials for some in rows]
         (fisher,) = take_statistics([place], "fisher", read(**settings), overwrite=True)
-        steps = estimate(
-            ExpertModule(str(base), modules="c_attn|q_proj", expert=LoRAExpert),
-            read(**settings),
-            Trainer(max_steps=2, **QUIET),
-        )
+        module = ExpertModule(str(base), modules="c_attn|q_proj", expert=LoRAExpert)
+        steps = estimate(module, read(**settings), Trainer(max_steps=2, **QUIET))
         return [evaluate(base, place, read(**settings)).rows, *tuned, fisher.facts["data"]["tokens"], steps.splits]
 
     assert str(measured()) == str(measured(max_length=CONTEXT))

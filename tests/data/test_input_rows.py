@@ -83,22 +83,11 @@ def test_the_library_alone_is_enough(run, library, command) -> None:
     assert run(*command)[::2] == (0, "")
     if command[0] == "statistics":
         facts = open_statistics(open_expert("library/a"), "gram").facts
-        assert (facts["tasks"], facts["data"]["split"], facts["data"]["labels"]) == (
-            {"a": 10},
-            "kept inputs",
-            "experts",
-        )
+        assert facts["tasks"] == {"a": 10}
+        assert (facts["data"]["split"], facts["data"]["labels"]) == ("kept inputs", "experts")
 
 
-def test_without_inputs_and_rows_one_sentence_says_what_is_missing(run, library) -> None:
-    (library / "b" / INPUTS_FILE).unlink()
-    code, _, err = run("search", *EXPERTS, "--algorithm", "ATLAS", "--out", "library/ab")
-    assert (code, err.count("\n")) == (1, 1)
-    assert "no rows are given, and 1 of 2 experts keep no inputs, such as" in err
-    assert "train with fit --keep_inputs 256" in err
-
-
-def test_what_needs_targets_or_other_tokens_is_refused(library, tiny_llama_dir) -> None:
+def test_what_needs_more_than_the_kept_inputs_is_refused(library, tiny_llama_dir, run) -> None:
     experts = [open_expert(library / name) for name in "ab"]
     data = Inputs.kept_by(experts)
     data.tokenizer = str(tiny_llama_dir)
@@ -108,6 +97,11 @@ def test_what_needs_targets_or_other_tokens_is_refused(library, tiny_llama_dir) 
     data.prompts["a"][0].ids[0] = 10**6
     with pytest.raises(ValueError, match="the inputs of a hold the token 1000000, which the tokenizer lacks"):
         data.input_examples(["validation"])
+    (library / "b" / INPUTS_FILE).unlink()
+    code, _, err = run("search", *EXPERTS, "--algorithm", "ATLAS", "--out", "library/ab")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "no rows are given, and 1 of 2 experts keep no inputs, such as" in err
+    assert "train with fit --keep_inputs 256" in err
 
 
 def test_long_inputs_keep_their_last_tokens(library, tiny_llama_dir) -> None:

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from modular_experts.data.rows import RowReader
 from modular_experts.data.sources import Record
 
@@ -14,21 +16,13 @@ def read(values: object, **reader: object) -> object:
 
 def test_a_row_has_input_target_split_and_choices() -> None:
     row = read({"input": "a", "target": "b", "split": "dev", "choices": ["b", "c"], "more": 3})
-    assert (row.input, row.target, row.split, row.choices, row.where) == (
-        "a",
-        "b",
-        "validation",
-        ("b", "c"),
-        "f.jsonl:7",
-    )
+    assert (row.input, row.target, row.split) == ("a", "b", "validation")
+    assert (row.choices, row.where) == (("b", "c"), "f.jsonl:7")
 
 
 def test_columns_and_template_make_the_input() -> None:
-    row = read(
-        {"question": "is it?", "passage": "it {is}", "answer": "yes"},
-        columns={"target": "answer", "input": "question"},
-        template="{passage}\n{question} {input}",
-    )
+    values, columns = {"question": "is it?", "passage": "it {is}", "answer": "yes"}, {"target": "answer"}
+    row = read(values, columns=columns | {"input": "question"}, template="{passage}\n{question} {input}")
     assert row.input == "it {is}\nis it? is it?"
     assert row.target == "yes"
 
@@ -51,14 +45,6 @@ BAD = {
 }
 
 
-def test_each_bad_row_gets_its_sentence() -> None:
-    for case, (values, sentence) in BAD.items():
-        problem = read(values)
-        assert isinstance(problem, str), case
-        assert problem.startswith(f"f.jsonl:7: {sentence}"), case
-        assert "\n" not in problem, case
-
-
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 BAD_TALKS = {
     "no list": ("a", "'messages' must be a list of messages, not 'a'"),
@@ -67,11 +53,13 @@ BAD_TALKS = {
 }
 
 
-def test_each_bad_conversation_gets_its_sentence() -> None:
-    for case, (messages, sentence) in BAD_TALKS.items():
-        problem = read({"messages": messages}, columns={"messages": "messages"})
-        assert isinstance(problem, str), case
-        assert problem.startswith(f"f.jsonl:7: {sentence}"), case
+@pytest.mark.parametrize("case", [*BAD, *BAD_TALKS])
+def test_each_bad_row_or_conversation_gets_its_sentence(case: str) -> None:
+    values, sentence = BAD[case] if case in BAD else BAD_TALKS[case]
+    problem = read(values) if case in BAD else read({"messages": values}, columns={"messages": "messages"})
+    assert isinstance(problem, str)
+    assert problem.startswith(f"f.jsonl:7: {sentence}")
+    assert "\n" not in problem
 
 
 def test_a_conversation_has_its_last_answer_as_the_target_and_a_cell_may_hold_it() -> None:

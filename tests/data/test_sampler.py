@@ -31,8 +31,12 @@ def by_input(rows: list[Row], seed: int = 0, held_in: bool = True) -> dict[str, 
     return {row.input: row.split for row in fill_splits(rows, 0.1, 0.2, seed, held_in)}
 
 
-def test_the_ratios_are_exact() -> None:
+def test_the_ratios_are_exact_and_a_small_task_gets_a_row_of_each_split() -> None:
     assert Counter(by_input(ROWS).values()) == {"train": 35, "validation": 5, "test": 10}
+    assert Counter(by_input(ROWS[:3]).values()) == {"train": 1, "validation": 1, "test": 1}
+    assert Counter(by_input(ROWS[:2]).values()) == {"train": 2}
+    assert Counter(row.split for row in fill_splits(ROWS, 0.0, 0.0, 0, True)) == {"train": 50}
+    assert set(by_input(ROWS, held_in=False).values()) == {"test"}, "a held-out task is all test"
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_file() -> None:
@@ -49,16 +53,6 @@ def test_rows_that_name_their_split_keep_it_and_the_order_stays() -> None:
     assert Counter(row.split for row in filled[1:-1]) == {"train": 8, "validation": 1, "test": 1}
 
 
-def test_a_held_out_task_is_all_test() -> None:
-    assert set(by_input(ROWS, held_in=False).values()) == {"test"}
-
-
-def test_a_small_task_still_gets_a_row_of_each_split() -> None:
-    assert Counter(by_input(ROWS[:3]).values()) == {"train": 1, "validation": 1, "test": 1}
-    assert Counter(by_input(ROWS[:2]).values()) == {"train": 2}
-    assert Counter(row.split for row in fill_splits(ROWS, 0.0, 0.0, 0, True)) == {"train": 50}
-
-
 SIZES = {"a": 900, "b": 100, "c": 4}
 
 
@@ -66,13 +60,11 @@ def counts(mixing: Mixing, weights: dict[str, float] | None = None, caps: dict[s
     return epoch_counts(SIZES, mixing, weights or {}, caps or {})
 
 
-def test_a_cap_bounds_a_task_and_shortens_the_epoch() -> None:
+def test_a_cap_bounds_a_task_and_no_task_rounds_to_nothing() -> None:
     assert counts(Proportional(), caps={"a": 50}) == {"a": 50, "b": 100, "c": 4}
     # 154 rows in equal parts, of which the first may take only 20
     assert counts(Equal(), caps={"a": 20}) == {"a": 20, "b": 41, "c": 41}
-
-
-def test_no_task_rounds_to_nothing_and_an_empty_one_stays_out() -> None:
+    # An empty one stays out.
     assert epoch_counts({"a": 10_000, "b": 1, "none": 0}, Proportional(), {"b": 1e-9}, {}) == {"a": 10_001, "b": 1}
 
 
@@ -126,20 +118,11 @@ ORDER = partial(epoch_order, {"a": 23}, {"a": 23}, 0)
 
 def batches(rank: int, world_size: int, batch_size: int = 4, epoch: int = 0, done: int = 0) -> list:
     sampler = MixtureSampler(ORDER, 23, batch_size, rank, world_size, lambda number: (number, done))
-    loader = ResumableLoader(
-        {row: row for row in (*range(23), FILLER)},
-        batch_size=batch_size // world_size,
-        sampler=sampler,
-        collate_fn=list,
-    )
+    rows, own = {row: row for row in (*range(23), FILLER)}, batch_size // world_size
+    loader = ResumableLoader(rows, batch_size=own, sampler=sampler, collate_fn=list)
     sampler.set_epoch(epoch)
     assert len(loader) == 6
     return list(loader)
-
-
-def test_one_process_reads_the_order_in_batches() -> None:
-    order = ORDER(2).tolist()
-    assert batches(0, 1, epoch=2) == [order[start : start + 4] for start in range(0, 23, 4)]
 
 
 def test_the_slices_of_all_processes_are_the_global_batch() -> None:
@@ -155,7 +138,9 @@ def test_the_slices_of_all_processes_are_the_global_batch() -> None:
             assert sorted(row for part in parts for row in part) == sorted([*batch, FILLER])
 
 
-def test_a_resumed_epoch_is_the_rest_of_it() -> None:
+def test_one_process_reads_the_order_in_batches_and_a_resumed_epoch_is_the_rest_of_it() -> None:
+    order = ORDER(2).tolist()
+    assert batches(0, 1, epoch=2) == [order[start : start + 4] for start in range(0, 23, 4)]
     for rank in (0, 1):
         assert batches(rank, 2, epoch=1, done=2) == batches(rank, 2, epoch=1)[2:]
 

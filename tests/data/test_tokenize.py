@@ -52,12 +52,8 @@ def test_a_batch_by_hand() -> None:
     assert batch["labels"].tolist() == [[x, x, *ids(" c"), EOS, x], [x, *ids(" bcd"), EOS]]
     assert (batch["task"], batch["input"], batch["target"]) == (["t", "t"], ["ab", "a"], ["c", "bcd"])
     assert [prompt.tolist() for prompt in prompts(batch)] == [ids("ab"), ids("a")]
-    assert set(Collator(pad_id=0, texts=False)(tokenized(Row("a", "b")))) == {
-        "input_ids",
-        "attention_mask",
-        "labels",
-        "task",
-    }
+    without_texts = Collator(pad_id=0, texts=False)(tokenized(Row("a", "b")))
+    assert set(without_texts) == {"input_ids", "attention_mask", "labels", "task"}
 
 
 def test_the_end_is_learned_although_it_is_also_the_padding() -> None:
@@ -68,10 +64,7 @@ def test_the_end_is_learned_although_it_is_also_the_padding() -> None:
     batch = Collator(tokenize.pad_id)(tokenize("t", [Row("a", "b"), Row("a", "bcd")])[0])
     assert batch["labels"][0].tolist() == [IGNORED, *ids(" b"), EOS, IGNORED, IGNORED]
     assert batch["attention_mask"][0].tolist() == [1, 1, 1, 1, 0, 0]
-
-
-def test_without_a_padding_token_the_end_pads_and_the_tokenizer_stays_as_it_was() -> None:
-    tokenizer = build_tokenizer()
+    # Without a padding token the end pads, and the tokenizer stays as it was.
     tokenizer.pad_token = None
     assert RowTokenizer(tokenizer).pad_id == EOS
     assert tokenizer.pad_token is None
@@ -82,12 +75,9 @@ def test_a_long_row_loses_the_left_of_its_input_and_keeps_its_target() -> None:
     assert [example.tokens.ids.tolist() for example in examples] == [[*ids("ef xy"), EOS], [*ids("ab xy"), EOS]]
     assert cut == 1
     assert examples[0].input == "abcdef"
-
-
-def test_a_target_that_leaves_no_room_is_a_bad_row() -> None:
-    examples, _, problems = RowTokenizer(build_tokenizer(), max_length=5)(
-        "t", [Row("a", "xyz", where="f:3"), Row("a", "xy")]
-    )
+    # A target that leaves no room is a bad row.
+    rows = [Row("a", "xyz", where="f:3"), Row("a", "xy")]
+    examples, _, problems = RowTokenizer(build_tokenizer(), max_length=5)("t", rows)
     assert len(examples) == 1
     assert problems == ["f:3: the target or a choice fills max_length=5; raise it"]
 
