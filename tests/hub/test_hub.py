@@ -54,12 +54,10 @@ def contents(directory):
 
 
 def change(hub, repo=REPO, **files):
-    """Change files of a repository behind the owner's back; none removes one. `__` stands for a slash."""
+    """Change files of a repository behind the owner's back. `__` stands for a slash."""
     repository = hub.repositories[repo]
     tree = repository.files() | {name.replace("__", "/").replace("_json", ".json"): c for name, c in files.items()}
-    return repository.commit(
-        "main", {name: content for name, content in tree.items() if content is not None}, "changed"
-    )
+    return repository.commit("main", tree, "changed")
 
 
 def header(card):
@@ -134,19 +132,16 @@ def test_kept_inputs_go_only_if_asked_and_come_with_the_expert(hub, library, tmp
     assert "Privacy" not in hub.repositories[REPO].files()["README.md"].decode()
 
 
-def test_only_an_experts_own_files_go(hub, library):
+def test_only_an_experts_own_files_go_and_come(hub, library, tmp_path):
+    own = contents(library)
     (library / "a" / "notes.txt").write_text("private")
     (library / "a" / "token.json").write_text("private")
     (library / "stray").mkdir()
     push(experts_of(library), REPO)
     assert set(hub.repositories[REPO].files()) == {"README.md", *(f"{name}/{file}" for name in "ab" for file in FILES)}
-
-
-def test_only_an_experts_own_files_come(hub, library, tmp_path):
-    push(experts_of(library), REPO)
     change(hub, a__extra=b"run me", a__other_json=b"{}", **{"a__statistics__x.bin": b"x"})
     pull(REPO, tmp_path / "other", statistics=True)
-    assert contents(tmp_path / "other") == contents(library)
+    assert contents(tmp_path / "other") == own
 
 
 def test_pulled_a_commit_stays_what_it_was(hub, library, tmp_path):
@@ -170,21 +165,15 @@ def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
     pull(REPO, tmp_path / "with", statistics=True)
     assert set(contents(tmp_path / "without" / "a")) == set(FILES)
     assert contents(tmp_path / "with" / "a") == contents(library / "a")
+    good = hub.repositories[REPO].files()["a/statistics/fisher.safetensors"]
+    change(hub, **{"a__statistics__fisher.safetensors": good[:-1] + b"\x7f"})
+    with pytest.raises(ValueError, match="the numbers of w0 are not what was written"):
+        pull(REPO, tmp_path / "damaged", statistics=True)
+    assert not (tmp_path / "damaged").exists()
     shutil.rmtree(library / "a")
     write(library / "a", seed=99)
     push([library / "a"], REPO, overwrite=True)  # they belonged to other contents
     assert "a/statistics/fisher.safetensors" not in hub.repositories[REPO].files()
-
-
-def test_statistics_that_are_damaged_are_refused(hub, library, tmp_path):
-    expert = open_expert(library / "a")
-    write_statistics(expert, "fisher", [("w0", DataStatistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
-    push([library / "a"], REPO, statistics=True)
-    good = hub.repositories[REPO].files()["a/statistics/fisher.safetensors"]
-    change(hub, **{"a__statistics__fisher.safetensors": good[:-1] + b"\x7f"})
-    with pytest.raises(ValueError, match="the numbers of w0 are not what was written"):
-        pull(REPO, tmp_path / "other", statistics=True)
-    assert not (tmp_path / "other").exists()
 
 
 # What is there already
@@ -202,6 +191,7 @@ def test_what_the_library_has_is_left_alone(hub, library, tmp_path):
 
 
 def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_request(hub, library, tmp_path):
+    """A damaged copy is not taken for the expert either, and a directory of someone else is never replaced."""
     push(experts_of(library), REPO)
     other = write(tmp_path / "other" / "b", seed=99)
     hub.requests.clear()
@@ -212,24 +202,15 @@ def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_r
     assert not any(request.endswith("delta.safetensors") for request in hub.requests)
     pull(REPO, tmp_path / "other", overwrite=True)
     assert contents(tmp_path / "other") == contents(library)
-
-
-def test_a_damaged_copy_is_not_taken_for_the_expert(hub, library, tmp_path):
-    push(experts_of(library), REPO)
-    pull(REPO, tmp_path / "other")
     file = tmp_path / "other/a/delta.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(FileExistsError, match="exists already, damaged"):
         pull(REPO, tmp_path / "other")
     pull(REPO, tmp_path / "other", overwrite=True)
     assert contents(tmp_path / "other") == contents(library)
-
-
-def test_a_directory_of_someone_else_is_never_replaced(hub, library, tmp_path):
-    push(experts_of(library), REPO)
-    (tmp_path / "other/a").mkdir(parents=True)
+    (tmp_path / "else/a").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="not a directory of ours"):
-        pull(REPO, tmp_path / "other", overwrite=True)
+        pull(REPO, tmp_path / "else", overwrite=True)
 
 
 def test_another_expert_of_the_same_name_is_not_replaced_unasked(hub, library):
@@ -247,16 +228,13 @@ def test_another_expert_of_the_same_name_is_not_replaced_unasked(hub, library):
 def test_private_is_private(hub, library, tmp_path, monkeypatch):
     push(experts_of(library), REPO, private=True)
     assert hub.repositories[REPO].private
+    push([library / "a"], "someone/public")
+    with pytest.raises(PermissionError, match="is public; make it private"):
+        push([library / "b"], "someone/public", private=True)
+    assert "b/expert.json" not in hub.repositories["someone/public"].files()
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(FileNotFoundError, match="no model repository someone/experts that you may see"):
         pull(REPO, tmp_path / "other")
-
-
-def test_private_experts_do_not_go_to_a_public_repository(hub, library):
-    push([library / "a"], REPO)
-    with pytest.raises(PermissionError, match="is public; make it private"):
-        push([library / "b"], REPO, private=True)
-    assert "b/expert.json" not in hub.repositories[REPO].files()
 
 
 # What is refused
@@ -275,10 +253,7 @@ def test_a_tampered_file_is_refused_and_nothing_is_left(hub, library, tmp_path):
         assert str(tmp_path) not in str(caught.value)
         assert not (tmp_path / "deep").exists()
         assert sorted(os.listdir(tmp_path)) == ["library"]
-
-
-def test_another_experts_deltas_under_a_record_are_refused(hub, library, tmp_path):
-    push(experts_of(library), REPO)
+    # Another expert's deltas under a record are refused, too.
     change(hub, **{"b__delta.safetensors": hub.repositories[REPO].files()["a/delta.safetensors"]})
     with pytest.raises(ValueError, match=r"its content hash is not the one in b/expert.json"):
         pull(REPO, tmp_path / "other")
@@ -336,7 +311,7 @@ def test_a_repository_that_moved_meanwhile(hub, library, monkeypatch):
 # Dry runs and cards
 
 
-def test_a_dry_run_writes_nothing_and_says_what_a_real_one_does(hub, library):
+def test_a_dry_run_writes_nothing_and_says_what_a_real_one_does(hub, library, monkeypatch, caplog):
     for _ in range(2):
         hub.requests.clear()
         planned = push([library / "a"], REPO, dry_run=True)
@@ -344,12 +319,10 @@ def test_a_dry_run_writes_nothing_and_says_what_a_real_one_does(hub, library):
         pushed = push([library / "a"], REPO)
         assert (planned.files, planned.card, list(planned.present)) == (pushed.files, pushed.card, list(pushed.present))
     assert planned.commit is None
-
-
-def test_a_dry_run_needs_no_network(hub, library, monkeypatch, caplog):
-    wanted = push([library / "a"], REPO, dry_run=True)
+    # It needs no network.
+    wanted = push([library / "a"], "someone/empty", dry_run=True)
     point_client(monkeypatch, "http://127.0.0.1:1")
-    found = push([library / "a"], REPO, dry_run=True)
+    found = push([library / "a"], "someone/empty", dry_run=True)
     assert found.files == wanted.files
     assert "shows what a push into an empty repository would write" in caplog.text
     with pytest.raises(ConnectionError):
