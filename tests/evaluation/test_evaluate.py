@@ -5,8 +5,8 @@ import json
 import random
 import shutil
 import sys
+from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
 from xml.etree import ElementTree
 
 import pytest
@@ -62,9 +62,6 @@ def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_di
     lengths = {"upper": 3, "reverse": 3, "first": 1}
     for task, length in lengths.items():
         assert 100 * length <= found.mean("both", task=task) <= 100 * length + 3
-
-
-def test_two_models_of_one_name_are_refused(tiny_llama_dir, task_files, weight) -> None:
     with pytest.raises(ValueError, match="two models are called a; give each a name of its own"):
         evaluate(tiny_llama_dir, {"": "library/a", "a": []}, mixture(task_files, tiny_llama_dir), 3)
 
@@ -102,8 +99,7 @@ def test_a_checkpoint_measures_as_base_and_expert_do(tiny_llama_dir, task_files,
     assert scores["a"] == scores["path"] == scores["opened"] != scores["base"]
     assert found.facts["models"]["path"] == [{"name": "checkpoint", "place": "checkpoint"}]
     assert len(Path("runs/checkpoint/measured.jsonl").read_text().splitlines()) == 3  # two are one checkpoint
-    page = Path("runs/checkpoint/report.html").read_text()
-    assert "checkpoint" in page
+    assert "checkpoint" in Path("runs/checkpoint/report.html").read_text()
 
 
 def test_an_expert_without_those_beneath_it_is_warned_of(tiny_llama_dir, task_files, weight, caplog) -> None:
@@ -169,9 +165,8 @@ def test_a_comparison_goes_on_where_it_was_and_measures_only_what_is_new(compare
     assert "measuring a2: 16 of 18 rows, 0:00:0" in err
     again = Results.read("cmp/results.json")
     # Which model leads depends on the others.
-    assert [{**row, "leads": 0} for row in again.where(model="a").rows] == [
-        {**row, "leads": 0} for row in first.where(model="a").rows
-    ]
+    before, after = ([row | {"leads": 0} for row in one.where(model="a").rows] for one in (first, again))
+    assert after == before
     assert len(Path("cmp/measured.jsonl").read_text().splitlines()) == 3
     assert compare("--experts", "library/a", "--out", "cmp", "--overwrite", "--eval_limit", "3")[0] == 0
     assert Results.read("cmp/results.json").where(model="a").rows[0]["rows"] == 3
@@ -211,19 +206,12 @@ def test_results_of_a_base_that_has_changed_since_are_measured_anew(tiny_llama_d
     ],
 )
 def test_no_model_is_called_best_unless_the_interval_of_the_difference_says_so(tmp_path, right, leader) -> None:
-    values = {
-        model: {
-            task: {"exact_match": [float(row < many) for row in range(40)]}
-            for task, many in zip("xy", counts, strict=True)
-        }
-        for model, counts in right.items()
-    }
-    rows = [
-        {"model": model, "experts": [], "task": task, "role": "held_in", "rows": 40}
-        | {"metric": "exact_match", "value": fmean(own["exact_match"])}
-        for model, tasks in values.items()
-        for task, own in tasks.items()
-    ]
+    values, rows = defaultdict(dict), []
+    for model, counts in right.items():
+        for task, many in zip("xy", counts, strict=True):
+            values[model][task] = {"exact_match": [float(row < many) for row in range(40)]}
+            row = {"model": model, "experts": [], "task": task, "role": "held_in", "rows": 40}
+            rows.append(row | {"metric": "exact_match", "value": many / 40})
     means = compared_means(rows, values)
     facts = {"versions": {"modular-experts": "0"}, "date": "", "examples": [], "models": {}, "base": "", "machine": ""}
     results = Results(rows, facts | {"dtype": "", "max_new_tokens": 3, "means": means})
@@ -234,11 +222,8 @@ def test_no_model_is_called_best_unless_the_interval_of_the_difference_says_so(t
     table = ElementTree.fromstring(results.html())
     lines = {line.findtext("th"): line for line in table.iter("tr")}
     marked = [name for name in right if any("best" in cell.get("class", "") for cell in lines[name].iter("td"))]
-    assert (
-        marked
-        == leading
-        == ([] if "All" in leader else leader.partition(" is ")[0].partition(" are ")[0].split(" and "))
-    )
+    named = [] if "All" in leader else leader.partition(" is ")[0].partition(" are ")[0].split(" and ")
+    assert marked == leading == named
     assert f"{100 * (means[0]['interval'][1] - means[0]['interval'][0]) / 2:.1f}" in lines["base"][4].text
 
 
@@ -261,9 +246,7 @@ def test_the_interval_of_a_loss_is_over_tokens_and_of_a_difference_over_the_same
     # Each interval holds the other mean, and yet every row is better.
     assert low < rows[1]["value"] < high
     assert [row["leads"] for row in rows] == [False, True]
-
-
-def test_a_model_with_a_loss_that_is_no_number_does_not_lead() -> None:
+    # A model with a loss that is no number does not lead.
     rows = [
         {"model": m, "task": "x", "role": "held_in", "metric": "loss", "value": v} for m, v in (("a", None), ("b", 1.0))
     ]

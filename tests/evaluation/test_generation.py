@@ -15,6 +15,14 @@ from modular_experts.evaluation import answered, generate, measure
 TEXTS = ["a", "reverse bat:", "a longer prompt than the others, by far:"]
 
 
+def decided(architecture: str, **changes: Any) -> Any:
+    """Return a model with larger weights: a random model of the usual size repeats one token."""
+    model = build_model(architecture, seed=3, **changes)
+    for parameter in model.parameters():
+        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    return model
+
+
 def batch_of(texts: list[str]) -> dict[str, Any]:
     return Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row(text, "target") for text in texts])[0])
 
@@ -35,9 +43,7 @@ def greedily(model: torch.nn.Module, text: str, steps: int) -> str:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])  # three ways to count positions
 def test_a_padded_batch_equals_each_prompt_alone(architecture: str) -> None:
-    model = build_model(architecture, seed=3)
-    for parameter in model.parameters():  # larger weights: a random model of the usual size repeats one token
-        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    model = decided(architecture)
     alone = [greedily(model, text, 12) for text in TEXTS]
     assert len(set(alone)) == 3
     assert generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=12) == alone
@@ -78,9 +84,7 @@ def test_settings_of_the_checkpoint_do_not_reach_the_measurement() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
 def test_an_answer_gives_way_before_its_prompt(architecture: str, caplog) -> None:
     context, most = 24, 10
-    model, tokenizer = build_model(architecture, seed=3, max_position_embeddings=context), build_tokenizer()
-    for parameter in model.parameters():
-        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    model, tokenizer = decided(architecture, max_position_embeddings=context), build_tokenizer()
     alphabet = "".join(map(chr, range(ord("a"), ord("z") + 1)))
     texts = [(alphabet + "0123456789")[:length] for length in (3, 14, 15, 20, 23, 24, 36)]
     rooms = [10, 10, 9, 4, 1, 1, 1]
@@ -121,9 +125,7 @@ SHORT = ["reverse bat:", "a longer prompt:"]  # 12 and 16 tokens
 
 @pytest.mark.parametrize("longest", [1024, 90, 70, 64, 26, 20, 16])
 def test_an_answer_is_that_to_the_whole_prompt_at_any_length_of_rows(longest: int, caplog) -> None:
-    model, tokenizer = build_model("gpt2", seed=3), build_tokenizer()
-    for parameter in model.parameters():
-        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    model, tokenizer = decided("gpt2"), build_tokenizer()
     examples = RowTokenizer(tokenizer, max_length=longest)("t", [Row(text, None) for text in SHORT])[0]
     found = answered(model, tokenizer, examples, Collator(pad_id=0), 2, longest, max_new_tokens=8)
     ids = [tokenizer(text)["input_ids"] for text in SHORT]

@@ -44,17 +44,12 @@ def test_scores_by_hand() -> None:
     assert results["held_out"] == {"loss": 0.5, "exact_match": 1.0, "rougeL": 1.0}
 
 
-def test_the_division_into_batches_does_not_matter() -> None:
-    whole, pieces = TaskScores(ROLES), TaskScores(ROLES)
+def test_neither_batches_nor_processes_matter() -> None:
+    whole, pieces, parts = TaskScores(ROLES), TaskScores(ROLES), [TaskScores(ROLES) for _ in range(2)]
     update(whole, ROWS)
     for row in reversed(ROWS):
         update(pieces, [row])
     assert whole.compute() == pieces.compute()
-
-
-def test_sums_of_two_processes_are_the_whole() -> None:
-    whole, parts = TaskScores(ROLES), [TaskScores(ROLES) for _ in range(2)]
-    update(whole, ROWS)
     for rank, part in enumerate(parts):
         update(part, ROWS[rank::2])
     for name, reduction in whole._reductions.items():
@@ -66,11 +61,8 @@ def test_sums_of_two_processes_are_the_whole() -> None:
 def test_what_was_not_measured_is_left_out() -> None:
     scores = TaskScores(ROLES)
     update(scores, ROWS[:1], generate=False)
-    assert scores.compute() == {
-        "tasks": {"a": {"role": "held_in", "rows": 1, "loss": 0.5}},
-        "held_in": {"loss": 0.5},
-        "held_out": {},
-    }
+    tasks = {"a": {"role": "held_in", "rows": 1, "loss": 0.5}}
+    assert scores.compute() == {"tasks": tasks, "held_in": {"loss": 0.5}, "held_out": {}}
 
 
 def choice_batch() -> dict[str, Any]:
@@ -115,20 +107,13 @@ def test_reset_begins_anew_and_nothing_goes_into_a_checkpoint() -> None:
 
 
 def test_measure_gives_the_results_of_a_test(tiny_llama_dir, task_files, tmp_path) -> None:
-    tested = module(tiny_llama_dir, None, max_new_tokens=6)
-    trainer(tmp_path).test(tested, mixture(task_files, tiny_llama_dir), verbose=False)
-    data = mixture(task_files, tiny_llama_dir)
-    data.setup("test")
+    tested, data = module(tiny_llama_dir, None, max_new_tokens=6), mixture(task_files, tiny_llama_dir)
+    trainer(tmp_path).test(tested, data, verbose=False)
     model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
     found = measure(model.train(), tokenizer, data.test_dataloader(), data.roles, max_new_tokens=6)
     assert found == {key: value for key, value in tested.results.items() if key != "model"}
     assert model.training
-
-
-def test_without_generation_there_is_only_the_loss(tiny_llama_dir, task_files) -> None:
-    data = mixture(task_files, tiny_llama_dir)
-    data.setup("test")
-    model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
+    # Without generation there is only the loss.
     found = measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens=None)
     assert set(found["tasks"]["upper"]) == {"role", "rows", "loss"}
 
