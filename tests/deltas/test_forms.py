@@ -32,9 +32,10 @@ def dense(delta):
 
 
 @given(deltas_of_one_weight())
-def test_dense_form_is_the_entries(deltas):
+def test_dense_form_is_the_entries_and_the_norm_is_theirs(deltas):
     for delta in deltas:
         torch.testing.assert_close(delta.dense().double(), dense(delta), **CLOSE)
+        assert delta.norm() == pytest.approx(dense(delta).norm().item(), rel=1e-7, abs=1e-7)
 
 
 @given(deltas_of_one_weight(), st.randoms(use_true_random=False))
@@ -80,12 +81,6 @@ def test_support_is_sorted_unique_and_covers_every_moved_entry(deltas):
         assert set(dense(delta).view(-1).nonzero()[:, 0].tolist()) <= set(support)
 
 
-@given(deltas_of_one_weight())
-def test_norm_is_the_frobenius_norm(deltas):
-    for delta in deltas:
-        assert delta.norm() == pytest.approx(dense(delta).norm().item(), rel=1e-7, abs=1e-7)
-
-
 @given(deltas_of_one_weight(least=2, of=["Sparse", "zero"]))
 def test_sparse_sum_keeps_the_union_of_supports(deltas):
     total = add(deltas)
@@ -106,6 +101,7 @@ def test_low_rank_sum_stays_low_rank_while_its_factors_are_smaller():
     parts = [random_delta("LowRank", (12, 12), seed) for seed in (0, 2, 4)]  # rank 1 each
     assert add(parts).rank == 3
     assert isinstance(add(parts * 3), Dense)
+    assert isinstance(random_delta("Sparse", (6, 7), 1) + random_delta("LowRank", (6, 7), 1), Dense)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -114,10 +110,6 @@ def test_zero_changes_nothing(form):
     total = add([Sparse.zero((6, 7)), delta, Sparse.zero((6, 7))])
     assert type(total) is type(delta)
     assert torch.equal(dense(total), dense(delta))
-
-
-def test_mixture_of_sparse_and_low_rank_is_dense():
-    assert isinstance(random_delta("Sparse", (6, 7), 1) + random_delta("LowRank", (6, 7), 1), Dense)
 
 
 @given(shapes, seeds, st.sampled_from(FORMS))

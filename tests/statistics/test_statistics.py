@@ -11,6 +11,7 @@ import torch
 from conftest import build_model, write_rows
 from testbed.random_deltas import random_delta
 from testbed.runs import mixture
+from transformers.pytorch_utils import Conv1D
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
@@ -86,10 +87,9 @@ def test_fisher_does_not_depend_on_batches_and_leaves_the_model_as_it_was(batche
     before = state(model)
     required = [parameter.requires_grad for parameter in model.parameters()]
     found = fisher(model, batches, WEIGHTS[1:])
-    single = [
-        {k: batch[k][i : i + 1] for k in batch if torch.is_tensor(batch[k])} for batch in batches for i in range(5)
-    ]
-    again = fisher(model, [row for row in single if len(row["labels"])], WEIGHTS[1:])
+    tensors = [{key: one for key, one in batch.items() if torch.is_tensor(one)} for batch in batches]
+    single = [{k: one[k][i : i + 1] for k in one} for one in tensors for i in range(len(one["labels"]))]
+    again = fisher(model, single, WEIGHTS[1:])
     for name in found:
         torch.testing.assert_close(found[name].values, again[name].values, rtol=1e-4, atol=1e-9)
     assert model.training
@@ -102,10 +102,8 @@ def test_fisher_does_not_depend_on_batches_and_leaves_the_model_as_it_was(batche
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
 def test_gram_is_the_mean_of_products_of_inputs_without_padding(architecture, batches):
     model = build_model(architecture).double()
-    kinds = (
-        (torch.nn.Linear, type(model.get_submodule("transformer.h.0.attn.c_attn"))) if architecture == "gpt2" else ()
-    )
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, kinds or torch.nn.Linear)]
+    kinds = (torch.nn.Linear, Conv1D)
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
     found = gram(model, batches, [f"{name}.weight" for name in layers])
     inputs = hooked_inputs(model, rows_of(batches), layers)
     for name in layers:
@@ -115,15 +113,11 @@ def test_gram_is_the_mean_of_products_of_inputs_without_padding(architecture, ba
         torch.testing.assert_close(one.values, x.T @ x / len(x), rtol=1e-8, atol=1e-10)
 
 
-def test_gram_knows_no_other_weights_and_leaves_no_hook(batches):
+def test_gram_knows_no_other_weights_and_leaves_no_hook_and_no_rows_are_refused(batches):
     model = build_model("llama")
     assert set(gram(model, batches, [WEIGHTS[0], WEIGHTS[3]]).values()) == {None}
     gram(model, batches, WEIGHTS)
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_no_rows_are_refused():
-    model = build_model("llama")
     with pytest.raises(ValueError, match="at least one row with a target"):
         fisher(model, [], WEIGHTS)
     with pytest.raises(ValueError, match="at least one row, and there was none"):
@@ -178,12 +172,11 @@ def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
-    shapes = {name: weight.shape for name, weight in Base.open(tiny_llama_dir).load().named_parameters()}
+    shapes = Base.open(tiny_llama_dir).structure.shapes
     for number, (task, own) in enumerate({"upper": LINEAR[:2], "reverse": LINEAR[1:]}.items()):
         shutil.copy(task_files[task], f"{task}.jsonl")
-        deltas = [
-            (n, random_delta("Dense", shapes[n], number, torch.float32) * 0.1) for n in (f"{m}.weight" for m in own)
-        ]
+        names = [f"{module}.weight" for module in own]
+        deltas = [(name, random_delta("Dense", shapes[name], number, torch.float32) * 0.1) for name in names]
         write_expert(f"library/{task}", deltas, make_record("FullExpert", base, tasks=[task]))
     return tmp_path
 
@@ -217,11 +210,9 @@ def outputs_distance(merged):
 
 def test_reg_mean_from_stored_experts_is_nearer_to_their_outputs_than_the_average(place, capsys):
     assert take("gram") == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(
-        "library/upper/statistics/gram.safetensors: gram statistics of 3 weights on 6 rows of upper"
-    )
-    assert out[1].startswith("library/reverse/statistics/gram.safetensors: ")
+    out, told = capsys.readouterr().out.splitlines(), "statistics/gram.safetensors: gram statistics of 3 weights on 6"
+    assert out[0].startswith(f"library/upper/{told} rows of upper")
+    assert out[1].startswith(f"library/reverse/{told}")
     assert command("merge", "--method", "RegMean", "--method.reduce", "1", "--out", "library/near") == 0
     assert command("merge", "--method", "Average", "--out", "library/mean") == 0
     near, mean = outputs_distance(open_expert("library/near")), outputs_distance(open_expert("library/mean"))
