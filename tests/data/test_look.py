@@ -78,9 +78,7 @@ def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, cap
 
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate"])
-def test_a_command_that_trains_or_measures_counts_test_rows_that_are_training_rows(
-    tiny_llama_dir, file, verb, caplog
-) -> None:
+def test_fit_and_evaluate_count_test_rows_that_are_training_rows(tiny_llama_dir, file, verb, caplog) -> None:
     own = ["--expert", "LoRAExpert", "--modules", "q_proj", "--steps", "1"] if verb == "fit" else ["--out", "runs/e"]
     # The same sentence is said once in a process.
     Path(f"{verb}.jsonl").write_text(Path(file).read_text() + '{"question": "v", "answer": "v", "split": "validation"}')

@@ -97,7 +97,7 @@ def test_the_evaluation_limit_takes_rows_of_each_task_from_all_over_the_file(thr
     everything = mixture(*three)
     everything.setup("test")
     assert served(data.predict_dataloader())[:2] == served(everything.predict_dataloader())[0:6:3]
-    # It holds for inputs, too, but not for those of training rows.
+    # It holds for inputs, too, but not for inputs of training rows.
     alone, both = data.input_examples(["validation"]), data.input_examples(["train", "validation"])
     assert all(len(rows) == 2 for rows in alone.values())
     every = everything.input_examples(["train", "validation"])
@@ -149,11 +149,9 @@ def test_the_chat_template_of_an_experts_own_tasks_counts(tmp_path) -> None:
     chat = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 4)
     data = TaskMixture([str(plain), str(chat)], tokenizer)
     template = TaskMixture([str(chat)], tokenizer).reading["chat_template"]
-    told = {
-        tasks: data.reading_of(tasks)["chat_template"] for tasks in (("plain",), ("chat",), ("plain", "chat"), ("x",))
-    }
+    wanted = {("plain",): None, ("chat",): template, ("plain", "chat"): template, ("x",): template}
     assert template
-    assert told == {("plain",): None, ("chat",): template, ("plain", "chat"): template, ("x",): template}
+    assert {tasks: data.reading_of(tasks)["chat_template"] for tasks in wanted} == wanted
 
 
 def test_rows_that_are_also_training_rows_are_counted_once(tmp_path, caplog) -> None:

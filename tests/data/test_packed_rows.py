@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, GROUPED, build_model, build_tokenizer, write_rows
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import seed_everything
 from testbed import runs
@@ -37,7 +37,6 @@ ROWS = [
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(40, 200))
-@settings(deadline=None, max_examples=60)
 def test_each_row_is_in_one_pack_and_packs_keep_to_their_length(lengths: list[int], longest: int) -> None:
     found = packs(lengths, longest)
     assert sorted(row for pack in found for row in pack) == list(range(len(lengths)))
@@ -156,21 +155,15 @@ def test_the_choice_is_by_padding_and_model_unless_it_is_set(setting: bool | Non
     data = mixture_of_one_task(tmp_path, longest, packing=setting)
     data.setup("fit")
     loader = data.train_dataloader()
+    assert is_packed(data) == bool(setting), "outside of a fit nobody has seen the model"
     with caplog.at_level(logging.INFO):
         data.choose_packing(lambda: apart)
     wanted = (longest == 19 and apart) if setting is None else setting
     assert (is_packed(data), "row" in next(iter(loader))) == (wanted, wanted)
     assert ("rows are packed, which leaves" in caplog.text) == (wanted and setting is None)
-
-
-def test_each_choice_counts_anew(tmp_path: Path) -> None:
-    data = mixture_of_one_task(tmp_path, 19)
-    data.setup("fit")
-    assert not is_packed(data), "outside of a fit nobody has seen the model"
-    data.choose_packing(lambda: True)
-    assert is_packed(data)
+    # Each choice counts anew.
     data.choose_packing(lambda: False)
-    assert not is_packed(data)
+    assert is_packed(data) == bool(setting)
 
 
 def test_a_fit_packs_without_being_asked_and_trains_the_same(tiny_llama_dir, tmp_path) -> None:

@@ -69,9 +69,8 @@ def test_a_conversation_has_its_last_answer_as_the_target_and_a_cell_may_hold_it
 
 
 def test_a_template_that_the_row_does_not_fill() -> None:
-    assert "the template has {qeustion}, but the row has no 'qeustion'" in read(
-        {"question": "a", "target": "b"}, template="{qeustion}"
-    )
-    assert "is 'question' meant?" in read({"question": "a", "target": "b"}, template="{qeustion}")
+    misspelt = read({"question": "a", "target": "b"}, template="{qeustion}")
+    assert "the template has {qeustion}, but the row has no 'qeustion'" in misspelt
+    assert "is 'question' meant?" in misspelt
     assert "which is null here" in read({"question": None, "target": "b"}, template="{question}")
     assert "'input' is empty" in read({"question": "", "target": "b"}, template="{question}")

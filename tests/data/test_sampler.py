@@ -5,7 +5,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -68,7 +68,6 @@ def test_a_cap_bounds_a_task_and_no_task_rounds_to_nothing() -> None:
     assert epoch_counts({"a": 10_000, "b": 1, "none": 0}, Proportional(), {"b": 1e-9}, {}) == {"a": 10_001, "b": 1}
 
 
-@settings(deadline=None, max_examples=30)
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 500), min_size=1),
     st.sampled_from([Proportional(), Equal(), Temperature(3.0)]),
@@ -154,7 +153,6 @@ def test_a_resumed_run_over_other_data_logs_what_differs(caplog: pytest.LogCaptu
     assert "rows was {'a': 5} and is {'a': 3}" in caplog.text
 
 
-@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 30), st.integers(1, 6))
 def test_each_evaluation_row_counts_once_and_processes_stay_in_step(rows: int, world_size: int) -> None:
     read = [list(EvaluationSampler(rows, rank, world_size)) for rank in range(world_size)]

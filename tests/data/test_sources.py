@@ -3,7 +3,9 @@
 import csv
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -17,22 +19,23 @@ ROWS = [
 ]
 
 
-def write(folder: Path, suffix: str) -> Path:
+def write(folder: Path, suffix: str, rows: Sequence[Mapping[str, Any]] = ROWS) -> str:
+    """Write rows in the format that a suffix names, and return where."""
     path = folder / f"rows{suffix}"
     if suffix == ".jsonl":
-        path.write_text("\n\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+        path.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     elif suffix == ".json":
-        path.write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     elif suffix in (".csv", ".tsv"):
         with path.open("w", newline="", encoding="utf-8-sig") as file:
-            writer = csv.DictWriter(file, ["input", "target"], delimiter="," if suffix == ".csv" else "\t")
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if suffix == ".csv" else "\t")
             writer.writeheader()
-            writer.writerows(ROWS)
+            writer.writerows(rows)
     elif suffix == ".parquet":
-        datasets.Dataset.from_list(ROWS).to_parquet(path)
+        datasets.Dataset.from_list(rows).to_parquet(path)
     else:
-        datasets.Dataset.from_list(ROWS).save_to_disk(path)
-    return path
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    return str(path)
 
 
 #: The line each row starts on: blank lines between JSON lines, a CSV field of two lines; numbers in a JSON list.
@@ -48,31 +51,21 @@ LINES = {
 
 @pytest.mark.parametrize("suffix", LINES)
 def test_every_format_gives_the_same_rows_with_their_lines(tmp_path: Path, suffix: str, capfd) -> None:
-    path = str(write(tmp_path, suffix))
+    path = write(tmp_path, suffix)
     records = list(path_records(path))
     assert [record.values for record in records] == ROWS
     place = "{}[{}]" if suffix == ".json" else "{}:{}"
     assert [record.where for record in records] == [place.format(path, line) for line in LINES[suffix]]
 
 
-def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text('{"input": "a", "target": "b"}\n{"input": "c", "target": "d"}\n')
-    assert [record.where for record in path_records(str(path))] == [f"{path}:1", f"{path}:2"]
-
-
 def test_a_dataset_dictionary_gives_its_splits_and_label_names(tmp_path: Path, capfd) -> None:
-    features = datasets.Features(
-        {"input": datasets.Value("string"), "target": datasets.ClassLabel(names=["no", "yes"])}
-    )
+    label = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"input": datasets.Value("string"), "target": label})
     part = datasets.Dataset.from_dict({"input": ["a", "b"], "target": [1, 0]}, features=features)
     datasets.DatasetDict({"train": part, "test": part.select([1])}).save_to_disk(tmp_path / "d")
     records = list(path_records(str(tmp_path / "d")))
-    assert [tuple(record.values.values()) for record in records] == [
-        ("train", "a", "yes"),
-        ("train", "b", "no"),
-        ("test", "b", "no"),
-    ]
+    wanted = [("train", "a", "yes"), ("train", "b", "no"), ("test", "b", "no")]
+    assert [tuple(record.values.values()) for record in records] == wanted
     assert records[2].where == f"{tmp_path / 'd'}[test]:1"
 
 
@@ -96,11 +89,12 @@ def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path: Path) -> None:
         assert "\n" not in bad.problem, name
 
 
-def test_reading_goes_on_after_a_broken_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_a_json_file_of_lines_is_read_as_lines_and_reading_goes_on_after_a_broken_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
     path.write_text('{"a": 1}\n{\n{"a": 2}\n[\n')
     records = list(path_records(str(path)))
     assert [record.values for record in records] == [{"a": 1}, None, {"a": 2}, None]
+    assert [record.where for record in records] == [f"{path}:{line}" for line in (1, 2, 3, 4)]
 
 
 def test_a_missing_file_or_directory_is_answered_with_the_near_name(tmp_path: Path) -> None:

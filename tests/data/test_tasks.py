@@ -1,6 +1,5 @@
 """A task is spelt in a configuration, checked at once, read from any source, and may take some rows of a table."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import datasets
 import pytest
 from conftest import write_rows
+from test_sources import write
 
 from modular_experts.data import Task, TaskMixture, TaskSource
 from modular_experts.data.sources import path_records
@@ -71,12 +71,8 @@ def test_no_tasks_and_a_name_given_twice_are_refused() -> None:
 
 def test_a_path_alone_is_a_task_of_the_files_name() -> None:
     tasks = as_tasks(["data/a.jsonl", Path("b.v2.csv"), {"path": "c.tsv", "role": "held_out"}, {"hub": "someone/d"}])
-    assert [(task.name, task.path) for task in tasks] == [
-        ("a", "data/a.jsonl"),
-        ("b.v2", "b.v2.csv"),
-        ("c", "c.tsv"),
-        ("d", None),
-    ]
+    named = {"a": "data/a.jsonl", "b.v2": "b.v2.csv", "c": "c.tsv", "d": None}
+    assert [(task.name, task.path) for task in tasks] == [*named.items()]
     for alone in ("a.jsonl", Path("a.jsonl"), {"path": "a.jsonl"}, Task(path="a.jsonl")):
         assert as_tasks(alone) == [Task("a", path="a.jsonl")]
 
@@ -156,38 +152,20 @@ class Table(TaskSource):
         yield from ROWS
 
 
-def table(folder: Path, suffix: str) -> str:
-    """Write the rows in one format, and return where."""
-    path = folder / f"table{suffix}"
-    if suffix == ".jsonl":
-        write_rows(path, ROWS)
-    elif suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(ROWS[0]))
-            writer.writeheader()
-            writer.writerows(ROWS)
-    else:
-        datasets.Dataset.from_list(ROWS).save_to_disk(path)
-    return str(path)
-
-
-@pytest.mark.parametrize(("suffix", "before"), [(".jsonl", 0), (".csv", 1), ("", 0)], ids=lambda value: value)
-def test_where_takes_the_same_rows_from_every_format_and_keeps_their_places(tmp_path, suffix, before, capfd):
-    path = table(tmp_path, suffix)
+@pytest.mark.parametrize(("suffix", "lines"), [(".jsonl", (3, 9, 15)), (".csv", (3, 6, 9)), ("", (2, 5, 8))])
+def test_where_takes_the_same_rows_from_every_format_and_keeps_their_places(tmp_path, suffix, lines, capfd):
+    path = write(tmp_path, suffix, ROWS)
     rows, problems = Task("b", path=path, columns=COLUMNS, where={"task": "b"}).read()
     assert [row.input for row in rows] == ["b0", "b1", "b2"]
-    assert [row.where for row in rows] == [f"{path}:{line + before}" for line in (2, 5, 8)]
+    assert [row.where for row in rows] == [f"{path}:{line}" for line in lines]
     assert problems == []
     rows, _ = Task("b", path=path, columns=COLUMNS, where={"task": "b", "fold": 1}).read()
     assert [row.input for row in rows] == ["b1"]
 
 
-def test_where_takes_rows_from_a_users_source() -> None:
-    rows, _ = Task("b", source=Table(), columns=COLUMNS, where={"fold": "1"}).read()
-    assert [row.input for row in rows] == ["a1", "b1", "c1"]
-
-
-def test_a_null_is_no_value(tmp_path: Path, capfd) -> None:
+def test_where_takes_rows_from_a_users_source_and_a_null_is_no_value(tmp_path: Path, capfd) -> None:
+    taken, _ = Task("b", source=Table(), columns=COLUMNS, where={"fold": "1"}).read()
+    assert [row.input for row in taken] == ["a1", "b1", "c1"]
     rows = [{"input": "a", "target": "b", "kind": None}, {"input": "c", "target": "d", "kind": "k"}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
     for path in (write_rows(tmp_path / "d.jsonl", rows), tmp_path / "d"):
@@ -197,7 +175,7 @@ def test_a_null_is_no_value(tmp_path: Path, capfd) -> None:
 
 
 def test_a_table_on_disk_is_not_read_row_by_row_to_find_a_task(tmp_path: Path, capfd) -> None:
-    path = table(tmp_path, "")
+    path = write(tmp_path, "", ROWS)
     assert [record.values["source"] for record in path_records(path, {"task": "b"})] == ["b0", "b1", "b2"]
     assert len(list(path_records(path, {"task": "d"}))) == 3  # one of each, to name what there is
     assert len(list(path_records(path, {"tsak": "b"}))) == 1
@@ -211,9 +189,7 @@ def test_tasks_of_one_hub_dataset_open_it_once(monkeypatch: pytest.MonkeyPatch, 
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    tasks = [
-        {"name": name, "hub": "some/table-of-tasks", "columns": COLUMNS, "where": {"task": name}} for name in "abc"
-    ]
+    tasks = [{"name": one, "hub": "some/table-of-tasks", "columns": COLUMNS, "where": {"task": one}} for one in "abc"]
     mixture = TaskMixture(tasks, tokenizer=str(tiny_llama_dir), validation_ratio=0, test_ratio=0)
     mixture.setup("fit")
     assert mixture.counts == {"a": 3, "b": 3, "c": 3}
