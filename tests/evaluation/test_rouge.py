@@ -1,7 +1,7 @@
 """Rouge-L by hand, in English and in scripts that the usual normaliser throws away."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.text import ROUGEScore
 
@@ -29,19 +29,12 @@ def test_words_keep_marks_and_cut_ideographs() -> None:
     assert words("Ünïted_St4tes-नमस्ते, 北京!") == ["ünïted", "st4tes", "नमस्ते", "北", "京"]
 
 
-@settings(deadline=None, max_examples=25)
 @given(*[st.text("ab c-D,1_", max_size=25)] * 2)
 def test_on_plain_text_it_is_the_usual_score(generated: str, target: str) -> None:
     usual = ROUGEScore(rouge_keys=("rougeL",))(generated, target)["rougeL_fmeasure"]
     assert rouge_l(generated, target) == pytest.approx(float(usual), abs=1e-6)
 
 
-def test_stems_match_where_words_do_not() -> None:
-    assert stemmed_rouge_l("police kill the gunman", "police killed the gunman") == 1.0
-    assert stemmed_rouge_l("the gunman police killed", "police killed the gunman") == 0.5
-
-
-@settings(deadline=None, max_examples=25)
 @given(*[st.lists(st.sampled_from(["run", "running", "The", "cats", "cat", "happily", "happy"])).map(" ".join)] * 2)
 def test_stemmed_it_is_the_score_of_the_papers_evaluation(generated: str, target: str) -> None:
     theirs = ROUGEScore(use_stemmer=True, rouge_keys=("rougeL",))(generated, target)["rougeL_fmeasure"]
