@@ -90,9 +90,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def numbers(results: Results) -> dict[tuple[str, str, str], float]:
     """Return what the harness measures of results, by model, task and metric."""
     metrics = ("exact_match", "choice_accuracy")
-    return {
-        (row["model"], row["task"], row["metric"]): row["value"] for row in results.rows if row["metric"] in metrics
-    }
+    measured = [row for row in results.rows if row["metric"] in metrics]
+    return {(row["model"], row["task"], row["metric"]): row["value"] for row in measured}
 
 
 def test_both_types_of_task_have_the_scores_of_evaluate(place, tmp_path, no_network):
@@ -142,9 +141,8 @@ def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults=True: only())
     monkeypatch.chdir(tmp_path / "tasks")
     expert = place / "library" / "turn"
-    found = harness(
-        None, {"turn": expert}, [",".join(names), place / "say.jsonl"], measuring=Measuring(5, max_new_tokens=TOKENS)
-    )
+    tasks = [",".join(names), place / "say.jsonl"]
+    found = harness(None, {"turn": expert}, tasks, measuring=Measuring(5, max_new_tokens=TOKENS))
     assert [(row["task"], row["metric"], row["role"], row["rows"]) for row in found.rows] == [
         ("say", "exact_match", "held_in", 5),
         ("say", "choice_accuracy", "held_in", 5),

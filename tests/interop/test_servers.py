@@ -74,26 +74,22 @@ def test_other_experts_take_the_smallest_rank_that_keeps_enough(form, keep, tiny
         assert 1 - weight.relative_error**2 == pytest.approx(found[name][:rank].sum() / found[name].sum(), abs=1e-5)
 
 
-def test_an_expert_that_no_rank_keeps_is_refused(tiny_llama_dir, tmp_path, monkeypatch):
-    expert = make(tmp_path / "a", tiny_llama_dir, "Dense")
-    monkeypatch.setattr("modular_experts.interop.servers._RANKS", {"vllm": (1, 8)})
-    with pytest.raises(ValueError, match=r"at rank 8, .* keeps \d+\.\d% of the squared norm of a, less than keep=0\.7"):
-        export_for([expert], tmp_path / "out", "vllm")
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_a_server_does_not_take_is_refused_before_anything_is_written(tiny_llama_dir, tiny, tmp_path):
+def test_what_a_server_does_not_take_is_refused_before_anything_is_written(tiny_llama_dir, tiny, tmp_path, monkeypatch):
     norm = make(tmp_path / "norm", tiny_llama_dir, "Dense", ["model.norm.weight"])
     alone = make(tmp_path / "alone", tiny_llama_dir, names=ATTENTION[:1])
     token = make(tmp_path / "token", tiny_llama_dir, names=["model.embed_tokens.weight"])
     other = make(tmp_path / "other", tiny("neox"), names=["gpt_neox.layers.0.mlp.dense_h_to_4h.weight"])
     good = make(tmp_path / "good", tiny_llama_dir)
     again = make(tmp_path / "more" / "good", tiny_llama_dir)
+    full = make(tmp_path / "full", tiny_llama_dir, "Dense")
+    ranks = dict.fromkeys(("vllm", "sglang", "llama.cpp"), (1, 8))
+    monkeypatch.setattr("modular_experts.interop.servers._RANKS", ranks)
     for experts, server, sentence in [
         ([good, norm], "vllm", r"norm moves model.norm.weight, and vllm takes LoRAs of the weights of linear layers"),
         ([good, token], "llama.cpp", r"token moves model.embed_tokens.weight, and llama.cpp takes"),
         ([good, alone], "sglang", r"alone moves .*q_proj.weight and not .*k_proj.weight, and SGLang joins"),
         ([good, again], "vllm", r"two of the experts have one name"),
+        ([full], "vllm", r"at rank 8, .* keeps \d+\.\d% of the squared norm of full, less than keep=0\.7"),
         ([other], "llama.cpp", r"the names of gpt_neox in GGUF files are not known"),
     ]:
         with pytest.raises(ValueError, match=sentence):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta, same
 from testbed.stored_by_hand import as_it_is, write_by_hand
 
@@ -66,7 +66,6 @@ def test_small_tensors_leave_the_memory_together(tmp_path) -> None:
 
 
 @given(deltas_of_one_weight())
-@settings(max_examples=40)
 def test_every_form_and_shape_comes_back(tmp_path_factory, found):
     path = tmp_path_factory.mktemp("library") / "x"
     write(path, ((f"w{i}", delta) for i, delta in enumerate(found)), RECORD)

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from testbed.random_deltas import random_delta, same
@@ -73,7 +73,6 @@ crowded = st.tuples(st.lists(st.integers(1, 4), max_size=200).map(numbers_of), s
 @example((list(range(65)), 0), torch.int64)
 @example(([0], 0), torch.int32)
 @example(([0], 9), torch.int32)
-@settings(max_examples=80)
 def test_kept_numbers_come_back_from_the_fewest_bytes(found, dtype):
     numbers, room = found
     limit = (numbers[-1] + 1 if numbers else 0) + room

@@ -2,11 +2,13 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
+from test_mergekit_peer import moved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
@@ -19,12 +21,7 @@ def place(tmp_path_factory):
     """A directory with a base and three models that were made from it, all float32."""
     root = tmp_path_factory.mktemp("models")
     for number, name in enumerate(["base", "a", "b", "c"]):
-        model = build_model("llama", 0, num_hidden_layers=LAYERS)
-        draw = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.02 * bool(number) * torch.randn(parameter.shape, generator=draw))
-        model.save_pretrained(root / name)
+        moved("llama", number, num_hidden_layers=LAYERS).save_pretrained(root / name)
         build_tokenizer().save_pretrained(root / name)
     return root
 
@@ -50,9 +47,8 @@ def tensors(place, name):
 def assert_merge(merged, expected):
     assert merged.keys() == expected.keys()
     for name, tensor in merged.items():
-        torch.testing.assert_close(
-            tensor, expected[name], rtol=1e-6, atol=3e-7, msg=lambda text, name=name: name + text
-        )
+        told = partial("{}: {}".format, name)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=3e-7, msg=told)
 
 
 def of_layer(name, numbers):
@@ -123,9 +119,8 @@ parameters: {{lambda: 0.5, normalize: {str(normalize).lower()}}}
     def expected(name):
         size = base[name].numel()
         shares = of_layer(name, [0.29, 0.5, 1.0]), 0.1 if "mlp" in name else 0.35
-        kept = [
-            keep_largest(delta[name], math.floor(share * size)) for delta, share in zip((a, b), shares, strict=True)
-        ]
+        counts = [math.floor(share * size) for share in shares]
+        kept = [keep_largest(delta[name], count) for delta, count in zip((a, b), counts, strict=True)]
         return base[name] + 0.5 * elect(kept, [0.9, 0.4], normalize)
 
     assert_merge(merged, {name: expected(name) for name in base})
