@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from modular_experts.deltas.encodings import ENCODINGS, from_planes, to_planes
@@ -62,7 +62,6 @@ def _k_means(sizes: list[float], cells: int) -> list[float]:
     rows=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=20), min_size=1, max_size=4),
     name=st.sampled_from(["magnitudes2", "magnitudes4"]),
 )
-@settings(deadline=None)
 def test_magnitudes_are_those_of_k_means_row_by_row(rows, name):
     numbers = torch.tensor([number for number, row in enumerate(rows) for _ in row])
     values, order = torch.tensor([size for row in rows for size in row]).float(), torch.randperm(len(numbers))
@@ -93,7 +92,6 @@ def test_error_of_normal_values(name, error):
 
 
 @given(bits=st.integers(1, 8), codes=st.lists(st.integers(0, 255), max_size=40))
-@settings(deadline=None)
 def test_planes_give_the_codes_back(bits, codes):
     numbers = torch.tensor([code % 2**bits for code in codes], dtype=torch.uint8)
     planes = to_planes(numbers, bits)
@@ -102,7 +100,6 @@ def test_planes_give_the_codes_back(bits, codes):
 
 
 @given(name=st.sampled_from(sorted(ENCODINGS)), count=st.integers(0, 60), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_no_value_is_further_than_its_row_allows(name, count, seed):
     values, rows = _made(4, count, seed)
     decoded = ENCODINGS[name].decode(ENCODINGS[name].encode(values, rows, 4), rows)

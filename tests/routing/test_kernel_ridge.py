@@ -102,9 +102,8 @@ def test_it_learns_from_equal_shares_of_many_prompts(monkeypatch: pytest.MonkeyP
 
 
 def test_n_grams_are_tokens_and_pairs_at_hashed_places() -> None:
-    one, two, both = prompt_grams(
-        torch.tensor([[7, 0, 0], [8, 0, 0], [7, 8, 0]]), torch.tensor([[1, 0, 0], [1, 0, 0], [1, 1, 0]])
-    )
+    ids, mask = [[7, 0, 0], [8, 0, 0], [7, 8, 0]], [[1, 0, 0], [1, 0, 0], [1, 1, 0]]
+    one, two, both = prompt_grams(torch.tensor(ids), torch.tensor(mask))
     assert one.norm() == two.norm() == 1
     assert [int((row != 0).sum()) for row in (one, two, both)] == [1, 1, 3]
     pair = both - one * (one @ both) - two * (two @ both)

@@ -300,12 +300,12 @@ def hostile(draw: random.Random) -> tuple[str, bytes]:
     return draw.choice([CHAT, "/v1/completions"]), raw
 
 
-def test_500_hostile_requests_get_a_sentence_each(serve) -> None:
+def test_250_hostile_requests_get_a_sentence_each(serve) -> None:
     draw = random.Random(0)
 
     async def work(client, answerer):
         statuses = []
-        for _ in range(500):
+        for _ in range(250):
             path, raw = hostile(draw)
             answer = await client.post(path, content=raw, headers={"Content-Type": "application/json"})
             statuses.append(answer.status_code)
@@ -317,7 +317,7 @@ def test_500_hostile_requests_get_a_sentence_each(serve) -> None:
 
     statuses = serve(work)
     assert {*statuses} <= {200, 400, 404, 413}
-    assert statuses.count(200) < 50
+    assert statuses.count(200) < 25
 
 
 def test_more_requests_than_the_limit_are_refused_and_a_late_answer_ends(serve) -> None:

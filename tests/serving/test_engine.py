@@ -67,13 +67,13 @@ def test_a_seed_gives_the_same_samples_whatever_else_the_batch_holds(library, ti
 def test_samples_are_drawn_by_their_probabilities() -> None:
     logits, generator = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.Generator().manual_seed(0)
     for temperature, top_p, kept in ((1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.8, 2), (2.0, 0.01, 1)):
-        drawn = [choose(logits, Sampling(temperature, top_p), generator).id for _ in range(2000)]
+        drawn = [choose(logits, Sampling(temperature, top_p), generator).id for _ in range(1000)]
         shares = (logits / temperature).softmax(0)[:kept]
         expected = shares / shares.sum()
         counts = torch.bincount(torch.tensor(drawn), minlength=4)
         assert not counts[kept:].any()
         # Three standard deviations of a binomial distribution.
-        assert bool(((counts[:kept] / 2000 - expected).abs() <= 3 * (expected * (1 - expected) / 2000).sqrt()).all())
+        assert bool(((counts[:kept] / 1000 - expected).abs() <= 3 * (expected * (1 - expected) / 1000).sqrt()).all())
     # A temperature near zero takes the likeliest token.
     likely = torch.tensor([1.0, 30.0, 2.0])
     assert {choose(likely, Sampling(heat), generator).id for heat in (1e-3, 1e-40, 5e-324)} == {1}
