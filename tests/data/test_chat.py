@@ -67,41 +67,15 @@ def learned(*pieces: str) -> tuple[list[int], list[int]]:
 
 
 TALK = ["user: hi", "assistant: yo", "user: and", "assistant: so"]
+YOU = ["system: You.", *TALK[:2]]
+START, HI = "<|im_start|>system\nBe.<|im_end|>\n", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+YOU3 = "<|head|>system<|/head|>\n\nYou.<|eot|>"
+HI3 = "<|head|>user<|/head|>\n\nhi<|eot|><|head|>assistant<|/head|>\n\n"
 CASES = {
-    "chatml": (
-        CHATML,
-        TALK,
-        [
-            "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-            "yo<|im_end|>",
-            "\n<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n",
-            "so<|im_end|>",
-        ],
-    ),
-    "chatml with a system message": (
-        CHATML,
-        ["system: You.", *TALK[:2]],
-        ["<|im_start|>system\nYou.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yo<|im_end|>"],
-    ),
-    "llama 3": (
-        LLAMA3,
-        TALK,
-        [
-            "<|begin|><|head|>user<|/head|>\n\nhi<|eot|><|head|>assistant<|/head|>\n\n",
-            "yo<|eot|>",
-            "<|head|>user<|/head|>\n\nand<|eot|><|head|>assistant<|/head|>\n\n",
-            "so<|eot|>",
-        ],
-    ),
-    "llama 3 with a system message": (
-        LLAMA3,
-        ["system: You.", *TALK[:2]],
-        [
-            "<|begin|><|head|>system<|/head|>\n\nYou.<|eot|><|head|>user<|/head|>\n\nhi<|eot|>"
-            "<|head|>assistant<|/head|>\n\n",
-            "yo<|eot|>",
-        ],
-    ),
+    "chatml": (CHATML, TALK, [START + HI, "yo<|im_end|>", "\n" + HI.replace("hi", "and"), "so<|im_end|>"]),
+    "chatml with a system message": (CHATML, YOU, [START.replace("Be", "You") + HI, "yo<|im_end|>"]),
+    "llama 3": (LLAMA3, TALK, ["<|begin|>" + HI3, "yo<|eot|>", HI3.replace("hi", "and"), "so<|eot|>"]),
+    "llama 3 with a system message": (LLAMA3, YOU, [f"<|begin|>{YOU3}{HI3}", "yo<|eot|>"]),
     "plain": (PLAIN, TALK, ["user: hi\nassistant: ", "yo\n", "user: and\nassistant: ", "so\n<eos>"]),
     "marked": (MARKED, TALK, ["[user]hi\n[assistant]", "yo<|im_end|>", "\n[user]and\n[assistant]", "so<|im_end|>"]),
 }
@@ -153,30 +127,23 @@ def test_a_template_that_ends_turns_with_text_gets_a_sentence(caplog) -> None:
 
 
 REFUSED = {
-    "merged turns": (
+    "the chat template writes message 2 differently once others follow": (
         "{% for m in messages %}{% if loop.first or m.role != loop.previtem.role %}[{{ m.role }}]{% endif %}"
-        "{{ m.content }}{% if loop.last %}.{% endif %}{% endfor %}",
-        ["user: hi", "assistant: a", "user: b", "assistant: c"],
-        "f:3: the chat template writes message 2 differently once others follow",
+        "{{ m.content }}{% if loop.last %}.{% endif %}{% endfor %}"
     ),
-    "its own error": (
+    "the chat template refuses the conversation: two at most": (
         "{% if messages | length > 2 %}{{ raise_exception('two at most') }}{% endif %}{{ messages[0].content }}"
-        "{% if messages | length > 1 %}{{ messages[1].content }}{% endif %}",
-        TALK,
-        "f:3: the chat template refuses the conversation: two at most",
+        "{% if messages | length > 1 %}{{ messages[1].content }}{% endif %}"
     ),
-    "no mark": (
+    "the chat template marks no turn of the assistant": (
         "{% for m in messages %}{{ m.content }}{% endfor %}"
-        "{% if false %}{% generation %}x{% endgeneration %}{% endif %}",
-        TALK,
-        "f:3: the chat template marks no turn of the assistant",
+        "{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
     ),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_template_that_does_not_show_the_turns_is_refused(case: str) -> None:
-    template, turns, sentence = REFUSED[case]
-    examples, _, problems = RowTokenizer(chatty(template))("t", [row(*turns, where="f:3")], learn=True)
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_a_template_that_does_not_show_the_turns_is_refused(sentence: str) -> None:
+    examples, _, problems = RowTokenizer(chatty(REFUSED[sentence]))("t", [row(*TALK, where="f:3")], learn=True)
     assert examples == []
-    assert problems[0].startswith(sentence)
+    assert problems[0].startswith(f"f:3: {sentence}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, write_rows
-from lightning.pytorch import Trainer
+from testbed import runs
 
 from modular_experts import Base, ExpertModule, LoRAExpert, TaskMixture, evaluate
 from modular_experts.callbacks import ExportExpert
@@ -19,13 +19,6 @@ from modular_experts.training.estimate import estimate
 from modular_experts.tuning import ValidationRows, tune
 
 CONTEXT = 40
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # Lightning 2.6.6 meets torch 2.13
 
 
@@ -55,7 +48,7 @@ def test_every_command_does_what_it_does_with_max_length_at_the_context(base, re
         data, library = read(**settings), tmp_path / name
         torch.manual_seed(0)
         module = ExpertModule(str(base), modules="all-linear", expert=LoRAExpert, learning_rate=0.01)
-        trainer = Trainer(max_steps=2, callbacks=[ExportExpert(str(library), "t")], default_root_dir=library, **QUIET)
+        trainer = runs.trainer(library, ExportExpert(str(library), "t"), max_steps=2)
         trainer.fit(module, data)
         trainer.test(module, data, verbose=False)
         found.append((open_expert(tmp_path / name / "t").content_hash, module.results["tasks"]))
@@ -72,7 +65,7 @@ def test_every_command_does_what_it_does_with_max_length_at_the_context(base, re
         tuned = [tune([expert], TaskArithmetic(), some, grid={"scale": [0.5]}).trials for some in rows]
         (fisher,) = take_statistics([place], "fisher", read(**settings), overwrite=True)
         module = ExpertModule(str(base), modules="c_attn|q_proj", expert=LoRAExpert)
-        steps = estimate(module, read(**settings), Trainer(max_steps=2, **QUIET))
+        steps = estimate(module, read(**settings), runs.trainer(tmp_path, max_steps=2))
         return [evaluate(base, place, read(**settings)).rows, *tuned, fisher.facts["data"]["tokens"], steps.splits]
 
     assert str(measured()) == str(measured(max_length=CONTEXT))

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tokenizer
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from testbed import runs
 
 from modular_experts.data import Batch, Task, TaskMixture
 
@@ -15,14 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),  # Lightning 2.6.6 meets torch 2.13
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "max_epochs": 3,
-}
 
 
 class Recorder(LightningModule):
@@ -59,7 +52,8 @@ def run(
     module = Recorder(early)
     when = trainer.pop("saved", {"every_n_train_steps": 1})
     save = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **when)
-    Trainer(**QUIET, **trainer, callbacks=[save]).fit(module, datamodule=mixture(files), ckpt_path=resume)
+    how = {"enable_checkpointing": True, "max_steps": -1, "max_epochs": 3} | trainer
+    runs.trainer(folder, save, **how).fit(module, datamodule=mixture(files), ckpt_path=resume)
     return module
 
 

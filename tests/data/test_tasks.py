@@ -78,26 +78,16 @@ def test_a_path_alone_is_a_task_of_the_files_name() -> None:
 
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "t"}]
+ALPACA = ["a: 'instruction' and 'input' are the input, 'output' is the target"]
+CHAT = ["a: 'messages' is the conversation, and the assistant's turns are the target"]
 FORMS = {
     "own": ({"input": "q", "target": "t"}, "q", []),
     "own beats all": ({"input": "q", "target": "t", "question": "x", "answer": "y", "prompt": "z"}, "q", []),
     "prompt": ({"prompt": "q", "completion": "t"}, "q", ["a: 'prompt' is the input, 'completion' is the target"]),
     "question": ({"question": "q", "answer": "t"}, "q", ["a: 'question' is the input, 'answer' is the target"]),
-    "alpaca": (
-        {"instruction": "q", "input": "i", "output": "t"},
-        "q\n\ni\n",
-        ["a: 'instruction' and 'input' are the input, 'output' is the target"],
-    ),
-    "alpaca, empty input": (
-        {"instruction": "q", "input": "", "output": "t"},
-        "q\n",
-        ["a: 'instruction' and 'input' are the input, 'output' is the target"],
-    ),
-    "messages": (
-        {"messages": TALK, "prompt": "x"},
-        "q",
-        ["a: 'messages' is the conversation, and the assistant's turns are the target"],
-    ),
+    "alpaca": ({"instruction": "q", "input": "i", "output": "t"}, "q\n\ni\n", ALPACA),
+    "alpaca, empty input": ({"instruction": "q", "input": "", "output": "t"}, "q\n", ALPACA),
+    "messages": ({"messages": TALK, "prompt": "x"}, "q", CHAT),
 }
 
 

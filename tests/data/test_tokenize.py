@@ -21,14 +21,8 @@ def tokenized(*rows: Row, **options: object) -> list[Example]:
 
 
 def test_one_space_joins_unless_white_space_is_there() -> None:
-    for prompt, target, end in [
-        ("a", "b", " b"),
-        ("a ", "b", "b"),
-        ("a\n", "b", "b"),
-        ("a", " b", " b"),
-        ("a", "\nb", "\nb"),
-        ("a:", "b c", " b c"),
-    ]:
+    without = [("a ", "b", "b"), ("a\n", "b", "b"), ("a", " b", " b"), ("a", "\nb", "\nb")]
+    for prompt, target, end in [("a", "b", " b"), ("a:", "b c", " b c"), *without]:
         assert joined(prompt, target) == end
         (example,) = tokenized(Row(prompt, target))
         assert example.tokens.ids.tolist() == ids(prompt) + ids(end) + [EOS]

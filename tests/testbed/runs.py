@@ -34,12 +34,8 @@ def mixture(files: dict[str, Path], base: Path, **settings: Any) -> TaskMixture:
 
 def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     """Return a silent trainer on the CPU."""
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
+    noisy = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    quiet: dict[str, Any] = dict.fromkeys(noisy, False)
     place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
     return Trainer(callbacks=list(callbacks), **(quiet | place | {"max_steps": 6} | settings))
 
