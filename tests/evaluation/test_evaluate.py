@@ -66,9 +66,7 @@ def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_di
         evaluate(tiny_llama_dir, {"": "library/a", "a": []}, mixture(task_files, tiny_llama_dir), 3)
 
 
-def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(
-    tiny_llama_dir, task_files, weight, monkeypatch
-) -> None:
+def test_a_metric_of_the_users_is_measured_where_others_are_stored(tiny_llama_dir, task_files, weight, monkeypatch):
     given = ("library/a", mixture(task_files, tiny_llama_dir), 3)
     evaluate(tiny_llama_dir, *given, out="runs/a")
     metrics = TEXT_METRICS | {"target": lambda generated, target: float(len(target))}
@@ -247,9 +245,8 @@ def test_the_interval_of_a_loss_is_over_tokens_and_of_a_difference_over_the_same
     assert low < rows[1]["value"] < high
     assert [row["leads"] for row in rows] == [False, True]
     # A model with a loss that is no number does not lead.
-    rows = [
-        {"model": m, "task": "x", "role": "held_in", "metric": "loss", "value": v} for m, v in (("a", None), ("b", 1.0))
-    ]
-    compared_means(rows, {m: {"x": {"loss": [v], "tokens": [1.0]}} for m, v in (("a", float("nan")), ("b", 1.0))})
+    losses, of = {"a": float("nan"), "b": 1.0}, {"task": "x", "role": "held_in", "metric": "loss"}
+    rows = [of | {"model": model, "value": value} for model, value in (("a", None), ("b", 1.0))]
+    compared_means(rows, {model: {"x": {"loss": [value], "tokens": [1.0]}} for model, value in losses.items()})
     assert [row["leads"] for row in rows] == [False, True]
     assert [row["interval"] for row in rows] == [None, [1.0, 1.0]]

@@ -14,20 +14,15 @@ from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import TaskScores, generate, greedy_matches, measure
 
 ROLES = {"a": "held_in", "b": "held_in", "c": "held_out", "unseen": "held_out"}
-ROWS = [  # task, target, generation, loss, tokens
-    ("a", "yes", " yes ", 2.0, 4),
-    ("a", "no", "yes", 6.0, 1),
-    ("b", "one two", "one three", 1.0, 2),
-    ("c", "x", "x", 0.5, 1),
-    ("", "x", "x", 100.0, 1),
-]
+# Task, target, generation, loss, tokens.
+ROWS = [("a", "yes", " yes ", 2.0, 4), ("a", "no", "yes", 6.0, 1), ("b", "one two", "one three", 1.0, 2)]
+ROWS += [("c", "x", "x", 0.5, 1), ("", "x", "x", 100.0, 1)]
 
 
 def update(scores: TaskScores, rows: list[tuple], generate: bool = True) -> None:
     task, target, made, loss, tokens = (list(column) for column in zip(*rows, strict=True))
-    scores.update(
-        {"task": task, "target": target}, torch.tensor(loss), torch.tensor(tokens), made if generate else None
-    )
+    batch = {"task": task, "target": target}
+    scores.update(batch, torch.tensor(loss), torch.tensor(tokens), made if generate else None)
 
 
 def test_scores_by_hand() -> None:
@@ -71,14 +66,10 @@ def choice_batch() -> dict[str, Any]:
     return {"task": ["a", "a", "b"], "target": ["x"] * 3, "choices": choices}
 
 
-@pytest.mark.parametrize(
-    ("values", "a", "b"),
-    [
-        ([-2.0, -1.0, -1.0, -3.0, -2.0], 1, 1),
-        ([-1.0, -2.0, -3.0, -1.0, -2.0], 0, 0),
-        ([-1.0, -1.0, -1.0, -1.0, -1.0], 0, 1),
-    ],
-)
+LIKELIHOODS = [([-2.0, -1.0, -1.0, -3.0, -2.0], 1, 1), ([-1.0, -2.0, -3.0, -1.0, -2.0], 0, 0), ([-1.0] * 5, 0, 1)]
+
+
+@pytest.mark.parametrize(("values", "a", "b"), LIKELIHOODS)
 def test_the_likeliest_choice_counts_and_the_first_of_equals(values: list[float], a: int, b: int) -> None:
     scores = TaskScores(ROLES)
     scores.update(choice_batch(), torch.ones(3), torch.ones(3, dtype=torch.int64), None, torch.tensor(values))

@@ -54,17 +54,16 @@ def test_the_other_parts_lack_what_nearly_all_prompts_hold() -> None:
         torch.testing.assert_close(found[name_of(0.5)].values[2 * number + 1], alone[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "part"),
-    [
-        ([5, 6, 20, 21, 5, 22], [20, 21, 5, 22]),
-        ([20, 21, 22, 5, 6], [20, 21, 22]),
-        ([5, 20, 6, 21], [21]),
-        ([5, 6], [6]),
-        ([20, 21], [20, 21]),
-        ([], []),
-    ],
-    ids=["in front", "behind", "the last of equally long ones", "nothing between", "no shared token", "empty"],
-)
+PARTS = {
+    "in front": ([5, 6, 20, 21, 5, 22], [20, 21, 5, 22]),
+    "behind": ([20, 21, 22, 5, 6], [20, 21, 22]),
+    "the last of equally long ones": ([5, 20, 6, 21], [21]),
+    "nothing between": ([5, 6], [6]),
+    "no shared token": ([20, 21], [20, 21]),
+    "empty": ([], []),
+}
+
+
+@pytest.mark.parametrize(("tokens", "part"), PARTS.values(), ids=PARTS)
 def test_a_part_is_the_longest_stretch_between_shared_tokens(tokens: list[int], part: list[int]) -> None:
     assert tokens[part_of(tokens, 0, {5, 6})] == part

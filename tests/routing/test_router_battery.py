@@ -49,10 +49,8 @@ class Norms(r.Router):
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         self.experts = len(deltas)
-        size = next(delta.shape[1] for delta in deltas if delta is not None)
-        self.columns = torch.stack(
-            [torch.zeros(size) if delta is None else delta.dense().norm(dim=0) for delta in deltas]
-        )
+        none = torch.zeros(next(delta.shape[1] for delta in deltas if delta is not None))
+        self.columns = torch.stack([none if delta is None else delta.dense().norm(dim=0) for delta in deltas])
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self.columns[:, hidden.abs().argmax(1)].T

@@ -4,7 +4,7 @@ Two processes train each of them in `tests/training/test_ddp.py`.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,8 @@ def prompts() -> dict[str, torch.Tensor]:
 def test_a_run_resumed_in_mid_epoch_ends_with_the_same_numbers(name, trained, tiny, task_files, tmp_path) -> None:
     module, _, folder = trained(name)
     how = {"resume": folder / "step=4.ckpt", "everywhere": ARCHITECTURE[name] == "gpt2"}
-    early, rest = (
-        train(name, tiny(ARCHITECTURE[name]), task_files, tmp_path, max_steps=steps, **how)[0] for steps in (4, 6)
-    )
+    again = partial(train, name, tiny(ARCHITECTURE[name]), task_files, tmp_path, **how)
+    early, rest = (again(max_steps=steps)[0] for steps in (4, 6))
     whole, found = expert_state(module.model), expert_state(rest.model)
     assert whole.keys() == found.keys()
     assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())

@@ -21,12 +21,8 @@ from modular_experts.data import TaskMixture
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.statistics import fisher, gram, merged_grams, take_statistics
 
-WEIGHTS = [
-    "model.embed_tokens.weight",
-    "model.layers.0.self_attn.q_proj.weight",
-    "model.layers.1.mlp.down_proj.weight",
-    "model.norm.weight",
-]
+NAMES = ("embed_tokens", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "norm")
+WEIGHTS = [f"model.{name}.weight" for name in NAMES]
 LINEAR = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"]
 
 
@@ -134,9 +130,8 @@ def test_merged_gram_takes_inputs_behind_the_merged_blocks(batches):
     model = build_model("llama").double()
     names, data = [f"{name}.weight" for name in LINEAR], [batches[:1], batches[1:]]
     shapes = {name: model.get_parameter(name).shape for name in names}
-    experts = [
-        {name: random_delta("Dense", shapes[name], 7 * i) * 0.1 for i, name in enumerate(names, s)} for s in (1, 5)
-    ]
+    numbered = [list(enumerate(names, first)) for first in (1, 5)]
+    experts = [{name: random_delta("Dense", shapes[name], 7 * n) * 0.1 for n, name in one} for one in numbered]
     del experts[1][names[1]]
     before = state(model)
     found = merged_grams(model, experts, data, names[::-1])
@@ -149,9 +144,8 @@ def test_merged_gram_takes_inputs_behind_the_merged_blocks(batches):
                 other.get_parameter(name).add_(delta)
         return {f"{n}.weight": x.T @ x / len(x) for n, x in hooked_inputs(other, rows_of(part), LINEAR).items()}
 
-    dense = [
-        {n: e[n].dense() if n in e else torch.zeros(shapes[n], dtype=torch.float64) for n in names} for e in experts
-    ]
+    zeros = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
+    dense = [zeros | {name: delta.dense() for name, delta in expert.items()} for expert in experts]
     first = [inputs({n: own[n] for n in names[:2]}, part) for own, part in zip(dense, data, strict=True)]
     merged = {n: solved([own[n] for own in dense], [grams[n] for grams in first]) for n in names[:2]}
     second = [inputs(merged | {names[2]: own[names[2]]}, part) for own, part in zip(dense, data, strict=True)]
