@@ -32,9 +32,7 @@ def expected_logits(base, deltas, tokens=None):
 
 
 CASES = {
-    "lora": ("llama", LLAMA, "LowRank", LoraFormat()),
     "lora of embeddings": ("llama", [*LLAMA, "model.embed_tokens.weight", "lm_head.weight"], "LowRank", LoraFormat()),
-    "lora of conv1d": ("gpt2", GPT2, "LowRank", LoraFormat()),
     "lora of conv1d and embeddings": ("gpt2", [*GPT2, "transformer.wpe.weight"], "LowRank", LoraFormat()),
     "lora below its largest rank": ("llama", LLAMA, "LowRank", LoraFormat(rank=5)),
     "lora of all ranks": ("llama", LLAMA, "Dense", LoraFormat(rank=48)),

@@ -20,9 +20,8 @@ RECORD = make_record("SparseExpert", {"id": "base", "fingerprint": "f"}, ["task"
 
 
 def _written(folder, encoding, deltas=None):
-    deltas = deltas or {
-        f"{form}.weight": random_delta(form, (40, 24), seed, tile=(16, 16)) for seed, form in enumerate(FORMS)
-    }
+    each = {form: random_delta(form, (40, 24), seed, tile=(16, 16)) for seed, form in enumerate(FORMS)}
+    deltas = deltas or {f"{form}.weight": delta for form, delta in each.items()}
     write_expert(folder, deltas, RECORD, encoding=encoding)
     return open_expert(folder), deltas
 

@@ -59,10 +59,9 @@ def numbers_of(distances):
     return (torch.tensor(distances, dtype=torch.int64).cumsum(0) - 1).tolist()
 
 
-kept = st.tuples(
-    st.lists(st.sampled_from(NOTABLE) | st.integers(1, 3000), max_size=40).map(numbers_of), st.integers(0, 9)
-)
-crowded = st.tuples(st.lists(st.integers(1, 4), max_size=200).map(numbers_of), st.integers(0, 9))
+far, near = st.sampled_from(NOTABLE) | st.integers(1, 3000), st.integers(1, 4)
+kept = st.tuples(st.lists(far, max_size=40).map(numbers_of), st.integers(0, 9))
+crowded = st.tuples(st.lists(near, max_size=200).map(numbers_of), st.integers(0, 9))
 
 
 @given(kept | crowded, st.sampled_from([torch.int32, torch.int64]))
@@ -217,11 +216,9 @@ def test_every_number_lies_at_a_multiple_of_its_width(tmp_path):
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     sizes = {"F32": 4, "I32": 4, "U8": 1}
-    places = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    assert any(entry["data_offsets"][1] % 4 for entry in places.values())
-    assert not [
-        name for name, entry in places.items() if (8 + length + entry["data_offsets"][0]) % sizes[entry["dtype"]]
-    ]
+    places = [(one["data_offsets"], sizes[one["dtype"]]) for name, one in header.items() if name != "__metadata__"]
+    assert any(end % 4 for (_, end), _ in places)
+    assert not [start for (start, _), size in places if (8 + length + start) % size]
 
 
 def test_files_from_before_there_was_an_encoding_are_read(tmp_path):
@@ -275,19 +272,9 @@ def byte(*numbers):
         ("Dense", [1], {"gaps": byte(1)}, "which are not the tensors of a Dense delta"),
         ("Sparse", [3, 4], {"gaps": torch.tensor([1]).int()}, "its gaps are torch.int32 and must be torch.uint8"),
         ("Sparse", [3, 4], {"indices": byte(1)}, "its indices are torch.uint8 and must be torch.int32"),
-        (
-            "Sparse",
-            [3, 4],
-            {"gaps": byte(1), "values": torch.tensor([float("nan")])},
-            "its values hold numbers that are not finite",
-        ),
+        ("Sparse", [3, 4], {"gaps": byte(1), "values": torch.full((1,), torch.nan)}, "its values .* are not finite"),
         ("Sparse", [-3, -4], {"gaps": byte(1)}, r"its weight has the shape \[-3, -4\]"),
-        (
-            "BlockSparse",
-            [3, 4],
-            {"gaps": byte(5), "values": torch.ones(1, 2, 2)},
-            r"its gaps cannot stand for 1 .* would be 4",
-        ),
+        ("BlockSparse", [3, 4], {"gaps": byte(5), "values": torch.ones(1, 2, 2)}, r"its gaps cannot .* would be 4"),
         ("BlockSparse", [3, 4], {"gaps": byte(1)}, "are not a BlockSparse delta"),
     ],
 )

@@ -40,16 +40,10 @@ def test_a_state_comes_back_bit_for_bit_in_every_dtype(expert) -> None:
 
 def test_the_content_hash_covers_the_state(expert) -> None:
     delta = {"w": random_delta("Sparse", (3, 4), 1)}
-    changed = {**STATE, "w/scale": torch.tensor(3.0)}
-    path = expert.parent
-    hashes = {
-        write_expert(path / "a", {}, RECORD, state=changed),
-        write_expert(path / "b", delta, RECORD, state=STATE),
-        write_expert(path / "c", delta, RECORD, state=changed),
-        write_expert(path / "d", delta, RECORD),
-        open_expert(expert).content_hash,
-    }
-    assert len(hashes) == 5
+    changed, path = {**STATE, "w/scale": torch.tensor(3.0)}, expert.parent
+    cases = {"a": ({}, changed), "b": (delta, STATE), "c": (delta, changed), "d": (delta, None)}
+    hashes = {write_expert(path / name, deltas, RECORD, state=state) for name, (deltas, state) in cases.items()}
+    assert len({*hashes, open_expert(expert).content_hash}) == 5
     (path / "a/state.safetensors").replace(expert / "state.safetensors")
     with pytest.raises(ValueError, match=r"state.safetensors is damaged: its content hash is not the one in"):
         open_expert(expert)

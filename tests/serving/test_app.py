@@ -182,6 +182,7 @@ def test_a_conversation_goes_through_the_template_with_which_experts_were_traine
     assert read == [with_template, len("a\nb"), with_template]
 
 
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]
 WRONG = [
     ({"model": "lora"}, 400, "messages: field required"),
     ({"model": "lora", "messages": []}, 400, "messages: list should have at least 1 item"),
@@ -198,11 +199,7 @@ WRONG = [
     ({"model": "lora", "messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role: input should be"),
     ({"model": "lora", "messages": [{"role": "user", "content": "  "}]}, 400, "the prompt is empty"),
     ({"model": "lora", "messages": [{"role": "user"}]}, 400, "messages.0.content: field required"),
-    (
-        {"model": "lora", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]},
-        400,
-        "messages.0.content: this server reads text alone",
-    ),
+    ({"model": "lora", "messages": IMAGE}, 400, "messages.0.content: this server reads text alone"),
     ({"model": "lora", "messages": [{"role": "user", "content": "a" * 300}]}, 400, "the prompt has 300 tokens"),
 ]
 

@@ -34,14 +34,11 @@ def expected(library, tiny_llama_dir) -> list[str]:
     return [served.generated(tiny_llama_dir, library, *one) for one in ASKED]
 
 
-@pytest.mark.parametrize(
-    ("settings", "tokens"), [({}, 1024), ({"rows": 3, "cache_tokens": 320}, 50)], ids=["roomy", "narrow"]
-)
-def test_each_row_of_a_batch_is_answered_as_generate_does(
-    library, tiny_llama_dir, expected, monkeypatch, settings, tokens
-) -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_each_row_of_a_batch_is_answered_as_generate_does(library, tiny_llama_dir, expected, monkeypatch, narrow):
     """Rows share long prompts, wait for each other, and in a narrow batch are read in parts and read again."""
-    monkeypatch.setattr(engines, "BATCH_TOKENS", tokens)
+    monkeypatch.setattr(engines, "BATCH_TOKENS", 50 if narrow else 1024)
+    settings = {"rows": 3, "cache_tokens": 320} if narrow else {}
     engine, models, tokenizer = served.opened(tiny_llama_dir, library, **settings)
     texts = served.texts_of(engine, models, tokenizer, ASKED)
     assert texts == expected
@@ -187,9 +184,7 @@ def test_only_the_decoded_form_of_an_expert_is_counted_as_decoded(library, tiny_
     assert held.gates.kept == {2}
 
 
-def test_whoever_leaves_while_experts_are_read_or_later_frees_them_and_the_row(
-    library, tiny_llama_dir, expected, monkeypatch
-) -> None:
+def test_whoever_leaves_early_or_late_frees_experts_and_row(library, tiny_llama_dir, expected, monkeypatch) -> None:
     engine, models, tokenizer = served.opened(tiny_llama_dir, library, rows=1)
     reading, go_on, take = threading.Event(), threading.Event(), engine.experts.take
 

@@ -117,12 +117,8 @@ def test_the_page_asks_and_shows_who_answered(server, library, tiny_llama_dir) -
 def test_the_commands_of_the_guide_work(server) -> None:
     guide = (ROOT / "docs/guides/serve.md").read_text(encoding="utf-8")
     program = re.search(r'^```python title="ask.py"\n(.*?)^```$', guide, re.M | re.S)[1]
-    asked = subprocess.run(
-        [sys.executable, "-c", program.replace("http://127.0.0.1:8000", server.address)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = [sys.executable, "-c", program.replace("http://127.0.0.1:8000", server.address)]
+    asked = subprocess.run(words, capture_output=True, text=True, check=True)
     assert asked.stdout.startswith("['base', 'dates', ")
     assert asked.stdout.endswith(" dates\n")
     body = re.search(r"-d '(.*)'$", guide, re.M)[1]

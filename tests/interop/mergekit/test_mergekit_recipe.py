@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.interop.mergekit.recipe import (
-    difference,
-    layer_shares,
-    parse_model,
-    parse_rules,
-    read_recipe,
-    value_at,
-)
+from modular_experts.interop.mergekit import recipe as mergekit_recipe
+from modular_experts.interop.mergekit.recipe import difference, layer_shares, parse_rules, read_recipe, value_at
 from modular_experts.methods import TIES, Average, ModelStock, TaskArithmetic
 from modular_experts.methods.method import Context
 
@@ -58,11 +52,8 @@ def test_gradient_is_straight_lines_between_its_numbers():
 
 
 def test_first_filter_that_is_part_of_the_name_counts():
-    value = [
-        {"filter": "self_attn", "value": [0, 1]},
-        {"filter": "q_proj", "value": 9},
-        {"filter": "mlp", "value": 0.5},
-    ]
+    first, second = {"filter": "self_attn", "value": [0, 1]}, {"filter": "q_proj", "value": 9}
+    value = [first, second, {"filter": "mlp", "value": 0.5}]
     assert (at(value, Q, 0.5), at(value, MLP, 0.5), at(value, "model.norm.weight", 0.5)) == (0.5, 0.5, None)
     for everything in ({"filter": "*", "value": 3}, {"filter": None, "value": 3}, {"value": 3}):
         value = [{"filter": "mlp", "value": 1}, everything, {"filter": "q_proj", "value": 2}]
@@ -107,12 +98,8 @@ def test_base_is_added_to_models_where_it_is_not_listed(tmp_path):
     assert read(tmp_path, listed).merged == ["a", "b"]
 
 
-NAMES = [
-    "model.embed_tokens.weight",
-    *(f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(5)),
-    "model.norm.weight",
-    "lm_head.weight",
-]
+UPS = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(5)]
+NAMES = ["model.embed_tokens.weight", *UPS, "model.norm.weight", "lm_head.weight"]
 
 
 def test_layers_count_from_zero_to_one_and_all_else_stands_at_zero():
@@ -203,10 +190,10 @@ def test_a_difference_is_exact_and_held_by_entries_where_few_moved(dtypes):
 
 def test_model_is_a_path_with_a_revision_and_nothing_else():
     for text in ("a", "owner/a@main"):
-        assert parse_model(text, "model") == text
+        assert mergekit_recipe.parse_model(text, "model") == text
     for wrong in ["", None, 3, "a@b@c", "a+b", "@x", "a@", {"model": "a", "lora": "b"}]:
         with pytest.raises(ValueError, match="model must be a checkpoint"):
-            parse_model(wrong, "model")
+            mergekit_recipe.parse_model(wrong, "model")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +211,7 @@ def test_value_that_mergekit_would_not_take_is_refused_in_a_sentence(value, told
 
 
 LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+SLERP = LINEAR.replace("linear", "slerp").replace("{weight: 1}", "{}") + "base_model: c"
 SLICE = """merge_method: linear
 parameters: {weight: 1}
 slices:
@@ -246,15 +234,9 @@ slices:
         (LINEAR.replace("model: b", "model: a"), "names a twice"),
         (f"{LINEAR}merge_method: ties\n", "the key 'merge_method' comes twice"),
         (LINEAR.replace("model: b", "model: b+lora"), "models.1..model must be a checkpoint"),
-        (
-            LINEAR.replace("linear", "slerp").replace("{weight: 1}", "{}") + "base_model: c",
-            "slerp takes 1 model.* got 2",
-        ),
+        (SLERP, "slerp takes 1 model.* got 2"),
         (SLICE.replace("[0, 4]", "[1, 4]"), r"layer_range must be \[0, number of layers\], got \[1, 4\]"),
-        (
-            SLICE.replace("b, layer_range: [0, 4]", "b, layer_range: [1, 5]"),
-            "run mergekit to cut, repeat or mix layers",
-        ),
+        (SLICE.replace("b, layer_range: [0, 4]", "b, layer_range: [1, 5]"), "run mergekit to cut, repeat or mix lay"),
         (SLICE + SLICE.splitlines()[-1], "slices must be one slice of all layers"),
         (SLICE + "base_model: c\n", "base_model c must be among the sources of the slice"),
         (SLICE + "    residual_weight: 0.5\n", "the key 'residual_weight'"),
