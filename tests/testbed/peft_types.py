@@ -143,13 +143,11 @@ def compare(case: str, bases: Callable[[str], Path], place: Path) -> tuple[Row, 
 
 def committed() -> dict[str, tuple[str, str]]:
     """Return how the page's table says that each type is read, and the forms of its deltas."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[lines.index(HEAD[1]) + 1 :] if line
-    ]
-    return {
-        re.sub(r" \d+e[+-]\d+$", "", case): (way, forms) for way, forms, cases in cells for case in cases.split("; ")
-    }
+    found, lines = {}, PAGE.read_text(encoding="utf-8").splitlines()
+    for line in filter(None, lines[lines.index(HEAD[1]) + 1 :]):
+        way, forms, cases = (cell.strip() for cell in line.strip("|").split("|"))
+        found |= {re.sub(r" \d+e[+-]\d+$", "", case): (way, forms) for case in cases.split("; ")}
+    return found
 
 
 def main() -> None:
