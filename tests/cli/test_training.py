@@ -169,7 +169,7 @@ SOURCES = {"own": "class Hope: pass", "broken": "print("}
 
 
 def test_a_mistake_gets_one_sentence_and_nothing_is_written(place, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(place), *sys.path])
+    monkeypatch.syspath_prepend(place)
     monkeypatch.delitem(sys.modules, "own", raising=False)
     for name, text in SOURCES.items():
         Path(f"{name}.py").write_text(text)
@@ -182,8 +182,6 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(place, capsys, monke
 
 
 def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, monkeypatch, capsys) -> None:
-    from modular_experts.training.module import ExpertModule
-
     step = ExpertModule.training_step
 
     def interrupted(self, batch, batch_idx):
@@ -209,20 +207,16 @@ def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, m
     assert not Path(best).exists()
 
 
-def test_metrics_are_in_a_file_beside_any_other_logger(place) -> None:
+def test_metrics_are_in_a_file_beside_any_other_logger(place, monkeypatch) -> None:
     fit = [*FIT, "--trainer.callbacks", "null"]
     fit += ["--trainer.max_steps", "3"]
     other = {"class_path": "my_logger.Seen", "init_args": {}}
     Path("my_logger.py").write_text(
         "from lightning.pytorch.loggers.logger import DummyLogger\n\n\nclass Seen(DummyLogger):\n    pass\n"
     )
-    sys.path.insert(0, str(place))
-    try:
-        assert main([*fit, "--trainer.logger", json.dumps(other)]) == 0
-        assert main([*fit, "--trainer.logger", "true"]) == 0
-        assert main([*fit, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine"]) == 0
-    finally:
-        sys.path.remove(str(place))
+    monkeypatch.syspath_prepend(place)
+    for logger in ([json.dumps(other)], ["true"], ["CSVLogger", "--trainer.logger.save_dir", "mine"]):
+        assert main([*fit, "--trainer.logger", *logger]) == 0
     found = sorted(str(file) for file in Path().rglob("metrics.csv"))
     runs = [f"runs/lightning_logs/version_{number}/metrics.csv" for number in (0, 1)]
     assert found == ["mine/lightning_logs/version_0/metrics.csv", *runs]
