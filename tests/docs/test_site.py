@@ -69,7 +69,8 @@ def walk(tmp_path_factory, tiny_llama_dir) -> Walk:
     place, printed = tmp_path_factory.mktemp("walk"), {}
     (place / ".cache").mkdir()
     (place / ".cache/smollm2").symlink_to(tiny_llama_dir)
-    shutil.copytree(ROOT / "configs", place / "configs", copy_function=_short_copy)
+    configs = shutil.copytree(ROOT / "configs", place.with_name("configs"), copy_function=_short_copy)
+    (place / "configs").symlink_to(configs)
     few_examples(place)
     with _reader(place), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Lightning says about a trainer that a reader makes
