@@ -42,7 +42,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "dist"
 
 
-def test_the_wheel_holds_the_package_and_all_its_data(built: Path) -> None:
+def test_the_wheel_holds_the_package_and_its_data_and_the_source_distribution_what_is_tracked(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         about = Parser().parsestr(wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode())
@@ -52,9 +52,6 @@ def test_the_wheel_holds_the_package_and_all_its_data(built: Path) -> None:
     assert (about["Name"], about["Version"]) == ("modular-experts", modular_experts.__version__)
     assert about["License-Expression"] == "Apache-2.0"
     assert about["Requires-Python"] == ">=3.11"
-
-
-def test_the_source_distribution_holds_what_is_tracked_and_no_runs(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert names == {*TRACKED, "PKG-INFO"}

@@ -189,13 +189,9 @@ def test_a_directory_of_another_plan_or_an_older_version_is_refused_and_left_alo
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "pieces.jsonl"]
 
 
-def test_counts_end_with_all_tasks() -> None:
+def test_counts_end_with_all_tasks_and_the_first_ones_are_of_different_families() -> None:
     assert [Plan(tasks=tasks).levels for tasks in (2, 7, 20)] == [[2], [2, 5, 7], [2, 5, 10, 20]]
-
-
-def test_the_first_tasks_are_of_different_families() -> None:
-    families = [task.instruction.split()[0] for task in Plan(tasks=7).held_in.values()]
-    assert len(set(families)) == 7
+    assert len({task.instruction.split()[0] for task in Plan(tasks=7).held_in.values()}) == 7
 
 
 def test_the_study_of_the_plan_makes_no_overlap_aware_average_of_dense_experts() -> None:

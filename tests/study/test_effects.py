@@ -139,14 +139,11 @@ def test_the_rows_of_each_task_are_drawn_apart() -> None:
     assert [low, high] == pytest.approx([-0.2 - error, -0.2 + error], abs=0.012)
 
 
-def test_an_expert_that_has_nothing_right_gives_a_gain_and_no_share() -> None:
+def test_experts_that_have_nothing_right_get_gain_and_loss_no_empty_section_and_no_gain_from_noise(tmp_path) -> None:
     rows = effects(state(found("lora-a", ["a"], {"a": 0}), found("lora X", ["a"], {"a": 5}, "X")), "exact_match")
     assert {row["metric"]: row["value"] for row in rows if row["task"] == "a"} == {"gain": 0.05, "normalised": None}
     (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))
     assert sentence.startswith("The 1 lora experts score 0 in exact match alone; X adds +5.0 points, ")
-
-
-def test_experts_that_have_nothing_right_get_a_loss_and_no_empty_section_and_no_gain_from_noise(tmp_path) -> None:
     single, merge = found("lora-a", ["a"], {"a": 0}), found("lora X", ["a"], {"a": 1}, "X")
     rows = effects(state(single, merge), "exact_match")
     (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))

@@ -111,7 +111,8 @@ def test_random_groups_differ_and_come_again(drawn, counts) -> None:
     assert drawn({3: 4}, 3) == found[:4]
 
 
-def test_groups_that_are_not_drawn_are_disjoint(drawn) -> None:
+def test_groups_that_are_not_drawn_are_disjoint_and_the_group_of_all_experts_is_the_same_if_it_is_drawn(drawn) -> None:
+    assert drawn({"all": 1}, 6) == drawn([{6: 1}], 6) == drawn(["all"], 6)
     members = [name for group in drawn([2, "all"], 2) for name in group]
     assert sorted(members) == [*"abcdef"]
 
@@ -120,7 +121,3 @@ def test_all_groups_are_taken_if_there_are_fewer_than_draws(drawn, caplog) -> No
     assert {frozenset(group) for group in drawn({5: 10}, 5)} == {frozenset("abcdef") - {one} for one in "abcdef"}
     sentence = "counts: 6 experts have only 6 different groups of 5, so the study takes each once instead of 10 draws"
     assert caplog.messages == [sentence]
-
-
-def test_the_group_of_all_experts_is_the_same_if_it_is_drawn(drawn) -> None:
-    assert drawn({"all": 1}, 6) == drawn([{6: 1}], 6) == drawn(["all"], 6)
