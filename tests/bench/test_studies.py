@@ -62,9 +62,14 @@ def file(name: str) -> str:
     return f"benchmarks/studies/{name}.yaml"
 
 
-@pytest.mark.parametrize("name", sorted({one.stem for one in STUDIES.glob("*.yaml")} - SHARED - OF_REAL_TASKS))
-def test_each_study_of_the_suite_fits(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    study(file("suite"), *[file("ten-tasks")] * (name in TEN_TASKS), file(name), status=True)
+OF_SUITE = sorted({one.stem for one in STUDIES.glob("*.yaml")} - SHARED - OF_REAL_TASKS)
+TOGETHER = [["suite", *["ten-tasks"] * (name in TEN_TASKS), name] for name in OF_SUITE]
+TOGETHER += [["real", "merging", "real-kinds"], ["real", "routing", "real-kinds"], ["real", "few-bytes"]]
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=" ".join)
+def test_the_files_of_each_study_fit(place: Path, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    study(*map(file, names), status=True)
     assert re.search(r"^tests +0 of \d\d+ done", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -72,12 +77,6 @@ def test_the_study_of_merges_has_every_method() -> None:
     text = (STUDIES / "merging.yaml").read_text()
     left_out = {"Difference", "Intersection", "TALLMask"}  # they are not meant to keep all experts
     assert {name for name in METHODS if not re.search(rf"\b{name}\b", text)} == left_out
-
-
-@pytest.mark.parametrize("over", [["merging", "real-kinds"], ["routing", "real-kinds"], ["few-bytes"]])
-def test_each_study_of_real_tasks_fits(place: Path, over: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    study(file("real"), *map(file, over), status=True)
-    assert re.search(r"^tests +0 of \d\d+ done", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.filterwarnings("ignore")  # what Lightning says of few steps

@@ -50,6 +50,11 @@ def test_a_field_of_the_last_item_is_set_in_place_and_plus_appends(printed) -> N
     assert callback["init_args"] == kept
     found = printed("--tasks+", '{"name": "two", "path": "two.jsonl"}')["data"]["tasks"]
     assert [(task["name"], task["weight"]) for task in found] == [("one", 3.0), ("two", 1.0)]
+    # In a config, too.
+    first = {"trainer": {"callbacks": [{"class_path": "A"}]}}
+    more = {"trainer": {"callbacks+": [{"class_path": "B"}]}}
+    assert folded([("a", first), ("b", more)])["trainer"]["callbacks"] == [{"class_path": "A"}, {"class_path": "B"}]
+    assert folded([("b", more)])["trainer"]["callbacks"] == [{"class_path": "B"}]
 
 
 def test_settings_of_another_class_replace_the_earlier_ones_and_those_of_the_same_class_join_them(tmp_path) -> None:
@@ -68,10 +73,3 @@ def test_settings_of_another_class_replace_the_earlier_ones_and_those_of_the_sam
     settings = {"keep_ratio": 0.2, "granularity": "block"}
     assert config == {"model": {"base": "mine", "expert": {"class_path": "SparseExpert", "init_args": settings}}}
     assert settings_of(options, {})["model"]["expert"] == {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
-
-
-def test_plus_appends_in_a_config_too() -> None:
-    first = {"trainer": {"callbacks": [{"class_path": "A"}]}}
-    more = {"trainer": {"callbacks+": [{"class_path": "B"}]}}
-    assert folded([("a", first), ("b", more)])["trainer"]["callbacks"] == [{"class_path": "A"}, {"class_path": "B"}]
-    assert folded([("b", more)])["trainer"]["callbacks"] == [{"class_path": "B"}]
