@@ -22,10 +22,7 @@ def summed(chunk):
 
 @pytest.mark.parametrize(
     "method",
-    [
-        *(m.SparseAverage(exponent=0.5), m.Breadcrumbs(beta=0.3, gamma=0.1)),
-        *(kind(keep=0.5) for kind in (m.DARETIES, m.DELLA)),
-    ],
+    [m.SparseAverage(exponent=0.5), m.Breadcrumbs(beta=0.3, gamma=0.1), m.DARETIES(keep=0.5), m.DELLA(keep=0.5)],
 )
 @given(size=sizes, deltas=deltas_of_one_weight(of=["Dense", "Sparse", "BlockSparse", "zero"]))
 def test_result_does_not_depend_on_the_size_of_the_chunks(method, size, deltas):

@@ -19,15 +19,14 @@ some_weights = st.lists(st.floats(-2, 2).filter(lambda w: abs(w) > 0.05), min_si
 shares = st.floats(0.1, 0.99)
 
 
+def expert_of(seed):
+    """Dense deltas of three weights: float64, of values that float32 holds."""
+    drawn = (random_delta("Dense", shape, seed + number, torch.float32) for number, shape in enumerate(SHAPES))
+    return [delta.to(dtype=torch.float64) for delta in drawn]
+
+
 def experts_of(seed, count=3):
-    """Dense deltas of three weights, expert by expert: float64, of values that float32 holds."""
-    return [
-        [
-            random_delta("Dense", s, seed + 10 * e + w, torch.float32).to(dtype=torch.float64)
-            for w, s in enumerate(SHAPES)
-        ]
-        for e in range(count)
-    ]
+    return [expert_of(seed + 10 * number) for number in range(count)]
 
 
 def merged_by(method, experts):
@@ -47,10 +46,11 @@ def assert_equal(found, expected):
 # mergekit: everything per weight; weights vote; a zero vote counts as plus; what agrees is divided by its weights.
 
 
-def largest(values, share):
-    flat = values.reshape(-1)
-    kept = torch.zeros_like(flat)
-    order = flat.abs().argsort(descending=True)[: int(share * flat.numel() * (1 + 1e-12))]
+def band(values, keep, gamma=0.0):
+    """Keep a share of the entries: the largest after another share."""
+    flat, size = values.reshape(-1), values.numel()
+    top, kept = int(gamma * size), torch.zeros_like(flat)
+    order = flat.abs().argsort(descending=True)[top : top + int(keep * size * (1 + 1e-12))]
     kept[order] = flat[order]
     return kept.view_as(values)
 
@@ -73,19 +73,10 @@ def test_ties_of_mergekit(seed, weights, keeps, scale):
     method = m.TIES(preset="mergekit", weights=weights, keep=keeps, scale=scale)
 
     def rule(values):
-        trimmed = [largest(v, k) for v, k in zip(values, keeps, strict=True)]
+        trimmed = [band(v, k) for v, k in zip(values, keeps, strict=True)]
         return scale * mergekit_consensus(trimmed, weights, normalise=True)
 
     assert_equal(merged_by(method, experts), per_weight(rule, experts))
-
-
-def band(values, keep, gamma):
-    flat, size = values.reshape(-1), values.numel()
-    top, low = int(gamma * size), size - int(keep * size) - int(gamma * size)
-    kept = torch.zeros_like(flat)
-    order = flat.abs().argsort()[low : size - top]
-    kept[order] = flat[order]
-    return kept.view_as(values)
 
 
 @given(seeds, some_weights)
@@ -113,7 +104,7 @@ def test_random_methods_of_mergekit_without_dropping(seed, weights):
 @pytest.mark.parametrize("kind", [m.DARE, m.DELLALinear])
 @given(seed=seeds)
 def test_dropping_of_mergekit_keeps_the_sum_of_magnitudes(kind, seed):
-    (expert,) = experts_of(seed, count=1)
+    expert = expert_of(seed)
     for before, after in zip(expert, merged_by(kind(preset="mergekit", keep=0.6), [expert]), strict=True):
         if after.any():
             torch.testing.assert_close(after.abs().sum(), before.values.abs().sum(), **CLOSE)
@@ -154,7 +145,7 @@ def test_dare_of_peft_without_dropping_is_its_own(seed, weights):
 
 @given(seed=seeds)
 def test_dare_divides_what_stays_by_its_probability(seed):
-    (expert,) = experts_of(seed, count=1)
+    expert = expert_of(seed)
     for settings in ({}, {"preset": "peft"}):
         for before, after in zip(expert, merged_by(m.DARE(keep=0.25, **settings), [expert]), strict=True):
             torch.testing.assert_close(after[after != 0], 4 * before.values[after != 0], **CLOSE)

@@ -77,14 +77,10 @@ def test_rescaled_by_magnitudes_single_entries_are_those_of_the_dense_delta(meth
 
 
 @given(deltas_of_one_weight())
-def test_dare_at_keep_1_is_task_arithmetic_and_ties(deltas):
+def test_dare_at_keep_1_is_task_arithmetic_and_ties_and_della_without_spread_is_dare(deltas):
     added, elected = TaskArithmetic().merge(deltas).dense(), TIES(keep=1.0).merge(deltas).dense()
     for kind, expected in ((DARE, added), (DELLALinear, added), (DARETIES, elected), (DELLA, elected)):
         torch.testing.assert_close(kind(keep=1.0).merge(deltas).dense(), expected, **CLOSE)
-
-
-@given(deltas_of_one_weight())
-def test_della_without_spread_is_dare(deltas):
     assert torch.equal(DELLALinear(keep=0.4, epsilon=0.0).merge(deltas).dense(), DARE(keep=0.4).merge(deltas).dense())
 
 

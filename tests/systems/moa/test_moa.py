@@ -45,11 +45,11 @@ def gates(model: nn.Module) -> list:
     return [expert for _, expert in named_experts(model) if type(expert).__name__ == "BlockGates"]
 
 
-def open_wide(model: nn.Module) -> None:
-    """Make every gate 1, to the last bit of float64."""
+def set_gates(model: nn.Module, logit: float) -> None:
+    """Give every gate a logit: 50 makes it 1 to the last bit of float64, and -50 closes it."""
     for one in gates(model):
         nn.init.zeros_(one.router.weight)
-        nn.init.constant_(one.router.bias, 50.0)
+        nn.init.constant_(one.router.bias, logit)
 
 
 @pytest.mark.parametrize("form", ["prompts", "sparse"])
@@ -75,7 +75,7 @@ def test_the_default_layers_are_there_in_each_architecture_and_start_at_the_base
 
 def test_gates_of_one_are_the_plain_sum_of_the_adapters() -> None:
     model, plain = made({}), build_model("llama").double()
-    open_wide(model)
+    set_gates(model, 50.0)
     experts = dict(named_experts(model))
     for name, expert in experts.items():
         if name.endswith(".weight"):
@@ -145,9 +145,7 @@ def test_the_sparse_form_computes_adapters_for_the_tokens_that_take_them_and_equ
 
 def test_where_no_token_takes_an_adapter_it_still_has_a_gradient_of_zeros() -> None:
     model = made(FORMS["sparse"])
-    for one in gates(model):
-        nn.init.zeros_(one.router.weight)
-        nn.init.constant_(one.router.bias, -50.0)
+    set_gates(model, -50.0)
     base = build_model("llama").double()
     torch.testing.assert_close(model(IDS).logits, base(IDS).logits)
     model(IDS).logits.sum().backward()
