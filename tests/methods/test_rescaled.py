@@ -1,4 +1,7 @@
-"""Rescaled, LiNeS and SVC change the length of any merge: to the experts' own, by depth, or in each direction."""
+"""Rescaled, LiNeS and SVC change the length of any merge: to the experts' own, by depth, or in each direction.
+
+The settings of a method inside another have dotted names, and its needs and record count.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ import modular_experts.methods as m
 from modular_experts.deltas import Dense, LowRank, Sparse
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merger.merged import Merged
-from modular_experts.methods.method import Context
+from modular_experts.methods.method import Context, Needs
+from modular_experts.methods.wrapper import settings_of, with_settings
 
 
 @pytest.mark.parametrize("inner", [m.TaskArithmetic(), m.TSVMerge(), m.SelfRegMean()], ids=str)
@@ -144,3 +148,40 @@ def test_a_look_at_all_weights_is_that_of_the_inner_method():
     found, plain = merge_all(m.SVC(threshold), stream), merge_all(threshold, stream)
     for merged, inner, deltas in zip(found, plain, stream, strict=True):
         assert_merged(merged, svc(inner.dense().numpy(), arrays(deltas), 0.5), rtol=1e-6, atol=1e-8)
+
+
+def test_settings_of_the_inner_method_have_dotted_names():
+    method = m.SVC(m.KnOTS(m.TIES(keep=0.3)), alpha=0.25)
+    found = settings_of(method)
+    assert [found[name] for name in ("alpha", "inner.scale", "inner.inner.keep")] == [0.25, 1.0, 0.3]
+    changed = with_settings(method, {"scale": 2.0, "inner.inner.keep": 0.1, "inner.scale": 3.0})
+    assert changed == m.SVC(m.KnOTS(m.TIES(keep=0.1), scale=3.0), scale=2.0, alpha=0.25)
+    another = with_settings(method, {"inner": m.SparseAverage(), "inner.exponent": 0.5})
+    assert another.inner == m.SparseAverage(exponent=0.5)
+    with pytest.raises(ValueError, match="keep"):
+        with_settings(method, {"inner.inner.keep": 2.0})
+
+
+def test_needs_are_those_of_both():
+    inner, found = m.Fisher().needs, m.SVC(m.Fisher()).needs
+    assert found.statistics == "fisher"
+    assert found.matrices == m.SVC.own.matrices + inner.matrices
+    assert m.SVC(m.DARE(rescale="l1")).needs.copies == m.DARE(rescale="l1").needs.copies > 0
+    one = Needs(matrices=1, matrices_per_expert=2, squares=3, copies=4)
+    assert one + one == Needs(matrices=2, matrices_per_expert=4, squares=6, copies=8)
+
+
+def test_the_command_line_names_the_inner_method_and_its_settings(experts, run, tmp_path):
+    how = ["--method", "SVC", "--method.inner", "TIES", "--method.inner.keep", "0.3", "--out", tmp_path / "both"]
+    code, out, _ = run("merge", "--experts", tmp_path / "e0", tmp_path / "e1", *how)
+    assert code == 0
+    assert "with SVC(inner=TIES(" in out
+    merged, name = open_expert(tmp_path / "both"), "model.norm.weight"
+    expected = m.SVC(m.TIES(keep=0.3)).merge([expert[name] for expert in experts])
+    assert torch.equal(merged[name].dense(), expected.dense())
+    inner = merged.record["method"]["init_args"]["inner"]
+    assert inner["class_path"].endswith(".TIES")
+    assert inner["init_args"]["keep"] == 0.3
+    code, out, _ = run("show", tmp_path / "both")
+    assert code == 0
+    assert "keep=0.3" in out
