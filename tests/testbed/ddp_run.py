@@ -1,4 +1,4 @@
-"""One training run, of one process or as a rank of several.
+"""One training run, of one process or as a rank of several, and shorter ones without validation.
 
 Each rank writes what it ends with to `FOLDER/rank{R}.pt`. Two ranks also resume from a checkpoint in mid-epoch.
 """
@@ -87,7 +87,7 @@ def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, *callbac
     module = runs.module(base, expert, **model) if expert else ExpertModule(str(base), **model)
     data = how.pop("data", None) or runs.mixture(files, base, seed=0)
     place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "max_steps": how.pop("steps", 4)}
-    trainer = runs.trainer(folder, watch, *callbacks, **place, **how)
+    trainer = runs.trainer(folder, watch, *callbacks, limit_val_batches=0, **place, **how)
     trainer.fit(module, data)
     return module, trainer, watch
 
@@ -208,7 +208,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     for name in SYSTEMS:
         found[name] = train_system(folder, base, files, ranks, name)
     for name in ALONE:
-        found[f"mixture {name}"] = expert_state(trained_mixtures.train(name, base, files, folder, ranks=ranks)[0].model)
+        module, _ = trained_mixtures.train(name, base, files, folder, ranks=ranks, limit_val_batches=0)
+        found[f"mixture {name}"] = expert_state(module.model)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:
         torch.distributed.barrier()

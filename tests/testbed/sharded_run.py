@@ -82,7 +82,7 @@ def refusals(folder: Path, base: Path, files: dict[str, Path]) -> list[str]:
     others, found = TrainUnderOthers([str(folder / "library" / "entries")], count=1), []
     for expert, callbacks, more in [(SPARSE, [others], {}), (Broken, [], {}), (None, [], of_config("lora-ir"))]:
         module = runs.module(base, expert, dtype="float64", shard_base=True, **more)
-        trainer = runs.trainer(folder, *callbacks, devices=2, strategy="ddp")
+        trainer = runs.trainer(folder, *callbacks, devices=2, strategy="ddp", limit_val_batches=0)
         try:
             trainer.fit(module, runs.mixture({name: files[name] for name in names[-1 - len(more) :]}, base))
         except ValueError as error:
@@ -94,7 +94,7 @@ def answer(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict
     """Train one step, and return the scores of rows whose choices and answers take other numbers of passes."""
     numbers, splits = range(12), ["train", "validation", "test"]
     rows = [{"input": f"{n} is", "target": str(n), "choices": list(map(str, range(n, 6 * n + 2)))} for n in numbers]
-    files = {"few": folder / "few.jsonl"} | files
+    files = {"few": folder / "few.jsonl", "upper": files["upper"]}
     text = "".join(json.dumps(row | {"split": splits[number % 3]}) + "\n" for number, row in enumerate(rows))
     files["few"].write_text(text)
     place = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
@@ -135,10 +135,9 @@ def main(folder: Path, base: Path, capped: Path, mixed: Path, files: dict[str, P
         module, found[kind] = train(folder, base, files, ranks, kind, keep=kind)
     frozen = [one for one in module.parameters() if not one.requires_grad]
     found["held"] = sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in frozen)
-    found["clipped"] = train(folder, base, files, ranks, "entries", **CLIPPED)[1]
-    found["resumed"] = train(folder, base, files, ranks, "entries", ckpt=folder.parent / "one" / "entries-step=4.ckpt")[
-        1
-    ]
+    found["clipped"] = train(folder, base, files, ranks, "entries", limit_val_batches=0, **CLIPPED)[1]
+    middle = folder.parent / "one" / "entries-step=4.ckpt"
+    found["resumed"] = train(folder, base, files, ranks, "entries", ckpt=middle, limit_val_batches=0)[1]
     # One process has batches with large logits, and the other has none.
     likelihood.HEAD_BYTES = 2**28 if rank_of(ranks) else 0
     on_top = {"applied": [str(folder / "library" / "lora")], "gradient_checkpointing": True}
@@ -149,11 +148,11 @@ def main(folder: Path, base: Path, capped: Path, mixed: Path, files: dict[str, P
     likelihood.HEAD_BYTES = 2**28
     for kind, form in QUANTISED.items():
         how = {"quantise": form, "dtype": "float32"}
-        module, found[form] = train(folder, base, files, ranks, kind, model=how)
+        module, found[form] = train(folder, base, files, ranks, kind, model=how, limit_val_batches=0)
         found[f"held {form}"] = [type(module.model.get_parameter(f"model.{name}.weight")).__name__ for name in LAYERS]
     # torch multiplies the matrices of a mixture, which are parted like other weights, in at most float32.
     on_attention = {"modules": "q_proj", "dtype": "float32"}
-    found["of a mixture"] = train(folder, mixed, files, ranks, "entries", model=on_attention)[1]
+    found["of a mixture"] = train(folder, mixed, files, ranks, "entries", model=on_attention, limit_val_batches=0)[1]
     found["scores"] = answer(folder, base, files, ranks)
     found["refusals"] = refusals(folder, base, files) if ranks > 1 else []
     found["hashes"] = [open_expert(folder / "library" / kind).content_hash for kind in KINDS]

@@ -30,19 +30,17 @@ def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict
     return torch.load(folder / "one" / "rank0.pt", weights_only=True), ranks, folder
 
 
-def test_ranks_keep_the_same_entries_with_the_same_values(found) -> None:
-    _, (first, second), _ = found
-    assert first["supports"] == second["supports"]
-    assert any(before != after for before, after in zip(first["supports"], first["supports"][1:], strict=False))
-    assert all(torch.equal(first["values"][name], second["values"][name]) for name in first["values"])
-
-
 def test_two_processes_equal_one_with_the_same_global_batch(found) -> None:
-    one, (first, _), _ = found
-    assert one["supports"] == first["supports"]
+    one, (first, second), _ = found
+    assert one["supports"] == first["supports"] == second["supports"]
+    assert any(before != after for before, after in itertools.pairwise(first["supports"]))
     for name, values in one["values"].items():
         assert values.abs().max() > 1e-3
+        assert torch.equal(first["values"][name], second["values"][name])
         torch.testing.assert_close(first["values"][name], values, rtol=1e-9, atol=1e-12)
+    kept = sum(values.numel() for values in first["values"].values())
+    assert first["reduced_bytes"] == 8 * kept, "kept entries alone are sent, in float64 here"
+    assert first["synchronised_buffers"] == 0
 
 
 def test_the_logged_and_stored_loss_is_the_mean_over_the_rows_of_both_processes(found) -> None:
@@ -84,12 +82,13 @@ def test_two_processes_train_what_one_trains(found, part: str) -> None:
     others, draws, blocks of a round and fresh products, and mixtures."""
     one, two, _ = found
     exact = part == "masked" or part.startswith("mixture")
-    for rank in two:
-        torch.testing.assert_close(rank[part], one[part], rtol=1e-8 if exact else 1e-6, atol=1e-10 if exact else 1e-9)
+    values, *others = (found[part]["values"] if part in CHANGES else found[part] for found in (one, *two))
+    for other in others:
+        torch.testing.assert_close(other, values, rtol=1e-8 if exact else 1e-6, atol=1e-10 if exact else 1e-9)
     if part in CHANGES:
         supports = one[part]["supports"]
+        assert all(rank[part]["supports"] == supports for rank in two)
         assert all(supports[before] != supports[after] for before, after in itertools.pairwise(CHANGES[part]))
-    values = one[part]["values"] if part in CHANGES else one[part]
     # What starts at zero has moved.
     trained = [tensor for name, tensor in values.items() if part not in ddp_run.SYSTEMS or STARTS_AT_ZERO.search(name)]
     assert max(tensor.double().norm() for tensor in trained) > 1e-3
@@ -110,13 +109,6 @@ STARTS_AT_ZERO = re.compile(r"up")
 
 def test_two_choices_on_two_batches_take_four_passes(found) -> None:
     assert [one["passes"]["passes"] for one in (found[0], *found[1])] == [4, 4, 4]
-
-
-def test_only_kept_entries_are_communicated(found) -> None:
-    _, (first, _), _ = found
-    kept = sum(values.numel() for values in first["values"].values())
-    assert first["reduced_bytes"] == 8 * kept  # float64 here; 4 bytes each otherwise
-    assert first["synchronised_buffers"] == 0
 
 
 def test_each_row_counts_once_and_rank_0_writes(found) -> None:
