@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from testbed.kept_tiles import kept_tiles
 from testbed.pairwise import pairwise
 
 from modular_experts.kernels import choice, make_kernel
@@ -24,18 +25,6 @@ def _tile(kind: str, shape: tuple[int, int]) -> tuple[int, int]:
     return {"row": (1, shape[1]), "column": (shape[0], 1)}.get(kind, (side, side))
 
 
-def _dense_units(dense: torch.Tensor, tile: tuple[int, int], units: list[int]) -> torch.Tensor:
-    """Cut the kept tiles out of a dense gradient, one slice each."""
-    height, width = tile
-    wide = -(-dense.shape[1] // width)
-    tiles = torch.zeros(len(units), height, width, dtype=dense.dtype)
-    for number, unit in enumerate(units):
-        row, column = unit // wide * height, unit % wide * width
-        part = dense[row : row + height, column : column + width]
-        tiles[number, : part.shape[0], : part.shape[1]] = part
-    return tiles.view(-1) if tile == (1, 1) else tiles
-
-
 @pytest.mark.parametrize(("shape", "case", "share"), pairwise(SHAPES, CASES, [0.0, 0.02, 0.5, 1.0]), ids=str)
 def test_kept_gradient_is_the_dense_one_at_the_kept_units(shape, case, share) -> None:
     kind, backend = case
@@ -48,7 +37,7 @@ def test_kept_gradient_is_the_dense_one_at_the_kept_units(shape, case, share) ->
     kernel = make_kernel(backend, units, shape, tile, torch.float64)
     assert kernel.name == backend
     found = kernel.gradient(kernel.saved(x), grad)
-    wanted = _dense_units(torch.einsum("to,ti->oi", grad, x), tile, units.tolist())
+    wanted = kept_tiles(torch.einsum("to,ti->oi", grad, x), tile, units.tolist())
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 

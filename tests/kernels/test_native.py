@@ -2,14 +2,14 @@
 
 import copy
 import math
-import warnings
 
 import pytest
 import torch
+from testbed.kept_tiles import kept_tiles
 from testbed.pairwise import pairwise
 from torch import Tensor
 
-from modular_experts.kernels import KeptGradient, kept_linear, native
+from modular_experts.kernels import KeptGradient, native
 from modular_experts.kernels.native import NativeEntries, NativeTiles
 
 SHAPES = [(17, 23), (24, 36), (64, 8), (130, 70)]
@@ -17,7 +17,7 @@ TOKENS = [1, 7, 300, 1000]
 SIZES = [2, 8, 16, 20, 32, 64, 128]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def compiled() -> None:
     if not native.available():
         pytest.skip("no C++ compiler makes the native kernels here")
@@ -40,19 +40,12 @@ def _kernel_of(units: Tensor, size: int, shape: tuple[int, int]) -> KeptGradient
 
 def _check(kernel: KeptGradient, x: Tensor, grad: Tensor) -> None:
     """Compare with the float64 gradient, padded to whole tiles and cut into them."""
-    size = kernel.tile[0]
-    dense = torch.einsum("to,ti->oi", grad.double(), x.double())
-    rows, columns = (-(-side // size) * size for side in dense.shape)
-    whole = torch.zeros(rows, columns, dtype=torch.float64)
-    whole[: dense.shape[0], : dense.shape[1]] = dense
-    cut = whole.unfold(0, size, size).unfold(1, size, size).reshape(-1, size, size)[kernel.units.long()]
-    found = kernel.gradient(x, grad)
+    found, dense = kernel.gradient(x, grad), torch.einsum("to,ti->oi", grad.double(), x.double())
     assert found.dtype == torch.float32
-    wanted = cut.view(-1) if size == 1 else cut
+    wanted = kept_tiles(dense, kernel.tile, kernel.units.tolist())
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=2e-6 * math.sqrt(x.shape[0]))
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("shape", "tokens", "size", "share"), pairwise(SHAPES, TOKENS, [1, *SIZES], [0.05, 0.5, 1.0]), ids=str
 )
@@ -60,7 +53,6 @@ def test_the_gradient_is_the_dense_one_at_the_kept_units(shape, tokens, size, sh
     _check(_kernel(size, share, shape), *_inputs(shape, tokens))
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", [1, 8, 16, 32])
 def test_rows_and_columns_without_units_are_left_out(size) -> None:
     shape = 3 * size, 4 * size
@@ -68,7 +60,6 @@ def test_rows_and_columns_without_units_are_left_out(size) -> None:
         _check(_kernel_of(torch.tensor(units, dtype=torch.int32), size, shape), *_inputs(shape, 70))
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", [1, 8, 16, 20, 64])
 def test_bfloat16_is_widened_before_it_is_multiplied(size) -> None:
     for shape in ((64, 96), (130, 70)):
@@ -76,7 +67,6 @@ def test_bfloat16_is_widened_before_it_is_multiplied(size) -> None:
         _check(_kernel(size, 0.3, shape), x.bfloat16(), grad.bfloat16())
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("size", "dtype"), list(zip([1, 8, 16, 20], [torch.float32, torch.bfloat16] * 2, strict=True)))
 def test_inputs_may_lie_in_memory_in_any_way(size, dtype) -> None:
     x, grad = (matrix.to(dtype) for matrix in _inputs((48, 80), 150))
@@ -87,7 +77,6 @@ def test_inputs_may_lie_in_memory_in_any_way(size, dtype) -> None:
     _check(kernel, x[:1].expand(150, 80), grad.flip(1).T.contiguous().T)
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("kept_in", [torch.int32, torch.int64])
 def test_the_plan_does_not_follow_its_units(kept_in) -> None:
     units = torch.tensor([1, 2, 5], dtype=kept_in)
@@ -97,7 +86,6 @@ def test_the_plan_does_not_follow_its_units(kept_in) -> None:
     assert torch.equal(kernel.gradient(x, grad), again.gradient(x, grad))
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("size", "share"), [(1, 0.05), (1, 0.9), (8, 0.9), (16, 0.05), (20, 0.9), (64, 0.05)])
 def test_the_number_of_threads_changes_no_bit(size, share) -> None:
     kernel, before = _kernel(size, share, (192, 256)), torch.get_num_threads()
@@ -112,7 +100,6 @@ def test_the_number_of_threads_changes_no_bit(size, share) -> None:
     assert torch.equal(found[1], found[5])
 
 
-@pytest.mark.usefixtures("compiled")
 def test_zeros_lie_beyond_the_edge_even_beside_infinity() -> None:
     x, grad = torch.full((3, 20), math.inf), torch.full((3, 17), math.inf)
     tile = NativeTiles(torch.tensor([3]), (17, 20), (16, 16)).gradient(x, grad)[0]
@@ -121,37 +108,18 @@ def test_zeros_lie_beyond_the_edge_even_beside_infinity() -> None:
     assert tile[:, 4:].eq(0).all()
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", [1, 16])
 def test_no_tokens_give_zeros(size) -> None:
     kernel = _kernel(size, 0.5, (32, 48))
     assert kernel.gradient(*_inputs((32, 48), 0)).eq(0).all()
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", [1, 16])
 def test_copies_work_like_the_original(size) -> None:
     kernel, inputs = _kernel(size, 0.5, (32, 48)), _inputs((32, 48), 20)
     assert torch.equal(copy.deepcopy(kernel).gradient(*inputs), kernel.gradient(*inputs))
 
 
-@pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("size", [1, 16])
-def test_a_compiled_layer_keeps_its_graph_whole(size) -> None:
-    kernel, (x, _) = _kernel(size, 0.5, (32, 48)), _inputs((32, 48), 20)
-    weight, values = torch.ones(32, 48), torch.zeros(kernel.gradient(x, torch.ones(20, 32)).shape, requires_grad=True)
-
-    def loss(x: Tensor) -> Tensor:
-        return kept_linear(x, weight, None, values, kernel).sum()
-
-    wanted = torch.autograd.grad(loss(x), values)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns about its own inner workings while it compiles
-        found = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), values)
-    torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.usefixtures("compiled")
 def test_other_dtypes_are_refused() -> None:
     assert [native.computes(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)] == [True, True, False]
     with pytest.raises(ValueError, match=r"compute in float32 and bfloat16, not in torch.float64"):

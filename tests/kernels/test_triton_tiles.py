@@ -1,8 +1,7 @@
 """The Triton program gives the dense gradient's kept tiles: run in Triton's interpreter, and compiled for two GPUs.
 
-Triton reads `TRITON_INTERPRET` when it is imported, which another test may have done before. So this file is also a
-program: `python test_triton_tiles.py interpret` checks every case with the variable set, in one process, and prints
-what it found; `compile` translates the program for GPUs that are not there.
+Triton reads `TRITON_INTERPRET` when it is imported, which another test may have done before. So copies of this process
+import it anew: one checks every case with the variable set, and one translates the program for GPUs that are not there.
 """
 
 import dataclasses
@@ -10,16 +9,17 @@ import functools
 import importlib.util
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from testbed.forked import ended, forked
+from testbed.kept_tiles import kept_tiles
 from testbed.pairwise import pairwise
 from torch import Tensor
 
@@ -54,7 +54,7 @@ CASES = [
     Case(tokens=0),
 ]
 SPLIT = [
-    Case(tokens=150, size=size, dtype=dtype, splits=splits)
+    Case(shape=(50, 40), tokens=150, size=size, dtype=dtype, splits=splits)
     for size, dtype in ((16, "float32"), (16, "bfloat16"), (64, "float32"))
     for splits in (1, 2, 3)
 ]
@@ -104,24 +104,14 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor]:
     return x.to(getattr(torch, case.dtype)), grad.to(getattr(torch, case.dtype))
 
 
-def _wanted(x: Tensor, grad: Tensor, case: Case) -> Tensor:
-    """Cut the tiles out of the dense gradient in float64."""
-    dense = torch.einsum("to,ti->oi", grad.double(), x.double())
-    size, wide = case.size, -(-case.shape[1] // case.size)
-    tiles = torch.zeros(len(_units(case)), size, size, dtype=torch.float64)
-    for tile, unit in zip(tiles, _units(case), strict=True):
-        part = dense[unit // wide * size :, unit % wide * size :][:size, :size]
-        tile[: part.shape[0], : part.shape[1]] = part
-    return tiles
-
-
 def _found(case: Case) -> dict[str, Any]:
     """Return how far the program is from float64 on a case, and whether a second run gives the same bits."""
     units = torch.tensor(_units(case), dtype=torch.int32)
     kernel = Split(units, case.shape, (case.size, case.size))
     kernel.asked = case.splits
     x, grad = _inputs(case)
-    found, wanted = kernel.gradient(kernel.saved(x), grad), _wanted(x, grad, case)
+    dense = torch.einsum("to,ti->oi", grad.double(), x.double())
+    found, wanted = kernel.gradient(kernel.saved(x), grad), kept_tiles(dense, kernel.tile, _units(case))
     assert found.dtype == torch.float32
     assert found.shape == wanted.shape
     return {
@@ -148,33 +138,44 @@ def _compiled(capability: int, dtype: str) -> str:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
 
 
+def _interpreted() -> dict[str, Any]:
+    return {str(case): _found(case) for case in CASES + SPLIT}
+
+
+def _translated() -> dict[str, Any]:
+    return {f"{number} {dtype}": _compiled(number, dtype) for number in (80, 90) for dtype in ("bf16", "fp32")}
+
+
+def _write(what: Callable[[], dict[str, Any]], place: Path) -> None:
+    """Write what a function finds with a Triton of its own."""
+    warnings.simplefilter("error")
+    triton_tiles.program.cache_clear()
+    # The compiled part of Triton can be loaded once.
+    for name in [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]:
+        del sys.modules[name]
+    place.write_text(json.dumps(what()))
+
+
 @functools.cache
-def _run(what: str) -> subprocess.CompletedProcess[str]:
-    """Run this file as a program, once."""
-    with tempfile.TemporaryDirectory() as cache:
-        variables = {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
-        variables |= {"TRITON_INTERPRET": "1"} if what == "interpret" else {}
-        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        command = [sys.executable, "-W", "error", __file__, what]
-        return subprocess.run(command, env=inherited | variables, capture_output=True, text=True)
-
-
-def _report(what: str) -> dict[str, Any]:
-    done = _run(what)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def _report(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a function finds in a copy of this process, once."""
+    with tempfile.TemporaryDirectory() as place:
+        found = Path(place, "found.json")
+        variables = {"TRITON_CACHE_DIR": place, "TRITON_INTERPRET": str(int(what is _interpreted))}
+        assert ended(forked(_write, what, found, **variables)) == 0
+        return json.loads(found.read_text())
 
 
 @with_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_the_dense_gradient_at_the_kept_tiles(case: Case) -> None:
-    assert _report("interpret")[str(case)]["error"] < 5e-5
+    assert _report(_interpreted)[str(case)]["error"] < 5e-5
 
 
 @with_triton
 @pytest.mark.parametrize("case", SPLIT, ids=str)
 def test_splits_of_the_tokens_add_up_to_the_same_gradient_every_time(case: Case) -> None:
-    found = _report("interpret")[str(case)]
+    found = _report(_interpreted)[str(case)]
     assert found["splits"] == case.splits
     assert found["error"] < 5e-5
     assert found["repeats"]
@@ -182,18 +183,13 @@ def test_splits_of_the_tokens_add_up_to_the_same_gradient_every_time(case: Case)
 
 @with_triton
 @pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
-def test_it_compiles_for_a_gpu_into_matrix_instructions_on_reads_of_16_bytes(capability, instruction) -> None:
-    assembly = _report("compile")[f"{capability} bf16"]
+def test_it_compiles_for_a_gpu_into_the_instructions_of_the_precision(capability, instruction) -> None:
+    assembly = _report(_translated)[f"{capability} bf16"]
     assert instruction in assembly
-    assert "cp.async.cg.shared.global" in assembly
-
-
-@with_triton
-@pytest.mark.parametrize("capability", [80, 90])
-def test_exact_float32_compiles_into_no_tf32_instruction(capability: int) -> None:
-    assembly = _report("compile")[f"{capability} fp32"]
-    assert "fma.rn.f32" in assembly
-    assert "tf32" not in assembly
+    assert "cp.async.cg.shared.global" in assembly, "it must read 16 bytes at once"
+    exact = _report(_translated)[f"{capability} fp32"]
+    assert "fma.rn.f32" in exact
+    assert "tf32" not in exact
 
 
 @pytest.fixture
@@ -215,17 +211,22 @@ def test_float32_is_exact_unless_torch_allows_tf32(monkeypatch: pytest.MonkeyPat
     assert [settings["precision"] for settings in launches] == [precision]
 
 
-def test_tokens_are_split_only_while_the_gpu_has_room_for_moreprograms() -> None:
-    assert token_splits(segments=528, tokens=10**6, kept_bytes=1, processors=132) == 1
-    assert token_splits(segments=100, tokens=10**6, kept_bytes=1, processors=132) == 6
-    assert token_splits(segments=1, tokens=1024, kept_bytes=1, processors=132) == 4
-    assert token_splits(segments=1, tokens=1, kept_bytes=1, processors=132) == 1
-    assert token_splits(segments=0, tokens=0, kept_bytes=0, processors=132) == 1
-
-
-def test_partial_sums_stay_below_their_share_of_memory() -> None:
-    assert token_splits(segments=1, tokens=10**6, kept_bytes=2**24, processors=132) == 2
-    assert token_splits(segments=1, tokens=10**6, kept_bytes=2**30, processors=132) == 1
+@pytest.mark.parametrize(
+    ("segments", "tokens", "kept_bytes", "parts"),
+    [
+        (528, 10**6, 1, 1),
+        (100, 10**6, 1, 6),
+        (1, 1024, 1, 4),
+        (1, 1, 1, 1),
+        (0, 0, 0, 1),
+        (1, 10**6, 2**24, 2),
+        (1, 10**6, 2**30, 1),
+    ],
+)
+def test_tokens_are_split_while_the_gpu_has_room_for_more_programs_and_for_partial_sums(
+    segments, tokens, kept_bytes, parts
+) -> None:
+    assert token_splits(segments, tokens, kept_bytes, processors=132) == parts
 
 
 @pytest.mark.parametrize("tile", [(24, 24), (4, 4), (256, 256), (16, 32)])
@@ -234,24 +235,13 @@ def test_tiles_that_noprogram_serves_are_refused(tile: tuple[int, int]) -> None:
         TritonTiles(torch.tensor([0]), (512, 512), tile)
 
 
-def test_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_is_refused_and_without_triton_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = triton_tiles.program.__wrapped__
     monkeypatch.setattr(triton_tiles, "program", lambda: None)
     kernel = TritonTiles(torch.tensor([0]), (16, 16), (16, 16))
     with pytest.raises(ValueError, match=r"not in torch\.float64; use auto"):
         kernel.gradient(torch.zeros(1, 16).double(), torch.zeros(1, 16).double())
-
-
-def test_without_triton_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_tiles, "program", triton_tiles.program.__wrapped__)
+    monkeypatch.setattr(triton_tiles, "program", make)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="needs the package triton: pip install triton, or use auto"):
         TritonTiles(torch.tensor([0]), (16, 16), (16, 16))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "interpret":
-        printed = {str(case): _found(case) for case in CASES + SPLIT}
-    else:
-        printed = {f"{number} {dtype}": _compiled(number, dtype) for number in (80, 90) for dtype in ("bf16", "fp32")}
-    print(json.dumps(printed))
