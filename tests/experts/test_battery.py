@@ -3,16 +3,18 @@
 What is compiled stands in this file, because the first compilation of a process takes many seconds of imports.
 """
 
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from testbed.ia3 import IA3Expert
 from testbed.other_experts import BiasExpert, GatedExpert
+from testbed.quantised import load, put
 
 from modular_experts.deltas import Dense
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.kernels import native
+from modular_experts.kernels import kept_linear, native
 from modular_experts.testing import check_expert
 
 FACTORIES = {
@@ -48,6 +50,41 @@ def test_expert_keeps_the_contract(name: str) -> None:
         pytest.skip("there is no C++ compiler here")
     torch.manual_seed(3)
     check_expert(FACTORIES[name], compile=name in {"element", "lora", "full"})
+
+
+@pytest.mark.parametrize("name", ["element", "lora"])
+@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor:UserWarning")  # by torch while it traces
+def test_compiled_layers_beside_a_quantised_base_compute_the_same(name: str, tiny_llama_dir) -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.compiler.reset()  # or one that has compiled much would compile no more
+    mlp, x = put(load(tiny_llama_dir), FACTORIES[name]).model.layers[0].mlp, torch.randn(2, 8, 32)
+
+    def step(mlp: torch.nn.Module) -> list[torch.Tensor]:
+        mlp.zero_grad()
+        loss = mlp(x).square().sum()
+        loss.backward()
+        return [loss.detach(), *(one.grad.clone() for one in mlp.parameters() if one.requires_grad)]
+
+    found = step(mlp)
+    assert len(found) > 3
+    assert all(one.any() for one in found)
+    torch.testing.assert_close(step(torch.compile(mlp, backend="aot_eager")), found)
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no C++ compiler here")
+@pytest.mark.parametrize(("kind", "size"), [(native.NativeEntries, 1), (native.NativeTiles, 16)])
+def test_a_compiled_layer_keeps_its_graph_whole_around_a_native_kernel(kind, size) -> None:
+    kernel, x = kind(torch.tensor([1, 4]), (32, 48), (size, size)), torch.randn(20, 48)
+    weight, values = torch.ones(32, 48), torch.zeros(kernel.gradient(x, torch.ones(20, 32)).shape, requires_grad=True)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return kept_linear(x, weight, None, values, kernel).sum()
+
+    wanted = torch.autograd.grad(loss(x), values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about its own inner workings while it compiles
+        found = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), values)
+    torch.testing.assert_close(found, wanted)
 
 
 class _MovesAtStart(LoRAExpert):

@@ -48,8 +48,8 @@ def llama(tiny: Callable[[str], Path]) -> Path:
     return tiny("llama")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS)
+# What a kind does with a weight does not depend on the form that the weight is read from.
+@pytest.mark.parametrize(("kind", "form"), [*zip(KINDS, FORMS * 5, strict=True), ("entries", "int8"), ("lora", "int8")])
 def test_gradients_are_those_over_the_dequantised_weight(kind: str, form: str, llama: Path) -> None:
     model = load(llama, form)
     twin = put(plain_twin(model), KINDS[kind])
@@ -101,8 +101,7 @@ def test_autograd_keeps_nothing_of_the_weight(kind: str, llama: Path) -> None:
     assert sizes[0] <= sizes[1] + 8 * len(list(expert_layers(model)))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["entries", "tiles", "lora"])
+@pytest.mark.parametrize(("kind", "form"), [*zip(["entries", "tiles", "lora", "entries"], FORMS * 2, strict=True)])
 def test_training_leaves_the_bytes_of_the_base_and_eject_gives_it_back(kind: str, form: str, llama: Path) -> None:
     model = load(llama, form)
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
@@ -203,18 +202,6 @@ def test_a_source_has_the_weights_shape_and_no_memory_of_it() -> None:
     moved = weight.plus(Sparse(torch.tensor([1, 11]), torch.tensor([5.0, 7.0]), values.shape))
     assert torch.equal((moved - weight).nonzero(), torch.tensor([[0, 1], [2, 3]]))
     assert torch.equal(values, torch.arange(12.0).view(3, 4))
-
-
-@pytest.mark.parametrize("kind", ["entries", "lora"])
-@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor:UserWarning")  # by torch while it traces
-def test_a_compiled_model_computes_the_same(kind: str, llama: Path) -> None:
-    model = put(load(llama), KINDS[kind])
-    loss, found = step(model)
-    kept = {name: gradient.clone() for name, gradient in found.items()}
-    model.zero_grad()
-    again, found = step(torch.compile(model, backend="aot_eager"))
-    assert again == pytest.approx(loss, abs=1e-6)
-    assert all(torch.allclose(found[f"_orig_mod.{name}"], kept[name], atol=1e-6) for name in kept)
 
 
 @pytest.mark.parametrize("kind", ["entries", "lora"])

@@ -91,12 +91,14 @@ def test_a_step_too_small_for_bfloat16_is_not_lost() -> None:
     assert torch.equal(layer.weight, torch.full((8, 8), 1.01).bfloat16())
 
 
-def test_values_stay_float32_when_the_model_is_cast() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    inject(model, LoRAExpert, ".*")
-    model.bfloat16()
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+def test_trained_values_stay_float32_when_the_model_is_cast() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False).bfloat16())
+    inject(model, {"0": LoRAExpert, "1": FullExpert})
+    model[0].bfloat16()
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == dict.fromkeys(["0.expert.up", "0.expert.down", "1.weight"], torch.float32)
     assert model[0].weight.dtype == torch.bfloat16
+    assert model(torch.ones(1, 8).bfloat16()).dtype == torch.bfloat16
 
 
 def test_an_optimizer_that_writes_through_data_needs_write() -> None:
@@ -109,32 +111,28 @@ def test_an_optimizer_that_writes_through_data_needs_write() -> None:
     torch.testing.assert_close(layer(x), before + x.sum(1, keepdim=True), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep_ratio", [0.0, -0.1, 1.5])
-@pytest.mark.parametrize("kind", [SparseExpert, MaskedExpert])
-def test_keep_ratio_outside_its_range_is_refused(kind: type, keep_ratio: float) -> None:
-    with pytest.raises(ValueError, match=rf"keep_ratio={keep_ratio} is outside \(0, 1\]"):
-        kind(torch.zeros(8, 8), keep_ratio=keep_ratio)
-
-
 @pytest.mark.parametrize(
-    ("settings", "sentence"), [({"rank": 0}, "rank=0"), ({"rank": 99}, "rank=99"), ({"dropout": 1.0}, "dropout")]
+    ("kind", "settings", "sentence"),
+    [
+        *(
+            (kind, {"keep_ratio": ratio}, rf"keep_ratio={ratio} is outside \(0, 1\]")
+            for kind in (SparseExpert, MaskedExpert)
+            for ratio in (0.0, -0.1, 1.5)
+        ),
+        (LoRAExpert, {"rank": 0}, "rank=0"),
+        (LoRAExpert, {"rank": 99}, "rank=99"),
+        (LoRAExpert, {"dropout": 1.0}, "dropout"),
+    ],
 )
-def test_lora_refuses_numbers_without_meaning(settings: dict, sentence: str) -> None:
+def test_numbers_without_meaning_are_refused(kind: type, settings: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        LoRAExpert(torch.zeros(8, 8), **settings)
+        kind(torch.zeros(8, 8), **settings)
 
 
 def test_lora_scales_are_the_published_ones() -> None:
     weight = torch.zeros(64, 64)
     assert LoRAExpert(weight, rank=16, alpha=8).scale == 0.5
     assert LoRAExpert(weight, rank=16, alpha=8, rank_stabilized=True).scale == 2.0
-
-
-def test_full_expert_trains_the_weight_itself_in_float32() -> None:
-    model = nn.Sequential(nn.Linear(8, 8, bias=False)).bfloat16()
-    inject(model, FullExpert, ".*")
-    assert [(n, p.dtype) for n, p in model.named_parameters()] == [("0.weight", torch.float32)]
-    assert model(torch.ones(1, 8).bfloat16()).dtype == torch.bfloat16
 
 
 def test_masked_expert_hides_and_does_not_erase() -> None:
