@@ -230,6 +230,12 @@ def fit_tiny(tiny_llama_dir: Path, task_files: dict[str, Path], tmp_path: Path) 
 
 
 @pytest.fixture
+def fitted(fit_tiny: Callable) -> Callable:
+    """`fit_tiny` without validation."""
+    return functools.partial(fit_tiny, limit_val_batches=0)
+
+
+@pytest.fixture
 def two_task_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task_files: dict[str, Path]) -> Path:
     """The directory in which a user types commands: the current one, with the tasks `a.jsonl` and `b.jsonl`."""
     monkeypatch.chdir(tmp_path)

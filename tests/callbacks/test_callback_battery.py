@@ -25,17 +25,16 @@ from modular_experts.masks import GrowAndDrop, Reselect
 from modular_experts.testing import check_callback
 
 DROPOUT = partial(LoRAExpert, rank=2, dropout=0.3)
-CASES: dict[str, tuple[Callable, Callable]] = {
-    "mask": (MaskSchedule, SparseExpert),
+CASES: dict[str, tuple[partial, Callable]] = {
+    "mask": (partial(MaskSchedule), SparseExpert),
     "mask-passes": (partial(MaskSchedule, batches=2, rule=GrowAndDrop(every=3, until=0.9)), SparseExpert),
     "mask-masked": (partial(MaskSchedule, rule=Reselect(every=1)), MaskedExpert),
     "validation": (partial(EvenValidation, times=2), DROPOUT),
+    # These read an expert of a library.
+    "support": (partial(MaskSchedule, support="a"), SparseExpert),
+    "others": (partial(TrainUnderOthers, others="a", count=1), SparseExpert),
+    "gradient-mask": (partial(GradientMask, masks="a"), FullExpert),
 }
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_callback_keeps_its_state_within_a_fit(name) -> None:
-    check_callback(*CASES[name])
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +47,11 @@ def library(tmp_path_factory, tiny_llama_dir, task_files) -> Path:
     return folder / "library"
 
 
-@pytest.mark.parametrize(
-    ("kind", "expert"),
-    [
-        (partial(MaskSchedule, support="a"), SparseExpert),
-        (partial(TrainUnderOthers, others="a", count=1), SparseExpert),
-        (partial(GradientMask, masks="a"), FullExpert),
-    ],
-    ids=["support", "others", "gradient-mask"],
-)
-def test_so_does_one_that_reads_a_library(kind, expert, library, tiny_llama_dir) -> None:
-    (setting,) = (name for name, value in kind.keywords.items() if value == "a")
-    check_callback(partial(kind, **{setting: str(library / "a")}), expert, base=tiny_llama_dir)
+@pytest.mark.parametrize("name", CASES)
+def test_a_callback_keeps_its_state_within_a_fit(name, library, tiny_llama_dir) -> None:
+    kind, expert = CASES[name]
+    read = {setting: str(library / "a") for setting, value in kind.keywords.items() if value == "a"}
+    check_callback(partial(kind, **read), expert, base=tiny_llama_dir)
 
 
 def test_an_export_and_the_log_of_progress_begin_anew(tmp_path) -> None:

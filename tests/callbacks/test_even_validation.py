@@ -99,20 +99,20 @@ def test_it_decides_for_each_trainer_anew_and_knows_its_own(tmp_path) -> None:
 def test_a_run_resumed_from_any_validation_goes_on_with_the_same_losses_and_validations(
     tiny_llama_dir, task_files, tmp_path
 ) -> None:
-    """An epoch is six steps: some checkpoints are of its middle, some of its end."""
+    """An epoch is six steps: one checkpoint is of its middle, one of its end."""
 
     def run(ckpt: Path | None = None) -> tuple[list[float], list[int], Any]:
         losses, seen = runs.Losses(), Validated()
         torch.manual_seed(0)
         module = runs.module(tiny_llama_dir, partial(LoRAExpert, rank=2, dropout=0.3))
         saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", enable_version_counter=False)
-        trainer = runs.trainer(tmp_path, losses, seen, saving, max_steps=24, enable_checkpointing=True)
+        trainer = runs.trainer(tmp_path, losses, seen, saving, max_steps=18, enable_checkpointing=True)
         trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
         return losses.steps, seen.steps, trainer.fit_loop.epoch_loop._batches_that_stepped
 
     whole, validated, logged = run()
-    assert validated == [3, 6, 9, 12, 15, 18, 21, 24]
-    for step in validated[:-1:2]:
+    assert validated == [3, 6, 9, 12, 15, 18]
+    for step in (6, 9):
         after, rest, counted = run(tmp_path / f"step={step}.ckpt")
         assert after == whole[step:], step
         assert rest == [one for one in validated if one > step]

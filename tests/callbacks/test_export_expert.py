@@ -48,9 +48,11 @@ def test_the_best_state_is_exported_and_nothing_else_left(tiny_llama_dir, task_f
     assert not list(tmp_path.glob("best-of-*"))
 
 
-def test_the_last_state_is_exported_without_a_monitor_and_recorded(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_the_last_state_is_exported_without_a_monitor_with_a_record_of_how_it_was_trained(
+    fitted, tiny_llama_dir, tmp_path
+) -> None:
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export)
+    module, trainer, _ = fitted(SPARSE, export, max_steps=3, accumulate_grad_batches=2)
     stored = open_expert(export.target)
     for name, delta in module.task_vector():
         assert torch.equal(stored[name].dense(), delta.dense())
@@ -62,8 +64,14 @@ def test_the_last_state_is_exported_without_a_monitor_and_recorded(tiny_llama_di
     assert record["seed"] == 0
     settings = record["hyperparameters"]
     assert (settings["keep_ratio"], settings["granularity"], settings["learning_rate"]) == (0.1, "element", 1e-2)
-    assert settings["steps"] == 6
+    assert settings["steps"] == 3
     assert 0.09 < settings["kept"] < 0.11
+    training, rows = record["training"], {"train": 12, "validation": 6, "test": 6}
+    assert {name: task["rows"] for name, task in training.pop("data").items()} == {"upper": rows, "reverse": rows}
+    assert training == {
+        **{"batch_size": 4, "accumulate_grad_batches": 2, "rows": 24, "dtype": "float32", "precision": "32-true"},
+        **{"max_length": trainer.datamodule.max_length, "chat_template": None, "config": None},
+    }
 
 
 def test_a_state_that_trains_more_than_the_expert_keeps_is_never_the_best(tiny_llama_dir, task_files, tmp_path) -> None:
@@ -98,23 +106,9 @@ def test_a_training_that_stops_before_the_choice_says_that_it_keeps_more(tiny_ll
     assert said[0][0].startswith(warning)
 
 
-def test_the_record_tells_how_the_expert_was_trained(tiny_llama_dir, task_files, tmp_path) -> None:
-    export = ExportExpert(str(tmp_path / "library"), "mine")
-    settings = {"max_steps": 3, "accumulate_grad_batches": 2}
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export, **settings)
-    training = open_expert(export.target).record["training"]
-    data = runs.mixture(task_files, tiny_llama_dir)
-    rows = {"train": 12, "validation": 6, "test": 6}
-    assert {name: task["rows"] for name, task in training.pop("data").items()} == {"upper": rows, "reverse": rows}
-    assert training == {
-        **{"batch_size": 4, "accumulate_grad_batches": 2, "rows": 24, "dtype": "float32", "precision": "32-true"},
-        **{"max_length": data.max_length, "chat_template": None, "config": None},
-    }
-
-
 def test_an_existing_name_is_refused_before_training(tiny_llama_dir, task_files, tmp_path) -> None:
     library = str(tmp_path / "library")
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"))
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"), max_steps=1)
     losses = runs.Losses()
     with pytest.raises(FileExistsError, match="mine"):
         runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"), losses)
@@ -145,11 +139,18 @@ def _rising(base, files, folder, *callbacks, expert=SPARSE, steps=8, ckpt=None, 
     return module
 
 
-def test_a_run_resumed_to_train_longer_keeps_the_best_state_of_before(tiny_llama_dir, task_files, tmp_path, caplog):
+def test_a_run_resumed_to_train_longer_or_no_more_keeps_the_best_state_of_before(
+    tiny_llama_dir, task_files, tmp_path, caplog
+) -> None:
     place = tiny_llama_dir, task_files, tmp_path
     first = ExportExpert(str(tmp_path / "library"), "mine")
     _rising(*place, first)
     before = open_expert(first.target).content_hash
+    rest = ExportExpert(str(tmp_path / "library"), "mine", overwrite=True)
+    _rising(*place, rest, ckpt=tmp_path / "saved" / "step=8.ckpt")
+    assert rest.exported
+    assert open_expert(rest.target).record["hyperparameters"]["steps"] == 4
+    assert not list(tmp_path.glob("best-of-*"))
     again = ExportExpert(str(tmp_path / "library"), "mine", overwrite=True)
     longer = {"steps": 10, "ckpt": tmp_path / "saved" / "step=8.ckpt"}
     _rising(*place, again, **longer)
@@ -224,14 +225,4 @@ def test_an_interrupted_run_leaves_its_best_state_until_the_expert_is_complete(
     _rising(*place, resumed, steps=6, ckpt=tmp_path / "saved" / "step=4.ckpt")
     assert resumed.best_step == 4
     assert open_expert(resumed.target).content_hash == kept
-    assert not list(tmp_path.glob("best-of-*"))
-
-
-def test_a_resumed_run_with_nothing_left_to_train_exports_its_best_state(tiny_llama_dir, task_files, tmp_path) -> None:
-    place = tiny_llama_dir, task_files, tmp_path
-    _rising(*place, ExportExpert(str(tmp_path / "library"), "mine"), steps=6)
-    rest = ExportExpert(str(tmp_path / "library"), "mine", overwrite=True)
-    _rising(*place, rest, steps=6, ckpt=tmp_path / "saved" / "step=6.ckpt")
-    assert rest.exported
-    assert open_expert(rest.target).record["hyperparameters"]["steps"] == 4
     assert not list(tmp_path.glob("best-of-*"))

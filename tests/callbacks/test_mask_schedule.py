@@ -1,7 +1,6 @@
 """MaskSchedule: what is kept, when it changes, and what happens to values and moments that move."""
 
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +37,7 @@ def _changes(watch: Watch) -> list[int]:
     return [step + 1 for step, (a, b) in enumerate(pairs) if any(not torch.equal(a[name], b[name]) for name in a)]
 
 
-def test_the_first_support_is_the_top_of_the_gradient_of_the_scoring_batches(tiny_llama_dir, task_files, tmp_path):
+def test_the_first_support_is_the_top_of_the_gradient_of_the_scoring_batches(fitted):
     seen = {}
 
     class Gradients(SNIP):
@@ -47,7 +46,7 @@ def test_the_first_support_is_the_top_of_the_gradient_of_the_scoring_batches(tin
             return gradient.abs()
 
     watch = Watch(score=Gradients(), rule=SelectOnce(), batches=3)
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=2)
+    fitted(SPARSE, watch, max_steps=2)
     assert len(seen) == len(watch.supports[0]) == 4
     for gradient, (_, units) in zip(seen.values(), sorted(watch.supports[0].items()), strict=True):
         assert units.tolist() == top_k(gradient.abs(), units.numel()).tolist()
@@ -55,9 +54,9 @@ def test_the_first_support_is_the_top_of_the_gradient_of_the_scoring_batches(tin
 
 
 @pytest.mark.parametrize("kind", [SPARSE, BLOCK])
-def test_grow_and_drop_moves_the_support_at_its_steps_only(tiny_llama_dir, task_files, tmp_path, kind) -> None:
+def test_grow_and_drop_moves_the_support_at_its_steps_only(fitted, kind) -> None:
     watch = Watch(rule=GrowAndDrop(every=3, until=0.75, replace=0.5))
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, kind, watch, max_steps=12)
+    module, _, _ = fitted(kind, watch, max_steps=12)
     assert _changes(watch) == [3, 6]
     assert watch.selections == 3
     counts = {name: {s[name].numel() for s in watch.supports} for name in watch.supports[0]}
@@ -69,19 +68,19 @@ def test_grow_and_drop_moves_the_support_at_its_steps_only(tiny_llama_dir, task_
     assert shares["ever_trained"] == sum(ever.values()) / units
 
 
-def test_steps_are_optimizer_steps_whatever_the_accumulation(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_steps_are_optimizer_steps_whatever_the_accumulation(fitted) -> None:
     watch = Watch(rule=Reselect(every=2, until=1.0), score=RandomScore())
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=5, accumulate_grad_batches=3)
+    fitted(SPARSE, watch, max_steps=5, accumulate_grad_batches=3)
     assert _changes(watch) == [6, 12]  # micro-batches; three of them make a step
     assert watch.selections == 3  # one choice per due step, at its first micro-batch
     watch = Watch(rule=Reselect(every=2, until=1.0, unit="micro_batches"), score=RandomScore())
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=2, accumulate_grad_batches=3)
+    fitted(SPARSE, watch, max_steps=2, accumulate_grad_batches=3)
     assert _changes(watch) == [2, 4]
 
 
-def test_the_papers_schedule_starts_dense_and_freezes_after_the_first_epoch(tiny_llama_dir, task_files, tmp_path):
+def test_the_papers_schedule_starts_dense_and_freezes_after_the_first_epoch(fitted):
     watch = Watch(rule=Reselect(every=2))
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, watch, max_steps=14)  # an epoch is six steps
+    module, _, _ = fitted(MASKED, watch, max_steps=8)  # an epoch is six steps
     kept = [sum(units.numel() for units in supports.values()) for supports in watch.supports]
     units = sum(layer.expert.units for _, layer in expert_layers(module.model))
     assert kept[:2] == [units, units]
@@ -90,14 +89,14 @@ def test_the_papers_schedule_starts_dense_and_freezes_after_the_first_epoch(tiny
     assert watch.shares(module)["ever_trained"] == 1.0
 
 
-def test_training_shorter_than_the_interval_still_ends_sparse(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_training_shorter_than_the_interval_still_ends_sparse(fitted) -> None:
     watch = Watch()
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, watch, max_steps=6)
+    module, _, _ = fitted(MASKED, watch, max_steps=6)
     assert watch.selections == 1
     assert watch.shares(module)["kept"] < 0.11
 
 
-def test_masked_expert_is_scored_by_its_whole_change_times_the_gradient(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_masked_expert_is_scored_by_its_whole_change_times_the_gradient(fitted) -> None:
     found = []
 
     class Check(ConnectionSensitivity):
@@ -107,14 +106,14 @@ def test_masked_expert_is_scored_by_its_whole_change_times_the_gradient(tiny_lla
             return score
 
     watch = Watch(score=Check(), rule=Reselect(every=2))
-    runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, watch, max_steps=6)
+    fitted(MASKED, watch, max_steps=6)
     assert len(found) == 4 * 2
     for wanted, score, moved in found:
         assert torch.equal(wanted, score)
         assert moved > 0.5 * wanted.numel()  # hidden entries keep their values and still count
 
 
-def test_a_newcomer_starts_at_the_base_with_zero_moments(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_a_newcomer_starts_at_the_base_with_zero_moments(fitted, tiny_llama_dir) -> None:
     class Look(Watch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             before = {n: layer.expert.support_units().clone() for n, layer in expert_layers(pl_module.model)}
@@ -135,7 +134,7 @@ def test_a_newcomer_starts_at_the_base_with_zero_moments(tiny_llama_dir, task_fi
 
     # A choice from passes is made before its step, when a newcomer has not moved yet.
     look = Look(rule=GrowAndDrop(every=3, until=1.0, replace=0.5), batches=4)
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, look, max_steps=5)
+    module, _, _ = fitted(SPARSE, look, max_steps=5)
     assert look.looked
     base = runs.module(tiny_llama_dir, None)
     base.configure_model()
@@ -156,7 +155,7 @@ def test_units_that_leave_again_and_again_are_kept_in_mind_once() -> None:
     assert exchange.ever_trained("w", expert).tolist() == [0, 1, 2, 3]
 
 
-def test_slots_and_moments_follow_their_entries() -> None:
+def test_slots_and_moments_follow_their_entries_and_quantised_moments_do_not_move() -> None:
     slots, left = exchanged_slots(torch.tensor([2, 5, 9]), torch.tensor([1, 5, 9, 11]))
     assert slots.tolist() == [-1, 1, 2, -1]
     assert left.tolist() == [0]
@@ -164,17 +163,14 @@ def test_slots_and_moments_follow_their_entries() -> None:
     carry_state(state, torch.zeros(3), torch.tensor([2, -1, 0]))
     assert state["exp_avg"].tolist() == [3.0, 0.0, 1.0]
     assert state["step"] == 4
-
-
-def test_quantised_moments_do_not_move_to_other_entries() -> None:
     # In 8 bits a zero stands for the lowest number of a block, and neighbours share a scale.
     state = {"state1": torch.zeros(3, dtype=torch.uint8)}
     with pytest.raises(ValueError, match=r"cannot move to other entries; choose once, with .*SelectOnce"):
         carry_state(state, torch.zeros(3), torch.tensor([2, -1, 0]))
 
 
-def test_other_experts_are_left_alone(tiny_llama_dir, task_files, tmp_path: Path) -> None:
+def test_other_experts_are_left_alone(fitted) -> None:
     schedule = MaskSchedule()
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, schedule, max_steps=2)
+    module, _, _ = fitted(LoRAExpert, schedule, max_steps=2)
     assert schedule.selections == 0
     assert schedule.shares(module) == {}

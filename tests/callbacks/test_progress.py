@@ -36,11 +36,8 @@ def test_a_line_at_every_tenth_has_the_mean_loss_the_new_validation_loss_and_the
     assert means == pytest.approx(wanted, rel=1e-3)
 
 
-def test_accumulated_batches_count_in_full_and_a_line_comes_without_validation_too(
-    tiny_llama_dir, task_files, tmp_path, lines
-) -> None:
-    settings = {"max_steps": 2, "accumulate_grad_batches": 3, "limit_val_batches": 0}
-    runs.fit(tiny_llama_dir, task_files, tmp_path, partial(LoRAExpert, rank=2), **settings)
+def test_accumulated_batches_count_in_full_and_a_line_comes_without_validation_too(fitted, lines) -> None:
+    fitted(partial(LoRAExpert, rank=2), max_steps=2, accumulate_grad_batches=3)
     loss = next(re.search(r"loss ([\d.]+), 0:00:0\d left", line) for line in lines() if line.startswith("step 1/2"))
     assert 3 < float(loss[1]) < 6, "the loss of an untrained model of a hundred characters"
     assert any(line.startswith("trained on 24 rows in ") and "validation" not in line for line in lines())

@@ -32,9 +32,9 @@ class Halve(Schedule):
         return {"halvings": len(list(expert_layers(module.model)))}
 
 
-def test_a_schedule_of_ones_own_resizes_and_is_recorded_beside_the_mask_schedule(tiny_llama_dir, task_files, tmp_path):
+def test_a_schedule_of_ones_own_resizes_and_is_recorded_beside_the_mask_schedule(fitted, tiny_llama_dir, tmp_path):
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
-    module, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, Halve(), export, max_steps=2)
+    module, trainer, _ = fitted(SPARSE, Halve(), export, max_steps=2)
     kept = sum(layer.expert.values.numel() for _, layer in expert_layers(module.model))
     record = open_expert(export.target).record
     assert kept == 51 + 76 + 51 + 76
@@ -50,22 +50,19 @@ def test_a_schedule_of_ones_own_resizes_and_is_recorded_beside_the_mask_schedule
     assert sum(layer.expert.values.numel() for _, layer in expert_layers(fresh.model)) == kept
 
 
-@pytest.mark.parametrize("version", [1, 2])
 def test_only_checkpoints_that_say_that_nothing_was_resized_must_have_the_sizes_of_the_settings(
-    version: int, tiny_llama_dir, task_files, tmp_path
+    fitted, tiny_llama_dir, tmp_path
 ) -> None:
-    _, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, max_steps=1)
+    _, trainer, _ = fitted(SPARSE, max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    if version == 1:
-        del checkpoint["resized"]
     other = runs.module(tiny_llama_dir, partial(SparseExpert, keep_ratio=0.2))
-    if version == 1:
+    with pytest.raises(ValueError, match="the checkpoint's experts are not those configured"):
         other.on_load_checkpoint(checkpoint)
-        assert {layer.expert.kept_units for _, layer in expert_layers(other.model)} == {102, 153}
-    else:
-        with pytest.raises(ValueError, match="the checkpoint's experts are not those configured"):
-            other.on_load_checkpoint(checkpoint)
+    del checkpoint["resized"]  # as in the first version
+    other = runs.module(tiny_llama_dir, partial(SparseExpert, keep_ratio=0.2))
+    other.on_load_checkpoint(checkpoint)
+    assert {layer.expert.kept_units for _, layer in expert_layers(other.model)} == {102, 153}
 
 
 class Plain(LightningModule):

@@ -30,7 +30,9 @@ def library(tmp_path_factory, tiny_llama_dir, task_files):
         optimizer = partial(torch.optim.AdamW, lr=5e-2)
         module = runs.module(tiny_llama_dir, expert, optimizer=optimizer)
         files = {"upper": task_files["upper"]}
-        runs.trainer(folder, export, ONCE(), max_steps=2).fit(module, runs.mixture(files, tiny_llama_dir))
+        runs.trainer(folder, export, ONCE(), max_steps=2, limit_val_batches=0).fit(
+            module, runs.mixture(files, tiny_llama_dir)
+        )
     return folder / "library"
 
 
@@ -48,22 +50,27 @@ class Weights(Callback):
         self.steps.append((weights, deltas))
 
 
-def _fit(base, files, folder, expert, *callbacks, ckpt=None, module=None, **settings) -> tuple:
-    torch.manual_seed(0)
-    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-    module = runs.module(base, expert, **({"optimizer": optimizer} | (module or {})))
-    trainer = runs.trainer(folder, *callbacks, **settings)
-    trainer.fit(module, runs.mixture({"reverse": files["reverse"]}, base, seed=0), ckpt_path=ckpt)
-    return module, trainer
+@pytest.fixture
+def fit_reverse(tiny_llama_dir, task_files, tmp_path):
+    """Train an expert of another task than those of the library, and return its module."""
+
+    def fit(expert, *callbacks, base=tiny_llama_dir, module=None, **settings):
+        torch.manual_seed(0)
+        optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+        module = runs.module(base, expert, **({"optimizer": optimizer} | (module or {})))
+        data = runs.mixture({"reverse": task_files["reverse"]}, base, seed=0)
+        runs.trainer(tmp_path, *callbacks, limit_val_batches=0, **settings).fit(module, data)
+        return module
+
+    return fit
 
 
 @pytest.mark.parametrize("expert", [SPARSE, BLOCK, LORA], ids=["entries", "tiles", "lora"])
 def test_each_step_is_computed_with_the_base_the_expert_and_the_scaled_others(
-    expert, library, tiny_llama_dir, task_files, tmp_path
+    expert, library, tiny_llama_dir, fit_reverse
 ) -> None:
     watch, others = Weights(), TrainUnderOthers(str(library), count=2, scale=0.5, seed=0)
-    schedules = [] if expert is LORA else [ONCE()]
-    _fit(tiny_llama_dir, task_files, tmp_path, expert, others, *schedules, watch)
+    fit_reverse(expert, others, *([] if expert is LORA else [ONCE()]), watch)
     base, deltas = Base.open(tiny_llama_dir), {name: open_expert(library / name) for name in "abc"}
     pairs = [("a", "b"), ("a", "c"), ("b", "c")]
     drawn = set()
@@ -88,7 +95,7 @@ def test_each_step_is_computed_with_the_base_the_expert_and_the_scaled_others(
     ("expert", "first"), [(SPARSE, True), (BLOCK, False), (LORA, True)], ids=["entries", "tiles", "lora"]
 )
 def test_nothing_of_the_others_stays_in_the_base_or_in_the_export(
-    expert, first, library, tiny_llama_dir, task_files, tmp_path
+    expert, first, library, tiny_llama_dir, fit_reverse, tmp_path
 ) -> None:
     """Choices of other entries while the others are in the base change nothing of it."""
     others = TrainUnderOthers(str(library), count=2, scale=0.5, seed=0)
@@ -96,7 +103,7 @@ def test_nothing_of_the_others_stays_in_the_base_or_in_the_export(
     schedules = [] if expert is LORA else [schedule]
     listed = [others, *schedules] if first else [*schedules, others]
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
-    module, _ = _fit(tiny_llama_dir, task_files, tmp_path, expert, *listed, export)
+    module = fit_reverse(expert, *listed, export)
     base, stored = Base.open(tiny_llama_dir), open_expert(export.target)
     for name, layer in expert_layers(module.model):
         expected = base.weight(name)
@@ -108,9 +115,7 @@ def test_nothing_of_the_others_stays_in_the_base_or_in_the_export(
     assert stored.record["costs"]["others"] == 2
 
 
-def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(
-    library, tiny_llama_dir, task_files, tmp_path
-) -> None:
+def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(library, tiny_llama_dir, fit_reverse) -> None:
     seen = []
 
     class Seen(Callback):
@@ -120,7 +125,7 @@ def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(
     name = "model.layers.0.mlp.down_proj.weight"
     others = TrainUnderOthers([str(library / "a")], count=1, scale=0.5)
     settings = {"dtype": "bfloat16", "modules": "q_proj"}
-    module, _ = _fit(tiny_llama_dir, task_files, tmp_path, SPARSE, others, ONCE(), Seen(), max_steps=2, module=settings)
+    module = fit_reverse(SPARSE, others, ONCE(), Seen(), max_steps=2, module=settings)
     start = Base.open(tiny_llama_dir).weight(name).bfloat16()
     moved = (start.double() + 0.5 * open_expert(library / "a")[name].dense().double()).bfloat16()
     assert torch.equal(seen[0], moved)
@@ -138,7 +143,7 @@ def test_experts_of_the_trained_task_are_left_out(library, tiny_llama_dir, task_
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_full_experts_step_from_their_own_weight_along_the_gradient_under_the_others(
-    rate, library, tiny_llama_dir, task_files, tmp_path
+    rate, library, tiny_llama_dir, fit_reverse
 ) -> None:
     """Against a plain model in float64; at a rate of zero, not one bit of the weight moves."""
 
@@ -146,13 +151,10 @@ def test_full_experts_step_from_their_own_weight_along_the_gradient_under_the_ot
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             self.batch = {key: batch[key] for key in (*keys, "position_ids") if key in batch}
 
-    keys, watch, others = (
-        ("input_ids", "attention_mask", "labels"),
-        Batches(),
-        TrainUnderOthers(str(library), scale=0.5),
-    )
+    keys, watch = ("input_ids", "attention_mask", "labels"), Batches()
+    others = TrainUnderOthers(str(library), scale=0.5)
     settings = {"optimizer": partial(torch.optim.SGD, lr=rate), "scheduler": Constant()}
-    module, _ = _fit(tiny_llama_dir, task_files, tmp_path, FullExpert, others, watch, max_steps=1, module=settings)
+    module = fit_reverse(FullExpert, others, watch, max_steps=1, module=settings)
     base = Base.open(tiny_llama_dir)
     plain = base.load("float64")
     with torch.no_grad():
@@ -175,13 +177,10 @@ class Gain(LoRAExpert):
     delta_of_base = True
 
 
-def test_a_delta_made_of_weights_of_the_base_is_refused(library, tiny_llama_dir, task_files, tmp_path) -> None:
+def test_what_cannot_train_under_others_is_refused(library, fit_reverse, tiny) -> None:
     with pytest.raises(ValueError, match=r"the Gain at model\.layers\.0.* makes its delta of weights of the base"):
-        _fit(tiny_llama_dir, task_files, tmp_path, Gain, TrainUnderOthers(str(library)))
-
-
-def test_other_bases_and_no_others_are_refused(library, tiny_llama_dir, tiny, task_files, tmp_path) -> None:
+        fit_reverse(Gain, TrainUnderOthers(str(library)))
     with pytest.raises(ValueError, match="was trained on another base"):
-        _fit(tiny("qwen2"), task_files, tmp_path, SPARSE, TrainUnderOthers(str(library)))
+        fit_reverse(SPARSE, TrainUnderOthers(str(library)), base=tiny("qwen2"))
     with pytest.raises(ValueError, match="count=0 must be at least 1"):
         TrainUnderOthers(str(library), count=0)
