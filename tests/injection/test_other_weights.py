@@ -21,7 +21,7 @@ from modular_experts.base.structure import split_slice, weight_of
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
 from modular_experts.deltas import Dense
 from modular_experts.evaluation import likelihood
-from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import eject, expert_layers, find_sites, inject, task_vector
 from modular_experts.library import open_expert
 from modular_experts.masks import SelectOnce
@@ -76,14 +76,6 @@ SLICED = ["mixtral", "gpt_oss"]
 IDS = (torch.arange(40).view(2, 20) * 7) % 90 + 3
 
 
-def step(model: nn.Module, steps: int = 2) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mixtral on disk, whose files hold a tensor for each matrix of each expert."""
@@ -93,6 +85,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def check_gradients(expert: Expert, wanted: Tensor) -> None:
+    """Compare the gradients of an expert's parameters with those that follow from the whole weight's gradient."""
+    exact = {"rtol": 1e-9, "atol": 1e-12}
+    if isinstance(expert, LoRAExpert):
+        torch.testing.assert_close(expert.up.grad, expert.scale * wanted @ expert.down.T, **exact)
+        torch.testing.assert_close(expert.down.grad, expert.scale * expert.up.T @ wanted, **exact)
+    elif isinstance(expert, MaskedExpert):
+        torch.testing.assert_close(expert.change.grad, wanted * expert.mask, **exact)
+    else:
+        kept = expert._read(wanted.contiguous(), expert.indices)
+        torch.testing.assert_close(expert.values.grad, kept, **exact)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", SLICED)
 def test_gradients_are_those_of_dense_autograd(base: str, kind: str) -> None:
@@ -100,7 +105,7 @@ def test_gradients_are_those_of_dense_autograd(base: str, kind: str) -> None:
     dense.set_experts_implementation("eager")  # the grouped product takes no float64
     names = inject(model, KINDS[kind], "all-linear")
     assert sum("[" in name for name in names) == 2 * 2 * 4
-    step(model, 1)  # moves values and factors away from zero
+    runs.take_steps(model, IDS, 1)  # moves values and factors away from zero
     with torch.no_grad():
         for name, delta in task_vector(model):
             delta.add_to(weight_of(dense, name))
@@ -111,36 +116,7 @@ def test_gradients_are_those_of_dense_autograd(base: str, kind: str) -> None:
             continue
         whole, number = split_slice(name)
         wanted = dense.get_parameter(whole).grad[number]
-        wanted = wanted.T if layer.is_transposed else wanted
-        expert = layer.expert
-        if kind == "lora":
-            torch.testing.assert_close(expert.up.grad, expert.scale * wanted @ expert.down.T, rtol=1e-9, atol=1e-14)
-            torch.testing.assert_close(expert.down.grad, expert.scale * expert.up.T @ wanted, rtol=1e-9, atol=1e-14)
-        elif kind == "masked":
-            torch.testing.assert_close(expert.change.grad, wanted * expert.mask, rtol=1e-9, atol=1e-14)
-        else:
-            kept = expert._read(wanted.contiguous(), expert.indices)
-            torch.testing.assert_close(expert.values.grad, kept, rtol=1e-9, atol=1e-14)
-
-
-@pytest.mark.parametrize(("base", "kind"), [*zip(SLICED * 3, KINDS, strict=False)])
-def test_copies_go_on_working_and_eject_gives_the_base_back(base: str, kind: str) -> None:
-    model, plain = mixture(base), mixture(base)
-    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    inject(model, KINDS[kind], "all-linear")
-    assert before.keys() <= model.state_dict().keys()
-    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-6, atol=1e-6)
-    step(model)
-    wanted = model(IDS).logits
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(IDS).logits, wanted)
-    names = inject(model, LoRAExpert, "all-linear")
-    assert names == [name for name, _ in expert_layers(model)]
-    eject(model)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+        check_gradients(layer.expert, wanted.T if layer.is_transposed else wanted)
 
 
 def test_patterns_name_all_matrices_or_one_and_full_experts_are_refused() -> None:
@@ -179,7 +155,7 @@ def trained(base: Path, files, folder: Path, plan, *callbacks: Callback, ckpt=No
     torch.manual_seed(0)
     losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     module = runs.module(base, None, experts=plan, optimizer=optimizer, scheduler=Constant())
-    trainer = runs.trainer(folder, losses, *callbacks, **settings)
+    trainer = runs.trainer(folder, losses, *callbacks, limit_val_batches=0, **settings)
     trainer.fit(module, runs.mixture({task: files[task]}, base, seed=0), ckpt_path=ckpt)
     return module, trainer, losses.steps
 
@@ -195,25 +171,28 @@ def first_gradient(base: Path, files: dict[str, Path], name: str) -> Tensor:
     return gradient if number is None else gradient[number]
 
 
-@pytest.mark.parametrize("kind", ["element", "lora"])
-def test_a_run_resumes_and_its_expert_gives_the_same_logits(kind: str, saved, task_files, tmp_path) -> None:
-    export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
-    fit = partial(trained, saved, task_files, tmp_path, {"all-linear": KINDS[kind]})
+def check_resumed(fit, expert: Path, folder: Path) -> nn.Module:
+    """Train, and again in two parts with the same losses; return the model whose expert was exported."""
+    export = ExportExpert(str(expert.parent), expert.name, monitor=None)
     module, _, losses = fit(MaskSchedule(rule=SelectOnce()), export)
     assert all(torch.isfinite(torch.tensor(losses)))
     _, trainer, start = fit(MaskSchedule(rule=SelectOnce()), max_steps=3)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    *_, end = fit(MaskSchedule(rule=SelectOnce()), ckpt=tmp_path / "a.ckpt")
+    trainer.save_checkpoint(folder / "a.ckpt")
+    *_, end = fit(MaskSchedule(rule=SelectOnce()), ckpt=folder / "a.ckpt")
     assert start + end == losses
-    fresh = Base.open(saved).load()
+    return module.model.eval()
+
+
+@pytest.mark.parametrize("kind", ["element", "lora"])
+def test_a_run_resumes_and_its_expert_gives_the_same_logits(kind: str, saved, task_files, tmp_path) -> None:
+    fit, expert = partial(trained, saved, task_files, tmp_path, {"all-linear": KINDS[kind]}), tmp_path / "library/mine"
+    model, fresh = check_resumed(fit, expert, tmp_path), Base.open(saved).load()
     before = fresh(IDS).logits
-    with applied(fresh, export.target):
-        torch.testing.assert_close(fresh(IDS).logits, module.model.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
+    with applied(fresh, expert):
+        torch.testing.assert_close(fresh(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(fresh(IDS).logits, before)
-    moved = [name for name in open_expert(export.target) if "[" in name]
-    assert len(moved) == 16
-    others = TrainUnderOthers([str(export.target)], count=1)
-    below, *_ = fit(others, task="reverse", max_steps=2)
+    assert len([name for name in open_expert(expert) if "[" in name]) == 16
+    below, *_ = fit(TrainUnderOthers([str(expert)], count=1), task="reverse", max_steps=2)
     eject(below.model)
     torch.testing.assert_close(below.model(IDS).logits, before, rtol=0, atol=0)
 
@@ -264,7 +243,7 @@ def test_one_expert_of_a_tied_tensor_gets_the_gradient_of_both_uses(kind: str, p
     base = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     names = inject(model, {"embed_tokens": OTHERS[kind], "input_layernorm|norm": FullExpert})
     assert [name for name in names if "norm" not in name] == [EMBEDDINGS]
-    step(model, 1)
+    runs.take_steps(model, IDS, 1)
     with torch.no_grad():
         for name, delta in task_vector(model, base.__getitem__):
             delta.add_to(dense.get_parameter(name))
@@ -274,33 +253,41 @@ def test_one_expert_of_a_tied_tensor_gets_the_gradient_of_both_uses(kind: str, p
         monkeypatch.setattr(likelihood, "PART", 8)
     for one in (model, dense):
         likelihood.batch_losses(one, batch)[0].sum().backward()
-    wanted, layer = dense.get_parameter(EMBEDDINGS).grad, dict(expert_layers(model))[EMBEDDINGS]
-    expert, exact = layer.expert, {"rtol": 1e-9, "atol": 1e-12}
-    if kind == "lora":
-        torch.testing.assert_close(expert.up.grad, expert.scale * wanted @ expert.down.T, **exact)
-    elif kind == "masked":
-        torch.testing.assert_close(expert.change.grad, wanted * expert.mask, **exact)
-    elif kind == "full":
-        torch.testing.assert_close(layer.weight.grad, wanted, **exact)
+    wanted, layers = dense.get_parameter(EMBEDDINGS).grad, dict(expert_layers(model))
+    if kind == "full":
+        torch.testing.assert_close(layers[EMBEDDINGS].weight.grad, wanted, rtol=1e-9, atol=1e-12)
     else:
-        torch.testing.assert_close(expert.values.grad, expert._read(wanted, expert.indices), **exact)
+        check_gradients(layers[EMBEDDINGS].expert, wanted)
     norm = "model.norm.weight"
-    torch.testing.assert_close(dict(expert_layers(model))[norm].weight.grad, dense.get_parameter(norm).grad, **exact)
+    wanted = dense.get_parameter(norm).grad
+    torch.testing.assert_close(layers[norm].weight.grad, wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [*zip(OTHERS, [torch.float32, torch.bfloat16] * 3, strict=True)])
-def test_experts_of_other_parameters_survive_copies_and_leave_the_base_behind(kind: str, dtype: torch.dtype) -> None:
-    model = tied().to(dtype)
+COPIED = {f"{base} {kind}": (base, kind, torch.float32) for base, kind in zip(SLICED * 3, KINDS, strict=False)}
+COPIED |= {
+    f"tied {kind}": ("tied", kind, dtype)
+    for kind, dtype in zip(OTHERS, [torch.float32, torch.bfloat16] * 3, strict=True)
+}
+
+
+@pytest.mark.parametrize(("base", "kind", "dtype"), COPIED.values(), ids=COPIED)
+def test_copies_go_on_working_and_experts_leave_the_base_behind(base, kind, dtype) -> None:
+    model = tied().to(dtype) if base == "tied" else mixture(base)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = model(IDS).logits
-    inject(model, {"embed_tokens": OTHERS[kind], "input_layernorm|norm": FullExpert})
+    tied_plan = {"embed_tokens": OTHERS[kind], "input_layernorm|norm": FullExpert}
+    inject(model, tied_plan if base == "tied" else {"all-linear": KINDS[kind]})
     assert before.keys() <= model.state_dict().keys()
-    step(model)
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-6, atol=1e-6)
+    runs.take_steps(model, IDS)
     wanted = model(IDS).logits
     assert wanted.dtype == dtype
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(IDS).logits, wanted)
-    eject(model, before.__getitem__)
+    if base != "tied":
+        names = inject(model, LoRAExpert, "all-linear")
+        assert names == [name for name, _ in expert_layers(model)]
+    eject(model, *([before.__getitem__] if base == "tied" else []))
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -320,19 +307,14 @@ def saved_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_of_a_tied_tensor_resumes_and_its_checkpoint_gives_the_same_logits(
     kind: str, saved_tied, task_files, tmp_path
 ) -> None:
-    export, plan = ExportExpert(str(tmp_path / "library"), "mine", monitor=None), {"embed_tokens": OTHERS[kind]}
-    fit = partial(trained, saved_tied, task_files, tmp_path, plan)
-    schedule = partial(MaskSchedule, rule=SelectOnce())
-    module, _, losses = fit(schedule(), export)
-    _, trainer, start = fit(schedule(), max_steps=3)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    *_, end = fit(schedule(), ckpt=tmp_path / "a.ckpt")
-    assert start + end == losses
-    assert list(open_expert(export.target)) == [EMBEDDINGS]
-    apply([export.target], tmp_path / "checkpoint")
+    fit = partial(trained, saved_tied, task_files, tmp_path, {"embed_tokens": OTHERS[kind]})
+    expert = tmp_path / "library/mine"
+    model = check_resumed(fit, expert, tmp_path)
+    assert list(open_expert(expert)) == [EMBEDDINGS]
+    apply([expert], tmp_path / "checkpoint")
     found = Base.open(tmp_path / "checkpoint").load()
     assert found.lm_head.weight is found.model.embed_tokens.weight
-    torch.testing.assert_close(found(IDS).logits, module.model.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batches", ["step", 1])

@@ -5,13 +5,16 @@ import pytest
 import torch
 import transformers
 from testbed.other_experts import BiasExpert, GatedExpert
+from testbed.runs import take_steps
 
 from modular_experts.__main__ import main
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.injection import inject, load_expert_state
+from modular_experts.injection.attach import attached
 from modular_experts.injection.save import save_expert
-from modular_experts.library import Library, open_expert, open_experts
+from modular_experts.library import Library, make_record, open_expert, open_experts, write_expert
 
 IDS = torch.arange(30).view(2, 15) + 3
 
@@ -22,12 +25,7 @@ def load(directory, dtype=torch.float32):
 
 def train(model, experts, modules=None):
     inject(model, experts, modules)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(2):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    return take_steps(model, IDS)
 
 
 def test_a_loop_of_ones_own_saves_an_expert_that_reproduces_it(tiny, tmp_path) -> None:
@@ -84,6 +82,14 @@ def test_what_is_no_delta_is_stored_shown_verified_and_not_merged(tiny, tmp_path
     assert "not possible, because its gate depends on the input" in capsys.readouterr().out
     assert main(["merge", "--experts", f"[{expert.path}]", "--method", "Average", "--out", str(tmp_path / "m")]) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_a_state_of_a_class_that_is_not_built_in_is_refused(tiny_llama_dir, tmp_path) -> None:
+    record = make_record("Mine", Base.open(tiny_llama_dir).facts, not_mergeable_because="it looks at the input")
+    write_expert(tmp_path / "library/mine", {}, record, state={"w/x": torch.ones(2)})
+    sentence = "mine cannot be added to its base, because it looks at the input, and its record names neither a plan"
+    with pytest.raises(ValueError, match=sentence):
+        attached(conftest.build_model("llama"), open_expert(tmp_path / "library/mine"))
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tiny, tmp_path) -> None:

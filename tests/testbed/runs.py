@@ -65,3 +65,13 @@ def fit(
     run = trainer(folder, losses, *callbacks, **settings)
     run.fit(trained, mixture(files, base, **(data or {})), ckpt_path=ckpt)
     return trained, run, losses.steps
+
+
+def take_steps(model: torch.nn.Module, ids: torch.Tensor, steps: int = 2) -> torch.nn.Module:
+    """Train what a model trains in a plain loop, and return it."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
