@@ -167,6 +167,8 @@ def test_a_weight_that_does_not_fit_is_refused_before_any_is_moved(tiny_llama_di
         apply_deltas(model, [good, {"model.layers.0.self_attn.k_proj.weight": Dense(torch.ones(32, 16))}])
     with pytest.raises(ValueError, match=r"q_proj.weight as a weight of shape \(16, 32\)"):
         apply_deltas(model, [{next(iter(good)): Dense(torch.ones(16, 32))}, good])
+    with pytest.raises(ValueError, match="no such weight"), applied(model, [{unknown: Dense(torch.ones(2, 2))}]):
+        pass
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     apply_deltas(model, [good])
     assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before[next(iter(good))])
@@ -216,33 +218,39 @@ def test_of_several_the_last_is_removed_first(tiny_llama_dir) -> None:
     assert torch.equal(model.get_parameter(name), before)
 
 
-def test_applied_refuses_an_unknown_weight_with_a_sentence(tiny_llama_dir) -> None:
-    wrong = {"model.layers.0.mlp.up.weight": Dense(torch.zeros(2, 2))}
-    with pytest.raises(ValueError, match="no such weight"), applied(Base.open(tiny_llama_dir).load(), [wrong]):
-        pass
-
-
-def test_interrupted_checkpoint_goes_on_with_the_file_where_it_stopped(tmp_path, monkeypatch):
+@pytest.fixture
+def shards(tmp_path):
+    """A base in many files, an expert, and the checkpoint of both."""
     build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
     expert = make(tmp_path / "one", tmp_path / "base", 1)
     apply([expert], tmp_path / "whole")
+    return expert
+
+
+def interrupt(expert, out, monkeypatch, at) -> list[str]:
+    """Stop an application at the weight of a number, and return the list of all weights that are ever asked for."""
     asked, read = [], Sum.__getitem__
 
     def interrupted(self, name):
         asked.append(name)
-        if len(asked) == 4:
+        if len(asked) == at:
             raise KeyboardInterrupt
         return read(self, name)
 
     monkeypatch.setattr(Sum, "__getitem__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        apply([expert], tmp_path / "out")
+        apply([expert], out)
+    return asked
+
+
+def test_interrupted_checkpoint_goes_on_with_the_file_where_it_stopped(shards, tmp_path, monkeypatch):
+    asked = interrupt(shards, tmp_path / "out", monkeypatch, 4)
     assert not (tmp_path / "out").exists()
     finished = len(list(next(tmp_path.glob(".out.*")).glob("model-*.safetensors")))
     assert finished > 0
-    found = apply([expert], tmp_path / "out")
+    found = apply([shards], tmp_path / "out")
     assert found.largest_difference == 0
-    assert len(asked) < 4 + len(open_expert(expert))  # what was finished was not asked for again
+    assert len(asked) < 4 + len(open_expert(shards))  # what was finished was not asked for again
     for file in (tmp_path / "whole").iterdir():
         if file.name != "modular_experts.json":
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -254,29 +262,15 @@ def test_interrupted_checkpoint_goes_on_with_the_file_where_it_stopped(tmp_path,
     )
 
 
-def test_finished_files_that_changed_are_written_again(tmp_path, monkeypatch):
-    build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
-    expert = make(tmp_path / "one", tmp_path / "base", 1)
-    read, asked = Sum.__getitem__, []
-
-    def interrupted(self, name):
-        asked.append(name)
-        if len(asked) == 6:
-            raise KeyboardInterrupt
-        return read(self, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Sum, "__getitem__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            apply([expert], tmp_path / "out", verify=False)
+def test_finished_files_that_changed_are_written_again(shards, tmp_path, monkeypatch):
+    interrupt(shards, tmp_path / "out", monkeypatch, 6)
     (place,) = tmp_path.glob(".out.*")
     first, second, *_ = sorted(place.glob("model-*.safetensors"))
     content = bytearray(first.read_bytes())
     content[-1] ^= 1
     first.write_bytes(content)
     (place / f".{second.name}.json").write_text("")
-    apply([expert], tmp_path / "out", verify=False)
-    apply([expert], tmp_path / "whole", verify=False)
+    apply([shards], tmp_path / "out", verify=False)
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 

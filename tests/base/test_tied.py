@@ -1,5 +1,6 @@
 """A tied base and its untied copy: they compute the same, and experts of both combine where that means one thing."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -23,12 +24,26 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A directory to stand in, with a tied base, its untied copy, and adapters: of each base one for `q_proj`, and for
-    the copy one that moves the head and `q_proj`.
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A directory with a tied base, its untied copy, and adapters: of each base one for `q_proj`, and for the copy one
+    that moves the head and `q_proj`.
     """
+    place = tmp_path_factory.mktemp("made")
+    with contextlib.chdir(place):
+        make()
+    return place
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy of that directory to stand in."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make() -> None:
     build_model("llama", tie_word_embeddings=True).save_pretrained("tied")
     build_tokenizer().save_pretrained("tied")
     Base.open("tied").untie("untied")
@@ -37,10 +52,9 @@ def place(tmp_path, monkeypatch):
     ):
         config = LoraConfig(r=2, lora_alpha=4, target_modules=modules, task_type="CAUSAL_LM")
         import_expert(save_adapter(Path(base), Path("peft", name), config, seed), f"library/{name}")
-    made = make_record("SparseExpert", Base.open("tied").facts)
+    record = make_record("SparseExpert", Base.open("tied").facts)
     shape = load_file("tied/model.safetensors")[EMBEDDINGS].shape
-    write_expert("library/both", {EMBEDDINGS: Sparse(torch.tensor([3]), torch.ones(1), shape)}, made)
-    return tmp_path
+    write_expert("library/both", {EMBEDDINGS: Sparse(torch.tensor([3]), torch.ones(1), shape)}, record)
 
 
 def stated(name: str) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kept" / "modular_experts"
 
 
-def test_a_source_is_compiled_once_and_that_is_said_once(source, folder, caplog) -> None:
+def test_each_source_with_its_flags_is_compiled_once_and_that_is_said_once(source, folder, caplog) -> None:
     with caplog.at_level(logging.INFO, logger=compiled.__name__):
         for _ in range(2):
             library = load(source, "-DSEVEN=7")
@@ -40,25 +40,17 @@ def test_a_source_is_compiled_once_and_that_is_said_once(source, folder, caplog)
     assert line.startswith("Compiled seven.cpp in ")
     (kept,) = folder.iterdir()
     assert kept.suffix == ".so"
-
-
-def test_another_source_or_other_flags_make_another_library(source, folder) -> None:
-    assert load(source, "-DSEVEN=7").seven() == 7
     assert load(source, "-DSEVEN=8").seven() == 8
     source.write_text('extern "C" int seven() { return 9; }\n')
     assert load(source, "-DSEVEN=7").seven() == 9
     assert len(list(folder.iterdir())) == 3
 
 
-def test_the_package_has_three_sources() -> None:
+def test_our_three_sources_have_no_warning(source) -> None:
     assert [file.name for file in SOURCES] == ["native.cpp", "products.cpp", "sparse_passes.cpp"]
-
-
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
-def test_our_sources_have_no_warning(file, source) -> None:
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-parameter"]
     compiler = next(filter(None, map(shutil.which, compiled.COMPILERS)))
-    command = [compiler, "-std=c++17", "-march=native", "-fsyntax-only", *strict, file]
+    command = [compiler, "-std=c++17", "-march=native", "-fsyntax-only", *strict, *SOURCES]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -95,7 +95,7 @@ def test_scales_that_only_some_codes_make_infinite_are_left_to_torch(monkeypatch
     assert mine == wanted == "its values hold numbers that are not finite"
 
 
-def test_places_outside_of_the_rows_are_left_to_torch() -> None:
+def test_places_outside_of_the_rows_and_other_tensors_are_left_to_torch() -> None:
     packed, stored = pack(random_delta("Sparse", (90, 70), 0, torch.float32), "int4")
     count = stored.sizes["values"][0]
     encoded = Encoded(packed["values.codes"], packed["values.scales"], count)
@@ -108,12 +108,8 @@ def test_places_outside_of_the_rows_are_left_to_torch() -> None:
     for wrong in (24, 2**31 - 1, -(2**31)):
         blocks = torch.full((stored.sizes["values"][0],), wrong, dtype=torch.int32)
         assert decode_values(ENCODINGS["int4"], encoded, blocks, stored.layout("values")) is None
-
-
-def test_other_tensors_are_left_to_torch() -> None:
     packed, stored = pack(random_delta("Dense", (90, 70), 0, torch.float32), "sign")
-    encoded = Encoded(packed["dense.codes"], packed["dense.scales"], 6300)
-    layout = stored.layout("dense")
+    encoded, layout = Encoded(packed["dense.codes"], packed["dense.scales"], 6300), stored.layout("dense")
     assert decode_values(ENCODINGS["sign"], encoded, None, layout) is not None
     for other in (replace(encoded, scales=encoded.scales.float()), replace(encoded, planes=encoded.planes[:, ::2])):
         assert decode_values(ENCODINGS["sign"], other, None, layout) is None
@@ -153,11 +149,6 @@ def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
     assert numbers[9_990:].eq(-7).all()
 
 
-def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
-    gaps = torch.full((9_000_000,), 255, dtype=torch.uint8)
-    assert decode_numbers("gaps", gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
-
-
 @pytest.mark.parametrize(("share", "limit"), [(0.2, 70_001), (1.0, 2**16)])
 def test_masks_are_decoded_to_the_numbers(share, limit) -> None:
     kept = torch.rand(limit, generator=torch.Generator().manual_seed(9)) < share
@@ -189,7 +180,9 @@ def test_rice_codes_are_decoded_to_the_numbers(low) -> None:
     assert decode_numbers("rice", code, len(numbers))[1] is None
 
 
-def test_the_last_number_of_a_rice_code_is_right_beyond_int32() -> None:
+def test_the_last_number_of_gaps_and_of_a_rice_code_is_right_beyond_int32() -> None:
+    gaps = torch.full((9_000_000,), 255, dtype=torch.uint8)
+    assert decode_numbers("gaps", gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
     code = torch.zeros(1 + 8_000 + 2**21, dtype=torch.uint8)
     code[0], code[1:8_001], code[-1000:] = 8, 255, 255
     assert decode_numbers("rice", code, 8_000)[1] == ((8 * (2**21 - 1000)) << 8) + 8_000 * 256 - 1 > 2**31
