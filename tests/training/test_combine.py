@@ -36,7 +36,8 @@ def place(tmp_path_factory):
             split = ("train", "train", "validation", "test")[count % 4]
             rows.append({"input": f"{sign}{sign} {word}", "target": answers[word[-1] == "q"], "split": split})
         write_rows(place / f"{name}.jsonl", rows)
-        how = {"steps": 40, "batch_size": 8, "learning_rate": 0.03, "keep_inputs": 24, "trainer": QUIET}
+        how = {"steps": 40, "batch_size": 8, "learning_rate": 0.03, "keep_inputs": 24}
+        how["trainer"] = QUIET | {"limit_val_batches": 0}
         fit(place / "base", place / f"{name}.jsonl", LoRAExpert, "all-linear", place / "library" / name, **how)
     return place
 

@@ -25,14 +25,18 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_it_is_the_lightning_form_with_its_callbacks_chosen(place, tiny_llama_dir, task_files) -> None:
-    files = [str(path) for path in task_files.values()][:1]
+@pytest.fixture
+def tasks(task_files) -> list[str]:
+    return [str(task_files["upper"])]
+
+
+def test_it_is_the_lightning_form_with_its_callbacks_chosen(place, tiny_llama_dir, tasks) -> None:
     expert = partial(LoRAExpert, rank=2, dropout=0.1)
-    found = fit(tiny_llama_dir, files, expert, runs.TARGET, "library/a", steps=4, batch_size=4, trainer=QUIET)
+    found = fit(tiny_llama_dir, tasks, expert, runs.TARGET, "library/a", steps=4, batch_size=4, trainer=QUIET)
     seed_everything(0, workers=True, verbose=False)
     settings = QUIET | {"max_steps": 4, "use_distributed_sampler": False, "enable_model_summary": False}
     trainer = Trainer(callbacks=[ExportExpert("library", "b")], **settings)
-    trainer.fit(ExpertModule(str(tiny_llama_dir), runs.TARGET, expert), TaskMixture(files, str(tiny_llama_dir), 4))
+    trainer.fit(ExpertModule(str(tiny_llama_dir), runs.TARGET, expert), TaskMixture(tasks, str(tiny_llama_dir), 4))
     other = open_expert("library/b")
     assert found.path.name == "a"
     assert found.keys() == other.keys()
@@ -40,17 +44,15 @@ def test_it_is_the_lightning_form_with_its_callbacks_chosen(place, tiny_llama_di
     assert found.record["scores"] == other.record["scores"]
 
 
-def test_without_a_place_only_a_listed_export_keeps_the_expert(place, tiny_llama_dir, task_files) -> None:
+def test_without_a_place_only_a_listed_export_keeps_the_expert(place, tiny_llama_dir, tasks) -> None:
     how = {"steps": 2, "batch_size": 4}
-    tasks = [str(path) for path in task_files.values()][:1]
     assert fit(tiny_llama_dir, tasks, SparseExpert, runs.TARGET, **how, trainer=QUIET) is None
     listed = QUIET | {"callbacks": [ExportExpert("library", "mine", monitor=None)]}
     found = fit(tiny_llama_dir, tasks, SparseExpert, runs.TARGET, **how, trainer=listed)
     assert (found.name, found.record["hyperparameters"]["steps"]) == ("mine", 2)
 
 
-def test_without_modules_an_expert_is_a_plan(place, tiny_llama_dir, task_files) -> None:
-    tasks = [str(path) for path in task_files.values()][:1]
+def test_without_modules_an_expert_is_a_plan(place, tiny_llama_dir, tasks) -> None:
     plan = {r".*\.q_proj": LoRAExpert}
     found = fit(tiny_llama_dir, tasks, plan, out="library/a", steps=2, batch_size=4, trainer=QUIET)
     assert all("q_proj" in name for name in found)
@@ -58,8 +60,7 @@ def test_without_modules_an_expert_is_a_plan(place, tiny_llama_dir, task_files) 
         fit(tiny_llama_dir, tasks, LoRAExpert, out="library/b", steps=2, trainer=QUIET)
 
 
-def test_an_expert_that_exists_is_refused_before_anything_is_read(place, tiny_llama_dir, task_files) -> None:
-    tasks = [str(path) for path in task_files.values()][:1]
+def test_an_expert_that_exists_is_refused_before_anything_is_read(place, tiny_llama_dir, tasks) -> None:
     how = {"steps": 2, "batch_size": 4, "trainer": QUIET}
     fit(tiny_llama_dir, tasks, LoRAExpert, runs.TARGET, "library/a", **how)
     with pytest.raises(FileExistsError, match="library/a exists already"):
@@ -76,8 +77,7 @@ def test_a_check_reads_neither_base_nor_rows(place) -> None:
         check_fit("nowhere", ["missing.jsonl"], LoRAExpert, ["q_proj"], checkpoint="last")
 
 
-def test_an_estimate_trains_and_writes_nothing(place, tiny_llama_dir, task_files) -> None:
-    tasks = [str(path) for path in task_files.values()][:1]
+def test_an_estimate_trains_and_writes_nothing(place, tiny_llama_dir, tasks) -> None:
     found = estimate_fit(tiny_llama_dir, tasks, LoRAExpert, runs.TARGET, "library/a", steps=5, trainer=QUIET)
     assert found.length.total_steps == 5
     assert [str(place) for kind, place in found.places if kind == "the expert"] == ["library/a"]
@@ -91,7 +91,7 @@ def test_a_mixture_takes_no_second_batch_size(place, tiny_llama_dir, task_files)
 
 
 @pytest.mark.parametrize("expert", [partial(SparseExpert, keep_ratio=0.2), partial(LoRAExpert, rank=2)])
-def test_values_in_bfloat16_take_half_the_bytes_everywhere(place, tiny_llama_dir, task_files, expert) -> None:
+def test_values_in_bfloat16_take_half_the_bytes_everywhere(place, tiny_llama_dir, tasks, expert) -> None:
     seen = {}
 
     class Look(Callback):
@@ -105,13 +105,12 @@ def test_values_in_bfloat16_take_half_the_bytes_everywhere(place, tiny_llama_dir
                     kept = layer.expert.anchor + layer.expert.values.float()
                     assert torch.equal(layer.weight.view(-1)[layer.expert.indices], kept), name
 
-    files = [str(path) for path in task_files.values()][:1]
     how = {"steps": 4, "batch_size": 4, "trainer": QUIET | {"callbacks": [Look()]}}
-    found = fit(tiny_llama_dir, files, expert, runs.TARGET, "library/a", model={"values": "bfloat16"}, **how)
+    found = fit(tiny_llama_dir, tasks, expert, runs.TARGET, "library/a", model={"values": "bfloat16"}, **how)
     assert seen["dtypes"] == {torch.bfloat16}
     assert found.record["encoding"] == "bfloat16"
     assert all(torch.equal(found[name].dense(), seen["vector"][name]) for name in found)
-    wide = fit(tiny_llama_dir, files, expert, runs.TARGET, "library/b", **how)
+    wide = fit(tiny_llama_dir, tasks, expert, runs.TARGET, "library/b", **how)
     assert all(found.stored_bytes()[name] < 0.75 * wide.stored_bytes()[name] for name in wide)
 
 
@@ -128,34 +127,23 @@ def test_values_in_bfloat16_are_for_what_the_optimizer_trains(place, tiny_llama_
     assert found.record["encoding"] == "bfloat16"
 
 
-def test_values_in_bfloat16_are_refused_for_the_weight_itself(place, tiny_llama_dir, task_files) -> None:
-    files = [str(path) for path in task_files.values()][:1]
+def test_values_in_bfloat16_are_refused_for_the_weight_itself(place, tiny_llama_dir, tasks) -> None:
     with pytest.raises(ValueError, match=r"values=bfloat16 is for experts beside a weight, and the one of .* trains"):
-        fit(tiny_llama_dir, files, FullExpert, runs.TARGET, steps=2, model={"values": "bfloat16"}, trainer=QUIET)
+        fit(tiny_llama_dir, tasks, FullExpert, runs.TARGET, steps=2, model={"values": "bfloat16"}, trainer=QUIET)
 
 
-# The finders load a checkpoint of their own, and warn of models in evaluation mode.
-pytestmark = pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # the finder loads a checkpoint of its own, and warns of evaluation mode
+def test_a_found_rate_trains_as_the_same_rate_typed_in(tiny_llama_dir, task_files, tmp_path):
+    def run(*callbacks, rate=None):
+        seed_everything(0, verbose=False)
+        trained = module(tiny_llama_dir, SparseExpert, learning_rate=rate)
+        trainer(tmp_path, *callbacks, limit_val_batches=0).fit(trained, mixture(task_files, tiny_llama_dir))
+        return trained
 
-
-def run(base, files, folder, expert, *callbacks, rate=None, rows=4):
-    seed_everything(0, verbose=False)
-    trained, data = module(base, expert, learning_rate=rate), mixture(files, base, batch_size=rows)
-    trainer(folder, *callbacks).fit(trained, data)
-    return trained, data
-
-
-def same(one, other):
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
-
-
-@pytest.mark.parametrize("expert", [SparseExpert])
-def test_a_found_rate_trains_as_the_same_rate_typed_in(expert, tiny_llama_dir, task_files, tmp_path):
-    finder = LearningRateFinder(num_training_steps=40, min_lr=1e-4, max_lr=0.1)
-    found, _ = run(tiny_llama_dir, task_files, tmp_path, expert, finder)
+    found = run(LearningRateFinder(num_training_steps=20, min_lr=1e-4, max_lr=0.1))
     assert 1e-4 < found.learning_rate < 0.1
-    typed, _ = run(tiny_llama_dir, task_files, tmp_path, expert, rate=found.learning_rate)
-    assert same(found, typed)
+    typed = run(rate=found.learning_rate).state_dict()
+    assert all(torch.equal(tensor, typed[name]) for name, tensor in found.state_dict().items())
 
 
 def test_a_trainer_tells_its_devices_and_advertises_nothing(tmp_path, caplog) -> None:

@@ -63,10 +63,10 @@ def test_loss_is_the_mean_over_target_tokens_in_float64_arithmetic(tiny_llama_di
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_the_loss_and_export_and_checkpoint_test_like_the_trained_model(
-    kind: str, tiny_llama_dir, task_files, tmp_path
+    kind: str, fitted, tiny_llama_dir, task_files, tmp_path
 ) -> None:
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
-    module, trainer, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS[kind], export, max_steps=12)
+    module, trainer, losses = fitted(KINDS[kind], export, max_steps=12)
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert kind == "masked" or sum(losses[-6:]) < sum(losses[:6])  # it hides nine tenths of its first training
     trainer.test(module, runs.mixture(task_files, tiny_llama_dir), verbose=False)
@@ -90,13 +90,13 @@ def test_training_lowers_the_loss_and_export_and_checkpoint_test_like_the_traine
     assert results["model"]["applied"][0]["name"] == "mine"
 
 
-def test_an_expert_trained_on_top_of_another_adds_to_it(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+def test_an_expert_trained_on_top_of_another_adds_to_it(fitted, tiny_llama_dir, task_files, tmp_path, caplog):
     """The full expert reads its anchor again: base plus applied."""
     first = ExportExpert(str(tmp_path / "library"), "first", monitor=None)
-    runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"], first)
+    fitted(KINDS["element"], first)
     second = ExportExpert(str(tmp_path / "library"), "second", monitor=None)
     upper = runs.module(tiny_llama_dir, FullExpert, applied=[str(first.target)])
-    trainer = runs.trainer(tmp_path, second)
+    trainer = runs.trainer(tmp_path, second, limit_val_batches=0)
     trainer.fit(upper, runs.mixture(task_files, tiny_llama_dir))
     trainer.test(upper, runs.mixture(task_files, tiny_llama_dir), verbose=False)
     both = runs.module(tiny_llama_dir, None, applied=[str(first.target), str(second.target)])
@@ -110,41 +110,38 @@ def test_an_expert_trained_on_top_of_another_adds_to_it(tiny_llama_dir, task_fil
     assert "second was trained on top of first, which is not listed" in caplog.text
 
 
-def test_a_checkpoint_holds_trained_tensors_and_no_base(tiny_llama_dir, task_files, tmp_path) -> None:
-    module, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"])
+def test_a_checkpoint_holds_trained_tensors_alone_and_goes_into_no_other_base_or_experts(
+    fitted, tiny_llama_dir, tmp_path
+) -> None:
+    module, trainer, _ = fitted(KINDS["element"], max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert {name.rsplit(".", 1)[-1] for name in stored["state_dict"]} == {"values", "indices", "anchor"}
     moments = [v for s in stored["optimizer_states"][0]["state"].values() for v in s.values() if v.dim()]
     kept = sum(layer.expert.values.numel() for _, layer in expert_layers(module.model))
     assert sum(moment.numel() for moment in moments) == 2 * kept
-
-
-def test_a_checkpoint_of_another_base_or_of_other_experts_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
-    _, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"], max_steps=1)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     other = tmp_path / "other"
     conftest.build_model("llama", seed=1).save_pretrained(other)
     conftest.build_tokenizer().save_pretrained(other)
     with pytest.raises(ValueError, match="trained on a base with fingerprint"):
-        runs.module(other, KINDS["element"]).on_load_checkpoint(checkpoint)
+        runs.module(other, KINDS["element"]).on_load_checkpoint(stored)
     for kind in ("lora", "block"):
         with pytest.raises(ValueError, match="experts are not those configured"):
-            runs.module(tiny_llama_dir, KINDS[kind]).on_load_checkpoint(checkpoint)
+            runs.module(tiny_llama_dir, KINDS[kind]).on_load_checkpoint(stored)
 
 
 def _loaded(base: Path, **settings) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(base, **settings).eval()
 
 
-def test_a_loaded_model_trains_like_its_directory(tiny_llama_dir, task_files, tmp_path) -> None:
-    from_directory, _, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, FullExpert, max_steps=3)
+def test_a_loaded_model_trains_like_its_directory(fitted, tiny_llama_dir, task_files, tmp_path) -> None:
+    from_directory, _, losses = fitted(FullExpert, max_steps=3)
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
     seed_everything(0, verbose=False)
     seen, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     module = ExpertModule(_loaded(tiny_llama_dir), runs.TARGET, FullExpert, optimizer=optimizer, max_new_tokens=6)
-    runs.trainer(tmp_path, seen, export, max_steps=3).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    trainer = runs.trainer(tmp_path, seen, export, max_steps=3, limit_val_batches=0)
+    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
     assert seen.steps == losses
     stored = open_expert(export.target)
     for name, delta in from_directory.task_vector():
@@ -176,34 +173,38 @@ def test_a_model_that_holds_experts_gets_no_others_and_loses_nothing(tiny_llama_
     model = _loaded(tiny_llama_dir)
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first = ExpertModule(model, "q_proj", KINDS["element"])
-    runs.trainer(tmp_path, max_steps=1).fit(first, runs.mixture(task_files, tiny_llama_dir))
+
+    def fit(module: ExpertModule) -> None:
+        trainer = runs.trainer(tmp_path, max_steps=1, limit_val_batches=0)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+
+    fit(first)
     trained = {name: delta.dense().clone() for name, delta in first.task_vector()}
     again = ExpertModule(model, "q_proj", KINDS["element"])
     with pytest.raises(
         ValueError, match=r"the model holds 2 experts already; fit .*, or take them out with modular_experts\.eject"
     ):
-        runs.trainer(tmp_path, max_steps=1).fit(again, runs.mixture(task_files, tiny_llama_dir))
+        fit(again)
     assert all(torch.equal(delta.dense(), trained[name]) for name, delta in first.task_vector())
-    runs.trainer(tmp_path, max_steps=1).fit(first, runs.mixture(task_files, tiny_llama_dir))
+    fit(first)
     modular_experts.eject(model)
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
-    runs.trainer(tmp_path, max_steps=1).fit(again, runs.mixture(task_files, tiny_llama_dir))
+    fit(again)
 
 
-def test_a_fit_after_the_test_of_a_checkpoint_draws_random_numbers_of_its_own(tiny_llama_dir, task_files, tmp_path):
+def test_a_fit_after_the_test_of_a_checkpoint_draws_random_numbers_of_its_own(
+    fitted, tiny_llama_dir, task_files, tmp_path
+):
     dropout = partial(LoRAExpert, rank=2, dropout=0.5)
-    _, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, dropout, max_steps=1)
+    _, trainer, _ = fitted(dropout, max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     found = []
     for seed in (1, 2):
-        module, losses, data = (
-            runs.module(tiny_llama_dir, dropout),
-            runs.Losses(),
-            runs.mixture(task_files, tiny_llama_dir),
-        )
+        module, losses = runs.module(tiny_llama_dir, dropout), runs.Losses()
+        data = runs.mixture(task_files, tiny_llama_dir)
         runs.trainer(tmp_path).validate(module, data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
         torch.manual_seed(seed)
-        runs.trainer(tmp_path, losses, max_steps=1).fit(module, data)
+        runs.trainer(tmp_path, losses, max_steps=1, limit_val_batches=0).fit(module, data)
         found.append(losses.steps)
     assert found[0] != found[1]
 
@@ -215,8 +216,8 @@ class Penalised(LoRAExpert):
         return {"size": 0.5 * self.up.square().sum()}
 
 
-def test_penalties_join_the_loss_and_are_logged_by_name(tiny_llama_dir, task_files, tmp_path) -> None:
-    module, trainer, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, partial(Penalised, rank=2), max_steps=4)
+def test_penalties_join_the_loss_and_are_logged_by_name(fitted, tiny_llama_dir, task_files) -> None:
+    module, trainer, losses = fitted(partial(Penalised, rank=2), max_steps=3)
     assert trainer.logged_metrics["penalty/size"] > 0
     batch = _batch(tiny_llama_dir, task_files)
     experts = [layer.expert for _, layer in expert_layers(module.model)]
@@ -225,7 +226,7 @@ def test_penalties_join_the_loss_and_are_logged_by_name(tiny_llama_dir, task_fil
         expert.__class__ = LoRAExpert
     wanted = sum(0.5 * expert.up.square().sum().item() for expert in experts)
     assert both - module.loss(batch).item() == pytest.approx(wanted, rel=1e-3)
-    _, plain, others = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["lora"], max_steps=4)
+    _, plain, others = fitted(KINDS["lora"], max_steps=3)
     assert not [name for name in plain.logged_metrics if name.startswith("penalty")]
     assert losses[0] == others[0], "the factors start at zero"
     assert losses[-1] != others[-1]
@@ -235,7 +236,8 @@ def test_penalties_join_the_loss_and_are_logged_by_name(tiny_llama_dir, task_fil
 def test_trained_values_are_float32_beside_a_bfloat16_base(kind, precision, tiny_llama_dir, task_files, tmp_path):
     """And a rate at which nothing moves leaves no rounding of the base in the delta."""
     module = runs.module(tiny_llama_dir, KINDS[kind], dtype="bfloat16", learning_rate=1e-12)
-    runs.trainer(tmp_path, max_steps=2, precision=precision).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    trainer = runs.trainer(tmp_path, max_steps=2, precision=precision, limit_val_batches=0)
+    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
     assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
     largest = max(float(delta.dense().abs().max()) for _, delta in module.task_vector())
     assert largest == 0 if kind == "full" else 0 < largest < 1e-11
@@ -266,7 +268,8 @@ def test_gradient_checkpointing_gives_the_same_losses(tiny_llama_dir, task_files
         torch.manual_seed(0)
         seen = runs.Losses()
         module = runs.module(tiny_llama_dir, KINDS["element"], gradient_checkpointing=checkpointing)
-        runs.trainer(tmp_path, seen, max_steps=3).fit(module, runs.mixture(task_files, tiny_llama_dir))
+        trainer = runs.trainer(tmp_path, seen, max_steps=3, limit_val_batches=0)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
         losses.append(seen.steps)
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
@@ -284,7 +287,7 @@ def test_length_is_that_of_the_fit(tiny_llama_dir, task_files, tmp_path) -> None
     ]
     for settings, (per_epoch, total) in wanted:
         module = runs.module(tiny_llama_dir, KINDS["lora"], scheduler=Constant())
-        trainer = runs.trainer(tmp_path, **settings)
+        trainer = runs.trainer(tmp_path, limit_val_batches=0, **settings)
         trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
         assert (module.length.steps_per_epoch, module.length.total_steps) == (per_epoch, total)
         assert trainer.global_step == total
@@ -302,14 +305,31 @@ def test_learning_rate_shapes_rise_and_fall() -> None:
         WarmupLinear(1.0)
 
 
-def test_the_default_optimizer_uses_the_kinds_rate_and_any_torch_scheduler_works(tiny_llama_dir, task_files, tmp_path):
-    module = runs.module(tiny_llama_dir, KINDS["full"], scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2))
-    trainer = runs.trainer(tmp_path, max_steps=4)
+@pytest.mark.parametrize(
+    ("settings", "set_later", "rate"),
+    [
+        ({"scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=2)}, None, LoRAExpert.learning_rate),
+        ({"learning_rate": 0.03}, None, 0.03),
+        # Lightning's finder of learning rates sets the attribute, before the optimizer is made.
+        ({"optimizer": partial(torch.optim.SGD, lr=1.0)}, 0.5, 0.5),
+    ],
+    ids=["of the kind, beside any scheduler of torch", "given", "found, for any optimizer"],
+)
+def test_a_learning_rate_is_the_peak_of_the_optimizer_and_is_logged(
+    settings, set_later, rate, tiny_llama_dir, task_files, tmp_path, caplog
+) -> None:
+    caplog.set_level("INFO", "modular_experts")
+    module = runs.module(tiny_llama_dir, KINDS["lora"], **settings)
+    module.learning_rate = set_later or module.learning_rate
+    trainer = runs.trainer(tmp_path, max_steps=6, accumulate_grad_batches=2, limit_val_batches=0)
     trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
-    group = trainer.optimizers[0].param_groups[0]
-    assert group["initial_lr"] == FullExpert.learning_rate
-    assert group["weight_decay"] == 0.0
-    assert group["lr"] == pytest.approx(FullExpert.learning_rate * 0.01)
+    (group,) = trainer.optimizers[0].param_groups
+    assert (group["initial_lr"], group["weight_decay"]) == (rate, 0.0)
+    if "scheduler" in settings:
+        assert group["lr"] == pytest.approx(rate * 0.001)
+    else:
+        assert module.record_facts()["hyperparameters"]["learning_rate"] == rate
+        assert f"learning rate {rate}, batch size 4 x 2 accumulated, 6 steps (2 epochs)" in caplog.text
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -321,7 +341,8 @@ def test_the_fused_step_of_the_default_optimizer_is_that_of_plain_adamw(architec
         losses = runs.Losses()
         module = runs.module(base, FullExpert, modules="all-linear", optimizer=optimizer)
         module.learning_rate = 1e-3
-        trainer = runs.trainer(tmp_path, losses, max_steps=5, gradient_clip_val=0.5, accumulate_grad_batches=2)
+        how = {"max_steps": 5, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+        trainer = runs.trainer(tmp_path, losses, **how)
         trainer.fit(module, runs.mixture(task_files, base))
         assert (trainer.optimizers[0].param_groups[0]["fused"] is True) == (optimizer is None)
         found.append(losses.steps)
@@ -333,41 +354,20 @@ def test_the_default_optimizer_clips_beside_a_scaler_of_gradients(tiny_llama_dir
     """Lightning refuses to clip where an optimizer undoes the scale itself, as a fused one does."""
     module = runs.module(tiny_llama_dir, KINDS["lora"])
     half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
-    trainer = runs.trainer(tmp_path, max_steps=2, gradient_clip_val=0.5, plugins=[half])
+    trainer = runs.trainer(tmp_path, max_steps=2, gradient_clip_val=0.5, plugins=[half], limit_val_batches=0)
     trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
     assert trainer.global_step == 2
     assert not trainer.optimizers[0].param_groups[0]["fused"]
 
 
-def test_a_learning_rate_is_the_peak_of_the_default_optimizer_and_is_logged(
-    tiny_llama_dir, task_files, tmp_path, caplog
-) -> None:
-    caplog.set_level("INFO", "modular_experts")
-    module = runs.module(tiny_llama_dir, KINDS["lora"], learning_rate=0.03)
-    trainer = runs.trainer(tmp_path, max_steps=9, accumulate_grad_batches=2)
-    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
-    assert [group["initial_lr"] for group in trainer.optimizers[0].param_groups] == [0.03]
-    assert module.record_facts()["hyperparameters"]["learning_rate"] == 0.03
-    assert "learning rate 0.03, batch size 4 x 2 accumulated, 9 steps (3 epochs)" in caplog.text
-
-
-def test_a_rate_set_before_the_optimizer_is_made_holds_for_any_optimizer(tiny_llama_dir, task_files, tmp_path) -> None:
-    """Lightning's finder of learning rates sets the attribute."""
-    module = runs.module(tiny_llama_dir, KINDS["lora"], optimizer=partial(torch.optim.SGD, lr=1.0))
-    module.learning_rate = 0.5
-    trainer = runs.trainer(tmp_path, max_steps=1)
-    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
-    assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.5
-
-
-def test_an_expert_in_another_use_than_its_training_is_warned_of(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
-    export = ExportExpert(str(tmp_path / "library"), "mine")
-    runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"], export, max_steps=1)
+def test_an_expert_in_another_use_than_its_training_is_warned_of(fitted, tiny_llama_dir, task_files, tmp_path, caplog):
+    export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
+    fitted(KINDS["element"], export, max_steps=1)
 
     def use(**settings) -> list[str]:
         caplog.clear()
         dtype = settings.pop("dtype", "float32")
-        module = runs.module(tiny_llama_dir, None, applied=[str(export.target)], dtype=dtype)
+        module = runs.module(tiny_llama_dir, None, applied=[str(export.target)], dtype=dtype, max_new_tokens=1)
         runs.trainer(tmp_path).predict(module, runs.mixture(task_files, tiny_llama_dir, **settings))
         return [message for message in caplog.messages if "otherwise than" in message]
 
@@ -378,6 +378,13 @@ def test_an_expert_in_another_use_than_its_training_is_warned_of(tiny_llama_dir,
         "mine is used otherwise than it was trained, with 100 instead of 1024 tokens a row (--max_length), a base "
         "in bfloat16 instead of float32 (--dtype)"
     )
+
+
+def both(weight: torch.Tensor) -> SparseExpert | LoRAExpert:
+    """Make sparse experts of square weights, and LoRA with dropout of the others."""
+    if weight.shape[0] == weight.shape[1]:
+        return SparseExpert(weight, keep_ratio=0.2)
+    return LoRAExpert(weight, rank=2, dropout=0.3)
 
 
 def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | None, kill_at: int | None) -> list[float]:
@@ -391,24 +398,13 @@ def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | Non
 
     losses = Kill()
     torch.manual_seed(0)
-    module = ExpertModule(
-        str(base), [r".*\.q_proj", r".*\.down_proj"], Both(), optimizer=partial(torch.optim.AdamW, lr=1e-2)
-    )
+    module = runs.module(base, both, optimizer=partial(torch.optim.AdamW, lr=1e-2))
     schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4))
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="last", enable_version_counter=False)
     run = runs.trainer(folder, losses, schedule, saving, max_steps=10, enable_checkpointing=True)
     torch.manual_seed(5 if ckpt is None else 77)
     run.fit(module, runs.mixture(files, base), ckpt_path=ckpt)
     return losses.steps
-
-
-class Both:
-    """Sparse experts in square weights, LoRA with dropout in the others."""
-
-    def __call__(self, weight: torch.Tensor) -> SparseExpert | LoRAExpert:
-        if weight.shape[0] == weight.shape[1]:
-            return SparseExpert(weight, keep_ratio=0.2)
-        return LoRAExpert(weight, rank=2, dropout=0.3)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

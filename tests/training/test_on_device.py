@@ -78,7 +78,7 @@ def test_kept_gradients_are_the_dense_ones(tile, dtype) -> None:
 def test_autocast_trains_a_bfloat16_base_in_float32(kind, tiny_llama_dir, task_files, tmp_path) -> None:
     seed_everything(0, verbose=False)
     losses = Losses()
-    place = {"accelerator": device().type, "precision": "bf16-mixed", "max_steps": 12}
+    place = {"accelerator": device().type, "precision": "bf16-mixed", "max_steps": 12, "limit_val_batches": 0}
     run = trainer(tmp_path, losses, **place)
     trained = module(tiny_llama_dir, KINDS[kind], dtype="bfloat16", learning_rate=0.05)
     run.fit(trained, mixture(task_files, tiny_llama_dir))

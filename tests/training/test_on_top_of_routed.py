@@ -118,25 +118,19 @@ def test_what_cannot_be_beneath_is_refused(experts, tiny_llama_dir) -> None:
         attached(Base.open(tiny_llama_dir).load(), [first, experts[0]])
 
 
-def test_what_was_trained_on_a_route_goes_on_no_other_of_the_same_state(experts, tiny_llama_dir) -> None:
+def test_what_was_trained_on_a_route_goes_on_no_other_of_the_same_state_and_needs_its_experts(
+    experts, tiny_llama_dir
+) -> None:
     folder, kept = Path(experts[0]).parent, Constant()
     below, other = route(experts[:2], folder / "r", kept), route(experts[1:], folder / "s", kept)
     record = make_record("made", below.record["base"], parents=as_parents([below]))
     write_expert(folder / "top", {name: Dense(torch.ones(shape)) for name, shape in WEIGHTS.items()}, record)
     model = Base.open(tiny_llama_dir).load()
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
     attached(model, [below, folder / "top"]).remove()
     with pytest.raises(ValueError, match="s chooses by the input, so nothing can be added to it but what was trained"):
         attached(model, [other, folder / "top"])
-
-
-def test_a_router_that_lost_an_expert_leaves_the_model_as_it_was(experts, tiny_llama_dir) -> None:
-    folder = Path(experts[0]).parent
-    below = route(experts, folder / "r", Energy())
-    record = make_record("made", below.record["base"], parents=as_parents([below]))
-    write_expert(folder / "top", {name: Dense(torch.ones(shape)) for name, shape in WEIGHTS.items()}, record)
     Path(experts[0]).rename(folder / "elsewhere")
-    model = Base.open(tiny_llama_dir).load()
-    start = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(FileNotFoundError, match="r was made with upper, which is missing beside it"):
         attached(model, [below, folder / "top"])
     assert all(torch.equal(weight, start[name]) for name, weight in model.state_dict().items())

@@ -54,7 +54,7 @@ def file(tmp_path, monkeypatch) -> str:
         {"prompt": f"{word} is", "chosen": word[0], "rejected": word[-1] * (1 + number % 3), "split": splits[number]}
         for number, word in enumerate(WORDS)
     ]
-    Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_rows(Path("pairs.jsonl"), rows)
     return "pairs.jsonl"
 
 
@@ -62,7 +62,8 @@ def fit(base: Path, file: str, expert: Any, *callbacks: Any, steps: int = 6, **s
     torch.manual_seed(0)
     losses = runs.Losses()
     module = runs.module(base, expert, **({"loss": DPO(0.5), "learning_rate": 1e-2} | settings))
-    trainer = runs.trainer(Path.cwd(), losses, *[made() for made in callbacks], max_steps=steps)
+    made = [make() for make in callbacks]
+    trainer = runs.trainer(Path.cwd(), losses, *made, max_steps=steps, limit_val_batches=0)
     trainer.fit(module, TaskMixture(file, str(base), batch_size=4))
     return module, trainer, losses.steps
 
@@ -116,8 +117,9 @@ def test_the_loss_is_the_closed_form_in_float64_and_that_of_trl(kind, tiny_llama
 
 
 def test_a_target_is_compared_with_each_other_choice(tiny_llama_dir, file) -> None:
-    rows = [{"input": "a is", "target": "b", "choices": ["a", "b", "c"], "split": split} for split in ("train", "test")]
-    Path("three.jsonl").write_text("".join(f"{json.dumps(row | {'split': 'train'})}\n" for row in rows))
+    write_rows(
+        Path("three.jsonl"), 2 * [{"input": "a is", "target": "b", "choices": ["a", "b", "c"], "split": "train"}]
+    )
 
     class Margins(PreferenceLoss):
         def of(self, margins):
@@ -160,7 +162,7 @@ def test_a_resumed_training_has_the_same_reference_and_goes_on(kind, tiny_llama_
     _, trainer, first = fit(tiny_llama_dir, file, expert, steps=3)
     trainer.save_checkpoint("half.ckpt")
     module = runs.module(tiny_llama_dir, expert, loss=DPO(0.5))
-    again = runs.trainer(Path.cwd(), more := runs.Losses(), max_steps=6)
+    again = runs.trainer(Path.cwd(), more := runs.Losses(), max_steps=6, limit_val_batches=0)
     torch.manual_seed(1)
     again.fit(module, TaskMixture(file, str(tiny_llama_dir), batch_size=4), ckpt_path="half.ckpt", weights_only=False)
     choices = next(iter(again.datamodule.val_dataloader()))["choices"]
@@ -217,15 +219,14 @@ def train_in(ranks: int, base: Path, shard_base: bool = False) -> None:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("shard_base", [True])
 def test_two_processes_train_what_one_trains_though_one_has_batches_of_fillers_alone(
-    tiny_llama_dir, tmp_path, monkeypatch, shard_base
+    tiny_llama_dir, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{n} is", "chosen": "yes", "rejected": "no" * (1 + n % 2), "split": "train"} for n in range(5)]
     write_rows(tmp_path / "few.jsonl", [*rows, *({**row, "split": "validation"} for row in rows[:3])])
     train_in(1, tiny_llama_dir)
-    run_on_two_ranks(train_in, 2, tiny_llama_dir, shard_base)
+    run_on_two_ranks(train_in, 2, tiny_llama_dir, True)
     one, *two = (torch.load(f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert {"loss", "val_loss"} <= one.keys()
     for rank in two:

@@ -40,6 +40,13 @@ def wide(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory, wide, task_files):
+    """A sparse expert that was trained on the base in nf4."""
+    out = tmp_path_factory.mktemp("library") / "a"
+    return fit(wide, [str(task_files["upper"])], SPARSE, out=out, quantise="nf4", **HOW)
+
+
 @pytest.fixture
 def tasks(tmp_path, monkeypatch, task_files) -> list[str]:
     monkeypatch.chdir(tmp_path)
@@ -52,9 +59,10 @@ def losses(found, tasks, base) -> dict[str, float]:
     return {row["model"]: row["value"] for row in results.where(metric="loss").rows}
 
 
-@pytest.mark.parametrize("kind", [SPARSE, partial(LoRAExpert, rank=4)])
-def test_an_expert_of_a_quantised_base_is_one_of_the_base(kind, tasks, wide) -> None:
-    found = fit(wide, tasks, kind, out="library/a", quantise="nf4", **HOW)
+@pytest.mark.parametrize("kind", ["sparse", "lora"])
+def test_an_expert_of_a_quantised_base_is_one_of_the_base(kind, sparse, tasks, wide) -> None:
+    lora = partial(LoRAExpert, rank=4)
+    found = sparse if kind == "sparse" else fit(wide, tasks, lora, out="library/b", quantise="nf4", **HOW)
     plain = Base.open(wide)
     assert found.record["base"]["fingerprint"] == plain.fingerprint
     quantised = found.record["training"]["quantised"]
@@ -67,28 +75,25 @@ def test_an_expert_of_a_quantised_base_is_one_of_the_base(kind, tasks, wide) -> 
     assert torch.allclose(moved, found[name].dense(), atol=1e-6)
 
 
-def test_it_is_measured_on_both_bases(tasks, wide) -> None:
-    found = fit(wide, tasks, SPARSE, out="library/a", quantise="nf4", **HOW)
-    plain, quantised = (losses(found, tasks, Base.open(wide, quantise=form)) for form in (None, "nf4"))
+def test_it_is_measured_on_both_bases(sparse, tasks, wide) -> None:
+    plain, quantised = (losses(sparse, tasks, Base.open(wide, quantise=form)) for form in (None, "nf4"))
     assert quantised["base"] != plain["base"]
     assert quantised["expert"] < quantised["base"] - 0.05
     assert plain["expert"] < plain["base"] - 0.05
     # A test of the module adds the stored delta too.
-    module = ExpertModule(wide, applied=["library/a"], quantise="nf4")
+    module = ExpertModule(wide, applied=[str(sparse.path)], quantise="nf4")
     data = TaskMixture(tasks, wide, eval_batch_size=6)
     runs.trainer("x").test(module, data, verbose=False)
     assert module.results["tasks"]["upper"]["loss"] == pytest.approx(quantised["expert"], abs=1e-6)
 
 
-def test_a_resumed_run_ends_with_the_same_expert(tasks, wide) -> None:
-    how = HOW | {"trainer": QUIET | {"logger": False}}
-    whole = fit(wide, tasks, SPARSE, out="library/whole", quantise="nf4", **how)
+def test_a_resumed_run_ends_with_the_same_expert(sparse, tasks, wide) -> None:
     # The schedule of the rate counts all steps, so the first part stops by itself.
-    stopping = QUIET | {"callbacks": [Stop(3)]}
-    fit(wide, tasks, SPARSE, out="library/part", quantise="nf4", **how | {"trainer": stopping})
-    how |= {"checkpoint": "part.ckpt"}
+    stopping = HOW | {"trainer": QUIET | {"callbacks": [Stop(3)]}}
+    fit(wide, tasks, SPARSE, out="library/part", quantise="nf4", **stopping)
+    how = HOW | {"checkpoint": "part.ckpt"}
     resumed = fit(wide, tasks, SPARSE, out="library/resumed", quantise="nf4", **how)
-    assert all(torch.equal(resumed[name].dense(), whole[name].dense()) for name in whole)
+    assert all(torch.equal(resumed[name].dense(), sparse[name].dense()) for name in sparse)
     with pytest.raises(ValueError, match="was trained with quantise=nf4, and quantise=None is set now"):
         fit(wide, tasks, SPARSE, out="library/other", **how)
 
@@ -105,54 +110,46 @@ class Stop(Callback):
             trainer.should_stop = True
 
 
-def test_an_expert_is_trained_on_top_of_another(tasks, wide) -> None:
-    lower = fit(wide, tasks, SPARSE, out="library/a", quantise="nf4", **HOW)
-    on_top = {"quantise": "nf4", "model": {"applied": ["library/a"]}}
+def test_an_expert_is_trained_on_top_of_another(sparse, tasks, wide) -> None:
+    on_top = {"quantise": "nf4", "model": {"applied": [str(sparse.path)]}}
     top = fit(wide, tasks, LoRAExpert, out="library/b", **HOW | on_top)
     assert [parent["name"] for parent in top.record["parents"]] == ["a"]
     model = load(wide)
     twin = plain_twin(model)
-    put_applied(model, [lower], trains=True)
-    apply_deltas(twin, [lower])
+    put_applied(model, [sparse], trains=True)
+    apply_deltas(twin, [sparse])
     (loss, found), (expected_loss, expected) = (step(put(one, LoRAExpert)) for one in (model, twin))
     assert loss == pytest.approx(expected_loss, abs=1e-6)
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
 
 
-def test_a_base_that_is_stored_quantised_trains_and_is_not_applied_to(tasks, wide) -> None:
+def test_a_base_that_is_stored_or_given_quantised_trains_alike_and_is_not_applied_to(sparse, tasks, wide) -> None:
     settings = quantiser("nf4", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(wide, dtype="float32", quantization_config=settings)
+    model, other = (
+        AutoModelForCausalLM.from_pretrained(wide, dtype="float32", quantization_config=settings) for _ in range(2)
+    )
     model.save_pretrained("stored")
     Base.open(wide).tokenizer().save_pretrained("stored")
     found = fit("stored", tasks, SPARSE, out="library/stored", **HOW)
-    now = fit(wide, tasks, SPARSE, out="library/now", quantise="nf4", **HOW)
-    assert all(torch.allclose(found[name].dense(), now[name].dense(), atol=1e-6) for name in now)
+    assert all(torch.allclose(found[name].dense(), sparse[name].dense(), atol=1e-6) for name in sparse)
     assert found.record["training"]["quantised"]["bnb_4bit_quant_type"] == "nf4"
     assert found.record["base"]["fingerprint"] == Base.open("stored").fingerprint
     with pytest.raises(ValueError, match="are quantised, and deltas cannot be added to them exactly"):
         apply([found], "both", "stored")
     with pytest.raises(ValueError, match="are quantised already; leave out nf4"):
         fit("stored", tasks, SPARSE, out="library/twice", quantise="nf4", **HOW)
-
-
-def test_a_model_that_the_user_quantised_trains(tasks, wide) -> None:
-    settings = quantiser("nf4", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(wide, dtype="float32", quantization_config=settings)
-    found = fit(model, tasks, SPARSE, out="library/given", **HOW)
-    now = fit(wide, tasks, SPARSE, out="library/now", quantise="nf4", **HOW)
-    assert all(torch.equal(found[name].dense(), now[name].dense()) for name in now)
-    other = AutoModelForCausalLM.from_pretrained(wide, dtype="float32", quantization_config=settings)
+    given = fit(model, tasks, SPARSE, out="library/given", **HOW)
+    assert all(torch.equal(given[name].dense(), sparse[name].dense()) for name in sparse)
     packed = other.model.layers[0].self_attn.q_proj.weight.data
     packed.copy_(packed.flip(0))
     with pytest.raises(ValueError, match=r"q_proj.weight of the model is not that .* its base"):
         fit(other, tasks, SPARSE, out="library/other", **HOW)
 
 
-def test_what_would_write_into_a_quantised_weight_is_refused(tasks, wide) -> None:
+def test_what_would_write_into_a_quantised_weight_is_refused(sparse, tasks, wide) -> None:
     with pytest.raises(ValueError, match="FullExpert writes what it trains into the weight"):
         fit(wide, tasks, FullExpert, out="library/full", quantise="nf4", **HOW)
-    fit(wide, tasks, SPARSE, out="library/a", **HOW)
-    others = {"trainer": QUIET | {"callbacks": [TrainUnderOthers(["library/a"], count=1)]}}
+    others = {"trainer": QUIET | {"callbacks": [TrainUnderOthers([str(sparse.path)], count=1)]}}
     reverse = [task.replace("upper", "reverse") for task in tasks]
     with pytest.raises(ValueError, match="the others cannot be written into it"):
         fit(wide, reverse, SPARSE, out="library/b", quantise="nf4", **HOW | others)
