@@ -72,13 +72,13 @@ def test_choices_and_validations_are_counted_as_the_fit_makes_them(
 ):
     trained, data = module(tiny_llama_dir, expert), mixture(task_files, tiny_llama_dir)
     mask, validations = MaskSchedule(rule=schedule, batches=batches), Validations()
-    run = trainer(tmp_path, mask, validations, max_steps=14, accumulate_grad_batches=parts)
+    run = trainer(tmp_path, mask, validations, max_steps=8, accumulate_grad_batches=parts)
     found = estimate(trained, data, run)
     assert (mask.selections, validations.count) == (0, 0)
     run.fit(trained, data)
     assert (found.choices, found.validations) == (mask.selections, validations.count)
     assert found.length == trained.length
-    assert found.length.total_steps == 14
+    assert found.length.total_steps == 8
     assert all(seconds > 0 for name, seconds in found.seconds.items() if name != "choices" or found.choices)
     assert found.rates == [expert.learning_rate]
 

@@ -30,7 +30,6 @@ QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 KINDS = {
     "sparse": SparseExpert,
     "tiles": partial(SparseExpert, granularity="block", block_size=4),
-    "rows": partial(SparseExpert, granularity="row"),
     "lora": LoRAExpert,
     "full": FullExpert,
     "masked": MaskedExpert,
@@ -50,7 +49,7 @@ SETTINGS = [{"gradient_checkpointing": True}, {"values": "bfloat16"}]
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"), [*((kind, {}) for kind in KINDS if kind != "rows"), *itertools.product(["tiles"], SETTINGS)]
+    ("kind", "settings"), [*((kind, {}) for kind in KINDS), *itertools.product(["tiles"], SETTINGS)]
 )
 def test_as_much_is_kept_for_backward_as_with_numbers(kind, settings, one_block, task_files, tmp_path) -> None:
     data, run = mixture(task_files, one_block, packing=False), trainer(tmp_path)

@@ -43,37 +43,24 @@ def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict
     return one, two
 
 
-@pytest.mark.parametrize("name", [*sharded_run.KINDS, "clipped", "resumed", "on top", "tied"])
-def test_two_processes_train_what_one_trains(found, name: str) -> None:
+TRAINED = {name: (name, 1e-6, 1e-9) for name in [*sharded_run.KINDS, "clipped", "resumed", "on top", "tied"]}
+# What computes in float32.
+TRAINED |= {f"quantised in {form}": (form, 1e-5, 1e-6) for form in sharded_run.QUANTISED.values()}
+TRAINED["attention beside the parted matrices of a mixture"] = ("of a mixture", 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize(("name", "rtol", "atol"), TRAINED.values(), ids=TRAINED)
+def test_two_processes_train_what_one_trains(found, name: str, rtol: float, atol: float) -> None:
     one, two = found
     assert max(values.abs().max() for values in one[name].values() if values.is_floating_point()) > 1e-3
     for rank in two:
-        torch.testing.assert_close(rank[name], one[name], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(rank[name], one[name], rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("form", sharded_run.QUANTISED.values())
-def test_a_quantised_base_trains_alike_and_shares_what_is_not_quantised(found, form: str) -> None:
-    one, two = found
-    for rank in two:
-        assert rank[f"held {form}"] == [*one[f"held {form}"][:2], "DTensor"]
-        # It computes in float32.
-        torch.testing.assert_close(rank[form], one[form], rtol=1e-5, atol=1e-6)
-
-
-def test_experts_of_attention_train_beside_the_parted_matrices_of_a_mixture(found) -> None:
-    one, two = found
-    for rank in two:
-        torch.testing.assert_close(rank["of a mixture"], one["of a mixture"], rtol=1e-5, atol=1e-6)
-
-
-FURTHER = {"one again": "entries", "moved": "moved"}
-
-
-@pytest.mark.parametrize(("name", "whole"), FURTHER.items())
-def test_one_goes_on_from_two_and_one_exports(found, name: str, whole: str) -> None:
-    one, two = found
-    # Deltas are float32.
-    torch.testing.assert_close(two[0][name], one[whole], rtol=1e-6, atol=1e-7 if name == "moved" else 1e-9)
+def test_one_goes_on_from_two_and_one_exports(found) -> None:
+    one, (rank, _) = found
+    torch.testing.assert_close(rank["one again"], one["entries"], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(rank["moved"], one["moved"], rtol=1e-6, atol=1e-7)  # deltas are float32
 
 
 def test_an_error_in_one_process_ends_the_other(tmp_path, tiny_llama_dir, task_files, capfd) -> None:
@@ -82,11 +69,13 @@ def test_an_error_in_one_process_ends_the_other(tmp_path, tiny_llama_dir, task_f
     assert "ValueError: the pass broke" in capfd.readouterr().err
 
 
-def test_each_process_holds_a_part_of_the_base_and_exports_one_expert(found) -> None:
+def test_each_process_holds_a_part_of_a_plain_and_of_a_quantised_base_and_exports_one_expert(found) -> None:
     one, two = found
     for rank in two:
         assert rank["held"] < 0.6 * one["held"]
         assert rank["hashes"] == two[0]["hashes"]
+        for form in sharded_run.QUANTISED.values():
+            assert rank[f"held {form}"] == [*one[f"held {form}"][:2], "DTensor"], "what is not quantised is shared"
 
 
 def test_what_a_sharded_base_cannot_do_ends_with_its_reason(found) -> None:
