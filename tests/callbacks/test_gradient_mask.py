@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from testbed import runs
 
+from modular_experts.base import Base
 from modular_experts.callbacks import ExportExpert, GradientMask
 from modular_experts.experts import FullExpert, SparseExpert
 from modular_experts.injection import expert_layers
@@ -28,15 +29,14 @@ def mask() -> torch.Tensor:
 
 def test_entries_outside_the_mask_stay_bit_for_bit(tiny_llama_dir, task_files, tmp_path, mask) -> None:
     module = _fit(tiny_llama_dir, task_files, tmp_path, GradientMask({NAME: mask}))
-    base = runs.module(tiny_llama_dir, None)
-    base.configure_model()
-    moved = module.model.get_parameter(NAME) != base.model.get_parameter(NAME)
+    base = Base.open(tiny_llama_dir)
+    moved = module.model.get_parameter(NAME) != base.weight(NAME)
     assert torch.equal(moved, mask)
     state = module.trainer.optimizers[0].state[module.model.get_parameter(NAME)]
     assert not state["exp_avg_sq"][~mask].any()
     assert state["exp_avg_sq"][mask].all()
     other = "model.layers.1.self_attn.q_proj.weight"
-    assert (module.model.get_parameter(other) != base.model.get_parameter(other)).all()
+    assert (module.model.get_parameter(other) != base.weight(other)).all()
 
 
 def test_optimizer_state_from_before_the_mask_is_cleared(mask) -> None:
@@ -57,8 +57,7 @@ def test_the_support_of_a_library_expert_is_a_mask(tiny_llama_dir, task_files, t
     export = ExportExpert(str(tmp_path / "library"), "sparse", monitor=None)
     sparse = _fit(tiny_llama_dir, task_files, tmp_path, export, expert=partial(SparseExpert, keep_ratio=0.1))
     module = _fit(tiny_llama_dir, task_files, tmp_path, GradientMask(str(export.target)))
-    base = runs.module(tiny_llama_dir, None)
-    base.configure_model()
+    base = Base.open(tiny_llama_dir)
     for name, layer in expert_layers(sparse.model):
-        moved = (module.model.get_parameter(name) != base.model.get_parameter(name)).view(-1)
+        moved = (module.model.get_parameter(name) != base.weight(name)).view(-1)
         assert moved.nonzero().view(-1).tolist() == layer.expert.indices.tolist()

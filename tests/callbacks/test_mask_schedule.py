@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from testbed import runs
 
+from modular_experts.base import Base
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
@@ -136,12 +136,11 @@ def test_a_newcomer_starts_at_the_base_with_zero_moments(fitted, tiny_llama_dir)
     look = Look(rule=GrowAndDrop(every=3, until=1.0, replace=0.5), batches=4)
     module, _, _ = fitted(SPARSE, look, max_steps=5)
     assert look.looked
-    base = runs.module(tiny_llama_dir, None)
-    base.configure_model()
+    base = Base.open(tiny_llama_dir)
     for name, layer in expert_layers(module.model):  # what left is back at the base, bit for bit
         outside = torch.ones(layer.weight.numel(), dtype=torch.bool)
         outside[layer.expert.indices.long()] = False
-        wanted = base.model.get_parameter(name).reshape(-1)
+        wanted = base.weight(name).reshape(-1)
         assert torch.equal(layer.weight.reshape(-1)[outside], wanted[outside])
 
 

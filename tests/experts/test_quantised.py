@@ -164,7 +164,7 @@ def test_deltas_stand_beside_a_quantised_weight(architecture: str, tiny: Callabl
     assert torch.equal(model(TOKENS).logits, base)
 
 
-def test_what_writes_into_a_quantised_weight_is_refused(llama: Path) -> None:
+def test_what_writes_into_a_quantised_weight_and_a_form_that_rounds_activations_are_refused(llama: Path) -> None:
     model = load(llama)
     with pytest.raises(ValueError, match=r"FullExpert writes what it trains into the weight, and .* is quantised"):
         inject(model, FullExpert, "q_proj")
@@ -172,10 +172,6 @@ def test_what_writes_into_a_quantised_weight_is_refused(llama: Path) -> None:
     for write in (lambda: weight.zero_(), lambda: weight.__setitem__(0, 1.0), lambda: weight.copy_(weight + 1)):
         with pytest.raises(TypeError, match="would write into a weight that is made anew"):
             write()
-
-
-def test_a_form_that_rounds_activations_is_refused(llama: Path) -> None:
-    model = load(llama)
     model.model.layers[0].self_attn.q_proj.weight.act_quant_kwargs = {}
     with pytest.raises(ValueError, match="q_proj, whose quantised form also rounds the activations"):
         inject(model, LoRAExpert, r".*layers\.0\..*q_proj")
