@@ -75,6 +75,8 @@ def test_a_check_reads_neither_base_nor_rows(place) -> None:
         check_fit("nowhere", ["missing.jsonl"], LoRAExpert, ["q_proj"], learning_rate=-1.0)
     with pytest.raises(ValueError, match="is not a checkpoint; give its file"):
         check_fit("nowhere", ["missing.jsonl"], LoRAExpert, ["q_proj"], checkpoint="last")
+    with pytest.raises(ValueError, match="a TaskMixture has its own batch_size; set that in it"):
+        check_fit("nowhere", TaskMixture(["missing.jsonl"], "nowhere", 4), LoRAExpert, ["q_proj"], batch_size=8)
 
 
 def test_an_estimate_trains_and_writes_nothing(place, tiny_llama_dir, tasks) -> None:
@@ -82,12 +84,6 @@ def test_an_estimate_trains_and_writes_nothing(place, tiny_llama_dir, tasks) -> 
     assert found.length.total_steps == 5
     assert [str(place) for kind, place in found.places if kind == "the expert"] == ["library/a"]
     assert not list(place.iterdir())
-
-
-def test_a_mixture_takes_no_second_batch_size(place, tiny_llama_dir, task_files) -> None:
-    mixture = TaskMixture([str(task_files["upper"])], str(tiny_llama_dir), 4)
-    with pytest.raises(ValueError, match="a TaskMixture has its own batch_size; set that in it"):
-        check_fit(str(tiny_llama_dir), mixture, LoRAExpert, runs.TARGET, batch_size=8)
 
 
 @pytest.mark.parametrize("expert", [partial(SparseExpert, keep_ratio=0.2), partial(LoRAExpert, rank=2)])
