@@ -50,6 +50,7 @@ CONFIGS = {
         GROUPED | {"head_dim": 8, "final_logit_softcapping": 0.3, "attn_implementation": "eager"},
     ),
     "neox": ("GPTNeoXConfig", WIDE | {"max_position_embeddings": 256}),
+    "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),
 }
 TARGETS = {
     "llama": r".*\.(q_proj|down_proj)",
@@ -157,14 +158,14 @@ def _logs_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the directory of a tiny saved model of an architecture, made once."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the directory of a tiny saved model of an architecture, with changes of its settings, made once."""
     root = tmp_path_factory.mktemp("bases")
 
-    def directory(architecture: str) -> Path:
-        path = root / architecture
+    def directory(architecture: str, **changes: object) -> Path:
+        path = root / "-".join([architecture, *(f"{name}-{value}" for name, value in changes.items())])
         if not path.exists():
-            build_model(architecture).save_pretrained(path)
+            build_model(architecture, **changes).save_pretrained(path)
             build_tokenizer().save_pretrained(path)
         return path
 

@@ -77,12 +77,9 @@ IDS = (torch.arange(40).view(2, 20) * 7) % 90 + 3
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tiny) -> Path:
     """A tiny Mixtral on disk, whose files hold a tensor for each matrix of each expert."""
-    place = tmp_path_factory.mktemp("mixture") / "mixtral"
-    mixture("mixtral").save_pretrained(place)
-    conftest.build_tokenizer().save_pretrained(place)
-    return place
+    return tiny("mixtral")
 
 
 def check_gradients(expert: Expert, wanted: Tensor) -> None:
@@ -296,11 +293,8 @@ def test_copies_go_on_working_and_experts_leave_the_base_behind(base, kind, dtyp
 
 
 @pytest.fixture(scope="module")
-def saved_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("tied") / "llama"
-    tied().save_pretrained(place)
-    conftest.build_tokenizer().save_pretrained(place)
-    return place
+def saved_tied(tiny) -> Path:
+    return tiny("llama", tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("kind", ["masked", "full"])

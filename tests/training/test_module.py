@@ -111,7 +111,7 @@ def test_an_expert_trained_on_top_of_another_adds_to_it(fitted, tiny_llama_dir, 
 
 
 def test_a_checkpoint_holds_trained_tensors_alone_and_goes_into_no_other_base_or_experts(
-    fitted, tiny_llama_dir, tmp_path
+    fitted, tiny, tmp_path
 ) -> None:
     module, trainer, _ = fitted(KINDS["element"], max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -120,14 +120,11 @@ def test_a_checkpoint_holds_trained_tensors_alone_and_goes_into_no_other_base_or
     moments = [v for s in stored["optimizer_states"][0]["state"].values() for v in s.values() if v.dim()]
     kept = sum(layer.expert.values.numel() for _, layer in expert_layers(module.model))
     assert sum(moment.numel() for moment in moments) == 2 * kept
-    other = tmp_path / "other"
-    conftest.build_model("llama", seed=1).save_pretrained(other)
-    conftest.build_tokenizer().save_pretrained(other)
     with pytest.raises(ValueError, match="trained on a base with fingerprint"):
-        runs.module(other, KINDS["element"]).on_load_checkpoint(stored)
+        runs.module(tiny("llama", seed=1), KINDS["element"]).on_load_checkpoint(stored)
     for kind in ("lora", "block"):
         with pytest.raises(ValueError, match="experts are not those configured"):
-            runs.module(tiny_llama_dir, KINDS[kind]).on_load_checkpoint(stored)
+            runs.module(tiny("llama"), KINDS[kind]).on_load_checkpoint(stored)
 
 
 def _loaded(base: Path, **settings) -> torch.nn.Module:

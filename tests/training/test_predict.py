@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GROUPED, build_model, build_tokenizer
+from conftest import build_tokenizer
 from testbed.checkpointing import saved_for_backward
 from testbed.runs import TARGET, mixture, module, trainer
-from transformers import AutoModelForCausalLM, FalconConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from modular_experts import estimate_fit
 from modular_experts.base.files import fingerprint
@@ -37,12 +37,9 @@ KINDS = {
 
 
 @pytest.fixture(scope="session")
-def one_block(tmp_path_factory) -> Path:
+def one_block(tiny) -> Path:
     """A Llama of one block: what is compared of a block needs no second one, which takes as long again."""
-    place = tmp_path_factory.mktemp("one_block")
-    build_model("llama", num_hidden_layers=1).save_pretrained(place)
-    build_tokenizer().save_pretrained(place)
-    return place
+    return tiny("llama", num_hidden_layers=1)
 
 
 SETTINGS = [{"gradient_checkpointing": True}, {"values": "bfloat16"}]
@@ -64,15 +61,6 @@ def test_as_much_is_kept_for_backward_as_with_numbers(kind, settings, one_block,
         found = saved_for_backward(shapes.model, lambda: loss_of(shapes.model, shape, run))
     assert found[1] == wanted[1]
     assert found[0] == pytest.approx(wanted[0], rel=0.02)
-
-
-@pytest.fixture(scope="session")
-def mixture_dir(tmp_path_factory) -> Path:
-    """A mixture-of-experts base whose layers have four experts, two of them for each token."""
-    place = tmp_path_factory.mktemp("mixture")
-    AutoModelForCausalLM.from_config(MixtralConfig(**GROUPED, num_local_experts=4)).save_pretrained(place)
-    build_tokenizer().save_pretrained(place)
-    return place
 
 
 def peaks(base, kind, data, run, **settings) -> tuple[int, int]:
@@ -110,9 +98,9 @@ def test_the_peak_on_a_plain_and_on_a_quantised_base_is_that_of_steps_with_numbe
 
 
 @pytest.mark.parametrize(("kind", "modules"), [("tiles", "all-linear"), ("lora", "q_proj")])
-def test_tokens_of_a_mixture_are_spread_evenly(kind, modules, mixture_dir, task_files, tmp_path) -> None:
-    data = mixture(task_files, mixture_dir, packing=False)
-    found, wanted = peaks(mixture_dir, kind, data, trainer(tmp_path), modules=modules)
+def test_tokens_of_a_mixture_are_spread_evenly(kind, modules, tiny, task_files, tmp_path) -> None:
+    data = mixture(task_files, tiny("mixtral"), packing=False)
+    found, wanted = peaks(tiny("mixtral"), kind, data, trainer(tmp_path), modules=modules)
     # Where no matrix has an expert, the base multiplies all of a layer at once.
     assert found == pytest.approx(wanted, rel=0.05 if modules == "all-linear" else 0.15)
 

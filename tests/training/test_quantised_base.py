@@ -7,7 +7,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -32,12 +31,9 @@ SPARSE = partial(SparseExpert, keep_ratio=0.1)
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory) -> str:
+def wide(tiny) -> str:
     """A base whose rows are whole blocks of 64, as bitsandbytes 0.50 needs them on a CPU."""
-    folder = tmp_path_factory.mktemp("wide")
-    conftest.build_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(folder)
-    conftest.build_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(tiny("llama", hidden_size=64, intermediate_size=128))
 
 
 @pytest.fixture(scope="module")

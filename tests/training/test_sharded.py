@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from testbed import runs, sharded_run
 from testbed.forked import ended, run_on_two_ranks, start_ranks
@@ -21,23 +21,20 @@ pytestmark = pytest.mark.ddp
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict]]:
+def found(tmp_path_factory, tiny, task_files) -> tuple[dict, list[dict]]:
     """What one process, this one, and two processes end with."""
     folder = tmp_path_factory.mktemp("sharded")
-    places = {name: folder / name for name in ("capped", "mixed", "one", "two", "last")}
+    places = {name: folder / name for name in ("one", "two", "last")}
     for place in places.values():
         place.mkdir()
-    for name, model in (("capped", build_model("gemma2")), ("mixed", mixture("mixtral"))):
-        model.save_pretrained(places[name])
-        build_tokenizer().save_pretrained(places[name])
     load = lambda name, rank=0: torch.load(places[name] / f"rank{rank}.pt", weights_only=True)  # noqa: E731
-    several = tiny_llama_dir, places["capped"], places["mixed"], task_files
+    several = tiny("llama"), tiny("gemma2"), tiny("mixtral"), task_files
     with warnings.catch_warnings():
         sharded_run.main(places["one"], *several, 1)
     run_on_two_ranks(sharded_run.main, places["two"], *several, 2)
     begun = places["two"] / "entries-step=2.ckpt"
     with warnings.catch_warnings():
-        sharded_run.resume(places["last"], tiny_llama_dir, task_files, 1, begun)
+        sharded_run.resume(places["last"], tiny("llama"), task_files, 1, begun)
     one, two = load("one"), [load("two", rank) for rank in range(2)]
     two[0] |= {"one again": load("last")["resumed"]}
     return one, two
