@@ -52,7 +52,7 @@ class Weights(Callback):
 
 @pytest.fixture
 def fit_reverse(tiny_llama_dir, task_files, tmp_path):
-    """Train an expert of another task than those of the library, and return its module."""
+    """Train an expert of a task that the library does not have, and return its module."""
 
     def fit(expert, *callbacks, base=tiny_llama_dir, module=None, **settings):
         torch.manual_seed(0)
