@@ -15,6 +15,7 @@ import yaml
 from testbed.forked import ended, forked, start_ranks
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import modular_experts.training.fit  # noqa: F401 - here, so that no copy of this process takes seconds for it
 from modular_experts.__main__ import main
 from modular_experts.library import Library
 
