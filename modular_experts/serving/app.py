@@ -118,7 +118,7 @@ class _Server:
             raise refusal(404, str(error), "model") from None
         except (ValueError, FileNotFoundError) as error:
             raise refusal(400, str(error)) from None
-        choice, id = answer.choice, f"cmpl-{uuid.uuid4().hex}"
+        choice, id = answer.choice, f"{body.prefix}-{uuid.uuid4().hex}"
         if self.limits.log_prompts:
             log.info("%s asks %s: %s", id, choice.name, body.prompt)
         pieces = self._measured(id, answer, started)

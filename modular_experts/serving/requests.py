@@ -96,6 +96,7 @@ class Message(Form):
 class ChatRequest(Settings):
     """A conversation to go on with."""
 
+    prefix: ClassVar[str] = "chatcmpl"
     object: ClassVar[str] = "chat.completion"
     part: ClassVar[str] = "chat.completion.chunk"
     messages: list[Message] = Field(min_length=1, max_length=1024)
@@ -135,6 +136,7 @@ class ChatRequest(Settings):
 class CompletionRequest(Settings):
     """A text to go on with: characters, or the ids of tokens."""
 
+    prefix: ClassVar[str] = "cmpl"
     object: ClassVar[str] = "text_completion"
     part: ClassVar[str] = "text_completion"
     prompt: str | list[int]

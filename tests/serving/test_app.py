@@ -139,6 +139,7 @@ def test_the_client_of_openai_gets_what_generate_gives(serve, library, tiny_llam
     assert 0.5 < float(chosen.headers["x-expert-confidence"]) <= 1
     assert "".join(part.choices[0].delta.content for part in parts[:-1]).strip() == reversed_
     assert {part.expert for part in parts} == {"reverse"}
+    assert [one.id.partition("-")[0] for one in (whole, told, parts[0])] == ["cmpl", "chatcmpl", "chatcmpl"]
     assert parts[0].choices[0].delta.role == "assistant"
     assert [part.choices[0].finish_reason for part in parts[:-1]][-1] == "length"
     assert parts[-1].usage.completion_tokens == 12
