@@ -29,7 +29,7 @@ def missing_expert(place: str | Path) -> str | None:
 
 def check_free(path: str | Path, overwrite: bool) -> None:
     """Raise FileExistsError if there is a file or directory that may not be replaced."""
-    if os.path.lexists(os.path.expanduser(path)) and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise FileExistsError(
             f"{path} exists already; choose another place, or replace it with overwrite=True (--overwrite)"
         )

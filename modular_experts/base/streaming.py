@@ -95,8 +95,7 @@ class StreamedSum:
             self._losses += losses
         for source in self._layouts:
             (self._out / f".{source.name}.json").unlink(missing_ok=True)
-        if len(self._layouts) > 1:
-            write_index(self._out, {source.name: layout for source, layout in self._layouts.items()})
+        write_index(self._out, {source.name: layout for source, layout in self._layouts.items()})
 
     def _write(self, source: Path, losses: np.ndarray, steps: Iterator[str]) -> Iterator[tuple[str, Delta]]:
         layout, part = self._layouts[source], self._out / f".{source.name}"
@@ -168,6 +167,9 @@ def shard_writer(file: Path, layout: Layout) -> Iterator[Callable[[Tensor], obje
 
 
 def write_index(directory: Path, files: Mapping[str, Layout]) -> None:
+    """Write the index of a checkpoint's files, unless the one file has the name that needs none."""
+    if list(files) == ["model.safetensors"]:
+        return
     size = sum(math.prod(shape) * dtype.itemsize for layout in files.values() for dtype, shape in layout.values())
     owner = {name: file for file, layout in files.items() for name in layout}
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(owner.items()))}

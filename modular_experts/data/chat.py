@@ -175,7 +175,10 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bo
             prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-    return list(tokenizer(prompt, add_special_tokens=False)["input_ids"]), ends
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise ValueError("the prompt is empty for the model: the chat template or the tokenizer leaves nothing of it")
+    return ids, ends
 
 
 def reads_chat(tokenizer: PreTrainedTokenizerBase, experts: Sequence[StoredExpert]) -> bool:

@@ -67,7 +67,8 @@ class Answerer:
         Without it, their texts follow each other, a line each.
         """
         found, ids, ends = await asyncio.to_thread(self.read, model, prompt)
-        room = answer_room(self.engine.reader, len(ids), most or MOST_TOKENS)
+        rest = max(self.engine.cache_tokens - len(ids), 1)
+        room = answer_room(self.engine.reader, len(ids), most or min(MOST_TOKENS, rest))
         if isinstance(found, Route):
             found = await self._choosing.call(found.choose, self.engine.reader, ids)
         await asyncio.to_thread(self.engine.check, found.members, len(ids), room)

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modular_experts.serving.answers import Answer, Answerer, Piece
-from modular_experts.serving.engine import EngineError, Token
+from modular_experts.serving.engine import EngineError
 from modular_experts.serving.metrics import Metrics
 from modular_experts.serving.models import AUTO, Listed, UnknownModelError
 from modular_experts.serving.requests import ChatRequest, CompletionRequest, sentence
@@ -127,7 +127,7 @@ class _Server:
         if body.stream:
             events = self._events(body, said | {"object": body.part}, answer, pieces)
             return Stream(events, events, media_type="text/event-stream", headers=choice.headers)
-        whole = self._choice(body, await _joined(pieces, request), is_part=False)
+        whole = self._choice(body, await _unless_gone(request, _joined(pieces)), is_part=False)
         said |= {"object": body.object, "choices": [whole], "usage": answer.usage}
         return JSONResponse(said, headers=choice.headers)
 
@@ -233,16 +233,23 @@ class Guard:
         return None
 
 
-async def _joined(pieces: AsyncIterator[Piece], request: Request) -> Piece:
-    """Return the pieces of an answer as one, or end it if the client leaves."""
-    text, tokens, finish = "", list[Token](), None
-    async with aclosing(pieces):  # type: ignore[type-var]
-        async for piece in pieces:
-            text, finish = text + piece.text, piece.finish
-            tokens += piece.tokens
-            if await request.is_disconnected():
+async def _joined(pieces: AsyncIterator[Piece]) -> Piece:
+    async with aclosing(pieces) as each:  # type: ignore[type-var]
+        found = [piece async for piece in each]
+    return Piece("".join(one.text for one in found), [t for one in found for t in one.tokens], found[-1].finish)
+
+
+async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """Wait for some work, and end it if the client leaves, also while it waits for its turn."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=0.5)
+            if not task.done() and await request.is_disconnected():
                 raise refusal(499, "the client left")
-    return Piece(text, tokens, finish)
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def _event(content: Any) -> str:

@@ -25,8 +25,9 @@ from modular_experts.serving.experts import HeldExperts, NoRoomError, Slot
 from modular_experts.serving.models import Weighted
 from modular_experts.serving.threads import SideThreads
 
-# Its warnings quote tokens of prompts, and what it reports as errors is raised here.
-logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+transformers_log = logging.getLogger("ContinuousBatchingLogger")
+# Its warnings quote tokens of prompts.
+transformers_log.setLevel(logging.ERROR)
 PAGE = 32
 """Tokens of a page of the cache."""
 BATCH_TOKENS = 1024
@@ -97,6 +98,7 @@ class Engine:
             async for _ in self.answer([0, 0], [], [-1], 2, Sampling()):
                 pass
 
+        transformers_log.setLevel(logging.CRITICAL)
         try:
             asyncio.run(ask())
         except Exception as error:
@@ -105,6 +107,8 @@ class Engine:
                 "the base cannot be served, because transformers does not batch the rows of "
                 f"{type(self.model).__name__} ({error}); ask it with generate"
             ) from error
+        finally:
+            transformers_log.setLevel(logging.ERROR)
 
     def start(self) -> None:
         """Begin to answer; a second call does nothing."""
@@ -154,15 +158,13 @@ class Engine:
 
         Whoever leaves the iterator ends the answer: close it (`aclose`). `check` the experts before.
         """
-        slots: list[Slot] = []
+        slots = await self._taken([expert for expert, _ in experts]) if experts else []
         key, tokens, finished = f"{next(self._numbers)}", asyncio.Queue[Any](), False
+        row = _Row([(slot.number, weight) for slot, (_, weight) in zip(slots, experts, strict=True)], sampling)
+        if sampling.temperature > 0:
+            row.generator = torch.Generator().manual_seed(sampling.seed)
+        self._answering[key] = row
         try:
-            if experts:
-                await self._take([expert for expert, _ in experts], slots)
-            row = _Row([(slot.number, weight) for slot, (_, weight) in zip(slots, experts, strict=True)], sampling)
-            if sampling.temperature > 0:
-                row.generator = torch.Generator().manual_seed(sampling.seed)
-            self._answering[key] = row
             manager, count = await self._asked(key, partial(_replace, tokens), list(ids), most, list(stops)), 0
             while not finished:
                 found = await _next(tokens, manager)
@@ -173,7 +175,8 @@ class Engine:
                     yield row.told[count] if sampling.logprobs is not None else Token(token)
                     count += 1
         finally:
-            if self._answering.pop(key, None) and not finished and self._manager is not None:
+            del self._answering[key]
+            if not finished and self._manager is not None:
                 self._manager.cancel_request(key)
                 # transformers keeps the handlers of requests that it does not finish.
                 self._manager.output_router.result_handlers.pop(key, None)
@@ -190,16 +193,25 @@ class Engine:
             # It takes no more requests, and ends.
             await asyncio.sleep(0.05)
 
-    async def _take(self, experts: Sequence[StoredExpert], slots: list[Slot]) -> None:
-        """Put experts into `slots`, one request after the other, as soon as those that answer now leave room."""
+    async def _taken(self, experts: Sequence[StoredExpert]) -> list[Slot]:
+        """Take experts, one request after the other, as soon as those that answer now leave room for them."""
         async with self._turn:
             while True:
+                taking = asyncio.ensure_future(self._reading.call(self.experts.take, experts))
                 try:
-                    return await self._reading.call(lambda: slots.extend(self.experts.take(experts)))
+                    return await asyncio.shield(taking)
                 except NoRoomError:
                     await asyncio.sleep(0.05)
+                except asyncio.CancelledError:
+                    # The thread goes on, and takes them for nobody.
+                    taking.add_done_callback(self._give_back)
+                    raise
                 except Exception as error:
                     raise EngineError(str(error)) from error
+
+    def _give_back(self, taken: "asyncio.Future[list[Slot]]") -> None:
+        if not taken.cancelled() and taken.exception() is None:
+            self.experts.give_back(taken.result())
 
     def _pause(self) -> AbstractContextManager[Any]:
         running = self._manager is not None and self._manager.is_running()

@@ -2,10 +2,11 @@
 
 import logging
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 BASE, AUTO = "base", "auto"
 """The names of the base alone, and of the route that the server takes where a request leaves the choice to it."""
+MOST_OPEN = 64
+"""How many experts are kept open, the least recently named ones left out."""
 
 Weighted = list[tuple[StoredExpert, float]]
 
@@ -107,19 +110,35 @@ class Models:
     def __init__(self, library: str | Path, fingerprint: str, place: str, auto: str | None = None) -> None:
         self._library = Library(library, place)
         self._fingerprint, self._place, self._auto = fingerprint, place, auto
-        if auto is not None:
-            self._find(auto)
+        self._open: OrderedDict[str, tuple[Any, StoredExpert, Choice | Route]] = OrderedDict()
+        self._records: dict[str, tuple[Any, Listed | None]] = {}
+        self._lock = threading.Lock()
+        if auto is not None and not isinstance(self._find(auto), Route):
+            raise ValueError(f"auto means a route, and {auto} has no router; make one: modular-experts route")
 
     def listed(self) -> list[Listed]:
         """Return all models but `auto` and sums; what was trained on another base is left out."""
-        found = [Listed(BASE, "base", 0)]
-        for name in self._library:
-            version = _version(directory := self._library.directory / name)
-            if name not in (BASE, AUTO) and version[0] is not None:
-                kind, fingerprint = _described(directory, version, self._place)
-                if fingerprint == self._fingerprint:
-                    found.append(Listed(name, kind, version[0][1] // 10**9))
-        return found
+        with self._lock:
+            names = [name for name in self._library if name not in (BASE, AUTO)]
+            self._records = {name: self._described(name) for name in names}
+            return [Listed(BASE, "base", 0), *(found for _, found in self._records.values() if found is not None)]
+
+    def _described(self, name: str) -> tuple[Any, Listed | None]:
+        """Return what changes when an expert is replaced, and how it is listed."""
+        directory = self._library.directory / name
+        version = _version(directory)
+        if version[0] is None:
+            return version, None
+        if name in self._records and self._records[name][0] == version:
+            return self._records[name]
+        try:
+            record = open_expert(directory, self._place).record
+        except (OSError, ValueError) as error:
+            log.warning("%s is not served: %s", name, error)
+            return version, None
+        kind = {MERGE: "merge", ROUTED: "route"}.get(record["kind"], "expert")
+        fits = record["base"]["fingerprint"] == self._fingerprint
+        return version, Listed(name, kind, version[0][1] // 10**9) if fits else None
 
     @property
     def auto(self) -> str | None:
@@ -163,44 +182,28 @@ class Models:
             known = [BASE, AUTO, *self._library]
             some = f"; there are {', '.join(known[:8])}{', and more' * (len(known) > 8)}"
             raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or some}")
-        version = _version(directory)
-        expert = _opened(directory, version, self._place)
-        check_base([expert], self._fingerprint, self._place)
-        if not expert.is_routed:
-            return Choice([(expert, 1.0)])
-        behind = tuple(_version(self._library.directory / str(one["name"])) for one in expert.record["parents"])
-        return _route(directory, version, self._place, behind)
+        with self._lock:  # one request opens an expert, or converts an adapter, and the others wait
+            version = _version(directory)  # before it is opened, so that a replacement meanwhile is seen
+            before, expert, found = self._open.pop(name, (None, None, None))
+            if expert is None or found is None or before != [version, *self._behind(expert)]:
+                expert = open_expert(directory, self._place)
+                check_base([expert], self._fingerprint, self._place)
+                found = Route(expert) if expert.is_routed else Choice([(expert, 1.0)])
+            self._open[name] = [version, *self._behind(expert)], expert, found
+            while len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+        return found
+
+    def _behind(self, expert: StoredExpert) -> list[Any]:
+        """Return what changes when one of the experts is replaced that a route chooses among."""
+        names = [str(one["name"]) for one in expert.record["parents"] if expert.is_routed]
+        return [_version(self._library.directory / name) for name in names]
 
 
-Version = tuple[tuple[int, int] | None, ...]
-
-
-def _version(directory: Path) -> Version:
+def _version(directory: Path) -> list[tuple[int, int] | None]:
     """Return what changes when an expert is replaced, or a file of an adapter; it begins with None if none is there."""
     files = sorted(directory.glob("adapter_*")) if is_adapter(directory) else []
-    return tuple(version_of(place) for place in (directory, *files))
-
-
-# Each of these keeps its last results, until another `version` asks for new ones. An open expert holds a file.
-@lru_cache(64)
-def _opened(directory: Path, version: Version, base: str) -> StoredExpert:
-    return open_expert(directory, base)
-
-
-@lru_cache(8)
-def _route(directory: Path, version: Version, base: str, behind: tuple[Version, ...]) -> Route:
-    return Route(_opened(directory, version, base))
-
-
-@lru_cache(10_000)
-def _described(directory: Path, version: Version, base: str) -> tuple[str, str | None]:
-    """Return the kind of an expert and the fingerprint of its base, which is None for one that cannot be opened."""
-    try:
-        record = open_expert(directory, base).record
-    except (OSError, ValueError) as error:
-        log.warning("%s is not served: %s", directory.name, error)
-        return "", None
-    return {MERGE: "merge", ROUTED: "route"}.get(record["kind"], "expert"), record["base"]["fingerprint"]
+    return [version_of(place) for place in (directory, *files)]
 
 
 def _term(whole: str, text: str) -> tuple[str, float]:

@@ -33,8 +33,8 @@ def make_proxy(models: Models, model: Any, tokenizer: Any, upstream: str, limits
     proxy.keep_first_blocks()
     proxy.client = httpx.AsyncClient(
         base_url=upstream,
-        timeout=httpx.Timeout(limits.seconds, connect=10),
-        limits=httpx.Limits(),  # the guard limits the requests
+        timeout=httpx.Timeout(limits.seconds, connect=10, pool=0.01),
+        limits=httpx.Limits(max_connections=limits.requests),
         trust_env=False,
         headers={"accept-encoding": "identity"},  # answers are not compressed unless the client asks for it
     )
@@ -91,7 +91,7 @@ class _Proxy(Answerer):
             prompt: Any = asked.get("prompt")
             if prompt is None:
                 prompt = [{"role": str(one["role"]), "content": _text(one.get("content"))} for one in asked["messages"]]
-            elif isinstance(prompt, list) and isinstance(prompt[0], str):
+            elif isinstance(prompt, list) and isinstance(prompt[0], str | list):
                 prompt = prompt[0]
             route: Any
             route, ids, _ = await asyncio.to_thread(self.read, AUTO, prompt)
@@ -121,6 +121,8 @@ class _Proxy(Answerer):
         request = self.client.build_request(method, url, headers=headers, content=body)
         try:
             return await self.client.send(request, stream=True)
+        except httpx.PoolTimeout:
+            raise refusal(429, "too many requests are being answered; try again later") from None
         except httpx.HTTPError as error:
             message = f"the server at {self.client.base_url} does not answer ({type(error).__name__})"
             raise refusal(502, message) from None

@@ -101,9 +101,9 @@ def high_water(device: torch.device) -> int:
     """Return the most memory that this process has had so far on a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux getrusage also counts the process that started this one
-        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
+    with suppress(OSError):  # on Linux getrusage also counts the process that started this one
+        if found := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

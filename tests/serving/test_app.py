@@ -183,6 +183,24 @@ def test_a_conversation_goes_through_the_template_with_which_experts_were_traine
     assert read == [with_template, len("a\nb"), with_template]
 
 
+def test_a_prompt_of_which_the_template_leaves_nothing_is_refused(serve, monkeypatch) -> None:
+    async def work(client, answerer):
+        users = "{% for one in messages if one.role == 'user' %}{{ one.content }}{% endfor %}"
+        monkeypatch.setattr(answerer.tokenizer, "chat_template", users)
+        return await client.post(CHAT, json={"model": "base", "messages": [{"role": "system", "content": "a"}]})
+
+    answer = serve(work)
+    assert (answer.status_code, "the prompt is empty for the model" in answer.text) == (400, True)
+
+
+def test_without_a_length_an_answer_takes_what_the_cache_has_left(serve) -> None:
+    async def work(client, answerer):
+        answerer.engine.cache_tokens = 40
+        return await client.post("/v1/completions", json={"model": "lora", "prompt": "a" * 30})
+
+    assert serve(work).json()["usage"]["completion_tokens"] == 10
+
+
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]
 WRONG = [
     ({"model": "lora"}, 400, "messages: field required"),
@@ -250,11 +268,38 @@ def test_null_is_a_field_that_is_not_there(serve) -> None:
     assert prompts[2] == prompts[3]
 
 
+HEADERS = [(b"content-type", b"application/json")]
+SCOPE = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": HEADERS, "query_string": b""}
+
+
+def test_whoever_leaves_before_the_first_token_frees_the_place(serve, monkeypatch) -> None:
+    async def work(client, answerer):
+        body = json.dumps({"model": "lora", "prompt": "upper"}).encode()
+        asked, ended = [{"type": "http.disconnect"}, {"type": "http.request", "body": body}], asyncio.Event()
+
+        async def queued(*_):
+            try:
+                yield await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        async def receive():
+            return asked.pop() if asked else await asyncio.Event().wait()
+
+        async def send(message):
+            pass
+
+        monkeypatch.setattr(answerer.engine, "answer", queued)
+        async with asyncio.timeout(20):
+            await client._transport.app(SCOPE, receive, send)
+            await ended.wait()
+
+    serve(work)
+
+
 def test_whoever_stops_reading_frees_the_place(serve) -> None:
     async def work(client, answerer):
         body = json.dumps({"model": "lora", "prompt": "upper", "max_tokens": 200, "stream": True}).encode()
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
         asked, sent = [{"type": "http.request", "body": body}], []
 
         async def receive():
@@ -265,7 +310,7 @@ def test_whoever_stops_reading_frees_the_place(serve) -> None:
             if message["type"] == "http.response.body":
                 await asyncio.Event().wait()
 
-        await client._transport.app(scope, receive, send)
+        await client._transport.app(SCOPE, receive, send)
         assert len(sent) == 2
         for _ in range(100):
             if not answerer.engine.answering:
@@ -298,12 +343,12 @@ def hostile(draw: random.Random) -> tuple[str, bytes]:
     return draw.choice([CHAT, "/v1/completions"]), raw
 
 
-def test_250_hostile_requests_get_a_sentence_each(serve) -> None:
+def test_500_hostile_requests_get_a_sentence_each(serve) -> None:
     draw = random.Random(0)
 
     async def work(client, answerer):
         statuses = []
-        for _ in range(250):
+        for _ in range(500):
             path, raw = hostile(draw)
             answer = await client.post(path, content=raw, headers={"Content-Type": "application/json"})
             statuses.append(answer.status_code)
@@ -315,7 +360,7 @@ def test_250_hostile_requests_get_a_sentence_each(serve) -> None:
 
     statuses = serve(work)
     assert {*statuses} <= {200, 400, 404, 413}
-    assert statuses.count(200) < 25
+    assert statuses.count(200) < 50
 
 
 def test_more_requests_than_the_limit_are_refused_and_a_late_answer_ends(serve) -> None:

@@ -1,7 +1,9 @@
 """What the `model` of a request may be, and every mistake."""
 
+import gc
 import logging
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -76,8 +78,11 @@ def test_experts_come_go_and_are_replaced_without_a_restart(library, tiny_llama_
     served.write(tiny_llama_dir, library / "new", "tiles", 9)
     assert listed() == ["base", *sorted([*served.FORMS, "new"])]
     before = models.find("new").members[0].content_hash
+    opened = weakref.ref(models.find("new").members[0])
     served.write(tiny_llama_dir, library / "new", "tiles", 10, overwrite=True)
     assert models.find("new").members[0].content_hash == open_expert(library / "new").content_hash != before
+    gc.collect()
+    assert opened() is None, "a replaced expert keeps its file open"
     shutil.rmtree(library / "new")
     assert "new" not in listed()
     with pytest.raises(UnknownModelError, match="there is no model 'new'"):

@@ -1,4 +1,4 @@
-"""Experts that the library did not write: their files made by hand, as an older version or an attacker would."""
+"""Files that the library did not write: made by hand, as an older version, another program or an attacker would."""
 
 import hashlib
 import json
@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modular_experts.deltas import Delta
 
-__all__ = ["as_it_is", "write_by_hand"]
+__all__ = ["as_it_is", "number_the_file", "write_by_hand"]
 
 Weight = tuple[str, Sequence[int], Mapping[str, Tensor]]
 
@@ -41,3 +41,13 @@ def write_by_hand(path: Path, weights: Mapping[str, Weight], record: Mapping[str
 def _entry(tensor: Tensor) -> dict[str, Any]:
     content = tensor.contiguous().numpy().tobytes()
     return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def number_the_file(base: Path) -> None:
+    """Name a checkpoint's one file as the only part of one, in an index."""
+    file = base / "model.safetensors"
+    names, number = load_file(file), "model-00001-of-00001.safetensors"
+    size = sum(tensor.nbytes for tensor in names.values())
+    file.rename(base / number)
+    index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(sorted(names), number)}
+    (base / f"{file.name}.index.json").write_text(json.dumps(index))

@@ -320,5 +320,4 @@ def _write(
             for key in held:
                 next(steps)
                 write(tensor_of(key))
-    if len(files) > 1:
-        write_index(directory, files)
+    write_index(directory, files)

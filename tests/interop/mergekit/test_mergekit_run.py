@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 from test_mergekit_peer import moved
+from testbed.stored_by_hand import number_the_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
@@ -188,3 +190,15 @@ def test_files_are_divided_as_those_of_the_first_model_and_listed(run, place, tm
     assert len({*index["weight_map"].values()}) > 2
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "cut" / file)[name].double(), whole[name])
+
+
+def test_a_merge_of_a_model_in_one_numbered_file_can_be_loaded(place, tmp_path):
+    shutil.copytree(place / "a", tmp_path / "a")
+    number_the_file(tmp_path / "a")
+    recipe = tmp_path / "recipe.yaml"
+    models = f"models: [{{model: {tmp_path / 'a'}}}, {{model: {place / 'b'}}}]"
+    recipe.write_text(f"merge_method: linear\nparameters: {{weight: 0.5}}\n{models}\n")
+    merge_recipe(read_recipe(recipe), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    a, b = tensors(place, "a"), tensors(place, "b")
+    assert_merge({name: merged[name].double() for name in a}, {name: (a[name] + b[name]) / 2 for name in a})
