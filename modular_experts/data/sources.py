@@ -47,7 +47,7 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
             raise ValueError(f"{path} was not written by datasets.save_to_disk; name a file in it") from error
         return _dataset_records(path, loaded, where or {})
     if place.exists() and not place.is_file():
-        raise ValueError(f"{path} exists, but not as a file; write the rows to one")
+        raise ValueError(f"{path} is neither a file nor a directory; write the rows to a file")
     if not place.exists():
         missing = next(one for one in (place.absolute(), *place.absolute().parents) if one.parent.exists())
         near = did_you_mean(missing.name, [entry.name for entry in missing.parent.glob("*")])

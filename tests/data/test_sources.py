@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_a_json_file_of_lines_is_read_as_lines_and_reading_goes_on_after_a_broke
     assert [record.where for record in records] == [f"{path}:{line}" for line in (1, 2, 3, 4)]
 
 
-def test_a_missing_file_or_directory_is_answered_with_the_near_name(tmp_path: Path) -> None:
+def test_a_missing_file_gets_the_near_name_and_a_pipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "intents.jsonl").touch()
     for path, missing, place, near in (
@@ -107,6 +108,9 @@ def test_a_missing_file_or_directory_is_answered_with_the_near_name(tmp_path: Pa
         sentence = f"{path}: there is no '{missing}' in '{place}'; did you mean {near}?"
         with pytest.raises(ValueError, match=re.escape(sentence)):
             path_records(str(tmp_path / path))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match=r"pipe\.jsonl is neither a file nor a directory; write the rows to a file"):
+        path_records(str(tmp_path / "pipe.jsonl"))
 
 
 def test_a_spreadsheet_may_write_semicolons(tmp_path: Path) -> None:
