@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from modular_experts.base import Base
@@ -45,6 +46,9 @@ def write_gguf(directory: Path, base: Base, format: Any, encoded: Encoded) -> No
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
+    stored = {one.name: torch.from_numpy(one.data.copy()) for one in gguf.GGUFReader(directory / GGUF_FILE).tensors}
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[key], tensors[key]) for key in tensors)
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:

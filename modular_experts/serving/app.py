@@ -133,7 +133,7 @@ class _Server:
 
     def _choice(self, body: ChatRequest | CompletionRequest, piece: Piece, is_part: bool) -> dict[str, Any]:
         told = body.logprobs_of(piece.tokens, self.answerer.tokenizer) if body.told is not None else None
-        return {"index": 0, **body.said(piece.text, is_part), "finish_reason": piece.finish, "logprobs": told}
+        return {"index": 0, **body.in_field(piece.text, is_part), "finish_reason": piece.finish, "logprobs": told}
 
     async def _events(
         self, body: ChatRequest | CompletionRequest, said: dict[str, Any], answer: Answer, pieces: AsyncIterator[Piece]

@@ -117,7 +117,7 @@ class ChatRequest(Settings):
     def told(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def said(self, text: str, is_part: bool) -> dict[str, Any]:
+    def in_field(self, text: str, is_part: bool) -> dict[str, Any]:
         """Return a text of the answer in its field."""
         return {"delta": {"content": text}} if is_part else {"message": {"role": "assistant", "content": text}}
 
@@ -158,7 +158,7 @@ class CompletionRequest(Settings):
     def told(self) -> int | None:
         return self.logprobs
 
-    def said(self, text: str, is_part: bool) -> dict[str, Any]:
+    def in_field(self, text: str, is_part: bool) -> dict[str, Any]:
         """Return a text of the answer in its field."""
         return {"text": text}
 

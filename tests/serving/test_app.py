@@ -293,8 +293,9 @@ def test_whoever_leaves_before_the_first_token_frees_the_place(serve, monkeypatc
         async with asyncio.timeout(20):
             await client._transport.app(SCOPE, receive, send)
             await ended.wait()
+        return ended.is_set(), answerer.engine.answering
 
-    serve(work)
+    assert serve(work) == (True, 0)
 
 
 def test_whoever_stops_reading_frees_the_place(serve) -> None:
