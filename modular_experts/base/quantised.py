@@ -4,6 +4,7 @@ bitsandbytes has 4 and 8 bits, torchao weight-only forms; transformers puts both
 fingerprint and the deltas of experts belong to the base that is not quantised.
 """
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -100,6 +101,38 @@ def read_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     return TransientWeight.of(read, (layer.out_features, layer.in_features), dtype or own, layer.weight.device)
 
 
+def hold_rows(layer: Any) -> bool:
+    """Let a layer hold its codes and scales as plain parameters, with a row of both for each output.
+
+    FSDP2 parts plain parameters by rows, so that processes can share them; the numbers stay the same. It returns False
+    and changes nothing where a block of 4-bit numbers with one scale goes on in the next row, and for torchao.
+    """
+    weight, rows, state = layer.weight, layer.out_features, _state(layer)
+    if state is not None and layer.in_features % state.blocksize == 0:
+        scales, state.absmax = state.absmax, state.absmax.new_empty(0)
+    elif hasattr(weight, "SCB"):
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+    else:
+        return False
+    layer.weight = nn.Parameter(weight.data.view(rows, -1), requires_grad=False)
+    layer.row_scales, layer.quant_state = nn.Parameter(scales.view(rows, -1), requires_grad=False), state
+    return True
+
+
+def _from_rows(layer: Any) -> Tensor:
+    import bitsandbytes.functional as bnb
+    from torch.distributed.tensor import DTensor
+
+    held = layer.weight, layer.row_scales
+    codes, scales = (one.full_tensor() if isinstance(one, DTensor) else one for one in held)
+    if layer.quant_state is None:
+        return bnb.int8_vectorwise_dequant(codes, scales.view(-1))
+    layer.quant_state.to(codes.device)
+    state = copy.copy(layer.quant_state)
+    state.absmax = scales.view(-1)
+    return bnb.dequantize_4bit(codes.view(-1, 1), state)
+
+
 def keep_order(model: nn.Module) -> None:
     """Let 4-bit layers keep their weight as it is; on some CPUs one that computes without gradients would repack it.
 
@@ -112,8 +145,9 @@ def keep_order(model: nn.Module) -> None:
 
 def _reader(layer: Any) -> tuple[Callable[[], Tensor], torch.dtype] | None:
     """Return what dequantises a layer's weight, and the dtype that it had before, or None for a plain weight."""
-    weight: Any = layer.weight
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    weight, state = layer.weight, _state(layer)
+    if hasattr(layer, "row_scales"):
+        return lambda: _from_rows(layer), torch.float32 if state is None else state.dtype
     if state is not None:
         import bitsandbytes.functional as bnb
 
@@ -131,3 +165,7 @@ def _reader(layer: Any) -> tuple[Callable[[], Tensor], torch.dtype] | None:
     if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "qdata"):
         return lambda: weight.dequantize(), weight.dtype
     return None
+
+
+def _state(layer: Any) -> Any:
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)

@@ -8,13 +8,14 @@ import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from modular_experts.base.quantised import is_quantised
-from modular_experts.experts.expert import InPlaceExpert, trains_weight
+from modular_experts.base.quantised import hold_rows, is_quantised, read_weight
+from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection.inject import expert_layers
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertQuantised
@@ -43,35 +44,48 @@ class ExpertSharded(ExpertLinear):
         return super().forward(x)
 
 
+class QuantisedRows(nn.Linear):
+    """A quantised linear layer without an expert, of which each process holds some rows between passes.
+
+    It multiplies with the dequantised weight, where bitsandbytes rounds the inputs of its 8-bit layers on a GPU.
+    """
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, read_weight(self), self.bias)
+
+
 def shard(model: nn.Module, device: torch.device) -> None:
     """Let each process hold its part of each frozen weight; all of them call it, with the experts in the model.
 
-    Quantised weights stay whole in each process: FSDP2 parts tensors by rows, and these have packed ones.
+    A quantised weight stays whole in each process where its bytes cannot be parted by rows.
     """
-    layers: list[tuple[str, Any]] = list(expert_layers(model))
-    # The weights of the others are whole in each process: those that are trained, and those that are quantised.
-    layers = [one for one in layers if not trains_weight(one[1].expert) and not isinstance(one[1], ExpertQuantised)]
+    trained: set[Any] = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    quantised = [module for module in model.modules() if is_quantised(module)]
+    packed: set[Any] = {module.weight for module in quantised if not hold_rows(module)}
+    layers: list[tuple[str, Any]] = [one for one in expert_layers(model) if one[1].weight not in trained | packed]
     for name, layer in layers:
         _check(name, layer)
     for _, layer in layers:
         expert, in_place = layer.expert, isinstance(layer.expert, InPlaceExpert)
-        if in_place:
+        if in_place and not isinstance(layer, ExpertQuantised):
             expert.restore(layer.matrix, lambda: None)
             layer.__class__ = ExpertSharded
             expert.anchor = expert.anchor.new_empty(0)
         elif isinstance(layer, ExpertConv1D):
             # FSDP2 takes contiguous weights only.
             layer.weight.data = layer.weight.data.contiguous()
-    whole: set[Any] = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    quantised: set[Any] = {module.weight for module in model.modules() if is_quantised(module)}
-    if quantised:
-        parts = quantised, set(model.parameters()) - whole - quantised
+    for module in quantised:
+        if module.weight not in packed and not isinstance(module, ExpertQuantised):
+            module.__class__ = QuantisedRows
+    if packed:
+        parts = packed, set(model.parameters()) - trained - packed
         sizes = [sum(one.nbytes for one in part) / 2**20 for part in parts]
         log.info("%.0f MiB of quantised weights stay whole in each process, which share the other %.0f MiB", *sizes)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     blocks = dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name)))
     for module in [*map(model.get_submodule, blocks), model]:
-        fully_shard(module, mesh=mesh, ignored_params=whole | quantised)
+        fully_shard(module, mesh=mesh, ignored_params=trained | packed)
     # Before FSDP2's own hook, which gathers the first weights.
     model.register_forward_pre_hook(_announce, prepend=True)
 
@@ -106,7 +120,9 @@ def _check(name: str, layer: ExpertLayer) -> None:
         )
 
     expert, matrix = layer.expert, layer.matrix
-    adds = isinstance(expert, InPlaceExpert) and expert.takes_transient and type(layer) is ExpertLinear
+    adds = (
+        isinstance(expert, InPlaceExpert) and expert.takes_transient and type(layer) in (ExpertLinear, ExpertQuantised)
+    )
     changes = isinstance(expert, InPlaceExpert | Selectable) and not adds
     if changes or expert.delta_of_base or isinstance(layer, ExpertSlice):
         refuse()

@@ -29,8 +29,14 @@ KINDS = {
     "tiles": partial(SparseExpert, keep_ratio=0.2, granularity="block", block_size=4),
     "lora": partial(LoRAExpert, rank=2),
 }
-QUANTISED = {"lora": "nf4"} if find_spec("bitsandbytes") else {}
-LAYERS = ("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "embed_tokens")
+QUANTISED = {
+    "nf4": {"kind": "lora", "modules": "all-linear"},
+    "int8": {"kind": "entries", "modules": "all-linear"},
+    "fp4": {"kind": "entries", "modules": "layers.0.self_attn.q_proj"},
+}
+QUANTISED = QUANTISED if find_spec("bitsandbytes") else {}
+WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 80}
+"""Sizes of a base whose rows are whole blocks of 64 numbers, but for those of `down_proj`."""
 CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 TIED = {
     "experts": {"q_proj|down_proj": KINDS["entries"], "embed_tokens": KINDS["lora"], "norm|k_proj": FullExpert},
@@ -128,7 +134,7 @@ def resume(folder: Path, base: Path, files: dict[str, Path], ranks: int, checkpo
     finish(folder, ranks, {"resumed": train(folder, base, files, ranks, "entries", "entries", ckpt=checkpoint)[1]})
 
 
-def main(folder: Path, base: Path, capped: Path, mixed: Path, files: dict[str, Path], ranks: int) -> None:
+def main(folder: Path, base: Path, wide: Path, capped: Path, mixed: Path, files: dict[str, Path], ranks: int) -> None:
     warnings.simplefilter("ignore")
     found = {}
     for kind in KINDS:
@@ -146,10 +152,12 @@ def main(folder: Path, base: Path, capped: Path, mixed: Path, files: dict[str, P
     if not rank_of(ranks):  # one process alone exports
         found["moved"] = {name: delta.dense() for name, delta in module.task_vector()}
     likelihood.HEAD_BYTES = 2**28
-    for kind, form in QUANTISED.items():
-        how = {"quantise": form, "dtype": "float32"}
-        module, found[form] = train(folder, base, files, ranks, kind, model=how, limit_val_batches=0)
-        found[f"held {form}"] = [type(module.model.get_parameter(f"model.{name}.weight")).__name__ for name in LAYERS]
+    for form, how in QUANTISED.items():
+        own = {"quantise": form, "dtype": "float32", "modules": how["modules"]}
+        module, found[form] = train(folder, wide, files, ranks, how["kind"], model=own, limit_val_batches=0)
+        found[f"parted {form}"] = sorted(
+            {name.split(".")[-2] for name, one in module.named_parameters() if isinstance(one, DTensor)}
+        )
     # torch multiplies the matrices of a mixture, which are parted like other weights, in at most float32.
     on_attention = {"modules": "q_proj", "dtype": "float32"}
     found["of a mixture"] = train(folder, mixed, files, ranks, "entries", model=on_attention, limit_val_batches=0)[1]
