@@ -36,7 +36,7 @@ QUANTISED = {
 }
 QUANTISED = QUANTISED if find_spec("bitsandbytes") else {}
 WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 80}
-"""Sizes of a base whose rows are whole blocks of 64 numbers, but for those of `down_proj`."""
+"""Sizes of a base whose rows are whole blocks of 64 numbers; the rows of `down_proj` have 80."""
 CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 TIED = {
     "experts": {"q_proj|down_proj": KINDS["entries"], "embed_tokens": KINDS["lora"], "norm|k_proj": FullExpert},
