@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from modular_experts.callbacks.even_validation import share_done
@@ -111,6 +112,12 @@ class LogProgress(Callback):
             log.info("the validation loss before training is %.4g", self.first_loss)
             for logger in trainer.loggers:
                 logger.log_metrics({"val_loss": self.first_loss}, step=0)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last epoch out of the words of Lightning's bar where only steps bound the fit: it would be -2."""
+        bar = trainer.progress_bar_callback if trainer.max_epochs == -1 else None
+        if isinstance(bar, RichProgressBar) and bar.progress and bar.train_progress_bar_id is not None:
+            bar.progress.update(bar.train_progress_bar_id, description=f"Epoch {trainer.current_epoch:<4}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._log_line(trainer)

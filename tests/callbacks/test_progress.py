@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from testbed import runs
 
@@ -61,3 +63,14 @@ def test_the_end_tells_losses_rows_seconds_and_places(tiny_llama_dir, task_files
     rows = list(csv.DictReader((tmp_path / "logs/lightning_logs/version_0/metrics.csv").read_text().splitlines()))
     before = [float(row["val_loss"]) for row in rows if row["step"] == "0" and row["val_loss"]]
     assert before == [pytest.approx(progress.first_loss)]
+
+
+def test_the_bar_of_lightning_counts_epochs_without_a_last_one_where_steps_bound_the_fit(fitted) -> None:
+    seen, bar = set(), RichProgressBar()
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_) -> None:
+            seen.update(task.description.strip() for task in bar.progress.tasks)
+
+    fitted(partial(LoRAExpert, rank=2), bar, Look(), max_steps=7, enable_progress_bar=True)
+    assert seen == {"Epoch 0", "Epoch 1"}
