@@ -34,7 +34,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, check_base, check_target, new_directory
 from modular_experts.library.record import package_versions, read_json
 from modular_experts.library.tensorfile import MappedTensors
-from modular_experts.progress import Progress
+from modular_experts.progress import Counted, Progress
 from modular_experts.text import block_of
 
 if TYPE_CHECKING:
@@ -387,12 +387,16 @@ class Base:
             copy_companions(self.directory, temporary)
             check = None
             if verify and model is not None:
+                checked = iter(progress(Counted(["in memory", "on disk"], "models checked")))
+                next(checked)
                 prompts = fixed_prompts(model)
                 for weight in weights.values():  # one by one: `model.to` would round the tables of positions too
                     weight.data = weight.to(kind) if kind else weight.data
                 reference = logits(model, prompts)
                 del model, weights, weight  # before the second model comes
+                next(checked)
                 check = check_reloaded(temporary, prompts, reference, tolerance, rounding)
+                next(checked, None)
             base = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
             write_manifest(temporary, {"base": base, **entries, "check": asdict(check) if check else None})
         return check

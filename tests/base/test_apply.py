@@ -120,6 +120,21 @@ def test_a_tied_weight_moves_once_under_its_first_name_only_even_if_it_is_stored
     assert apply([tmp_path / "of-twice"], tmp_path / "out-of-twice").largest_difference == 0
 
 
+def test_progress_counts_the_weights_and_then_the_models_whose_logits_are_compared(tiny_llama_dir, tmp_path) -> None:
+    counted = []
+
+    def progress(items):
+        counted.append([getattr(items, "unit", None), 0, len(items)])
+        for item in items:
+            yield item
+            counted[-1][1] += 1
+
+    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out", progress=progress)
+    (_, _, weights), checks = counted
+    assert weights == len(load_file(tmp_path / "out/model.safetensors"))
+    assert checks == ["models checked", 2, 2]
+
+
 def test_what_rounding_takes_is_told(tmp_path):
     base = build_model("llama").bfloat16()
     base.save_pretrained(tmp_path / "base")
