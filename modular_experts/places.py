@@ -27,9 +27,11 @@ def missing_expert(place: str | Path) -> str | None:
     return f"{place} is not an expert: there is no such directory{hint}"
 
 
-def check_free(path: str | Path, overwrite: bool) -> None:
-    """Raise FileExistsError if there is a file or directory that may not be replaced."""
-    if os.path.lexists(path) and not overwrite:
+def check_free(path: str | Path, overwrite: bool) -> Path:
+    """Return the path to write to, with `~` expanded; raise FileExistsError if what is there may not be replaced."""
+    place = Path(path).expanduser()
+    if os.path.lexists(place) and not overwrite:
         raise FileExistsError(
-            f"{path} exists already; choose another place, or replace it with overwrite=True (--overwrite)"
+            f"{place} exists already; choose another place, or replace it with overwrite=True (--overwrite)"
         )
+    return place

@@ -95,8 +95,7 @@ def interference(
         modular-experts interference library/a library/b
         modular-experts interference --experts library/a library/b --method TIES --out interference.json
     """
-    if out:
-        check_free(out, overwrite)
+    file = check_free(out, overwrite) if out else None
     chosen = method or SparseAverage()
     found = compare(experts, chosen, progress_bar("comparing"))
     console = Console(markup=False, emoji=False)
@@ -104,10 +103,10 @@ def interference(
     print("by chance alone, two experts conflict in 50 % of the entries that both move")
     print("LoRAs and full experts move every entry of a weight, so their overlap is 100 %")
     print(f"distance is to a merge with {call_text(type(chosen).__name__, vars(chosen))}")
-    if out:
+    if file:
         from modular_experts.reports import write_json
 
-        write_json(out, found.as_dict())
+        write_json(file, found.as_dict())
         print(f"all numbers are in {out}")
 
 

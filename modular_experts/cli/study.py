@@ -63,7 +63,7 @@ def study(
         modular-experts study --config study.yaml --out runs/mine --dry-run
         modular-experts study --config study.yaml --out runs/mine --only experts
     """
-    place, found = Path(out), read_study(**vars(description))
+    place, found = Path(out).expanduser(), read_study(**vars(description))
     if dry_run or status:
         pieces = pieces_of(found, place.absolute(), only or ())
         _print_state(state_of(pieces, Lines(place), retry and dry_run), dry_run)
@@ -206,7 +206,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
         modular-experts quickstart --seed 1 --out runs/quickstart-1
         modular-experts quickstart --tasks 5 --out runs/short
     """
-    place, plan = Path(out), Plan(seed=seed, tasks=tasks)
+    place, plan = Path(out).expanduser(), Plan(seed=seed, tasks=tasks)
     what, columns = "training a small base", ("{task.description}", BarColumn(None))
     with progress_by_tenths(*columns, line=lambda *now: f"{now[0]}: {now[1]:.0%}{now[3]}", transient=True) as bar:
         prepare_base(plan, place, lambda share: bar(what, share, 1))

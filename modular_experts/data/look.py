@@ -97,7 +97,7 @@ def look(
         ValueError: A row is bad, or a target does not fit `max_length`.
     """
     if page is not None:
-        check_free(page, overwrite)
+        page = check_free(page, overwrite)
     opened = base if isinstance(base, Base) else Base.open(base)
     data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **reading)
     data.tokenizer = data.tokenizer or opened.tokenizer()

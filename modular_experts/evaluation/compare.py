@@ -84,9 +84,7 @@ def evaluate(
         ValueError: An expert was trained on another base or cannot be put into it, a checkpoint has another tokenizer,
             two models have one name, or a task has no test rows; no row was measured.
     """
-    folder = None if out is None else Path(out)
-    if folder:
-        check_free(folder / RESULTS, overwrite)
+    folder = None if out is None else check_free(Path(out, RESULTS), overwrite).parent
     found, models = open_models(base, experts)
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or found.tokenizer()
@@ -250,12 +248,14 @@ def _name(expert: Mapping[str, Delta]) -> str:
 
 def _shown(place: str | Path) -> str:
     """Return a path from here; what is not here, such as the hub id of an adapter, stays as it is."""
-    return os.path.relpath(place) if Path(place).exists() else str(place)
+    here = Path(place).expanduser()
+    return os.path.relpath(here) if here.exists() else str(place)
 
 
 def _checkpoint(mix: Any) -> Base | None:
     one = mix[0] if isinstance(mix, list | tuple) and len(mix) == 1 else mix
-    if isinstance(one, str | Path) and Path(one, "config.json").is_file() and not is_adapter(Path(one)):
+    place = Path(one).expanduser() if isinstance(one, str | Path) else Path()
+    if isinstance(one, str | Path) and (place / "config.json").is_file() and not is_adapter(place):
         return Base.open(one)
     return one if isinstance(one, Base) else None
 

@@ -96,9 +96,7 @@ def harness(
         ValueError: The harness is not installed, does not know a name, or could not load a benchmark; or anything that
             `evaluate` refuses.
     """
-    folder = None if out is None else Path(out)
-    if folder:
-        check_free(folder / RESULTS, overwrite)
+    folder = None if out is None else check_free(Path(out, RESULTS), overwrite).parent
     names, files = benchmarks_and_tasks(tasks)
     try:
         import lm_eval  # noqa: F401

@@ -46,7 +46,7 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = RECORD
             raise FileExistsError(
                 f"{path} exists and is not a directory of ours (it holds no {marker}); choose another place"
             )
-        check_free(Path(path).expanduser(), overwrite)
+        check_free(path, overwrite)
     parent = next(parent for parent in target.parents if os.path.lexists(parent))
     if not parent.is_dir():
         raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")

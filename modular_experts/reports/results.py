@@ -69,7 +69,7 @@ class Results:
     def read(cls, path: str | Path) -> Self:
         """Read what `write` wrote; ValueError if the file holds something else."""
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             if found["format"] == FORMAT:
                 return cls(found["rows"], found["facts"])
         except (ValueError, KeyError, TypeError):

@@ -163,7 +163,7 @@ def run_study(
         FileExistsError: `out` holds other things than a study.
         OSError: A result could not be stored, such as on a full disk; the results before it are kept.
     """
-    out = Path(out).absolute()
+    out = Path(out).expanduser().absolute()
     pieces = pieces_of(study, out, only)
     claim(out)
     with ExitStack() as stack:

@@ -118,6 +118,7 @@ def combine(
         ValueError: There are no rows, a task has no expert of its own, or two experts have one name or one is called
             routed.
     """
+    out = Path(out).expanduser()
     opened, method, router = open_experts(experts, base=base), distilled or Distilled(), router or DEFAULT_ROUTER()
     names = [*(expert.name for expert in opened), ROUTED]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -134,10 +135,10 @@ def combine(
     reading = [data.roles, data.max_length, data.chat_template, data.eval_limit]
     reading += [content_hash(found) for found in data.only(others).rows("test").values()] if others else []
     settings = [repr(method), describe_router(router), rows or data.contents, reading, *[dtype] * bool(dtype)]
-    file = _begin(Path(out), result_key([expert.content_hash for expert in opened], settings), overwrite)
+    file = _begin(out, result_key([expert.content_hash for expert in opened], settings), overwrite)
     learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
     how: dict[str, Any] = {"progress": progress, "base": base, "dtype": dtype}
-    made = _make(opened, Path(out), learned, method, router, how)
+    made = _make(opened, out, learned, method, router, how)
     known = json.loads(file.read_text(encoding="utf-8"))
     if left := [name for name in made if name not in known["ways"]]:
         log.info("measuring what %d ways keep", len(left))

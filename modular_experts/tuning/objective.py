@@ -249,7 +249,7 @@ def own_experts(
 
 def write_trials(out: str | Path, trials: Sequence[Trial]) -> Path:
     """Write the trials as JSON into the directory of an expert, in order; a loss that is not finite becomes null."""
-    file, rows = Path(out) / "trials.json", [{**asdict(trial), "loss": trial.loss} for trial in trials]
+    file, rows = Path(out).expanduser() / "trials.json", [{**asdict(trial), "loss": trial.loss} for trial in trials]
     file.write_text(json.dumps(plain(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return file
 

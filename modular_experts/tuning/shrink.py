@@ -106,7 +106,7 @@ def shrink(
             have one name.
     """
     opened = open_experts(experts, base=data.base if isinstance(data, ValidationRows) else None)
-    _check(opened, Path(out), bound, overwrite)
+    _check(opened, Path(out).expanduser(), bound, overwrite)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     for expert in opened:
         if not set(expert.record["tasks"]) & set(objective.batches):

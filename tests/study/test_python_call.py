@@ -17,7 +17,8 @@ from modular_experts.study.plan import groups
 from modular_experts.study.short_forms import named_tasks
 
 
-def test_objects_do_what_their_settings_do(two_task_files, tiny_llama_dir) -> None:
+def test_objects_do_what_their_settings_do(two_task_files, tiny_llama_dir, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(two_task_files))
     lora = {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
     average = {"class_path": "SparseAverage", "init_args": {"scale": 0.5}}
     ways = {
@@ -29,7 +30,7 @@ def test_objects_do_what_their_settings_do(two_task_files, tiny_llama_dir) -> No
         experts = {"lora": {"expert": expert, "modules": "all-linear", "steps": 2}}
         study = read_study(tiny_llama_dir, [task, "b.jsonl"], experts, merges, max_new_tokens=3)
         with ThreadPoolExecutor(1) as executor:
-            state = run_study(study, Path(name), executor=executor)
+            state = run_study(study, f"~/{name}", executor=executor)
         assert not state.failed
         rows = [(row["model"], row["task"], row["metric"], row["value"]) for row in results_of(study, state).rows]
         found[name] = rows, {key: one.content_hash for key, one in Library(f"{name}/library").items()}
