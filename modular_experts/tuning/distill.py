@@ -26,6 +26,7 @@ from modular_experts.library.described import describe
 from modular_experts.merger.merged import Merged
 from modular_experts.methods import Distilled, IsoC, MergeMethod, SelfRegMean, TaskArithmetic
 from modular_experts.progress import Counted, Progress
+from modular_experts.routing.prompts import stop_at
 from modular_experts.text import block_of
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.gradient_search import ATLAS, descend, first_coefficients
@@ -184,28 +185,18 @@ def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
             seen.append(given[0] if hidden is None else hidden)
             return (seen[0], *given[1:])
 
-        def leave(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-            seen.append(output if isinstance(output, Tensor) else output[0])
-            raise _Left
-
-        hooks = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+        hook = block.register_forward_pre_hook(enter)
         # The model makes masks and positions, and passes the states through this block alone.
         setattr(holder, attribute, nn.ModuleList([block]))
         try:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        except _Left:
-            return seen[0], seen[1]
+            with stop_at(block, behind=True) as reached:
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         finally:
             setattr(holder, attribute, blocks)
-            for hook in hooks:
-                hook.remove()
-        raise AssertionError
+            hook.remove()
+        return seen[0], reached[0]
 
     return run
-
-
-class _Left(Exception):
-    """Ends a forward pass behind the block."""
 
 
 def _distances(run: Run, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
