@@ -15,19 +15,18 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <utility>
+
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+constexpr int LANES = 16, ACCUMULATORS = 16;  // floats in a register, and registers that hold sums
+#elif defined(__AVX__)
+constexpr int LANES = 8, ACCUMULATORS = 8;
+#else
+constexpr int LANES = 4, ACCUMULATORS = 16;
+#endif
+#include "../native/lanes.h"
 
 namespace {
 
-#if defined(__AVX512F__) && defined(__AVX512VL__)
-constexpr int NATIVE = 16, ACCUMULATORS = 16;  // floats in a register, and registers that hold sums
-#elif defined(__AVX__)
-constexpr int NATIVE = 8, ACCUMULATORS = 8;
-#else
-constexpr int NATIVE = 4, ACCUMULATORS = 16;
-#endif
 constexpr int64_t CHUNK = 64, BLOCK = 64;  // BLOCK must agree with native.py
 constexpr int64_t READS = 4;               // reads of a panel above which its copy pays; measured on 16-tiles
 
@@ -37,22 +36,12 @@ template <int N> struct Lanes {
     typedef uint16_t halves __attribute__((vector_size(N * 2), aligned(2), may_alias));
 };
 template <int N> using Vec = typename Lanes<N>::floats;
-using V = Vec<NATIVE>;
-using Index = std::make_integer_sequence<int, NATIVE>;
 
 struct Matrix {
     const void* data;
     int64_t stride, rows, columns;
     bool half;  // bfloat16, else float32
 };
-
-struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-Buffer buffer(int64_t count) {
-    return Buffer(static_cast<float*>(::operator new[](count * 4 + 4, std::align_val_t{64})));
-}
 
 template <int N, class S> inline Vec<N> load(const S* p) {
     using Bits = typename Lanes<N>::bits;
@@ -74,50 +63,16 @@ template <int N> inline void add_some(float* p, Vec<N> v, int64_t count) {
     else if (count > 0) std::memcpy(p, &v, count * 4);
 }
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes<NATIVE>::bits{__VA_ARGS__})
-#endif
-// Two halves of a transposition: take lanes from a, and from b where the number of the lane has the bit `step`. In
-// `low` the lanes of b move by `step`, in `high` the lanes of a.
-template <int step, int... I> inline V low(V a, V b, std::integer_sequence<int, I...>) {
-    return SHUFFLE(a, b, (I & step ? NATIVE + (I ^ step) : I)...);
-}
-template <int step, int... I> inline V high(V a, V b, std::integer_sequence<int, I...>) {
-    return SHUFFLE(a, b, (I & step ? NATIVE + I : I ^ step)...);
-}
-
-template <int step = 1> inline void transpose(V* v) {
-    if constexpr (step < NATIVE) {
-        for (int i = 0; i < NATIVE; i++) {
-            if (i & step) continue;
-            const V a = v[i], b = v[i + step];
-            v[i] = low<step>(a, b, Index{}), v[i + step] = high<step>(a, b, Index{});
-        }
-        transpose<2 * step>(v);
-    }
-}
-
-// Return the vector whose lane i is the sum of all lanes of v[i].
-template <int step = NATIVE / 2> inline V sums(const V* v) {
-    if constexpr (step == 0) return *v;
-    else {
-        const V a = sums<step / 2>(v), b = sums<step / 2>(v + step);
-        return low<step>(a, b, Index{}) + high<step>(a, b, Index{});
-    }
-}
-
-// Write NATIVE columns as rows, starting at `column`, with CHUNK tokens of each, starting at `first`. Beyond the matrix
+// Write LANES columns as rows, starting at `column`, with CHUNK tokens of each, starting at `first`. Beyond the matrix
 // the values are zero.
 template <class S> void transposed(const Matrix& m, int64_t first, int64_t column, float* to) {
-    for (int64_t t = 0; t < CHUNK; t += NATIVE) {
+    for (int64_t t = 0; t < CHUNK; t += LANES) {
         const S* from = static_cast<const S*>(m.data) + (first + t) * m.stride + column;
         const int64_t rows = m.rows - first - t, columns = m.columns - column;
-        V v[NATIVE];
-        for (int i = 0; i < NATIVE; i++) v[i] = load_some<NATIVE>(from + i * m.stride, i < rows ? columns : 0);
+        V v[LANES];
+        for (int i = 0; i < LANES; i++) v[i] = load_some<LANES>(from + i * m.stride, i < rows ? columns : 0);
         transpose(v);
-        for (int i = 0; i < NATIVE; i++) *reinterpret_cast<V*>(to + i * CHUNK + t) = v[i];
+        for (int i = 0; i < LANES; i++) *reinterpret_cast<V*>(to + i * CHUNK + t) = v[i];
     }
 }
 void transposed(const Matrix& m, int64_t first, int64_t column, float* to) {
@@ -127,7 +82,7 @@ void transposed(const Matrix& m, int64_t first, int64_t column, float* to) {
 // Write `count` columns of the tokens [first, last), followed by zeros up to L columns.
 template <int L, class S>
 void copy(const Matrix& m, int64_t first, int64_t last, int64_t column, int64_t count, float* to) {
-    constexpr int N = std::min(L, NATIVE);
+    constexpr int N = std::min(L, LANES);
     const S* from = static_cast<const S*>(m.data) + first * m.stride + column;
     for (int64_t t = first; t < last; t++, from += m.stride, to += L) {
         __builtin_prefetch(from + 4 * m.stride);  // the hardware misses such long steps: 25 % of the time
@@ -168,7 +123,7 @@ template <int L> struct Panels {
 // Add the product of two panels to the piece at `out`, which has `rows` rows and `columns` columns inside the weight.
 template <int L>
 void piece(Panel x, Panel g, int64_t tokens, float* out, int64_t stride, int64_t rows, int64_t columns) {
-    constexpr int N = std::min(L, NATIVE), W = L / N, R = std::min(L, ACCUMULATORS / W);
+    constexpr int N = std::min(L, LANES), W = L / N, R = std::min(L, ACCUMULATORS / W);
     for (int r = 0; r < rows; r += R) {
         Vec<N> sum[R][W] = {};
         for (int64_t t = 0; t < tokens; t++) {
@@ -190,10 +145,10 @@ void tiles(const Matrix& x, const Matrix& g, const uint32_t* units, const int64_
     const int64_t tall = (g.columns + size - 1) / size, kept = starts[tall];
     const Panels<L> xs(x, size, kept), gs(g, size, kept);
     const int64_t pieces = xs.pieces;
-    const Buffer x_copy = buffer(xs.direct ? 0 : xs.count * pieces * CHUNK * L);
+    const auto x_copy = buffer<float>(xs.direct ? 0 : xs.count * pieces * CHUNK * L);
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer g_copy = buffer(CHUNK * L);
+        const auto g_copy = buffer<float>(CHUNK * L);
         for (int64_t first = 0; first < x.rows; first += CHUNK) {
             const int64_t last = std::min(first + CHUNK, x.rows);
 #pragma omp for schedule(static)
@@ -216,33 +171,33 @@ void tiles(const Matrix& x, const Matrix& g, const uint32_t* units, const int64_
     }
 }
 
-// Add the dot products of a chunk for groups of NATIVE entries. It must not be inlined: inside another function the
+// Add the dot products of a chunk for groups of LANES entries. It must not be inlined: inside another function the
 // compiler runs out of registers, which costs a third of the speed. A second copy might also fuse other products and
 // additions, which would change the last bits.
 __attribute__((noinline)) void dots(const float* x, const float* g, const uint32_t* places, int64_t groups,
                                     float* out) {
-    for (const uint32_t* end = places + groups * NATIVE; places < end; places += NATIVE, out += NATIVE) {
-        V sum[NATIVE];
+    for (const uint32_t* end = places + groups * LANES; places < end; places += LANES, out += LANES) {
+        V sum[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < NATIVE; i++) {
+        for (int i = 0; i < LANES; i++) {
             const float *xs = x + places[i] % BLOCK * CHUNK, *gs = g + places[i] / BLOCK * CHUNK;
             sum[i] = V{};
 #pragma GCC unroll 16
-            for (int64_t t = 0; t < CHUNK; t += NATIVE) sum[i] += load<NATIVE>(xs + t) * load<NATIVE>(gs + t);
+            for (int64_t t = 0; t < CHUNK; t += LANES) sum[i] += load<LANES>(xs + t) * load<LANES>(gs + t);
         }
-        add_some<NATIVE>(out, sums(sum), NATIVE);
+        add_some<LANES>(out, sums_of(sum), LANES);
     }
 }
 
 void entries(const float* x, const float* g, const uint32_t* places, int64_t count, float* out) {
-    const int64_t groups = count / NATIVE, rest = count % NATIVE;
+    const int64_t groups = count / LANES, rest = count % LANES;
     dots(x, g, places, groups, out);
-    uint32_t some[NATIVE] = {};
-    float sum[NATIVE] = {};
-    std::copy_n(places + groups * NATIVE, rest, some);
-    std::copy_n(out + groups * NATIVE, rest, sum);
+    uint32_t some[LANES] = {};
+    float sum[LANES] = {};
+    std::copy_n(places + groups * LANES, rest, some);
+    std::copy_n(out + groups * LANES, rest, sum);
     if (rest) dots(x, g, some, 1, sum);
-    std::copy_n(sum, rest, out + groups * NATIVE);
+    std::copy_n(sum, rest, out + groups * LANES);
 }
 
 }  // namespace
@@ -285,21 +240,21 @@ extern "C" void kept_entries(const void* x, int64_t x_stride, const void* g, int
     const Matrix xs{x, x_stride, tokens, in, half != 0}, gs{g, g_stride, tokens, out, half != 0};
     const int64_t blocks = (in + BLOCK - 1) / BLOCK, kept = starts[blocks];
     const int64_t parts = blocks >= 4 * threads ? 1 : (4 * threads + blocks - 1) / blocks;  // for every thread
-    const Buffer rows = buffer((out + NATIVE) * CHUNK), sum = buffer(kept);
+    const auto rows = buffer<float>((out + LANES) * CHUNK), sum = buffer<float>(kept);
     std::fill_n(sum.get(), kept, 0.0f);
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer columns = buffer(BLOCK * CHUNK);
+        const auto columns = buffer<float>(BLOCK * CHUNK);
         for (int64_t first = 0; first < tokens; first += CHUNK) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < out; row += NATIVE) transposed(gs, first, row, &rows[row * CHUNK]);
+            for (int64_t row = 0; row < out; row += LANES) transposed(gs, first, row, &rows[row * CHUNK]);
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < blocks * parts; task++) {
                 const int64_t block = task / parts, part = task % parts, held = starts[block + 1] - starts[block];
                 const int64_t start = starts[block] + held * part / parts;
                 const int64_t end = starts[block] + held * (part + 1) / parts;
                 if (start == end) continue;
-                for (int64_t c = 0; c < BLOCK; c += NATIVE)
+                for (int64_t c = 0; c < BLOCK; c += LANES)
                     transposed(xs, first, block * BLOCK + c, &columns[c * CHUNK]);
                 entries(&columns[0], &rows[0], places + start, end - start, &sum[start]);
             }

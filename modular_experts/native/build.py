@@ -61,7 +61,9 @@ def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     """Return the file of the library for this compiler and this processor; compile it if it is not there."""
     # The macros that a compiler defines give its version and every feature of the processor, but not every flag.
     defined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
-    given = [*map(str.encode, (compiler, *flags)), defined, source.read_bytes()]
+    included = re.findall(r'^#include "(.+)"', source.read_text(encoding="utf-8"), re.MULTILINE)
+    sources = [file.read_bytes() for file in (source, *(source.parent / name for name in included))]
+    given = [*map(str.encode, (compiler, *flags)), defined, *sources]
     key = hashlib.sha256(b" ".join(given)).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"), "modular_experts")

@@ -12,26 +12,22 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <utility>
-#include <vector>
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__BMI2__)
 #include <immintrin.h>
 #define MASKED
 #endif
 
+constexpr int LANES = 16;
+#include "lanes.h"
+
 namespace {
 
-constexpr int LANES = 16;
 constexpr int64_t FEW = 3;          // tokens up to which the first way is taken; a guess, not measured
 // Products that one thread multiplies alone: two take 4 of 25 us less for 16,000 products on idle cores, and wait
 // milliseconds for each other on busy ones.
 constexpr int64_t SMALL = 1 << 16;
 
-typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
 // The inputs of one expert, and where its delta lies in memory. `products.py` writes these fields.
@@ -58,14 +54,6 @@ struct Work {
     }
     float weight(const Part& part, int64_t t) const { return part.weights ? part.weights[t / each] : 1.0f; }
 };
-
-struct Free {
-    void operator()(void* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-template <class T> using Buffer = std::unique_ptr<T[], Free>;
-template <class T> Buffer<T> buffer(int64_t count) {
-    return Buffer<T>(static_cast<T*>(::operator new[](count * sizeof(T) + 64, std::align_val_t{64})));
-}
 
 inline float wide(float value) { return value; }
 inline float wide(uint16_t half) {
@@ -125,38 +113,6 @@ template <class S> inline void add(V v, int64_t count, S* to) {
     std::memcpy(some, to, count * sizeof(S));
     store(load(some) + v, some);
     std::memcpy(to, some, count * sizeof(S));
-}
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bits{__VA_ARGS__})
-#endif
-using Lanes = std::make_integer_sequence<int, LANES>;
-// Exchange parts of a and b: take lanes from a, and from b where the number of the lane has the bit `step`.
-template <int step, int... I> inline V low(V a, V b, std::integer_sequence<int, I...>) {
-    return SHUFFLE(a, b, (I & step ? LANES + (I ^ step) : I)...);
-}
-template <int step, int... I> inline V high(V a, V b, std::integer_sequence<int, I...>) {
-    return SHUFFLE(a, b, (I & step ? LANES + I : I ^ step)...);
-}
-template <int step = 1> inline void transpose(V* v) {
-    if constexpr (step < LANES) {
-        for (int i = 0; i < LANES; i++) {
-            if (i & step) continue;
-            const V a = v[i], b = v[i + step];
-            v[i] = low<step>(a, b, Lanes{}), v[i + step] = high<step>(a, b, Lanes{});
-        }
-        transpose<2 * step>(v);
-    }
-}
-// Return the vector whose lane i is the sum of all lanes of v[i].
-template <int step = LANES / 2> inline V sums_of(const V* v) {
-    if constexpr (step == 0) return *v;
-    else {
-        const V a = sums_of<step / 2>(v), b = sums_of<step / 2>(v + step);
-        return low<step>(a, b, Lanes{}) + high<step>(a, b, Lanes{});
-    }
 }
 
 // ---- Few tokens: each function gives the product of one token with the rows [low, high) of a delta, padded to LANES.

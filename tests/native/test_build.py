@@ -20,7 +20,8 @@ def source(tmp_path: Path) -> Path:
     if not any(map(shutil.which, compiled.COMPILERS)):
         pytest.skip("there is no C++ compiler here")
     file = tmp_path / "seven.cpp"
-    file.write_text('extern "C" int seven() { return SEVEN; }\n')
+    file.write_text('#include "seven.h"\nextern "C" int seven() { return SEVEN; }\n')
+    file.with_suffix(".h").write_text("// nothing yet\n")
     return file
 
 
@@ -41,9 +42,11 @@ def test_each_source_with_its_flags_is_compiled_once_and_that_is_said_once(sourc
     (kept,) = folder.iterdir()
     assert kept.suffix == ".so"
     assert load(source, "-DSEVEN=8").seven() == 8
+    source.with_suffix(".h").write_text("#undef SEVEN\n#define SEVEN 6\n")
+    assert load(source, "-DSEVEN=7").seven() == 6
     source.write_text('extern "C" int seven() { return 9; }\n')
     assert load(source, "-DSEVEN=7").seven() == 9
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 4
 
 
 def test_our_three_sources_have_no_warning(source) -> None:
