@@ -29,15 +29,11 @@ class LoRAExpert(Expert):
         self, weight: Tensor, rank: int = 8, alpha: float = 16.0, rank_stabilized: bool = False, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        rows, columns = weight.shape
         check_low_rank(weight, rank, dropout)
         self.rank = rank
         self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.dropout = dropout
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.up = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=weight.device))
-        self.down = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=weight.device))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.up, self.down = map(nn.Parameter, first_factors(weight, rank))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)
@@ -47,6 +43,14 @@ class LoRAExpert(Expert):
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> LowRank:
         return LowRank(self.scale * self.up, self.down)
+
+
+def first_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return `(out, rank)` zeros and `(rank, in)` random numbers, whose product is trained beside a weight."""
+    rows, columns = weight.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    down = torch.empty(rank, columns, dtype=dtype, device=weight.device)
+    return down.new_zeros(rows, rank), nn.init.kaiming_uniform_(down, a=math.sqrt(5))
 
 
 def check_low_rank(weight: Tensor, rank: int, dropout: float = 0.0) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.experts.expert import Expert, NotMergeable
-from modular_experts.experts.lora import check_low_rank
+from modular_experts.experts.lora import check_low_rank, first_factors
 from modular_experts.routing.gates import mean_over_ranks, rows_at_hand
 
 
@@ -38,7 +38,6 @@ class MoLoRAExpert(NotMergeable, Expert):
         self, weight: Tensor, experts: int = 8, rank: int = 2, k: int = 2, alpha: float = 16.0, balance: float = 1e-3
     ) -> None:
         super().__init__()
-        rows, columns = weight.shape
         check_low_rank(weight, rank)
         if experts < 1:
             raise ValueError(f"experts={experts} must be at least 1")
@@ -48,11 +47,8 @@ class MoLoRAExpert(NotMergeable, Expert):
             raise ValueError(f"balance={balance} must be 0 or a positive number")
         self.experts, self.rank, self.k, self.balance = experts, rank, k, balance
         self.scale = alpha / rank
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.up = nn.Parameter(torch.zeros(rows, experts * rank, dtype=dtype, device=weight.device))
-        self.down = nn.Parameter(torch.empty(experts * rank, columns, dtype=dtype, device=weight.device))
-        self.router = nn.Parameter(torch.empty(experts, columns, dtype=dtype, device=weight.device))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.up, self.down = map(nn.Parameter, first_factors(weight, experts * rank))
+        self.router = nn.Parameter(self.down.new_empty(experts, weight.shape[1]))
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         self._use: tuple[Tensor, Tensor] | None = None
         self._tokens: Tensor | None = None

@@ -14,7 +14,7 @@ from modular_experts.data.batch import Batch
 from modular_experts.deltas import LowRank
 from modular_experts.evaluation.likelihood import answer_logits, row_sums
 from modular_experts.experts.expert import Expert
-from modular_experts.experts.lora import check_low_rank
+from modular_experts.experts.lora import check_low_rank, first_factors
 
 
 class AdaMixExpert(Expert):
@@ -52,7 +52,6 @@ class AdaMixExpert(Expert):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        rows, columns = weight.shape
         check_low_rank(weight, rank, dropout)
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
@@ -60,10 +59,8 @@ class AdaMixExpert(Expert):
             raise ValueError(f"consistency={consistency} must be 0 or a positive number")
         self.rank, self.copies, self.share_up, self.consistency = rank, copies, share_up, consistency
         self.scale, self.dropout = alpha / rank, dropout
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.up = nn.Parameter(torch.zeros(1 if share_up else copies, rows, rank, dtype=dtype, device=weight.device))
-        down = torch.empty(rank, columns, dtype=dtype, device=weight.device)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        up, down = first_factors(weight, rank)
+        self.up = nn.Parameter(up.repeat(1 if share_up else copies, 1, 1))
         self.down = nn.Parameter(down.repeat(copies, 1, 1))
         self.drawn: Tensor | None = None
         """The copies of `up` and `down` in this step, for each of the equal parts of a batch: `(parts, 2)`."""

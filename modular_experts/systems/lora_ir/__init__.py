@@ -1,7 +1,6 @@
 """Plan LoRAs behind one gate of the prompt, after LoRA-IR (Ai et al., arXiv 2410.15385), a method for images."""
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Example
 from modular_experts.data.rows import spread_evenly
 from modular_experts.experts.expert import Expert, NotMergeable
-from modular_experts.experts.lora import check_low_rank
+from modular_experts.experts.lora import check_low_rank, first_factors
 from modular_experts.experts.module_expert import ModuleExpert, refer
 from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
 from modular_experts.routing.classifier import Classifier
@@ -161,13 +160,9 @@ class LoRAIRExpert(NotMergeable, Expert):
         self, weight: Tensor, gates: CurrentGates, experts: int = 2, rank: int = 8, alpha: float = 16.0
     ) -> None:
         super().__init__()
-        rows, columns = weight.shape
         check_low_rank(weight, rank)
         self.experts, self.rank, self.scale, self.gates = experts, rank, alpha / rank, gates
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.up = nn.Parameter(torch.zeros(rows, experts * rank, dtype=dtype, device=weight.device))
-        self.down = nn.Parameter(torch.empty(experts * rank, columns, dtype=dtype, device=weight.device))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.up, self.down = map(nn.Parameter, first_factors(weight, experts * rank))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)
