@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from modular_experts.callbacks import EvenValidation, ExportExpert
@@ -71,20 +72,23 @@ class FitEstimate:
     choices: int
     """How often supports are chosen."""
     validations: int
-    seconds: dict[str, float]
-    """The time of steps, choices and validations, by these names."""
     bytes: dict[str, int]
     """Memory of the base, the trained numbers with their gradients, the optimizer state, and the rest."""
-    peak: int
-    """The most memory that the process, or the GPU, needs; the sum of `bytes`."""
-    on_disk: int
-    """What the tensors of the expert take in a library."""
     places: list[tuple[str, Path]]
     """What is written, and where."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """The time of steps, choices and validations, by these names."""
+    on_disk: int = 0
+    """What the tensors of the expert take in a library."""
     predicted: bool = False
     """Whether the memory is predicted from shapes, with no base loaded; then there are neither times nor `on_disk`."""
     changes: list[Change] = field(default_factory=list)
     """What makes the fit take as much as was allowed, cheapest first; none where it does already."""
+
+    @property
+    def peak(self) -> int:
+        """The most memory that the process, or the GPU, needs."""
+        return sum(self.bytes.values())
 
 
 def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEstimate:
@@ -110,13 +114,8 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     # The last batch of a validation is seldom full.
     whole = sum(map(size_of, validation)) / size_of(_typical(validation)) if validation else 0.0
     step = trainer.accumulate_grad_batches * probe.forward_backward + probe.optimizer_step
-    # Where the process was larger before than now, its parts add up to more than its peak in the steps.
-    parts = _bytes(module, probe)
-    return FitEstimate(
-        splits=data.sizes(),
-        padding=data.padding(),
-        weights=weights_of(module),
-        rates=sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}),
+    return estimate_of(
+        *(module, data, trainer, optimizer),
         length=length,
         choices=sum(number for number, _ in planned),
         validations=validations,
@@ -126,10 +125,22 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
             "choices": sum(taken for _, taken in planned),
             "validations": validations * whole * probe.validation,
         },
-        bytes=parts,
-        peak=sum(parts.values()),
+        bytes=_bytes(module, probe),
         on_disk=_on_disk(module),
+    )
+
+
+def estimate_of(
+    module: ExpertModule, data: TaskMixture, trainer: Trainer, optimizer: Optimizer, **more: Any
+) -> FitEstimate:
+    """Return an estimate with the fields that these four tell, and `more`."""
+    return FitEstimate(
+        splits=data.sizes(),
+        padding=data.padding(),
+        weights=weights_of(module),
+        rates=sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}),
         places=places_of(trainer),
+        **more,
     )
 
 
@@ -295,6 +306,7 @@ def _bytes(module: ExpertModule, probe: _Probe) -> dict[str, int]:
     parts = {"base": sum(parameter.nbytes for parameter in module.parameters()) - trained}
     parts |= {"trained numbers and gradients": 2 * trained, "optimizer state": probe.optimizer}
     parts |= {"Python and its libraries": probe.python} if probe.python else {}
+    # Where the process was larger before than now, its parts add up to more than its peak in the steps.
     return parts | {"activations and the rest": max(probe.peak - sum(parts.values()), 0)}
 
 

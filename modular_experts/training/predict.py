@@ -28,13 +28,7 @@ from modular_experts.kernels import KeptGradient
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.training import loading
 from modular_experts.training.activations import high_water, recompute
-from modular_experts.training.estimate import (
-    FitEstimate,
-    logging_from,
-    places_of,
-    validations_of,
-    weights_of,
-)
+from modular_experts.training.estimate import FitEstimate, estimate_of, logging_from, validations_of
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
 
@@ -169,21 +163,8 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
             for one in callbacks_of(trainer, Schedule) or [MaskSchedule()]
         ]
     parts = _parts(module, optimizer, held.most, python)
-    return FitEstimate(
-        splits=data.sizes(),
-        padding=data.padding(),
-        weights=weights_of(module),
-        rates=sorted({group["lr"] for group in optimizer.param_groups}),
-        length=length,
-        choices=sum(choices),
-        validations=validations,
-        seconds={},
-        bytes=parts,
-        peak=sum(parts.values()),
-        on_disk=0,
-        places=places_of(trainer),
-        predicted=True,
-    )
+    told = {"length": length, "choices": sum(choices), "validations": validations, "bytes": parts}
+    return estimate_of(module, data, trainer, optimizer, **told, predicted=True)
 
 
 def _predictable_base(module: ExpertModule) -> Base:
