@@ -19,6 +19,20 @@ namespace {
 constexpr int64_t LANES = 16;
 constexpr int64_t TILE = 1 << 12;  // entries that stay in the fastest cache while every expert adds to them
 
+#ifdef __AVX512F__
+__m512i running_sums(__m512i own) {
+    const __m512i none = _mm512_setzero_si512();
+    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 15));
+    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 14));
+    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 12));
+    return _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 8));
+}
+
+int32_t last_of(__m512i numbers) { return _mm_extract_epi32(_mm512_extracti32x4_epi32(numbers, 3), 3); }
+
+const __m512i UP = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#endif
+
 // Call `begin(tile, end)` for each tile of a part, then `each(expert)(number, entry of the part)` for the entries that
 // each expert keeps there, in the order of the experts at each place, and then `finish(tile, end)`.
 template <class Begin, class Each, class Finish>
@@ -54,8 +68,8 @@ int over(const int32_t* const* places, const float* const* values, const int64_t
     return 0;
 }
 
-// Call `over` with sums of the values, each times the weight of its expert if there are weights. Sums and marks of an
-// entry lie `offset(tile)` beyond its place in the part.
+// Call `over` with sums of the values, each times the weight of its expert. Sums and marks of an entry lie
+// `offset(tile)` beyond its place in the part.
 template <class Offset, class Finish>
 int sums(const int32_t* const* places, const float* const* values, const int64_t* counts, int64_t experts,
          const double* weights, double factor, int64_t start, int64_t size, double* out, uint8_t* kept, Offset offset,
@@ -70,13 +84,6 @@ int sums(const int32_t* const* places, const float* const* values, const int64_t
         for (int64_t entry = tile + away; factor != 1 && entry < end + away; entry++) out[entry] *= factor;
         finish(tile, end);
     };
-    if (!weights)
-        return over(places, values, counts, experts, start, size, begin, [&](int64_t expert) {
-            return [own = values[expert], to = out + away, mark = kept + away](int64_t k, int64_t entry) {
-                to[entry] += own[k];
-                mark[entry] = 1;
-            };
-        }, scaled);
     return over(places, values, counts, experts, start, size, begin, [&](int64_t expert) {
         return [own = values[expert], weight = weights[expert], to = out + away, mark = kept + away](
                    int64_t k, int64_t entry) {
@@ -91,14 +98,13 @@ int sums(const int32_t* const* places, const float* const* values, const int64_t
 int64_t pack(const double* total, const uint8_t* kept, int64_t size, int64_t start, int32_t* places, float* values) {
     int64_t count = 0, entry = 0;
 #ifdef __AVX512F__
-    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (; entry + 16 <= size; entry += 16) {
         const __m512i marks = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kept + entry)));
         const __mmask16 mask = _mm512_test_epi32_mask(marks, marks);
         const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(total + entry));
         const __m256 high = _mm512_cvtpd_ps(_mm512_loadu_pd(total + entry + 8));
         const __m512d both = _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_castps_pd(low)), _mm256_castps_pd(high), 1);
-        const __m512i place = _mm512_add_epi32(steps, _mm512_set1_epi32(static_cast<int32_t>(start + entry)));
+        const __m512i place = _mm512_add_epi32(UP, _mm512_set1_epi32(static_cast<int32_t>(start + entry)));
         _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(mask, _mm512_castpd_ps(both)));
         _mm512_storeu_si512(places + count, _mm512_maskz_compress_epi32(mask, place));
         count += __builtin_popcount(mask);
@@ -172,8 +178,8 @@ struct Codes {
 
 }  // namespace
 
-// Sum the values, each times the weight of its expert if there are weights, and multiply the sum by a factor. Set
-// `kept` to 1 where any expert keeps an entry.
+// Sum the values, each times the weight of its expert, and multiply the sum by a factor. Set `kept` to 1 where any
+// expert keeps an entry.
 extern "C" int sum_entries(const int32_t* const* places, const float* const* values, const int64_t* counts,
                            int64_t experts, const double* weights, double factor, int64_t start, int64_t size,
                            double* out, uint8_t* kept) {
@@ -204,11 +210,9 @@ extern "C" int count_entries(const int32_t* const* places, const float* const* v
                              int64_t experts, int64_t start, int64_t size, double* out) {
     const auto begin = [=](int64_t tile, int64_t end) { std::fill(out + tile, out + end, 0.0); };
     const auto nothing = [](int64_t, int64_t) {};
-    if (!values)
-        return over(places, values, counts, experts, start, size, begin,
-                    [=](int64_t) { return [=](int64_t, int64_t entry) { out[entry]++; }; }, nothing);
     return over(places, values, counts, experts, start, size, begin, [=](int64_t expert) {
-        return [=, own = values[expert]](int64_t k, int64_t entry) { out[entry] += own[k] != 0; };
+        const float* own = values ? values[expert] : nullptr;
+        return [=](int64_t k, int64_t entry) { out[entry] += !own || own[k] != 0; };
     }, nothing);
 }
 
@@ -218,24 +222,6 @@ extern "C" int64_t pack_entries(const double* total, const uint8_t* kept, int64_
                                 float* values) {
     return pack(total, kept, size, start, places, values);
 }
-
-#ifdef __AVX512F__
-namespace {
-
-__m512i running_sums(__m512i own) {
-    const __m512i none = _mm512_setzero_si512();
-    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 15));
-    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 14));
-    own = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 12));
-    return _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 8));
-}
-
-int32_t last_of(__m512i numbers) { return _mm_extract_epi32(_mm512_extracti32x4_epi32(numbers, 3), 3); }
-
-const __m512i UP = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-
-}  // namespace
-#endif
 
 // Write the numbers that gaps encode. Return the last one (-1 for an empty list), or -2 if there are not `count`.
 extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count, int32_t* numbers) {
@@ -460,10 +446,9 @@ extern "C" int64_t find_at_least(const float* scores, int64_t size, float bound,
         for (int64_t i = first; i < last; i++) unordered |= scores[i] != scores[i];
         int64_t found = count, i = first;
 #ifdef __AVX512F__
-        const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         for (; i + 16 <= last; i += 16) {
             const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + i), _mm512_set1_ps(bound), _CMP_GE_OQ);
-            const __m512i place = _mm512_add_epi32(steps, _mm512_set1_epi32(static_cast<int32_t>(i)));
+            const __m512i place = _mm512_add_epi32(UP, _mm512_set1_epi32(static_cast<int32_t>(i)));
             _mm512_storeu_si512(places + found, _mm512_maskz_compress_epi32(mask, place));
             found += __builtin_popcount(mask);
         }

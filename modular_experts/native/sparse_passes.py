@@ -102,10 +102,10 @@ def compiled_sums(deltas: Sequence[Delta]) -> CompiledSums | None:
     return CompiledSums(passes, places, values) if passes else None
 
 
-def _factors(weights: Sequence[float]) -> tuple[ctypes.Array[ctypes.c_double] | None, float]:
-    """Return the weights of the experts, if they differ, and the factor that all have in common."""
-    alike = len(set(weights)) == 1
-    return (None, weights[0]) if alike else ((ctypes.c_double * len(weights))(*weights), 1.0)
+def _factors(weights: Sequence[float]) -> tuple[ctypes.Array[ctypes.c_double], float]:
+    """Return the weights of the experts, or ones and the factor that all have in common."""
+    own, common = ([1.0] * len(weights), weights[0]) if len(set(weights)) == 1 else (weights, 1.0)
+    return (ctypes.c_double * len(weights))(*own), common
 
 
 def _check(outside: int) -> None:
