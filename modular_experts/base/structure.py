@@ -197,8 +197,10 @@ def why_not_read(layer: nn.Module) -> str:
     weight: Any = getattr(layer, "weight", None)
     if getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__:
         return "whose quantised form also rounds the activations, which has no gradient; take a weight-only form"
+    if is_quantised(layer):
+        return ""
     is_other = isinstance(layer, nn.Linear) and not is_linear(layer)
-    if (is_other or (isinstance(weight, Tensor) and not weight.is_floating_point())) and not is_quantised(layer):
+    if is_other or (isinstance(weight, Tensor) and not weight.is_floating_point()):
         return "whose weight is quantised in a form that is not known; take nf4 or int8, or load the base as floats"
     return ""
 

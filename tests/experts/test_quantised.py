@@ -15,6 +15,7 @@ import torch
 from testbed.quantised import TOKENS, load, plain_twin, put, step
 from torch import Tensor, nn
 
+from modular_experts.base import structure
 from modular_experts.base.quantised import read_weight
 from modular_experts.deltas import Sparse
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
@@ -128,6 +129,12 @@ def test_measuring_a_base_leaves_its_weights(llama: Path) -> None:
     with torch.no_grad():
         model.eval()(TOKENS)
     assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
+
+
+def test_bitsandbytes_warns_of_nothing(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    structure._computes_linear.cache_clear()  # which an earlier test may have filled
+    put(load(llama), KINDS["lora"], "q_proj")
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
 
 
 def test_supports_are_chosen_alike_over_the_dequantised_weight(llama: Path) -> None:
