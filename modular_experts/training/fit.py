@@ -51,6 +51,7 @@ _NOISE = [
     ".*isinstance.treespec, LeafSpec.*",
     ".*module.s. in eval mode at the start of training.*",
     ".*smaller than the logging interval.*",
+    ".*sync_dist=True.*",  # losses of all processes are joined before they are logged
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*The dirpath has changed from.*",
     ".*`tensorboardX` has been removed as a dependency.*",
