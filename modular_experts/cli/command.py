@@ -150,7 +150,7 @@ def _bare(name: str, hints: Mapping[str, Any]) -> Any:
 
 def _config(file: str) -> dict[str, Any]:
     try:
-        settings = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
+        settings = yaml.load(Path(file).expanduser().read_text(encoding="utf-8"), Loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
