@@ -78,9 +78,11 @@ class Task:
             object.__setattr__(self, "name", Path(place).stem if self.path else Path(place).name)
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             fitting = re.sub("[^A-Za-z0-9._-]+", "-", str(self.name)).strip("._-")[:64] or "mine"
+            several = "," in str(place) and not Path(str(place)).exists()
+            way = "separate files by spaces" if several else f"name the task: {{name: {fitting}, path: {place}}}"
             raise ValueError(
                 f"{self.name!r} cannot be the name of a task, which is up to 64 of A-Z a-z 0-9 . _ - and starts "
-                f"with a letter or digit; name the task: {{name: {fitting}, path: {place}}}"
+                f"with a letter or digit; {way}"
             )
         if sum(place is not None for place in (self.path, self.hub, self.source)) != 1:
             raise ValueError(f"task {self.name!r} needs exactly one of `path`, `hub` and `source`")

@@ -258,7 +258,7 @@ def _own_examples(
             way = f"give its task's file, too; if it was trained on {first}, say so, and name DIR in its place: "
             way += f"modular-experts import {place} --tasks {first} --out DIR"
         raise ValueError(
-            f"{place} {was} {', '.join(trained_on) or 'no task that its record names'}, and data.tasks has "
+            f"{place} {was} {', '.join(trained_on) or 'no task that its record names'}, and the task files have "
             f"{' or '.join(splits)} rows of {', '.join(data.roles)} only; {way}"
         )
     return [row for task in by_task.values() for row in spread_evenly(task, rows)]

@@ -31,6 +31,8 @@ from modular_experts.training.checkpoint import resize_like
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
 
+log = logging.getLogger(__name__)
+
 SILENT: dict[str, Any] = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False
 )
@@ -100,6 +102,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     if data.tokenizer is None:
         data.tokenizer = module.base
     data.trainer = trainer  # which tells how many processes share a batch
+    log.info("loading the base, and taking a few steps at a learning rate of 0")
     # The short fit would log itself as the whole one.
     with logging_from(logging.ERROR, "modular_experts", "lightning.pytorch"):
         data.setup("fit")

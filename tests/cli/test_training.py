@@ -46,7 +46,8 @@ def _printed_config(command: list[str], capsys) -> dict:
 def test_a_dry_run_writes_nothing_and_fits_80_columns(place, config, capsys) -> None:
     before = sorted(place.rglob("*"))
     assert main(["fit", *config, "--config", "mine.yaml", "--dry-run"]) == 0
-    out = capsys.readouterr().out
+    out, lines = capsys.readouterr()
+    assert lines == "loading the base, and taking a few steps at a learning rate of 0\n"
     assert max(map(len, out.splitlines())) <= 80
     assert "6 steps (2 epochs) at learning rate" in out
     assert re.search(r"^  \S*library/a: the expert, [\d.]+ .?B$", out, re.MULTILINE)

@@ -40,6 +40,8 @@ def test_a_name_that_is_not_plain_is_refused() -> None:
     for name in ("../x", "a/b", "-a", "a b", "x" * 65, "a\n"):
         with pytest.raises(ValueError, match="cannot be the name of a task, which is up to 64"):
             Task(name, path="a.jsonl")
+    with pytest.raises(ValueError, match=r"'a\.jsonl,b' cannot be .* or digit; separate files by spaces"):
+        Task(path="a.jsonl,b.jsonl")
 
 
 BAD = {

@@ -149,7 +149,7 @@ def test_every_command_takes_adapters(run, place):
 def test_a_folder_of_adapters_is_a_library_to_route_and_serve(run, place):
     code, _, err = run("route", *both(), "--out", "peft/other", "--data.tasks", "reverse.jsonl")
     assert code == 1
-    assert "peft/upper counts as trained on upper, and data.tasks has " in err
+    assert "peft/upper counts as trained on upper, and the task files have " in err
     assert "rows of reverse only; give its task's file, too; if it was trained on reverse, say so, and name DIR" in err
     assert "in its place: modular-experts import peft/upper --tasks reverse --out DIR" in err
     data = ["--data.tasks", "upper.jsonl", "reverse.jsonl"]
