@@ -35,7 +35,7 @@ from modular_experts.progress import Counted, Progress
 from modular_experts.routing import DEFAULT_ROUTER, Router
 from modular_experts.training.route import route
 from modular_experts.tuning.distill import distill, without_data
-from modular_experts.tuning.objective import Objective, ValidationRows, own_experts
+from modular_experts.tuning.objective import Objective, ValidationRows, check_tasks, own_experts
 from modular_experts.tuning.shrink import shrink
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ def combine(
     held_in = [task for task, role in data.roles.items() if role == "held_in"]
     others = [task for task in data.roles if task not in held_in]
     own = own_experts(opened, held_in)
+    check_tasks(opened, held_in)
     answer, measured, rows = None, data.only(held_in), list[Any]()
     if isinstance(data, Inputs):
         answer, measured = method.max_new_tokens, data.part(True)

@@ -7,7 +7,7 @@ returns a sum and a count for each row, whose ratio is lowered.
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -213,6 +213,14 @@ def objective_on_base(
     if distills:
         objective.remember(own, progress)
     return objective
+
+
+def check_tasks(experts: Sequence[StoredExpert], tasks: Collection[str]) -> None:
+    """Raise ValueError if an expert was trained on none of the tasks."""
+    for expert in experts:
+        if not set(expert.record["tasks"]) & set(tasks):
+            own, known = ", ".join(expert.record["tasks"]), ", ".join(tasks)
+            raise ValueError(f"{expert.place} was trained on {own}, and the data has {known}; add its task")
 
 
 def own_experts(

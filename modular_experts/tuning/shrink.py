@@ -22,7 +22,7 @@ from modular_experts.library.form import Form
 from modular_experts.library.packing import packed_bytes
 from modular_experts.library.statistics import carry_statistics
 from modular_experts.progress import Counted, Progress
-from modular_experts.tuning.objective import Objective, ValidationRows, mean_loss, objective_on_base
+from modular_experts.tuning.objective import Objective, ValidationRows, check_tasks, mean_loss, objective_on_base
 from modular_experts.tuning.scales import fitted_factors
 
 RANKS = (1, 2, 4, 8, 16, 32)
@@ -108,10 +108,7 @@ def shrink(
     opened = open_experts(experts, base=data.base if isinstance(data, ValidationRows) else None)
     _check(opened, Path(out).expanduser(), bound, overwrite)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
-    for expert in opened:
-        if not set(expert.record["tasks"]) & set(objective.batches):
-            tasks, known = ", ".join(expert.record["tasks"]), ", ".join(objective.batches)
-            raise ValueError(f"{expert.place} was trained on {tasks}, and the data has {known}; add its task")
+    check_tasks(opened, objective.batches)
     for expert in opened:
         yield smallest(expert, objective, Path(out) / expert.name, to, bound, overwrite, progress)
 

@@ -110,6 +110,13 @@ def test_experts_of_one_name_are_refused_before_anything_is_made(place) -> None:
     assert not (place / "twice").exists()
 
 
+def test_an_expert_without_its_task_is_refused_before_anything_is_made(place) -> None:
+    data, experts = TaskMixture([place / "code0.jsonl"]), [place / "library" / name for name in NAMES[:2]]
+    with pytest.raises(ValueError, match="code1 was trained on code1, and the data has code0; add its task"):
+        combine(experts, place / "lacking", data, distilled=FEW)
+    assert not (place / "lacking").exists()
+
+
 def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> None:
     monkeypatch.chdir(place)
     tasks = [{"path": f"{name}.jsonl", "role": "held_in" if name in NAMES[:2] else "held_out"} for name in NAMES[:3]]
