@@ -79,14 +79,20 @@ def kth_highest(scores: Tensor, k: int) -> Tensor:
     flat = scores.reshape(-1)
     if flat.numel() <= _BINS:
         return _smallest_of(flat, k)
-    above = _histogram(flat).flip(0).cumsum(0)
-    reached = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
-    better = int(above[reached - 1]) if reached else 0
+    place, rank = bin_of_rank(_histogram(flat), k)
     # Bins go up from 0 for positive numbers, and down from -1 for negative ones.
-    place = _BINS // 2 - 1 - reached
+    place -= _BINS // 2
     upper = place if place >= 0 else place ^ 0x7FFF
     chunks = [chunk.index_select(0, true_places(_upper(chunk) == upper)) for chunk in flat.split(_CHUNK)]
-    return _smallest_of(torch.cat(chunks), k - better)
+    return _smallest_of(torch.cat(chunks), rank)
+
+
+def bin_of_rank(counts: Tensor, k: int) -> tuple[int, int]:
+    """Return the bin that holds the k-th largest, and its rank within that bin; bin 0 where there are fewer than k."""
+    from_top = counts.flip(0).cumsum(0)
+    place = min(int(torch.searchsorted(from_top, k)), counts.numel() - 1)
+    above = int(from_top[place - 1]) if place else 0
+    return counts.numel() - 1 - place, k - above
 
 
 def _smallest_of(candidates: Tensor, k: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.tiles import true_places
 from modular_experts.masks import kth_highest
+from modular_experts.masks.top_k import bin_of_rank
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of, joined, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, sum_of_weights
@@ -165,9 +166,9 @@ def streamed_thresholds(stream: Iterable[Sequence[Delta]], share: float | Sequen
     """
     size, high = _histograms(stream, lambda bits, _: bits >> _LOW, _HIGH_BINS)
     shares = [share] * len(high) if isinstance(share, float | int) else share
-    bins = [_bin_of_rank(counts, kept_count(each, size)) for counts, each in zip(high, shares, strict=True)]
+    bins = [bin_of_rank(counts, kept_count(each, size)) for counts, each in zip(high, shares, strict=True)]
     _, low = _histograms(stream, lambda bits, i: bits[bits >> _LOW == bins[i][0]] & (_LOW_BINS - 1), _LOW_BINS)
-    found = [bins[i][0] << _LOW | _bin_of_rank(counts, bins[i][1])[0] for i, counts in enumerate(low)]
+    found = [bins[i][0] << _LOW | bin_of_rank(counts, bins[i][1])[0] for i, counts in enumerate(low)]
     return [Cutoff(torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()) for bits in found]
 
 
@@ -184,14 +185,6 @@ def _histograms(
             bits = _stored_values(delta).float().abs().view(torch.int32)
             totals[i] += torch.bincount(digit(bits, i), minlength=bins)
     return size, totals
-
-
-def _bin_of_rank(counts: Tensor, k: int) -> tuple[int, int]:
-    """Return the bin that holds the k-th largest, and its rank within that bin; bin 0 where there are fewer than k."""
-    from_top = counts.flip(0).cumsum(0)
-    place = min(int(torch.searchsorted(from_top, k)), counts.numel() - 1)
-    above = int(from_top[place - 1]) if place else 0
-    return counts.numel() - 1 - place, k - above
 
 
 Rescale = Literal["l1", "none"]
