@@ -3,7 +3,7 @@
 A pass fills no parameter's `.grad` and keeps only the gradients of the scored weights, within a budget of memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.experts.selectable import Probe
+from modular_experts.progress import in_passes
 from modular_experts.selection.choice import Choice, Layers, SelectableLayer, statistic_of
 
 Receive = Callable[[str, Tensor], None]
@@ -56,7 +57,9 @@ class ScoringPass:
         if len(self.batches) == 1:
             self._probe(layers, self.batches[0], lambda name, gradient: receive(name, term(gradient)))
             return
-        for group in _groups(layers, self.budget):
+        sizes = {name: 4 * layer.expert.shape.numel() for name, layer in layers.items()}
+        for names in in_passes(sizes, self.budget):
+            group = {name: layers[name] for name in names}
             sums: dict[str, Tensor] = {}
 
             def add(share: float, name: str, gradient: Tensor, sums: dict[str, Tensor] = sums) -> None:
@@ -100,18 +103,3 @@ def choose_by_passes(choice: Choice, scoring: Callable[[], ScoringPass]) -> int:
             getattr(drawn, statistic)(part, choice.receive)
             passes += drawn.passes
     return passes
-
-
-def _groups(layers: Layers, budget: int) -> Iterator[dict[str, SelectableLayer]]:
-    """Yield the layers in groups whose float32 gradients take at most `budget` bytes."""
-    group: dict[str, SelectableLayer] = {}
-    size = 0
-    for name, layer in layers.items():
-        needed = 4 * layer.expert.shape.numel()
-        if group and size + needed > budget:
-            yield group
-            group, size = {}, 0
-        group[name] = layer
-        size += needed
-    if group:
-        yield group

@@ -5,7 +5,7 @@ inputs, and these are neither equally long nor independent, so another scale of 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from modular_experts.deltas import Delta, LowRank
 from modular_experts.deltas.algebra import dot_by_row
 from modular_experts.evaluation.gram import gram
 from modular_experts.methods.method import DataStatistic
+from modular_experts.progress import in_passes
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,10 @@ def fitted_factors(
     """
     found: list[dict[str, Tensor]] = [{} for _ in codings]
     wanted = {n: d for n, d in deltas.items() if len(d.shape) == 2 and not isinstance(d, LowRank) and not d.is_empty}
+    turned = {name: is_transposed(model.get_submodule(name.rpartition(".")[0])) for name in wanted}
+    sizes = {name: 4 * delta.shape[0 if turned[name] else 1] ** 2 for name, delta in wanted.items()}
     with applied(model, deltas, check=False):
-        for names in _passes(model, wanted) if codings else ():
+        for names in in_passes(sizes, sum(weight.nbytes for weight in model.parameters())) if codings else ():
             try:
                 grams = gram(model, batches, names)
             except ValueError as error:  # inputs that padding cannot be left out of
@@ -70,16 +73,3 @@ def fitted_factors(
                 for factors, coding in zip(found, codings, strict=True):
                     factors[name] = row_factors(deltas[name], coding(name), inputs)
     return found
-
-
-def _passes(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[list[str]]:
-    """Yield the names of the weights whose Gram matrices one pass over the data measures."""
-    limit, held, names = sum(weight.nbytes for weight in model.parameters()), 0, list[str]()
-    for name, delta in deltas.items():
-        width = delta.shape[0 if is_transposed(model.get_submodule(name.rpartition(".")[0])) else 1]
-        if names and held + 4 * width**2 > limit:
-            yield names
-            held, names = 0, []
-        held, names = held + 4 * width**2, [*names, name]
-    if names:
-        yield names
