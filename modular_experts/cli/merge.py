@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from modular_experts.base import Base, DType
+from modular_experts.base import Base, DType, Origin
 from modular_experts.base.base import find_base
 from modular_experts.base.files import MANIFEST, found_or_fetched, weight_files
 from modular_experts.cli.format import counted, print_check, share_text, summary, table_of, value_text
@@ -20,7 +20,7 @@ from modular_experts.library.described import describe
 from modular_experts.library.form import Form
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.merger.estimate import WeightEstimate, check_memory, estimate, largest
-from modular_experts.merger.merged import Merged, write_checkpoint, write_merged
+from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.merger.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.reports.progress import progress_bar
@@ -181,8 +181,10 @@ def merge(
         merged = Merged(merged.stored, tuned.method)
     bar, notes = progress_bar("merging"), tuned.notes if tuned else {}
     if written.is_checkpoint:
-        how = (written.base, written.dtype, written.tolerance)
-        check = write_checkpoint(merged, out, *how, overwrite=overwrite, progress=bar, notes=notes)
+        record = merged.record()
+        origin = Origin({name: record[name] for name in ("parents", "method", "per_weight")} | notes, merged.key())
+        how = (written.dtype, True, written.tolerance, overwrite, bar, origin)
+        check = Base.open(written.base, merged.stored).write(merged, out, *how)
     else:
         write_merged(merged, out, overwrite, bar, notes, written.form)
     if tuned and tune:

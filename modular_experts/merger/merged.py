@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from modular_experts.base import Base, DType, Origin
 from modular_experts.base.base import adopt_smaller
-from modular_experts.base.verify import Check
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
 from modular_experts.library import (
@@ -260,23 +258,6 @@ class _Cut(TaskVector):
 def as_stored(merged: Merged, form: Form) -> dict[str, Delta]:
     """Return the deltas that a reader gets of a merge that was written in a form."""
     return {name: form.read(delta) for name, delta in _Cut(merged, form).items()}
-
-
-def write_checkpoint(
-    merged: Merged,
-    out: str | Path,
-    base: str | Path | None = None,
-    dtype: DType | None = None,
-    tolerance: float = 1e-3,
-    *,
-    overwrite: bool = False,
-    progress: Progress = iter,
-    notes: Mapping[str, Any] | None = None,
-) -> Check | None:
-    """Write base plus merge as an ordinary checkpoint, whose origin is the parents, the methods and `notes`."""
-    entries = {name: merged.record()[name] for name in ("parents", "method", "per_weight")} | dict(notes or {})
-    origin = Origin(entries, merged.key())
-    return Base.open(base, merged.stored).write(merged, out, dtype, True, tolerance, overwrite, progress, origin)
 
 
 def method_of_each(
