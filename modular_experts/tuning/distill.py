@@ -85,35 +85,22 @@ def distill(
         data = Inputs.read_from(data, ["train", "validation"], method.rows)
     data = data.only([*data.roles])  # which leaves the batches of the caller's inputs alone
     data.eval_batch_size = method.batch
-    rate, tokens = method.learning_rate, method.max_new_tokens
-    rows = ValidationRows(data, method.rows, base, "experts", {}, tokens, dtype)
-    if method.by == "block":
-        return _by_block(opened, out, method, start, rows, overwrite, progress)
-    algorithm = ATLAS(method.steps, rate, objective="distill", per="row", decay=True)
-    return search(opened, algorithm, rows, out, [start], overwrite, progress)
-
-
-def _by_block(
-    experts: Sequence[StoredExpert],
-    out: str | Path,
-    method: Distilled,
-    start: MergeMethod,
-    rows: ValidationRows,
-    overwrite: bool,
-    progress: Progress,
-) -> Searched:
-    objective = objective_on_base(experts, rows, progress=progress)
-    before, own = objective.losses(), own_experts(experts, list(objective.batches))
-    members = [Merged(experts, start), *experts]
+    rows = ValidationRows(data, method.rows, base, "experts", {}, method.max_new_tokens, dtype)
+    if method.by == "model":
+        algorithm = ATLAS(method.steps, method.learning_rate, objective="distill", per="row", decay=True)
+        return search(opened, algorithm, rows, out, [start], overwrite, progress)
+    objective = objective_on_base(opened, rows, progress=progress)
+    before, own = objective.losses(), own_experts(opened, list(objective.batches))
+    members = [Merged(opened, start), *opened]
     how = method.learning_rate, method.steps, progress
     deltas, found = distill_blocks(objective.model, objective.batches, members, own, *how)
     found = replace(found, losses=objective.losses_with(deltas))
     notes = record_notes(
         {"search": "Distilled", **vars(method), "start": describe(start), **objective.origin}, found.losses
     )
-    record = Merged(experts, TaskArithmetic()).record() | {"method": None} | notes
+    record = Merged(opened, TaskArithmetic()).record() | {"method": None} | notes
     write_expert(out, deltas, record, overwrite)
-    places, trials = [type(start).__name__, *(str(one.place) for one in experts)], write_trials(out, found.trials)
+    places, trials = [type(start).__name__, *(str(one.place) for one in opened)], write_trials(out, found.trials)
     return Searched(open_expert(out), places, found, before, trials)
 
 
