@@ -20,7 +20,6 @@ from modular_experts.injection.named import NamedExperts
 from modular_experts.injection.routed import Routed
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
-from modular_experts.routing.router import Router
 from modular_experts.settings import Options
 
 log = logging.getLogger(__name__)
@@ -103,15 +102,11 @@ def generate(
         model.to(device())
         answer = _answer(model, tokenizer, *given, how, write)
         model.to("cpu")
-        if isinstance(put, Routed) and put.router is not None:
-            _warn_of_rejection(put, put.router)
+        if isinstance(put, Routed) and put.router is not None and put.current.gates is not None:
+            rejected = put.current.gates.ids == put.router.experts
+            if rejected.all():
+                log.warning("the router rejects this prompt, so its fallback answers, or the base alone without one")
     return answer
-
-
-def _warn_of_rejection(put: Routed, router: Router) -> None:
-    gates = put.current.gates
-    if gates is not None and bool((gates.ids == router.experts).all()):
-        log.warning("the router rejects this prompt, so its fallback answers, or the base alone without one")
 
 
 class Conversation:

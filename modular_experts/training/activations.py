@@ -36,15 +36,6 @@ def recompute(model: Any, offload: bool = False) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
 
 
-def check_offload(device: torch.device) -> None:
-    """Raise if inputs of blocks have no other memory to go to."""
-    if device.type == "cpu":
-        raise ValueError(
-            "offload_activations=True moves inputs of blocks from a GPU to the memory of the CPU, and this fit "
-            "computes on the CPU, where that does nothing; leave it out"
-        )
-
-
 def recompute_if_needed(module: Any) -> None:
     """Turn gradient checkpointing on if the fit takes more memory than there is, and less with it, unless it is set.
 

@@ -33,15 +33,6 @@ def place_of(base: Any, revision: str | None) -> tuple[str, str | None]:
     return str(base), revision
 
 
-def check_on_disk(base: Any, quantise: str) -> None:
-    """Raise if a base that is to be quantised is a model in memory."""
-    if isinstance(base, nn.Module):
-        raise ValueError(
-            f"quantise={quantise!r} is for a base on disk; load the model with a quantization_config, or give the "
-            "directory as base"
-        )
-
-
 def opened_base(place: str, applied: Sequence[StoredExpert], revision: str | None, quantise: Quantise | None) -> Base:
     """Open a base, which a loaded model may not name."""
     if not place:

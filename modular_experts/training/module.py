@@ -47,7 +47,7 @@ from modular_experts.library import StoredExpert, as_parents
 from modular_experts.settings import plain
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
-from modular_experts.training.activations import check_offload, recompute, recompute_if_needed
+from modular_experts.training.activations import recompute, recompute_if_needed
 from modular_experts.training.evaluated import EvaluatedModule
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 from modular_experts.training.preferences import PreferenceLoss, start_of
@@ -138,8 +138,11 @@ class ExpertModule(EvaluatedModule):
             raise ValueError(f"learning_rate={learning_rate} must be above 0, such as 0.002")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        if quantise:
-            loading.check_on_disk(base, quantise)
+        if quantise and isinstance(base, nn.Module):
+            raise ValueError(
+                f"quantise={quantise!r} is for a base on disk; load the model with a quantization_config, or give the "
+                "directory as base"
+            )
         self.save_hyperparameters(ignore=["base"] if isinstance(base, nn.Module) else [])
         # What was made in Python, not by a config, cannot be stored: `load_from_checkpoint` needs it again.
         for name in [name for name, value in self.hparams.items() if not checkpoints.is_plain(value)]:
@@ -194,8 +197,11 @@ class ExpertModule(EvaluatedModule):
             raise ValueError("fit has no experts to train: give --expert and --modules")
         if self._trainer is not None:
             loading.check_strategy(self._trainer)
-            if stage == "fit" and self.offload_activations:
-                check_offload(self._trainer.strategy.root_device)
+            if stage == "fit" and self.offload_activations and self._trainer.strategy.root_device.type == "cpu":
+                raise ValueError(
+                    "offload_activations=True moves inputs of blocks from a GPU to the memory of the CPU, and this fit "
+                    "computes on the CPU, where that does nothing; leave it out"
+                )
         if self._trainer is not None and self.has_experts:
             loading.check_precision(self._trainer)
         if self.shard_base:
