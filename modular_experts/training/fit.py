@@ -29,6 +29,7 @@ from modular_experts.data.tasks import Tasks
 from modular_experts.experts import Expert
 from modular_experts.injection.inject import planned
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
+from modular_experts.settings import unknown
 from modular_experts.text import bytes_of
 from modular_experts.training.activations import free_bytes
 from modular_experts.training.estimate import FitEstimate, estimate, logging_from
@@ -280,6 +281,8 @@ def prepare(
     **settings: Unpack[FitSettings],
 ) -> Run:
     """Make what a trainer needs for its method `verb`: `fit`, `validate`, `test` or `predict`."""
+    for word in settings.keys() - FitSettings.__annotations__.keys():
+        raise unknown("setting", word, FitSettings.__annotations__)
     checkpoint = settings.get("checkpoint")
     if checkpoint is not None and "://" not in str(checkpoint) and not Path(checkpoint).exists():
         # Lightning would look for it after all rows are read, and `last` in the new run's directory.

@@ -150,6 +150,8 @@ class ExpertModule(EvaluatedModule):
         # The list keeps the model's parameters out of this module until experts are in it.
         self._given: list[nn.Module] = [base] if isinstance(base, nn.Module) else []
         self.base, self.revision = loading.place_of(base, revision)
+        if isinstance(expert, str):
+            raise ValueError(f"expert={expert!r} is a text; give a class, as LoRAExpert or partial(LoRAExpert, rank=4)")
         self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
         if offload_activations and gradient_checkpointing is False:

@@ -77,6 +77,10 @@ def test_a_check_reads_neither_base_nor_rows(place) -> None:
         check_fit("nowhere", ["missing.jsonl"], LoRAExpert, ["q_proj"], checkpoint="last")
     with pytest.raises(ValueError, match="a TaskMixture has its own batch_size; set that in it"):
         check_fit("nowhere", TaskMixture(["missing.jsonl"], "nowhere", 4), LoRAExpert, ["q_proj"], batch_size=8)
+    with pytest.raises(ValueError, match="there is no setting step; did you mean steps"):
+        check_fit("nowhere", ["missing.jsonl"], LoRAExpert, ["q_proj"], step=2)
+    with pytest.raises(ValueError, match="expert='LoRAExpert' is a text; give a class"):
+        check_fit("nowhere", ["missing.jsonl"], "LoRAExpert", ["q_proj"])
 
 
 def test_an_estimate_trains_and_writes_nothing(place, tiny_llama_dir, tasks) -> None:
