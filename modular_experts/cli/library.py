@@ -41,8 +41,6 @@ def list_library(library: str) -> None:
             # One bad file must not hide the others.
             rows[name] = broken
     if not rows:
-        if (Path(library).expanduser() / RECORD_FILE).is_file():
-            raise ValueError(f"{library} is an expert, not a library; `modular-experts show {library}` shows it")
         print(f"{library} has no experts yet; `fit` and `merge` write into it: --out {library}/NAME")
         return
     table = table_of("expert", "kind", "tasks", "weights", "kept", "size", left=3)

@@ -50,6 +50,8 @@ class Library(Mapping[str, StoredExpert]):
         self.directory = Path(os.path.abspath(Path(directory).expanduser()))
         if not self.directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a library: there is no such directory")
+        if (self.directory / RECORD_FILE).is_file():
+            raise ValueError(f"{directory} is an expert, not a library; its library is {Path(directory).parent}")
 
     def __getitem__(self, name: str) -> StoredExpert:
         if name not in list(self):

@@ -227,6 +227,8 @@ def test_library_lists_complete_experts_only_and_names_what_others_lack(expert):
         library["onee"]
     with pytest.raises(FileNotFoundError, match=r"no such directory"):
         Library(expert.parent / "nowhere")
+    with pytest.raises(ValueError, match=rf"one is an expert, not a library; its library is {expert.parent}$"):
+        Library(expert.parent / "one")
 
 
 def test_a_dense_delta_keeps_what_is_not_zero_and_a_tile_what_lies_inside(expert):
