@@ -92,8 +92,8 @@ def print_check(found: Check | None) -> None:
     largest, allowed, lost = found.largest_difference, found.tolerance, found.rounding
     print(f"loaded again with transformers: the largest difference of a logit is {largest:.3g} (tolerance {allowed:g})")
     if lost.lost > 0:
-        unchanged = share_text(lost.unchanged / lost.moved)
-        print(f"rounding took {share_text(lost.lost)} of the deltas' length and left {unchanged} of them at the base")
+        taken, kept = share_text(lost.lost), share_text(lost.unchanged / lost.moved)
+        print(f"rounding took {taken} of the deltas' length, and kept {kept} of the moved entries as in the base")
 
 
 def open_page(file: Path) -> None:

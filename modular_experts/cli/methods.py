@@ -101,7 +101,7 @@ def interference(
     console = Console(markup=False, emoji=False)
     console.print(_experts(found), _layers(found))
     print("by chance alone, two experts conflict in 50 % of the entries that both move")
-    print("LoRAs and full experts move every entry of a weight, so their overlap is 100 %")
+    print("LoRAs and full experts move nearly every entry of a weight, so their overlap is near 100 %")
     print(f"distance is to a merge with {call_text(type(chosen).__name__, vars(chosen))}")
     if file:
         from modular_experts.reports import write_json

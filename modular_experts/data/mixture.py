@@ -217,7 +217,8 @@ class TaskMixture(LightningDataModule, DataSource):
             total = sum(self.counts.values())
             for name, count in self.counts.items():
                 share, passes = count / total, count / len(self._split("train")[name])
-                self._log(f"{name}: {count} of {total} rows of an epoch ({share:.1%}), each {passes:.2f} times")
+                more = f", {share:.1%} of all, each {passes:.2f} times" if len(self.counts) > 1 or passes != 1 else ""
+                self._log(f"{name}: {count} rows in an epoch{more}")
             more = " (data.packing leaves it out)" if self.packing is False else ""
             self._log(f"padding is {self.padding():.1%} of the tokens of training batches{more}")
 

@@ -45,7 +45,9 @@ def converted(place: str | Path, base: str | Path | Base | None = None) -> Store
         # Where two processes convert at the same time, the second replaces the same expert.
         expert = import_expert(directory, target, whole, overwrite=True, called=str(place))
         size = bytes_text(expert.size_on_disk)
-        log.warning("%s is a PEFT adapter; made an expert of %s of it, in %s (%s)", place, found.place, target, size)
+        log.warning(
+            "%s is a PEFT adapter; the expert of %s made from it is in %s (%s)", place, found.place, target, size
+        )
     opened = open_expert(target)
     opened.place = place
     return opened

@@ -90,6 +90,17 @@ def test_a_split_without_rows_is_said(tmp_path: Path) -> None:
     assert data.val_dataloader() == []
 
 
+def test_the_log_tells_shares_of_an_epoch_where_tasks_have_any(three: list[Task], caplog) -> None:
+    caplog.set_level("INFO", "modular_experts")
+    mixture(three[0]).setup("fit")
+    mixture(*three[:2]).setup("fit")
+    lines = [line for line in caplog.messages if "epoch" in line]
+    assert lines == [
+        "upper: 12 rows in an epoch",
+        *(f"{name}: 12 rows in an epoch, 50.0% of all, each 1.00 times" for name in ("upper", "reverse")),
+    ]
+
+
 def test_the_evaluation_limit_takes_rows_of_each_task_from_all_over_the_file(three: list[Task]) -> None:
     data = mixture(*three, eval_limit=2)
     data.setup("test")

@@ -82,7 +82,7 @@ def conversions() -> list[Path]:
 def test_an_adapter_is_converted_once_for_its_content_and_its_base(place, caplog):
     first = open_expert("peft/upper")
     (line,) = caplog.messages
-    assert line.startswith("peft/upper is a PEFT adapter; made an expert of base of it, in ")
+    assert line.startswith("peft/upper is a PEFT adapter; the expert of base made from it is in ")
     assert str(first.path) in line
     assert first.name == "upper"
     assert first.record["tasks"] == ["upper"]
