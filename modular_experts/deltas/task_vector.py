@@ -40,6 +40,9 @@ class TaskVector(Mapping[str, Delta]):
         """What it is called: a name, or an expression such as `0.5 * a + b`."""
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.title})"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes())
 
@@ -122,7 +125,8 @@ class Scaled(TaskVector):
 
     @property
     def title(self) -> str:
-        return f"{self.factor!r} * {self.vector.title}"
+        inner = self.vector.title
+        return f"{self.factor!r} * ({inner})" if isinstance(self.vector, Sum) else f"{self.factor!r} * {inner}"
 
     def shapes(self) -> dict[str, torch.Size]:
         return self.vector.shapes()

@@ -171,9 +171,9 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
     if strange := [name for name in settings if name not in hints]:
         raise unknown("option", f"{prefix}{strange[0]}", [f"{prefix}{one}" for one in hints])
     given = _joined({name: read(f"{prefix}{name}", hints[name], value) for name, value in settings.items()})
-    for name, default in defaults.items():
-        if default is inspect.Parameter.empty and name not in settings:
-            raise UsageError(f"{prefix}{name} must be given, on the command line or in --config")
+    needed = [name for name, default in defaults.items() if default is inspect.Parameter.empty]
+    if missing := [f"{prefix}{name}" for name in needed if name not in settings]:
+        raise UsageError(f"{' and '.join(missing)} must be given, on the command line or in --config")
     described = {}
     for name, default in defaults.items():
         described[name] = _as_it_is(default).plain

@@ -139,6 +139,7 @@ MISTAKES = [
     ([*MERGE, "nowhere.Method"], 2, "--method: nowhere.Method cannot be imported: No module named 'nowhere'"),
     ([*MERGE, "TIES", "--method.keep", "1.5"], 1, "must be in (0, 1], got 1.5"),
     (["merge", "--method", "TIES", "--out", "library/new"], 2, "--experts must be given"),
+    (["merge", "--method", "TIES"], 2, "--experts and --out must be given"),
     (["merge", "--experts", "[]", "--method", "TIES", "--out", "library/new"], 1, "list of experts is empty"),
     (["merge", "--experts", "[library/aa]", "--method", "TIES", "--out", "library/new"], 1, "did you mean"),
     (["merge", "--experts", "[library/a]", "--method", "TIES", "--out", "library/b"], 1, "exists already"),

@@ -111,6 +111,7 @@ def test_arithmetic_is_lazy_and_weight_by_weight() -> None:
     two = Held({"b": random_delta("Dense", (4, 5), 3), "c": random_delta("BlockSparse", (4, 5), 4)})
     found = 0.5 * one - two * 2 + -one
     assert list(found) == ["a", "b", "c"]
+    assert repr(0.5 * (one + two)) == "Scaled(0.5 * (Held + Held))"
     assert found.shapes()["c"] == (4, 5)
     assert "a" in found
     assert one.asked == two.asked == 0
