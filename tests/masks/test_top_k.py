@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modular_experts.masks import top_k
-from modular_experts.masks.top_k import _CHUNK, top_k_outside
+from modular_experts.masks.top_k import _BINS, _CHUNK, kth_highest, top_k_outside
 from modular_experts.native.sparse_passes import LEAST, carried, exchanged_slots
 
 numbers = st.one_of(
@@ -40,6 +40,15 @@ def test_chunks_do_not_show() -> None:
     scores = torch.randn(2 * _CHUNK + 3, generator=draw)
     wanted = scores.sort(descending=True, stable=True).indices[:1000].sort().values
     assert torch.equal(top_k(scores, 1000).long(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_kth_highest_of_many_scores_is_found_by_bins(dtype: torch.dtype) -> None:
+    scores = torch.randn(_BINS + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[::7], scores[::11], scores[::13] = -0.0, math.inf, -math.inf
+    falling = scores.sort(descending=True).values
+    for k in (1, 2, len(scores) // 2, len(scores) // 2 + 5000, len(scores)):
+        assert kth_highest(scores, k) == falling[k - 1]
 
 
 SIZE = 8 * LEAST + 5
