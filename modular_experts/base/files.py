@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from modular_experts.library.atomic import new_file
 from modular_experts.library.record import package_versions, plain, read_json
 from modular_experts.library.tensorfile import file_hash, open_tensors
 
@@ -83,11 +84,8 @@ def fingerprint(directory: str | Path, without: str | None = None, rows: Mapping
                 content = tensor.reshape(-1).view(torch.uint8).numpy()
                 table[name] = [list(tensor.shape), hashlib.sha256(content).hexdigest()]
     found = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    with suppress(OSError):  # a cache that cannot be written costs time and nothing else
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}")
+    with suppress(OSError), new_file(note) as temporary:  # a cache that cannot be written costs time and nothing else
         temporary.write_text(found)
-        temporary.replace(note)
     return found
 
 

@@ -96,7 +96,7 @@ def harness(
         ValueError: The harness is not installed, does not know a name, or could not load a benchmark; or anything that
             `evaluate` refuses.
     """
-    folder = None if out is None else check_free(Path(out, RESULTS), overwrite).parent
+    file = None if out is None else check_free(Path(out, RESULTS), overwrite)
     names, files = benchmarks_and_tasks(tasks)
     try:
         import lm_eval  # noqa: F401
@@ -133,9 +133,8 @@ def harness(
                 rows += [{"model": one.title, "experts": one.names, **row} for row in _rows(measured, ours, roles)]
     progress("", len(models), len(models))
     results = Results(rows, facts)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        results.write(folder / RESULTS)
+    if file:
+        results.write(file)
     return results
 
 
