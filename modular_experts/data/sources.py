@@ -140,10 +140,13 @@ def _json_file(path: str, place: Path) -> Iterator[Record]:
         return iter([_broken_json(path, getattr(error, "lineno", 1), error)])
 
 
+NOT_UTF8 = "this is not UTF-8 text; save it as UTF-8 (in Excel: CSV UTF-8)"
+
+
 def _broken_json(path: str, line: int, error: ValueError) -> Record:
     if isinstance(error, json.JSONDecodeError):
         return Record(f"{path}:{line}", problem=f"broken JSON at column {error.colno}: {error.msg.removesuffix(' at')}")
-    return Record(f"{path}:{line}", problem="this is not UTF-8 text")
+    return Record(f"{path}:{line}", problem=NOT_UTF8)
 
 
 def _delimited(path: str, place: Path) -> Iterator[Record]:
@@ -155,7 +158,7 @@ def _delimited(path: str, place: Path) -> Iterator[Record]:
             names = file.readline()
             file.seek(0)
             # Spreadsheets write semicolons where numbers have a comma.
-            delimiter = "\t" if place.suffix.lower() == ".tsv" else ";" if ";" in names and "," not in names else ","
+            delimiter = "\t" if place.suffix.lower() == ".tsv" else max(",;\t", key=names.count)
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             for fields in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1
@@ -165,7 +168,9 @@ def _delimited(path: str, place: Path) -> Iterator[Record]:
                     yield Record(where, problem=f"{len(fields)} fields, but the header has {len(header)}")
                 elif fields:
                     yield Record(where, dict(zip(header, fields, strict=True)))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            yield Record(f"{path}:{line}", problem=NOT_UTF8)
+        except csv.Error as error:
             yield Record(f"{path}:{line}", problem=f"not readable as CSV from here on: {_one_line(error)}")
 
 

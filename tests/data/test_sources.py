@@ -113,13 +113,24 @@ def test_a_missing_file_gets_the_near_name_and_a_pipe_is_refused(tmp_path: Path)
         path_records(str(tmp_path / "pipe.jsonl"))
 
 
-def test_a_spreadsheet_may_write_semicolons(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_spreadsheet_may_write_semicolons_or_tabs(mark: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text('input;target\n"a; b";1,5\nc;2\n', encoding="utf-8-sig")
+    path.write_text(f'input;target\n"a{mark} b";1,5\nc;2\n'.replace(";", mark), encoding="utf-8-sig")
     assert [one.values for one in path_records(str(path))] == [
-        {"input": "a; b", "target": "1,5"},
+        {"input": f"a{mark} b", "target": "1,5"},
         {"input": "c", "target": "2"},
     ]
+
+
+def test_a_spreadsheet_that_is_not_utf8_gets_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("input,target\nä,b\n".encode("latin-1"))
+    (record,) = path_records(str(path))
+    assert (record.where, record.problem) == (
+        f"{path}:1",
+        "this is not UTF-8 text; save it as UTF-8 (in Excel: CSV UTF-8)",
+    )
 
 
 def test_an_unknown_suffix_and_a_directory_of_files_are_refused(tmp_path: Path) -> None:
