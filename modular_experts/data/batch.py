@@ -229,6 +229,8 @@ class DataSource:
 
     batch_size: int = 0
     """Rows of a training batch, all processes together; 0 if that is not known."""
+    tokenizer: Any = None
+    """What makes tokens of rows, and text of answers to them; None for the base's."""
     packing: bool | None = None
     """Whether training batches are packed; with None `choose_packing` may pack them."""
 

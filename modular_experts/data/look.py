@@ -100,7 +100,7 @@ def look(
         page = check_free(page, overwrite)
     opened = base if isinstance(base, Base) else Base.open(base)
     data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **reading)
-    data.tokenizer = data.tokenizer or opened.tokenizer()
+    data.take_tokenizer(opened)
     data.fit_context(context_length(opened.structure.model))
     rows = {split: data.rows(split) for split in SPLITS}
     found = Look(
@@ -143,7 +143,7 @@ def _reading(task: Task, row: Row, data: TaskMixture) -> list[str]:
     columns = f"{told[0] if told else OWN}, as the columns are called"
     if task.template is not None or task.columns:
         columns = f"the task names its {'template' if task.template is not None else 'columns'}"
-    has = "has one (--chat_template takes it)" if data.tokenizer.chat_template else "has none"  # type: ignore[union-attr]
+    has = "has one (--chat_template takes it)" if data.tokenizer.chat_template else "has none"
     chat = f"without a chat template: rows are texts, and the tokenizer {has}"
     if row.messages or data.chat_template:
         chat = f"by the tokenizer's chat template: {'rows are messages' if row.messages else '--chat_template says so'}"

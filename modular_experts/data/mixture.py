@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -34,6 +35,8 @@ from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits, warn_
 from modular_experts.data.tokenize import RowTokenizer
 
 log = logging.getLogger(__name__)
+
+Key = tuple[str, int | None, int, bool]
 
 
 class SplitSize(NamedTuple):
@@ -111,20 +114,30 @@ class TaskMixture(LightningDataModule, DataSource):
         self.said: list[str] = []
         """Sentences on how the rows were read."""
         self._predicts = False
-        # What was read and tokenised, by task, which the mixtures that `only` returns share.
+        self._borrowed: tuple[Path | None, PreTrainedTokenizerBase | None] = None, None
+        # What was read and tokenised, by task, which the mixtures that `only` returns share. Examples, and how many of
+        # them were cut, also depend on settings (`_key`).
         self._rows: dict[str, list[Row]] = {}
-        self._examples: dict[str, dict[str, list[Example]]] = {}
-        self._truncated: Counter[tuple[str, str]] = Counter()
+        self._examples: dict[Key, dict[str, list[Example]]] = {}
+        self._truncated: Counter[tuple[str, Key]] = Counter()
+
+    def take_tokenizer(self, base: str | Path | Base, revision: str | None = None) -> PreTrainedTokenizerBase:
+        """Read rows with the tokenizer of a base, unless the mixture was given one; return what reads them."""
+        lender, borrowed = self._borrowed
+        if self.tokenizer is borrowed and (opened := Base.open(base, revision=revision)).directory != lender:
+            self.tokenizer = opened.tokenizer()
+            self._borrowed = opened.directory, self.tokenizer
+            self._examples, self._truncated = {}, Counter()
+            self.__dict__.pop("_training_collator", None)
+        return self.row_tokenizer().tokenizer
 
     def fit_context(self, context: int | None) -> None:
         """Cut rows to the context of the model, as a shorter `max_length` would; None for one without a limit."""
-        before, self.context = self.longest, context
-        read = chain.from_iterable(chain.from_iterable(tasks.values()) for tasks in self._examples.values())
-        if before != self.longest and (
-            self._truncated.total()
-            or any(len(one.ids) > self.longest for example in read for one in (example.tokens, *example.choices))
-        ):
-            self._examples, self._truncated = {}, Counter()
+        self.context = context
+
+    def _key(self, kind: str) -> Key:
+        """Return what examples of some rows depend on: `eval_limit` leaves training rows alone."""
+        return kind, None if "train" in kind else self.eval_limit, self.longest, self._learns_choices
 
     @property
     def longest(self) -> int:
@@ -139,8 +152,7 @@ class TaskMixture(LightningDataModule, DataSource):
     def only(self, names: Sequence[str]) -> Self:
         """Return the mixture of some of the tasks, in the given order.
 
-        Both mixtures share the rows that either has read and tokenised, so change no setting of one, such as
-        `eval_limit`.
+        Both mixtures share the rows that either has read and tokenised, so change no setting of one but `eval_limit`.
         """
         by_name = {task.name: task for task in self.tasks}
         found = copy.copy(self)
@@ -181,7 +193,9 @@ class TaskMixture(LightningDataModule, DataSource):
             for split in SPLITS:
                 if rows := self._split(split).get(name):
                     tokens = sum(len(row.tokens.ids) for row in rows)
-                    found.append(SplitSize(name, role, split, len(rows), tokens, self._truncated[name, split]))
+                    found.append(
+                        SplitSize(name, role, split, len(rows), tokens, self._truncated[name, self._key(split)])
+                    )
         return found
 
     def rows(self, split: str) -> dict[str, list[Row]]:
@@ -240,7 +254,7 @@ class TaskMixture(LightningDataModule, DataSource):
         kind = f"inputs of {which}"
         for task in (task for task in self.tasks if task.held_in):
             rows: list[Row] = []
-            if task.name not in self._examples.get(kind, {}):
+            if task.name not in self._examples.get(self._key(kind), {}):
                 rows, bad = task.read(targets=False)
                 problems += bad
                 rows = [row if row.target or row.split else replace(row, split="validation") for row in rows]
@@ -298,7 +312,6 @@ class TaskMixture(LightningDataModule, DataSource):
                         "prompt, chosen and rejected, or of input, target and choices"
                     )
             self._learns_choices = True
-            self._examples.pop("train", None)
 
     def padding(self) -> float:
         """Return the share of padding among the tokens of the first thousand training batches of this process."""
@@ -363,19 +376,20 @@ class TaskMixture(LightningDataModule, DataSource):
         return fill_splits(rows, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in)
 
     def _split(self, split: str) -> dict[str, list[Example]]:
-        known, tasks = self._examples.get(split, {}), self._with(split)
+        known, tasks = self._examples.get(self._key(split), {}), self._with(split)
         if all(task.name in known for task in tasks):
             return {task.name: known[task.name] for task in tasks}
         return self._tokenised(split, self.rows(split))
 
     def _tokenised(self, kind: str, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
-        known, tokenize, problems = self._examples.setdefault(kind, {}), self.row_tokenizer(), list[str]()
+        known, tokenize = self._examples.setdefault(self._key(kind), {}), self.row_tokenizer()
+        problems = list[str]()
         for name, found in rows.items():
             if name in known:
                 continue
             examples, cut, bad = tokenize(name, found, learn=kind == "train")
             problems += bad
-            self._truncated[name, kind] = cut
+            self._truncated[name, self._key(kind)] = cut
             if cut:
                 which = f"{cut} of {len(found)} {kind} rows are longer than {tokenize.limit}"
                 self._log(f"{name}: {which} and lost their start", logging.WARNING)

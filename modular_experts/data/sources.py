@@ -164,6 +164,8 @@ def _delimited(path: str, place: Path) -> Iterator[Record]:
                 where, line = f"{path}:{line}", reader.line_num + 1
                 if header is None:
                     header = fields
+                    if twice := [name for name in header if header.count(name) > 1]:
+                        yield Record(where, problem=f"two columns are called {twice[0]!r}; rename one")
                 elif fields and len(fields) != len(header):
                     yield Record(where, problem=f"{len(fields)} fields, but the header has {len(header)}")
                 elif fields:

@@ -70,7 +70,7 @@ def evaluate(
             with the base's tokenizer, such as `apply` writes, may stand in the place of a mix: its directory, or an
             opened base.
         data: The tasks, or a mixture with the settings of how to read their rows; the base's tokenizer is used unless
-            the mixture has one.
+            the mixture was given one.
         max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
         dtype: Data type of the base.
         metrics: Metrics beside exact match and Rouge-L, as `text_metrics` takes them: functions of a generated text
@@ -87,7 +87,7 @@ def evaluate(
     folder = None if out is None else check_free(Path(out, RESULTS), overwrite).parent
     found, models = open_models(base, experts)
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
-    data.tokenizer = data.tokenizer or found.tokenizer()
+    data.take_tokenizer(found)
     data.setup("test")
     warn_unlike_training([one for each in models for one in each.stored], data.reading_of, dtype)
     # A function without a path may be another one in the next call, and so may a task vector that is not stored.
@@ -121,7 +121,7 @@ def _scores(
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
     model: Any = base.load(dtype)
-    tokenizer = base.tokenizer()
+    tokenizer = data.take_tokenizer(base)
     same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles, "values", metrics)
     functions = text_metrics(metrics)
     keys = [(result_key(*same, one.hashes),) for one in models]

@@ -196,8 +196,7 @@ def take_statistics(
     rows, (data, labels) = given.rows, given.found_for(opened)
     labels = "rows" if way.of_inputs else labels
     opened_base = Base.open(given.base, opened)
-    if data.tokenizer is None:
-        data.tokenizer = opened_base.tokenizer()
+    data.take_tokenizer(opened_base)
     splits, targets = (["train", "validation"], False) if way.of_inputs else (["validation"], labels == "rows")
     # What is refused is refused before the base is loaded.
     for expert in opened:
@@ -236,7 +235,7 @@ def _answered(
 
 def batches_by_length(examples: Sequence[Example], data: TaskMixture) -> list[Batch]:
     """Return padded batches of some rows of a mixture, the shortest first, so that they need little padding."""
-    collate = Collator(RowTokenizer(data.tokenizer).pad_id)  # type: ignore[arg-type]
+    collate = Collator(RowTokenizer(data.tokenizer).pad_id)
     ordered = ExampleSet(sorted(examples, key=lambda example: len(example.tokens.ids)))
     # Without a generator of its own, a loader would draw from the global one.
     return list(DataLoader(ordered, data.eval_batch_size, collate_fn=collate, generator=torch.Generator()))

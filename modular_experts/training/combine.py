@@ -124,7 +124,7 @@ def combine(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two experts would be called {twice[0]} in one library; rename the directory of one of them")
     data = data or Inputs.kept_by(opened)
-    data.tokenizer = data.tokenizer or Base.open(base, opened).tokenizer()
+    data.take_tokenizer(Base.open(base, opened))
     held_in = [task for task, role in data.roles.items() if role == "held_in"]
     others = [task for task in data.roles if task not in held_in]
     own = own_experts(opened, held_in)

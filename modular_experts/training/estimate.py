@@ -99,8 +99,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     Raises:
         ValueError: What a fit would refuse: no experts to train, bad rows, training without an end.
     """
-    if data.tokenizer is None:
-        data.tokenizer = module.base
+    data.take_tokenizer(module.base, module.revision)
     data.trainer = trainer  # which tells how many processes share a batch
     log.info("loading the base, and taking a few steps at a learning rate of 0")
     # The short fit would log itself as the whole one.

@@ -56,18 +56,23 @@ class EvaluatedModule(LightningModule):
             self.scores.update(batch, *self.batch_losses(self.model, batch))
         else:
             tokens = None if self.trainer.state.fn == "fit" else self.max_new_tokens
-            score_batch(self.scores, self.model, self.tokenizer, batch, tokens, bool(self._packs_evaluation))
+            score_batch(self.scores, self.model, self._reader, batch, tokens, bool(self._packs_evaluation))
         await_others(self.model)
 
     test_step = validation_step
 
+    @property
+    def _reader(self) -> Any:
+        """The tokenizer that read the rows."""
+        return source_of(self.trainer).tokenizer or self.tokenizer
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return the task, input, target, if there is one, and generation of each row."""
-        answers = generate_tokens(self.model, self.tokenizer, batch, self.max_new_tokens)
+        answers = generate_tokens(self.model, self._reader, batch, self.max_new_tokens)
         await_others(self.model)
-        cut = cut_answers(self.model, self.tokenizer, batch, answers, self.max_new_tokens)
+        cut = cut_answers(self.model, self._reader, batch, answers, self.max_new_tokens)
         self._cut += [one for one, filler in zip(cut, is_filler(batch), strict=True) if not filler]
-        texts = answer_texts(self.tokenizer, batch, answers)
+        texts = answer_texts(self._reader, batch, answers)
         columns = zip(batch["task"], batch["input"], batch["target"], texts, strict=True)
         rows = [dict(zip(("task", "input", "target", "generation"), row, strict=True)) for row in columns]
         return [{name: value for name, value in row.items() if value is not None} for row in rows]

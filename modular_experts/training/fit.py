@@ -114,10 +114,8 @@ class Run:
             check_target(export.target, export.overwrite)
 
     def share_tokenizer(self) -> None:
-        """Give the data the tokenizer of the model, unless it has another."""
-        if self.data.tokenizer is None:
-            tokenizer = Base.open(self.module.base, revision=self.module.revision).tokenizer()
-            self.data.tokenizer = self.module.tokenizer = tokenizer
+        """Let the data have the tokenizer of the model, unless they were given another, which the model then uses."""
+        self.module.tokenizer = self.data.take_tokenizer(self.module.base, self.module.revision)
 
     def check_modules(self) -> None:
         """Raise before rows are read if `modules` match no layer of a base on disk."""

@@ -81,7 +81,7 @@ def distill(
         check_target(target, overwrite)
     data = data or Inputs.kept_by(opened)
     if not isinstance(data, Inputs):
-        data.tokenizer = data.tokenizer or Base.open(base, opened).tokenizer()
+        data.take_tokenizer(Base.open(base, opened))
         data = Inputs.read_from(data, ["train", "validation"], method.rows)
     data = data.only([*data.roles])  # which leaves the batches of the caller's inputs alone
     data.eval_batch_size = method.batch

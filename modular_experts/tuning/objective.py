@@ -199,7 +199,7 @@ def objective_on_base(
         raise ValueError("expert_of says whose expert answers a task; add labels=experts, or leave it out")
     own = own_experts(experts, list(data.roles), given.expert_of) if by_experts or distills else {}
     opened = Base.open(given.base, experts)
-    data.tokenizer = data.tokenizer or opened.tokenizer()
+    data.take_tokenizer(opened)
     data.eval_limit = min(given.rows, data.eval_limit or given.rows)
     # A task that is refused is refused before the base is loaded.
     read_validation_rows(data, targets=not by_experts)

@@ -84,6 +84,8 @@ def test_a_mixture_follows_the_context_of_the_model_that_reads_it(read) -> None:
         part.fit_context(context)
         assert lengths(part) == wanted
         assert lengths(data) == whole
+    part.eval_limit, last = 1, data.only(["t"])
+    assert (len(lengths(part)), lengths(data), lengths(last)) == (1, whole, whole)
     data.fit_context(3)
     with pytest.raises(ValueError, match="the target or a choice fills the base's context of 3 tokens; shorten it"):
         lengths(data)

@@ -75,6 +75,7 @@ BROKEN = {
     ("latin.jsonl", '{"input": "é"}\n'.encode("latin-1")): (1, "not UTF-8"),
     ("list.json", b'[\n {"input": "a"},\n {"input" "b"}\n]'): (3, "broken JSON"),
     ("short.csv", b"input,target\na,b\nc\n"): (3, "1 fields, but the header has 2"),
+    ("twice.csv", b"input,target,target\na,b,c\n"): (1, "two columns are called 'target'; rename one"),
     ("text.parquet", b"hello"): (1, "not a readable Parquet file"),
 }
 

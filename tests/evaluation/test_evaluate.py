@@ -7,18 +7,20 @@ import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
+from unittest.mock import patch
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import CHARACTERS, build_model, build_tokenizer, write_rows
 from testbed.random_deltas import random_delta
-from testbed.runs import mixture
+from testbed.runs import mixture, trainer
 
-from modular_experts import apply, evaluate, generate
+from modular_experts import ExpertModule, TaskMixture, apply, evaluate, generate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.evaluation import TEXT_METRICS
+from modular_experts.evaluation import TEXT_METRICS, measure
 from modular_experts.evaluation.compare import write_report
 from modular_experts.evaluation.intervals import compared_means
 from modular_experts.library import as_parents, make_record, open_expert, write_expert
@@ -51,6 +53,49 @@ def test_it_is_what_the_command_test_measures(tiny_llama_dir, task_files, weight
         assert row["experts"] == ["a"]
         assert row["value"] == pytest.approx(written["tasks"][row["task"]][row["metric"]], rel=1e-6)
     assert found.facts["fingerprint"] == fingerprint(tiny_llama_dir)
+
+
+@pytest.fixture
+def other_tokenizer() -> object:
+    """A tokenizer of the same characters, with other numbers."""
+    with patch("conftest.CHARACTERS", CHARACTERS[::-1]):
+        return build_tokenizer()
+
+
+def test_a_mixture_without_a_tokenizer_takes_each_base_s_own(
+    tiny_llama_dir, task_files, other_tokenizer, tmp_path
+) -> None:
+    build_model("llama", seed=3).save_pretrained(tmp_path / "other")
+    other_tokenizer.save_pretrained(tmp_path / "other")
+    bases = [tiny_llama_dir, tmp_path / "other", tiny_llama_dir]
+    data = TaskMixture([str(task_files["upper"])])
+    part = data.only(["upper"])
+    assert part.take_tokenizer(bases[1]).get_vocab() == other_tokenizer.get_vocab()
+    apart = [evaluate(base, [], TaskMixture([str(task_files["upper"])]), None).rows for base in bases]
+    assert [evaluate(base, [], data, None).rows for base in bases] == apart
+    assert apart[0] != apart[1]
+
+
+def test_answers_are_read_with_the_tokenizer_that_read_the_rows(
+    tiny_llama_dir, tmp_path, other_tokenizer, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inputs = [f"ask {number}" for number in range(4)]
+    rows = lambda targets: [  # noqa: E731
+        {"input": one, "target": target, "split": "test"} for one, target in zip(inputs, targets, strict=True)
+    ]
+    data = lambda: TaskMixture(str(tmp_path / "asked.jsonl"), other_tokenizer)  # noqa: E731
+    write_rows(tmp_path / "asked.jsonl", rows("abcd"))
+    asked = data()
+    asked.setup("test")
+    model = Base.open(tiny_llama_dir).load("float32")
+    found = measure(model, other_tokenizer, asked.test_dataloader(), asked.roles, 4, examples=4)["examples"]["asked"]
+    write_rows(tmp_path / "asked.jsonl", rows([one["answer"] for one in found]))
+    scores = evaluate(tiny_llama_dir, [], data(), 4).rows
+    module = ExpertModule(str(tiny_llama_dir), max_new_tokens=4)
+    trainer(tmp_path).test(module, data(), verbose=False)
+    assert [row["value"] for row in scores if row["metric"] == "exact_match"] == [1.0]
+    assert module.results["tasks"]["asked"]["exact_match"] == 1.0
 
 
 def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_dir, task_files, weight) -> None:
