@@ -97,6 +97,10 @@ def _set_up() -> None:
     torch.set_num_threads(1)
     # Lightning reads the metadata of all installed packages for each trainer.
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+    # For each kind of GPU that is not there, torch writes the stack of whoever sets a seed: a millisecond each time.
+    for kind in (torch.cuda, torch.xpu, torch.mtia):
+        if not kind.is_available():
+            kind.manual_seed_all = lambda seed: None
     # How long an example takes says nothing on a busy machine. Each run draws other examples, most of them in CI.
     examples = 100 if os.environ.get("CI") else 10
     hypothesis.settings.register_profile("untimed", deadline=None, max_examples=examples)
@@ -154,7 +158,8 @@ def _logs_as_before() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+        if logger.level != level:  # `setLevel` goes through hundreds of loggers
+            logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
