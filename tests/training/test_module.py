@@ -395,7 +395,8 @@ def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | Non
 
     losses = Kill()
     torch.manual_seed(0)
-    module = runs.module(base, both, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    optimizer = partial(torch.optim.AdamW, lr=1e-2)
+    module = runs.module(base, both, optimizer=optimizer, gradient_checkpointing=None)
     schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4))
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="last", enable_version_counter=False)
     run = runs.trainer(folder, losses, schedule, saving, max_steps=10, enable_checkpointing=True)
