@@ -1,5 +1,6 @@
 """Scripts of benchmarks/ run as they stand, in small, and their reports hold what their pages state."""
 
+import copy
 import importlib
 import io
 import json
@@ -120,9 +121,10 @@ def test_mixtures_train_as_many_numbers_as_the_lora(script) -> None:
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
     counts = {}
+    with torch.device("meta"):
+        base = build_model("llama", **sizes)
     for name, plan in script.PLANS["mixtures"].items():
-        with torch.device("meta"):
-            model = build_model("llama", **sizes)
+        model = copy.deepcopy(base)
         inject(model, plan())
         counts[name] = script.parameters(model)["trained"]
     reference = counts.pop("LoRA")

@@ -68,11 +68,11 @@ def started(words: list[str]) -> Iterator[int]:
         yield from start_ranks(command, *words[1:])
 
 
-def test_each_recipe_trains_the_same_expert(two_task_files, tiny_llama_dir) -> None:
+def test_each_recipe_trains_the_same_expert(two_task_files, one_block) -> None:
     config = {
-        "model": {"base": str(tiny_llama_dir), "modules": ["q_proj"], "expert": {"class_path": "SparseExpert"}},
+        "model": {"base": str(one_block), "modules": ["q_proj"], "expert": {"class_path": "SparseExpert"}},
         "data": {"tasks": ["a.jsonl", "b.jsonl"], "batch_size": 4},
-        "trainer": {"max_steps": 2, "accelerator": "cpu"},
+        "trainer": {"max_steps": 2, "limit_val_batches": 0, "accelerator": "cpu"},
     }
     Path("sparse.yaml").write_text(yaml.safe_dump(config))
     for number, launcher in enumerate(LAUNCHERS):
