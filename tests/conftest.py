@@ -182,6 +182,12 @@ def tiny_llama_dir(tiny: Callable[[str], Path]) -> Path:
     return tiny("llama")
 
 
+@pytest.fixture(scope="session")
+def one_block(tiny: Callable[..., Path]) -> Path:
+    """A Llama of one block, for tests that need no second block, which takes as long again."""
+    return tiny("llama", num_hidden_layers=1)
+
+
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     """Write one JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -37,7 +37,7 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory, one_block: Path) -> Iterator[Path]:
     """A folder with the bases and the task files that the studies name."""
     place = tmp_path_factory.mktemp("studies")
     with pytest.MonkeyPatch.context() as patch:
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Ite
         Path("benchmarks").symlink_to(BENCHMARKS)
         for base in [*(f"runs/quickstart-{seed}/base" for seed in (0, 1, 2)), ".cache/smollm2"]:
             Path(base).parent.mkdir(parents=True, exist_ok=True)
-            Path(base).symlink_to(tiny_llama_dir)
+            Path(base).symlink_to(one_block)
         Path("data").mkdir()
         for file in re.findall(r"data/\w+\.jsonl", (STUDIES / "real.yaml").read_text()):
             write_rows(Path(file), [{"input": f"say {number}", "target": "a"} for number in range(20)])

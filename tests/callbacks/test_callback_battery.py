@@ -38,20 +38,20 @@ CASES: dict[str, tuple[partial, Callable]] = {
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory, tiny_llama_dir, task_files) -> Path:
+def library(tmp_path_factory, one_block, task_files) -> Path:
     """A sparse expert of all linear layers."""
     folder = tmp_path_factory.mktemp("others")
-    module = runs.module(tiny_llama_dir, SparseExpert, modules="all-linear")
+    module = runs.module(one_block, SparseExpert, modules="all-linear")
     export = ExportExpert(str(folder / "library"), "a", monitor=None)
-    runs.trainer(folder, export, max_steps=1).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    runs.trainer(folder, export, max_steps=1).fit(module, runs.mixture(task_files, one_block))
     return folder / "library"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_callback_keeps_its_state_within_a_fit(name, library, tiny_llama_dir) -> None:
+def test_a_callback_keeps_its_state_within_a_fit(name, library, one_block) -> None:
     kind, expert = CASES[name]
     read = {setting: str(library / "a") for setting, value in kind.keywords.items() if value == "a"}
-    check_callback(partial(kind, **read), expert, base=tiny_llama_dir)
+    check_callback(partial(kind, **read), expert, base=one_block)
 
 
 def test_an_export_and_the_log_of_progress_begin_anew(tmp_path) -> None:

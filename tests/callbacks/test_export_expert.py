@@ -19,7 +19,7 @@ SPARSE = partial(SparseExpert, keep_ratio=0.1)
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:The dirpath has changed")
 
 
-def test_the_best_state_is_exported_and_nothing_else_left(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_the_best_state_is_exported_and_nothing_else_left(one_block, task_files, tmp_path) -> None:
     """Validation after every second step; the rate turns negative, so that training climbs again from a state in the
     middle.
     """
@@ -33,13 +33,13 @@ def test_the_best_state_is_exported_and_nothing_else_left(tiny_llama_dir, task_f
 
     export, remember = ExportExpert(str(tmp_path / "library"), "mine"), Remember()
     module = runs.module(
-        tiny_llama_dir,
+        one_block,
         SPARSE,
         optimizer=partial(torch.optim.SGD, lr=1.0),
         scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: -1.0 if step > 5 else 1.0),
     )
     trainer = runs.trainer(tmp_path, remember, export, max_steps=10, val_check_interval=2)
-    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    trainer.fit(module, runs.mixture(task_files, one_block))
     best = min(states, key=lambda step: states[step][0])
     assert best < 10
     stored = open_expert(export.target)
@@ -74,7 +74,7 @@ def test_the_last_state_is_exported_without_a_monitor_with_a_record_of_how_it_wa
     }
 
 
-def test_a_state_that_trains_more_than_the_expert_keeps_is_never_the_best(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_a_state_that_trains_more_than_the_expert_keeps_is_never_the_best(one_block, task_files, tmp_path) -> None:
     """All entries are trained up to step 8 of 12, and validations come before."""
     export, seen = ExportExpert(str(tmp_path / "library"), "mine"), []
 
@@ -84,12 +84,12 @@ def test_a_state_that_trains_more_than_the_expert_keeps_is_never_the_best(tiny_l
 
     schedule = MaskSchedule(rule=Reselect(every=8, until=1.0))
     dense = partial(MaskedExpert, keep_ratio=0.1)
-    runs.fit(tiny_llama_dir, task_files, tmp_path, dense, export, Remember(), schedule, max_steps=12)
+    runs.fit(one_block, task_files, tmp_path, dense, export, Remember(), schedule, max_steps=12)
     assert [best for step, best in seen if step < 8] == [0] * sum(step < 8 for step, _ in seen) != []
     assert open_expert(export.target).kept_share == pytest.approx(0.1, abs=0.01)
 
 
-def test_a_training_that_stops_before_the_choice_says_that_it_keeps_more(tiny_llama_dir, task_files, tmp_path, caplog):
+def test_a_training_that_stops_before_the_choice_says_that_it_keeps_more(one_block, task_files, tmp_path, caplog):
     class Stop(runs.Losses):
         def on_train_batch_end(self, trainer, *rest) -> None:
             trainer.should_stop = trainer.global_step == self.at
@@ -99,22 +99,22 @@ def test_a_training_that_stops_before_the_choice_says_that_it_keeps_more(tiny_ll
         caplog.clear()
         schedule = MaskSchedule(rule=Reselect(every=6, until=1.0))
         dense = partial(MaskedExpert, keep_ratio=0.1)
-        runs.fit(tiny_llama_dir, task_files, tmp_path, dense, export, stop, schedule, max_steps=12)
+        runs.fit(one_block, task_files, tmp_path, dense, export, stop, schedule, max_steps=12)
         said.append([record.getMessage() for record in caplog.records if record.levelname == "WARNING"])
     warning = f"{export.target} holds more entries than its settings keep, because training ended at step 2, before"
     assert [len(one) for one in said] == [1, 0]
     assert said[0][0].startswith(warning)
 
 
-def test_an_existing_name_is_refused_before_training(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_an_existing_name_is_refused_before_training(one_block, task_files, tmp_path) -> None:
     library = str(tmp_path / "library")
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"), max_steps=1)
+    runs.fit(one_block, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"), max_steps=1)
     losses = runs.Losses()
     with pytest.raises(FileExistsError, match="mine"):
-        runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"), losses)
+        runs.fit(one_block, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"), losses)
     assert losses.steps == []
     before = Library(library)["mine"].record["content_hash"]
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine", overwrite=True), max_steps=2)
+    runs.fit(one_block, task_files, tmp_path, SPARSE, ExportExpert(library, "mine", overwrite=True), max_steps=2)
     assert Library(library)["mine"].record["content_hash"] != before
 
 
@@ -140,9 +140,9 @@ def _rising(base, files, folder, *callbacks, expert=SPARSE, steps=8, ckpt=None, 
 
 
 def test_a_run_resumed_to_train_longer_or_no_more_keeps_the_best_state_of_before(
-    tiny_llama_dir, task_files, tmp_path, caplog
+    one_block, task_files, tmp_path, caplog
 ) -> None:
-    place = tiny_llama_dir, task_files, tmp_path
+    place = one_block, task_files, tmp_path
     first = ExportExpert(str(tmp_path / "library"), "mine")
     _rising(*place, first)
     before = open_expert(first.target).content_hash
@@ -166,9 +166,9 @@ def test_a_run_resumed_to_train_longer_or_no_more_keeps_the_best_state_of_before
     assert "the best state so far, of step 4, is gone" in caplog.text
 
 
-def test_runs_under_one_folder_keep_their_best_states_apart(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_runs_under_one_folder_keep_their_best_states_apart(one_block, task_files, tmp_path) -> None:
     """Within a run, another of that name starts and ends, and one whose name has the same beginning."""
-    place, long = (tiny_llama_dir, task_files, tmp_path), "n" * 63
+    place, long = (one_block, task_files, tmp_path), "n" * 63
 
     class Within(runs.Losses):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -187,7 +187,7 @@ def test_runs_under_one_folder_keep_their_best_states_apart(tiny_llama_dir, task
     assert not list(tmp_path.glob("best-of-*"))
 
 
-def test_a_score_that_is_not_a_number_is_never_the_best(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+def test_a_score_that_is_not_a_number_is_never_the_best(one_block, task_files, tmp_path, caplog) -> None:
     caplog.set_level("INFO", "modular_experts")
 
     class Score(runs.Losses):
@@ -197,19 +197,19 @@ def test_a_score_that_is_not_a_number_is_never_the_best(tiny_llama_dir, task_fil
 
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor="mine", overwrite=True)
     nans = 2
-    _rising(tiny_llama_dir, task_files, tmp_path, Score(), export, steps=3)
+    _rising(one_block, task_files, tmp_path, Score(), export, steps=3)
     assert (export.best, export.best_step) == (7.0, 3)
     nans = 9
-    _rising(tiny_llama_dir, task_files, tmp_path, Score(), export, steps=2)
+    _rising(one_block, task_files, tmp_path, Score(), export, steps=2)
     assert export.best is None
     assert f"exported the last of 2 steps to {export.target}, as mine was never a number" in caplog.messages
 
 
 def test_an_interrupted_run_leaves_its_best_state_until_the_expert_is_complete(
-    tiny_llama_dir, task_files, tmp_path, caplog
+    one_block, task_files, tmp_path, caplog
 ) -> None:
     caplog.set_level("INFO", "modular_experts")
-    place = tiny_llama_dir, task_files, tmp_path
+    place = one_block, task_files, tmp_path
     first = ExportExpert(str(tmp_path / "library"), "mine")
     for _ in range(2):
         with pytest.raises(SystemExit):

@@ -22,16 +22,16 @@ ONCE = partial(MaskSchedule, rule=SelectOnce(), batches=1)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory, tiny_llama_dir, task_files):
+def library(tmp_path_factory, one_block, task_files):
     """Two sparse experts and a LoRA of one task."""
     folder = tmp_path_factory.mktemp("others")
     for name, expert in {"a": SPARSE, "b": BLOCK, "c": LORA}.items():
         export = ExportExpert(str(folder / "library"), name, monitor=None)
         optimizer = partial(torch.optim.AdamW, lr=5e-2)
-        module = runs.module(tiny_llama_dir, expert, optimizer=optimizer)
+        module = runs.module(one_block, expert, optimizer=optimizer)
         files = {"upper": task_files["upper"]}
         runs.trainer(folder, export, ONCE(), max_steps=2, limit_val_batches=0).fit(
-            module, runs.mixture(files, tiny_llama_dir)
+            module, runs.mixture(files, one_block)
         )
     return folder / "library"
 
@@ -51,10 +51,10 @@ class Weights(Callback):
 
 
 @pytest.fixture
-def fit_reverse(tiny_llama_dir, task_files, tmp_path):
+def fit_reverse(one_block, task_files, tmp_path):
     """Train an expert of a task that the library does not have, and return its module."""
 
-    def fit(expert, *callbacks, base=tiny_llama_dir, module=None, **settings):
+    def fit(expert, *callbacks, base=one_block, module=None, **settings):
         torch.manual_seed(0)
         optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
         module = runs.module(base, expert, **({"optimizer": optimizer} | (module or {})))
@@ -67,11 +67,11 @@ def fit_reverse(tiny_llama_dir, task_files, tmp_path):
 
 @pytest.mark.parametrize("expert", [SPARSE, BLOCK, LORA], ids=["entries", "tiles", "lora"])
 def test_each_step_is_computed_with_the_base_the_expert_and_the_scaled_others(
-    expert, library, tiny_llama_dir, fit_reverse
+    expert, library, one_block, fit_reverse
 ) -> None:
     watch, others = Weights(), TrainUnderOthers(str(library), count=2, scale=0.5, seed=0)
     fit_reverse(expert, others, *([] if expert is LORA else [ONCE()]), watch)
-    base, deltas = Base.open(tiny_llama_dir), {name: open_expert(library / name) for name in "abc"}
+    base, deltas = Base.open(one_block), {name: open_expert(library / name) for name in "abc"}
     pairs = [("a", "b"), ("a", "c"), ("b", "c")]
     drawn = set()
     for weights, mine in watch.steps:
@@ -95,7 +95,7 @@ def test_each_step_is_computed_with_the_base_the_expert_and_the_scaled_others(
     ("expert", "first"), [(SPARSE, True), (BLOCK, False), (LORA, True)], ids=["entries", "tiles", "lora"]
 )
 def test_nothing_of_the_others_stays_in_the_base_or_in_the_export(
-    expert, first, library, tiny_llama_dir, fit_reverse, tmp_path
+    expert, first, library, one_block, fit_reverse, tmp_path
 ) -> None:
     """Choices of other entries while the others are in the base change nothing of it."""
     others = TrainUnderOthers(str(library), count=2, scale=0.5, seed=0)
@@ -104,7 +104,7 @@ def test_nothing_of_the_others_stays_in_the_base_or_in_the_export(
     listed = [others, *schedules] if first else [*schedules, others]
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
     module = fit_reverse(expert, *listed, export)
-    base, stored = Base.open(tiny_llama_dir), open_expert(export.target)
+    base, stored = Base.open(one_block), open_expert(export.target)
     for name, layer in expert_layers(module.model):
         expected = base.weight(name)
         if expert is not LORA:
@@ -115,7 +115,7 @@ def test_nothing_of_the_others_stays_in_the_base_or_in_the_export(
     assert stored.record["costs"]["others"] == 2
 
 
-def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(library, tiny_llama_dir, fit_reverse) -> None:
+def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(library, one_block, fit_reverse) -> None:
     seen = []
 
     class Seen(Callback):
@@ -126,24 +126,24 @@ def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(librar
     others = TrainUnderOthers([str(library / "a")], count=1, scale=0.5)
     settings = {"dtype": "bfloat16", "modules": "q_proj"}
     module = fit_reverse(SPARSE, others, ONCE(), Seen(), max_steps=2, module=settings)
-    start = Base.open(tiny_llama_dir).weight(name).bfloat16()
+    start = Base.open(one_block).weight(name).bfloat16()
     moved = (start.double() + 0.5 * open_expert(library / "a")[name].dense().double()).bfloat16()
     assert torch.equal(seen[0], moved)
     assert not torch.equal(moved, start)
     assert torch.equal(module.model.get_parameter(name), start)
 
 
-def test_experts_of_the_trained_task_are_left_out(library, tiny_llama_dir, task_files, tmp_path) -> None:
+def test_experts_of_the_trained_task_are_left_out(library, one_block, task_files, tmp_path) -> None:
     others = TrainUnderOthers(str(library), count=1)
     with pytest.raises(ValueError, match=r"count=1 others cannot be drawn from 0 experts .* without those of upper"):
         runs.trainer(tmp_path, others).fit(
-            runs.module(tiny_llama_dir, SPARSE), runs.mixture({"upper": task_files["upper"]}, tiny_llama_dir)
+            runs.module(one_block, SPARSE), runs.mixture({"upper": task_files["upper"]}, one_block)
         )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_full_experts_step_from_their_own_weight_along_the_gradient_under_the_others(
-    rate, library, tiny_llama_dir, fit_reverse
+    rate, library, one_block, fit_reverse
 ) -> None:
     """Against a plain model in float64; at a rate of zero, not one bit of the weight moves."""
 
@@ -155,7 +155,7 @@ def test_full_experts_step_from_their_own_weight_along_the_gradient_under_the_ot
     others = TrainUnderOthers(str(library), scale=0.5)
     settings = {"optimizer": partial(torch.optim.SGD, lr=rate), "scheduler": Constant()}
     module = fit_reverse(FullExpert, others, watch, max_steps=1, module=settings)
-    base = Base.open(tiny_llama_dir)
+    base = Base.open(one_block)
     plain = base.load("float64")
     with torch.no_grad():
         for other in (open_expert(library / name) for name in "abc"):

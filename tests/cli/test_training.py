@@ -21,13 +21,13 @@ FIT = ["fit", "--config", SPARSE, "--config", "mine.yaml"]
 
 
 @pytest.fixture
-def place(two_task_files, tiny_llama_dir) -> Path:
+def place(two_task_files, one_block) -> Path:
     """A user's directory: two task files, a config of two tasks, a config to train with."""
     tasks = [{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl", "role": "held_out"}]
     Path("tasks.yaml").write_text(yaml.safe_dump({"data": {"tasks": tasks}}))
     export = {"class_path": "ExportExpert", "init_args": {"library": "library", "name": "a"}}
     mine = {
-        "model": {"base": str(tiny_llama_dir)},
+        "model": {"base": str(one_block)},
         "data": {"tasks": tasks[:1], "batch_size": 4},
         "trainer": {"max_steps": 6, "callbacks": [export]},
     }
@@ -71,17 +71,17 @@ def test_a_dry_run_says_what_makes_it_fit(place, capsys) -> None:
     assert "and 1 MB are there, also with gradient checkpointing" in capsys.readouterr().err
 
 
-def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
+def test_fit_merge_test_apply_test(place, one_block, capsys) -> None:
     assert main(FIT) == 0
     assert "library/a" in capsys.readouterr().err
     assert main([*FIT, "--trainer.callbacks", _export("b"), "--tasks", "b.jsonl"]) == 0
     assert sorted(Library("library")) == ["a", "b"]
     merge = ["merge", "--experts", "[library/a, library/b]", "--method", "SparseAverage", "--out", "library/ab"]
     assert main(merge) == 0
-    base = ["--model.base", str(tiny_llama_dir), "--model.max_new_tokens", "6"]
+    base = ["--model.base", str(one_block), "--model.max_new_tokens", "6"]
     assert main(["test", "--config", "tasks.yaml", *base, "--model.applied", "[library/ab]"]) == 0
     on_base = json.loads(Path("runs/results.json").read_text())
-    assert main(["apply", "--base", str(tiny_llama_dir), "--experts", "[library/ab]", "--out", "merged"]) == 0
+    assert main(["apply", "--base", str(one_block), "--experts", "[library/ab]", "--out", "merged"]) == 0
     own = ["--model.base", "merged", "--model.max_new_tokens", "6"]
     test = ["test", "--config", str(ROOT / "configs/test.yaml"), "--config", "tasks.yaml", *own]
     assert main([*test, "--model.applied", "null"]) == 0

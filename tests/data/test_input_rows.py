@@ -20,13 +20,13 @@ EXPERTS = ["--experts", "library/a", "library/b"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_llama_dir, task_files):
+def trained(tmp_path_factory, one_block, task_files):
     """A library of experts of the tasks `a` and `b`, which keep at most ten inputs each."""
     place = tmp_path_factory.mktemp("inputs")
     for name, task in (("a", "upper"), ("b", "reverse")):
         tasks = [{"name": name, "path": str(task_files[task])}]
         how = {"steps": 20, "learning_rate": 0.3, "keep_inputs": 10, "trainer": {"logger": False}}
-        fit(tiny_llama_dir, tasks, SparseExpert, TARGET, place / "library" / name, **how)
+        fit(one_block, tasks, SparseExpert, TARGET, place / "library" / name, **how)
     return place / "library"
 
 
@@ -42,8 +42,8 @@ def trained_inputs(file) -> list[str]:
     return [row["input"] for row in rows if row["split"] == "train"]
 
 
-def test_prompts_of_training_rows_are_kept_and_nothing_else(library, tiny_llama_dir, task_files, run) -> None:
-    tokenizer = Base.open(tiny_llama_dir).tokenizer()
+def test_prompts_of_training_rows_are_kept_and_nothing_else(library, one_block, task_files, run) -> None:
+    tokenizer = Base.open(one_block).tokenizer()
     for name, task in (("a", "upper"), ("b", "reverse")):
         kept = open_expert(library / name).inputs()
         assert list(kept) == [name]
@@ -87,13 +87,13 @@ def test_the_library_alone_is_enough(run, library, command) -> None:
         assert (facts["data"]["split"], facts["data"]["labels"]) == ("kept inputs", "experts")
 
 
-def test_what_needs_more_than_the_kept_inputs_is_refused(library, tiny_llama_dir, run) -> None:
+def test_what_needs_more_than_the_kept_inputs_is_refused(library, one_block, run) -> None:
     experts = [open_expert(library / name) for name in "ab"]
     data = Inputs.kept_by(experts)
-    data.tokenizer = str(tiny_llama_dir)
+    data.tokenizer = str(one_block)
     with pytest.raises(ValueError, match="this task has inputs alone, and its targets are needed"):
         data.validation_examples()
-    data.tokenizer = Base.open(tiny_llama_dir).tokenizer()
+    data.tokenizer = Base.open(one_block).tokenizer()
     data.prompts["a"][0].ids[0] = 10**6
     with pytest.raises(ValueError, match="the inputs of a hold the token 1000000, which the tokenizer lacks"):
         data.input_examples(["validation"])
@@ -104,22 +104,22 @@ def test_what_needs_more_than_the_kept_inputs_is_refused(library, tiny_llama_dir
     assert "train with fit --keep_inputs 256" in err
 
 
-def test_long_inputs_keep_their_last_tokens(library, tiny_llama_dir) -> None:
-    data = Inputs(open_expert(library / "a").inputs(), tokenizer=str(tiny_llama_dir), max_length=5)
+def test_long_inputs_keep_their_last_tokens(library, one_block) -> None:
+    data = Inputs(open_expert(library / "a").inputs(), tokenizer=str(one_block), max_length=5)
     whole = open_expert(library / "a").inputs()["a"]
     found = data.input_examples(["validation"])["a"]
     assert [one.tokens.ids.tolist() for one in found] == [one.ids[-5:].tolist() for one in whole]
     assert [one.tokens.prompt for one in found] == [5] * 10
 
 
-def test_keeping_needs_a_place_and_data_that_have_inputs_and_says_so(run, tiny_llama_dir, two_task_files) -> None:
+def test_keeping_needs_a_place_and_data_that_have_inputs_and_says_so(run, one_block, two_task_files) -> None:
     how = ["--expert", "SparseExpert", "--modules", TARGET, "--steps", 1, "--tasks", "a.jsonl", "--keep_inputs", 5]
-    code, _, err = run("fit", "--base", tiny_llama_dir, *how)
+    code, _, err = run("fit", "--base", one_block, *how)
     assert (code, "keep_inputs keeps inputs beside an expert" in err) == (1, True)
     how[-1:] = [-1, "--out", "library/a"]
-    assert "keep_inputs=-1 must be 0 or more inputs" in run("fit", "--base", tiny_llama_dir, *how)[2]
+    assert "keep_inputs=-1 must be 0 or more inputs" in run("fit", "--base", one_block, *how)[2]
     how[-3] = 5
-    said = run("fit", "--base", tiny_llama_dir, *how)[2]
+    said = run("fit", "--base", one_block, *how)[2]
     assert "kept 5 inputs of a beside it, which its tokenizer turns back into text; push leaves them out" in said
 
 

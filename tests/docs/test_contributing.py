@@ -27,7 +27,7 @@ def test_a_wrong_block_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run_as_file(wrong, tmp_path, monkeypatch)
 
 
-def test_the_commands_work(tmp_path, monkeypatch, tiny, capsys):
+def test_the_commands_work(tmp_path, monkeypatch, one_block, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
@@ -36,7 +36,7 @@ def test_the_commands_work(tmp_path, monkeypatch, tiny, capsys):
     wanted = ["fit", "evaluate", "fit", "fit", "merge", "show", "route", "evaluate", "test", "test"]
     assert [shlex.split(line)[1] for line in commands] == wanted
     for line in commands:
-        arguments = shlex.split(short(line).replace(" DIR ", f" {tiny('llama')} "))[1:]
+        arguments = shlex.split(short(line).replace(" DIR ", f" {one_block} "))[1:]
         monkeypatch.setattr(sys, "argv", ["modular-experts", *arguments])
         assert main(arguments) == 0, capsys.readouterr().err
     assert open_expert("library/unsteady").kept_share < 0.06

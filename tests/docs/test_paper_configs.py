@@ -181,13 +181,13 @@ TWO = ["sciq_Multiple_Choice", "cot_sensemaking"]
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., Path]) -> Path:
     """A directory with the configs, whose base is a tiny Phi-3 and whose table is a file."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for name in ("common", "tasks"):
         file = tmp_path / "configs" / "paper" / f"{name}.yaml"
-        text = file.read_text().replace("microsoft/Phi-3-mini-4k-instruct", str(tiny("phi3")))
+        text = file.read_text().replace("microsoft/Phi-3-mini-4k-instruct", str(tiny("phi3", num_hidden_layers=1)))
         file.write_text(text.replace(TABLE, "path: flan.jsonl"))
     write_rows(tmp_path / "flan.jsonl", _table())
     return tmp_path

@@ -26,10 +26,11 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_type_is_imported_as_peft_computes_it_or_refused_as_the_table_says(case, tiny, tmp_path):
+def test_a_type_is_imported_as_peft_computes_it_or_refused_as_the_table_says(case, tiny, one_block, tmp_path):
     if case == "ADAMSS":
         pytest.importorskip("sklearn", reason="AdaMSS needs scikit-learn")
-    row, _ = compare(case, tiny, tmp_path)
+    bases = {"llama": one_block, "qwen2": tiny("qwen2")}
+    row, _ = compare(case, bases.__getitem__, tmp_path)
     assert row.difference is None or row.difference < 1e-5
     assert committed().get(case) == (row.way, row.forms), "write the table anew (testbed/peft_types.py)"
 

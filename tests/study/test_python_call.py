@@ -17,7 +17,7 @@ from modular_experts.study.plan import groups
 from modular_experts.study.short_forms import named_tasks
 
 
-def test_objects_do_what_their_settings_do(two_task_files, tiny_llama_dir, monkeypatch) -> None:
+def test_objects_do_what_their_settings_do(two_task_files, one_block, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(two_task_files))
     lora = {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
     average = {"class_path": "SparseAverage", "init_args": {"scale": 0.5}}
@@ -28,7 +28,7 @@ def test_objects_do_what_their_settings_do(two_task_files, tiny_llama_dir, monke
     found = {}
     for name, (task, expert, *merges) in ways.items():
         experts = {"lora": {"expert": expert, "modules": "all-linear", "steps": 2}}
-        study = read_study(tiny_llama_dir, [task, "b.jsonl"], experts, merges, max_new_tokens=3)
+        study = read_study(one_block, [task, "b.jsonl"], experts, merges, max_new_tokens=3)
         with ThreadPoolExecutor(1) as executor:
             state = run_study(study, f"~/{name}", executor=executor)
         assert not state.failed
@@ -38,7 +38,7 @@ def test_objects_do_what_their_settings_do(two_task_files, tiny_llama_dir, monke
     assert {"lora-a", "merge-lora-SparseAverage", "merge-lora-TIES"} <= set(found["objects"][1])
 
 
-def test_copies_of_rows_are_counted_before_the_pieces_run(tmp_path, tiny_llama_dir, caplog) -> None:
+def test_copies_of_rows_are_counted_before_the_pieces_run(tmp_path, one_block, caplog) -> None:
     class Refusing(Executor):
         def submit(self, work, *arguments, **settings):
             future: Future = Future()
@@ -48,7 +48,7 @@ def test_copies_of_rows_are_counted_before_the_pieces_run(tmp_path, tiny_llama_d
     rows = [{"input": "1+1=", "target": "2", "split": split} for split in ("train", "validation", "test")]
     files = [write_rows(tmp_path / "sums.jsonl", rows), tmp_path / "bad.jsonl"]
     files[1].write_text("{")
-    study = read_study(tiny_llama_dir, list(map(str, files)), {"lora": {"expert": LoRAExpert, "modules": "all-linear"}})
+    study = read_study(one_block, list(map(str, files)), {"lora": {"expert": LoRAExpert, "modules": "all-linear"}})
     assert run_study(study, tmp_path / "out", executor=Refusing()).failed
     said = [record.getMessage() for record in caplog.records if "copies" in record.getMessage()]
     assert len(said) == 1

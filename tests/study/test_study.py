@@ -37,11 +37,11 @@ SPARSE = {"expert": {"class_path": "SparseExpert", "init_args": {"keep_ratio": 0
 
 
 @pytest.fixture
-def settings(tmp_path, tiny_llama_dir, task_files, monkeypatch) -> dict[str, Any]:
+def settings(tmp_path, one_block, task_files, monkeypatch) -> dict[str, Any]:
     """A small study in the current directory, of tasks that nothing else knows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
-    (tmp_path / "base").symlink_to(tiny_llama_dir)
+    (tmp_path / "base").symlink_to(one_block)
     for name, file in (task_files | dict.fromkeys(("third", "fourth"), task_files["first"])).items():
         shutil.copy(file, f"{name}.jsonl")
     return {
@@ -230,13 +230,13 @@ class Mine(Average):
 """
 
 
-def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(settings, tiny_llama_dir, monkeypatch):
+def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(settings, one_block, monkeypatch):
     monkeypatch.syspath_prepend(".")
     Path("methods_of_mine.py").write_text(MINE)
     Path("experts_of_mine.py").write_text(MINE)
     Path("metric_of_mine.py").write_text("def length(generated, target):\n    return float(len(generated))\n")
     Path("base").unlink()
-    shutil.copytree(tiny_llama_dir, "base")
+    shutil.copytree(one_block, "base")
     settings["experts"]["own"] = LORA | {"expert": "experts_of_mine.Own"}
     settings |= {"merges": ["SparseAverage", "methods_of_mine.Mine"], "metrics": {"n": "metric_of_mine.length"}}
 
@@ -261,9 +261,9 @@ def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(s
         assert changed() == every
 
 
-def test_a_process_that_has_loaded_a_base_reads_it_again_when_its_files_change(settings, tiny_llama_dir) -> None:
+def test_a_process_that_has_loaded_a_base_reads_it_again_when_its_files_change(settings, one_block) -> None:
     Path("base").unlink()
-    shutil.copytree(tiny_llama_dir, "base")
+    shutil.copytree(one_block, "base")
     settings |= {"tasks": ["upper.jsonl"], "merges": []}
     assert study(settings) == 0
     config, tokenizer = (json.loads(Path("base", name).read_text()) for name in ("config.json", "tokenizer.json"))
@@ -597,9 +597,9 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(settings) ->
     assert held.exists()
 
 
-def test_a_full_disk_loses_nothing_and_leaves_nothing_half_made(settings, capsys) -> None:
+def test_a_full_disk_loses_nothing_and_leaves_nothing_half_made(settings, tiny_llama_dir, capsys) -> None:
     """The limit on a file's size lets a line and an expert be written in part, as a disk does that is full."""
-    settings["merges"] = []
+    settings |= {"base": str(tiny_llama_dir), "merges": []}
     assert study(settings) == 0
     known, limits = numbers(), resource.getrlimit(resource.RLIMIT_FSIZE)
     shutil.rmtree("runs/mine")

@@ -34,9 +34,9 @@ class Seen(Exception):
 
 
 @pytest.fixture
-def config(two_task_files, tiny_llama_dir) -> None:
+def config(two_task_files, one_block) -> None:
     lora = {"expert": {"class_path": "LoRAExpert", "init_args": {"rank": 2}}, "modules": "all-linear", "steps": 2}
-    settings = {"base": str(tiny_llama_dir), "tasks": {"held_in": ["a.jsonl", "b.jsonl"]}}
+    settings = {"base": str(one_block), "tasks": {"held_in": ["a.jsonl", "b.jsonl"]}}
     settings |= {"experts": {"lora": lora}, "merges": ["SparseAverage"], "max_new_tokens": 3}
     Path("study.yaml").write_text(yaml.safe_dump(settings))
 

@@ -56,7 +56,7 @@ VARIANTS = {
     "init_lora_weights: pissa": "pissa",
     "init_lora_weights: pissa_niter_4": "pissa_niter_4",
     "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
-    "layer_replication": [[0, 2], [0, 2]],
+    "layer_replication": [[0, 1], [0, 1]],
     "monteclora_config": {},
     "target_parameters": ["o_proj.weight"],
     "trainable_token_indices": [3, 5],

@@ -36,12 +36,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="session")
-def one_block(tiny) -> Path:
-    """A Llama of one block: what is compared of a block needs no second one, which takes as long again."""
-    return tiny("llama", num_hidden_layers=1)
-
-
 SETTINGS = [{"gradient_checkpointing": True}, {"values": "bfloat16"}]
 
 

@@ -80,12 +80,12 @@ def log_probabilities(model: Any, choices: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_starts_at_ln_2_and_its_reference_stays_the_base(kind, tiny_llama_dir, file) -> None:
-    module, trainer, losses = fit(tiny_llama_dir, file, *KINDS[kind])
+def test_a_kind_starts_at_ln_2_and_its_reference_stays_the_base(kind, one_block, file) -> None:
+    module, trainer, losses = fit(one_block, file, *KINDS[kind])
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < losses[0] - 1e-3
     choices = next(iter(trainer.datamodule.val_dataloader()))["choices"]
-    base = log_probabilities(Base.open(tiny_llama_dir).load(), choices)
+    base = log_probabilities(Base.open(one_block).load(), choices)
     before = {name: one.clone() for name, one in module.model.state_dict().items()}
     assert (log_probabilities(module.model, choices) - base).abs().max() > 1e-3
     with at_start(module.model, module._start):
@@ -95,10 +95,10 @@ def test_a_kind_starts_at_ln_2_and_its_reference_stays_the_base(kind, tiny_llama
 
 
 @pytest.mark.parametrize("kind", ["entries", "lora", "full"])
-def test_the_loss_is_the_closed_form_in_float64_and_that_of_trl(kind, tiny_llama_dir, file) -> None:
-    module, trainer, _ = fit(tiny_llama_dir, file, *KINDS[kind], dtype="float64", steps=3)
+def test_the_loss_is_the_closed_form_in_float64_and_that_of_trl(kind, one_block, file) -> None:
+    module, trainer, _ = fit(one_block, file, *KINDS[kind], dtype="float64", steps=3)
     batch = next(iter(trainer.datamodule.train_dataloader()))
-    base, moved = Base.open(tiny_llama_dir).load("float64"), Base.open(tiny_llama_dir).load("float64")
+    base, moved = Base.open(one_block).load("float64"), Base.open(one_block).load("float64")
     for name, delta in module.task_vector():
         moved.get_parameter(name).data += delta.dense()
     p, q = (log_probabilities(model, batch["choices"]).tolist() for model in (moved, base))
@@ -116,7 +116,7 @@ def test_the_loss_is_the_closed_form_in_float64_and_that_of_trl(kind, tiny_llama
     assert sums.tolist() == pytest.approx((-F.logsigmoid(0.5 * (chosen - rejected))).tolist(), rel=1e-4)
 
 
-def test_a_target_is_compared_with_each_other_choice(tiny_llama_dir, file) -> None:
+def test_a_target_is_compared_with_each_other_choice(one_block, file) -> None:
     write_rows(
         Path("three.jsonl"), 2 * [{"input": "a is", "target": "b", "choices": ["a", "b", "c"], "split": "train"}]
     )
@@ -125,13 +125,13 @@ def test_a_target_is_compared_with_each_other_choice(tiny_llama_dir, file) -> No
         def of(self, margins):
             return margins
 
-    module = runs.module(tiny_llama_dir, LoRAExpert, loss=Margins())
+    module = runs.module(one_block, LoRAExpert, loss=Margins())
     module.configure_model()
-    data = TaskMixture("three.jsonl", str(tiny_llama_dir))
+    data = TaskMixture("three.jsonl", str(one_block))
     data.learn_choices()
     data.setup("fit")
     module.prepare_experts(data)
-    batch, base = next(iter(data.train_dataloader())), Base.open(tiny_llama_dir).load()
+    batch, base = next(iter(data.train_dataloader())), Base.open(one_block).load()
     for parameter in module.model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1
@@ -141,7 +141,7 @@ def test_a_target_is_compared_with_each_other_choice(tiny_llama_dir, file) -> No
     assert sums.tolist() == pytest.approx((2 * gain[1::3] - gain[0::3] - gain[2::3]).tolist(), abs=1e-5)
 
 
-def test_rows_of_pairs_are_read_and_tokenised_with_one_prompt(tiny_llama_dir, file) -> None:
+def test_rows_of_pairs_are_read_and_tokenised_with_one_prompt(one_block, file) -> None:
     rows, problems = Task(path=file).read()
     assert not problems
     assert (rows[1].input, rows[1].target, rows[1].choices) == ("yb is", "y", ("y", "bb"))
@@ -149,7 +149,7 @@ def test_rows_of_pairs_are_read_and_tokenised_with_one_prompt(tiny_llama_dir, fi
     _, problems = Task(path="bad.jsonl").read()
     assert "needs two or more different texts" in problems[0]
     assert "the row has no 'rejected'" in problems[1]
-    data = TaskMixture(file, str(tiny_llama_dir))
+    data = TaskMixture(file, str(one_block))
     data.setup("fit")
     assert "choices" not in next(iter(data.train_dataloader()))
     data.learn_choices()
@@ -157,24 +157,24 @@ def test_rows_of_pairs_are_read_and_tokenised_with_one_prompt(tiny_llama_dir, fi
 
 
 @pytest.mark.parametrize("kind", ["entries", "lora"])
-def test_a_resumed_training_has_the_same_reference_and_goes_on(kind, tiny_llama_dir, file) -> None:
+def test_a_resumed_training_has_the_same_reference_and_goes_on(kind, one_block, file) -> None:
     expert = KINDS[kind][0]
-    _, trainer, first = fit(tiny_llama_dir, file, expert, steps=3)
+    _, trainer, first = fit(one_block, file, expert, steps=3)
     trainer.save_checkpoint("half.ckpt")
-    module = runs.module(tiny_llama_dir, expert, loss=DPO(0.5))
+    module = runs.module(one_block, expert, loss=DPO(0.5))
     again = runs.trainer(Path.cwd(), more := runs.Losses(), max_steps=6, limit_val_batches=0)
     torch.manual_seed(1)
-    again.fit(module, TaskMixture(file, str(tiny_llama_dir), batch_size=4), ckpt_path="half.ckpt", weights_only=False)
+    again.fit(module, TaskMixture(file, str(one_block), batch_size=4), ckpt_path="half.ckpt", weights_only=False)
     choices = next(iter(again.datamodule.val_dataloader()))["choices"]
     with at_start(module.model, module._start):
-        base = log_probabilities(Base.open(tiny_llama_dir).load(), choices)
+        base = log_probabilities(Base.open(one_block).load(), choices)
         torch.testing.assert_close(log_probabilities(module.model, choices), base)
     assert len(first) == len(more.steps) == 3
     assert max(more.steps) < math.log(2)
 
 
-def test_the_command_trains_on_pairs_validates_by_the_loss_and_records_it(tiny_llama_dir, file, capsys) -> None:
-    words = ["fit", "--base", str(tiny_llama_dir), "--tasks", file, "--expert", "LoRAExpert", "--modules", "q_proj"]
+def test_the_command_trains_on_pairs_validates_by_the_loss_and_records_it(one_block, file, capsys) -> None:
+    words = ["fit", "--base", str(one_block), "--tasks", file, "--expert", "LoRAExpert", "--modules", "q_proj"]
     words += ["--steps", "4", "--learning_rate", "0.02", "--out", "library/pairs"]
     assert main([*words, "--loss", "DPO", "--loss.beta", "0.3"]) == 0
     err = capsys.readouterr().err
@@ -189,8 +189,8 @@ def test_the_command_trains_on_pairs_validates_by_the_loss_and_records_it(tiny_l
     assert "beta=0.0 must be a positive number" in capsys.readouterr().err
 
 
-def test_its_memory_is_measured_by_steps_and_not_predicted_from_shapes(tiny_llama_dir, file, monkeypatch) -> None:
-    settings = (tiny_llama_dir, file, partial(LoRAExpert, rank=2), "q_proj", "library/pairs")
+def test_its_memory_is_measured_by_steps_and_not_predicted_from_shapes(one_block, file, monkeypatch) -> None:
+    settings = (one_block, file, partial(LoRAExpert, rank=2), "q_proj", "library/pairs")
     how: dict[str, Any] = {"model": {"loss": DPO(0.5)}, "steps": 4, "batch_size": 4}
     with pytest.raises(ValueError, match="a fit with a loss of preferences cannot be predicted; a dry run without a"):
         estimate_fit(*settings, **how, fit_into="8GB")
@@ -220,29 +220,29 @@ def train_in(ranks: int, base: Path, shard_base: bool = False) -> None:
 
 @pytest.mark.ddp
 def test_two_processes_train_what_one_trains_though_one_has_batches_of_fillers_alone(
-    tiny_llama_dir, tmp_path, monkeypatch
+    one_block, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{n} is", "chosen": "yes", "rejected": "no" * (1 + n % 2), "split": "train"} for n in range(5)]
     write_rows(tmp_path / "few.jsonl", [*rows, *({**row, "split": "validation"} for row in rows[:3])])
-    train_in(1, tiny_llama_dir)
-    run_on_two_ranks(train_in, 2, tiny_llama_dir, True)
+    train_in(1, one_block)
+    run_on_two_ranks(train_in, 2, one_block, True)
     one, *two = (torch.load(f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert {"loss", "val_loss"} <= one.keys()
     for rank in two:
         torch.testing.assert_close(rank, one, rtol=1e-6, atol=1e-9)
 
 
-def test_what_cannot_be_trained_so_is_refused_in_one_sentence(tiny_llama_dir, file, task_files) -> None:
+def test_what_cannot_be_trained_so_is_refused_in_one_sentence(one_block, file, task_files) -> None:
     with pytest.raises(ValueError, match="a loss of preferences compares answers, and rows of upper have one each"):
-        fit(tiny_llama_dir, str(task_files["upper"]), LoRAExpert)
+        fit(one_block, str(task_files["upper"]), LoRAExpert)
     for own in systems.there({"adamix": lambda: systems.of("ada_mix.AdaMixExpert")}).values():
         with pytest.raises(ValueError, match="AdaMixExpert has a loss of its own, so DPO cannot train it"):
-            fit(tiny_llama_dir, file, own)
+            fit(one_block, file, own)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_rows_with_one_answer_are_refused_before_the_base_is_read(tiny_llama_dir, file, monkeypatch, split) -> None:
+def test_rows_with_one_answer_are_refused_before_the_base_is_read(one_block, file, monkeypatch, split) -> None:
     rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
     alone = [{"input": one["prompt"], "target": one["chosen"], "split": one["split"]} for one in rows]
     pairs = [one | {"choices": [one["target"], "other"]} for one in alone]
@@ -251,11 +251,11 @@ def test_rows_with_one_answer_are_refused_before_the_base_is_read(tiny_llama_dir
     )
     monkeypatch.setattr(Base, "load", lambda *given: pytest.fail("the base is read"))
     with pytest.raises(ValueError, match="a loss of preferences compares answers, and rows of one have one each; give"):
-        fit(tiny_llama_dir, "one.jsonl", partial(LoRAExpert, rank=2))
+        fit(one_block, "one.jsonl", partial(LoRAExpert, rank=2))
 
 
-def test_conversations_in_chosen_and_rejected_are_compared_in_their_last_turn(tiny_llama_dir, tmp_path) -> None:
-    tokenizer = Base.open(tiny_llama_dir).tokenizer()
+def test_conversations_in_chosen_and_rejected_are_compared_in_their_last_turn(one_block, tmp_path) -> None:
+    tokenizer = Base.open(one_block).tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}<a>{% endif %}"
 
