@@ -26,7 +26,7 @@ from modular_experts.settings.read import make
 from modular_experts.study.apart import ROWS, Apart, bytes_in_use, measured_apart
 from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
-from modular_experts.study.work import ChoiceRows, about_expert, loaded, made, measured, shared_rows, tasks_of
+from modular_experts.study.work import ChoiceRows, about_expert, hashes, loaded, made, measured, shared_rows, tasks_of
 from modular_experts.text import did_you_mean
 from modular_experts.training.route import route
 from modular_experts.tuning import CoefficientSearch, Objective, ValidationRows, search
@@ -311,7 +311,8 @@ def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> di
     parts = [(group.experts(study, out), Objective(model, data.only(group.own))) for group in groups]
     trials, best = tune_groups(parts, merge.methods[0], merge.tune.get("grid"), folder=out / "library")
     found = {"settings": best.settings, "trials": [{**trial.settings, "loss": trial.loss} for trial in trials]}
-    return found | {"notes": notes_of(trials, best, rows, {})}
+    used = [expert for experts, _ in parts for expert in experts]
+    return found | {"notes": notes_of(trials, best, rows, {}), "made_of": hashes(used)}
 
 
 def combine_and_test(
@@ -319,16 +320,19 @@ def combine_and_test(
 ) -> dict[str, Any]:
     """Combine a group of experts in one way, and test the result."""
     started = time.perf_counter()
+    made_of = (chosen or {}).get("made_of", {}) | hashes(group.experts(study, out))
     with way.combined(study, out, group, chosen) as (experts, settings, put):
         seconds = time.perf_counter() - started
         if isinstance(way, Apart):
             found = measured_apart(study, experts, group.own)
             records = [expert.path.relative_to(out / "library") / RECORD_FILE for expert in experts]
             found["files"] = [str(record) for record in records]
+            made_of |= hashes(experts)
         else:
             found = measured(study, experts, group.tested, put)
             if group.is_whole and put is None:
                 found |= about_expert(experts[0])
+                made_of |= {parent["name"]: parent["content_hash"] for parent in experts[0].record["parents"]}
         found |= {"settings": settings, "merge_seconds": seconds, **_sizes(study, out, way, group, experts)}
     kind, count = group.kind, len(group.own)
     title = f"{kind} {way.name}" + ("" if group.is_whole else f" of {count}, group {group.number}")
@@ -336,7 +340,7 @@ def combine_and_test(
     # In the order of the study, because the order of a group is drawn.
     own = [task for task in study.held_in if task in group.own]
     about = {"model": title, "experts": names, "kind": kind, "merge": way.name, "own": own, "count": count}
-    return found | about | {"group": group.number, "seed": group.seed}
+    return found | about | {"group": group.number, "seed": group.seed, "made_of": made_of}
 
 
 def _sizes(study: Study, out: Path, way: Way, group: Group, experts: Sequence[Any]) -> dict[str, int]:

@@ -106,8 +106,7 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, An
     data = ChoiceRows(tasks_of(study, study.held_in), **study.data)
     stored = take_statistics(experts, of, ValidationRows(data, 256, study.base), overwrite=True)  # type: ignore[arg-type]
     files = [str(one.file.relative_to(out / "library")) for one in stored]
-    made_of = {expert.name: expert.content_hash for expert in map(open_expert, experts)}
-    return {"files": files, "made_of": made_of}
+    return {"files": files, "made_of": hashes(map(open_expert, experts))}
 
 
 def measure_experts(study: Study, out: Path, kind: str, name: str, seed: int) -> dict[str, Any]:
@@ -120,15 +119,15 @@ def measure_experts(study: Study, out: Path, kind: str, name: str, seed: int) ->
         {"model": expert.name, "experts": [expert.name], "task": task, "value": value, **about}
         for expert, task, value in zip(experts, study.held_in, values, strict=True)
     ]
-    made_of = {expert.name: expert.content_hash for expert in experts}
-    return {"rows": rows, "made_of": made_of}
+    return {"rows": rows, "made_of": hashes(experts)}
 
 
 def test(
     study: Study, out: Path, title: str, experts: Sequence[str], tasks: Sequence[str], about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Test the base, or the base with experts of the library, on tasks."""
-    found = measured(study, [open_expert(out / "library" / name) for name in experts], tasks)
+    opened = [open_expert(out / "library" / name) for name in experts]
+    found = measured(study, opened, tasks) | {"made_of": hashes(opened)}
     return found | {"model": title, "experts": [*experts], "own": [], **about}
 
 
@@ -216,6 +215,11 @@ def made(option: str, kind: Any, settings: Any) -> Any:
 
 
 _made = cache(lambda option, kind, settings: make(option, kind, json.loads(settings)))
+
+
+def hashes(experts: Iterable[StoredExpert]) -> dict[str, str]:
+    """Return the content hash of each expert by its name: what a result counts for."""
+    return {expert.name: expert.content_hash for expert in experts}
 
 
 def about_expert(expert: StoredExpert) -> dict[str, Any]:

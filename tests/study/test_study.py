@@ -277,17 +277,24 @@ def test_a_process_that_has_loaded_a_base_reads_it_again_when_its_files_change(s
 
 
 def test_settings_that_come_back_take_what_a_merge_needs_of_their_own_experts(settings) -> None:
-    settings |= {"merges": ["RegMean", {"route": "Energy"}], "tasks": ["upper.jsonl", "reverse.jsonl"]}
-    other = settings | {"experts": {"lora": LORA | {"steps": 2}}}
-    for one in (settings, other):
-        assert study(one, "--only", "merges") == 0
+    merges = ["RegMean", {"route": "Energy"}, {"shrink": "int4", "name": "small"}, {"route": "Oracle", "of": "small"}]
+    settings |= {"merges": merges, "tasks": ["upper.jsonl", "reverse.jsonl"]}
+    settings["experts"] = {"lora": LORA | {"learning_rate": 0.05}}
+    other = settings | {"experts": {"lora": LORA | {"learning_rate": 0.05, "steps": 4}}}
+    other["merges"] = [*merges[:2], {"shrink": "sign", "name": "small"}]
+    assert study(settings, "--only", "merges") == 0
+    first = numbers()
+    assert study(other, "--only", "merges") == 0
     assert redone(settings, "--only", "merges") == [
         "experts lora reverse 0",
         "experts lora upper 0",
         "merges lora Energy 2 0 0",
+        "merges lora Oracle of small 2 0 0",
         "merges lora RegMean 2 0 0",
+        "merges lora small 2 0 0",
         "statistics lora gram 0",
     ]
+    assert numbers() == first, "small experts of the other settings were routed"
     library = Library("runs/mine/library")
     made = {name: library[name].content_hash for name in ("lora-upper", "lora-reverse")}
     for name in ("merge-lora-RegMean", "route-lora-Energy"):
@@ -310,15 +317,23 @@ def test_a_piece_that_failed_is_tried_again_when_what_it_needs_is_redone(setting
 
 def test_an_expert_that_comes_out_otherwise_redoes_what_was_made_of_it(settings, monkeypatch) -> None:
     """As on a GPU, where the same training ends in other last digits."""
-    assert study(settings, "--only", "merges") == 0
+    settings["tasks"] = {"held_in": ["upper.jsonl", "reverse.jsonl", "third.jsonl", "first.jsonl"]}
+    tuned = {"method": "TaskArithmetic", "tune": {"grid": {"scale": [0.5, 1.0]}}, "rows": 2, "name": "tuned"}
+    settings |= {"counts": [2, "all"], "merges": ["SparseAverage", tuned]}
+    assert study(settings) == 0
     shutil.rmtree("runs/mine/library/lora-upper")
     trained = work.training_settings
     monkeypatch.setattr(work, "training_settings", lambda *given: trained(*given) | {"seed_everything": 7})
-    assert redone(settings, "--only", "merges") == ["experts lora upper 0", "merges lora SparseAverage 2 0 0"]
+    made = ["experts lora upper 0", "tests lora upper 0", "settings lora tuned 2 0", "settings lora tuned 4 0"]
+    number = next(row["group"] for row in results().rows if row["count"] == 2 and "lora-upper" in row["experts"])
+    made += [f"merges lora SparseAverage 2 {number} 0", "merges lora SparseAverage 4 0 0"]
+    # Both groups of two experts share the settings that were tuned.
+    made += [f"merges lora tuned {which} 0" for which in ("2 0", "2 1", "4 0")]
+    assert redone(settings) == sorted(made)
     library = Library("runs/mine/library")
-    parent = library["merge-lora-SparseAverage"].record["parents"][0]
-    assert parent["content_hash"] == library["lora-upper"].content_hash
-    assert redone(settings, "--only", "merges") == []
+    parents = {one["name"]: one["content_hash"] for one in library["merge-lora-SparseAverage"].record["parents"]}
+    assert parents["lora-upper"] == library["lora-upper"].content_hash
+    assert redone(settings) == []
 
 
 def test_a_failing_piece_fails_alone_and_is_tried_again_with_retry(settings, capsys) -> None:
