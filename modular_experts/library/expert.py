@@ -247,6 +247,7 @@ def write_expert(
     state: Mapping[str, Tensor] | None = None,
     encoding: str = "float32",
     inputs: Mapping[str, Sequence[Prompt]] | None = None,
+    noted: dict[str, Any] | None = None,
 ) -> str:
     """Write an expert, one weight in memory at a time; its directory appears when it is complete.
 
@@ -262,6 +263,7 @@ def write_expert(
         encoding: How values are stored: `float32`, `bfloat16`, `int8`, `int4`, `magnitudes4`, `magnitudes2` or `sign`.
             What is stored is the expert: it is read as the deltas that the stored values stand for.
         inputs: Prompts of each of its tasks, to be kept beside it.
+        noted: What the lookups of `deltas` have found so far, which comes back when an interrupted call goes on.
 
     Returns:
         The content hash.
@@ -283,7 +285,7 @@ def write_expert(
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:
-        table = _write_deltas(directory / DELTA_FILE, deltas, progress, encoding)
+        table = _write_deltas(directory / DELTA_FILE, deltas, progress, encoding, {} if noted is None else noted)
         if not table and not state:
             raise ValueError("an expert that moves no weight cannot be stored without a state")
         states = write_state(directory / STATE_FILE, state) if state else None
@@ -303,11 +305,18 @@ def content_hash(table: Mapping[str, Any], state: Mapping[str, Any] | None = Non
 
 
 def _write_deltas(
-    file: Path, deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta], progress: Progress, encoding: str
+    file: Path,
+    deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
+    progress: Progress,
+    encoding: str,
+    noted: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the file of deltas, after those that an interrupted call left whole; return its table of weights."""
     with TensorFileWriter(file) as writer:
-        table: dict[str, Any] = dict(writer.resumed)
+        table: dict[str, Any] = {}
+        for name, entry, *found in writer.resumed:
+            table[name] = entry
+            noted.update(*found)
         pairs: Iterable[tuple[str, Delta]] = () if isinstance(deltas, Mapping) else deltas
         if isinstance(deltas, Mapping):
             left = Counted([name for name in deltas if name not in table], "weights")
@@ -326,7 +335,7 @@ def _write_deltas(
             kept = int(packed["dense"].count_nonzero()) if "dense" in packed else delta.support_size
             form, shape = type(delta).__name__, list(delta.shape)
             table[name] = {"form": form, "shape": shape, "kept": kept, "tensors": tensors, **values.entry()}
-            writer.note([name, table[name]])
+            writer.note([name, table[name], noted])
         form = FORMAT if encoding == "float32" else FORMAT_ENCODED
         writer.finish(json.dumps({"format": form, "weights": table}, sort_keys=True))
     if not table:

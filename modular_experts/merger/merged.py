@@ -212,7 +212,7 @@ def write_merged(
     target = check_target(out, overwrite)
     key, record = merged.key(), merged.record()
     stored: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "encoding": form.encoding}
-    key = key if form == WHOLE else f"{key} {form}"
+    key = key if form == WHOLE else f"{key} {form!r}"
     beside = {target.with_name(f"{target.name}-{name}"): (name, deltas) for name, deltas in merged.beside().items()}
     left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, key)}
     for path in left:
@@ -226,24 +226,27 @@ def write_merged(
     if vector.facts:
         record["hyperparameters"] = {**record["hyperparameters"], "cut": vector.facts}
     # The merged expert comes last, so that everything is there when it is.
-    write_expert(target, vector, record, key=key, **stored)
+    write_expert(target, vector, record, key=key, noted=vector.facts, **stored)
     return open_expert(target)
 
 
 class _Cut(TaskVector):
-    """A merge as it is stored; `facts` are the `rank`, and the share of the squared norm that it keeps."""
+    """A merge as it is stored; `facts` are how it is cut, and its squared norm so far with the share that it keeps."""
 
     def __init__(self, vector: TaskVector, form: Form) -> None:
         self._vector, self._form = vector, form
-        self._kept = self._all = 0.0
-        self.facts: dict[str, Any] = {"rank": form.rank} if form.rank else {}
+        cut: dict[str, Any] = {"rank": form.rank} if form.rank else {}
+        cut |= {"keep": form.keep} if form.keep < 1 else {}
+        self.facts: dict[str, Any] = cut and cut | {"squared_norm": 0.0, "squared_norm_kept": 1.0}
 
     def __getitem__(self, name: str) -> Delta:
         delta = self._vector[name]
         cut = self._form.cut(self._whole(delta))
         if self.facts:  # a cut is an orthogonal projection
-            self._kept, self._all = self._kept + cut.norm() ** 2, self._all + delta.norm() ** 2
-            self.facts["squared_norm_kept"] = self._kept / self._all if self._all else 1.0
+            before, share = self.facts["squared_norm"], self.facts["squared_norm_kept"]
+            after = before + delta.norm() ** 2
+            kept = (share * before + cut.norm() ** 2) / after if after else 1.0
+            self.facts |= {"squared_norm": after, "squared_norm_kept": kept}
         return cut
 
     def shapes(self) -> dict[str, torch.Size]:

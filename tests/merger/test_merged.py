@@ -14,6 +14,7 @@ from testbed.random_deltas import random_delta
 
 from modular_experts.deltas import Sparse
 from modular_experts.library import make_record, new_directory, open_expert, write_expert
+from modular_experts.library.form import Form
 from modular_experts.merger import merged as merger
 from modular_experts.merger.merged import Merged, merge
 from modular_experts.methods import SVC, TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
@@ -235,6 +236,18 @@ def test_another_merge_does_not_take_up_what_one_left_and_removes_it(library):
     merge_two(library, "merged", TaskArithmetic())
     assert not hidden(library)
     assert open_expert(library / "merged").record["method"]["class_path"].endswith("TaskArithmetic")
+    # So does a merge that keeps nearly as many entries.
+    size = merge_two(library, "whole")["a.weight"].support_size
+    forms = Form(keep=3.01 / size), Form(keep=2.99 / size)
+    first, second = (merge_two(library, f"keeps-{count}", form=form) for count, form in zip((4, 3), forms, strict=True))
+    assert [one["a.weight"].support_size for one in (first, second)] == [4, 3]
+    Interrupted.at_weight = "c.weight"
+    with pytest.raises(KeyboardInterrupt):
+        merge_two(library, "few", Interrupted(), form=forms[0])
+    Interrupted.at_weight = ""
+    few = merge_two(library, "few", Interrupted(), form=forms[1])
+    assert few.content_hash == second.content_hash
+    assert few.record["hyperparameters"]["cut"]["keep"] == forms[1].keep
 
 
 def test_two_processes_do_not_write_one_merge(library):
