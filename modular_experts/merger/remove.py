@@ -34,19 +34,19 @@ def remove(
 
     Raises:
         FileExistsError: `out` exists and may not be replaced.
-        ValueError: The merge is not linear, or it was not made of this expert and others.
+        ValueError: The merge is not linear, is stored in fewer bytes, or was not made of this expert and others.
     """
     whole, part = open_expert(merged), open_expert(expert)
     parents = whole.record["parents"]
-    hashes = [parent["content_hash"] for parent in parents]
-    place = hashes.index(part.content_hash) if part.content_hash in hashes else None
+    equal = [number for number, parent in enumerate(parents) if parent["content_hash"] == part.content_hash]
+    place = next((number for number in equal if parents[number]["name"] == part.name), equal[0] if equal else None)
     if len(parents) == 1:
         raise ValueError(f"{whole.name} was made of {parents[0]['name']} alone, so nothing would be left")
     applied: dict[str, Any] = whole.record.get("method") or {}
-    # The factors of experts such as `0.5 * a` are not among the method's settings, and a cut is not linear.
-    lazy = {"experts", "cut"} & set(whole.record.get("hyperparameters") or {})
+    facts = whole.record.get("hyperparameters") or {}
     method: Linear | None = None
-    if applied and not lazy and not whole.record.get("per_weight"):
+    # The factors of experts such as `0.5 * a` are not among the method's settings.
+    if applied and "experts" not in facts and not whole.record.get("per_weight"):
         with suppress(ValueError):
             method = rebuild(applied, Linear)
     if method is None:
@@ -54,6 +54,11 @@ def remove(
         raise ValueError(
             f"{whole.name} is a {name or whole.record['kind']}, and an expert can be taken out of a merge by Average "
             "or TaskArithmetic only; merge the others again"
+        )
+    if "cut" in facts or "encoding" in whole.record or "source" in whole.record:
+        raise ValueError(
+            f"{whole.name} is stored in fewer bytes, with rounded or cut values, so no expert can be taken out; "
+            "merge the others again"
         )
     if place is None:
         names = ", ".join(parent["name"] for parent in parents)

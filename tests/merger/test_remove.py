@@ -5,10 +5,12 @@ import torch
 from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
-from modular_experts.library import make_record, write_expert
+from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.library.form import Form
 from modular_experts.merger.merged import merge
 from modular_experts.merger.remove import remove
 from modular_experts.methods import TIES, Average, TaskArithmetic
+from modular_experts.tuning.shrink import write_form
 
 BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
 SHAPES = {"a.weight": (12, 15), "b.weight": (9, 9)}
@@ -84,3 +86,20 @@ def test_what_cannot_be_taken_out_is_refused(tmp_path, capsys):
         assert main(["remove", *options, "--out", str(tmp_path / "out")]) == 1
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+    # Values that were rounded or cut say too little.
+    average = open_expert(tmp_path / "average")
+    write_form(average, dict(average.items()), Form(), tmp_path / "shrunk")
+    for name, form in {"half": Form("bfloat16"), "few": Form(keep=0.5), "rank": Form(rank=2)}.items():
+        merge(pair, Average(), tmp_path / name, form=form)
+    for name in ("shrunk", "half", "few", "rank"):
+        with pytest.raises(ValueError, match=f"{name} is stored in fewer bytes, with rounded or cut values"):
+            remove(tmp_path / name, pair[0], tmp_path / "out")
+
+
+def test_of_two_equal_experts_the_named_one_is_taken_out(tmp_path):
+    for seed, name in enumerate(("one", "same", "other")):
+        make(tmp_path / name, "Sparse", seed // 2)
+    merge([tmp_path / name for name in ("one", "same", "other")], Average(weights=[1.0, 2.0, 3.0]), tmp_path / "all")
+    left = remove(tmp_path / "all", tmp_path / "same", tmp_path / "left")
+    assert [parent["name"] for parent in left.record["parents"]] == ["one", "other"]
+    assert left.record["method"]["init_args"]["weights"] == [1.0, 3.0]
