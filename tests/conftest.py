@@ -258,10 +258,13 @@ def two_task_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task_files: 
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
 
     from modular_experts.__main__ import main
+
+    # A busy machine takes longer than the few seconds after which long work shows lines.
+    monkeypatch.setattr("modular_experts.reports.progress.QUIET_SECONDS", 600.0)
 
     def command(*argv: object) -> tuple[int, str, str]:
         try:

@@ -14,17 +14,19 @@ from rich.progress import ProgressColumn
 from modular_experts.progress import Counted, Progress
 
 INTERRUPTED = "interrupted; the same command goes on from here"
+QUIET_SECONDS = 5.0
+"""How long work must take before `progress_bar` prints lines."""
 
 
 def progress_bar(description: str) -> Progress:
     """Return an iterator wrapper that draws a bar on a terminal.
 
-    Off a terminal, work of more than five seconds prints lines.
+    Off a terminal, work of more than `QUIET_SECONDS` prints lines.
     """
 
     def shown(items: Sequence[Any]) -> Iterator[Any]:
         of = f" {items.unit}" if isinstance(items, Counted) else ""
-        with progress_by_tenths(line=f"{{}}: {{}} of {{}}{of}{{}}".format, transient=True, after=5) as show:
+        with progress_by_tenths(line=f"{{}}: {{}} of {{}}{of}{{}}".format, transient=True, after=QUIET_SECONDS) as show:
             for done, item in enumerate(items):
                 show(description, done, len(items))
                 yield item
