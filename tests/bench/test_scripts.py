@@ -39,10 +39,10 @@ def test_both_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> 
     assert shown("packing", report).count("\n| two | ") == 2
 
 
-def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
+def test_a_quick_run_measures_every_piece(one_block, monkeypatch) -> None:
     run_commands_here(monkeypatch)
     work_here(monkeypatch, *STUDY)
-    found = json.loads(run_script("study_cost.py", str(tiny_llama_dir), "--quick", "--json"))
+    found = json.loads(run_script("study_cost.py", str(one_block), "--quick", "--json"))
     # Two trainings, their tests, and the test of the base.
     assert found["pieces"] == 5
     assert found["tasks"] == 10
@@ -52,12 +52,12 @@ def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
     assert "testing 2 experts on 10 tasks" in shown("study_cost", found)
 
 
-def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path, monkeypatch) -> None:
+def test_a_race_is_run_once_and_read_again(one_block, tmp_path: Path, monkeypatch) -> None:
     run_commands_here(monkeypatch)
     rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(16)]
     rows += [{"input": "xx", "target": "ab", "split": "validation"}]
     write_rows(tmp_path / "task.jsonl", rows)
-    words = ["--quick", "--json", "--data", tmp_path, "--task", "task", "--model", tiny_llama_dir]
+    words = ["--quick", "--json", "--data", tmp_path, "--task", "task", "--model", one_block]
     words += ["--seeds", "3", "--out", tmp_path / "runs.jsonl", "--tries", "full:1e-4:9", "full:1e-4:1"]
     found = []
     for more in ([], ["--limit", "0"]):
@@ -77,10 +77,10 @@ def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path, monke
     assert "loss" not in start
 
 
-def test_tasks_with_words_of_their_own_are_told_apart(tmp_path, tiny_llama_dir, task_files) -> None:
+def test_tasks_with_words_of_their_own_are_told_apart(tmp_path, one_block, task_files) -> None:
     file = tmp_path / "report.json"
     how = ["--unseen", task_files["first"], "--rows", 4, 8, "--draws", 2, "--json", file]
-    printed = run_script("own_expert.py", tiny_llama_dir, task_files["upper"], task_files["reverse"], *how)
+    printed = run_script("own_expert.py", one_block, task_files["upper"], task_files["reverse"], *how)
     rows = json.loads(file.read_text())
     assert [(row["rows"], row["router"], len(row["draws"])) for row in rows] == [
         (rows, router, 2) for rows in (4, 8) for router in ("Centroid", "Classifier", "KernelRidge")
@@ -90,7 +90,7 @@ def test_tasks_with_words_of_their_own_are_told_apart(tmp_path, tiny_llama_dir, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, tiny_llama_dir, monkeypatch):
+def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, one_block, monkeypatch):
     class Run:
         """A process of the script, which did all its steps when it was started."""
 
@@ -102,7 +102,7 @@ def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, tiny_llama_d
 
     monkeypatch.setattr(subprocess, "Popen", Run)
     write_rows(tmp_path / "task.jsonl", [{"input": f"say {number}", "target": "a"} for number in range(20)])
-    options = [tiny_llama_dir, tmp_path / "task.jsonl", "--ways", "step", "--steps", "4"]
+    options = [one_block, tmp_path / "task.jsonl", "--ways", "step", "--steps", "4"]
     found = json.loads(run_script("selection_cost.py", *options))
     assert found["way"] == "step"
     assert found["choices"] >= 1
