@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength, seed_of_run
-from modular_experts.data.batch import IGNORED, Batch, datamodule_of
+from modular_experts.data.batch import Batch, datamodule_of, loss_terms
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.library import check_base, open_experts
@@ -135,7 +135,7 @@ class MaskSchedule(Schedule):
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._step = StepChoice(
                 Choice(within, position, last, self.score, self.rule, self.seed),
-                trainer.accumulate_grad_batches,
+                batch.get("step_batches", trainer.accumulate_grad_batches),
                 self.accumulator_mib * 2**20,
                 partial(trainer.strategy.reduce, reduce_op="mean"),
                 partial(_agree, trainer.world_size),
@@ -211,9 +211,9 @@ class MaskSchedule(Schedule):
             sampler.set_epoch(1_000_003 * (self.seed + 1) + position)
         drawn = itertools.islice(iter(loader), self.scoring_batches)
         batches: list[Batch] = [trainer.strategy.batch_to_device(batch) for batch in drawn]
-        tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).double()
-        tokens = trainer.strategy.reduce(tokens, reduce_op="mean")
-        shares = (tokens / tokens.sum().clamp(min=1)).tolist()
+        terms = torch.tensor([loss_terms(batch) for batch in batches], device=trainer.strategy.root_device).double()
+        terms = trainer.strategy.reduce(terms, reduce_op="mean")
+        shares = (terms / terms.sum().clamp(min=1)).tolist()
         mean_over_ranks: Any = partial(trainer.strategy.reduce, reduce_op="mean")
         return ScoringPass(module.loss, batches, shares, self.accumulator_mib * 2**20, mean_over_ranks)
 

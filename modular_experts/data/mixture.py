@@ -287,6 +287,7 @@ class TaskMixture(LightningDataModule, DataSource):
             generator=torch.Generator(),
         )
         loader.identity = {"rows": counts, "batch_size": self.batch_size, "seed": self.seed}
+        loader.trainer = self.trainer
         return loader
 
     def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from modular_experts.data.batch import FILLER
+from modular_experts.data.batch import FILLER, Batch, loss_terms
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +67,22 @@ class EvaluationSampler(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A training loader whose state is the settings that its order depends on; the trainer keeps the position."""
+    """A training loader whose state is the settings that its order depends on; the trainer keeps the position.
+
+    If several batches make an optimizer step, it reads them together, and each tells how many terms the step has.
+    """
 
     identity: Mapping[str, Any]
     """What must be equal for a resumed run to see the rows that an uninterrupted one would have seen."""
+    trainer: Trainer | None = None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches = super().__iter__()
+        while step := list(islice(batches, (accumulated := batches_of_step(self.trainer)) or 1)):
+            if accumulated:
+                whole = {"step_terms": sum(map(loss_terms, step)), "step_batches": len(step)}
+                step = [batch | whole for batch in step]
+            yield from step
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.identity)
@@ -90,6 +103,15 @@ def next_batch(trainer: Trainer | None, epoch: int) -> tuple[int, int]:
     if loop is None or math.isinf(loop.max_batches) or epoch != loop.epoch_progress.current.processed:
         return epoch, 0
     return divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))
+
+
+def batches_of_step(trainer: Trainer | None) -> int:
+    """Return how many batches, from the next one on, make an optimizer step; 0 if the trainer accumulates none."""
+    if trainer is None or trainer.accumulate_grad_batches == 1:
+        return 0
+    loop: Any = trainer.fit_loop
+    parts, begun = trainer.accumulate_grad_batches, loop.epoch_loop.batch_progress.current.ready
+    return max(1, min(parts - begun % parts, loop.max_batches - begun))
 
 
 class Mixing(ABC):

@@ -180,7 +180,7 @@ class ExpertModule(EvaluatedModule):
         self.batch_losses: Callable[..., Any] = batch_losses
         """Computes the losses of a training batch, as `evaluation.batch_losses`; `Trained.before_fit` may replace it by
         a function that also returns sums over target tokens, by name, which are added to the loss."""
-        self._extra: dict[str, Tensor] = {}
+        self._logged: dict[str, Tensor] = {}
         self.preferences, self._start = loss, dict[str, Tensor]()
 
     def setup(self, stage: str) -> None:
@@ -343,12 +343,11 @@ class ExpertModule(EvaluatedModule):
         checkpoints.restore_random_state(states, self.trainer.global_rank)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Return the loss per target token plus what experts add (`loss`), its mean over ranks (`mean_loss`), and the
-        number of rows of all ranks (`rows`).
+        """Return what backward takes (`loss`), the batch's mean per target token of all ranks plus what experts add
+        (`mean_loss`), and the number of rows of all ranks (`rows`).
         """
-        loss = self.loss(batch)
-        means = {"loss": loss.detach()} | {f"penalty/{name}": term for name, term in self._extra.items()}
-        rows: int | Tensor = is_filler(batch).count(False)
+        loss = self.loss(batch, in_step=True)
+        means, rows = self._logged, cast("int | Tensor", is_filler(batch).count(False))
         if self.trainer.world_size > 1:
             numbers = torch.stack([*means.values(), loss.new_tensor(rows)])
             distributed.all_reduce(numbers)
@@ -361,23 +360,31 @@ class ExpertModule(EvaluatedModule):
         super().optimizer_step(*args, **kwargs)
         write_experts(self.model)
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
+    def loss(self, batch: dict[str, Any], in_step: bool = False) -> Tensor:
         """Return the mean loss per target token of the global batch, plus the sum of the terms that experts add.
 
-        Its average over ranks is the loss of one process with all rows.
+        Its average over ranks is the loss of one process with all rows. With `in_step`, a batch that tells of its
+        optimizer step counts by its share of the step's target tokens: the sum over the step's batches, however many,
+        divided by `accumulate_grad_batches`, is the mean over all of them.
         """
         measure = self.batch_losses if self.model.training else batch_losses
         sums, counts, *more = measure(self.model, batch)
-        tokens = counts.sum()
+        count = counts.sum()
         if self.trainer.world_size > 1:
-            distributed.all_reduce(tokens)
-        tokens = tokens.clamp(min=1) / self.trainer.world_size
-        loss = sums.sum() / tokens
-        terms = extra_losses(self.model)
-        for added in more:
-            terms |= {name: term / tokens for name, term in added.items()}
-        self._extra = {name: term.detach() for name, term in terms.items()}
-        return sum(terms.values(), start=loss)
+            distributed.all_reduce(count)
+        tokens = count.clamp(min=1) / self.trainer.world_size
+        mean, penalties = sums.sum() / tokens, extra_losses(self.model)
+        means = {name: term / tokens for added in more for name, term in added.items()}
+        loss = sum((penalties | means).values(), start=mean)
+        terms = {f"penalty/{name}": term for name, term in (penalties | means).items()}
+        self._logged = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
+        if not in_step or "step_terms" not in batch:
+            return loss
+        of_step, parts = count.new_tensor(batch["step_terms"]), self.trainer.accumulate_grad_batches
+        if self.trainer.world_size > 1:
+            distributed.all_reduce(of_step)
+        share = parts * count.to(mean.dtype) / of_step.clamp(min=1)
+        return share * sum(means.values(), start=mean) + parts / batch["step_batches"] * sum(penalties.values())
 
     def model_facts(self) -> dict[str, Any]:
         """Return base, added experts and the trained kind of expert, for the results."""

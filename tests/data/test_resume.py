@@ -19,12 +19,12 @@ pytestmark = [
 
 
 class Recorder(LightningModule):
-    """Records each batch that it is given, with the optimizer step it belongs to."""
+    """Records each batch that it is given, with the optimizer step it belongs to and what it tells of the step."""
 
     def __init__(self, ask_for_steps: bool = False) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple[int, int, list[list[int]]]] = []
+        self.seen: list[tuple[int, int, list[list[int]], int | None]] = []
         self.ask_for_steps = ask_for_steps
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -33,7 +33,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        self.seen.append((self.global_step, batch_idx, batch["input_ids"].tolist()))
+        self.seen.append((self.global_step, batch_idx, batch["input_ids"].tolist(), batch.get("step_terms")))
         return self.weight * batch["labels"].sum()
 
     def validation_step(self, batch: Batch) -> None:

@@ -29,8 +29,8 @@ from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import ConnectionSensitivity, FisherInformation, GrowAndDrop, Reselect
 from modular_experts.training.module import ExpertModule
 
-FEW_ROWS = ("molora", "point-lora")
-"""Mixtures with a penalty that counts tokens, and one that counts rows."""
+FEW_ROWS = {"molora": 1, "point-lora": 2}
+"""A mixture with a penalty that counts tokens, and one that counts rows, with the batches of a step."""
 
 ALONE = ("goat", "lora-ir")
 """A mixture that balances the use of its experts, and one whose router reads prompts."""
@@ -128,7 +128,8 @@ def train_few_rows(folder: Path, base: Path, files: dict[str, Path], ranks: int,
     the mean over ranks of the loss of a batch with one labelled token, which rank 0 has.
     """
     progress, data = LogProgress(), TaskMixture([Task("upper", str(files["upper"]), cap=5)], str(base), 4, seed=0)
-    module, trainer, watch = train(folder, base, files, ranks, progress, model=of_config(mixture), data=data)
+    how = {"steps": 4 // FEW_ROWS[mixture], "accumulate_grad_batches": FEW_ROWS[mixture]}
+    module, trainer, watch = train(folder, base, files, ranks, progress, model=of_config(mixture), data=data, **how)
     found = {"losses": watch.losses, "rows": progress.rows, "values": trained(module)}
     batch = next(iter(data.train_dataloader()))
     row, place = (batch["labels"] != IGNORED).nonzero()[0]
