@@ -408,9 +408,10 @@ class ExpertModule(EvaluatedModule):
         checkpoint["base_fingerprint"], checkpoint["quantise"] = self.fingerprint, self.quantise
         checkpoint["random_states"] = checkpoints.random_states(self.trainer)
         checkpoint["resized"] = self._resized
+        checkpoint |= checkpoints.facts_of(self.model, self.applied_experts)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise if the checkpoint was written with another base, or with experts of other types or sizes."""
+        """Raise if the checkpoint was written with another base, other experts or settings, or others beneath."""
         self.configure_model()
         if self._trainer is not None:
             # Lightning does so after the checkpoint is loaded, which would round what was trained in float64.
@@ -422,6 +423,7 @@ class ExpertModule(EvaluatedModule):
             checkpoints.resize_like(self.model, checkpoint["state_dict"])
         checkpoints.read_anchors(self.model, checkpoint["state_dict"])
         checkpoints.check_sizes(self.state_dict(), checkpoint["state_dict"])
+        checkpoints.check_facts(checkpoint, checkpoints.facts_of(self.model, self.applied_experts))
         self._random_states = checkpoint.get("random_states")
 
     def task_vector(self) -> Iterable[tuple[str, Delta]]:

@@ -127,6 +127,41 @@ def test_a_checkpoint_holds_trained_tensors_alone_and_goes_into_no_other_base_or
             runs.module(tiny("llama"), KINDS[kind]).on_load_checkpoint(stored)
 
 
+def test_a_checkpoint_goes_on_with_the_settings_and_on_top_of_the_experts_that_it_was_trained_with(
+    fitted, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    under = [ExportExpert(str(tmp_path / "library"), name, monitor=None) for name in ("one", "two")]
+    for number, export in enumerate(under):
+        fitted(KINDS["lora"], export, max_steps=1, seed=number)
+    one, two = (str(export.target) for export in under)
+
+    def run(path: Path | None, applied: list[str], expert=KINDS["lora"], rate: float = 1e-2) -> list[float]:
+        optimizer, losses = partial(torch.optim.SGD, lr=rate), runs.Losses()
+        module = runs.module(tiny_llama_dir, expert, applied=applied, optimizer=optimizer)
+        trainer = runs.trainer(tmp_path, losses, max_steps=2 if path else 1, limit_val_batches=0)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=path)
+        if path is None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+        return losses.steps
+
+    run(None, [one])
+    path = tmp_path / "a.ckpt"
+    assert len(run(path, [one], rate=2e-2)) == 1
+    strong = (
+        r"trained with LoRAExpert\(rank=2, scale=8.0, .*\), and LoRAExpert\(rank=2, scale=32.0, .*\) is set now; give"
+    )
+    with pytest.raises(ValueError, match=strong):
+        run(path, [one], partial(LoRAExpert, rank=2, alpha=64.0))
+    for applied, now in ([], ""), ([two], r"two \(\w{12}\)"), ([one, two], r"one .*, two .*"):
+        with pytest.raises(
+            ValueError, match=rf"with applied=\[one \(\w{{12}}\)\], and applied=\[{now}\] is set now; give"
+        ):
+            run(path, applied)
+    old = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in old.items() if name not in ("experts", "applied")}, path)
+    assert len(run(path, [])) == 1
+
+
 def _loaded(base: Path, **settings) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(base, **settings).eval()
 
