@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,9 @@ def applied(
 
 def open_several(experts: AnyExpert | Sequence[AnyExpert], base: Any = None) -> list[Mapping[str, Delta]]:
     several = [experts] if isinstance(experts, str | Path | Mapping) else experts
-    return [expert if isinstance(expert, Mapping) else open_expert(expert, base) for expert in several]
+    opened = [expert if isinstance(expert, Mapping) else open_expert(expert, base) for expert in several]
+    # A larger base moves the copy, and the caller's expert stays with its own.
+    return [copy(expert) if isinstance(expert, StoredExpert) else expert for expert in opened]
 
 
 def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:

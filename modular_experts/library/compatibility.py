@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 def open_experts(
     paths: str | Path | StoredExpert | Sequence[str | Path | StoredExpert], mergeable: bool = True, base: Any = None
 ) -> list[StoredExpert]:
-    """Open experts in the given order, one or several; an opened expert stays as it is.
+    """Open experts in the given order, one or several; an opened expert is copied, since a larger base may move it.
 
     `base` is for PEFT adapters among them. With `mergeable`, one whose deltas are not all that it does is refused.
     """
@@ -29,7 +30,7 @@ def open_experts(
         paths = [paths]
     if not paths:
         raise ValueError("the list of experts is empty; name at least one, such as '[library/a, library/b]'")
-    experts = [path if isinstance(path, StoredExpert) else open_expert(path, base) for path in paths]
+    experts = [copy(path) if isinstance(path, StoredExpert) else open_expert(path, base) for path in paths]
     seen: set[Path] = set()
     for expert in experts:
         if expert.path.resolve() in seen:

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from modular_experts import apply, evaluate, merge
 from modular_experts.base import Base
 from modular_experts.deltas import Delta, Dense
+from modular_experts.evaluation.compare import open_models
 from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.merger import Merged
 from modular_experts.methods import TaskArithmetic
 
 QUERY, EMBEDDINGS, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
@@ -88,6 +90,18 @@ def test_evaluate_measures_the_same_deltas(bases, tmp_path, task_files) -> None:
         losses.append([row["value"] for row in found.rows if row["metric"] == "loss" and row["experts"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0]
+
+
+def test_a_larger_base_moves_no_expert_that_the_caller_holds(bases, tmp_path) -> None:
+    for name, base in zip(("few", "many"), bases, strict=True):
+        write(tmp_path / name, base)
+    few, many = open_expert(tmp_path / "few"), open_expert(tmp_path / "many")
+    shapes, small = few.shapes(), Base.open(bases[0])
+    Merged([few, many], TaskArithmetic())
+    _, (model,) = open_models(bases[1], {"few": few})
+    assert model.experts[0].record["base"]["rows"] == small.rows + MORE
+    assert (few.record["base"], few.shapes()) == (small.facts, shapes)
+    Base.open(bases[0], [few])
 
 
 def test_other_rows_or_weights_are_refused(bases, tmp_path) -> None:
