@@ -38,7 +38,7 @@ NUMBERS = (*_KEPT.values(), *PLACES)
 
 def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], StoredValues]:
     """Return the tensors to store, by their name in the file, contiguous and on the CPU, and how values are stored."""
-    form, shape = type(delta).__name__, delta.shape
+    form, shape, encoding = type(delta).__name__, delta.shape, _with_zero(delta, encoding)
     if form not in _FORMS:
         raise TypeError(f"a delta to store must be one of {', '.join(_FORMS)}, got {form}")
     dtype = torch.bfloat16 if encoding == "bfloat16" else torch.float32
@@ -65,8 +65,16 @@ def packed_bytes(delta: Delta, *encodings: str) -> list[int]:
         packed, stored = pack(delta, "float32" if name == "float32" else "bfloat16")
         sizes = {name: tuple(packed.pop(name).shape) for name in _FORMS[stored.form]}
         kept = sum(own.nbytes for own in packed.values())
-        found.append(kept + replace(stored, encoding=name, sizes=sizes).nbytes())
+        found.append(kept + replace(stored, encoding=_with_zero(delta, name), sizes=sizes).nbytes())
     return found
+
+
+def _with_zero(delta: Delta, encoding: str) -> str:
+    """Return `int4` in place of signs, which have no zero, for a low-rank delta that leaves whole rows or columns."""
+    has_zero = encoding not in ENCODINGS or ENCODINGS[encoding].is_linear
+    if has_zero or not isinstance(delta, LowRank) or bool(delta.up.any(1).all() and delta.down.any(0).all()):
+        return encoding
+    return "int4"
 
 
 def check_layout(values: StoredValues, layout: Mapping[str, Layout]) -> None:

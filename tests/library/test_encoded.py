@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from testbed.random_deltas import FORMS, random_delta, seeds, shapes
 
-from modular_experts.deltas import BlockSparse
+from modular_experts.deltas import BlockSparse, LowRank
 from modular_experts.deltas.encodings import ENCODINGS
 from modular_experts.deltas.tiles import gather_tiles
 from modular_experts.library import make_record, open_expert, write_expert
@@ -65,6 +65,19 @@ def test_entries_beyond_the_edge_stay_zero(tile):
         read = unpack(values, packed)
         assert torch.equal(read.values == 0, delta.values == 0), encoding
         torch.testing.assert_close(read.values, delta.values, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("encoding", VALUE_TYPES)
+def test_rows_and_columns_that_a_low_rank_delta_leaves_stay_zero(encoding):
+    """Such as the further rows of a larger vocabulary; signs have no zero."""
+    delta = random_delta("LowRank", (12, 9), 3)
+    left = LowRank(delta.up.index_fill(0, torch.tensor([4, 11]), 0.0), delta.down)
+    for one in (left, left.T):
+        packed, values = pack(one, encoding)
+        read = unpack(values, packed).dense()
+        assert torch.equal(read.any(1), one.dense().any(1))
+        assert torch.equal(read.any(0), one.dense().any(0))
+        assert packed_bytes(one, encoding) == [sum(tensor.nbytes for tensor in packed.values())]
 
 
 def test_bits_of_a_sparse_weight(tmp_path):
