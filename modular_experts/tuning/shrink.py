@@ -181,11 +181,12 @@ def candidates_of(deltas: Mapping[str, Delta], forms: Iterable[Form]) -> list[Ca
     alike: dict[Form, list[Form]] = {}
     for form in sorted(forms, key=lambda form: -(form.rank or math.inf)):
         alike.setdefault(replace(form, encoding="float32"), []).append(form)
-    found, larger = [], deltas
+    found, larger = [], dict[str, Delta]()
     for plain, same in alike.items():
-        larger = {name: plain.cut(delta) for name, delta in (larger if plain.rank else deltas).items()}
-        sizes = [packed_bytes(delta, *(form.encoding for form in same)) for delta in larger.values()]
-        found += [(form, larger, sum(own)) for form, own in zip(same, zip(*sizes, strict=True), strict=True)]
+        cut = {name: plain.cut(larger.get(name, delta) if plain.rank else delta) for name, delta in deltas.items()}
+        larger |= {name: one for name, one in cut.items() if isinstance(one, LowRank)}
+        sizes = [packed_bytes(delta, *(form.encoding for form in same)) for delta in cut.values()]
+        found += [(form, cut, sum(own)) for form, own in zip(same, zip(*sizes, strict=True), strict=True)]
     return sorted(found, key=lambda one: one[2])
 
 
