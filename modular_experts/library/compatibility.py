@@ -86,8 +86,10 @@ def _open_beside(place: Path, expert: StoredExpert) -> StoredExpert:
     return open_expert(place, expert.base)
 
 
-def put_beside(expert: StoredExpert, target: Path, overwrite: bool = False) -> StoredExpert:
-    """Put an expert into another library, without a second copy on the disk where that is possible."""
+def put_beside(
+    expert: StoredExpert, target: Path, overwrite: bool = False, without: Sequence[str] = ()
+) -> StoredExpert:
+    """Put an expert `without` some files into another library, with no second copy on the disk where possible."""
     if (there := found_beside(expert, target, overwrite)) is not None:
         return there
 
@@ -98,7 +100,8 @@ def put_beside(expert: StoredExpert, target: Path, overwrite: bool = False) -> S
             shutil.copyfile(source, place)
 
     with new_directory(check_target(target, overwrite), overwrite) as directory:
-        shutil.copytree(expert.path, directory, copy_function=link, dirs_exist_ok=True)
+        left_out = shutil.ignore_patterns(*without)
+        shutil.copytree(expert.path, directory, ignore=left_out, copy_function=link, dirs_exist_ok=True)
     return open_expert(target)
 
 

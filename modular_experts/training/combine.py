@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modular_experts.base import Base, DType
 from modular_experts.base.device import device
 from modular_experts.data import Batch, Inputs, TaskMixture
-from modular_experts.data.rows import content_hash
+from modular_experts.data.rows import SPLITS, content_hash
 from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
 from modular_experts.injection.attach import attached, describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
@@ -29,6 +29,7 @@ from modular_experts.library.atomic import new_file
 from modular_experts.library.compatibility import open_parents, put_beside
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
+from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.merger.merged import merge
 from modular_experts.methods import Distilled
 from modular_experts.progress import Counted, Progress
@@ -129,13 +130,14 @@ def combine(
     others = [task for task in data.roles if task not in held_in]
     own = own_experts(opened, held_in)
     check_tasks(opened, held_in)
-    answer, measured, rows = None, data.only(held_in), list[Any]()
+    answer, measured = None, data.only(held_in)
     if isinstance(data, Inputs):
         answer, measured = method.max_new_tokens, data.part(True)
-        rows = [one.ids.tolist() for prompts in data.prompts.values() for one in prompts]
+        rows: list[Any] = [one.ids.tolist() for prompts in data.prompts.values() for one in prompts]
+    else:
+        rows = [content_hash(found) for split in SPLITS for found in data.rows(split).values()]
     reading = [data.roles, data.max_length, data.chat_template, data.eval_limit]
-    reading += [content_hash(found) for found in data.only(others).rows("test").values()] if others else []
-    settings = [repr(method), describe_router(router), rows or data.contents, reading, *[dtype] * bool(dtype)]
+    settings = [repr(method), describe_router(router), rows, reading, *[dtype] * bool(dtype)]
     file = _begin(out, result_key([expert.content_hash for expert in opened], settings), overwrite)
     learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
     how: dict[str, Any] = {"progress": progress, "base": base, "dtype": dtype}
@@ -177,7 +179,8 @@ def _make(
         merge(opened, start, merged, progress=how["progress"])
     beside = [one for one in opened if not _is_made(out / "experts" / one.name)]
     for expert in beside:
-        put_beside(expert, out / "experts" / expert.name)
+        # What is taken of inputs comes from the rows that are learned alone.
+        put_beside(expert, out / "experts" / expert.name, without=[f"{kind}.safetensors" for kind in OF_INPUTS])
     whole = [open_expert(out / "experts" / one.name) for one in opened]
     routed, small = out / "experts" / ROUTED, out / "small" / ROUTED
     if not _is_made(routed):

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import string
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from conftest import build_model, build_tokenizer, write_rows
 from modular_experts import Distilled, TaskMixture, combine, distill, evaluate, fit, open_expert
 from modular_experts.data import Inputs
 from modular_experts.experts import LoRAExpert
+from modular_experts.library import open_statistics
+from modular_experts.statistics import take_statistics
 from modular_experts.training.combine import MEASURED
+from modular_experts.tuning import ValidationRows
 
 NAMES = [f"code{number}" for number in range(4)]
 FEW = Distilled(steps=10, batch=4, rows=24, learning_rate=0.05, max_new_tokens=3)
@@ -120,11 +124,18 @@ def test_an_expert_without_its_task_is_refused_before_anything_is_made(place) ->
 def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> None:
     monkeypatch.chdir(place)
     tasks = [{"path": f"{name}.jsonl", "role": "held_in" if name in NAMES[:2] else "held_out"} for name in NAMES[:3]]
-    how = ["--experts", "library/code0", "library/code1", "--tasks", json.dumps(tasks), "--out", "rows"]
+    shutil.copytree("library", "taken")
+    both = ["taken/code0", "taken/code1"]
+    take_statistics(both, "prompt_parts", ValidationRows(TaskMixture(tasks), rows=256))
+    how = ["--experts", *both, "--tasks", json.dumps(tasks), "--out", "rows"]
     settings = [word for name in ("steps", "rows") for word in (f"--distilled.{name}", 4)]
     code, out, _ = run("combine", *how, *settings, "--distilled", "Distilled", "--budget", "1kB")
     assert code == 0
     way = json.loads((place / "rows" / MEASURED).read_text())["ways"]["Distilled"]
+    # The router learns from inputs of training rows, and not of the 15 of validation, which measure.
+    for library in ("experts", "small"):
+        statistics = open_statistics(open_expert(f"rows/{library}/code0"), "prompt_parts")
+        assert statistics.facts["tasks"] == {"code0": 30}
     own = evaluate(None, "rows/distilled", TaskMixture(tasks), max_new_tokens=3)
     assert way["held_out"] == pytest.approx(own.mean("exact_match", role="held_out"))
     assert "held out" in out
@@ -132,6 +143,12 @@ def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> 
     assert "next: modular-experts apply rows/distilled --out checkpoint" in out
     code, _, err = run("combine", *how, *settings, "--distilled", "Distilled", "--max_length", 99)
     assert (code, "exists already" in err) == (1, True)
+    rows = [json.loads(line) for line in Path("code0.jsonl").read_text().splitlines()]
+    exchanged = [row | {"split": other["split"]} for row, other in zip(rows[1:3], rows[2:0:-1], strict=True)]
+    write_rows(Path("code0.jsonl"), [rows[0], *exchanged, *rows[3:]])
+    code, _, err = run("combine", *how, *settings, "--distilled", "Distilled")
+    assert (code, "exists already" in err) == (1, True)
+    write_rows(Path("code0.jsonl"), rows)
     with open("code2.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"input": "CC xyzp", "target": "a", "split": "test"}) + "\n")
     code, _, err = run("combine", *how, *settings, "--distilled", "Distilled")
