@@ -28,6 +28,7 @@ class TrainedModule(Protocol):
     base: str
     fingerprint: str
     length: TrainingLength
+    preferences: Any  # a loss of preferences, or None
 
     @property
     def model(self) -> nn.Module:

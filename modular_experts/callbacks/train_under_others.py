@@ -74,6 +74,11 @@ class TrainUnderOthers(Schedule):
                     f"TrainUnderOthers: the {type(layer.expert).__name__} at {name} makes its delta of weights of the "
                     "base, where the others would become a part of it; train it without this callback"
                 )
+            if trains_weight(layer.expert) and module.preferences:
+                raise ValueError(
+                    f"TrainUnderOthers: {name} is trained itself, so a loss of preferences would compare with a start "
+                    "without the others; train a sparse or low-rank expert, or leave this callback or model.loss out"
+                )
         if is_sharded(module.model):
             raise ValueError(
                 "TrainUnderOthers writes others into weights, of which each process holds a part; train without this "

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import write_rows
 from lightning.pytorch import Callback
 from testbed import runs
 
@@ -14,6 +15,7 @@ from modular_experts.injection import eject, expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop, SelectOnce
 from modular_experts.training.learning_rate import Constant
+from modular_experts.training.preferences import DPO
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 BLOCK = partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)
@@ -54,11 +56,11 @@ class Weights(Callback):
 def fit_reverse(one_block, task_files, tmp_path):
     """Train an expert of a task that the library does not have, and return its module."""
 
-    def fit(expert, *callbacks, base=one_block, module=None, **settings):
+    def fit(expert, *callbacks, base=one_block, module=None, file=task_files["reverse"], **settings):
         torch.manual_seed(0)
         optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
         module = runs.module(base, expert, **({"optimizer": optimizer} | (module or {})))
-        data = runs.mixture({"reverse": task_files["reverse"]}, base, seed=0)
+        data = runs.mixture({"reverse": file}, base, seed=0)
         runs.trainer(tmp_path, *callbacks, limit_val_batches=0, **settings).fit(module, data)
         return module
 
@@ -177,9 +179,14 @@ class Gain(LoRAExpert):
     delta_of_base = True
 
 
-def test_what_cannot_train_under_others_is_refused(library, fit_reverse, tiny) -> None:
+def test_what_cannot_train_under_others_is_refused(library, fit_reverse, tiny, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"the Gain at model\.layers\.0.* makes its delta of weights of the base"):
         fit_reverse(Gain, TrainUnderOthers(str(library)))
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl", [{"prompt": "a:", "chosen": "a", "rejected": "b", "split": "train"}] * 4
+    )
+    with pytest.raises(ValueError, match=r"proj\.weight is trained itself, so a loss of preferences would compare"):
+        fit_reverse(FullExpert, TrainUnderOthers(str(library)), module={"loss": DPO()}, file=pairs)
     with pytest.raises(ValueError, match="was trained on another base"):
         fit_reverse(SPARSE, TrainUnderOthers(str(library)), base=tiny("qwen2"))
     with pytest.raises(ValueError, match="count=0 must be at least 1"):
