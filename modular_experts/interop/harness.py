@@ -1,5 +1,6 @@
 """Measure experts with the lm-evaluation-harness (the package lm-eval), on its benchmarks and on task files."""
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ def harness(
     except ModuleNotFoundError as error:
         raise ValueError(f"lm-eval is not installed ({error}): pip install 'modular-experts[eval]'") from None
     found, models = open_models(base, experts)
+    found = copy.copy(found)  # the caller's stays in its form
     found.quantise = measuring.quantise or found.quantise
     tokenizer, limit, dtype = found.tokenizer(), measuring.limit, measuring.dtype
     mixture = TaskMixture(files, eval_limit=limit) if files else None

@@ -177,7 +177,9 @@ def test_a_quantised_base_is_measured_as_evaluate_measures_it(place, no_network)
     pytest.importorskip("bitsandbytes")
     models, tasks = {"base": [], "turn": place / "library" / "turn"}, [place / "turn.jsonl"]
     how = {"max_new_tokens": TOKENS, "batch_size": 5, "quantise": "int8"}
-    found = harness(place / "base", models, tasks, measuring=Measuring(**how))
+    base = Base.open(place / "base")
+    found = harness(base, models, tasks, measuring=Measuring(**how))
+    assert base.quantise is None, "the caller's base is as it was"
     wanted = evaluate(Base.open(place / "base", quantise="int8"), models, tasks, max_new_tokens=TOKENS)
     assert numbers(found) == pytest.approx(numbers(wanted))
     assert found.facts["dtype"] == "float32, int8"
