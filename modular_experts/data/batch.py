@@ -22,12 +22,8 @@ behind the other in `p` packs, all padded to the longest, `length`; no row goes 
 
 Where positions start anew and no attention mask is given, a model of transformers keeps rows apart. A packed batch has
 no `attention_mask`, so code that knows only the other form fails. Training batches of which several make an optimizer
-step also carry
-
-    step_terms      how many terms (`loss_terms`) all batches of the step have in this process
-    step_batches    how many batches the step has
-
-and batches of validation, test and prediction
+step carry their number, `step_batches`, and the sum of their `loss_terms` in this process, `step_terms`. Batches of
+validation, test and prediction carry
 
     input, target   lists of n texts as in the data, after the task's template; a row to predict may have None as target
     end             list of n ids: the token that ends an answer
@@ -151,9 +147,8 @@ def size_of(batch: Batch) -> int:
 
 def loss_terms(batch: Batch) -> int:
     """Return how many terms the loss of a training batch has: predicted tokens, or pairs where rows have choices."""
-    if "choices" in batch:
-        return int((~batch["choices"]["correct"]).sum())
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    terms = ~batch["choices"]["correct"] if "choices" in batch else batch["labels"][:, 1:] != IGNORED
+    return int(terms.sum())
 
 
 def is_filler(batch: Batch) -> list[bool]:

@@ -67,10 +67,7 @@ class EvaluationSampler(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A training loader whose state is the settings that its order depends on; the trainer keeps the position.
-
-    If several batches make an optimizer step, it reads them together, and each tells how many terms the step has.
-    """
+    """A training loader whose state is the settings that its order depends on; the trainer keeps the position."""
 
     identity: Mapping[str, Any]
     """What must be equal for a resumed run to see the rows that an uninterrupted one would have seen."""

@@ -82,8 +82,7 @@ def described(expert: Trained, *without: str) -> str:
 
 def facts_of(model: nn.Module, applied: Sequence[StoredExpert]) -> dict[str, dict[str, str]]:
     """Return which experts are trained, by place, and which lie beneath, by content hash."""
-    # Which kernel computes a gradient depends on the machine.
-    experts = {place: described(expert, "backend") for place, expert in named_experts(model)}
+    experts = {place: described(expert, "backend") for place, expert in named_experts(model)}  # a machine's own choice
     return {"experts": experts, "applied": {one.content_hash: one.name for one in applied}}
 
 
@@ -95,9 +94,7 @@ def check_facts(checkpoint: Mapping[str, Any], own: Mapping[str, Mapping[str, st
         both = ([f"{name} ({code[:12]})" for code, name in facts["applied"].items()] for facts in (theirs, own))
         pairs.append(tuple(f"applied=[{', '.join(names)}]" for names in both))
     for before, now in (pair for pair in pairs if pair[0] != pair[1]):
-        raise ValueError(
-            f"the checkpoint was trained with {before}, and {now} is set now; give what it was trained with"
-        )
+        raise ValueError(f"the checkpoint was trained with {before}, and {now} is set now; set the former again")
 
 
 def resize_like(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -148,13 +148,13 @@ def test_a_checkpoint_goes_on_with_the_settings_and_on_top_of_the_experts_that_i
     path = tmp_path / "a.ckpt"
     assert len(run(path, [one], rate=2e-2)) == 1
     strong = (
-        r"trained with LoRAExpert\(rank=2, scale=8.0, .*\), and LoRAExpert\(rank=2, scale=32.0, .*\) is set now; give"
+        r"trained with LoRAExpert\(rank=2, scale=8.0, .*\), and LoRAExpert\(rank=2, scale=32.0, .*\) is set now; set"
     )
     with pytest.raises(ValueError, match=strong):
         run(path, [one], partial(LoRAExpert, rank=2, alpha=64.0))
     for applied, now in ([], ""), ([two], r"two \(\w{12}\)"), ([one, two], r"one .*, two .*"):
         with pytest.raises(
-            ValueError, match=rf"with applied=\[one \(\w{{12}}\)\], and applied=\[{now}\] is set now; give"
+            ValueError, match=rf"with applied=\[one \(\w{{12}}\)\], and applied=\[{now}\] is set now; set"
         ):
             run(path, applied)
     old = torch.load(path, weights_only=True)
