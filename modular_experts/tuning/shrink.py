@@ -183,7 +183,7 @@ def candidates_of(deltas: Mapping[str, Delta], forms: Iterable[Form]) -> list[Ca
         alike.setdefault(replace(form, encoding="float32"), []).append(form)
     found, larger = [], dict[str, Delta]()
     for plain, same in alike.items():
-        cut = {name: plain.cut(larger.get(name, delta) if plain.rank else delta) for name, delta in deltas.items()}
+        cut = {name: plain.cut(larger.get(name, delta)) for name, delta in deltas.items()}
         larger |= {name: one for name, one in cut.items() if isinstance(one, LowRank)}
         sizes = [packed_bytes(delta, *(form.encoding for form in same)) for delta in cut.values()]
         found += [(form, cut, sum(own)) for form, own in zip(same, zip(*sizes, strict=True), strict=True)]
