@@ -114,8 +114,9 @@ def test_random_groups_differ_and_come_again(drawn, counts) -> None:
 
 def test_groups_that_are_not_drawn_are_disjoint_and_the_group_of_all_experts_is_the_same_if_it_is_drawn(drawn) -> None:
     assert drawn({"all": 1}, 6) == drawn([{6: 1}], 6) == drawn(["all"], 6)
-    members = [name for group in drawn([2, "all"], 2) for name in group]
-    assert sorted(members) == [*"abcdef"]
+    pairs = [drawn([2, "all"], 2, seed) for seed in (0, 0, 1)]
+    assert pairs[0] == pairs[1] != pairs[2]
+    assert sorted(name for group in pairs[0] for name in group) == [*"abcdef"]
 
 
 def test_all_groups_are_taken_if_there_are_fewer_than_draws(drawn, caplog) -> None:
