@@ -25,7 +25,7 @@ from modular_experts.jobs.pieces import Key
 from modular_experts.jobs.processes import at_once, cores, free_memory
 from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked, remove_leftovers
-from modular_experts.library.record import RECORD_FILE, read_record
+from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, read_record
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.plan import Study
 from modular_experts.study.work import training_bytes, warn_of_copies
@@ -57,7 +57,8 @@ class Lines(JSONLines):
         if found is None or "failed" in found:
             return False
         files = [self.library / one for one in found.get("files", ())]
-        own = all(self._hash_of(name) in (None, wanted) for name, wanted in found.get("made_of", {}).items())
+        made_of = found.get("made_of") or self._parents_of(found.get("expert"))
+        own = all(self._hash_of(name) in (None, wanted) for name, wanted in made_of.items())
         return own and self._is_there(found.get("expert")) and all(file.exists() for file in files)
 
     def failure(self, key: Key) -> str | None:
@@ -72,6 +73,17 @@ class Lines(JSONLines):
             return open_expert(self.library / expert["name"]).content_hash == str(expert["content_hash"])
         except (OSError, ValueError):
             return False
+
+    def _parents_of(self, expert: Mapping[str, Any] | None) -> dict[str, str]:
+        """Return what an expert was made of, which the lines of an older version do not tell."""
+        if expert is None:
+            return {}
+        try:
+            record: Any = read_record(self.library / expert["name"] / RECORD_FILE)
+        except (OSError, ValueError):
+            return {}
+        parents = record["parents"] if record["kind"] in (MERGE, ROUTED) else []
+        return {one["name"]: one["content_hash"] for one in parents}
 
     def _hash_of(self, name: str) -> str | None:
         try:

@@ -14,7 +14,6 @@ from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.schedule import TrainingLength, callbacks_of
 from modular_experts.data.batch import source_of
 from modular_experts.experts import SparseExpert
-from modular_experts.experts.expert import Trained
 from modular_experts.injection import ExpertLayer, expert_layers, named_experts
 from modular_experts.library import StoredExpert
 
@@ -74,26 +73,31 @@ def check_sizes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
         )
 
 
-def described(expert: Trained, *without: str) -> str:
+def described(kind: str, settings: Mapping[str, Any]) -> str:
     """Return the type of an expert with its settings, as they would be written in Python."""
-    settings = [f"{name}={value}" for name, value in expert.settings().items() if name not in without]
-    return f"{type(expert).__name__}({', '.join(settings)})"
+    return f"{kind}({', '.join(f'{name}={value}' for name, value in settings.items())})"
 
 
-def facts_of(model: nn.Module, applied: Sequence[StoredExpert]) -> dict[str, dict[str, str]]:
-    """Return which experts are trained, by place, and which lie beneath, by content hash."""
-    experts = {place: described(expert, "backend") for place, expert in named_experts(model)}  # a machine's own choice
+def facts_of(model: nn.Module, applied: Sequence[StoredExpert]) -> dict[str, dict[str, Any]]:
+    """Return which experts are trained, type and settings by place, and which lie beneath, by content hash."""
+    experts: dict[str, Any] = {}
+    for place, one in named_experts(model):
+        # Which kernel computes a gradient depends on the machine.
+        settings = {name: value for name, value in one.settings().items() if name != "backend"}
+        experts[place] = [type(one).__name__, settings]
     return {"experts": experts, "applied": {one.content_hash: one.name for one in applied}}
 
 
-def check_facts(checkpoint: Mapping[str, Any], own: Mapping[str, Mapping[str, str]]) -> None:
+def check_facts(checkpoint: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise if a checkpoint was trained with other experts, or on top of others; older ones do not tell."""
     theirs = {name: checkpoint.get(name, facts) for name, facts in own.items()}
-    pairs: list[Any] = [(theirs["experts"].get(place), expert) for place, expert in own["experts"].items()]
+    pairs = [(theirs["experts"].get(place, expert), expert) for place, expert in own["experts"].items()]
+    texts = [(described(*before), described(*now)) for before, now in pairs if before != now]
     if own["applied"].keys() != theirs["applied"].keys():
         both = ([f"{name} ({code[:12]})" for code, name in facts["applied"].items()] for facts in (theirs, own))
-        pairs.append(tuple(f"applied=[{', '.join(names)}]" for names in both))
-    for before, now in (pair for pair in pairs if pair[0] != pair[1]):
+        before, now = (f"applied=[{', '.join(names)}]" for names in both)
+        texts.append((before, now))
+    for before, now in texts:
         raise ValueError(f"the checkpoint was trained with {before}, and {now} is set now; set the former again")
 
 
@@ -129,7 +133,7 @@ def log_training(model: nn.Module, trainer: Trainer, length: TrainingLength) -> 
     """Log the experts, how many numbers they train, and the length of the training."""
     layers = [layer for _, layer in expert_layers(model)]
     experts = [expert for _, expert in named_experts(model)]
-    kinds = {described(expert) for expert in experts}
+    kinds = {described(type(expert).__name__, expert.settings()) for expert in experts}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     places = f"{len(layers)} weights"
     if others := len(experts) - len(layers):

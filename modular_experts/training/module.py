@@ -256,6 +256,8 @@ class ExpertModule(EvaluatedModule):
         if self.shard_base:
             shard(model, self.trainer.strategy.root_device)
         self.model, self._given = model, []
+        # Before a training, because an expert may count in an attribute.
+        self._facts = checkpoints.facts_of(model, self.applied_experts)
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
@@ -408,7 +410,7 @@ class ExpertModule(EvaluatedModule):
         checkpoint["base_fingerprint"], checkpoint["quantise"] = self.fingerprint, self.quantise
         checkpoint["random_states"] = checkpoints.random_states(self.trainer)
         checkpoint["resized"] = self._resized
-        checkpoint |= checkpoints.facts_of(self.model, self.applied_experts)
+        checkpoint |= self._facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise if the checkpoint was written with another base, other experts or settings, or others beneath."""
@@ -423,7 +425,7 @@ class ExpertModule(EvaluatedModule):
             checkpoints.resize_like(self.model, checkpoint["state_dict"])
         checkpoints.read_anchors(self.model, checkpoint["state_dict"])
         checkpoints.check_sizes(self.state_dict(), checkpoint["state_dict"])
-        checkpoints.check_facts(checkpoint, checkpoints.facts_of(self.model, self.applied_experts))
+        checkpoints.check_facts(checkpoint, self._facts)
         self._random_states = checkpoint.get("random_states")
 
     def task_vector(self) -> Iterable[tuple[str, Delta]]:

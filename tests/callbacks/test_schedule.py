@@ -59,7 +59,7 @@ def test_only_checkpoints_that_say_that_nothing_was_resized_must_have_the_sizes_
     other = runs.module(tiny_llama_dir, partial(SparseExpert, keep_ratio=0.2))
     with pytest.raises(ValueError, match="the checkpoint's experts are not those configured"):
         other.on_load_checkpoint(checkpoint)
-    del checkpoint["resized"]  # as in the first version
+    del checkpoint["resized"], checkpoint["experts"], checkpoint["applied"]  # as in the first version
     other = runs.module(tiny_llama_dir, partial(SparseExpert, keep_ratio=0.2))
     other.on_load_checkpoint(checkpoint)
     assert {layer.expert.kept_units for _, layer in expert_layers(other.model)} == {102, 153}

@@ -147,6 +147,7 @@ def test_a_checkpoint_goes_on_with_the_settings_and_on_top_of_the_experts_that_i
     run(None, [one])
     path = tmp_path / "a.ckpt"
     assert len(run(path, [one], rate=2e-2)) == 1
+    assert len(run(path, [one], partial(LoRAExpert, rank=2, dropout=0))) == 1, "0 is 0.0"
     strong = (
         r"trained with LoRAExpert\(rank=2, scale=8.0, .*\), and LoRAExpert\(rank=2, scale=32.0, .*\) is set now; set"
     )
@@ -160,6 +161,18 @@ def test_a_checkpoint_goes_on_with_the_settings_and_on_top_of_the_experts_that_i
     old = torch.load(path, weights_only=True)
     torch.save({name: value for name, value in old.items() if name not in ("experts", "applied")}, path)
     assert len(run(path, [])) == 1
+    run(None, [], Counting)
+    assert len(run(path, [], Counting)) == 1
+
+
+class Counting(LoRAExpert):
+    """Counts its passes in a plain number."""
+
+    calls = 0
+
+    def forward(self, x, weight, bias):
+        self.calls += 1
+        return super().forward(x, weight, bias)
 
 
 def _loaded(base: Path, **settings) -> torch.nn.Module:
