@@ -139,6 +139,18 @@ class TaskMixture(LightningDataModule, DataSource):
         """Return what examples of some rows depend on: `eval_limit` leaves training rows alone."""
         return kind, None if "train" in kind else self.eval_limit, self.longest, self._learns_choices
 
+    def _known(self, kind: str) -> dict[str, list[Example]]:
+        """Return the examples of some rows by task, also those of another length that no row reaches in either."""
+        key = self._key(kind)
+        known = self._examples.setdefault(key, {})
+        for other in [one for one in self._examples if (*one[:2], one[3]) == (*key[:2], key[3])]:
+            for name in self._examples[other].keys() - known.keys():
+                found = self._examples[other][name]
+                each = (tokens for one in found for tokens in (one.tokens, *one.choices))
+                if not self._truncated[name, other] and all(len(tokens.ids) <= self.longest for tokens in each):
+                    known[name] = found
+        return known
+
     @property
     def longest(self) -> int:
         """The most tokens of a row: `max_length`, or the context where it is shorter."""
@@ -254,7 +266,7 @@ class TaskMixture(LightningDataModule, DataSource):
         kind = f"inputs of {which}"
         for task in (task for task in self.tasks if task.held_in):
             rows: list[Row] = []
-            if task.name not in self._examples.get(self._key(kind), {}):
+            if task.name not in self._known(kind):
                 rows, bad = task.read(targets=False)
                 problems += bad
                 rows = [row if row.target or row.split else replace(row, split="validation") for row in rows]
@@ -377,14 +389,13 @@ class TaskMixture(LightningDataModule, DataSource):
         return fill_splits(rows, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in)
 
     def _split(self, split: str) -> dict[str, list[Example]]:
-        known, tasks = self._examples.get(self._key(split), {}), self._with(split)
+        known, tasks = self._known(split), self._with(split)
         if all(task.name in known for task in tasks):
             return {task.name: known[task.name] for task in tasks}
         return self._tokenised(split, self.rows(split))
 
     def _tokenised(self, kind: str, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
-        known, tokenize = self._examples.setdefault(self._key(kind), {}), self.row_tokenizer()
-        problems = list[str]()
+        known, tokenize, problems = self._known(kind), self.row_tokenizer(), list[str]()
         for name, found in rows.items():
             if name in known:
                 continue
