@@ -18,6 +18,9 @@ from modular_experts.deltas.forms import Delta, add
 class TaskVector(Mapping[str, Delta]):
     """A mapping from weight names to deltas. Subclass it with `shapes` and `__getitem__`."""
 
+    noted: dict[str, Any] | None = None
+    """What lookups find beside the deltas, if anything; a write that goes on after an interruption gets it back."""
+
     @abstractmethod
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of each weight that moves, in the order of the names, without reading or making a delta."""

@@ -247,7 +247,6 @@ def write_expert(
     state: Mapping[str, Tensor] | None = None,
     encoding: str = "float32",
     inputs: Mapping[str, Sequence[Prompt]] | None = None,
-    noted: dict[str, Any] | None = None,
 ) -> str:
     """Write an expert, one weight in memory at a time; its directory appears when it is complete.
 
@@ -257,13 +256,13 @@ def write_expert(
         record: What `make_record` returns.
         overwrite: Replace an expert of this name.
         key: A text that identifies the deltas. With it, and deltas in a mapping, an interrupted call goes on where it
-            stopped, and does not ask for the weights that it had written.
+            stopped, and does not ask for the weights that it had written. What lookups in a `TaskVector` had put into
+            its `noted` comes back.
         state: Tensors of a type whose delta is not all that it does, by `<weight>/<name>` (`injection.expert_state`);
             with them the expert may have no deltas.
         encoding: How values are stored: `float32`, `bfloat16`, `int8`, `int4`, `magnitudes4`, `magnitudes2` or `sign`.
             What is stored is the expert: it is read as the deltas that the stored values stand for.
         inputs: Prompts of each of its tasks, to be kept beside it.
-        noted: What the lookups of `deltas` have found so far, which comes back when an interrupted call goes on.
 
     Returns:
         The content hash.
@@ -285,7 +284,7 @@ def write_expert(
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:
-        table = _write_deltas(directory / DELTA_FILE, deltas, progress, encoding, {} if noted is None else noted)
+        table = _write_deltas(directory / DELTA_FILE, deltas, progress, encoding)
         if not table and not state:
             raise ValueError("an expert that moves no weight cannot be stored without a state")
         states = write_state(directory / STATE_FILE, state) if state else None
@@ -305,13 +304,10 @@ def content_hash(table: Mapping[str, Any], state: Mapping[str, Any] | None = Non
 
 
 def _write_deltas(
-    file: Path,
-    deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
-    progress: Progress,
-    encoding: str,
-    noted: dict[str, Any],
+    file: Path, deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta], progress: Progress, encoding: str
 ) -> dict[str, Any]:
     """Write the file of deltas, after those that an interrupted call left whole; return its table of weights."""
+    noted = (deltas.noted if isinstance(deltas, TaskVector) else None) or {}
     with TensorFileWriter(file) as writer:
         table: dict[str, Any] = {}
         for name, entry, *found in writer.resumed:

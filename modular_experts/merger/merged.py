@@ -223,30 +223,30 @@ def write_merged(
         own = record | {"tasks": list(tasks), "key": key}
         write_expert(path, _Cut(deltas, form), own, key=f"{key}/{path.name}", **stored)
     vector, record = _Cut(merged, form), record | dict(notes or {})
-    if vector.facts:
-        record["hyperparameters"] = {**record["hyperparameters"], "cut": vector.facts}
+    if vector.noted:
+        record["hyperparameters"] = {**record["hyperparameters"], "cut": vector.noted}
     # The merged expert comes last, so that everything is there when it is.
-    write_expert(target, vector, record, key=key, noted=vector.facts, **stored)
+    write_expert(target, vector, record, key=key, **stored)
     return open_expert(target)
 
 
 class _Cut(TaskVector):
-    """A merge as it is stored; `facts` are how it is cut, and its squared norm so far with the share that it keeps."""
+    """A merge as it is stored; `noted` is how it is cut, and its squared norm so far with the share that it keeps."""
 
     def __init__(self, vector: TaskVector, form: Form) -> None:
         self._vector, self._form = vector, form
         cut: dict[str, Any] = {"rank": form.rank} if form.rank else {}
         cut |= {"keep": form.keep} if form.keep < 1 else {}
-        self.facts: dict[str, Any] = cut and cut | {"squared_norm": 0.0, "squared_norm_kept": 1.0}
+        self.noted: dict[str, Any] = cut and cut | {"squared_norm": 0.0, "squared_norm_kept": 1.0}
 
     def __getitem__(self, name: str) -> Delta:
         delta = self._vector[name]
         cut = self._form.cut(self._whole(delta))
-        if self.facts:  # a cut is an orthogonal projection
-            before, share = self.facts["squared_norm"], self.facts["squared_norm_kept"]
+        if self.noted:  # a cut is an orthogonal projection
+            before, share = self.noted["squared_norm"], self.noted["squared_norm_kept"]
             after = before + delta.norm() ** 2
             kept = (share * before + cut.norm() ** 2) / after if after else 1.0
-            self.facts |= {"squared_norm": after, "squared_norm_kept": kept}
+            self.noted |= {"squared_norm": after, "squared_norm_kept": kept}
         return cut
 
     def shapes(self) -> dict[str, torch.Size]:
