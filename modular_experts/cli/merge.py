@@ -183,8 +183,8 @@ def merge(
     if written.is_checkpoint:
         record = merged.record()
         origin = Origin({name: record[name] for name in ("parents", "method", "per_weight")} | notes, merged.key())
-        how = (written.dtype, True, written.tolerance, overwrite, bar, origin)
-        check = Base.open(written.base, merged.stored).write(merged, out, *how)
+        how: Any = {"dtype": written.dtype, "tolerance": written.tolerance, "overwrite": overwrite}
+        check = Base.open(written.base, merged.stored).write(merged, out, **how, progress=bar, origin=origin)
     else:
         write_merged(merged, out, overwrite, bar, notes, written.form)
     if tuned and tune:

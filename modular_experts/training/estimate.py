@@ -117,7 +117,10 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     whole = sum(map(size_of, validation)) / size_of(_typical(validation)) if validation else 0.0
     step = trainer.accumulate_grad_batches * probe.forward_backward + probe.optimizer_step
     return estimate_of(
-        *(module, data, trainer, optimizer),
+        module,
+        data,
+        trainer,
+        optimizer,
         length=length,
         choices=sum(number for number, _ in planned),
         validations=validations,
