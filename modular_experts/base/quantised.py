@@ -111,7 +111,7 @@ def hold_rows(layer: Any) -> bool:
     if state is not None and layer.in_features % state.blocksize == 0:
         scales, state.absmax = state.absmax, state.absmax.new_empty(0)
     elif hasattr(weight, "SCB"):
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        scales = _scales(layer)
     else:
         return False
     layer.weight = nn.Parameter(weight.data.view(rows, -1), requires_grad=False)
@@ -157,14 +157,18 @@ def _reader(layer: Any) -> tuple[Callable[[], Tensor], torch.dtype] | None:
             state = weight.quant_state
         return lambda: bnb.dequantize_4bit(weight.data, state), state.dtype
     if hasattr(weight, "SCB"):
-        # `layer.state` takes the scales over at the first forward pass.
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        scales = _scales(layer)
         import bitsandbytes.functional as bnb
 
         return lambda: bnb.int8_vectorwise_dequant(weight.data, scales), torch.float32
     if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "qdata"):
         return lambda: weight.dequantize(), weight.dtype
     return None
+
+
+def _scales(layer: Any) -> Tensor:
+    # `layer.state` takes the scales of 8 bits over at the first forward pass.
+    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
 
 
 def _state(layer: Any) -> Any:

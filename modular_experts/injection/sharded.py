@@ -47,7 +47,7 @@ class ExpertSharded(ExpertLinear):
 class QuantisedRows(nn.Linear):
     """A quantised linear layer without an expert, of which each process holds some rows between passes.
 
-    It multiplies with the dequantised weight, where bitsandbytes rounds the inputs of its 8-bit layers on a GPU.
+    It multiplies with the dequantised weight. On a GPU, bitsandbytes would round the inputs of its 8-bit layers.
     """
 
     @torch.compiler.disable

@@ -44,7 +44,7 @@ class Failure:
 class Lines(JSONLines):
     """The results of a study's pieces, which count only while their expert is in the library as it was.
 
-    None counts any longer when an expert that it was made of has other contents; a missing one may come back as it was.
+    A result no longer counts when an expert that it was made of has other contents; a missing one may come back.
     A failure is a line too: `{"failed": sentence, "trace": ...}`.
     """
 
