@@ -209,8 +209,7 @@ def _report(tuned: "Tuned", searched: bool, out: str) -> None:
         loss = "not finite" if trial.loss == math.inf else f"{trial.loss:.4f}"
         table.add_row(*map(value_text, trial.settings.values()), loss)
     Console(markup=False, emoji=False).print(table)
-    base, best, tasks = mean_loss(tuned.base), tuned.best.loss, counted(len(tuned.base), "task")
-    where = f"on validation rows of {tasks}"
+    base, best, where = mean_loss(tuned.base), tuned.best.loss, f"on validation rows of {', '.join(tuned.base)}"
     print(f"chose the best of {len(tuned.trials)} settings {where}: loss {best:.4f}, and {base:.4f} of the base alone")
     if tuned.stored != best:
         print(f"as it is stored, in fewer bytes, the merge has a loss of {tuned.stored:.4f} there")

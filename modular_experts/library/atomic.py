@@ -44,7 +44,7 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = RECORD
     if os.path.lexists(target):
         if target.is_symlink() or not (target / marker).is_file():
             raise FileExistsError(
-                f"{path} exists and is not a directory of ours (it holds no {marker}); choose another place"
+                f"{path} exists and holds no {marker}, so it cannot be replaced; choose another place"
             )
         check_free(path, overwrite)
     parent = next(parent for parent in target.parents if os.path.lexists(parent))

@@ -209,7 +209,7 @@ def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_r
     pull(REPO, tmp_path / "other", overwrite=True)
     assert contents(tmp_path / "other") == contents(library)
     (tmp_path / "else/a").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="not a directory of ours"):
+    with pytest.raises(FileExistsError, match="cannot be replaced"):
         pull(REPO, tmp_path / "else", overwrite=True)
 
 
