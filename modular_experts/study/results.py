@@ -96,6 +96,7 @@ def level_with(state: State, metric: str = "exact_match") -> dict[tuple[str, str
     noise if the 95 % interval of its mean contains zero. A merge that no seed has beside the best is left out.
     """
     values: dict[tuple[str, str], dict[tuple, float]] = {}
+    per: dict[tuple, float] = {}
     whole: dict[str, int] = {}
     merges = [found for found in state.done.values() if found.get("merge")]
     for found in merges:
@@ -103,15 +104,16 @@ def level_with(state: State, metric: str = "exact_match") -> dict[tuple[str, str
     for found in merges:
         if found["count"] == whole[found["kind"]]:
             mine = values.setdefault((found["kind"], found["merge"]), {})
-            for task, by_metric in found["values"].items():
+            for task in found["values"]:
                 if found["scores"]["tasks"][task]["role"] == "held_in":
-                    mine |= {(found["seed"], task, row): one for row, one in enumerate(by_metric[metric])}
+                    for held, numbers in zip((mine, per), _values(found, task, metric), strict=True):
+                        held |= {(found["seed"], task, row): one for row, one in enumerate(numbers)}
     level = {}
     for (kind, merge), mine in values.items():
         rivals = [theirs for (other, _), theirs in values.items() if other == kind]
         best = best_of(rivals, lambda theirs: fmean(theirs.values()), metric)
         if both := sorted(mine.keys() & best.keys()):
-            span = interval([best[pair] - mine[pair] for pair in both])
+            span = interval([best[pair] - mine[pair] for pair in both], [per[pair] for pair in both if per])
             level[kind, merge] = bool(span and span[0] <= 0.0 <= span[1])
     return level
 

@@ -20,7 +20,7 @@ def summary(results: Results, state: State, counts: Collection[int] | None = Non
     # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
     best = "" if len(counts or results.where(metric=metric).values("count")) > 1 else better(metric)
     groups = [[Line(BASE, results.where(model=BASE))]]
-    level = level_with(state, metric if metric in SHARES else "exact_match")
+    level = level_with(state, metric)
     for kind in results.facts["kinds"]:
         mine = judged(results, kind)
         lines = [Line(f"{kind}{SINGLE}", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]

@@ -114,7 +114,7 @@ def test_a_merge_that_diverged_is_worse_than_its_experts_and_never_the_best(tmp_
         one = found(model, own, dict.fromkeys(own, 10), merge)
         for task in own:
             one["scores"]["tasks"][task]["loss"] = None if math.isnan(loss) else loss
-            one["values"][task] = {"loss": [loss] * 100, "tokens": [1.0] * 100}
+            one["values"][task] |= {"loss": [loss] * 100, "tokens": [1.0] * 100}
         return one
 
     singles = [losing("lora-a", ["a"], 1.0), losing("lora-b", ["b"], 1.0)]
@@ -129,6 +129,11 @@ def test_a_merge_that_diverged_is_worse_than_its_experts_and_never_the_best(tmp_
     diverged["values"]["a"]["exact_match"] = [math.nan] * 100
     done = [diverged, merged("Y", 60)]
     assert level_with(state(*done)) == {("lora", "X"): False, ("lora", "Y"): True}
+    # Equal in exact match: the metric of the table decides.
+    ways = [losing(f"lora {name}", ["a", "b"], loss, name) for name, loss in (("Y", 1.5), ("Z", 2.0))]
+    rows = [one | {"task": "a", "role": "held_in", "own": True, "metric": "loss", "value": 1.0} for one in ways]
+    table = summary(Results(rows, {"kinds": ["lora"], "held_in": ["a", "b"]}), state(*ways))
+    assert [line.rows.facts["level"] for line in table.groups[1][1:]] == ["level", None]
 
 
 def test_the_rows_of_each_task_are_drawn_apart() -> None:
