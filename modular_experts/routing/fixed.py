@@ -61,10 +61,11 @@ class Oracle(Router):
 
     def __init__(self, tasks: Mapping[str, int] | None = None) -> None:
         super().__init__()
-        self.tasks = dict(tasks or {})
+        self.tasks, self._is_told = dict(tasks or {}), tasks is not None
 
     def hear_tasks(self, tasks: Sequence[Sequence[str]]) -> None:
-        self.tasks = {task: number for number, own in enumerate(tasks) for task in own}
+        if not self._is_told:
+            self.tasks = {task: number for number, own in enumerate(tasks) for task in own}
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         self.experts = len(deltas)

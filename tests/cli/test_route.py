@@ -170,6 +170,8 @@ def test_stored_results_of_routes_with_one_state_are_told_apart(place, tasks, ti
         "other": route([*EXPERTS[1:3], "library/merged"], "library/s", Oracle()),
         "order": route(EXPERTS[:0:-1], "library/t", Oracle()),
     }
+    given = {"upper": 1, "reverse": 0}
+    assert route(EXPERTS[1:3], "library/u", Oracle(given)).record["hyperparameters"]["tasks"] == given
     assert len({tuple((n, t.tolist()) for n, t in one.state().items()) for one in routes.values()}) == 1
     assert len({one.content_hash for one in routes.values()}) == len(routes)
     data = mixture({name: task_files[name] for name in TASKS}, tiny_llama_dir)
