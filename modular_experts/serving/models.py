@@ -179,7 +179,7 @@ class Models:
             return Choice([])
         directory = self._library.directory / name
         if not ((directory / RECORD_FILE).is_file() or is_adapter(directory)):
-            known = [BASE, AUTO, *self._library]
+            known = [BASE, *[AUTO] * bool(self.auto), *self._library]
             some = f"; there are {', '.join(known[:8])}{', and more' * (len(known) > 8)}"
             raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or some}")
         with self._lock:  # one request opens an expert, or converts an adapter, and the others wait

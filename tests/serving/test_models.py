@@ -50,7 +50,7 @@ def test_what_is_no_model_is_refused_with_what_is_near(library, tiny_llama_dir) 
     models = models_of(tiny_llama_dir, library)
     for name, sentence in (
         ("tile", "there is no model 'tile'; did you mean tiles?"),
-        ("qqqq", "there is no model 'qqqq'; there are base, auto, dense"),
+        ("qqqq", "there is no model 'qqqq'; there are base, dense"),
         ("../library/lora", "'../library/lora' names no model; give the name of one, or a sum such as 'a+0.5*b'"),
         ("lora/../dense", "names no model"),
         ("lora\0", "names no model"),
