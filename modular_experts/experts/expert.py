@@ -117,7 +117,10 @@ class Expert(Trained, ABC):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output `(..., out)` for `x` `(..., in)`; here base and delta side by side."""
-        out = F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)
+        delta, name = self.delta(weight, lambda: weight), type(self).__name__
+        if not isinstance(delta, Delta):
+            raise TypeError(f"{name}.delta must return a delta, got a {type(delta).__name__}; wrap a tensor in Dense")
+        out = F.linear(x, weight, bias) + delta.linear(x)
         moved = None if bias is None else self.bias_delta(bias, weight)
         return out if moved is None else out + moved.dense().to(out.dtype)
 

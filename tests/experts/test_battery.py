@@ -111,10 +111,20 @@ class _HidesFromTraining(LoRAExpert):
         return Dense(super().delta(weight, anchor).dense().detach() + 0.0 * (self.up.sum() + self.down.sum()))
 
 
+class _GivesATensor(_HidesFromTraining):
+    def delta(self, weight, anchor):
+        return super().delta(weight, anchor).dense()
+
+
 @pytest.mark.parametrize(
     ("twin", "broken"),
-    [(_MovesAtStart, "leave the"), (_ExportsHalf, "exported delta"), (_HidesFromTraining, "is zero")],
+    [
+        (_MovesAtStart, "leave the"),
+        (_ExportsHalf, "exported delta"),
+        (_HidesFromTraining, "is zero"),
+        (_GivesATensor, "_GivesATensor.delta must return a delta, got a Tensor; wrap a tensor in Dense"),
+    ],
 )
 def test_battery_catches_a_wrong_twin(twin: type[Expert], broken: str) -> None:
-    with pytest.raises(AssertionError, match=broken):
+    with pytest.raises((AssertionError, TypeError), match=broken):
         check_expert(twin, compile=False)
