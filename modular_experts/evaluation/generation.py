@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts
+from modular_experts.evaluation.likelihood import evaluation_mode
 from modular_experts.injection import context_length
 from modular_experts.routing.gates import reading
 
@@ -134,14 +135,12 @@ def evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
     # not trained, which takes several times as long in bfloat16 on a CPU (`benchmarks/answer_logits.py`).
     head = model.get_output_embeddings() or nn.Identity()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    training, own = model.training, model.generation_config
-    model.generation_config = config
-    model.eval()
+    own, model.generation_config = model.generation_config, config
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         hook.remove()
-        model.train(training)
         model.generation_config = own
 
 

@@ -13,6 +13,7 @@ from modular_experts.base.apply import applied
 from modular_experts.base.structure import Structure, is_transposed
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta, Sparse
+from modular_experts.evaluation.likelihood import evaluation_mode
 from modular_experts.methods import RegMeanPlusPlus
 from modular_experts.methods.method import Context, DataStatistic
 from modular_experts.progress import Progress
@@ -32,16 +33,14 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
     # Without the head, unless it is measured, because logits take most memory.
     inside = {id(module) for module in model.base_model.modules()}
     part = model.base_model if all(id(layer) in inside for layer in hooked.values()) else model
-    training = model.training
     try:
-        model.eval()
-        for batch in batches:
-            sums.start(batch["attention_mask"].to(model.device))
-            part(batch["input_ids"].to(model.device), attention_mask=sums.mask, use_cache=False)
+        with evaluation_mode(model):
+            for batch in batches:
+                sums.start(batch["attention_mask"].to(model.device))
+                part(batch["input_ids"].to(model.device), attention_mask=sums.mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     if not sums.tokens:
         raise ValueError("Gram matrices need at least one row, and there was none")
     found: dict[str, DataStatistic | None] = dict.fromkeys(names)

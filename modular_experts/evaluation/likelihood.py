@@ -1,7 +1,8 @@
 """Compute the loss of a row's target, whether it is the likeliest answer, and the likelihood of its choices."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,18 @@ PART = 128
 """Labelled tokens of a part."""
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether a head's model gives its logits as they are, without a scale or a cap; only heads that were looked at."""
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Turn off dropout in a model while the context is open; each module then has the mode that it had before."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -153,10 +166,9 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
     device, lengths = next(model.parameters()).device, (3, 1, 2)
     places = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
     rows = torch.arange(3, device=device).repeat_interleave(torch.tensor(lengths, device=device))[None]
-    ids, training = places + 3, model.training
-    model.eval()
+    ids = places + 3
     # With the first token as the prompt, a router of prompts sees the same in all of them.
-    with reading(torch.arange(6, device=device)[None] == 0, [""]):
+    with evaluation_mode(model), reading(torch.arange(6, device=device)[None] == 0, [""]):
         whole = model(input_ids=ids, use_cache=False).logits[0]
     # The rows begin alike, and no token sees what comes after it: the start of all rows read as one is each row alone.
     apart = torch.cat([whole[:length] for length in lengths])
@@ -164,15 +176,12 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
     allowed = torch.finfo(apart.dtype).eps ** 0.5 * (whole - apart).float().norm()
 
     def same(**inputs: Any) -> bool:
-        with reading(places == 0, ["", "", ""], row=rows):
+        with evaluation_mode(model), reading(places == 0, ["", "", ""], row=rows):
             return bool((model(**inputs).logits[0] - apart).float().norm() <= allowed)
 
     packed: Batch = {"input_ids": ids, "position_ids": places}
     kept = same(**packed, use_cache=False)
-    if kept and cached:
-        kept = same(**with_cache(model, packed), use_cache=True)  # type: ignore[arg-type]
-    model.train(training)
-    return kept
+    return kept and (not cached or same(**with_cache(model, packed), use_cache=True))  # type: ignore[arg-type]
 
 
 def with_cache(model: PreTrainedModel, packed: Batch) -> Batch:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modular_experts.data.batch import Batch, repacked
 from modular_experts.evaluation.drafts import losses_and_answers, packs_evaluation
 from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
-from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
+from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods, evaluation_mode
 from modular_experts.evaluation.metrics import TEXT_METRICS, TextMetric
 from modular_experts.evaluation.scores import TaskScores
 
@@ -36,18 +36,17 @@ def measure(
             "examples".
         values: Whether each row's own scores are returned too, under "values" (`TaskScores.values`).
     """
-    scores, training = TaskScores(roles, metrics).to(model.device), model.training
+    scores = TaskScores(roles, metrics).to(model.device)
     kept: dict[str, list[tuple[int, dict[str, str]]]] = {name: [] for name in roles}
-    model.eval()
-    packed = packs_evaluation(model)
-    for batch in batches:
-        moved = move_data_to_device(batch, model.device)
-        texts = score_batch(scores, model, tokenizer, moved, max_new_tokens, packed)
-        for row, text in enumerate(texts or ()):
-            if examples and batch["task"][row]:
-                answered = {"input": batch["input"][row], "target": batch["target"][row], "answer": text}
-                kept[batch["task"][row]].append((batch["number"][row], answered))
-    model.train(training)
+    with evaluation_mode(model):
+        packed = packs_evaluation(model)
+        for batch in batches:
+            moved = move_data_to_device(batch, model.device)
+            texts = score_batch(scores, model, tokenizer, moved, max_new_tokens, packed)
+            for row, text in enumerate(texts or ()):
+                if examples and batch["task"][row]:
+                    answered = {"input": batch["input"][row], "target": batch["target"][row], "answer": text}
+                    kept[batch["task"][row]].append((batch["number"][row], answered))
     found = scores.compute() | ({"values": scores.values()} if values else {})
     for name, cut in scores.cut.items():
         warn_of_cut_answers(model, cut, found["tasks"].get(name, {}).get("rows", 0), max_new_tokens or 0, name)

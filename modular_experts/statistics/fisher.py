@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.base.structure import split_slice, weight_of
 from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.evaluation import batch_losses
+from modular_experts.evaluation.likelihood import batch_losses, evaluation_mode
 from modular_experts.methods.method import DataStatistic
 
 
@@ -28,22 +28,22 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
         sums[name] = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         parts.setdefault(whole, {})[number] = sums[name]
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training, rows, handles = model.training, 0, []
-    model.eval().requires_grad_(False)
+    rows, handles = 0, []
+    model.requires_grad_(False)
     try:
         for whole, totals in parts.items():
             parameter = model.get_parameter(whole).requires_grad_(True)
             handles.append(parameter.register_post_accumulate_grad_hook(partial(_add_squares, totals)))
-        for batch in batches:
-            for row in _rows(batch, model.device):
-                batch_losses(model, row)[0].sum().backward()
-                rows += 1
+        with evaluation_mode(model):
+            for batch in batches:
+                for row in _rows(batch, model.device):
+                    batch_losses(model, row)[0].sum().backward()
+                    rows += 1
     finally:
         for handle in handles:
             handle.remove()
         for parameter, required in before.items():
             parameter.requires_grad_(required)
-        model.train(training)
     if not rows:
         raise ValueError("Fisher information needs at least one row with a target, and there was none")
     return {name: DataStatistic(total.div_(rows)) for name, total in sums.items()}

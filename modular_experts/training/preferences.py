@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.data.batch import Batch
-from modular_experts.evaluation.likelihood import batch_losses
+from modular_experts.evaluation.likelihood import batch_losses, evaluation_mode
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.injection import named_experts, write_experts
 
@@ -87,22 +87,20 @@ def start_of(model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def at_start(model: nn.Module, start: Start) -> Iterator[None]:
     """Set a model with experts back to its start while the context is open, without gradients and dropout."""
-    changed, training = _changed(model), model.training
+    changed = _changed(model)
     now = {name: one.data for name, one in changed.items()}
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(model):
         try:
             for name, one in changed.items():
                 # Values in the weight, whose number a schedule has changed, started at zero.
                 is_resized = one.requires_grad and start[name].shape != one.shape
                 one.data = torch.zeros_like(one) if is_resized else start[name].to(one.data)
             write_experts(model)
-            model.eval()
             yield
         finally:
             for name, one in changed.items():
                 one.data = now[name]
             write_experts(model)
-            model.train(training)
 
 
 def _changed(model: nn.Module) -> dict[str, Tensor]:

@@ -101,9 +101,13 @@ def test_measure_gives_the_results_of_a_test(tiny_llama_dir, task_files, tmp_pat
     tested, data = module(tiny_llama_dir, None, max_new_tokens=6), mixture(task_files, tiny_llama_dir)
     trainer(tmp_path).test(tested, data, verbose=False)
     model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
-    found = measure(model.train(), tokenizer, data.test_dataloader(), data.roles, max_new_tokens=6)
+    model.train().lm_head.eval()
+    modes = [part.training for part in model.modules()]
+    found = measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens=6)
     assert found == {key: value for key, value in tested.results.items() if key != "model"}
-    assert model.training
+    with pytest.raises(ZeroDivisionError):
+        measure(model, tokenizer, data.test_dataloader(), data.roles, metrics={"broken": lambda *_: 1 / 0})
+    assert [part.training for part in model.modules()] == modes
     # Without generation there is only the loss.
     found = measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens=None)
     assert set(found["tasks"]["upper"]) == {"role", "rows", "loss"}
