@@ -73,7 +73,8 @@ class Answerer:
             found = await self._choosing.call(found.choose, self.engine.reader, ids)
         await asyncio.to_thread(self.engine.check, found.members, len(ids), room)
         tokens, answer = self.engine.answer(ids, found.experts, ends, room, sampling), Answer(found, len(ids))
-        answer.pieces = self._pieces(answer, tokens, stops, ends, isinstance(prompt, list))
+        is_chat = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        answer.pieces = self._pieces(answer, tokens, stops, ends, [] if is_chat else ids[-16:])
         return answer
 
     def read(self, model: str, prompt: Any) -> tuple[Choice | Route, list[int], list[int]]:
@@ -89,11 +90,16 @@ class Answerer:
         return found, *encoded(self.tokenizer, prompt, chat)
 
     async def _pieces(
-        self, answer: Answer, tokens: AsyncIterator[Token], stops: Sequence[str], ends: Sequence[int], strip: bool
+        self, answer: Answer, tokens: AsyncIterator[Token], stops: Sequence[str], ends: Sequence[int], before: list[int]
     ) -> AsyncIterator[Piece]:
-        """Yield the parts of an answer; a stop text ends it, and is left out."""
+        """Yield the parts of an answer; a stop text ends it, and is left out.
+
+        It goes on with the text of the tokens `before`; without them, it has no white space at its start.
+        """
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
-        text, held, finish = "", list[Token](), "length"
+        for token_before in before:  # many tokenizers leave out a space before the first token that they decode
+            decoder.step(backend, token_before)
+        text, held, finish, strip = "", list[Token](), "length", not before
         kept_back = max(map(len, stops), default=1) - 1
         async with aclosing(tokens) as each:  # type: ignore[type-var]
             async for token in each:

@@ -23,16 +23,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def pieces_of(tokenizer, tokens: list[int], *stops: str) -> list:
-    """Return the pieces of an answer that the model writes with these tokens."""
+def pieces_of(tokenizer, tokens: list[int], *stops: str, before: str = "") -> list:
+    """Return the pieces of an answer that the model writes with these tokens behind a text."""
 
     async def written():
         for token in tokens:
             yield Token(token)
 
     async def all_of_them() -> list:
-        answer = Answer(Choice([]), 1)
-        return [one async for one in Answerer(None, None, tokenizer)._pieces(answer, written(), stops, [-1], False)]
+        answer, read = Answer(Choice([]), 1), tokenizer(before)["input_ids"]
+        return [one async for one in Answerer(None, None, tokenizer)._pieces(answer, written(), stops, [-1], read)]
 
     return asyncio.run(all_of_them())
 
@@ -59,3 +59,12 @@ def test_an_answer_that_ends_within_a_character_leaves_it_out(tokenizer) -> None
     pieces = pieces_of(tokenizer, tokens[:-1])
     assert "".join(piece.text for piece in pieces) == "so "
     assert sum(len(piece.tokens) for piece in pieces) == len(tokens) - 1
+
+
+def test_the_text_of_an_answer_joins_the_text_before_it() -> None:
+    """The decoder of many a Llama takes the space from the start of a text."""
+    backend = Tokenizer(models.WordLevel({"\u2581so": 0}, unk_token=""))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for before, text in (("so", " so so"), ("", "so so")):
+        assert "".join(piece.text for piece in pieces_of(tokenizer, [0, 0], before=before)) == text
