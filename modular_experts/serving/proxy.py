@@ -92,6 +92,8 @@ class _Proxy(Answerer):
             if prompt is None:
                 prompt = [{"role": str(one["role"]), "content": _text(one.get("content"))} for one in asked["messages"]]
             elif isinstance(prompt, list) and isinstance(prompt[0], str | list):
+                if len(prompt) > 1:
+                    raise ValueError("it has several, and one expert answers them all; send one in each request")
                 prompt = prompt[0]
             route: Any
             route, ids, _ = await asyncio.to_thread(self.read, AUTO, prompt)

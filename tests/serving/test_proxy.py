@@ -199,7 +199,8 @@ def test_the_guard_of_the_server_stands_in_front_and_prompts_that_cannot_be_read
         client.headers["authorization"] = "Bearer k"
         assert client.post(TEXT, content=b"x" * 2001).status_code == 413
         for wrong in ({}, {"prompt": " "}, {"prompt": {}}, {"prompt": []}, {"messages": []}, {"messages": 3},
-                      {"messages": ["x"]}, {"messages": [{"content": "x"}]}, {"prompt": [10**6]}):  # fmt: skip
+                      {"messages": ["x"]}, {"messages": [{"content": "x"}]}, {"prompt": [10**6]},
+                      {"prompt": ["a", "b"]}):  # fmt: skip
             answer = client.post(CHAT, json={"model": "auto"} | wrong)
             assert answer.status_code == 400, wrong
             assert "cannot read the prompt" in answer.json()["error"]["message"]
