@@ -1,6 +1,7 @@
 """Define the requests of OpenAI's protocol that the server takes, and refuse what it would otherwise ignore."""
 
 from collections.abc import Sequence
+from secrets import randbits
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -37,7 +38,7 @@ class Settings(Form):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int = Field(0, ge=-SEEDS, lt=SEEDS)
+    seed: int = Field(default_factory=lambda: randbits(63), ge=-SEEDS, lt=SEEDS)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -115,7 +116,7 @@ class ChatRequest(Settings):
 
     @property
     def told(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+        return (self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None
 
     def in_field(self, text: str, is_part: bool) -> dict[str, Any]:
         """Return a text of the answer in its field."""

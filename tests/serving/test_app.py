@@ -118,7 +118,7 @@ def test_the_client_of_openai_gets_what_generate_gives(serve, library, tiny_llam
         chosen = await chat.with_raw_response.create(model="auto", messages=messages, max_tokens=12)
         streamed = {"stream": True, "stream_options": {"include_usage": True}}
         stream = await chat.create(model="auto", messages=messages, max_completion_tokens=12, **streamed)
-        told = await chat.create(model="lora", messages=messages, max_tokens=12, logprobs=True, top_logprobs=2)
+        told = await chat.create(model="lora", messages=messages, max_tokens=12, top_logprobs=2)
         return listed, one, whole, by_ids, chosen, [part async for part in stream], told
 
     listed, one, whole, by_ids, chosen, parts, told = serve(work)
@@ -256,16 +256,25 @@ def test_null_is_a_field_that_is_not_there(serve) -> None:
             messages = [{"role": "user", "content": [{"type": "text", "text": "a"}], "name": None}]
             body = {"model": "lora", "messages": messages, "max_tokens": 3} | fields
             found.append((await client.post(CHAT, json=body)).json()["choices"])
-        for prompt in ("ab", ["ab"], [[28, 29]], [28, 29]):
+        for prompt in ("+/", ["+/"], [[75, 79]], [75, 79]):
             body = {"model": "lora", "prompt": prompt, "max_tokens": 3}
             found.append((await client.post("/v1/completions", json=body)).json()["choices"])
         return found
 
     chat, with_nulls, *prompts = serve(work)
     assert chat == with_nulls
-    assert all(choices[0]["text"] for choices in prompts)
-    assert prompts[0] == prompts[1]
-    assert prompts[2] == prompts[3]
+    assert prompts[0][0]["text"].startswith(" ")
+    assert prompts == [prompts[0]] * 4
+
+
+def test_samples_are_the_same_each_time_only_with_a_seed(serve) -> None:
+    async def work(client, answerer):
+        ask, free = openai_client(client).completions.create, {"model": "lora", "prompt": "a", "temperature": 2.0}
+        return [(await ask(**free, **seed)).choices[0].text for seed in ({}, {}, {"seed": 1}, {"seed": 1})]
+
+    one, other, *seeded = serve(work)
+    assert one != other
+    assert seeded == [seeded[0]] * 2
 
 
 HEADERS = [(b"content-type", b"application/json")]
