@@ -95,6 +95,8 @@ class Engine:
         """Raise ValueError if transformers cannot batch the rows of this base; this answers a prompt of two tokens."""
 
         async def ask() -> None:
+            if getattr(self.model.config, "attn_logit_softcapping", None):
+                raise NotImplementedError("it leaves out attn_logit_softcapping")
             async for _ in self.answer([0, 0], [], [-1], 2, Sampling()):
                 pass
 
