@@ -164,6 +164,8 @@ def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
     owner, _, attribute = parent.rpartition(".")
     holder, blocks = model.get_submodule(owner), model.get_submodule(parent)
     block = blocks[number]  # type: ignore[index]
+    config: Any = holder.config
+    kinds = getattr(config, "layer_types", None)
 
     def run(batch: Batch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
@@ -173,14 +175,18 @@ def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
             return (seen[0], *given[1:])
 
         hook = block.register_forward_pre_hook(enter)
-        # The model makes masks and positions, and passes the states through this block alone.
+        # The model makes masks and positions, and passes the states through this block alone, as its first.
         setattr(holder, attribute, nn.ModuleList([block]))
+        if kinds:
+            config.layer_types = kinds[number:]
         try:
             with stop_at(block, behind=True) as reached:
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         finally:
             setattr(holder, attribute, blocks)
             hook.remove()
+            if kinds:
+                config.layer_types = kinds
         return seen[0], reached[0]
 
     return run
