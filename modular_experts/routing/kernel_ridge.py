@@ -21,6 +21,9 @@ NARROW, WORDS = 2.0, 0.25
 FAR = 0.2
 """How much a prompt that is as far from others as the typical one loses of its value, before it may be rejected."""
 
+NO_DISTANCE = 1e-6
+"""A squared distance that rounding can make, where that from the middle is 1 on average."""
+
 
 class KernelRidge(Router):
     """The expert with the largest value of a kernel ridge regression of whose prompt it is.
@@ -34,7 +37,8 @@ class KernelRidge(Router):
 
     With `reject`, a prompt goes to the fallback, or to the base without one, if its largest value less
     `FAR |u - v|^2 / typical` is lower than for this share of the experts' own whole prompts, where v is the nearest
-    prompt or part and typical the median of that distance. The own prompts are measured by 4-fold cross-validation.
+    prompt or part and typical the median of that distance, at least `NO_DISTANCE`. The own prompts are measured by
+    4-fold cross-validation.
 
     Args:
         ridge: Weight of the ridge for each prompt, above 0.
@@ -86,7 +90,8 @@ class KernelRidge(Router):
                 self._fit([own[torch.arange(len(own)) % FOLDS != fold] for own in pairs])
                 found.append(self._measured(torch.cat([own[fold::FOLDS, 0] for own in pairs])))
             values, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
-            self.typical = nearest.median()
+            # Prompts that come again have no distance but rounding.
+            self.typical = nearest.median().clamp(min=NO_DISTANCE)
             self.lowest = (values.amax(1) - FAR * nearest / self.typical).quantile(self.reject)
         self._fit(pairs)
 
