@@ -135,7 +135,18 @@ def routed(
             raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
         current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
     plan = partial(_plan, [*several, *([{}] if fallback is None else [])], current, by_name)
-    return Routed(model, plan, whole, current)
+    both = Routed(model, plan, whole, current)
+    if rows is not None:
+        fits = model.register_forward_pre_hook(partial(_check_batch, len(rows)), with_kwargs=True)
+        both.after_removal.callback(fits.remove)
+    return both
+
+
+def _check_batch(count: int, _: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """Raise ValueError if a batch has not `count` rows, or a multiple, such as beams of each row side by side."""
+    given = [*arguments, named.get("input_ids"), named.get("inputs_embeds")]
+    if (batch := len(next((one for one in given if one is not None), ()))) % count:
+        raise ValueError(f"rows names the experts of {count} rows, and the batch has {batch}; give batches of {count}")
 
 
 def by_weight(

@@ -45,6 +45,9 @@ def test_each_row_has_the_logits_of_its_own_expert(architecture: str) -> None:
     batch = padded(ROWS, "right")
     with routed(model, experts, rows=numbers), torch.no_grad():
         found = model(**batch).logits
+        # Eight tokens could be divided among four rows.
+        with pytest.raises(ValueError, match="rows names the experts of 4 rows, and the batch has 2"):
+            model(batch["input_ids"][:2, :4])
     for row, number in enumerate(numbers):
         with applied(model, [experts[number]] if number >= 0 else []), torch.no_grad():
             alone = model(input_ids=torch.tensor([ROWS[row]])).logits[0]
