@@ -78,12 +78,15 @@ class _Given(Iterable[Sequence[Delta]]):
 
 
 def settings_of(method: MergeMethod) -> dict[str, Any]:
-    """Return the settings of a method by their names, such as `inner.keep` in a method inside."""
+    """Return the settings of a method by their names, such as `inner.keep` in a method inside, but for presets.
+
+    What a preset fills is filled when the method is made, so a change of the preset alone would change nothing.
+    """
     if not is_dataclass(method):
         return {}
     found: dict[str, Any] = {}
     for one in fields(method):
-        if one.init and not one.name.startswith("_"):
+        if one.init and not one.name.startswith("_") and one.name != "preset":
             found[one.name] = value = getattr(method, one.name)
             if isinstance(value, MergeMethod):
                 found |= {f"{one.name}.{name}": inside for name, inside in settings_of(value).items()}

@@ -135,6 +135,7 @@ class Plain(MergeMethod):
         (TIES(), {"keep": [2.0]}, r"keep is the share of entries kept and must be in \(0, 1\], got 2.0"),
         (TIES(), {"scale": [math.inf]}, r"scale must be a finite number, got inf"),
         (Bare(), {"_hidden": [1]}, r"Bare has no setting '_hidden' to tune; name one of"),
+        (TIES(), {"preset": ["mergekit"]}, r"TIES has no setting 'preset' to tune"),
         (Bare(), {}, r"Bare has neither a scale nor an exponent; give values to try in the grid"),
         (Plain(), {}, r"Plain cannot be tuned because it is not a dataclass"),
     ],
