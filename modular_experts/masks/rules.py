@@ -88,7 +88,7 @@ class GrowAndDrop(Rule):
     The share exchanged falls linearly to zero at the freeze (RigL, arXiv 1911.11134; SpIEL, arXiv 2401.16405).
 
     Args:
-        every: Optimizer steps between two exchanges; if not given, five exchanges spread evenly.
+        every: Optimizer steps between two exchanges; if not given, a sixth of the steps before the freeze, rounded up.
         until: Share of all steps after which the support is frozen, in (0, 1].
         replace: Share of the kept units exchanged at the first exchange, in (0, 1].
     """

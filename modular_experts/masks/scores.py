@@ -67,7 +67,8 @@ class ConnectionSensitivity(Score):
 class FisherInformation(Score):
     """Mean `g^2`, the diagonal of the empirical Fisher information (FISH masks, Sung et al., arXiv 2111.09839).
 
-    Each batch's gradient is squared before the mean is taken, so more and smaller batches give a better estimate.
+    Each batch's gradient is squared before the mean is taken, so more and smaller batches give a better estimate. A
+    training step counts as one batch, with all its micro-batches and ranks.
     """
 
     statistic: ClassVar[GradientStatistic] = "squared_gradient"

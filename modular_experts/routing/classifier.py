@@ -25,14 +25,15 @@ class Classifier(Router):
     `decay / 2 |w|^2` on vectors that are centred and divided by their pooled standard deviation, found by L-BFGS from
     zero. It also learns from a part of each prompt, so that it finds the expert of a prompt that lacks its instruction.
 
-    With `reject`, a prompt whose largest score is lower than the score of this share of the experts' own prompts goes
-    to the fallback, or to the base without one (Hendrycks et al., arXiv 1911.11132). The own scores are
-    cross-validated (4-fold).
+    With `reject`, a prompt whose largest score is lower than the score of this share of the experts' own prompts and
+    their parts goes to the fallback, or to the base without one (Hendrycks et al., arXiv 1911.11132). The own scores
+    are cross-validated (4-fold).
 
     Args:
         decay: Weight decay; if not given, the one of `DECAYS` with the smallest cross entropy on left-out prompts, by
             4-fold cross-validation.
-        reject: Share of the experts' own prompts that may be rejected, in [0, 1); None rejects nothing.
+        reject: Share of the experts' own prompts and their parts, together, that may be rejected, in [0, 1); None
+            rejects nothing.
         depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings.
         select: Turns scores into gates; the likeliest expert alone by default.
     """
