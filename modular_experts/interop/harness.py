@@ -82,7 +82,8 @@ def harness(
         harness("runs/base", {"base": [], "TIES": "library/ties"}, ["arc_easy", "intents.jsonl"])
 
     The rows of a benchmark have the harness's names of metrics, the role `held_out`, and in `stderr` the standard error
-    of the value. Task files become tasks of the harness, and their metrics have the names that `evaluate` gives.
+    of the value. A benchmark whose group has a mean has no role, so that means count the group alone. Task files become
+    tasks of the harness, and their metrics have the names that `evaluate` gives.
 
     Args:
         base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
@@ -297,7 +298,9 @@ def _measured(
 def _rows(
     measured: Mapping[str, Any], ours: Mapping[str, HarnessTask], roles: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    for name, scores in {**measured.get("groups", {}), **measured["results"]}.items():
+    groups = measured.get("groups", {})
+    inside = {member for name in groups for member in measured["group_subtasks"].get(name, ())}
+    for name, scores in {**groups, **measured["results"]}.items():
         task = name.removesuffix(CHOICES) if name in ours else name
         for key, value in scores.items():
             metric, comma, how = key.partition(",")
@@ -306,10 +309,10 @@ def _rows(
             error = scores.get(f"{metric}_stderr,{how}")
             yield {
                 "task": task,
-                "role": roles.get(task, "held_out"),
+                "role": None if name in inside else roles.get(task, "held_out"),
                 "metric": OURS[metric] if name in ours else metric if how == "none" else key,
                 # The harness writes "N/A" where it has no number.
                 "value": None if isinstance(value, str) else float(value),
                 "stderr": None if error is None or isinstance(error, str) else float(error),
-                "rows": measured["n-samples"].get(name, {}).get("effective"),
+                "rows": measured["n-samples"].get(name, {}).get("effective", scores.get("sample_len")),
             }

@@ -42,8 +42,8 @@ class Results:
     Args:
         rows: Each is a mapping with the keys `model` (the name of the measured model), `experts` (the names of its
             experts), `task` (None for a mean over the tasks of a role), `role` (`held_in`, `held_out`, or None for a
-            size or another cost), `metric` and `value` (a number, or None if it is not finite). Further keys, such as
-            `merge` and `rows` (how many were tested), are free.
+            part of a task, a size or another cost), `metric` and `value` (a number, or None if it is not finite).
+            Further keys, such as `merge` and `rows` (how many were tested), are free.
         facts: Versions, settings and the like, which hold for all rows.
     """
 

@@ -145,6 +145,14 @@ def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place
     assert [(row["role"], row["rows"]) for row in found.rows] == [("held_in", 5)] * 2 + [("held_out", 5)] * 2
     with pytest.raises(ValueError, match=r"'turn_choice' is neither a file nor a task .*; did you mean turn_choices"):
         harness(None, expert, "turn_choice")
+    group = {"group": "whole", "task": ["turn_choices"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks" / "whole.yaml").write_text(yaml.safe_dump(group))
+    found = harness(None, expert, "whole", measuring=Measuring(5))
+    # The mean over benchmarks counts the group once.
+    assert [(row["task"], row["role"], row["rows"]) for row in found.rows] == [
+        ("whole", "held_out", 5),
+        ("turn_choices", None, 5),
+    ]
     # Examples in the prompt: those that a benchmark asks for or the caller, and the same ones for each model.
     settings = tmp_path / "tasks" / "turn_choices.yaml"
     settings.write_text(settings.read_text().replace("num_fewshot: 0\n", ""))
