@@ -200,6 +200,8 @@ def export(
         return _print_served(export_for(experts, out, for_, keep, base, tolerance, overwrite, bar))
     if len(experts) > 1:
         raise UsageError(f"--form {form} takes one expert, and {len(experts)} are named; several are for --for SERVER")
+    if keep != 0.7 or (form == "vllm-patch" and rank is not None):
+        raise UsageError("--keep belongs to --for SERVER, and --rank to --form lora")
     if form == "vllm-patch":
         patch = export_patch(experts[0], out, base, overwrite, bar)
         return print(f"{out}: a patch of {patch.tensors} tensors, which replaces {patch.changed:,} values")
