@@ -77,6 +77,11 @@ class Engine:
     """
 
     def __init__(self, model: Any, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30) -> None:
+        if getattr(model.config, "attn_logit_softcapping", None):
+            raise ValueError(
+                f"{type(model).__name__} cannot be served, because transformers leaves out attn_logit_softcapping "
+                "where it batches rows; ask it with generate"
+            )
         self.model, self.rows, self.cache_tokens = model.eval(), rows, cache_tokens
         if model.device.type == "cpu":
             # Attention then reads the keys and values that several heads share without a copy for each head.
@@ -95,8 +100,6 @@ class Engine:
         """Raise ValueError if transformers cannot batch the rows of this base; this answers a prompt of two tokens."""
 
         async def ask() -> None:
-            if getattr(self.model.config, "attn_logit_softcapping", None):
-                raise NotImplementedError("it leaves out attn_logit_softcapping")
             async for _ in self.answer([0, 0], [], [-1], 2, Sampling()):
                 pass
 
