@@ -30,19 +30,25 @@ class Injected(AbstractContextManager[Any]):
     """Experts of a plan in the layers of a model, which evaluates, until `remove` or the end of a `with` block."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self._model, self._training = model, model.training
+        self._model, self._modes = model, {module: module.training for module in model.modules()}
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # A `partial` would be taken for an expert type that lacks its layers.
-        inject(model, lambda sites: plan(sites))
+        try:
+            # A `partial` would be taken for an expert type that lacks its layers.
+            inject(model, lambda sites: plan(sites))
+        except BaseException:
+            Injected.remove(self)
+            raise
         model.eval()
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
-        if named_experts(self._model):
+        if self._modes:
             eject(self._model)
-            self._model.train(self._training)
+            for module, training in self._modes.items():
+                module.training = training
             for parameter in self._trained:
                 parameter.requires_grad_(True)
+            self._modes = {}
 
     def __exit__(self, *failure: object) -> None:
         self.remove()

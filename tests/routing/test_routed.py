@@ -7,8 +7,9 @@ from testbed.padded_rows import ROWS, padded
 
 from modular_experts.base.apply import applied
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import find_sites
-from modular_experts.injection.routed import routed
+from modular_experts.injection.routed import Injected, routed
 from modular_experts.routing import Centroid, TopK
 from modular_experts.routing.gates import Gates, Softmax, Threshold, reading
 from modular_experts.routing.prompts import prompt_vectors
@@ -56,15 +57,20 @@ def test_each_row_has_the_logits_of_its_own_expert(architecture: str) -> None:
 
 def test_the_model_is_the_base_again_afterwards_and_trains_what_it_trained() -> None:
     model = build_model("llama").train()
+    model.lm_head.eval()
     model.get_parameter("model.norm.weight").requires_grad_(False)
+    modes = [module.training for module in model.modules()]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with routed(model, experts_of(model), rows=[0]):
         assert sorted(model.state_dict()) == sorted(before), "a mixture must add nothing to the base's own tensors"
         assert not model.training
+    with pytest.raises(ZeroDivisionError):
+        Injected(model, lambda sites: dict(zip(sites, [LoRAExpert, lambda weight: 1 / 0], strict=False)))
+    assert sorted(model.state_dict()) == sorted(before)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert not model._forward_pre_hooks
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
 
 
