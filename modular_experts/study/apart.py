@@ -20,7 +20,7 @@ from modular_experts.methods import MergeMethod
 from modular_experts.study.plan import Group, Study, slug
 from modular_experts.study.work import ChoiceRows, loaded, made, measured, shared_rows
 from modular_experts.tuning import Objective
-from modular_experts.tuning.shrink import smallest, write_form
+from modular_experts.tuning.shrink import check_form, smallest, write_form
 
 AUTO = "auto"
 ROWS = 64
@@ -103,6 +103,7 @@ class Apart:
                     write_form(expert, dict(expert.items()), Form(), place, True)
         else:
             form = made("--merges", Form, self.form)
+            check_form(form, experts)
             for expert, place in zip(experts, places, strict=True):
                 write_form(expert, {name: form.cut(expert[name]) for name in expert}, form, place, True)
         yield [open_expert(place) for place in places], {"forms": forms} if forms else {}, None

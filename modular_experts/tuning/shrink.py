@@ -107,6 +107,7 @@ def shrink(
     """
     opened = open_experts(experts, base=data.base if isinstance(data, ValidationRows) else None)
     _check(opened, Path(out).expanduser(), bound, overwrite)
+    check_form(to or Form(), opened)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     check_tasks(opened, objective.batches)
     for expert in opened:
@@ -125,6 +126,17 @@ def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: b
         if (out / expert.name).resolve() == expert.path.resolve():
             raise ValueError(f"{expert.path} would be replaced by its shrunk form; give another library as out")
         check_target(out / expert.name, overwrite)
+
+
+def check_form(form: Form, experts: Sequence[StoredExpert]) -> None:
+    """Raise ValueError if a form is to cut entries or directions of an expert that has none such."""
+    for expert in experts:
+        own = set(expert.forms().values())
+        if (form.keep < 1 and not own & {"Sparse", "BlockSparse"}) or (form.rank and not own & {"LowRank", "Dense"}):
+            raise ValueError(
+                f"`keep` cuts sparse experts, and `rank` others, so the form {form} would leave {expert.place} whole; "
+                "give it another one"
+            )
 
 
 def smallest(

@@ -127,6 +127,7 @@ def test_the_largest_tiles_stay() -> None:
         ({"bound": -1.0}, "bound=-1.0 must be at least 0"),
         ({"out": "library"}, "would be replaced by its shrunk form"),
         ({"twice": True}, "two experts are called 0; shrink them into two libraries"),
+        ({"to": Form(rank=2)}, "so the form rank 2, float32 would leave .*0 whole; give it another one"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_measured(objective, experts, tmp_path, change, sentence) -> None:
