@@ -121,7 +121,9 @@ def _slerp_rows(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, 
     return weighted_sum([scale_rows(one, first), scale_rows(other, second)], [1.0, 1.0], torch.float64)
 
 
-CANCELLED = 1e-8  # length of the mean of unit deltas below which it has no direction; mergekit's eps
+# Length of the mean of unit deltas below which it has no direction: what rounding leaves of float32 deltas is longer
+# than mergekit's 1e-8.
+CANCELLED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class MultiSLERP(MergeMethod):
     """MultiSLERP: `scale * n * s / |s|`, with `s = sum_i w_i d_i / |d_i|` and `n = sum_i w_i |d_i|`, per weight: the
     mean direction and the mean length (mergekit's `multislerp`).
 
-    A delta of zero has no direction but counts in the mean length. Where the directions cancel (|s| below 1e-8), the
+    A delta of zero has no direction but counts in the mean length. Where the directions cancel (|s| below 1e-6), the
     result is the weighted average of the deltas.
 
     Args:
