@@ -11,6 +11,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Dense
 from modular_experts.methods.average import Average
 from modular_experts.methods.method import Context, MergeMethod, Needs, known_grams
+from modular_experts.methods.prune import kept_count
 from modular_experts.methods.settings import Checks, at_least, within
 from modular_experts.methods.spectrum import NOISE, as_delta, spectrum
 
@@ -47,7 +48,7 @@ class ESM(MergeMethod):
             return Average(scale=self.scale).merge(deltas)
         upright, grams, transposed = known
         movers = [(delta, gram) for delta, gram in zip(upright, grams, strict=True) if delta.norm() > 0]
-        count = max(1, int(self.share * upright[0].shape[0] / max(1, len(movers))))
+        count = kept_count(self.share / max(1, len(movers)), upright[0].shape[0])
         parts = [self._essential(delta.to(dtype=torch.float64), gram.double(), count) for delta, gram in movers]
         nothing = torch.zeros(upright[0].shape[0], 0, dtype=torch.float64, device=upright[0].device)
         outputs = _evened(torch.cat([nothing, *(left for left, _ in parts)], 1))

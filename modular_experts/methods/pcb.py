@@ -14,6 +14,7 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import true_places
 from modular_experts.methods.chunks import merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.prune import kept_count
 from modular_experts.methods.settings import Checks, within
 
 
@@ -53,7 +54,7 @@ class PCB(MergeMethod):
             moved.append((where, values[where]))
         for values in movers:
             score = _score(values, moved)
-            dropped = score.numel() - max(1, int(self.keep * score.numel()))
+            dropped = score.numel() - kept_count(self.keep, score.numel())
             kept = torch.where(score >= score.kthvalue(dropped + 1).values, score, 0.0)
             total += kept * values
             weight += kept

@@ -14,6 +14,7 @@ from modular_experts.deltas import Delta, Dense, LowRank
 from modular_experts.methods.average import Average
 from modular_experts.methods.chunks import weighted_sum
 from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.prune import kept_count
 from modular_experts.methods.settings import Checks, at_least, within
 from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, join, nearest_isometry, spectrum
 
@@ -65,7 +66,7 @@ class TSVMerge(MergeMethod):
             return Average(scale=self.scale).merge(deltas)
         spectra = [spectrum(delta) for delta in deltas]
         movers = max(1, sum(part.count > 0 for part in spectra))
-        count = max(1, int(self.share * min(deltas[0].shape) / movers))
+        count = kept_count(self.share / movers, min(deltas[0].shape))
         kept = join([part.top(count) for part in spectra])
         left, right = nearest_isometry(kept.left), nearest_isometry(kept.right)
         return as_delta(self.scale * left * kept.values, right, deltas)

@@ -180,7 +180,7 @@ def pcb(deltas, keep=0.1, scale=1.0):
             shared = softmax(norm([one * two for one, two in zip(expert, other, strict=True)]))
             inter = [before + now for before, now in zip(inter, shared, strict=True)]
         score = [one * two for one, two in zip(intra, inter, strict=True)]
-        least = sorted(score, reverse=True)[max(1, int(keep * size)) - 1]
+        least = sorted(score, reverse=True)[max(1, int(keep * size * (1 + 1e-12))) - 1]
         for entry in range(size):
             if score[entry] >= least * (1 - 1e-9):  # entries that tie but for rounding
                 total[entry] += score[entry] * expert[entry]
@@ -197,3 +197,9 @@ def test_pcb_equals_the_paper(deltas, keep, scale):
 @given(deltas_of_one_weight())
 def test_pcb_of_all_entries_equals_the_paper_for_every_form(deltas):
     assert_entries(m.PCB(keep=1.0).merge(deltas), pcb(deltas, keep=1.0))
+
+
+def test_pcb_keeps_a_share_whose_product_lies_just_below_a_whole_number():
+    assert int(0.7 * 90) == 62
+    merged = m.PCB(keep=0.7).merge([Dense(torch.arange(1.0, 91.0).view(9, 10))])
+    assert merged.dense().count_nonzero() == 63
