@@ -126,8 +126,9 @@ class ChatRequest(Settings):
         """Return the probabilities of tokens in this protocol."""
 
         def told(id: int, logprob: float | None) -> dict[str, Any]:
-            text = tokenizer.decode([id])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            text = _text(tokenizer, id)
+            # A part of a character has no text, so its bytes are not known here.
+            return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
         likeliest = [[told(*like) for like in one.likeliest] for one in tokens]
         pairs = zip(tokens, likeliest, strict=True)
@@ -166,10 +167,16 @@ class CompletionRequest(Settings):
     def logprobs_of(self, tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
         """Return the probabilities of tokens in this protocol."""
         return {
-            "tokens": [tokenizer.decode([one.id]) for one in tokens],
+            "tokens": [_text(tokenizer, one.id) for one in tokens],
             "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [{tokenizer.decode([id]): logprob for id, logprob in one.likeliest} for one in tokens],
+            # Where several tokens have one text, the likeliest stays.
+            "top_logprobs": [{_text(tokenizer, id): p for id, p in reversed(one.likeliest)} for one in tokens],
         }
+
+
+def _text(tokenizer: Any, id: int) -> str:
+    """Return the text that a token has behind another one; alone, many tokenizers leave out its space."""
+    return str(tokenizer.decode([id, id])[len(tokenizer.decode([id])) :])
 
 
 def sentence(errors: list[Any]) -> tuple[str, str | None]:

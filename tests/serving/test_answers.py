@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from modular_experts.serving.answers import Answer, Answerer
 from modular_experts.serving.engine import Token
 from modular_experts.serving.models import Choice
+from modular_experts.serving.requests import ChatRequest, CompletionRequest, Message
 
 TEXT = "\u00e9t\u00e9 \u6f22\u5b57 \U0001f642 e\u0301!"
 
@@ -61,10 +62,23 @@ def test_an_answer_that_ends_within_a_character_leaves_it_out(tokenizer) -> None
     assert sum(len(piece.tokens) for piece in pieces) == len(tokens) - 1
 
 
+def test_parts_of_a_character_have_no_bytes_and_the_likeliest_of_one_text_is_told(tokenizer) -> None:
+    first, second, _ = tokenizer("\u6f22")["input_ids"]
+    tokens, part = [Token(first, -1.0, [(first, -1.0), (second, -2.0)])], {"token": "\ufffd", "bytes": None}
+    assert CompletionRequest(model="a", prompt="b").logprobs_of(tokens, tokenizer)["top_logprobs"] == [{"\ufffd": -1.0}]
+    (told,) = ChatRequest(model="a", messages=[Message(role="user", content="b")]).logprobs_of(tokens, tokenizer)[
+        "content"
+    ]
+    assert told.pop("top_logprobs") == [part | {"logprob": -1.0}, part | {"logprob": -2.0}]
+    assert told == part | {"logprob": -1.0}
+
+
 def test_the_text_of_an_answer_joins_the_text_before_it() -> None:
     """The decoder of many a Llama takes the space from the start of a text."""
     backend = Tokenizer(models.WordLevel({"\u2581so": 0}, unk_token=""))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    told = CompletionRequest(model="a", prompt="so").logprobs_of([Token(0, -0.5, [(0, -0.5)])], tokenizer)
+    assert told == {"tokens": [" so"], "token_logprobs": [-0.5], "top_logprobs": [{" so": -0.5}]}
     for before, text in (("so", " so so"), ("", "so so")):
         assert "".join(piece.text for piece in pieces_of(tokenizer, [0, 0], before=before)) == text
