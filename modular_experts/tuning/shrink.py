@@ -129,10 +129,13 @@ def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: b
 
 
 def check_form(form: Form, experts: Sequence[StoredExpert]) -> None:
-    """Raise ValueError if a form is to cut entries or directions of an expert that has none such."""
+    """Raise ValueError if a form is to cut entries or directions, and an expert has none such; own forms are free."""
+    if type(form) is not Form or (form.keep == 1 and not form.rank):
+        return
+    forms = {"Sparse", "BlockSparse"} if form.keep < 1 else set()
+    forms |= {"LowRank", "Dense"} if form.rank else set()
     for expert in experts:
-        own = set(expert.forms().values())
-        if (form.keep < 1 and not own & {"Sparse", "BlockSparse"}) or (form.rank and not own & {"LowRank", "Dense"}):
+        if not forms & {*expert.forms().values()}:
             raise ValueError(
                 f"`keep` cuts sparse experts, and `rank` others, so the form {form} would leave {expert.place} whole; "
                 "give it another one"

@@ -12,7 +12,7 @@ from modular_experts.library.packing import pack
 from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.methods.method import DataStatistic
 from modular_experts.statistics import KINDS
-from modular_experts.tuning.shrink import candidates_of, forms_for, shrink
+from modular_experts.tuning.shrink import candidates_of, check_form, forms_for, shrink
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,16 @@ def test_one_form_alone_is_tried(objective, experts, tmp_path) -> None:
     count = -(-own.support_size // 2)
     largest = own.indices[own.values.abs().argsort(descending=True)[:count]].sort().values
     assert torch.equal(kept.indices, largest)
+
+
+def test_experts_of_several_kinds_share_a_form_and_own_forms_cut_what_they_like(experts) -> None:
+    both = Form(keep=0.5, rank=2)
+    check_form(both, experts)
+    own = type("Own", (Form,), {})
+    for form in (own(keep=0.5), own(rank=2)):
+        check_form(form, experts)
+        with pytest.raises(ValueError, match=r"would leave .* whole"):
+            check_form(Form(keep=form.keep, rank=form.rank), experts)
 
 
 def test_low_rank_and_full_experts_keep_their_strongest_directions() -> None:
