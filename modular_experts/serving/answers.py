@@ -97,9 +97,11 @@ class Answerer:
         It goes on with the text of the tokens `before`; without them, it has no white space at its start.
         """
         decoder, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
+        text, held, finish, strip = "", list[Token](), "length", not before
+        while before and backend.decode(before).endswith("\ufffd"):  # they begin within a character of bytes
+            before = before[1:]
         for token_before in before:  # many tokenizers leave out a space before the first token that they decode
             decoder.step(backend, token_before)
-        text, held, finish, strip = "", list[Token](), "length", not before
         kept_back = max(map(len, stops), default=1) - 1
         async with aclosing(tokens) as each:  # type: ignore[type-var]
             async for token in each:

@@ -24,7 +24,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def pieces_of(tokenizer, tokens: list[int], *stops: str, before: str = "") -> list:
+def pieces_of(tokenizer, tokens: list[int], *stops: str, before: str | list[int] = "") -> list:
     """Return the pieces of an answer that the model writes with these tokens behind a text."""
 
     async def written():
@@ -32,7 +32,7 @@ def pieces_of(tokenizer, tokens: list[int], *stops: str, before: str = "") -> li
             yield Token(token)
 
     async def all_of_them() -> list:
-        answer, read = Answer(Choice([]), 1), tokenizer(before)["input_ids"]
+        answer, read = Answer(Choice([]), 1), before if isinstance(before, list) else tokenizer(before)["input_ids"]
         return [one async for one in Answerer(None, None, tokenizer)._pieces(answer, written(), stops, [-1], read)]
 
     return asyncio.run(all_of_them())
@@ -82,3 +82,14 @@ def test_the_text_of_an_answer_joins_the_text_before_it() -> None:
     assert told == {"tokens": [" so"], "token_logprobs": [-0.5], "top_logprobs": [{" so": -0.5}]}
     for before, text in (("so", " so so"), ("", "so so")):
         assert "".join(piece.text for piece in pieces_of(tokenizer, [0, 0], before=before)) == text
+
+
+def test_tokens_before_an_answer_may_begin_within_a_character() -> None:
+    """Many a Llama writes rare characters as bytes, and its decoder reads no byte of a run that begins within one."""
+    text = "\u1270\u12ac"
+    vocabulary = {"so": 0} | {f"<0x{byte:02X}>": number for number, byte in enumerate(text.encode(), 1)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=""))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    pieces = pieces_of(tokenizer, [0, 0], before=[vocabulary[f"<0x{byte:02X}>"] for byte in text.encode()[1:]])
+    assert "".join(piece.text for piece in pieces) == "soso"
