@@ -249,8 +249,8 @@ def push(
     """Push experts, and a card about them, into a model repository of the Hugging Face hub, in one commit.
 
     Every expert is read and checked first. It becomes a folder of the repository, beside the folders that exist; an
-    expert that the repository already has is left alone. `expert.json` names the tasks as you named them, and so the
-    base, but for an absolute path, of which the last part is published.
+    expert that the repository already has is left alone. `expert.json` names the tasks as you named them, and so base
+    and source, but for an absolute path, of which the last part is published.
 
     Args:
         experts: Directories of experts, such as library/*, which the shell expands.

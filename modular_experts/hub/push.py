@@ -142,14 +142,13 @@ def _look_inside(
 
 
 def _published(expert: StoredExpert) -> bytes:
-    """Return the record of an expert, in which the base's absolute path here gives way to the directory's name."""
+    """Return the record of an expert, in which absolute paths of base and source give way to the directory's name."""
     content = (expert.path / RECORD_FILE).read_bytes()
     record = json.loads(content)
-    place = Path(str(record["base"].get("id")))
-    if not place.is_absolute():
-        return content
-    record["base"]["id"] = place.name
-    return (json.dumps(record, indent=2) + "\n").encode()
+    named = [one for one in (record["base"], record.get("source")) if one and Path(str(one.get("id"))).is_absolute()]
+    for one in named:
+        one["id"] = Path(one["id"]).name
+    return (json.dumps(record, indent=2) + "\n").encode() if named else content
 
 
 def _open(experts: Sequence[str | Path]) -> dict[str, StoredExpert]:

@@ -332,9 +332,12 @@ def test_a_dry_run_writes_nothing_and_says_what_a_real_one_does(hub, library, mo
 def test_a_path_is_not_a_base_model_and_stays_private(hub, library, tmp_path):
     for number, place in enumerate(["/home/me/secret/base", "runs/base", "~/base", str(tmp_path)]):
         expert = write(tmp_path / "more" / f"x{number}", base={**BASE, "id": place})
+        imported = expert.record | {"source": {"id": place, "format": "PEFT adapter"}}
+        (expert.path / "expert.json").write_text(json.dumps(imported))
         pushed = push([expert.path], REPO, dry_run=True)
         card, record = pushed.card, json.loads(pushed.files[f"{expert.name}/expert.json"])
-        assert record == expert.record | {"base": {**BASE, "id": Path(place).name if place[0] == "/" else place}}
+        shown = {"id": Path(place).name if place[0] == "/" else place}
+        assert record == imported | {"base": BASE | shown, "source": imported["source"] | shown}
         assert "base_model" not in header(card)
         assert "secret" not in card
         assert "--base BASE" in card
