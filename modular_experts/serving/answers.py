@@ -110,7 +110,12 @@ class Answerer:
                     finish = "stop"
                     break
                 held.append(token)
-                text += decoder.step(backend, token.id) or ""
+                try:
+                    text += decoder.step(backend, token.id) or ""
+                except Exception:  # bytes that begin no character change how a run of bytes before them reads
+                    decoder = DecodeStream(skip_special_tokens=True)
+                    decoder.step(backend, token.id)
+                    text += "\ufffd" + (decoder.step(backend, token.id) or "")
                 text = text.lstrip() if strip else text
                 strip = strip and not text
                 if found := [place for stop in stops if (place := text.find(stop)) >= 0]:

@@ -91,5 +91,9 @@ def test_tokens_before_an_answer_may_begin_within_a_character() -> None:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=""))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    pieces = pieces_of(tokenizer, [0, 0], before=[vocabulary[f"<0x{byte:02X}>"] for byte in text.encode()[1:]])
+    own = [vocabulary[f"<0x{byte:02X}>"] for byte in text.encode()]
+    pieces = pieces_of(tokenizer, [0, 0], before=own[1:])
     assert "".join(piece.text for piece in pieces) == "soso"
+    # Bytes that begin no character are one sign, as elsewhere.
+    pieces = pieces_of(tokenizer, [0, *own[:4], 0], before=[0])
+    assert "".join(piece.text for piece in pieces) == f"so{text[0]}\ufffdso"
