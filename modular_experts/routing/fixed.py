@@ -69,6 +69,11 @@ class Oracle(Router):
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         self.experts = len(deltas)
+        if not all(0 <= number <= self.experts for number in self.tasks.values()):
+            raise ValueError(
+                f"tasks={self.tasks} must be numbers of the {self.experts} experts, from 0, or {self.experts} for the "
+                "fallback"
+            )
 
     def scores(self, hidden: Tensor) -> Tensor:
         rows = rows_at_hand().tasks

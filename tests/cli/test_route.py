@@ -172,6 +172,8 @@ def test_stored_results_of_routes_with_one_state_are_told_apart(place, tasks, ti
     }
     given = {"upper": 1, "reverse": 0}
     assert route(EXPERTS[1:3], "library/u", Oracle(given)).record["hyperparameters"]["tasks"] == given
+    with pytest.raises(ValueError, match="must be numbers of the 2 experts, from 0, or 2 for the fallback"):
+        route(EXPERTS[1:3], "library/v", Oracle({"upper": 3}))
     assert len({tuple((n, t.tolist()) for n, t in one.state().items()) for one in routes.values()}) == 1
     assert len({one.content_hash for one in routes.values()}) == len(routes)
     data = mixture({name: task_files[name] for name in TASKS}, tiny_llama_dir)
