@@ -1,5 +1,6 @@
 """Let merge methods take settings from presets, one number per expert, and refuse a bad value with a sentence."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -42,13 +43,13 @@ def fill_from_preset(method: Any, presets: Presets) -> None:
 
 def with_table(text: str, presets: Presets) -> str:
     """Return a docstring whose last text, of `preset`, ends with the values of all presets."""
-    text = text.rstrip()
-    text += "" if "\n        preset: " in text else "\n\n    Args:\n        preset: Fills what is not given."
+    text = inspect.cleandoc(text)  # Python 3.13 and newer have taken the indentation away already
+    text += "" if "\n    preset: " in text else "\n\nArgs:\n    preset: Fills what is not given."
     parts = []
     for name, values in presets.items():
         given = [f"{one} {value}" if value is not None else f"no default for {one}" for one, value in values.items()]
         parts.append(f"{f'`{name}`' if name else 'Without it'}: {', '.join(given) or 'the same'}")
-    return f"{text} {'; '.join(parts)}.\n    "
+    return f"{text} {'; '.join(parts)}."
 
 
 def one_per_expert(method: object, setting: str, experts: int) -> list[float]:

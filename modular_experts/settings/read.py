@@ -3,14 +3,12 @@
 A name stands for a class that is imported already, a dotted path for any class of the user.
 """
 
-import builtins
 import dataclasses
 import importlib
 import inspect
 import sys
 import types
 import typing
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -224,14 +222,15 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
 
 
 def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(maker)
-    except NameError:
-        # A class may name TaskMixture without importing it, so that it is fast to import; others, such as WandbLogger,
-        # import names for type checkers alone.
-        own = vars(sys.modules[maker.__module__])
-        named = vars(builtins) | vars(importlib.import_module("modular_experts.data")) | own
-        return typing.get_type_hints(maker, localns=defaultdict(lambda: Any, named))
+    named = dict[str, Any]()
+    while True:
+        try:
+            return typing.get_type_hints(maker, localns=named)
+        except NameError as error:
+            # A class may name TaskMixture without importing it, so that it is fast to import; others, such as
+            # WandbLogger, import names for type checkers alone.
+            name = str(error.name)
+            named[name] = getattr(importlib.import_module("modular_experts.data"), name, Any)
 
 
 def class_named(option: str, hints: Iterable[Any], name: str | None) -> tuple[Any, int]:
