@@ -37,12 +37,15 @@ def estimate(merged: Merged) -> list[WeightEstimate]:
     for name, shape in merged.shapes().items():
         method, entries = merged.rules[name], shape.numel()
         read = [stored[name] for stored in sizes if name in stored]
-        single = sum(counts[name] for forms, counts in tables if forms.get(name) == "Sparse")  # tiles have few indices
-        needs = method.needs
+        kept = [counts[name] for forms, counts in tables if forms.get(name) == "Sparse"]  # tiles have few indices
+        single, needs = sum(kept), method.needs
+        # A method that goes chunk by chunk makes single entries of single entries, each with its index.
+        is_sparse = len(kept) == len(read) and not (needs.matrices or needs.matrices_per_expert)
+        made = min(entries, 2 * single) if is_sparse else entries
         matrices = (needs.matrices + needs.matrices_per_expert * len(read)) * entries * 8
         matrices += needs.squares * shape[-1:].numel() ** 2 * 8
-        result = min(2 * sum(read), 4 * entries) + 4 * entries  # in the file's form, and before it is put into it
-        held = (_INDEX + _COPY * needs.copies) * single + _WRITTEN * entries
+        result = min(2 * sum(read), 4 * entries) + 4 * made  # in the file's form, and before it is put into it
+        held = (_INDEX + _COPY * needs.copies) * single + _WRITTEN * made
         held += _COPY * sum(tiles.get(name, 0) for tiles in spread)
         peak = int(matrices + result + held + (_SCRATCH + _VALUES * len(read)) * min(chunk_size(), entries))
         found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
