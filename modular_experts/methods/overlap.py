@@ -11,7 +11,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import Checks, at_least
+from modular_experts.methods.settings import Checks, at_least, check_agreement
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Intersection(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         needed = len(deltas) if self.agreement is None else self.agreement
+        check_agreement(self, needed, len(deltas))
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
             keepers = chunk.counts()

@@ -52,6 +52,14 @@ def with_table(text: str, presets: Presets) -> str:
     return f"{text} {'; '.join(parts)}."
 
 
+def check_agreement(method: object, agreement: int, experts: int) -> None:
+    """Refuse a number of experts that must agree where there are fewer, which would keep nothing."""
+    if agreement > experts:
+        raise ValueError(
+            f"{type(method).__name__}: agreement={agreement} is more than the {experts} that are merged; give fewer"
+        )
+
+
 def one_per_expert(method: object, setting: str, experts: int) -> list[float]:
     """Return a setting as one number per expert: a single number holds for all, None stands for 1."""
     value = getattr(method, setting)

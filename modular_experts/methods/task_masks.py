@@ -12,7 +12,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks, weighted_sum
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import Checks, at_least
+from modular_experts.methods.settings import Checks, at_least, check_agreement
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class ConsensusTA(MergeMethod):
     scale: float = 1.0
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        check_agreement(self, self.agreement, len(deltas))
+
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
             total, count = chunk.total(), chunk.zeros()
             for entries in chunk:

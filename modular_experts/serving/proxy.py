@@ -17,6 +17,7 @@ from modular_experts.injection import context_length
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Guard, Limits, Stream, refusal, send_refusal
 from modular_experts.serving.models import AUTO, BASE, Choice, Models
+from modular_experts.serving.requests import ROLES
 from modular_experts.text import block_of
 
 # Headers that belong to one connection, or that httpx writes itself.
@@ -90,7 +91,7 @@ class _Proxy(Answerer):
         try:
             prompt: Any = asked.get("prompt")
             if prompt is None:
-                prompt = [{"role": str(one["role"]), "content": _text(one.get("content"))} for one in asked["messages"]]
+                prompt = [_message(one) for one in asked["messages"]]
             elif isinstance(prompt, list) and isinstance(prompt[0], str | list):
                 if len(prompt) > 1:
                     raise ValueError("it has several, and one expert answers them all; send one in each request")
@@ -130,6 +131,8 @@ class _Proxy(Answerer):
             raise refusal(502, message) from None
 
 
-def _text(content: Any) -> str:
-    """Return the text of a message, without its pictures and calls."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
+def _message(one: dict[str, Any]) -> dict[str, str]:
+    """Return the role and the text of a message, without its pictures and calls."""
+    content, role = one.get("content"), one["role"]
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
+    return {"role": ROLES.get(role, str(role)), "content": text}

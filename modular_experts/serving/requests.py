@@ -11,6 +11,8 @@ from modular_experts.serving.engine import Sampling, Token
 Neutral = Annotated[float, Field(ge=0, le=0)]
 """A setting that the server lacks, and takes where it changes nothing."""
 SEEDS = 2**63
+ROLES = {"developer": "system"}
+"""What templates call roles that OpenAI calls otherwise."""
 
 
 class Form(BaseModel):
@@ -107,8 +109,7 @@ class ChatRequest(Settings):
 
     @property
     def prompt(self) -> list[dict[str, str]]:
-        roles = {"developer": "system"}
-        return [{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]
+        return [{"role": ROLES.get(one.role, one.role), "content": one.content} for one in self.messages]
 
     @property
     def most_tokens(self) -> int | None:

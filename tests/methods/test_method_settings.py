@@ -70,6 +70,12 @@ def test_another_number_of_weights_than_experts_is_refused(kind) -> None:
         kind(weights=[1.0, 2.0]).merge([Dense(torch.ones(2, 2))] * 3)
 
 
+@pytest.mark.parametrize("kind", [m.Intersection, m.ConsensusTA])
+def test_an_agreement_of_more_experts_than_there_are_is_refused(kind) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__}: agreement=3 is more than the 2 that are merged"):
+        kind(agreement=3).merge([Dense(torch.ones(2, 2))] * 2)
+
+
 @pytest.mark.parametrize("method", [m.Fisher(), m.RegMean(), m.RegMeanPlusPlus(), m.ESM()], ids=str)
 def test_each_expert_needs_its_statistics(method) -> None:
     deltas = [Dense(torch.ones(2, 2))] * 2

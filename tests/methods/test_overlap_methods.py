@@ -105,6 +105,7 @@ def votes(column, threshold):
 
 @given(deltas_of_one_weight(), st.floats(0, 2), st.integers(1, 3), scales)
 def test_consensus_equals_the_formula(deltas, threshold, agreement, scale):
+    agreement = min(agreement, len(deltas))
     counted = [votes(column, threshold) for column in columns(deltas)]
     expected = [scale * total if sum(found) >= agreement else 0.0 for total, found in counted]
     assert_entries(m.ConsensusTA(threshold, agreement, scale).merge(deltas), expected)
@@ -144,6 +145,7 @@ def supports(deltas):
 
 @given(deltas_of_one_weight(), st.one_of(st.none(), st.integers(1, 4)), scales)
 def test_intersection_is_the_mean_where_enough_experts_keep_the_entry(deltas, agreement, scale):
+    agreement = agreement and min(agreement, len(deltas))
     expected, kept = [], supports(deltas)
     for entry, column in enumerate(columns(deltas)):
         own = [value for value, support in zip(column, kept, strict=True) if entry in support]

@@ -30,7 +30,8 @@ from modular_experts.routing import Centroid
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Limits, make_app
 from modular_experts.serving.models import Models
-from modular_experts.serving.proxy import make_proxy
+from modular_experts.serving.proxy import _message, make_proxy
+from modular_experts.serving.requests import ChatRequest
 from modular_experts.training.route import route
 
 REAL = BENCHMARKS / "studies" / "real.yaml"
@@ -135,6 +136,11 @@ def test_auto_becomes_what_the_router_alone_chooses_and_all_else_stays(proxied, 
                 assert float(answer.headers["x-expert-confidence"]) == pytest.approx(choice.confidence, abs=1e-4)
                 assert (answer.content, answer.headers["x-theirs"]) == (b"".join(PARTS), "yes")
     assert set(chosen) == {"upper", "reverse"}
+
+
+def test_a_route_reads_the_roles_that_the_server_reads():
+    asked = {"model": "auto", "messages": [{"role": "developer", "content": "Be short."}]}
+    assert [_message(one) for one in asked["messages"]] == ChatRequest(**asked).prompt
 
 
 def test_a_stream_comes_part_by_part_and_other_requests_byte_by_byte(proxied):
