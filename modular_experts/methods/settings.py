@@ -56,7 +56,7 @@ def check_agreement(method: object, agreement: int, experts: int) -> None:
     """Refuse a number of experts that must agree where there are fewer, which would keep nothing."""
     if agreement > experts:
         raise ValueError(
-            f"{type(method).__name__}: agreement={agreement} is more than the {experts} that are merged; give fewer"
+            f"{type(method).__name__}: agreement={agreement} is more than the number of experts; give at most {experts}"
         )
 
 

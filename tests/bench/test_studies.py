@@ -16,7 +16,7 @@ from modular_experts.reports import Results
 
 STUDIES = BENCHMARKS / "studies"
 SHARED = {"suite", "ten-tasks", "real", "real-kinds"}
-OF_REAL_TASKS = {"few-bytes"}
+OF_REAL_TASKS = {"few-bytes", "quantised"}
 TEN_TASKS = {"selection", "training", "training-under", "related-experts", "mixtures"}
 SMALL = {
     "tasks": {

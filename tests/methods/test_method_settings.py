@@ -72,7 +72,7 @@ def test_another_number_of_weights_than_experts_is_refused(kind) -> None:
 
 @pytest.mark.parametrize("kind", [m.Intersection, m.ConsensusTA])
 def test_an_agreement_of_more_experts_than_there_are_is_refused(kind) -> None:
-    with pytest.raises(ValueError, match=f"{kind.__name__}: agreement=3 is more than the 2 that are merged"):
+    with pytest.raises(ValueError, match="agreement=3 is more than the number of experts; give at most 2"):
         kind(agreement=3).merge([Dense(torch.ones(2, 2))] * 2)
 
 
