@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts
-from modular_experts.evaluation.likelihood import evaluation_mode
 from modular_experts.injection import context_length
 from modular_experts.routing.gates import reading
+from modular_experts.routing.prompts import evaluation_mode
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from modular_experts.base.apply import applied
 from modular_experts.base.structure import Structure, is_transposed
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta, Sparse
-from modular_experts.evaluation.likelihood import evaluation_mode
 from modular_experts.methods import RegMeanPlusPlus
 from modular_experts.methods.method import Context, DataStatistic
 from modular_experts.progress import Progress
+from modular_experts.routing.prompts import evaluation_mode
 from modular_experts.text import block_of
 
 

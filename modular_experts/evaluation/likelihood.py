@@ -1,8 +1,7 @@
 """Compute the loss of a row's target, whether it is the likeliest answer, and the likelihood of its choices."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +15,7 @@ from transformers.masking_utils import create_masks_for_generate
 from modular_experts.data.batch import IGNORED, Batch, repacked
 from modular_experts.injection.sharded import is_sharded
 from modular_experts.routing.gates import reading
+from modular_experts.routing.prompts import evaluation_mode
 
 HEAD_BYTES = 2**28
 """Float32 logits of more bytes are made in parts, and again in backward (`docs/benchmarks/answer-logits.md`)."""
@@ -23,18 +23,6 @@ PART = 128
 """Labelled tokens of a part."""
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether a head's model gives its logits as they are, without a scale or a cap; only heads that were looked at."""
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turn off dropout in a model while the context is open; each module then has the mode that it had before."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modular_experts.data.batch import Batch, repacked
 from modular_experts.evaluation.drafts import losses_and_answers, packs_evaluation
 from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
-from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods, evaluation_mode
+from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
 from modular_experts.evaluation.metrics import TEXT_METRICS, TextMetric
 from modular_experts.evaluation.scores import TaskScores
+from modular_experts.routing.prompts import evaluation_mode
 
 
 def measure(

@@ -176,11 +176,8 @@ def _hidden_states(body: Any, inputs: Mapping[str, Any], depths: Sequence[float]
     def note(number: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         found[number] = given[0] if given else named["hidden_states"]
 
-    training = [module for module in body.modules() if module.training]
-    body.eval()
     with ExitStack() as stack:
-        for module in training:
-            stack.callback(setattr, module, "training", True)
+        stack.enter_context(evaluation_mode(body))
         for number in earlier:
             block = body.get_submodule(blocks[number])
             stack.callback(block.register_forward_pre_hook(partial(note, number), with_kwargs=True).remove)
@@ -189,6 +186,18 @@ def _hidden_states(body: Any, inputs: Mapping[str, Any], depths: Sequence[float]
             body(**inputs)
     found[deepest] = reached[0]
     return [found[number] for number in numbers]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Turn off dropout in a model while the context is open; each module then has the mode that it had before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

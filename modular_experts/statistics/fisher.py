@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from modular_experts.base.structure import split_slice, weight_of
 from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.evaluation.likelihood import batch_losses, evaluation_mode
+from modular_experts.evaluation.likelihood import batch_losses
 from modular_experts.methods.method import DataStatistic
+from modular_experts.routing.prompts import evaluation_mode
 
 
 def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic]:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.data.batch import Batch
-from modular_experts.evaluation.likelihood import batch_losses, evaluation_mode
+from modular_experts.evaluation.likelihood import batch_losses
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.injection import named_experts, write_experts
+from modular_experts.routing.prompts import evaluation_mode
 
 Start = Mapping[str, Tensor]
 
