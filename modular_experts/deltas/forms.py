@@ -23,6 +23,7 @@ from modular_experts.deltas.tiles import (
     index_dtype,
     rows_and_columns,
     scatter_tiles_,
+    sparse_linear,
     tile_grid,
 )
 
@@ -256,14 +257,7 @@ class Sparse(Delta):
         return target
 
     def linear(self, x: Tensor) -> Tensor:
-        # Not every device has half-precision kernels for sparse products.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rows, columns = rows_and_columns(self.indices, self.shape)
-        matrix = torch.sparse_coo_tensor(
-            torch.stack([rows, columns]), self.values.to(wide), self.shape, is_coalesced=True, check_invariants=False
-        )
-        flat = x.reshape(-1, self.shape[1]).to(wide)
-        return torch.sparse.mm(matrix, flat.T).T.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+        return sparse_linear(x, self.row_ends, self.indices % self.shape[1], self.values, self.shape)
 
     def support(self) -> Tensor:
         return self.indices

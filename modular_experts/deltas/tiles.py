@@ -5,7 +5,9 @@ row-major over the grid that covers the matrix. Where the tile does not divide t
 tiles reach over its edge. Parameters called `blocks` are the numbers of tiles.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +26,28 @@ def rows_and_columns(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, Ten
     """Return row and column of flat indices over a grid of this shape, as int64."""
     indices = indices.long()
     return indices // shape[1], indices % shape[1]
+
+
+@functools.cache
+def _accept_compressed_rows() -> None:
+    """Silence torch's beta notice for compressed sparse rows, which it gives once in a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
+
+
+def compressed_rows(starts: Tensor, columns: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return torch's sparse matrix of entries row by row; `starts` `(rows + 1,)` also has the end of the last row."""
+    _accept_compressed_rows()
+    return torch.sparse_csr_tensor(starts, columns, values, tuple(shape), check_invariants=False)
+
+
+def sparse_linear(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return `x @ matrix.T` of `compressed_rows` in the dtype of `x`, `(..., in)` to `(..., out)`."""
+    # Not every device has half-precision kernels for sparse products.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    matrix, flat = compressed_rows(starts, columns, values.to(wide), shape), x.reshape(-1, shape[1]).to(wide)
+    return (matrix @ flat.T).T.to(x.dtype).reshape(*x.shape[:-1], shape[0])
 
 
 def tile_grid(shape: Sequence[int], tile: Tile) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """Kernels that need only torch compute dense gradients, dot products, rows of tiles, or slices."""
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -9,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modular_experts.deltas.tiles import Tile, gather_tiles, rows_and_columns, tile_grid
+from modular_experts.deltas.tiles import Tile, compressed_rows, gather_tiles, rows_and_columns, tile_grid
 from modular_experts.kernels.kernel import KeptGradient
 
 
@@ -37,18 +35,9 @@ class SampledProduct(KeptGradient):
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        accept_compressed_rows()
         zeros = torch.zeros(self.units.numel(), dtype=wide)
-        pattern = torch.sparse_csr_tensor(self.row_starts, self.columns, zeros, self.shape, check_invariants=False)
+        pattern = compressed_rows(self.row_starts, self.columns, zeros, self.shape)
         return torch.sparse.sampled_addmm(pattern, grad.to(wide).T, x.to(wide), beta=0.0).values()
-
-
-@functools.cache
-def accept_compressed_rows() -> None:
-    """Silence torch's beta notice for compressed sparse rows, which it gives once in a process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.zeros(1, 1).to_sparse_csr()
 
 
 class TileRows(KeptGradient):

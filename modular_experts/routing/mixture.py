@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.encodings import EncodedDelta
-from modular_experts.deltas.tiles import rows_and_columns
+from modular_experts.deltas.tiles import rows_and_columns, sparse_linear
 from modular_experts.experts.expert import Expert, NotMergeable
-from modular_experts.kernels.plain import accept_compressed_rows
 from modular_experts.native import products as compiled
 from modular_experts.native.products import Factor, Form, Part, Parts
 from modular_experts.native.sparse_passes import split_rows
@@ -147,15 +146,9 @@ class Entries:
 
     def linear(self, x: Tensor) -> Tensor:
         """Return `x @ delta.T` in the dtype of `x`, `(..., in)` to `(..., out)`."""
-        accept_compressed_rows()
-        # Not every device has half-precision kernels for sparse products.
-        wide = torch.promote_types(x.dtype, torch.float32)
         columns = self.columns.to(torch.int32)
         columns = columns & 0xFFFF if self.columns.dtype == torch.int16 else columns
-        rows = (self.starts, columns, self.values.to(wide))
-        matrix = torch.sparse_csr_tensor(*rows, self.shape, check_invariants=False)
-        flat = x.reshape(-1, self.shape[1]).to(wide)
-        return (matrix @ flat.T).T.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+        return sparse_linear(x, self.starts, columns, self.values, self.shape)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Entries":
         return Entries(self.starts.to(device), self.columns.to(device), self.values.to(device, dtype), self.shape)

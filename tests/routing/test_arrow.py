@@ -46,9 +46,10 @@ def test_close_singular_values_and_none_at_all_have_a_top_direction() -> None:
     assert (still.tolist(), nothing) == ([0.0] * 5, 0.0)
 
 
-def test_a_clear_top_direction_needs_no_decomposition(monkeypatch) -> None:
+@pytest.mark.parametrize("values", [0.8 ** torch.arange(60), 1 - 0.002 * torch.arange(60)], ids=["clear", "close"])
+def test_a_top_direction_needs_no_decomposition(values: torch.Tensor, monkeypatch) -> None:
     left, right = rotations(60)
-    one = Dense(left * 0.8 ** torch.arange(60) @ right)
+    one = Dense(left * values @ right)
     monkeypatch.setattr(torch.linalg, "svd", None)
     found, value = top_direction(one)
     assert abs(found @ right[0]).item() == pytest.approx(1, abs=1e-12)
