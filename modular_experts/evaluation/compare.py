@@ -276,12 +276,12 @@ def write_report(results: Results, file: Path) -> None:
     if len(models) > 1:
         title = f"{METRICS.get(metric, metric)} of each model, task by task"
         sections.append(Section("Every task", title, [every_task(results).html()]))
-    sections += [answers_section(rows)] * bool(rows)
+    sections += [answers_section(rows, metric)] * bool(rows)
     about = {"base": facts["base"], "data type": facts["dtype"]}
     about |= {
         model: " + ".join(one["place"] for one in mix) or "the base alone" for model, mix in facts["models"].items()
     }
-    write_page(file, results, sections, about, telling_example(rows, models[0], models[-1]) if rows else ())
+    write_page(file, results, sections, about, telling_example(rows, metric, models[0], models[-1]) if rows else ())
 
 
 def every_task(results: Results) -> Table:

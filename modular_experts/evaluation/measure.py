@@ -1,5 +1,6 @@
 """Measure a loaded model on the batches of tasks; `ExpertModule` scores with the same `score_batch`."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,12 +34,12 @@ def measure(
         roles: Each task's role by name, such as `TaskMixture.roles`.
         max_new_tokens: As for `evaluate`.
         metrics: As for `evaluate`.
-        examples: How many rows of each task, the first of its split, are kept with the model's answers, under
-            "examples".
+        examples: How many rows of each task, the first of its split, are kept with the model's answers and their
+            scores, under "examples".
         values: Whether each row's own scores are returned too, under "values" (`TaskScores.values`).
     """
     scores = TaskScores(roles, metrics).to(model.device)
-    kept: dict[str, list[tuple[int, dict[str, str]]]] = {name: [] for name in roles}
+    kept: dict[str, list[tuple[int, dict[str, Any]]]] = {name: [] for name in roles}
     with evaluation_mode(model):
         packed = packs_evaluation(model)
         for batch in batches:
@@ -55,6 +56,8 @@ def measure(
         return found
     # Batches come in any order.
     first = {name: sorted(rows, key=lambda row: row[0])[:examples] for name, rows in kept.items() if rows}
+    for _, one in itertools.chain(*first.values()):
+        one["scores"] = {name: float(metric(one["answer"], one["target"])) for name, metric in metrics.items()}
     return found | {"examples": {name: [row for _, row in rows] for name, rows in first.items()}}
 
 

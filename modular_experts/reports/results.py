@@ -156,17 +156,18 @@ class Results:
         return Table([*about, *columns], groups, named)
 
 
-def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Mapping[str, str]]]]]) -> list[dict[str, Any]]:
-    """Return the first test rows of each task with the `answers` by model, for the fact `examples` of results.
+def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Mapping[str, Any]]]]]) -> list[dict[str, Any]]:
+    """Return the first test rows of each task with `answers` and `scores` by model, for the fact `examples` of results.
 
-    `answered` has for each model its name, and by task the `input`, `target` and `answer` of the first rows.
+    `answered` has for each model its name, and by task the first rows, as `measure` returns them.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for model, by_task in answered:
         for task, several in by_task.items():
             for place, row in enumerate(several):
-                first = {"task": task, "input": row["input"], "target": row["target"], "answers": {}}
-                rows.setdefault((task, place), first)["answers"][model] = row["answer"]
+                first = {"task": task, "input": row["input"], "target": row["target"], "answers": {}, "scores": {}}
+                mine = rows.setdefault((task, place), first)
+                mine["answers"][model], mine["scores"][model] = row["answer"], row.get("scores", {})
     return [*rows.values()]
 
 

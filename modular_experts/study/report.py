@@ -47,7 +47,7 @@ def write_report(
         return list(dict.fromkeys([BASE, *own, *merges, *joint]))
 
     if best and examples:
-        lede = [*lede, *telling_example(examples, BASE, merges[0], shown)]
+        lede = [*lede, *telling_example(examples, results.main_metric, BASE, merges[0], shown)]
     examples = [row for row in examples if row["task"] in facts["held_in"]]
     sections = [
         _overview(results, state),
@@ -58,7 +58,7 @@ def write_report(
         _random_groups(results),
         _by_count(results),
         _every_task(results),
-        answers_section(examples, shown) if examples else None,
+        answers_section(examples, results.main_metric, shown) if examples else None,
         _costs(results),
         _failed(results),
         *more,
@@ -107,7 +107,7 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
         panels.append(Panel(f"{len(facts[role])} {words} tasks", groups, references))
     words = metric_words(metric)
     title = f"{words[:1].upper()}{words[1:]} of {most} experts in one model" if most else f"{words} of experts"
-    key = "in % of test rows · filled: merged, with settings chosen in validation if there is a choice · hollow: the "
+    key = "in % · filled: merged, with settings chosen in validation if there is a choice · hollow: the "
     key += "same method as it comes · bar: single experts, each on its own task"
     return draw(title, key, panels, wide, dark)
 

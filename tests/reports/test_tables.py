@@ -63,15 +63,28 @@ ROWS = [
 
 
 def test_an_example_marks_answers_and_the_telling_row_comes_first() -> None:
-    assert telling_example(ROWS, "base", "merged")[1] == example(ROWS[1])
-    assert telling_example(ROWS, "merged", "base")[1] == example(ROWS[0])
-    shown = example(ROWS[1], ["base", "merged", "gone"])
+    assert telling_example(ROWS, "exact_match", "base", "merged")[1] == example(ROWS[1], "exact_match")
+    assert telling_example(ROWS, "exact_match", "merged", "base")[1] == example(ROWS[0], "exact_match")
+    shown = example(ROWS[1], "loss", ["base", "merged", "gone"])
     lines = ["".join(row.itertext()).split() for row in ElementTree.fromstring(shown)]
     assert lines == [["input1+2="], ["wanted3"], ["basetwo", "wrong"], ["merged", "3", "right"]]
     silent = {"input": "1", "target": "2", "answers": {"base": " \n"}}
-    assert "".join(ElementTree.fromstring(example(silent)).itertext()).split() == ["input1wanted2baseempty", "wrong"]
-    (answers,) = answers_section(ROWS, lambda task: ["mine"]).parts
+    assert "".join(ElementTree.fromstring(example(silent, "loss")).itertext()).split() == [
+        "input1wanted2baseempty",
+        "wrong",
+    ]
+    (answers,) = answers_section(ROWS, "loss", lambda task: ["mine"]).parts
     assert "".join(ElementTree.fromstring(answers).itertext()).split() == ["sumsinput1+1=wanted2mine3", "wrong"]
+
+
+def test_an_example_shows_the_scores_of_the_metric_that_the_page_shows() -> None:
+    answers = {"base": "so 2", "merged": "2 apples", "mine": "2.0"}
+    scores = {"base": {"number": 1.0}, "merged": {"number": 0.0}, "mine": {"number": 0.25}}
+    row = {"task": "sums", "input": "1+1=", "target": "2", "answers": answers, "scores": scores}
+    lines = ["".join(one.itertext()) for one in ElementTree.fromstring(example(row, "number"))]
+    assert lines[2:] == ["baseso 2 right", "merged2 apples wrong", "mine2.0 25.0 %"]
+    first = row | {"scores": {"base": {"number": 0.5}, "merged": {"number": 0.5}}}
+    assert telling_example([first, row], "number", "merged", "base")[1] == example(row, "number")
 
 
 def test_text_never_becomes_markup() -> None:

@@ -646,4 +646,4 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half_made(settings, tiny_l
     assert study(settings, "--retry") == 0
     assert numbers() == known
     capsys.readouterr()
-    assert re.search(r"^error: .*File too large: '.*report.html'$", told(10_000).err, re.MULTILINE)
+    assert re.search(r"^error: .*File too large: '.*report.html'$", told(12_000).err, re.MULTILINE)
