@@ -50,6 +50,12 @@ def sparse_linear(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, sh
     return (matrix @ flat.T).T.to(x.dtype).reshape(*x.shape[:-1], shape[0])
 
 
+def kept_count(share: float, size: float) -> int:
+    """Return how many of `size` entries a share in (0, 1] keeps: rounded down, as the peers do, but at least one."""
+    # The factor mends products such as 0.29 * 100, which is a little less than 29.
+    return max(1, math.floor(share * size * (1 + 1e-12)))
+
+
 def tile_grid(shape: Sequence[int], tile: Tile) -> tuple[int, int]:
     """Return how many tiles cover the rows and the columns of a weight."""
     return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])

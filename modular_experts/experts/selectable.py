@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
-from modular_experts.deltas.tiles import Tile, tile_grid, tile_sums
+from modular_experts.deltas.tiles import Tile, kept_count, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
 from modular_experts.kernels import KeptGradient
 from modular_experts.masks import Rule, Score
@@ -51,7 +51,7 @@ class Selectable(Expert):
             self.block_size = block_size
         tiles = {"block": (block_size, block_size), "row": (1, self.shape[1]), "column": (self.shape[0], 1)}
         self.tile: Tile = tiles.get(granularity, (1, 1))
-        self._kept_units = min(max(int(keep_ratio * self.shape.numel() / math.prod(self.tile)), 1), self.units)
+        self._kept_units = min(kept_count(keep_ratio, self.shape.numel() / math.prod(self.tile)), self.units)
 
     @property
     def units(self) -> int:

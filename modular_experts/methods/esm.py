@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense
+from modular_experts.deltas.tiles import kept_count
 from modular_experts.methods.average import Average
 from modular_experts.methods.method import Context, MergeMethod, Needs, known_grams
-from modular_experts.methods.prune import kept_count
 from modular_experts.methods.settings import Checks, at_least, within
 from modular_experts.methods.spectrum import NOISE, as_delta, spectrum
 

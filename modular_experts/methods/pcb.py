@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.deltas.tiles import true_places
+from modular_experts.deltas.tiles import kept_count, true_places
 from modular_experts.methods.chunks import merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.prune import kept_count
 from modular_experts.methods.settings import Checks, within
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Sparse
-from modular_experts.deltas.tiles import true_places
+from modular_experts.deltas.tiles import kept_count, true_places
 from modular_experts.masks import kth_highest
 from modular_experts.masks.top_k import bin_of_rank
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of, joined, merge_by_chunks
@@ -119,12 +119,6 @@ class Cutoff:
     def __call__(self, entries: Entries) -> Entries:
         """Return the entries that stay."""
         return entries if self.magnitude == 0 else entries.only(self.mask(entries))
-
-
-def kept_count(share: float, size: int) -> int:
-    """Return how many of `size` entries a share in (0, 1] keeps: rounded down, as the peers do, but at least one."""
-    # The factor mends products such as 0.29 * 100, which is a little less than 29.
-    return max(1, math.floor(share * size * (1 + 1e-12)))
 
 
 def exact_threshold(delta: Delta, count: int) -> Cutoff:

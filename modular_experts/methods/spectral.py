@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, LowRank
+from modular_experts.deltas.tiles import kept_count
 from modular_experts.methods.average import Average
 from modular_experts.methods.chunks import weighted_sum
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.prune import kept_count
 from modular_experts.methods.settings import Checks, at_least, within
 from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, join, nearest_isometry, spectrum
 

@@ -25,6 +25,11 @@ def test_kept_linear_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(layer, (x, values))
 
 
+@pytest.mark.parametrize(("ratio", "kept"), [(0.29, 29), (0.57, 57), (0.295, 29), (0.001, 1), (1, 100)])
+def test_a_share_keeps_as_many_entries_as_it_says(ratio: float, kept: int) -> None:
+    assert SparseExpert(torch.zeros(10, 10), ratio).kept_units == kept
+
+
 @pytest.mark.parametrize(
     "settings",
     [
