@@ -105,7 +105,7 @@ def select(step: Step) -> None:
     from modular_experts.selection.from_step import StepChoice
 
     layers: dict[str, Any] = dict(expert_layers(step.model))
-    choice = StepChoice(Choice(layers, position=100, last=1000))
+    choice = StepChoice(Choice(layers, position=100, lengths=(2000, 2000)))
     choice.next_part(is_last=True)
 
     def exchange() -> None:

@@ -70,8 +70,8 @@ class MaskSchedule(Schedule):
         self._exchange = Exchange()
         self._last_position = -1
         self._step: StepChoice | None = None
-        # Layers that got no gradient when they were due, and the position and the last one of that choice.
-        self._waiting: tuple[list[str], int, int] = ([], 0, 0)
+        # Layers that got no gradient when they were due, and the position of that choice.
+        self._waiting: tuple[list[str], int] = ([], 0)
         # Weights that an earlier fit trained on supports of their own.
         self._settled: list[str] = []
 
@@ -120,21 +120,21 @@ class MaskSchedule(Schedule):
             self._begin_part(trainer, batch_idx)
             return
         self._last_position = position
-        last = rule.last_update(scale * module.length.total_steps, scale * module.length.steps_per_epoch)
-        due = {name: layer for name, layer in layers.items() if self._is_due(name, layer.expert, position, last)}
+        lengths = scale * module.length.total_steps, scale * module.length.steps_per_epoch
+        due = {name: layer for name, layer in layers.items() if self._is_due(name, layer.expert, position, lengths)}
         within = {name: layer for name, layer in due.items() if self._in_step(layer.expert)}
         before = {name: layer for name, layer in due.items() if name not in within}
         if before:
-            for name, units in self.choose(trainer, module, before, position, last).items():
+            for name, units in self.choose(trainer, module, before, position, lengths).items():
                 self._exchange.move(name, due[name], units, trainer.optimizers, position > 0)
         self.selections += bool(within) and not before
         if not within and self._waiting[0]:
-            names, position, last = self._waiting
+            names, position = self._waiting
             within = {name: layers[name] for name in names}
         if within:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._step = StepChoice(
-                Choice(within, position, last, self.score, self.rule, self.seed),
+                Choice(within, position, lengths, self.score, self.rule, self.seed),
                 batch.get("step_batches", trainer.accumulate_grad_batches),
                 self.accumulator_mib * 2**20,
                 partial(trainer.strategy.reduce, reduce_op="mean"),
@@ -143,12 +143,13 @@ class MaskSchedule(Schedule):
             )
             self._begin_part(trainer, batch_idx)
 
-    def _is_due(self, name: str, expert: Selectable, position: int, last: int) -> bool:
+    def _is_due(self, name: str, expert: Selectable, position: int, lengths: tuple[int, int]) -> bool:
         rule = self._rule(expert)
+        last = rule.last_update(*lengths)
         if name in self._settled:
             # Its first choice was made in an earlier fit.
             return position > 0 and rule.is_due(position, last)
-        if self.selections == 0 and position >= last:
+        if position == last and not (expert.selects_at_start or any(rule.is_due(one, last) for one in range(1, last))):
             # A short training must not end with everything kept.
             return True
         return rule.is_due(position, last) if position else expert.selects_at_start
@@ -172,7 +173,7 @@ class MaskSchedule(Schedule):
         started, choice = time.perf_counter(), step.choice
         for name, units in chosen.items():
             self._exchange.move(name, choice.layers[name], units, trainer.optimizers, choice.position > 0, graded=True)
-        self._waiting = (waiting, choice.position, choice.last)
+        self._waiting = (waiting, choice.position)
         seconds = step.seconds + time.perf_counter() - started
         self._log_choice(len(chosen), f"at step {trainer.global_step + 1}", seconds)
 
@@ -185,10 +186,10 @@ class MaskSchedule(Schedule):
         self.teardown(trainer, pl_module, "fit")
 
     def choose(
-        self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, last: int
+        self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, lengths: tuple[int, int]
     ) -> dict[str, Tensor]:
         """Return the units that each layer is to keep, the same on every rank; the numbers are as for `Choice`."""
-        choice, started = Choice(layers, position, last, self.score, self.rule, self.seed), time.perf_counter()
+        choice, started = Choice(layers, position, lengths, self.score, self.rule, self.seed), time.perf_counter()
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             # Each rank draws dropout of its own.
             torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{trainer.global_rank}".encode()))
@@ -272,7 +273,7 @@ class MaskSchedule(Schedule):
             setattr(self, name, state_dict[name])
         self._last_position = state_dict["last_position"]
         # Version 1 had no layers that waited.
-        self._waiting = state_dict.get("waiting", self._waiting)
+        self._waiting = state_dict.get("waiting", self._waiting)[:2]
         self._settled = state_dict.get("settled", [])
         self._exchange.touched = dict(state_dict["touched"])
 

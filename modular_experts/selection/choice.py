@@ -49,7 +49,7 @@ class Choice:
     Args:
         layers: The layers to choose for.
         position: The optimizer step about to be taken, or the micro-batch if the rule counts micro-batches.
-        last: The position after which nothing is chosen.
+        lengths: Positions in the whole fit and in an epoch, as `Rule.last_update` takes them.
         score, rule, seed: As for `MaskSchedule`.
     """
 
@@ -57,12 +57,12 @@ class Choice:
         self,
         layers: Layers,
         position: int,
-        last: int,
+        lengths: tuple[int, int],
         score: Score | Callable[..., Any] | None = None,
         rule: Rule | None = None,
         seed: int = 0,
     ) -> None:
-        self.layers, self.position, self.last = layers, position, last
+        self.layers, self.position, self.lengths = layers, position, lengths
         self.score, self.rule, self.seed = score, rule, seed
         self.chosen: dict[str, Tensor] = {}
         """The units to keep of each weight whose statistic arrived."""
@@ -84,7 +84,8 @@ class Choice:
         before, rule = expert.support_units(), self.rule or expert.rule
         anew = rule.starts_anew(self.position, before.numel(), expert.units)
         k = expert.kept_units if anew else before.numel()
-        chosen = rule.choose(scores, k, before, expert.unit_change(), self.position, self.last)
+        last = rule.last_update(*self.lengths)
+        chosen = rule.choose(scores, k, before, expert.unit_change(), self.position, last)
         self.chosen[name] = chosen.to(before.dtype)
 
 

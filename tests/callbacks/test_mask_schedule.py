@@ -96,6 +96,18 @@ def test_training_shorter_than_the_interval_still_ends_sparse(fitted) -> None:
     assert watch.shares(module)["kept"] < 0.11
 
 
+def test_each_of_two_kinds_follows_its_own_rule(fitted) -> None:
+    kinds = {"q_proj": SPARSE, "v_proj": MASKED}
+    supports: dict[str, list[torch.Tensor]] = {}
+    for experts in (kinds, *({name: kind} for name, kind in kinds.items())):
+        watch = Watch()
+        fitted(None, watch, max_steps=16, own={"experts": experts})
+        for name in watch.supports[0]:
+            supports.setdefault(name, []).append(torch.tensor([step[name].numel() for step in watch.supports]))
+    assert len(supports) == 4
+    assert all(torch.equal(beside, alone) for beside, alone in supports.values())
+
+
 def test_masked_expert_is_scored_by_its_whole_change_times_the_gradient(fitted) -> None:
     found = []
 

@@ -142,7 +142,7 @@ def test_supports_are_chosen_alike_over_the_dequantised_weight(llama: Path) -> N
     twin, chosen = plain_twin(model), []
     for one in (put(model, KINDS["entries"]), put(twin, KINDS["entries"])):
         layers = selectable_layers(one)
-        choice = Choice(layers, 0, 1)
+        choice = Choice(layers, 0, (2, 2))
         choose_by_passes(choice, lambda one=one: ScoringPass(lambda batch: one(batch, labels=batch).loss, [TOKENS]))
         for name, layer in layers.items():
             layer.expert.reselect(layer.matrix, choice.chosen[name])

@@ -137,7 +137,7 @@ def test_the_same_seed_twice_gives_the_same_supports_whatever_the_score(units, t
         torch.manual_seed(noise)  # where the process's random numbers are
         module = modules[noise]
         schedule = MaskSchedule(score=score, seed=seed, batches=1)
-        found = schedule.choose(module.trainer, module, selectable_layers(module.model), 0, 1)
+        found = schedule.choose(module.trainer, module, selectable_layers(module.model), 0, (2, 2))
         return {name: kept.tolist() for name, kept in found.items()}
 
     data = runs.mixture(task_files, tiny_llama_dir)

@@ -259,7 +259,7 @@ def _small_choice(**settings: Any) -> tuple[torch.nn.Module, StepChoice]:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     inject(model, SPARSE, ".*")
     layers = selectable_layers(model)
-    step = StepChoice(Choice(layers, 0, 10, **settings))
+    step = StepChoice(Choice(layers, 0, (20, 20), **settings))
     step.next_part(True)
     return model, step
 
