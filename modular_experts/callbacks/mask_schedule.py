@@ -265,7 +265,9 @@ class MaskSchedule(Schedule):
 
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("selections", "seconds", "passes")}
-        places = {"last_position": self._last_position, "waiting": self._waiting, "settled": self._settled}
+        # A choice that the step at hand has not made yet is due again.
+        last = self._last_position - (self._step is not None)
+        places = {"last_position": last, "waiting": self._waiting, "settled": self._settled}
         return counts | places | {"touched": dict(self._exchange.touched)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import conftest
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
@@ -195,6 +196,21 @@ def test_a_run_resumed_from_any_step_ends_with_the_same_supports_and_values(fit_
         for name, layer in expert_layers(rest.model):
             assert torch.equal(layer.expert.values, whole[name].values)
         assert again.shares(rest) == watch.shares(module)
+
+
+def test_a_run_resumed_within_the_step_of_a_choice_makes_that_choice(fit_tiny, tmp_path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if batch_idx == 0:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    def run(*callbacks: Callback, **settings: Any) -> dict[str, list[int]]:
+        watch = Watch(rule=SelectOnce(), score=lambda weight, gradient, delta: weight.abs())
+        fit_tiny(SPARSE, watch, *callbacks, max_steps=1, accumulate_grad_batches=2, **settings)
+        return watch.supports[-1]
+
+    # A resumed run must not depend on its own first supports.
+    assert run(Save()) == run(ckpt=tmp_path / "within.ckpt", seed=99)
 
 
 @pytest.mark.parametrize(
