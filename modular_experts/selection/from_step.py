@@ -1,5 +1,6 @@
 """Choose supports from the gradient of a training step that is made anyway, inside of its backward pass."""
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -76,12 +77,13 @@ class _Chooser(KeptGradient):
         super().__init__(expert.support_units(), expert.shape, expert.tile)
         self.step, self.weight, self.layer, self.sums = step, name, layer, sums
         self.total: Tensor | None = None
-        self.kernel: KeptGradient | None = None
+        self.kernel: Callable[[], KeptGradient] | None = None
 
     @torch.no_grad()
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         if self.kernel is not None:
-            return self.kernel.gradient(self.kernel.saved(x), grad)
+            kernel = self.kernel()
+            return kernel.gradient(kernel.saved(x), grad)
         started, step = time.perf_counter(), self.step
         gradient = (grad.T @ x).to(torch.promote_types(grad.dtype, torch.float32))
         if self.sums:
@@ -114,8 +116,8 @@ class _Chooser(KeptGradient):
                 "the score changed the gradient that it was given, and training needs it; let it return a new tensor"
             )
         units = choice.chosen[self.weight] = step.agree(choice.chosen[self.weight])
-        if step.parts > 1 and not self.sums:
-            self.kernel = self.layer.expert.planned(units, dtype)
+        # For other micro-batches, and for a layer that a pass calls several times.
+        self.kernel = functools.cache(functools.partial(self.layer.expert.planned, units, dtype))
         return self._kept(gradient, units)
 
     def _kept(self, gradient: Tensor, units: Tensor) -> Tensor:

@@ -273,6 +273,21 @@ def test_a_layer_that_no_token_reached_waits() -> None:
     assert model[0].expert.chooser is model[1].expert.chooser is None
 
 
+@pytest.mark.parametrize(("parts", "budget"), [(1, 2**30), (2, 2**30), (2, 0)], ids=["one", "summed", "beyond"])
+def test_a_layer_that_a_pass_calls_twice_trains_by_the_sum(parts: int, budget: int) -> None:
+    layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
+    model, dense = torch.nn.Sequential(layer, torch.nn.Tanh(), layer), layer.weight.detach().clone().requires_grad_()
+    inject(model, SPARSE, ".*")
+    step = StepChoice(Choice(selectable_layers(model), 0, (20, 20), rule=SelectOnce()), parts, budget)
+    for part in range(parts):
+        step.next_part(part == parts - 1)
+        x = torch.randn(3, 8, dtype=torch.float64)
+        model(x).square().sum().backward()
+        (torch.tanh(x @ dense.T) @ dense.T).square().sum().backward()
+    units = step.finish()[0]["0.weight"].long()
+    torch.testing.assert_close(layer.expert.values.grad, dense.grad.view(-1)[units], rtol=1e-12, atol=1e-12)
+
+
 def test_a_score_that_changes_the_gradient_is_refused() -> None:
     model, _ = _small_choice(score=lambda weight, gradient, delta: gradient.abs_())
     with pytest.raises(ValueError, match="the score changed the gradient"):
