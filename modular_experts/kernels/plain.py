@@ -70,7 +70,7 @@ class TileRows(KeptGradient):
             count = end - start
             inputs = room[: tokens * count * width].view(tokens, count, width)
             torch.index_select(panels, 1, self.columns[start:end], out=inputs)
-            product = grad[:, row * height : (row + 1) * height].T @ inputs.view(tokens, -1)
+            product = grad[:, row * height : (row + 1) * height].T @ inputs.view(tokens, count * width)
             out[start:end] = product.view(height, count, width).transpose(0, 1)
         return out
 

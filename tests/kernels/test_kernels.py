@@ -41,6 +41,14 @@ def test_kept_gradient_is_the_dense_one_at_the_kept_units(shape, case, share) ->
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("kind", "backend"), CASES)
+def test_a_layer_that_no_token_reaches_has_a_gradient_of_zero(kind: str, backend: str) -> None:
+    kernel = make_kernel(backend, torch.tensor([0, 2]), (24, 36), _tile(kind, (24, 36)), torch.float32)
+    gradient = kernel.gradient(kernel.saved(torch.randn(0, 36)), torch.randn(0, 24))
+    assert len(gradient) == 2
+    assert not gradient.any()
+
+
 def test_columns_save_only_their_part_of_the_input() -> None:
     kernel = make_kernel("auto", torch.tensor([1, 4]), (6, 5), (6, 1), torch.float32)
     assert kernel.saved(torch.randn(7, 5)).shape == (7, 2)
