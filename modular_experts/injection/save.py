@@ -50,7 +50,9 @@ def save_expert(
         tasks: Names of the tasks that it was trained on.
         base: Directory or hub id of the base; where the model was loaded from if not given.
         applied: Library experts that were added to the base before `inject`; the new expert stands on top of them.
-        scores, hyperparameters, seed: Numbers, further settings and the seed of the training, for the record.
+        scores: Numbers for the record, by name.
+        hyperparameters: Settings of the training for the record.
+        seed: Seed of the training for the record.
         overwrite: Replace an expert of this name.
 
     Raises:
