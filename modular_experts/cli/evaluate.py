@@ -27,10 +27,6 @@ class Reading(Options):
         eval_limit: The most test rows of one task, spread evenly over its file.
         max_new_tokens: Length limit of a generated answer.
         batch_size: Rows that are measured at once; changes the speed only.
-        max_length: The most tokens of a row; longer rows lose tokens on the left of the input.
-        chat_template: Put the input as a user's message through the tokenizer's chat template.
-        dtype: Data type of the base.
-        quantise: Form in which the base is quantised, such as nf4.
         metrics: Metrics beside exact match and Rouge-L: number, json, year=/[0-9]{4}/, mine.length. An answer must have
             the target's last number, the same JSON, or the same text where the regular expression finds one; a function
             of yours gets answer and target.
@@ -62,10 +58,8 @@ def evaluate(
     and with one more expert it measures only that one.
 
     Args:
-        tasks: Task files, or tasks with settings, as for `fit`.
         out: Directory of the results.
         reading: How rows are read.
-        base: The base's directory or hub id; the one in the experts' records by default.
         experts: Directories of experts, such as library/a, and of checkpoints. To name one in the table:
             ties=library/x; to add several experts up: sum=library/a+library/b.
         held_out: Further tasks, which no expert was trained on; their means are apart.
@@ -136,12 +130,9 @@ def look(
     No model is loaded. Off a terminal the same text can be kept in a file.
 
     Args:
-        tasks: Task files, or tasks with settings, as for `fit`.
         base: The base's directory or hub id, whose tokenizer and context are taken.
         page: File of a page that shows the same, such as look.html.
         overwrite: Replace the page.
-        max_length: The most tokens of a row; longer rows lose tokens on the left of the input.
-        chat_template: Put the input as a user's message through the tokenizer's chat template.
         validation_ratio: Share of a task's rows without a `split` that go to validation.
         test_ratio: Share of a task's rows without a `split` that go to the test.
         split_seed: Seed of this division.
@@ -174,7 +165,6 @@ def harness(
             and task files, or tasks with settings, as for `fit`.
         out: Directory of the results.
         measuring: How the harness measures.
-        base: The base's directory or hub id; the one in the experts' records by default.
         experts: Directories of the experts, named and added up as for `evaluate`, and of checkpoints.
         overwrite: Replace the results in `out`.
 

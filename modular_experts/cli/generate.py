@@ -35,7 +35,6 @@ def generate(
 
     Args:
         prompt: The text to answer, in quotes; without one, the whole standard input is the prompt.
-        base: The base's directory or hub id; the one in the experts' records by default.
         experts: Directories of the experts, whose deltas are added up.
         chat_template: Put the prompt as a user's message through the tokenizer's chat template; by default as the
             experts were trained.
@@ -79,7 +78,6 @@ def chat(
 
     Args:
         library: Directory of the experts.
-        base: The base's directory or hub id; the one in the experts' records by default.
         expert: Name of the expert that answers first, or auto; the base alone by default.
         how: How prompts are answered.
 

@@ -26,6 +26,17 @@ _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 _METAVARS |= dict.fromkeys(("TaskMixture", "Rows"), _METAVARS["Tasks"]) | {"Tuning": ""}
 # An argument in a docstring, with its type or without, and the lines of its text.
 _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
+# What an option means in each command whose docstring does not say more.
+_USUAL = {
+    "base": "The base's directory or hub id; the one in the experts' records by default.",
+    "chat_template": "Put the input as a user's message through the tokenizer's chat template.",
+    "dtype": "Data type of the base.",
+    "experts": "Directories of the experts.",
+    "max_length": "The most tokens of a row; longer rows lose tokens on the left of the input.",
+    "overwrite": "Replace an expert.",
+    "quantise": "Form in which the base is quantised, such as nf4.",
+    "tasks": "Task files, or tasks with settings, as for `fit`.",
+}
 _EVERYWHERE = {
     "--trust A [B ...]": "Your modules, whose classes records may name.",
     "--config FILE": "YAML file with options; of several, the last wins.",
@@ -40,7 +51,7 @@ def _read_source(file: Path, name: str, whole: bool, required: dict[str, str], o
     found: Any = next(node for node in tree.body if getattr(node, "name", None) == name)
     description, _, rest = (ast.get_docstring(found) or "").partition("\nArgs:\n")
     listed, _, examples = rest.partition("\nExamples:\n")
-    texts = _texts(listed.partition("\n\n")[0])
+    texts = _USUAL | _texts(listed.partition("\n\n")[0])
     for argument, kind, default in _arguments(found):
         if home := _file_of_options(file, tree, kind):
             _read_source(home, kind, whole, required, options)

@@ -44,7 +44,6 @@ def import_(
         base: Directory or hub id of the model that was fine-tuned; the one that an adapter names by default.
         revision: Branch, tag or commit of the base on the hub.
         tasks: Names of the tasks that the one fine-tuning was trained on; by default the expert's name.
-        overwrite: Replace an expert.
 
     Examples:
         modular-experts import --source downloads/lora --out library/lora
@@ -139,9 +138,7 @@ def apply(
     language models only.
 
     Args:
-        experts: Directories of the experts.
         out: Directory of the checkpoint.
-        base: The base's directory or hub id; the one in the experts' records by default.
         dtype: Data type of the checkpoint; the base's by default.
         tolerance: Largest accepted difference of a logit between the model in memory and the reloaded one.
         overwrite: Replace a checkpoint of ours.

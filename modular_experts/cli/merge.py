@@ -77,7 +77,6 @@ class Output(Options):
 
     Args:
         output: `checkpoint` writes base plus merge for transformers; the checkpoint is checked by loading it.
-        base: The base's directory or hub id; the one in the experts' records by default.
         dtype: Data type of a checkpoint, by default the base's; or of an expert's values: float32, the default, or
             bfloat16.
         rank: The most directions of each matrix of an expert. They are the nearest, by singular values; by default all.
@@ -131,13 +130,11 @@ def merge(
     make it a checkpoint with `apply`, or merge it again. The same command resumes a merge that was interrupted.
 
     Args:
-        experts: Directories of the experts.
         out: Directory of the merged expert; its last part is the name. Or the directory of the checkpoint.
         method: A merge method, which makes the deltas of one weight one; or the dotted path of a class of your own,
             such as my_methods.Median in the current directory.
         per_weight: Methods of single weights, by a regular expression for the whole name; null keeps them at the base.
             The first match counts; without `method`, weights without a match stay at the base.
-        overwrite: Replace an expert.
         tune: Choose the method's settings on rows of --tasks. The lowest loss on validation rows decides about the
             scale, the exponent if there is one, and the settings in `tune.grid`. Without a method, it tunes IsoC
             for LoRAs, and SelfRegMean for other experts.
@@ -282,7 +279,6 @@ def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
         merged: Directory of the merged expert.
         expert: Directory of the expert to take out, one of its parents.
         out: Directory of the result.
-        overwrite: Replace an expert.
 
     Examples:
         modular-experts remove --merged library/abc --expert library/c --out library/ab

@@ -42,7 +42,6 @@ def search(
     The merged expert holds the trials, and the same command makes it again.
 
     Args:
-        experts: Directories of the experts.
         measured: The rows on which the loss is measured.
         out: Directory of the merged expert; its last part is the name.
         algorithm: ATLAS or AdaMerging, the search of a related system, or the dotted path of a class of your own.
@@ -50,7 +49,6 @@ def search(
             Default: ATLAS.
         merges: Methods whose merges the search combines with the experts, such as RegMean SparseAverage. The merges
             come before the experts, and each is also written as an expert, named after `out` and the method.
-        overwrite: Replace an expert.
 
     Examples:
         modular-experts search --experts library/a library/b --tasks a.jsonl b.jsonl --out library/ab
@@ -84,7 +82,6 @@ def statistics(
     never on test rows, at every weight that any of the experts moves.
 
     Args:
-        experts: Directories of the experts.
         kind: Fisher needs `fisher`, RegMean and ESM `gram`, RegMeanPlusPlus `merged_gram`, the router Centroid
             `prompts`, and KernelRidge and Classifier `prompt_parts`. `fisher` is one number per entry; `gram` one per
             pair of a layer's inputs; `merged_gram` the same in the course of the merge of exactly these experts;
@@ -94,7 +91,6 @@ def statistics(
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`. Default: the inputs
             that the experts keep (`fit --keep_inputs`).
         rows: The most rows of one task, spread evenly over them.
-        base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Replace statistics of this kind.
         labels: Take the targets of the `rows`, or the answers of the `experts` to the inputs of their own tasks.
         max_new_tokens: The most tokens of an expert's answer.
@@ -131,7 +127,6 @@ def route(
     beside it in the library; experts of another library are put there.
 
     Args:
-        experts: Directories of the experts.
         out: Directory of the routed expert.
         router: For each prompt, KernelRidge (the expert whose prompts are most alike, in meaning and in words),
             Centroid (the nearest mean of the experts' prompts), Classifier (trained on whose a prompt is) or Oracle
@@ -145,7 +140,6 @@ def route(
             `statistics` took what they need, or the experts keep inputs (`fit --keep_inputs`).
         rows: The most rows of one task.
         overwrite: Replace an expert of this name.
-        base: The base's directory or hub id; the one in the experts' records by default.
         dtype: Data type of the base where statistics are taken; bfloat16 takes half the memory.
 
     Examples:
@@ -182,7 +176,6 @@ def shrink(
     in one or two bits to the layers' outputs on these rows.
 
     Args:
-        experts: Directories of the experts.
         measured: The rows on which the loss is measured.
         out: The library of the shrunk experts, which keep their names.
         to: The one encoding that is tried; by default all that fit the expert.
@@ -242,7 +235,6 @@ def combine(
         distilled: Settings of the merge Distilled, such as --distilled.steps 80.
         router: The router, as for `route`.
         overwrite: Replace what `out` holds of other experts, rows or settings.
-        base: The base's directory or hub id; the one in the experts' records by default.
         dtype: Data type of the base; by default as it is stored, but float32 where a router learns.
 
     Examples:

@@ -44,7 +44,6 @@ def serve(
 
     Args:
         library: Directory of the experts.
-        base: The base's directory or hub id; the one in the experts' records by default.
         auto: The route that auto means; by default the only one of the library.
         in_front_of: Address of another server, such as http://127.0.0.1:9000, which has the experts by their names.
         host: Address to listen at; 0.0.0.0 lets other machines ask.
@@ -54,8 +53,6 @@ def serve(
         expert_bytes: The most bytes of experts in memory; those that nobody asked for lately leave.
         most_requests: The most requests that are answered or wait; more are refused.
         seconds: The most time of an answer, with waiting.
-        dtype: Data type of the base.
-        quantise: Form in which the base is quantised, such as nf4.
         log_prompts: Write prompts and answers to the log.
 
     Examples:
