@@ -64,11 +64,11 @@ class _KeptLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         saved, weight = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        kept = None
-        if ctx.needs_input_grad[3]:
-            kept = ctx.kernel.gradient(saved, grad.reshape(-1, grad.shape[-1])).to(ctx.dtype)
-        return grad_x, None, None, kept, None
+        grad_x, flat = grad @ weight if ctx.needs_input_grad[0] else None, grad.reshape(-1, grad.shape[-1])
+        # The bias may have an expert of its own.
+        grad_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        kept = ctx.kernel.gradient(saved, flat).to(ctx.dtype) if ctx.needs_input_grad[3] else None
+        return grad_x, None, grad_bias, kept, None
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:

@@ -260,6 +260,17 @@ def test_one_expert_of_a_tied_tensor_gets_the_gradient_of_both_uses(kind: str, p
     torch.testing.assert_close(layers[norm].weight.grad, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_bias_trains_beside_each_kind_of_expert_of_its_weight(kind: str) -> None:
+    model, dense = conftest.build_model("qwen2").double(), conftest.build_model("qwen2").double()
+    inject(model, {"k_proj": OTHERS[kind], "k_proj.bias": FullExpert})
+    for one in (model, dense):
+        one(input_ids=IDS, labels=IDS).loss.backward()
+    for name in (f"model.layers.{number}.self_attn.k_proj.bias" for number in (0, 1)):
+        wanted = dense.get_parameter(name).grad
+        torch.testing.assert_close(model.get_parameter(name).grad, wanted, rtol=1e-9, atol=1e-12)
+
+
 COPIED = {f"{base} {kind}": (base, kind, torch.float32) for base, kind in zip(SLICED * 3, KINDS, strict=False)}
 COPIED |= {
     f"tied {kind}": ("tied", kind, dtype)
