@@ -61,12 +61,12 @@ class Exchange:
 
 
 def carry_state(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None:
-    """Move an optimizer's per-entry state of a parameter to new slots, in place.
+    """Move an optimizer's state of the slots of a parameter to new slots, in place, also sums over a tile's rows.
 
     `slots` has for each new slot the one it had before, or -1 for a newcomer, which starts from zero.
     """
     for value in state.values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        if isinstance(value, Tensor) and value.shape[:1] == parameter.shape[:1]:
             if not value.is_floating_point():
                 raise ValueError(
                     "the optimizer keeps quantised moments, which cannot move to other entries; choose once, with "

@@ -174,6 +174,16 @@ def test_slots_and_moments_follow_their_entries_and_quantised_moments_do_not_mov
     carry_state(state, torch.zeros(3), torch.tensor([2, -1, 0]))
     assert state["exp_avg"].tolist() == [3.0, 0.0, 1.0]
     assert state["step"] == 4
+    # Adafactor keeps sums over the rows and the columns of a tile.
+    tiles = torch.nn.Parameter(torch.zeros(3, 2, 2))
+    optimizer = torch.optim.Adafactor([tiles])
+    tiles.grad = torch.arange(12.0).view(3, 2, 2)
+    optimizer.step()
+    before = {name: optimizer.state[tiles][name].clone() for name in ("row_var", "col_var")}
+    carry_state(optimizer.state[tiles], tiles, torch.tensor([2, -1, 0]))
+    for name, value in before.items():
+        value[1] = 0
+        assert torch.equal(optimizer.state[tiles][name], value[[2, 1, 0]])
     # In 8 bits a zero stands for the lowest number of a block, and neighbours share a scale.
     state = {"state1": torch.zeros(3, dtype=torch.uint8)}
     with pytest.raises(ValueError, match=r"cannot move to other entries; choose once, with .*SelectOnce"):
