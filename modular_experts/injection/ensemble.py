@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +53,19 @@ def ensembled(
             """Put the members' hidden states beside each other: the head sees `(rows, length, members, size)`."""
             return torch.stack(args[0].chunk(members), 2), *args[1:]
 
-        def average(_: Any, args: Any, output: Any) -> Any:
+        def average(_: Any, args: Any, named: Mapping[str, Any], output: Any) -> Any:
             logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
             if mean == "probabilities":
                 output.logits = logits.log_softmax(-1).logsumexp(-2) - math.log(members)
             else:
                 output.logits = logits.mean(-2)
+            if output.get("loss") is not None:
+                labels, vocabulary = named["labels"].chunk(members)[0], output.logits.shape[-1]
+                output.loss = loss_of(output.logits, labels, vocabulary)
             return output
 
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        head, loss_of = cast(Any, model).get_output_embeddings(), cast(Any, model).loss_function
         hooks.callback(model.register_forward_pre_hook(repeat, with_kwargs=True).remove)
         hooks.callback(head.register_forward_pre_hook(stack).remove)
-        hooks.callback(model.register_forward_hook(average).remove)
+        hooks.callback(model.register_forward_hook(average, with_kwargs=True).remove)
         yield

@@ -47,8 +47,12 @@ def test_logits_are_the_mean_of_what_each_member_predicts_alone(architecture, me
     inputs = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])}
     alone = members_logits(model, experts, inputs)
     wanted = alone.softmax(-1).mean(0).log() if mean == "probabilities" else alone.mean(0)
+    labels = torch.cat([torch.full((2, 2), -100), ids[:, 2:]], 1)
     with ensembled(model, experts, mean, check=False), torch.no_grad():
-        found = model(**inputs).logits
+        output = model(**inputs, labels=labels)
+    found = output.logits
+    loss = torch.nn.functional.cross_entropy(wanted[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
+    torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[:, 1:], wanted[:, 1:], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(alone[0], alone[2], atol=1e-2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
