@@ -17,8 +17,9 @@ from modular_experts.native.sparse_passes import exchanged_slots
 class MaskedExpert(Selectable):
     """Trains all of D and hides what the mask leaves out: `y = x W^T + x (D * M)^T`.
 
-    An entry that leaves the mask keeps its value, counts in the next scoring pass (which takes `M = 1`), and resumes
-    from it when it comes back; only the values inside of the final mask are exported. `MaskSchedule` re-selects by the
+    An entry that leaves the mask is hidden: it gets no gradient, but an optimizer with moments moves it on, as in the
+    authors' code. It counts in the next scoring pass (which takes `M = 1`), and resumes from its value when it comes
+    back; only the values inside of the final mask are exported. `MaskSchedule` re-selects by the
     paper's signed score every 100 optimizer steps of the first epoch, then freezes.
 
     Args:
