@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
@@ -101,8 +103,8 @@ class SparseExpert(Selectable, InPlaceExpert):
     def write(self, weight: Tensor) -> None:
         """Put `cast(anchor + values)` into the weight.
 
-        Every forward pass does this when the values have changed; call it after an optimizer that writes through
-        `.data`, which torch does not count as a change.
+        Every forward pass does this when the values have changed; call it after a change through `.data`, which torch
+        does not count, and to read the weight itself after a step.
         """
         if not isinstance(weight, TransientWeight):
             self._write(weight, (self.anchor + self.values).to(weight.dtype), self.indices)
@@ -181,6 +183,15 @@ class SparseExpert(Selectable, InPlaceExpert):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._written = self._kernel = None  # a copy's version counters start anew
+
+
+def _count_change(optimizer: Optimizer, *arguments: Any) -> None:
+    """Count a step as a change, which torch does not where an optimizer is fused or writes through `.data`."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_change)
 
 
 class _KeptWeight(torch.autograd.Function):

@@ -336,7 +336,7 @@ def draw(model: nn.Module, key: str) -> None:
 
 
 def write_experts(model: nn.Module) -> None:
-    """Bring all weights up to date with their experts; for optimizers that write through `.data`."""
+    """Bring all weights up to date with their experts, as the next forward pass would."""
     for _, layer in expert_layers(model):
         if isinstance(layer.expert, InPlaceExpert):
             layer.expert.write(layer.matrix)

@@ -95,7 +95,25 @@ def test_trained_values_stay_float32_when_the_model_is_cast() -> None:
     assert model(torch.ones(1, 8).bfloat16()).dtype == torch.bfloat16
 
 
-def test_an_optimizer_that_writes_through_data_needs_write() -> None:
+class ThroughData(torch.optim.SGD):
+    def step(self, closure=None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data -= parameter.grad
+
+
+@pytest.mark.parametrize("kind", [lambda trained: torch.optim.AdamW(trained, fused=True), ThroughData])
+def test_a_step_that_torch_does_not_count_reaches_the_weight(kind) -> None:
+    layer, x = nn.Linear(8, 8, bias=False), torch.randn(2, 8)
+    inject(nn.Sequential(layer), lambda w: SparseExpert(w, keep_ratio=0.5), "0")
+    optimizer, before = kind(list(layer.expert.parameters())), layer.weight.detach().clone()
+    layer(x).square().sum().backward()
+    optimizer.step()
+    moved = layer.expert.delta(layer.weight, None).dense().detach()
+    assert moved.any()
+    torch.testing.assert_close(layer(x), x @ (before + moved).T)
+
+
+def test_a_change_through_data_needs_write() -> None:
     layer = nn.Linear(8, 8)
     inject(nn.Sequential(layer), lambda w: SparseExpert(w, keep_ratio=1.0), "0")
     x, before = torch.randn(2, 8), None
