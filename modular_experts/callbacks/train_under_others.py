@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from modular_experts.base.apply import moved_quantised
 from modular_experts.base.structure import weight_of
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, callbacks_of, seed_of_run
 from modular_experts.data.batch import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.experts.expert import InPlaceExpert, trains_weight
@@ -112,7 +112,7 @@ class TrainUnderOthers(Schedule):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the others out of weights that the optimizer itself is about to move, or their rounding would stay."""
         layers = expert_layers(cast(TrainedModule, pl_module).model)
-        self.remove(cast(TrainedModule, pl_module), {name for name, layer in layers if trains_weight(layer.expert)})
+        _remove(trainer, pl_module, {name for name, layer in layers if trains_weight(layer.expert)})
 
     @torch.no_grad()
     def remove(self, module: TrainedModule, only: Collection[str] | None = None) -> None:
@@ -131,14 +131,20 @@ class TrainUnderOthers(Schedule):
                 inside.reanchor(weight)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self.remove(cast(TrainedModule, pl_module))
+        _remove(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._before:
-            self.remove(cast(TrainedModule, pl_module))
+            _remove(trainer, pl_module)
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
         return {"others": self.count, "others_scale": self.scale}
+
+
+def _remove(trainer: Trainer, module: LightningModule, only: Collection[str] | None = None) -> None:
+    # The last first, because each brings back the weights that it found.
+    for one in reversed(callbacks_of(trainer, TrainUnderOthers)):
+        one.remove(cast(TrainedModule, module), only)
 
 
 def _target(model: nn.Module, layers: Mapping[str, Any], name: str) -> Tensor:

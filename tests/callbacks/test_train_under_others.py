@@ -117,6 +117,15 @@ def test_nothing_of_the_others_stays_in_the_base_or_in_the_export(
     assert stored.record["costs"]["others"] == 2
 
 
+@pytest.mark.parametrize("expert", [SPARSE, LORA, FullExpert], ids=["entries", "lora", "full"])
+def test_two_lists_of_others_leave_the_base_together(expert, library, one_block, fit_reverse) -> None:
+    several = [TrainUnderOthers([str(library / name)], count=1, scale=scale) for name, scale in (("b", 0.5), ("c", 1))]
+    base, settings = Base.open(one_block), {"optimizer": partial(torch.optim.SGD, lr=0.0)}
+    module = fit_reverse(expert, *several, max_steps=2, module=settings)
+    eject(module.model, lambda name: module.model.get_parameter(name).detach().clone())
+    assert all(torch.equal(weight, base.weight(name)) for name, weight in module.model.named_parameters())
+
+
 def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(library, one_block, fit_reverse) -> None:
     seen = []
 
