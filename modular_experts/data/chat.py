@@ -126,7 +126,10 @@ class ConversationTokenizer:
             text = self._render(messages)
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             turns, ids = self._turns(messages, text), list(encoded["input_ids"])
-            answers = [any(first <= start < stop for first, stop in turns) for start, _ in encoded["offset_mapping"]]
+            # A token that joins the end of the prompt with the beginning of an answer is one of the answer.
+            answers = [
+                any(first < end and start < stop for first, stop in turns) for start, end in encoded["offset_mapping"]
+            ]
         if self._own_end is None and any(answers):
             stop = len(answers) - answers[::-1].index(True)
             return [*ids[:stop], self.end], [*answers[:stop], True]

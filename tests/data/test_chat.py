@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import CHARACTERS, build_tokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modular_experts.data.batch import IGNORED, Collator, prompts
@@ -99,6 +100,23 @@ def test_training_learns_each_turn_of_the_assistant_and_a_measurement_takes_the_
     assert (batch["labels"][1] == IGNORED).all()
     assert batch["target"] == [turns[-1].partition(": ")[2], None]
     assert batch["end"] == [ids(pieces[-1])[-1]] * 2
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED.replace("]", "] ")])
+def test_a_token_that_begins_before_the_answer_is_one_of_the_answer(template: str) -> None:
+    # As in GPT-2's tokenizer, a space belongs to the word behind it.
+    vocabulary = ["<eos>", "<unk>", "<|im_end|>", "user", "assistant", "[user]", "[assistant]", ":", " ", " hi", " yes"]
+    backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(vocabulary)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\[\w+\]|."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = template
+    (example,), _, _ = RowTokenizer(tokenizer)("t", [row("user: hi", "assistant: yes")], learn=True)
+    answer = tokenizer.convert_ids_to_tokens(example.tokens.ids[example.tokens.prompt :])
+    assert answer[0] == " yes"
+    assert (
+        example.tokens.labels.tolist()[example.tokens.prompt :] == example.tokens.ids[example.tokens.prompt :].tolist()
+    )
 
 
 def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_message() -> None:
