@@ -132,15 +132,16 @@ class RowReader:
 
     def _row(self, values: Mapping[str, Any], where: str) -> Row:
         split, column = self._split(values), self.columns.get("messages", self.columns.get("target", "target"))
-        if not ("messages" in self.columns or ("rejected" in self.columns and _is_listed(values.get(column)))):
+        if not ("messages" in self.columns or ("rejected" in self.columns and _is_conversation(values.get(column)))):
             text, target = self._input(values), self._target(values)
             return Row(text, target, split, self._choices(values, target), where)
-        choices, before = tuple[str, ...](), list[dict[str, str]]()
-        if "input" in self.columns:
-            prompt = self.columns["input"]
-            before = [{"role": "user", "content": str(values.get(prompt))}]
-            before = self._messages(values, prompt) if _is_listed(values.get(prompt)) else before
-        messages = before + self._messages(values, column)
+        choices, before, messages = tuple[str, ...](), list[dict[str, str]](), self._messages(values, column)
+        prompt = self.columns.get("input")
+        if prompt and _is_conversation(values.get(prompt)):
+            before = self._messages(values, prompt)
+        elif prompt and messages[0]["role"] == "assistant":  # else the conversation begins with the prompt itself
+            before = [{"role": "user", "content": self._text(values, "input")}]
+        messages = before + messages
         if "rejected" in self.columns:
             other = before + self._messages(values, self.columns["rejected"])
             choices = messages[-1]["content"], other[-1]["content"]
@@ -279,8 +280,11 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _is_listed(value: Any) -> bool:
-    return isinstance(_listed(value), list | tuple)
+def _is_conversation(value: Any) -> bool:
+    """Return whether a value is a list of messages; a text is one if it holds messages as JSON."""
+    found = _listed(value)
+    has_roles = isinstance(found, list) and any(isinstance(one, Mapping) and "role" in one for one in found)
+    return has_roles or isinstance(value, list | tuple)
 
 
 def _no_column(column: str, values: Mapping[str, Any]) -> str:

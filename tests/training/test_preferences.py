@@ -266,6 +266,8 @@ def test_conversations_in_chosen_and_rejected_are_compared_in_their_last_turn(on
         "text": {"prompt": "q", "chosen": said("q", "yes")[1:], "rejected": said("q", "no no")[1:]},
         "list": {"prompt": said("q"), "chosen": said("q", "yes")[1:], "rejected": said("q", "no no")[1:]},
         "whole": {"chosen": said("q", "yes"), "rejected": said("q", "no no")},
+        # As UltraFeedback has it: the conversations begin with the prompt.
+        "both": {"prompt": "q", "chosen": said("q", "yes"), "rejected": said("q", "no no")},
     }
     for name, row in forms.items():
         write_rows(tmp_path / f"{name}.jsonl", [row | {"split": split} for split in ("train", "train", "validation")])
@@ -283,3 +285,10 @@ def test_conversations_in_chosen_and_rejected_are_compared_in_their_last_turn(on
     for row in (unlike, {"chosen": said("q", "yes"), "rejected": said("q", "yes")}):
         _, problems = Task(path=str(write_rows(tmp_path / "bad.jsonl", [row]))).read()
         assert "'chosen' and 'rejected' must differ in the assistant's last message alone" in problems[0]
+    row = {"prompt": None, "chosen": said("", "yes")[1:], "rejected": said("", "no")[1:]}
+    _, problems = Task(path=str(write_rows(tmp_path / "bad.jsonl", [row]))).read()
+    assert "'prompt' must be text, not None" in problems[0]
+    # An answer may be a list in JSON, and is a conversation only if it holds messages.
+    row = {"prompt": "q", "chosen": "[1, 2]", "rejected": "[]"}
+    ((found,), _) = Task(path=str(write_rows(tmp_path / "lists.jsonl", [row]))).read()
+    assert (found.target, found.choices, found.messages) == ("[1, 2]", ("[1, 2]", "[]"), ())
