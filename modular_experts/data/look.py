@@ -127,7 +127,8 @@ def _looked(task: Task, rows: Mapping[str, list[Row]], data: TaskMixture) -> Loo
             splits[split] = {"rows": len(own), "median": median, "p95": p95, "longest": sizes[-1], "cut": cut}
         lengths |= own
         shown += [(place, _tokens(one, tokenize.tokenizer)) for place, one in zip(own, examples[:SHOWN], strict=False)]
-    every = [row for mine in rows.values() for row in mine]
+    if not (every := [row for mine in rows.values() for row in mine]):
+        raise ValueError(f"task {task.name!r} is held out and has no test rows; give some rows the split 'test'")
     longest = sorted(lengths, key=lambda place: -lengths[place])[:LONGEST]
     facts = [*_reading(task, every[0], data), f"rows of at most {tokenize.limit}; a longer one loses its start"]
     if choosing := [row for row in every if row.choices]:

@@ -159,6 +159,7 @@ def _delimited(path: str, place: Path) -> Iterator[Record]:
             file.seek(0)
             # Spreadsheets write semicolons where numbers have a comma.
             delimiter = "\t" if place.suffix.lower() == ".tsv" else max(",;\t", key=names.count)
+            csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters of a cell
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             for fields in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1

@@ -73,19 +73,19 @@ class Task:
 
     def __post_init__(self) -> None:
         place = self.path or self.hub
+        if sum(place is not None for place in (self.path, self.hub, self.source)) != 1:
+            raise ValueError(f"task {self.name!r} needs exactly one of `path`, `hub` and `source`")
         if place and self.name == "":
             # The only way to set a field of a frozen dataclass.
             object.__setattr__(self, "name", Path(place).stem if self.path else Path(place).name)
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             fitting = re.sub("[^A-Za-z0-9._-]+", "-", str(self.name)).strip("._-")[:64] or "mine"
             several = "," in str(place) and not Path(str(place)).exists()
-            way = "separate files by spaces" if several else f"name the task: {{name: {fitting}, path: {place}}}"
+            way = "separate files by spaces" if several else f"name the task: {{name: {fitting}, {self._origin}}}"
             raise ValueError(
                 f"{self.name!r} cannot be the name of a task, which is up to 64 of A-Z a-z 0-9 . _ - and starts "
                 f"with a letter or digit; {way}"
             )
-        if sum(place is not None for place in (self.path, self.hub, self.source)) != 1:
-            raise ValueError(f"task {self.name!r} needs exactly one of `path`, `hub` and `source`")
         for setting, words, known in (("role", [self.role], ROLES), ("columns key", self.columns, COLUMNS)):
             for word in words:
                 if word not in known:
@@ -100,6 +100,13 @@ class Task:
             raise ValueError(f"task {self.name!r}: weight={self.weight} must be a positive number")
         if self.cap is not None and self.cap < 1:
             raise ValueError(f"task {self.name!r}: cap={self.cap} must be at least 1 row an epoch")
+
+    @property
+    def _origin(self) -> str:
+        """The settings that tell where its rows come from, as a configuration has them."""
+        given = {key: getattr(self, key) for key in ("path", "hub", "subset", "source")}
+        texts = {key: one if isinstance(one, str) else type(one).__name__ for key, one in given.items() if one}
+        return ", ".join(f"{key}: {text}" for key, text in texts.items())
 
     @property
     def held_in(self) -> bool:
@@ -167,10 +174,9 @@ def as_tasks(tasks: Tasks) -> list[Task]:
             given = Task(**given)
         task = given if isinstance(given, Task) else Task(path=os.fspath(given))
         if task.name in made:
-            places = [one.path or one.hub or type(one.source).__name__ for one in (made[task.name], task)]
             raise ValueError(
-                f"two tasks have the name {task.name!r} ({' and '.join(places)}); results are kept by name, so name "
-                f"one of them: {{name: {task.name}-2, path: {places[1]}}}"
+                f"two tasks have the name {task.name!r} ({made[task.name]._origin} and {task._origin}); results are "
+                f"kept by name, so name one of them: {{name: {task.name}-2, {task._origin}}}"
             )
         made[task.name] = task
     if not made:

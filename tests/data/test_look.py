@@ -55,6 +55,8 @@ def test_the_reading_that_a_task_names_is_said(tiny_llama_dir, file, settings, f
     found = look(tiny_llama_dir, {"path": file, "role": "held_out", **settings})
     assert found.tasks[0].facts[0] == fact
     assert [*found.tasks[0].splits] == ["test"]
+    with pytest.raises(ValueError, match="'q' is held out and has no test rows; give some rows the split 'test'"):
+        look(tiny_llama_dir, {"path": file, "role": "held_out", "where": {"split": "train"}})
 
 
 def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, capsys) -> None:

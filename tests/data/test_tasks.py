@@ -67,8 +67,13 @@ def test_a_bad_task_gets_its_sentence(case: str) -> None:
 def test_no_tasks_and_a_name_given_twice_are_refused() -> None:
     with pytest.raises(ValueError, match="no tasks were given"):
         as_tasks([])
-    with pytest.raises(ValueError, match="two tasks have the name 'a'"):
+    with pytest.raises(ValueError, match=r"two tasks have the name 'a'.*: {name: a-2, path: b\.jsonl}$"):
         as_tasks([Task("a", path="a.jsonl"), {"name": "a", "path": "b.jsonl"}])
+    glue = [{"hub": "nyu-mll/glue", "subset": subset} for subset in ("sst2", "mnli")]
+    with pytest.raises(ValueError, match=r"so name one of them: {name: glue-2, hub: nyu-mll/glue, subset: mnli}$"):
+        as_tasks(glue)
+    with pytest.raises(ValueError, match=r"name the task: {name: mine, source: Squares}$"):
+        Task(source=Squares())
 
 
 def test_a_path_alone_is_a_task_of_the_files_name() -> None:
