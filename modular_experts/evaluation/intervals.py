@@ -16,7 +16,7 @@ _NORMAL = NormalDist().inv_cdf(0.975)
 
 
 def interval(values: Sequence[float], per: Sequence[float] = ()) -> list[float] | None:
-    """Return the 95 % interval of a mean by the bootstrap, None if one is not finite; `per` is as for `drawn_means`."""
+    """Return the 95 % interval of a mean by the bootstrap, if `drawn_means` of these are finite, else None."""
     return ends(drawn_means(values, per=per))
 
 
@@ -41,8 +41,11 @@ def share_interval(*tasks: Sequence[float]) -> list[float] | None:
 def drawn_means(values: Sequence[float], seed: int = 0, per: Sequence[float] = ()) -> Tensor:
     """Return the means `(DRAWS,)` of rows that are drawn with replacement, the same rows for each model.
 
-    With `per`, such as the tokens of each row, it is the sum of the values over the sum of these.
+    With `per`, such as the tokens of each row, it is the sum of the values over the sum of these. One row tells nothing
+    about others, so its means are NaN.
     """
+    if len(values) < 2:
+        return torch.full((DRAWS,), math.nan)
     draws = _draws(len(values), seed)
     means = torch.tensor(values)[draws].mean(1)
     return means / torch.tensor(per, dtype=means.dtype)[draws].mean(1) if per else means

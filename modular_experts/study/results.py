@@ -226,6 +226,5 @@ def over_draws(results: Results, counts: Collection[int]) -> list[dict[str, Any]
         means = [fmean(values) for values in groups.values()]
         about = {"model": f"{kind} {merge} of {count}", "experts": [], "kind": kind, "merge": merge, "count": count}
         about |= {"group": None, "seed": None, "own": True, "task": None, "role": role, "metric": DRAWN, "of": of}
-        span = interval(means) if len(means) > 1 else None
-        rows.append({**about, "value": fmean(means), "interval": span, "draws": len(means)})
+        rows.append({**about, "value": fmean(means), "interval": interval(means), "draws": len(means)})
     return rows

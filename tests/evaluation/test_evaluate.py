@@ -292,6 +292,10 @@ def test_the_interval_of_a_loss_is_over_tokens_and_of_a_difference_over_the_same
     # A model with a loss that is no number does not lead.
     losses, of = {"a": float("nan"), "b": 1.0}, {"task": "x", "role": "held_in", "metric": "loss"}
     rows = [of | {"model": model, "value": value} for model, value in (("a", None), ("b", 1.0))]
-    compared_means(rows, {model: {"x": {"loss": [value], "tokens": [1.0]}} for model, value in losses.items()})
+    compared_means(rows, {model: {"x": {"loss": [value] * 2, "tokens": [1.0] * 2}} for model, value in losses.items()})
     assert [row["leads"] for row in rows] == [False, True]
     assert [row["interval"] for row in rows] == [None, [1.0, 1.0]]
+    # One row tells nothing about others.
+    rows = [of | {"model": model, "value": value} for model, value in (("a", 0.9), ("b", 1.0))]
+    compared_means(rows, {row["model"]: {"x": {"loss": [row["value"]], "tokens": [1.0]}} for row in rows})
+    assert [(row["interval"], row["leads"]) for row in rows] == [(None, False)] * 2
