@@ -45,7 +45,7 @@ class SparseExpert(Selectable, InPlaceExpert):
     chooses_in_step: ClassVar[bool] = True
     takes_transient: ClassVar[bool] = True
 
-    _written: int | None = None  # version of `values` that the weight holds
+    _written: tuple[int, torch.dtype] | None = None  # version of `values` that the weight holds, and in which dtype
     _kernel: tuple[tuple[Any, ...], KeptGradient] | None = None  # the support and dtype of the plan, and the kernel
 
     def __init__(
@@ -95,7 +95,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         """Return the weight with the values in it."""
         if isinstance(weight, TransientWeight):
             return weight.plus(self.delta(weight, lambda: weight))
-        if self._written != self.values._version:
+        if self._written != (self.values._version, weight.dtype):
             self.write(weight)
         return weight
 
@@ -108,7 +108,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         """
         if not isinstance(weight, TransientWeight):
             self._write(weight, (self.anchor + self.values).to(weight.dtype), self.indices)
-        self._written = self.values._version
+        self._written = (self.values._version, weight.dtype)
 
     @torch.no_grad()
     def restore(self, weight: Tensor, anchor: Callable[[], Tensor] | None = None) -> None:
@@ -134,7 +134,7 @@ class SparseExpert(Selectable, InPlaceExpert):
     @torch.no_grad()
     def reselect(self, weight: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
         # Only what is exchanged is read and written: most units stay, and the weight holds their values already.
-        is_written = self._written == self.values._version
+        is_written = self._written == (self.values._version, weight.dtype)
         slots, left = exchanged_slots(self.indices, units)
         if not isinstance(weight, TransientWeight):
             self._write(weight, self.anchor[left].to(weight.dtype), self.indices[left])
@@ -144,7 +144,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         self.values.copy_(carried(self.values, slots))
         self.indices.copy_(units)
         if is_written:
-            self._written = self.values._version
+            self._written = (self.values._version, weight.dtype)
         else:
             self.write(weight)
         return slots, left

@@ -85,6 +85,17 @@ def test_a_step_too_small_for_bfloat16_is_not_lost() -> None:
     assert torch.equal(layer.weight, torch.full((8, 8), 1.01).bfloat16())
 
 
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_a_wider_weight_holds_what_a_narrow_one_had_to_round(granularity: str) -> None:
+    layer = nn.Linear(8, 8, bias=False).bfloat16()
+    inject(nn.Sequential(layer), lambda w: SparseExpert(w, keep_ratio=0.5, granularity=granularity), "0")
+    nn.init.constant_(layer.expert.values, 1e-4)
+    base = layer.weight.detach().float()
+    layer(torch.ones(1, 8).bfloat16())
+    layer.float()(torch.ones(1, 8))
+    assert torch.equal(layer.weight, base + layer.expert.delta(layer.weight, None).dense())
+
+
 def test_trained_values_stay_float32_when_the_model_is_cast() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False).bfloat16())
     inject(model, {"0": LoRAExpert, "1": FullExpert})
