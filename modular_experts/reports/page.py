@@ -28,7 +28,8 @@ def write_page(
     lede: Sequence[Html] = (),
 ) -> None:
     shown = results.where(metric=results.main_metric)
-    title = f"{len(shown.values('model'))} models on {len(shown.values('task'))} tasks"
+    counts = [(len(shown.values(column)), column) for column in ("model", "task")]
+    title = " on ".join(f"{count} {column}{'s' * (count != 1)}" for count, column in counts)
     facts = results.facts
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     made_by = " · ".join(
