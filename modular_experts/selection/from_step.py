@@ -86,15 +86,14 @@ class _Chooser(KeptGradient):
             return kernel.gradient(kernel.saved(x), grad)
         started, step = time.perf_counter(), self.step
         gradient = (grad.T @ x).to(torch.promote_types(grad.dtype, torch.float32))
-        if self.sums:
-            self.total = gradient if self.total is None else self.total.add_(gradient)
-            gradient = self.total
+        packed, total = self.layer.expert.packed, gradient if self.total is None else self.total.add_(gradient)
         if self.sums and not step.is_last:
-            packed = self.layer.expert.packed
-            assert packed is not None
-            kept = torch.zeros_like(packed)
+            # The last micro-batch may not reach the layer, which then trains these units.
+            kept, self.total = self._kept(gradient, self.units), total
         else:
-            kept = self._choose(step.reduce(gradient), x.dtype)
+            kept = self._choose(step.reduce(total), x.dtype)
+            if self.sums and packed is not None and packed.grad is not None:
+                kept = kept - packed.grad
             self.total = None
         step.seconds += time.perf_counter() - started
         return kept

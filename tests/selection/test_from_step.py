@@ -288,6 +288,25 @@ def test_a_layer_that_a_pass_calls_twice_trains_by_the_sum(parts: int, budget: i
     torch.testing.assert_close(layer.expert.values.grad, dense.grad.view(-1)[units], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("reached", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kind", [SPARSE, KINDS["block"]], ids=["entries", "tiles"])
+def test_a_layer_that_some_micro_batches_reach_trains_by_these(kind, reached: tuple[bool, bool]) -> None:
+    """As a matrix of a mixture of experts does; where the last one does not reach it, its choice waits."""
+    layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
+    dense = layer.weight.detach().clone().requires_grad_()
+    inject(torch.nn.Sequential(layer), kind, ".*")
+    step = StepChoice(Choice(selectable_layers(torch.nn.Sequential(layer)), 0, (20, 20)), parts=2)
+    for number, is_reached in enumerate(reached):
+        step.next_part(number == 1)
+        x = torch.randn(3, 8, dtype=torch.float64)
+        for weight in (layer, lambda x: x @ dense.T) if is_reached else ():
+            weight(x).square().sum().backward()
+    chosen, waiting = step.finish()
+    assert waiting == ([] if reached[1] else ["0.weight"])
+    units = chosen.get("0.weight", layer.expert.support_units())
+    torch.testing.assert_close(layer.expert.values.grad, _kept(layer.expert, dense.grad, units), rtol=1e-9, atol=1e-12)
+
+
 def test_a_score_that_changes_the_gradient_is_refused() -> None:
     model, _ = _small_choice(score=lambda weight, gradient, delta: gradient.abs_())
     with pytest.raises(ValueError, match="the score changed the gradient"):
