@@ -56,6 +56,8 @@ WRONG += [(tuple[int, int], [1]), (tuple[int, int], [1, 2, 3])]
 def test_a_value_of_another_type_is_refused_by_its_option(hint: Any, value: Any) -> None:
     with pytest.raises(UsageError, match=r"^--x must (be|have) "):
         read("--x", hint, value)
+    with pytest.raises(UsageError, match=r"type str, got True; YAML reads yes and no as .*, so write them in quotes"):
+        read("--x", list[str], Word("[yes, no]"))
 
 
 def test_an_argument_without_annotation_has_the_one_of_the_base_class() -> None:

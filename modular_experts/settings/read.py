@@ -125,7 +125,11 @@ def _read_union(option: str, members: Sequence[Any], value: Any) -> Read:
 
 def _refusal(option: str, kinds: Sequence[Any], value: Any) -> UsageError:
     names = [one.__name__ if inspect.isclass(one) and not get_args(one) else str(one) for one in kinds]
-    return UsageError(f"{option} must be of type {' or '.join(n for n in names if n != 'NoneType')}, got {value}")
+    is_flag = isinstance(value, bool) and str in kinds
+    quotes = "; YAML reads yes and no as true and false, so write them in quotes" * is_flag
+    return UsageError(
+        f"{option} must be of type {' or '.join(n for n in names if n != 'NoneType')}, got {value}{quotes}"
+    )
 
 
 def _read_class(option: str, hint: Any, value: Any) -> Read:

@@ -17,7 +17,7 @@ from modular_experts.data.tasks import NAME
 from modular_experts.evaluation.metrics import TAKEN, Metrics, named_metrics, text_metrics
 from modular_experts.library import check_name, open_expert
 from modular_experts.reports.results import ROLES
-from modular_experts.settings import SHORT_NAMES, Options, folded, plain, respelt
+from modular_experts.settings import SHORT_NAMES, Loader, Options, folded, plain, respelt
 from modular_experts.settings.read import make
 from modular_experts.study.apart import Apart
 from modular_experts.study.merges import check_kinds, read_ways
@@ -187,7 +187,7 @@ def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list
         if isinstance(one, str):
             file = Path(one)
             try:
-                one = yaml.safe_load(file.read_text(encoding="utf-8"))
+                one = yaml.load(file.read_text(encoding="utf-8"), Loader)
             except (OSError, yaml.YAMLError) as error:
                 why = " ".join(str(error).split())
                 meant = "" if file.suffix in (".yaml", ".yml") else f"; a type of expert is {{expert: {file}}}"

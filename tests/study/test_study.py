@@ -161,10 +161,10 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 def test_an_expert_and_its_scores_are_those_of_fit_and_evaluate(settings) -> None:
-    assert study(settings | {"merges": []}) == 0
-    fit = {"base": "base", "tasks": ["upper.jsonl"], **LORA, "out": "alone/lora-upper"}
-    Path("fit.yaml").write_text(yaml.safe_dump(fit))
-    assert main(["fit", "--config", "fit.yaml"]) == 0
+    Path("lora.yaml").write_text(yaml.safe_dump(LORA) + "learning_rate: 1e-2\n")
+    assert study(settings | {"merges": [], "experts": {"lora": "lora.yaml"}}) == 0
+    words = ["--base", "base", "--tasks", "upper.jsonl", "--out", "alone/lora-upper"]
+    assert main(["fit", "--config", "lora.yaml", *words]) == 0
     mine, theirs = open_expert("runs/mine/library/lora-upper"), open_expert("alone/lora-upper")
     assert mine.content_hash == theirs.content_hash
     words = ["--experts", "alone/lora-upper", "--tasks", "upper.jsonl", "--max_new_tokens", "3", "--out", "runs/alone"]
