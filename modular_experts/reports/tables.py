@@ -88,10 +88,10 @@ class Table:
 
     def text(self) -> rich.table.Table:
         table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(self.name, max_width=NAME_WIDTH, overflow="fold")
+        table.add_column(escape(self.name), max_width=NAME_WIDTH, overflow="fold")
         for column in self.columns:
             heading = f"{column.over}\n{column.title}" if column.over else column.title
-            table.add_column(heading, justify="left" if column.left else "right", no_wrap=True)
+            table.add_column(escape(heading), justify="left" if column.left else "right", no_wrap=True)
         for number, group in enumerate(self.groups):
             if number:
                 table.add_row()

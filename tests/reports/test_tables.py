@@ -26,15 +26,15 @@ def cells(html: str) -> list[list[str]]:
 
 
 def test_every_column_is_in_the_terminal_and_on_the_page() -> None:
-    more = Table([*COLUMNS, Column("new", lambda rows: len(rows))], GROUPS, "name")
+    more = Table([*COLUMNS, Column("[/new]", lambda rows: len(rows))], GROUPS, "name")
     stream = io.StringIO()
     Console(file=stream, width=80).print(more.text())
     lines = [line.split() for line in stream.getvalue().splitlines()]
-    assert lines[:2] == [["exact", "match", "exact", "match"], ["name", "size", "held-in", "held-out", "new"]]
+    assert lines[:2] == [["exact", "match", "exact", "match"], ["name", "size", "held-in", "held-out", "[/new]"]]
     assert lines[2:] == [["head", "50.0", "1"], ["a", "3", "kB", "25.0", "100.0", "3"], [], ["[b]", "-", "1"]]
     assert cells(more.html()) == [
         ["", "", "exact match", ""],
-        ["name", "size", "held-in", "held-out", "new"],
+        ["name", "size", "held-in", "held-out", "[/new]"],
         ["head", "", "50.0", "", "1"],
         ["a", "3 kB", "25.0", "100.0", "3"],
         ["[b]", "", "-", "", "1"],
