@@ -1,12 +1,11 @@
 """Cut an expert's deltas to fewer directions or entries, and say how their values are stored."""
 
-import math
 from dataclasses import dataclass, replace
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.encodings import ENCODINGS
-from modular_experts.deltas.tiles import index_dtype
+from modular_experts.deltas.tiles import index_dtype, kept_count
 from modular_experts.library.encoded import check_encoding
 from modular_experts.library.packing import pack, unpack
 from modular_experts.masks import top_k
@@ -47,7 +46,7 @@ class Form:
         if self.keep == 1 or not isinstance(delta, Sparse | BlockSparse) or delta.is_empty:
             return delta
         sizes = delta.values.abs() if isinstance(delta, Sparse) else delta.values.square().sum((1, 2))
-        kept = top_k(sizes, math.ceil(self.keep * len(sizes))).sort().values.long()
+        kept = top_k(sizes, kept_count(self.keep, len(sizes))).sort().values.long()
         if isinstance(delta, Sparse):
             return replace(delta, indices=delta.indices[kept], values=delta.values[kept])
         return replace(delta, blocks=delta.blocks[kept], values=delta.values[kept])

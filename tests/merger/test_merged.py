@@ -238,7 +238,7 @@ def test_another_merge_does_not_take_up_what_one_left_and_removes_it(library):
     assert open_expert(library / "merged").record["method"]["class_path"].endswith("TaskArithmetic")
     # So does a merge that keeps nearly as many entries.
     size = merge_two(library, "whole")["a.weight"].support_size
-    forms = Form(keep=3.01 / size), Form(keep=2.99 / size)
+    forms = Form(keep=4.01 / size), Form(keep=3.99 / size)
     first, second = (merge_two(library, f"keeps-{count}", form=form) for count, form in zip((4, 3), forms, strict=True))
     assert [one["a.weight"].support_size for one in (first, second)] == [4, 3]
     Interrupted.at_weight = "c.weight"

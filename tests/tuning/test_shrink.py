@@ -67,7 +67,7 @@ def test_one_form_alone_is_tried(objective, experts, tmp_path) -> None:
     assert [tried.form for tried in one.tried] == [Form("int4", 0.5)]
     name = NAMES[0]
     own, kept = one.source[name], one.expert[name]
-    count = -(-own.support_size // 2)
+    count = own.support_size // 2
     largest = own.indices[own.values.abs().argsort(descending=True)[:count]].sort().values
     assert torch.equal(kept.indices, largest)
 
@@ -124,11 +124,11 @@ def test_statistics_of_inputs_are_those_of_the_smaller_expert_too(objective, exp
 
 
 def test_the_largest_tiles_stay() -> None:
-    delta = random_delta("BlockSparse", (30, 30), 0, torch.float32, share=1.0, tile=(10, 10))
-    cut = Form(keep=0.4).cut(delta)
+    delta = random_delta("BlockSparse", (100, 100), 0, torch.float32, share=1.0, tile=(10, 10))
+    cut = Form(keep=0.07).cut(delta)  # of 100 tiles, a product a little above 7
     assert isinstance(cut, BlockSparse)
     norms = delta.values.flatten(1).norm(dim=1)
-    assert cut.blocks.tolist() == sorted(norms.argsort(descending=True)[:4].tolist())
+    assert cut.blocks.tolist() == sorted(norms.argsort(descending=True)[:7].tolist())
 
 
 @pytest.mark.parametrize(
