@@ -116,11 +116,11 @@ class Structure:
             )
 
     def check_untied(self, name: str, source: str) -> None:
-        """Refuse an adapter's delta of one of several names of a tensor, as the adapter moves that one alone."""
+        """Refuse an adapter's delta of one of several names of a tensor, as the adapter moves one of them alone."""
         if len(twins := self.twins(name)) > 1:
             raise ValueError(
-                f"{source} moves {name} alone, and in {self.place} {' and '.join(twins)} are one tensor (tied); make "
-                f"an untied copy, in Python Base.open({self.place!r}).untie('untied'), and give it as the base"
+                f"{source} moves one of {' and '.join(twins)} alone, and in {self.place} they are one tensor (tied); "
+                f"make an untied copy, in Python Base.open({self.place!r}).untie('untied'), and give it as the base"
             )
 
     def check_fit(self, shapes: Mapping[str, torch.Size], source: str = "the expert") -> None:

@@ -78,10 +78,12 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         self._files, self._config, self._base, self._tolerance = files, config, base, tolerance
         self.stated = self.measured = 0
         self.largest_difference = float("nan")
+        # The tied tensors as base plus delta, under the first of their names that came.
+        self._tied: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
-        self.stated = self.measured = 0
+        self.stated, self.measured, self._tied = 0, 0, {}
         files = self._files
         model, tuned, prompts, expected = self._load_twice()
         seen = set()
@@ -106,6 +108,9 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         self.largest_difference, _ = difference(logits(whole, prompts), expected)
         allowed = self._allowed(expected)
         if not self.largest_difference <= allowed:  # written so that NaN is refused too
+            for name, moved in self._tied.items():
+                if not torch.equal(moved, self._base.weight(name).to(moved.dtype)):
+                    self._base.structure.check_untied(name, str(files.directory))
             raise ValueError(
                 f"{files.directory} was not imported: its logits by PEFT differ by {self.largest_difference:.3g} from "
                 f"those of base plus deltas, and the tolerance is {allowed:.3g}, so it does more than move weights"
@@ -167,7 +172,8 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
             found = [(part, self._delta(part, one, None, weight_of(self._plain, part))) for part, one in parts.items()]
         else:
             found = [(name, self._delta(name, merged, stated, self._base.weight(name)))]
-        yield from ((part, delta) for part, delta in found if delta is not None)
+        owners = self._base.structure.owners
+        yield from ((owners[part], delta) for part, delta in found if delta is not None)
 
     @cached_property
     def _plain(self) -> Any:
@@ -176,13 +182,19 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
 
     def _delta(self, name: str, merged: Tensor, stated: Tensor | None, base: Tensor) -> Delta | None:
         """Return how far a weight moved, and put base plus delta in the merged weight's place."""
-        self._base.structure.check(name, merged.shape, str(self._files.directory))
+        structure, source = self._base.structure, str(self._files.directory)
+        structure.check(name, merged.shape, source)
         before = base.to(merged.dtype)
-        moved = merged - before
+        moved, owner = merged - before, structure.owners[name]
+        rounding = 2 * torch.finfo(moved.dtype).eps * merged.norm().item()
+        if owner in self._tied:
+            if (merged - self._tied[owner]).norm().item() > rounding:
+                structure.check_untied(name, source)
+            return None
+        if len(structure.twins(name)) > 1:
+            self._tied[owner] = merged
         if not moved.any():
             return None
-        self._base.structure.check_untied(name, str(self._files.directory))
-        rounding = 2 * torch.finfo(moved.dtype).eps * merged.norm().item()
         if stated is not None and stated.shape == moved.shape and (stated - moved).norm().item() <= rounding:
             delta = exact_form(stated.float())
             self.stated += 1
