@@ -185,7 +185,7 @@ def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list
     found = [dict(shared)] if shared else []
     for one in settings if isinstance(settings, list) else [settings]:
         if isinstance(one, str):
-            file = Path(one)
+            file = Path(one).expanduser()
             try:
                 one = yaml.load(file.read_text(encoding="utf-8"), Loader)
             except (OSError, yaml.YAMLError) as error:

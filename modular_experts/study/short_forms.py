@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ def named_tasks(word: str) -> list[Settings]:
     That is each file of a pattern (`tasks/*.jsonl`), the file or data set at a path, a class of the suite (`FirstTwo`,
     called `first-two`), a hub id (`owner/name` without a suffix), or else a file that is not there.
     """
-    path = Path(word)
+    path = Path(word := os.path.expanduser(word))
     if any(sign in word for sign in "*?["):
         files = sorted(glob.glob(word, recursive=True))
         if not files:
@@ -71,7 +72,7 @@ def content_hash(name: str, task: Mapping[str, Any]) -> str:
     """Return a hash of a task's file, or of the files of its directory."""
     if task.get("path") is None:
         return ""
-    path, found = Path(task["path"]), hashlib.sha256()
+    path, found = Path(task["path"]).expanduser(), hashlib.sha256()
     if not path.exists():
         raise ValueError(f"task {name!r}: there is no file {path}; the path starts from the current directory")
     for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
@@ -96,7 +97,7 @@ def spelt_out(experts: Mapping[str, Any]) -> Kinds:
     """
     kinds = Kinds({}, {}, {})
     for name, given in experts.items():
-        found, is_joint = {name: given}, isinstance(given, Mapping) and bool(given.get("joint"))
+        found, is_joint = [(name, given)], isinstance(given, Mapping) and bool(given.get("joint"))
         if isinstance(given, Mapping):
             grid = given.get("grid") or {}
             if not isinstance(grid, Mapping) or not all(isinstance(of, list | dict) and of for of in grid.values()):
@@ -105,12 +106,19 @@ def spelt_out(experts: Mapping[str, Any]) -> Kinds:
                 )
             own = {key: value for key, value in given.items() if key not in ("grid", "joint")}
             named = [of.items() if isinstance(of, dict) else [(_word(one), one) for one in of] for of in grid.values()]
-            found = {
-                "-".join([name, *(word for word, _ in pairs)]): [own, *map(_nested, grid, [one for _, one in pairs])]
+            found = [
+                ("-".join([name, *(word for word, _ in pairs)]), [own, *map(_nested, grid, [one for _, one in pairs])])
                 for pairs in itertools.product(*named)
-            }
-        (kinds.joint if is_joint else kinds.apart).update(found)
-        kinds.named.update({} if is_joint else {one: [one] for one in found} | {name: [*found]})
+            ]
+        for kind, configs in found:
+            if kind in {**kinds.apart, **kinds.joint}:
+                raise ValueError(
+                    f"two kinds of experts would be called {kind}; give the values of the grid of {name} names: "
+                    "{expert: {small: {...}, large: {...}}}"
+                )
+            (kinds.joint if is_joint else kinds.apart)[kind] = configs
+            kinds.named.update({} if is_joint else {kind: [kind]})
+        kinds.named.update({} if is_joint else {name: [kind for kind, _ in found]})
     return kinds
 
 

@@ -31,6 +31,15 @@ def test_values_of_a_grid_may_have_names() -> None:
     assert found.apart["sparse-grow-5"] == [{}, {"trainer": {"callbacks": [2, 3]}}, {"steps": 5}]
 
 
+def test_two_kinds_of_one_name_are_refused() -> None:
+    shapes = [{"class_path": "LoRAExpert", "init_args": {"rank": rank}} for rank in (4, 8)]
+    with pytest.raises(ValueError, match="would be called lora-LoRAExpert; give the values of the grid of lora names"):
+        spelt_out({"lora": {"grid": {"expert": shapes}}})
+    with pytest.raises(ValueError, match="two kinds of experts would be called lora-5"):
+        spelt_out({"lora": {"grid": {"steps": [5]}}, "lora-5": {"steps": 9}})
+    assert [*spelt_out({"lora": {"grid": {"expert": {"a": shapes[0], "b": shapes[1]}}}}).apart] == ["lora-a", "lora-b"]
+
+
 @pytest.mark.parametrize("grid", [["0.1"], {"learning_rate": 0.1}, {"learning_rate": []}])
 def test_a_grid_without_lists_of_values_is_refused(grid) -> None:
     with pytest.raises(ValueError, match=r"experts\.lora\.grid is .*; give lists of values"):

@@ -160,9 +160,11 @@ def settings_of(name: str) -> dict[str, Any]:
     return {"kind": record["kind"], "tasks": record["tasks"]} | taken
 
 
-def test_an_expert_and_its_scores_are_those_of_fit_and_evaluate(settings) -> None:
+def test_an_expert_and_its_scores_are_those_of_fit_and_evaluate(settings, monkeypatch) -> None:
     Path("lora.yaml").write_text(yaml.safe_dump(LORA) + "learning_rate: 1e-2\n")
-    assert study(settings | {"merges": [], "experts": {"lora": "lora.yaml"}}) == 0
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    tasks = {"held_in": ["~/upper.jsonl", {"path": "~/reverse.jsonl"}]}
+    assert study(settings | {"merges": [], "experts": {"lora": "~/lora.yaml"}, "tasks": tasks}) == 0
     words = ["--base", "base", "--tasks", "upper.jsonl", "--out", "alone/lora-upper"]
     assert main(["fit", "--config", "lora.yaml", *words]) == 0
     mine, theirs = open_expert("runs/mine/library/lora-upper"), open_expert("alone/lora-upper")
