@@ -1,14 +1,18 @@
 """A list given later replaces the one before it, whatever their lengths; `+` appends, and a field is set in place."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from modular_experts.__main__ import main
 from modular_experts.cli.command import settings_of
+from modular_experts.experts import Expert
 from modular_experts.settings import folded
+from modular_experts.settings.read import read
 
 FIRST = {
     "model": {"base": "base", "modules": ".*", "expert": "FullExpert"},
@@ -73,3 +77,12 @@ def test_settings_of_another_class_replace_the_earlier_ones_and_those_of_the_sam
     settings = {"keep_ratio": 0.2, "granularity": "block"}
     assert config == {"model": {"base": "mine", "expert": {"class_path": "SparseExpert", "init_args": settings}}}
     assert settings_of(options, {})["model"]["expert"] == {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
+
+
+def test_a_setting_of_a_class_beats_earlier_ones_in_either_notation() -> None:
+    long, short = {"class_path": "LoRAExpert", "init_args": {"rank": 8, "alpha": 3.0}}, {"class_path": "LoRAExpert"}
+    short |= {"rank": 4, "dropout": 0.1}
+    for configs, rank in (([short, long], 8), ([long, short], 4), ([long, short, long], 8)):
+        expert = folded([("a config", {"expert": one}) for one in configs])["expert"]
+        made = read("--expert", Callable[[torch.Tensor], Expert], expert).plain["init_args"]
+        assert made == {"rank": rank, "alpha": 3.0, "rank_stabilized": False, "dropout": 0.1}
