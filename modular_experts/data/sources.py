@@ -155,7 +155,7 @@ def _delimited(path: str, place: Path) -> Iterator[Record]:
         # A quoted field may span lines; a row's place is the line that it starts on.
         line = 1
         try:
-            names = file.readline()
+            names = next(filter(str.strip, file), "")
             file.seek(0)
             # Spreadsheets write semicolons where numbers have a comma.
             delimiter = "\t" if place.suffix.lower() == ".tsv" else max(",;\t", key=names.count)
@@ -163,13 +163,15 @@ def _delimited(path: str, place: Path) -> Iterator[Record]:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             for fields in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1
+                if not fields:
+                    continue
                 if header is None:
                     header = fields
                     if twice := [name for name in header if header.count(name) > 1]:
                         yield Record(where, problem=f"two columns are called {twice[0]!r}; rename one")
-                elif fields and len(fields) != len(header):
+                elif len(fields) != len(header):
                     yield Record(where, problem=f"{len(fields)} fields, but the header has {len(header)}")
-                elif fields:
+                else:
                     yield Record(where, dict(zip(header, fields, strict=True)))
         except UnicodeDecodeError:
             yield Record(f"{path}:{line}", problem=NOT_UTF8)

@@ -117,7 +117,7 @@ def test_a_missing_file_gets_the_near_name_and_a_pipe_is_refused(tmp_path: Path)
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_a_spreadsheet_may_write_semicolons_or_tabs(mark: str, tmp_path: Path) -> None:
     path, long = tmp_path / "rows.csv", "c" * 140_000  # more than Python's csv reads unless it is told to
-    path.write_text(f'input;target\n"a{mark} b";1,5\n{long};2\n'.replace(";", mark), encoding="utf-8-sig")
+    path.write_text(f'\ninput;target\n"a{mark} b";1,5\n{long};2\n'.replace(";", mark), encoding="utf-8-sig")
     assert [one.values for one in path_records(str(path))] == [
         {"input": f"a{mark} b", "target": "1,5"},
         {"input": long, "target": "2"},
