@@ -93,7 +93,7 @@ class _Chooser(KeptGradient):
         else:
             kept = self._choose(step.reduce(total), x.dtype)
             if self.sums and packed is not None and packed.grad is not None:
-                kept = kept - packed.grad
+                packed.grad.zero_()  # of the present units, in whose place the new ones come
             self.total = None
         step.seconds += time.perf_counter() - started
         return kept
