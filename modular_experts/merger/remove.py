@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modular_experts.base.base import adopt_smaller
 from modular_experts.deltas import Delta, LowRank, Sparse
 from modular_experts.deltas.task_vector import TaskVector
-from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
+from modular_experts.library import StoredExpert, make_record, open_expert, union_of_weights, write_expert
 from modular_experts.library.described import describe, rebuild
 from modular_experts.library.record import MERGE
 from modular_experts.methods.average import Linear
@@ -68,6 +69,8 @@ def remove(
         tasks = sorted({task for parent in others for task in parent["tasks"]})
     else:  # an older version did not record which expert had which task
         tasks = [task for task in whole.record["tasks"] if task not in part.record["tasks"]]
+    adopt_smaller([whole, part])
+    union_of_weights([whole, part])  # refuses an expert of fewer rows whose larger base is on another machine
     weights = method.weights and [*method.weights[:place], *method.weights[place + 1 :]]
     rest = replace(method, weights=weights)  # type: ignore[type-var]
     record = make_record(MERGE, whole.record["base"], tasks=tasks, parents=others, method=describe(rest))

@@ -14,6 +14,7 @@ from modular_experts.deltas import Delta, Dense
 from modular_experts.evaluation.compare import open_models
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merger import Merged
+from modular_experts.merger.remove import remove
 from modular_experts.methods import TaskArithmetic
 
 QUERY, EMBEDDINGS, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
@@ -55,6 +56,9 @@ def test_a_merge_takes_experts_of_both(bases, tmp_path, caplog) -> None:
     many = write(tmp_path / "many", bases[1], 1)
     with caplog.at_level(logging.WARNING):
         merge([tmp_path / "few", tmp_path / "many"], TaskArithmetic(scale=1.0), tmp_path / "merged")
+    left = remove(tmp_path / "merged", tmp_path / "few", tmp_path / "left")
+    for name, delta in many.items():
+        torch.testing.assert_close(left[name].dense().double(), delta.dense().double(), atol=1e-5, rtol=1e-4)
     found, more = open_expert(tmp_path / "merged"), Base.open(bases[1])
     assert f"{bases[1]} is the same with {MORE} more rows of the vocabulary" in caplog.text
     assert found.record["base"] == more.facts
