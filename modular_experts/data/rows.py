@@ -94,7 +94,9 @@ def content_hash(rows: Iterable[Row]) -> str:
     digest = blake2b(digest_size=16)
     for row in rows:
         held = {name: value for name, value in vars(row).items() if value and name not in ("split", "where")}
-        digest.update(json.dumps(held, ensure_ascii=False, sort_keys=True).encode(errors="surrogatepass") + b"\n")
+        digest.update(
+            json.dumps(held, ensure_ascii=False, sort_keys=True, default=str).encode(errors="surrogatepass") + b"\n"
+        )
     return digest.hexdigest()
 
 
@@ -203,7 +205,10 @@ class RowReader:
             if role not in CHAT_ROLES:
                 near = did_you_mean(str(role), CHAT_ROLES)
                 raise BadRow(f"message {number}: role {reprlib.repr(role)} is not one of {', '.join(CHAT_ROLES)}{near}")
-            messages.append({"role": role, "content": _checked(f"content of message {number}", message["content"])})
+            content = _checked(f"content of message {number}", message["content"])
+            # The template may read more, such as `tool_calls`; a table gives each message every key.
+            more = {key: one for key, one in message.items() if one is not None}
+            messages.append(more | {"role": role, "content": content})
         return messages
 
     def _split(self, values: Mapping[str, Any]) -> str | None:

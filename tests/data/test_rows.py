@@ -66,6 +66,9 @@ def test_a_conversation_has_its_last_answer_as_the_target_and_a_cell_may_hold_it
     row = read({"m": json.dumps([*TALK, *TALK]), "split": "test"}, columns={"messages": "m"})
     assert (row.input, row.target, row.split) == ("user: a\nassistant: b\nuser: a", "b", "test")
     assert row.messages == (*TALK, *TALK)
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "get"}}]}
+    row = read({"messages": [TALK[0], call, *TALK, TALK[1] | {"tool_calls": None}]}, columns={"messages": "messages"})
+    assert row.messages == (TALK[0], call, *TALK, TALK[1])
 
 
 def test_a_template_that_the_row_does_not_fill() -> None:
