@@ -58,9 +58,11 @@ class RowTokenizer:
 
         Conversations to `learn` have each turn of the assistant as a target, not only the last.
         """
-        if rows and rows[0].messages:
+        if talks := [row for row in rows if row.messages]:
             tokenize = ConversationTokenizer(self.tokenizer, self.longest, self._filled)
-            return tokenize(task, rows, learn, self.learns_choices or not learn)
+            examples, cut, problems = tokenize(task, talks, learn, self.learns_choices or not learn)
+            mixed = f"this row has texts, and {talks[0].where} is a conversation; write all rows of a task alike"
+            return examples, cut, [*(f"{row.where}: {mixed}" for row in rows if not row.messages), *problems]
         texts = [row.input for row in rows]
         if self.chat_template:
             render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)

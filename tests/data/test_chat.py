@@ -135,6 +135,12 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_message
     assert problems == ["f:1: the assistant's last turn fills max_length=3; raise it"]
 
 
+def test_a_row_of_texts_among_conversations_is_refused() -> None:
+    rows = [Row("q", "a", where="f:1"), row(*TALK, where="f:2"), Row("q", "b", where="f:3")]
+    told = "this row has texts, and f:2 is a conversation; write all rows of a task alike"
+    assert RowTokenizer(chatty(CHATML))("t", rows)[2] == [f"f:1: {told}", f"f:3: {told}"]
+
+
 def test_a_template_that_ends_turns_with_text_gets_a_sentence(caplog) -> None:
     warn_once.cache_clear()
     for template in (PLAIN, PLAIN.replace("\n", "###\n")):
