@@ -60,7 +60,7 @@ class Way:
             sum over itself and all experts.
         kept: Its exact match over the exact match of the experts, each on its own task; both are means over tasks.
         loss: Loss in nats a token, a mean over tasks.
-        held_out: Exact match on held-out tasks, in [0, 1]; None without such tasks.
+        held_out: Exact match on held-out tasks, a mean over tasks in [0, 1]; None without such tasks.
         time: Time of a forward pass (CPU time, or wall-clock time on a GPU), with 1 for the base alone.
     """
 
@@ -252,8 +252,11 @@ class _Measure:
         with attached(model, expert, check=False):
             losses, seconds = self._seconds(batch_losses)
             matches = fmean(self._objective.losses(_matches).values())
-            found = [greedy_matches(model, batch) for batch in self._held_out]
-        held_out = torch.cat(found).float().mean().item() if found else None
+            by_task: dict[str, list[float]] = {}
+            for batch in self._held_out:
+                for task, right in zip(batch["task"], greedy_matches(model, batch).tolist(), strict=True):
+                    by_task.setdefault(task, []).append(right)
+        held_out = fmean(map(fmean, by_task.values())) if by_task else None
         size = sum(one.size_on_disk for one in members) if expert.is_routed else 0
         kept = matches / self._own if self._own else 0.0
         return Way(name, str(expert.path), needs, size, kept, fmean(losses.values()), held_out, seconds / self._base)

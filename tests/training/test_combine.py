@@ -123,7 +123,8 @@ def test_an_expert_without_its_task_is_refused_before_anything_is_made(place) ->
 
 def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> None:
     monkeypatch.chdir(place)
-    tasks = [{"path": f"{name}.jsonl", "role": "held_in" if name in NAMES[:2] else "held_out"} for name in NAMES[:3]]
+    tasks = [{"path": f"{name}.jsonl", "role": "held_in" if name in NAMES[:2] else "held_out"} for name in NAMES]
+    tasks[-1]["where"] = {"target": json.loads(Path("code3.jsonl").read_text().splitlines()[0])["target"]}
     shutil.copytree("library", "taken")
     both = ["taken/code0", "taken/code1"]
     take_statistics(both, "prompt_parts", ValidationRows(TaskMixture(tasks), rows=256))
