@@ -27,5 +27,6 @@ def lossless(difference: Tensor) -> Delta:
     moved, index = int(difference.count_nonzero()), index_dtype(difference.shape)
     if moved * (4 + index.itemsize) >= 4 * difference.numel():
         return Dense(difference)
-    indices = difference.view(-1).nonzero()[:, 0]
-    return Sparse(indices.to(index), difference.view(-1)[indices], difference.shape)
+    flat = difference.reshape(-1)  # PEFT states some deltas transposed
+    indices = flat.nonzero()[:, 0]
+    return Sparse(indices.to(index), flat[indices], difference.shape)

@@ -139,6 +139,12 @@ def test_a_product_of_factors_gets_its_rank_back(rank):
     assert (found.dense().double() - product).norm() < 2e-6 * product.norm()
 
 
+def test_few_entries_of_a_transposed_delta_are_kept():
+    moved = torch.zeros(6, 50)
+    moved[2, [1, 7]], moved[4, 9] = 1.0, 2.0
+    assert torch.equal(exact_form(moved.T).dense(), moved.T)
+
+
 def test_rounding_of_a_merge_does_not_hide_a_rank():
     draw = torch.Generator().manual_seed(0)
     base, up, down = (torch.randn(*shape, generator=draw) for shape in ((96, 80), (96, 3), (3, 80)))
