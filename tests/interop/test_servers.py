@@ -59,13 +59,13 @@ def test_low_rank_experts_are_exact_at_one_rank_that_the_server_takes(server, ti
 
 
 @pytest.mark.parametrize("form", ["Sparse", "BlockSparse", "Dense"])
-@pytest.mark.parametrize("keep", [0.5, 0.9])
+@pytest.mark.parametrize("keep", [0.5, 0.9, 1.0])
 def test_other_experts_take_the_smallest_rank_that_keeps_enough(form, keep, tiny_llama_dir, tmp_path):
     expert = make(tmp_path / "a", tiny_llama_dir, form)
     served = export_for([expert], tmp_path / "out", "vllm", keep)
     found = energies(expert)
     kept = {r: sum(e[:r].sum() for e in found.values()) / sum(e.sum() for e in found.values()) for r in VLLM_RANKS}
-    rank = next(r for r in VLLM_RANKS if kept[r] >= keep)
+    rank = next(r for r in VLLM_RANKS if kept[r] >= keep - 1e-6)
     assert rank > 1
     written = served.adapters["a"]
     assert written.rank == rank
