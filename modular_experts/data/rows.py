@@ -278,10 +278,10 @@ def _checked(column: str, value: Any) -> str:
 
 
 def _listed(value: Any) -> Any:
-    """Return the value, or the list that a text holds as JSON: a cell of a CSV file holds only text."""
+    """Return the value, or the list that a text holds as JSON, where numbers are texts, as all is in a CSV file."""
     if isinstance(value, str):
         with suppress(json.JSONDecodeError):
-            return json.loads(value)
+            return json.loads(value, parse_int=str, parse_float=str)
     return value
 
 

@@ -31,6 +31,7 @@ def test_choices_of_the_task_stand_in_and_a_cell_may_hold_a_list() -> None:
     assert read({"input": "a", "target": "b"}, choices=["b", "c"]).choices == ("b", "c")
     assert read({"input": "a", "target": "b", "choices": '["b", "x"]'}, choices=["b", "c"]).choices == ("b", "x")
     assert read({"input": "a", "target": "b", "choices": None}).choices == ()
+    assert read({"input": "a", "target": "1", "choices": "[0, 1, 1.50]"}).choices == ("0", "1", "1.50")
 
 
 BAD = {
