@@ -164,6 +164,10 @@ class MaskSchedule(Schedule):
             ends_epoch = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
             self._step.next_part(ends_epoch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        if self._step is not None and trainer.world_size > 1:
+            self._step.agree_on_reached()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Move experts to the supports that were chosen in this step's backward pass; their gradients are there."""
         step, self._step = self._step, None

@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -56,10 +57,22 @@ class StepChoice:
         """Say that another micro-batch begins, and whether the optimizer steps after it."""
         self.part, self.is_last = self.part + 1, is_last
 
+    def agree_on_reached(self) -> None:
+        """Let the layers wait that a micro-batch reaches on some ranks alone; call it between its two passes.
+
+        Such as the matrices of a mixture of experts: ranks reduce a gradient together, or none of them does.
+        """
+        choosers = [cast(_Chooser, layer.expert.chooser) for layer in self.choice.layers.values()]
+        reached = torch.tensor([float(one.is_reached) for one in choosers], device=choosers[0].units.device)
+        for one, share in zip(choosers, self.reduce(reached).tolist(), strict=True):
+            # A layer that sums chooses at the last micro-batch, and another one at the first that reaches it.
+            one.waits |= 0 < share < 1 and (self.is_last or not one.sums)
+            one.is_reached = False
+
     def finish(self) -> tuple[dict[str, Tensor], list[str]]:
         """Give the layers their kernels back; return the units to keep of each, and the names of those without any.
 
-        A layer that no token reached, or whose gradient overflowed, has none.
+        A layer that no token reached on a rank, or whose gradient overflowed, has none.
         """
         for layer in self.choice.layers.values():
             layer.expert.chooser = None
@@ -78,6 +91,11 @@ class _Chooser(KeptGradient):
         self.step, self.weight, self.layer, self.sums = step, name, layer, sums
         self.total: Tensor | None = None
         self.kernel: Callable[[], KeptGradient] | None = None
+        self.is_reached = self.waits = False
+
+    def saved(self, x: Tensor) -> Tensor:
+        self.is_reached = True
+        return x
 
     @torch.no_grad()
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
@@ -87,7 +105,7 @@ class _Chooser(KeptGradient):
         started, step = time.perf_counter(), self.step
         gradient = (grad.T @ x).to(torch.promote_types(grad.dtype, torch.float32))
         packed, total = self.layer.expert.packed, gradient if self.total is None else self.total.add_(gradient)
-        if self.sums and not step.is_last:
+        if self.waits or (self.sums and not step.is_last):
             # The last micro-batch may not reach the layer, which then trains these units.
             kept, self.total = self._kept(gradient, self.units), total
         else:

@@ -87,7 +87,7 @@ def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, *callbac
     module = runs.module(base, expert, **model) if expert else ExpertModule(str(base), **model)
     data = how.pop("data", None) or runs.mixture(files, base, seed=0)
     place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "max_steps": how.pop("steps", 4)}
-    trainer = runs.trainer(folder, watch, *callbacks, limit_val_batches=0, **place, **how)
+    trainer = runs.trainer(folder, watch, *callbacks, limit_val_batches=0, **(place | how))
     trainer.fit(module, data)
     return module, trainer, watch
 
@@ -111,6 +111,22 @@ def choose_in_steps(folder: Path, base: Path, files: dict[str, Path], ranks: int
     module, _, watch = train(folder, base, files, ranks, schedule, **how)
     # Before the first step's end the supports are random.
     return {"supports": watch.supports[parts - 1 :], "values": values(module)}
+
+
+def choose_for_matrices(folder: Path, base: Path, files: dict[str, Path]) -> None:
+    """Choose entries of a mixture's matrices within steps of one row a rank, which reaches few of them."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for parts, mib in [*STEPS, (2, 1024)]:
+        schedule = MaskSchedule(rule=GrowAndDrop(every=2, until=1.0, replace=0.4), seed=0, accumulator_mib=mib)
+        how = {"optimizer": MOMENTUM, "accumulate_grad_batches": parts, "strategy": "ddp_find_unused_parameters_true"}
+        how |= {"data": runs.mixture(files, base, batch_size=2, seed=0), "steps": 8}
+        model = {"expert": SPARSE, "modules": r".*experts\.down_proj\[\d+\]", "gradient_checkpointing": False}
+        module, trainer, watch = train(folder, base, files, 2, schedule, model=model, **how)
+        found[f"{parts} {mib}"] = {"supports": watch.supports, "values": values(module)}
+    torch.save(found, folder / f"rank{trainer.global_rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def train_masked(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:

@@ -111,6 +111,17 @@ def test_two_choices_on_two_batches_take_four_passes(found) -> None:
     assert [one["passes"]["passes"] for one in (found[0], *found[1])] == [4, 4, 4]
 
 
+def test_matrices_that_one_process_reaches_alone_wait_for_their_choice(tiny, task_files, tmp_path) -> None:
+    run_on_two_ranks(ddp_run.choose_for_matrices, tmp_path, tiny("mixtral", num_local_experts=16), task_files)
+    first, second = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for way, mine in first.items():
+        assert mine["supports"] == second[way]["supports"]
+        for name, values in mine["values"].items():
+            assert torch.equal(second[way]["values"][name], values)
+        changed = [sum(a[name] != b[name] for name in a) for a, b in itertools.pairwise(mine["supports"])]
+        assert max(changed) > 0
+
+
 def test_each_row_counts_once_and_rank_0_writes(found) -> None:
     one, (first, second), folder = found
     for name, wanted in one["results"]["tasks"].items():
