@@ -113,19 +113,21 @@ class Selectable(Expert):
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Probe:
     """The receiver of a weight's dense gradient `(out, in)`, which a scoring pass puts into an expert."""
 
     receive: Callable[[Tensor], None]
     leaf: Tensor
     """A scalar that requires a gradient, so that backward reaches the layer even if its input needs none."""
+    is_reached: bool = False
+    """Whether the forward pass came to the layer."""
 
 
 class _ProbedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, leaf, probe):
-        ctx.probe = probe
+        ctx.probe, probe.is_reached = probe, True
         return weight.view_as(weight)
 
     @staticmethod
@@ -138,7 +140,7 @@ class _ProbedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, leaf, probe):
         ctx.save_for_backward(x, weight)
-        ctx.probe = probe
+        ctx.probe, probe.is_reached = probe, True
         return F.linear(x, weight, bias)
 
     @staticmethod

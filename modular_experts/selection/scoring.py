@@ -74,15 +74,24 @@ class ScoringPass:
                 receive(name, sums.pop(name))
 
     def _probe(self, layers: Layers, batch: Any, receive: Receive) -> None:
-        """Run one batch forward and backward; `receive` gets each layer's gradient while the backward pass runs."""
+        """Run one batch forward and backward; `receive` gets each layer's gradient while the backward pass runs.
+
+        Ranks reduce together, so a layer that some of them reach alone, such as a matrix of a mixture of experts,
+        counts as one that none reaches.
+        """
         self.passes += 1
-        leaves = []
+        probes = []
         try:
             for name, layer in layers.items():
-                expert = layer.expert
-                leaves.append(torch.zeros((), device=next(expert.parameters()).device, requires_grad=True))
-                expert.probe = Probe(partial(receive, name), leaves[-1])
-            torch.autograd.grad(self.loss(batch), leaves, allow_unused=True)
+                leaf = torch.zeros((), device=next(layer.expert.parameters()).device, requires_grad=True)
+                layer.expert.probe = Probe(partial(receive, name), leaf)
+                probes.append(layer.expert.probe)
+            loss = self.loss(batch)
+            reached = self.reduce(torch.tensor([float(one.is_reached) for one in probes], device=loss.device))
+            for one, share in zip(probes, reached.tolist(), strict=True):
+                if share < 1:
+                    one.receive = lambda gradient: None
+            torch.autograd.grad(loss, [one.leaf for one in probes], allow_unused=True)
         finally:
             for layer in layers.values():
                 layer.expert.probe = None

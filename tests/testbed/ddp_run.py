@@ -26,7 +26,7 @@ from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
-from modular_experts.masks import ConnectionSensitivity, FisherInformation, GrowAndDrop, Reselect
+from modular_experts.masks import ConnectionSensitivity, FisherInformation, GradientMagnitude, GrowAndDrop, Reselect
 from modular_experts.training.module import ExpertModule
 
 FEW_ROWS = {"molora": 1, "point-lora": 2}
@@ -117,13 +117,15 @@ def choose_for_matrices(folder: Path, base: Path, files: dict[str, Path]) -> Non
     """Choose entries of a mixture's matrices within steps of one row a rank, which reaches few of them."""
     warnings.simplefilter("ignore")
     found = {}
-    for parts, mib in [*STEPS, (2, 1024)]:
-        schedule = MaskSchedule(rule=GrowAndDrop(every=2, until=1.0, replace=0.4), seed=0, accumulator_mib=mib)
+    rule, sizes = GrowAndDrop(every=2, until=1.0, replace=0.4), [*STEPS, (2, 1024)]
+    ways = [(parts, MaskSchedule(rule=rule, seed=0, accumulator_mib=mib)) for parts, mib in sizes]
+    ways += [(1, MaskSchedule(score, rule, batches=2, seed=0)) for score in (GradientMagnitude(), FisherInformation())]
+    for number, (parts, schedule) in enumerate(ways):
         how = {"optimizer": MOMENTUM, "accumulate_grad_batches": parts, "strategy": "ddp_find_unused_parameters_true"}
         how |= {"data": runs.mixture(files, base, batch_size=2, seed=0), "steps": 8}
         model = {"expert": SPARSE, "modules": r".*experts\.down_proj\[\d+\]", "gradient_checkpointing": False}
         module, trainer, watch = train(folder, base, files, 2, schedule, model=model, **how)
-        found[f"{parts} {mib}"] = {"supports": watch.supports, "values": values(module)}
+        found[number] = {"supports": watch.supports, "values": values(module)}
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
