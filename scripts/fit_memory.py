@@ -5,8 +5,8 @@ predicts the memory (`estimate_fit(..., fit_into="1TB")`), and another takes two
 memory that it had in them. `MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536`, set before, leave no gaps in
 the memory. The other works take twenty random experts of the kind: `merge` is their TIES merge, `apply` writes base
 plus one of them and loads both to compare them, and `route` passes a row through the base with all of them behind
-`Arrow`. Their predictions are the merge's own (`--dry-run`), and the bytes of the base and of the experts, each beside
-a process that has only imported the package.
+`Arrow`. Their predictions are the merge's own (`--dry-run`), and the bytes of the base and of the experts as they are
+held beside it, each beside a process that has only imported the package.
 
     python scripts/fit_memory.py --work FOLDER [--shapes Qwen3-1.7B Phi-3-mini] [--forms nf4] [--works merge route]
 """
@@ -35,6 +35,7 @@ from modular_experts.library import make_record, open_experts, write_expert
 from modular_experts.merger.estimate import estimate
 from modular_experts.merger.merged import Merged
 from modular_experts.routing import Arrow
+from modular_experts.routing.mixture import Held
 from modular_experts.training.activations import high_water
 from modular_experts.training.route import route
 
@@ -137,9 +138,10 @@ def predicted(work: str, *line: Any) -> int:
     if work == "merge":
         return python + max(weight.peak for weight in estimate(Merged(experts, "TIES")))
     weights = sum(2 * one.numel() for one in Base.open(line[0]).structure.model.parameters())
-    # An apply goes on with its experts' files closed; `route` maps those of all experts.
-    held = sum(sum(one.stored_bytes().values()) for one in experts) if work == "route" else 0
-    return python + weights + held
+    if work == "apply":  # which goes on with its experts' files closed
+        return python + weights
+    like = torch.empty(0, dtype=torch.bfloat16)
+    return python + weights + len(experts) * sum(Held(experts[0][name], like).nbytes for name in experts[0])
 
 
 def take(work: str, *line: Any) -> None:
