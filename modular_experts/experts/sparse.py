@@ -188,7 +188,8 @@ class SparseExpert(Selectable, InPlaceExpert):
 def _count_change(optimizer: Optimizer, *arguments: Any) -> None:
     """Count a step as a change, which torch does not where an optimizer is fused or writes through `.data`."""
     for group in optimizer.param_groups:
-        torch.autograd.graph.increment_version(group["params"])
+        # The others may lie in graphs that are still to run backward.
+        torch.autograd.graph.increment_version([one for one in group["params"] if one.grad is not None])
 
 
 register_optimizer_step_post_hook(_count_change)

@@ -124,6 +124,15 @@ def test_a_step_that_torch_does_not_count_reaches_the_weight(kind) -> None:
     torch.testing.assert_close(layer(x), x @ (before + moved).T)
 
 
+def test_a_step_leaves_parameters_without_a_gradient_to_graphs_that_wait() -> None:
+    first, second, x = nn.Linear(3, 3), nn.Linear(3, 3), torch.ones(1, 3, requires_grad=True)
+    waiting = second(x).sum()
+    first(x).sum().backward()
+    torch.optim.SGD([*first.parameters(), *second.parameters()]).step()
+    waiting.backward()
+    assert second.weight.grad is not None
+
+
 def test_a_change_through_data_needs_write() -> None:
     layer = nn.Linear(8, 8)
     inject(nn.Sequential(layer), lambda w: SparseExpert(w, keep_ratio=1.0), "0")
