@@ -126,9 +126,10 @@ class ConversationTokenizer:
             text = self._render(messages)
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             turns, ids = self._turns(messages, text), list(encoded["input_ids"])
-            # A token that joins the end of the prompt with the beginning of an answer is one of the answer.
+            # A token that begins before an answer is one of the answer if it holds more of it than white space.
             answers = [
-                any(first < end and start < stop for first, stop in turns) for start, end in encoded["offset_mapping"]
+                any(start < stop and (first <= start or text[first:end].strip()) for first, stop in turns)
+                for start, end in encoded["offset_mapping"]
             ]
         if self._own_end is None and any(answers):
             stop = len(answers) - answers[::-1].index(True)

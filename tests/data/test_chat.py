@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import CHARACTERS, build_tokenizer
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modular_experts.data.batch import IGNORED, Collator, prompts
@@ -117,6 +117,20 @@ def test_a_token_that_begins_before_the_answer_is_one_of_the_answer(template: st
     assert (
         example.tokens.labels.tolist()[example.tokens.prompt :] == example.tokens.ids[example.tokens.prompt :].tolist()
     )
+
+
+def test_a_token_that_takes_the_white_space_behind_it_stays_in_the_prompt() -> None:
+    # As in Phi-3's tokenizer.
+    tokenizer = build_tokenizer()
+    opening = AddedToken("<|assistant|>", special=True, rstrip=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", opening, "<|end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    (example,), _, _ = RowTokenizer(tokenizer)("t", [row("user: hi", "assistant:  yes")], learn=True)
+    answer = tokenizer.convert_ids_to_tokens(example.tokens.ids[example.tokens.prompt :])
+    assert answer == [*"yes", "<|end|>"]
 
 
 def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_message() -> None:
