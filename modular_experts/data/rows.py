@@ -141,7 +141,8 @@ class RowReader:
         prompt = self.columns.get("input")
         if prompt and _is_conversation(values.get(prompt)):
             before = self._messages(values, prompt)
-        elif prompt and messages[0]["role"] == "assistant":  # else the conversation begins with the prompt itself
+        elif prompt and [one["role"] for one in messages if one["role"] != "system"][:1] != ["user"]:
+            # Else the conversation begins with the prompt itself.
             before = [{"role": "user", "content": self._text(values, "input")}]
         messages = before + messages
         if "rejected" in self.columns:
@@ -224,7 +225,9 @@ class RowReader:
         choices = values.get(column)
         if target is None:
             return ()
-        choices = list(self.choices) if choices is None or choices == "" else _listed(choices)
+        # In a CSV file, whose targets are texts, numbers are texts here too.
+        numbers = {"parse_int": str, "parse_float": str}
+        choices = list(self.choices) if choices is None or choices == "" else _listed(choices, **numbers)
         choices = [target, self._text(values, "rejected")] if "rejected" in self.columns else choices
         if not isinstance(choices, list | tuple):
             raise BadRow(f"{column!r} must be a list of texts, not {reprlib.repr(choices)}")
@@ -277,11 +280,11 @@ def _checked(column: str, value: Any) -> str:
     return value
 
 
-def _listed(value: Any) -> Any:
-    """Return the value, or the list that a text holds as JSON, where numbers are texts, as all is in a CSV file."""
+def _listed(value: Any, **parsers: Any) -> Any:
+    """Return the value, or the list that a text holds as JSON: a cell of a CSV file holds only text."""
     if isinstance(value, str):
         with suppress(json.JSONDecodeError):
-            return json.loads(value, parse_int=str, parse_float=str)
+            return json.loads(value, **parsers)
     return value
 
 

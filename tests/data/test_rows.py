@@ -70,6 +70,9 @@ def test_a_conversation_has_its_last_answer_as_the_target_and_a_cell_may_hold_it
     call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "get"}}]}
     row = read({"messages": [TALK[0], call, *TALK, TALK[1] | {"tool_calls": None}]}, columns={"messages": "messages"})
     assert row.messages == (TALK[0], call, *TALK, TALK[1])
+    call["tool_calls"][0]["function"]["arguments"] = {"day": 3}
+    row = read({"messages": json.dumps([TALK[0], call])}, columns={"messages": "messages"})
+    assert row.messages == (TALK[0], call)
 
 
 def test_a_template_that_the_row_does_not_fill() -> None:

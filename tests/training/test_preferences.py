@@ -288,6 +288,13 @@ def test_conversations_in_chosen_and_rejected_are_compared_in_their_last_turn(on
     row = {"prompt": None, "chosen": said("", "yes")[1:], "rejected": said("", "no")[1:]}
     _, problems = Task(path=str(write_rows(tmp_path / "bad.jsonl", [row]))).read()
     assert "'prompt' must be text, not None" in problems[0]
+    # A system message is no prompt.
+    row = {"prompt": "q"} | {
+        key: [{"role": "system", "content": "s"}, *said("q", text)[1:]]
+        for key, text in (("chosen", "a"), ("rejected", "b"))
+    }
+    ((found,), _) = Task(path=str(write_rows(tmp_path / "system.jsonl", [row]))).read()
+    assert found.messages[0] == said("q")[0]
     # An answer may be a list in JSON, and is a conversation only if it holds messages.
     row = {"prompt": "q", "chosen": "[1, 2]", "rejected": "[]"}
     ((found,), _) = Task(path=str(write_rows(tmp_path / "lists.jsonl", [row]))).read()
