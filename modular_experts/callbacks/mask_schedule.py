@@ -149,7 +149,9 @@ class MaskSchedule(Schedule):
         if name in self._settled:
             # Its first choice was made in an earlier fit.
             return position > 0 and rule.is_due(position, last)
-        if position == last and not (expert.selects_at_start or any(rule.is_due(one, last) for one in range(1, last))):
+        # A run that is resumed for fewer steps may begin behind the freeze.
+        is_end = position >= last if self.selections == 0 else position == last
+        if is_end and not (expert.selects_at_start or any(rule.is_due(one, last) for one in range(1, last))):
             # A short training must not end with everything kept.
             return True
         return rule.is_due(position, last) if position else expert.selects_at_start

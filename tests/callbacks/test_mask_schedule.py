@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from modular_experts.base import Base
 from modular_experts.callbacks import MaskSchedule
@@ -93,6 +94,18 @@ def test_training_shorter_than_the_interval_still_ends_sparse(fitted) -> None:
     watch = Watch()
     module, _, _ = fitted(MASKED, watch, max_steps=6)
     assert watch.selections == 1
+    assert watch.shares(module)["kept"] < 0.11
+
+
+def test_a_run_resumed_behind_the_freeze_of_a_shorter_training_still_ends_sparse(fitted, tmp_path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "dense.ckpt")
+
+    fitted(MASKED, Watch(rule=Reselect(until=0.5)), Save(), max_steps=12)
+    watch = Watch(rule=Reselect(until=0.5))
+    module, _, _ = fitted(MASKED, watch, max_steps=6, ckpt=tmp_path / "dense.ckpt")
     assert watch.shares(module)["kept"] < 0.11
 
 
