@@ -186,7 +186,7 @@ class MaskSchedule(Schedule):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._step is not None:
             self._step.finish()
-            self._step = None
+            self._step, self._last_position = None, self._last_position - 1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

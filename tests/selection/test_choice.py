@@ -204,13 +204,24 @@ def test_a_run_resumed_within_the_step_of_a_choice_makes_that_choice(fit_tiny, t
             if batch_idx == 0:
                 trainer.save_checkpoint(tmp_path / "within.ckpt")
 
+    class SaveInTheEnd(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            raise OSError("no space")
+
+        def on_exception(self, trainer, pl_module, exception) -> None:
+            trainer.save_checkpoint(tmp_path / "failed.ckpt")
+
     def run(*callbacks: Callback, **settings: Any) -> dict[str, list[int]]:
         watch = Watch(rule=SelectOnce(), score=lambda weight, gradient, delta: weight.abs())
         fit_tiny(SPARSE, watch, *callbacks, max_steps=1, accumulate_grad_batches=2, **settings)
         return watch.supports[-1]
 
     # A resumed run must not depend on its own first supports.
-    assert run(Save()) == run(ckpt=tmp_path / "within.ckpt", seed=99)
+    chosen = run(Save())
+    assert run(ckpt=tmp_path / "within.ckpt", seed=99) == chosen
+    with pytest.raises(OSError, match="no space"):
+        run(SaveInTheEnd())
+    assert run(ckpt=tmp_path / "failed.ckpt", seed=99) == chosen
 
 
 @pytest.mark.parametrize(
