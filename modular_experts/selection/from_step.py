@@ -11,6 +11,7 @@ from torch import Tensor
 from modular_experts.deltas.tiles import gather_tiles
 from modular_experts.kernels import KeptGradient
 from modular_experts.selection.choice import Choice, SelectableLayer, statistic_of
+from modular_experts.selection.scoring import ALL
 
 
 class StepChoice:
@@ -56,18 +57,23 @@ class StepChoice:
     def next_part(self, is_last: bool) -> None:
         """Say that another micro-batch begins, and whether the optimizer steps after it."""
         self.part, self.is_last = self.part + 1, is_last
+        for one in self._choosers():
+            # Gradient checkpointing reaches layers once more in the backward pass.
+            one.is_reached = False
 
     def agree_on_reached(self) -> None:
         """Let the layers wait that a micro-batch reaches on some ranks alone; call it between its two passes.
 
         Such as the matrices of a mixture of experts: ranks reduce a gradient together, or none of them does.
         """
-        choosers = [cast(_Chooser, layer.expert.chooser) for layer in self.choice.layers.values()]
+        choosers = self._choosers()
         reached = torch.tensor([float(one.is_reached) for one in choosers], device=choosers[0].units.device)
         for one, share in zip(choosers, self.reduce(reached).tolist(), strict=True):
             # A layer that sums chooses at the last micro-batch, and another one at the first that reaches it.
-            one.waits |= 0 < share < 1 and (self.is_last or not one.sums)
-            one.is_reached = False
+            one.waits |= 0 < share < ALL and (self.is_last or not one.sums)
+
+    def _choosers(self) -> list["_Chooser"]:
+        return [cast(_Chooser, layer.expert.chooser) for layer in self.choice.layers.values()]
 
     def finish(self) -> tuple[dict[str, Tensor], list[str]]:
         """Give the layers their kernels back; return the units to keep of each, and the names of those without any.
@@ -107,7 +113,7 @@ class _Chooser(KeptGradient):
         packed, total = self.layer.expert.packed, gradient if self.total is None else self.total.add_(gradient)
         if self.waits or (self.sums and not step.is_last):
             # The last micro-batch may not reach the layer, which then trains these units.
-            kept, self.total = self._kept(gradient, self.units), total
+            kept, self.total = self._kept(gradient, self.units), None if self.waits else total
         else:
             kept = self._choose(step.reduce(total), x.dtype)
             if self.sums and packed is not None and packed.grad is not None:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from testbed import runs
 from testbed.pairwise import pairwise
+from torch.utils.checkpoint import checkpoint
 
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.experts import MaskedExpert, SparseExpert
@@ -305,6 +306,32 @@ def test_a_layer_that_some_micro_batches_reach_trains_by_these(kind, reached: tu
     assert waiting == ([] if reached[1] else ["0.weight"])
     units = chosen.get("0.weight", layer.expert.support_units())
     torch.testing.assert_close(layer.expert.values.grad, _kept(layer.expert, dense.grad, units), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("share", "waits"), [(0.5, True), (1 - 6e-8, False)], ids=["some ranks", "all ranks"])
+def test_a_layer_that_some_ranks_reach_waits_without_its_dense_gradient(share: float, waits: bool) -> None:
+    model, step = _small_choice()
+    step.reduce = lambda one: one * share
+    loss = model(torch.randn(3, 8)).square().sum()
+    step.agree_on_reached()
+    loss.backward()
+    assert [layer.expert.chooser.total for layer in model] == [None, None]
+    assert bool(step.finish()[1]) == waits
+
+
+def test_what_gradient_checkpointing_reaches_again_is_not_reached_in_the_next_micro_batch() -> None:
+    layer = torch.nn.Linear(8, 8)
+    inject(torch.nn.Sequential(layer), SPARSE, ".*")
+    step = StepChoice(Choice(selectable_layers(torch.nn.Sequential(layer)), 0, (20, 20)), parts=2)
+    step.next_part(False)
+    loss = checkpoint(layer, torch.randn(3, 8), use_reentrant=False).square().sum()
+    step.agree_on_reached()
+    loss.backward()
+    step.next_part(True)
+    told = []
+    step.reduce = lambda one: told.append(one.tolist()) or one
+    step.agree_on_reached()
+    assert told == [[0.0]]
 
 
 def test_a_score_that_changes_the_gradient_is_refused() -> None:
