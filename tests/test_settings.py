@@ -9,7 +9,7 @@ import torch
 
 from modular_experts.experts import Expert
 from modular_experts.routing import Centroid
-from modular_experts.settings import UsageError, Word
+from modular_experts.settings import UsageError, Word, over
 from modular_experts.settings.read import read, read_arguments
 
 WORDS = [
@@ -106,3 +106,10 @@ def test_what_a_logger_of_others_refuses_is_one_sentence_and_a_bug_of_ones_own_c
     Refused.__module__ = "lightning.pytorch.loggers.refused"
     with pytest.raises(UsageError, match=r"^--trainer\.logger: Refused cannot be made: file store is in maintenance"):
         read("--trainer.logger", Refused, {"place": "x"}).make()
+
+
+def test_settings_of_a_class_that_are_a_text_get_a_sentence() -> None:
+    given = {"class_path": "LoRAExpert", "init_args": "rank"}
+    with pytest.raises(UsageError, match=r"^--expert: a class is written as its name or as .*, got .*'rank'"):
+        read("--expert", Callable[[torch.Tensor], Expert], given)
+    assert over(given, {"init_args": {"rank": 3}}) == given | {"init_args": {"rank": 3}}

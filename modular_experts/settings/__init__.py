@@ -163,7 +163,8 @@ def over(before: Any, after: Any) -> Any:
     if "class_path" in after and _class_in(before) != _class_in(after):
         return after
     joined = dict(before)
-    if "init_args" in after:  # settings beside the class beat those in `init_args`, but not later ones
+    if "init_args" in after and isinstance(before.get("init_args") or {}, dict):
+        # Settings beside the class beat those in `init_args`, but not later ones.
         own = {key: joined.pop(key) for key in before if key not in ("class_path", "init_args")}
         joined["init_args"] = {**(before.get("init_args") or {}), **own}
     for key, value in after.items():

@@ -139,7 +139,8 @@ def _read_class(option: str, hint: Any, value: Any) -> Read:
     if base is not object and isinstance(value, base):
         return _as_it_is(value)
     settings: Any = {"class_path": value} if isinstance(value, str) else value
-    if not isinstance(settings, Mapping) or ("class_path" not in settings and inspect.isabstract(base)):
+    is_class = isinstance(settings, Mapping) and isinstance(settings.get("init_args") or {}, Mapping)
+    if not is_class or ("class_path" not in settings and inspect.isabstract(base)):
         written = "{class_path: Name, init_args: {setting: value}}"
         raise UsageError(f"{option}: a class is written as its name or as {written}, got {value}")
     kind = _named(option, base, settings["class_path"]) if "class_path" in settings else base
