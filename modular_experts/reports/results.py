@@ -81,7 +81,12 @@ class Results:
         write_json(path, {"format": FORMAT, "facts": self.facts, "rows": self.rows})
 
     def __add__(self, other: "Results") -> "Results":
-        return Results([*self.rows, *other.rows], {**self.facts, **other.facts})
+        rows, facts = [*self.rows, *other.rows], {**self.facts, **other.facts}
+        if self.facts == other.facts:
+            return Results(rows, facts)
+        # A lead in one of two comparisons says nothing about both.
+        means = [one | {"leads": False} for found in (self, other) for one in found.facts.get("means", ())]
+        return Results([{**row, "leads": False} if "leads" in row else row for row in rows], facts | {"means": means})
 
     def where(self, **wanted: Any) -> "Results":
         """Return the rows that have these values in these columns; a column that a row lacks counts as None."""

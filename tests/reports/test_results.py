@@ -58,6 +58,21 @@ def test_rows_are_chosen_by_column_and_averaged_by_metric() -> None:
     assert len((results.where(role="held_in") + results.where(role="held_out")).rows) == 3
 
 
+def test_who_leads_in_each_of_two_comparisons_leads_in_neither_of_their_sum() -> None:
+    def compared(model: str, date: str) -> Results:
+        known = {"model": model, "role": "held_in", "metric": "loss", "interval": [0.9, 1.1], "leads": True}
+        row = known | {"task": "a", "value": 1.0}
+        return Results([row, row | {"task": "b"}], {"date": date, "means": [known]})
+
+    both = compared("one", "1") + compared("other", "2")
+    for model in ("one", "other"):
+        known = both.where(model=model).about("loss")
+        assert (known["model"], known["interval"], known["leads"]) == (model, [0.9, 1.1], False)
+        assert not any(row["leads"] for row in both.where(model=model).rows)
+    part = compared("one", "1")
+    assert (part.where(task="a") + part.where(task="b")).about("loss")["leads"]
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_a_table_of_many_long_names_fits_80_columns_and_cuts_no_name(width: int) -> None:
     names = [f"{number:02d}" + "abcdefghij" * 6 + "kl" for number in range(40)]
