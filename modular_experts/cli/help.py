@@ -27,7 +27,7 @@ _METAVARS |= dict.fromkeys(("TaskMixture", "Rows"), _METAVARS["Tasks"]) | {"Tuni
 # An argument in a docstring, with its type or without, and the lines of its text.
 _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
 # What an option means in each command whose docstring does not say more.
-_USUAL = {
+_COMMON = {
     "base": "The base's directory or hub id; the one in the experts' records by default.",
     "chat_template": "Put the input as a user's message through the tokenizer's chat template.",
     "dtype": "Data type of the base.",
@@ -51,7 +51,7 @@ def _read_source(file: Path, name: str, whole: bool, required: dict[str, str], o
     found: Any = next(node for node in tree.body if getattr(node, "name", None) == name)
     description, _, rest = (ast.get_docstring(found) or "").partition("\nArgs:\n")
     listed, _, examples = rest.partition("\nExamples:\n")
-    texts = _USUAL | _texts(listed.partition("\n\n")[0])
+    texts = _COMMON | _texts(listed.partition("\n\n")[0])
     for argument, kind, default in _arguments(found):
         if home := _file_of_options(file, tree, kind):
             _read_source(home, kind, whole, required, options)

@@ -1,4 +1,4 @@
-"""Number, read and write the tiles of a matrix.
+"""Number, read and write the tiles of a matrix, and multiply its single entries row by row.
 
 A tile is a rectangle of entries, `(height, width)`: `(1, in)` for a row, `(out, 1)` for a column. Tiles are numbered
 row-major over the grid that covers the matrix. Where the tile does not divide the matrix, the last row and column of

@@ -11,7 +11,7 @@ from torch import Tensor
 from modular_experts.deltas.tiles import gather_tiles
 from modular_experts.kernels import KeptGradient
 from modular_experts.selection.choice import Choice, SelectableLayer, statistic_of
-from modular_experts.selection.scoring import ALL
+from modular_experts.selection.scoring import reached_by_some
 
 
 class StepChoice:
@@ -67,10 +67,9 @@ class StepChoice:
         Such as the matrices of a mixture of experts: ranks reduce a gradient together, or none of them does.
         """
         choosers = self._choosers()
-        reached = torch.tensor([float(one.is_reached) for one in choosers], device=choosers[0].units.device)
-        for one, share in zip(choosers, self.reduce(reached).tolist(), strict=True):
+        for one in reached_by_some(choosers, self.reduce, choosers[0].units.device):
             # A layer that sums chooses at the last micro-batch, and another one at the first that reaches it.
-            one.waits |= 0 < share < ALL and (self.is_last or not one.sums)
+            one.waits |= self.is_last or not one.sums
 
     def _choosers(self) -> list["_Chooser"]:
         return [cast(_Chooser, layer.expert.chooser) for layer in self.choice.layers.values()]

@@ -16,8 +16,6 @@ from modular_experts.progress import in_passes
 from modular_experts.selection.choice import Choice, Layers, SelectableLayer, statistic_of
 
 Receive = Callable[[str, Tensor], None]
-ALL = 0.9999
-"""The least share of ranks that means all: a mean of ones over 48 GPUs may be a little less than 1."""
 
 
 @dataclass
@@ -89,14 +87,19 @@ class ScoringPass:
                 layer.expert.probe = Probe(partial(receive, name), leaf)
                 probes.append(layer.expert.probe)
             loss = self.loss(batch)
-            reached = self.reduce(torch.tensor([float(one.is_reached) for one in probes], device=loss.device))
-            for one, share in zip(probes, reached.tolist(), strict=True):
-                if share < ALL:
-                    one.receive = lambda gradient: None
+            for one in reached_by_some(probes, self.reduce, loss.device):
+                one.receive = lambda gradient: None
             torch.autograd.grad(loss, [one.leaf for one in probes], allow_unused=True)
         finally:
             for layer in layers.values():
                 layer.expert.probe = None
+
+
+def reached_by_some(marks: Sequence[Any], reduce: Callable[[Tensor], Tensor], device: torch.device) -> list[Any]:
+    """Return the marks (with `is_reached`) of the layers that some ranks reach and others do not, on every rank."""
+    shares = reduce(torch.tensor([float(one.is_reached) for one in marks], device=device))
+    # A mean of ones over 48 GPUs may be a little less than 1.
+    return [one for one, share in zip(marks, shares.tolist(), strict=True) if 0 < share < 0.9999]
 
 
 def choose_by_passes(choice: Choice, scoring: Callable[[], ScoringPass]) -> int:
