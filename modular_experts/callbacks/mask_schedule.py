@@ -121,7 +121,8 @@ class MaskSchedule(Schedule):
             return
         self._last_position = position
         lengths = scale * module.length.total_steps, scale * module.length.steps_per_epoch
-        due = {name: layer for name, layer in layers.items() if self._is_due(name, layer.expert, position, lengths)}
+        ends = trainer.global_step + 1 >= module.length.total_steps
+        due = {name: one for name, one in layers.items() if self._is_due(name, one.expert, position, lengths, ends)}
         within = {name: layer for name, layer in due.items() if self._in_step(layer.expert)}
         before = {name: layer for name, layer in due.items() if name not in within}
         if before:
@@ -143,16 +144,16 @@ class MaskSchedule(Schedule):
             )
             self._begin_part(trainer, batch_idx)
 
-    def _is_due(self, name: str, expert: Selectable, position: int, lengths: tuple[int, int]) -> bool:
+    def _is_due(self, name: str, expert: Selectable, position: int, lengths: tuple[int, int], ends: bool) -> bool:
         rule = self._rule(expert)
         last = rule.last_update(*lengths)
         if name in self._settled:
             # Its first choice was made in an earlier fit.
             return position > 0 and rule.is_due(position, last)
-        # A run that is resumed for fewer steps may begin behind the freeze.
-        is_end = position >= last if self.selections == 0 else position == last
-        if is_end and not (expert.selects_at_start or any(rule.is_due(one, last) for one in range(1, last))):
-            # A short training must not end with everything kept.
+        # A run that is resumed for fewer steps may begin behind the freeze, and a short one ends before it.
+        ends |= position >= last if self.selections == 0 else position == last
+        if ends and expert.support_units().numel() > expert.kept_units:
+            # A training must not end with everything kept.
             return True
         return rule.is_due(position, last) if position else expert.selects_at_start
 

@@ -90,9 +90,20 @@ def test_the_papers_schedule_starts_dense_and_freezes_after_the_first_epoch(fitt
     assert watch.shares(module)["ever_trained"] == 1.0
 
 
-def test_training_shorter_than_the_interval_still_ends_sparse(fitted) -> None:
-    watch = Watch()
-    module, _, _ = fitted(MASKED, watch, max_steps=6)
+@pytest.mark.parametrize(
+    ("rule", "parts"),
+    [
+        (None, 1),
+        (Reselect(until=1.0), 1),
+        (Reselect(until=1.0), 4),
+        # The two steps of the only epoch have four batches and two, so no choice is due before the last of eight.
+        (Reselect(unit="micro_batches"), 4),
+    ],
+    ids=["first-epoch", "all-steps", "accumulated", "micro-batches"],
+)
+def test_training_shorter_than_the_interval_still_ends_sparse(rule, parts: int, fitted) -> None:
+    watch = Watch(rule=rule)
+    module, _, _ = fitted(MASKED, watch, max_steps=2 if parts > 1 else 6, accumulate_grad_batches=parts)
     assert watch.selections == 1
     assert watch.shares(module)["kept"] < 0.11
 
