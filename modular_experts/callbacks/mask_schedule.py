@@ -243,17 +243,24 @@ class MaskSchedule(Schedule):
     def expected_choices(
         self, trainer: Trainer, module: TrainedModule, length: TrainingLength, seconds: float
     ) -> tuple[int, float]:
-        layers = selectable_layers(module.model)
-        if not layers or self.support is not None:
+        kinds = {type(layer.expert): layer.expert for layer in selectable_layers(module.model).values()}
+        if not kinds or self.support is not None:
             return 0, 0.0
-        expert = next(iter(layers.values())).expert
-        rule = self._rule(expert)
-        scale = trainer.accumulate_grad_batches if rule.unit == "micro_batches" else 1
-        last = rule.last_update(scale * length.total_steps, scale * length.steps_per_epoch)
-        choices = expert.selects_at_start + sum(rule.is_due(one, last) for one in range(1, scale * length.total_steps))
         # A dense start makes its first choice later than the steps that were measured.
-        each = round(self.seconds, 3) / self.selections if self.selections else self.scoring_batches * seconds
-        return choices, choices * each
+        at_start, later = set[int](), set[int]()
+        for expert in kinds.values():
+            rule = self._rule(expert)
+            scale = trainer.accumulate_grad_batches if rule.unit == "micro_batches" else 1
+            total, per_epoch = scale * length.total_steps, scale * length.steps_per_epoch
+            last = rule.last_update(total, per_epoch)
+            due = {position for position in range(1, total) if rule.is_due(position, last)}
+            if expert.selects_at_start:
+                at_start |= {0} | due
+            else:
+                later |= due or {min(last, total - 1)}
+        by_passes = self.scoring_batches * seconds
+        measured = round(self.seconds, 3) / self.selections if self.selections else by_passes
+        return len(at_start | later), len(at_start) * measured + len(later) * by_passes
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
         experts = {name: layer.expert for name, layer in selectable_layers(module.model).items()}

@@ -9,7 +9,7 @@ from testbed.runs import mixture, module, trainer
 
 from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule
 from modular_experts.data import TaskMixture
-from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.masks import Reselect
 from modular_experts.training.estimate import estimate
 
@@ -65,12 +65,16 @@ def test_estimates_before_and_between_fits_change_and_write_nothing(expert, tiny
         (LoRAExpert, None, 1, 4),
         (SparseExpert, Reselect(every=2, until=1.0), 2, 4),
         (SparseExpert, Reselect(every=2, until=1.0), 2, "step"),
+        # Their own rules choose at the steps 0, 1, 2 and 3, and before the last step of the first epoch.
+        ({"q_proj": SparseExpert, "down_proj": MaskedExpert}, None, 1, "step"),
+        ({"q_proj": MaskedExpert, "down_proj": SparseExpert}, None, 1, "step"),
     ],
 )
 def test_choices_and_validations_are_counted_as_the_fit_makes_them(
     expert, schedule, parts, batches, tiny_llama_dir, task_files, tmp_path
 ):
-    trained, data = module(tiny_llama_dir, expert), mixture(task_files, tiny_llama_dir)
+    how = {"experts": expert, "modules": None} if isinstance(expert, dict) else {"expert": expert}
+    trained, data = module(tiny_llama_dir, **({"expert": None} | how)), mixture(task_files, tiny_llama_dir)
     mask, validations = MaskSchedule(rule=schedule, batches=batches), Validations()
     run = trainer(tmp_path, mask, validations, max_steps=8, accumulate_grad_batches=parts)
     found = estimate(trained, data, run)
@@ -80,7 +84,7 @@ def test_choices_and_validations_are_counted_as_the_fit_makes_them(
     assert found.length == trained.length
     assert found.length.total_steps == 8
     assert all(seconds > 0 for name, seconds in found.seconds.items() if name != "choices" or found.choices)
-    assert found.rates == [expert.learning_rate]
+    assert found.rates == [1e-3 if isinstance(expert, dict) else expert.learning_rate]
 
 
 def test_rows_tokens_and_trained_numbers_are_counted(tiny_llama_dir, task_files, tmp_path):
