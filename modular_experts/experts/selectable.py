@@ -122,6 +122,23 @@ class Probe:
     """A scalar that requires a gradient, so that backward reaches the layer even if its input needs none."""
     is_reached: bool = False
     """Whether the forward pass came to the layer."""
+    total: Tensor | None = None
+    """The sum over those calls of the layer that backward has come to."""
+
+    def __post_init__(self) -> None:
+        # Autograd calls it when the scalar has its gradient from all calls of the layer.
+        self.leaf.register_hook(self._give)
+
+    def add(self, gradient: Tensor) -> Tensor:
+        """Take the gradient of one call of the layer; return the scalar's."""
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        self.total = gradient if self.total is None else self.total.add_(gradient)
+        return gradient.new_zeros(())
+
+    def _give(self, gradient: Tensor) -> None:
+        assert self.total is not None
+        total, self.total = self.total, None
+        self.receive(total)
 
 
 class _ProbedWeight(torch.autograd.Function):
@@ -132,8 +149,7 @@ class _ProbedWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.probe.receive(grad.to(torch.promote_types(grad.dtype, torch.float32)))
-        return None, grad.new_zeros(()), None
+        return None, ctx.probe.add(grad), None
 
 
 class _ProbedLinear(torch.autograd.Function):
@@ -147,5 +163,4 @@ class _ProbedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        ctx.probe.receive((flat.T @ x.reshape(-1, x.shape[-1])).to(torch.promote_types(flat.dtype, torch.float32)))
-        return grad @ weight, None, None, grad.new_zeros(()), None
+        return grad @ weight, None, None, ctx.probe.add(flat.T @ x.reshape(-1, x.shape[-1])), None

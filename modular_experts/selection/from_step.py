@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from modular_experts.deltas.tiles import gather_tiles
 from modular_experts.kernels import KeptGradient
@@ -79,8 +80,10 @@ class StepChoice:
 
         A layer that no token reached on a rank, or whose gradient overflowed, has none.
         """
-        for layer in self.choice.layers.values():
-            layer.expert.chooser = None
+        for one in self._choosers():
+            one.layer.expert.chooser = None
+            if one.hook is not None:
+                one.hook.remove()
         chosen = self.choice.chosen
         return chosen, [name for name in self.choice.layers if name not in chosen]
 
@@ -95,6 +98,7 @@ class _Chooser(KeptGradient):
         super().__init__(expert.support_units(), expert.shape, expert.tile)
         self.step, self.weight, self.layer, self.sums = step, name, layer, sums
         self.total: Tensor | None = None
+        self.hook: RemovableHandle | None = None
         self.kernel: Callable[[], KeptGradient] | None = None
         self.is_reached = self.waits = False
 
@@ -107,19 +111,29 @@ class _Chooser(KeptGradient):
         if self.kernel is not None:
             kernel = self.kernel()
             return kernel.gradient(kernel.saved(x), grad)
-        started, step = time.perf_counter(), self.step
+        started = time.perf_counter()
+        if self.hook is None and (values := self.layer.expert.packed) is not None:
+            # Autograd calls it when the values have their gradient from all calls of the layer in this pass.
+            self.hook = values.register_hook(functools.partial(self._replace, values, x.dtype))
         gradient = (grad.T @ x).to(torch.promote_types(grad.dtype, torch.float32))
-        packed, total = self.layer.expert.packed, gradient if self.total is None else self.total.add_(gradient)
-        if self.waits or (self.sums and not step.is_last):
-            # The last micro-batch may not reach the layer, which then trains these units.
-            kept, self.total = self._kept(gradient, self.units), None if self.waits else total
-        else:
-            kept = self._choose(step.reduce(total), x.dtype)
-            if self.sums and packed is not None and packed.grad is not None:
-                packed.grad.zero_()  # of the present units, in whose place the new ones come
-            self.total = None
-        step.seconds += time.perf_counter() - started
+        # The present units train if there is no choice in this pass.
+        kept = self._kept(gradient, self.units)
+        if not self.waits:
+            self.total = gradient if self.total is None else self.total.add_(gradient)
+        self.step.seconds += time.perf_counter() - started
         return kept
+
+    @torch.no_grad()
+    def _replace(self, values: nn.Parameter, dtype: torch.dtype, of_present: Tensor) -> Tensor | None:
+        """Choose, and return the gradient of the chosen units; or None, which leaves the gradient of the present."""
+        started, step, total = time.perf_counter(), self.step, self.total
+        if self.waits or total is None or (self.sums and not step.is_last):
+            return None
+        self.total, kept = None, self._choose(step.reduce(total), dtype)
+        if self.sums and values.grad is not None:
+            values.grad.zero_()  # of the present units, in whose place the new ones come
+        step.seconds += time.perf_counter() - started
+        return kept.to(of_present.dtype)
 
     def _choose(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         step, choice = self.step, self.step.choice
@@ -138,7 +152,7 @@ class _Chooser(KeptGradient):
                 "the score changed the gradient that it was given, and training needs it; let it return a new tensor"
             )
         units = choice.chosen[self.weight] = step.agree(choice.chosen[self.weight])
-        # For other micro-batches, and for a layer that a pass calls several times.
+        # For later micro-batches.
         self.kernel = functools.cache(functools.partial(self.layer.expert.planned, units, dtype))
         return self._kept(gradient, units)
 

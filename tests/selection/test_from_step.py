@@ -275,17 +275,27 @@ def test_a_layer_that_no_token_reached_waits() -> None:
 
 
 @pytest.mark.parametrize(("parts", "budget"), [(1, 2**30), (2, 2**30), (2, 0)], ids=["one", "summed", "beyond"])
-def test_a_layer_that_a_pass_calls_twice_trains_by_the_sum(parts: int, budget: int) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_a_pass_calls_twice_chooses_and_trains_by_the_sum(
+    checkpointing: bool, parts: int, budget: int
+) -> None:
     layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
     model, dense = torch.nn.Sequential(layer, torch.nn.Tanh(), layer), layer.weight.detach().clone().requires_grad_()
     inject(model, SPARSE, ".*")
     step = StepChoice(Choice(selectable_layers(model), 0, (20, 20), rule=SelectOnce()), parts, budget)
+    ranked = torch.empty(0)
     for part in range(parts):
         step.next_part(part == parts - 1)
         x = torch.randn(3, 8, dtype=torch.float64)
-        model(x).square().sum().backward()
+        output = checkpoint(model, x, use_reentrant=False) if checkpointing else model(x)
+        # A third call, which the loss does not need.
+        layer(x)
+        output.square().sum().backward()
         (torch.tanh(x @ dense.T) @ dense.T).square().sum().backward()
+        if part == 0 or budget:
+            ranked = dense.grad.flatten().abs().clone()
     units = step.finish()[0]["0.weight"].long()
+    assert units.tolist() == ranked.topk(len(units)).indices.sort().values.tolist()
     torch.testing.assert_close(layer.expert.values.grad, dense.grad.view(-1)[units], rtol=1e-12, atol=1e-12)
 
 

@@ -58,6 +58,24 @@ def test_gradients_are_those_of_the_dense_model(kind: partial, batches: int, bud
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=["sparse", "masked"])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_layer_that_a_pass_calls_twice_is_scored_once_by_the_sum(batches: int, kind: partial) -> None:
+    layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
+    dense = layer.weight.detach().clone().requires_grad_()
+    model, inputs = torch.nn.Sequential(layer, torch.nn.Tanh(), layer), torch.randn(batches, 3, 8, dtype=torch.float64)
+    inject(model, kind, ".*")
+    scoring = ScoringPass(lambda x: model(x).square().sum(), list(inputs))
+    means, squares = list[torch.Tensor](), list[torch.Tensor]()
+    scoring.gradient(selectable_layers(model), lambda name, gradient: means.append(gradient))
+    scoring.squared_gradient(selectable_layers(model), lambda name, square: squares.append(square))
+    losses = [(torch.tanh(x @ dense.T) @ dense.T).square().sum() for x in inputs]
+    wanted = torch.stack([torch.autograd.grad(loss, dense)[0] for loss in losses])
+    assert len(means) == len(squares) == 1
+    torch.testing.assert_close(means[0], wanted.mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(squares[0], wanted.square().mean(0), rtol=1e-12, atol=1e-14)
+
+
 def test_no_parameter_gets_a_gradient_and_no_probe_stays_even_where_a_loss_fails() -> None:
     model = conftest.build_model("llama")
     inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
