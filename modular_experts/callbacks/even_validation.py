@@ -97,5 +97,5 @@ class EvenValidation(Callback):
         return int(self._times * share + 1e-9)
 
     def _validate(self, trainer: Trainer, now: bool) -> None:
-        # Lightning validates where the number of the batch in its epoch is a multiple of this.
-        trainer.val_check_batch = trainer.fit_loop.epoch_loop.batch_idx + 1 if now else sys.maxsize
+        # Lightning validates where the number of the batch in its epoch, 0 before the first, is a multiple of this.
+        trainer.val_check_batch = max(1, trainer.fit_loop.epoch_loop.batch_idx + 1) if now else sys.maxsize

@@ -27,12 +27,29 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float | None)
 
 
-def random_states(trainer: Trainer) -> list[dict[str, Any]]:
-    """Return the random state of every rank: without it, dropout would differ after a resume."""
+def repeat_step(checkpoint: Mapping[str, Any], parts: int) -> bool:
+    """Let a checkpoint within a step of some batches go on from the step's first, as no checkpoint holds gradients.
+
+    Return whether it is within a step.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    current = progress["current"]
+    ends_epoch = progress["is_last_batch"] and current["processed"] == current["ready"]
+    begun = 0 if ends_epoch else current["processed"] % parts
+    for counts in (current, progress["total"]) if begun else ():
+        counts |= dict.fromkeys(counts, counts["processed"] - begun)
+    return begun > 0
+
+
+def random_state() -> dict[str, Any]:
+    """Return the random state of this process: without it, dropout would differ after a resume."""
     version, numbers, gauss = random.getstate()
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def of_all_ranks(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the random state of every rank, of which this one has `state`."""
     states: list[Any] = [state] * trainer.world_size
     if trainer.world_size > 1:
         distributed.all_gather_object(states, state)

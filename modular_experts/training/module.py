@@ -176,6 +176,7 @@ class ExpertModule(EvaluatedModule):
         self.memory_limit: int | None = None
         """The most bytes that a fit may take; what is there if not given."""
         self._random_states: list[dict[str, Any]] | None = None
+        self._state_of_step: dict[str, Any] | None = None
         self._resized = False
         self.batch_losses: Callable[..., Any] = batch_losses
         """Computes the losses of a training batch, as `evaluation.batch_losses`; `Trained.before_fit` may replace it by
@@ -343,6 +344,8 @@ class ExpertModule(EvaluatedModule):
         draw(self.model, f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.trainer.global_step}")
         states, self._random_states = self._random_states or [], None
         checkpoints.restore_random_state(states, self.trainer.global_rank)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._state_of_step = checkpoints.random_state()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return what backward takes (`loss`), the batch's mean per target token of all ranks plus what experts add
@@ -408,7 +411,9 @@ class ExpertModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["base_fingerprint"], checkpoint["quantise"] = self.fingerprint, self.quantise
-        checkpoint["random_states"] = checkpoints.random_states(self.trainer)
+        is_within = checkpoints.repeat_step(checkpoint, self.trainer.accumulate_grad_batches)
+        state = self._state_of_step if is_within and self._state_of_step else checkpoints.random_state()
+        checkpoint["random_states"] = checkpoints.of_all_ranks(self.trainer, state)
         checkpoint["resized"] = self._resized
         checkpoint |= self._facts
 

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from testbed import runs
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Batch
-from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
-from modular_experts.masks import SelectOnce
+from modular_experts.masks import GrowAndDrop, Reselect, SelectOnce
 from modular_experts.training.preferences import DPO
 
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
@@ -176,3 +177,44 @@ def test_batches_of_ones_own_that_tell_of_no_step_count_alike(tiny_llama_dir, ta
     runs.trainer(tmp_path, seen, **how).fit(module, DataLoader(batches, batch_size=None))
     assert len(seen.losses[0]) == 2
     assert seen.losses[0] == pytest.approx([one / 2 for one in seen.logged[0]], rel=1e-6)
+
+
+class SaveEverywhere(Checkpoint):
+    """Keeps a checkpoint after each batch and in each validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, *args, **kwargs) -> None:
+        trainer.save_checkpoint(self.folder / f"batch={trainer.fit_loop.total_batch_idx}.ckpt")
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / f"validation={trainer.fit_loop.total_batch_idx}.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (partial(LoRAExpert, rank=2, dropout=0.3), {"accumulate_grad_batches": 3, "val_check_interval": 2}),
+        # A choice at each step; the steps of an epoch have four batches and two.
+        (partial(SparseExpert, keep_ratio=0.1), {"accumulate_grad_batches": 4}),
+        (partial(MaskedExpert, keep_ratio=0.1), {"accumulate_grad_batches": 2, "limit_train_batches": 5}),
+    ],
+    ids=["dropout", "choices in steps", "choices by passes"],
+)
+def test_a_run_resumed_within_a_step_repeats_the_batches_of_the_step(kind, how, fit_tiny, tmp_path) -> None:
+    saved = tmp_path / "saved"
+
+    def end(*callbacks: Callback, **more: Any) -> dict[str, Tensor]:
+        rule = GrowAndDrop(every=1, until=1.0) if kind.func is SparseExpert else Reselect(every=1)
+        settings = {"max_steps": -1, "max_epochs": 2, "data": {"seed": 0}} | how | more
+        module, *_ = fit_tiny(kind, MaskSchedule(rule=rule, seed=0), *callbacks, **settings)
+        return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    whole, files = end(SaveEverywhere(saved), enable_checkpointing=True), sorted(saved.iterdir())
+    assert len(files) >= 2 * how.get("limit_train_batches", 6)
+    for file in files:
+        rest = end(ckpt=file, seed=99)
+        assert whole.keys() == rest.keys()
+        assert all(torch.equal(tensor, rest[name]) for name, tensor in whole.items()), file.stem
