@@ -146,6 +146,8 @@ class LogProgress(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_line(trainer)
+        self._seconds = self.seconds
+        self._clock = None
         if trainer.interrupted or not trainer.is_global_zero:
             return
         exports = callbacks_of(trainer, ExportExpert)

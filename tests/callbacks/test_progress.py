@@ -53,6 +53,9 @@ def test_the_end_tells_losses_rows_seconds_and_places(tiny_llama_dir, task_files
     )
     said = "\n".join(lines())
     (progress,) = [one for one in trainer.callbacks if isinstance(one, LogProgress)]
+    seconds = progress.seconds
+    assert seconds > 0
+    assert progress.seconds == seconds, "the clock stands when training is over"
     first, last = f"{progress.first_loss:.4g}", f"{export.best:.4g}"
     assert f"the validation loss before training is {first}" in said
     assert re.search(
