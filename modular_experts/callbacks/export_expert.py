@@ -54,15 +54,24 @@ class ExportExpert(Callback):
             merges and routers learn from the library alone. Their tokenizer turns them back into text.
     """
 
+    target: Path
+    """Directory of the expert."""
+    overwrite: bool
+    keep_inputs: int
+
     def __init__(
         self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss", keep_inputs: int = 0
     ) -> None:
         check_name(name)
-        self.target = Path(library) / name
-        """Directory of the expert."""
-        self.overwrite, self.monitor, self.keep_inputs = overwrite, monitor, keep_inputs
+        self.monitor = monitor
+        self._own = {"target": Path(library) / name, "overwrite": overwrite, "keep_inputs": keep_inputs}
+        self.take()
         self._lock = ExitStack()
         self._start_afresh()
+
+    def take(self, **settings: Any) -> None:
+        """Take settings of one fit in the place of the callback's own, which the next call takes again."""
+        vars(self).update(self._own | settings)
 
     def _start_afresh(self) -> None:
         self.exported = False

@@ -308,9 +308,11 @@ def prepare(
         raise ValueError(f"a TaskMixture has its own {' and '.join(rows)}; set that in it, or give the tasks alone")
     data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **rows)
     run = Run(module, data, trainer, None if checkpoint is None else str(checkpoint))
+    changes: dict[str, Any] = {name: settings[name] for name in ("overwrite", "keep_inputs") if settings.get(name)}
     for export in run.exports:
-        export.overwrite |= settings.get("overwrite", False)
-        export.keep_inputs = settings.get("keep_inputs") or export.keep_inputs
+        export.take(**changes)
+    if verb == "fit" and out is not None:
+        run.exports[-1].take(target=Path(out), **changes)
     if settings.get("keep_inputs") and not run.exports:
         raise ValueError("keep_inputs keeps inputs beside an expert; say where that goes: --out library/NAME")
     return run
@@ -325,9 +327,8 @@ def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Traine
     if verb == "fit" and out is not None:
         place = Path(out)
         check_name(place.name)
-        exports = [one for one in callbacks if isinstance(one, ExportExpert)]
-        callbacks[:0] = [] if exports else (exports := [ExportExpert(str(place.parent), place.name)])
-        exports[-1].target = place
+        if not any(isinstance(one, ExportExpert) for one in callbacks):
+            callbacks.insert(0, ExportExpert(str(place.parent), place.name))
     logger = given.get("logger")
     if verb != "fit" and logger is None:
         # There is nothing to log, and a logger leaves a directory at every call.

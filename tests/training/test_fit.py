@@ -52,6 +52,19 @@ def test_without_a_place_only_a_listed_export_keeps_the_expert(place, tiny_llama
     assert (found.name, found.record["hyperparameters"]["steps"]) == ("mine", 2)
 
 
+def test_an_export_takes_settings_of_a_fit_for_this_fit_alone(place, tiny_llama_dir, tasks) -> None:
+    export = ExportExpert("library", "mine", monitor=None)
+    how = {"steps": 1, "batch_size": 4, "trainer": QUIET | {"callbacks": [export]}}
+    arguments = tiny_llama_dir, tasks, LoRAExpert, runs.TARGET
+    check_fit(*arguments, "library/elsewhere", overwrite=True, **how)
+    mine = fit(*arguments, **how, keep_inputs=2)
+    other = fit(*arguments, "library/other", **how, overwrite=True)
+    assert [one.keeps_inputs for one in (mine, other)] == [True, False]
+    with pytest.raises(FileExistsError, match="library/mine exists already"):
+        fit(*arguments, **how)
+    assert {path.name for path in (place / "library").iterdir()} == {"mine", "other"}
+
+
 def test_without_modules_an_expert_is_a_plan(place, tiny_llama_dir, tasks) -> None:
     plan = {r".*\.q_proj": LoRAExpert}
     found = fit(tiny_llama_dir, tasks, plan, out="library/a", steps=2, batch_size=4, trainer=QUIET)
