@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import Tile, kept_count, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
-from modular_experts.kernels import KeptGradient
+from modular_experts.kernels import KeptGradient, kept_linear
 from modular_experts.masks import Rule, Score
 
 Granularity = Literal["element", "block", "row", "column"]
@@ -96,7 +95,7 @@ class Selectable(Expert):
     def probed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output; its backward pass hands the gradient of the weight to `probe`."""
         assert self.probe is not None
-        return _ProbedLinear.apply(x, weight, bias, self.probe.leaf, self.probe)
+        return kept_linear(x, weight, bias, self.probe.leaf, self.probe)
 
     def probed_weight(self, weight: Tensor) -> Tensor:
         """Return the weight as the layer uses it; its backward pass hands its gradient to `probe`."""
@@ -114,8 +113,8 @@ class Selectable(Expert):
 
 
 @dataclass(eq=False)
-class Probe:
-    """The receiver of a weight's dense gradient `(out, in)`, which a scoring pass puts into an expert."""
+class Probe(KeptGradient):
+    """The receiver of a weight's dense gradient `(out, in)`, which a scoring pass puts into an expert as a kernel."""
 
     receive: Callable[[Tensor], None]
     leaf: Tensor
@@ -128,6 +127,13 @@ class Probe:
     def __post_init__(self) -> None:
         # Autograd calls it when the scalar has its gradient from all calls of the layer.
         self.leaf.register_hook(self._give)
+
+    def saved(self, x: Tensor) -> Tensor:
+        self.is_reached = True
+        return x
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        return self.add(grad.T @ x)
 
     def add(self, gradient: Tensor) -> Tensor:
         """Take the gradient of one call of the layer; return the scalar's."""
@@ -150,17 +156,3 @@ class _ProbedWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None, ctx.probe.add(grad), None
-
-
-class _ProbedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, leaf, probe):
-        ctx.save_for_backward(x, weight)
-        ctx.probe, probe.is_reached = probe, True
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        return grad @ weight, None, None, ctx.probe.add(flat.T @ x.reshape(-1, x.shape[-1])), None

@@ -76,6 +76,25 @@ def test_a_layer_that_a_pass_calls_twice_is_scored_once_by_the_sum(batches: int,
     torch.testing.assert_close(squares[0], wanted.square().mean(0), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=["sparse", "masked"])
+def test_autocast_scores_by_its_own_gradient_in_float32(kind: partial) -> None:
+    layer, found = torch.nn.Linear(8, 8), list[torch.Tensor]()
+    dense = layer.weight.detach().clone().requires_grad_()
+    model = torch.nn.Sequential(layer)
+    inject(model, kind, ".*")
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).square().sum()
+
+    x = torch.randn(3, 8)
+    ScoringPass(loss, [x]).gradient(selectable_layers(model), lambda name, gradient: found.append(gradient))
+    with torch.autocast("cpu", torch.bfloat16):
+        F.linear(x, dense, layer.bias).square().sum().backward()
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], dense.grad)
+
+
 def test_no_parameter_gets_a_gradient_and_no_probe_stays_even_where_a_loss_fails() -> None:
     model = conftest.build_model("llama")
     inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
