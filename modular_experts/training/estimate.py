@@ -130,7 +130,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
             "choices": sum(taken for _, taken in planned),
             "validations": validations * whole * probe.validation,
         },
-        bytes=_bytes(module, probe),
+        bytes=memory_of(module, probe.optimizer, probe.python, probe.peak),
         on_disk=_on_disk(module),
     )
 
@@ -155,7 +155,7 @@ def _rehearsed(
     device, before, loaded = trainer.strategy.root_device, module.learning_rate, hasattr(module, "model")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    probe.python = 0 if loaded else high_water(device)
+    probe.python = None if loaded else high_water(device)
     # The schedules of the short fit may exchange what an earlier fit trained.
     kept = {name: tensor.clone() for name, tensor in module.state_dict().items()} if loaded else {}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
@@ -251,7 +251,8 @@ class _Probe(Callback):
         self.forward_backward = self.optimizer_step = self.validation = 0.0
         self.router = 0.0
         """Seconds in which experts got ready."""
-        self.peak = self.optimizer = self.python = 0
+        self.peak = self.optimizer = 0
+        self.python: int | None = None
         self._started = self._chosen = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -306,13 +307,14 @@ def weights_of(module: ExpertModule) -> list[TrainedWeights]:
     ]
 
 
-def _bytes(module: ExpertModule, probe: _Probe) -> dict[str, int]:
+def memory_of(module: ExpertModule, optimizer_state: int, python: int | None, most: int) -> dict[str, int]:
+    """Divide the most bytes that a fit takes among what takes them, Python too where its size is known."""
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     parts = {"base": sum(parameter.nbytes for parameter in module.parameters()) - trained}
-    parts |= {"trained numbers and gradients": 2 * trained, "optimizer state": probe.optimizer}
-    parts |= {"Python and its libraries": probe.python} if probe.python else {}
+    parts |= {"trained numbers and gradients": 2 * trained, "optimizer state": optimizer_state}
+    parts |= {} if python is None else {"Python and its libraries": python}
     # Where the process was larger before than now, its parts add up to more than its peak in the steps.
-    return parts | {"activations and the rest": max(probe.peak - sum(parts.values()), 0)}
+    return parts | {"activations and the rest": max(most - sum(parts.values()), 0)}
 
 
 def validations_of(trainer: Trainer, data: TaskMixture, length: TrainingLength, batches: int) -> int:

@@ -28,7 +28,7 @@ from modular_experts.kernels import KeptGradient
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.training import loading
 from modular_experts.training.activations import high_water, recompute
-from modular_experts.training.estimate import FitEstimate, estimate_of, logging_from, validations_of
+from modular_experts.training.estimate import FitEstimate, estimate_of, logging_from, memory_of, validations_of
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
 
@@ -162,7 +162,10 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
             one.expected_choices(trainer, module, length, 0.0)[0]
             for one in callbacks_of(trainer, Schedule) or [MaskSchedule()]
         ]
-    parts = _parts(module, optimizer, held.most, python)
+    # On Linux, most of the memory of freed gradients was seen to stay unused when the next ones were made.
+    freed = sum(one.nbytes for one in module.parameters() if one.requires_grad) if device.type == "cpu" else 0
+    most = python + held.most + native_plans(module.model) + freed
+    parts = memory_of(module, optimizer_bytes([optimizer]), python, most)
     told = {"length": length, "choices": sum(choices), "validations": validations, "bytes": parts}
     return estimate_of(module, data, trainer, optimizer, **told, predicted=True)
 
@@ -216,16 +219,6 @@ def _rehearse(
             f"the memory of a fit of {module.base} cannot be predicted, because its model does not compute with "
             f"shapes alone ({type(error).__name__}); a dry run without a size to fit into loads it"
         ) from None
-
-
-def _parts(module: ExpertModule, optimizer: Optimizer, most: int, python: int) -> dict[str, int]:
-    trained = sum(one.nbytes for one in module.parameters() if one.requires_grad)
-    parts = {"base": sum(one.nbytes for one in module.parameters()) - trained}
-    parts |= {"trained numbers and gradients": 2 * trained, "optimizer state": optimizer_bytes([optimizer])}
-    # On Linux, most of the memory of freed gradients was seen to stay unused when the next ones were made.
-    freed = trained if module.trainer.strategy.root_device.type == "cpu" else 0
-    rest = max(most + native_plans(module.model) + freed - sum(parts.values()), 0)
-    return parts | {"Python and its libraries": python, "activations and the rest": rest}
 
 
 def _with_experts(module: ExpertModule, model: Any, device: torch.device) -> nn.Module:
