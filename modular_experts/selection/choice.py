@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -43,6 +44,7 @@ def statistic_of(expert: Selectable, score: Score | Callable[..., Any] | None) -
     return getattr(score or expert.score, "statistic", "gradient")
 
 
+@dataclass
 class Choice:
     """One choice, which takes the statistic of one weight after the other, in any order.
 
@@ -51,21 +53,16 @@ class Choice:
         position: The optimizer step about to be taken, or the micro-batch if the rule counts micro-batches.
         lengths: Positions in the whole fit and in an epoch, as `Rule.last_update` takes them.
         score, rule, seed: As for `MaskSchedule`.
+        chosen: The units to keep of each weight whose statistic arrived.
     """
 
-    def __init__(
-        self,
-        layers: Layers,
-        position: int,
-        lengths: tuple[int, int],
-        score: Score | Callable[..., Any] | None = None,
-        rule: Rule | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.layers, self.position, self.lengths = layers, position, lengths
-        self.score, self.rule, self.seed = score, rule, seed
-        self.chosen: dict[str, Tensor] = {}
-        """The units to keep of each weight whose statistic arrived."""
+    layers: Layers
+    position: int
+    lengths: tuple[int, int]
+    score: Score | Callable[..., Any] | None = None
+    rule: Rule | None = None
+    seed: int = 0
+    chosen: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def receive(self, name: str, statistic: Tensor) -> None:

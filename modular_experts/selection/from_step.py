@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from modular_experts.selection.choice import Choice, SelectableLayer, statistic_
 from modular_experts.selection.scoring import reached_by_some
 
 
+@dataclass
 class StepChoice:
     """Chooses the supports of packed experts within one optimizer step; the caller then moves the experts to them.
 
@@ -30,29 +32,27 @@ class StepChoice:
         agree: Returns the first rank's units on every rank.
         loss_scale: The factor by which a GradScaler multiplied the loss, or None without one. With one, a layer whose
             gradient is not finite chooses nothing: its gradient becomes infinite, so that the scaler skips the step.
+        seconds: What the dense gradients and the choices took.
+        part: The number of the micro-batch at hand, from 1.
+        is_last: Whether the micro-batch at hand is the step's last.
     """
 
-    def __init__(
-        self,
-        choice: Choice,
-        parts: int = 1,
-        budget: int = 2**30,
-        reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
-        agree: Callable[[Tensor], Tensor] = lambda units: units,
-        loss_scale: float | None = None,
-    ) -> None:
-        self.choice, self.parts, self.loss_scale = choice, parts, loss_scale
-        self.reduce, self.agree = reduce, agree
-        self.seconds = 0.0
-        """What the dense gradients and the choices took."""
-        self.part = 0
-        """The number of the micro-batch at hand, from 1."""
-        self.is_last = False
-        """Whether the micro-batch at hand is the step's last."""
-        for name, layer in choice.layers.items():
+    choice: Choice
+    parts: int = 1
+    budget: int = 2**30
+    reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    agree: Callable[[Tensor], Tensor] = lambda units: units
+    loss_scale: float | None = None
+    seconds: float = 0.0
+    part: int = 0
+    is_last: bool = False
+
+    def __post_init__(self) -> None:
+        left = self.budget
+        for name, layer in self.choice.layers.items():
             needed = 4 * layer.expert.shape.numel()
-            sums = parts > 1 and needed <= budget
-            budget -= needed if sums else 0
+            sums = self.parts > 1 and needed <= left
+            left -= needed if sums else 0
             layer.expert.chooser = _Chooser(self, name, layer, sums)
 
     def next_part(self, is_last: bool) -> None:
