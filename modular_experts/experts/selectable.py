@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import Tile, kept_count, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
-from modular_experts.kernels import KeptGradient, kept_linear
+from modular_experts.kernels import KeptGradient, kept_linear, kept_weight
 from modular_experts.masks import Rule, Score
 
 Granularity = Literal["element", "block", "row", "column"]
@@ -100,7 +100,8 @@ class Selectable(Expert):
     def probed_weight(self, weight: Tensor) -> Tensor:
         """Return the weight as the layer uses it; its backward pass hands its gradient to `probe`."""
         assert self.probe is not None
-        return _ProbedWeight.apply(self.scored(weight)[0], self.probe.leaf, self.probe)
+        self.probe.is_reached = True
+        return kept_weight(self.scored(weight)[0], self.probe.leaf, self.probe)
 
     def planned(self, units: Tensor, dtype: torch.dtype) -> KeptGradient:
         """Return a kernel for units that the expert may keep later, for a layer that computes in `dtype`."""
@@ -132,11 +133,8 @@ class Probe(KeptGradient):
         self.is_reached = True
         return x
 
-    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        return self.add(grad.T @ x)
-
-    def add(self, gradient: Tensor) -> Tensor:
-        """Take the gradient of one call of the layer; return the scalar's."""
+    def of_dense(self, gradient: Tensor) -> Tensor:
+        """Add up the gradient of one call of the layer; return the scalar's."""
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         self.total = gradient if self.total is None else self.total.add_(gradient)
         return gradient.new_zeros(())
@@ -145,14 +143,3 @@ class Probe(KeptGradient):
         assert self.total is not None
         total, self.total = self.total, None
         self.receive(total)
-
-
-class _ProbedWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight, leaf, probe):
-        ctx.probe, probe.is_reached = probe, True
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, ctx.probe.add(grad), None

@@ -12,7 +12,15 @@ from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Granularity, Selectable
-from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
+from modular_experts.kernels import (
+    Backend,
+    KeptGradient,
+    check_backend,
+    computed_in,
+    kept_linear,
+    kept_weight,
+    make_kernel,
+)
 from modular_experts.kernels.transient import TransientWeight
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 from modular_experts.native.sparse_passes import carried, exchanged_slots
@@ -80,7 +88,9 @@ class SparseExpert(Selectable, InPlaceExpert):
         return kept_linear(x, weight, bias, self.values, self.chooser or self.kernel(computed_in(weight)))
 
     def moved(self, weight: Tensor) -> Tensor:
-        return _KeptWeight.apply(self._with_values(weight), self.values, self)
+        # No product is computed, for which a kernel would have to plan.
+        kernel = self.chooser or KeptGradient(self.indices, self.shape, self.tile)
+        return kept_weight(self._with_values(weight), self.values, kernel)
 
     def settings(self) -> dict[str, bool | int | float | str]:
         return super().settings() | {"backend": self.kernel(self.anchor.dtype).name}
@@ -193,22 +203,3 @@ def _count_change(optimizer: Optimizer, *arguments: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_change)
-
-
-class _KeptWeight(torch.autograd.Function):
-    """Passes on a weight that holds the values, and of its dense gradient only the kept entries."""
-
-    @staticmethod
-    def forward(ctx, weight, values, expert):
-        ctx.expert = expert
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        expert, grad = ctx.expert, grad.contiguous()
-        if expert.chooser is None:
-            kept = expert._read(grad, expert.indices)
-        else:
-            # A layer that multiplies each column alone would have this gradient.
-            kept = expert.chooser.gradient(torch.eye(grad.shape[1], dtype=grad.dtype, device=grad.device), grad.T)
-        return None, kept.to(expert.values.dtype), None

@@ -5,6 +5,6 @@ in torch, `native.py` calls C++ on the CPU, `triton_tiles.py` is a program for C
 """
 
 from modular_experts.kernels.choice import Backend, check_backend, make_kernel
-from modular_experts.kernels.kernel import KeptGradient, computed_in, kept_linear
+from modular_experts.kernels.kernel import KeptGradient, computed_in, kept_linear, kept_weight
 
-__all__ = ["Backend", "KeptGradient", "check_backend", "computed_in", "kept_linear", "make_kernel"]
+__all__ = ["Backend", "KeptGradient", "check_backend", "computed_in", "kept_linear", "kept_weight", "make_kernel"]

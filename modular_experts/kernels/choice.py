@@ -15,7 +15,7 @@ import modular_experts.kernels.native as native
 from modular_experts.deltas.tiles import Tile
 from modular_experts.kernels.kernel import KeptGradient
 from modular_experts.kernels.native import NativeEntries, NativeTiles
-from modular_experts.kernels.plain import DenseGathered, KeptColumns, KeptRows, SampledProduct, TileRows
+from modular_experts.kernels.plain import KeptColumns, KeptRows, SampledProduct, TileRows
 from modular_experts.kernels.triton_tiles import TritonTiles
 
 Backend = Literal["auto", "dense", "sampled", "block_rows", "slices", "native", "triton"]
@@ -68,9 +68,9 @@ def _rule(units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -
 def _serving(shape: Sequence[int], tile: Tile) -> dict[str, type[KeptGradient]]:
     """Return the kernels that serve a kind of unit, by name."""
     if tile == (1, 1):
-        return {"dense": DenseGathered, "native": NativeEntries, "sampled": SampledProduct}
+        return {"dense": KeptGradient, "native": NativeEntries, "sampled": SampledProduct}
     if tile == (1, shape[1]):
-        return {"dense": DenseGathered, "slices": KeptRows}
+        return {"dense": KeptGradient, "slices": KeptRows}
     if tile == (shape[0], 1):
-        return {"dense": DenseGathered, "slices": KeptColumns}
-    return {"block_rows": TileRows, "dense": DenseGathered, "native": NativeTiles, "triton": TritonTiles}
+        return {"dense": KeptGradient, "slices": KeptColumns}
+    return {"block_rows": TileRows, "dense": KeptGradient, "native": NativeTiles, "triton": TritonTiles}

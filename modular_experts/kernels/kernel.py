@@ -1,6 +1,5 @@
-"""Define the contract of a kernel, and the linear layer that calls one for the gradient of its kept units."""
+"""Define the contract of a kernel, and the layers that call one for the gradient of their kept units."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -8,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modular_experts.deltas.tiles import gather_tiles
 
-class KeptGradient(ABC):
+
+class KeptGradient:
     """Computes `g^T x` at the kept units, for inputs `x` `(tokens, in)` and the output's gradient `g` `(tokens, out)`.
+
+    This one computes all of it, and reads the kept units, of any kind; a subclass computes less.
 
     An expert makes a kernel once for a support and calls it in every backward pass, so the constructor plans ahead.
 
@@ -21,7 +24,7 @@ class KeptGradient(ABC):
         tile: Height and width of a unit; `(1, 1)` for entries, `(1, in)` for rows, `(out, 1)` for columns.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "dense"
     """The name by which an expert's argument `backend` asks for it."""
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: tuple[int, int]) -> None:
@@ -31,12 +34,18 @@ class KeptGradient(ABC):
         """Return the part of the input `(tokens, in)` that backward needs."""
         return x
 
-    @abstractmethod
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of the kept units: `(k,)` for entries, else `(k, height, width)`; zero beyond the edge.
 
         `x` is the result of `saved`, and `grad` has its dtype.
         """
+        return self.of_dense(grad.T @ x)
+
+    def of_dense(self, gradient: Tensor) -> Tensor:
+        """Return the same from the gradient of the whole weight, `(out, in)`."""
+        if self.tile == (1, 1):
+            return gradient.view(-1)[self.units]
+        return gather_tiles(gradient, self.units, self.tile)
 
 
 def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, kernel: KeptGradient) -> Tensor:
@@ -45,6 +54,11 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, 
     if dtype != weight.dtype:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     return _KeptLinear.apply(x, weight, bias, values, kernel)
+
+
+def kept_weight(weight: Tensor, values: Tensor, kernel: KeptGradient) -> Tensor:
+    """Return a frozen weight, into which `values`, which receive the kept gradient, are written, for any operator."""
+    return _KeptWeight.apply(weight, values, kernel)
 
 
 def computed_in(weight: Tensor) -> torch.dtype:
@@ -69,6 +83,17 @@ class _KeptLinear(torch.autograd.Function):
         grad_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
         kept = ctx.kernel.gradient(saved, flat).to(ctx.dtype) if ctx.needs_input_grad[3] else None
         return grad_x, None, grad_bias, kept, None
+
+
+class _KeptWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, values, kernel):
+        ctx.kernel, ctx.dtype = kernel, values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, ctx.kernel.of_dense(grad.contiguous()).to(ctx.dtype), None
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:

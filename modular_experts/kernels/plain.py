@@ -1,4 +1,4 @@
-"""Kernels that need only torch compute dense gradients, dot products, rows of tiles, or slices."""
+"""Kernels that need only torch compute dot products, rows of tiles, or slices."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -7,18 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modular_experts.deltas.tiles import Tile, compressed_rows, gather_tiles, rows_and_columns, tile_grid
+from modular_experts.deltas.tiles import Tile, compressed_rows, rows_and_columns, tile_grid
 from modular_experts.kernels.kernel import KeptGradient
-
-
-class DenseGathered(KeptGradient):
-    """Computes all of `g^T x` in the layer's backward pass, and reads the kept units, of any kind."""
-
-    name: ClassVar[str] = "dense"
-
-    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        dense = grad.T @ x
-        return dense.view(-1)[self.units] if self.tile == (1, 1) else gather_tiles(dense, self.units, self.tile)
 
 
 class SampledProduct(KeptGradient):

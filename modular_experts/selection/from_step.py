@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modular_experts.deltas.tiles import gather_tiles
 from modular_experts.kernels import KeptGradient
 from modular_experts.selection.choice import Choice, SelectableLayer, statistic_of
 from modular_experts.selection.scoring import reached_by_some
@@ -112,15 +111,21 @@ class _Chooser(KeptGradient):
             kernel = self.kernel()
             return kernel.gradient(kernel.saved(x), grad)
         started = time.perf_counter()
+        kept = super().gradient(x, grad)
+        self.step.seconds += time.perf_counter() - started
+        return kept
+
+    def of_dense(self, gradient: Tensor) -> Tensor:
+        """Add up the gradient of one call of the layer; return the present units', which train without a choice."""
+        if self.kernel is not None:
+            return self.kernel().of_dense(gradient)
         if self.hook is None and (values := self.layer.expert.packed) is not None:
             # Autograd calls it when the values have their gradient from all calls of the layer in this pass.
-            self.hook = values.register_hook(functools.partial(self._replace, values, x.dtype))
-        gradient = (grad.T @ x).to(torch.promote_types(grad.dtype, torch.float32))
-        # The present units train if there is no choice in this pass.
-        kept = self._kept(gradient, self.units)
+            self.hook = values.register_hook(functools.partial(self._replace, values, gradient.dtype))
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        kept = super().of_dense(gradient)
         if not self.waits:
             self.total = gradient if self.total is None else self.total.add_(gradient)
-        self.step.seconds += time.perf_counter() - started
         return kept
 
     @torch.no_grad()
@@ -138,7 +143,7 @@ class _Chooser(KeptGradient):
     def _choose(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         step, choice = self.step, self.step.choice
         if step.loss_scale is not None and not bool(gradient.isfinite().all()):
-            return torch.full_like(self._kept(gradient, self.units), torch.inf)
+            return torch.full_like(super().of_dense(gradient), torch.inf)
         # Scores get the mean gradient of the micro-batches, as if the loss had no factor.
         factor = step.parts / (step.part if self.sums else 1) / (step.loss_scale or 1.0)
         statistic, version = gradient if factor == 1 else gradient * factor, gradient._version
@@ -154,9 +159,4 @@ class _Chooser(KeptGradient):
         units = choice.chosen[self.weight] = step.agree(choice.chosen[self.weight])
         # For later micro-batches.
         self.kernel = functools.cache(functools.partial(self.layer.expert.planned, units, dtype))
-        return self._kept(gradient, units)
-
-    def _kept(self, gradient: Tensor, units: Tensor) -> Tensor:
-        if self.tile == (1, 1):
-            return gradient.view(-1).index_select(0, units)
-        return gather_tiles(gradient, units, self.tile)
+        return KeptGradient(units, self.shape, self.tile).of_dense(gradient)
