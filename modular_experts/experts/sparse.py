@@ -76,12 +76,9 @@ class SparseExpert(Selectable, InPlaceExpert):
         self.anchor: Tensor
         self.register_buffer("anchor", self.base_of(weight.detach(), indices))
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._forward(x, weight, bias)
-
     # torch.compile could fuse nothing here: the layer writes into the weight and loops over rows of tiles.
     @torch.compiler.disable
-    def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = self._with_values(weight)
         if self.probe is not None:
             return self.probed(x, weight, bias)
