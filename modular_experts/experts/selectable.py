@@ -103,10 +103,6 @@ class Selectable(Expert):
         self.probe.is_reached = True
         return kept_weight(self.scored(weight)[0], self.probe.leaf, self.probe)
 
-    def planned(self, units: Tensor, dtype: torch.dtype) -> KeptGradient:
-        """Return a kernel for units that the expert may keep later, for a layer that computes in `dtype`."""
-        raise NotImplementedError(f"{type(self).__name__} does not choose its support inside a training step")
-
     @property
     def packed(self) -> nn.Parameter | None:
         """The trained parameter with one slot for each kept unit, or None; its optimizer state moves with the slots."""

@@ -160,11 +160,8 @@ class SparseExpert(Selectable, InPlaceExpert):
         """Return the kernel for a layer that computes in `dtype`; it is planned once for each support."""
         wanted = (self.indices._version, self.indices.device, dtype)
         if self._kernel is None or self._kernel[0] != wanted or self._kernel[1].units is not self.indices:
-            self._kernel = (wanted, self.planned(self.indices, dtype))
+            self._kernel = (wanted, make_kernel(self.backend, self.indices, self.shape, self.tile, dtype))
         return self._kernel[1]
-
-    def planned(self, units: Tensor, dtype: torch.dtype) -> KeptGradient:
-        return make_kernel(self.backend, units, self.shape, self.tile, dtype)
 
     @torch.no_grad()
     def resize(self, weight: Tensor, units: Tensor) -> None:

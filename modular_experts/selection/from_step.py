@@ -20,8 +20,8 @@ class StepChoice:
     """Chooses the supports of packed experts within one optimizer step; the caller then moves the experts to them.
 
     With several micro-batches, gradients are summed over them in the memory of `budget`, and the last micro-batch
-    chooses. A layer beyond the budget chooses at the first micro-batch, and for the others its own kernel makes the
-    gradient of the chosen units. Either way the gradient is exactly the sum over all micro-batches.
+    chooses. A layer beyond the budget chooses at the first micro-batch, and the others give the gradient of the chosen
+    units. Either way the gradient is exactly the sum over all micro-batches.
 
     Args:
         choice: Ranks and chooses; its layers all have packed experts.
@@ -98,7 +98,6 @@ class _Chooser(KeptGradient):
         self.step, self.weight, self.layer, self.sums = step, name, layer, sums
         self.total: Tensor | None = None
         self.hook: RemovableHandle | None = None
-        self.kernel: Callable[[], KeptGradient] | None = None
         self.is_reached = self.waits = False
 
     def saved(self, x: Tensor) -> Tensor:
@@ -107,40 +106,35 @@ class _Chooser(KeptGradient):
 
     @torch.no_grad()
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        if self.kernel is not None:
-            kernel = self.kernel()
-            return kernel.gradient(kernel.saved(x), grad)
         started = time.perf_counter()
         kept = super().gradient(x, grad)
         self.step.seconds += time.perf_counter() - started
         return kept
 
     def of_dense(self, gradient: Tensor) -> Tensor:
-        """Add up the gradient of one call of the layer; return the present units', which train without a choice."""
-        if self.kernel is not None:
-            return self.kernel().of_dense(gradient)
-        if self.hook is None and (values := self.layer.expert.packed) is not None:
-            # Autograd calls it when the values have their gradient from all calls of the layer in this pass.
-            self.hook = values.register_hook(functools.partial(self._replace, values, gradient.dtype))
+        """Add up the gradient of one call of the layer; return the present units', or those of a choice behind it."""
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         kept = super().of_dense(gradient)
-        if not self.waits:
+        if not self.waits and self.weight not in self.step.choice.chosen:
             self.total = gradient if self.total is None else self.total.add_(gradient)
+            if self.hook is None and (values := self.layer.expert.packed) is not None:
+                # Autograd calls it when the values have their gradient from all calls of the layer in this pass.
+                self.hook = values.register_hook(functools.partial(self._replace, values))
         return kept
 
     @torch.no_grad()
-    def _replace(self, values: nn.Parameter, dtype: torch.dtype, of_present: Tensor) -> Tensor | None:
+    def _replace(self, values: nn.Parameter, of_present: Tensor) -> Tensor | None:
         """Choose, and return the gradient of the chosen units; or None, which leaves the gradient of the present."""
         started, step, total = time.perf_counter(), self.step, self.total
         if self.waits or total is None or (self.sums and not step.is_last):
             return None
-        self.total, kept = None, self._choose(step.reduce(total), dtype)
+        self.total, kept = None, self._choose(step.reduce(total))
         if self.sums and values.grad is not None:
             values.grad.zero_()  # of the present units, in whose place the new ones come
         step.seconds += time.perf_counter() - started
         return kept.to(of_present.dtype)
 
-    def _choose(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    def _choose(self, gradient: Tensor) -> Tensor:
         step, choice = self.step, self.step.choice
         if step.loss_scale is not None and not bool(gradient.isfinite().all()):
             return torch.full_like(super().of_dense(gradient), torch.inf)
@@ -156,7 +150,5 @@ class _Chooser(KeptGradient):
             raise ValueError(
                 "the score changed the gradient that it was given, and training needs it; let it return a new tensor"
             )
-        units = choice.chosen[self.weight] = step.agree(choice.chosen[self.weight])
-        # For later micro-batches.
-        self.kernel = functools.cache(functools.partial(self.layer.expert.planned, units, dtype))
-        return KeptGradient(units, self.shape, self.tile).of_dense(gradient)
+        self.units = choice.chosen[self.weight] = step.agree(choice.chosen[self.weight])
+        return super().of_dense(gradient)
