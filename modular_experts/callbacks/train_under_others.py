@@ -99,9 +99,9 @@ class TrainUnderOthers(Schedule):
         layers = dict(expert_layers(model))
         for name in sorted({name for deltas in drawn for name in deltas}):
             delta = add([deltas[name] * self.scale for deltas in drawn if name in deltas])
-            weight = _target(model, layers, name)
+            weight, inside = _weight(model, layers, name)
             delta = (layers[name].oriented(delta) if name in layers else delta).to(weight.device)
-            if inside := _in_place(layers, name):
+            if inside:
                 inside.restore(weight, weight.detach)
             kept = None if isinstance(delta, Dense | LowRank) else delta.support().long()
             self._before[name] = kept, weight.clone() if kept is None else weight.reshape(-1)[kept]
@@ -119,8 +119,8 @@ class TrainUnderOthers(Schedule):
         layers = dict(expert_layers(module.model))
         for name in [name for name in self._before if only is None or name in only]:
             kept, values = self._before.pop(name)
-            weight = _target(module.model, layers, name)
-            if inside := _in_place(layers, name):
+            weight, inside = _weight(module.model, layers, name)
+            if inside:
                 # Whatever entries the expert trains by now, the weight then holds the base and the others alone.
                 inside.restore(weight, weight.detach)
             if kept is None:
@@ -147,11 +147,10 @@ def _remove(trainer: Trainer, module: LightningModule, only: Collection[str] | N
         one.remove(cast(TrainedModule, module), only)
 
 
-def _target(model: nn.Module, layers: Mapping[str, Any], name: str) -> Tensor:
-    """Return a weight as its expert sees it, or the parameter of a layer without one."""
-    return layers[name].matrix if name in layers else weight_of(model, name)
-
-
-def _in_place(layers: Mapping[str, Any], name: str) -> InPlaceExpert | None:
-    expert = layers[name].expert if name in layers else None
-    return expert if isinstance(expert, InPlaceExpert) else None
+def _weight(model: nn.Module, layers: Mapping[str, Any], name: str) -> tuple[Tensor, InPlaceExpert | None]:
+    """Return a weight as its expert sees it, with an expert that lies in it; or the parameter of another layer."""
+    if name not in layers:
+        return weight_of(model, name), None
+    layer = layers[name]
+    inside = layer.expert if isinstance(layer.expert, InPlaceExpert) else None
+    return layer.matrix, inside
