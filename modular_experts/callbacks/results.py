@@ -10,8 +10,8 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
-from torch import distributed
 
+from modular_experts.callbacks.schedule import of_all_ranks
 from modular_experts.reports import Results, write_json
 from modular_experts.reports.results import unused
 
@@ -50,9 +50,7 @@ class WritePredictions(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         rows = [row for batch in predictions for row in batch]
-        ranks = [rows] * trainer.world_size
-        if trainer.world_size > 1:
-            distributed.all_gather_object(ranks, rows)
+        ranks = of_all_ranks(trainer, rows)
         if trainer.is_global_zero:
             turns = itertools.chain.from_iterable(itertools.zip_longest(*ranks))
             target = unused(Path(trainer.default_root_dir) / self.file)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 T = TypeVar("T", bound=Callback)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,14 @@ def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
     """Return the callbacks of a kind, such as `Schedule`, that a trainer has, in their order."""
     callbacks: Iterable[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, kind)]
+
+
+def of_all_ranks(trainer: Trainer, mine: S) -> list[S]:
+    """Return an object of each process of a trainer, in the order of ranks; this one has `mine`."""
+    found = [mine] * trainer.world_size
+    if trainer.world_size > 1:
+        distributed.all_gather_object(found, mine)
+    return found
 
 
 def seconds_between_steps(trainer: Trainer, module: TrainedModule) -> float:

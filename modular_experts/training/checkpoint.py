@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.schedule import TrainingLength, callbacks_of
@@ -28,10 +28,8 @@ def is_plain(value: Any) -> bool:
 
 
 def repeat_step(checkpoint: Mapping[str, Any], parts: int) -> bool:
-    """Let a checkpoint within a step of some batches go on from the step's first, as no checkpoint holds gradients.
-
-    Return whether it is within a step.
-    """
+    """Let a checkpoint within a step go on from the first of the step's batches; return whether it is within one."""
+    # No checkpoint holds the gradients of batches before it.
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     current = progress["current"]
     ends_epoch = progress["is_last_batch"] and current["processed"] == current["ready"]
@@ -46,14 +44,6 @@ def random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def of_all_ranks(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the random state of every rank, of which this one has `state`."""
-    states: list[Any] = [state] * trainer.world_size
-    if trainer.world_size > 1:
-        distributed.all_gather_object(states, state)
-    return states
 
 
 def restore_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:

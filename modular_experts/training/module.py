@@ -20,7 +20,7 @@ from modular_experts.base import Base
 from modular_experts.base.base import DType
 from modular_experts.base.quantised import Quantise
 from modular_experts.callbacks import EvenValidation, LogProgress, MaskSchedule, WritePredictions, WriteResults
-from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of
+from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of, of_all_ranks
 from modular_experts.data.batch import DataSource, datamodule_of, is_filler, source_of
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses, check_packing, text_metrics
@@ -413,7 +413,7 @@ class ExpertModule(EvaluatedModule):
         checkpoint["base_fingerprint"], checkpoint["quantise"] = self.fingerprint, self.quantise
         is_within = checkpoints.repeat_step(checkpoint, self.trainer.accumulate_grad_batches)
         state = self._state_of_step if is_within and self._state_of_step else checkpoints.random_state()
-        checkpoint["random_states"] = checkpoints.of_all_ranks(self.trainer, state)
+        checkpoint["random_states"] = of_all_ranks(self.trainer, state)
         checkpoint["resized"] = self._resized
         checkpoint |= self._facts
 
