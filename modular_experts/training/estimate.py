@@ -116,6 +116,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     # The last batch of a validation is seldom full.
     whole = sum(map(size_of, validation)) / size_of(_typical(validation)) if validation else 0.0
     step = trainer.accumulate_grad_batches * probe.forward_backward + probe.optimizer_step
+    stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta)[0].values()]
     return estimate_of(
         module,
         data,
@@ -131,7 +132,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
             "validations": validations * whole * probe.validation,
         },
         bytes=memory_of(module, probe.optimizer, probe.python, probe.peak),
-        on_disk=_on_disk(module),
+        on_disk=sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values())),
     )
 
 
@@ -331,11 +332,6 @@ def validations_of(trainer: Trainer, data: TaskMixture, length: TrainingLength, 
     every = max(int(per_epoch * every), 1) if isinstance(every, float) else every or per_epoch
     every *= trainer.check_val_every_n_epoch or 1
     return length.total_steps * trainer.accumulate_grad_batches // every
-
-
-def _on_disk(module: ExpertModule) -> int:
-    stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta)[0].values()]
-    return sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values()))
 
 
 def places_of(trainer: Trainer) -> list[tuple[str, Path]]:

@@ -153,7 +153,10 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
         with mode, held:
             module.model = _with_experts(module, model, device)
             optimizer = module.make_optimizer()
-        train, validation = _batches(module, data)
+        data.fit_context(context_length(module.model))
+        data.choose_packing(lambda: moves_tokens_alone(module.model))
+        loaders = data.train_dataloader(), data.val_dataloader()
+        train, validation = (list(itertools.islice(one, MOST_BATCHES)) for one in loaders)
         validations = validations_of(trainer, data, length, len(validation))
         shapes = [BatchShape.of(max(found, key=size_of)) for found in (train, validation) if found]
         with mode, held:
@@ -186,16 +189,6 @@ def _predictable_base(module: ExpertModule) -> Base:
             f"the memory of a fit {reasons[0]} cannot be predicted; a dry run without a size to fit into loads the base"
         )
     return base
-
-
-def _batches(module: ExpertModule, data: TaskMixture) -> tuple[list[Batch], list[Batch]]:
-    """Return training and validation batches as a fit makes them."""
-    data.fit_context(context_length(module.model))
-    data.choose_packing(lambda: moves_tokens_alone(module.model))
-    return (
-        list(itertools.islice(data.train_dataloader(), MOST_BATCHES)),
-        list(itertools.islice(data.val_dataloader(), MOST_BATCHES)),
-    )
 
 
 def _rehearse(
