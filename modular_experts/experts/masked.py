@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_
 from modular_experts.experts.selectable import Granularity, Selectable
+from modular_experts.kernels.kernel import kept_linear
 from modular_experts.masks import ConnectionSensitivity, Reselect, Rule, Score
 from modular_experts.native.sparse_passes import exchanged_slots
 
@@ -57,7 +58,8 @@ class MaskedExpert(Selectable):
         base = F.linear(x, weight, bias)
         wide = x.to(self.change.dtype)
         if self.probe is not None:
-            return base + self.probed(wide, self.change.detach(), None).to(base.dtype)
+            scored = kept_linear(wide, self.change.detach(), None, self.probe.leaf, self.probe)
+            return base + scored.to(base.dtype)
         return base + F.linear(wide, self.change * self.mask).to(base.dtype)
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Sparse | BlockSparse | Dense:

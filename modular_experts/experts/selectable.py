@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import Tile, kept_count, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
-from modular_experts.kernels import KeptGradient, kept_linear, kept_weight
+from modular_experts.kernels import KeptGradient
 from modular_experts.masks import Rule, Score
 
 Granularity = Literal["element", "block", "row", "column"]
@@ -91,17 +91,6 @@ class Selectable(Expert):
             units = torch.arange(min(state["indices"].numel(), self.units), device=weight.device)
             if units.numel() != self.kept_units:
                 self.resize(weight, units)
-
-    def probed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer's output; its backward pass hands the gradient of the weight to `probe`."""
-        assert self.probe is not None
-        return kept_linear(x, weight, bias, self.probe.leaf, self.probe)
-
-    def probed_weight(self, weight: Tensor) -> Tensor:
-        """Return the weight as the layer uses it; its backward pass hands its gradient to `probe`."""
-        assert self.probe is not None
-        self.probe.is_reached = True
-        return kept_weight(self.scored(weight)[0], self.probe.leaf, self.probe)
 
     @property
     def packed(self) -> nn.Parameter | None:

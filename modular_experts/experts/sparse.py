@@ -12,15 +12,8 @@ from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Granularity, Selectable
-from modular_experts.kernels import (
-    Backend,
-    KeptGradient,
-    check_backend,
-    computed_in,
-    kept_linear,
-    kept_weight,
-    make_kernel,
-)
+from modular_experts.kernels import Backend, KeptGradient, check_backend, make_kernel
+from modular_experts.kernels.kernel import computed_in, kept_linear, kept_weight
 from modular_experts.kernels.transient import TransientWeight
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 from modular_experts.native.sparse_passes import carried, exchanged_slots
@@ -81,7 +74,7 @@ class SparseExpert(Selectable, InPlaceExpert):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = self._with_values(weight)
         if self.probe is not None:
-            return self.probed(x, weight, bias)
+            return kept_linear(x, weight, bias, self.probe.leaf, self.probe)
         return kept_linear(x, weight, bias, self.values, self.chooser or self.kernel(computed_in(weight)))
 
     def moved(self, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from modular_experts.experts.expert import Expert, InPlaceExpert, trains_weight
 from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import Site
 from modular_experts.injection.layers import ExpertLayer
+from modular_experts.kernels.kernel import kept_weight
 
 
 class ExpertParameter(ExpertLayer):
@@ -62,7 +63,8 @@ class ExpertParameter(ExpertLayer):
     def _moved(self) -> Tensor:
         expert, weight = self.expert, self.weight
         if isinstance(expert, Selectable) and expert.probe is not None:
-            return expert.probed_weight(weight)
+            expert.probe.is_reached = True
+            return kept_weight(expert.scored(weight)[0], expert.probe.leaf, expert.probe)
         if isinstance(expert, InPlaceExpert):
             return expert.moved(weight)
         return weight + expert.delta(weight, lambda: weight).dense().to(weight.dtype)

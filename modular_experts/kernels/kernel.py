@@ -43,9 +43,7 @@ class KeptGradient:
 
     def of_dense(self, gradient: Tensor) -> Tensor:
         """Return the same from the gradient of the whole weight, `(out, in)`."""
-        if self.tile == (1, 1):
-            return gradient.view(-1)[self.units]
-        return gather_tiles(gradient, self.units, self.tile)
+        return gradient.view(-1)[self.units] if self.tile == (1, 1) else gather_tiles(gradient, self.units, self.tile)
 
 
 def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, kernel: KeptGradient) -> Tensor:

@@ -112,7 +112,7 @@ class _Chooser(KeptGradient):
         return kept
 
     def of_dense(self, gradient: Tensor) -> Tensor:
-        """Add up the gradient of one call of the layer; return the present units', or those of a choice behind it."""
+        """Add up the gradient of one call of the layer; return the gradient of the present, or of the chosen units."""
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         kept = super().of_dense(gradient)
         if not self.waits and self.weight not in self.step.choice.chosen:
