@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from modular_experts.base.quantised import Quantise
 from modular_experts.callbacks import EvenValidation, LogProgress, MaskSchedule, WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of
 from modular_experts.data.batch import DataSource, datamodule_of, is_filler, source_of
+from modular_experts.data.sampler import seed_of_run
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses, check_packing, text_metrics
 from modular_experts.evaluation.likelihood import keeps_rows_apart
@@ -106,6 +106,7 @@ class ExpertModule(EvaluatedModule):
     """
 
     length: TrainingLength
+    seed: int
 
     def __init__(
         self,
@@ -187,6 +188,7 @@ class ExpertModule(EvaluatedModule):
         """Raise before the model is loaded if settings do not fit each other, or would round what is trained."""
         # A checkpoint that was only tested has left its random states; a resumed fit's is read later.
         self._random_states = None
+        self.seed = seed_of_run()
         # Lightning's own loaders use a class that torch deprecates.
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
@@ -340,7 +342,7 @@ class ExpertModule(EvaluatedModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # When all set-up is over, the first step takes the random state of a checkpoint.
-        draw(self.model, f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.trainer.global_step}")
+        draw(self.model, f"{self.seed}/{self.trainer.global_step}")
         states, self._random_states = self._random_states or [], None
         checkpoints.restore_random_state(states, self.trainer.global_rank)
 
