@@ -27,6 +27,7 @@ from modular_experts.injection.attach import attached, describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
 from modular_experts.library.compatibility import open_parents, put_beside
+from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.library.statistics import OF_INPUTS
@@ -137,7 +138,7 @@ def combine(
     else:
         rows = [content_hash(found) for split in SPLITS for found in data.rows(split).values()]
     reading = [data.roles, data.max_length, data.chat_template, data.eval_limit]
-    settings = [repr(method), describe_router(router), rows, reading, *[dtype] * bool(dtype)]
+    settings = [describe(method), describe_router(router), rows, reading, *[dtype] * bool(dtype)]
     file = _begin(out, result_key([expert.content_hash for expert in opened], settings), overwrite)
     learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
     how: dict[str, Any] = {"progress": progress, "base": base, "dtype": dtype}
