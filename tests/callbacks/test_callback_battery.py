@@ -1,7 +1,6 @@
 """Every built-in callback with a state of its own keeps it within a fit; `check_callback` finds those that do not."""
 
 import os
-import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -103,13 +102,12 @@ class StartsOver(Schedule):
 
 class DrawsByTheSeedOfItsMaking(Schedule):
     def __init__(self) -> None:
-        self.seed = os.environ.get("PL_GLOBAL_SEED")
+        self.is_odd = int(os.environ.get("PL_GLOBAL_SEED", 0)) % 2
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        scale = random.Random(self.seed).random()
         for parameter in pl_module.parameters():
-            if parameter.grad is not None:
-                parameter.grad *= scale
+            if self.is_odd and parameter.grad is not None:
+                parameter.grad.neg_()
 
 
 @pytest.mark.parametrize(
