@@ -63,6 +63,7 @@ def check_callback(
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), silent, torch.random.fork_rng(), seed:
         # Lightning warns of folders that are not empty, and of loaders without workers.
         warnings.simplefilter("ignore")
+        seed_everything(_SEED, verbose=False)
         _check(_Case(make, expert, result, Path(folder), base))
 
 
