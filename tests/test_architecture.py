@@ -245,7 +245,7 @@ def test_the_core_works_without_each_system(tmp_path) -> None:
 
 # Where an object is made or a file is imported, nothing of the process counts or changes. Modules of torch, which a fit
 # makes after it has set its seed, may draw their first values.
-STATE = ("os.environ", "os.getenv", "os.getcwd", "Path.cwd", "random.", "torch.manual_seed", "seed_of_run")
+STATE = ("os.environ", "os.getenv", "os.getcwd", "Path.cwd", "random.random", "torch.manual_seed", "seed_of_run")
 MAY_READ = {"modular_experts/jobs/slurm_jobs.py"}  # a job takes the folder and the import path of who submits it
 MAY_WRITE = {"modular_experts/training/module.py"}  # which drops the advertisements of Lightning's trainers
 
