@@ -317,15 +317,15 @@ class TaskMixture(LightningDataModule, DataSource):
     def _training_collator(self) -> Collator:
         return Collator(self.row_tokenizer().pad_id, False, self.max_length if self.packed else None)
 
-    def learn_choices(self) -> None:
-        if not self._learns_choices:
+    def learn_choices(self, learns: bool = True) -> None:
+        if learns and not self._learns_choices:
             for name, rows in [*self.rows("train").items(), *self.rows("validation").items()]:
                 if not all(row.choices for row in rows):
                     raise ValueError(
                         f"a loss of preferences compares answers, and rows of {name} have one each; give rows of "
                         "prompt, chosen and rejected, or of input, target and choices"
                     )
-            self._learns_choices = True
+        self._learns_choices = learns
 
     def padding(self) -> float:
         """Return the share of padding among the tokens of the first thousand training batches of this process."""

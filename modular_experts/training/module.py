@@ -210,8 +210,8 @@ class ExpertModule(EvaluatedModule):
             loading.check_precision(self._trainer)
         if self.shard_base:
             loading.prepare_sharding(self._trainer)
-        if stage == "fit" and self.preferences:
-            source_of(self._trainer).learn_choices()
+        if stage == "fit":
+            source_of(self._trainer).learn_choices(self.preferences is not None)
 
     @property
     def has_experts(self) -> bool:
