@@ -39,7 +39,7 @@ def named_contents(settings: Any) -> dict[str, str]:
     """
     contents: dict[str, str] = {}
     for text in set(_texts_in(settings)):
-        place = Path(text).expanduser()
+        place = Path(os.path.expanduser(text))
         if os.path.isfile(place):
             contents[text] = _file_hash_at(place)
         elif os.path.isdir(place) and (parts := _parts_of(place)):
