@@ -33,7 +33,10 @@ FITTED = ("sign", "magnitudes2")
 
 @dataclass(frozen=True)
 class Measured:
-    """One form of one expert, its bytes on disk, and the mean loss of the expert's tasks, in nats a target token."""
+    """One form of one expert, the bytes of its deltas on disk, and the mean loss of its tasks, in nats a target token.
+
+    The bytes leave out the header of the deltas' file and the record.
+    """
 
     form: Form
     bytes: int
