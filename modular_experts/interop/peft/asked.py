@@ -24,7 +24,7 @@ from modular_experts.base.structure import weight_of
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
 from modular_experts.interop.adapter import ImportedAdapter, lossless
-from modular_experts.interop.peft.files import CONFIG_FILE, NOT_SET, PREFIX, TENSOR_FILE, AdapterFiles
+from modular_experts.interop.peft.files import CONFIG_FILE, NOT_SET, PREFIX, TENSOR_FILE, AdapterFiles, failed_import
 from modular_experts.text import did_you_mean
 
 _NAME = "default"  # of the adapter, in PEFT's model
@@ -245,10 +245,8 @@ def _configuration(files: AdapterFiles) -> Any:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
         from peft.tuners.tuners_utils import BaseTuner
     except ImportError as error:
-        raise ValueError(
-            f"{files.obstacle()} without PEFT, which reads any type that moves weights: pip install "
-            "'modular-experts[peft]'"
-        ) from error
+        missing = "without PEFT, which reads any type that moves weights: pip install 'modular-experts[peft]'"
+        raise failed_import(error, f"{files.obstacle()} {missing}") from error
     known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if not isinstance(kind, str) or kind not in known:
         near = did_you_mean(kind, known) if isinstance(kind, str) else ""

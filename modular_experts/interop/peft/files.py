@@ -121,3 +121,10 @@ def _read_pickle(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} was not read: it holds a {type(content).__name__} instead of a mapping")
     return content
+
+
+def failed_import(error: ImportError, missing: str) -> ValueError:
+    """Return the error of an import of PEFT: `missing` if it is not installed, else why it cannot be imported."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "peft":
+        return ValueError(missing)
+    return ValueError(f"PEFT is installed and cannot be imported ({error}); update it: pip install -U peft")
