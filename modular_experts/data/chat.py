@@ -113,7 +113,7 @@ class ConversationTokenizer:
     def _tokens(self, messages: Messages, answered: bool) -> tuple[list[int], list[bool]]:
         """Return the tokens of messages, and which of them the assistant says."""
         if not answered:
-            ids = self._ids(self._render(messages, add_generation_prompt=True))
+            ids = self._ids(prompt_text(self.tokenizer, messages))
             return ids, [False] * len(ids)
         if self._marks_turns:
             found: Any = self.tokenizer.apply_chat_template(
@@ -140,7 +140,7 @@ class ConversationTokenizer:
         """Return where each turn of the assistant begins and ends in the text of all messages."""
         turns: list[tuple[int, int]] = []
         for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
-            before = self._render(messages[:number], add_generation_prompt=True)
+            before = prompt_text(self.tokenizer, messages[:number])
             after = self._render(messages[: number + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise BadRow(
@@ -154,12 +154,18 @@ class ConversationTokenizer:
             turns.append((len(before), len(spoken)))
         return turns
 
-    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        render = self.tokenizer.apply_chat_template
-        return str(render(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt))
+    def _render(self, messages: Messages) -> str:
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """Return the text that asks for the next answer; a space at its end is left to an answer whose word it joins."""
+    text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    joins = text.endswith(" ") and len(tokenizer("a a", add_special_tokens=False)["input_ids"]) < 3
+    return text.removesuffix(" ") if joins else text
 
 
 @cache
@@ -176,7 +182,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bo
     if chat:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         try:
-            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            prompt = prompt_text(tokenizer, messages)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
