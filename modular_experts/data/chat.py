@@ -77,8 +77,9 @@ class ConversationTokenizer:
         for row in rows:
             try:
                 tokens, shortened = self._row(row, learn)
-                answers = [{"role": "assistant", "content": one} for one in row.choices if choices]
-                others = [self._row(replace(row, messages=(*row.messages[:-1], one)), False)[0] for one in answers]
+                answers = row.answers or [{"role": "assistant", "content": one} for one in row.choices]
+                talks = [replace(row, messages=(*row.messages[:-1], one)) for one in answers if choices and row.choices]
+                others = [self._row(talk, False)[0] for talk in talks]
                 if len({tuple(one.ids[: one.prompt].tolist()) for one in others}) > 1:
                     raise BadRow(f"an answer to compare with another one fills {self._filled}")
             except (BadRow, jinja2.TemplateError) as error:

@@ -21,8 +21,8 @@ CHAT_ROLES = ("system", "user", "assistant", "tool")
 class Row:
     """One example; `split` is None if the data does not name one, `where` is its place (`file:line`).
 
-    In a conversation, `target` is the assistant's last turn, and `input` the text of all before. Only `predict` takes
-    a row whose target is None.
+    In a conversation, `target` is the assistant's last turn, and `input` the text of all before; `answers` are the
+    messages of its `choices`, if they hold more than a text. Only `predict` takes a row whose target is None.
     """
 
     input: str
@@ -31,6 +31,7 @@ class Row:
     choices: tuple[str, ...] = ()
     where: str = ""
     messages: tuple[dict[str, str], ...] = ()
+    answers: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class RowReader:
         if not ("messages" in self.columns or ("rejected" in self.columns and _is_conversation(values.get(column)))):
             text, target = self._input(values), self._target(values)
             return Row(text, target, split, self._choices(values, target), where)
-        choices, before, messages = tuple[str, ...](), list[dict[str, str]](), self._messages(values, column)
+        pair, before, messages = list[dict[str, str]](), list[dict[str, str]](), self._messages(values, column)
         prompt = self.columns.get("input")
         if prompt and _is_conversation(values.get(prompt)):
             before = self._messages(values, prompt)
@@ -147,8 +148,8 @@ class RowReader:
         messages = before + messages
         if "rejected" in self.columns:
             other = before + self._messages(values, self.columns["rejected"])
-            choices = messages[-1]["content"], other[-1]["content"]
-            if other[:-1] != messages[:-1] or choices[0] == choices[1] or other[-1]["role"] != "assistant":
+            pair = [messages[-1], other[-1]]
+            if other[:-1] != messages[:-1] or pair[0] == pair[1] or pair[1]["role"] != "assistant":
                 both = f"{column!r} and {self.columns['rejected']!r}"
                 raise BadRow(f"{both} must differ in the assistant's last message alone")
         target = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
@@ -162,7 +163,9 @@ class RowReader:
             raise BadRow("the conversation starts with the assistant; a message of the user comes before")
         lines = [f"{message['role']}: {message['content']}" for message in before]
         text = before[0]["content"] if len(before) == 1 else "\n".join(lines)
-        return Row(text, target, split, choices, where, tuple(messages))
+        choices = tuple(message["content"] for message in pair)
+        more = any(message.keys() > {"role", "content"} for message in pair)
+        return Row(text, target, split, choices, where, tuple(messages), tuple(pair) if more else ())
 
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)

@@ -295,6 +295,21 @@ def test_conversations_in_chosen_and_rejected_are_compared_in_their_last_turn(on
     }
     ((found,), _) = Task(path=str(write_rows(tmp_path / "system.jsonl", [row]))).read()
     assert found.messages[0] == said("q")[0]
+    # Answers may differ in more than their texts.
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<a>{% endif %}"
+    row = {"prompt": "q", "split": "train"} | {
+        key: [*said("q"), {"role": "assistant", "content": "I look.", "tool_calls": [call]}]
+        for key, call in (("chosen", "day"), ("rejected", "night"))
+    }
+    data = TaskMixture(str(write_rows(tmp_path / "calls.jsonl", [row, row | {"split": "validation"}])), tokenizer)
+    data.learn_choices()
+    data.setup("fit")
+    choices = next(iter(data.train_dataloader()))["choices"]
+    texts = [tokenizer.decode(ids[ids != tokenizer.pad_token_id]) for ids in choices["input_ids"]]
+    assert texts == [f"<u>q<a>I look.['{call}']{tokenizer.eos_token}" for call in ("day", "night")]
+    (asked,) = data.validation_examples(targets=False)["calls"]
+    assert (tokenizer.decode(asked.tokens.ids), asked.choices) == ("<u>q<a>", ())
     # An answer may be a list in JSON, and is a conversation only if it holds messages.
     row = {"prompt": "q", "chosen": "[1, 2]", "rejected": "[]"}
     ((found,), _) = Task(path=str(write_rows(tmp_path / "lists.jsonl", [row]))).read()
