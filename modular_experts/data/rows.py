@@ -15,6 +15,8 @@ from modular_experts.text import did_you_mean, nearest
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 CHAT_ROLES = ("system", "user", "assistant", "tool")
+Tools = list[Any] | None
+"""JSON schemas of functions that an assistant may call, each a dict."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Row:
     """One example; `split` is None if the data does not name one, `where` is its place (`file:line`).
 
     In a conversation, `target` is the assistant's last turn, and `input` the text of all before; `answers` are the
-    messages of its `choices`, if they hold more than a text. Only `predict` takes a row whose target is None.
+    messages of its `choices`, if they hold more than a text, and the chat template gets its `tools`. Only `predict`
+    takes a row whose target is None.
     """
 
     input: str
@@ -32,6 +35,7 @@ class Row:
     where: str = ""
     messages: tuple[dict[str, str], ...] = ()
     answers: tuple[dict[str, str], ...] = ()
+    tools: Tools = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,8 @@ class RowReader:
     """Turns records into rows.
 
     Args:
-        columns: The data's column for `input`, `target`, `messages`, `split` or `choices`, if it has another name. With
-            one for `rejected`, the choices are the target and its text.
+        columns: The data's column for `input`, `target`, `messages`, `tools`, `split` or `choices`, if it has another
+            name. With one for `rejected`, the choices are the target and its text.
         template, choices: As for `Task`.
         optional: A column whose text follows the input, after an empty line, where a row has it.
         targets: Whether every row needs a target.
@@ -165,7 +169,8 @@ class RowReader:
         text = before[0]["content"] if len(before) == 1 else "\n".join(lines)
         choices = tuple(message["content"] for message in pair)
         more = any(message.keys() > {"role", "content"} for message in pair)
-        return Row(text, target, split, choices, where, tuple(messages), tuple(pair) if more else ())
+        answers = tuple(pair) if more else ()
+        return Row(text, target, split, choices, where, tuple(messages), answers, self._tools(values))
 
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)
@@ -214,6 +219,14 @@ class RowReader:
             more = {key: one for key, one in message.items() if one is not None}
             messages.append(more | {"role": role, "content": content})
         return messages
+
+    def _tools(self, values: Mapping[str, Any]) -> Tools:
+        column = self.columns.get("tools", "tools")
+        if not (tools := _listed(values.get(column))):
+            return None
+        if not isinstance(tools, list | tuple) or not all(isinstance(one, Mapping) for one in tools):
+            raise BadRow(f"{column!r} must be a list of JSON schemas of functions, not {reprlib.repr(tools)}")
+        return [dict(one) for one in tools]
 
     def _split(self, values: Mapping[str, Any]) -> str | None:
         split = values.get(self.columns.get("split", "split"))

@@ -1,5 +1,7 @@
 """Conversations become the ids and labels that a hand would write, or are refused with a sentence."""
 
+import json
+
 import pytest
 from conftest import CHARACTERS, build_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
@@ -7,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_experts.data.batch import IGNORED, Collator, prompts
 from modular_experts.data.chat import encoded, warn_once
-from modular_experts.data.rows import Row
+from modular_experts.data.rows import Row, RowReader, content_hash
+from modular_experts.data.sources import Record
 from modular_experts.data.tokenize import RowTokenizer
 
 # As SmolLM2 and Qwen2.5 have it, with a system message of their own if there is none.
@@ -136,6 +139,32 @@ def test_prompts_are_alike_in_training_in_rows_without_an_answer_and_in_generati
     assert read == [encoded(tokenizer, list(asked.messages), chat=True)[0]] * 3
     first = [example.tokens.ids[example.tokens.prompt] for example in (*learned, *texts)]
     assert first[0] == first[1] == tokenizer.convert_tokens_to_ids(" yes" if make is joining else "y")
+
+
+def test_the_template_gets_the_tools_of_a_row_in_training_and_in_prompts() -> None:
+    tokenizer = chatty("{% if tools %}({% for one in tools %}{{ one.name }};{% endfor %}){% endif %}" + CHATML)
+    tools, said = [{"name": "day"}, {"name": "night"}], list(row("user: hi", "assistant: yo").messages)
+    reader = RowReader({"messages": "messages"}, targets=False)
+    rows, problems = reader.read(
+        Record("f:1", {"messages": messages, "tools": given})
+        for given in (tools, json.dumps(tools), [], None)
+        for messages in (said, said[:1])
+    )
+    assert not problems
+    examples, _, _ = RowTokenizer(tokenizer)("t", rows)
+    learned, _, _ = RowTokenizer(tokenizer)("t", rows[::2], learn=True)
+    texts = [tokenizer.decode(one.tokens.ids[: one.tokens.prompt]) for one in (*examples, *learned)]
+    assert (
+        texts
+        == [f"(day;night;){START}{HI}"] * 4 + [START + HI] * 4 + [f"(day;night;){START}{HI}"] * 2 + [START + HI] * 2
+    )
+    # A row without tools has the hash that it has in data without the column.
+    plain, _ = reader.read([Record("f:1", {"messages": said})])
+    assert content_hash(plain) == content_hash(rows[4:5]) == content_hash(rows[6:7])
+    assert content_hash(rows[:1]) == content_hash(rows[2:3]) != content_hash(plain)
+    for wrong in ("day", ["day"], {"name": "day"}):
+        _, (problem,) = reader.read([Record("f:1", {"messages": said, "tools": wrong})])
+        assert "f:1: 'tools' must be a list of JSON schemas of functions, not" in problem
 
 
 def test_a_token_that_takes_the_white_space_behind_it_stays_in_the_prompt() -> None:
