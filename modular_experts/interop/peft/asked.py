@@ -90,7 +90,9 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         for name, layer in _layers(tuned, self._base):
             with _asking(files, "merge"):
                 stated = _statement(layer)
-                layer.merge(adapter_names=[_NAME])
+                # PEFT may adapt both names of a tied tensor, which has moved with the first; the logits tell if alike.
+                if not any(getattr(layer.get_base_layer(), "weight", None) is moved for moved in self._tied.values()):
+                    layer.merge(adapter_names=[_NAME])
             # The plain layer takes its place, because some types would be merged a second time at the end.
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
