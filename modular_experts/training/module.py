@@ -329,14 +329,14 @@ class ExpertModule(EvaluatedModule):
 
     def prepare_experts(self, data: Any) -> float:
         """Let experts get ready for a training on these data; return how many seconds that took, 0 without work."""
+        if isinstance(data, DataSource):
+            data.learn_choices(self.preferences is not None)
         self.batch_losses, started = batch_losses, time.monotonic()
         ready = [expert.before_fit(self, data) for _, expert in named_experts(self.model)]
         if self.preferences:
             if self.batch_losses is not batch_losses:
                 kind, (_, expert) = type(self.preferences).__name__, named_experts(self.model)[0]
                 raise ValueError(f"{type(expert).__name__} has a loss of its own, so {kind} cannot train it")
-            if isinstance(data, DataSource):
-                data.learn_choices()
             self.batch_losses = partial(self.preferences.batch_losses, self._start)
         return any(ready) * (time.monotonic() - started)
 

@@ -156,6 +156,20 @@ def test_rows_of_pairs_are_read_and_tokenised_with_one_prompt(one_block, file) -
     assert len(next(iter(data.train_dataloader()))["choices"]["input_ids"]) == 16
 
 
+def test_a_fit_without_preferences_on_the_same_data_is_the_fit_on_data_of_its_own(one_block, file) -> None:
+    def losses(data: TaskMixture, **settings: Any) -> list[float]:
+        torch.manual_seed(0)
+        found = runs.Losses()
+        trainer = runs.trainer(Path.cwd(), found, max_steps=2, limit_val_batches=0, accumulate_grad_batches=2)
+        trainer.fit(runs.module(one_block, partial(LoRAExpert, rank=2), **settings), data)
+        return found.steps
+
+    used, own = (TaskMixture(file, str(one_block), batch_size=2, packing=False) for _ in range(2))
+    compared = losses(used, loss=DPO())
+    assert losses(used) == losses(own)
+    assert losses(used, loss=DPO()) == compared
+
+
 @pytest.mark.parametrize("kind", ["entries", "lora"])
 def test_a_resumed_training_has_the_same_reference_and_goes_on(kind, one_block, file) -> None:
     expert = KINDS[kind][0]
