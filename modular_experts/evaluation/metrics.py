@@ -35,14 +35,11 @@ def exact_match(generated: str, target: str) -> float:
     return float(generated.strip() == target.strip())
 
 
-# Merges of the same experts give many rows the same answer, and a study asks again for each row's value.
-@lru_cache(2**14)
 def rouge_l(generated: str, target: str) -> float:
     """Return the Rouge-L F-measure of one text against one target, between 0 and 1."""
     return _rouge_l(generated, target)
 
 
-@lru_cache(2**14)
 def stemmed_rouge_l(generated: str, target: str) -> float:
     """Return Rouge-L over the stems of English words (Porter's), as the evaluation of arXiv 2507.07140 takes it.
 
@@ -54,6 +51,8 @@ def stemmed_rouge_l(generated: str, target: str) -> float:
         raise ValueError("stemmed_rouge_l needs nltk: pip install 'modular-experts[rouge]'") from error
 
 
+# Merges of the same experts give many rows the same answer, and a study asks again for each row's value.
+@lru_cache(2**14)
 def _rouge_l(generated: str, target: str, use_stemmer: bool = False) -> float:
     # Naming the key matters: torchmetrics' default keys include one that downloads a sentence splitter.
     scores = rouge_score(
