@@ -169,11 +169,9 @@ def by_weight(
     found = {}
     for site in moved_sites(model, experts):
         own = [each.get(site.weight) for each in statistics]
+        values = [torch.empty(0) if one is None else one.values for one in own]
         found[site.weight] = copy.deepcopy(router)
-        found[site.weight].learn(
-            [oriented(site, expert) for expert in experts],
-            [torch.empty(0) if one is None else one.values for one in own],
-        )
+        found[site.weight].learn([oriented(site, expert) for expert in experts], values)
     return found
 
 

@@ -232,10 +232,8 @@ class Engine:
         rows = list(self._rows_of_pass())
         batch = [(one.state.request_id, one.query_length) for one, _ in rows]
         if self._batch[0] != batch:
-            self._batch = (
-                batch,
-                _gates([(one.query_length, row.slots if row else []) for one, row in rows], model.device),
-            )
+            gates = _gates([(one.query_length, row.slots if row else []) for one, row in rows], model.device)
+            self._batch = batch, gates
         self.experts.gates.gates = self._batch[1]
 
     def _choose_tokens(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:

@@ -189,10 +189,8 @@ def _batches(module: ExpertModule, data: TaskMixture) -> tuple[list[Batch], list
     """Return training and validation batches as a fit makes them."""
     data.fit_context(context_length(module.model))
     data.choose_packing(lambda: moves_tokens_alone(module.model))
-    return (
-        list(itertools.islice(data.train_dataloader(), MOST_BATCHES)),
-        list(itertools.islice(data.val_dataloader(), MOST_BATCHES)),
-    )
+    train = list(itertools.islice(data.train_dataloader(), MOST_BATCHES))
+    return train, list(itertools.islice(data.val_dataloader(), MOST_BATCHES))
 
 
 def _rehearse(

@@ -104,10 +104,8 @@ def export(
         if write:
             write(directory, found, format, encoded)
         written = WrittenAdapter(encoded, check)
-        origin = {
-            "base": {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint},
-            "experts": as_parents([opened]),
-        }
+        identity = {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint}
+        origin = {"base": identity, "experts": as_parents([opened])}
         account = {"adapter": _account(format, written), "check": asdict(check) if check else None}
         write_manifest(directory, origin | account)
     return written
