@@ -52,8 +52,8 @@ def _run(argv: Sequence[str]) -> None:
         print(command_help(verb, command, whole=not {"-h", "--help"} & asked))
         return
     check_experts(argv, command.positional)
-    # A user's class lies beside the config, where a console script does not look.
-    sys.path[:0] = {os.getcwd()} - {*sys.path}
+    # A user's class lies beside the config, where a console script does not look; a file there hides no other module.
+    sys.path += {os.getcwd()} - {*sys.path}
     with importing():
         module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
     if command.function:

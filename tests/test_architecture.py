@@ -241,3 +241,76 @@ def test_the_core_works_without_each_system(tmp_path) -> None:
         if folder.is_dir():
             shutil.move(folder, tmp_path / "kept")
     assert ended(forked(work_without_each_system, tmp_path)) == 0
+
+
+# Where an object is made or a file is imported, nothing of the process counts or changes. Modules of torch, which a fit
+# makes after it has set its seed, may draw their first values.
+STATE = ("os.environ", "os.getenv", "os.getcwd", "Path.cwd", "random.random", "torch.manual_seed", "seed_of_run")
+MAY_READ = {"modular_experts/jobs/slurm_jobs.py"}  # a job takes the folder and the import path of who submits it
+MAY_WRITE = {"modular_experts/training/module.py"}  # which drops the advertisements of Lightning's trainers
+
+
+def readers_of_state(source: str) -> list[str]:
+    """Return the constructors that read the environment, the current folder or a seed, with the words."""
+    constructors = [
+        (kind.name, method)
+        for kind in ast.walk(ast.parse(source))
+        if isinstance(kind, ast.ClassDef)
+        for method in kind.body
+        if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "__post_init__", "__new__")
+    ]
+    return [
+        f"{kind}.{method.name} reads {ast.unparse(node)}"
+        for kind, method in constructors
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node).startswith(STATE)
+    ]
+
+
+def writers_at_import(source: str) -> list[str]:
+    """Return the statements of a module that change something outside of it when it is imported."""
+    tree = ast.parse(source)
+    own = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    found = []
+    for statement in tree.body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            changed: list[ast.expr] = [statement.value.func]
+        elif isinstance(statement, ast.Assign):
+            changed = [target for target in statement.targets if isinstance(target, ast.Attribute | ast.Subscript)]
+        elif isinstance(statement, ast.For | ast.With | ast.Try | ast.Delete):
+            changed = [ast.Name("a block")]
+        else:
+            continue
+        names = [ast.unparse(target) for target in changed]
+        # The systems of papers are imported, so that their classes are known by short names.
+        found += [name for name in names if name.partition(".")[0] not in own | {"import_systems"}]
+    return found
+
+
+def test_no_constructor_reads_the_process_and_no_import_changes_it() -> None:
+    read, written = [], []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        source, name = file.read_text(encoding="utf-8"), str(file.relative_to(ROOT))
+        if file.parent.name != "cli" and name not in MAY_READ:
+            read += [f"{name}: {sentence}" for sentence in readers_of_state(source)]
+        if name not in MAY_WRITE:
+            written += [f"{name}: {statement}" for statement in writers_at_import(source)]
+    assert not read
+    assert not written
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("class A:\n    def __init__(self):\n        self.seed = os.environ['SEED']", "A.__init__ reads os.environ"),
+        ("class A:\n    def __post_init__(self):\n        self.folder = Path.cwd()", "A.__post_init__ reads Path.cwd"),
+        ("class A:\n    def __init__(self, seed=None):\n        self.seed = seed_of_run(seed)", "reads seed_of_run"),
+    ],
+)
+def test_a_constructor_that_reads_the_process_is_caught(source, sentence) -> None:
+    assert sentence in readers_of_state(source)[0]
+
+
+@pytest.mark.parametrize("source", ["log.setLevel(3)", "os.environ['A'] = '1'", "other.setting = 2", "register(hook)"])
+def test_a_change_at_import_is_caught(source) -> None:
+    assert writers_at_import(source)

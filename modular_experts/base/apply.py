@@ -75,9 +75,9 @@ def apply(
     )
 
 
-def check_fit(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
+def check_fit(model: nn.Module | Structure, experts: Sequence[Mapping[str, Delta]]) -> None:
     """Raise ValueError if a model lacks a weight that an expert moves, has another shape for it, or ties it."""
-    structure = Structure(model)
+    structure = model if isinstance(model, Structure) else Structure(model)
     for expert in experts:
         shapes = expert.shapes() if isinstance(expert, TaskVector) else {n: d.shape for n, d in expert.items()}
         if not isinstance(expert, StoredExpert):

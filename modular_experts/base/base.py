@@ -107,10 +107,8 @@ class Base:
             if not place:
                 if not experts:
                     raise ValueError("no base is named; give the directory of a model, or a hub id")
-                place, revision = (
-                    find_base(experts),
-                    revision or _of_copies_first(experts)[0].record["base"].get("revision"),
-                )
+                place = find_base(experts)
+                revision = revision or _of_copies_first(experts)[0].record["base"].get("revision")
             base = cls(str(place), fetch(place, revision), revision, quantise)
         base.adopt(experts)
         # An untied copy of a tied base that stores its head has the fingerprint of this.

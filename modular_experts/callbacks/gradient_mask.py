@@ -21,19 +21,18 @@ class GradientMask(Callback):
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | str) -> None:
-        self.masks: dict[str, Tensor] = {}
-        if isinstance(masks, str):
-            for name, delta in open_expert(masks).items():
-                self.masks[name] = torch.zeros(delta.shape, dtype=torch.bool)
-                self.masks[name].view(-1)[delta.support().long()] = True
-        else:
-            self.masks |= masks
+        self.masks = masks
+        self._read: Mapping[str, Tensor] = {}
         self._masked: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the expert as it is when a fit begins, before anything is loaded."""
+        self._read = _supports(self.masks) if isinstance(self.masks, str) else self.masks
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._masked = {}
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
-        for name, mask in self.masks.items():
+        for name, mask in self._read.items():
             found = [p for full, p in trained.items() if full == name or full.endswith(f".{name}")]
             if len(found) != 1:
                 near = did_you_mean(name, trained, cutoff=0.4)
@@ -58,3 +57,11 @@ class GradientMask(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         for parameter, mask, start in self._masked.values():
             parameter.copy_(torch.where(mask, parameter, start))
+
+
+def _supports(expert: str) -> dict[str, Tensor]:
+    masks = {}
+    for name, delta in open_expert(expert).items():
+        masks[name] = torch.zeros(delta.shape, dtype=torch.bool)
+        masks[name].view(-1)[delta.support().long()] = True
+    return masks

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength, seed_of
 from modular_experts.data.batch import Batch, datamodule_of, loss_terms
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
@@ -61,7 +61,7 @@ class MaskSchedule(Schedule):
         if support is not None and (score or rule):
             raise ValueError(f"support={support!r} is used as it is: give no score or rule beside it")
         self.score, self.rule, self.batches = score, rule, batches
-        self.seed, self.accumulator_mib, self.support = seed_of_run(seed), accumulator_mib, support
+        self.seed, self.accumulator_mib, self.support = seed, accumulator_mib, support
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -135,7 +135,7 @@ class MaskSchedule(Schedule):
         if within:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._step = StepChoice(
-                Choice(within, position, lengths, self.score, self.rule, self.seed),
+                Choice(within, position, lengths, self.score, self.rule, seed_of(self.seed, module)),
                 batch.get("step_batches", trainer.accumulate_grad_batches),
                 self.accumulator_mib * 2**20,
                 partial(trainer.strategy.reduce, reduce_op="mean"),
@@ -196,10 +196,11 @@ class MaskSchedule(Schedule):
         self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, lengths: tuple[int, int]
     ) -> dict[str, Tensor]:
         """Return the units that each layer is to keep, the same on every rank; the numbers are as for `Choice`."""
-        choice, started = Choice(layers, position, lengths, self.score, self.rule, self.seed), time.perf_counter()
+        started, seed = time.perf_counter(), seed_of(self.seed, module)
+        choice = Choice(layers, position, lengths, self.score, self.rule, seed)
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             # Each rank draws dropout of its own.
-            torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{trainer.global_rank}".encode()))
+            torch.manual_seed(zlib.crc32(f"{seed}/{position}/{trainer.global_rank}".encode()))
             self.passes += choose_by_passes(choice, lambda: self.scoring(trainer, module, position))
         self.selections += 1
         self._log_choice(len(layers), f"before step {trainer.global_step + 1}", time.perf_counter() - started)
@@ -216,7 +217,7 @@ class MaskSchedule(Schedule):
         sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             # No training comes to an epoch of this number, so the order is used by no epoch.
-            sampler.set_epoch(1_000_003 * (self.seed + 1) + position)
+            sampler.set_epoch(1_000_003 * (seed_of(self.seed, module) + 1) + position)
         drawn = itertools.islice(iter(loader), self.scoring_batches)
         batches: list[Batch] = [trainer.strategy.batch_to_device(batch) for batch in drawn]
         terms = torch.tensor([loss_terms(batch) for batch in batches], device=trainer.strategy.root_device).double()

@@ -1,6 +1,5 @@
 """Define the contract of callbacks that change, while a model trains, what its experts train."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -23,11 +22,13 @@ class TrainingLength:
 class TrainedModule(Protocol):
     """What a schedule may use of the LightningModule that it runs with; `ExpertModule` has all of it.
 
-    `base` is a directory or hub id. `length`, the length of the fit, is known as soon as the optimizer exists.
+    `base` is a directory or hub id. `seed`, the run's own, is known as soon as the model is loaded, and `length`, the
+    length of the fit, as soon as the optimizer exists.
     """
 
     base: str
     fingerprint: str
+    seed: int
     length: TrainingLength
     preferences: Any  # a loss of preferences, or None
 
@@ -82,9 +83,9 @@ class Schedule(Callback):
         return {}
 
 
-def seed_of_run(seed: int | None) -> int:
-    """Return a seed that is given, or else the seed of the run (`seed_everything`)."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+def seed_of(own: int | None, module: TrainedModule) -> int:
+    """Return the seed of a schedule's draws: its own, or else the run's, which is not known when a schedule is made."""
+    return module.seed if own is None else own
 
 
 def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from modular_experts.base.apply import moved_quantised
 from modular_experts.base.structure import weight_of
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, callbacks_of, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, callbacks_of, seed_of
 from modular_experts.data.batch import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.experts.expert import InPlaceExpert, trains_weight
@@ -42,7 +42,7 @@ class TrainUnderOthers(Schedule):
             raise ValueError(f"count={count} must be at least 1")
         self.paths = [others] if isinstance(others, str) else list(others)
         self.count, self.scale = count, scale
-        self.seed = seed_of_run(seed)
+        self.seed = seed
         self.others: list[StoredExpert] = []
         self._deltas: list[Mapping[str, Delta]] = []
         self._before: dict[str, tuple[Tensor | None, Tensor]] = {}
@@ -94,8 +94,9 @@ class TrainUnderOthers(Schedule):
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        model = cast(TrainedModule, pl_module).model
-        drawn = random.Random(f"{self.seed}/{trainer.global_step}").sample(self._deltas, self.count)
+        module = cast(TrainedModule, pl_module)
+        model = module.model
+        drawn = random.Random(f"{seed_of(self.seed, module)}/{trainer.global_step}").sample(self._deltas, self.count)
         layers = dict(expert_layers(model))
         for name in sorted({name for deltas in drawn for name in deltas}):
             delta = add([deltas[name] * self.scale for deltas in drawn if name in deltas])

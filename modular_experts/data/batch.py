@@ -268,8 +268,8 @@ class DataSource:
     def fit_context(self, context: int | None) -> None:
         """Cut rows to the context of the model, which is loaded now; None for one without a limit."""
 
-    def learn_choices(self) -> None:
-        """Let training batches have the choices of their rows, too, for a loss that compares them."""
+    def learn_choices(self, learns: bool = True) -> None:
+        """Let training batches have the choices of their rows, too, for a loss that compares them; or else not."""
 
     def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
         """Decide whether training batches are packed, if the model that is trained keeps packed rows apart."""

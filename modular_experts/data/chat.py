@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens
-from modular_experts.data.rows import BadRow, Row
+from modular_experts.data.rows import BadRow, Row, Tools
 from modular_experts.library import StoredExpert, training_in_common
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,9 @@ class ConversationTokenizer:
         for row in rows:
             try:
                 tokens, shortened = self._row(row, learn)
-                answers = [{"role": "assistant", "content": one} for one in row.choices if choices]
-                others = [self._row(replace(row, messages=(*row.messages[:-1], one)), False)[0] for one in answers]
+                answers = row.answers or [{"role": "assistant", "content": one} for one in row.choices]
+                talks = [replace(row, messages=(*row.messages[:-1], one)) for one in answers if choices and row.choices]
+                others = [self._row(talk, False)[0] for talk in talks]
                 if len({tuple(one.ids[: one.prompt].tolist()) for one in others}) > 1:
                     raise BadRow(f"an answer to compare with another one fills {self._filled}")
             except (BadRow, jinja2.TemplateError) as error:
@@ -91,11 +92,11 @@ class ConversationTokenizer:
         return examples, cut, problems
 
     def _row(self, row: Row, learn: bool) -> tuple[Tokens, bool]:
-        messages, answered = list(row.messages), row.target is not None
-        ids, answers = self._tokens(messages, answered)
-        while len(ids) > self.max_length and (shorter := _without_oldest(messages)):
-            messages = shorter
-            ids, answers = self._tokens(messages, answered)
+        talk = row
+        ids, answers = self._tokens(talk)
+        while len(ids) > self.max_length and (shorter := _without_oldest(talk.messages)):
+            talk = replace(talk, messages=tuple(shorter))
+            ids, answers = self._tokens(talk)
         # What the template writes behind the last answer is neither read nor learned.
         start = stop = next((place + 1 for place in reversed(range(len(ids))) if answers[place]), len(ids))
         while start and answers[start - 1]:
@@ -107,25 +108,25 @@ class ConversationTokenizer:
         # Nothing predicts the first token.
         labelled[0] = False
         kept = torch.tensor(ids[first:stop], dtype=torch.int32)
-        shortened = len(ids) > self.max_length or len(messages) < len(row.messages)
+        shortened = len(ids) > self.max_length or len(talk.messages) < len(row.messages)
         return Tokens(kept, start - first, labelled if learn else None), shortened
 
-    def _tokens(self, messages: Messages, answered: bool) -> tuple[list[int], list[bool]]:
-        """Return the tokens of messages, and which of them the assistant says."""
-        if not answered:
-            ids = self._ids(self._render(messages, add_generation_prompt=True))
+    def _tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a conversation, and which of them the assistant says."""
+        if row.target is None:
+            ids = self._ids(prompt_text(self.tokenizer, row.messages, row.tools))
             return ids, [False] * len(ids)
         if self._marks_turns:
             found: Any = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                list(row.messages), row.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             ids, answers = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
             if not any(answers):
                 raise BadRow("the chat template marks no turn of the assistant ({% generation %})")
         else:
-            text = self._render(messages)
+            text = self._render(row.messages, row.tools)
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            turns, ids = self._turns(messages, text), list(encoded["input_ids"])
+            turns, ids = self._turns(row, text), list(encoded["input_ids"])
             # A token that begins before an answer is one of the answer if it holds more of it than white space.
             answers = [
                 any(start < stop and (first <= start or text[first:end].strip()) for first, stop in turns)
@@ -136,12 +137,12 @@ class ConversationTokenizer:
             return [*ids[:stop], self.end], [*answers[:stop], True]
         return ids, answers
 
-    def _turns(self, messages: Messages, text: str) -> list[tuple[int, int]]:
-        """Return where each turn of the assistant begins and ends in the text of all messages."""
-        turns: list[tuple[int, int]] = []
+    def _turns(self, row: Row, text: str) -> list[tuple[int, int]]:
+        """Return where each turn of the assistant begins and ends in the text of a conversation."""
+        turns, messages = list[tuple[int, int]](), row.messages
         for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
-            before = self._render(messages[:number], add_generation_prompt=True)
-            after = self._render(messages[: number + 1])
+            before = prompt_text(self.tokenizer, messages[:number], row.tools)
+            after = self._render(messages[: number + 1], row.tools)
             if not (text.startswith(after) and after.startswith(before)):
                 raise BadRow(
                     f"the chat template writes message {number + 1} differently once others follow or precede it, so "
@@ -154,12 +155,18 @@ class ConversationTokenizer:
             turns.append((len(before), len(spoken)))
         return turns
 
-    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        render = self.tokenizer.apply_chat_template
-        return str(render(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt))
+    def _render(self, messages: Messages, tools: Tools = None) -> str:
+        return str(self.tokenizer.apply_chat_template(list(messages), tools, tokenize=False))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> str:
+    """Return the text that asks for the next answer; a space at its end is left to an answer whose word it joins."""
+    text = str(tokenizer.apply_chat_template(list(messages), tools, tokenize=False, add_generation_prompt=True))
+    joins = text.endswith(" ") and len(tokenizer("a a", add_special_tokens=False)["input_ids"]) < 3
+    return text.removesuffix(" ") if joins else text
 
 
 @cache
@@ -176,7 +183,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bo
     if chat:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         try:
-            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            prompt = prompt_text(tokenizer, messages)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])

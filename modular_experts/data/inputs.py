@@ -57,12 +57,8 @@ class Inputs(TaskMixture):
     def read_from(cls, data: TaskMixture, splits: Sequence[str], most: int) -> Self:
         """Take at most `most` inputs of each held-in task of a mixture, which has a tokenizer."""
         found = {task: spread_evenly(rows, most) for task, rows in data.input_examples(splits).items()}
-        return cls(
-            as_prompts(found),
-            tokenizer=data.tokenizer,
-            max_length=data.max_length,
-            eval_batch_size=data.eval_batch_size,
-        )
+        prompts = as_prompts(found)
+        return cls(prompts, tokenizer=data.tokenizer, max_length=data.max_length, eval_batch_size=data.eval_batch_size)
 
     def part(self, held: bool, every: int = 4) -> "Inputs":
         """Return every fourth input of each task if `held`, and the others if not."""

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from modular_experts.data.sampler import (
     epoch_counts,
     epoch_order,
     next_batch,
+    seed_of_run,
 )
 from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits, warn_of_repeats
 from modular_experts.data.tokenize import RowTokenizer
@@ -106,7 +106,7 @@ class TaskMixture(LightningDataModule, DataSource):
         """How many tokens of a row the model can read, where a model is known (`fit_context`)."""
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.mixing = Proportional() if mixing is None else mixing
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = seed
         self.split_seed, self.eval_limit, self.chat_template = split_seed, eval_limit, chat_template
         self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
         self.packing, self.packed = packing, bool(packing)
@@ -289,7 +289,8 @@ class TaskMixture(LightningDataModule, DataSource):
         """Return the batches of the epoch of `loader.sampler.set_epoch`, in an order that only seeds change."""
         examples, counts = self._split("train"), self.counts
         sizes, position = {name: len(rows) for name, rows in examples.items()}, partial(next_batch, self.trainer)
-        order = partial(epoch_order, sizes, counts, self.seed)
+        seed = seed_of_run(self.seed)
+        order = partial(epoch_order, sizes, counts, seed)
         sampler = MixtureSampler(order, sum(counts.values()), self.batch_size, *self._place(), position)
         loader = ResumableLoader(
             dataset=ExampleSet(list(chain.from_iterable(examples.values()))),
@@ -298,7 +299,7 @@ class TaskMixture(LightningDataModule, DataSource):
             collate_fn=self._training_collator,
             generator=torch.Generator(),
         )
-        loader.identity = {"rows": counts, "batch_size": self.batch_size, "seed": self.seed}
+        loader.identity = {"rows": counts, "batch_size": self.batch_size, "seed": seed}
         loader.trainer = self.trainer
         return loader
 
@@ -316,20 +317,21 @@ class TaskMixture(LightningDataModule, DataSource):
     def _training_collator(self) -> Collator:
         return Collator(self.row_tokenizer().pad_id, False, self.max_length if self.packed else None)
 
-    def learn_choices(self) -> None:
-        if not self._learns_choices:
+    def learn_choices(self, learns: bool = True) -> None:
+        if learns and not self._learns_choices:
             for name, rows in [*self.rows("train").items(), *self.rows("validation").items()]:
                 if not all(row.choices for row in rows):
                     raise ValueError(
                         f"a loss of preferences compares answers, and rows of {name} have one each; give rows of "
                         "prompt, chosen and rejected, or of input, target and choices"
                     )
-            self._learns_choices = True
+        self._learns_choices = learns
 
     def padding(self) -> float:
         """Return the share of padding among the tokens of the first thousand training batches of this process."""
         (rank, processes), examples = self._place(), self._split("train")
-        order = epoch_order({name: len(rows) for name, rows in examples.items()}, self.counts, self.seed, 0)
+        sizes = {name: len(rows) for name, rows in examples.items()}
+        order = epoch_order(sizes, self.counts, seed_of_run(self.seed), 0)
         known = [len(row.tokens.ids) for rows in examples.values() for row in rows]
         lengths = [known[row] for row in order.tolist()[rank::processes]]
         size, tokens, read = max(1, self.batch_size // processes), 0, 0

@@ -15,14 +15,17 @@ from modular_experts.text import did_you_mean, nearest
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 CHAT_ROLES = ("system", "user", "assistant", "tool")
+Tools = list[Any] | None
+"""JSON schemas of functions that an assistant may call, each a dict."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One example; `split` is None if the data does not name one, `where` is its place (`file:line`).
 
-    In a conversation, `target` is the assistant's last turn, and `input` the text of all before. Only `predict` takes
-    a row whose target is None.
+    In a conversation, `target` is the assistant's last turn, and `input` the text of all before; `answers` are the
+    messages of its `choices`, if they hold more than a text, and the chat template gets its `tools`. Only `predict`
+    takes a row whose target is None.
     """
 
     input: str
@@ -31,6 +34,8 @@ class Row:
     choices: tuple[str, ...] = ()
     where: str = ""
     messages: tuple[dict[str, str], ...] = ()
+    answers: tuple[dict[str, str], ...] = ()
+    tools: Tools = None
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,8 @@ class RowReader:
     """Turns records into rows.
 
     Args:
-        columns: The data's column for `input`, `target`, `messages`, `split` or `choices`, if it has another name. With
-            one for `rejected`, the choices are the target and its text.
+        columns: The data's column for `input`, `target`, `messages`, `tools`, `split` or `choices`, if it has another
+            name. With one for `rejected`, the choices are the target and its text.
         template, choices: As for `Task`.
         optional: A column whose text follows the input, after an empty line, where a row has it.
         targets: Whether every row needs a target.
@@ -137,7 +142,7 @@ class RowReader:
         if not ("messages" in self.columns or ("rejected" in self.columns and _is_conversation(values.get(column)))):
             text, target = self._input(values), self._target(values)
             return Row(text, target, split, self._choices(values, target), where)
-        choices, before, messages = tuple[str, ...](), list[dict[str, str]](), self._messages(values, column)
+        pair, before, messages = list[dict[str, str]](), list[dict[str, str]](), self._messages(values, column)
         prompt = self.columns.get("input")
         if prompt and _is_conversation(values.get(prompt)):
             before = self._messages(values, prompt)
@@ -147,8 +152,8 @@ class RowReader:
         messages = before + messages
         if "rejected" in self.columns:
             other = before + self._messages(values, self.columns["rejected"])
-            choices = messages[-1]["content"], other[-1]["content"]
-            if other[:-1] != messages[:-1] or choices[0] == choices[1] or other[-1]["role"] != "assistant":
+            pair = [messages[-1], other[-1]]
+            if other[:-1] != messages[:-1] or pair[0] == pair[1] or pair[1]["role"] != "assistant":
                 both = f"{column!r} and {self.columns['rejected']!r}"
                 raise BadRow(f"{both} must differ in the assistant's last message alone")
         target = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
@@ -162,7 +167,10 @@ class RowReader:
             raise BadRow("the conversation starts with the assistant; a message of the user comes before")
         lines = [f"{message['role']}: {message['content']}" for message in before]
         text = before[0]["content"] if len(before) == 1 else "\n".join(lines)
-        return Row(text, target, split, choices, where, tuple(messages))
+        choices = tuple(message["content"] for message in pair)
+        more = any(message.keys() > {"role", "content"} for message in pair)
+        answers = tuple(pair) if more else ()
+        return Row(text, target, split, choices, where, tuple(messages), answers, self._tools(values))
 
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)
@@ -211,6 +219,14 @@ class RowReader:
             more = {key: one for key, one in message.items() if one is not None}
             messages.append(more | {"role": role, "content": content})
         return messages
+
+    def _tools(self, values: Mapping[str, Any]) -> Tools:
+        column = self.columns.get("tools", "tools")
+        if not (tools := _listed(values.get(column))):
+            return None
+        if not isinstance(tools, list | tuple) or not all(isinstance(one, Mapping) for one in tools):
+            raise BadRow(f"{column!r} must be a list of JSON schemas of functions, not {reprlib.repr(tools)}")
+        return [dict(one) for one in tools]
 
     def _split(self, values: Mapping[str, Any]) -> str | None:
         split = values.get(self.columns.get("split", "split"))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,11 @@ class Temperature(Mixing):
 
     def share(self, size: int) -> float:
         return size ** (1 / self.temperature)
+
+
+def seed_of_run(own: int | None = None) -> int:
+    """Return a seed that is given, or else the one that `seed_everything` has set; call it when a fit begins."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if own is None else own
 
 
 def epoch_counts(

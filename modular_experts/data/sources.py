@@ -127,6 +127,9 @@ def _json_lines(path: str, place: Path) -> Iterator[Record]:
                     yield Record(f"{path}:{number}", json.loads(text))
             except ValueError as error:
                 yield _broken_json(path, number, error)
+                # The other lines have the same encoding.
+                if isinstance(error, UnicodeDecodeError):
+                    return
 
 
 def _json_file(path: str, place: Path) -> Iterator[Record]:

@@ -16,7 +16,7 @@ from modular_experts.text import did_you_mean
 
 ROLES = ("held_in", "held_out")
 TRAINED = "are also training rows"
-COLUMNS = ("input", "target", "messages", "split", "choices", "rejected")
+COLUMNS = ("input", "target", "messages", "tools", "split", "choices", "rejected")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -36,8 +36,8 @@ class Task:
     | `messages` | a conversation, a list of {role, content} | each turn of the assistant |
 
     `input` and `target` beat every other form, and `columns` or `template` beat them all. In a row of two texts, one
-    space goes before the target unless white space is there. A conversation goes through the tokenizer's chat template
-    (`RowTokenizer`); training learns each turn of the assistant, and validation and test measure the last.
+    space goes before the target unless white space is there. A conversation and its `tools` go through the tokenizer's
+    chat template; training learns each turn of the assistant, and validation and test measure the last.
 
     Args:
         name: Name of the task in results: up to 64 letters, digits, dots, dashes and underscores. Without one, it is

@@ -4,13 +4,12 @@ Input and target are tokenised apart, without special tokens, and end-of-sequenc
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens, fitted
-from modular_experts.data.chat import ConversationTokenizer
+from modular_experts.data.chat import ConversationTokenizer, prompt_text
 from modular_experts.data.rows import Row
 
 
@@ -65,8 +64,7 @@ class RowTokenizer:
             return examples, cut, [*(f"{row.where}: {mixed}" for row in rows if not row.messages), *problems]
         texts = [row.input for row in rows]
         if self.chat_template:
-            render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-            texts = [str(render([{"role": "user", "content": text}])) for text in texts]
+            texts = [prompt_text(self.tokenizer, [{"role": "user", "content": text}]) for text in texts]
         prompts = self._ids(texts)
         targets = self._ends(texts, [[row.target or ""] for row in rows])
         options = self._ends(texts, [() if learn and not self.learns_choices else row.choices for row in rows])

@@ -22,8 +22,10 @@ else:
     # What the command line may be given.
     Metrics = list[str] | dict[str, str] | str
 
-# A sign, perhaps U+2212, after a letter or digit is a hyphen; commas stand between groups of three digits.
-_NUMBER = re.compile(r"((?<![\w.)])[-+\u2212])?((\d{1,3}(,\d{3})+(?!\d)|\d+)(\.\d+)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+# Commas or spaces, also narrow and no-break ones, stand between groups of three digits.
+_WHOLE = r"\d{1,3}(,\d{3})+(?!\d)|(?<![\w.])\d{1,3}([ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+"
+# A sign, perhaps U+2212, after a letter or digit is a hyphen.
+_NUMBER = re.compile(rf"((?<![\w.)])[-+\u2212])?(({_WHOLE})(\.\d+)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 # Scripts without spaces between words: each character is a word (kana, Han, and Han's extensions).
 _CHARACTER_WORDS = re.compile(r"([぀-ヿ㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff])")
 
@@ -33,14 +35,11 @@ def exact_match(generated: str, target: str) -> float:
     return float(generated.strip() == target.strip())
 
 
-# Merges of the same experts give many rows the same answer, and a study asks again for each row's value.
-@lru_cache(2**14)
 def rouge_l(generated: str, target: str) -> float:
     """Return the Rouge-L F-measure of one text against one target, between 0 and 1."""
     return _rouge_l(generated, target)
 
 
-@lru_cache(2**14)
 def stemmed_rouge_l(generated: str, target: str) -> float:
     """Return Rouge-L over the stems of English words (Porter's), as the evaluation of arXiv 2507.07140 takes it.
 
@@ -52,6 +51,8 @@ def stemmed_rouge_l(generated: str, target: str) -> float:
         raise ValueError("stemmed_rouge_l needs nltk: pip install 'modular-experts[rouge]'") from error
 
 
+# Merges of the same experts give many rows the same answer, and a study asks again for each row's value.
+@lru_cache(2**14)
 def _rouge_l(generated: str, target: str, use_stemmer: bool = False) -> float:
     # Naming the key matters: torchmetrics' default keys include one that downloads a sentence splitter.
     scores = rouge_score(
@@ -67,7 +68,7 @@ def words(text: str) -> list[str]:
 
 
 def number(generated: str, target: str) -> float:
-    """Return 1.0 if the last number of the answer is the last number of the target, else 0.0; 1,250.0 is 1250."""
+    """Return 1.0 if both texts have the same last number, else 0.0; 1,250.0 and 1 250 are 1250, and 0,5 ends in 5."""
     return _read_alike(_last_number, generated, target)
 
 
@@ -101,7 +102,7 @@ def _read_alike(read: Callable[[str], Any], generated: str, target: str) -> floa
 def _last_number(text: str) -> Decimal | None:
     matches = list(_NUMBER.finditer(text))
     with suppress(InvalidOperation):  # an exponent of twenty digits
-        return Decimal(matches[-1][0].replace(",", "").replace("\u2212", "-")) if matches else None
+        return Decimal(re.sub(r"[,\s]", "", matches[-1][0]).replace("\u2212", "-")) if matches else None
     return None
 
 

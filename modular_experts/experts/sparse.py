@@ -1,6 +1,7 @@
 """Sparse experts train a few entries of a weight, in place, at the price of those entries."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +61,7 @@ class SparseExpert(Selectable, InPlaceExpert):
         super().__init__(weight, keep_ratio, granularity, block_size)
         check_backend(backend, self.shape, self.tile)
         self.backend = backend
+        _count_steps_as_changes()
         tile = () if self.tile == (1, 1) else self.tile
         dtype = torch.promote_types(weight.dtype, torch.float32)
         indices = torch.randperm(self.units)[: self.kept_units].sort().values.to(weight.device, index_dtype(self.shape))
@@ -179,6 +181,7 @@ class SparseExpert(Selectable, InPlaceExpert):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        _count_steps_as_changes()
         self._written = self._kernel = None  # a copy's version counters start anew
 
 
@@ -189,4 +192,7 @@ def _count_change(optimizer: Optimizer, *arguments: Any) -> None:
         torch.autograd.graph.increment_version([one for one in group["params"] if one.grad is not None])
 
 
-register_optimizer_step_post_hook(_count_change)
+@cache
+def _count_steps_as_changes() -> None:
+    """Tell all optimizers of this process, which has a sparse expert from now on."""
+    register_optimizer_step_post_hook(_count_change)

@@ -30,6 +30,9 @@ class Injected(AbstractContextManager[Any]):
     """Experts of a plan in the layers of a model, which evaluates, until `remove` or the end of a `with` block."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
+        # The end takes all experts out of the model.
+        if named_experts(model):
+            raise ValueError("the model has experts already; give it others after eject(model)")
         self._model, self._modes = model, {module: module.training for module in model.modules()}
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -115,8 +118,6 @@ def routed(
         ValueError: The model is not the experts' base or has experts, an expert is not mergeable, moves what is not a
             linear layer or has another shape there, or the router has learned another number of experts.
     """
-    if named_experts(model):
-        raise ValueError("the model has experts already; route experts on the base alone, after eject(model)")
     if (router is None) == (rows is None):
         raise ValueError("give either a router, or rows with the number of each row's expert")
     several = [*open_several(experts), *(open_several(fallback) if fallback is not None else ())]
@@ -168,11 +169,9 @@ def by_weight(
     found = {}
     for site in moved_sites(model, experts):
         own = [each.get(site.weight) for each in statistics]
+        values = [torch.empty(0) if one is None else one.values for one in own]
         found[site.weight] = copy.deepcopy(router)
-        found[site.weight].learn(
-            [oriented(site, expert) for expert in experts],
-            [torch.empty(0) if one is None else one.values for one in own],
-        )
+        found[site.weight].learn([oriented(site, expert) for expert in experts], values)
     return found
 
 

@@ -1,29 +1,81 @@
-"""Define what a stored result depends on, for `evaluate`, `study` and a merge that goes on after an interruption: its
-settings, the experts, the rows and the base by their hashes, this package, and the user's code that the settings name.
+"""Define what a stored result depends on, for `evaluate`, `study`, `combine` and a merge that goes on after an
+interruption: its settings, the experts, the rows and the base by their hashes, this package, and the user's code, files
+and experts that the settings name.
 """
 
 import ast
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from importlib.machinery import PathFinder
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
-from modular_experts.library.record import package_versions
+from modular_experts.library.opening import open_expert
+from modular_experts.library.record import RECORD_FILE, package_versions
+from modular_experts.library.tensorfile import file_hash
 
 
 def result_key(*parts: Any) -> str:
     """Return a hash of all that a result depends on: a result under another key is another one, or stale.
 
     A class or a function of the user's stands in them as it is, or by its dotted path, as in configs and in records of
-    merges; the key then covers its code.
+    merges; the key then covers its code. A text that is the path of a file or an expert covers what lies there.
     """
-    content = [package_versions()["modular-experts"], parts, own_code(parts)]
+    content = [package_versions()["modular-experts"], parts, own_code(parts) | named_contents(parts)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def named_contents(settings: Any) -> dict[str, str]:
+    """Return a hash of the content of each file, expert, library and model that settings name by its path.
+
+    A directory counts if it holds experts, or a JSON file as models, adapters and data sets do. Others do not count: a
+    run writes its logs there.
+    """
+    contents: dict[str, str] = {}
+    for text in set(_texts_in(settings)):
+        place = Path(os.path.expanduser(text))
+        if os.path.isfile(place):
+            contents[text] = _file_hash_at(place)
+        elif os.path.isdir(place) and (parts := _parts_of(place)):
+            contents[text] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return contents
+
+
+def _parts_of(directory: Path) -> list[tuple[str, str]]:
+    """Return the experts of a directory by name with their hashes, or all files of a model; empty for others."""
+    if (directory / RECORD_FILE).is_file():
+        return [(RECORD_FILE, open_expert(directory).content_hash)]
+    if experts := sorted(file.parent for file in directory.glob(f"[!.]*/{RECORD_FILE}")):
+        return [(expert.name, open_expert(expert).content_hash) for expert in experts]
+    if not any(directory.glob("*.json")):
+        return []
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return [(str(file.relative_to(directory)), _file_hash_at(file)) for file in files]
+
+
+def _file_hash_at(file: Path) -> str:
+    status = file.stat()
+    return _known_hash(file.absolute(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(10_000)
+def _known_hash(file: Path, *version: int) -> str:
+    """Return the hash of a file, which is read again when its version has changed."""
+    return file_hash(file)
+
+
+def _texts_in(settings: Any) -> Iterator[str]:
+    if isinstance(settings, str | Path):
+        yield str(settings)
+    elif isinstance(settings, Mapping | list | tuple):
+        for part in settings.values() if isinstance(settings, Mapping) else settings:
+            yield from _texts_in(part)
 
 
 def own_code(settings: Any) -> dict[str, str]:

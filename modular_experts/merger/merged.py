@@ -1,5 +1,6 @@
 """Merge many experts, weight by weight, with one merge method or one per pattern of weight names."""
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,7 +68,8 @@ class Merged(TaskVector):
         adopt_smaller(self.stored)
         self.base = common_base(self.stored)
         self._method = _made(method)
-        self._per_weight = {pattern: _made(chosen) for pattern, chosen in (per_weight or {}).items()}
+        # Copies, because weights that share a method are prepared together.
+        self._per_weight = {pattern: copy.copy(_made(chosen)) for pattern, chosen in (per_weight or {}).items()}
         shapes = dict(sorted(Sum(self.experts).shapes().items()) if self._lazy else union_of_weights(self.stored))
         self.rules = method_of_each(list(shapes), self._method, self._per_weight)
         if searched := [type(rule).__name__ for rule in self.rules.values() if rule.needs.inputs]:
@@ -76,7 +78,7 @@ class Merged(TaskVector):
         self._shapes = {name: shapes[name] for name in self.rules}
         self._last_block = max(1, *(depth_of(name) or 0 for name in self.rules))
         grouped: dict[int, list[str]] = {}
-        for name, rule in self.rules.items():  # two methods of equal settings prepare apart
+        for name, rule in self.rules.items():
             grouped.setdefault(id(rule), []).append(name)
         self._groups = [_Group(self, self.rules[names[0]], names) for names in grouped.values()]
         self._group_of = {name: group for group in self._groups for name in group.names}

@@ -25,8 +25,8 @@ SHORTEST = 1e-6
 
 @dataclass(frozen=True)
 class ModelStock(MergeMethod):
-    """Model Stock: `scale * t * mean_i d_i` with `t = N c / (1 + (N - 1) c)`, where c is the mean cosine between the
-    deltas of two of the N experts that move the weight.
+    """Model Stock: `scale * t * mean_i d_i` with `t = N c / (1 + (N - 1) c)`, where the mean is over the N experts that
+    move the weight, and c is the mean cosine between the deltas of two of them.
 
     One expert alone has t = 1. Where c < 0, t is 0 and the weight stays at the base. It is meant for experts of one
     task: deltas of different tasks are nearly orthogonal, so that they nearly vanish.

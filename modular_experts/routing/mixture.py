@@ -6,7 +6,7 @@ gradient is needed, torch multiplies expert by expert.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self, TypeGuard
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,8 @@ class Mixture(NotMergeable, Expert):
     def put(self, number: int, delta: Delta | EncodedDelta | None, bias: Delta | None = None) -> int:
         """Hold an expert's deltas under its number, in the place of those before; return their bytes in memory."""
         self.deltas += [None] * (number + 1 - len(self.deltas))
-        held = self.deltas[number] = Held(delta, self.like) if _moves(delta) else None
+        is_empty = isinstance(delta, Delta) and delta.is_empty
+        held = self.deltas[number] = None if delta is None or is_empty else Held(delta, self.like)
         self.encoded = {one for one, held in enumerate(self.deltas) if held is not None and held.is_encoded}
         self.biases.pop(number, None)
         self._last = None
@@ -202,10 +203,6 @@ class Held:
     def decoded_nbytes(self) -> int:
         """Bytes that an encoded delta takes in memory beside its encoded form."""
         return 0 if self._source is None else self.nbytes - self._source.nbytes
-
-
-def _moves(delta: Delta | EncodedDelta | None) -> TypeGuard[Delta | EncodedDelta]:
-    return delta is not None and not (isinstance(delta, Delta) and delta.is_empty)
 
 
 class _Formed:

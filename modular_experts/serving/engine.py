@@ -26,8 +26,6 @@ from modular_experts.serving.models import Weighted
 from modular_experts.serving.threads import SideThreads
 
 transformers_log = logging.getLogger("ContinuousBatchingLogger")
-# Its warnings quote tokens of prompts.
-transformers_log.setLevel(logging.ERROR)
 PAGE = 32
 """Tokens of a page of the cache."""
 BATCH_TOKENS = 1024
@@ -83,9 +81,6 @@ class Engine:
                 "where it batches rows; ask it with generate"
             )
         self.model, self.rows, self.cache_tokens = model.eval(), rows, cache_tokens
-        if model.device.type == "cpu":
-            # Attention then reads the keys and values that several heads share without a copy for each head.
-            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.reader: nn.Module = copy.deepcopy(model, shared)
         self.experts = HeldExperts(model, expert_bytes, self._pause)
@@ -120,6 +115,11 @@ class Engine:
         if self._manager is not None and self._manager.is_running():
             return
         self.stop()
+        # Its warnings quote tokens of prompts.
+        transformers_log.setLevel(max(logging.ERROR, transformers_log.level))
+        if self.model.device.type == "cpu":
+            # Attention then reads the keys and values that several heads share without a copy for each head.
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         settings = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=-(-self.cache_tokens // PAGE),
@@ -232,10 +232,8 @@ class Engine:
         rows = list(self._rows_of_pass())
         batch = [(one.state.request_id, one.query_length) for one, _ in rows]
         if self._batch[0] != batch:
-            self._batch = (
-                batch,
-                _gates([(one.query_length, row.slots if row else []) for one, row in rows], model.device),
-            )
+            gates = _gates([(one.query_length, row.slots if row else []) for one, row in rows], model.device)
+            self._batch = batch, gates
         self.experts.gates.gates = self._batch[1]
 
     def _choose_tokens(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modular_experts.base.apply import check_fit
+from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Site
 from modular_experts.injection import find_sites, inject
@@ -57,6 +58,9 @@ class HeldExperts:
     def __init__(self, model: nn.Module, most: int, pause: Callable[[], AbstractContextManager[Any]]) -> None:
         self.most, self.gates = most, CurrentGates(packs=True)
         self._model, self._pause = model, pause
+        # Read here, because a thread may put mixtures into the layers while a request is checked.
+        self._structure = Structure(model)
+        _ = self._structure.owners
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # by content hash, the least recently used first
         self._newest: dict[Path, str] = {}  # the content hash that was last asked for at each place
         self._mixtures: dict[str, tuple[Site, Mixture]] = {}
@@ -90,7 +94,7 @@ class HeldExperts:
                     f"{expert.name} cannot be served, because it moves {moved[0]}, which all rows share; apply it to "
                     "the base, and serve that"
                 )
-        check_fit(self._model, [expert for expert in experts if expert.content_hash not in self._slots])
+        check_fit(self._structure, [expert for expert in experts if expert.content_hash not in self._slots])
         if (size := sum(map(_bytes, experts))) > self.most:
             raise ValueError(
                 f"{' and '.join(one.name for one in experts)} would take {bytes_text(size)}, and "

@@ -170,6 +170,8 @@ class Models:
         for part, weight in parts:
             if isinstance(part, Route):
                 raise ValueError(f"{name!r} adds a route to something; name the route alone")
+            if not part.experts and weight != 1:
+                raise ValueError(f"{name!r} gives the base a number; give it to experts, which are added to the base")
             for expert in part.members:
                 total[expert.content_hash] = expert, weight + total.get(expert.content_hash, (expert, 0.0))[1]
         return Choice(list(total.values()))

@@ -1,6 +1,6 @@
 """Cut a study into pieces of work, each named by its work and by a digest of all that its result depends on.
 
-A digest covers the settings of the piece and the code of the user's that they name, the base, the contents of the
+A digest covers the settings of the piece with the code, files and experts that they name, the base, the contents of the
 piece's tasks, and the digests of the pieces that it needs. So a change of the study gives new keys to the pieces that
 depend on it, and to no others.
 """
@@ -14,7 +14,7 @@ from modular_experts.base import Base
 from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library import open_expert
-from modular_experts.library.result_key import result_key
+from modular_experts.library.result_key import named_contents, result_key
 from modular_experts.statistics import KINDS
 from modular_experts.study.merges import Way, choose, combine_and_test, settings_of
 from modular_experts.study.plan import BASE, Study, groups
@@ -115,6 +115,12 @@ class _Plan:
         if place := stored_in(configs):
             expert = open_expert(Path(place, *tasks), self.study.base)
             return self._add(("experts", *words, seed), put, (expert.path, name), [expert.content_hash], [])
+        for path in named_contents(configs):
+            if Path(path).expanduser().resolve().is_relative_to(self.out.resolve()):
+                raise ValueError(
+                    f"experts.{words[0]} names {path}, where this study writes itself, so its content is not known "
+                    "before the study runs; name an expert of another directory"
+                )
         settings = [configs, self.study.data, self.study.dtype, self.study.seen(tasks), seed]
         return self._add(("experts", *words, seed), train, (configs, tasks, name, seed), settings, [])
 
@@ -134,7 +140,7 @@ class _Plan:
         given: Sequence[Key] = (),
     ) -> Key:
         needs = tuple(needs)
-        full = (*key, result_key(self.base, key, settings, [need[-1] for need in needs])[:16])
+        full = (*key, result_key(self.base, key_text(key), settings, [need[-1] for need in needs])[:16])
         self.pieces.append(Piece(full, do, (function, self.study, self.out, *arguments), needs, tuple(given)))
         return full
 

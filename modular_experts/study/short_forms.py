@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modular_experts.data.tasks import ROLES, Task
-from modular_experts.library.tensorfile import file_hash
+from modular_experts.library.result_key import named_contents
 from modular_experts.settings.read import make
 from modular_experts.text import did_you_mean
 
@@ -69,15 +70,11 @@ def named_tasks(word: str) -> list[Settings]:
 
 
 def content_hash(name: str, task: Mapping[str, Any]) -> str:
-    """Return a hash of a task's file, or of the files of its directory."""
-    if task.get("path") is None:
-        return ""
-    path, found = Path(task["path"]).expanduser(), hashlib.sha256()
-    if not path.exists():
+    """Return a hash of all files that a task's settings name; empty without any."""
+    if task.get("path") is not None and not (path := Path(task["path"]).expanduser()).exists():
         raise ValueError(f"task {name!r}: there is no file {path}; the path starts from the current directory")
-    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
-        found.update(bytes.fromhex(file_hash(file)))
-    return found.hexdigest()
+    contents = named_contents(task)
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest() if contents else ""
 
 
 class Kinds(NamedTuple):

@@ -28,6 +28,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.compatibility import put_beside
 from modular_experts.library.described import trust
+from modular_experts.library.result_key import named_contents
 from modular_experts.settings import SHORT_NAMES, folded
 from modular_experts.settings.read import make
 from modular_experts.statistics import take_statistics
@@ -211,10 +212,12 @@ def tasks_of(study: Study, names: Iterable[str]) -> list[Task]:
 
 def made(option: str, kind: Any, settings: Any) -> Any:
     """Return the immutable object of settings, once in a process, because reading them takes 10 ms."""
-    return _made(option, kind, json.dumps(settings))
+    return _made(option, kind, json.dumps(settings), json.dumps(named_contents(settings)))
 
 
-_made = cache(lambda option, kind, settings: make(option, kind, json.loads(settings)))
+@cache
+def _made(option: str, kind: Any, settings: str, contents: str) -> Any:
+    return make(option, kind, json.loads(settings))
 
 
 def hashes(experts: Iterable[StoredExpert]) -> dict[str, str]:

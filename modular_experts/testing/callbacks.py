@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -26,6 +28,7 @@ from modular_experts.training.estimate import SILENT, logging_from
 from modular_experts.training.module import ExpertModule
 
 _STEPS, _SAVED = 5, 3
+_SEED = 0
 
 
 def check_callback(
@@ -41,6 +44,7 @@ def check_callback(
     sizes in bytes) must be equal:
 
     - One object in two fits acts as two fresh objects: `setup` forgets the fit before.
+    - It draws by the seed of its own fit, whichever seed the process had when it was made.
     - A run that is resumed after its third step, with a fresh object or a used one, ends as if nothing had been:
       `state_dict` holds all that `load_state_dict` needs, and neither reads what only an earlier fit left.
     - A second fit of a module begins with all that the first one trained.
@@ -55,9 +59,11 @@ def check_callback(
         AssertionError: The callback breaks a promise; the message names it.
     """
     silent = logging_from(logging.ERROR, "lightning.pytorch")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), silent, torch.random.fork_rng():
+    seed = patch.dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), silent, torch.random.fork_rng(), seed:
         # Lightning warns of folders that are not empty, and of loaders without workers.
         warnings.simplefilter("ignore")
+        seed_everything(_SEED, verbose=False)
         _check(_Case(make, expert, result, Path(folder), base))
 
 
@@ -65,6 +71,9 @@ def _check(case: "_Case") -> None:
     used = case.make()
     first, whole = case.fit(used)
     _compare(case.fit(used)[1], whole, "a callback in two fits must act as two fresh ones")
+    seed_everything(_SEED + 1, verbose=False)
+    early = case.make()
+    _compare(case.fit(early)[1], whole, "a callback must draw by the seed of its fit, not by the one when it was made")
     saved = case.folder / "saved" / f"step={_SAVED}.ckpt"
     # What is known by steps counts after the checkpoint; tensors have names in place of steps.
     later = {
@@ -105,6 +114,7 @@ class _Case:
         self, callback: Callback, module: ExpertModule | None = None, rate: float = 2e-2, resume: Path | None = None
     ) -> tuple[ExpertModule, dict[str, Any]]:
         """Train a fresh module or go on with one; return it and all that must be equal."""
+        seed_everything(_SEED, verbose=False)
         # What is drawn at random before the checkpoint is loaded must not matter.
         torch.manual_seed(1 if resume else 0)
         module = module or ExpertModule(str(self.base), "all-linear", self.expert)

@@ -23,10 +23,12 @@ from modular_experts.base.device import device
 from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.data.rows import SPLITS, content_hash
 from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
+from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached, describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
 from modular_experts.library.compatibility import open_parents, put_beside
+from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.library.statistics import OF_INPUTS
@@ -125,7 +127,9 @@ def combine(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two experts would be called {twice[0]} in one library; rename the directory of one of them")
     data = data or Inputs.kept_by(opened)
-    data.take_tokenizer(Base.open(base, opened))
+    reader = Base.open(base, opened)
+    data.take_tokenizer(reader)
+    data.fit_context(context_length(reader.structure.model))
     held_in = [task for task, role in data.roles.items() if role == "held_in"]
     others = [task for task in data.roles if task not in held_in]
     own = own_experts(opened, held_in)
@@ -137,7 +141,7 @@ def combine(
     else:
         rows = [content_hash(found) for split in SPLITS for found in data.rows(split).values()]
     reading = [data.roles, data.max_length, data.chat_template, data.eval_limit]
-    settings = [repr(method), describe_router(router), rows, reading, *[dtype] * bool(dtype)]
+    settings = [describe(method), describe_router(router), rows, reading, *[dtype] * bool(dtype)]
     file = _begin(out, result_key([expert.content_hash for expert in opened], settings), overwrite)
     learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
     how: dict[str, Any] = {"progress": progress, "base": base, "dtype": dtype}

@@ -285,8 +285,7 @@ def prepare(
     if checkpoint is not None and "://" not in str(checkpoint) and not Path(checkpoint).exists():
         # Lightning would look for it after all rows are read, and `last` in the new run's directory.
         raise ValueError(f"ckpt_path={str(checkpoint)!r} is not a checkpoint; give its file, which ends in .ckpt")
-    if (seed := settings.get("seed", 0)) is not False:
-        seed_everything(None if seed is True else seed, workers=True, verbose=False)
+    seed_process(settings.get("seed", 0))
     trainer = _trainer(verb, out, settings)
     given = dict(settings.get("model", {}))
     if expert is not None:
@@ -316,6 +315,12 @@ def prepare(
     if settings.get("keep_inputs") and not run.exports:
         raise ValueError("keep_inputs keeps inputs beside an expert; say where that goes: --out library/NAME")
     return run
+
+
+def seed_process(seed: bool | int) -> None:
+    """Seed the global generators of this process; False leaves them as they are, and True draws a seed."""
+    if seed is not False:
+        seed_everything(None if seed is True else seed, workers=True, verbose=False)
 
 
 def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Trainer:

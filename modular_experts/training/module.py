@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from modular_experts.base.quantised import Quantise
 from modular_experts.callbacks import EvenValidation, LogProgress, MaskSchedule, WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of, of_all_ranks
 from modular_experts.data.batch import DataSource, datamodule_of, is_filler, source_of
+from modular_experts.data.sampler import seed_of_run
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses, check_packing, text_metrics
 from modular_experts.evaluation.likelihood import keeps_rows_apart
@@ -106,6 +106,7 @@ class ExpertModule(EvaluatedModule):
     """
 
     length: TrainingLength
+    seed: int
 
     def __init__(
         self,
@@ -188,6 +189,7 @@ class ExpertModule(EvaluatedModule):
         """Raise before the model is loaded if settings do not fit each other, or would round what is trained."""
         # A checkpoint that was only tested has left its random states; a resumed fit's is read later.
         self._random_states = None
+        self.seed = seed_of_run()
         # Lightning's own loaders use a class that torch deprecates.
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
@@ -209,8 +211,8 @@ class ExpertModule(EvaluatedModule):
             loading.check_precision(self._trainer)
         if self.shard_base:
             loading.prepare_sharding(self._trainer)
-        if stage == "fit" and self.preferences:
-            source_of(self._trainer).learn_choices()
+        if stage == "fit":
+            source_of(self._trainer).learn_choices(self.preferences is not None)
 
     @property
     def has_experts(self) -> bool:
@@ -328,20 +330,20 @@ class ExpertModule(EvaluatedModule):
 
     def prepare_experts(self, data: Any) -> float:
         """Let experts get ready for a training on these data; return how many seconds that took, 0 without work."""
+        if isinstance(data, DataSource):
+            data.learn_choices(self.preferences is not None)
         self.batch_losses, started = batch_losses, time.monotonic()
         ready = [expert.before_fit(self, data) for _, expert in named_experts(self.model)]
         if self.preferences:
             if self.batch_losses is not batch_losses:
                 kind, (_, expert) = type(self.preferences).__name__, named_experts(self.model)[0]
                 raise ValueError(f"{type(expert).__name__} has a loss of its own, so {kind} cannot train it")
-            if isinstance(data, DataSource):
-                data.learn_choices()
             self.batch_losses = partial(self.preferences.batch_losses, self._start)
         return any(ready) * (time.monotonic() - started)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # When all set-up is over, the first step takes the random state of a checkpoint.
-        draw(self.model, f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.trainer.global_step}")
+        draw(self.model, f"{self.seed}/{self.trainer.global_step}")
         states, self._random_states = self._random_states or [], None
         checkpoints.restore_random_state(states, self.trainer.global_rank)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:

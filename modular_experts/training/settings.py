@@ -13,7 +13,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.settings import SHORT_NAMES, UsageError, unknown
 from modular_experts.settings.read import Read, arguments_of, read_arguments
-from modular_experts.training.fit import TRAINER
+from modular_experts.training.fit import TRAINER, seed_process
 from modular_experts.training.module import ExpertModule
 
 # So that a config names the callbacks and experts of papers by their class alone.
@@ -55,6 +55,8 @@ def read_run(settings: Mapping[str, Any], known: Sequence[str] = ()) -> Read:
         raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
 
     def made() -> dict[str, Any]:
+        # A class of the user's may draw when its object is made.
+        seed_process(found.plain["seed_everything"])
         try:
             run = RunSettings(**found.make())
         except ModuleNotFoundError as error:

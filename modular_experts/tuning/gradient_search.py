@@ -150,10 +150,8 @@ class AdaMerging(CoefficientSearch):
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         measured = MEASURES[self.objective]
-        start, bounds = (
-            first_coefficients(combination, self.per, [self.start] * combination.experts),
-            (0.0, self.largest),
-        )
+        start = first_coefficients(combination, self.per, [self.start] * combination.experts)
+        bounds = (0.0, self.largest)
         return descend(combination, objective, measured, start, self.learning_rate, self.steps, progress, bounds)
 
 

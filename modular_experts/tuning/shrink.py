@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +32,7 @@ FITTED = ("sign", "magnitudes2")
 
 @dataclass(frozen=True)
 class Measured:
-    """One form of one expert, its bytes on disk, and the mean loss of the expert's tasks, in nats a target token."""
+    """One form of one expert, the bytes of its deltas alone, and the mean loss of its tasks, in nats a target token."""
 
     form: Form
     bytes: int
@@ -214,20 +213,18 @@ def write_form(
     losses: Mapping[str, float] | None = None,
     fitted: bool = False,
 ) -> StoredExpert:
-    """Write what a form cut from an expert's deltas, with the statistics that routers learn from."""
-    record = _record(expert, form, losses or {}, fitted)
-    write_expert(target, cut, record, overwrite, encoding=form.encoding, inputs=expert.inputs())
-    carry_statistics(expert, small := open_expert(target))
-    return small
+    """Write what a form cut from an expert's deltas, with the statistics that routers learn from.
 
-
-def _record(expert: StoredExpert, form: Form, losses: Mapping[str, float], fitted: bool) -> dict[str, Any]:
-    """Return the record of the shrunk expert: how it was trained stays, and its scores are its own."""
+    The record keeps how the expert was trained, and has scores of its own.
+    """
     old = expert.record
     kept = {name: old.get(name) for name in ("hyperparameters", "method", "per_weight", "costs", "seed", "training")}
-    scores = {f"val_loss/{task}": loss for task, loss in losses.items()}
+    scores = {f"val_loss/{task}": loss for task, loss in (losses or {}).items()}
     scores |= {"val_loss": mean_loss(losses)} if losses else {}
     record = make_record(old["kind"], old["base"], old["tasks"], old["parents"], scores=scores, **kept)
     fit = ", scales fitted to outputs" if fitted else ""
     origin = {"id": expert.name, "format": f"shrunk to {form}{fit}", "content_hash": expert.content_hash}
-    return record | {"source": origin}
+    record |= {"source": origin}
+    write_expert(target, cut, record, overwrite, encoding=form.encoding, inputs=expert.inputs())
+    carry_statistics(expert, small := open_expert(target))
+    return small

@@ -1,5 +1,6 @@
 """Every built-in callback with a state of its own keeps it within a fit; `check_callback` finds those that do not."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -99,9 +100,20 @@ class StartsOver(Schedule):
             torch.nn.init.zeros_(layer.expert.up)
 
 
+class DrawsByTheSeedOfItsMaking(Schedule):
+    def __init__(self) -> None:
+        self.is_odd = int(os.environ.get("PL_GLOBAL_SEED", 0)) % 2
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        for parameter in pl_module.parameters():
+            if self.is_odd and parameter.grad is not None:
+                parameter.grad.neg_()
+
+
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
+        (DrawsByTheSeedOfItsMaking, "a callback must draw by the seed of its fit, not by the one when it was made; "),
         (ForgetsNothing, "a callback in two fits must act as two fresh ones; the losses are"),
         (RemembersNothing, "a run that a fresh callback resumes must end as if it had not been interrupted; "),
         (StartsOver, "a second fit must begin with all that the first one trained; at a rate of zero, "),

@@ -47,6 +47,7 @@ def test_optimizer_state_from_before_the_mask_is_cleared(mask) -> None:
     optimizer.step()
     callback = GradientMask({"weight": mask})
     trainer = Trainer(barebones=True)
+    callback.setup(trainer, module, "fit")
     callback.on_fit_start(trainer, module)
     callback.on_before_optimizer_step(trainer, module, optimizer)
     for moment in ("exp_avg", "exp_avg_sq"):

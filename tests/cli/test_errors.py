@@ -66,3 +66,16 @@ def test_what_a_command_printed_before_its_error_is_kept_and_comes_first(tmp_pat
     done = subprocess.run(words, cwd=tmp_path, check=False, **both)
     assert done.returncode
     assert done.stdout.startswith("printed\nerror: "), done.stdout
+
+
+def test_a_folder_beside_the_user_hides_no_module_of_python_and_holds_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "queue").mkdir()
+    (tmp_path / "statistics.py").write_text("raise RuntimeError('this is not of Python')\n")
+    own = "from modular_experts.methods import TIES\n\n\nclass Mine(TIES):\n    '''Mine: the first line.'''\n"
+    (tmp_path / "mine.py").write_text(own)
+    code = "import sys; from modular_experts.__main__ import main\nsys.exit(main(['methods', 'mine.Mine']))"
+    # Without -P, Python itself puts the folder of `-c` first, as it does for no installed command.
+    words = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the first line" in done.stdout

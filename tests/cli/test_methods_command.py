@@ -41,6 +41,12 @@ def test_each_method_shows_its_settings_defaults_and_source(capsys):
         assert " ".join(source.split()) in shown
 
 
+def test_model_stock_says_over_which_experts_it_averages(capsys):
+    assert main(["methods", "ModelStock"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "where the mean is over the N experts that move the weight" in shown
+
+
 def test_unknown_method_gets_a_near_name(capsys):
     for name in ("TEIS", "ties"):
         assert main(["methods", name]) == 2

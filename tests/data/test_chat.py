@@ -1,13 +1,16 @@
 """Conversations become the ids and labels that a hand would write, or are refused with a sentence."""
 
+import json
+
 import pytest
 from conftest import CHARACTERS, build_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modular_experts.data.batch import IGNORED, Collator, prompts
-from modular_experts.data.chat import warn_once
-from modular_experts.data.rows import Row
+from modular_experts.data.chat import encoded, warn_once
+from modular_experts.data.rows import Row, RowReader, content_hash
+from modular_experts.data.sources import Record
 from modular_experts.data.tokenize import RowTokenizer
 
 # As SmolLM2 and Qwen2.5 have it, with a system message of their own if there is none.
@@ -102,21 +105,66 @@ def test_training_learns_each_turn_of_the_assistant_and_a_measurement_takes_the_
     assert batch["end"] == [ids(pieces[-1])[-1]] * 2
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED.replace("]", "] ")])
-def test_a_token_that_begins_before_the_answer_is_one_of_the_answer(template: str) -> None:
-    # As in GPT-2's tokenizer, a space belongs to the word behind it.
+def joining(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer in which a space belongs to the word behind it, as in GPT-2's."""
     vocabulary = ["<eos>", "<unk>", "<|im_end|>", "user", "assistant", "[user]", "[assistant]", ":", " ", " hi", " yes"]
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(vocabulary)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\[\w+\]|."), "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED.replace("]", "] ")])
+def test_a_token_that_begins_before_the_answer_is_one_of_the_answer(template: str) -> None:
+    tokenizer = joining(template)
     (example,), _, _ = RowTokenizer(tokenizer)("t", [row("user: hi", "assistant: yes")], learn=True)
     answer = tokenizer.convert_ids_to_tokens(example.tokens.ids[example.tokens.prompt :])
     assert answer[0] == " yes"
     assert (
         example.tokens.labels.tolist()[example.tokens.prompt :] == example.tokens.ids[example.tokens.prompt :].tolist()
     )
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED.replace("]", "] ")])
+@pytest.mark.parametrize("make", [joining, chatty])
+def test_prompts_are_alike_in_training_in_rows_without_an_answer_and_in_generation(make, template: str) -> None:
+    tokenizer = make(template)
+    asked, answered = row("user: hi"), row("user: hi", "assistant: yes")
+    learned, _, _ = RowTokenizer(tokenizer)("t", [answered], learn=True)
+    predicted, _, _ = RowTokenizer(tokenizer)("t", [asked])
+    texts, _, _ = RowTokenizer(tokenizer, chat_template=True)("t", [Row("hi", "yes")], learn=True)
+    read = [example.tokens.ids[: example.tokens.prompt].tolist() for example in (*learned, *predicted, *texts)]
+    assert read == [encoded(tokenizer, list(asked.messages), chat=True)[0]] * 3
+    first = [example.tokens.ids[example.tokens.prompt] for example in (*learned, *texts)]
+    assert first[0] == first[1] == tokenizer.convert_tokens_to_ids(" yes" if make is joining else "y")
+
+
+def test_the_template_gets_the_tools_of_a_row_in_training_and_in_prompts() -> None:
+    tokenizer = chatty("{% if tools %}({% for one in tools %}{{ one.name }};{% endfor %}){% endif %}" + CHATML)
+    tools, said = [{"name": "day"}, {"name": "night"}], list(row("user: hi", "assistant: yo").messages)
+    reader = RowReader({"messages": "messages"}, targets=False)
+    rows, problems = reader.read(
+        Record("f:1", {"messages": messages, "tools": given})
+        for given in (tools, json.dumps(tools), [], None)
+        for messages in (said, said[:1])
+    )
+    assert not problems
+    examples, _, _ = RowTokenizer(tokenizer)("t", rows)
+    learned, _, _ = RowTokenizer(tokenizer)("t", rows[::2], learn=True)
+    texts = [tokenizer.decode(one.tokens.ids[: one.tokens.prompt]) for one in (*examples, *learned)]
+    assert (
+        texts
+        == [f"(day;night;){START}{HI}"] * 4 + [START + HI] * 4 + [f"(day;night;){START}{HI}"] * 2 + [START + HI] * 2
+    )
+    # A row without tools has the hash that it has in data without the column.
+    plain, _ = reader.read([Record("f:1", {"messages": said})])
+    assert content_hash(plain) == content_hash(rows[4:5]) == content_hash(rows[6:7])
+    assert content_hash(rows[:1]) == content_hash(rows[2:3]) != content_hash(plain)
+    for wrong in ("day", ["day"], {"name": "day"}):
+        _, (problem,) = reader.read([Record("f:1", {"messages": said, "tools": wrong})])
+        assert "f:1: 'tools' must be a list of JSON schemas of functions, not" in problem
 
 
 def test_a_token_that_takes_the_white_space_behind_it_stays_in_the_prompt() -> None:

@@ -73,6 +73,8 @@ def test_a_dataset_dictionary_gives_its_splits_and_label_names(tmp_path: Path, c
 BROKEN = {
     ("cut.jsonl", b'{"input": "a", "target": "b"}\n{"input": "a", "targ\n'): (2, "broken JSON at column 16: Unterm"),
     ("latin.jsonl", '{"input": "é"}\n'.encode("latin-1")): (1, "not UTF-8"),
+    ("latin_lines.jsonl", '{"input": "a"}\n{"input": "é"}\n{"input": "è"}\n'.encode("latin-1")): (2, "not UTF-8"),
+    ("utf16.jsonl", '{"input": "a"}\n{"input": "b"}\n{"input": "c"}\n'.encode("utf-16")): (1, "not UTF-8"),
     ("list.json", b'[\n {"input": "a"},\n {"input" "b"}\n]'): (3, "broken JSON"),
     ("short.csv", b"input,target\na,b\nc\n"): (3, "1 fields, but the header has 2"),
     ("twice.csv", b"input,target,target\na,b,c\n"): (1, "two columns are called 'target'; rename one"),

@@ -191,6 +191,23 @@ def test_tokens_that_peft_moves_under_both_names_of_a_tied_tensor_are_imported(t
         torch.testing.assert_close(logits(model), peft_logits(tiny("gpt2"), adapter), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_lora_that_peft_ties_as_its_base_does_moves_the_tied_tensor_once(tiny, tmp_path, modules):
+    base, ways = tiny("llama", tie_word_embeddings=True), {"target_modules": [*modules, "q_proj"]}
+    adapter = save_adapter(base, tmp_path / "tied", lora(ensure_weight_tying=True, **ways))
+    moved, model = dict(read_peft(adapter).deltas), Base.open(base).load()
+    assert [name for name in moved if "q_proj" not in name] == ["model.embed_tokens.weight"]
+    with applied(model, moved):
+        torch.testing.assert_close(logits(model), peft_logits(base, adapter), rtol=0, atol=1e-5)
+    adapter = save_adapter(base, tmp_path / "parted", lora(**ways))
+    with pytest.raises(
+        ValueError, match=r"are one tensor \(tied\); make an untied copy, in Python Base.open\(.*\).unti"
+    ):
+        dict(read_peft(adapter).deltas)
+    moved = dict(read_peft(adapter, Base.open(base).untie(tmp_path / "untied")).deltas)
+    assert [name.split(".")[-2] for name in moved if "q_proj" not in name] == modules
+
+
 def test_an_adapter_that_does_not_fit_its_base_is_refused(tiny, adapter):
     with pytest.raises(ValueError, match=r"belong to nothing in GPT2LMHeadModel"):
         read_peft(adapter, tiny("gpt2"))

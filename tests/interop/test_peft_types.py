@@ -3,6 +3,7 @@
 import builtins
 import json
 import re
+import sys
 from pathlib import Path
 
 import peft
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import IA3Config, VeraConfig
 from safetensors.torch import load_file, save_file
-from testbed.peft_adapters import PEFT_WARNINGS, configure, logits, peft_logits, save_adapter
+from testbed.peft_adapters import PEFT_WARNINGS, configure, logits, make_expert, peft_logits, save_adapter
 from testbed.peft_types import CASES, committed, compare, make_adapter
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.deltas import Dense, LowRank
 from modular_experts.interop.import_expert import import_expert
-from modular_experts.interop.peft import ask_peft
+from modular_experts.interop.peft import ask_peft, export
 from modular_experts.interop.peft.asked import exact_form
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
@@ -180,3 +181,24 @@ def test_rounding_of_large_logits_is_no_reason_to_refuse_an_adapter_and_a_wrong_
 
     monkeypatch.setattr(peft.tuners.ia3.Linear, "merge", wrong)
     assert "so it does more than move weights" in refused(adapter, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("import a_module_of_another_package", "is installed and cannot be imported .No module named 'a_module_of_an"),
+        ("from json import a_name_of_a_newer_one", "is installed and cannot be imported .cannot import name 'a_name_"),
+        ("raise ModuleNotFoundError(name='peft')", r"without PEFT|PEFT checks each adapter, and is not installed"),
+    ],
+)
+def test_peft_is_called_missing_only_where_it_is(loha, tiny_llama_dir, tmp_path, monkeypatch, source, sentence):
+    expert = make_expert(tmp_path / "expert", tiny_llama_dir, ["model.layers.0.self_attn.q_proj.weight"])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft/__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        ask_peft(loha, tiny_llama_dir)
+    with pytest.raises(ValueError, match=sentence):
+        export(expert, tmp_path / "adapter", "lora")

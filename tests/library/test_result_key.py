@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modular_experts.library.result_key import own_code, result_key
+from modular_experts.library.result_key import named_contents, own_code, result_key
 
 MINE = """
 from math import sqrt
@@ -89,3 +89,22 @@ def test_the_versions_stand_for_the_code_of_installed_packages(mine) -> None:
     assert [*own_code("mine.Mine")] == ["mine", "mine_helper"]
     assert not own_code(["modular_experts.methods.TIES", "math.sqrt", "not_loaded.Thing", "plain words. And more"])
     assert [*own_code("torch.optim.AdamW")] == ["torch.optim"]
+
+
+def test_files_and_models_count_and_folders_without_either_do_not(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").write_text("1")
+    for folder in ("model", "logs"):
+        (tmp_path / folder / "inner").mkdir(parents=True)
+        (tmp_path / folder / "inner" / "weights").write_text("1")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    settings = {"a": ["rows.txt", ("model", Path("logs"))], "rows.txt/": "logs/inner"}
+    before = named_contents(settings)
+    assert before.keys() == {"rows.txt", "model"}
+    (tmp_path / "logs" / "inner" / "weights").write_text("2")
+    assert named_contents(settings) == before
+    (tmp_path / "model" / "inner" / "weights").write_text("2")
+    after = named_contents(settings)
+    assert (after["rows.txt"], after["model"] == before["model"]) == (before["rows.txt"], False)
+    # None of these is a path.
+    assert not named_contents(["~nobody of this machine", "a\0b", "x" * 5000, "", 3, None])

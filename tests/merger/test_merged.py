@@ -155,6 +155,18 @@ def test_what_no_pattern_matches_gets_the_method_or_keeps_the_base(library):
     torch.testing.assert_close(narrow["c.weight"].dense(), 10 * average["c.weight"].dense())
 
 
+def test_one_method_in_two_patterns_acts_as_two(library):
+    def pruned(first: TIES, second: TIES, rest: TIES) -> Merged:
+        return Merged([library / "one", library / "two"], rest, {"a.*": first, "b.*": second})
+
+    same = TIES(keep=0.3, scope="global")
+    shared, apart = pruned(same, same, same), pruned(*(TIES(keep=0.3, scope="global") for _ in range(3)))
+    together = Merged([library / "one", library / "two"], TIES(keep=0.3, scope="global"))
+    for name in SHAPES:
+        assert torch.equal(shared[name].dense(), apart[name].dense())
+    assert any(not torch.equal(shared[name].dense(), together[name].dense()) for name in SHAPES)
+
+
 def test_global_statistics_are_those_of_the_weights_that_the_method_gets(library):
     method = TIES(keep=0.3, scope="global")
     apart = merge_two(library, "apart", None, per_weight={"a.*": method})

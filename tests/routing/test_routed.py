@@ -8,7 +8,7 @@ from testbed.padded_rows import ROWS, padded
 from modular_experts.base.apply import applied
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import find_sites
+from modular_experts.injection import find_sites, inject, named_experts
 from modular_experts.injection.routed import Injected, routed
 from modular_experts.routing import Centroid, TopK
 from modular_experts.routing.gates import Gates, Softmax, Threshold, reading
@@ -72,6 +72,15 @@ def test_the_model_is_the_base_again_afterwards_and_trains_what_it_trained() -> 
     assert not model._forward_pre_hooks
     assert [module.training for module in model.modules()] == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+
+
+def test_a_model_with_experts_is_refused_and_keeps_them() -> None:
+    model = build_model("llama")
+    inject(model, LoRAExpert, "q_proj")
+    for plan in (lambda sites: {}, lambda sites: 1 / 0):
+        with pytest.raises(ValueError, match=r"the model has experts already; give it others after eject\(model\)"):
+            Injected(model, plan)
+    assert [name for name, _ in named_experts(model)] == [f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)]
 
 
 def test_constant_gates_are_the_weighted_sum_of_the_experts() -> None:

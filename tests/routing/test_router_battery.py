@@ -76,6 +76,13 @@ class Forgets(Norms):
         self.kept = [torch.zeros(12)] * experts
 
 
+class Remembers(Norms):
+    def learn(self, deltas, statistics):
+        before = self.columns
+        super().learn(deltas, statistics)
+        self.columns = self.columns if len(before) == 0 else (self.columns + before) / 2
+
+
 class Centred(Norms):
     def scores(self, hidden):
         return super().scores(hidden - hidden.mean(0))
@@ -129,6 +136,7 @@ def test_a_router_of_ones_own_keeps_the_contract() -> None:
     ("kind", "sentence"),
     [
         (Draws, "learning must draw no random numbers"),
+        (Remembers, "learning the same again must give the same columns"),
         (Forgets, "a stored router must give the same"),
         (Centred, "the gates of an input must not depend on the other inputs"),
         (Numbered, "permuting the experts must permute their numbers only"),

@@ -220,6 +220,18 @@ def test_whoever_leaves_early_or_late_frees_experts_and_row(library, tiny_llama_
     assert served.text_of(tokenizer, served.run(engine, leave())) == expected[0]
 
 
+def test_a_request_is_checked_without_the_layers_which_a_thread_may_change(library, tiny_llama_dir, monkeypatch):
+    engine, models, _ = served.opened(tiny_llama_dir, library)
+
+    def changing(*given, **named):
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(engine.model, "named_parameters", changing)
+    monkeypatch.setattr(engine.model, "named_modules", changing)
+    for name in served.FORMS:
+        engine.check(models.find(name).members, 1, 1)
+
+
 def test_an_expert_is_given_back_while_another_one_is_read(library, tiny_llama_dir, monkeypatch) -> None:
     """The loop of the server does so, and would stand still."""
     held, models, _ = served.opened(tiny_llama_dir, library)

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_a_sum_adds_experts_up_and_names_them(library, tiny_llama_dir) -> None:
         ("lora+0.5*dense", "lora+0.5*dense", {"lora": 1, "dense": 0.5}),
         ("-0.5 * dense + lora", "-0.5*dense+lora", {"dense": -0.5, "lora": 1}),
         ("lora+lora", "2*lora", {"lora": 2}),
-        ("2*base+lora", "lora", {"lora": 1}),
+        ("base+lora", "lora", {"lora": 1}),
         ("100000*lora+.00001*dense", "100000*lora+0.00001*dense", {"lora": 100000, "dense": 0.00001}),
     ):
         choice = models.find(name)
@@ -66,6 +67,12 @@ def test_what_is_no_model_is_refused_with_what_is_near(library, tiny_llama_dir) 
             models.find(name)
         assert sentence in str(error.value), name
         assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["2*base", "lora+.5*base", "-1*base+lora"])
+def test_the_base_takes_no_number(name: str, library, tiny_llama_dir) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name!r} gives the base a number; give it to experts")):
+        models_of(tiny_llama_dir, library).find(name)
 
 
 def test_experts_come_go_and_are_replaced_without_a_restart(library, tiny_llama_dir, caplog) -> None:

@@ -156,6 +156,20 @@ def test_rows_of_pairs_are_read_and_tokenised_with_one_prompt(one_block, file) -
     assert len(next(iter(data.train_dataloader()))["choices"]["input_ids"]) == 16
 
 
+def test_a_fit_without_preferences_on_the_same_data_is_the_fit_on_data_of_its_own(one_block, file) -> None:
+    def losses(data: TaskMixture, **settings: Any) -> list[float]:
+        torch.manual_seed(0)
+        found = runs.Losses()
+        trainer = runs.trainer(Path.cwd(), found, max_steps=2, limit_val_batches=0, accumulate_grad_batches=2)
+        trainer.fit(runs.module(one_block, partial(LoRAExpert, rank=2), **settings), data)
+        return found.steps
+
+    used, own = (TaskMixture(file, str(one_block), batch_size=2, packing=False) for _ in range(2))
+    compared = losses(used, loss=DPO())
+    assert losses(used) == losses(own)
+    assert losses(used, loss=DPO()) == compared
+
+
 @pytest.mark.parametrize("kind", ["entries", "lora"])
 def test_a_resumed_training_has_the_same_reference_and_goes_on(kind, one_block, file) -> None:
     expert = KINDS[kind][0]
@@ -295,6 +309,21 @@ def test_conversations_in_chosen_and_rejected_are_compared_in_their_last_turn(on
     }
     ((found,), _) = Task(path=str(write_rows(tmp_path / "system.jsonl", [row]))).read()
     assert found.messages[0] == said("q")[0]
+    # Answers may differ in more than their texts.
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<a>{% endif %}"
+    row = {"prompt": "q", "split": "train"} | {
+        key: [*said("q"), {"role": "assistant", "content": "I look.", "tool_calls": [call]}]
+        for key, call in (("chosen", "day"), ("rejected", "night"))
+    }
+    data = TaskMixture(str(write_rows(tmp_path / "calls.jsonl", [row, row | {"split": "validation"}])), tokenizer)
+    data.learn_choices()
+    data.setup("fit")
+    choices = next(iter(data.train_dataloader()))["choices"]
+    texts = [tokenizer.decode(ids[ids != tokenizer.pad_token_id]) for ids in choices["input_ids"]]
+    assert texts == [f"<u>q<a>I look.['{call}']{tokenizer.eos_token}" for call in ("day", "night")]
+    (asked,) = data.validation_examples(targets=False)["calls"]
+    assert (tokenizer.decode(asked.tokens.ids), asked.choices) == ("<u>q<a>", ())
     # An answer may be a list in JSON, and is a conversation only if it holds messages.
     row = {"prompt": "q", "chosen": "[1, 2]", "rejected": "[]"}
     ((found,), _) = Task(path=str(write_rows(tmp_path / "lists.jsonl", [row]))).read()

@@ -24,7 +24,7 @@ from modular_experts.base.structure import weight_of
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
 from modular_experts.interop.adapter import ImportedAdapter, lossless
-from modular_experts.interop.peft.files import CONFIG_FILE, NOT_SET, PREFIX, TENSOR_FILE, AdapterFiles
+from modular_experts.interop.peft.files import CONFIG_FILE, NOT_SET, PREFIX, TENSOR_FILE, AdapterFiles, import_peft
 from modular_experts.text import did_you_mean
 
 _NAME = "default"  # of the adapter, in PEFT's model
@@ -90,7 +90,9 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         for name, layer in _layers(tuned, self._base):
             with _asking(files, "merge"):
                 stated = _statement(layer)
-                layer.merge(adapter_names=[_NAME])
+                # PEFT may adapt both names of a tied tensor, which has moved with the first; the logits tell if alike.
+                if not any(getattr(layer.get_base_layer(), "weight", None) is moved for moved in self._tied.values()):
+                    layer.merge(adapter_names=[_NAME])
             # The plain layer takes its place, because some types would be merged a second time at the end.
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
@@ -241,14 +243,11 @@ def exact_form(difference: Tensor, rounding: float = 0.0) -> Delta:
 def _configuration(files: AdapterFiles) -> Any:
     """Return PEFT's configuration of an adapter, once PEFT is known to merge its type and to open nothing else."""
     file, kind = files.directory / CONFIG_FILE, files.config.get("peft_type")
-    try:
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-        from peft.tuners.tuners_utils import BaseTuner
-    except ImportError as error:
-        raise ValueError(
-            f"{files.obstacle()} without PEFT, which reads any type that moves weights: pip install "
-            "'modular-experts[peft]'"
-        ) from error
+    way = "which reads any type that moves weights: pip install 'modular-experts[peft]'"
+    import_peft(f"{files.obstacle()} without PEFT, {way}")
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
     known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if not isinstance(kind, str) or kind not in known:
         near = did_you_mean(kind, known) if isinstance(kind, str) else ""

@@ -4,6 +4,7 @@ A field of a plain LoRA's configuration is known to change nothing, or is unders
 PEFT must read the adapter, so no setting that could move a weight is ignored. Names and defaults come from PEFT.
 """
 
+import importlib
 import pickle
 import re
 import struct
@@ -121,3 +122,13 @@ def _read_pickle(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} was not read: it holds a {type(content).__name__} instead of a mapping")
     return content
+
+
+def import_peft(missing: str) -> None:
+    """Import PEFT; raise ValueError `missing` if it is not installed, or with the reason if its import fails."""
+    try:
+        importlib.import_module("peft")
+    except ImportError as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "peft"
+        broken = f"PEFT is installed and cannot be imported ({error}); update it: pip install -U peft"
+        raise ValueError(missing if is_missing else broken) from error

@@ -21,7 +21,7 @@ from modular_experts.base.structure import split_slice
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.discovery import import_systems
-from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE
+from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE, import_peft
 from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, matrices
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.library.record import plain
@@ -89,7 +89,11 @@ def export(
     format = find_format(form, rank) if isinstance(form, str) else form
     target = check_target(out, overwrite, MANIFEST)
     if not write:
-        _check_peft(format.peft_type)
+        import_peft("PEFT checks each adapter, and is not installed: pip install 'modular-experts[peft]'")
+        from peft import PeftType
+
+        if format.peft_type not in PeftType.__members__:
+            raise ValueError(f"peft {metadata.version('peft')} knows no {format.peft_type}: pip install -U peft")
     (opened,) = open_experts([expert], base=base)
     found = Base.open(base, [opened])
     modules = _moved_modules(opened, format, found)
@@ -100,10 +104,8 @@ def export(
         if write:
             write(directory, found, format, encoded)
         written = WrittenAdapter(encoded, check)
-        origin = {
-            "base": {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint},
-            "experts": as_parents([opened]),
-        }
+        identity = {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint}
+        origin = {"base": identity, "experts": as_parents([opened])}
         account = {"adapter": _account(format, written), "check": asdict(check) if check else None}
         write_manifest(directory, origin | account)
     return written
@@ -172,17 +174,6 @@ def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:
         "padding": written.padding,
         "weights": weights,
     }
-
-
-def _check_peft(peft_type: str) -> None:
-    try:
-        from peft import PeftType
-    except ImportError as error:
-        raise ValueError(
-            "PEFT checks each adapter, and is not installed: pip install 'modular-experts[peft]'"
-        ) from error
-    if peft_type not in PeftType.__members__:
-        raise ValueError(f"peft {metadata.version('peft')} knows no {peft_type}: pip install -U peft")
 
 
 def _module_of(name: str) -> str:

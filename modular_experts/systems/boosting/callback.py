@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of
 from modular_experts.injection import expert_layers
 from modular_experts.systems.boosting.expert import BoostedLoRAExpert
 from modular_experts.systems.schedules import experts_of
@@ -42,8 +42,7 @@ class Boosting(Schedule):
             raise ValueError(f"every={every}, the optimizer steps of a round, must be at least 1")
         if not 0 < share <= 1:
             raise ValueError(f"share={share}, the share of the blocks that a round trains, is outside (0, 1]")
-        self.every, self.share = every, share
-        self.seed = seed_of_run(seed)
+        self.every, self.share, self.seed = every, share, seed
 
     def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> bool:
         """Boosters become more with each round."""
@@ -62,7 +61,7 @@ class Boosting(Schedule):
         """Return the names of the blocks that a round trains; its number counts from 0."""
         blocks = _blocks(module)
         count = max(round(self.share * len(blocks)), 1)
-        return set(random.Random(f"{self.seed}/{number}").sample(blocks, count))
+        return set(random.Random(f"{seed_of(self.seed, module)}/{number}").sample(blocks, count))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next round before its first step, so that none begins after the last."""
@@ -71,7 +70,8 @@ class Boosting(Schedule):
         trained = self.trained(module, number)
         for name, expert in experts_of(module, BoostedLoRAExpert, "Boosting").items():
             if not later:
-                generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{number}/{name}").getrandbits(63))
+                draws = random.Random(f"{seed_of(self.seed, module)}/{number}/{name}")
+                generator = torch.Generator().manual_seed(draws.getrandbits(63))
                 # At a later micro-batch of the same step the product is fresh, and so it is before the first step.
                 if expert.boost(generator):
                     for optimizer in trainer.optimizers:

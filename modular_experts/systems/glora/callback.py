@@ -8,7 +8,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of
 from modular_experts.injection import expert_layers
 from modular_experts.systems.glora.expert import GLoRAExpert, GLoRAPath
 from modular_experts.systems.schedules import experts_of
@@ -28,7 +28,7 @@ class RandomPaths(Schedule):
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = seed_of_run(seed)
+        self.seed = seed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if an expert has no paths; log how many there are."""
@@ -41,8 +41,9 @@ class RandomPaths(Schedule):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw the paths of the step that this batch is part of."""
-        for name, expert in experts_of(cast(TrainedModule, pl_module), GLoRAExpert, "RandomPaths").items():
-            numbers = random.Random(f"{self.seed}/{trainer.global_step}/{name}")
+        module = cast(TrainedModule, pl_module)
+        for name, expert in experts_of(module, GLoRAExpert, "RandomPaths").items():
+            numbers = random.Random(f"{seed_of(self.seed, module)}/{trainer.global_step}/{name}")
             expert.drawn = GLoRAPath(*(numbers.choice(kinds) for kinds in expert.choices().values()))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
