@@ -64,7 +64,7 @@ def write_other(path: Path, seed: int) -> None:
 
 
 def results(out: str, executor: Any = None, **changes: Any) -> dict[tuple[Any, ...], Any]:
-    """Run a study in a folder, and return each number by its kind, merge, task, metric and seed, and the hash of each expert by its name."""
+    """Run a study in a folder; return each number by kind, merge, task, metric and seed, and each expert's hash."""
     tasks = {"held_in": ["a.jsonl", "b.jsonl"]}
     settings = {"base": "base", "tasks": tasks, "experts": KINDS, "merges": MERGES, "max_new_tokens": 2} | changes
     study = read_study(**settings)
