@@ -25,16 +25,20 @@ def opened(kind: str) -> Base:
 
 @cache
 def shapes_of(kind: str) -> dict[str, torch.Size]:
-    """Return the shape of each weight of a base."""
+    """Return the shape of each weight of a base, and of each matrix of the weights of three dimensions."""
     config = AutoConfig.from_pretrained(bases.base_of(kind))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {name: weight.shape for name, weight in model.named_parameters()}
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    for name, (count, *matrix) in [item for item in shapes.items() if len(item[1]) == 3]:
+        shapes |= {f"{name}[{number}]": torch.Size(matrix) for number in range(count)}
+        del shapes[name]
+    return shapes
 
 
 def linear_weights(kind: str) -> list[str]:
-    """Return the names of the weights of linear layers."""
-    ends = tuple(f".{module}.weight" for module in bases.LINEAR[kind])
+    """Return the names of the weights of linear layers, and of matrices of a mixture of experts."""
+    ends = (*(f".{module}.weight" for module in bases.LINEAR[kind]), "]")
     return [name for name in shapes_of(kind) if name.endswith(ends)]
 
 

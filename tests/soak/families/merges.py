@@ -71,11 +71,8 @@ def merge_case(case: Case) -> None:
     """A merge is the method's formula, weight by weight, however it is written; a formula that iterates is compared by
     where it ends (`Karcher`, `CtM`), or by the same steps (`WUDI`).
     """
-    name, kind, count = (
-        case.random.choice(NAMES),
-        case.random.choice(bases.KINDS),
-        case.random.choice([1, 2, 2, 3, 3, 5]),
-    )
+    name, kind = case.random.choice(NAMES), case.random.choice(bases.KINDS)
+    count = case.random.choice([2, 3, 5] if name == "WUDI" else [1, 2, 2, 3, 3, 5])
     drawn = drawn_method(case, name, count)
     forms = case.random.choice(experts.MIXES)
     if name in COORDINATES or (name == "NuSLERP" and drawn.preset):
