@@ -59,7 +59,9 @@ def _some(case: Case, count: int, limit: int) -> Tensor:
     return torch.tensor(sorted(case.random.sample(range(limit), count)), dtype=torch.int32)
 
 
-def random_delta(case: Case, shape: torch.Size, forms: Sequence[str] = FORMS, ties: bool = True) -> Delta:
+def random_delta(
+    case: Case, shape: torch.Size, forms: Sequence[str] = FORMS, ties: bool = True, few: bool = False
+) -> Delta:
     """Return a random delta of one of some forms; a vector is dense or sparse."""
     form = case.random.choice(list(forms)) if len(shape) == 2 else case.random.choice(["dense", "sparse"])
     size = shape.numel()
@@ -69,7 +71,8 @@ def random_delta(case: Case, shape: torch.Size, forms: Sequence[str] = FORMS, ti
         rank = case.random.randint(1, 4)
         return LowRank(_numbers(case, ties, shape[0], rank) * 2, _numbers(case, ties, rank, shape[1]) * 4)
     if form == "sparse":
-        count = case.random.choice([0, 1, 2, max(1, size // 50), max(1, size // 20), size // 3, size])
+        counts = [0, 1, 2, max(1, size // 50), max(1, size // 20), size // 3, size]
+        count = case.random.choice(counts[1:4] if few else counts)
         return Sparse(_some(case, count, size), _numbers(case, ties, count), shape)
     height, width = case.random.choice([(1, shape[1]), (shape[0], 1), (4, 4), (7, 7), (16, 16), (5, 5)])
     down, across = -(-shape[0] // height), -(-shape[1] // width)
@@ -91,13 +94,17 @@ def random_expert(
     names: Sequence[str] | None = None,
     tasks: Sequence[str] = (),
     ties: bool = True,
+    few: bool = False,
 ) -> dict[str, Delta]:
-    """Write an expert with random deltas of the named weights, or of some, and return the deltas before encoding."""
+    """Write an expert with random deltas of the named weights, or of some, and return the deltas before encoding.
+
+    With `few`, a sparse delta keeps few entries.
+    """
     if names is None:
         names = case.random.sample(linear_weights(kind), case.random.randint(1, 3))
         if case.chance(0.25):
             names = [*names, case.random.choice(vectors(kind))]
-    deltas = {name: random_delta(case, shapes_of(kind)[name], forms, ties) for name in names}
+    deltas = {name: random_delta(case, shapes_of(kind)[name], forms, ties, few) for name in names}
     base = {**opened(kind).facts, "id": str(bases.base_of(kind)), "revision": None}
     write_expert(place, deltas, make_record("FullExpert", base, tasks=tasks or [place.name]), encoding=encoding)
     return deltas
