@@ -103,7 +103,7 @@ def cut_case(case: Case) -> None:
 
 
 def _largest_tiles(values: Tensor, tile: tuple[int, int], keep: float, kept: Tensor) -> Tensor:
-    """Return a matrix with a share of its kept tiles, those of largest norm, and zeros elsewhere."""
+    """Return a matrix with a share of its kept tiles, the ones of largest norm, and zeros elsewhere."""
     height, width = tile
     corners = [(row, column) for row in range(0, len(values), height) for column in range(0, values.shape[1], width)]
     parts = [values[row : row + height, column : column + width] for row, column in corners]
@@ -146,7 +146,7 @@ def remove_case(case: Case) -> None:
 
 
 def interference_case(case: Case) -> None:
-    """Cosine, overlap, conflict and distance are what two loops over dense experts count."""
+    """Cosine, overlap, conflict and distance equal a count over dense experts."""
     kind, count = case.random.choice(bases.KINDS), case.random.choice([2, 3, 4])
     forms, encoding = case.random.choice(experts.MIXES), case.random.choice(["float32", "float32", "sign", "int4"])
     if "low" in forms:

@@ -14,7 +14,7 @@ from soak import bases
 from soak.case import Case
 from soak.reference import merges
 
-# The parameters with a value for each model, and those of the whole merge.
+# The parameters with a value for each model, and the parameters of the whole merge.
 PRUNED = (["weight", "density"], ["lambda", "normalize", "rescale"])
 PARAMETERS: dict[str, tuple[list[str], list[str]]] = {
     "linear": (["weight"], ["normalize"]),

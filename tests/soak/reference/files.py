@@ -123,15 +123,3 @@ def _places(stored: dict[str, Tensor], count: int, limit: int) -> Tensor:
     ones = _bits(raw[1 + low * width :]).nonzero()[:count, 0]
     quotients = torch.diff(ones, prepend=torch.tensor([-1])) - 1
     return ((quotients << low) + remainders + 1).cumsum(0) - 1
-
-
-def read_statistics(file: Path) -> dict[str, Tensor]:
-    """Return the statistics of each weight that has some."""
-    with safe_open(file, "pt") as opened:
-        table = json.loads(opened.metadata()["modular_experts"])["weights"]
-        return {name: opened.get_tensor(entry["tensor"]).double() for name, entry in table.items() if entry}
-
-
-def bytes_of_tensors(file: Path) -> int:
-    content = file.read_bytes()
-    return len(content) - 8 - int.from_bytes(content[:8], "little")
