@@ -9,6 +9,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "paper": {"scope": "global"},
         "mergekit": {"keep": 1.0, "vote": "weighted", "divisor": "weights", "zero": "positive"},
         "paper-code": {"keep": 0.8, "scope": "global", "zero": "weight_majority"},
+        "peft": {"zero": "positive"},
     },
     "Breadcrumbs": {
         "paper": {},
@@ -16,8 +17,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "paper-code": {"beta": 0.1, "gamma": 0.0, "scope": "global"},
     },
     "BreadcrumbsTIES": {"mergekit": {"beta": 0.0, "vote": "weighted", "divisor": "none", "zero": "positive"}},
-    "DARE": {"paper": {}, "mergekit": {"keep": 1.0, "rescale": "l1"}},
+    "DARE": {"paper": {}, "mergekit": {"keep": 1.0, "rescale": "l1"}, "peft": {}},
     "DARETIES": {
+        "peft": {"zero": "positive"},
         "mergekit": {"keep": 1.0, "rescale": "l1", "vote": "weighted", "divisor": "none", "zero": "positive"},
     },
     "DELLA": {
@@ -28,8 +30,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "SCE": {"mergekit": {"floor": 1e-6, "zero": "positive"}},
     "ModelStock": {"mergekit": {"all_count": True}},
     "NuSLERP": {"mergekit": {"straight": 1 - 2**-53, "shortest": 1e-7}},
+    "WUDI": {"vit": {"power": 1.0}, "roberta": {"power": 2.0}},
 }
-"""What each preset fills, by the texts of the methods; the last two in words of the reference."""
+"""What each preset fills, by the texts of the methods; of `ModelStock` and `NuSLERP` in words of the reference."""
+WITH_PRESETS = ("weights", "scale", "seed", "row_wise", "column_wise", "solver", "learning_rate", "steps")
+"""Settings that may stand beside a preset without changing what it fills."""
 
 ELECTIONS = ("TIES", "DARETIES", "DELLA", "BreadcrumbsTIES")
 PRUNED_SUMS = ("MagnitudePrune", "DARE", "DELLALinear", "Breadcrumbs")

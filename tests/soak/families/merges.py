@@ -1,7 +1,7 @@
 """Merge random experts by every method, and compare each weight with the formula of the reference."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from soak.method_settings import (
     NOT_IN_COORDINATES,
     OF_DATA,
     PRESETS,
+    WITH_PRESETS,
     WRAPPERS,
     drawn_settings,
 )
@@ -38,171 +39,190 @@ ROUNDING = {"bfloat16": 2**-8, "int8": 0.01, "int4": 0.08}
 
 @dataclass
 class Drawn:
-    """A method with random settings, in the words of the package and of the reference."""
+    """A method with random settings: `settings` in the words of the reference, `method` as the package has it."""
 
     name: str
     settings: dict[str, Any]
-    method: methods.MergeMethod
+    method: Any
     preset: str | None
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether it ends where some steps of an optimizer do."""
+        return self.name == "WUDI" and self.method.solver == "adam"
+
+
+@dataclass
+class Experts:
+    """Random experts of one base, as they are stored and as the reference reads them."""
+
+    kind: str
+    places: list[Path]
+    read: list[dict[str, files.Delta]]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({name for expert in self.read for name in expert})
+
+    def deltas(self, name: str) -> list[files.Delta]:
+        shape = experts.shapes_of(self.kind)[name]
+        return [expert.get(name, files.absent(shape)) for expert in self.read]
+
+    def stacked(self, name: str) -> Tensor:
+        return torch.stack([delta.values for delta in self.deltas(name)])
 
 
 def drawn_method(case: Case, name: str, count: int, single: bool = False) -> Drawn:
-    settings = drawn_settings(case, name, count, single)
-    given, filled, preset = dict(settings), {}, None
+    """Draw the settings of a method, or some and a preset; `single` is for a method inside another one."""
+    given, preset = drawn_settings(case, name, count, single), None
     if not single and name in PRESETS and case.chance(0.35):
         preset = case.random.choice(sorted(PRESETS[name]))
-        filled = PRESETS[name][preset]
-        settings = {key: value for key, value in settings.items() if key in ("weights", "scale", "seed", "row_wise")}
-        given = settings | {"preset": preset}
+        given = {key: value for key, value in given.items() if key in WITH_PRESETS}
+        given |= {"keep": 0.3} if preset == "peft" else {}
+    reference = (PRESETS[name][preset] if preset else {}) | given
+    if preset:
+        given["preset"] = preset
     if name in WRAPPERS:
-        inside = [one for one in INSIDE if name not in COORDINATES or one not in NOT_IN_COORDINATES]
+        inside = [other for other in INSIDE if name not in COORDINATES or other not in NOT_IN_COORDINATES]
         inner = drawn_method(case, case.random.choice(inside), count, single=True)
-        settings["inner"], given["inner"] = (inner.name, inner.settings), inner.method
-    if name == "WUDI":
-        reference = {key: value for key, value in settings.items() if key in ("power", "scale", "solver")}
-    else:
-        reference = {key: value for key, value in settings.items() if key not in ("max_iterations", "tolerance")}
+        reference["inner"], given["inner"] = (inner.name, inner.settings), inner.method
     if name == "Karcher":
-        reference["rounds"] = 200 if settings["max_iterations"] else 0
-    return Drawn(name, filled | reference, getattr(methods, name)(**given), preset)
+        reference["rounds"] = 200 if given["max_iterations"] else 0
+    only_ours = ("max_iterations", "tolerance", "solver", "learning_rate", "steps")
+    reference = {key: value for key, value in reference.items() if key not in only_ours}
+    return Drawn(name, reference, getattr(methods, name)(**given), preset)
 
 
-def merge_case(case: Case) -> None:
-    """A merge is the method's formula, weight by weight, however it is written; a formula that iterates is compared by
-    where it ends (`Karcher`, `CtM`), or by the same steps (`WUDI`).
-    """
-    name, kind = case.random.choice(NAMES), case.random.choice(bases.KINDS)
-    count = case.random.choice([2, 3, 5] if name == "WUDI" else [1, 2, 2, 3, 3, 5])
-    drawn = drawn_method(case, name, count)
+def random_experts(case: Case, drawn: Drawn, count: int) -> Experts:
+    """Write experts that a method can be compared on, most of which move the same two or three weights."""
+    name, kind = drawn.name, case.random.choice(bases.KINDS)
     forms = case.random.choice(experts.MIXES)
+    encoding = case.random.choice(["float32"] * 5 + list(experts.ENCODINGS))
     if name in COORDINATES or (name == "NuSLERP" and drawn.preset):
         forms = case.random.choice([["low"], ["dense"], ["low", "dense"]])
-    encoding = case.random.choice(["float32"] * 5 + list(experts.ENCODINGS))
     if name in WITHOUT_TIES and encoding not in ("float32", "bfloat16", "int8"):
         encoding = "float32"
     if name in ("RAM", "RAMPlus"):
         # An int8 product of factors is zero at some entries but for rounding.
         encoding = "float32"
-    stepwise = name == "WUDI" and drawn.settings.pop("solver", "adam") == "adam"
-    if stepwise:
+    if drawn.is_stepwise:
         # Adam makes steps of rounding where the slope is zero.
         forms = ["dense"]
-    places = [case.folder / f"e{number}" for number in range(count)]
+    case.note(base=kind, method=repr(drawn.method), forms=forms, encoding=encoding)
     pool = case.random.sample(experts.linear_weights(kind), 2)
     if case.chance(0.3):
         pool.append(case.random.choice(experts.vectors(kind)))
+    places = [case.folder / f"e{number}" for number in range(count)]
     for place in places:
-        chosen = [weight for weight in pool if stepwise or case.chance(0.85)] or pool[:1]
+        chosen = [weight for weight in pool if drawn.is_stepwise or case.chance(0.85)] or pool[:1]
         experts.random_expert(case, kind, place, forms, encoding, chosen, ties=name not in WITHOUT_TIES)
-    case.note(base=kind, method=repr(drawn.method), forms=forms, encoding=encoding)
-    read = [files.read_expert(place) for place in places]
-    weights = sorted({weight for expert in read for weight in expert})
+    return Experts(kind, places, [files.read_expert(place) for place in places])
+
+
+def merge_case(case: Case) -> None:
+    """A merge is the formula of its method, weight by weight, written or not; one that iterates is compared by where it
+    ends (`Karcher`), or by the same steps (`CtM`, `WUDI`).
+    """
+    name = case.random.choice(NAMES)
+    count = case.random.choice([2, 3, 5] if name == "WUDI" else [1, 2, 2, 3, 3, 5])
+    drawn = drawn_method(case, name, count)
+    given = random_experts(case, drawn, count)
+    first, *others = given.names
     per_weight: dict[str, Any] = {}
-    if case.chance(0.2) and len(weights) > 1:
-        per_weight[re.escape(weights[0])] = case.random.choice([None, methods.TaskArithmetic(scale=0.5)])
+    if others and case.chance(0.2):
+        per_weight[re.escape(first)] = case.random.choice([None, methods.TaskArithmetic(scale=0.5)])
         case.note(per_weight=per_weight)
-    shapes = {weight: experts.shapes_of(kind)[weight] for weight in weights}
-    statistics = _statistics(case, [open_expert(place) for place in places], OF_DATA.get(name), shapes, kind)
+    own = others if per_weight else given.names
+    moved = others if None in per_weight.values() else given.names
+    statistics = _statistics(case, given, OF_DATA.get(name))
     form = Form(case.random.choice(experts.ENCODINGS)) if case.chance(0.15) else Form()
-    out = merge(
-        [str(place) for place in places], drawn.method, case.folder / "m", per_weight=per_weight, form=form
-    ).path
-    written = files.read_expert(out)
-    stay = [weight for weight in weights[:1] if None in per_weight.values()]
-    moved = [weight for weight in weights if weight not in stay]
+    out = merge(given.places, drawn.method, case.folder / "m", per_weight=per_weight, form=form)
+    written = files.read_expert(out.path)
     case.need(sorted(written) == moved, f"weights {sorted(written)}, not {moved}")
-    own = [weight for weight in moved if not (per_weight and weight == weights[0])]
-    abouts = _abouts(read, shapes, moved, own, statistics, 0 if kind == "gpt2" else 1)
-    lazy = Merged([str(place) for place in places], drawn.method, per_weight)
+    abouts = _abouts(given, moved, own, statistics)
+    lazy = Merged(given.places, drawn.method, per_weight)
     stored = as_stored(lazy, form)
     for weight in moved:
-        deltas = torch.stack([expert.get(weight, files.absent(shapes[weight])).values for expert in read])
-        if weight not in own:
-            expected = 0.5 * deltas.sum(0)
-        else:
-            expected = _expected(case, drawn, deltas, abouts[weight], lazy[weight].dense().double())
+        x = given.stacked(weight)
+        expected = 0.5 * x.sum(0) if weight not in own else _expected(case, drawn, x, abouts[weight], lazy[weight])
         case.close(written[weight].values, stored[weight].dense(), f"lazy {weight}", 1e-6)
-        if form.encoding in ("float32", *ROUNDING):
-            case.close(lazy[weight].dense(), expected, f"{name} {weight}", 1e-4 if name in WITHOUT_TIES else 2e-5)
+        case.close(lazy[weight].dense(), expected, f"{name} {weight}", 1e-4 if name in WITHOUT_TIES else 2e-5)
         if form.encoding in ROUNDING and written[weight].form != "LowRank":
             case.close(written[weight].values, expected, f"stored {weight}", ROUNDING[form.encoding])
-        if name in ("EMR", "TALLMask") and weight in own:
-            _of_tasks(case, drawn, weight, deltas, abouts[weight], form)
+        if name in ("EMR", "TALLMask") and weight in own and form == Form():
+            _of_tasks(case, drawn, weight, x, abouts[weight])
     if name not in WITHOUT_LAWS and drawn.preset is None and case.chance(0.3):
-        _laws(case, drawn.method, places, {weight: lazy[weight].dense() for weight in own}, per_weight)
+        _laws(case, drawn.method, given.places, {weight: lazy[weight].dense() for weight in own}, per_weight)
     if case.chance(0.15):
-        again = merge(
-            [str(place) for place in places], drawn.method, case.folder / "again", False, iter, per_weight, form=form
-        )
-        case.need(again.content_hash == open_expert(out).content_hash, "the same merge gives other bytes")
+        again = merge(given.places, drawn.method, case.folder / "again", per_weight=per_weight, form=form)
+        case.need(again.content_hash == out.content_hash, "the same merge gives other bytes")
 
 
-def _statistics(
-    case: Case, opened: list[StoredExpert], kind: str | None, shapes: Mapping[str, torch.Size], base: str
-) -> list[dict[str, Tensor]]:
+def _statistics(case: Case, given: Experts, kind: str | None) -> list[dict[str, Tensor]]:
     """Write random statistics of a kind beside the experts, and return them as they are stored."""
-    every: list[dict[str, Tensor]] = []
+    if kind is None:
+        return []
+    opened = [open_expert(place) for place in given.places]
+    inputs = _inputs(given.kind)
     generator = torch.Generator().manual_seed(case.random.randrange(2**31))
-    for expert in opened if kind else []:
+    every: list[dict[str, Tensor]] = []
+    for expert in opened:
         own: dict[str, Tensor] = {}
-        for weight, shape in shapes.items():
+        for name in given.names:
+            shape = experts.shapes_of(given.kind)[name]
             if kind == "fisher":
-                own[weight] = torch.randn(shape, generator=generator) ** 2
+                own[name] = torch.randn(shape, generator=generator) ** 2
             elif len(shape) == 2:
-                width = shape[0] if base == "gpt2" else shape[1]
-                tokens = torch.randn(4 * width, width, generator=generator)
+                tokens = torch.randn(4 * shape[inputs], shape[inputs], generator=generator)
+                # Some inputs may be zero on all rows of an expert.
                 tokens[:, : case.random.choice([0, 0, 3])] = 0
-                own[weight] = tokens.T @ tokens / len(tokens)
-        items = {
-            weight: DataStatistic(own[weight], inputs=0 if base == "gpt2" else 1) if weight in own else None
-            for weight in shapes
-        }
-        among = opened if kind == "merged_gram" else ()
-        write_statistics(expert, str(kind), items.items(), {"a": 3}, {}, among)
-        every.append({weight: values.double() for weight, values in own.items()})
+                own[name] = tokens.T @ tokens / len(tokens)
+        table = {name: DataStatistic(own[name], inputs=inputs) if name in own else None for name in given.names}
+        among: Sequence[StoredExpert] = opened if kind == "merged_gram" else ()
+        write_statistics(expert, kind, table.items(), {"task": 3}, {}, among)
+        every.append({name: values.double() for name, values in own.items()})
     return every
 
 
+def _inputs(kind: str) -> int:
+    """Return along which dimension of a base's matrices the inputs of their layers lie."""
+    return 0 if kind == "gpt2" else 1
+
+
 def _abouts(
-    read: list[dict[str, files.Delta]],
-    shapes: Mapping[str, torch.Size],
-    moved: list[str],
-    own: list[str],
-    statistics: list[dict[str, Tensor]],
-    inputs: int,
+    given: Experts, moved: Sequence[str], own: Sequence[str], statistics: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, merges.About]:
-    """Return what the formulas may know of each weight that the method merges."""
-    rows = [[expert.get(weight, files.absent(shapes[weight])) for expert in read] for weight in own]
-    everything = (
-        torch.cat([torch.stack([delta.values for delta in row]).flatten(1) for row in rows], 1) if own else None
-    )
-    blocks = {weight: re.search(r"\.(\d+)\.", weight) for weight in moved}
-    depths = {weight: int(block[1]) if block else 0 for weight, block in blocks.items()}
+    """Return what the formulas may know of each weight that the method merges, which are its `own`."""
+    everything = torch.cat([given.stacked(name).flatten(1) for name in own], 1) if own else torch.zeros(0)
+    blocks = {name: re.search(r"\.(\d+)\.", name) for name in moved}
+    depths = {name: int(block[1]) if block else 0 for name, block in blocks.items()}
     norms = [sum(values.norm().item() ** 2 for values in known.values()) ** 0.5 for known in statistics]
     abouts = {}
-    for weight, row in zip(own, rows, strict=True):
-        known = [one[weight] for one in statistics if weight in one]
-        assert everything is not None
-        abouts[weight] = merges.About(
-            name=weight,
-            depth=depths[weight] / max(1, *depths.values(), 1),
+    for name in own:
+        deltas, known = given.deltas(name), [table[name] for table in statistics if name in table]
+        abouts[name] = merges.About(
+            name=name,
+            depth=depths[name] / max(1, *depths.values(), 1),
             everything=everything,
-            low=[delta.form == "LowRank" for delta in row],
-            kept=torch.stack([delta.kept for delta in row]),
+            low=[delta.form == "LowRank" for delta in deltas],
+            kept=torch.stack([delta.kept for delta in deltas]),
             statistics=torch.stack(known) if known else None,
             norms=norms,
-            inputs=inputs,
+            inputs=_inputs(given.kind),
         )
     return abouts
 
 
-def _expected(case: Case, drawn: Drawn, x: Tensor, about: merges.About, ours: Tensor) -> Tensor:
+def _expected(case: Case, drawn: Drawn, x: Tensor, about: merges.About, ours: Any) -> Tensor:
     """Return what the reference makes of the deltas of a weight."""
     if drawn.name == "CtM":
-        return _compressed(case, drawn, x, about, ours)
-    method: Any = drawn.method
-    if drawn.name == "WUDI" and method.solver == "adam" and x.ndim == 3:
-        return _adam(x, method.power, method.learning_rate, method.steps) * method.scale
+        most = min(drawn.method.rank, *ours.shape) if x.ndim == 3 else max(ours.shape)
+        rank = torch.linalg.matrix_rank(ours.dense().double(), rtol=1e-5).item() if x.ndim == 3 else 0
+        case.need(rank <= most, f"{about.name}: the rank is {rank}")
+        return _compressed(drawn, x, about)
+    if drawn.is_stepwise and x.ndim == 3:
+        method = drawn.method
+        return method.scale * _adam(x, method.power, method.learning_rate, method.steps)
     return merges.merged(drawn.name, x, about, **drawn.settings)
 
 
@@ -219,30 +239,25 @@ def _adam(x: Tensor, power: float, learning_rate: float, steps: int) -> Tensor:
     return found.detach()
 
 
-def _compressed(case: Case, drawn: Drawn, x: Tensor, about: merges.About, ours: Tensor) -> Tensor:
-    """Return CtM in the spaces of most `sum_i |U^T d_i V|^2 / |d_i|^2`, found by solving for each in turn."""
-    method: Any = drawn.method
-    inner = drawn.settings["inner"]
+def _compressed(drawn: Drawn, x: Tensor, about: merges.About) -> Tensor:
+    """Return CtM: in the spaces of most `sum_i |U^T d_i V|^2 / |d_i|^2`, found by solving for each in turn."""
+    method, inner = drawn.method, drawn.settings["inner"]
     if x.ndim != 3 or not x.any():
         return method.scale * merges.inside(x, about, inner)
-    left, right = torch.eye(x.shape[1], dtype=x.dtype), torch.eye(x.shape[2], dtype=x.dtype)
     equal = [d / d.norm() for d in merges.moving(x)]
     right = merges.svd(torch.cat(equal))[2][: method.rank].T
-    held = 0.0
+    left, held = right, 0.0
     for _ in range(200):
         left = merges.svd(torch.cat([d @ right for d in equal], 1))[0][:, : method.rank]
         _, values, rows = merges.svd(torch.cat([left.T @ d for d in equal]))
         right, before, held = rows[: method.rank].T, held, values[: method.rank].square().sum().item()
         if held - before <= 1e-10 * held:
             break
-    case.need(torch.linalg.matrix_rank(ours, rtol=1e-5).item() <= method.rank, f"{about.name}: the rank is too large")
     return method.scale * left @ merges.inside(left.T @ x @ right, about, inner) @ right.T
 
 
-def _of_tasks(case: Case, drawn: Drawn, weight: str, x: Tensor, about: merges.About, form: Form) -> None:
+def _of_tasks(case: Case, drawn: Drawn, weight: str, x: Tensor, about: merges.About) -> None:
     """Compare the expert of each task that EMR and TALL masks write beside the merge."""
-    if form.encoding != "float32":
-        return
     for number, d in enumerate(x):
         ours = files.read_expert(case.folder / f"m-e{number}")[weight].values
         if drawn.name == "TALLMask":
