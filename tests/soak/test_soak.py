@@ -11,6 +11,8 @@ KEPT_OF_FILES = [
     ("file", 1),
     ("cut", 1),
     ("remove", 1),
+    # Where the experts of a merge had cancelled, what was left of the others stayed at the base.
+    ("remove", 70),
     ("interference", 1),
     ("apply", 1),
     # A checkpoint of another dtype rounded the weights of a mixture of experts twice.
@@ -22,6 +24,8 @@ KEPT_OF_FILES = [
     ("tune", 1),
     ("search", 1),
     ("shrink", 1),
+    # An expert that moves a bias was refused on a quantised base.
+    ("quantised-sum", 8),
 ]
 
 
@@ -31,4 +35,4 @@ def test_the_package_and_the_reference_agree(family: str, seed: int, tmp_path: P
     from soak.families import all_families
 
     ending = end_of(Case(family, seed, tmp_path), all_families()[family])
-    assert ending.outcome in ("held", "refused"), ending.text
+    assert ending.outcome == "held", ending.text

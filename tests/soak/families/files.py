@@ -209,7 +209,7 @@ def apply_case(case: Case) -> None:
     for name, weight in tuned.named_parameters():
         case.close(weight.detach(), expected[name], f"checkpoint {name}", 1e-6 if dtype is None else 2**-8)
     # The files of a mixture of experts have other names than the model, and cannot be imported.
-    if dtype is not None or kind == "mixtral":
+    if dtype is not None or kind == "mixtral" or not any(total.any() for total in moved.values()):
         return
     imported = files.read_expert(
         import_expert(case.folder / "checkpoint", case.folder / "back", bases.base_of(kind)).path
