@@ -23,6 +23,7 @@ KEPT_OF_FILES = [
     ("statistics", 1),
     ("tune", 1),
     ("search", 1),
+    ("distill", 1),
     ("shrink", 1),
     # An expert that moves a bias was refused on a quantised base.
     ("quantised-sum", 8),

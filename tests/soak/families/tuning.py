@@ -1,70 +1,19 @@
-"""Take statistics, tune and search merges, and shrink experts, by validation rows that the reference measures too."""
+"""Tune and search merges, distil and shrink experts, by validation rows that the reference measures too."""
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 
-from modular_experts import ATLAS, AdaMerging, TaskMixture, methods, search, shrink, tune
+from modular_experts import ATLAS, AdaMerging, distill, methods, search, shrink, tune
 from modular_experts.library.form import Form
-from modular_experts.statistics.take import take_statistics
-from soak import bases, experts
 from soak.case import Case
 from soak.reference import files, merges
-from soak.reference.model import Reader, Reference, Text, negative_log_likelihood
-from soak.tasks import TaskFile, random_task
-
-Deltas = Mapping[str, Tensor]
-
-
-class Setup:
-    """Experts of one base, each with a task of its own, and what the reference makes of their validation rows."""
-
-    def __init__(self, case: Case, count: int, kinds: Sequence[str] = bases.KINDS, encoding: str = "float32") -> None:
-        self.kind = case.random.choice(list(kinds))
-        self.forms = case.random.choice(experts.MIXES)
-        self.tasks: list[TaskFile] = [random_task(case, f"t{number}") for number in range(count)]
-        self.places = [case.folder / f"e{number}" for number in range(count)]
-        pool = [name for name in experts.linear_weights(self.kind) if not name.endswith("]")]
-        pool = case.random.sample(pool, 3)
-        for place, task in zip(self.places, self.tasks, strict=True):
-            names = case.random.sample(pool, case.random.randint(1, 3))
-            experts.random_expert(case, self.kind, place, self.forms, encoding, names, [task.name], ties=False)
-        self.read = [{name: delta.values for name, delta in files.read_expert(place).items()} for place in self.places]
-        self.data = {"max_length": case.random.choice([1024, 1024, 30]), "eval_batch_size": 16}
-        reader = Reader(bases.base_of(self.kind), min(self.data["max_length"], bases.CONTEXT))
-        self.rows = {task.name: [reader.texts(row)[0] for row in task.split("validation")] for task in self.tasks}
-        case.note(base=self.kind, forms=self.forms, data=self.data)
-
-    def mixture(self) -> TaskMixture:
-        return TaskMixture([str(task.path) for task in self.tasks], **self.data)
-
-    def reference(self, deltas: Deltas) -> Reference:
-        return Reference(bases.base_of(self.kind), bases.CONTEXT, deltas)
-
-    def losses(self, deltas: Deltas) -> dict[str, float]:
-        """Return the loss per target token of each task's validation rows."""
-        reference = self.reference(deltas)
-        return {task: _mean(reference.loss, rows) for task, rows in self.rows.items()}
-
-    def stacked(self, name: str) -> Tensor:
-        """Return the deltas of one weight, one per expert."""
-        shape = experts.shapes_of(self.kind)[name]
-        return torch.stack([expert.get(name, torch.zeros(shape, dtype=torch.float64)) for expert in self.read])
-
-    @property
-    def names(self) -> list[str]:
-        return sorted({name for expert in self.read for name in expert})
-
-
-def _mean(loss: Callable[[Text], Any], rows: Sequence[Text]) -> Any:
-    return sum(loss(row) for row in rows) / sum(len(row.learned) for row in rows)
+from soak.reference.model import negative_log_likelihood
+from soak.validation import Setup, mean_loss
 
 
 def _near(case: Case, ours: Mapping[str, float], reference: Mapping[str, float], text: str) -> None:
@@ -73,90 +22,11 @@ def _near(case: Case, ours: Mapping[str, float], reference: Mapping[str, float],
         case.need(abs(ours[task] - loss) <= 2e-4 * max(1, loss), f"{text}: {task} {ours[task]}, not {loss}")
 
 
-def statistics_case(case: Case) -> None:
-    """Gram matrices are means of `x x^T` over tokens, Fisher information means of squared gradients over rows; along a
-    merge by RegMean++ each block's inputs come from the merged blocks before it.
-    """
-    setup = Setup(case, case.random.choice([1, 2]), [kind for kind in bases.KINDS if kind != "mixtral"])
-    kind: Any = case.random.choice(["gram", "fisher", "merged_gram"])
-    case.note(kind=kind)
-    take_statistics(setup.places, kind, setup.mixture())
-    inputs = 0 if setup.kind == "gpt2" else 1
-    rows = [setup.rows[task.name] for task in setup.tasks]
-    if kind == "merged_gram":
-        expected = _merged_grams(setup, rows, inputs)
-    else:
-        measure = _grams if kind == "gram" else _squares
-        expected = [
-            measure(setup.reference(deltas), own, setup.names) for deltas, own in zip(setup.read, rows, strict=True)
-        ]
-    for place, own in zip(setup.places, expected, strict=True):
-        ours = _stored(place / "statistics" / f"{kind}.safetensors")
-        for name, values in own.items():
-            case.close(ours[name], values, f"{kind} of {name} of {place.name}", 2e-3 if kind == "fisher" else 2e-4)
-
-
-def _stored(file: Path) -> dict[str, Tensor]:
-    """Return the statistics of each weight that has some."""
-    with safe_open(file, "pt") as opened:
-        table = json.loads(opened.metadata()["modular_experts"])["weights"]
-        return {name: opened.get_tensor(entry["tensor"]).double() for name, entry in table.items() if entry}
-
-
-def _grams(reference: Reference, rows: Sequence[Text], names: Sequence[str]) -> dict[str, Tensor]:
-    totals: dict[str, Tensor] = {}
-    hooks = []
-    for name in names:
-
-        def add(_: Any, arguments: tuple[Any, ...], name: str = name) -> None:
-            x = arguments[0].detach().double().reshape(-1, arguments[0].shape[-1])
-            totals[name] = totals.get(name, 0) + x.T @ x
-
-        module = reference.model.get_submodule(name.rpartition(".")[0])
-        hooks.append(module.register_forward_pre_hook(add))
-    for row in rows:
-        reference.loss(row)
-    for hook in hooks:
-        hook.remove()
-    tokens = sum(len(row.ids) for row in rows)
-    return {name: total / tokens for name, total in totals.items()}
-
-
-def _squares(reference: Reference, rows: Sequence[Text], names: Sequence[str]) -> dict[str, Tensor]:
-    weights = [reference.weight(name) for name in names]
-    totals = [torch.zeros(weight.shape, dtype=torch.float64) for weight in weights]
-    for row in rows:
-        loss = negative_log_likelihood(reference.logits, row)
-        for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
-            total += gradient.double() ** 2 / len(rows)
-    return dict(zip(names, totals, strict=True))
-
-
-def _merged_grams(setup: Setup, rows: Sequence[Sequence[Text]], inputs: int) -> list[dict[str, Tensor]]:
-    blocks: dict[str, list[str]] = {}
-    for name in setup.names:
-        block = re.match(r".*?\.\d+\.", name)
-        assert block is not None
-        blocks.setdefault(block[0], []).append(name)
-    found: list[dict[str, Tensor]] = [{} for _ in setup.places]
-    behind: dict[str, Tensor] = {}
-    for _, names in sorted(blocks.items()):
-        for own, expert, texts in zip(found, setup.read, rows, strict=True):
-            inside = {name: expert[name] for name in names if name in expert}
-            own |= _grams(setup.reference(behind | inside), texts, names)
-        for name in names:
-            grams = torch.stack([own[name] for own in found])
-            x = setup.stacked(name)
-            about = merges.About(name, 0, x.flatten(1), [False] * len(x), x != 0, grams, (), inputs)
-            behind[name] = merges.merged("RegMeanPlusPlus", x, about)
-    return found
-
-
 def tune_case(case: Case) -> None:
     """Every combination of the grid is tried, each trial has the loss that the reference measures, the best is chosen,
     its merge is written, and the same call gives the same bytes.
     """
-    setup = Setup(case, case.random.choice([2, 3]))
+    setup = Setup(case, case.random.choice([2, 3]), slices=True)
     name, grid = case.random.choice(
         [
             ("TaskArithmetic", {"scale": [0.3, 0.7, 1.0, 1.5]}),
@@ -246,7 +116,7 @@ def _descended(setup: Setup, algorithm: Any) -> Tensor:
         def logits(ids: Tensor, moved: dict[str, Tensor] = moved) -> Tensor:
             return functional_call(reference.model, moved, (ids,), {"use_cache": False}).logits
 
-        losses = [_mean(lambda row: negative_log_likelihood(logits, row), own) for own in setup.rows.values()]
+        losses = [mean_loss(lambda row: negative_log_likelihood(logits, row), own) for own in setup.rows.values()]
         optimizer.zero_grad()
         (sum(losses) / len(losses)).backward()
         decays = getattr(algorithm, "decay", False)
@@ -257,10 +127,40 @@ def _descended(setup: Setup, algorithm: Any) -> Tensor:
     return coefficients.detach().expand(len(names), -1)
 
 
+def distill_case(case: Case) -> None:
+    """`Distilled` starts at IsoC of LoRAs or at SelfRegMean, and adds to each row a multiple of each expert's row.
+
+    A step of Adam moves a coefficient by about its rate, and the same call gives the same bytes. Which multiples are
+    best is not compared.
+    """
+    setup = Setup(case, 2)
+    steps, rate = case.random.randint(1, 3), 0.05
+    by: Any = case.random.choice(["model", "block"])
+    method = methods.Distilled(steps=steps, batch=2, learning_rate=rate, rows=4, max_new_tokens=3, by=by)
+    case.note(method=repr(method))
+    found = distill(setup.places, case.folder / "distilled", method, setup.mixture())
+    ours, start = found.found.coefficients, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    case.need((ours - start).abs().max().item() <= 1.5 * rate * steps, "a coefficient moved too far")
+    case.need(bool((ours != start).any()), "no coefficient moved")
+    all_low_rank = all(delta.form == "LowRank" for place in setup.places for delta in files.read_expert(place).values())
+    name, settings = ("IsoC", {}) if all_low_rank else ("SelfRegMean", {"flatten": 0.5})
+    written = files.read_expert(found.expert.path)
+    for weight in setup.names:
+        x = setup.stacked(weight)
+        rows, ours = ours[: x.shape[1]], ours[x.shape[1] :]
+        members = torch.cat([_merged(setup, name, weight, settings)[None], x])
+        case.close(written[weight].values, (rows.T[:, :, None] * members).sum(0), f"distilled {weight}", 1e-4)
+    case.need(len(ours) == 0, f"there are {len(ours)} more coefficients than rows")
+    if case.chance(0.6):
+        return
+    again = distill(setup.places, case.folder / "again", method, setup.mixture())
+    case.need(again.expert.content_hash == found.expert.content_hash, "the same call gives other bytes")
+
+
 def shrink_case(case: Case) -> None:
     """The reference measures the same losses before and after, the bound holds, and smaller forms were above it."""
     encoding = case.random.choice(["float32", "float32", "bfloat16"])
-    setup = Setup(case, 1, encoding=encoding)
+    setup = Setup(case, 1, encoding, slices=True)
     forms = [None, None, Form("bfloat16"), Form("int8"), Form("int4"), Form("sign"), Form("magnitudes2")]
     to = case.random.choice(forms)
     bound = case.random.choice([0.0, 0.01, 0.5, 10.0])
@@ -291,4 +191,9 @@ def _bytes_of_tensors(file: Path) -> int:
     return len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
-FAMILIES = {"statistics": statistics_case, "tune": tune_case, "search": search_case, "shrink": shrink_case}
+FAMILIES = {
+    "tune": tune_case,
+    "search": search_case,
+    "distill": distill_case,
+    "shrink": shrink_case,
+}
