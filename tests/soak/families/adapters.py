@@ -112,8 +112,8 @@ def import_case(case: Case) -> None:
     imported = import_expert(case.folder / "adapter", case.folder / "expert", bases.base_of(kind))
     ours = files.read_expert(imported.path)
     for name, difference in expected.items():
-        found = ours[name].values if name in ours else torch.zeros_like(difference)
-        case.close(found, difference, name, 1e-4, 3e-6)
+        moved = ours[name].values if name in ours else torch.zeros_like(difference)
+        case.close(moved, difference, name, 1e-4, 3e-6)
     case.need(set(ours) <= expected.keys(), f"more weights: {sorted(set(ours) - expected.keys())}")
 
 

@@ -23,11 +23,13 @@ def file_case(case: Case) -> None:
 
     An expert that is read and written again has the same bytes, and one flipped byte is noticed.
     """
-    kind, encoding = case.random.choice(bases.KINDS), case.random.choice(experts.ENCODINGS)
+    kind = case.random.choice(bases.KINDS)
+    encoding = case.random.choice(experts.ENCODINGS)
     case.note(base=kind, encoding=encoding)
     place = case.folder / "expert"
     raw = experts.random_expert(case, kind, place, encoding=encoding)
-    reference, ours = files.read_expert(place), open_expert(place)
+    reference = files.read_expert(place)
+    ours = open_expert(place)
     case.need(sorted(reference) == sorted(ours) == sorted(raw), "the names of the weights differ")
     for name, delta in reference.items():
         text = f"{delta.form} of {name}"
@@ -74,9 +76,11 @@ def cut_case(case: Case) -> None:
     """An expert cut to fewer directions is the nearest one of that rank; a sparse one keeps its largest entries, or the
     tiles of largest norm.
     """
-    kind, encoding = case.random.choice(bases.KINDS), case.random.choice(["float32", "bfloat16", "int8"])
+    kind = case.random.choice(bases.KINDS)
+    encoding = case.random.choice(["float32", "bfloat16", "int8"])
     forms = case.random.choice([["dense"], ["low"], ["sparse"], ["tiles"], ["sparse", "tiles"]])
-    rank, keep = case.random.choice([None, 1, 3, 10]), case.random.choice([1.0, 0.5, 0.1])
+    rank = case.random.choice([None, 1, 3, 10])
+    keep = case.random.choice([1.0, 0.5, 0.1])
     place = case.folder / "expert"
     experts.random_expert(case, kind, place, forms, ties=False)
     form = Form(encoding, keep, rank)
@@ -118,7 +122,8 @@ def _largest_tiles(values: Tensor, tile: tuple[int, int], keep: float, kept: Ten
 
 def remove_case(case: Case) -> None:
     """Taking an expert out of an average or a sum leaves the merge of the others."""
-    kind, count = case.random.choice(bases.KINDS), case.random.choice([2, 3, 4])
+    kind = case.random.choice(bases.KINDS)
+    count = case.random.choice([2, 3, 4])
     forms = case.random.choice(experts.MIXES)
     places = [case.folder / f"e{number}" for number in range(count)]
     names = case.random.sample(experts.linear_weights(kind), 3)
@@ -133,7 +138,8 @@ def remove_case(case: Case) -> None:
     rest = remove(case.folder / "all", places[gone], case.folder / "rest")
     others = [place for number, place in enumerate(places) if number != gone]
     kept = [weight for number, weight in enumerate(weights or []) if number != gone] or None
-    read, ours = [files.read_expert(place) for place in others], files.read_expert(rest.path)
+    read = [files.read_expert(place) for place in others]
+    ours = files.read_expert(rest.path)
     parents = [parent["name"] for parent in rest.record["parents"]]
     case.need(parents == [place.name for place in others], f"the parents are {parents}")
     everywhere = {name for expert in [*read, files.read_expert(places[gone])] for name in expert}
@@ -147,8 +153,10 @@ def remove_case(case: Case) -> None:
 
 def interference_case(case: Case) -> None:
     """Cosine, overlap, conflict and distance equal a count over dense experts."""
-    kind, count = case.random.choice(bases.KINDS), case.random.choice([2, 3, 4])
-    forms, encoding = case.random.choice(experts.MIXES), case.random.choice(["float32", "float32", "sign", "int4"])
+    kind = case.random.choice(bases.KINDS)
+    count = case.random.choice([2, 3, 4])
+    forms = case.random.choice(experts.MIXES)
+    encoding = case.random.choice(["float32", "float32", "sign", "int4"])
     if "low" in forms:
         # A product of coarse factors is zero at some entries but for rounding.
         encoding = "float32"
@@ -159,8 +167,8 @@ def interference_case(case: Case) -> None:
         experts.random_expert(case, kind, place, forms, encoding, chosen, ties="low" not in forms)
     case.note(base=kind, forms=forms, encoding=encoding)
     method = case.random.choice([None, methods.TaskArithmetic(scale=0.5)])
-    found = interference(places, method)
-    case.need(found.experts == [place.name for place in places], f"experts {found.experts}")
+    measured = interference(places, method)
+    case.need(measured.experts == [place.name for place in places], f"experts {measured.experts}")
     read = [files.read_expert(place) for place in places]
     used = sorted({name for expert in read for name in expert})
     rows = [
@@ -172,25 +180,28 @@ def interference_case(case: Case) -> None:
     for i, first in enumerate(x):
         distance = (m - first).norm() ** 2 / first.norm() ** 2
         if first.any():
-            case.close(found.total.distance[i], distance, f"distance of {i}", 1e-5)
+            case.close(measured.total.distance[i], distance, f"distance of {i}", 1e-5)
         for j, second in enumerate(x):
-            both, either = (first != 0) & (second != 0), (first != 0) | (second != 0)
+            both = (first != 0) & (second != 0)
+            either = (first != 0) | (second != 0)
             against = both & (first.sign() != second.sign())
             lengths = (first.norm() * second.norm()).clamp(min=1e-300)
-            case.close(found.total.cosine[i, j], first @ second / lengths, f"cosine of {i} and {j}", 1e-5)
+            case.close(measured.total.cosine[i, j], first @ second / lengths, f"cosine of {i} and {j}", 1e-5)
             case.close(
-                found.total.overlap[i, j], both.sum() / either.sum().clamp(min=1), f"overlap of {i} and {j}", 1e-6
+                measured.total.overlap[i, j], both.sum() / either.sum().clamp(min=1), f"overlap of {i} and {j}", 1e-6
             )
             conflict = against.sum() / both.sum().clamp(min=1)
-            case.close(found.total.conflict[i, j], conflict, f"conflict of {i} and {j}", 1e-6)
-    layered = sum(sums.products for sums in found.layers.values())
-    case.close(torch.as_tensor(layered), found.total.products, "the sum over layers", 1e-6)
+            case.close(measured.total.conflict[i, j], conflict, f"conflict of {i} and {j}", 1e-6)
+    layered = sum(sums.products for sums in measured.layers.values())
+    case.close(torch.as_tensor(layered), measured.total.products, "the sum over layers", 1e-6)
 
 
 def apply_case(case: Case) -> None:
     """A written checkpoint is the base plus the deltas of all experts, and importing it finds their sum again."""
-    kind, count = case.random.choice(bases.KINDS), case.random.choice([1, 2, 3])
-    forms, dtype = case.random.choice(experts.MIXES), case.random.choice([None, None, "bfloat16"])
+    kind = case.random.choice(bases.KINDS)
+    count = case.random.choice([1, 2, 3])
+    forms = case.random.choice(experts.MIXES)
+    dtype = case.random.choice([None, None, "bfloat16"])
     places = [case.folder / f"e{number}" for number in range(count)]
     for place in places:
         experts.random_expert(case, kind, place, forms, case.random.choice(["float32", "int8"]))

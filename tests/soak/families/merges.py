@@ -74,28 +74,30 @@ class Experts:
 
 def drawn_method(case: Case, name: str, count: int, single: bool = False) -> Drawn:
     """Draw the settings of a method, or some and a preset; `single` is for a method inside another one."""
-    given, preset = drawn_settings(case, name, count, single), None
+    ours = drawn_settings(case, name, count, single)
+    preset = None
     if not single and name in PRESETS and case.chance(0.35):
         preset = case.random.choice(sorted(PRESETS[name]))
-        given = {key: value for key, value in given.items() if key in WITH_PRESETS}
-        given |= {"keep": 0.3} if preset == "peft" else {}
-    reference = (PRESETS[name][preset] if preset else {}) | given
+        ours = {key: value for key, value in ours.items() if key in WITH_PRESETS}
+        ours |= {"keep": 0.3} if preset == "peft" else {}
+    reference = (PRESETS[name][preset] if preset else {}) | ours
     if preset:
-        given["preset"] = preset
+        ours["preset"] = preset
     if name in WRAPPERS:
         inside = [other for other in INSIDE if name not in COORDINATES or other not in NOT_IN_COORDINATES]
         inner = drawn_method(case, case.random.choice(inside), count, single=True)
-        reference["inner"], given["inner"] = (inner.name, inner.settings), inner.method
+        reference["inner"], ours["inner"] = (inner.name, inner.settings), inner.method
     if name == "Karcher":
-        reference["rounds"] = 200 if given["max_iterations"] else 0
+        reference["rounds"] = 200 if ours["max_iterations"] else 0
     only_ours = ("max_iterations", "tolerance", "solver", "learning_rate", "steps")
     reference = {key: value for key, value in reference.items() if key not in only_ours}
-    return Drawn(name, reference, getattr(methods, name)(**given), preset)
+    return Drawn(name, reference, getattr(methods, name)(**ours), preset)
 
 
 def random_experts(case: Case, drawn: Drawn, count: int) -> Experts:
     """Write experts that a method can be compared on, most of which move the same two or three weights."""
-    name, kind = drawn.name, case.random.choice(bases.KINDS)
+    name = drawn.name
+    kind = case.random.choice(bases.KINDS)
     forms = case.random.choice(experts.MIXES)
     encoding = case.random.choice(["float32"] * 5 + list(experts.ENCODINGS))
     if name in COORDINATES or (name == "NuSLERP" and drawn.preset):
@@ -126,24 +128,24 @@ def merge_case(case: Case) -> None:
     name = case.random.choice(NAMES)
     count = case.random.choice([2, 3, 5] if name == "WUDI" else [1, 2, 2, 3, 3, 5])
     drawn = drawn_method(case, name, count)
-    given = random_experts(case, drawn, count)
-    first, *others = given.names
+    parents = random_experts(case, drawn, count)
+    first, *others = parents.names
     per_weight: dict[str, Any] = {}
     if others and case.chance(0.2):
         per_weight[re.escape(first)] = case.random.choice([None, methods.TaskArithmetic(scale=0.5)])
         case.note(per_weight=per_weight)
-    own = others if per_weight else given.names
-    moved = others if None in per_weight.values() else given.names
-    statistics = _statistics(case, given, OF_DATA.get(name))
+    own = others if per_weight else parents.names
+    moved = others if None in per_weight.values() else parents.names
+    statistics = _statistics(case, parents, OF_DATA.get(name))
     form = Form(case.random.choice(experts.ENCODINGS)) if case.chance(0.15) else Form()
-    out = merge(given.places, drawn.method, case.folder / "m", per_weight=per_weight, form=form)
+    out = merge(parents.places, drawn.method, case.folder / "m", per_weight=per_weight, form=form)
     written = files.read_expert(out.path)
     case.need(sorted(written) == moved, f"weights {sorted(written)}, not {moved}")
-    abouts = _abouts(given, moved, own, statistics)
-    lazy = Merged(given.places, drawn.method, per_weight)
+    abouts = _abouts(parents, moved, own, statistics)
+    lazy = Merged(parents.places, drawn.method, per_weight)
     stored = as_stored(lazy, form)
     for weight in moved:
-        x = given.stacked(weight)
+        x = parents.stacked(weight)
         expected = 0.5 * x.sum(0) if weight not in own else _expected(case, drawn, x, abouts[weight], lazy[weight])
         case.close(written[weight].values, stored[weight].dense(), f"lazy {weight}", 1e-6)
         case.close(lazy[weight].dense(), expected, f"{name} {weight}", 1e-4 if name in WITHOUT_TIES else 2e-5)
@@ -152,24 +154,24 @@ def merge_case(case: Case) -> None:
         if name in ("EMR", "TALLMask") and weight in own and form == Form():
             _of_tasks(case, drawn, weight, x, abouts[weight])
     if name not in WITHOUT_LAWS and drawn.preset is None and case.chance(0.3):
-        _laws(case, drawn.method, given.places, {weight: lazy[weight].dense() for weight in own}, per_weight)
+        _laws(case, drawn.method, parents.places, {weight: lazy[weight].dense() for weight in own}, per_weight)
     if case.chance(0.15):
-        again = merge(given.places, drawn.method, case.folder / "again", per_weight=per_weight, form=form)
+        again = merge(parents.places, drawn.method, case.folder / "again", per_weight=per_weight, form=form)
         case.need(again.content_hash == out.content_hash, "the same merge gives other bytes")
 
 
-def _statistics(case: Case, given: Experts, kind: str | None) -> list[dict[str, Tensor]]:
+def _statistics(case: Case, parents: Experts, kind: str | None) -> list[dict[str, Tensor]]:
     """Write random statistics of a kind beside the experts, and return them as they are stored."""
     if kind is None:
         return []
-    opened = [open_expert(place) for place in given.places]
-    inputs = _inputs(given.kind)
+    opened = [open_expert(place) for place in parents.places]
+    inputs = _inputs(parents.kind)
     generator = torch.Generator().manual_seed(case.random.randrange(2**31))
     every: list[dict[str, Tensor]] = []
     for expert in opened:
         own: dict[str, Tensor] = {}
-        for name in given.names:
-            shape = experts.shapes_of(given.kind)[name]
+        for name in parents.names:
+            shape = experts.shapes_of(parents.kind)[name]
             if kind == "fisher":
                 own[name] = torch.randn(shape, generator=generator) ** 2
             elif len(shape) == 2:
@@ -177,7 +179,7 @@ def _statistics(case: Case, given: Experts, kind: str | None) -> list[dict[str, 
                 # Some inputs may be zero on all rows of an expert.
                 tokens[:, : case.random.choice([0, 0, 3])] = 0
                 own[name] = tokens.T @ tokens / len(tokens)
-        table = {name: DataStatistic(own[name], inputs=inputs) if name in own else None for name in given.names}
+        table = {name: DataStatistic(own[name], inputs=inputs) if name in own else None for name in parents.names}
         among: Sequence[StoredExpert] = opened if kind == "merged_gram" else ()
         write_statistics(expert, kind, table.items(), {"task": 3}, {}, among)
         every.append({name: values.double() for name, values in own.items()})
@@ -190,16 +192,17 @@ def _inputs(kind: str) -> int:
 
 
 def _abouts(
-    given: Experts, moved: Sequence[str], own: Sequence[str], statistics: Sequence[Mapping[str, Tensor]]
+    parents: Experts, moved: Sequence[str], own: Sequence[str], statistics: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, merges.About]:
     """Return what the formulas may know of each weight that the method merges, which are its `own`."""
-    everything = torch.cat([given.stacked(name).flatten(1) for name in own], 1) if own else torch.zeros(0)
+    everything = torch.cat([parents.stacked(name).flatten(1) for name in own], 1) if own else torch.zeros(0)
     blocks = {name: re.search(r"\.(\d+)\.", name) for name in moved}
     depths = {name: int(block[1]) if block else 0 for name, block in blocks.items()}
     norms = [sum(values.norm().item() ** 2 for values in known.values()) ** 0.5 for known in statistics]
     abouts = {}
     for name in own:
-        deltas, known = given.deltas(name), [table[name] for table in statistics if name in table]
+        deltas = parents.deltas(name)
+        known = [table[name] for table in statistics if name in table]
         abouts[name] = merges.About(
             name=name,
             depth=depths[name] / max(1, *depths.values(), 1),
@@ -208,7 +211,7 @@ def _abouts(
             kept=torch.stack([delta.kept for delta in deltas]),
             statistics=torch.stack(known) if known else None,
             norms=norms,
-            inputs=_inputs(given.kind),
+            inputs=_inputs(parents.kind),
         )
     return abouts
 
@@ -228,29 +231,33 @@ def _expected(case: Case, drawn: Drawn, x: Tensor, about: merges.About, ours: An
 
 def _adam(x: Tensor, power: float, learning_rate: float, steps: int) -> Tensor:
     """Return the sum of the deltas after some steps of Adam on the loss of WUDI, by autograd."""
-    found = x.sum(0).requires_grad_()
-    optimizer = torch.optim.Adam([found], lr=learning_rate)
+    total = x.sum(0).requires_grad_()
+    optimizer = torch.optim.Adam([total], lr=learning_rate)
     movers = merges.moving(x)
     for _ in range(steps if len(movers) else 0):
         optimizer.zero_grad()
-        losses = [((found - d) @ d.T).square().sum() / d.norm() ** power for d in movers]
+        losses = [((total - d) @ d.T).square().sum() / d.norm() ** power for d in movers]
         torch.stack(losses).sum().backward()
         optimizer.step()
-    return found.detach()
+    return total.detach()
 
 
 def _compressed(drawn: Drawn, x: Tensor, about: merges.About) -> Tensor:
     """Return CtM: in the spaces of most `sum_i |U^T d_i V|^2 / |d_i|^2`, found by solving for each in turn."""
-    method, inner = drawn.method, drawn.settings["inner"]
+    method = drawn.method
+    inner = drawn.settings["inner"]
     if x.ndim != 3 or not x.any():
         return method.scale * merges.inside(x, about, inner)
     equal = [d / d.norm() for d in merges.moving(x)]
     right = merges.svd(torch.cat(equal))[2][: method.rank].T
-    left, held = right, 0.0
+    left = right
+    held = 0.0
     for _ in range(200):
         left = merges.svd(torch.cat([d @ right for d in equal], 1))[0][:, : method.rank]
         _, values, rows = merges.svd(torch.cat([left.T @ d for d in equal]))
-        right, before, held = rows[: method.rank].T, held, values[: method.rank].square().sum().item()
+        right = rows[: method.rank].T
+        before = held
+        held = values[: method.rank].square().sum().item()
         if held - before <= 1e-10 * held:
             break
     return method.scale * left @ merges.inside(left.T @ x @ right, about, inner) @ right.T

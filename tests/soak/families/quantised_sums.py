@@ -37,7 +37,8 @@ def quantised_sum_case(case: Case) -> None:
         return
     kind = case.random.choice([kind for kind in bases.KINDS if kind not in ("gpt2", "mixtral")])
     form: Any = case.random.choice(["nf4", "fp4"])
-    forms, encoding = case.random.choice(experts.MIXES), case.random.choice(["float32", "int8"])
+    forms = case.random.choice(experts.MIXES)
+    encoding = case.random.choice(["float32", "int8"])
     case.note(base=kind, form=form, forms=forms, encoding=encoding)
     places = [case.folder / f"e{number}" for number in range(2)]
     # Beside quantised weights, only linear layers can have deltas.

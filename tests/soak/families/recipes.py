@@ -101,7 +101,8 @@ def _settings(method: str, own: dict[str, list[float]], whole: dict[str, float],
     if method == "multislerp" and not whole.get("normalize_weights", 1.0):
         settings["scale"] = sum(own["weight"])
     if method == "nuslerp":
-        rows, columns = not whole.get("nuslerp_flatten", 1.0), bool(whole.get("nuslerp_row_wise", 0.0))
+        rows = not whole.get("nuslerp_flatten", 1.0)
+        columns = bool(whole.get("nuslerp_row_wise", 0.0))
         settings |= {"row_wise": rows and not columns, "column_wise": rows and columns}
         settings |= {"straight": 1 - 2**-53, "shortest": 1e-7}
     if "density" not in own:
@@ -161,10 +162,10 @@ def recipe_case(case: Case) -> None:
     start = {name: weight.detach() for name, weight in _loaded(bases.base_of(kind)).items()}
     merged = _loaded(out)
     depths = {name: re.search(r"\.(\d+)\.", name) for name in merged}
-    layers = 1 + max(int(found[1]) for found in depths.values() if found)
+    layers = 1 + max(int(block[1]) for block in depths.values() if block)
     for name, weight in merged.items():
-        found = depths[name]
-        at = 0.0 if found is None else int(found[1]) / (layers - 1) if layers > 1 else 1.0
+        block = depths[name]
+        at = 0.0 if block is None else int(block[1]) / (layers - 1) if layers > 1 else 1.0
         parts = [model[name] for model in weights]
         x = torch.stack([part - start[name] for part in parts] if on_deltas else parts).double()
         if method == "slerp":

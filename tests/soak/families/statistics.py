@@ -82,18 +82,18 @@ def _merged_grams(setup: Setup, rows: Sequence[Sequence[Text]], inputs: int) -> 
         block = re.match(r".*?\.\d+\.", name)
         assert block is not None
         blocks.setdefault(block[0], []).append(name)
-    found: list[dict[str, Tensor]] = [{} for _ in setup.places]
+    grams_of: list[dict[str, Tensor]] = [{} for _ in setup.places]
     behind: dict[str, Tensor] = {}
     for _, names in sorted(blocks.items()):
-        for own, expert, texts in zip(found, setup.read, rows, strict=True):
+        for own, expert, texts in zip(grams_of, setup.read, rows, strict=True):
             inside = {name: expert[name] for name in names if name in expert}
             own |= _grams(setup.reference(behind | inside), texts, names)
         for name in names:
-            grams = torch.stack([own[name] for own in found])
+            grams = torch.stack([own[name] for own in grams_of])
             x = setup.stacked(name)
             about = merges.About(name, 0, x.flatten(1), [False] * len(x), x != 0, grams, (), inputs)
             behind[name] = merges.merged("RegMeanPlusPlus", x, about)
-    return found
+    return grams_of
 
 
 FAMILIES = {"statistics": statistics_case}

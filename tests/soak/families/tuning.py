@@ -69,7 +69,9 @@ def search_case(case: Case) -> None:
     expert is the experts' sum with these, and the same call gives the same bytes.
     """
     setup = Setup(case, case.random.choice([2, 3]))
-    per, steps, rate = case.random.choice(["expert", "weight"]), case.random.randint(1, 4), 0.05
+    per = case.random.choice(["expert", "weight"])
+    steps = case.random.randint(1, 4)
+    rate = 0.05
     algorithm: Any = case.random.choice(
         [
             ATLAS(steps, rate, per=per, decay=case.chance(0.5)),
@@ -79,7 +81,8 @@ def search_case(case: Case) -> None:
     )
     case.note(algorithm=repr(algorithm))
     result = search(setup.places, algorithm, setup.mixture(), case.folder / "searched")
-    ours, expected = result.found.coefficients, _descended(setup, algorithm)
+    ours = result.found.coefficients
+    expected = _descended(setup, algorithm)
     # Adam's step has full length for any slope, so a slope near zero may turn by rounding.
     case.close(ours, expected, "coefficients", absolute=0.02 * rate)
     deltas = {}
@@ -97,7 +100,8 @@ def search_case(case: Case) -> None:
 def _descended(setup: Setup, algorithm: Any) -> Tensor:
     """Return the coefficients `(weights, experts)` after Adam, with gradients through the whole sum."""
     reference = setup.reference({})
-    names, stacked = setup.names, [setup.stacked(name).float() for name in setup.names]
+    names = setup.names
+    stacked = [setup.stacked(name).float() for name in setup.names]
     start = torch.zeros(1 if algorithm.per == "expert" else len(names), len(setup.places), dtype=torch.float64)
     first = algorithm.start
     if isinstance(first, float):
@@ -134,27 +138,31 @@ def distill_case(case: Case) -> None:
     best is not compared.
     """
     setup = Setup(case, 2)
-    steps, rate = case.random.randint(1, 3), 0.05
+    steps = case.random.randint(1, 3)
+    rate = 0.05
     by: Any = case.random.choice(["model", "block"])
     method = methods.Distilled(steps=steps, batch=2, learning_rate=rate, rows=4, max_new_tokens=3, by=by)
     case.note(method=repr(method))
-    found = distill(setup.places, case.folder / "distilled", method, setup.mixture())
-    ours, start = found.found.coefficients, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    result = distill(setup.places, case.folder / "distilled", method, setup.mixture())
+    ours = result.found.coefficients
+    start = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     case.need((ours - start).abs().max().item() <= 1.5 * rate * steps, "a coefficient moved too far")
     case.need(bool((ours != start).any()), "no coefficient moved")
     all_low_rank = all(delta.form == "LowRank" for place in setup.places for delta in files.read_expert(place).values())
-    name, settings = ("IsoC", {}) if all_low_rank else ("SelfRegMean", {"flatten": 0.5})
-    written = files.read_expert(found.expert.path)
+    name = "IsoC" if all_low_rank else "SelfRegMean"
+    settings = {} if all_low_rank else {"flatten": 0.5}
+    written = files.read_expert(result.expert.path)
     for weight in setup.names:
         x = setup.stacked(weight)
-        rows, ours = ours[: x.shape[1]], ours[x.shape[1] :]
+        rows = ours[: x.shape[1]]
+        ours = ours[x.shape[1] :]
         members = torch.cat([_merged(setup, name, weight, settings)[None], x])
         case.close(written[weight].values, (rows.T[:, :, None] * members).sum(0), f"distilled {weight}", 1e-4)
     case.need(len(ours) == 0, f"there are {len(ours)} more coefficients than rows")
     if case.chance(0.6):
         return
     again = distill(setup.places, case.folder / "again", method, setup.mixture())
-    case.need(again.expert.content_hash == found.expert.content_hash, "the same call gives other bytes")
+    case.need(again.expert.content_hash == result.expert.content_hash, "the same call gives other bytes")
 
 
 def shrink_case(case: Case) -> None:
