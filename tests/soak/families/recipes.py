@@ -155,7 +155,7 @@ def recipe_case(case: Case) -> None:
     if on_deltas or method == "slerp":
         recipe["base_model"] = str(bases.base_of(kind))
     seed = case.random.randrange(5)
-    case.note(base=kind, recipe=recipe, seed=seed)
+    case.note(base=kind, recipe=recipe, seed_of_drops=seed)
     file = case.folder / "recipe.yaml"
     file.write_text(json.dumps(recipe), encoding="utf-8")
     out = merge_recipe(read_recipe(file), case.folder / "merged", seed)
