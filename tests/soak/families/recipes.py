@@ -47,7 +47,8 @@ FLAGS = ("normalize", "rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_
 REQUIRED = ("weight", "t")
 # The defaults of mergekit that differ from method to method.
 NORMALISES = ("linear", "ties", "della")
-RESCALES = ("dare_linear", "dare_ties", "della", "della_linear")
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+RESCALES = RANDOM
 ON_MODELS = ("linear", "slerp", "karcher")
 OURS = {
     **{"ties": "TIES", "dare_linear": "DARE", "dare_ties": "DARETIES", "breadcrumbs": "Breadcrumbs"},
@@ -140,7 +141,7 @@ def _tuned(case: Case, kind: str, folder: Path, share: float) -> dict[str, Tenso
 
 def recipe_case(case: Case) -> None:
     """Each weight of the merged checkpoint is the formula of its method, with the values of its layer and name."""
-    kind = case.random.choice([kind for kind in bases.KINDS if kind not in ("mixtral", "neox")])
+    kind = case.random.choice([kind for kind in bases.KINDS if kind != "mixtral"])
     method = case.random.choice(sorted(PARAMETERS))
     count = {"slerp": 1, "nuslerp": 2}.get(method, case.random.choice([2, 3]))
     share = 1.0 if method in ("nuslerp", "model_stock") else case.random.choice([0.05, 0.5, 1.0])
@@ -173,8 +174,8 @@ def recipe_case(case: Case) -> None:
         values = {parameter: [_value(rules[parameter], name, at) for rules in own] for parameter in each}
         whole = {parameter: _value(rule, name, at) for parameter, rule in chosen.items()}
         settings = _settings(method, values, whole, weight.numel())
-        if method in ("ties", "dare_linear", "dare_ties", "della", "della_linear"):
-            settings |= {"seed": seed} if method != "ties" else {}
+        if method in RANDOM:
+            settings["seed"] = seed
         about = merges.About(name, at, x.flatten(1), [False] * len(x), torch.ones_like(x, dtype=torch.bool))
         if method in ("linear", "task_arithmetic"):
             scale = whole.get("lambda", 1.0)
