@@ -185,7 +185,9 @@ def recipe_case(case: Case) -> None:
         else:
             expected = merges.merged(OURS[method], x, about, **settings)
         difference = weight.double() - start[name].double() if on_deltas else weight
-        case.close(difference, expected, f"{method} {name}", 2e-5, 5e-7)
+        # mergekit's iteration ends at a step of 1e-5 radians.
+        relative = 1e-4 if method == "karcher" else 2e-5
+        case.close(difference, expected, f"{method} {name}", relative, 5e-7)
 
 
 def _loaded(place: Path) -> dict[str, Tensor]:
