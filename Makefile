@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 examples test test-slow test-peer test-harness test-engines test-quickstart lint format bench gpu gpu-multi docs triton dist
+.PHONY: help install quickstart smollm2 examples test test-slow test-peer test-harness test-engines test-quickstart soak lint format bench gpu gpu-multi docs triton dist
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -57,6 +57,10 @@ test-engines: $(DEVELOPS) ## install submitit, and test with SLURM
 
 test-quickstart: $(DEVELOPS) ## run the whole quickstart and check what it shows
 	$(BIN)/python -m pytest -m quickstart $(ARGS)
+
+soak: $(DEVELOPS) ## compare random cases with a reference; MINUTES, SEED, FAMILIES, CASES
+	@PYTHONPATH=tests $(BIN)/python -m soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(CASES),--cases $(CASES)) $(if $(FAMILIES),--families $(FAMILIES)) $(ARGS)
 
 lint: $(DEVELOPS) ## check style and types
 	$(BIN)/ruff check .

@@ -362,7 +362,7 @@ class Base:
         resume = hashlib.sha256(work.encode()).hexdigest() if key else None
         # Tensors that transformers cuts or joins while it loads need the model in memory.
         streams = set(deltas) <= set(self._stored.values())
-        model = self._plain.load(None if streams else dtype) if verify or not streams else None
+        model = self._plain.load() if verify or not streams else None
         weights = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
         with new_directory(target, overwrite, MANIFEST, resume) as temporary, quiet():
             if streams:
@@ -378,8 +378,13 @@ class Base:
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             else:
                 assert model is not None
+                for weight in weights.values():
+                    weight.data = weight.to(torch.promote_types(weight.dtype, kind) if kind else weight.dtype)
                 for name in progress(sorted(deltas)):
                     _add(deltas[name], weight_of(model, name), None)
+                # Only now, so that a sum is rounded once.
+                for weight in weights.values():
+                    weight.data = weight.to(kind or weight.dtype)
                 rounding = Rounding()
                 model.save_pretrained(temporary, max_shard_size="5GB")
             copy_companions(self.directory, temporary)

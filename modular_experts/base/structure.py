@@ -207,9 +207,9 @@ def why_not_read(layer: nn.Module) -> str:
 
 def is_rounded(layer: nn.Module, stored: Tensor, step: int = 1) -> bool | None:
     """Return whether a quantised layer holds every `step`-th row of a weight, as a base stores it, within the error
-    of its form; None for a plain layer.
+    of its form; None for a plain layer, and for a bias, which no form quantises.
     """
-    if not is_quantised(layer):
+    if not is_quantised(layer) or stored.ndim < 2:
         return None
     held = read_weight(layer, torch.float32).read()  # type: ignore[attr-defined]
     held = (held.T if is_transposed(layer) else held)[::step].cpu()

@@ -102,6 +102,8 @@ class _Rest(TaskVector):
         merged.add_to(total, factor=self._factor)
         merged.mark(kept)
         own.add_to(added, factor=self._share)
+        # A merge that was stored sparse has no entry where the experts cancelled.
+        own.mark(kept, own.values != 0)
         total -= added
         # Where no other expert moved the entry, only the rounding of the merge to float32 is left.
         nothing = total.abs() <= torch.finfo(torch.float32).eps * added.abs()

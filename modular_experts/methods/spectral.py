@@ -100,9 +100,9 @@ class IsoCTS(MergeMethod):
 
     `P(X) = U V^T` of the singular value decomposition of X makes directions orthogonal. The sum moves in r directions
     (`min(out, in)` in the paper, fewer for low-rank experts). Each of the N experts that move the matrix gets the whole
-    number nearest to `(1 - common) r / N` of them, and the sum's strongest directions get the rest; `U_C` are the left
-    ones. An expert's own directions are the strongest of `d_i - U_C U_C^T d_i`, and S has the singular values of the
-    sum and of these remainders. `common: 1.0` is Iso-C.
+    number nearest to `(r - floor(common r)) / N` of them, at most `r / N`, and the sum's strongest directions get the
+    rest; `U_C` are the left ones. An expert's own directions are the strongest of `d_i - U_C U_C^T d_i`, and S has the
+    singular values of the sum and of these remainders. `common: 1.0` is Iso-C.
 
     Args:
         common: Share of the directions that the sum gets, in [0, 1]; the experts divide the others.

@@ -80,6 +80,21 @@ def test_sum_is_rounded_once_in_a_bfloat16_base(tmp_path):
     torch.testing.assert_close(applied, (weight.float() + total).bfloat16(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("stored", "written"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_sum_is_rounded_once_where_transformers_joins_the_tensors_of_a_mixture_of_experts(stored, written, tmp_path):
+    build_model("mixtral").to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=stored)
+    whole = "model.layers.0.mlp.experts.down_proj"
+    delta = random_delta("Dense", before.get_parameter(whole)[2].shape, 1, torch.float32) * 0.1
+    record = make_record("SparseExpert", {"id": "base", "fingerprint": fingerprint(tmp_path / "base")})
+    write_expert(tmp_path / "expert", {f"{whole}[2]": delta}, record)
+    apply(tmp_path / "expert", tmp_path / "out", tmp_path / "base", dtype=written)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").get_parameter(whole)
+    expected = before.get_parameter(whole).detach().float().clone()
+    expected[2] += delta.dense()
+    torch.testing.assert_close(after, expected.to(getattr(torch, written)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("sabotage", [0.01, float("nan")])
 def test_a_checkpoint_that_differs_when_reloaded_is_not_written(tiny_llama_dir, tmp_path, monkeypatch, sabotage):
     expert, load = make(tmp_path / "one", tiny_llama_dir, 1), AutoModelForCausalLM.from_pretrained

@@ -15,14 +15,15 @@ import torch
 from testbed.quantised import TOKENS, load, plain_twin, put, step
 from torch import Tensor, nn
 
-from modular_experts.base import structure
+from modular_experts.base import Base, structure
 from modular_experts.base.quantised import read_weight
-from modular_experts.deltas import Sparse
+from modular_experts.deltas import Dense, Sparse
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import eject, expert_layers, inject, task_vector
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import routed
 from modular_experts.kernels.transient import TransientWeight
+from modular_experts.library import make_record, write_expert
 from modular_experts.selection.choice import Choice, selectable_layers
 from modular_experts.selection.scoring import ScoringPass, choose_by_passes
 from modular_experts.systems import glora, goat, recast, tt_lora
@@ -169,6 +170,17 @@ def test_deltas_stand_beside_a_quantised_weight(architecture: str, tiny: Callabl
     assert torch.allclose(both[0], expected[0], atol=1e-5)
     assert torch.allclose(both[1], base[1], atol=1e-5)
     assert torch.equal(model(TOKENS).logits, base)
+
+
+def test_an_expert_of_a_bias_is_added_to_a_quantised_layer(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    place, name = tiny("qwen2"), "model.layers.0.self_attn.q_proj.bias"
+    model = load(place)
+    twin = plain_twin(model)
+    delta = torch.linspace(-1, 1, len(twin.get_parameter(name)))
+    write_expert(tmp_path / "expert", {name: Dense(delta)}, make_record("FullExpert", Base.open(place).facts))
+    twin.get_parameter(name).data += delta
+    with attached(model, tmp_path / "expert"):
+        assert torch.allclose(model(TOKENS).logits, twin(TOKENS).logits, atol=1e-5)
 
 
 def test_what_writes_into_a_quantised_weight_and_a_form_that_rounds_activations_are_refused(llama: Path) -> None:

@@ -1,0 +1,299 @@
+"""Merge random experts by every method, and compare each weight with the formula of the reference."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modular_experts import Merged, StoredExpert, merge, methods, open_expert
+from modular_experts.library.form import Form
+from modular_experts.library.statistics import write_statistics
+from modular_experts.merger.merged import as_stored
+from modular_experts.methods.method import DataStatistic
+from soak import bases, experts
+from soak.case import Case
+from soak.method_settings import (
+    COORDINATES,
+    DROPS,
+    INSIDE,
+    NOT_IN_COORDINATES,
+    OF_DATA,
+    PRESETS,
+    WITH_PRESETS,
+    WRAPPERS,
+    drawn_settings,
+)
+from soak.reference import files, merges
+
+NAMES = sorted(methods.METHODS.keys() - {"Distilled"})
+# Equal singular values, and equal numbers that are calculated in another order, have no order of their own.
+WITHOUT_TIES = (*merges.OF_MATRICES, *WRAPPERS, "SelfRegMean", "ESM", "SCE", "Karcher", "NuSLERP", "SLERP")
+# The order of the experts counts, or a magnitude that does not grow with the experts does.
+WITHOUT_LAWS = (*DROPS, *OF_DATA, "SLERP", "NuSLERP", "Difference", "MagMax", "RAM", "RAMPlus", "WUDI", "SCE", "CtM")
+ROUNDING = {"bfloat16": 2**-8, "int8": 0.01, "int4": 0.08}
+
+
+@dataclass
+class Drawn:
+    """A method with random settings: `settings` in the words of the reference, `method` as the package has it."""
+
+    name: str
+    settings: dict[str, Any]
+    method: Any
+    preset: str | None
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether it ends where some steps of an optimizer do."""
+        return self.name == "WUDI" and self.method.solver == "adam"
+
+
+@dataclass
+class Experts:
+    """Random experts of one base, as they are stored and as the reference reads them."""
+
+    kind: str
+    places: list[Path]
+    read: list[dict[str, files.Delta]]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({name for expert in self.read for name in expert})
+
+    def deltas(self, name: str) -> list[files.Delta]:
+        shape = experts.shapes_of(self.kind)[name]
+        return [expert.get(name, files.absent(shape)) for expert in self.read]
+
+    def stacked(self, name: str) -> Tensor:
+        return torch.stack([delta.values for delta in self.deltas(name)])
+
+
+def drawn_method(case: Case, name: str, count: int, single: bool = False) -> Drawn:
+    """Draw the settings of a method, or some and a preset; `single` is for a method inside another one."""
+    ours = drawn_settings(case, name, count, single)
+    preset = None
+    if not single and name in PRESETS and case.chance(0.35):
+        preset = case.random.choice(sorted(PRESETS[name]))
+        ours = {key: value for key, value in ours.items() if key in WITH_PRESETS}
+        ours |= {"keep": 0.3} if preset == "peft" else {}
+    reference = (PRESETS[name][preset] if preset else {}) | ours
+    if preset:
+        ours["preset"] = preset
+    if name in WRAPPERS:
+        inside = [other for other in INSIDE if name not in COORDINATES or other not in NOT_IN_COORDINATES]
+        inner = drawn_method(case, case.random.choice(inside), count, single=True)
+        reference["inner"], ours["inner"] = (inner.name, inner.settings), inner.method
+    if name == "Karcher":
+        reference["rounds"] = 200 if ours["max_iterations"] else 0
+    only_ours = ("max_iterations", "tolerance", "solver", "learning_rate", "steps")
+    reference = {key: value for key, value in reference.items() if key not in only_ours}
+    return Drawn(name, reference, getattr(methods, name)(**ours), preset)
+
+
+def random_experts(case: Case, drawn: Drawn, count: int) -> Experts:
+    """Write experts that a method can be compared on, most of which move the same two or three weights."""
+    name = drawn.name
+    kind = case.random.choice(bases.KINDS)
+    forms = case.random.choice(experts.MIXES)
+    encoding = case.random.choice(["float32"] * 5 + list(experts.ENCODINGS))
+    if name in COORDINATES or (name == "NuSLERP" and drawn.preset):
+        forms = case.random.choice([["low"], ["dense"], ["low", "dense"]])
+    if name in WITHOUT_TIES and encoding not in ("float32", "bfloat16", "int8"):
+        encoding = "float32"
+    if name in ("RAM", "RAMPlus"):
+        # An int8 product of factors is zero at some entries but for rounding.
+        encoding = "float32"
+    if drawn.is_stepwise:
+        # Adam makes steps of rounding where the slope is zero.
+        forms = ["dense"]
+    case.note(base=kind, method=repr(drawn.method), forms=forms, encoding=encoding)
+    pool = case.random.sample(experts.linear_weights(kind), 2)
+    if case.chance(0.3):
+        pool.append(case.random.choice(experts.vectors(kind)))
+    places = [case.folder / f"e{number}" for number in range(count)]
+    for place in places:
+        chosen = [weight for weight in pool if drawn.is_stepwise or case.chance(0.85)] or pool[:1]
+        experts.random_expert(case, kind, place, forms, encoding, chosen, ties=name not in WITHOUT_TIES)
+    return Experts(kind, places, [files.read_expert(place) for place in places])
+
+
+def merge_case(case: Case) -> None:
+    """A merge is the formula of its method, weight by weight, written or not; one that iterates is compared by where it
+    ends (`Karcher`), or by the same steps (`CtM`, `WUDI`).
+    """
+    name = case.random.choice(NAMES)
+    count = case.random.choice([2, 3, 5] if name == "WUDI" else [1, 2, 2, 3, 3, 5])
+    drawn = drawn_method(case, name, count)
+    parents = random_experts(case, drawn, count)
+    first, *others = parents.names
+    per_weight: dict[str, Any] = {}
+    if others and case.chance(0.2):
+        per_weight[re.escape(first)] = case.random.choice([None, methods.TaskArithmetic(scale=0.5)])
+        case.note(per_weight=per_weight)
+    own = others if per_weight else parents.names
+    moved = others if None in per_weight.values() else parents.names
+    statistics = _statistics(case, parents, OF_DATA.get(name))
+    form = Form(case.random.choice(experts.ENCODINGS)) if case.chance(0.15) else Form()
+    out = merge(parents.places, drawn.method, case.folder / "m", per_weight=per_weight, form=form)
+    written = files.read_expert(out.path)
+    case.need(sorted(written) == moved, f"weights {sorted(written)}, not {moved}")
+    abouts = _abouts(parents, moved, own, statistics)
+    lazy = Merged(parents.places, drawn.method, per_weight)
+    stored = as_stored(lazy, form)
+    for weight in moved:
+        x = parents.stacked(weight)
+        expected = 0.5 * x.sum(0) if weight not in own else _expected(case, drawn, x, abouts[weight], lazy[weight])
+        case.close(written[weight].values, stored[weight].dense(), f"lazy {weight}", 1e-6)
+        case.close(lazy[weight].dense(), expected, f"{name} {weight}", 1e-4 if name in WITHOUT_TIES else 2e-5)
+        if form.encoding in ROUNDING and written[weight].form != "LowRank":
+            case.close(written[weight].values, expected, f"stored {weight}", ROUNDING[form.encoding])
+        if name in ("EMR", "TALLMask") and weight in own and form == Form():
+            _of_tasks(case, drawn, weight, x, abouts[weight])
+    if name not in WITHOUT_LAWS and drawn.preset is None and case.chance(0.3):
+        _laws(case, drawn.method, parents.places, {weight: lazy[weight].dense() for weight in own}, per_weight)
+    if case.chance(0.15):
+        again = merge(parents.places, drawn.method, case.folder / "again", per_weight=per_weight, form=form)
+        case.need(again.content_hash == out.content_hash, "the same merge gives other bytes")
+
+
+def _statistics(case: Case, parents: Experts, kind: str | None) -> list[dict[str, Tensor]]:
+    """Write random statistics of a kind beside the experts, and return them as they are stored."""
+    if kind is None:
+        return []
+    opened = [open_expert(place) for place in parents.places]
+    inputs = _inputs(parents.kind)
+    generator = torch.Generator().manual_seed(case.random.randrange(2**31))
+    every: list[dict[str, Tensor]] = []
+    for expert in opened:
+        own: dict[str, Tensor] = {}
+        for name in parents.names:
+            shape = experts.shapes_of(parents.kind)[name]
+            if kind == "fisher":
+                own[name] = torch.randn(shape, generator=generator) ** 2
+            elif len(shape) == 2:
+                tokens = torch.randn(4 * shape[inputs], shape[inputs], generator=generator)
+                # Some inputs may be zero on all rows of an expert.
+                tokens[:, : case.random.choice([0, 0, 3])] = 0
+                own[name] = tokens.T @ tokens / len(tokens)
+        table = {name: DataStatistic(own[name], inputs=inputs) if name in own else None for name in parents.names}
+        among: Sequence[StoredExpert] = opened if kind == "merged_gram" else ()
+        write_statistics(expert, kind, table.items(), {"task": 3}, {}, among)
+        every.append({name: values.double() for name, values in own.items()})
+    return every
+
+
+def _inputs(kind: str) -> int:
+    """Return along which dimension of a base's matrices the inputs of their layers lie."""
+    return 0 if kind == "gpt2" else 1
+
+
+def _abouts(
+    parents: Experts, moved: Sequence[str], own: Sequence[str], statistics: Sequence[Mapping[str, Tensor]]
+) -> dict[str, merges.About]:
+    """Return what the formulas may know of each weight that the method merges, which are its `own`."""
+    everything = torch.cat([parents.stacked(name).flatten(1) for name in own], 1) if own else torch.zeros(0)
+    blocks = {name: re.search(r"\.(\d+)\.", name) for name in moved}
+    depths = {name: int(block[1]) if block else 0 for name, block in blocks.items()}
+    norms = [sum(values.norm().item() ** 2 for values in known.values()) ** 0.5 for known in statistics]
+    abouts = {}
+    for name in own:
+        deltas = parents.deltas(name)
+        known = [table[name] for table in statistics if name in table]
+        abouts[name] = merges.About(
+            name=name,
+            depth=depths[name] / max(1, *depths.values(), 1),
+            everything=everything,
+            low=[delta.form == "LowRank" for delta in deltas],
+            kept=torch.stack([delta.kept for delta in deltas]),
+            statistics=torch.stack(known) if known else None,
+            norms=norms,
+            inputs=_inputs(parents.kind),
+        )
+    return abouts
+
+
+def _expected(case: Case, drawn: Drawn, x: Tensor, about: merges.About, ours: Any) -> Tensor:
+    """Return what the reference makes of the deltas of a weight."""
+    if drawn.name == "CtM":
+        most = min(drawn.method.rank, *ours.shape) if x.ndim == 3 else max(ours.shape)
+        rank = torch.linalg.matrix_rank(ours.dense().double(), rtol=1e-5).item() if x.ndim == 3 else 0
+        case.need(rank <= most, f"{about.name}: the rank is {rank}")
+        return _compressed(drawn, x, about)
+    if drawn.is_stepwise and x.ndim == 3:
+        method = drawn.method
+        return method.scale * _adam(x, method.power, method.learning_rate, method.steps)
+    return merges.merged(drawn.name, x, about, **drawn.settings)
+
+
+def _adam(x: Tensor, power: float, learning_rate: float, steps: int) -> Tensor:
+    """Return the sum of the deltas after some steps of Adam on the loss of WUDI, by autograd."""
+    total = x.sum(0).requires_grad_()
+    optimizer = torch.optim.Adam([total], lr=learning_rate)
+    movers = merges.moving(x)
+    for _ in range(steps if len(movers) else 0):
+        optimizer.zero_grad()
+        losses = [((total - d) @ d.T).square().sum() / d.norm() ** power for d in movers]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+    return total.detach()
+
+
+def _compressed(drawn: Drawn, x: Tensor, about: merges.About) -> Tensor:
+    """Return CtM: in the spaces of most `sum_i |U^T d_i V|^2 / |d_i|^2`, found by solving for each in turn."""
+    method = drawn.method
+    inner = drawn.settings["inner"]
+    if x.ndim != 3 or not x.any():
+        return method.scale * merges.inside(x, about, inner)
+    equal = [d / d.norm() for d in merges.moving(x)]
+    right = merges.svd(torch.cat(equal))[2][: method.rank].T
+    left = right
+    held = 0.0
+    for _ in range(200):
+        left = merges.svd(torch.cat([d @ right for d in equal], 1))[0][:, : method.rank]
+        _, values, rows = merges.svd(torch.cat([left.T @ d for d in equal]))
+        right = rows[: method.rank].T
+        before = held
+        held = values[: method.rank].square().sum().item()
+        if held - before <= 1e-10 * held:
+            break
+    return method.scale * left @ merges.inside(left.T @ x @ right, about, inner) @ right.T
+
+
+def _of_tasks(case: Case, drawn: Drawn, weight: str, x: Tensor, about: merges.About) -> None:
+    """Compare the expert of each task that EMR and TALL masks write beside the merge."""
+    for number, d in enumerate(x):
+        ours = files.read_expert(case.folder / f"m-e{number}")[weight].values
+        if drawn.name == "TALLMask":
+            kept = merges.matters(x, drawn.settings.get("threshold", 0.4))[number]
+            expected = drawn.settings.get("scale", 1.0) * kept * x.sum(0)
+        else:
+            whole = merges.unified(about.everything)
+            own = about.everything[number]
+            masked = (whole * (own * whole > 0)).abs().sum()
+            expected = merges.unified(x) * (d * merges.unified(x) > 0) * (own.abs().sum() / masked if masked else 1)
+        case.close(ours, expected, f"expert of task {number}, {weight}")
+
+
+def _laws(
+    case: Case, method: Any, places: list[Path], merged: dict[str, Tensor], per_weight: Mapping[str, Any]
+) -> None:
+    """The order of the experts does not count, if lists of settings go with them, and a common factor multiplies."""
+    turned = {key: value[::-1] for key, value in vars(method).items() if isinstance(value, list)}
+    inner = getattr(method, "inner", None)
+    if inner is not None:
+        lists = {key: value[::-1] for key, value in vars(inner).items() if isinstance(value, list)}
+        turned["inner"] = replace(inner, **lists)
+        if type(inner).__name__ in DROPS:
+            return
+    back = Merged([str(place) for place in places[::-1]], replace(method, **turned), per_weight)
+    twice = Merged([2.0 * open_expert(place) for place in places], method, per_weight)
+    for weight, ours in merged.items():
+        case.close(back[weight].dense(), ours, f"other order, {weight}", 1e-4)
+        case.close(twice[weight].dense(), 2 * ours, f"twice the experts, {weight}", 1e-4)
+
+
+FAMILIES = {"merge": merge_case}
