@@ -20,6 +20,7 @@ from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.methods import MergeMethod
+from modular_experts.methods.settings import Checks, at_least
 from modular_experts.progress import Progress
 from modular_experts.systems.evolution import Choice, Evolution, Genes
 from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
@@ -52,12 +53,9 @@ class PathSearch(Evolution, SearchAlgorithm):
         mutation: Probability that a part of the others changes, in (0, 1]; at least one changes. GLoRA takes 0.2.
     """
 
-    limit: int | None = None
+    checks = Checks(limit=at_least(1, "must be at least 1 trained number"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"PathSearch: limit must be at least 1 trained number, got {self.limit}")
+    limit: int | None = None
 
     def run(
         self,
