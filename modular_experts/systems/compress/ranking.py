@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.systems.compress.reform import DAMPING, BlockByBlock, oriented
-from modular_experts.systems.compress.removable import Kind, Part, Removable
+from modular_experts.systems.compress.removable import Kind, Removable
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ def rank(
                 # Rows of a layer that makes the parts, columns of the one that reads them.
                 dim, source = (0, reader) if name == reader else (1, makers[0])
                 entries = 2 * oriented(block.get_submodule(name)).double().square() / inverses[source].diagonal()
-                total += _by_member(entries.sum(dim).cpu(), removable.parts[f"{name}.weight"], count)
+                # In each stretch the groups or channels have their entries one behind the other.
+                units = removable.parts[f"{name}.weight"].units
+                stretches = entries.sum(dim).cpu().split([unit * count for unit in units])
+                total += torch.stack([stretch.view(count, -1).sum(1) for stretch in stretches]).sum(0)
             for listed, scores in zip(found, (own.cpu(), others.cpu(), total), strict=True):
                 listed[kind].append(scores)
         pairs = zip(hidden, after, strict=True)
@@ -81,9 +84,3 @@ def _removal_errors(weight: Tensor, gram: Tensor, inverse: Tensor, count: int) -
         own[member] = (gram[these, these] * products).sum()
         others[member] = (torch.linalg.inv(inverse[these, these]) * products).sum()
     return own, others
-
-
-def _by_member(values: Tensor, part: Part, count: int) -> Tensor:
-    """Return for each of `count` groups or channels the sum of the values at its entries along a part's dimension."""
-    stretches = values.split([unit * count for unit in part.units])
-    return torch.stack([stretch.view(count, -1).sum(1) for stretch in stretches]).sum(0)
