@@ -97,7 +97,7 @@ class PathSearch(Evolution, SearchAlgorithm):
             beneath = objective.losses()
             meanwhile.enter_context(Injected(objective.model, partial(by_state, GLoRAExpert, opened)))
             load_expert_state(objective.model, opened.state())
-            space = _Paths(objective, _Losses(Path(out), _identity([opened, *parents], objective)))
+            space = _Paths(objective, _Losses(Path(out), [opened, *parents], objective))
             limit = space.numbers(space.largest) if self.limit is None else self.limit
             found = self.search(
                 [Choice(len(kinds)) for _, kinds in space.parts],
@@ -226,8 +226,14 @@ class _Paths:
 class _Losses(JSONLines):
     """The losses of one search's candidates, in a file beside the expert until the search ends."""
 
-    def __init__(self, out: Path, search: str) -> None:
+    def __init__(self, out: Path, experts: Sequence[StoredExpert], objective: Objective) -> None:
         super().__init__(out.with_name(f"{out.name}.losses.jsonl"))
+        digest = hashlib.sha256("".join(expert.content_hash for expert in experts).encode())
+        for task, batches in objective.batches.items():
+            digest.update(task.encode())
+            for batch in batches:
+                digest.update(batch["input_ids"].cpu().numpy().tobytes() + batch["labels"].cpu().numpy().tobytes())
+        search = digest.hexdigest()
         if ("search",) not in self:
             self["search",] = search
         if self["search",] != search:
@@ -235,12 +241,3 @@ class _Losses(JSONLines):
                 f"{self.file} holds losses of another expert or of other rows; delete it to search anew, or choose "
                 "another out"
             )
-
-
-def _identity(experts: Sequence[StoredExpert], objective: Objective) -> str:
-    digest = hashlib.sha256("".join(expert.content_hash for expert in experts).encode())
-    for task, batches in objective.batches.items():
-        digest.update(task.encode())
-        for batch in batches:
-            digest.update(batch["input_ids"].cpu().numpy().tobytes() + batch["labels"].cpu().numpy().tobytes())
-    return digest.hexdigest()
