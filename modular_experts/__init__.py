@@ -15,7 +15,7 @@ _HOMES = {
     "modular_experts.injection": ("eject", "inject"),
     "modular_experts.training.route": ("route",),
     "modular_experts.training.combine": ("combine",),
-    "modular_experts.injection.named": ("NamedExperts",),
+    "modular_experts.injection.attach": ("NamedExperts",),
     "modular_experts.injection.routed": ("routed",),
     "modular_experts.injection.save": ("save_expert",),
     "modular_experts.routing": ("Centroid", "KernelRidge", "Oracle", "Router"),

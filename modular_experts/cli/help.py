@@ -30,11 +30,12 @@ _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
 _COMMON = {
     "base": "The base's directory or hub id; the one in the experts' records by default.",
     "chat_template": "Put the input as a user's message through the tokenizer's chat template.",
-    "dtype": "Data type of the base.",
+    "dtype": "Data type of the base; bfloat16 takes half the memory.",
     "experts": "Directories of the experts.",
     "max_length": "The most tokens of a row; longer rows lose tokens on the left of the input.",
-    "overwrite": "Replace an expert.",
+    "overwrite": "Replace an expert of this name.",
     "quantise": "Form in which the base is quantised, such as nf4.",
+    "rows": "The most rows of one task, spread evenly over them.",
     "tasks": "Task files, or tasks with settings, as for `fit`.",
 }
 _EVERYWHERE = {

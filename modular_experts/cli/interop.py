@@ -14,8 +14,7 @@ from modular_experts.hub.push import push as push_experts
 from modular_experts.interop.import_expert import found_sources, import_expert, import_experts
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 from modular_experts.interop.peft import export as export_expert
-from modular_experts.interop.servers import ServedAdapters, export_for
-from modular_experts.interop.vllm_patch import export_patch
+from modular_experts.interop.servers import ServedAdapters, export_for, export_patch
 from modular_experts.library import StoredExpert
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.reports.progress import progress_bar

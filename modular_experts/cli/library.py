@@ -187,7 +187,11 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "source", f"{source.get('id')} ({source.get('format')})"
     for parent in record["parents"]:
         yield "parent", f"{parent.get('name')} (content {str(parent.get('content_hash'))[:12]})"
-    yield from _scores(record["scores"])
+    # `ExpertModule` logs losses per target token under these names.
+    words = {"val_loss": "validation loss", "loss": "training loss of the last batch"}
+    for name, score in sorted(record["scores"].items()):
+        metric, _, task = name.partition("/")
+        yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {score_text(score)}"
     if not expert.mergeable:
         yield "merging", f"not possible, because {expert.not_mergeable_because}"
     if state := expert.state():
@@ -221,11 +225,3 @@ def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "rows", f"{task}: {rows} (content {data['hash'][:12]})"
     if facts.get("config"):
         yield "configuration", facts["config"]
-
-
-def _scores(scores: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    # `ExpertModule` logs losses per target token under these names.
-    words = {"val_loss": "validation loss", "loss": "training loss of the last batch"}
-    for name, score in sorted(scores.items()):
-        metric, _, task = name.partition("/")
-        yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {score_text(score)}"

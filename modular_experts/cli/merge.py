@@ -186,7 +186,11 @@ def merge(
         write_merged(merged, out, overwrite, bar, notes, written.form)
     if tuned and tune:
         _report(tuned, "scale" not in tune.grid, out)
-    _print_methods(merged)
+    texts = Counter(map(_method_text, merged.rules.values()))
+    for text, number in texts.items():
+        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
+        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
+    _print_kept(merged)
     if written.is_checkpoint:
         print_check(check)
         print(f"{out}: a checkpoint of the base and the merge")
@@ -241,14 +245,6 @@ def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, data: "TaskMixture
     rows = ValidationRows(data, tune.rows, written.base, tune.labels, tune.expert_of, tune.max_new_tokens)
     form = Form() if written.is_checkpoint else written.form
     return tune_settings(merged.stored, method, rows, grid=tune.grid, progress=progress_bar("tuning"), form=form)
-
-
-def _print_methods(merged: Merged) -> None:
-    texts = Counter(map(_method_text, merged.rules.values()))
-    for text, number in texts.items():
-        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
-        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
-    _print_kept(merged)
 
 
 def _print_experts(merged: Merged, out: str) -> None:

@@ -90,11 +90,9 @@ def statistics(
             for each weight of an expert, which are trained with the expert frozen.
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`. Default: the inputs
             that the experts keep (`fit --keep_inputs`).
-        rows: The most rows of one task, spread evenly over them.
         overwrite: Replace statistics of this kind.
         labels: Take the targets of the `rows`, or the answers of the `experts` to the inputs of their own tasks.
         max_new_tokens: The most tokens of an expert's answer.
-        dtype: Data type of the base; bfloat16 takes half the memory.
         steps: Steps of AdamW that train `gates`, each on a batch of rows; 100 by default.
 
     Examples:
@@ -138,8 +136,6 @@ def route(
             base alone.
         data: The experts' tasks, whose rows KernelRidge, Centroid, Classifier and Phatgoose learn from; not needed if
             `statistics` took what they need, or the experts keep inputs (`fit --keep_inputs`).
-        rows: The most rows of one task.
-        overwrite: Replace an expert of this name.
         dtype: Data type of the base where statistics are taken; bfloat16 takes half the memory.
 
     Examples:

@@ -140,7 +140,9 @@ class RowReader:
     def _row(self, values: Mapping[str, Any], where: str) -> Row:
         split, column = self._split(values), self.columns.get("messages", self.columns.get("target", "target"))
         if not ("messages" in self.columns or ("rejected" in self.columns and _is_conversation(values.get(column)))):
-            text, target = self._input(values), self._target(values)
+            text = self._input(values)
+            lacks = not self.targets and values.get(self.columns.get("target", "target")) in (None, "")
+            target = None if lacks else self._text(values, "target")
             return Row(text, target, split, self._choices(values, target), where)
         pair, before, messages = list[dict[str, str]](), list[dict[str, str]](), self._messages(values, column)
         prompt = self.columns.get("input")
@@ -192,10 +194,6 @@ class RowReader:
             if known[name] is None:
                 raise BadRow(f"the template has {{{name}}}, which is null here")
         return _checked("input", self.template.format_map(known))
-
-    def _target(self, values: Mapping[str, Any]) -> str | None:
-        given = values.get(self.columns.get("target", "target"))
-        return None if not self.targets and given in (None, "") else self._text(values, "target")
 
     def _messages(self, values: Mapping[str, Any], column: str) -> list[dict[str, str]]:
         if column not in values:

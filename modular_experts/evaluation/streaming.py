@@ -15,8 +15,7 @@ from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
 from modular_experts.data.chat import Messages, encoded, reads_chat, template_hash
 from modular_experts.evaluation.generation import answer_room, continued
-from modular_experts.injection.attach import attached
-from modular_experts.injection.named import NamedExperts
+from modular_experts.injection.attach import NamedExperts, attached
 from modular_experts.injection.routed import Routed
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training

@@ -1,7 +1,7 @@
 """Put experts into the linear layers and other modules of a model, take them out again, and save what was trained.
 
-`inject.py` swaps the layers' classes; open it first. `slices.py` and `whole.py` serve other weights, and `save.py`
-writes the experts of any training loop into a library. Which site gets which expert is a plan (`experts/site.py`).
+`inject.py` swaps the layers' classes, which `layers.py` and `slices.py` define; open it first. `save.py` writes the
+experts of any training loop into a library. Which site gets which expert is a plan (`experts/site.py`).
 `routed.py` puts experts behind a router, `ensemble.py` averages what experts predict, and `attach.py` puts stored
 experts of any kind into a model for a while.
 """

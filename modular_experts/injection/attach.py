@@ -1,13 +1,15 @@
 """Use stored experts of any kind in a model for a while: `with attached(model, "library/x"): ...`.
 
 Deltas are added to the weights. An expert that depends on the input is put into the layers: a routed expert with the
-experts behind it, and experts that a plan or a type makes of their state.
+experts behind it, and experts that a plan or a type makes of their state. `NamedExperts` uses the experts of a library
+by name on one model, as interactive work does.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,15 +20,18 @@ from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
 from modular_experts.injection.inject import load_expert_state, state_by_place
 from modular_experts.injection.routed import Injected, Routed, moved_sites, routed
-from modular_experts.library import StoredExpert
+from modular_experts.library import Library, StoredExpert
 from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.library.described import find_class, rebuild, settings, short_name
 from modular_experts.library.expert import stored_in
 from modular_experts.routing.gates import Selection
 from modular_experts.routing.router import Router
+from modular_experts.text import did_you_mean
 
 MODEL, COUNT = "router", "experts"
 """Where a state holds the router of the whole model, and there how many parents it chooses among."""
+_NAMED = "_modular_experts_named"
+"""The attribute of a model that holds the newest `NamedExperts` of it."""
 
 
 def attached(
@@ -147,3 +152,50 @@ def make_router(class_path: str, described: Mapping[str, Any], owner: str = "the
     if select := dict(given.get("select") or {}):
         given["select"] = {"class_path": select.pop("class"), "init_args": select}
     return rebuild({"class_path": class_path, "init_args": given}, Router, Selection, owner=owner)
+
+
+class NamedExperts(AbstractContextManager["NamedExperts"]):
+    """Experts by name, of which a model uses none at first.
+
+        with NamedExperts(model, "library") as experts:
+            experts.use("dates")
+            experts.use("dates", "mood")  # their sum
+            experts.use()  # the base alone
+
+    Args:
+        model: The experts' base, before anything is injected.
+        experts: A library's directory, or a mapping from names to experts, as `attached` takes them.
+    """
+
+    def __init__(self, model: nn.Module, experts: str | Path | Mapping[str, AnyExpert]) -> None:
+        self.experts = Library(experts) if isinstance(experts, str | Path) else experts
+        self.names: tuple[str, ...] = ()
+        """Which experts the model uses."""
+        self.used: Any = None
+        """What `attached` returned for them."""
+        self._model = model
+        # A cell of a notebook may run twice, and must not add its experts twice.
+        if (before := model.__dict__.get(_NAMED)) is not None:
+            before.use()
+        model.__dict__[_NAMED] = self
+
+    def use(self, *names: str) -> Any:
+        """Use these experts, added up, in the place of those before; return what `attached` returns.
+
+        Raises:
+            KeyError: There is no such expert; the model stays as it is.
+            ValueError: Experts cannot be added up, as one behind a router; the model is the base alone then.
+        """
+        for name in names:
+            if name not in self.experts:
+                raise KeyError(f"there is no expert {name!r}{did_you_mean(name, self.experts)}")
+        chosen = [self.experts[name] for name in names]
+        if self.used:
+            self.used.remove()
+        self.used, self.names = None, ()
+        if chosen:
+            self.used, self.names = attached(self._model, chosen), names
+        return self.used
+
+    def __exit__(self, *failure: object) -> None:
+        self.use()

@@ -3,7 +3,7 @@
 The class of the same layer object is swapped, so that module names, `state_dict` keys, pickle, deepcopy, DDP and tied
 weights keep working. GPT-2's `Conv1D` stores its weight as (in, out): experts always see `(out, in)`, and files always
 hold the base's own orientation. A module that is not a linear layer keeps its class; its expert sees its calls.
-`slices.py` gives experts to the matrices of mixture-of-experts layers, `whole.py` to all other parameters.
+`slices.py` gives experts to the matrices of mixture-of-experts layers, `layers.py` to all other parameters.
 """
 
 import re
@@ -29,9 +29,8 @@ from modular_experts.experts.site import (
     make_expert,
     make_module_expert,
 )
-from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertQuantised
+from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertParameter, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
-from modular_experts.injection.whole import ExpertParameter
 from modular_experts.library.described import settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
 

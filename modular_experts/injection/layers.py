@@ -1,4 +1,4 @@
-"""Layers that keep an expert beside the base's own weight and bias."""
+"""Layers that keep an expert beside the base's own weight and bias, and parameters that keep one."""
 
 from typing import Any
 
@@ -9,6 +9,9 @@ from modular_experts.base.quantised import read_weight
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert, InPlaceExpert, trains_weight
+from modular_experts.experts.selectable import Selectable
+from modular_experts.experts.site import Site
+from modular_experts.kernels.kernel import kept_weight
 
 
 class ExpertLayer(nn.Module):
@@ -70,3 +73,66 @@ class ExpertQuantised(ExpertLinear):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
+
+
+class ExpertParameter(ExpertLayer):
+    """A parameter with an expert that no linear layer multiplies: embeddings, tied heads, norms, biases, routers.
+
+    It is a module of its own in the first of its owners, of a name such as `weight[:]`. While an owner runs, the
+    expert's moved weight stands in the parameter's place. A tied parameter has several owners and one expert, so that
+    all of its uses see the same numbers and their gradients add up.
+    """
+
+    bias = None
+    _now: tuple[Any, Tensor] | None = None
+
+    def __init__(self, site: Site, expert: Expert, owners: list[nn.Module]) -> None:
+        super().__init__()
+        # In a list, because `nn.Module.__setattr__` would make the owners a part of their part.
+        self.owners, self.parameter = owners, site.parameter
+        self.base_dtype, self.expert = self.weight.dtype, expert
+        if trains_weight(expert):
+            self.weight.data = self.weight.data.to(torch.promote_types(self.base_dtype, torch.float32))
+            self.weight.requires_grad_(True)
+
+    @property
+    def weight(self) -> Any:
+        return self.owners[0]._parameters[self.parameter]
+
+    def weight_name(self, name: str) -> str:
+        return name.removesuffix("[:]")
+
+    def put(self) -> None:
+        """Become a part of the first owner, and stand in for the parameter while an owner runs."""
+        self.owners[0].add_module(f"{self.parameter}[:]", self)
+        # Bound methods, which a copied or pickled model takes along.
+        self._hooks = [one.register_forward_pre_hook(self._enter) for one in self.owners]
+        self._hooks += [one.register_forward_hook(self._leave, always_call=True) for one in self.owners]
+
+    def take_out(self) -> None:
+        """Leave the owners as they were."""
+        for hook in self._hooks:
+            hook.remove()
+        del self.owners[0]._modules[f"{self.parameter}[:]"]
+
+    def _enter(self, owner: nn.Module, arguments: Any) -> None:
+        state = torch.is_grad_enabled(), getattr(self.expert, "probe", None), *(p._version for p in self.parameters())
+        # The first owner begins a pass, whose other uses share its graph: their gradients add up before they are read.
+        if owner is self.owners[0] or self._now is None or self._now[0] != state:
+            self._now = state, self._moved().to(self.base_dtype)
+        owner.__dict__[self.parameter] = self._now[1]
+
+    def _moved(self) -> Tensor:
+        expert, weight = self.expert, self.weight
+        if isinstance(expert, Selectable) and expert.probe is not None:
+            expert.probe.is_reached = True
+            return kept_weight(expert.scored(weight)[0], expert.probe.leaf, expert.probe)
+        if isinstance(expert, InPlaceExpert):
+            return expert.moved(weight)
+        return weight + expert.delta(weight, lambda: weight).dense().to(weight.dtype)
+
+    def _leave(self, owner: nn.Module, arguments: Any, output: Any) -> None:
+        owner.__dict__.pop(self.parameter, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_now": None}

@@ -1,17 +1,31 @@
-"""Compare a fine-tuned checkpoint with its base, weight by weight, and return the differences as deltas."""
+"""Compare a fine-tuned checkpoint with its base, weight by weight, and hold what another tool trained as deltas."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from modular_experts.base import Base
 from modular_experts.base.structure import Structure
-from modular_experts.deltas import Delta
-from modular_experts.interop.adapter import ImportedAdapter, lossless
+from modular_experts.deltas import Delta, Dense, Sparse
+from modular_experts.deltas.tiles import index_dtype
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
+
+
+@dataclass(frozen=True)
+class ImportedAdapter:
+    """The deltas of another tool's fine-tuning by the names of weights in the loaded base, and facts of its files.
+
+    An iteration over the deltas can be repeated.
+    """
+
+    deltas: Iterable[tuple[str, Delta]]
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_full_checkpoint(
@@ -115,3 +129,13 @@ def check_same_model(one: Structure, other: Structure) -> None:
                 f"{here.place} has {alone[0]}{more}, and {there.place} does not; the two differ in their number of "
                 "layers or in their biases, so they are not two states of one model"
             )
+
+
+def lossless(difference: Tensor) -> Delta:
+    """Return the difference of a weight as `Sparse` where that takes fewer bytes, else as `Dense`."""
+    moved, index = int(difference.count_nonzero()), index_dtype(difference.shape)
+    if moved * (4 + index.itemsize) >= 4 * difference.numel():
+        return Dense(difference)
+    flat = difference.reshape(-1)  # PEFT states some deltas transposed
+    indices = flat.nonzero()[:, 0]
+    return Sparse(indices.to(index), flat[indices], difference.shape)

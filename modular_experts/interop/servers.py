@@ -2,21 +2,31 @@
 
 The rules are those in the sources of vLLM 0.33, SGLang 0.5.23 and llama.cpp: no biases, no other saved modules, and one
 rank for all weights of an adapter, which is `lora_alpha` too, so that no server scales.
+
+An expert can also be sparse weight patches of vLLM: new values for the weights of a running base. vLLM's
+`SparseWeightPatch` has a tensor's name in the checkpoint, its `full_shape`, flat `indices` in int32, and `values` in
+the checkpoint's dtype. It defines no file for them; here they lie in one of safetensors, under `NAME/indices` and
+`NAME/values`, with all shapes as JSON under `shapes` of its metadata.
 """
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modular_experts.base import Base
+from modular_experts.base.files import MANIFEST, write_manifest
 from modular_experts.base.structure import Structure, split_slice
+from modular_experts.deltas import all_finite
 from modular_experts.interop.peft.formats import LoraFormat
 from modular_experts.interop.peft.write import Encoded, WrittenAdapter, export
-from modular_experts.library import StoredExpert, open_experts
+from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
+from modular_experts.native.sparse_passes import add_rounded, unequal
 from modular_experts.progress import Progress
 
 Server = Literal["vllm", "sglang", "llama.cpp"]
@@ -27,6 +37,7 @@ _RANKS: Mapping[str, Sequence[int]] = {"vllm": _STEPS, "sglang": _STEPS, "llama.
 # SGLang joins the LoRAs of these layers, and fails on a block that lacks one of them.
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 GGUF_FILE = "adapter.gguf"
+PATCH_FILE = "patch.safetensors"
 # transformers' name of an architecture -> llama.cpp's, whose converter turns rows only in q_proj and k_proj of `llama`.
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _IN_BATCH = 8  # the most adapters of a batch in the start line: SGLang's default, while vLLM's is one
@@ -143,3 +154,46 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
     There rotary positions turn neighbouring rows, in transformers rows half a head apart.
     """
     return rows.view(heads, 2, rows.shape[0] // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+class WrittenPatch(NamedTuple):
+    """How many tensors a patch changes, and how many values."""
+
+    tensors: int
+    changed: int
+
+
+def export_patch(
+    expert: str | Path | StoredExpert,
+    out: str | Path,
+    base: str | Path | Base | None = None,
+    overwrite: bool = False,
+    progress: Progress = iter,
+) -> WrittenPatch:
+    """Write an expert or a merge as a patch: the base with it has the bits of the checkpoint that `apply` writes.
+
+    The whole patch is in memory. The arguments are as for `export`.
+    """
+    target = check_target(out, overwrite, MANIFEST)
+    (opened,) = open_experts([expert], base=base)
+    found = Base.open(base, [opened])
+    found.structure.check_fit(opened.shapes())
+    if parts := [name for name in opened if name not in found.structure.weights]:
+        raise ValueError(f"{opened.name} moves {parts[0]}, a part of a stored tensor; write a checkpoint with apply")
+    tensors, shapes = dict[str, Tensor](), dict[str, list[int]]()
+    for name in progress(list(opened)):
+        stored = found.weights.read(name)
+        total = add_rounded(stored, opened[name], stored.dtype).weight
+        if not all_finite(total):
+            raise ValueError(f"{name} plus its delta is not finite in {stored.dtype}; take a smaller scale")
+        places = torch.from_numpy(unequal(total, stored)).view(-1).nonzero()[:, 0]
+        if len(places) and places[-1] >= 2**31:
+            raise ValueError(f"{name} has {total.numel()} entries, more than vLLM's indices in int32 can name")
+        for key in found.weights.keys(name) if len(places) else ():
+            tensors |= {f"{key}/indices": places.to(torch.int32), f"{key}/values": total.view(-1)[places]}
+            shapes[key] = list(stored.shape)
+    with new_directory(target, overwrite, MANIFEST) as directory:
+        save_file(tensors, directory / PATCH_FILE, metadata={"format": "pt", "shapes": json.dumps(shapes)})
+        identity = {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint}
+        write_manifest(directory, {"base": identity, "experts": as_parents([opened])})
+    return WrittenPatch(len(shapes), sum(one.numel() for one in tensors.values()) // 2)

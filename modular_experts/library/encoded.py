@@ -17,7 +17,7 @@ from modular_experts.deltas import all_finite
 from modular_experts.deltas.encodings import ENCODINGS, Encoded
 from modular_experts.deltas.tiles import tile_grid
 from modular_experts.library.tensorfile import Layout
-from modular_experts.native.decoding import RowLayout, decode_values
+from modular_experts.native.sparse_passes import RowLayout, decode_values
 from modular_experts.text import did_you_mean
 
 VALUE_TYPES = ("float32", "bfloat16", *ENCODINGS)

@@ -22,7 +22,7 @@ from modular_experts.deltas.encodings import EIGHT_BITS, ENCODINGS, from_planes,
 from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.encoded import StoredValues
 from modular_experts.library.tensorfile import Layout
-from modular_experts.native.decoding import decode_numbers
+from modular_experts.native.sparse_passes import decode_numbers
 
 PLACES = ("gaps", "mask", "rice")
 """The encodings of kept numbers."""

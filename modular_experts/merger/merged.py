@@ -243,7 +243,10 @@ class _Cut(TaskVector):
 
     def __getitem__(self, name: str) -> Delta:
         delta = self._vector[name]
-        cut = self._form.cut(self._whole(delta))
+        # `Form.cut` takes directions of a dense matrix, and not of a sparse one.
+        is_sparse = isinstance(delta, Sparse | BlockSparse) and len(delta.shape) == 2 and not delta.is_empty
+        loses = is_sparse and (self._form.rank or math.inf) < min(delta.shape)
+        cut = self._form.cut(Dense(delta.dense()) if loses else delta)
         if self.noted:  # a cut is an orthogonal projection
             before, share = self.noted["squared_norm"], self.noted["squared_norm_kept"]
             after = before + delta.norm() ** 2
@@ -253,11 +256,6 @@ class _Cut(TaskVector):
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._vector.shapes()
-
-    def _whole(self, delta: Delta) -> Delta:
-        """Return a sparse matrix that is to lose directions in the form of which `Form.cut` takes them."""
-        is_sparse = isinstance(delta, Sparse | BlockSparse) and len(delta.shape) == 2 and not delta.is_empty
-        return Dense(delta.dense()) if is_sparse and (self._form.rank or math.inf) < min(delta.shape) else delta
 
 
 def as_stored(merged: Merged, form: Form) -> dict[str, Delta]:

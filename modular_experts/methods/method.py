@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.settings import Check, Checks, Presets, fill_from_preset, finite, with_table
+from modular_experts.methods.settings import Checked, Checks, Presets, fill_from_preset, finite, with_table
 
 PROMISES = (
     "Unless its text limits this, a method multiplies its result by `scale`, and by a common positive factor of the "
@@ -89,7 +89,7 @@ class Needs:
         return Needs(self.statistics or other.statistics, together=self.together or other.together, **sums)
 
 
-class MergeMethod(ABC):
+class MergeMethod(Checked, ABC):
     """A way to merge experts. Subclass it as a frozen dataclass whose fields are the settings, and write `merge`.
 
     The fields become options of the command line and are recorded in the merged expert. A list among them that is as
@@ -115,11 +115,7 @@ class MergeMethod(ABC):
     def __post_init__(self) -> None:
         if self.presets:
             fill_from_preset(self, self.presets)
-        checks: dict[str, Check] = {}
-        for kind in reversed(type(self).__mro__):
-            checks |= vars(kind).get("checks", {})
-        for setting, check in checks.items():
-            check(self, setting, getattr(self, setting, None))
+        super().__post_init__()
 
     @abstractmethod
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:

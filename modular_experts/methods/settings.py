@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from modular_experts.text import did_you_mean
 
@@ -17,6 +17,19 @@ Checks = dict[str, Check]
 
 FROM_PRESET: Any = None
 """Default of a setting that the preset fills; once a method is made, the setting holds a value."""
+
+
+class Checked:
+    """Checks the settings of a dataclass when it is made; a subclass inherits the checks of the classes above it."""
+
+    checks: ClassVar[Checks] = {}
+
+    def __post_init__(self) -> None:
+        checks: Checks = {}
+        for kind in reversed(type(self).__mro__):
+            checks |= vars(kind).get("checks", {})
+        for setting, check in checks.items():
+            check(self, setting, getattr(self, setting, None))
 
 
 def fill_from_preset(method: Any, presets: Presets) -> None:

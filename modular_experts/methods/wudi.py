@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.methods.average import Average
@@ -60,7 +59,10 @@ class WUDI(MergeMethod):
         movers = [delta.to(dtype=torch.float64) for delta in deltas if not delta.is_empty and delta.norm() > 0]
         if not movers:
             return Sparse.zero(deltas[0].shape, deltas[0].device)
-        inputs, outputs = self._loss(movers)
+        # The loss of t is `|t X - Y|^2` for X `(in, k)` and Y `(out, k)`.
+        rows = [left_factor(delta.T) / delta.norm() ** (self.power / 2) for delta in movers]
+        inputs = torch.cat(rows, 1)
+        outputs = torch.cat([delta.linear(x.T).T for delta, x in zip(movers, rows, strict=True)], 1)
         if self.solver == "exact":
             basis = spectrum(Dense(inputs))
             return as_delta(self.scale * (outputs @ basis.right.T) / basis.values, basis.left.T, deltas)
@@ -73,9 +75,3 @@ class WUDI(MergeMethod):
             found.grad = slope @ inputs.T if narrow else slope
             optimizer.step()
         return Dense((self.scale * found.detach()).to(widest_dtype(deltas)))
-
-    def _loss(self, movers: Sequence[Delta]) -> tuple[Tensor, Tensor]:
-        """Return X `(in, k)` and Y `(out, k)` for which the loss of t is `|t X - Y|^2`."""
-        inputs = [left_factor(delta.T) / delta.norm() ** (self.power / 2) for delta in movers]
-        outputs = [delta.linear(x.T).T for delta, x in zip(movers, inputs, strict=True)]
-        return torch.cat(inputs, 1), torch.cat(outputs, 1)

@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_experts.data.chat import encoded, ends_of_answers, reads_chat
 from modular_experts.evaluation.generation import answer_room
-from modular_experts.serving.engine import Engine, Sampling, Token
+from modular_experts.serving.engine import Engine, Sampling, SideThreads, Token
 from modular_experts.serving.models import Choice, Models, Route
-from modular_experts.serving.threads import SideThreads
 
 Prompt = str | list[int] | list[dict[str, str]]
 MOST_TOKENS = 256

@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,6 @@ from modular_experts.library import StoredExpert
 from modular_experts.routing.gates import Gates
 from modular_experts.serving.experts import HeldExperts, NoRoomError, Slot
 from modular_experts.serving.models import Weighted
-from modular_experts.serving.threads import SideThreads
 
 transformers_log = logging.getLogger("ContinuousBatchingLogger")
 PAGE = 32
@@ -61,6 +61,28 @@ class _Row:
     sampling: Sampling
     told: list[Token] = field(default_factory=list)
     generator: torch.Generator | None = None
+
+
+class SideThreads:
+    """Calls functions that compute with torch one after the other, each in a thread that ends with the call.
+
+    OpenMP keeps workers for every thread that has computed. As soon as there are more of them than cores, they sleep
+    between two products instead of waiting awake, and each pass of the model takes longer.
+    """
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return a function's result; a caller that is cancelled waits for the end of one that has begun."""
+        async with self._turn:
+            thread = ThreadPoolExecutor(1)
+            running = asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
+            try:
+                return await asyncio.shield(running)
+            finally:
+                await asyncio.wait([running])
+                thread.shutdown(wait=False)
 
 
 class EngineError(RuntimeError):

@@ -163,8 +163,10 @@ class HeldExperts:
             slot.expert.release()
             for _, mixture in self._mixtures.values():
                 mixture.put(slot.number, None)
-        if len(self._slots) < before:
-            _give_back_memory()
+        if len(self._slots) < before and sys.platform == "linux":
+            # glibc does not give memory that was freed between other tensors back to the system by itself.
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)
+            trim(0)
         room, kept = self.most - self.nbytes - size, {slot.number for slot in self._slots.values()}
         for slot in reversed(unused):
             if slot.decoded is None:
@@ -193,13 +195,6 @@ class HeldExperts:
         with self._pause():
             inject(self._model, lambda _: dict.fromkeys(sites, make))
             self._model.eval()
-
-
-def _give_back_memory() -> None:
-    """Give memory that was freed between other tensors back to the system; glibc does not do so by itself."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _bytes(expert: StoredExpert) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from modular_experts.methods.settings import Checked, Checks, at_least, within
 from modular_experts.progress import Counted, Progress
 
 Value = int | float | str
@@ -118,7 +119,7 @@ class Evolved:
 
 
 @dataclass(frozen=True)
-class Evolution:
+class Evolution(Checked):
     """An evolution of one candidate at a time, which keeps the best `parents` and makes each next one from them.
 
     A candidate is mixed from two parents, gene by gene, or is one parent with some genes changed. A number changes by a
@@ -134,21 +135,15 @@ class Evolution:
         seed: Seed of all draws. Equal seeds and values give equal searches.
     """
 
+    checks = Checks(**dict.fromkeys(("evaluations", "first", "parents"), at_least(1)))
+    checks |= Checks(crossover=within("[0, 1]"), mutation=within("(0, 1]"))
+
     evaluations: int = 500
     first: int = 50
     parents: int = 10
     crossover: float = 0.5
     mutation: float = 0.2
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("evaluations", "first", "parents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.crossover <= 1:
-            raise ValueError(f"{type(self).__name__}: crossover must be in [0, 1], got {self.crossover}")
-        if not 0 < self.mutation <= 1:
-            raise ValueError(f"{type(self).__name__}: mutation must be in (0, 1], got {self.mutation}")
 
     def search(
         self,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modular_experts.data.batch import IGNORED, Batch
+from modular_experts.methods.settings import Checks, above, at_least, finite, one_of
 from modular_experts.progress import Counted, Progress
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.objective import MEASURES, Aim, Measure, Objective, Prediction, Trial, check_aim
+from modular_experts.tuning.objective import MEASURES, Aim, Measure, Objective, Prediction, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
 
 Per = Literal["expert", "weight", "row"]
@@ -107,15 +108,7 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     return joined
 
 
-def _check_descent(search: "AdaMerging | ATLAS") -> None:
-    name = type(search).__name__
-    check_aim(name, search.objective)
-    if search.per not in get_args(Per):
-        raise ValueError(f"{name}: per must be 'expert', 'weight' or 'row', got {search.per!r}")
-    if search.steps < 1:
-        raise ValueError(f"{name}: steps must be at least 1, got {search.steps}")
-    if not 0 < search.learning_rate < math.inf:
-        raise ValueError(f"{name}: learning_rate must be a positive number, got {search.learning_rate}")
+_DESCENT = Checks(objective=one_of(Aim), per=one_of(Per), steps=at_least(1), learning_rate=above(0))
 
 
 @dataclass(frozen=True)
@@ -136,6 +129,8 @@ class AdaMerging(CoefficientSearch):
         largest: The largest coefficient.
     """
 
+    checks = _DESCENT
+
     per: Per = "weight"
     objective: Aim = "entropy"
     steps: int = 500
@@ -144,7 +139,7 @@ class AdaMerging(CoefficientSearch):
     largest: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_descent(self)
+        super().__post_init__()
         if not 0 <= self.start <= self.largest < math.inf:
             raise ValueError(f"AdaMerging: start must be from 0 to a finite largest={self.largest}, got {self.start}")
 
@@ -174,17 +169,14 @@ class ATLAS(CoefficientSearch):
         decay: Whether the rate falls linearly to 0.
     """
 
+    checks = _DESCENT | Checks(start=finite)
+
     steps: int = 60
     learning_rate: float = 1e-2
     start: list[float] | None = None
     objective: Aim = "loss"
     per: Per = "weight"
     decay: bool = False
-
-    def __post_init__(self) -> None:
-        _check_descent(self)
-        if not all(map(math.isfinite, self.start or [])):
-            raise ValueError(f"ATLAS: start must be finite numbers, got {self.start}")
 
     def check(self, experts: int) -> None:
         if len(self.start or []) > experts:

@@ -322,8 +322,3 @@ def _log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 MEASURES: dict[Aim, Measure] = {"loss": batch_losses, "entropy": batch_entropies, "distill": batch_divergences}
-
-
-def check_aim(search: str, objective: str) -> None:
-    if objective not in MEASURES:
-        raise ValueError(f"{search}: objective must be 'loss', 'entropy' or 'distill', got {objective!r}")

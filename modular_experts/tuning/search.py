@@ -16,6 +16,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
 from modular_experts.merger.merged import Merged, merge
 from modular_experts.methods import MergeMethod, TaskArithmetic
+from modular_experts.methods.settings import Checked
 from modular_experts.progress import Counted, Progress
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import (
@@ -71,10 +72,11 @@ class SearchAlgorithm(ABC):
         """Search, and write the expert; it takes the arguments of the function `search`."""
 
 
-class CoefficientSearch(SearchAlgorithm):
+class CoefficientSearch(Checked, SearchAlgorithm):
     """An algorithm that finds coefficients for each expert, its weights, or their rows.
 
-    Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`.
+    Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`. What refuses
+    bad values of the fields stands in `checks`, as a merge method's does.
     """
 
     def run(self, experts: Sequence[str | Path], *arguments: Any, **settings: Any) -> "Searched":

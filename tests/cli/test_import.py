@@ -14,7 +14,7 @@ from testbed.peft_adapters import save_adapter
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop import import_expert as import_room
-from modular_experts.interop.adapter import ImportedAdapter
+from modular_experts.interop.full_checkpoint import ImportedAdapter
 from modular_experts.interop.import_expert import import_experts
 from modular_experts.library import Library, open_expert
 

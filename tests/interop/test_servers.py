@@ -16,8 +16,7 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import apply
 from modular_experts.deltas import Dense, LowRank
-from modular_experts.interop.servers import export_for
-from modular_experts.interop.vllm_patch import export_patch
+from modular_experts.interop.servers import export_for, export_patch
 from modular_experts.library import open_expert
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]

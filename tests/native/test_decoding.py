@@ -11,7 +11,7 @@ from testbed.random_deltas import random_delta
 from modular_experts.deltas.encodings import ENCODINGS, Encoded, to_planes
 from modular_experts.library.packing import encode, pack, unpack
 from modular_experts.native import sparse_passes
-from modular_experts.native.decoding import decode_numbers, decode_values
+from modular_experts.native.sparse_passes import decode_numbers, decode_values
 
 CASES = [
     ("Sparse", (90, 70), (1, 1)),

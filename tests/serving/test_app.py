@@ -16,9 +16,8 @@ from modular_experts.data import chat as chats
 from modular_experts.routing import Centroid
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Limits, make_app
-from modular_experts.serving.engine import EngineError
+from modular_experts.serving.engine import EngineError, SideThreads
 from modular_experts.serving.models import Route
-from modular_experts.serving.threads import SideThreads
 
 CHAT = "/v1/chat/completions"
 

@@ -18,8 +18,7 @@ from modular_experts.library import make_record, write_expert
 from modular_experts.library.form import Form
 from modular_experts.methods.method import DataStatistic
 from modular_experts.statistics import gram
-from modular_experts.tuning.scales import FURTHEST, fitted_factors, row_factors
-from modular_experts.tuning.shrink import shrink
+from modular_experts.tuning.shrink import FURTHEST, fitted_factors, row_factors, shrink
 
 KINDS = ["Dense", "Sparse", "BlockSparse"]
 SIGNS = Form("sign", 0.5)

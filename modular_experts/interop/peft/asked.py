@@ -23,7 +23,7 @@ from modular_experts.base.files import quiet
 from modular_experts.base.structure import weight_of
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
-from modular_experts.interop.adapter import ImportedAdapter, lossless
+from modular_experts.interop.full_checkpoint import ImportedAdapter, lossless
 from modular_experts.interop.peft.files import CONFIG_FILE, NOT_SET, PREFIX, TENSOR_FILE, AdapterFiles, import_peft
 from modular_experts.text import did_you_mean
 

@@ -16,7 +16,7 @@ from modular_experts.base.structure import Structure, is_transposed, sliced, spl
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import rows_and_columns
-from modular_experts.interop.adapter import lossless
+from modular_experts.interop.full_checkpoint import lossless
 from modular_experts.library import StoredExpert
 
 

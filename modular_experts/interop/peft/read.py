@@ -10,7 +10,7 @@ from torch import nn
 from modular_experts.base import Base
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import LowRank
-from modular_experts.interop.adapter import ImportedAdapter
+from modular_experts.interop.full_checkpoint import ImportedAdapter
 from modular_experts.interop.peft.asked import ask_peft
 from modular_experts.interop.peft.files import LORA_TENSORS, AdapterFiles
 from modular_experts.text import did_you_mean

@@ -28,8 +28,7 @@ from modular_experts.jobs import JSONLines
 from modular_experts.library import check_target, new_directory
 from modular_experts.library.record import package_versions
 from modular_experts.settings import Options
-from modular_experts.systems.compress.candidates import Candidates, Members, Window
-from modular_experts.systems.compress.ranking import rank
+from modular_experts.systems.compress.candidates import Candidates, Members, Window, rank
 from modular_experts.systems.compress.reform import reform
 from modular_experts.systems.compress.removable import Kept, Removable
 from modular_experts.systems.evolution import Evolution, Genes

@@ -20,6 +20,7 @@ from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.methods import MergeMethod
+from modular_experts.methods.settings import Checks, at_least
 from modular_experts.progress import Progress
 from modular_experts.systems.evolution import Choice, Evolution, Genes
 from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
@@ -52,12 +53,9 @@ class PathSearch(Evolution, SearchAlgorithm):
         mutation: Probability that a part of the others changes, in (0, 1]; at least one changes. GLoRA takes 0.2.
     """
 
-    limit: int | None = None
+    checks = Checks(limit=at_least(1, "must be at least 1 trained number"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"PathSearch: limit must be at least 1 trained number, got {self.limit}")
+    limit: int | None = None
 
     def run(
         self,
@@ -99,7 +97,7 @@ class PathSearch(Evolution, SearchAlgorithm):
             beneath = objective.losses()
             meanwhile.enter_context(Injected(objective.model, partial(by_state, GLoRAExpert, opened)))
             load_expert_state(objective.model, opened.state())
-            space = _Paths(objective, _Losses(Path(out), _identity([opened, *parents], objective)))
+            space = _Paths(objective, _Losses(Path(out), [opened, *parents], objective))
             limit = space.numbers(space.largest) if self.limit is None else self.limit
             found = self.search(
                 [Choice(len(kinds)) for _, kinds in space.parts],
@@ -228,8 +226,14 @@ class _Paths:
 class _Losses(JSONLines):
     """The losses of one search's candidates, in a file beside the expert until the search ends."""
 
-    def __init__(self, out: Path, search: str) -> None:
+    def __init__(self, out: Path, experts: Sequence[StoredExpert], objective: Objective) -> None:
         super().__init__(out.with_name(f"{out.name}.losses.jsonl"))
+        digest = hashlib.sha256("".join(expert.content_hash for expert in experts).encode())
+        for task, batches in objective.batches.items():
+            digest.update(task.encode())
+            for batch in batches:
+                digest.update(batch["input_ids"].cpu().numpy().tobytes() + batch["labels"].cpu().numpy().tobytes())
+        search = digest.hexdigest()
         if ("search",) not in self:
             self["search",] = search
         if self["search",] != search:
@@ -237,12 +241,3 @@ class _Losses(JSONLines):
                 f"{self.file} holds losses of another expert or of other rows; delete it to search anew, or choose "
                 "another out"
             )
-
-
-def _identity(experts: Sequence[StoredExpert], objective: Objective) -> str:
-    digest = hashlib.sha256("".join(expert.content_hash for expert in experts).encode())
-    for task, batches in objective.batches.items():
-        digest.update(task.encode())
-        for batch in batches:
-            digest.update(batch["input_ids"].cpu().numpy().tobytes() + batch["labels"].cpu().numpy().tobytes())
-    return digest.hexdigest()

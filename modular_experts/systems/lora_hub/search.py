@@ -5,15 +5,15 @@ meets B of another; here the deltas are summed, which is exact and admits expert
 nevergrad, and this with `Evolution` of one parent, a (1+1) evolution strategy with an adaptive step length.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from modular_experts.methods.settings import Checks, above, at_least, one_of
 from modular_experts.progress import Progress
 from modular_experts.systems.evolution import Evolution, Genes, Real
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.objective import MEASURES, Aim, Objective, Trial, check_aim
+from modular_experts.tuning.objective import MEASURES, Aim, Objective, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
 
 
@@ -33,20 +33,13 @@ class LoRAHub(CoefficientSearch):
             their place, or `entropy`.
     """
 
+    checks = Checks(objective=one_of(Aim), steps=at_least(1), bound=above(0), penalty=at_least(0))
+
     steps: int = 100
     bound: float = 1.5
     penalty: float = 0.05
     seed: int = 0
     objective: Aim = "loss"
-
-    def __post_init__(self) -> None:
-        check_aim("LoRAHub", self.objective)
-        if self.steps < 1:
-            raise ValueError(f"LoRAHub: steps must be at least 1, got {self.steps}")
-        if not 0 < self.bound < math.inf:
-            raise ValueError(f"LoRAHub: bound must be a positive number, got {self.bound}")
-        if not 0 <= self.penalty < math.inf:
-            raise ValueError(f"LoRAHub: penalty must be 0 or a positive number, got {self.penalty}")
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         trials: list[Trial] = []

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
+from modular_experts.systems.compress.candidates import rank
 from modular_experts.systems.compress.compress import Compressed, Reduction, perplexity, read_texts
 from modular_experts.systems.compress.compress import compress as make_smaller
-from modular_experts.systems.compress.ranking import rank
 from modular_experts.systems.compress.removable import Kept, Removable
 
 SMALL = {"multiple": 4, "slack": 0.1, "evaluations": 8, "tokens": 400, "search_tokens": 80, "test_tokens": 200}

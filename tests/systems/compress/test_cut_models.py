@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from modular_experts.systems.compress.ranking import rank
+from modular_experts.systems.compress.candidates import rank
 from modular_experts.systems.compress.reform import DAMPING, BlockByBlock, reform, reformed
 from modular_experts.systems.compress.removable import Kept, Removable
 
