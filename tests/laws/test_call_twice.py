@@ -4,6 +4,7 @@ The callbacks and searches of systems keep the same law in their own tests.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -218,6 +219,20 @@ def test_the_command_follows_its_seed(place, one_block, tmp_path, run, monkeypat
         return record["content_hash"]
 
     check_calls(call, True)
+
+
+def test_a_mask_of_an_expert_is_read_when_a_fit_begins(place, one_block, tmp_path) -> None:
+    shutil.copytree(place / "library" / "a", tmp_path / "mask")
+    used = GradientMask(masks=str(tmp_path / "mask"))
+    shutil.rmtree(tmp_path / "mask")
+    shutil.copytree(place / "library" / "b", tmp_path / "mask")
+
+    def trained(mask: GradientMask) -> str:
+        settings = {"steps": 1, "overwrite": True, "trainer": QUIET | {"callbacks": [mask]}}
+        data = TaskMixture(str(place / "a.jsonl"))
+        return fit(one_block, data, FullExpert, ["q_proj", "down_proj"], tmp_path / "x", **settings).content_hash
+
+    assert trained(used) == trained(GradientMask(masks=str(tmp_path / "mask")))
 
 
 def test_a_task_is_an_object_that_may_be_shared(place, one_block, tmp_path) -> None:
