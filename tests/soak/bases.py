@@ -6,7 +6,6 @@ have losses that differ.
 
 import atexit
 import functools
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -82,25 +81,6 @@ def base_of(kind: str) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@functools.cache
-def shapes_of(kind: str) -> dict[str, torch.Size]:
-    """Return the shape of each parameter of a base by its name."""
-    model = AutoModelForCausalLM.from_pretrained(base_of(kind))
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
-def linear_weights(kind: str) -> list[str]:
-    """Return the names of the weights of all linear layers of a base but the output layer."""
-    ends = tuple(f".{module}.weight" for module in LINEAR[kind])
-    return [name for name in shapes_of(kind) if name.endswith(ends)]
-
-
-def context_of(base: Path) -> int:
-    """Return how many tokens fit into a base."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    return config.get("max_position_embeddings") or config["n_positions"]
 
 
 @functools.cache
