@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modular_experts import TaskMixture, evaluate
+from modular_experts import Base, TaskMixture, evaluate
 from soak.case import Case
 from soak.reference.model import Reader, Reference
 from soak.tasks import TaskFile
@@ -24,12 +24,12 @@ class Scores:
 
 
 def measured(
-    base: Path, models: Mapping[str, Any], tasks: Sequence[Any], most: int | None = 5, **data: Any
+    base: Path | Base, models: Mapping[str, Any], tasks: Sequence[Any], most: int | None = 5, **data: Any
 ) -> dict[str, Scores]:
     """Return what `evaluate` measures of each model; `data` are settings of `TaskMixture`."""
     files = [str(task.path) if isinstance(task, TaskFile) else task for task in tasks]
     mixture = TaskMixture(files, **data)
-    results = evaluate(str(base), models, mixture, most)
+    results = evaluate(base, models, mixture, most)
     scores = {name: Scores({}, {}) for name in models}
     for row in map(dict, results.rows):
         scores[row["model"]].metrics.setdefault(row["task"], {})[row["metric"]] = row["value"]
