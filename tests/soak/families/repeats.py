@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from modular_experts import FullExpert, LoRAExpert, MaskedExpert, MaskSchedule, SparseExpert, fit
+from modular_experts import FullExpert, LoRAExpert, MaskedExpert, MaskSchedule, SparseExpert, fit, open_expert
 from modular_experts.data.sampler import Equal, Temperature
 from modular_experts.masks import RandomScore, SelectOnce
 from soak import bases
@@ -56,7 +56,9 @@ def random_training(case: Case, states: bool = True) -> tuple[str, Training]:
         "precision": draw.choice(["32-true", "32-true", "bf16-mixed"]),
     }
     others = None
-    if case.chance(0.15):
+    if name == "full":
+        settings["model"] = {}
+    if name not in ("glora", "full") and case.chance(0.15):
         others = case.folder / "others"
         for number in range(2):
             random_expert(case, kind, others / f"e{number}", names=None, tasks=[f"other{number}"])
@@ -90,7 +92,11 @@ def resume(case: Case) -> None:
     case.need(checkpoint.exists(), f"there is no checkpoint of step {stop}: {sorted(saved.iterdir())}")
     after = checkpoints(case.folder / "c")
     training.run(library / "again", after, monitor=monitor, checkpoint=checkpoint, trainer=trainer)
-    same_bytes(case, library / "whole", library / "again", f"resumed at step {stop}")
+    # Lightning writes the checkpoint of a step before it validates there, and a resumed fit leaves this validation out.
+    best = open_expert(library / "whole").record["hyperparameters"]["steps"]
+    case.note(best=best)
+    if best != stop:
+        same_bytes(case, library / "whole", library / "again", f"resumed at step {stop}")
 
 
 def checkpoints(folder: Path) -> ModelCheckpoint:
