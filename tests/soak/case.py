@@ -1,11 +1,11 @@
 """Define a random case: what it draws from, where it writes, what it compares, and how it ends."""
 
-import random
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 from torch import Tensor
@@ -28,11 +28,11 @@ class Case:
     family: str
     seed: int
     folder: Path
-    random: random.Random = field(init=False)
+    random: Random = field(init=False)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.random = random.Random(f"{self.family}/{self.seed}")
+        self.random = Random(f"{self.family}/{self.seed}")
 
     def chance(self, share: float) -> bool:
         """Return true in this share of cases."""

@@ -66,11 +66,12 @@ def random_kind(case: Case, types: Sequence[Callable[..., Any]] = ()) -> Kind:
 def random_modules(case: Case, kind: str, expert: Kind) -> str | list[str]:
     """Draw all linear layers of a base, or some of their names."""
     names = bases.LINEAR[kind]
-    if kind == "mixtral" and expert.type is not FullExpert:
-        # Slices of tensors of three dimensions, which are not trained whole.
+    # Slices of tensors of three dimensions are not trained whole.
+    has_slices = kind == "mixtral" and expert.type is not FullExpert
+    if has_slices:
         names = [*names, "experts.down_proj", "gate_up_proj[1]"]
     if case.chance(0.5):
-        return "all-linear"
+        return "all-linear" if has_slices or kind != "mixtral" else names
     return case.random.sample(names, case.random.randint(1, min(3, len(names))))
 
 

@@ -80,8 +80,8 @@ def fit_and_evaluate(case: Case) -> None:
 
 
 OTHER = {
-    "gpt2": ["wte", "wpe", "ln_1", "c_attn.bias"],
-    "neox": ["embed_in", "lm_head", "input_layernorm", "query_key_value.bias"],
+    "gpt2": ["wte", "wpe", "ln_1", "c_fc.bias"],
+    "neox": ["embed_in", "lm_head", "input_layernorm", "dense_h_to_4h.bias"],
     "qwen2": ["embed_tokens", "lm_head", "norm", "q_proj.bias"],
     "tied": ["embed_tokens", "norm", "input_layernorm"],
     "untied": ["embed_tokens", "lm_head", "norm", "input_layernorm"],
