@@ -1,4 +1,4 @@
-"""Measure again after a change: results that a folder keeps are those of a fresh measurement."""
+"""Measure again after a change: the results that a folder keeps are like a fresh measurement."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Fit in two processes, which takes about ten seconds: the expert is that of one process."""
+"""Fit in two processes, which takes about ten seconds, and get the expert that one process trains."""
 
 import os
 import subprocess

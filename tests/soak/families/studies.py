@@ -184,7 +184,7 @@ def studies(case: Case) -> None:
 
 
 def stale(case: Case) -> None:
-    """Run a study, change a file that it names, and run it again: its numbers are those of a fresh folder."""
+    """Run a study, change a file that it names, and run it again, which gives the numbers of a fresh folder."""
     draw = case.random
     world = World(case)
     before = world.run(case.folder / "first")
