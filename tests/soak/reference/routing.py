@@ -47,7 +47,7 @@ def first_direction_scores(deltas: Sequence[Tensor]) -> Callable[[Tensor], Tenso
 
 
 def energy_scores(deltas: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Score an input by the length of what each delta makes of it, for the size of the delta."""
+    """Score an input by the length of its product with each delta, divided by the size of the delta."""
 
     def scores(inputs: Tensor) -> Tensor:
         moved = [(inputs.double() @ delta.double().T).norm(dim=1) for delta in deltas]
