@@ -97,17 +97,16 @@ class ConversationTokenizer:
         while len(ids) > self.max_length and (shorter := _without_oldest(talk.messages)):
             talk = replace(talk, messages=tuple(shorter))
             ids, answers = self._tokens(talk)
-        # What the template writes behind the last answer is neither read nor learned.
-        start = stop = next((place + 1 for place in reversed(range(len(ids))) if answers[place]), len(ids))
+        start = len(ids)
         while start and answers[start - 1]:
             start -= 1
-        first = max(0, stop - self.max_length)
+        first = max(0, len(ids) - self.max_length)
         if start <= first:
             raise BadRow(f"the assistant's last turn fills {self._filled}")
-        labelled = torch.tensor([learn and answer for answer in answers[first:stop]])
+        labelled = torch.tensor([learn and answer for answer in answers[first:]])
         # Nothing predicts the first token.
         labelled[0] = False
-        kept = torch.tensor(ids[first:stop], dtype=torch.int32)
+        kept = torch.tensor(ids[first:], dtype=torch.int32)
         shortened = len(ids) > self.max_length or len(talk.messages) < len(row.messages)
         return Tokens(kept, start - first, labelled if learn else None), shortened
 
@@ -132,10 +131,11 @@ class ConversationTokenizer:
                 any(start < stop and (first <= start or text[first:end].strip()) for first, stop in turns)
                 for start, end in encoded["offset_mapping"]
             ]
+        # What the template writes behind the last answer is neither read nor learned.
+        stop = len(answers) - answers[::-1].index(True) if any(answers) else len(answers)
         if self._own_end is None and any(answers):
-            stop = len(answers) - answers[::-1].index(True)
             return [*ids[:stop], self.end], [*answers[:stop], True]
-        return ids, answers
+        return ids[:stop], answers[:stop]
 
     def _turns(self, row: Row, text: str) -> list[tuple[int, int]]:
         """Return where each turn of the assistant begins and ends in the text of a conversation."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, distributed, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -285,9 +286,12 @@ class ExpertModule(EvaluatedModule):
         else:
             rate = min(expert.learning_rate for _, expert in named_experts(self.model))
             # One pass over each tensor instead of a dozen. A fused step undoes the scale of a GradScaler itself, so
-            # Lightning could not clip; and on a GPU torch chooses a quick way alone.
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-            fused = self.trainer.strategy.root_device.type == "cpu" and not scaled
+            # Lightning refuses to clip in mixed precision, even in bfloat16, which has none; and on a GPU torch
+            # chooses a quick way alone.
+            plugin = self.trainer.precision_plugin
+            scaled = getattr(plugin, "scaler", None) is not None
+            clipped = isinstance(plugin, MixedPrecision) and bool(self.trainer.gradient_clip_val)
+            fused = self.trainer.strategy.root_device.type == "cpu" and not (scaled or clipped)
             optimizer = AdamW(trained, lr=rate, weight_decay=0.0, fused=fused or None)
         if self.learning_rate is not None:
             for group in optimizer.param_groups:

@@ -197,6 +197,14 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_message
     assert problems == ["f:1: the assistant's last turn fills max_length=3; raise it"]
 
 
+@pytest.mark.parametrize("case", ["chatml", "plain", "marked"])
+def test_a_conversation_that_fits_without_the_end_of_its_template_is_whole(case: str) -> None:
+    template, turns, pieces = CASES[case]
+    whole = ids("".join(pieces))
+    examples, cut, problems = RowTokenizer(chatty(template), max_length=len(whole))("t", [row(*turns)], learn=True)
+    assert (examples[0].tokens.ids.tolist(), cut, problems) == (whole, 0, [])
+
+
 def test_a_row_of_texts_among_conversations_is_refused() -> None:
     rows = [Row("q", "a", where="f:1"), row(*TALK, where="f:2"), Row("q", "b", where="f:3")]
     told = "this row has texts, and f:2 is a conversation; write all rows of a task alike"

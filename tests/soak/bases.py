@@ -1,7 +1,7 @@
 """Make tiny random bases, once in a process: `base_of("llama")` is a folder that transformers can load.
 
-Their tokenizer reads single characters. Weights are larger than those that transformers draws, so that models and rows
-have losses that differ.
+Their tokenizer reads single characters, or bytes for Qwen 2. Weights are larger than those that transformers draws, so
+that models and rows have losses that differ.
 """
 
 import atexit
@@ -65,7 +65,7 @@ def base_of(kind: str) -> Path:
     tokenizer = _tokenizer(kind)
     name, sizes = CONFIGS[kind]
     unused = 29 if kind == "padded" else 0
-    vocabulary = {"vocab_size": len(SPECIAL) + len(CHARACTERS) + unused}
+    vocabulary = {"vocab_size": len(tokenizer) + unused}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, name)(**{"tie_word_embeddings": False} | sizes | vocabulary | ends)
     state = torch.random.get_rng_state()
@@ -91,10 +91,18 @@ def _root() -> Path:
 
 
 def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    # transformers reads any tokenizer of a Qwen 2 as one of bytes.
+    is_of_bytes = kind == "qwen2"
+    units = sorted(pre_tokenizers.ByteLevel.alphabet()) if is_of_bytes else CHARACTERS
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *units])}
+    if is_of_bytes:
+        tokenizer = Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer.decoder = decoders.Fuse()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if kind == "bare":
         names = {"eos_token": "</s>", "unk_token": "<unk>"}

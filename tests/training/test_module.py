@@ -395,11 +395,13 @@ def test_the_fused_step_of_the_default_optimizer_is_that_of_plain_adamw(architec
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_the_default_optimizer_clips_beside_a_scaler_of_gradients(tiny_llama_dir, task_files, tmp_path) -> None:
-    """Lightning refuses to clip where an optimizer undoes the scale itself, as a fused one does."""
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_the_default_optimizer_clips_in_mixed_precision(precision, tiny_llama_dir, task_files, tmp_path) -> None:
+    """Lightning refuses to clip where an optimizer undoes the scale of gradients itself, as a fused one does."""
     module = runs.module(tiny_llama_dir, KINDS["lora"])
-    half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
-    trainer = runs.trainer(tmp_path, max_steps=2, gradient_clip_val=0.5, plugins=[half], limit_val_batches=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if precision == "16-mixed" else None
+    mixed = MixedPrecision(precision, "cpu", scaler)
+    trainer = runs.trainer(tmp_path, max_steps=2, gradient_clip_val=0.5, plugins=[mixed], limit_val_batches=0)
     trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
     assert trainer.global_step == 2
     assert not trainer.optimizers[0].param_groups[0]["fused"]

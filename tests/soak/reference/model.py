@@ -33,10 +33,17 @@ def answered(prompt: Sequence[int], answer: Sequence[int]) -> Text:
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer, and by how much the likeliest token led at the closest step: rounding can turn a tiny lead."""
+    """A greedy answer, and by how much the likeliest token led at the closest step: rounding can turn a tiny lead.
 
-    text: str
+    `text` has no white space at its ends, and `raw` does.
+    """
+
+    raw: str
     lead: float
+
+    @property
+    def text(self) -> str:
+        return self.raw.strip()
 
 
 @dataclass
@@ -132,4 +139,4 @@ class Reference:
                 break
         kept = written[:-1] if written and written[-1] in stops else written
         text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text.strip(), lead)
+        return Answer(text, lead)

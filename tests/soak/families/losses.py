@@ -1,0 +1,148 @@
+"""Fit with a loss of preferences, and on a quantised base, against a reference that does the same row by row."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from modular_experts import Base, LoRAExpert, MaskedExpert, SparseExpert, fit
+from modular_experts.training.preferences import DPO
+from soak import bases
+from soak.case import Case
+from soak.fitting import RATES, Watch, check_rows, check_trained, part_of, random_kind, random_modules, trainer_of
+from soak.reference.files import read_expert
+from soak.reference.model import Reader, Reference
+from soak.reference.training import Pair, preference_loss, train
+from soak.scoring import check_scores, measured
+from soak.tasks import Row, TaskFile, random_row, random_task, random_word, write_task
+
+
+def preferences(case: Case) -> None:
+    """Train on rows of a chosen and a rejected answer, or of a target and other choices, by the closed form of DPO."""
+    draw = case.random
+    kind = draw.choice(bases.KINDS)
+    base = bases.base_of(kind)
+    expert = random_kind(case)
+    modules = random_modules(case, kind, expert)
+    of_choices = case.chance(0.4)
+    rows = []
+    for number in range(draw.randint(6, 14)):
+        row = random_row(case, "train" if number > 1 else "validation", choices=of_choices, long=case.chance(0.3))
+        row["input"] = f"{number} {row['input']}"
+        rows.append(row if of_choices else pair_of(row, random_word(case)))
+    task = write_task(case.folder, "pairs", rows)
+    batch_size, accumulation, steps = draw.choice([1, 2, 4]), draw.choice([1, 1, 2]), draw.randint(2, 4)
+    longest, beta, clip = draw.choice([256, 30]), draw.choice([0.1, 0.5, 2.0]), draw.choice([None, 0.5])
+    case.note(base=kind, expert=expert.name, settings=expert.settings, modules=modules, of_choices=of_choices)
+    case.note(batch_size=batch_size, accumulation=accumulation, steps=steps, longest=longest, beta=beta, clip=clip)
+
+    out = case.folder / "library" / "expert"
+    watch = Watch()
+    trainer = trainer_of(case.folder, out, watch, *expert.callbacks())
+    trainer |= {"accumulate_grad_batches": accumulation, "gradient_clip_val": clip}
+    fit(
+        str(base),
+        str(task.path),
+        expert.factory,
+        modules,
+        out=str(out),
+        steps=steps,
+        batch_size=batch_size,
+        seed=draw.randrange(100),
+        data={"max_length": longest},
+        model={"loss": DPO(beta=beta)},
+        trainer=trainer,
+    )
+
+    reader = Reader(base, longest)
+    reference = Reference(base, bases.CONTEXT)
+    pairs = {}
+    for row in rows:
+        if row["split"] == "train":
+            written = row if of_choices else {"input": row["prompt"], "target": row["chosen"]}
+            choices = row["choices"] if of_choices else [row["chosen"], row["rejected"]]
+            target, others = reader.texts({**written, "choices": choices})
+            pairs[target] = [
+                Pair(target, other, reference.loss(other) - reference.loss(target))
+                for choice, other in zip(choices, others, strict=True)
+                if choice != written["target"]
+            ]
+    check_rows(case, [text for batch in watch.batches for text in batch], list(pairs))
+    read = watch.steps(len(pairs), batch_size, accumulation)
+    case.need(len(read) == steps, f"{len(read)} steps instead of {steps}")
+    deltas = read_expert(out)
+    parts = {name: part_of(kind, expert, name, delta, watch.start) for name, delta in deltas.items()}
+    items = [[pair for text in step for pair in pairs[text]] for step in read]
+    trained = train(reference, parts, items, RATES[expert.name], clip, preference_loss(beta))
+    check_trained(case, deltas, trained, expert.name)
+
+
+def pair_of(row: Row, rejected: str) -> Row:
+    return {"prompt": row["input"], "chosen": row["target"], "rejected": rejected + "!", "split": row["split"]}
+
+
+def quantised(case: Case) -> None:
+    """Train and measure on a base in four bits, as on one whose weights are those that the four bits stand for."""
+    draw = case.random
+    kind = draw.choice([kind for kind in bases.KINDS if kind not in ("gpt2", "mixtral")])
+    base = bases.base_of(kind)
+    expert = random_kind(case, [LoRAExpert, SparseExpert, SparseExpert, MaskedExpert])
+    modules = random_modules(case, kind, expert)
+    form = draw.choice(["nf4", "fp4"])
+    task: TaskFile = random_task(case, "task")
+    batch_size, steps = draw.choice([2, 4]), draw.randint(2, 4)
+    case.note(base=kind, expert=expert.name, settings=expert.settings, modules=modules, form=form)
+    case.note(batch_size=batch_size, steps=steps)
+    out = case.folder / "library" / "expert"
+    watch = Watch()
+    settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": draw.randrange(100)}
+    settings["trainer"] = trainer_of(case.folder, out, watch, *expert.callbacks())
+    fit(str(base), str(task.path), expert.factory, modules, out=str(out), quantise=form, **settings)
+
+    deltas = read_expert(out)
+    reader = Reader(base, bases.CONTEXT)
+    parts = {name: part_of(kind, expert, name, delta, watch.start) for name, delta in deltas.items()}
+    read = watch.steps(len(task.split("train")), batch_size, 1)
+    trained = train(dequantised(base, form), parts, read, RATES[expert.name])
+    check_trained(case, deltas, trained, expert.name)
+    opened = Base.open(str(base), quantise=form)
+    scores = measured(opened, {"base": [], "expert": str(out)}, [task], 4)
+    reference = dequantised(base, form)
+    check_scores(case, scores["base"], reference, reader, [task], 4, "base", 1e-3)
+    reference.add({name: delta.values for name, delta in deltas.items()})
+    check_scores(case, scores["expert"], reference, reader, [task], 4, "expert", 1e-3)
+
+
+def dequantised(base: Path, form: str) -> Reference:
+    """Return a base with the weights that its quantised form stands for."""
+    reference = Reference(base, bases.CONTEXT)
+    for name, weight in four_bit_weights(base, form).items():
+        reference.weight(name).data.copy_(weight)
+    return reference
+
+
+@functools.cache
+def four_bit_weights(base: Path, form: str) -> dict[str, Tensor]:
+    """Return the quantised weights of a base as bitsandbytes reads them."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=form,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    assert layers
+    return {
+        f"{name}.weight": dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        for name, layer in layers.items()
+    }
+
+
+FAMILIES = {"preferences": preferences, "quantised": quantised}
