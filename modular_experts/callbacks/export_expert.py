@@ -83,6 +83,7 @@ class ExportExpert(Callback):
         # The folder of this run, the content hash of its best state, and where the run that it resumes had that state.
         self._folder: Path | None = None
         self._hash, self._places = "", list[str]()
+        self._resumed_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; raise if the module cannot be exported or the target cannot be written."""
@@ -99,17 +100,33 @@ class ExportExpert(Callback):
         self._inputs(trainer)
         if self.best is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        found = next((place for place in self._places if _content_hash(place) == self._hash), None)
-        found = trainer.strategy.broadcast(found)
+        found = trainer.strategy.broadcast(next(filter(self._is_best, self._places), None))
         if found is None:
             log.warning(
                 "the best state so far, of step %d, is gone (%s); the best of the steps that follow will be exported",
                 *(self.best_step, ", ".join(self._places) or "its checkpoint does not say where it was"),
             )
             self.best, self.best_step = None, 0
-        elif trainer.is_global_zero:
+            return
+        expert = open_expert(found)
+        self._hash, self.best = expert.content_hash, expert.record["scores"].get(self.monitor, self.best)
+        self.best_step = expert.record["hyperparameters"]["steps"]
+        if trainer.is_global_zero:
             # The other run may still need its folder, so this one takes a copy.
             _copy(Path(found), self._best_place(trainer), overwrite=False)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_step = checkpoint["global_step"]
+
+    def _is_best(self, place: str) -> bool:
+        """Return whether the best state lies at a place: the checkpoint's, or one of the step of the checkpoint, which
+        was validated after the checkpoint was written and is not validated again.
+        """
+        with suppress(FileNotFoundError, ValueError):
+            expert = open_expert(place)
+            is_of_step = expert.record["hyperparameters"].get("steps") == self._resumed_step
+            return expert.content_hash == self._hash or (is_of_step and place == self._places[0])
+        return False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this state if it is the best so far; raise if the module does not log the monitored metric."""
@@ -229,12 +246,6 @@ class ExportExpert(Callback):
 
 def _is_exportable(trainer: Trainer, module: LightningModule) -> bool:
     return all(one.is_exportable(cast(TrainedModule, module)) for one in callbacks_of(trainer, Schedule))
-
-
-def _content_hash(place: str) -> str | None:
-    with suppress(FileNotFoundError, ValueError):
-        return open_expert(place).content_hash
-    return None
 
 
 def _copy(source: Path, target: Path, overwrite: bool) -> None:

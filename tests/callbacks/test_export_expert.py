@@ -166,6 +166,30 @@ def test_a_run_resumed_to_train_longer_or_no_more_keeps_the_best_state_of_before
     assert "the best state so far, of step 4, is gone" in caplog.text
 
 
+def test_a_step_whose_checkpoint_was_written_before_its_validation_may_be_the_best(
+    one_block, task_files, tmp_path, caplog
+) -> None:
+    place = one_block, task_files, tmp_path
+    whole = ExportExpert(str(tmp_path / "library"), "whole")
+    _rising(*place, whole)
+    assert whole.best_step == 4
+
+    # Lightning writes this one after the optimizer's step, and validates later.
+    def early(folder: str) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+        )
+
+    stopped = ExportExpert(str(tmp_path / "library"), "mine")
+    with pytest.raises(SystemExit):
+        _rising(*place, stopped, early("early"), Interrupt())
+    rest = ExportExpert(str(tmp_path / "library"), "mine")
+    _rising(*place, rest, early("rest"), ckpt=tmp_path / "early" / "step=4.ckpt")
+    assert (rest.best, rest.best_step) == (whole.best, 4)
+    assert open_expert(rest.target).content_hash == open_expert(whole.target).content_hash
+    assert "is gone" not in caplog.text
+
+
 def test_runs_under_one_folder_keep_their_best_states_apart(one_block, task_files, tmp_path) -> None:
     """Within a run, another of that name starts and ends, and one whose name has the same beginning."""
     place, long = (one_block, task_files, tmp_path), "n" * 63
