@@ -1,6 +1,6 @@
 """Cut a study into pieces of work, each named by its work and by a digest of all that its result depends on.
 
-A digest covers the settings of the piece with the code, files and experts that they name, the base, the contents of the
+A digest covers the settings of the piece with the code, files and experts that they name, the base, the rows of the
 piece's tasks, and the digests of the pieces that it needs. So a change of the study gives new keys to the pieces that
 depend on it, and to no others.
 """
@@ -93,7 +93,7 @@ class _Plan:
                     ("settings", kind, way.name, count, seed),
                     choose,
                     (way, several),
-                    [settings_of(way), members, study.seen(tasks), study.data, study.dtype],
+                    [settings_of(way), members, study.settings_of(tasks), study.data, study.dtype],
                     needed(way, tasks),
                 )
             for group in several:
@@ -106,7 +106,7 @@ class _Plan:
                     needs.append(whole[way.of.name])
                 given = [chosen[made, count]] if (made, count) in chosen else []
                 key = ("merges", kind, way.name, count, group.number, seed)
-                settings = [settings_of(way), group.own, study.seen(group.tested), self.rows]
+                settings = [settings_of(way), group.own, study.settings_of(group.tested), self.rows]
                 whole[way.name] = self._add(key, combine_and_test, (way, group), settings, [*needs, *given], given)
 
     def _train(
@@ -121,13 +121,13 @@ class _Plan:
                     f"experts.{words[0]} names {path}, where this study writes itself, so its content is not known "
                     "before the study runs; name an expert of another directory"
                 )
-        settings = [configs, self.study.data, self.study.dtype, self.study.seen(tasks), seed]
+        settings = [configs, self.study.data, self.study.dtype, self.study.settings_of(tasks), seed]
         return self._add(("experts", *words, seed), train, (configs, tasks, name, seed), settings, [])
 
     def _test(
         self, title: str, experts: Sequence[str], tasks: Sequence[str], words: tuple, needs: Sequence[Key], **about: Any
     ) -> None:
-        settings = [self.study.seen(tasks), self.rows]
+        settings = [self.study.settings_of(tasks), self.rows]
         self._add(("tests", *words), test, (title, experts, tasks, about), settings, needs)
 
     def _add(

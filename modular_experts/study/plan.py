@@ -10,7 +10,7 @@ from typing import Any, Literal
 from modular_experts.base.base import DType
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.described import trusted
-from modular_experts.study.short_forms import Settings, content_hash, for_seed
+from modular_experts.study.short_forms import Settings, for_seed
 
 MULTITASK, BASE = "multitask", "base"
 SINGLE = ", single"
@@ -40,7 +40,6 @@ class Study:
     Attributes:
         held_in: Settings of the tasks that get experts, by name.
         held_out: Settings of the tasks that are only tested, by name.
-        contents: A hash of the files of each task, by name; empty for rows from elsewhere.
         experts: For each kind with an expert for each task the configs of its fit, of which a later one wins.
         merges: For each kind of expert its merges, routes and ensembles (`study/merges.py`).
         counts: How many experts are merged, in ascending order.
@@ -51,7 +50,6 @@ class Study:
     base: str
     held_in: dict[str, Settings]
     held_out: dict[str, Settings]
-    contents: dict[str, str]
     experts: dict[str, list[Settings]]
     merges: dict[str, tuple[Any, ...]]
     counts: tuple[int, ...]
@@ -77,14 +75,12 @@ class Study:
         """Return the study of a seed, which stands in the place of `{seed}`."""
         parts = {name: getattr(self, name) for name in ("base", "held_in", "held_out", "experts", "joint")}
         found = {name: for_seed(part, seed) for name, part in parts.items()}
-        tasks = {**found["held_in"], **found["held_out"]}
-        changed = {name: content_hash(name, task) for name, task in tasks.items() if task != self.tasks[name]}
-        return replace(self, **found, contents=self.contents | changed) if found != parts else self
+        return replace(self, **found) if found != parts else self
 
-    def seen(self, tasks: Iterable[str]) -> list[list[Any]]:
-        """Return the settings and the contents of tasks: all that a result on these tasks depends on."""
+    def settings_of(self, tasks: Iterable[str]) -> list[Settings]:
+        """Return the settings of tasks, which name their files: all that a result on these tasks depends on."""
         every = self.tasks
-        return [[every[task], self.contents[task]] for task in tasks]
+        return [every[task] for task in tasks]
 
     def name(self, kind: str, task: str, seed: int) -> str:
         """Return the name of an expert in the library."""

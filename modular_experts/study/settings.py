@@ -22,7 +22,7 @@ from modular_experts.settings.read import make
 from modular_experts.study.apart import Apart
 from modular_experts.study.merges import check_kinds, read_ways
 from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
-from modular_experts.study.short_forms import Kinds, Settings, content_hash, for_seed, read_tasks, spelt_out, stored_in
+from modular_experts.study.short_forms import Kinds, Settings, check_files, for_seed, read_tasks, spelt_out, stored_in
 from modular_experts.text import did_you_mean
 from modular_experts.training.settings import read_run
 
@@ -136,7 +136,6 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         base=given.base,
         held_in=held_in,
         held_out=held_out,
-        contents={name: content_hash(name, for_seed(task, seeds[0])) for name, task in {**held_in, **held_out}.items()},
         experts=kinds,
         merges={kind: tuple(way for way, its in ways.values() if kind in its) for kind in kinds},
         counts=tuple(counts),
@@ -156,8 +155,8 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         models = [BASE, *(f"{kind}{SINGLE}" for kind in study.experts), *merged, *study.joint]
         study = replace(study, published=_read_published(given.published, models))
     _check_names(study)
-    for seed in seeds[1:]:
-        study.at(seed)  # refuses files that are not there
+    for seed in seeds:
+        check_files(study.at(seed).tasks)
     return study
 
 

@@ -1,9 +1,7 @@
 """Write out the short forms of a study's description: words for tasks, grids, lists of methods, and `{seed}`."""
 
 import glob
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modular_experts.data.tasks import ROLES, Task
-from modular_experts.library.result_key import named_contents
 from modular_experts.settings.read import make
 from modular_experts.text import did_you_mean
 
@@ -69,12 +66,11 @@ def named_tasks(word: str) -> list[Settings]:
     return [{"hub" if is_on_hub else "path": word}]
 
 
-def content_hash(name: str, task: Mapping[str, Any]) -> str:
-    """Return a hash of all files that a task's settings name; empty without any."""
-    if task.get("path") is not None and not (path := Path(task["path"]).expanduser()).exists():
-        raise ValueError(f"task {name!r}: there is no file {path}; the path starts from the current directory")
-    contents = named_contents(task)
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest() if contents else ""
+def check_files(tasks: Mapping[str, Settings]) -> None:
+    """Raise if the file of a task is not there."""
+    for name, task in tasks.items():
+        if task.get("path") is not None and not (path := Path(task["path"]).expanduser()).exists():
+            raise ValueError(f"task {name!r}: there is no file {path}; the path starts from the current directory")
 
 
 class Kinds(NamedTuple):

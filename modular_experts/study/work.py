@@ -28,7 +28,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.compatibility import put_beside
 from modular_experts.library.described import trust
-from modular_experts.library.result_key import named_contents
+from modular_experts.library.result_key import named_contents, result_key
 from modular_experts.settings import SHORT_NAMES, folded
 from modular_experts.settings.read import make
 from modular_experts.statistics import take_statistics
@@ -190,7 +190,7 @@ _MIXTURES: dict[Any, TaskMixture] = {}
 
 def shared_rows(study: Study, kind: type[TaskMixture], tasks: Iterable[str], limit: int | None) -> TaskMixture:
     """Return the mixture from which pieces take their tasks, so that a process reads and tokenises each task once."""
-    key = json.dumps([Base.open(study.base).identity, study.data, limit, study.seen(tasks)])
+    key = result_key(Base.open(study.base).identity, study.data, limit, study.settings_of(tasks))
     if (kind, key) not in _MIXTURES:
         model, tokenizer = loaded(study.base, study.dtype)
         _MIXTURES[kind, key] = kind(tasks_of(study, tasks), tokenizer, **study.data | {"eval_limit": limit})
