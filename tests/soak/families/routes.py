@@ -29,7 +29,8 @@ FORMS = (["low"], ["dense"], ["sparse", "tiles"], ["dense", "low", "sparse", "ti
 def some_experts(case: Case, kind: str, count: int, encodings: Sequence[str]) -> list[Path]:
     """Write experts `e0`, `e1` ... of the tasks `t0`, `t1` ..., which move linear layers."""
     forms, encoding = case.random.choice(FORMS), case.random.choice(list(encodings))
-    weights = linear_weights(kind)
+    # A router of tokens stands at a layer, which a matrix of a mixture of experts has not of its own.
+    weights = [name for name in linear_weights(kind) if not name.endswith("]")]
     case.note(base=kind, experts=count, forms=forms, encoding=encoding)
     places = [case.folder / "library" / f"e{number}" for number in range(count)]
     for number, place in enumerate(places):
