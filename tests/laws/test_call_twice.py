@@ -86,7 +86,7 @@ def test_a_fit(name, place, one_block, tmp_path) -> None:
     expert, callbacks, matters = FITS[name]
     used = callbacks(place)
     # Under another name than the experts' tasks, because others are experts of other tasks.
-    task = {"name": "sums", "path": str(place / "a.jsonl")}
+    task = {"name": "one-row", "path": str(place / "a.jsonl")}
     data = TaskMixture(task)
 
     def call(seed: int, fresh: bool) -> str:
