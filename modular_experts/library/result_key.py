@@ -34,15 +34,15 @@ def result_key(*parts: Any) -> str:
 def named_contents(settings: Any) -> dict[str, str]:
     """Return a hash of the content of each file, expert, library and model that settings name by its path.
 
-    A directory counts if it holds experts, or a JSON file as models, adapters and data sets do. Others do not count: a
-    run writes its logs there.
+    A directory counts if it holds experts, or a JSON file as models, adapters and data sets do. Others do not count, as
+    a run writes its logs there, nor does one that the current folder is in.
     """
     contents: dict[str, str] = {}
     for text in set(_texts_in(settings)):
         place = Path(os.path.expanduser(text))
         if os.path.isfile(place):
             contents[text] = _file_hash_at(place)
-        elif os.path.isdir(place) and (parts := _parts_of(place)):
+        elif os.path.isdir(place) and not Path.cwd().is_relative_to(place.resolve()) and (parts := _parts_of(place)):
             contents[text] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return contents
 

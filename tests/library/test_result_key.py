@@ -106,5 +106,8 @@ def test_files_and_models_count_and_folders_without_either_do_not(tmp_path, monk
     (tmp_path / "model" / "inner" / "weights").write_text("2")
     after = named_contents(settings)
     assert (after["rows.txt"], after["model"] == before["model"]) == (before["rows.txt"], False)
+    # A text may name the current folder by accident.
+    (tmp_path / "settings.json").write_text("{}")
+    assert not named_contents(["", ".", "/", str(tmp_path)])
     # None of these is a path.
     assert not named_contents(["~nobody of this machine", "a\0b", "x" * 5000, "", 3, None])
