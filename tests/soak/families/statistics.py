@@ -91,8 +91,8 @@ def _merged_grams(setup: Setup, rows: Sequence[Sequence[Text]], inputs: int) -> 
         for name in names:
             grams = torch.stack([own[name] for own in grams_of])
             x = setup.stacked(name)
-            about = merges.About(name, 0, x.flatten(1), [False] * len(x), x != 0, grams, (), inputs)
-            behind[name] = merges.merged("RegMeanPlusPlus", x, about)
+            known = merges.Weight(x, x != 0, x.flatten(1), statistics=grams)
+            behind[name] = known.merged("RegMeanPlusPlus", inputs=inputs)
     return grams_of
 
 
