@@ -12,6 +12,7 @@ from modular_experts import Base, BlockSparse, Delta, Dense, LowRank, Sparse, wr
 from modular_experts.library import make_record
 from soak import bases
 from soak.case import Case
+from soak.reference import files
 
 FORMS = ("dense", "low", "sparse", "tiles")
 MIXES = (["dense"], ["low"], ["sparse"], ["tiles"], ["sparse", "tiles"], list(FORMS))
@@ -40,6 +41,12 @@ def linear_weights(kind: str) -> list[str]:
     """Return the names of the weights of linear layers, and of matrices of a mixture of experts."""
     ends = (*(f".{module}.weight" for module in bases.LINEAR[kind]), "]")
     return [name for name in shapes_of(kind) if name.endswith(ends)]
+
+
+def absent(kind: str, name: str) -> files.Delta:
+    """Return the delta of an expert that does not move a weight, as the reference reads it."""
+    nothing = torch.zeros(shapes_of(kind)[name], dtype=torch.float64)
+    return files.Delta(nothing, nothing.bool(), "Sparse")
 
 
 def vectors(kind: str) -> list[str]:

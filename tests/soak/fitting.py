@@ -18,8 +18,7 @@ from modular_experts.masks import RandomScore, SelectOnce
 from soak import bases
 from soak.case import Case
 from soak.reference.files import Delta
-from soak.reference.model import Text
-from soak.reference.training import Factors, Kept, Part, Whole
+from soak.reference.model import Logits, Part, Reference, Text, negative_log_likelihood, train
 
 RATES = {"LoRAExpert": 3e-3, "FullExpert": 1e-4, "SparseExpert": 1e-3, "MaskedExpert": 1e-3}
 """The documented learning rate of each type."""
@@ -133,18 +132,44 @@ def check_rows(case: Case, read: Sequence[Text], known: Sequence[Text]) -> None:
         case.need(epoch <= counts, f"an epoch read rows again: {epoch - counts}")
 
 
-def part_of(kind: str, expert: Kind, weight: str, delta: Delta, start: Mapping[str, Mapping[str, Tensor]]) -> Part:
-    """Return what a fit with this expert trained in a weight."""
+def part_of(
+    reference: Reference, kind: str, expert: Kind, name: str, delta: Delta, start: Mapping[str, Mapping[str, Tensor]]
+) -> Part:
+    """Return what a fit with this expert trained in a weight of the reference's base."""
+    weight = reference.weight(name).clone()
     if expert.type is FullExpert:
-        return Whole()
+        # The sums of a weight and its change are then rounded as in any training of the weight.
+        return [weight], lambda trained: trained - weight
     if expert.type is not LoRAExpert:
-        return Kept(delta.kept.float())
+        return [torch.zeros_like(weight)], lambda change: change * delta.kept
     rank = expert.settings["rank"]
     root = math.sqrt(rank) if expert.settings.get("rank_stabilized") else rank
-    factors = start.get(weight) or start[weight.removesuffix(".weight")]
-    # GPT-2 keeps its linear weights as (in, out).
-    transposed = kind == "gpt2" and weight.split(".")[-2] in bases.LINEAR["gpt2"]
-    return Factors(factors["up"], factors["down"], expert.settings.get("alpha", 16.0) / root, transposed)
+    factors = start.get(name) or start[name.removesuffix(".weight")]
+    scale = expert.settings.get("alpha", 16.0) / root
+    if kind == "gpt2" and name.split(".")[-2] in bases.LINEAR["gpt2"]:
+        # GPT-2 keeps its linear weights as (in, out).
+        return [factors["up"], factors["down"]], lambda up, down: scale * (up @ down).T
+    return [factors["up"], factors["down"]], lambda up, down: scale * up @ down
+
+
+def check_fit(
+    case: Case,
+    reference: Reference,
+    kind: str,
+    expert: Kind | Callable[[str], Kind],
+    deltas: Mapping[str, Delta],
+    watch: "Watch",
+    steps: Sequence[Sequence[Any]],
+    rate: float | None = None,
+    clip: float | None = None,
+    loss: Callable[[Logits, Any], Tensor] = negative_log_likelihood,
+) -> None:
+    """Let the reference take the same steps, and compare the deltas; `expert` may differ from weight to weight."""
+    kinds = {name: expert if isinstance(expert, Kind) else expert(name) for name in deltas}
+    parts = {name: part_of(reference, kind, kinds[name], name, delta, watch.start) for name, delta in deltas.items()}
+    first = next(iter(kinds.values()))
+    trained = train(reference, parts, steps, rate or RATES[first.name], clip, loss)
+    check_trained(case, deltas, trained, first.name)
 
 
 def check_trained(case: Case, ours: Mapping[str, Delta], reference: Mapping[str, Tensor], text: str) -> None:

@@ -1,6 +1,11 @@
-"""Draw random settings of merge methods."""
+"""Draw random settings of merge methods, and the numbers by which they drop entries."""
 
+from hashlib import blake2b
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from soak.case import Case
 
@@ -27,13 +32,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mergekit": {"keep": 1.0, "rescale": "l1", "vote": "weighted", "divisor": "weights", "zero": "positive"},
     },
     "DELLALinear": {"mergekit": {"keep": 1.0, "rescale": "l1"}},
-    "SCE": {"mergekit": {"floor": 1e-6, "zero": "positive"}},
-    "ModelStock": {"mergekit": {"all_count": True}},
-    "NuSLERP": {"mergekit": {"straight": 1 - 2**-53, "shortest": 1e-7}},
     "WUDI": {"vit": {"power": 1.0}, "roberta": {"power": 2.0}},
 }
-"""What each preset fills, by the texts of the methods; of `ModelStock` and `NuSLERP` in words of the reference."""
-WITH_PRESETS = ("weights", "scale", "seed", "row_wise", "column_wise", "solver", "learning_rate", "steps")
+"""What each preset fills, by the texts of the methods."""
+WITH_PRESETS = ("weights", "scale", "seed", "solver", "learning_rate", "steps")
 """Settings that may stand beside a preset without changing what it fills."""
 
 ELECTIONS = ("TIES", "DARETIES", "DELLA", "BreadcrumbsTIES")
@@ -55,7 +57,7 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "RAM": {"epsilon": [0.0, 0.01]},
     "RAMPlus": {"epsilon": [0.0, 0.01], "r": [0.1, 1.0], "alpha": [0.2, 2.0]},
     "PCB": {"keep": [0.05, 0.1, 0.5, 1.0]},
-    "SCE": {"keep": [1.0, 0.5, 0.1], "zero": ["none", "positive"], "floor": [0.0, 1e-6]},
+    "SCE": {"keep": [1.0, 0.5, 0.1], "zero": ["none", "positive"]},
     "ModelStock": {"row_wise": [False, True]},
     "SLERP": {"t": [0.0, 0.3, 0.5, 1.0]},
     "NuSLERP": {"row_wise": [False, False, True]},
@@ -134,3 +136,20 @@ def drawn_settings(case: Case, name: str, count: int, single: bool = False) -> d
     if case.chance(0.6):
         settings["scale"] = case.random.choice([0.3, 0.5, 2.0, -0.75])
     return settings
+
+
+def uniform(name: str, seed: int, shape: torch.Size) -> Tensor:
+    """Return the numbers in [0, 1) of SplitMix64 by which experts drop entries of a weight, `(experts, *shape)`.
+
+    For each expert, it begins at a hash of the seed, the expert's number and the weight.
+    """
+    draws = []
+    for expert in range(shape[0]):
+        digest = blake2b(f"{seed}/{expert}/{name}".encode(), digest_size=8).digest()
+        mixed = np.arange(shape[1:].numel(), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed += np.uint64(int.from_bytes(digest, "little"))
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+        draws.append(torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53))
+    return torch.stack(draws).view(shape)

@@ -8,7 +8,8 @@ from typing import Any
 
 from modular_experts import Base, TaskMixture, evaluate
 from soak.case import Case
-from soak.reference.model import Reader, Reference
+from soak.reading import Reader
+from soak.reference.model import Reference
 from soak.tasks import TaskFile
 
 LEAST_LEAD = 1e-4
@@ -62,10 +63,10 @@ def check_scores(
             target, choices = reader.texts(row)
             nats += reference.loss(target)
             tokens += len(target.learned)
-            answer = reference.answer(target.prompt, most)
-            answers[row["input"], row["target"]] = answer
-            sure = sure and answer.lead > LEAST_LEAD
-            right += answer.text == row["target"].strip()
+            answer, lead = reference.answer(target.ids[: target.learned[0]], most)
+            answers[row["input"], row["target"]] = answer.strip(), lead
+            sure = sure and lead > LEAST_LEAD
+            right += answer.strip() == row["target"].strip()
             if choices:
                 losses = [reference.loss(choice) for choice in choices]
                 best, second = sorted(losses)[:2]
@@ -78,9 +79,9 @@ def check_scores(
         if sure:
             near(case, ours["exact_match"], right / len(rows), f"{place}: exact match", 1e-6)
         for shown in scores.answers.get(task.name, []):
-            answer = answers[shown["input"], shown["target"]]
-            same = shown["answer"] == answer.text or answer.lead <= LEAST_LEAD
-            case.need(same, f"{place}: answered {shown['answer']!r}, the reference {answer.text!r}")
+            answer, lead = answers[shown["input"], shown["target"]]
+            same = shown["answer"] == answer or lead <= LEAST_LEAD
+            case.need(same, f"{place}: answered {shown['answer']!r}, the reference {answer!r}")
 
 
 def near(case: Case, ours: float | None, reference: float | None, text: str, relative: float = 2e-5) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from modular_experts import TaskMixture
 from soak import bases, experts
 from soak.case import Case
+from soak.reading import Reader
 from soak.reference import files
-from soak.reference.model import Reader, Reference, Text
+from soak.reference.model import Reference, Text
 from soak.tasks import TaskFile, random_task
 
 Deltas = Mapping[str, Tensor]

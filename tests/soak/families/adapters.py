@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from modular_experts import export, import_expert
 from soak import bases, experts
 from soak.case import Case
-from soak.reference import files
+from soak.reference import files, merges
 
 SPARSE_FORMS = ("shira", "supertuning")
 
@@ -47,28 +47,20 @@ def export_case(case: Case) -> None:
     for name, delta in expert.items():
         expected[name] = delta.values
         if rank is not None and rank < min(delta.values.shape):
-            left, values, right = torch.linalg.svd(delta.values, full_matrices=False)
-            expected[name] = left[:, :rank] * values[:rank] @ right[:rank]
+            expected[name] = merges.rebuilt(delta.values, rank)
     moved = merged_by_peft(case.folder / "adapter", kind)
     for name, difference in moved.items():
-        parts = [(own, number) for own, number in map(_parted, expected) if own == name]
-        if not parts:
-            case.need(not difference.any(), f"PEFT moves {name}")
-        for own, number in parts:
-            whole = own if number is None else f"{own}[{number}]"
-            case.close(
-                difference if number is None else difference[number], expected[whole], f"PEFT, {whole}", 1e-4, 5e-6
-            )
+        own = [weight for weight in expected if weight.partition("[")[0] == name]
+        case.need(bool(own) or not difference.any(), f"PEFT moves {name}")
+        for weight in own:
+            number = weight.removesuffix("]").partition("[")[2]
+            part = difference[int(number)] if number else difference
+            case.close(part, expected[weight], f"PEFT, {weight}", 1e-4, 5e-6)
     back = files.read_expert(import_expert(case.folder / "adapter", case.folder / "back").path)
     for name in back.keys() | expected.keys():
-        size = (back[name].values if name in back else expected[name]).shape
-        ours = back[name].values if name in back else torch.zeros(size)
-        case.close(ours, expected.get(name, torch.zeros(size)), f"imported {name}", 1e-4, 1e-6)
-
-
-def _parted(name: str) -> tuple[str, int | None]:
-    whole, bracket, number = name.removesuffix("]").partition("[")
-    return whole, int(number) if bracket else None
+        nothing = experts.absent(kind, name)
+        ours = back.get(name, nothing).values
+        case.close(ours, expected.get(name, nothing.values), f"imported {name}", 1e-4, 1e-6)
 
 
 def _configuration(case: Case, kind: str) -> Any:

@@ -12,6 +12,7 @@ from modular_experts.merger.remove import remove
 from soak import bases, experts
 from soak.case import Case
 from soak.reference import files, merges
+from soak.reference.model import Reference
 
 # How far an encoding moves a value, as a share of the largest of its row.
 ROUNDING = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.5 / 127 + 2**-8, "int4": 0.5 / 7 + 2**-8}
@@ -90,8 +91,7 @@ def cut_case(case: Case) -> None:
     for name, delta in files.read_expert(place).items():
         expected = delta.values
         if expected.ndim == 2 and rank is not None and rank < min(expected.shape) and delta.kept.any():
-            left, values, right = torch.linalg.svd(expected, full_matrices=False)
-            expected = left[:, :rank] * values[:rank] @ right[:rank]
+            expected = merges.rebuilt(expected, rank)
         elif keep < 1 and delta.form == "Sparse" and delta.kept.any():
             count = merges.count_of(keep, int(delta.kept.sum()))
             order = expected.abs().reshape(-1).sort(descending=True, stable=True).indices
@@ -144,11 +144,11 @@ def remove_case(case: Case) -> None:
     case.need(parents == [place.name for place in others], f"the parents are {parents}")
     everywhere = {name for expert in [*read, files.read_expert(places[gone])] for name in expert}
     for name in sorted(everywhere):
-        shape = experts.shapes_of(kind)[name]
-        deltas = torch.stack([expert.get(name, files.absent(shape)).values for expert in read])
-        expected = scale * merges.total(deltas, None, kept, normalise=linear is methods.Average)
-        written = ours[name].values if name in ours else torch.zeros(shape, dtype=torch.float64)
-        case.close(written, expected, name, 2e-5, 2e-6)
+        nothing = experts.absent(kind, name)
+        deltas = torch.stack([expert.get(name, nothing).values for expert in read])
+        weight = merges.Weight(deltas, deltas != 0, deltas.flatten(1))
+        expected = weight.merged(linear.__name__, scale, weights=kept or 1.0)
+        case.close(ours.get(name, nothing).values, expected, name, 2e-5, 2e-6)
 
 
 def interference_case(case: Case) -> None:
@@ -172,8 +172,7 @@ def interference_case(case: Case) -> None:
     read = [files.read_expert(place) for place in places]
     used = sorted({name for expert in read for name in expert})
     rows = [
-        torch.cat([expert.get(name, files.absent(experts.shapes_of(kind)[name])).values.reshape(-1) for name in used])
-        for expert in read
+        torch.cat([expert.get(name, experts.absent(kind, name)).values.reshape(-1) for name in used]) for expert in read
     ]
     x = torch.stack(rows)
     m = 0.5 * x.sum(0) if method else x.sum(0) / (x != 0).sum(0).clamp(min=1)
@@ -207,18 +206,15 @@ def apply_case(case: Case) -> None:
         experts.random_expert(case, kind, place, forms, case.random.choice(["float32", "int8"]))
     case.note(base=kind, forms=forms, dtype=dtype)
     apply(places, case.folder / "checkpoint", dtype=dtype)
-    start = AutoModelForCausalLM.from_pretrained(bases.base_of(kind), dtype=torch.float32)
+    summed = Reference(bases.base_of(kind), bases.CONTEXT)
     tuned = AutoModelForCausalLM.from_pretrained(case.folder / "checkpoint", dtype=dtype or torch.float32)
-    expected = {name: weight.detach().double() for name, weight in start.named_parameters()}
     moved: dict[str, Tensor] = {}
     for place in places:
         for name, delta in files.read_expert(place).items():
             moved[name] = moved.get(name, 0) + delta.values
-            whole, bracket, number = name.removesuffix("]").partition("[")
-            part = expected[whole][int(number)] if bracket else expected[whole]
-            part += delta.values
+    summed.add(moved)
     for name, weight in tuned.named_parameters():
-        case.close(weight.detach(), expected[name], f"checkpoint {name}", 1e-6 if dtype is None else 2**-8)
+        case.close(weight.detach(), summed.weight(name), f"checkpoint {name}", 1e-6 if dtype is None else 2**-8)
     # The files of a mixture of experts have other names than the model, and cannot be imported.
     if dtype is not None or kind == "mixtral" or not any(total.any() for total in moved.values()):
         return
@@ -226,9 +222,9 @@ def apply_case(case: Case) -> None:
         import_expert(case.folder / "checkpoint", case.folder / "back", bases.base_of(kind)).path
     )
     for name in imported.keys() | moved.keys():
-        size = imported[name].values.shape if name in imported else moved[name].shape
-        ours = imported[name].values if name in imported else torch.zeros(size, dtype=torch.float64)
-        case.close(ours, moved.get(name, torch.zeros(size)), f"imported {name}", 1e-6, 5e-7)
+        nothing = experts.absent(kind, name)
+        ours = imported.get(name, nothing).values
+        case.close(ours, moved.get(name, nothing.values), f"imported {name}", 1e-6, 5e-7)
 
 
 FAMILIES = {

@@ -7,10 +7,10 @@ from modular_experts.masks import SelectOnce
 from soak import bases
 from soak.case import Case
 from soak.experts import random_expert
-from soak.fitting import RATES, Kind, Watch, check_rows, check_trained, part_of, random_kind, random_modules, trainer_of
+from soak.fitting import Kind, Watch, check_fit, check_rows, random_kind, random_modules, trainer_of
+from soak.reading import Reader
 from soak.reference.files import read_expert
-from soak.reference.model import Reader, Reference
-from soak.reference.training import train
+from soak.reference.model import Reference
 from soak.scoring import check_scores, measured, same_scores
 from soak.tasks import random_task
 
@@ -66,9 +66,7 @@ def fit_and_evaluate(case: Case) -> None:
     read = watch.steps(len(known), batch_size, accumulation)
     case.need(len(read) == steps, f"{len(read)} steps instead of {steps}")
     deltas = read_expert(out)
-    parts = {name: part_of(kind, expert, name, delta, watch.start) for name, delta in deltas.items()}
-    trained = train(Reference(base, bases.CONTEXT, under), parts, read, rate or RATES[expert.name], clip)
-    check_trained(case, deltas, trained, expert.name)
+    check_fit(case, Reference(base, bases.CONTEXT, under), kind, expert, deltas, watch, read, rate, clip)
 
     models: dict[str, Any] = {"base": [], "expert": [*beneath, str(out)]}
     scores = measured(base, models, tasks, 6, **reading, eval_batch_size=draw.choice([1, 3, 16]))
@@ -132,15 +130,15 @@ def plans(case: Case) -> None:
     )
 
     deltas = read_expert(out)
-    parts = {}
-    for weight, delta in deltas.items():
+
+    def planned(weight: str) -> Kind:
         stem = weight.removesuffix(".weight")
-        owner = next(name for name in plan if f".{stem}".endswith(f".{name}"))
-        parts[weight] = part_of(kind, plan[owner], weight, delta, watch.start)
+        return plan[next(name for name in plan if f".{stem}".endswith(f".{name}"))]
+
     reader = Reader(base, bases.CONTEXT)
     known = [reader.texts(row, choices=False)[0] for task in tasks for row in task.split("train")]
-    trained = train(Reference(base, bases.CONTEXT), parts, watch.steps(len(known), batch_size, 1), rate)
-    check_trained(case, deltas, trained, "plan")
+    read = watch.steps(len(known), batch_size, 1)
+    check_fit(case, Reference(base, bases.CONTEXT), kind, planned, deltas, watch, read, rate)
 
     checkpoint = case.folder / "checkpoint"
     apply(str(out), checkpoint)

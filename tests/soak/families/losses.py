@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from modular_experts import Base, LoRAExpert, MaskedExpert, SparseExpert, fit
 from modular_experts.training.preferences import DPO
 from soak import bases
 from soak.case import Case
-from soak.fitting import RATES, Watch, check_rows, check_trained, part_of, random_kind, random_modules, trainer_of
+from soak.fitting import Watch, check_fit, check_rows, random_kind, random_modules, trainer_of
+from soak.reading import Reader
 from soak.reference.files import read_expert
-from soak.reference.model import Reader, Reference
-from soak.reference.training import Pair, preference_loss, train
+from soak.reference.model import Logits, Reference, Text, negative_log_likelihood
 from soak.scoring import check_scores, measured
 from soak.tasks import Row, TaskFile, random_row, random_task, random_word, write_task
 
@@ -66,7 +67,7 @@ def preferences(case: Case) -> None:
             choices = row["choices"] if of_choices else [row["chosen"], row["rejected"]]
             target, others = reader.texts({**written, "choices": choices})
             pairs[target] = [
-                Pair(target, other, reference.loss(other) - reference.loss(target))
+                (target, other, reference.loss(other) - reference.loss(target))
                 for choice, other in zip(choices, others, strict=True)
                 if choice != written["target"]
             ]
@@ -74,10 +75,19 @@ def preferences(case: Case) -> None:
     read = watch.steps(len(pairs), batch_size, accumulation)
     case.need(len(read) == steps, f"{len(read)} steps instead of {steps}")
     deltas = read_expert(out)
-    parts = {name: part_of(kind, expert, name, delta, watch.start) for name, delta in deltas.items()}
     items = [[pair for text in step for pair in pairs[text]] for step in read]
-    trained = train(reference, parts, items, RATES[expert.name], clip, preference_loss(beta))
-    check_trained(case, deltas, trained, expert.name)
+    loss = functools.partial(preference_loss, beta)
+    check_fit(case, reference, kind, expert, deltas, watch, items, clip=clip, loss=loss)
+
+
+def preference_loss(beta: float, logits_of: Logits, pair: tuple[Text, Text, float]) -> Tensor:
+    """Return the loss of direct preference optimisation (arXiv 2305.18290).
+
+    A pair is a chosen answer, a rejected one, and by how many nats the base prefers the chosen one.
+    """
+    chosen, rejected, lead_at_start = pair
+    lead = negative_log_likelihood(logits_of, rejected) - negative_log_likelihood(logits_of, chosen)
+    return -logsigmoid(beta * (lead - lead_at_start))
 
 
 def pair_of(row: Row, rejected: str) -> Row:
@@ -104,10 +114,8 @@ def quantised(case: Case) -> None:
 
     deltas = read_expert(out)
     reader = Reader(base, bases.CONTEXT)
-    parts = {name: part_of(kind, expert, name, delta, watch.start) for name, delta in deltas.items()}
     read = watch.steps(len(task.split("train")), batch_size, 1)
-    trained = train(dequantised(base, form), parts, read, RATES[expert.name])
-    check_trained(case, deltas, trained, expert.name)
+    check_fit(case, dequantised(base, form), kind, expert, deltas, watch, read)
     opened = Base.open(str(base), quantise=form)
     scores = measured(opened, {"base": [], "expert": str(out)}, [task], 4)
     reference = dequantised(base, form)

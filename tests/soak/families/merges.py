@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from soak.method_settings import (
     WITH_PRESETS,
     WRAPPERS,
     drawn_settings,
+    uniform,
 )
 from soak.reference import files, merges
 
 NAMES = sorted(methods.METHODS.keys() - {"Distilled"})
 # Equal singular values, and equal numbers that are calculated in another order, have no order of their own.
-WITHOUT_TIES = (*merges.OF_MATRICES, *WRAPPERS, "SelfRegMean", "ESM", "SCE", "Karcher", "NuSLERP", "SLERP")
+WITHOUT_TIES = (*merges.OF_MATRICES, *WRAPPERS, "SelfRegMean", "SCE", "Karcher", "NuSLERP", "SLERP")
 # The order of the experts counts, or a magnitude that does not grow with the experts does.
 WITHOUT_LAWS = (*DROPS, *OF_DATA, "SLERP", "NuSLERP", "Difference", "MagMax", "RAM", "RAMPlus", "WUDI", "SCE", "CtM")
 ROUNDING = {"bfloat16": 2**-8, "int8": 0.01, "int4": 0.08}
@@ -65,8 +67,7 @@ class Experts:
         return sorted({name for expert in self.read for name in expert})
 
     def deltas(self, name: str) -> list[files.Delta]:
-        shape = experts.shapes_of(self.kind)[name]
-        return [expert.get(name, files.absent(shape)) for expert in self.read]
+        return [expert.get(name, experts.absent(self.kind, name)) for expert in self.read]
 
     def stacked(self, name: str) -> Tensor:
         return torch.stack([delta.values for delta in self.deltas(name)])
@@ -86,10 +87,10 @@ def drawn_method(case: Case, name: str, count: int, single: bool = False) -> Dra
     if name in WRAPPERS:
         inside = [other for other in INSIDE if name not in COORDINATES or other not in NOT_IN_COORDINATES]
         inner = drawn_method(case, case.random.choice(inside), count, single=True)
-        reference["inner"], ours["inner"] = (inner.name, inner.settings), inner.method
+        reference["inner"], ours["inner"] = {"method": inner.name, **inner.settings}, inner.method
     if name == "Karcher":
         reference["rounds"] = 200 if ours["max_iterations"] else 0
-    only_ours = ("max_iterations", "tolerance", "solver", "learning_rate", "steps")
+    only_ours = ("max_iterations", "tolerance", "solver", "learning_rate", "steps", "row_wise", "column_wise")
     reference = {key: value for key, value in reference.items() if key not in only_ours}
     return Drawn(name, reference, getattr(methods, name)(**ours), preset)
 
@@ -100,7 +101,7 @@ def random_experts(case: Case, drawn: Drawn, count: int) -> Experts:
     kind = case.random.choice(bases.KINDS)
     forms = case.random.choice(experts.MIXES)
     encoding = case.random.choice(["float32"] * 5 + list(experts.ENCODINGS))
-    if name in COORDINATES or (name == "NuSLERP" and drawn.preset):
+    if name in COORDINATES:
         forms = case.random.choice([["low"], ["dense"], ["low", "dense"]])
     if name in WITHOUT_TIES and encoding not in ("float32", "bfloat16", "int8"):
         encoding = "float32"
@@ -137,22 +138,28 @@ def merge_case(case: Case) -> None:
     own = others if per_weight else parents.names
     moved = others if None in per_weight.values() else parents.names
     statistics = _statistics(case, parents, OF_DATA.get(name))
+    if name == "Fisher" and drawn.settings.pop("normalise", True):
+        for table in statistics:
+            size = sum(values.norm() ** 2 for values in table.values()) ** 0.5
+            table |= {weight: values / size for weight, values in table.items()}
+    if name in ("RegMean", "RegMeanPlusPlus", "ESM"):
+        drawn.settings["inputs"] = _inputs(parents.kind)
     form = Form(case.random.choice(experts.ENCODINGS)) if case.chance(0.15) else Form()
     out = merge(parents.places, drawn.method, case.folder / "m", per_weight=per_weight, form=form)
     written = files.read_expert(out.path)
     case.need(sorted(written) == moved, f"weights {sorted(written)}, not {moved}")
-    abouts = _abouts(parents, moved, own, statistics)
+    known = _known(parents, moved, own, statistics)
     lazy = Merged(parents.places, drawn.method, per_weight)
     stored = as_stored(lazy, form)
     for weight in moved:
         x = parents.stacked(weight)
-        expected = 0.5 * x.sum(0) if weight not in own else _expected(case, drawn, x, abouts[weight], lazy[weight])
+        expected = 0.5 * x.sum(0) if weight not in own else _expected(case, drawn, known[weight], lazy[weight])
         case.close(written[weight].values, stored[weight].dense(), f"lazy {weight}", 1e-6)
         case.close(lazy[weight].dense(), expected, f"{name} {weight}", 1e-4 if name in WITHOUT_TIES else 2e-5)
         if form.encoding in ROUNDING and written[weight].form != "LowRank":
             case.close(written[weight].values, expected, f"stored {weight}", ROUNDING[form.encoding])
         if name in ("EMR", "TALLMask") and weight in own and form == Form():
-            _of_tasks(case, drawn, weight, x, abouts[weight])
+            _of_tasks(case, drawn, weight, known[weight])
     if name not in WITHOUT_LAWS and drawn.preset is None and case.chance(0.3):
         _laws(case, drawn.method, parents.places, {weight: lazy[weight].dense() for weight in own}, per_weight)
     if case.chance(0.15):
@@ -191,88 +198,87 @@ def _inputs(kind: str) -> int:
     return 0 if kind == "gpt2" else 1
 
 
-def _abouts(
+def _known(
     parents: Experts, moved: Sequence[str], own: Sequence[str], statistics: Sequence[Mapping[str, Tensor]]
-) -> dict[str, merges.About]:
+) -> dict[str, merges.Weight]:
     """Return what the formulas may know of each weight that the method merges, which are its `own`."""
     everything = torch.cat([parents.stacked(name).flatten(1) for name in own], 1) if own else torch.zeros(0)
     blocks = {name: re.search(r"\.(\d+)\.", name) for name in moved}
     depths = {name: int(block[1]) if block else 0 for name, block in blocks.items()}
-    norms = [sum(values.norm().item() ** 2 for values in known.values()) ** 0.5 for known in statistics]
-    abouts = {}
+    known = {}
     for name in own:
         deltas = parents.deltas(name)
-        known = [table[name] for table in statistics if name in table]
-        abouts[name] = merges.About(
-            name=name,
-            depth=depths[name] / max(1, *depths.values(), 1),
-            everything=everything,
-            low=[delta.form == "LowRank" for delta in deltas],
-            kept=torch.stack([delta.kept for delta in deltas]),
-            statistics=torch.stack(known) if known else None,
-            norms=norms,
-            inputs=_inputs(parents.kind),
-        )
-    return abouts
+        x, kept = parents.stacked(name), torch.stack([delta.kept for delta in deltas])
+        known[name] = merges.Weight(x, kept, everything, partial(uniform, name))
+        known[name].depth = depths[name] / max(1, *depths.values(), 1)
+        known[name].low_rank = all(delta.form == "LowRank" or not delta.kept.any() for delta in deltas)
+        if statistics and name in statistics[0]:
+            known[name].statistics = torch.stack([table[name] for table in statistics])
+    return known
 
 
-def _expected(case: Case, drawn: Drawn, x: Tensor, about: merges.About, ours: Any) -> Tensor:
+def _expected(case: Case, drawn: Drawn, known: merges.Weight, ours: Any) -> Tensor:
     """Return what the reference makes of the deltas of a weight."""
+    is_matrix = known.x.ndim == 3
     if drawn.name == "CtM":
-        most = min(drawn.method.rank, *ours.shape) if x.ndim == 3 else max(ours.shape)
-        rank = torch.linalg.matrix_rank(ours.dense().double(), rtol=1e-5).item() if x.ndim == 3 else 0
-        case.need(rank <= most, f"{about.name}: the rank is {rank}")
-        return _compressed(drawn, x, about)
-    if drawn.is_stepwise and x.ndim == 3:
+        most = min(drawn.method.rank, *ours.shape) if is_matrix else max(ours.shape)
+        rank = torch.linalg.matrix_rank(ours.dense().double(), rtol=1e-5).item() if is_matrix else 0
+        case.need(rank <= most, f"the rank is {rank}")
+        return _compressed(drawn, known)
+    if drawn.is_stepwise and is_matrix:
         method = drawn.method
-        return method.scale * _adam(x, method.power, method.learning_rate, method.steps)
-    return merges.merged(drawn.name, x, about, **drawn.settings)
+        return method.scale * _adam(known, method.power, method.learning_rate, method.steps)
+    if is_matrix and (getattr(drawn.method, "row_wise", False) or getattr(drawn.method, "column_wise", False)):
+        apart = 2 if getattr(drawn.method, "column_wise", False) else 1
+        parts = [replace(known, x=x).merged(drawn.name, **drawn.settings) for x in known.x.unbind(apart)]
+        return torch.stack(parts, apart - 1)
+    return known.merged(drawn.name, **drawn.settings)
 
 
-def _adam(x: Tensor, power: float, learning_rate: float, steps: int) -> Tensor:
+def _adam(known: merges.Weight, power: float, learning_rate: float, steps: int) -> Tensor:
     """Return the sum of the deltas after some steps of Adam on the loss of WUDI, by autograd."""
-    total = x.sum(0).requires_grad_()
+    total = known.x.sum(0).requires_grad_()
     optimizer = torch.optim.Adam([total], lr=learning_rate)
-    movers = merges.moving(x)
-    for _ in range(steps if len(movers) else 0):
+    for _ in range(steps if len(known.movers) else 0):
         optimizer.zero_grad()
-        losses = [((total - d) @ d.T).square().sum() / d.norm() ** power for d in movers]
+        losses = [((total - d) @ d.T).square().sum() / d.norm() ** power for d in known.movers]
         torch.stack(losses).sum().backward()
         optimizer.step()
     return total.detach()
 
 
-def _compressed(drawn: Drawn, x: Tensor, about: merges.About) -> Tensor:
+def _compressed(drawn: Drawn, known: merges.Weight) -> Tensor:
     """Return CtM: in the spaces of most `sum_i |U^T d_i V|^2 / |d_i|^2`, found by solving for each in turn."""
     method = drawn.method
     inner = drawn.settings["inner"]
-    if x.ndim != 3 or not x.any():
-        return method.scale * merges.inside(x, about, inner)
-    equal = [d / d.norm() for d in merges.moving(x)]
-    right = merges.svd(torch.cat(equal))[2][: method.rank].T
+    if known.x.ndim != 3 or not known.x.any():
+        return method.scale * known.merged(**inner)
+    equal = [d / d.norm() for d in known.movers]
+    right = merges.svd(torch.cat(equal), method.rank)[2].T
     left = right
     held = 0.0
     for _ in range(200):
-        left = merges.svd(torch.cat([d @ right for d in equal], 1))[0][:, : method.rank]
-        _, values, rows = merges.svd(torch.cat([left.T @ d for d in equal]))
-        right = rows[: method.rank].T
+        left = merges.svd(torch.cat([d @ right for d in equal], 1), method.rank)[0]
+        _, values, rows = merges.svd(torch.cat([left.T @ d for d in equal]), method.rank)
+        right = rows.T
         before = held
-        held = values[: method.rank].square().sum().item()
+        held = values.square().sum().item()
         if held - before <= 1e-10 * held:
             break
-    return method.scale * left @ merges.inside(left.T @ x @ right, about, inner) @ right.T
+    return method.scale * left @ replace(known, x=left.T @ known.x @ right).merged(**inner) @ right.T
 
 
-def _of_tasks(case: Case, drawn: Drawn, weight: str, x: Tensor, about: merges.About) -> None:
+def _of_tasks(case: Case, drawn: Drawn, weight: str, known: merges.Weight) -> None:
     """Compare the expert of each task that EMR and TALL masks write beside the merge."""
+    x = known.x
     for number, d in enumerate(x):
         ours = files.read_expert(case.folder / f"m-e{number}")[weight].values
         if drawn.name == "TALLMask":
             kept = merges.matters(x, drawn.settings.get("threshold", 0.4))[number]
             expected = drawn.settings.get("scale", 1.0) * kept * x.sum(0)
         else:
-            whole = merges.unified(about.everything)
-            own = about.everything[number]
+            whole = merges.unified(known.everything)
+            own = known.everything[number]
             masked = (whole * (own * whole > 0)).abs().sum()
             expected = merges.unified(x) * (d * merges.unified(x) > 0) * (own.abs().sum() / masked if masked else 1)
         case.close(ours, expected, f"expert of task {number}, {weight}")

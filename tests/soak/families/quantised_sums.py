@@ -1,34 +1,15 @@
 """Add random experts to a base that is quantised while it is loaded."""
 
 import importlib.util
-from functools import cache
 from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from modular_experts import Base, TaskMixture, evaluate
 from soak import bases, experts
 from soak.case import Case
+from soak.families.losses import dequantised
+from soak.reading import Reader
 from soak.reference import files
-from soak.reference.model import Reader, Reference
 from soak.tasks import random_task
-
-
-@cache
-def _stands_for(kind: str, form: str) -> dict[str, Tensor]:
-    """Return the numbers that the quantised weights of a base stand for."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=form, bnb_4bit_use_double_quant=True)
-    settings.bnb_4bit_compute_dtype = torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(bases.base_of(kind), quantization_config=settings)
-    return {
-        name: dequantize_4bit(weight.data, weight.quant_state).float()
-        for name, weight in model.named_parameters()
-        if hasattr(weight, "quant_state")
-    }
 
 
 def quantised_sum_case(case: Case) -> None:
@@ -56,9 +37,7 @@ def quantised_sum_case(case: Case) -> None:
     ours = {row["model"]: row["value"] for row in map(dict, results.rows) if row["metric"] == "loss"}
     reader = Reader(bases.base_of(kind), bases.CONTEXT)
     rows = [reader.texts(row)[0] for row in task.split("test")]
-    reference = Reference(bases.base_of(kind), bases.CONTEXT)
-    for name, weight in _stands_for(kind, form).items():
-        reference.weight(name).data.copy_(weight)
+    reference = dequantised(bases.base_of(kind), form)
     for model, place in zip(models, [None, *places], strict=True):
         if place is not None:
             reference.add({name: delta.values for name, delta in files.read_expert(place).items()})

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 from soak import bases
 from soak.case import Case
+from soak.method_settings import uniform
 from soak.reference import merges
 
 # The parameters with a value for each model, and the parameters of the whole merge.
@@ -24,10 +26,10 @@ PARAMETERS: dict[str, tuple[list[str], list[str]]] = {
     **dict.fromkeys(["della", "della_linear"], (["weight", "density", "epsilon"], PRUNED[1])),
     "sce": ([], ["select_topk"]),
     "slerp": ([], ["t"]),
-    "nuslerp": (["weight"], ["nuslerp_flatten", "nuslerp_row_wise"]),
+    "nuslerp": (["weight"], []),
     "multislerp": (["weight"], ["normalize_weights"]),
     "karcher": ([], []),
-    "model_stock": ([], ["filter_wise"]),
+    "model_stock": ([], []),
     "ram": ([], []),
     "ramplus_tl": ([], ["r", "alpha"]),
 }
@@ -43,14 +45,14 @@ VALUES: dict[str, list[float]] = {
     "alpha": [0.2, 2.0],
 }
 # Parameters that switch something on or off.
-FLAGS = ("normalize", "rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights")
+FLAGS = ("normalize", "rescale", "normalize_weights")
 REQUIRED = ("weight", "t")
 # The defaults of mergekit that differ from method to method.
 NORMALISES = ("linear", "ties", "della")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
-RESCALES = RANDOM
 ON_MODELS = ("linear", "slerp", "karcher")
 OURS = {
+    **{"linear": "TaskArithmetic", "task_arithmetic": "TaskArithmetic"},
     **{"ties": "TIES", "dare_linear": "DARE", "dare_ties": "DARETIES", "breadcrumbs": "Breadcrumbs"},
     **{"breadcrumbs_ties": "BreadcrumbsTIES", "della": "DELLA", "della_linear": "DELLALinear", "sce": "SCE"},
     **{"ram": "RAM", "ramplus_tl": "RAMPlus", "model_stock": "ModelStock", "karcher": "Karcher"},
@@ -92,24 +94,19 @@ def _settings(method: str, own: dict[str, list[float]], whole: dict[str, float],
     if method in ("sce", "slerp", "ramplus_tl"):
         settings |= {{"select_topk": "keep"}.get(name, name): value for name, value in whole.items()}
     if method == "sce":
-        settings |= {"floor": 1e-6, "zero": "positive"}
+        settings["zero"] = "positive"
     if method in ("ram", "ramplus_tl"):
         settings["epsilon"] = 1e-5
     if method == "model_stock":
-        settings |= {"row_wise": bool(whole.get("filter_wise", 0.0)), "all_count": True}
-    if method == "karcher":
-        settings["rounds"] = 200
+        settings["least"] = -1.0
     if method == "multislerp" and not whole.get("normalize_weights", 1.0):
         settings["scale"] = sum(own["weight"])
-    if method == "nuslerp":
-        rows = not whole.get("nuslerp_flatten", 1.0)
-        columns = bool(whole.get("nuslerp_row_wise", 0.0))
-        settings |= {"row_wise": rows and not columns, "column_wise": rows and columns}
-        settings |= {"straight": 1 - 2**-53, "shortest": 1e-7}
+    if method in ("linear", "task_arithmetic"):
+        settings |= {"scale": whole.get("lambda", 1.0), "normalise": normalises}
     if "density" not in own:
         return settings
     settings |= {"scale": whole.get("lambda", 1.0)}
-    settings["rescale"] = "l1" if whole.get("rescale", method in RESCALES) else "none"
+    settings["rescale"] = "l1" if whole.get("rescale", method in RANDOM) else "none"
     if "ties" in method or method == "della":
         settings |= {"vote": "weighted", "divisor": "weights" if normalises else "none", "zero": "positive"}
     else:
@@ -176,14 +173,8 @@ def recipe_case(case: Case) -> None:
         settings = _settings(method, values, whole, weight.numel())
         if method in RANDOM:
             settings["seed"] = seed
-        about = merges.About(name, at, x.flatten(1), [False] * len(x), torch.ones_like(x, dtype=torch.bool))
-        if method in ("linear", "task_arithmetic"):
-            scale = whole.get("lambda", 1.0)
-            expected = scale * merges.total(
-                x, about, values["weight"], bool(whole.get("normalize", method in NORMALISES))
-            )
-        else:
-            expected = merges.merged(OURS[method], x, about, **settings)
+        known = merges.Weight(x, x != 0, x.flatten(1), partial(uniform, name))
+        expected = known.merged(OURS[method], **settings)
         difference = weight.double() - start[name].double() if on_deltas else weight
         # mergekit's iteration ends at a step of 1e-5 radians.
         relative = 1e-4 if method == "karcher" else 2e-5

@@ -1,13 +1,17 @@
 """Put one model together in several ways, and route: every way has the same scores, and a batch is like its rows."""
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from modular_experts import Oracle, TaskArithmetic, TaskMixture, apply, fit, generate, merge, open_expert, route
 from modular_experts.routing import Arrow, Centroid, Classifier, Constant, Energy, KernelRidge
@@ -15,11 +19,11 @@ from modular_experts.routing.gates import Softmax, Threshold, TopK, UpTo
 from modular_experts.systems.molora import MoLoRAExpert
 from soak import bases
 from soak.case import Case
-from soak.experts import linear_weights, random_expert
+from soak.experts import absent, linear_weights, random_expert
 from soak.fitting import Watch, check_rows, trainer_of
-from soak.reference import routing
+from soak.reading import Reader
 from soak.reference.files import read_expert
-from soak.reference.model import Reader, Reference
+from soak.reference.model import Reference
 from soak.scoring import Scores, check_scores, measured, near, same_scores
 from soak.tasks import TaskFile, random_task
 
@@ -84,13 +88,62 @@ def laws(case: Case) -> None:
     check_scores(case, scores["sum"], reference, reader, tasks, 5, "the sum", 2e-4)
 
 
-SELECTIONS: list[tuple[Any, routing.Gates | None]] = [
+Step = Callable[[Tensor], Tensor]
+"""Makes scores `(tokens, experts)` of inputs `(tokens, in)`, or weights of scores."""
+Layer = tuple[Sequence[Tensor], Step, Step]
+"""Deltas `(out, in)`, and the two steps that weigh them."""
+
+
+def arrow(deltas: Sequence[Tensor], inputs: Tensor) -> Tensor:
+    """Score inputs by their products with each delta's first right singular vector; deltas are `(out, in)`."""
+    parts = [torch.linalg.svd(delta) for delta in deltas]
+    return (inputs @ torch.stack([values[0].sign() * rows[0] for _, values, rows in parts]).T).abs()
+
+
+def energy(deltas: Sequence[Tensor], inputs: Tensor) -> Tensor:
+    """Score inputs by the lengths of their products with each delta, divided by the size of the delta."""
+    lengths = [(inputs @ delta.T).norm(dim=1) / delta.norm().clamp(min=1e-30) for delta in deltas]
+    return torch.stack(lengths, 1)
+
+
+def best(count: int, temperature: float, scores: Tensor) -> Tensor:
+    """Weigh the `count` highest scores by their softmax."""
+    kept = scores.topk(min(count, scores.shape[1]), dim=1)
+    return torch.zeros_like(scores).scatter(1, kept.indices, (kept.values / temperature).softmax(1))
+
+
+def above(least: float, scores: Tensor) -> Tensor:
+    """Weigh the scores whose softmax is at least a part of the largest."""
+    shares = scores.softmax(1)
+    return normalize(shares * (shares >= least * shares.amax(1, keepdim=True)), p=1)
+
+
+def add_routed(layer: Layer, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Add weighted experts to the output of a linear layer, as a hook."""
+    deltas, scores, gates = layer
+    inputs = arguments[0].flatten(0, -2).double()
+    weights = gates(scores(inputs))
+    added = sum(weights[:, [number]] * (inputs @ delta.T) for number, delta in enumerate(deltas))
+    return output + added.to(output.dtype).view(output.shape)
+
+
+@contextmanager
+def routed(reference: Reference, layers: Mapping[str, Layer]) -> Iterator[None]:
+    """Let layers choose among deltas while the context is open; names are of their weights."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            module = reference.model.get_submodule(name.removesuffix(".weight"))
+            stack.enter_context(module.register_forward_hook(partial(add_routed, layer)))
+        yield
+
+
+SELECTIONS: list[tuple[Any, Step | None]] = [
     (None, None),
-    (TopK(2), routing.best(2)),
-    (TopK(1), routing.best(1)),
-    (UpTo(5, temperature=0.5), routing.best(5, 0.5)),
-    (Softmax(0.5), routing.everyone(0.5)),
-    (Threshold(0.7), routing.above(0.7)),
+    (TopK(2), partial(best, 2, 1.0)),
+    (TopK(1), partial(best, 1, 1.0)),
+    (UpTo(5, temperature=0.5), partial(best, 5, 0.5)),
+    (Softmax(0.5), partial(best, 4, 0.5)),
+    (Threshold(0.7), partial(above, 0.7)),
 ]
 
 
@@ -109,25 +162,29 @@ def by_token(case: Case) -> None:
     route([str(place) for place in places], out, router(select=selection))
 
     experts = [read_expert(place) for place in places]
-    layers = {}
+    layers: dict[str, Layer] = {}
+    # The smallest distances between two scores of one token, where rounding may turn the choice.
+    closest = [math.inf]
+
+    def watched(scores_of: Step, inputs: Tensor) -> Tensor:
+        scores = scores_of(inputs)
+        closest.append(scores.sort(dim=1).values.diff(dim=1).min().item())
+        return scores
+
     for name in sorted({name for expert in experts for name in expert}):
-        shape = next(expert[name].values.shape for expert in experts if name in expert)
-        zeros = torch.zeros(shape, dtype=torch.float64)
-        deltas = [expert[name].values if name in expert else zeros for expert in experts]
-        if kind == "gpt2":
-            deltas = [delta.T for delta in deltas]
-        scores_of = routing.first_direction_scores if router is Arrow else routing.energy_scores
-        layers[name] = routing.Layer(deltas, scores_of(deltas), gates or routing.best(usual))
+        deltas = [expert.get(name, absent(kind, name)).values for expert in experts]
+        deltas = [delta.T if kind == "gpt2" else delta for delta in deltas]
+        scores_of = partial(arrow if router is Arrow else energy, deltas)
+        layers[name] = (deltas, partial(watched, scores_of), gates or partial(best, usual, 1.0))
     scores = measured(base, {"routed": str(out)}, tasks, 4, eval_batch_size=size)
     reference = Reference(base, bases.CONTEXT)
-    with routing.routed(reference, layers):
+    with routed(reference, layers):
         try:
             check_scores(case, scores["routed"], reference, Reader(base, bases.CONTEXT), tasks, 4, "routed", 2e-4)
         except AssertionError:
-            closest = min(layer.closest for layer in layers.values())
-            case.note(closest=closest)
+            case.note(closest=min(closest))
             # Experts without a delta of a weight all score 0, and add nothing.
-            if closest > 1e-5 or closest == 0:
+            if min(closest) > 1e-5 or min(closest) == 0:
                 raise
 
 
@@ -220,17 +277,17 @@ def mixtures(case: Case) -> None:
         up, down, router = (state[f"{name}/{part}"] for part in ("up", "down", "router"))
         scale = 8.0 / rank
         parts = [slice(number * rank, (number + 1) * rank) for number in range(experts)]
-        deltas = [scale * up[:, part] @ down[part] for part in parts]
+        deltas = [scale * up[:, part].double() @ down[part].double() for part in parts]
         case.need(bool(up.any()), f"{name} was not trained")
-        layers[name] = routing.Layer(deltas, linear_scores(router), routing.best(k))
+        layers[name] = (deltas, partial(linear_scores, router.double()), partial(best, k, 1.0))
     scores = measured(base, {"mixture": str(out)}, tasks, 4, eval_batch_size=size)
     reference = Reference(base, bases.CONTEXT)
-    with routing.routed(reference, layers):
+    with routed(reference, layers):
         check_scores(case, scores["mixture"], reference, reader, tasks, 4, "mixture", 2e-4)
 
 
-def linear_scores(router: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda inputs: inputs.double() @ router.double().T
+def linear_scores(router: Tensor, inputs: Tensor) -> Tensor:
+    return inputs @ router.T
 
 
 def values_of(place: str) -> dict[str, Tensor]:

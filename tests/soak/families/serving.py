@@ -19,11 +19,10 @@ from modular_experts.serving.models import Models
 from soak import bases
 from soak.case import Case
 from soak.experts import linear_weights, random_expert
-from soak.fitting import RATES, Watch, check_rows, check_trained, part_of, random_kind, random_modules, trainer_of
-from soak.reference.chat import TEMPLATES, ConversationReader, Message
+from soak.fitting import Watch, check_fit, check_rows, random_kind, random_modules, trainer_of
+from soak.reading import ConversationReader, Reader
 from soak.reference.files import read_expert
-from soak.reference.model import Reader, Reference
-from soak.reference.training import train
+from soak.reference.model import Reference
 from soak.scoring import LEAST_LEAD, check_scores, measured
 from soak.tasks import Row, TaskFile, random_row, random_task, random_word
 
@@ -71,22 +70,22 @@ def serving(case: Case) -> None:
         name = answer["expert"]
         reference = reference_of.setdefault(name, summed(base, library, name))
         ids = reader.ids(request["prompt"])
-        wanted = reference.answer(ids, request["max_tokens"])
+        wanted, lead = reference.answer(ids, request["max_tokens"])
         # An answer that its length ends within a character leaves this character out.
-        text = wanted.raw.rstrip("\ufffd") if mine["finish_reason"] == "length" else wanted.raw
+        text = wanted.rstrip("\ufffd") if mine["finish_reason"] == "length" else wanted
         stops = [text.find(stop) for stop in request.get("stop", []) if stop in text]
         if stops:
             text = text[: min(stops)]
-        same = mine["text"].strip() == text.strip() or wanted.lead <= LEAST_LEAD
+        same = mine["text"].strip() == text.strip() or lead <= LEAST_LEAD
         case.need(same, f"{place}: {mine['text']!r} of {name}, the reference {text!r}")
         case.need(answer["usage"]["prompt_tokens"] == len(ids), f"{place}: {answer['usage']} for {len(ids)} tokens")
         if name in ("base", "e0", "e1") and not stops:
             experts = [] if name == "base" else [str(library / name)]
             text = generate(str(base), request["prompt"], experts, request["max_tokens"], chat_template=False)
             text = text.rstrip("\ufffd") if mine["finish_reason"] == "length" else text
-            same = mine["text"].strip() == text or wanted.lead <= LEAST_LEAD
+            same = mine["text"].strip() == text or lead <= LEAST_LEAD
             case.need(same, f"{place}: {mine['text']!r}, generate {text!r}")
-        if request.get("logprobs") and wanted.lead > LEAST_LEAD:
+        if request.get("logprobs") and lead > LEAST_LEAD:
             check_logprobs(case, reference, ids, mine, reader)
 
 
@@ -155,14 +154,41 @@ def check_logprobs(case: Case, reference: Reference, ids: Sequence[int], choice:
         read.append(token)
 
 
+_TALK = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}</s>"
+    "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_ANSWER = "{% generation %}{{ m.content }}</s>{% endgeneration %}"
+TEMPLATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "simple": (_TALK, {}),
+    "system": (
+        "{% if messages[0].role != 'system' %}<|system|>help{{ '\\n' }}{% endif %}" + _TALK,
+        {"preface": "<|system|>help\n"},
+    ),
+    "marked": (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}" + _ANSWER + "{% else %}{{ m.content }}"
+        "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        {},
+    ),
+    "tools": (_TALK, {}),
+    "open": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        {"opening": "{}: ", "ends": False},
+    ),
+}
+"""Templates, and how `ConversationReader` renders each."""
+
+
 def conversations(case: Case) -> None:
     """Train and score conversations through a chat template, against tokens of a literal rendering."""
     draw = case.random
     name = draw.choice(list(TEMPLATES))
-    template = TEMPLATES[name]
+    source, rendering = TEMPLATES[name]
     base = case.folder / "base"
     shutil.copytree(bases.base_of("chat"), base)
-    (base / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+    (base / "chat_template.jinja").write_text(source, encoding="utf-8")
     longest = draw.choice([256, 256, 100, 60])
     counts = {"train": draw.randint(5, 10), "validation": 2, "test": draw.randint(3, 5)}
     rows = [random_talk(case, split, name) for split, count in counts.items() for _ in range(count)]
@@ -189,14 +215,12 @@ def conversations(case: Case) -> None:
         data={"packing": packing, "max_length": longest},
         trainer=trainer_of(case.folder, out, watch, *expert.callbacks()),
     )
-    reader = ConversationReader(base, longest, template)
+    reader = ConversationReader(base, longest, **rendering)
     known = [reader.learned(row) for row in task.split("train")]
     check_rows(case, [text for batch in watch.batches for text in batch], known)
     deltas = read_expert(out)
-    parts = {weight: part_of("chat", expert, weight, delta, watch.start) for weight, delta in deltas.items()}
     read = watch.steps(len(known), batch_size, 1)
-    trained = train(Reference(base, bases.CONTEXT), parts, read, RATES[expert.name])
-    check_trained(case, deltas, trained, expert.name)
+    check_fit(case, Reference(base, bases.CONTEXT), "chat", expert, deltas, watch, read)
     scores = measured(base, {"expert": str(out)}, [task], 5, max_length=longest, eval_batch_size=draw.choice([1, 4]))
     reference = Reference(base, bases.CONTEXT, {weight: delta.values for weight, delta in deltas.items()})
     check_scores(case, scores["expert"], reference, reader, [task], 5, name)
@@ -205,7 +229,7 @@ def conversations(case: Case) -> None:
 def random_talk(case: Case, split: str, template: str) -> Row:
     """Draw a conversation of one to four turns, perhaps with a system message and calls of tools."""
     draw = case.random
-    messages: list[Message] = []
+    messages: list[Row] = []
     if case.chance(0.3):
         messages.append({"role": "system", "content": f"be {random_word(case)}"})
     for _ in range(draw.choice([1, 1, 2, 3, 4])):

@@ -67,13 +67,13 @@ def _grams(reference: Reference, rows: Sequence[Text], names: Sequence[str]) -> 
 
 
 def _squares(reference: Reference, rows: Sequence[Text], names: Sequence[str]) -> dict[str, Tensor]:
-    weights = [reference.weight(name) for name in names]
-    totals = [torch.zeros(weight.shape, dtype=torch.float64) for weight in weights]
+    totals: dict[str, Tensor] = dict.fromkeys(names, torch.zeros(()))
     for row in rows:
-        loss = negative_log_likelihood(reference.logits, row)
-        for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
-            total += gradient.double() ** 2 / len(rows)
-    return dict(zip(names, totals, strict=True))
+        reference.model.zero_grad()
+        negative_log_likelihood(reference.logits, row).backward()
+        for name in names:
+            totals[name] = totals[name] + reference.weight(name, "grad").double() ** 2 / len(rows)
+    return totals
 
 
 def _merged_grams(setup: Setup, rows: Sequence[Sequence[Text]], inputs: int) -> list[dict[str, Tensor]]:
@@ -91,8 +91,8 @@ def _merged_grams(setup: Setup, rows: Sequence[Sequence[Text]], inputs: int) -> 
         for name in names:
             grams = torch.stack([own[name] for own in grams_of])
             x = setup.stacked(name)
-            about = merges.About(name, 0, x.flatten(1), [False] * len(x), x != 0, grams, (), inputs)
-            behind[name] = merges.merged("RegMeanPlusPlus", x, about)
+            known = merges.Weight(x, x != 0, x.flatten(1), statistics=grams)
+            behind[name] = known.merged("RegMeanPlusPlus", inputs=inputs)
     return grams_of
 
 

@@ -19,10 +19,12 @@ from soak import bases
 from soak.case import Case
 from soak.experts import linear_weights, random_expert
 from soak.fitting import same_bytes
+from soak.reading import Reader
 from soak.reference.files import read_expert
-from soak.reference.model import Reader, Reference
+from soak.reference.model import Reference
 from soak.scoring import near
 from soak.tasks import TaskFile, random_row, random_task, write_task
+from soak.validation import mean_loss
 
 TIMES = ("seconds", "switch_seconds", "time")
 
@@ -230,11 +232,8 @@ def combined(case: Case) -> None:
     for way in merged:
         deltas = {name: delta.values for name, delta in read_expert(Path(way.place)).items()}
         reference = Reference(base, bases.CONTEXT, deltas)
-        losses = []
-        for task in tasks:
-            texts = [reader.texts(row)[0] for row in task.split("validation")]
-            tokens = sum(len(text.learned) for text in texts)
-            losses.append(sum(reference.loss(text) for text in texts) / tokens)
+        texts = [[reader.texts(row)[0] for row in task.split("validation")] for task in tasks]
+        losses = [mean_loss(reference.loss, own) for own in texts]
         near(case, way.loss, sum(losses) / len(losses), f"{way.name}: loss", 3e-4)
     before = [(way.name, way.kept, way.loss, way.bytes) for way in found.ways]
     after = combine([str(place) for place in places], out, mixture)

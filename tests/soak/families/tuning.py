@@ -60,8 +60,7 @@ def tune_case(case: Case) -> None:
 
 def _merged(setup: Setup, method: str, weight: str, settings: Mapping[str, Any]) -> Tensor:
     x = setup.stacked(weight)
-    about = merges.About(weight, 0, x.flatten(1), [False] * len(x), x != 0)
-    return merges.merged(method, x, about, **settings)
+    return merges.Weight(x, x != 0, x.flatten(1)).merged(method, **settings)
 
 
 def search_case(case: Case) -> None:

@@ -1,441 +1,292 @@
-"""Merge formulas in float64, by the texts of the methods and their papers.
-
-A formula gets the dense deltas `(experts, *shape)` of one weight, and returns the merge without the factor `scale`.
-"""
+"""Merge formulas in float64, by the texts of the methods and their papers."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
-from hashlib import blake2b
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 NOISE = 2.0**-23
-
-
-@dataclass
-class About:
-    """What a formula may know of a weight beside its deltas: `everything` `(experts, n)` are the entries of all
-    weights, `kept` tells what each expert keeps; statistics are Fisher information or Gram matrices.
-    """
-
-    name: str
-    depth: float
-    everything: Tensor
-    low: Sequence[bool]
-    kept: Tensor
-    statistics: Tensor | None = None
-    norms: Sequence[float] = ()
-    inputs: int = 1
-
-
-def merged(method: str, x: Tensor, about: About, scale: float = 1.0, **settings: Any) -> Tensor:
-    """Return the merge of a weight by the method of this name."""
-    if method in OF_MATRICES and x.ndim != 3:
-        return scale * x.mean(0)
-    return scale * FORMULAS[method](x, about, **settings)
+OF_MATRICES = ("SVDAverage", "TSVMerge", "IsoC", "IsoCTS", "WUDI", "RegMean", "RegMeanPlusPlus", "ESM")
 
 
 def each(setting: Any, x: Tensor) -> Tensor:
-    """Return a setting as one number for each expert, in a shape that multiplies deltas; None is 1."""
-    numbers = setting if isinstance(setting, list) else [1.0 if setting is None else setting] * len(x)
-    return torch.tensor(numbers, dtype=torch.float64).view(-1, *[1] * (x.ndim - 1))
-
-
-def total(x: Tensor, about: Any = None, weights: Any = None, normalise: bool = False) -> Tensor:
-    return (each(weights, x) * x).sum(0) / (each(weights, x).sum() if normalise else 1)
+    """Return a number for each expert, in a shape that multiplies deltas."""
+    return torch.as_tensor(setting, dtype=torch.float64).expand(len(x)).view(-1, *[1] * (x.ndim - 1))
 
 
 def count_of(share: float, size: int) -> int:
     return max(1, math.floor(share * size * (1 + 1e-12)))
 
 
-def moving(x: Tensor) -> Tensor:
-    return x[x.flatten(1).norm(dim=1) > 0]
+def ranks(values: Tensor) -> Tensor:
+    """Return the place of each entry, the largest first, and equal ones in their order."""
+    return values.reshape(-1).sort(descending=True, stable=True).indices.argsort().view_as(values)
 
 
-# Pruning returns the pruned deltas, and the chance that each entry had to stay.
-
-
-def cutoff(values: Tensor, share: float) -> float:
-    return values.float().abs().sort(descending=True).values[count_of(share, values.numel()) - 1].item()
-
-
-def band(x: Tensor, about: About, keep: Any = None, beta: Any = 0.9, gamma: Any = 0.0, scope: str = "weight") -> Any:
-    """Keep the share `keep` of largest entries, or those between the smallest `beta` and the largest `gamma`."""
-    pruned = []
-    settings = (each(setting or 0.0, x).flatten().tolist() for setting in (keep, beta, gamma))
-    for d, everything, share, low, high in zip(x, about.everything, *settings, strict=True):
-        if scope == "global":
-            most = cutoff(everything, high) if high else math.inf
-            pruned.append(d * (d.float().abs() >= cutoff(everything, share or 1 - low)) * (d.float().abs() < most))
-            continue
-        stay = count_of(share or 1 - low - high, d.numel())
-        gone = min(math.floor(high * d.numel() * (1 + 1e-12)), d.numel() - stay)
-        places = d.abs().reshape(-1).sort(descending=True, stable=True).indices.argsort().view_as(d)
-        pruned.append(d * (places >= gone) * (places < gone + stay))
-    return torch.stack(pruned), 1.0
-
-
-def uniform(seed: int, expert: int, name: str, count: int) -> Tensor:
-    """Return the numbers in [0, 1) of SplitMix64, which begins at a hash of the seed, the expert and the weight."""
-    digest = blake2b(f"{seed}/{expert}/{name}".encode(), digest_size=8).digest()
-    mixed = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed += np.uint64(int.from_bytes(digest, "little"))
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def drop(x: Tensor, about: About, keep: Any, seed: int = 0, epsilon: Any = 0.0) -> Any:
-    chance = each(keep, x).expand_as(x)
-    if x.shape[-1] > 1:
-        ranks = x.abs().sort(dim=-1, stable=True).indices.argsort(-1) / (x.shape[-1] - 1)
-        chance = torch.where(chance == 1, chance, chance + each(epsilon, x) * (2 * ranks - 1))
-    draws = [uniform(seed, expert, about.name, d.numel()).view_as(d) for expert, d in enumerate(x)]
-    return x * (torch.stack(draws) < chance), chance
-
-
-def pruned_sum(
-    prune: Any, x: Tensor, about: About, rescale: str = "none", combine: Any = total, weights: Any = None, **own: Any
-) -> Tensor:
-    combining = {name: own.pop(name) for name in ("vote", "divisor", "zero", "normalise") if name in own}
-    pruned, chance = prune(x, about, **own)
-    if rescale == "probability":
-        pruned = pruned / chance
-    if rescale == "l1":
-        before, after = (values.abs().flatten(1).sum(1) for values in (x, pruned))
-        pruned = pruned * each((before / torch.where(after > 0, after, math.inf)).tolist(), x)
-    return combine(pruned, about, weights, **combining)
-
-
-def election(
-    x: Tensor, about: About, weights: Any, vote: str = "sum", divisor: str = "count", zero: str = "none"
-) -> Tensor:
-    weight = each(weights, x)
-    sides = x * weight if vote == "weighted" else x
-    sign = (x.sign() if vote == "count" else sides).sum(0).sign()
-    majority = {"none": 0.0, "positive": 1.0, "weight_majority": sign.sum().sign().item()}[zero]
-    agrees = sides * torch.where(sign == 0, majority, sign) > 0
-    parts = {"count": agrees, "weights": weight * agrees, "none": torch.ones_like(x[:1])}[divisor].sum(0)
-    return (weight * x * agrees).sum(0) / torch.where(parts == 0, 1.0, parts)
-
-
-# Entry by entry.
-
-
-def overlap(x: Tensor, about: About, count: str = "values", exponent: float = 1.0) -> Tensor:
-    return x.sum(0) / (x != 0 if count == "values" else about.kept).sum(0).clamp(min=1) ** exponent
-
-
-def ram(x: Tensor, about: About, epsilon: float = 0.0, r: float = 0.0, alpha: float = 0.0) -> Tensor:
-    moved = x.abs() > epsilon
-    movers = moved.sum(0)
-    alone = moved & (movers == 1)
-    ratio = (moved & ~alone).flatten(1).sum(1) / alone.flatten(1).sum(1).clamp(min=1)
-    return (x * moved * torch.where(alone, 1 + r * each(ratio.clamp(max=alpha).tolist(), x), 1)).sum(0) / movers.clamp(
-        1
-    )
-
-
-def consensus(x: Tensor, about: About, threshold: float = 0.4, agreement: int = 2) -> Tensor:
-    return x.sum(0) * (matters(x, threshold).sum(0) >= agreement)
+def unified(x: Tensor) -> Tensor:
+    """Return the largest entry on the side of the sum, as EMR does."""
+    return x.sum(0).sign() * (x * x.sum(0).sign()).clamp(min=0).amax(0)
 
 
 def matters(x: Tensor, threshold: float) -> Tensor:
+    """Return the masks of TALL: where an expert is large beside the sum of the others."""
     return (x.abs() >= threshold * (x.sum(0) - x).abs()) & (x != 0)
 
 
-def intersection(x: Tensor, about: About, agreement: int | None = None) -> Tensor:
-    keepers = about.kept.sum(0)
-    return x.sum(0) * (keepers >= (agreement or len(x))) / keepers.clamp(min=1)
-
-
-def unified(x: Tensor, about: Any = None) -> Tensor:
-    sign = x.sum(0).sign()
-    return sign * (x * sign).clamp(min=0).amax(0)
-
-
-def balanced(x: Tensor, about: About, keep: float = 0.1) -> Tensor:
-    """PCB."""
-    movers = moving(x).flatten(1)
-    if not len(movers):
-        return x[0]
-
-    def stretched(values: Tensor) -> Tensor:
-        low, high = values.aminmax()
-        return (values - low) / (high - low if high > low else 1)
-
-    scores = []
-    for d in movers:
-        shared = torch.stack([stretched(d * other).softmax(0) for other in movers]).sum(0)
-        score = (len(movers) * stretched(d * d)).softmax(0) * shared
-        least = score.sort(descending=True).values[count_of(keep, len(score)) - 1]
-        scores.append(score * (score >= least))
-    weights = torch.stack(scores)
-    return ((weights * movers).sum(0) / weights.sum(0).clamp(min=1e-300)).view_as(x[0])
-
-
-def selected(x: Tensor, about: About, keep: float = 1.0, floor: float = 0.0, zero: str = "none") -> Tensor:
-    """SCE."""
-    if keep < 1:
-        variance = x.var(0, unbiased=False)
-        count = math.floor(keep * int((variance > 1e-30).sum()) * (1 + 1e-12))
-        places = variance.reshape(-1).sort(descending=True, stable=True).indices.argsort().view_as(variance)
-        x = x * (places < count)
-    squares = x.square().flatten(1).mean(1)
-    alike = squares.sum() == 0 or squares.sum() < floor
-    share = each((torch.full_like(squares, 1 / len(x)) if alike else squares / squares.sum()).tolist(), x)
-    sign = x.sum(0).sign()
-    agrees = x * torch.where(sign == 0, float(zero == "positive"), sign) > 0
-    return (share * x * agrees).sum(0) / (share * agrees).sum(0).clamp(min=floor or 1e-300)
-
-
-# The angles between deltas.
-
-
-def stock(x: Tensor, about: About, row_wise: bool = False, all_count: bool = False) -> Tensor:
-    if row_wise and x.ndim > 2:
-        return torch.stack([stock(x[:, row], about, False, all_count) for row in range(x.shape[1])])
-    movers = x if all_count else moving(x)
-    gram = movers.flatten(1) @ movers.flatten(1).T
-    lengths = gram.diagonal().sqrt()
-    cosines = (gram / (lengths[:, None] * lengths).clamp(min=1e-6 if all_count else 0)).clamp(-1, 1)
-    count = max(1, len(movers))
-    cosine = cosines.triu(1).sum() / (count * (count - 1) / 2) if count > 1 else torch.tensor(1.0)
-    cosine = cosine if all_count else cosine.clamp(min=0)
-    return cosine / (1 + (count - 1) * cosine) * x.sum(0)
-
-
-def slerp(a: Tensor, b: Tensor, t: float, straight: float = 0.9995, shortest: float = 0.0) -> Tensor:
-    lengths = max(a.norm().item(), shortest) * max(b.norm().item(), shortest)
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    lengths = (a.norm() * b.norm()).item()
     cosine = (a * b).sum().item() / lengths if lengths else 1.0
-    if abs(cosine) > straight:
+    if abs(cosine) > 0.9995:
         return (1 - t) * a + t * b
     angle = math.acos(cosine)
     return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
 
 
-def arcs(
-    x: Tensor, about: About, weights: Any = None, row_wise: bool = False, column_wise: bool = False, **limits: float
-) -> Tensor:
-    if (row_wise or column_wise) and x.ndim > 2:
-        rows = (x.mT if column_wise else x).unbind(1)
-        solved = torch.stack([arcs(row, about, weights, **limits) for row in rows])
-        return solved.mT if column_wise else solved
-    shares = each(weights, x).flatten().tolist()
-    m = x[0]
-    for d, share, whole in list(zip(x, shares, accumulate(shares), strict=True))[1:]:
-        m = slerp(m, d, share / whole if whole else 0.0, **limits)
-    return m
-
-
-def mean_direction(x: Tensor, about: About, weights: Any = None, rounds: int = 0) -> Tensor:
-    """MultiSLERP; with more rounds, the mean on the sphere, by steps along the mean tangent (Karcher)."""
-    norms = x.flatten(1).norm(dim=1)
-    shares = each(weights, x).flatten() / each(weights, x).sum()
-    unit, pull = x[norms > 0].flatten(1) / norms[norms > 0, None], shares[norms > 0]
-    m = pull @ unit
-    if m.norm() < 1e-6:
-        return total(x, about, shares.tolist())
-    for _ in range(rounds):
-        m = m / m.norm()
-        along = (unit @ m).clamp(-1, 1)
-        factors = torch.where(along.abs() < 1 - 1e-12, along.acos() / (1 - along**2).sqrt(), 1.0)
-        step = (pull * factors) @ (unit - along[:, None] * m)
-        m = step.norm().cos() * m + step.norm().sin() * step / step.norm().clamp(min=1e-300)
-    return (shares @ norms) * (m / m.norm()).view_as(x[0])
-
-
-# Directions.
-
-
-def svd(matrix: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return singular values and directions, without noise."""
+def svd(matrix: Tensor, most: int | None = None, floor: float = 0.0) -> list[Tensor]:
+    """Return the strongest left directions, singular values and right directions, without noise."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = values > max(NOISE * values[:1].sum().item(), floor)
-    return left[:, kept], values[kept], right[kept]
+    count = int((values > max(NOISE * values[:1].sum().item(), floor)).sum())
+    return [left[:, :count][:, :most], values[:count][:most], right[:count][:most]]
 
 
-def isometry(matrix: Tensor) -> Tensor:
-    left, _, right = svd(matrix)
-    return left @ right
+def rebuilt(matrix: Tensor, most: int | None = None, change: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+    """Return a matrix of its strongest directions, perhaps with changed singular values."""
+    left, values, right = svd(matrix, most)
+    return left * change(values) @ right
 
 
-def joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]], counts: Sequence[int]) -> list[Tensor]:
-    """Return the strongest directions of several matrices side by side, the right ones as columns."""
-    cut = [(left[:, :n], values[:n], right[:n].T) for (left, values, right), n in zip(parts, counts, strict=True)]
-    return [torch.cat(pieces, -1) for pieces in zip(*cut, strict=True)]
+def joined(parts: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Return the directions of some matrices, made orthogonal, and their values."""
+    lefts, values, rights = zip(*parts, strict=True)
+    left, right = (rebuilt(torch.cat(sides, dim), change=torch.ones_like) for sides, dim in ((lefts, 1), (rights, 0)))
+    return [left, torch.cat(values), right]
 
 
-def truncated(x: Tensor, about: About, rank: int = 16) -> Tensor:
-    left, values, right = joined([svd(d) for d in x], [rank] * len(x))
-    return left * values @ right.T / len(x)
-
-
-def task_directions(x: Tensor, about: About, share: float = 1.0) -> Tensor:
-    """TSV-Merge."""
-    count = count_of(share / max(1, len(moving(x))), min(x[0].shape))
-    left, values, right = joined([svd(d) for d in x], [count] * len(x))
-    return isometry(left) * values @ isometry(right).T
-
-
-def isotropic(x: Tensor, about: About, common: float = 1.0) -> Tensor:
-    whole, movers = svd(x.sum(0)), moving(x)
-    rank, count = len(whole[1]), max(1, len(movers))
-    own = min(round((rank - int(rank * common)) / count), rank // count)
-    shared = whole[0][:, : rank - own * len(movers)]
-    rest = [svd(d - shared @ shared.T @ d, NOISE * d.norm().item()) for d in movers]
-    left, values, right = joined([whole, *rest], [rank - own * len(movers)] + [own] * len(rest))
-    return values.sum() / max(1, len(values)) * isometry(left) @ isometry(right).T
-
-
-def inside(x: Tensor, about: About, inner: tuple[str, dict[str, Any]]) -> Tensor:
-    return merged(inner[0], x, about, **inner[1])
-
-
-def knots(x: Tensor, about: About, inner: Any) -> Tensor:
-    left = svd(torch.cat(list(x), 1))[0] if x.ndim == 3 and x.any() else None
-    return inside(x, about, inner) if left is None else left @ inside(left.T @ x, about, inner)
-
-
-def core_space(x: Tensor, about: About, inner: Any) -> Tensor:
-    movers = [low for low, kept in zip(about.low, about.kept, strict=True) if kept.any()]
-    if not all(movers) or not x.any():
-        return inside(x, about, inner)
-    left, right = svd(torch.cat(list(x), 1))[0], svd(torch.cat(list(x), 0))[2]
-    return left @ inside(left.T @ x @ right.T, about, inner) @ right
-
-
-def calibrated(x: Tensor, about: About, inner: Any, alpha: float = 0.5) -> Tensor:
-    """SVC."""
-    m, movers = inside(x, about, inner), moving(x)
-    if x.ndim != 3:
-        along = [max(alpha, (m * d).sum().item() / d.norm().item() ** 2) for d in movers]
-        return m * len(along) / sum(along) if along else m
-    left, values, right = svd(m)
-    moved = left.T @ movers
-    along = ((left.T @ m) * moved).sum(-1) / moved.square().sum(-1)
-    along[moved.norm(dim=-1) <= NOISE * movers.flatten(1).norm(dim=1, keepdim=True)] = math.nan
-    mean = along.clamp(min=alpha).nanmean(0)
-    return left * torch.where(mean.isnan(), 1.0, 1 / mean) * values @ right
-
-
-def rescaled(x: Tensor, about: About, inner: Any) -> Tensor:
-    m = inside(x, about, inner)
-    return m * (x.sum(0).norm() / max(1, len(moving(x))) ** 0.5 / m.norm()) if m.any() else m
-
-
-# Least squares.
-
-
-def ridge_solution(x: Tensor, grams: Tensor, ridge: float) -> Tensor:
-    center, whole = overlap(x, None), grams.sum(0)
+def least_squares(x: Tensor, grams: Tensor, center: Tensor, ridge: float = 0.0) -> Tensor:
+    """Return the matrix with outputs nearest to the experts' on their inputs, and near a center."""
+    whole = grams.sum(0)
     penalty = ridge * whole.diagonal().mean() * torch.eye(len(whole), dtype=torch.float64)
     return center + ((x - center) @ grams).sum(0) @ torch.linalg.pinv(whole + penalty)
 
 
-def reg_mean(x: Tensor, about: About, reduce: float = 0.9, ridge: float = 0.0) -> Tensor:
-    if about.statistics is None:
-        return x.mean(0)
-    x = x if about.inputs == 1 else x.mT
-    grams = reduce * about.statistics + (1 - reduce) * torch.diag_embed(about.statistics.diagonal(dim1=1, dim2=2))
-    if ridge:
-        solved = ridge_solution(x, grams, ridge)
-    else:
-        live = grams.sum(0).diagonal() > 0
-        solved, grams = x.mean(0), grams[:, live][..., live]
-        solved[:, live] = (x[..., live] @ grams).sum(0) @ torch.linalg.inv(grams.sum(0))
-    return solved if about.inputs == 1 else solved.mT
+@dataclass
+class Weight:
+    """The deltas `x` of a weight, dense and `(experts, *shape)`, and what formulas may know beside them.
 
+    `kept` are the entries that experts keep, `everything` `(experts, n)` is the entries of all weights, `draws` gives
+    numbers in [0, 1) for a seed and a shape, `depth` is the place among the blocks, `low_rank` is whether all move it
+    by factors, and `statistics` are Gram matrices or Fisher information. A method has its name, or is in `FORMULAS`.
+    """
 
-def self_reg_mean(x: Tensor, about: About, ridge: float = 0.1, inputs: int = 1, flatten: float = 0.0) -> Tensor:
-    if x.ndim != 3:
-        return overlap(x, about)
-    x = x if inputs == 1 else x.mT
-    m = ridge_solution(x, torch.stack([d.T @ d / max(d.norm().item() ** 2, 1e-300) for d in x]), ridge)
-    if flatten and m.any():
+    x: Tensor
+    kept: Tensor
+    everything: Tensor
+    draws: Callable[[int, torch.Size], Tensor] | None = None
+    depth: float = 0.0
+    low_rank: bool = False
+    statistics: Any = None
+
+    def merged(self, method: str, scale: float = 1.0, inputs: int = 1, **settings: Any) -> Tensor:
+        """Return the merge by a method; a matrix is `(out, in)`, or with `inputs` 0 the other way round."""
+        if self.x.ndim == 2 and method in OF_MATRICES:
+            return scale * self.x.mean(0)
+        if self.x.ndim == 3 and inputs == 0:
+            return replace(self, x=self.x.mT).merged(method, scale, **settings).mT
+        formula = FORMULAS.get(method) or getattr(Weight, method.lower())
+        return scale * formula(self, **settings)
+
+    @property
+    def movers(self) -> Tensor:
+        return self.x[self.x.flatten(1).any(1)]
+
+    def taskarithmetic(self, weights: Any = 1.0, normalise: bool = False) -> Tensor:
+        return (each(weights, self.x) * self.x).sum(0) / (each(weights, self.x).sum() if normalise else 1)
+
+    def elected(self, weights: Any = 1.0, vote: str = "sum", divisor: str = "count", zero: str = "none") -> Tensor:
+        """Add the entries on the side that most are on, as TIES does."""
+        weight = each(weights, self.x)
+        sides = self.x * weight if vote == "weighted" else self.x
+        sign = (sides.sign() if vote == "count" else sides).sum(0).sign()
+        majority = {"none": 0.0, "positive": 1.0, "weight_majority": sign.sum().sign().item()}[zero]
+        agrees = sides * torch.where(sign == 0, majority, sign) > 0
+        parts = {"count": agrees, "weights": weight * agrees, "none": torch.ones_like(sides[:1])}[divisor].sum(0)
+        return (weight * self.x * agrees).sum(0) / torch.where(parts == 0, 1.0, parts)
+
+    def banded(self, elects: bool, keep: Any = None, beta: Any = 0.9, gamma: Any = 0.0, **settings: Any) -> Tensor:
+        """Keep the share `keep` of largest entries, or those between the smallest `beta` and the largest `gamma`."""
+        stays = []
+        scope = settings.pop("scope", "weight")
+        lows = each(beta, self.x) if keep is None else 1 - each(keep, self.x)
+        for number, (low, high) in enumerate(zip(lows.flatten(), each(gamma, self.x).flatten(), strict=True)):
+            d = self.x[number].abs()
+            gone = min(math.floor(high * d.numel() * (1 + 1e-12)), d.numel() - count_of(1 - low - high, d.numel()))
+            stay = (ranks(d) >= gone) & (ranks(d) < gone + count_of(1 - low - high, d.numel()))
+            if scope == "global":
+                largest = self.everything[number].float().abs().sort(descending=True).values
+                least, most = (largest[count_of(share, len(largest)) - 1] for share in (1 - low, high))
+                stay = (d.float() >= least) & ((d.float() < most) | (high == 0))
+            stays.append(stay)
+        return self.pruned(torch.stack(stays), 1.0, elects, **settings)
+
+    def dropped(self, elects: bool, keep: Any, seed: int = 0, epsilon: Any = 0.0, **settings: Any) -> Tensor:
+        chance = each(keep, self.x).expand_as(self.x)
+        if self.x.shape[-1] > 1:
+            places = self.x.abs().sort(dim=-1, stable=True).indices.argsort(-1) / (self.x.shape[-1] - 1)
+            chance = torch.where(chance == 1, chance, chance + each(epsilon, self.x) * (2 * places - 1))
+        stays = self.draws(seed, self.x.shape) < chance
+        return self.pruned(stays, chance, elects, **{"rescale": "probability", **settings})
+
+    def pruned(self, stays: Tensor, chance: Any, elects: bool, rescale: str = "none", **settings: Any) -> Tensor:
+        kept = self.x * stays / (chance if rescale == "probability" else 1)
+        if rescale == "l1":
+            before, after = (d.abs().flatten(1).sum(1) for d in (self.x, kept))
+            kept = kept * each(before / after.clamp(min=1e-300), kept)
+        return (Weight.elected if elects else Weight.taskarithmetic)(replace(self, x=kept), **settings)
+
+    def sparseaverage(self, count: str = "values", exponent: float = 1.0) -> Tensor:
+        counted = self.x != 0 if count == "values" else self.kept
+        return self.x.sum(0) / counted.sum(0).clamp(min=1) ** exponent
+
+    def ram(self, epsilon: float = 0.0, r: float = 0.0, alpha: float = 0.0) -> Tensor:
+        moved = self.x.abs() > epsilon
+        alone = moved & (moved.sum(0) == 1)
+        ratio = (moved & ~alone).flatten(1).sum(1) / alone.flatten(1).sum(1).clamp(min=1)
+        factors = torch.where(alone, 1 + r * each(ratio.clamp(max=alpha), self.x), 1.0)
+        return (self.x * factors * moved).sum(0) / moved.sum(0).clamp(min=1)
+
+    def pcb(self, keep: float = 0.1) -> Tensor:
+        def stretched(values: Tensor) -> Tensor:
+            low, high = values.aminmax(dim=-1, keepdim=True)
+            return (values - low) / torch.where(high > low, high - low, 1)
+
+        movers = self.movers.flatten(1)
+        shared = stretched(movers[:, None] * movers).softmax(-1).sum(1)
+        scores = (len(movers) * stretched(movers.square())).softmax(-1) * shared
+        least = scores.sort(descending=True).values[:, [count_of(keep, movers.shape[1]) - 1]]
+        weights = scores * (scores >= least)
+        return ((weights * movers).sum(0) / weights.sum(0).clamp(min=1e-300)).view_as(self.x[0])
+
+    def sce(self, keep: float = 1.0, zero: str = "none") -> Tensor:
+        variance = self.x.var(0, unbiased=False)
+        count = math.floor(keep * int((variance > 1e-30).sum()) * (1 + 1e-12))
+        x = self.x * (ranks(variance) < count) if keep < 1 else self.x
+        return replace(self, x=x).elected(x.square().flatten(1).sum(1), divisor="weights", zero=zero)
+
+    def modelstock(self, least: float = 0.0) -> Tensor:
+        units = normalize(self.movers.flatten(1))
+        pairs = (units @ units.T)[~torch.eye(len(units), dtype=torch.bool)]
+        cosine = pairs.mean().clamp(min=least) if len(pairs) else 1.0
+        return cosine / (1 + max(0, len(units) - 1) * cosine) * self.x.sum(0)
+
+    def nuslerp(self, weights: Any = 1.0) -> Tensor:
+        shares = each(weights, self.x).flatten()
+        turns = (shares / shares.cumsum(0)).tolist()
+        return reduce(lambda m, step: slerp(m, *step), zip(self.x[1:], turns[1:], strict=True), self.x[0])
+
+    def multislerp(self, weights: Any = 1.0, rounds: int = 0) -> Tensor:
+        """Return the mean direction; with more rounds, the mean on the sphere, by its mean tangents (Karcher)."""
+        shares = (each(weights, self.x) / each(weights, self.x).sum()).flatten()
+        units = normalize(self.x.flatten(1))
+        m = shares @ units
+        if m.norm() < 1e-6:
+            return self.taskarithmetic(shares)
+        m = m / m.norm()
+        for _ in range(rounds):
+            along = (units @ m).clamp(-1, 1)
+            step = (shares * along.acos()) @ normalize(units - along[:, None] * m)
+            m = normalize(step.norm().cos() * m + step.norm().sin() * normalize(step, dim=0), dim=0)
+        return (shares @ self.x.flatten(1).norm(dim=1)) * m.view_as(self.x[0])
+
+    def tsvmerge(self, share: float = 1.0) -> Tensor:
+        count = count_of(share / max(1, len(self.movers)), min(self.x[0].shape))
+        left, values, right = joined([svd(d, count) for d in self.x])
+        return left * values @ right
+
+    def isoc(self, common: float = 1.0) -> Tensor:
+        rank, count = len(svd(self.x.sum(0))[1]), max(1, len(self.movers))
+        own = min(round((rank - int(rank * common)) / count), rank // count)
+        shared = svd(self.x.sum(0), rank - own * len(self.movers))
+        rest = [svd(d - shared[0] @ shared[0].T @ d, own, NOISE * d.norm().item()) for d in self.movers]
+        left, values, right = joined([shared, *rest])
+        return values.mean() * left @ right
+
+    def knots(self, inner: Any, both: bool = False) -> Tensor:
+        """Merge in the coordinates of all outputs, and for CoreSpace also of all inputs."""
+        if self.x.ndim != 3 or not self.x.any() or (both and not self.low_rank):
+            return self.merged(**inner)
+        left = svd(torch.cat(list(self.x), 1))[0]
+        right = svd(torch.cat(list(self.x)))[2] if both else torch.eye(self.x.shape[2], dtype=torch.float64)
+        return left @ replace(self, x=left.T @ self.x @ right.T).merged(**inner) @ right
+
+    def svc(self, inner: Any, alpha: float = 0.5) -> Tensor:
+        m = torch.atleast_2d(self.merged(**inner))
         left, values, right = svd(m)
-        m = left * values ** (1 - flatten) * (values.norm() / (values ** (1 - flatten)).norm()) @ right
-    return m if inputs == 1 else m.mT
+        movers = left.T @ self.movers.view(-1, *m.shape)
+        noise = NOISE * self.movers.flatten(1).norm(dim=1, keepdim=True)
+        along = ((left.T @ m) * movers).sum(-1) / movers.square().sum(-1)
+        mean = along.clamp(min=alpha).where(movers.norm(dim=-1) > noise, math.nan).nanmean(0)
+        return (left * values * (1 / mean).nan_to_num(1.0) @ right).view_as(self.x[0])
 
+    def rescaled(self, inner: Any) -> Tensor:
+        m = self.merged(**inner)
+        return m * self.x.sum(0).norm() / max(1, len(self.movers)) ** 0.5 / m.norm().clamp(min=1e-300)
 
-def wudi(x: Tensor, about: About, power: float = 1.0) -> Tensor:
-    inputs = torch.cat([d / d.norm() ** (power / 2) for d in moving(x)] or [x[0]]).T
-    outputs = torch.cat([d @ d.T / d.norm() ** (power / 2) for d in moving(x)] or [x[0] @ x[0].T], 1)
-    return outputs @ torch.linalg.pinv(inputs, rtol=NOISE)
+    def grams(self, power: float) -> Tensor:
+        return self.movers.mT @ self.movers / each(self.movers.flatten(1).norm(dim=1), self.movers) ** power
 
+    def selfregmean(self, ridge: float = 0.1, flatten: float = 0.0) -> Tensor:
+        if self.x.ndim != 3:
+            return self.sparseaverage()
+        solved = least_squares(self.movers, self.grams(2), self.sparseaverage(), ridge)
+        return rebuilt(solved, change=lambda v: v ** (1 - flatten) * (v.norm() / (v ** (1 - flatten)).norm()))
 
-def essential(x: Tensor, about: About, share: float = 1.0, power: float = 0.15) -> Tensor:
-    """ESM."""
-    if about.statistics is None:
-        return x.mean(0)
-    x = x if about.inputs == 1 else x.mT
-    count = count_of(share / max(1, len(moving(x))), x.shape[1])
-    outputs, inputs = [x.new_zeros(x.shape[1], 0)], [x.new_zeros(0, x.shape[2])]
-    for d, gram in zip(x, about.statistics, strict=True):
-        left, values, _ = svd(d @ gram @ d.T)
-        weights = values[:count] ** power / (values[:count] ** power).mean()
-        outputs.append(left[:, :count] * weights)
-        inputs.append(weights[:, None] * (left[:, :count].T @ d))
-    (left, values, right), (rows, sizes, columns) = svd(torch.cat(outputs, 1)), svd(torch.cat(inputs))
-    solved = (values.mean() * left @ right) @ (sizes.mean() * rows @ columns) if len(values) else x[0] * 0
-    return solved if about.inputs == 1 else solved.mT
+    def esm(self, share: float = 1.0, power: float = 0.15) -> Tensor:
+        count = count_of(share / max(1, len(self.movers)), self.x.shape[1])
+        outputs, inputs = [], []
+        for d, gram in zip(self.x, self.statistics, strict=True):
+            left, values, _ = svd(d @ gram @ d.T)
+            weights = values[:count] ** power / (values[:count] ** power).mean()
+            outputs.append(left[:, :count] * weights)
+            inputs.append(weights[:, None] * (left[:, :count].T @ d))
+        return rebuilt(torch.cat(outputs, 1), change=Tensor.mean) @ rebuilt(torch.cat(inputs), change=Tensor.mean)
 
+    def regmean(self, reduce: float = 0.9, ridge: float = 0.0) -> Tensor:
+        grams = self.statistics * (reduce + (1 - reduce) * torch.eye(self.x.shape[2], dtype=torch.float64))
+        return least_squares(self.x, grams, self.sparseaverage() if ridge else self.x.mean(0), ridge)
 
-def fisher(x: Tensor, about: About, normalise: bool = True, floor: float = 1e-6) -> Tensor:
-    weights = about.statistics / (each(list(about.norms), x) if normalise else 1)
-    weights = weights + floor * weights.mean()
-    return (weights * x).sum(0) / weights.sum(0)
+    def fisher(self, floor: float = 1e-6) -> Tensor:
+        weights = self.statistics + floor * self.statistics.mean()
+        return (weights * self.x).sum(0) / weights.sum(0)
 
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {
-    "Average": partial(total, normalise=True),
-    "TaskArithmetic": total,
-    "SparseAverage": overlap,
-    "TIES": partial(pruned_sum, band, combine=election, keep=0.2),
-    "MagnitudePrune": partial(pruned_sum, band, keep=0.2),
-    "Breadcrumbs": partial(pruned_sum, band, beta=0.9, gamma=0.01),
-    "BreadcrumbsTIES": partial(pruned_sum, band, combine=election, beta=0.9, gamma=0.01),
-    "DARE": partial(pruned_sum, drop, rescale="probability", keep=0.1),
-    "DARETIES": partial(pruned_sum, drop, rescale="probability", combine=election, keep=0.1),
-    "DELLA": partial(pruned_sum, drop, rescale="probability", combine=election, keep=0.5, epsilon=0.15),
-    "DELLALinear": partial(pruned_sum, drop, rescale="probability", keep=0.5, epsilon=0.15),
-    "MagMax": lambda x, about: x.gather(0, x.abs().argmax(0, keepdim=True))[0],
-    "EMR": unified,
-    "TALLMask": lambda x, about, threshold=0.4: x.sum(0),
-    "ConsensusTA": consensus,
-    "Intersection": intersection,
-    "Difference": lambda x, about: x[0] * ~about.kept[1:].any(0),
-    "RAM": ram,
-    "RAMPlus": partial(ram, r=0.1, alpha=0.2),
-    "PCB": balanced,
-    "SCE": selected,
-    "ModelStock": stock,
-    "SLERP": lambda x, about, t=0.5: reduce(lambda a, b: slerp(a, b, t), x),
-    "NuSLERP": arcs,
-    "MultiSLERP": mean_direction,
-    "Karcher": partial(mean_direction, rounds=200),
-    "SVDAverage": truncated,
-    "TSVMerge": task_directions,
-    "IsoC": isotropic,
-    "IsoCTS": partial(isotropic, common=0.8),
-    "KnOTS": knots,
-    "CoreSpace": core_space,
-    "SVC": calibrated,
-    "LiNeS": lambda x, about, inner, last=1.25: (1 + (last - 1) * about.depth) * inside(x, about, inner),
-    "Rescaled": rescaled,
-    "RegMean": reg_mean,
-    "RegMeanPlusPlus": reg_mean,
-    "SelfRegMean": self_reg_mean,
-    "ESM": essential,
-    "WUDI": wudi,
-    "Fisher": fisher,
+    "Average": lambda w, weights=1.0: w.taskarithmetic(weights, normalise=True),
+    "TIES": lambda w, keep=0.2, **own: w.banded(True, keep, **own),
+    "MagnitudePrune": lambda w, keep=0.2, **own: w.banded(False, keep, **own),
+    "Breadcrumbs": lambda w, gamma=0.01, **own: w.banded(False, gamma=gamma, **own),
+    "BreadcrumbsTIES": lambda w, gamma=0.01, **own: w.banded(True, gamma=gamma, **own),
+    "DARE": lambda w, keep=0.1, **own: w.dropped(False, keep, **own),
+    "DARETIES": lambda w, keep=0.1, **own: w.dropped(True, keep, **own),
+    "DELLA": lambda w, keep=0.5, epsilon=0.15, **own: w.dropped(True, keep, epsilon=epsilon, **own),
+    "DELLALinear": lambda w, keep=0.5, epsilon=0.15, **own: w.dropped(False, keep, epsilon=epsilon, **own),
+    "MagMax": lambda w: w.x.gather(0, w.x.abs().argmax(0, keepdim=True))[0],
+    "EMR": lambda w: unified(w.x),
+    "TALLMask": lambda w, threshold=0.4: w.x.sum(0),
+    "ConsensusTA": lambda w, threshold=0.4, agreement=2: w.x.sum(0) * (matters(w.x, threshold).sum(0) >= agreement),
+    "Intersection": lambda w, agreement=None: w.sparseaverage("kept") * (w.kept.sum(0) >= (agreement or len(w.x))),
+    "Difference": lambda w: w.x[0] * ~w.kept[1:].any(0),
+    "RAMPlus": lambda w, r=0.1, alpha=0.2, **own: w.ram(r=r, alpha=alpha, **own),
+    "SLERP": lambda w, t=0.5: reduce(lambda a, b: slerp(a, b, t), w.x),
+    "Karcher": lambda w, rounds=200, **own: w.multislerp(rounds=rounds, **own),
+    "SVDAverage": lambda w, rank=16: torch.stack([rebuilt(d, rank) for d in w.x]).mean(0),
+    "IsoCTS": lambda w, common=0.8: w.isoc(common),
+    "CoreSpace": lambda w, inner: w.knots(inner, both=True),
+    "LiNeS": lambda w, inner, last=1.25: (1 + (last - 1) * w.depth) * w.merged(**inner),
+    "RegMeanPlusPlus": Weight.regmean,
+    "WUDI": lambda w, power=1.0: least_squares(w.movers, w.grams(power), 0 * w.x[0]),
 }
-OF_MATRICES = ("SVDAverage", "TSVMerge", "IsoC", "IsoCTS", "WUDI")

@@ -1,142 +1,109 @@
-"""Read rows as tokens, score them and answer them one at a time, in plain PyTorch and transformers."""
+"""Score and answer with a base, tokens after tokens, and train it row by row, in plain PyTorch and transformers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-Row = dict[str, Any]
 Logits = Callable[[Tensor], Tensor]
+Part = tuple[list[Tensor], Callable[..., Tensor]]
+"""What training moves in a weight: tensors at the start, and the change of the weight that these make."""
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """Tokens that a model reads, and the places of the learned ones, each of which the token before it predicts."""
 
     ids: tuple[int, ...]
     learned: tuple[int, ...]
 
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        return self.ids[: self.learned[0]]
-
-
-def answered(prompt: Sequence[int], answer: Sequence[int]) -> Text:
-    """Return a prompt with an answer, all of which is learned."""
-    return Text((*prompt, *answer), tuple(range(len(prompt), len(prompt) + len(answer))))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A greedy answer, and by how much the likeliest token led at the closest step: rounding can turn a tiny lead.
-
-    `text` has no white space at its ends, and `raw` does.
-    """
-
-    raw: str
-    lead: float
-
-    @property
-    def text(self) -> str:
-        return self.raw.strip()
-
-
-@dataclass
-class Reader:
-    """Turns rows into tokens as `docs/guides/data.md` describes it."""
-
-    base: Path
-    longest: int
-    chat_template: bool = False
-
-    def __post_init__(self) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.base)
-        self.end: int = self.tokenizer.eos_token_id
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def texts(self, row: Row, choices: bool = True) -> tuple[Text, list[Text]]:
-        """Return the row with its target, and with each of its choices; all have the same prompt."""
-        prompt = row["input"]
-        if self.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        answers = [row["target"], *(row.get("choices", []) if choices else [])]
-        joints = ["" if prompt[-1:].isspace() or answer[:1].isspace() else " " for answer in answers]
-        ends = [[*self.ids(joint + answer), self.end] for joint, answer in zip(joints, answers, strict=True)]
-        ids = self.ids(prompt)
-        left_out = max(0, len(ids) + max(map(len, ends)) - self.longest)
-        target, *others = [answered(ids[left_out:], end) for end in ends]
-        return target, others
-
 
 def negative_log_likelihood(logits_of: Logits, text: Text) -> Tensor:
     """Return the sum over learned tokens in nats; `logits_of` gives `(1, length, vocabulary)` for `(1, length)`."""
     ids, places = torch.tensor(text.ids), torch.tensor(text.learned)
-    log_probabilities = logits_of(ids[None])[0].float().log_softmax(-1)
-    return -log_probabilities[places - 1, ids[places]].sum()
-
-
-def place_of(name: str) -> tuple[str, int | None]:
-    """Return the name of the parameter, and the number of the matrix in it for a name such as `down_proj[2]`."""
-    owner, bracket, number = name.removesuffix("]").partition("[")
-    return owner, int(number) if bracket else None
+    return cross_entropy(logits_of(ids[None])[0, places - 1].float(), ids[places], reduction="sum")
 
 
 class Reference:
-    """A base with any deltas added to its weights.
-
-    Args:
-        base: The folder.
-        context: How many tokens the base can read.
-        deltas: Changes of weights by name; `name[2]` is the third matrix of a weight of three dimensions.
-    """
+    """A base that can read `context` tokens, with deltas added; `name[2]` is the third matrix of a weight of three."""
 
     def __init__(self, base: Path, context: int, deltas: Mapping[str, Tensor] | None = None) -> None:
-        self.base, self.context = base, context
+        self.context = context
         self.model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(base)
         self.add(deltas or {})
 
+    @torch.no_grad()
     def add(self, deltas: Mapping[str, Tensor]) -> None:
-        """Add deltas to the weights."""
-        with torch.no_grad():
-            for name, delta in deltas.items():
-                weight = self.weight(name)
-                weight.copy_(weight.double() + delta)
+        for name, delta in deltas.items():
+            self.weight(name).copy_(self.weight(name).double() + delta)
 
-    def weight(self, name: str) -> Tensor:
-        owner, number = place_of(name)
-        weight = self.model.get_parameter(owner)
-        return weight if number is None else weight[number]
+    def weight(self, name: str, part: str = "data") -> Tensor:
+        """Return a weight, or its gradient, which is the part `grad`."""
+        owner, *number = name.removesuffix("]").split("[")
+        weight = getattr(self.model.get_parameter(owner), part)
+        return weight[int(number[0])] if number else weight
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids, use_cache=False).logits
 
     @torch.no_grad()
     def loss(self, text: Text) -> float:
-        """Return the sum over learned tokens in nats."""
         return negative_log_likelihood(self.logits, text).item()
 
     @torch.no_grad()
-    def answer(self, prompt: Sequence[int], most: int, ends: Sequence[int] = ()) -> Answer:
-        """Return the likeliest tokens one after another, until an end, `most` tokens, or the context's end."""
+    def answer(self, prompt: Sequence[int], most: int) -> tuple[str, float]:
+        """Return the likeliest tokens one after another, and by how much the likeliest led at the closest step."""
         read = list(prompt)[max(0, len(prompt) + 1 - self.context) :]
-        stops = {self.tokenizer.eos_token_id, *ends}
         written: list[int] = []
         lead = math.inf
-        for _ in range(min(most, self.context - len(read))):
+        while len(written) < min(most, self.context - len(read)):
             best = self.logits(torch.tensor([read + written]))[0, -1].topk(2)
             lead = min(lead, (best.values[0] - best.values[1]).item())
-            written.append(int(best.indices[0]))
-            if written[-1] in stops:
+            if best.indices[0] == self.tokenizer.eos_token_id:
                 break
-        kept = written[:-1] if written and written[-1] in stops else written
-        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text, lead)
+            written.append(int(best.indices[0]))
+        return self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False), lead
+
+
+def train(
+    reference: Reference,
+    parts: Mapping[str, Part],
+    steps: Sequence[Sequence[Any]],
+    rate: float,
+    clip: float | None = None,
+    loss: Callable[[Logits, Any], Tensor] = negative_log_likelihood,
+) -> dict[str, Tensor]:
+    """Train weights by AdamW, whose rate rises in 6 % of the steps and falls in the others, and return their changes.
+
+    The loss of a step is the mean over all learned tokens of its texts, or over items that are no texts.
+    """
+    trained = {name: [leaf.detach().clone().requires_grad_() for leaf in leaves] for name, (leaves, _) in parts.items()}
+    before = {name: reference.weight(name).detach().clone() for name in parts}
+    leaves = [leaf for own in trained.values() for leaf in own]
+    optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
+    rise = math.ceil(0.06 * len(steps))
+
+    def changes() -> dict[str, Tensor]:
+        return {name: change(*trained[name]) for name, (_, change) in parts.items()}
+
+    for step, items in enumerate(steps):
+        moved = changes()
+        for name, change in moved.items():
+            reference.weight(name).data.copy_(before[name] + change)
+        reference.model.zero_grad()
+        optimizer.zero_grad()
+        count = sum(len(item.learned) if isinstance(item, Text) else 1 for item in items)
+        for item in items:
+            (loss(reference.logits, item) / count).backward()
+        torch.autograd.backward(list(moved.values()), [reference.weight(name, "grad") for name in moved])
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(leaves, clip)
+        fall = 1 - (step - rise) / max(len(steps) - rise, 1)
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / (rise + 1), fall)
+        optimizer.step()
+    return {name: change.detach() for name, change in changes().items()}
