@@ -94,13 +94,18 @@ class ExportExpert(Callback):
             )
         if stage == "fit":
             self._start_afresh()
+            # Named before the first validation, so that a checkpoint before it tells where that will write.
+            self._folder = Path(trainer.default_root_dir) / f"{self._prefix}{uuid.uuid4().hex[:8]}"
             check_target(self.target, self.overwrite)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._inputs(trainer)
-        if self.best is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self._places or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        found = trainer.strategy.broadcast(next(filter(self._is_best, self._places), None))
+        # Other ranks may be on machines that do not have it.
+        found = trainer.strategy.broadcast(self._best_known())
+        if found is None and self.best is None:
+            return
         if found is None:
             log.warning(
                 "the best state so far, of step %d, is gone (%s); the best of the steps that follow will be exported",
@@ -108,15 +113,21 @@ class ExportExpert(Callback):
             )
             self.best, self.best_step = None, 0
             return
-        expert = open_expert(found)
-        self._hash, self.best = expert.content_hash, expert.record["scores"].get(self.monitor, self.best)
-        self.best_step = expert.record["hyperparameters"]["steps"]
+        place, self._hash, self.best, self.best_step = found
         if trainer.is_global_zero:
             # The other run may still need its folder, so this one takes a copy.
-            _copy(Path(found), self._best_place(trainer), overwrite=False)
+            _copy(Path(place), self._best_place(), overwrite=False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed_step = checkpoint["global_step"]
+
+    def _best_known(self) -> tuple[str, str, float | None, int] | None:
+        """Return where the best state of the resumed run lies, its content hash, its score and its step."""
+        for place in filter(self._is_best, self._places):
+            expert = open_expert(place)
+            score = expert.record["scores"].get(self.monitor, self.best)
+            return place, expert.content_hash, score, expert.record["hyperparameters"]["steps"]
+        return None
 
     def _is_best(self, place: str) -> bool:
         """Return whether the best state lies at a place: the checkpoint's, or one of the step of the checkpoint, which
@@ -125,7 +136,7 @@ class ExportExpert(Callback):
         with suppress(FileNotFoundError, ValueError):
             expert = open_expert(place)
             is_of_step = expert.record["hyperparameters"].get("steps") == self._resumed_step
-            return expert.content_hash == self._hash or (is_of_step and place == self._places[0])
+            return expert.content_hash == self._hash or (is_of_step and place != self._places[-1])
         return False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,7 +153,7 @@ class ExportExpert(Callback):
             return
         if _is_exportable(trainer, pl_module):
             if trainer.is_global_zero:
-                self._hash = self._write(trainer, pl_module, self._best_place(trainer))
+                self._hash = self._write(trainer, pl_module, self._best_place())
             self.best, self.best_step = self.newest, trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,7 +161,7 @@ class ExportExpert(Callback):
             return
         self.exported = True
         if self.best is not None:
-            _copy(self._best_place(trainer), self.target, self.overwrite)
+            _copy(self._best_place(), self.target, self.overwrite)
             what = "validation loss" if self.monitor == "val_loss" else self.monitor
             name = f"step {self.best_step} of {trainer.global_step}"
             later = f"; step {self.validated_step}, the last one validated, had {self.newest:.4g}"
@@ -184,8 +195,8 @@ class ExportExpert(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._lock.close()
-        if self.best is not None and self._folder is not None and not self.exported:
-            place = self._best_place(trainer)
+        if self.best is not None and self._folder is not None and self._folder.is_dir() and not self.exported:
+            place = self._best_place()
             log.info("the best state so far, of step %d, is an ordinary expert in %s", self.best_step, place)
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,10 +215,10 @@ class ExportExpert(Callback):
         place = hashlib.sha256(str(_absolute(self.target)).encode()).hexdigest()[:8]
         return f"best-of-{self.target.name}-{place}-"
 
-    def _best_place(self, trainer: Trainer) -> Path:
+    def _best_place(self) -> Path:
         """Return the directory of the best state, in a folder that this run holds as long as it goes on."""
-        if self._folder is None:
-            self._folder = Path(trainer.default_root_dir) / f"{self._prefix}{uuid.uuid4().hex[:8]}"
+        assert self._folder is not None
+        if not self._folder.is_dir():
             self._folder.mkdir(parents=True)
             self._lock.enter_context(locked(self._folder, self.target))
         return self._folder / self.target.name

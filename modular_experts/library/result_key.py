@@ -38,7 +38,7 @@ def named_contents(settings: Any) -> dict[str, str]:
     a run writes its logs there, nor does one that the current folder is in.
     """
     contents: dict[str, str] = {}
-    for text in set(_texts_in(settings)):
+    for text in set(texts_in(settings)):
         place = Path(os.path.expanduser(text))
         if os.path.isfile(place):
             contents[text] = _file_hash_at(place)
@@ -70,12 +70,13 @@ def _known_hash(file: Path, *version: int) -> str:
     return file_hash(file)
 
 
-def _texts_in(settings: Any) -> Iterator[str]:
+def texts_in(settings: Any) -> Iterator[str]:
+    """Yield all texts and paths of settings, but not their names."""
     if isinstance(settings, str | Path):
         yield str(settings)
     elif isinstance(settings, Mapping | list | tuple):
         for part in settings.values() if isinstance(settings, Mapping) else settings:
-            yield from _texts_in(part)
+            yield from texts_in(part)
 
 
 def own_code(settings: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ depend on it, and to no others.
 """
 
 import itertools
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from modular_experts.base import Base
 from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library import open_expert
-from modular_experts.library.result_key import named_contents, result_key
+from modular_experts.library.result_key import result_key, texts_in
 from modular_experts.statistics import KINDS
 from modular_experts.study.merges import Way, choose, combine_and_test, settings_of
 from modular_experts.study.plan import BASE, Study, groups
@@ -115,8 +116,11 @@ class _Plan:
         if place := stored_in(configs):
             expert = open_expert(Path(place, *tasks), self.study.base)
             return self._add(("experts", *words, seed), put, (expert.path, name), [expert.content_hash], [])
-        for path in named_contents(configs):
-            if Path(path).expanduser().resolve().is_relative_to(self.out.resolve()):
+        # Also what is not there yet: the first run must not train what a second one refuses.
+        written = [Path(os.path.abspath(self.out), part) for part in ("library", "runs")]
+        for path in texts_in(configs):
+            named = Path(os.path.abspath(os.path.expanduser(path)))
+            if any(map(named.is_relative_to, written)):
                 raise ValueError(
                     f"experts.{words[0]} names {path}, where this study writes itself, so its content is not known "
                     "before the study runs; name an expert of another directory"

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.seed import isolate_rng
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -60,7 +61,7 @@ def check_callback(
     """
     silent = logging_from(logging.ERROR, "lightning.pytorch")
     seed = patch.dict(os.environ)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), silent, torch.random.fork_rng(), seed:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), silent, isolate_rng(), seed:
         # Lightning warns of folders that are not empty, and of loaders without workers.
         warnings.simplefilter("ignore")
         seed_everything(_SEED, verbose=False)

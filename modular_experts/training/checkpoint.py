@@ -34,9 +34,13 @@ def repeat_step(checkpoint: Mapping[str, Any], parts: int) -> bool:
     current = progress["current"]
     ends_epoch = progress["is_last_batch"] and current["processed"] == current["ready"]
     begun = 0 if ends_epoch else current["processed"] % parts
-    for counts in (current, progress["total"]) if begun else ():
+    # An exception within a batch leaves it ready; what it drew is drawn again.
+    is_within = begun > 0 or current["processed"] < current["ready"]
+    if is_within:
+        progress["is_last_batch"] = False
+    for counts in (current, progress["total"]) if is_within else ():
         counts |= dict.fromkeys(counts, counts["processed"] - begun)
-    return begun > 0
+    return is_within
 
 
 def random_state() -> dict[str, Any]:

@@ -318,7 +318,7 @@ def prepare(
 
 
 def seed_process(seed: bool | int) -> None:
-    """Seed the global generators of this process; False leaves them as they are, and True draws a seed."""
+    """Seed the global generators of this process; False leaves them as they are, True seeds them as before or by 0."""
     if seed is not False:
         seed_everything(None if seed is True else seed, workers=True, verbose=False)
 

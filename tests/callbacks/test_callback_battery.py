@@ -1,6 +1,7 @@
 """Every built-in callback with a state of its own keeps it within a fit; `check_callback` finds those that do not."""
 
 import os
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,15 @@ def test_an_export_and_the_log_of_progress_begin_anew(tmp_path) -> None:
         return [progress.rows, progress.first_loss, progress.last_loss]
 
     check_callback(LogProgress, DROPOUT, seen)
+
+
+def test_the_check_draws_no_random_numbers_of_the_process(one_block) -> None:
+    before = random.getstate(), torch.get_rng_state(), dict(os.environ)
+    check_callback(partial(EvenValidation, times=2), FullExpert, base=one_block)
+    after = random.getstate(), torch.get_rng_state(), dict(os.environ)
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
+    assert before[2] == after[2]
 
 
 class ForgetsNothing(Schedule):

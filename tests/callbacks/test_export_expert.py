@@ -190,6 +190,37 @@ def test_a_step_whose_checkpoint_was_written_before_its_validation_may_be_the_be
     assert "is gone" not in caplog.text
 
 
+def test_the_first_validation_may_be_the_best_behind_its_checkpoint(one_block, task_files, tmp_path) -> None:
+    class Worse(runs.Losses):
+        """Lets the score rise with each validation, and stops before the third step if asked."""
+
+        def __init__(self, stops: bool) -> None:
+            super().__init__()
+            self.stops = stops
+
+        def on_validation_end(self, trainer, pl_module) -> None:
+            trainer.callback_metrics["mine"] = torch.tensor(float(trainer.global_step))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if self.stops and trainer.global_step == 2:
+                raise KeyboardInterrupt
+
+    def early(folder: str) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+        )
+
+    place = one_block, task_files, tmp_path
+    stopped = ExportExpert(str(tmp_path / "library"), "mine", monitor="mine")
+    with pytest.raises(SystemExit):
+        _rising(*place, Worse(True), stopped, early("early"), steps=4)
+    assert (stopped.best, stopped.best_step) == (1.0, 1)
+    rest = ExportExpert(str(tmp_path / "library"), "mine", monitor="mine")
+    _rising(*place, Worse(False), rest, early("rest"), steps=4, ckpt=tmp_path / "early" / "step=1.ckpt")
+    assert (rest.best, rest.best_step) == (1.0, 1)
+    assert open_expert(rest.target).record["hyperparameters"]["steps"] == 1
+
+
 def test_runs_under_one_folder_keep_their_best_states_apart(one_block, task_files, tmp_path) -> None:
     """Within a run, another of that name starts and ends, and one whose name has the same beginning."""
     place, long = (one_block, task_files, tmp_path), "n" * 63

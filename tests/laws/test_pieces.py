@@ -198,3 +198,9 @@ def test_a_stored_piece_equals_a_fresh_one_after_a_change(name, place) -> None:
     assert after == results("fresh", **how)
     # One task is all of a mixture, and a rule that chooses once has nothing to read.
     assert (after != before) == (name not in ("TaskMixture.mixing", "MaskSchedule.rule"))
+
+
+def test_a_study_refuses_what_it_writes_itself_in_its_first_run_too(place) -> None:
+    experts = {"first": FULL, "second": FULL | {"applied": ["own/library/first-a"]}}
+    with pytest.raises(ValueError, match=r"experts\.second names own/library/first-a, where this study writes itself"):
+        results("own", tasks={"held_in": ["a.jsonl"]}, experts=experts, merges=[])

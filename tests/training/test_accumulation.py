@@ -218,3 +218,29 @@ def test_a_run_resumed_within_a_step_repeats_the_batches_of_the_step(kind, how, 
         rest = end(ckpt=file, seed=99)
         assert whole.keys() == rest.keys()
         assert all(torch.equal(tensor, rest[name]) for name, tensor in whole.items()), file.stem
+
+
+class SaveWithin(Checkpoint):
+    """Saves a checkpoint between the two passes of a batch, as an exception there does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        trainer.save_checkpoint(self.folder / f"batch={trainer.fit_loop.total_batch_idx}.ckpt")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_run_resumed_within_a_batch_repeats_it(parts: int, fit_tiny, tmp_path) -> None:
+    saved, kind = tmp_path / "saved", partial(LoRAExpert, rank=2, dropout=0.3)
+
+    def end(*callbacks: Callback, **more: Any) -> dict[str, Tensor]:
+        settings = {"max_steps": -1, "max_epochs": 2, "data": {"seed": 0}, "accumulate_grad_batches": parts} | more
+        module, *_ = fit_tiny(kind, *callbacks, **settings)
+        return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    whole, files = end(SaveWithin(saved), enable_checkpointing=True), sorted(saved.iterdir())
+    assert len(files) >= 12
+    for file in files:
+        rest = end(ckpt=file, seed=99)
+        assert all(torch.equal(tensor, rest[name]) for name, tensor in whole.items()), file.stem
