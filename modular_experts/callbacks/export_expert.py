@@ -100,17 +100,14 @@ class ExportExpert(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._inputs(trainer)
-        if not self._places or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if (self.best is None and not self._places) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # Other ranks may be on machines that do not have it.
         found = trainer.strategy.broadcast(self._best_known())
-        if found is None and self.best is None:
-            return
         if found is None:
-            log.warning(
-                "the best state so far, of step %d, is gone (%s); the best of the steps that follow will be exported",
-                *(self.best_step, ", ".join(self._places) or "its checkpoint does not say where it was"),
-            )
+            if self.best is not None:
+                sentence = "the best state so far, of step %d, is gone (%s); the best of later steps will be exported"
+                log.warning(sentence, self.best_step, ", ".join(self._places) or "its checkpoint does not say where")
             self.best, self.best_step = None, 0
             return
         place, self._hash, self.best, self.best_step = found
@@ -122,22 +119,18 @@ class ExportExpert(Callback):
         self._resumed_step = checkpoint["global_step"]
 
     def _best_known(self) -> tuple[str, str, float | None, int] | None:
-        """Return where the best state of the resumed run lies, its content hash, its score and its step."""
-        for place in filter(self._is_best, self._places):
-            expert = open_expert(place)
-            score = expert.record["scores"].get(self.monitor, self.best)
-            return place, expert.content_hash, score, expert.record["hyperparameters"]["steps"]
-        return None
+        """Return where the best state of the resumed run lies, its content hash, its score and its step.
 
-    def _is_best(self, place: str) -> bool:
-        """Return whether the best state lies at a place: the checkpoint's, or one of the step of the checkpoint, which
-        was validated after the checkpoint was written and is not validated again.
+        It is the checkpoint's, or a state of the step of the checkpoint, which may have been written before that step
+        was validated; a resumed run does not validate it again.
         """
-        with suppress(FileNotFoundError, ValueError):
-            expert = open_expert(place)
-            is_of_step = expert.record["hyperparameters"].get("steps") == self._resumed_step
-            return expert.content_hash == self._hash or (is_of_step and place != self._places[-1])
-        return False
+        for place in self._places:
+            with suppress(FileNotFoundError, ValueError):
+                expert = open_expert(place)
+                step = expert.record["hyperparameters"].get("steps")
+                if expert.content_hash == self._hash or (step == self._resumed_step and place != self._places[-1]):
+                    return place, expert.content_hash, expert.record["scores"].get(self.monitor, self.best), step
+        return None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this state if it is the best so far; raise if the module does not log the monitored metric."""

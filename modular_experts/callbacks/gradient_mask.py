@@ -27,7 +27,8 @@ class GradientMask(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the expert as it is when a fit begins, before anything is loaded."""
-        self._read = _supports(self.masks) if isinstance(self.masks, str) else self.masks
+        if stage == "fit":
+            self._read = _supports(self.masks) if isinstance(self.masks, str) else self.masks
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._masked = {}

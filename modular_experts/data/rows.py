@@ -223,7 +223,8 @@ class RowReader:
         if not (tools := _listed(values.get(column))):
             return None
         if not isinstance(tools, list | tuple) or not all(isinstance(one, Mapping) for one in tools):
-            raise BadRow(f"{column!r} must be a list of JSON schemas of functions, not {reprlib.repr(tools)}")
+            how = "to leave it out, give the task another column: columns: {tools: other}"
+            raise BadRow(f"{column!r} must be a list of JSON schemas of functions, not {reprlib.repr(tools)}; {how}")
         return [dict(one) for one in tools]
 
     def _split(self, values: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,5 @@
-"""Define what a stored result depends on, for `evaluate`, `study`, `combine` and a merge that goes on after an
-interruption: its settings, the experts, the rows and the base by their hashes, this package, and the user's code, files
-and experts that the settings name.
+"""Define what a stored result depends on: its settings, the experts, the rows and the base by their hashes, this
+package, and the user's code, files and experts that the settings name.
 """
 
 import ast

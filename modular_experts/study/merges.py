@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -294,12 +294,6 @@ def check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:
         if kind not in kinds:
             near = did_you_mean(str(kind), kinds) or f"; the kinds are {', '.join(kinds)}"
             raise ValueError(f"{of} names the kind {kind!r}, which is not among the experts{near}")
-
-
-def settings_of(way: Way) -> dict[str, Any]:
-    """Return what a digest takes of a way; it leaves out defaults that older results lack."""
-    later = [("labels", "rows"), ("of", None)]
-    return asdict(way, dict_factory=lambda pairs: dict(pair for pair in pairs if pair not in later))
 
 
 def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> dict[str, Any]:

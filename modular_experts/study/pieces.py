@@ -8,6 +8,7 @@ depend on it, and to no others.
 import itertools
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library import open_expert
 from modular_experts.library.result_key import result_key, texts_in
 from modular_experts.statistics import KINDS
-from modular_experts.study.merges import Way, choose, combine_and_test, settings_of
+from modular_experts.study.merges import Way, choose, combine_and_test
 from modular_experts.study.plan import BASE, Study, groups
 from modular_experts.study.short_forms import stored_in
 from modular_experts.study.work import do, measure_experts, put, take, test, train
@@ -43,7 +44,7 @@ class _Plan:
     def __init__(self, study: Study, out: Path) -> None:
         self.out = out
         self.pieces: list[Piece] = []
-        self.rows = [study.data, study.max_new_tokens, study.dtype, *[study.metrics] * bool(study.metrics)]
+        self.rows = [study.data, study.max_new_tokens, study.dtype, study.metrics]
         of_seeds = {seed: study.at(seed) for seed in study.seeds}
         same = all((one.base, one.tasks) == (study.base, study.tasks) for one in of_seeds.values())
         for number, (seed, self.study) in enumerate(of_seeds.items()):
@@ -94,7 +95,7 @@ class _Plan:
                     ("settings", kind, way.name, count, seed),
                     choose,
                     (way, several),
-                    [settings_of(way), members, study.settings_of(tasks), study.data, study.dtype],
+                    [asdict(way), members, study.settings_of(tasks), study.data, study.dtype],
                     needed(way, tasks),
                 )
             for group in several:
@@ -107,7 +108,7 @@ class _Plan:
                     needs.append(whole[way.of.name])
                 given = [chosen[made, count]] if (made, count) in chosen else []
                 key = ("merges", kind, way.name, count, group.number, seed)
-                settings = [settings_of(way), group.own, study.settings_of(group.tested), self.rows]
+                settings = [asdict(way), group.own, study.settings_of(group.tested), self.rows]
                 whole[way.name] = self._add(key, combine_and_test, (way, group), settings, [*needs, *given], given)
 
     def _train(

@@ -2,7 +2,6 @@
 
 import pytest
 
-from modular_experts.study.merges import Merge, Route, settings_of
 from modular_experts.study.short_forms import each_method, for_seed, spelt_out
 
 
@@ -55,10 +54,3 @@ def test_an_entry_with_several_methods_stands_for_an_entry_each() -> None:
     entries = ["IsoC", {"method": ["TIES", {"class_path": "SVC"}], "tune": True}, {"route": "Arrow"}]
     ties, svc = ({"method": method, "tune": True} for method in ("TIES", {"class_path": "SVC"}))
     assert [*each_method(entries)] == ["IsoC", ties, svc, {"route": "Arrow"}]
-
-
-def test_results_of_before_searches_had_labels_still_count() -> None:
-    merge = Merge("TIES", "TIES")
-    assert "labels" not in settings_of(merge)
-    assert "labels" not in settings_of(Route("Centroid", "Centroid", merge))["fallback"]
-    assert settings_of(Merge("ATLAS", "ATLAS", True, labels="experts"))["labels"] == "experts"
