@@ -84,8 +84,7 @@ def train(
     """
     trained = {name: [leaf.detach().clone().requires_grad_() for leaf in leaves] for name, (leaves, _) in parts.items()}
     before = {name: reference.weight(name).detach().clone() for name in parts}
-    leaves = [leaf for own in trained.values() for leaf in own]
-    optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([leaf for own in trained.values() for leaf in own], lr=rate, weight_decay=0.0)
     rise = math.ceil(0.06 * len(steps))
 
     def changes() -> dict[str, Tensor]:
@@ -100,9 +99,11 @@ def train(
         count = sum(len(item.learned) if isinstance(item, Text) else 1 for item in items)
         for item in items:
             (loss(reference.logits, item) / count).backward()
-        torch.autograd.backward(list(moved.values()), [reference.weight(name, "grad") for name in moved])
+        # Torch makes no step for a matrix of a mixture that no token of the step reaches.
+        reached = [name for name in moved if not name.endswith("]") or reference.weight(name, "grad").any()]
+        torch.autograd.backward([moved[name] for name in reached], [reference.weight(name, "grad") for name in reached])
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(leaves, clip)
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
         fall = 1 - (step - rise) / max(len(steps) - rise, 1)
         optimizer.param_groups[0]["lr"] = rate * min((step + 1) / (rise + 1), fall)
         optimizer.step()
