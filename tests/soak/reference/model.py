@@ -91,8 +91,7 @@ def train(
         return {name: change(*trained[name]) for name, (_, change) in parts.items()}
 
     for step, items in enumerate(steps):
-        moved = changes()
-        for name, change in moved.items():
+        for name, change in (moved := changes()).items():
             reference.weight(name).data.copy_(before[name] + change)
         reference.model.zero_grad()
         optimizer.zero_grad()
