@@ -17,7 +17,6 @@ from modular_experts.data.mixture import TaskMixture
 from modular_experts.data.rows import OWN, SPLITS, Row, raise_for_bad_rows
 from modular_experts.data.tasks import Task, Tasks, repeats
 from modular_experts.data.tokenize import RowTokenizer
-from modular_experts.injection import context_length
 from modular_experts.library.atomic import new_file
 from modular_experts.places import check_free
 from modular_experts.reports.tables import Column, Line, Table, element, page
@@ -100,8 +99,7 @@ def look(
         page = check_free(page, overwrite)
     opened = base if isinstance(base, Base) else Base.open(base)
     data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **reading)
-    data.take_tokenizer(opened)
-    data.fit_context(context_length(opened.structure.model))
+    data.read_for(opened)
     rows = {split: data.rows(split) for split in SPLITS}
     found = Look(
         [_looked(task, {split: rows[split].get(task.name, []) for split in SPLITS}, data) for task in data.tasks]

@@ -33,6 +33,7 @@ from modular_experts.data.sampler import (
 )
 from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits, warn_of_repeats
 from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.injection import context_length
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,11 @@ class TaskMixture(LightningDataModule, DataSource):
             self._examples, self._truncated = {}, Counter()
             self.__dict__.pop("_training_collator", None)
         return self.row_tokenizer().tokenizer
+
+    def read_for(self, base: Base) -> None:
+        """Read rows as a base does that is not loaded: with its tokenizer, unless given one, and within its context."""
+        self.take_tokenizer(base)
+        self.fit_context(context_length(base.structure.model))
 
     def fit_context(self, context: int | None) -> None:
         """Cut rows to the context of the model, as a shorter `max_length` would; None for one without a limit."""

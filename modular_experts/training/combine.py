@@ -23,7 +23,6 @@ from modular_experts.base.device import device
 from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.data.rows import SPLITS, content_hash
 from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
-from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached, describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
@@ -127,9 +126,7 @@ def combine(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two experts would be called {twice[0]} in one library; rename the directory of one of them")
     data = data or Inputs.kept_by(opened)
-    reader = Base.open(base, opened)
-    data.take_tokenizer(reader)
-    data.fit_context(context_length(reader.structure.model))
+    data.read_for(Base.open(base, opened))
     held_in = [task for task, role in data.roles.items() if role == "held_in"]
     others = [task for task in data.roles if task not in held_in]
     own = own_experts(opened, held_in)

@@ -21,7 +21,6 @@ from modular_experts.base.apply import applied
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta
-from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
 from modular_experts.library.described import describe
 from modular_experts.merger.merged import Merged
@@ -82,9 +81,7 @@ def distill(
         check_target(target, overwrite)
     data = data or Inputs.kept_by(opened)
     if not isinstance(data, Inputs):
-        reader = Base.open(base, opened)
-        data.take_tokenizer(reader)
-        data.fit_context(context_length(reader.structure.model))
+        data.read_for(Base.open(base, opened))
         data = Inputs.read_from(data, ["train", "validation"], method.rows)
     data = data.only([*data.roles])  # which leaves the batches of the caller's inputs alone
     data.eval_batch_size = method.batch
