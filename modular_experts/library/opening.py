@@ -57,7 +57,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def version_of(directory: Path) -> tuple[int, int] | None:
-    """Return what tells a directory from one that takes its place."""
+    """Return what tells a directory or a file from one that takes its place, or from its earlier content."""
     try:
         found = directory.stat()
     except OSError:

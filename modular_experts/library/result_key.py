@@ -15,7 +15,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
-from modular_experts.library.opening import open_expert
+from modular_experts.library.opening import open_expert, version_of
 from modular_experts.library.record import RECORD_FILE, package_versions
 from modular_experts.library.tensorfile import file_hash
 
@@ -40,7 +40,7 @@ def named_contents(settings: Any) -> dict[str, str]:
     for text in set(texts_in(settings)):
         place = Path(os.path.expanduser(text))
         if os.path.isfile(place):
-            contents[text] = _file_hash_at(place)
+            contents[text] = _hash_at(place, version_of(place))
         elif os.path.isdir(place) and not Path.cwd().is_relative_to(place.resolve()) and (parts := _parts_of(place)):
             contents[text] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return contents
@@ -55,16 +55,11 @@ def _parts_of(directory: Path) -> list[tuple[str, str]]:
     if not any(directory.glob("*.json")):
         return []
     files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return [(str(file.relative_to(directory)), _file_hash_at(file)) for file in files]
-
-
-def _file_hash_at(file: Path) -> str:
-    status = file.stat()
-    return _known_hash(file.absolute(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return [(str(file.relative_to(directory)), _hash_at(file, version_of(file))) for file in files]
 
 
 @lru_cache(10_000)
-def _known_hash(file: Path, *version: int) -> str:
+def _hash_at(file: Path, version: object) -> str:
     """Return the hash of a file, which is read again when its version has changed."""
     return file_hash(file)
 
