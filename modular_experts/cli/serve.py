@@ -85,11 +85,7 @@ def serve(
     if not (first or base):
         raise UsageError(f"{library} has no experts; give --base to begin without, or fit one: --out {library}/NAME")
     # No model is loaded for an address that is taken.
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UsageError(f"nothing can listen at {host}:{port} ({error}); choose another --port or --host") from None
-    with listening, ExitStack() as ends:
+    with _bound(host, port) as listening, ExitStack() as ends:
         opened = Base.open(base, first, quantise=quantise)
         models = Models(library, opened.fingerprint, opened.place, auto)
         limits = Limits(most_requests, seconds, api_key=os.environ.get(KEY) or None, log_prompts=log_prompts)
@@ -110,3 +106,11 @@ def serve(
         print(f"answers at http://{host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it", flush=True)
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=int(seconds), server_header=False)
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket at an address, before a model is loaded for it."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UsageError(f"nothing can listen at {host}:{port} ({error}); choose another --port or --host") from None

@@ -150,10 +150,7 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         measures={**(given.measures or {})},
     )
     if given.published:
-        # As the tables of the study name its models; merges are of all experts.
-        merged = [f"{kind} {way.name}" for kind, ways in study.merges.items() for way in ways]
-        models = [BASE, *(f"{kind}{SINGLE}" for kind in study.experts), *merged, *study.joint]
-        study = replace(study, published=_read_published(given.published, models))
+        study = replace(study, published=_read_published(given.published, _models(study)))
     _check_names(study)
     for seed in seeds:
         check_files(study.at(seed).tasks)
@@ -244,6 +241,12 @@ def _drawn(wanted: int, size: int, tasks: int) -> int:
         sentence = "counts: %d experts have only %s of %d, so the study takes each once instead of %d draws"
         log.warning(sentence, tasks, groups, size, wanted)
     return 0 if size == tasks else min(wanted, most)
+
+
+def _models(study: Study) -> list[str]:
+    """Return the names of a study's models as its tables name them; merges are of all experts."""
+    merged = [f"{kind} {way.name}" for kind, ways in study.merges.items() for way in ways]
+    return [BASE, *(f"{kind}{SINGLE}" for kind in study.experts), *merged, *study.joint]
 
 
 def _read_published(given: Mapping[str, Any], models: Collection[str]) -> Published:
