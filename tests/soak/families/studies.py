@@ -1,15 +1,14 @@
 """Run studies: their pieces are fits by hand, and neither order, interruptions nor changes leave anything stale."""
 
-import pickle
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from testbed.here import Here
 
 from modular_experts import FullExpert, LoRAExpert, MaskSchedule, SparseExpert, TaskMixture, TrainUnderOthers, fit
 from modular_experts.masks import RandomScore, SelectOnce
@@ -27,19 +26,6 @@ from soak.tasks import TaskFile, random_row, random_task, write_task
 from soak.validation import mean_loss
 
 TIMES = ("seconds", "switch_seconds", "time")
-
-
-class Here(Executor):
-    """Calls each function when it is submitted, with copies of its arguments, as one process that does all pieces."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        try:
-            call, given, named = pickle.loads(pickle.dumps((fn, args, kwargs)))
-            future.set_result(pickle.loads(pickle.dumps(call(*given, **named))))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 class Interrupted(Exception):
