@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_rows
-from testbed.here import Here
+from testbed.here import Apart, Here
 from testbed.random_deltas import random_delta
 
 from modular_experts.base.files import fingerprint
 from modular_experts.callbacks import GradientMask, MaskSchedule, TrainUnderOthers
 from modular_experts.data import Task, TaskMixture
-from modular_experts.jobs.processes import LocalProcesses
 from modular_experts.library import Library, make_record, write_expert
 from modular_experts.settings.read import arguments_of
 from modular_experts.study import read_study, results_of, run_study
@@ -101,8 +100,7 @@ def test_pieces_do_not_depend_on_order_processes_or_interruptions(place) -> None
     with pytest.raises(KeyboardInterrupt):
         results("stopped", Stops(), seeds=[1, 2])
     assert results("stopped", seeds=[1, 2]) == forwards
-    with LocalProcesses(1) as process:
-        assert results("process", process, seeds=[1, 2]) == forwards
+    assert results("apart", Apart(), seeds=[1, 2]) == forwards
 
 
 def calls(name: str, **settings: Any) -> dict[str, Any]:
