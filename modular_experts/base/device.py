@@ -1,6 +1,10 @@
-"""Choose where models compute: on the device that the user names, or on a GPU if there is one."""
+"""Choose where models compute, on the device that the user names or on a GPU, and tell what this machine has."""
 
 import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -35,3 +39,16 @@ def trainer_device() -> dict[str, object]:
         return {}
     one = device()
     return {"accelerator": one.type} | ({} if one.index is None else {"devices": [one.index]})
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Return the bytes that new processes can take before this machine swaps; very many if it does not tell."""
+    with suppress(OSError):  # only Linux has the file
+        if found := re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            return 1024 * int(found[1])
+    return sys.maxsize

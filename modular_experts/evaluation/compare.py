@@ -27,11 +27,11 @@ from modular_experts.evaluation.measure import measure
 from modular_experts.evaluation.metrics import Metrics, TextMetric, named_metrics, text_metrics
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
-from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, is_adapter, warn_of_missing_parents, warn_unlike_training
 from modular_experts.library.result_key import result_key
 from modular_experts.places import check_free
 from modular_experts.reports import Results
+from modular_experts.reports.json_lines import JSONLines
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
 from modular_experts.reports.progress import progress_by_tenths
 from modular_experts.reports.results import METRICS, ROLES, SHARES, examples_of, format_of, leads, provenance

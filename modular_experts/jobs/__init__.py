@@ -4,8 +4,8 @@ Open `pieces.py`, then the loop in `run.py`, which takes any `concurrent.futures
 """
 
 from modular_experts.jobs.engines import engine
-from modular_experts.jobs.pieces import JSONLines, KilledError, Outcome, Piece
-from modular_experts.jobs.processes import LocalProcesses, cores
+from modular_experts.jobs.pieces import KilledError, Outcome, Piece
+from modular_experts.jobs.processes import LocalProcesses
 from modular_experts.jobs.run import run
 
-__all__ = ["JSONLines", "KilledError", "LocalProcesses", "Outcome", "Piece", "cores", "engine", "run"]
+__all__ = ["KilledError", "LocalProcesses", "Outcome", "Piece", "engine", "run"]

@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -11,10 +10,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from multiprocessing.queues import SimpleQueue
-from pathlib import Path
 from typing import Any
+
+from modular_experts.base.device import cores, free_memory
 
 MOST_PROCESSES = 8
 PROCESS_BYTES = 500_000_000  # of a process that holds torch and transformers
@@ -75,25 +74,12 @@ class LocalProcesses(Executor):
             process.kill()
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def cuda_devices() -> list[str]:
     """Return the CUDA devices that this process sees, as `CUDA_VISIBLE_DEVICES` names them."""
     # torch takes seconds to import, and a program that hands out work for devices has it.
     count = sys.modules["torch"].cuda.device_count() if "torch" in sys.modules else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return ([str(number) for number in range(count)] if named is None else named.split(","))[:count]
-
-
-def free_memory() -> int:
-    """Return the bytes that new processes can take before this machine swaps; very many if it does not tell."""
-    with suppress(OSError):  # only Linux has the file
-        if found := re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):
-            return 1024 * int(found[1])
-    return sys.maxsize
 
 
 def use_one_thread() -> None:

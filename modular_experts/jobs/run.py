@@ -8,8 +8,9 @@ from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 from typing import Any
 
-from modular_experts.jobs.pieces import Key, KilledError, Outcome, Piece, key_text
+from modular_experts.jobs.pieces import KilledError, Outcome, Piece
 from modular_experts.jobs.processes import LocalProcesses, at_once
+from modular_experts.reports.json_lines import Key, key_text
 
 JobProgress = Callable[[int, int, Piece | None], None]
 """Called with how many pieces are finished, how many there are, and the piece that finished (None at the start)."""

@@ -20,10 +20,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from modular_experts.base.device import cores
 from modular_experts.base.files import quiet
 from modular_experts.data import Equal, Task, TaskMixture
 from modular_experts.evaluation import batch_losses, greedy_matches, measure
-from modular_experts.jobs.processes import MOST_PROCESSES, LocalProcesses, cores
+from modular_experts.jobs.processes import MOST_PROCESSES, LocalProcesses
 from modular_experts.library import check_target, new_directory
 from modular_experts.quickstart.plan import EVAL_BATCH, NEW_TOKENS, Plan
 from modular_experts.study import Study, read_study, run_study

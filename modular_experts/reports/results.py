@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 import rich.table
 from rich.console import Console
 
-from modular_experts.jobs import cores
+from modular_experts.base.device import cores
 from modular_experts.library.atomic import new_file
 from modular_experts.library.record import package_versions
 from modular_experts.reports.tables import Column, Html, Line, Table, element, number, percent

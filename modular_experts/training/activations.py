@@ -16,10 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from modular_experts.base.device import free_memory
 from modular_experts.data.batch import IGNORED, MOST_BATCHES, Batch, DataSource, datamodule_of, size_of
 from modular_experts.evaluation.likelihood import HEAD_BYTES, answer_logits
 from modular_experts.injection import draw
-from modular_experts.jobs.processes import free_memory
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import bytes_text
 

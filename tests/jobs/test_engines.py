@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from modular_experts.jobs import JSONLines, KilledError, LocalProcesses, Piece, engine, run
+from modular_experts.jobs import KilledError, LocalProcesses, Piece, engine, run
 from modular_experts.jobs.slurm_jobs import Job
+from modular_experts.reports.json_lines import JSONLines
 
 
 def numbers(seed: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
+from modular_experts.jobs import LocalProcesses, Piece, run
+from modular_experts.reports.json_lines import JSONLines
 
 
 def square(number: int) -> int:

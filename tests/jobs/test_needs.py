@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from modular_experts.jobs import JSONLines, Piece, run
+from modular_experts.jobs import Piece, run
+from modular_experts.reports.json_lines import JSONLines
 
 DONE: list[str] = []
 
@@ -82,7 +83,7 @@ def test_a_need_that_is_not_there_and_a_circle_are_refused() -> None:
 
 FULL = """
 import os, resource
-from modular_experts.jobs import JSONLines
+from modular_experts.reports.json_lines import JSONLines
 store = JSONLines("results.jsonl")
 for number in range(3):
     store["piece", number] = "x" * 100
@@ -110,7 +111,8 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path: Path) -> Non
 
 CHAIN = """
 import time
-from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
+from modular_experts.reports.json_lines import JSONLines
+from modular_experts.jobs import LocalProcesses, Piece, run
 
 def work(number):
     before = JSONLines("results.jsonl")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from modular_experts.jobs import JSONLines
+from modular_experts.reports.json_lines import JSONLines
 from modular_experts.systems.evolution import Choice, Evolution, Mask, Real, Whole
 
 SPACE = [Choice(4)] * 12

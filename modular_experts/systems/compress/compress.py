@@ -24,9 +24,9 @@ from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, lo
 from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Example
 from modular_experts.data.tasks import Tasks
-from modular_experts.jobs import JSONLines
 from modular_experts.library import check_target, new_directory
 from modular_experts.library.record import package_versions
+from modular_experts.reports.json_lines import JSONLines
 from modular_experts.settings import Options
 from modular_experts.systems.compress.candidates import Candidates, Members, Window, rank
 from modular_experts.systems.compress.reform import reform

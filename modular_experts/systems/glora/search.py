@@ -16,12 +16,12 @@ from modular_experts.injection.attach import by_state
 from modular_experts.injection.inject import expert_layers, expert_state, load_expert_state, task_vector
 from modular_experts.injection.routed import Injected
 from modular_experts.injection.save import describe_experts
-from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.settings import Checks, at_least
 from modular_experts.progress import Progress
+from modular_experts.reports.json_lines import JSONLines
 from modular_experts.systems.evolution import Choice, Evolution, Genes
 from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
 from modular_experts.tuning.objective import (
