@@ -49,7 +49,7 @@ test-peer: $(DEVELOPS) ## install mergekit beside this package and compare with 
 
 test-harness: $(DEVELOPS) ## install lm-eval and test `harness` with it
 	$(PIP) --quiet -e '.[eval]'
-	$(BIN)/python -m pytest tests/interop/test_harness.py -rs $(ARGS)
+	$(BIN)/python -m pytest tests/evaluation/test_harness.py -rs $(ARGS)
 
 test-engines: $(DEVELOPS) ## install submitit, and test with SLURM
 	$(PIP) --quiet -e '.[slurm]'

@@ -18,8 +18,8 @@ from measuring import Parser, output
 from modular_experts.deltas import Delta, LowRank
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.library.packing import packed_bytes
-from modular_experts.merger.estimate import estimate, largest
-from modular_experts.merger.merged import Merged
+from modular_experts.merging.estimate import estimate, largest
+from modular_experts.merging.merged import Merged
 from modular_experts.text import bytes_text
 
 BLOCKS, VOCABULARY, WIDTH, RANK = 32, 32000, 4096, 16

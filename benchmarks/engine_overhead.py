@@ -21,8 +21,10 @@ from typing import Any
 
 from measuring import Parser
 
-from modular_experts.jobs import Piece, engine, run
 from modular_experts.reports.results import machine
+from modular_experts.study.engines import engine
+from modular_experts.study.piece import Piece
+from modular_experts.study.run_pieces import run
 
 PROCESSES = 2
 

@@ -1,4 +1,4 @@
-"""Store experts as other papers do, beside the forms of `modular_experts.tuning.shrink`.
+"""Store experts as other papers do, beside the forms of `modular_experts.merging.shrink`.
 
 `studies/bytes.yaml` names them by dotted path, and runs from the root of the repository.
 """

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from modular_experts.library import StoredExpert
-from modular_experts.merger.interference import Sums, interference, mean_of_others
+from modular_experts.merging.interference import Sums, interference, mean_of_others
 
 __all__ = ["conflict", "cosine", "overlap"]
 

@@ -115,7 +115,7 @@ def by_experts(
     from modular_experts import methods
     from modular_experts.base import Base
     from modular_experts.library import open_experts
-    from modular_experts.merger.merged import Merged
+    from modular_experts.merging.merged import Merged
 
     _imports()
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from modular_experts import Base
 from modular_experts.data import TaskMixture
+from modular_experts.merging.statistics import batches_by_length, prompts
 from modular_experts.routing import Centroid, Classifier, KernelRidge, Router
 from modular_experts.routing.router import GRAMS
-from modular_experts.statistics.take import batches_by_length, prompts
 
 ROUTERS = {"Centroid": Centroid, "Classifier": Classifier, "KernelRidge": KernelRidge}
 

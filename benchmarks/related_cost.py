@@ -29,8 +29,10 @@ from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
 from modular_experts.experts.site import Site
 from modular_experts.injection import draw, extra_losses, inject, named_experts
-from modular_experts.jobs import LocalProcesses, Piece, run
 from modular_experts.reports.json_lines import JSONLines
+from modular_experts.study.piece import Piece
+from modular_experts.study.processes import LocalProcesses
+from modular_experts.study.run_pieces import run
 from modular_experts.systems.ada_mix import AdaMixExpert
 from modular_experts.systems.boosting import BoostedLoRAExpert
 from modular_experts.systems.glora import GLoRAExpert

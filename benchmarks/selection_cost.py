@@ -21,10 +21,10 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from measuring import Parser, high_water
 
-from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import Task, TaskMixture
 from modular_experts.experts import SparseExpert
 from modular_experts.masks import SelectOnce
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.training.module import ExpertModule
 
 ONCE = "once"

@@ -42,8 +42,8 @@ from modular_experts.base import Base
 from modular_experts.data import TaskMixture
 from modular_experts.library import Library, make_record, open_expert, write_expert
 from modular_experts.library.form import Form
+from modular_experts.merging.route import route
 from modular_experts.routing import Centroid
-from modular_experts.training.route import route
 
 WORDS = ["the", "card", "was", "lost", "at", "a", "bank", "in", "Paris", "and", "who", "knows", "how", "it", "went"]
 TOKENS = 24

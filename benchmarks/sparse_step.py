@@ -146,7 +146,7 @@ def peak(name: str, quick: bool, selection: bool = False) -> dict[str, int]:
 def own_peak(name: str, quick: bool, selection: bool) -> dict[str, int]:
     """Return the peaks of this process, in bytes."""
     if selection:
-        importlib.import_module("modular_experts.callbacks")  # its memory is not the selection's
+        importlib.import_module("modular_experts.training")  # its memory is not the selection's
     step = Step(next(row for row in CONTENDERS if row.name == name), language_model(quick), alone=True)
     step()
     step()

@@ -29,7 +29,7 @@ from modular_experts.deltas.tiles import tile_grid
 from modular_experts.injection.routed import routed
 from modular_experts.library import StoredExpert, open_expert, open_experts, write_expert
 from modular_experts.library.encoded import VALUE_TYPES
-from modular_experts.merger.merged import Merged
+from modular_experts.merging.merged import Merged
 from modular_experts.methods import SelfRegMean
 
 Shape = tuple[int, int]

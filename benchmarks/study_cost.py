@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from measuring import Parser, output
 
-from modular_experts.suite import HELD_IN, HELD_OUT
+from modular_experts.data.suite import HELD_IN, HELD_OUT
 
 MODULAR_EXPERTS = [sys.executable, "-m", "modular_experts"]
 

@@ -26,7 +26,7 @@ from modular_experts.injection.inject import other_sites
 from modular_experts.injection.routed import routed
 from modular_experts.injection.save import save_expert
 from modular_experts.library import StoredExpert, open_expert
-from modular_experts.merger.merged import merge
+from modular_experts.merging.merged import merge
 
 _VOCABULARY = {"vocab_size": 96, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

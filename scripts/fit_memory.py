@@ -32,12 +32,12 @@ from modular_experts.base import Base
 from modular_experts.deltas import Delta, LowRank, Sparse
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_experts, write_expert
-from modular_experts.merger.estimate import estimate
-from modular_experts.merger.merged import Merged
+from modular_experts.merging.estimate import estimate
+from modular_experts.merging.merged import Merged
+from modular_experts.merging.route import route
 from modular_experts.routing import Arrow
 from modular_experts.routing.mixture import Held
 from modular_experts.training.activations import high_water
-from modular_experts.training.route import route
 
 QWEN: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128}
 QWEN |= {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}

@@ -8,8 +8,8 @@ from modular_experts import apply, evaluate, look
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.library import make_record, write_expert
+from modular_experts.merging.objective import write_trials
 from modular_experts.reports import Results
-from modular_experts.tuning.objective import write_trials
 
 
 @pytest.fixture

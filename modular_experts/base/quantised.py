@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from modular_experts.kernels.transient import TransientWeight
+from modular_experts.native.transient import TransientWeight
 
 Quantise = Literal["nf4", "fp4", "int8", "int8-torchao", "float8-torchao", "intx-torchao"]
 """Forms: 4-bit floats and 8-bit integers of bitsandbytes, and weight-only forms of torchao."""

@@ -14,8 +14,8 @@ from modular_experts.data.look import look as look_at
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
 from modular_experts.evaluation.compare import REPORT, RESULTS, every_task, open_models
-from modular_experts.interop.harness import Measuring
-from modular_experts.interop.harness import harness as measure_by_harness
+from modular_experts.evaluation.harness import Measuring
+from modular_experts.evaluation.harness import harness as measure_by_harness
 from modular_experts.settings import Options, UsageError
 
 

@@ -8,14 +8,14 @@ from typing import Any, Literal
 from modular_experts.base import DType
 from modular_experts.base.apply import apply as apply_experts
 from modular_experts.cli.format import counted, print_check, share_text, summary
-from modular_experts.hub.card import CARD_FILE
-from modular_experts.hub.pull import pull as pull_experts
-from modular_experts.hub.push import push as push_experts
 from modular_experts.interop.import_expert import found_sources, import_expert, import_experts
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 from modular_experts.interop.peft import export as export_expert
 from modular_experts.interop.servers import ServedAdapters, export_for, export_patch
 from modular_experts.library import StoredExpert
+from modular_experts.library.card import CARD_FILE
+from modular_experts.library.pull import pull as pull_experts
+from modular_experts.library.push import push as push_experts
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.reports.progress import progress_bar
 from modular_experts.settings import UsageError

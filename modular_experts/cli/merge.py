@@ -19,9 +19,9 @@ from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.described import describe
 from modular_experts.library.form import Form
 from modular_experts.library.record import RECORD_FILE
-from modular_experts.merger.estimate import WeightEstimate, check_memory, estimate, largest
-from modular_experts.merger.merged import Merged, write_merged
-from modular_experts.merger.remove import remove as remove_expert
+from modular_experts.merging.estimate import WeightEstimate, check_memory, estimate, largest
+from modular_experts.merging.merged import Merged, write_merged
+from modular_experts.merging.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.reports.progress import progress_bar
 from modular_experts.settings import Options
@@ -30,7 +30,7 @@ from modular_experts.text import bytes_of, bytes_text, in_any_block
 
 if TYPE_CHECKING:
     from modular_experts.data import TaskMixture
-    from modular_experts.tuning import Tuned
+    from modular_experts.merging.tune import Tuned
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def merge(
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
     opened = open_experts(experts, base=written.base)
     if tune and method is None:
-        from modular_experts.tuning.distill import without_data
+        from modular_experts.merging.distill import without_data
 
         method = without_data(opened)
     merged, tuned, check = Merged(opened, method, per_weight), None, None
@@ -202,8 +202,8 @@ def merge(
 
 def _report(tuned: "Tuned", searched: bool, out: str) -> None:
     """Print the best trials, and whether a scale that was searched is at an end; write them all into the result."""
-    from modular_experts.tuning.objective import mean_loss, write_trials
-    from modular_experts.tuning.tune import SCALES
+    from modular_experts.merging.objective import mean_loss, write_trials
+    from modular_experts.merging.tune import SCALES
 
     table = table_of(*tuned.best.settings, "validation loss", left=0)
     for trial in sorted(tuned.trials, key=lambda trial: trial.loss)[:8]:
@@ -223,7 +223,7 @@ def _report(tuned: "Tuned", searched: bool, out: str) -> None:
 
 
 def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overwrite: bool, base: str | None) -> None:
-    from modular_experts.tuning.distill import distill
+    from modular_experts.merging.distill import distill
 
     done = distill(experts, out, method, _mixture(data), overwrite, progress_bar("distilling"), base)
     print(f"merged {counted(len(experts), 'expert')} with {_method_text(method)}")
@@ -239,8 +239,8 @@ def _mixture(rows: Rows | None) -> "TaskMixture | None":
 
 
 def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, data: "TaskMixture | None", written: Output) -> "Tuned":
-    from modular_experts.tuning import ValidationRows
-    from modular_experts.tuning import tune as tune_settings
+    from modular_experts.merging.objective import ValidationRows
+    from modular_experts.merging.tune import tune as tune_settings
 
     rows = ValidationRows(data, tune.rows, written.base, tune.labels, tune.expert_of, tune.max_new_tokens)
     form = Form() if written.is_checkpoint else written.form

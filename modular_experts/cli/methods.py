@@ -10,8 +10,8 @@ from rich.table import Table
 from torch import Tensor
 
 from modular_experts.cli.format import call_text, share_text, table_of, value_text
-from modular_experts.merger.interference import Interference, mean_of_others
-from modular_experts.merger.interference import interference as compare
+from modular_experts.merging.interference import Interference, mean_of_others
+from modular_experts.merging.interference import interference as compare
 from modular_experts.methods import FIRST, METHODS, MergeMethod, SparseAverage
 from modular_experts.methods.method import PROMISES, documentation
 from modular_experts.places import check_free

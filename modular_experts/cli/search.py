@@ -12,18 +12,18 @@ from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
 from modular_experts.library import is_adapter
 from modular_experts.library.form import Form
+from modular_experts.merging.combine import combine as combine_experts
+from modular_experts.merging.gradient_search import ATLAS
+from modular_experts.merging.objective import ValidationRows
+from modular_experts.merging.route import route as route_experts
+from modular_experts.merging.search import SearchAlgorithm
+from modular_experts.merging.shrink import shrink as shrink_experts
+from modular_experts.merging.statistics import take_statistics
 from modular_experts.methods import Distilled, MergeMethod
 from modular_experts.reports.progress import progress_bar
 from modular_experts.routing import DEFAULT_ROUTER, Router
-from modular_experts.statistics import take_statistics
 from modular_experts.text import bytes_of, bytes_text
-from modular_experts.training.combine import combine as combine_experts
 from modular_experts.training.fit import quiet
-from modular_experts.training.route import route as route_experts
-from modular_experts.tuning.gradient_search import ATLAS
-from modular_experts.tuning.objective import ValidationRows
-from modular_experts.tuning.search import SearchAlgorithm
-from modular_experts.tuning.shrink import shrink as shrink_experts
 
 # So that a config names the searches of related systems by their class alone.
 import_systems("search")

@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from modular_experts.cli.format import counted, duration_text, open_page
-from modular_experts.jobs.engines import Where
-from modular_experts.quickstart import Plan, prepare_base, run_plan
-from modular_experts.quickstart.run import FACTS
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section
 from modular_experts.reports.progress import progress_by_tenths
 from modular_experts.reports.tables import Html, element, percent
 from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
+from modular_experts.study.engines import Where
 from modular_experts.study.pieces import Stage, title_of
+from modular_experts.study.quickstart import FACTS, prepare_base, run_plan
+from modular_experts.study.quickstart_plan import Plan
 from modular_experts.study.report import REPORT, figure_of, write_report
 from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Failure, Lines, State, state_of

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_
 from modular_experts.experts.selectable import Granularity, Selectable
-from modular_experts.kernels.kernel import kept_linear
 from modular_experts.masks import ConnectionSensitivity, Reselect, Rule, Score
+from modular_experts.native.kernel import kept_linear
 from modular_experts.native.sparse_passes import exchanged_slots
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import Tile, kept_count, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
-from modular_experts.kernels import KeptGradient
 from modular_experts.masks import Rule, Score
+from modular_experts.native.kernel import KeptGradient
 
 Granularity = Literal["element", "block", "row", "column"]
 

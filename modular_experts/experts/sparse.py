@@ -13,11 +13,11 @@ from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
 from modular_experts.experts.expert import InPlaceExpert
 from modular_experts.experts.selectable import Granularity, Selectable
-from modular_experts.kernels import Backend, KeptGradient, check_backend, make_kernel
-from modular_experts.kernels.kernel import computed_in, kept_linear, kept_weight
-from modular_experts.kernels.transient import TransientWeight
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
+from modular_experts.native.kernel import KeptGradient, computed_in, kept_linear, kept_weight
+from modular_experts.native.kernel_choice import Backend, check_backend, make_kernel
 from modular_experts.native.sparse_passes import carried, exchanged_slots
+from modular_experts.native.transient import TransientWeight
 
 
 class SparseExpert(Selectable, InPlaceExpert):
@@ -36,7 +36,7 @@ class SparseExpert(Selectable, InPlaceExpert):
             whole outputs and inputs of the layer, which train at the price of a slice.
         block_size: Side of a tile. Where it does not divide the weight, the last tiles reach over the edge.
         backend: Kernel that computes the kept gradient: `auto` chooses by the kind of unit, share kept, device and
-            dtype (the rule is in `kernels/choice.py`; the run's summary shows its choice). By name: `sampled` and
+            dtype (the rule is in `native/kernel_choice.py`; the run's summary shows its choice). By name: `sampled` and
             `native` for entries, `block_rows`, `native` and `triton` (CUDA) for tiles, `slices` for rows and columns,
             `dense` for all.
     """

@@ -11,7 +11,7 @@ from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert, InPlaceExpert, trains_weight
 from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import Site
-from modular_experts.kernels.kernel import kept_weight
+from modular_experts.native.kernel import kept_weight
 
 
 class ExpertLayer(nn.Module):

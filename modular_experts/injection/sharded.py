@@ -20,7 +20,7 @@ from modular_experts.experts.selectable import Selectable
 from modular_experts.injection.inject import expert_layers
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
-from modular_experts.kernels.transient import TransientWeight
+from modular_experts.native.transient import TransientWeight
 from modular_experts.routing.gates import reading
 from modular_experts.text import block_of
 

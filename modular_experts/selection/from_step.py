@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modular_experts.kernels import KeptGradient
+from modular_experts.native.kernel import KeptGradient
 from modular_experts.selection.choice import Choice, SelectableLayer, statistic_of
 from modular_experts.selection.scoring import reached_by_some
 

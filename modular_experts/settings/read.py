@@ -304,7 +304,7 @@ def _named_by(hint: Any) -> dict[str, Any]:
     if not _has_name(base):
         return {}
     if base.__module__.startswith("modular_experts.data."):
-        importlib.import_module("modular_experts.suite")  # whose tasks have short names
+        importlib.import_module("modular_experts.data.suite")  # whose tasks have short names
     kinds = [base]
     for kind in kinds:
         kinds += kind.__subclasses__()

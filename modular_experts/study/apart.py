@@ -15,12 +15,12 @@ from modular_experts.deltas import Delta
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.form import Form
-from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.merging.merged import Merged, write_merged
+from modular_experts.merging.objective import Objective
+from modular_experts.merging.shrink import check_form, smallest, write_form
 from modular_experts.methods import MergeMethod
 from modular_experts.study.plan import Group, Study, slug
 from modular_experts.study.work import ChoiceRows, loaded, made, measured, shared_rows
-from modular_experts.tuning import Objective
-from modular_experts.tuning.shrink import check_form, smallest, write_form
 
 AUTO = "auto"
 ROWS = 64

@@ -17,7 +17,12 @@ from modular_experts.library import StoredExpert, open_expert, union_of_weights
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.statistics import carry_statistics
-from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.merging.distill import distill
+from modular_experts.merging.merged import Merged, write_merged
+from modular_experts.merging.objective import Labels, Objective, ValidationRows
+from modular_experts.merging.route import route
+from modular_experts.merging.search import CoefficientSearch, search
+from modular_experts.merging.tune import most_trials, notes_of, tune_groups
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
@@ -28,11 +33,6 @@ from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
 from modular_experts.study.work import ChoiceRows, about_expert, hashes, loaded, made, measured, shared_rows, tasks_of
 from modular_experts.text import did_you_mean
-from modular_experts.training.route import route
-from modular_experts.tuning import CoefficientSearch, Objective, ValidationRows, search
-from modular_experts.tuning.distill import distill
-from modular_experts.tuning.objective import Labels
-from modular_experts.tuning.tune import most_trials, notes_of, tune_groups
 
 # So that a study names the searches of related systems by their class alone.
 import_systems("search")

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modular_experts.base import Base
-from modular_experts.jobs import Piece
 from modular_experts.library import open_expert
 from modular_experts.library.result_key import result_key, texts_in
+from modular_experts.merging.statistics import KINDS
 from modular_experts.reports.json_lines import Key, key_text
-from modular_experts.statistics import KINDS
 from modular_experts.study.merges import Way, choose, combine_and_test
+from modular_experts.study.piece import Piece
 from modular_experts.study.plan import BASE, Study, groups
 from modular_experts.study.short_forms import stored_in
 from modular_experts.study.work import do, measure_experts, put, take, test, train

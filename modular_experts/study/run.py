@@ -21,14 +21,15 @@ import torch
 from modular_experts.base import Base
 from modular_experts.base.device import cores, free_memory
 from modular_experts.base.files import read_layouts
-from modular_experts.jobs import LocalProcesses, Piece, run
-from modular_experts.jobs.processes import at_once
 from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked, remove_leftovers
 from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, read_record
 from modular_experts.reports.json_lines import JSONLines, Key
+from modular_experts.study.piece import Piece
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.plan import Study
+from modular_experts.study.processes import LocalProcesses, at_once
+from modular_experts.study.run_pieces import run
 from modular_experts.study.work import training_bytes, warn_of_copies
 
 PIECES = "pieces.jsonl"

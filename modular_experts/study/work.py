@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modular_experts.base import Base
 from modular_experts.base.base import DType
 from modular_experts.base.device import device
-from modular_experts.callbacks.progress import lines_shown
 from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import measure, text_metrics
@@ -29,14 +28,15 @@ from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.compatibility import put_beside
 from modular_experts.library.described import trust
 from modular_experts.library.result_key import named_contents, result_key
+from modular_experts.merging.objective import ValidationRows
+from modular_experts.merging.statistics import take_statistics
 from modular_experts.settings import SHORT_NAMES, folded
 from modular_experts.settings.read import make
-from modular_experts.statistics import take_statistics
 from modular_experts.study.plan import Measure, Study
 from modular_experts.study.short_forms import stored_in
 from modular_experts.training.fit import estimate_fit, fit
+from modular_experts.training.log_progress import lines_shown
 from modular_experts.training.settings import read_run
-from modular_experts.tuning import ValidationRows
 
 LONG = 60.0
 """Seconds of a training from which on it prints lines of its own."""

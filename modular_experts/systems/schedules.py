@@ -8,7 +8,7 @@ from modular_experts.experts import Expert
 from modular_experts.injection import expert_layers
 
 if TYPE_CHECKING:  # callbacks import lightning, which experts do not need
-    from modular_experts.callbacks.schedule import TrainedModule
+    from modular_experts.selection.schedule import TrainedModule
 
 E = TypeVar("E", bound=Expert)
 

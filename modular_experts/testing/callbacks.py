@@ -22,9 +22,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modular_experts.base.files import quiet
-from modular_experts.callbacks import Schedule
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert, SparseExpert
+from modular_experts.selection.schedule import Schedule
 from modular_experts.training.estimate import SILENT, logging_from
 from modular_experts.training.module import ExpertModule
 

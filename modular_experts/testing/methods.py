@@ -13,7 +13,7 @@ from torch import Tensor
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, tile_grid
 from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.merging.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.chunks import widest_dtype
 from modular_experts.methods.method import Context, DataStatistic

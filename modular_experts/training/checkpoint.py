@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from modular_experts.callbacks.progress import LogProgress
-from modular_experts.callbacks.schedule import TrainingLength, callbacks_of
 from modular_experts.data.batch import source_of
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import ExpertLayer, expert_layers, named_experts
 from modular_experts.library import StoredExpert
+from modular_experts.selection.schedule import TrainingLength, callbacks_of
+from modular_experts.training.log_progress import LogProgress
 
 log = logging.getLogger(__name__)
 

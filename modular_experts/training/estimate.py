@@ -17,17 +17,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from modular_experts.callbacks import EvenValidation, ExportExpert
-from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of, seconds_between_steps
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import MOST_BATCHES, DataSource, size_of
 from modular_experts.data.mixture import SplitSize
 from modular_experts.injection import ExpertLayer, context_length, expert_layers, named_experts
 from modular_experts.library.packing import pack
 from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.selection.schedule import Schedule, TrainingLength, callbacks_of, seconds_between_steps
 from modular_experts.text import in_any_block
 from modular_experts.training.activations import high_water
 from modular_experts.training.checkpoint import resize_like
+from modular_experts.training.even_validation import EvenValidation
+from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
 

@@ -22,17 +22,18 @@ from tqdm import tqdm
 from modular_experts.base import Base
 from modular_experts.base.device import trainer_device
 from modular_experts.base.quantised import Quantise
-from modular_experts.callbacks import EvenValidation, ExportExpert
-from modular_experts.callbacks.schedule import callbacks_of
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks
 from modular_experts.experts import Expert
 from modular_experts.injection.inject import planned
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
+from modular_experts.selection.schedule import callbacks_of
 from modular_experts.settings import unknown
 from modular_experts.text import bytes_of
 from modular_experts.training.activations import free_bytes
 from modular_experts.training.estimate import FitEstimate, estimate, logging_from
+from modular_experts.training.even_validation import EvenValidation
+from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.fit_into import Settings, changes_to_fit, ways_to_fit
 from modular_experts.training.module import BaseModel, ExpertModule, Experts
 from modular_experts.training.predict import UnpredictableError, predict

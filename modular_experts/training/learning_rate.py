@@ -5,8 +5,8 @@ from abc import ABC, abstractmethod
 
 from lightning.pytorch import Trainer
 
-from modular_experts.callbacks.schedule import TrainingLength
 from modular_experts.data.batch import datamodule_of
+from modular_experts.selection.schedule import TrainingLength
 
 
 class LearningRateShape(ABC):

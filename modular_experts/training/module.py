@@ -19,8 +19,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from modular_experts.base import Base
 from modular_experts.base.base import DType
 from modular_experts.base.quantised import Quantise
-from modular_experts.callbacks import EvenValidation, LogProgress, MaskSchedule, WritePredictions, WriteResults
-from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of, of_all_ranks
 from modular_experts.data.batch import DataSource, datamodule_of, is_filler, source_of
 from modular_experts.data.sampler import seed_of_run
 from modular_experts.deltas import Delta
@@ -45,13 +43,18 @@ from modular_experts.injection import (
 from modular_experts.injection.save import anchor
 from modular_experts.injection.sharded import shard
 from modular_experts.library import StoredExpert, as_parents
+from modular_experts.selection.mask_schedule import MaskSchedule
+from modular_experts.selection.schedule import Schedule, TrainingLength, callbacks_of, of_all_ranks
 from modular_experts.settings import plain
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
 from modular_experts.training.activations import recompute, recompute_if_needed
 from modular_experts.training.evaluated import EvaluatedModule
+from modular_experts.training.even_validation import EvenValidation
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
+from modular_experts.training.log_progress import LogProgress
 from modular_experts.training.preferences import PreferenceLoss, start_of
+from modular_experts.training.save_results import WritePredictions, WriteResults
 
 if TYPE_CHECKING:
     BaseModel = str | Path | Base | nn.Module

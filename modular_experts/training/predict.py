@@ -17,15 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from modular_experts.base import Base
 from modular_experts.base.quantised import packed, quantised_shapes, quantiser
-from modular_experts.callbacks import MaskSchedule
-from modular_experts.callbacks.schedule import Schedule, callbacks_of
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import IGNORED, MOST_BATCHES, size_of
 from modular_experts.evaluation.likelihood import HEAD_BYTES, PART
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import context_length, expert_layers, extra_losses, inject, moves_tokens_alone
-from modular_experts.kernels import KeptGradient
+from modular_experts.native.kernel import KeptGradient
 from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.selection.mask_schedule import MaskSchedule
+from modular_experts.selection.schedule import Schedule, callbacks_of
 from modular_experts.training import loading
 from modular_experts.training.activations import high_water, recompute
 from modular_experts.training.estimate import FitEstimate, estimate_of, logging_from, memory_of, validations_of

@@ -13,8 +13,8 @@ from modular_experts.base import Base
 from modular_experts.deltas import Delta, Dense
 from modular_experts.evaluation.compare import open_models
 from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.merger import Merged
-from modular_experts.merger.remove import remove
+from modular_experts.merging.merged import Merged
+from modular_experts.merging.remove import remove
 from modular_experts.methods import TaskArithmetic
 
 QUERY, EMBEDDINGS, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.weight"

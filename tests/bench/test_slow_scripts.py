@@ -12,8 +12,8 @@ from testbed.peft_adapters import PEFT_WARNINGS
 from testbed.scripts import run_script, shown
 
 from modular_experts.deltas import Sparse
-from modular_experts.jobs.engines import ENGINES
 from modular_experts.library import make_record, write_expert
+from modular_experts.study.engines import ENGINES
 
 pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS)]
 

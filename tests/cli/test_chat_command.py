@@ -12,8 +12,8 @@ from testbed.served import make_library
 
 from modular_experts import Base, generate
 from modular_experts.library.opening import ADAPTER_FILE
+from modular_experts.merging.route import route
 from modular_experts.routing import Constant
-from modular_experts.training.route import route
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 

@@ -69,7 +69,7 @@ def test_import_is_lazy_and_common_commands_import_neither_lightning_nor_transfo
         "import sys, modular_experts",
         "dir(modular_experts)",
         "assert 'torch' not in sys.modules",
-        "import modular_experts.kernels.triton_tiles",
+        "import modular_experts.native.triton_tiles",
         "assert 'triton' not in sys.modules",  # what follows uses parts of torch that import it, too
         "import modular_experts.experts, modular_experts.methods",
         "others = {'lightning', 'transformers', 'datasets', 'safetensors', 'jsonargparse'}",

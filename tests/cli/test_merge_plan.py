@@ -12,8 +12,8 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import BlockSparse
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
-from modular_experts.merger.estimate import estimate
-from modular_experts.merger.merged import Merged
+from modular_experts.merging.estimate import estimate
+from modular_experts.merging.merged import Merged
 from modular_experts.methods import SparseAverage, TSVMerge
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.text import bytes_of

@@ -21,10 +21,10 @@ from modular_experts.cli.command import _USUAL
 from modular_experts.evaluation import evaluate, measure
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
-from modular_experts.merger import merge
+from modular_experts.merging.gradient_search import ATLAS
+from modular_experts.merging.merged import merge
+from modular_experts.merging.route import route
 from modular_experts.routing import DEFAULT_ROUTER, KernelRidge, Oracle
-from modular_experts.training.route import route
-from modular_experts.tuning import ATLAS
 
 TASKS = ["upper", "reverse", "first"]
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": (32, 32), "model.layers.1.mlp.down_proj.weight": (32, 48)}
@@ -269,7 +269,7 @@ def test_a_router_of_a_user_is_not_taken_for_a_built_in_one_of_its_name(place, t
 def test_names_that_would_meet_are_refused_before_anything_is_learned(place, monkeypatch, experts, out, sentence):
     shutil.copytree("library/first", "more/upper")
     shutil.copytree("library/first", "more/reverse")
-    monkeypatch.setattr("modular_experts.training.route._take_missing", lambda *_: pytest.fail("it learns"))
+    monkeypatch.setattr("modular_experts.merging.route._take_missing", lambda *_: pytest.fail("it learns"))
     before = sorted(place.rglob("*"))
     for overwrite in (False, True):
         with pytest.raises((ValueError, FileExistsError), match=sentence):

@@ -22,9 +22,9 @@ from modular_experts.cli.merge import Tuning
 from modular_experts.cli.study import next_steps
 from modular_experts.library import Library, make_record, open_expert, write_expert
 from modular_experts.progress import Counted
-from modular_experts.quickstart import Plan
 from modular_experts.reports.progress import progress_bar
 from modular_experts.settings import UsageError
+from modular_experts.study.quickstart_plan import Plan
 
 
 @pytest.fixture

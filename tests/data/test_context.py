@@ -11,12 +11,13 @@ from conftest import build_model, build_tokenizer, write_rows
 from testbed import runs
 
 from modular_experts import Base, ExpertModule, LoRAExpert, TaskMixture, evaluate
-from modular_experts.callbacks import ExportExpert
 from modular_experts.library import open_expert
+from modular_experts.merging.objective import ValidationRows
+from modular_experts.merging.statistics import take_statistics
+from modular_experts.merging.tune import tune
 from modular_experts.methods import TaskArithmetic
-from modular_experts.statistics import take_statistics
 from modular_experts.training.estimate import estimate
-from modular_experts.tuning import ValidationRows, tune
+from modular_experts.training.export_expert import ExportExpert
 
 CONTEXT = 40
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # Lightning 2.6.6 meets torch 2.13

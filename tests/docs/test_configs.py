@@ -12,8 +12,8 @@ from conftest import write_rows
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library, StoredExpert, open_expert
+from modular_experts.merging.statistics import KINDS
 from modular_experts.reports import Results
-from modular_experts.statistics import KINDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = Path("runs/quickstart")

@@ -14,7 +14,8 @@ from testbed.quantised import load, put
 
 from modular_experts.deltas import Dense
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.kernels import kept_linear, native
+from modular_experts.native import kept_gradients as native
+from modular_experts.native.kernel import kept_linear
 from modular_experts.testing import check_expert
 
 FACTORIES = {

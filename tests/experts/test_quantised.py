@@ -22,8 +22,8 @@ from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, Sparse
 from modular_experts.injection import eject, expert_layers, inject, task_vector
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import routed
-from modular_experts.kernels.transient import TransientWeight
 from modular_experts.library import make_record, write_expert
+from modular_experts.native.transient import TransientWeight
 from modular_experts.selection.choice import Choice, selectable_layers
 from modular_experts.selection.scoring import ScoringPass, choose_by_passes
 from modular_experts.systems import glora, goat, recast, tt_lora

@@ -7,7 +7,8 @@ from torch import nn
 
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import inject, write_experts
-from modular_experts.kernels import kept_linear, make_kernel
+from modular_experts.native.kernel import kept_linear
+from modular_experts.native.kernel_choice import make_kernel
 
 
 def test_kept_linear_passes_gradcheck() -> None:

@@ -14,7 +14,6 @@ from testbed.shared_gate import SharedGate, Shift
 from torch import nn
 
 from modular_experts.base import Base
-from modular_experts.callbacks import ExportExpert
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import (
@@ -31,6 +30,7 @@ from modular_experts.injection.save import save_expert
 from modular_experts.library import open_expert
 from modular_experts.systems.hilo import HiLo
 from modular_experts.testing import check_plan
+from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.module import ExpertModule
 
 LAYERS = {"gpt2": ["c_attn", "c_proj"], "neox": ["query_key_value"], "phi3": ["qkv_proj", "down_proj"]}

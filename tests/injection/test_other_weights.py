@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply
 from modular_experts.base.structure import split_slice, weight_of
-from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
 from modular_experts.deltas import Dense
 from modular_experts.evaluation import likelihood
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import eject, expert_layers, find_sites, inject, task_vector
 from modular_experts.library import open_expert
 from modular_experts.masks import SelectOnce
-from modular_experts.statistics.fisher import fisher
+from modular_experts.merging.combination import Combination
+from modular_experts.merging.fisher_information import fisher
+from modular_experts.selection.mask_schedule import MaskSchedule
+from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.learning_rate import Constant
-from modular_experts.tuning.combination import Combination
+from modular_experts.training.train_under_others import TrainUnderOthers
 
 
 def test_all_linear_leaves_out_gates_and_routers() -> None:

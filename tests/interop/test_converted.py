@@ -22,11 +22,11 @@ from modular_experts.evaluation import evaluate
 from modular_experts.injection.attach import attached
 from modular_experts.library import Library
 from modular_experts.library.compatibility import open_parents
-from modular_experts.merger import merge
+from modular_experts.merging.merged import merge
+from modular_experts.merging.objective import own_experts
+from modular_experts.merging.route import route
 from modular_experts.serving.models import Models
 from modular_experts.study import read_study, results_of, run_study
-from modular_experts.training.route import route
-from modular_experts.tuning.objective import own_experts
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 TASKS = ["upper", "reverse"]

@@ -19,14 +19,18 @@ from testbed.random_deltas import random_delta
 import modular_experts.methods as methods
 from modular_experts import distill, fit, generate, interference, merge, open_expert, route, search, shrink, tune
 from modular_experts.base.files import fingerprint
-from modular_experts.callbacks import EvenValidation, ExportExpert, GradientMask, MaskSchedule, TrainUnderOthers
 from modular_experts.data import Task, TaskMixture
 from modular_experts.data.sampler import Temperature
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.library import make_record, write_expert
 from modular_experts.masks import RandomScore, Reselect, SelectOnce
+from modular_experts.merging.gradient_search import ATLAS, AdaMerging
 from modular_experts.routing import Arrow, Centroid, Classifier, Energy, KernelRidge, Oracle
-from modular_experts.tuning import ATLAS, AdaMerging
+from modular_experts.selection.mask_schedule import MaskSchedule
+from modular_experts.training.even_validation import EvenValidation
+from modular_experts.training.export_expert import ExportExpert
+from modular_experts.training.gradient_mask import GradientMask
+from modular_experts.training.train_under_others import TrainUnderOthers
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 NAMES = ("a", "b", "c")

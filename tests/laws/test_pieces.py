@@ -18,12 +18,14 @@ from testbed.here import Apart, Here
 from testbed.random_deltas import random_delta
 
 from modular_experts.base.files import fingerprint
-from modular_experts.callbacks import GradientMask, MaskSchedule, TrainUnderOthers
 from modular_experts.data import Task, TaskMixture
 from modular_experts.library import Library, make_record, write_expert
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.settings.read import arguments_of
 from modular_experts.study import read_study, results_of, run_study
+from modular_experts.training.gradient_mask import GradientMask
 from modular_experts.training.module import ExpertModule
+from modular_experts.training.train_under_others import TrainUnderOthers
 
 RANDOM = {"class_path": "MaskSchedule", "init_args": {"score": "RandomScore", "rule": "SelectOnce"}}
 DRAWN = {"class_path": "testbed.own_files.DrawnScale"}

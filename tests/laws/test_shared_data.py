@@ -14,9 +14,10 @@ from conftest import write_rows
 
 from modular_experts import Distilled, TaskMixture, distill, evaluate, fit, look, open_expert, route, search, shrink
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.merging.gradient_search import ATLAS
+from modular_experts.merging.objective import ValidationRows
 from modular_experts.routing import Centroid
 from modular_experts.training.preferences import DPO
-from modular_experts.tuning import ATLAS, ValidationRows
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 

@@ -15,7 +15,7 @@ from modular_experts.library import (
     write_statistics,
 )
 from modular_experts.library.statistics import StoredStatistics, kinds_of_statistics
-from modular_experts.merger.merged import Merged, merge
+from modular_experts.merging.merged import Merged, merge
 from modular_experts.methods import Average, Fisher, RegMean, RegMeanPlusPlus
 from modular_experts.methods.method import Context, DataStatistic
 

@@ -9,7 +9,7 @@ import torch
 from modular_experts.deltas import Dense
 from modular_experts.library import make_record, open_expert, warn_unlike_training, write_expert
 from modular_experts.library.expert import StoredExpert
-from modular_experts.merger.merged import merge
+from modular_experts.merging.merged import merge
 
 READ = {"max_length": 512, "chat_template": "abc", "dtype": "float32"}
 

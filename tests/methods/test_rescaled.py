@@ -14,7 +14,7 @@ from testbed.random_deltas import deltas_of_one_weight, random_delta
 import modular_experts.methods as m
 from modular_experts.deltas import Dense, LowRank, Sparse
 from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.merger.merged import Merged
+from modular_experts.merging.merged import Merged
 from modular_experts.methods.method import Context, Needs
 from modular_experts.methods.wrapper import settings_of, with_settings
 

@@ -4,8 +4,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from modular_experts.callbacks import Schedule
-from modular_experts.callbacks.schedule import TrainedModule
+from modular_experts.selection.schedule import Schedule, TrainedModule
 
 
 class Pauses(Schedule):

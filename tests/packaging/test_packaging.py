@@ -156,7 +156,8 @@ def test_the_wheel_alone_runs_a_tiny_quickstart(built: Path, tmp_path: Path) -> 
     (tmp_path / "tiny.py").write_text(
         f"""
 from pathlib import Path
-from modular_experts.quickstart import Plan, run_plan
+from modular_experts.study.quickstart_plan import Plan
+from modular_experts.study.quickstart import run_plan
 from modular_experts.study import results_of
 from modular_experts.study.report import write_report
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from test_routed import experts_of
 from modular_experts.base.apply import applied
 from modular_experts.data.batch import IGNORED
 from modular_experts.evaluation import batch_losses
+from modular_experts.merging.gate_statistics import train_gates
 from modular_experts.routing import Phatgoose
-from modular_experts.statistics.gates import train_gates
 
 
 def batches(rows: int = 6) -> list[dict[str, torch.Tensor]]:

@@ -6,8 +6,8 @@ from conftest import build_model
 from testbed.padded_rows import ROWS, padded
 
 from modular_experts.data.batch import IGNORED
+from modular_experts.merging.statistics import DEPTHS, GRAMS_NAME, name_of, part_of, prompts
 from modular_experts.routing.prompts import prompt_grams, prompt_vectors
-from modular_experts.statistics.take import DEPTHS, GRAMS_NAME, name_of, part_of, prompts
 
 
 def answered(*parts: list[list[int]]) -> list[dict[str, torch.Tensor]]:

@@ -15,9 +15,9 @@ from modular_experts.deltas import Delta
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import routed
 from modular_experts.library import make_record, open_expert, open_experts, open_statistics, write_expert
+from modular_experts.merging.route import route
+from modular_experts.merging.statistics import take_statistics
 from modular_experts.routing import Arrow, Energy, Router, TopK
-from modular_experts.statistics import take_statistics
-from modular_experts.training.route import route
 
 TASKS = ["upper", "reverse", "first"]
 WEIGHTS = {
@@ -66,7 +66,7 @@ def stored_experts(tiny_llama_dir, tmp_path, monkeypatch, task_files) -> tuple[l
 
 
 def test_the_command_trains_the_gates_that_phatgoose_needs(tiny_llama_dir, stored_experts, monkeypatch) -> None:
-    monkeypatch.setattr("modular_experts.statistics.gates.STEPS", 3)
+    monkeypatch.setattr("modular_experts.merging.gate_statistics.STEPS", 3)
     experts, tasks = stored_experts
     out = ["--router", "Phatgoose", "--out", "library/routed"]
     assert main(["route", "--experts", *experts, "--tasks", tasks, *out]) == 0

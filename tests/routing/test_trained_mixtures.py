@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed.trained_mixtures import MIXTURES, train
 
 from modular_experts.base import Base
-from modular_experts.callbacks import ExportExpert
 from modular_experts.injection import expert_state
 from modular_experts.injection.attach import attached
 from modular_experts.routing.gates import reading
+from modular_experts.training.export_expert import ExportExpert
 
 each_mixture = pytest.mark.parametrize("name", MIXTURES)
 ARCHITECTURE = dict(zip(MIXTURES, ["llama", "gpt2"] * 3, strict=False))

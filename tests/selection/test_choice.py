@@ -13,7 +13,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
-from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.experts import MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
@@ -29,6 +28,8 @@ from modular_experts.masks import (
     WeightMagnitude,
 )
 from modular_experts.selection.choice import selectable_layers
+from modular_experts.selection.mask_schedule import MaskSchedule
+from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.module import ExpertModule
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)

@@ -13,12 +13,12 @@ from testbed import runs
 from testbed.pairwise import pairwise
 from torch.utils.checkpoint import checkpoint
 
-from modular_experts.callbacks import MaskSchedule
 from modular_experts.experts import MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers, inject
 from modular_experts.masks import SNIP, FisherInformation, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
 from modular_experts.selection.choice import Choice, selectable_layers
 from modular_experts.selection.from_step import StepChoice
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.selection.scoring import ScoringPass
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from testbed import runs
 
-from modular_experts.callbacks import MaskSchedule
 from modular_experts.data.batch import Collator, Example, Tokens
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers, inject
 from modular_experts.selection.choice import selectable_layers
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.selection.scoring import ScoringPass
 
 BATCHES = [torch.arange(start, start + 24).view(2, 12) % 90 + 3 for start in (0, 30, 55)]

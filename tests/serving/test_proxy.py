@@ -26,13 +26,13 @@ from modular_experts.base import Base
 from modular_experts.deltas import Sparse
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, write_expert
+from modular_experts.merging.route import route
 from modular_experts.routing import Centroid
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Limits, make_app
 from modular_experts.serving.models import Models
 from modular_experts.serving.proxy import _message, make_proxy
 from modular_experts.serving.requests import ChatRequest
-from modular_experts.training.route import route
 
 REAL = BENCHMARKS / "studies" / "real.yaml"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from modular_experts.evaluation.intervals import interval
-from modular_experts.jobs import Piece
 from modular_experts.reports import Results
 from modular_experts.reports.tables import heat_map
+from modular_experts.study.piece import Piece
 from modular_experts.study.report import write_report
 from modular_experts.study.results import effects, level_with, over_draws
 from modular_experts.study.run import State

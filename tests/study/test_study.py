@@ -23,12 +23,12 @@ from modular_experts.__main__ import main
 from modular_experts.evaluation import evaluate
 from modular_experts.library import Library, open_expert, open_statistics
 from modular_experts.library.atomic import locked
+from modular_experts.merging.tune import tune
 from modular_experts.methods import TIES
 from modular_experts.reports import Results
 from modular_experts.study import pieces_of, read_study, work
 from modular_experts.study.pieces import title_of
 from modular_experts.study.run import PIECES
-from modular_experts.tuning import tune
 
 LORA = {"expert": {"class_path": "LoRAExpert", "init_args": {"rank": 2}}, "modules": "all-linear", "steps": 1}
 THEIRS = {"source": "Somebody, table 1", "metric": "rougeL"}

@@ -18,7 +18,6 @@ from testbed.systems import of, there
 from testbed.trained_mixtures import of_config
 from torch.nn.parallel import DistributedDataParallel
 
-from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule, TrainUnderOthers
 from modular_experts.data import Task, TaskMixture
 from modular_experts.data.batch import IGNORED
 from modular_experts.experts import MaskedExpert, SparseExpert
@@ -27,7 +26,11 @@ from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import ConnectionSensitivity, FisherInformation, GradientMagnitude, GrowAndDrop, Reselect
+from modular_experts.selection.mask_schedule import MaskSchedule
+from modular_experts.training.export_expert import ExportExpert
+from modular_experts.training.log_progress import LogProgress
 from modular_experts.training.module import ExpertModule
+from modular_experts.training.train_under_others import TrainUnderOthers
 
 FEW_ROWS = {"molora": 1, "point-lora": 2}
 """A mixture with a penalty that counts tokens, and one that counts rows, with the batches of a step."""

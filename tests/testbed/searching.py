@@ -13,7 +13,7 @@ from modular_experts.data.batch import IGNORED
 from modular_experts.deltas import Delta, Dense
 from modular_experts.evaluation import batch_losses
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
-from modular_experts.tuning import Objective
+from modular_experts.merging.objective import Objective
 
 NAMES = [f"model.layers.{layer}.{name}_proj.weight" for layer in (0, 1) for name in ("self_attn.q", "mlp.down")]
 FORMS = ("Sparse", "BlockSparse", "LowRank", "Dense")

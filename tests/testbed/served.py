@@ -17,9 +17,9 @@ from modular_experts.base.files import fingerprint
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.evaluation.streaming import generate
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
+from modular_experts.merging.route import route
 from modular_experts.serving.engine import Engine, Sampling
 from modular_experts.serving.models import Models
-from modular_experts.training.route import route
 
 
 class Copy:

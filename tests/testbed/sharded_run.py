@@ -17,11 +17,13 @@ from testbed import runs
 from testbed.trained_mixtures import of_config
 from torch.distributed.tensor import DTensor
 
-from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
 from modular_experts.evaluation import likelihood
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop
+from modular_experts.selection.mask_schedule import MaskSchedule
+from modular_experts.training.export_expert import ExportExpert
+from modular_experts.training.train_under_others import TrainUnderOthers
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 KINDS = {

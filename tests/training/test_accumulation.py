@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Batch
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
 from modular_experts.masks import GrowAndDrop, Reselect, SelectOnce
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.training.preferences import DPO
 
 WEIGHT = "model.layers.0.mlp.down_proj.weight"

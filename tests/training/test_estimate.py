@@ -7,11 +7,13 @@ import torch
 from lightning.pytorch import seed_everything
 from testbed.runs import mixture, module, trainer
 
-from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule
 from modular_experts.data import TaskMixture
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.masks import Reselect
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.training.estimate import estimate
+from modular_experts.training.export_expert import ExportExpert
+from modular_experts.training.log_progress import LogProgress
 
 
 class Validations(LogProgress):

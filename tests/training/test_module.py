@@ -17,12 +17,13 @@ from testbed.forked import ended, forked
 from transformers import AutoModelForCausalLM
 
 import modular_experts
-from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.training.estimate import estimate
+from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupLinear
 from modular_experts.training.module import ExpertModule
 

@@ -15,12 +15,12 @@ from testbed.runs import Losses, mixture, module, trainer
 from torch import nn
 
 from modular_experts.base.device import device
-from modular_experts.callbacks import ExportExpert
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import inject
 from modular_experts.injection.routed import routed
-from modular_experts.kernels import make_kernel
 from modular_experts.library import Library
+from modular_experts.native.kernel_choice import make_kernel
+from modular_experts.training.export_expert import ExportExpert
 
 pytestmark = pytest.mark.gpu
 KINDS = {

@@ -11,17 +11,17 @@ from testbed import runs
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.callbacks import ExportExpert
 from modular_experts.data import TaskMixture
 from modular_experts.deltas import Dense
 from modular_experts.evaluation import evaluate
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.injection.attach import attached
 from modular_experts.library import as_parents, make_record, open_expert, write_expert
+from modular_experts.merging.route import route
+from modular_experts.merging.statistics import take_statistics
 from modular_experts.routing import Centroid, Constant, Energy, Softmax
-from modular_experts.statistics import take_statistics
 from modular_experts.systems.molora import MoLoRAExpert
-from modular_experts.training.route import route
+from modular_experts.training.export_expert import ExportExpert
 
 KINDS = [partial(LoRAExpert, rank=2), partial(SparseExpert, keep_ratio=0.1), FullExpert]
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": (32, 32), "model.layers.1.mlp.up_proj.weight": (48, 32)}

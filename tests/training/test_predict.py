@@ -21,10 +21,10 @@ from modular_experts.deltas import Dense
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.library import make_record, write_expert
+from modular_experts.merging.route import route
 from modular_experts.routing import Energy
 from modular_experts.training.estimate import estimate
 from modular_experts.training.predict import BatchShape, Held, loss_of, native_plans, predict
-from modular_experts.training.route import route
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 KINDS = {

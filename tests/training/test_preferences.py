@@ -18,10 +18,10 @@ from testbed.other_experts import GatedExpert
 from modular_experts import estimate_fit, open_expert
 from modular_experts.__main__ import main
 from modular_experts.base import Base
-from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import Task, TaskMixture
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.masks import GrowAndDrop
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.training import fit as fits
 from modular_experts.training.preferences import DPO, PreferenceLoss, at_start
 

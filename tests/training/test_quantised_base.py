@@ -18,10 +18,10 @@ from modular_experts import ExpertModule, TaskMixture, apply, estimate_fit, fit
 from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
 from modular_experts.base.quantised import quantiser
-from modular_experts.callbacks import TrainUnderOthers
 from modular_experts.evaluation import evaluate
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.training.loading import put_applied
+from modular_experts.training.train_under_others import TrainUnderOthers
 
 pytest.importorskip("bitsandbytes")
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of
 from modular_experts.injection import expert_layers
+from modular_experts.selection.schedule import Schedule, TrainedModule, seed_of
 from modular_experts.systems.boosting.expert import BoostedLoRAExpert
 from modular_experts.systems.schedules import experts_of
 from modular_experts.text import block_of

@@ -8,8 +8,8 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of
 from modular_experts.injection import expert_layers
+from modular_experts.selection.schedule import Schedule, TrainedModule, seed_of
 from modular_experts.systems.glora.expert import GLoRAExpert, GLoRAPath
 from modular_experts.systems.schedules import experts_of
 

@@ -18,13 +18,7 @@ from modular_experts.injection.routed import Injected
 from modular_experts.injection.save import describe_experts
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.library.compatibility import check_mergeable, open_parents
-from modular_experts.methods import MergeMethod
-from modular_experts.methods.settings import Checks, at_least
-from modular_experts.progress import Progress
-from modular_experts.reports.json_lines import JSONLines
-from modular_experts.systems.evolution import Choice, Evolution, Genes
-from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
-from modular_experts.tuning.objective import (
+from modular_experts.merging.objective import (
     Objective,
     Trial,
     ValidationRows,
@@ -33,7 +27,13 @@ from modular_experts.tuning.objective import (
     record_notes,
     write_trials,
 )
-from modular_experts.tuning.search import SearchAlgorithm, SearchResult
+from modular_experts.merging.search import SearchAlgorithm, SearchResult
+from modular_experts.methods import MergeMethod
+from modular_experts.methods.settings import Checks, at_least
+from modular_experts.progress import Progress
+from modular_experts.reports.json_lines import JSONLines
+from modular_experts.systems.evolution import Choice, Evolution, Genes
+from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
 
 
 @dataclass(frozen=True)

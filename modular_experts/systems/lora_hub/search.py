@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from modular_experts.merging.combination import Combination
+from modular_experts.merging.objective import MEASURES, Aim, Objective, Trial
+from modular_experts.merging.search import CoefficientSearch, Found
 from modular_experts.methods.settings import Checks, above, at_least, one_of
 from modular_experts.progress import Progress
 from modular_experts.systems.evolution import Evolution, Genes, Real
-from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.objective import MEASURES, Aim, Objective, Trial
-from modular_experts.tuning.search import CoefficientSearch, Found
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.experts.lora import check_low_rank, first_factors
 from modular_experts.experts.module_expert import ModuleExpert, refer
 from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
+from modular_experts.merging.statistics import batches_by_length, name_of, prompts
 from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.gates import CurrentGates, TopK
 from modular_experts.routing.prompts import PromptGates, kept_tokens
 from modular_experts.routing.router import check_reading
-from modular_experts.statistics.take import batches_by_length, name_of, prompts
 
 log = logging.getLogger(__name__)
 

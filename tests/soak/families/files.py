@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from modular_experts import apply, import_expert, interference, merge, methods, open_expert, write_expert
 from modular_experts.library.form import Form
-from modular_experts.merger.remove import remove
+from modular_experts.merging.remove import remove
 from soak import bases, experts
 from soak.case import Case
 from soak.reference import files, merges

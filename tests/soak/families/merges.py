@@ -13,7 +13,7 @@ from torch import Tensor
 from modular_experts import Merged, StoredExpert, merge, methods, open_expert
 from modular_experts.library.form import Form
 from modular_experts.library.statistics import write_statistics
-from modular_experts.merger.merged import as_stored
+from modular_experts.merging.merged import as_stored
 from modular_experts.methods.method import DataStatistic
 from soak import bases, experts
 from soak.case import Case

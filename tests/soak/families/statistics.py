@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from modular_experts.statistics.take import take_statistics
+from modular_experts.merging.statistics import take_statistics
 from soak.case import Case
 from soak.reference import merges
 from soak.reference.model import Reference, Text, negative_log_likelihood

@@ -12,8 +12,8 @@ from testbed.here import Here
 
 from modular_experts import FullExpert, LoRAExpert, MaskSchedule, SparseExpert, TaskMixture, TrainUnderOthers, fit
 from modular_experts.masks import RandomScore, SelectOnce
+from modular_experts.merging.combine import combine
 from modular_experts.study import read_study, results_of, run_study
-from modular_experts.training.combine import combine
 from soak import bases
 from soak.case import Case
 from soak.experts import linear_weights, random_expert

@@ -12,8 +12,8 @@ from modular_experts.base import Base
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import attached
 from modular_experts.library import open_expert
+from modular_experts.merging.objective import Objective, ValidationRows
 from modular_experts.systems.glora.search import PathSearch
-from modular_experts.tuning import Objective, ValidationRows
 
 RANDOM_PATHS = ["--trainer.callbacks", json.dumps([{"class_path": "RandomPaths"}])]
 SEARCH = ["search", "--experts", "library/a", "--algorithm", "PathSearch"]

@@ -3,8 +3,8 @@
 import pytest
 from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
 
+from modular_experts.merging.combination import Combination
 from modular_experts.systems.lora_hub.search import LoRAHub
-from modular_experts.tuning import Combination
 
 
 @pytest.fixture(scope="module")

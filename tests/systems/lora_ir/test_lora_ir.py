@@ -13,9 +13,9 @@ from modular_experts.data.batch import Batch, Collator, Example, Tokens, repacke
 from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.injection import expert_layers, inject, named_experts
+from modular_experts.merging.statistics import name_of, prompts
 from modular_experts.routing import TopK
 from modular_experts.routing.gates import CurrentGates, Gates, reading
-from modular_experts.statistics.take import name_of, prompts
 from modular_experts.systems.lora_ir import LoRAIR, LoRAIRExpert, TaskGate
 from modular_experts.testing import check_expert
 

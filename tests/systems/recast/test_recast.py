@@ -11,7 +11,6 @@ from testbed.systems import filled
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply_deltas
-from modular_experts.callbacks import ExportExpert
 from modular_experts.deltas import Dense
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import eject, expert_layers, expert_state, inject, load_expert_state
@@ -20,6 +19,7 @@ from modular_experts.injection.save import save_expert
 from modular_experts.library import open_expert
 from modular_experts.systems.recast import RecastExpert, TemplateBanks
 from modular_experts.testing import check_expert, check_plan
+from modular_experts.training.export_expert import ExportExpert
 
 IDS = torch.arange(30).view(2, 15) + 3
 BANKS = {"experts": TemplateBanks()}

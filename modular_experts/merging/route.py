@@ -1,0 +1,165 @@
+"""Make a routed expert of experts in a library; `injection/attach.py` puts it into a model."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modular_experts.base import Base, DType
+from modular_experts.data import TaskMixture
+from modular_experts.injection.attach import COUNT, MODEL, describe_router
+from modular_experts.injection.routed import by_weight
+from modular_experts.library import (
+    StoredExpert,
+    as_parents,
+    check_target,
+    common_base,
+    make_record,
+    open_expert,
+    open_experts,
+    open_statistics,
+    write_expert,
+)
+from modular_experts.library.compatibility import found_beside, put_beside, union_of_weights
+from modular_experts.library.described import class_path, trust
+from modular_experts.library.record import ROUTED
+from modular_experts.library.statistics import command_for, kinds_of_statistics
+from modular_experts.merging.objective import ValidationRows
+from modular_experts.merging.statistics import GRAMS_NAME, name_of, take_statistics
+from modular_experts.progress import Progress
+from modular_experts.routing import DEFAULT_ROUTER, Mixture, Router
+from modular_experts.routing.router import check_fallback
+
+
+def route(
+    experts: Sequence[str | Path | StoredExpert],
+    out: str | Path,
+    router: Router | None = None,
+    fallback: str | Path | StoredExpert | None = None,
+    data: TaskMixture | None = None,
+    rows: int = 256,
+    overwrite: bool = False,
+    progress: Progress = iter,
+    base: str | None = None,
+    dtype: DType | None = None,
+) -> StoredExpert:
+    """Let a router learn some experts, and write both as one routed expert: the router's state, and the experts' names
+    and content hashes.
+
+    Args:
+        experts: Directories of the experts; the fallback among them counts as the fallback alone.
+        out: Directory of the routed expert. Experts of another library are put beside it, without a second copy on the
+            disk where that is possible.
+        router: The router; `KernelRidge` with its defaults if not given.
+        fallback: An expert, such as a merge, for inputs that the router rejects; the base alone if not given.
+        data: The experts' tasks, from whose rows a router learns that needs statistics which were not taken yet; if
+            not given, it learns from the inputs that the experts keep.
+        rows: The most rows of one task.
+        overwrite: Replace an expert of this name.
+        progress: Iterator wrapper around the experts whose statistics are taken, e.g. `tqdm`.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        dtype: Data type of the base where statistics are taken; float32 if not given.
+
+    Raises:
+        FileExistsError: An expert of this name is there and may not be replaced, or a name of another library is
+            another expert there.
+        ValueError: An expert has another base or is not mergeable, there are too few, two of the experts and the
+            routed one have one name, the router would never use the fallback, or there are neither data nor statistics
+            to learn from.
+    """
+    target = check_target(out, overwrite)
+    router = router or DEFAULT_ROUTER()
+    check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
+
+    def place(one: str | Path | StoredExpert) -> str:
+        return os.path.abspath(one.path if isinstance(one, StoredExpert) else one)
+
+    left_out = {place(one) for one in (out, fallback) if one is not None}
+    opened = open_experts([one for one in experts if place(one) not in left_out], base=base)
+    members = [*opened, *([] if fallback is None else open_experts([fallback], base=base))]
+    _check_names(members, target)
+    recorded = common_base(members)
+    union_of_weights(members)
+    router.select.check(len(opened))
+    _take_missing(router, opened, ValidationRows(data, rows, base, dtype=dtype), progress)
+    # Whoever gives the router trusts its code.
+    trust(type(router), type(router.select))
+    learned = _learned(router, opened, base)
+    routers = {MODEL: learned} if isinstance(learned, Router) else learned
+    state = {f"{weight}/{name}": tensor for weight, one in routers.items() for name, tensor in one.state().items()}
+    # How many of the parents it chooses among.
+    state[f"{MODEL}/{COUNT}"] = torch.tensor(len(opened))
+    record = make_record(
+        ROUTED,
+        recorded,
+        hyperparameters=describe_router(router),
+        tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
+        parents=as_parents(members),
+        class_path=class_path(type(router)),
+        not_mergeable_because=Mixture.not_mergeable_because,
+    )
+    for expert in members:
+        if expert.path.parent != target.parent:
+            put_beside(expert, target.parent / expert.name)
+    write_expert(target, {}, record, overwrite, state=state)
+    return open_expert(target)
+
+
+def _check_names(members: Sequence[StoredExpert], target: Path) -> None:
+    """Refuse names that would meet in the library of the routed expert."""
+    first: dict[str, StoredExpert] = {}
+    for expert in members:
+        if expert.name == target.name:
+            raise ValueError(
+                f"{expert.path} and the routed expert {target} are to lie side by side, and have one name; give out "
+                "another name"
+            )
+        if first.setdefault(expert.name, expert).content_hash != expert.content_hash:
+            raise ValueError(
+                f"{first[expert.name].path} and {expert.path} are to lie side by side, and have one name; rename the "
+                "directory of one of them"
+            )
+        if expert.path.parent != target.parent:
+            found_beside(expert, target.parent / expert.name)
+
+
+def _take_missing(router: Router, experts: Sequence[StoredExpert], given: ValidationRows, progress: Progress) -> None:
+    kind: Any = router.needs
+    lacking = [one for one in experts if kind and kind not in kinds_of_statistics(one)]
+    if lacking and given.data is None and not all(one.keeps_inputs for one in lacking):
+        raise ValueError(
+            f"{len(lacking)} of {len(experts)} experts have no {kind} statistics, which {type(router).__name__} learns "
+            "from; give the tasks of all: --tasks a.jsonl b.jsonl"
+        )
+    if lacking:
+        take_statistics(lacking, kind, given, progress=progress)
+
+
+def _learned(router: Router, experts: Sequence[StoredExpert], base: str | None) -> Router | dict[str, Router]:
+    router.hear_tasks([list(map(str, expert.record["tasks"])) for expert in experts])
+    if router.scope == "sample":
+        prompts = [_prompts(expert, router) for expert in experts] if router.needs else []
+        router.learn([None] * len(experts), prompts)
+        return router
+    # Only the base tells how its layers keep their weights.
+    model = Base.open(base, experts).structure.model
+    taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
+    return by_weight(router, model, experts, taken)
+
+
+def _prompts(expert: StoredExpert, router: Router) -> Tensor:
+    """Return what the router reads of an expert's prompts, `(rows, size)`, as a forward pass gives it."""
+    kind = str(router.needs)
+    stored, parts = open_statistics(expert, kind), []
+    for name in [*map(name_of, router.depths), *[GRAMS_NAME] * router.reads_grams]:
+        found = stored.get(name)
+        if found is None:
+            raise ValueError(
+                f"{stored.file} has {', '.join(stored)}, and no {name}, which {type(router).__name__} reads; choose "
+                f"depths that are there, or take them anew: {command_for([expert], kind, overwrite=True)}"
+            )
+        parts.append(found.values)
+    return torch.cat(parts, 1)

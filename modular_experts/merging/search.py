@@ -1,0 +1,192 @@
+"""Search how much of each expert to merge, on validation rows, and merge.
+
+`CoefficientSearch` is the contract of an algorithm, and `search` runs one from experts on disk to the merged expert.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from modular_experts.data import TaskMixture
+from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
+from modular_experts.merging.combination import Combination
+from modular_experts.merging.merged import Merged, merge
+from modular_experts.merging.objective import (
+    Objective,
+    Trial,
+    ValidationRows,
+    mean_loss,
+    objective_on_base,
+    record_notes,
+    write_trials,
+)
+from modular_experts.methods import MergeMethod, TaskArithmetic
+from modular_experts.methods.settings import Checked
+from modular_experts.progress import Counted, Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What an algorithm found.
+
+    Attributes:
+        coefficients: `(weights, experts)` float64; or one for each row of every weight, as `Combination.move_to` takes
+            them.
+        losses: The loss of the validation rows at these coefficients, by task.
+        trials: All trials, in order.
+    """
+
+    coefficients: Tensor
+    losses: dict[str, float]
+    trials: list[Trial]
+
+
+class SearchResult(ABC):
+    """What a search found; `expert` is the expert that it wrote."""
+
+    expert: StoredExpert
+
+    @abstractmethod
+    def report(self) -> Iterator[str]:
+        """Yield lines that tell a user what was found, and where it is."""
+
+
+class SearchAlgorithm(ABC):
+    """What the command `search` runs, from experts on disk to one expert; most are a `CoefficientSearch`."""
+
+    @abstractmethod
+    def run(
+        self,
+        experts: Sequence[str | Path],
+        data: ValidationRows | TaskMixture,
+        out: str | Path,
+        merges: Sequence[MergeMethod] = (),
+        overwrite: bool = False,
+        progress: Progress = iter,
+    ) -> SearchResult:
+        """Search, and write the expert; it takes the arguments of the function `search`."""
+
+
+class CoefficientSearch(Checked, SearchAlgorithm):
+    """An algorithm that finds coefficients for each expert, its weights, or their rows.
+
+    Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`. What refuses
+    bad values of the fields stands in `checks`, as a merge method's does.
+    """
+
+    def run(self, experts: Sequence[str | Path], *arguments: Any, **settings: Any) -> "Searched":
+        return search(experts, self, *arguments, **settings)
+
+    def check(self, experts: int) -> None:
+        """Raise ValueError if the settings do not fit this number of experts and merges; most fit any."""
+
+    @property
+    def distills(self) -> bool:
+        """Whether it compares with the predictions of each task's own expert, which the objective then keeps."""
+        return getattr(self, "objective", None) == "distill"
+
+    @abstractmethod
+    def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
+        """Return the coefficients of a combination, inside its `with`; the model may be left at any of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Searched(SearchResult):
+    """What `search` found and wrote.
+
+    Attributes:
+        expert: The expert.
+        experts: Directories of all experts that it combines, in the order of the coefficients: merges first.
+        found: Coefficients, losses and trials.
+        base: The losses of the base alone, by task.
+        trials: The JSON file of the trials.
+    """
+
+    expert: StoredExpert
+    experts: list[str]
+    found: Found
+    base: dict[str, float]
+    trials: Path
+
+    def report(self) -> Iterator[str]:
+        coefficients = self.found.coefficients
+        for expert, values in zip(self.experts, coefficients.T, strict=True):
+            low, high = values.min().item(), values.max().item()
+            spread = f", from {low:.3f} to {high:.3f}" if low < high else ""
+            yield f"  {values.mean().item():.3f} of {expert}{spread}"
+        if not coefficients.any():
+            yield "the search ended at the base, so the merge moves nothing; take more steps, or a smaller penalty"
+        yield f"validation loss {mean_loss(self.found.losses):.4f}, and {mean_loss(self.base):.4f} of the base alone"
+        yield f"the trials are in {self.trials}; the same command makes the expert again"
+
+
+def search(
+    experts: Sequence[str | Path | StoredExpert],
+    algorithm: CoefficientSearch,
+    data: ValidationRows | TaskMixture,
+    out: str | Path,
+    merges: Sequence[MergeMethod] = (),
+    overwrite: bool = False,
+    progress: Progress = iter,
+) -> Searched:
+    """Find how much of each expert to merge by the loss on validation rows, and write the merge.
+
+    Args:
+        experts: Directories of the experts, or opened ones.
+        algorithm: Finds the coefficients, e.g. `ATLAS()`.
+        data: The rows that are measured; a `TaskMixture` alone stands for at most 64 labelled rows of each task.
+        out: Directory of the merged expert. It holds the trials.
+        merges: Methods whose merges of the experts are combined with the experts, as the first ones. Each merge is
+            also written as an expert, named after `out` and the method.
+        overwrite: Whether files that exist may be replaced.
+
+    Raises:
+        FileExistsError: A file would be replaced; nothing has been read yet.
+        ValueError: A merge would replace one of the experts, or `objective_on_base` refuses the data.
+    """
+    data = ValidationRows(data) if isinstance(data, TaskMixture) else data
+    places = places_of(merges, [one.path if isinstance(one, StoredExpert) else one for one in experts], out)
+    algorithm.check(len(merges) + len(experts))
+    for target in [out, *places]:
+        check_target(target, overwrite)
+    opened = open_experts(experts, base=data.base)
+    lazy = [Merged(opened, method) for method in merges]
+    objective = objective_on_base(opened, data, algorithm.distills, progress)
+    before = objective.losses()
+    held = [{name: one[name] for name in progress(Counted(one, "weights"))} for one in lazy]
+    with Combination(objective.model, [*held, *opened], len(held)) as combination:
+        found = algorithm.search(combination, objective, progress)
+    for place, deltas, merged in zip(places, held, lazy, strict=True):
+        write_expert(place, deltas, merged.record(), overwrite)
+    combined: list[str | StoredExpert] = [*places, *opened]
+    shown = [*places, *(str(one.place) for one in opened)]
+    settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": data.rows, **objective.origin}
+    notes = record_notes(settings, found.losses)
+    rows = found.coefficients.tolist()
+    if len(rows) > len(combination.names):  # for each row of a weight, which no merge method has
+        record = Merged(combined, TaskArithmetic()).record() | {"method": None} | notes
+        write_expert(out, combination.deltas(found.coefficients), record, overwrite)
+        return Searched(open_expert(out), shown, found, before, write_trials(out, found.trials))
+    method = TaskArithmetic(weights=rows[0]) if all(row == rows[0] for row in rows) else None
+    weights = {re.escape(n): TaskArithmetic(weights=row) for n, row in zip(combination.names, rows, strict=True)}
+    expert = merge(combined, method, out, overwrite, progress, {} if method else weights, notes)
+    return Searched(expert, shown, found, before, write_trials(out, found.trials))
+
+
+def places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:
+    places: list[str] = []
+    for one in merges:
+        place, again = f"{Path(out)}-{type(one).__name__}", 2
+        while place in places:
+            # The second merge of one class gets the number 2.
+            place, again = f"{Path(out)}-{type(one).__name__}-{again}", again + 1
+        places.append(place)
+    resolved = [Path(place).resolve() for place in places]
+    if taken := [directory for directory in experts if Path(directory).resolve() in resolved]:
+        raise ValueError(f"a merge would be written to {taken[0]}, which is among the experts; give another out")
+    return places

@@ -1,0 +1,318 @@
+"""MaskSchedule decides when experts choose the entries that they train, and on which batches."""
+
+import itertools
+import logging
+import time
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, distributed
+
+from modular_experts.data.batch import Batch, datamodule_of, loss_terms
+from modular_experts.experts.selectable import Selectable
+from modular_experts.injection import expert_layers
+from modular_experts.library import check_base, open_experts
+from modular_experts.masks import Rule, Score
+from modular_experts.selection.choice import Choice, Layers, selectable_layers, shared_units, statistic_of
+from modular_experts.selection.exchange import Exchange, optimizer_bytes
+from modular_experts.selection.from_step import StepChoice
+from modular_experts.selection.schedule import Schedule, TrainedModule, TrainingLength, seed_of
+from modular_experts.selection.scoring import ScoringPass, choose_by_passes
+from modular_experts.text import bytes_text
+
+log = logging.getLogger(__name__)
+
+
+class MaskSchedule(Schedule):
+    """Chooses what sparse and masked experts train, before the first step and again at the steps of a rule.
+
+    A second fit of a module goes on with the entries and values of the first, so its first choice is like a choice at a
+    later step.
+
+    Args:
+        score: Ranks the entries: a class such as `SNIP`, or a function of (weight, gradient, delta). The default is the
+            expert type's: `GradientMagnitude` for `SparseExpert`, `ConnectionSensitivity` for `MaskedExpert`.
+        rule: When and how the support changes: `SelectOnce`, `Reselect` or `GrowAndDrop`. The default is the expert
+            type's: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for `MaskedExpert`.
+        batches: Where the gradient comes from that is scored. `step`: from the training step at which the choice is
+            made, over all its micro-batches and ranks. A number: from extra passes over that number of training
+            batches, each weighted by its target tokens. A masked expert's score takes passes over four batches.
+        seed: Seed of the batches and the random scores of each choice; the run's own (`seed_everything`) if not given.
+        accumulator_mib: Memory for sums of gradients over several batches or micro-batches, in MiB. Layers beyond it
+            take further passes over all batches; in a training step they choose at its first micro-batch.
+        support: An expert whose support is used as it is, without a score, such as an earlier one of the same task.
+    """
+
+    def __init__(
+        self,
+        score: Score | Callable[..., Any] | None = None,
+        rule: Rule | None = None,
+        batches: int | Literal["step"] = "step",
+        seed: int | None = None,
+        accumulator_mib: int = 1024,
+        support: str | None = None,
+    ) -> None:
+        if batches != "step" and batches < 1:
+            raise ValueError(f"batches={batches} must be at least 1, or 'step'")
+        if support is not None and (score or rule):
+            raise ValueError(f"support={support!r} is used as it is: give no score or rule beside it")
+        self.score, self.rule, self.batches = score, rule, batches
+        self.seed, self.accumulator_mib, self.support = seed, accumulator_mib, support
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.selections = self.passes = 0
+        self.seconds = 0.0
+        self._exchange = Exchange()
+        self._last_position = -1
+        self._step: StepChoice | None = None
+        # Layers that got no gradient when they were due, and the position of that choice.
+        self._waiting: tuple[list[str], int] = ([], 0)
+        # Weights that an earlier fit trained on supports of their own.
+        self._settled: list[str] = []
+
+    @property
+    def scoring_batches(self) -> int:
+        return 4 if self.batches == "step" else self.batches
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._start_afresh()
+
+    def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> bool:
+        """Take the support of another expert, which decides how many entries a weight keeps."""
+        layers = selectable_layers(module.model)
+        if self._last_position >= 0 or self.support is None or not layers:
+            return False
+        if _settled(layers):
+            log.warning("an earlier fit chose what the experts train, so support=%r has no effect", self.support)
+            return False
+        (other,) = open_experts([self.support])
+        check_base([other], module.fingerprint, module.base)
+        for name, units in {name: shared_units(name, layer, other) for name, layer in layers.items()}.items():
+            layers[name].expert.resize(layers[name].matrix, units)
+        self._last_position = 0
+        return True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(TrainedModule, pl_module)
+        layers = selectable_layers(module.model)
+        if self._last_position < 0:
+            self._settled = _settled(layers)
+        if (self.score or self.rule or self.support) and trainer.is_global_zero and not layers:
+            kinds = ", ".join(sorted({type(layer.expert).__name__ for _, layer in expert_layers(module.model)}))
+            log.warning("MaskSchedule has no effect: it chooses for sparse and masked experts, and these are %s", kinds)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        module = cast(TrainedModule, pl_module)
+        layers = selectable_layers(module.model)
+        if not layers or self.support is not None:
+            return
+        rule, scale, position = self._rule(next(iter(layers.values())).expert), 1, trainer.global_step
+        if rule.unit == "micro_batches":
+            scale, position = trainer.accumulate_grad_batches, trainer.fit_loop.epoch_loop.total_batch_idx
+        if position == self._last_position:
+            # This is a later micro-batch of the same optimizer step.
+            self._begin_part(trainer, batch_idx)
+            return
+        self._last_position = position
+        lengths = scale * module.length.total_steps, scale * module.length.steps_per_epoch
+        ends = trainer.global_step + 1 >= module.length.total_steps
+        due = {name: one for name, one in layers.items() if self._is_due(name, one.expert, position, lengths, ends)}
+        within = {name: layer for name, layer in due.items() if self._in_step(layer.expert)}
+        before = {name: layer for name, layer in due.items() if name not in within}
+        if before:
+            for name, units in self.choose(trainer, module, before, position, lengths).items():
+                self._exchange.move(name, due[name], units, trainer.optimizers, position > 0)
+        self.selections += bool(within) and not before
+        if not within and self._waiting[0]:
+            names, position = self._waiting
+            within = {name: layers[name] for name in names}
+        if within:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._step = StepChoice(
+                Choice(within, position, lengths, self.score, self.rule, seed_of(self.seed, module)),
+                batch.get("step_batches", trainer.accumulate_grad_batches),
+                self.accumulator_mib * 2**20,
+                partial(trainer.strategy.reduce, reduce_op="mean"),
+                partial(_agree, trainer.world_size),
+                scaler.get_scale() if scaler is not None and scaler.is_enabled() else None,
+            )
+            self._begin_part(trainer, batch_idx)
+
+    def _is_due(self, name: str, expert: Selectable, position: int, lengths: tuple[int, int], ends: bool) -> bool:
+        rule = self._rule(expert)
+        last = rule.last_update(*lengths)
+        if name in self._settled:
+            # Its first choice was made in an earlier fit.
+            return position > 0 and rule.is_due(position, last)
+        # A run that is resumed for fewer steps may begin behind the freeze, and a short one ends before it.
+        ends |= position >= last if self.selections == 0 else position == last
+        if ends and expert.support_units().numel() > expert.kept_units:
+            # A training must not end with everything kept.
+            return True
+        return rule.is_due(position, last) if position else expert.selects_at_start
+
+    def _in_step(self, expert: Selectable) -> bool:
+        """Return whether the next training step can give the statistic that an expert's choice needs."""
+        can = expert.chooses_in_step and self._rule(expert).unit == "optimizer_steps"
+        return self.batches == "step" and can and statistic_of(expert, self.score) != "none"
+
+    def _begin_part(self, trainer: Trainer, batch_idx: int) -> None:
+        if self._step is not None:
+            ends_epoch = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+            self._step.next_part(ends_epoch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        if self._step is not None and trainer.world_size > 1:
+            self._step.agree_on_reached()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Move experts to the supports that were chosen in this step's backward pass; their gradients are there."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        chosen, waiting = step.finish()
+        started, choice = time.perf_counter(), step.choice
+        for name, units in chosen.items():
+            self._exchange.move(name, choice.layers[name], units, trainer.optimizers, choice.position > 0, graded=True)
+        self._waiting = (waiting, choice.position)
+        seconds = step.seconds + time.perf_counter() - started
+        self._log_choice(len(chosen), f"at step {trainer.global_step + 1}", seconds)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._step is not None:
+            self._step.finish()
+            self._step, self._last_position = None, self._last_position - 1
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def choose(
+        self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, lengths: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Return the units that each layer is to keep, the same on every rank; the numbers are as for `Choice`."""
+        started, seed = time.perf_counter(), seed_of(self.seed, module)
+        choice = Choice(layers, position, lengths, self.score, self.rule, seed)
+        with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
+            # Each rank draws dropout of its own.
+            torch.manual_seed(zlib.crc32(f"{seed}/{position}/{trainer.global_rank}".encode()))
+            self.passes += choose_by_passes(choice, lambda: self.scoring(trainer, module, position))
+        self.selections += 1
+        self._log_choice(len(layers), f"before step {trainer.global_step + 1}", time.perf_counter() - started)
+        return {name: _agree(trainer.world_size, units) for name, units in sorted(choice.chosen.items())}
+
+    def _log_choice(self, weights: int, when: str, seconds: float) -> None:
+        self.seconds += seconds
+        log.info("chose what is trained in %d weights %s in %.1f s", weights, when, seconds)
+
+    def scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:
+        """Return a scoring pass over this rank's batches for `position`, the same in every run."""
+        source = datamodule_of(trainer)
+        loader: Any = source.train_dataloader() if source is not None else trainer.train_dataloader
+        sampler: Any = getattr(loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            # No training comes to an epoch of this number, so the order is used by no epoch.
+            sampler.set_epoch(1_000_003 * (seed_of(self.seed, module) + 1) + position)
+        drawn = itertools.islice(iter(loader), self.scoring_batches)
+        batches: list[Batch] = [trainer.strategy.batch_to_device(batch) for batch in drawn]
+        terms = torch.tensor([loss_terms(batch) for batch in batches], device=trainer.strategy.root_device).double()
+        terms = trainer.strategy.reduce(terms, reduce_op="mean")
+        shares = (terms / terms.sum().clamp(min=1)).tolist()
+        mean_over_ranks: Any = partial(trainer.strategy.reduce, reduce_op="mean")
+        return ScoringPass(module.loss, batches, shares, self.accumulator_mib * 2**20, mean_over_ranks)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        shares = self.shares(cast(TrainedModule, pl_module))
+        if not shares:
+            return
+        times = "once" if self.selections == 1 else f"{self.selections} times"
+        log.info(
+            "chose trainable entries %s (%.1f s): %.2f %% kept, %.2f %% ever trained",
+            *(times, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
+        )
+        log.info("the optimizer state takes %s", bytes_text(optimizer_bytes(trainer.optimizers)))
+
+    def is_exportable(self, module: TrainedModule) -> bool:
+        experts = [layer.expert for layer in selectable_layers(module.model).values()]
+        return sum(one.support_units().numel() for one in experts) <= sum(one.kept_units for one in experts)
+
+    def expected_choices(
+        self, trainer: Trainer, module: TrainedModule, length: TrainingLength, seconds: float
+    ) -> tuple[int, float]:
+        kinds = {type(layer.expert): layer.expert for layer in selectable_layers(module.model).values()}
+        if not kinds or self.support is not None:
+            return 0, 0.0
+        # A dense start makes its first choice later than the steps that were measured.
+        at_start, later = set[int](), set[int]()
+        for expert in kinds.values():
+            rule = self._rule(expert)
+            scale = trainer.accumulate_grad_batches if rule.unit == "micro_batches" else 1
+            total, per_epoch = scale * length.total_steps, scale * length.steps_per_epoch
+            last = rule.last_update(total, per_epoch)
+            due = {position for position in range(1, total) if rule.is_due(position, last)}
+            if expert.selects_at_start:
+                at_start |= {0} | due
+            else:
+                later |= due or {min(last, total - 1)}
+        by_passes = self.scoring_batches * seconds
+        measured = round(self.seconds, 3) / self.selections if self.selections else by_passes
+        return len(at_start | later), len(at_start) * measured + len(later) * by_passes
+
+    def shares(self, module: TrainedModule) -> dict[str, float]:
+        experts = {name: layer.expert for name, layer in selectable_layers(module.model).items()}
+        if not experts:
+            return {}
+        total = sum(expert.units for expert in experts.values())
+        kept = sum(expert.support_units().numel() for expert in experts.values())
+        touched = sum(self._exchange.ever_trained(name, expert).numel() for name, expert in experts.items())
+        return {"kept": kept / total, "ever_trained": touched / total}
+
+    def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
+        if not selectable_layers(module.model):
+            return {}
+        counts = {"selections": self.selections, "selection_passes": self.passes}
+        return counts | {"selection_seconds": round(self.seconds, 3)}
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("selections", "seconds", "passes")}
+        # A choice that the step at hand has not made yet is due again.
+        last = self._last_position - (self._step is not None)
+        places = {"last_position": last, "waiting": self._waiting, "settled": self._settled}
+        return counts | places | {"touched": dict(self._exchange.touched)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in ("selections", "seconds", "passes"):
+            setattr(self, name, state_dict[name])
+        self._last_position = state_dict["last_position"]
+        # Version 1 had no layers that waited.
+        self._waiting = state_dict.get("waiting", self._waiting)[:2]
+        self._settled = state_dict.get("settled", [])
+        self._exchange.touched = dict(state_dict["touched"])
+
+    def _rule(self, expert: Selectable) -> Rule:
+        return self.rule or expert.rule
+
+
+def _settled(layers: Layers) -> list[str]:
+    """Return the weights whose experts have moved, on a support of their own, so not those in a dense start."""
+    chosen = {
+        name: layer.expert
+        for name, layer in layers.items()
+        if layer.expert.packed is not None or layer.expert.support_units().numel() < layer.expert.units
+    }
+    return [name for name, expert in chosen.items() if bool(expert.unit_change().any())]
+
+
+def _agree(ranks: int, units: Tensor) -> Tensor:
+    """Return the units that the first rank chose; equal scores may differ by rounding between ranks."""
+    if ranks > 1:
+        count = torch.tensor(units.numel(), device=units.device)
+        distributed.broadcast(count, src=0)
+        units = units if units.numel() == int(count) else units.new_empty(int(count))
+        distributed.broadcast(units, src=0)
+    return units

@@ -1,0 +1,101 @@
+"""EvenValidation validates at even steps of the whole fit and at its end; Lightning itself counts within an epoch."""
+
+import math
+import sys
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+
+from modular_experts.data.batch import source_of
+from modular_experts.selection.schedule import TrainedModule, callbacks_of
+
+# If the trainer's interval is not 1.0, early stopping and checkpoints look after each validation. No user types this
+# one, so it marks a trainer that an earlier fit took over.
+_INTERVAL = 0.5 + 2**-20
+
+
+def share_done(trainer: Trainer, module: TrainedModule) -> float:
+    """Return how much of a fit is done, from 0 to 1: of its steps, or of `trainer.max_time` if that ends it first."""
+    shares = [trainer.global_step / module.length.total_steps]
+    for timer in callbacks_of(trainer, Timer):
+        elapsed, left = timer.time_elapsed(), timer.time_remaining()
+        shares += [] if left is None else [elapsed / max(elapsed + left, 1e-9)]
+    return min(max(shares), 1.0)
+
+
+class EvenValidation(Callback):
+    """Validates at even steps of the whole fit, at its end, and on the same rows once before its first step.
+
+    `ExpertModule` adds it to every trainer, and it steps back if `trainer.val_check_interval` or
+    `trainer.check_val_every_n_epoch` are not Lightning's defaults. `limit_val_batches` and `num_sanity_val_steps`
+    (of which Lightning's default of 2 becomes all rows) keep their meaning. Checkpoints without a time of their own
+    are written, and early stopping looks, after each validation.
+
+    Args:
+        times: How often to validate while training, the last time at its end; fewer if the validations together would
+            read more rows than the training. With 0 the trainer alone decides.
+    """
+
+    def __init__(self, times: int = 10) -> None:
+        if times < 0:
+            raise ValueError(f"times={times} must be at least 1, or 0 to leave validation to the trainer")
+        self.times = times
+        self.active, self.validated_step = False, 0
+        self._times = self._parts = 0
+
+    def take_over(self, trainer: Trainer) -> None:
+        """Decide who validates; it must run before the callbacks' setup, where early stopping looks at the trainer."""
+        if self.times and trainer.num_sanity_val_steps == 2:
+            trainer.num_sanity_val_steps = math.inf
+        interval: Any = trainer.val_check_interval
+        free = isinstance(interval, float) and interval in (1.0, _INTERVAL) and trainer.check_val_every_n_epoch == 1
+        self.active, self.validated_step, self._times, self._parts = bool(self.times and free), 0, 0, 0
+        if self.active:
+            trainer.val_check_interval = _INTERVAL
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.active or not sum(trainer.num_val_batches):
+            return
+        module = cast(TrainedModule, pl_module)
+        rows = source_of(trainer).batch_size or trainer.world_size
+        trained = module.length.total_steps * trainer.accumulate_grad_batches * rows
+        loader: Any = trainer.val_dataloaders
+        batches = trainer.world_size * sum(trainer.num_val_batches)
+        validated = min(
+            batches * (getattr(loader, "batch_size", None) or 1), len(getattr(loader, "dataset", [])) or math.inf
+        )
+        self._times = self.worthwhile(trained, validated)
+        self._parts = self._parts_done(trainer, module)
+        # A checkpoint that was written in a validation goes on after it, which Lightning asks at the first batch.
+        self._validate(trainer, now=0 < trainer.global_step == self.validated_step)
+
+    def worthwhile(self, trained: int, validated: float) -> int:
+        """Return how often to validate in a fit that reads these rows, if a validation reads those."""
+        return max(1, min(self.times, int(trained / validated)))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        if self._times:
+            parts = self._parts_done(trainer, cast(TrainedModule, pl_module))
+            self._validate(trainer, now=parts > self._parts)
+            self._parts = parts
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated_step = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated_step": self.validated_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validated_step = state_dict["validated_step"]
+
+    def _parts_done(self, trainer: Trainer, module: TrainedModule) -> int:
+        share = share_done(trainer, module)
+        if trainer.world_size > 1 and callbacks_of(trainer, Timer):
+            # The clocks of the ranks differ, and all ranks must validate after the same batch.
+            share = trainer.strategy.broadcast(share)
+        return int(self._times * share + 1e-9)
+
+    def _validate(self, trainer: Trainer, now: bool) -> None:
+        # Lightning validates where the number of the batch in its epoch, 0 before the first, is a multiple of this.
+        trainer.val_check_batch = max(1, trainer.fit_loop.epoch_loop.batch_idx + 1) if now else sys.maxsize

@@ -1,0 +1,186 @@
+"""LogProgress tells in a few lines of the log how a fit goes; Lightning's own bar draws each epoch on a terminal."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+
+from modular_experts.selection.schedule import TrainedModule, callbacks_of, seconds_between_steps
+from modular_experts.training.even_validation import share_done
+from modular_experts.training.export_expert import ExportExpert
+
+log = logging.getLogger(__name__)
+
+Show = Callable[[str, float], None]
+_SHOW: ContextVar[Show | None] = ContextVar("show", default=None)
+
+
+@contextmanager
+def lines_shown(show: Show) -> Iterator[None]:
+    """Give the lines of all fits inside also to `show`, each with the share of the fit that is done."""
+    token = _SHOW.set(show)
+    try:
+        yield
+    finally:
+        _SHOW.reset(token)
+
+
+class _Clock:
+    """Estimates the time left of a fit from the share of it that was done since the clock was made."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, cast(TrainedModule, module)
+        self._first, self.started = self.done(), time.monotonic()
+        self.total_steps = self._module.length.total_steps
+
+    def done(self) -> float:
+        return share_done(self._trainer, self._module)
+
+    def tenths(self) -> int:
+        return int(10 * self.done() + 1e-9)
+
+    def left(self) -> str:
+        """Return the hours, minutes and seconds left, or an empty string before anything was done."""
+        if (done := self.done()) <= self._first:
+            return ""
+        seconds = (time.monotonic() - self.started) / (done - self._first) * (1 - done)
+        return f"{timedelta(seconds=round(seconds))} left"
+
+
+class LogProgress(Callback):
+    """Logs where a run keeps its files, how training goes, and its result.
+
+    A line comes at every tenth of the fit: the mean loss since the line before, a new validation loss, and the time
+    left. `ExpertModule` adds this callback to every trainer; its lines are records of level INFO of the logger
+    `modular_experts`.
+    """
+
+    def __init__(self) -> None:
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.first_loss: float | None = None
+        """Validation loss before the first step."""
+        self.last_loss: float | None = None
+        """Newest validation loss."""
+        self._rows: int | torch.Tensor = 0
+        self._seconds, self._clock = 0.0, cast(_Clock | None, None)
+        # For the next line: sum and number of its losses, and whether a new validation loss arrived.
+        self._sum, self._count, self._is_new, self._is_due, self._tenths = torch.zeros(()), 0, False, False, 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._start_afresh()
+
+    @property
+    def rows(self) -> int:
+        """Rows trained on, of all processes together."""
+        return int(self._rows)
+
+    @property
+    def seconds(self) -> float:
+        """How long training has taken, with its validations and the choices of supports, in all runs of this fit."""
+        return self._seconds + (time.monotonic() - self._clock.started if self._clock else 0)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = trainer.callback_metrics.get("val_loss")
+        if trainer.state.fn != "fit" or found is None:
+            return
+        if trainer.sanity_checking:
+            self.first_loss = float(found)
+        else:
+            self.last_loss, self._is_new = float(found), True
+            self._log_line(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = _Clock(trainer, pl_module)
+        self._tenths = self._clock.tenths()
+        if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.info("metrics and checkpoints go to %s", trainer.log_dir)
+        if trainer.global_step:
+            log.info("goes on from step %d of %d", trainer.global_step, self._clock.total_steps)
+        elif self.first_loss is not None:
+            log.info("the validation loss before training is %.4g", self.first_loss)
+            for logger in trainer.loggers:
+                logger.log_metrics({"val_loss": self.first_loss}, step=0)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last epoch out of the words of Lightning's bar where only steps bound the fit: it would be -2."""
+        bar = trainer.progress_bar_callback if trainer.max_epochs == -1 else None
+        if isinstance(bar, RichProgressBar) and bar.progress and bar.train_progress_bar_id is not None:
+            bar.progress.update(bar.train_progress_bar_id, description=f"Epoch {trainer.current_epoch:<4}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._log_line(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count rows and losses; at a tenth of the fit a line is due, which waits for a validation of this step."""
+        assert self._clock is not None
+        self._rows = self._rows + outputs["rows"]
+        self._sum = self._sum.to(outputs["mean_loss"].device) + outputs["mean_loss"]
+        self._count += 1
+        before, self._tenths = self._tenths, self._clock.tenths()
+        self._is_due |= self._tenths > before
+
+    def _log_line(self, trainer: Trainer) -> None:
+        if not self._is_due or self._clock is None:
+            return
+        validation = f", validation loss {self.last_loss:.4g}" if self._is_new else ""
+        left, mean = self._clock.left(), float(self._sum) / self._count
+        line = f"step {trainer.global_step}/{self._clock.total_steps}: loss {mean:.4g}{validation}, {left}"
+        log.info("%s", line)
+        if show := _SHOW.get():
+            show(line, self._clock.tenths() / 10)
+        self._sum, self._count, self._is_new, self._is_due = torch.zeros(()), 0, False, False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_line(trainer)
+        self._seconds = self.seconds
+        self._clock = None
+        if trainer.interrupted or not trainer.is_global_zero:
+            return
+        exports = callbacks_of(trainer, ExportExpert)
+        kept = [one.best for one in exports if one.best is not None and one.monitor == "val_loss"]
+        losses = [f"{loss:.4g}" for loss in (self.first_loss, min(kept, default=self.last_loss)) if loss is not None]
+        choosing = seconds_between_steps(trainer, cast(TrainedModule, pl_module))
+        log.info(
+            "trained on %d rows in %.1f s%s%s",
+            *(self.rows, self.seconds, f", {choosing:.1f} s of which chose supports" if choosing else ""),
+            f"; the validation loss {'went from' if losses[1:] else 'is'} {' to '.join(losses)}" if losses else "",
+        )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.info("fast_dev_run wrote nothing, neither an expert nor a checkpoint")
+            return
+        places = [f"the expert is in {one.target}" for one in exports]
+        places += [f"metrics.csv is in {one.log_dir}" for one in trainer.loggers if isinstance(one, CSVLogger)]
+        if config := cast(Path | None, getattr(pl_module, "config_file", None)):
+            places.append(f"its settings are in {config}")
+        log.info("%s", ", ".join(places))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
+            return
+        keeper: Any = trainer.checkpoint_callback
+        if path := keeper and (keeper.last_model_path or keeper.best_model_path):
+            log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
+        else:
+            log.info("interrupted before the first checkpoint, which the first validation writes")
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("first_loss", "last_loss", "rows")}
+        return kept | {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds = state_dict["seconds"]
+        self.first_loss, self.last_loss, self._rows = (state_dict[one] for one in ("first_loss", "last_loss", "rows"))
