@@ -1,6 +1,7 @@
 """Run the command `modular-experts`: print help, which imports no torch, or call the function of a command."""
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from modular_experts import __version__
 from modular_experts.cli.command import check_experts, guarded, run_command, unknown_command
 from modular_experts.cli.commands import VERBS, importing
+from modular_experts.cli.sentences import OptionRecord
 
 HELP = """\
 usage: modular-experts COMMAND [options]
@@ -52,6 +54,7 @@ def _run(argv: Sequence[str]) -> None:
         print(command_help(verb, command, whole=not {"-h", "--help"} & asked))
         return
     check_experts(argv, command.positional)
+    logging.setLogRecordFactory(OptionRecord)
     # A user's class lies beside the config, where a console script does not look; a file there hides no other module.
     sys.path += {os.getcwd()} - {*sys.path}
     with importing():

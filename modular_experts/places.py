@@ -31,7 +31,5 @@ def check_free(path: str | Path, overwrite: bool) -> Path:
     """Return the path to write to, with `~` expanded; raise FileExistsError if what is there may not be replaced."""
     place = Path(path).expanduser()
     if os.path.lexists(place) and not overwrite:
-        raise FileExistsError(
-            f"{place} exists already; choose another place, or replace it with overwrite=True (--overwrite)"
-        )
+        raise FileExistsError(f"{place} exists already; choose another place, or replace it with `overwrite=True`")
     return place

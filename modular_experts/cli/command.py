@@ -19,6 +19,7 @@ import yaml
 
 import modular_experts
 from modular_experts.cli.commands import COMPUTING, VERBS
+from modular_experts.cli.sentences import as_options
 from modular_experts.places import may_be_on_hub, missing_expert
 from modular_experts.settings import READING, Loader, UsageError, Word, folded, listed, meant, over, respelt, unknown
 from modular_experts.settings.read import Read, arguments_of, class_named, kinds_of, read, read_arguments
@@ -238,7 +239,7 @@ def guarded(command: Callable[[], object]) -> int:
         # What the command has printed before comes first where both go into one file.
         with suppress(AttributeError, ValueError, OSError):
             sys.stdout.flush()
-        print(f"error{where}: {' '.join([str(ours), *notes])}", file=sys.stderr)
+        print(f"error{where}: {as_options(' '.join([str(ours), *notes]))}", file=sys.stderr)
         return 2 if isinstance(ours, UsageError) else 1
 
 

@@ -109,7 +109,7 @@ def _wanted(
         if (library / name).exists() and not overwrite:
             raise FileExistsError(
                 f"{library / name} exists already, damaged or with other contents than in {repository.repo_id}; pull "
-                "into another library, or replace it with overwrite=True (--overwrite)"
+                "into another library, or replace it with `overwrite=True`"
             )
         files[name] = [f"{name}/{file}" for file in (*files_of(record), RECORD_FILE)]
         files[name] += [kept for kept in [f"{name}/{INPUTS_FILE}"] if "inputs" in record and kept in repository.files]

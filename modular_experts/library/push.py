@@ -135,7 +135,7 @@ def _look_inside(
             elif not overwrite:
                 raise FileExistsError(
                     f"{repository.repo_id} has another expert called {name}; give yours another name, or replace it "
-                    "with overwrite=True (--overwrite)"
+                    "with `overwrite=True`"
                 )
         earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
     return present, entries, earlier

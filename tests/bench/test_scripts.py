@@ -112,7 +112,7 @@ def test_choices_are_timed_beside_a_run_that_chooses_once(tmp_path, one_block, m
 def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        work_here(patch, "modular_experts.study")
+        work_here(patch, "modular_experts.study.processes")
         yield importlib.import_module("related_cost")
 
 

@@ -200,7 +200,7 @@ def test_a_comparison_goes_on_where_it_was_and_measures_only_what_is_new(compare
     first = Results.read("cmp/results.json")
     code, _, err = compare("--experts", "library/a", "--out", "cmp")
     assert code == 1
-    assert "results.json exists already; choose another place, or replace it with overwrite=True (--overwrite)" in err
+    assert "results.json exists already; choose another place, or replace it with --overwrite" in err
     Path("cmp/results.json").unlink()  # as an interruption leaves it
     code, _, err = compare("--experts", "library/a", "a2=library/a+library/a", "--out", "cmp")
     assert code == 0
