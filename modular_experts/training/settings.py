@@ -13,10 +13,11 @@ from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.settings import SHORT_NAMES, UsageError, unknown
 from modular_experts.settings.read import Read, arguments_of, read_arguments
+from modular_experts.training import gradient_mask, train_under_others  # noqa: F401
 from modular_experts.training.fit import TRAINER, seed_process
 from modular_experts.training.module import ExpertModule
 
-# So that a config names the callbacks and experts of papers by their class alone.
+# So that a config names the callbacks and experts of papers by their class alone, as it does those imported above.
 import_systems("callback")
 
 
