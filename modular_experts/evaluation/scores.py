@@ -54,6 +54,9 @@ class TaskScores(Metric):
         number = {name: index for index, name in enumerate(self.roles)}
         rows = [row for row, filler in enumerate(is_filler(batch)) if not filler]
         tasks = torch.tensor([number[batch["task"][row]] for row in rows], dtype=torch.int64)
+        # Processes exchange all sums, also those to which a process has nothing to add.
+        for name in self.divisors:
+            self._add(f"{name}_sum", tasks[:0], torch.zeros(0))
         self._keep(batch, rows, loss=token_loss_sums[rows].tolist(), tokens=token_counts[rows].tolist())
         self._add("rows_count", tasks, torch.ones(len(rows)))
         self._add("loss_sum", tasks, token_loss_sums[rows])

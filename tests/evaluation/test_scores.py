@@ -79,6 +79,14 @@ def test_the_likeliest_choice_counts_and_the_first_of_equals(values: list[float]
     assert results["tasks"]["a"]["rows"] == 2
 
 
+def test_processes_with_and_without_choices_can_add_up_their_sums() -> None:
+    with_choices, without = TaskScores(ROLES), TaskScores(ROLES)
+    with_choices.update(choice_batch(), torch.ones(3), torch.ones(3, dtype=torch.int64), None, torch.ones(5))
+    update(without, ROWS, generate=False)
+    kinds = [{name: getattr(scores, name).dtype for name in scores._reductions} for scores in (with_choices, without)]
+    assert kinds[0] == kinds[1]
+
+
 def test_sums_stay_exact_in_a_module_cast_to_bfloat16() -> None:
     scores = TaskScores(ROLES)
     module = torch.nn.ModuleDict({"scores": scores}).to(torch.bfloat16)
