@@ -20,8 +20,8 @@ from modular_experts.reports.tables import Html, element, percent
 from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
 from modular_experts.study.engines import Where
 from modular_experts.study.pieces import Stage, title_of
-from modular_experts.study.quickstart import FACTS, prepare_base, run_plan
-from modular_experts.study.quickstart_plan import Plan
+from modular_experts.study.quickstart import FACTS, prepare_base, run_quickstart, small_base
+from modular_experts.study.quickstart import description as quickstart_description
 from modular_experts.study.report import REPORT, figure_of, write_report
 from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Failure, Lines, State, state_of
@@ -206,22 +206,26 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
         modular-experts quickstart --seed 1 --out runs/quickstart-1
         modular-experts quickstart --tasks 5 --out runs/short
     """
-    place, plan = Path(out).expanduser(), Plan(seed=seed, tasks=tasks)
-    what, columns = "training a small base", ("{task.description}", BarColumn(None))
+    place = Path(out).expanduser()
+    described = quickstart_description(seed, tasks)
+    columns = ("{task.description}", BarColumn(None))
     with progress_by_tenths(*columns, line=lambda *now: f"{now[0]}: {now[1]:.0%}{now[3]}", transient=True) as bar:
-        prepare_base(plan, place, lambda share: bar(what, share, 1))
+        prepare_base(small_base(described), place, lambda share: bar("training a small base", share, 1))
     with study_progress() as show:
-        study, state = run_plan(plan, place, show)
+        study, state = run_quickstart(described, place, progress=show)
     check_finished(state, place)
-    facts, steps = json.loads((place / "base" / FACTS).read_text(encoding="utf-8")), next_steps(plan, place)
+    facts = json.loads((place / "base" / FACTS).read_text(encoding="utf-8"))
     about = (
         f"The base is a small Llama ({facts['parameters']:,} parameters). It has learned all tasks, but mostly in a "
         f"format of its own, in which it answers {percent(facts['latent']['held_in']['exact_match'])} % of the held-in "
-        "test words." + " It ran out of steps before it reached its target." * (not facts["target_reached"])
+        "test words."
     )
+    if not facts["target_reached"]:
+        about += " It ran out of steps before it reached its target."
+    steps = next_steps(place)
     commands = [element("pre", element("code", command)) for command in steps]
     more = Section("Try next", "Look into the library, and merge two of these experts yourself", commands)
-    results = write_results(study, place, state, [plan.tasks], [element("p", about, class_="lede")], [more])
+    results = write_results(study, place, state, [tasks], [element("p", about, class_="lede")], [more])
     (place / "quickstart.svg").write_text(figure_of(results, dark=False), encoding="utf-8")
     print(f"a browser shows the page at\n  {(place / REPORT).absolute().as_uri()}\n\n{textwrap.fill(about, 80)}\n")
     print("to go on:")
@@ -229,15 +233,16 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
         print(textwrap.indent(command, "  "))
 
 
-def next_steps(plan: Plan, place: Path) -> list[str]:
+def next_steps(place: Path) -> list[str]:
     """Return commands to try next: look into the library, merge two experts of the run, and compare the three."""
-    library, kind, tasks = place / "library", plan.kinds[0], list(plan.held_in.items())[:2]
-    first, second = (shlex.quote(str(library / f"{kind}-{name}")) for name, _ in tasks)
-    merged, compared = shlex.quote(str(library / "two")), shlex.quote(str(place / "two"))
-    words = [f"{{name: {name}, source: {task.__name__}}}" for name, task in tasks]
+    library = place / "library"
+    first, second = (shlex.quote(str(library / f"sparse-{task}")) for task in ("reverse", "upper"))
+    merged = shlex.quote(str(library / "two"))
+    compared = shlex.quote(str(place / "two"))
     return [
         f"modular-experts list {shlex.quote(str(library))}",
         f"modular-experts merge --method TIES --out {merged} \\\n  --experts {first} \\\n  {second}",
-        f"modular-experts evaluate --out {compared} \\\n  --tasks '[{', '.join(words)}]' \\\n"
+        f"modular-experts evaluate --out {compared} \\\n"
+        "  --tasks '[{name: reverse, source: Reverse}, {name: upper, source: Upper}]' \\\n"
         f"  --experts {first} \\\n  {second} {merged}",
     ]

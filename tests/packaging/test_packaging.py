@@ -152,16 +152,17 @@ def test_the_wheel_alone_runs_a_tiny_quickstart(built: Path, tmp_path: Path) -> 
     """In an environment that has the wheel, and of this one only the packages it depends on."""
     environment, clean = _environment(built, tmp_path)
     python = environment / "bin/python"
-    sizes = "tasks=2, hidden=16, base_rows=4, base_target=2.0, base_limit=4, base_decay=2, expert_steps=1"
+    sizes = "width=16, rows=4, target=2.0, limit=4, decay=2, validation=1, test=1"
     (tmp_path / "tiny.py").write_text(
         f"""
 from pathlib import Path
-from modular_experts.study.quickstart_plan import Plan
-from modular_experts.study.quickstart import run_plan
+from modular_experts.study.quickstart import Sizes, description, run_quickstart
 from modular_experts.study import results_of
 from modular_experts.study.report import write_report
 if __name__ == "__main__":
-    study, state = run_plan(Plan({sizes}, validation_rows=1, test_rows=1), Path("run"))
+    described = description(tasks=2)
+    described["fit"]["steps"] = 1
+    study, state = run_quickstart(described, Path("run"), Sizes({sizes}))
     write_report(results_of(study, state), state, Path("report.html"))
 """
     )

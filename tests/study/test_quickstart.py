@@ -17,19 +17,21 @@ from lightning.pytorch import seed_everything
 from testbed.runs import trainer
 from torch.optim import AdamW
 
-from modular_experts.data import Task, TaskMixture
+from modular_experts.data import Task, TaskMixture, suite
 from modular_experts.evaluation import measure
 from modular_experts.experts import SparseExpert
 from modular_experts.library import Library
 from modular_experts.masks import RandomScore, SelectOnce
 from modular_experts.reports import Results
 from modular_experts.selection.mask_schedule import MaskSchedule
-from modular_experts.study.quickstart_plan import MODULES, Plan
+from modular_experts.study.quickstart import description
 from modular_experts.training.module import ExpertModule
 
 pytestmark = pytest.mark.quickstart
 
-PLAN = Plan()
+STUDY = description()
+TASKS = [(role, task) for role, tasks in STUDY["tasks"].items() for task in tasks]
+HELD_IN = {task["name"]: task["source"]["class_path"] for role, task in TASKS if role == "held_in"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_the_base_has_the_skill_and_another_format(place, results) -> None:
     assert facts["latent"]["held_in"]["exact_match"] > 0.65
 
 
-@pytest.mark.parametrize("kind", PLAN.kinds)
+@pytest.mark.parametrize("kind", STUDY["experts"])
 def test_every_kind_of_expert_learns_its_task(results, kind: str) -> None:
     assert single(results, kind) > 0.6
     assert single(results, kind) > base(results) + 0.5
@@ -83,24 +85,26 @@ def test_a_merge_helps_tasks_that_no_expert_saw(results) -> None:
 
 
 def test_two_experts_merge_better_than_twenty(results) -> None:
-    for kind in PLAN.kinds:
+    for kind in STUDY["experts"]:
         assert merged(results, kind, "Average", count=2) > merged(results, kind, "Average")
 
 
 def test_gradients_choose_better_entries_than_chance(place) -> None:
     """At 5 % kept, on every third task, both at the rate that suits this share."""
-    tasks = list(PLAN.held_in)[::3]
+    tasks = list(HELD_IN)[::3]
     by_gradient = fmean(_exact_match(place, task, MaskSchedule(batches=1)) for task in tasks)
     by_chance = fmean(_exact_match(place, task, MaskSchedule(RandomScore(), SelectOnce())) for task in tasks)
     assert by_gradient > by_chance + 0.02
 
 
 def _exact_match(place: Path, task: str, schedule: MaskSchedule) -> float:
-    seed_everything(PLAN.seed, verbose=False)
+    seed_everything(0, verbose=False)
     optimizer = partial(AdamW, lr=2e-3, weight_decay=0.0)
-    module = ExpertModule(str(place / "base"), MODULES, partial(SparseExpert, keep_ratio=0.05), optimizer=optimizer)
-    words = Task(task, source=PLAN.held_in[task](PLAN.seed))
-    data = TaskMixture([words], str(place / "base"), batch_size=16, eval_batch_size=448, seed=PLAN.seed)
+    module = ExpertModule(
+        str(place / "base"), STUDY["fit"]["modules"], partial(SparseExpert, keep_ratio=0.05), optimizer=optimizer
+    )
+    words = Task(task, source=getattr(suite, HELD_IN[task])())
+    data = TaskMixture([words], str(place / "base"), batch_size=16, eval_batch_size=448, seed=0)
     how = {"max_steps": 50, "gradient_clip_val": 1.0, "limit_val_batches": 0}
     trainer(place, schedule, **how).fit(module, data)
     data.setup("test")
@@ -122,8 +126,7 @@ def test_the_directory_holds_what_is_promised(place) -> None:
 
 def test_a_stored_merge_tests_as_the_results_say(place, results) -> None:
     """The command, on the same words, finds what the quickstart found."""
-    roles = {**dict.fromkeys(PLAN.held_in.items(), "held_in"), **dict.fromkeys(PLAN.held_out.items(), "held_out")}
-    tasks = [{"name": name, "source": task.__name__, "role": role} for (name, task), role in roles.items()]
+    tasks = [{"name": task["name"], "source": task["source"]["class_path"], "role": role} for role, task in TASKS]
     settings = {
         "--model.base": "runs/quickstart/base",
         "--model.applied": "[runs/quickstart/library/merge-sparse-SparseAverage]",

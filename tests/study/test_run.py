@@ -5,7 +5,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,38 @@ from testbed.here import Here
 
 from modular_experts.base import Base
 from modular_experts.cli.study import UnfinishedStudyError, check_finished
+from modular_experts.data.suite import HELD_IN, HELD_OUT
 from modular_experts.library import Library, open_expert
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section
 from modular_experts.reports.tables import element
 from modular_experts.study import results_of
-from modular_experts.study.quickstart import FACTS, run_plan
-from modular_experts.study.quickstart_plan import METHODS, Plan, untuned
+from modular_experts.study.quickstart import FACTS, Sizes, description, run_quickstart, small_base
 from modular_experts.study.report import figure_of, write_report
 from modular_experts.study.run import State
 
-SMALL = Plan(
-    *(0, 2, 16),  # seed, tasks, width
-    base_rows=4,
-    base_target=2.0,  # never met: the base stops at its limit
-    base_limit=4,
-    base_decay=2,
-    expert_steps=1,
-    validation_rows=1,
-    test_rows=1,
-    kinds=("sparse", "lora"),
-)
-EXPERTS = [f"{kind}-{task}" for kind in SMALL.kinds for task in SMALL.held_in]
-OF_ALL = [method for method in METHODS if method != "SparseAverage"]
-MERGES = [*(("sparse", method) for method in METHODS), *(("lora", method) for method in OF_ALL)]
+SIZES = Sizes(width=16, rows=4, target=2.0, limit=4, decay=2, validation=1, test=1)
+"""The base never meets its target, and stops at its limit."""
+KINDS = ("sparse", "lora")
+
+
+def small(seed: int = 0) -> dict[str, Any]:
+    """Return the study of a quickstart with few tasks, kinds and rows."""
+    study = description(seed, tasks=2)
+    study["fit"]["steps"] = 1
+    study["experts"] = {kind: study["experts"][kind] for kind in KINDS}
+    for merge in study["merges"]:
+        merge["kinds"] = [kind for kind in merge.get("kinds", KINDS) if kind in KINDS]
+    for task in [*study["tasks"]["held_in"], *study["tasks"]["held_out"]]:
+        task["source"]["init_args"] |= {"train": 16, "validation": 1, "test": 1}
+    return study
+
+
+SMALL = small()
+EXPERTS = [f"{kind}-{task['name']}" for kind in KINDS for task in SMALL["tasks"]["held_in"]]
+SCALES = {merge["name"]: merge["tune"]["grid"]["scale"] for merge in SMALL["merges"] if "tune" in merge}
+MERGES = [(kind, merge["name"]) for kind in KINDS for merge in SMALL["merges"] if kind in merge["kinds"]]
+OF_ALL = [method for method in SCALES if method != "SparseAverage"]
 
 
 class WithoutDevices(Here):
@@ -57,7 +64,7 @@ Made = tuple[Path, Results, State]
 
 
 def made(out: Path, progress: Callable[..., None] = lambda *shown: None) -> Made:
-    study, state = run_plan(SMALL, out, progress)
+    study, state = run_quickstart(SMALL, out, SIZES, progress)
     return out, results_of(study, state), state
 
 
@@ -77,27 +84,27 @@ def finished(tmp_path_factory) -> Made:
 def test_the_directory_holds_a_base_a_library_and_all_results(finished) -> None:
     out, results, state = finished
     assert not state.failed
-    merges = [f"merge-{kind}-{method}{at}" for kind, method in MERGES for at in ("", "-at-1")]
+    merges = [f"merge-{kind}-{name.replace(' ', '-')}" for kind, name in MERGES]
     assert sorted(Library(out / "library")) == sorted([*EXPERTS, *merges, "multitask"])
     assert Base.open(out / "base").load().config.hidden_size == 16
     there = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     assert there == ["base", "library", "pieces.jsonl", "runs"]
-    for kind, method in MERGES:
-        chosen = open_expert(out / "library" / f"merge-{kind}-{method}")
-        assert chosen.record["method"]["init_args"]["scale"] in METHODS[method]
-        assert chosen.record["hyperparameters"]["trials"] == len(METHODS[method])
-        for at in (method, untuned(method)):
-            assert results.mean("exact_match", kind=kind, merge=at, count=2, role="held_out") is not None
+    for kind, name in MERGES:
+        if name in SCALES:
+            chosen = open_expert(out / "library" / f"merge-{kind}-{name}")
+            assert chosen.record["method"]["init_args"]["scale"] in SCALES[name]
+            assert chosen.record["hyperparameters"]["trials"] == len(SCALES[name])
+        assert results.mean("exact_match", kind=kind, merge=name, count=2, role="held_out") is not None
     facts = json.loads((out / "base" / FACTS).read_text())
-    assert {"parameters", "steps", "target_reached", "latent", "plan"} <= set(facts)
+    assert {"parameters", "steps", "target_reached", "latent", "settings"} <= set(facts)
     assert set(facts["latent"]["held_in"]) == {"exact_match", "rougeL", "loss"}
 
 
 def test_the_figure_has_a_line_for_each_method_and_the_page_all_sections(finished, tmp_path) -> None:
     _, results, state = finished
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", figure_of(results))
-    names = [text for text in texts if text in METHODS or text.endswith(", single")]
-    assert names == ["sparse, single", *METHODS, "lora, single", *OF_ALL]
+    names = [text for text in texts if text in SCALES or text.endswith(", single")]
+    assert names == ["sparse, single", *SCALES, "lora, single", *OF_ALL]
     write_report(
         results, state, tmp_path / "report.html", [element("p", "A base.")], [Section("Try next", "Go on", [])]
     )
@@ -170,41 +177,45 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name:
     file.parent.mkdir(parents=True)
     file.write_text(text)
     with pytest.raises(FileExistsError, match="holds other things than a study; give another --out to keep them"):
-        run_plan(SMALL, tmp_path / "out")
+        run_quickstart(SMALL, tmp_path / "out", SIZES)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
     assert file.read_text() == text
 
 
 def test_a_directory_of_another_plan_or_an_older_version_is_refused_and_left_alone(finished, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"holds a quickstart of other settings, such as another seed, or of"):
-        run_plan(replace(SMALL, seed=1), finished[0])
+        run_quickstart(small(seed=1), finished[0], SIZES)
     file = tmp_path / "out" / "base" / FACTS
     shutil.copytree(finished[0] / "base", file.parent)
     facts = json.loads(file.read_text())
-    del facts["plan"]
+    del facts["settings"]
     file.write_text(json.dumps(facts))
     (tmp_path / "out" / "pieces.jsonl").touch()
-    with pytest.raises(ValueError, match="or of an older version; give another --out"):
-        run_plan(SMALL, tmp_path / "out")
+    with pytest.raises(ValueError, match="or of an older version; give another `out=`"):
+        run_quickstart(SMALL, tmp_path / "out", SIZES)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "pieces.jsonl"]
 
 
 def test_counts_end_with_all_tasks_and_the_first_ones_are_of_different_families() -> None:
-    assert [Plan(tasks=tasks).levels for tasks in (2, 7, 20)] == [[2], [2, 5, 7], [2, 5, 10, 20]]
-    assert len({task.instruction.split()[0] for task in Plan(tasks=7).held_in.values()}) == 7
+    counts = [description(tasks=tasks)["counts"] for tasks in (2, 7, 20)]
+    assert counts == [["all"], [2, 5, "all"], [2, 5, 10, "all"]]
+    assert len({task.instruction.split()[0] for task in small_base(description(tasks=7)).held_in}) == 7
 
 
-def test_the_study_of_the_plan_makes_no_overlap_aware_average_of_dense_experts() -> None:
-    study = Plan().study(Path("base"))
-    made = {(kind, merge["method"]) for merge in study["merges"] for kind in merge["kinds"]}
-    of_each = {"sparse": METHODS, "block": METHODS, "lora": OF_ALL, "full": OF_ALL}
-    assert made == {(kind, method) for kind, methods in of_each.items() for method in methods}
-    # The multitask expert reads as many rows as the experts of a kind together.
-    rows = study["multitask"]["steps"] * study["multitask"]["batch_size"]
-    assert rows == 20 * study["fit"]["steps"] * study["fit"]["batch_size"]
+def test_the_tasks_of_the_file_are_those_of_the_suite_which_the_base_learns() -> None:
+    for role, tasks in (("held_in", HELD_IN), ("held_out", HELD_OUT)):
+        named = [(task["name"], task["source"]["class_path"]) for task in description()["tasks"][role]]
+        assert named == [(task.name(), task.__name__) for task in tasks]
+
+
+def test_the_expert_of_all_tasks_reads_as_many_rows_as_the_experts_of_a_kind_together() -> None:
+    for tasks in (20, 8):
+        study = description(tasks=tasks)
+        rows = study["multitask"]["steps"] * study["multitask"]["batch_size"]
+        assert rows == tasks * study["fit"]["steps"] * study["fit"]["batch_size"]
 
 
 @pytest.mark.parametrize("tasks", [1, 21])
 def test_too_few_or_too_many_tasks_get_a_sentence(tasks: int) -> None:
     with pytest.raises(ValueError, match=rf"tasks={tasks} must be from 2 to 20; a merge needs two experts"):
-        Plan(tasks=tasks)
+        description(tasks=tasks)
