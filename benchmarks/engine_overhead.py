@@ -31,7 +31,7 @@ PROCESSES = 2
 
 def started(name: str, folder: str) -> Executor:
     """Return an engine, which may write into a folder."""
-    of_slurm: dict[str, Any] = {"folder": folder, "poll_seconds": 1.0, "array_parallelism": PROCESSES}
+    of_slurm: dict[str, Any] = {"folder": folder, "poll_seconds": 1.0, "jobs": PROCESSES}
     return engine(name, **({"processes": PROCESSES} if name == "local" else of_slurm))
 
 

@@ -15,7 +15,7 @@ ENGINES: dict[str, type[Executor]] = {"local": LocalProcesses, "slurm": SlurmJob
 
 
 def engine(name: str = "local", **settings: Any) -> Executor:
-    """Return the executor of a name, for `jobs.run` and as a context manager.
+    """Return the executor of a name, for `run` of `study/run_pieces.py` and as a context manager.
 
     ```python
     with engine("slurm", partition="gpu", time=240, gres="gpu:1") as executor:
