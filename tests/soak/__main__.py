@@ -41,12 +41,16 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
 
     from soak.case import Case, end_of
-    from soak.families import all_families
+    from soak.families import all_families, left_out
 
     known = all_families()
     names = options.families or sorted(known)
     if unknown := set(names) - known.keys():
         parser.error(f"no families {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    for family, package in left_out().items():
+        if family in names:
+            names.remove(family)
+            print(f"{family} is left out: {package} is not installed")
     seconds = dict.fromkeys(names, 0.0)
     endings: dict[str, list[str]] = {name: [] for name in names}
     deadline = time.monotonic() + 60 * options.minutes

@@ -25,7 +25,9 @@ KEPT = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("family", "seed"), KEPT)
 def test_the_package_and_the_reference_agree(family: str, seed: int, tmp_path: Path) -> None:
-    from soak.families import all_families
+    from soak.families import all_families, left_out
 
+    if family in left_out():
+        pytest.skip(f"{left_out()[family]} is not installed")
     ending = end_of(Case(family, seed, tmp_path), all_families()[family])
     assert ending.outcome == "held", ending.text

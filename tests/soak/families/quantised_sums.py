@@ -1,23 +1,18 @@
 """Add random experts to a base that is quantised while it is loaded."""
 
-import importlib.util
-from typing import Any
-
 from modular_experts import Base, TaskMixture, evaluate
 from soak import bases, experts
 from soak.case import Case
-from soak.families.losses import dequantised
+from soak.families.losses import FORMS, dequantised
 from soak.reading import Reader
 from soak.reference import files
 from soak.tasks import random_task
 
 
 def quantised_sum_case(case: Case) -> None:
-    """The losses of experts on a base in four bits are the losses of the dequantised base plus the deltas."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return
+    """The losses of experts on a base in few bits are the losses of the dequantised base plus the deltas."""
     kind = case.random.choice([kind for kind in bases.KINDS if kind not in ("gpt2", "mixtral")])
-    form: Any = case.random.choice(["nf4", "fp4"])
+    form = case.random.choice(FORMS)
     forms = case.random.choice(experts.MIXES)
     encoding = case.random.choice(["float32", "int8"])
     case.note(base=kind, form=form, forms=forms, encoding=encoding)
@@ -37,12 +32,14 @@ def quantised_sum_case(case: Case) -> None:
     ours = {row["model"]: row["value"] for row in map(dict, results.rows) if row["metric"] == "loss"}
     reader = Reader(bases.base_of(kind), bases.CONTEXT)
     rows = [reader.texts(row)[0] for row in task.split("test")]
-    reference = dequantised(bases.base_of(kind), form)
-    for model, place in zip(models, [None, *places], strict=True):
-        if place is not None:
-            reference.add({name: delta.values for name, delta in files.read_expert(place).items()})
+    read = [files.read_expert(place) for place in places]
+    for model, summed in zip(models, [[], read[:1], read], strict=True):
+        reference = dequantised(bases.base_of(kind), form, [name for deltas in summed for name in deltas])
+        for deltas in summed:
+            reference.add({name: delta.values for name, delta in deltas.items()})
         loss = sum(map(reference.loss, rows)) / sum(len(row.learned) for row in rows)
         case.need(abs(ours[model] - loss) <= 5e-4 * max(1, loss), f"{model}: {ours[model]}, not {loss}")
 
 
 FAMILIES = {"quantised-sum": quantised_sum_case}
+NEEDS = {"quantised-sum": "bitsandbytes"}
