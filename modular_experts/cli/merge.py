@@ -15,7 +15,7 @@ from modular_experts.base import Base, DType, Origin
 from modular_experts.base.base import find_base
 from modular_experts.base.files import MANIFEST, found_or_fetched, weight_files
 from modular_experts.cli.format import counted, print_check, share_text, summary, table_of, value_text
-from modular_experts.library import check_target, open_expert, open_experts
+from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.described import describe
 from modular_experts.library.form import Form
 from modular_experts.library.record import RECORD_FILE
@@ -120,6 +120,7 @@ def merge(
     dry_run: bool = False,
     data: Rows | None = None,
     written: Output = Output(),
+    skip: bool = False,
 ) -> None:
     """Merge experts of one base into a new expert, or straight into a checkpoint.
 
@@ -133,8 +134,8 @@ def merge(
         out: Directory of the merged expert; its last part is the name. Or the directory of the checkpoint.
         method: A merge method, which makes the deltas of one weight one; or the dotted path of a class of your own,
             such as my_methods.Median in the current directory.
-        per_weight: Methods of single weights, by a regular expression for the whole name; null keeps them at the base.
-            The first match counts; without `method`, weights without a match stay at the base.
+        per_weight: Methods by a regular expression for a weight's name. It matches the whole name, and null keeps the
+            weight at the base. The first match counts; without `method`, weights without a match stay at the base.
         tune: Choose the method's settings on rows of --tasks. The lowest loss on validation rows decides about the
             scale, the exponent if there is one, and the settings in `tune.grid`. Without a method, it tunes IsoC
             for LoRAs, and SelfRegMean for other experts.
@@ -142,6 +143,8 @@ def merge(
         data: Tasks for --tune, and for a method that needs inputs, such as Distilled. --tune measures their validation
             rows; Distilled reads inputs of training and validation rows. Default: the inputs that the experts keep.
         written: What is written, and the most memory.
+        skip: Leave out experts that cannot be merged. The log names them, such as an adapter with a trained head of a
+            tied base; without this option they stop the merge.
 
     Examples:
         modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab
@@ -151,8 +154,9 @@ def merge(
     if method and method.needs.inputs:
         if per_weight or tune or dry_run or written != Output(base=written.base):
             kind = type(method).__name__
-            raise ValueError(f"{kind} searches, and writes an expert; give out, base, overwrite and data alone")
-        _distill(experts, out, method, data, overwrite, written.base)
+            raise ValueError(f"{kind} searches, and writes an expert; give out, base, overwrite, skip and data alone")
+        check_target(out, overwrite)
+        _distill(open_experts(experts, base=written.base, skip=skip), out, method, data, overwrite, written.base)
         return
     if data and not tune:
         raise ValueError("--tasks are for --tune, and for a method that needs inputs, such as Distilled; add --tune")
@@ -160,7 +164,7 @@ def merge(
         raise ValueError("tuning chooses the settings of one method for all weights; leave per_weight out")
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
-    opened = open_experts(experts, base=written.base)
+    opened = open_experts(experts, base=written.base, skip=skip)
     if tune and method is None:
         from modular_experts.merging.distill import without_data
 
@@ -222,7 +226,9 @@ def _report(tuned: "Tuned", searched: bool, out: str) -> None:
     print(f"all trials are in {write_trials(out, tuned.trials)}")
 
 
-def _distill(experts: list[str], out: str, method: Any, data: Rows | None, overwrite: bool, base: str | None) -> None:
+def _distill(
+    experts: list[StoredExpert], out: str, method: Any, data: Rows | None, overwrite: bool, base: str | None
+) -> None:
     from modular_experts.merging.distill import distill
 
     done = distill(experts, out, method, _mixture(data), overwrite, progress_bar("distilling"), base)

@@ -74,7 +74,11 @@ def _show(kind: type[MergeMethod]) -> None:
 
 
 def interference(
-    experts: list[str], method: MergeMethod | None = None, out: str | None = None, overwrite: bool = False
+    experts: list[str],
+    method: MergeMethod | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+    skip: bool = False,
 ) -> None:
     """Show how experts get in each other's way: where they move the same entries, and where against each other.
 
@@ -90,6 +94,7 @@ def interference(
         method: The merge whose distance is shown; SparseAverage by default.
         out: A JSON file for all numbers.
         overwrite: Replace that file.
+        skip: Leave out experts that cannot be merged. The log names them.
 
     Examples:
         modular-experts interference library/a library/b
@@ -97,7 +102,7 @@ def interference(
     """
     file = check_free(out, overwrite) if out else None
     chosen = method or SparseAverage()
-    found = compare(experts, chosen, progress_bar("comparing"))
+    found = compare(experts, chosen, progress_bar("comparing"), skip)
     console = Console(markup=False, emoji=False)
     console.print(_experts(found), _layers(found))
     print("by chance alone, two experts conflict in 50 % of the entries that both move")

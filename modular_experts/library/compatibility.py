@@ -1,5 +1,6 @@
 """Check that several experts fit together before they are merged, applied or listed as parents."""
 
+import glob
 import logging
 import math
 import os
@@ -8,38 +9,116 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_target, new_directory
 from modular_experts.library.expert import StoredExpert
 from modular_experts.library.opening import is_adapter, open_expert
+from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, read_record
 
 log = logging.getLogger(__name__)
 
+Vector = TypeVar("Vector", bound=TaskVector)
+Item = TypeVar("Item")
+
 
 def open_experts(
-    paths: str | Path | StoredExpert | Sequence[str | Path | StoredExpert], mergeable: bool = True, base: Any = None
-) -> list[StoredExpert]:
-    """Open experts in the given order, one or several; an opened expert is copied, since a larger base may move it.
+    paths: str | Path | Vector | Sequence[str | Path | Vector],
+    mergeable: bool = True,
+    base: Any = None,
+    skip: bool | None = None,
+) -> list[StoredExpert | Vector]:
+    """Open experts in their order, all before any delta is read; task vectors such as `0.5 * a` stay as they are.
 
-    `base` is for PEFT adapters among them. With `mergeable`, one whose deltas are not all that it does is refused.
+    An opened expert is copied, since a larger base may move it.
+
+    Args:
+        paths: One or several directories, PEFT adapters, opened experts or patterns such as `library/*`. A pattern
+            stands for the experts and adapters that it matches; for a merge it leaves out merges and routes, which
+            consist of other experts, unless the list names them.
+        mergeable: Refuse an expert whose deltas are not all that it does.
+        base: The base of PEFT adapters, as for `open_expert`.
+        skip: Leave out, with a sentence in the log, what cannot be used, such as an adapter of a tied head; None for a
+            caller that offers no such choice.
+
+    Raises:
+        FileNotFoundError: There is no expert at a place.
+        ValueError: The list is empty or names an expert twice, or experts cannot be used; the error names them all.
     """
-    if isinstance(paths, str | Path | StoredExpert):
-        paths = [paths]
-    if not paths:
+    named = [paths] if isinstance(paths, str | Path | TaskVector) else paths
+    if not named:
         raise ValueError("the list of experts is empty; name at least one, such as '[library/a, library/b]'")
-    experts = [copy(path) if isinstance(path, StoredExpert) else open_expert(path, base) for path in paths]
+    opened: list[StoredExpert | Vector] = []
+    refused: dict[str, ValueError] = {}
+    for path in _without_patterns(named, mergeable):
+        if isinstance(path, TaskVector) and not isinstance(path, StoredExpert):
+            opened.append(path)
+            continue
+        try:
+            expert = copy(path) if isinstance(path, StoredExpert) else open_expert(path, base)
+            if mergeable:
+                _check_mergeable(expert, offers_skip=skip is not None, alone=len(named) == 1)
+            opened.append(expert)
+        except ValueError as error:
+            place = path.place if isinstance(path, StoredExpert) else path
+            refused[str(place)] = error
+    if refused:
+        _report_refused(refused, len(opened), skip)
+    stored = [expert for expert in opened if isinstance(expert, StoredExpert)]
     seen: set[Path] = set()
-    for expert in experts:
+    for expert in stored:
         if expert.path.resolve() in seen:
             raise ValueError(f"the expert {expert.place} is listed twice; list each expert once")
         seen.add(expert.path.resolve())
-    if mergeable:
-        check_mergeable(experts)
-    warn_of_missing_parents(experts)
-    return experts
+    warn_of_missing_parents(stored)
+    return opened
+
+
+def _without_patterns(named: Sequence[Item], mergeable: bool) -> list[Item | str]:
+    """Return places and opened experts, each pattern replaced by the places that it matches and no word names."""
+    places: list[Item | str] = []
+    for word in named:
+        if not isinstance(word, str) or not glob.has_magic(word) or os.path.exists(word):
+            places.append(word)
+            continue
+        matched = [place for place in sorted(glob.glob(os.path.expanduser(word))) if place not in named]
+        kinds = {place: _kind(Path(place)) for place in matched}
+        found = [place for place, kind in kinds.items() if kind and not (mergeable and kind in (MERGE, ROUTED))]
+        left_out = [place for place, kind in kinds.items() if kind and place not in found]
+        if left_out:
+            log.warning(
+                "%s leaves out %s, which %s of other experts; name what you want among them beside the pattern",
+                word,
+                ", ".join(left_out),
+                "consists" if len(left_out) == 1 else "consist",
+            )
+        if not found:
+            raise ValueError(f"{word} matches no expert; name directories of experts, or a pattern such as library/*")
+        places += found
+    return places
+
+
+def _kind(place: Path) -> str | None:
+    """Return the kind of the expert or PEFT adapter at a place; None for anything else."""
+    if is_adapter(place):
+        return "PEFT adapter"
+    return read_record(place / RECORD_FILE)["kind"] if (place / RECORD_FILE).is_file() else None
+
+
+def _report_refused(refused: Mapping[str, ValueError], fitting: int, skip: bool | None) -> None:
+    """Log which experts are left out if the caller may `skip` them, and raise the error about them otherwise."""
+    if skip and fitting:
+        for place, error in refused.items():
+            log.warning("%s is left out: %s", place, error)
+        return
+    if len(refused) == 1 and not (skip is False and fitting):
+        raise next(iter(refused.values()))
+    reasons = "; ".join(f"{place}: {error}" for place, error in refused.items())
+    advice = ". Leave them out with `skip=True`" if skip is False and fitting else ""
+    raise ValueError(f"{len(refused)} of {len(refused) + fitting} experts cannot be used: {reasons}{advice}")
 
 
 def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
@@ -108,10 +187,19 @@ def put_beside(
 def check_mergeable(experts: Sequence[StoredExpert]) -> None:
     """Raise ValueError for an expert whose deltas are not all that it does."""
     for expert in experts:
-        if not expert.mergeable:
-            instead = "leave it out of the list" if len(experts) > 1 else "evaluate, generate and serve use it as it is"
-            why = expert.not_mergeable_because
-            raise ValueError(f"{expert.name} cannot be merged or added to its base, because {why}; {instead}")
+        _check_mergeable(expert, offers_skip=False, alone=len(experts) == 1)
+
+
+def _check_mergeable(expert: StoredExpert, offers_skip: bool, alone: bool) -> None:
+    if expert.mergeable:
+        return
+    advice = "; leave it out of the list"
+    if alone:
+        advice = "; evaluate, generate and serve use it as it is"
+    elif offers_skip:
+        advice = ""
+    reason = expert.not_mergeable_because
+    raise ValueError(f"{expert.name} cannot be merged or added to its base, because {reason}{advice}")
 
 
 def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:

@@ -101,20 +101,24 @@ def mean_of_others(pairs: Tensor) -> Tensor:
 
 
 def interference(
-    experts: Sequence[str | Path | TaskVector], method: MergeMethod | None = None, progress: Progress = iter
+    experts: Sequence[str | Path | TaskVector],
+    method: MergeMethod | None = None,
+    progress: Progress = iter,
+    skip: bool = False,
 ) -> Interference:
     """Compare each pair of experts, and each expert with their merge, weight by weight.
 
     Args:
         experts: Directories of at least two experts, opened experts, or task vectors.
         method: Merges them; `SparseAverage` by default.
+        skip: As for `merge`.
 
     Raises:
         ValueError: The list has fewer than two experts, or `Merged` refuses them.
     """
-    if len(experts) < 2:
-        raise ValueError(f"{len(experts)} expert has no other to be compared with; give two or more")
-    merged = Merged(experts, method or SparseAverage())
+    merged = Merged(experts, method or SparseAverage(), skip=skip)
+    if len(merged.experts) < 2:
+        raise ValueError(f"{len(merged.experts)} expert has no other to be compared with; give two or more")
     layers: dict[str, Sums] = {}
     for name in progress(list(merged)):
         deltas = merged.deltas_of(name)

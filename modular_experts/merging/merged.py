@@ -56,12 +56,11 @@ class Merged(TaskVector):
         rules: The method of each weight that is merged.
     """
 
-    def __init__(self, experts: Experts, method: Method, per_weight: Rules | None = None) -> None:
+    def __init__(
+        self, experts: Experts, method: Method, per_weight: Rules | None = None, skip: bool | None = None
+    ) -> None:
         _keep_freed_memory()
-        named = [one for one in experts if not isinstance(one, TaskVector) or isinstance(one, StoredExpert)]
-        opened = iter(open_experts(named) if named or not experts else [])  # which refuses an empty list
-        kept = (isinstance(one, TaskVector) and not isinstance(one, StoredExpert) for one in experts)
-        self.experts: list[Any] = [one if keep else next(opened) for one, keep in zip(experts, kept, strict=True)]
+        self.experts: list[Any] = open_experts(experts, skip=skip)
         self.stored = stored_in(self.experts)
         if not self.stored:
             raise ValueError("no task vector comes from a stored expert, so the base is unknown; store one of them")
@@ -174,6 +173,7 @@ def merge(
     per_weight: Rules | None = None,
     notes: Mapping[str, Any] | None = None,
     form: Form = WHOLE,
+    skip: bool = False,
 ) -> StoredExpert:
     """Merge experts of one base into a new expert.
 
@@ -184,7 +184,8 @@ def merge(
     expert for the task of each expert, `<out>-<name>`.
 
     Args:
-        experts: Directories of experts, opened experts, or task vectors such as `0.5 * a + b`.
+        experts: Directories of experts, opened experts, or task vectors such as `0.5 * a + b`. A pattern such as
+            `library/*` leaves out merges and routes.
         method: What merges the deltas of one weight, or its name for its default settings.
         out: Directory of the merged expert. `Merged` is the same merge without one.
         overwrite: Whether an existing expert may be replaced.
@@ -192,6 +193,8 @@ def merge(
             that matches the whole name counts; without `method`, a weight that no pattern matches stays at the base.
         notes: More for the record of the merged expert, such as the `scores` that led to these settings.
         form: How it is stored, such as `Form("bfloat16", rank=16)`; every entry in float32 if not given.
+        skip: Leave out experts that cannot be merged, such as an adapter with a trained head of a tied base, instead of
+            refusing the list.
 
     Raises:
         FileExistsError: `out` exists and may not be replaced; nothing has been read yet.
@@ -199,7 +202,7 @@ def merge(
             matches nothing, or an expert lacks the statistics that a method needs.
     """
     check_target(out, overwrite)
-    return write_merged(Merged(experts, method, per_weight), out, overwrite, progress, notes, form)
+    return write_merged(Merged(experts, method, per_weight, skip), out, overwrite, progress, notes, form)
 
 
 def write_merged(

@@ -139,7 +139,8 @@ def test_a_routed_expert_is_not_merged_or_added_and_finds_its_experts(refused, p
     route(EXPERTS[1:], "library/r", Oracle())
     sentence = "r cannot be merged or added to its base, because its router chooses experts by the input; "
     err = refused("merge", "--experts", "library/r", "library/upper", "--method", "Average", "--out", "library/x")
-    assert f"{sentence}leave it out of the list" in err
+    assert "1 of 2 experts cannot be used: library/r: r cannot be merged" in err
+    assert err.endswith("Leave them out with --skip\n")
     for command in (["apply", "--experts", "library/r"], ["export", "library/r", "--form", "lora"]):
         err = refused(*command, "--out", "x")
         assert f"{sentence}evaluate, generate and serve use it as it is" in err

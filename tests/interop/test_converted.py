@@ -195,7 +195,7 @@ def test_errors_name_an_adapter_and_not_the_cache(run, place):
     code, _, err = run("merge", *both(), "--method", "Average", "--out", "library/both")
     assert code == 1
     assert "which moves no weight" in err
-    assert not conversions()
+    assert [found.name for found in conversions()] == ["reverse"]
     Path("peft/upper/adapter_model.safetensors").unlink()
     code, _, err = run("show", "peft/upper")
     assert "adapter_model.safetensors is missing, so the adapter has no tensors" in err
@@ -291,3 +291,24 @@ def test_an_adapter_that_is_written_again_is_served_anew(place):
     shutil.rmtree("peft/upper")
     Path("peft/new").rename("peft/upper")
     assert served() == open_expert("peft/upper").content_hash
+
+
+def test_an_adapter_that_does_not_fit_is_named_before_a_merge_or_left_out_of_it(run, place, tiny, caplog):
+    shutil.copytree(tiny("llama", tie_word_embeddings=True), "tied")
+    for name, modules in (("head", ["lm_head"]), ("query", ["q_proj"]), ("head-too", ["lm_head", "q_proj"])):
+        save_adapter(
+            Path("tied"), place / "more" / name, LoraConfig(r=2, target_modules=modules, task_type="CAUSAL_LM")
+        )
+    named = [f"more/{name}" for name in ("head", "query", "head-too")]
+    code, _, err = run("merge", *named, "--method", "Average", "--base", "tied", "--out", "library/one")
+    assert code == 1
+    assert "2 of 3 experts cannot be used: more/head: " in err
+    assert "more/head-too: " in err
+    assert err.endswith("Leave them out with --skip\n")
+    code, _, err = run("merge", *named, "--method", "Average", "--base", "tied", "--out", "library/one", "--skip")
+    assert code == 0, err
+    assert "more/head is left out: " in caplog.text
+    assert [parent["name"] for parent in open_expert("library/one").record["parents"]] == ["query"]
+    code, _, err = run("interference", *named, "more/query", "--skip")
+    assert code == 1
+    assert "listed twice" in err
