@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import tqdm
 
 from modular_experts.library import StoredExpert, check_name, open_statistics
 from modular_experts.library.record import RECORD_FILE, files_of
 from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
+from modular_experts.places import may_be_on_hub
 from modular_experts.text import did_you_mean
 
 
@@ -40,9 +34,6 @@ class HubRepository:
 
     def choose(self, wanted: Sequence[str] | None) -> list[str]:
         """Return the names of the wanted experts, all if `wanted` is None, once each is known to be there."""
-        for path in self.files:
-            if "\\" in path or {"", ".", ".."} & set(path.split("/")):
-                raise ValueError(f"{self.repo_id} has a file {path!r}, whose path leads elsewhere; nothing was fetched")
         known = self.folders()
         if not known:
             raise ValueError(f"{self.repo_id} holds no experts: it has no folder with {RECORD_FILE}")
@@ -53,12 +44,8 @@ class HubRepository:
                 raise ValueError(f"{self.repo_id} has no expert {name!r}{hint}")
         return names
 
-    def missing(self, name: str, record: Mapping[str, Any]) -> list[str]:
-        """Return the paths of the files that an expert's record lists and the repository lacks."""
-        return [path for file in files_of(record) if (path := f"{name}/{file}") not in self.files]
-
     def fetch(self, files: Sequence[str], directory: Path) -> None:
-        """Fetch files of this commit into a directory, under their paths; a file that is there stays."""
+        """Fetch these files of this commit and no others into a directory, under their paths; what is there stays."""
         if files:
             with hub_errors(self.repo_id):
                 HfApi().snapshot_download(
@@ -80,45 +67,31 @@ def look(repo_id: str, revision: str | None = None, writing: bool = False) -> Hu
         ValueError: The id is not written `owner/name`.
         OSError: The hub was not reached, or has no such repository or revision that this user may see.
     """
-    if not (_is_id(repo_id) and "/" in repo_id):
+    if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} cannot be a repository of the hub; it is written 'owner/name'")
-    api = HfApi()
     with hub_errors(repo_id, revision, writing):
         try:
-            info = api.model_info(repo_id, revision=revision)
+            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         except RepositoryNotFoundError:
             if not writing:
                 raise
             return HubRepository(repo_id)
-        tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
-        files = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     return HubRepository(repo_id, info.sha, bool(info.private), files)
 
 
 def is_hub_model(name: str) -> bool:
     """Return whether a name is the id of a model on the hub and not a path here."""
-    if not _is_id(name) or Path(name).expanduser().exists():
-        return False
     with hub_errors(name):
-        try:
-            HfApi().model_info(name)
-        except RepositoryNotFoundError:
-            return False
-    return True
-
-
-def _is_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+        return may_be_on_hub(name) and HfApi().repo_exists(name)
 
 
 def check_contents(expert: StoredExpert, statistics: bool, inputs: bool = False) -> list[str]:
     """Check every byte of an expert, and of its statistics, against its hash; return the files it consists of."""
     expert.verify()
-    files = [*files_of(expert.record), RECORD_FILE, *[INPUTS_FILE] * (inputs and expert.keeps_inputs)]
+    files = [*files_of(expert.record), RECORD_FILE]
+    if inputs and expert.keeps_inputs:
+        files.append(INPUTS_FILE)
     for kind in kinds_of_statistics(expert) if statistics else ():
         stored = open_statistics(expert, kind)
         for weight in stored:
@@ -132,27 +105,26 @@ def hub_errors(repo_id: str, revision: str | None = None, writing: bool = False)
     """Turn what the hub's client raises in a block into an OSError of one sentence."""
     try:
         yield
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} has no branch, tag or commit {revision!r}") from error
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is None and isinstance(error, OSError) and error.errno is not None:
+        if status in (401, 403, 404):  # the hub answers 401 also about a repository that does not exist
+            allowed = "write to" if writing else "see"
+            raise FileNotFoundError(
+                f"the hub has no model repository {repo_id} that you may {allowed} (HTTP {status}); check its name, or "
+                "log in with 'hf auth login'"
+            ) from error
+        if status in (409, 412) and writing:
+            raise FileExistsError(
+                f"{repo_id} was changed by someone else at the same time (HTTP {status}); push again"
+            ) from error
+        if status is not None:
+            reason = getattr(error, "server_message", None) or "no reason given"
+            raise OSError(f"the hub answered with HTTP {status} for {repo_id}: {' '.join(reason.split())}") from error
+        if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of this machine: a full disk, a directory that cannot be written
-        raise _in_a_sentence(error, status, repo_id, revision, writing) from error
-
-
-def _in_a_sentence(error: Exception, status: int | None, repo_id: str, revision: str | None, writing: bool) -> OSError:
-    login = "log in with 'hf auth login'"
-    if status is None:
-        which = f"{repo_id} ({type(error).__name__} at {HfApi().endpoint})"
-        advice = "check the network, and HF_ENDPOINT and HF_HUB_OFFLINE if you set them"
-        return ConnectionError(f"the hub was not reached for {which}; {advice}")
-    if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(f"{repo_id} has no branch, tag or commit {revision!r}")
-    if writing and status in (401, 403):
-        return PermissionError(f"the hub does not let you write to {repo_id} (HTTP {status}); {login}")
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):  # 401 also for one that does not exist
-        which = f"model repository {repo_id} that you may see (HTTP {status})"
-        return FileNotFoundError(f"the hub has no {which}; check its name, or {login} if it is private")
-    if writing and status in (409, 412):
-        return FileExistsError(f"{repo_id} was changed by someone else at the same time (HTTP {status}); push again")
-    reason = " ".join(str(getattr(error, "server_message", None) or "no reason given").split())
-    return OSError(f"the hub answered with HTTP {status} for {repo_id}: {reason}")
+        raise ConnectionError(
+            f"the hub was not reached for {repo_id} ({type(error).__name__} at {HfApi().endpoint}); check the network, "
+            "and HF_ENDPOINT and HF_HUB_OFFLINE if you set them"
+        ) from error

@@ -59,25 +59,25 @@ def pull(
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=beside) as temporary:
         place = Path(temporary)
         records = _fetch_records(repository, names, library, place)
-        files = _wanted(repository, records, library, overwrite, statistics)
-        repository.fetch([path for paths in files.values() for path in paths], place)
-        for name in progress(list(files)):
-            with _told(repository, place, name):
+        new = [name for name, record in records.items() if not _is_present(library / name, record)]
+        for name in new:
+            check_target(library / name, overwrite)
+        repository.fetch([path for name in new for path in _files(repository, name, records[name], statistics)], place)
+        for name in progress(new):
+            with _names_the_repository(repository, place, name):
                 check_contents(open_expert(place / name), statistics=True)
-        for name, paths in files.items():
+        for name in new:
             with new_directory(library / name, overwrite) as directory:
-                for path in paths:
-                    target = directory / path.partition("/")[2]
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.move(place / path, target)
+                shutil.copytree(place / name, directory, copy_function=shutil.move, dirs_exist_ok=True)
     assert repository.commit is not None
-    present = [open_expert(library / name) for name in records if name not in files]
-    return Pulled([open_expert(library / name) for name in files], present, repository.commit)
+    present = [open_expert(library / name) for name in records if name not in new]
+    return Pulled([open_expert(library / name) for name in new], present, repository.commit)
 
 
 def _fetch_records(
     repository: HubRepository, names: Sequence[str], library: Path, place: Path
 ) -> dict[str, dict[str, Any]]:
+    """Return the records of experts and of those behind routers among them, after a check of each target."""
     records: dict[str, dict[str, Any]] = {}
     left = list(names)
     while left:
@@ -85,7 +85,7 @@ def _fetch_records(
         behind: list[str] = []
         for name in left:
             check_target(library / name, overwrite=True)
-            with _told(repository, place, name):
+            with _names_the_repository(repository, place, name):
                 records[name] = read_record(place / name / RECORD_FILE)
             if records[name]["kind"] == ROUTED:
                 behind += repository.choose([parent["name"] for parent in records[name]["parents"]])
@@ -93,35 +93,20 @@ def _fetch_records(
     return records
 
 
-def _wanted(
-    repository: HubRepository,
-    records: Mapping[str, Mapping[str, Any]],
-    library: Path,
-    overwrite: bool,
-    statistics: bool,
-) -> dict[str, list[str]]:
-    files: dict[str, list[str]] = {}
-    for name, record in records.items():
-        if missing := repository.missing(name, record):
-            raise ValueError(f"{name} in {repository.repo_id} is not a complete expert: {missing[0]} is missing")
-        if _is_present(library / name, record):
-            continue
-        if (library / name).exists() and not overwrite:
-            raise FileExistsError(
-                f"{library / name} exists already, damaged or with other contents than in {repository.repo_id}; pull "
-                "into another library, or replace it with `overwrite=True`"
-            )
-        files[name] = [f"{name}/{file}" for file in (*files_of(record), RECORD_FILE)]
-        files[name] += [kept for kept in [f"{name}/{INPUTS_FILE}"] if "inputs" in record and kept in repository.files]
-        for path in sorted(repository.files) if statistics else ():
-            kind = path.removeprefix(f"{name}/{FOLDER}/").removesuffix(".safetensors")
-            if path == f"{name}/{FOLDER}/{kind}.safetensors" and is_name(kind):
-                files[name].append(path)
+def _files(repository: HubRepository, name: str, record: Mapping[str, Any], statistics: bool) -> list[str]:
+    """Return the paths of an expert's own files in a repository, beside its record."""
+    files = [f"{name}/{file}" for file in files_of(record)]
+    if "inputs" in record:
+        files.append(f"{name}/{INPUTS_FILE}")
+    for path in repository.files if statistics else ():
+        kind = path.removeprefix(f"{name}/{FOLDER}/").removesuffix(".safetensors")
+        if path == f"{name}/{FOLDER}/{kind}.safetensors" and is_name(kind):
+            files.append(path)
     return files
 
 
 @contextmanager
-def _told(repository: HubRepository, place: Path, name: str) -> Iterator[None]:
+def _names_the_repository(repository: HubRepository, place: Path, name: str) -> Iterator[None]:
     """Name the repository instead of the temporary place in the error of a damaged file."""
     try:
         yield
@@ -134,6 +119,7 @@ def _told(repository: HubRepository, place: Path, name: str) -> Iterator[None]:
 
 
 def _is_present(target: Path, record: Mapping[str, Any]) -> bool:
+    """Return whether the library has this expert, undamaged."""
     try:
         there = open_expert(target)
         there.verify()

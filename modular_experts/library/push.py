@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -41,7 +40,7 @@ class Pushed:
     @property
     def sizes(self) -> dict[str, int]:
         """The bytes of each file."""
-        return {path: one.stat().st_size if isinstance(one, Path) else len(one) for path, one in self.files.items()}
+        return {path: file.stat().st_size if isinstance(file, Path) else len(file) for path, file in self.files.items()}
 
     @property
     def experts(self) -> list[str]:
@@ -79,8 +78,9 @@ def push(
         contents = check_contents(opened[name], statistics, inputs)
         files |= {f"{name}/{file}": opened[name].path / file for file in contents}
         files[f"{name}/{RECORD_FILE}"] = _published(opened[name])
+    reached = True
     try:
-        repository, reached = look(repo_id, writing=True), True
+        repository = look(repo_id, writing=True)
     except ConnectionError as error:
         if not dry_run:
             raise
@@ -88,28 +88,32 @@ def push(
         repository, reached = HubRepository(repo_id), False
     if private and repository.commit and not repository.private:
         raise PermissionError(f"{repo_id} is public; make it private on its page first, or leave out private")
-    present, entries, earlier = _look_inside(repository, opened, overwrite)
-    # Statistics (`<expert>/statistics/<kind>`) and inputs go even if the repository has their expert already.
-    new = {
-        path: file
-        for path, file in files.items()
-        if path.count("/") > 1 or path.endswith(f"/{INPUTS_FILE}") or path.split("/")[0] not in present
-    }
+    there, entries, earlier = _look_inside(repository, opened)
+    # The record holds the hash of the contents.
+    present = [name for name in opened if there.get(name) == files[f"{name}/{RECORD_FILE}"]]
+    replaced = [name for name in opened if name in there and name not in present]
+    if replaced and not overwrite:
+        raise FileExistsError(
+            f"{repo_id} has another expert called {replaced[0]}; give yours another name, or replace it with "
+            "`overwrite=True`"
+        )
+    new = {path: file for path, file in files.items() if _is_extra(path) or path.split("/")[0] not in present}
+    owned = {f"{name}/{file}" for name in opened if name not in present for file in (DELTA_FILE, STATE_FILE)}
     removed = [
         path
         for path in repository.files
-        if path.split("/")[0] in opened.keys() - set(present)
-        and path.split("/")[1:2] in ([FOLDER], [DELTA_FILE], [STATE_FILE], [INPUTS_FILE])
-        and path not in new
+        if (path in owned or (_is_extra(path) and path.split("/")[0] in replaced)) and path not in new
     ]
     kept = files.keys() | (repository.files.keys() - {*removed})
-    entries += [
-        CardEntry(one.name, one.record, one.size_on_disk, inputs=f"{one.name}/{INPUTS_FILE}" in kept)
-        for one in opened.values()
-    ]
-    on_hub = cache(lambda base: reached and isinstance(base, str) and is_hub_model(base))
-    bases = [entry.record["base"].get("id") for entry in entries]
-    entries = [replace(e, hub_base=base if on_hub(base) else None) for e, base in zip(entries, bases, strict=True)]
+    for expert in opened.values():
+        has_inputs = f"{expert.name}/{INPUTS_FILE}" in kept
+        entries.append(CardEntry(expert.name, expert.record, expert.size_on_disk, inputs=has_inputs))
+    if reached:
+        on_hub = cache(is_hub_model)
+        bases = [str(entry.record["base"].get("id")) for entry in entries]
+        entries = [
+            replace(entry, hub_base=base if on_hub(base) else None) for entry, base in zip(entries, bases, strict=True)
+        ]
     card = model_card(repo_id, entries, earlier) if is_ours(earlier) else None
     plan = Pushed(new, removed, present, card, f"{HfApi().endpoint}/{repo_id}")
     if dry_run or not (new or removed or card not in (None, earlier)):
@@ -117,74 +121,80 @@ def push(
     return _commit(repository, plan, private)
 
 
+def _is_extra(path: str) -> bool:
+    """Return whether a path is of statistics or inputs, which go even if the repository has their expert already."""
+    _, _, file = path.partition("/")
+    return file == INPUTS_FILE or file.startswith(f"{FOLDER}/")
+
+
 def _look_inside(
-    repository: HubRepository, opened: Mapping[str, StoredExpert], overwrite: bool
-) -> tuple[list[str], list[CardEntry], str]:
-    present, entries = [], []
+    repository: HubRepository, opened: Mapping[str, StoredExpert]
+) -> tuple[dict[str, bytes], list[CardEntry], str]:
+    """Return the records in a repository by the name of their expert, the card's entries of experts that are not
+    pushed, and the card's text.
+    """
+    there: dict[str, bytes] = {}
+    entries = []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
+        names = [name for name in repository.folders() if is_name(name)]
         cards = [CARD_FILE] if CARD_FILE in repository.files else []
-        theirs = [name for name in repository.folders() if is_name(name)]
-        repository.fetch([*cards, *(f"{name}/{RECORD_FILE}" for name in theirs)], place)
-        for name in theirs:
-            record = place / name / RECORD_FILE
+        repository.fetch([*cards, *(f"{name}/{RECORD_FILE}" for name in names)], place)
+        for name in names:
+            file = place / name / RECORD_FILE
+            there[name] = file.read_bytes()
             if name not in opened:
-                entries += _entry(repository, name, record)
-            elif record.read_bytes() == _published(opened[name]):
-                present.append(name)  # the record holds the hash of the contents
-            elif not overwrite:
-                raise FileExistsError(
-                    f"{repository.repo_id} has another expert called {name}; give yours another name, or replace it "
-                    "with `overwrite=True`"
-                )
+                entries.append(_entry(repository, name, file))
         earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
-    return present, entries, earlier
+    return there, entries, earlier
 
 
 def _published(expert: StoredExpert) -> bytes:
     """Return the record of an expert, in which absolute paths of base and source give way to the directory's name."""
     content = (expert.path / RECORD_FILE).read_bytes()
     record = json.loads(content)
-    named = [one for one in (record["base"], record.get("source")) if one and Path(str(one.get("id"))).is_absolute()]
-    for one in named:
-        one["id"] = Path(one["id"]).name
-    return (json.dumps(record, indent=2) + "\n").encode() if named else content
+    origins = [record["base"], record.get("source") or {}]
+    absolute = [origin for origin in origins if Path(str(origin.get("id"))).is_absolute()]
+    if not absolute:
+        return content
+    for origin in absolute:
+        origin["id"] = Path(origin["id"]).name
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def _open(experts: Sequence[str | Path]) -> dict[str, StoredExpert]:
+    """Return experts by name, and those behind routers among them, which are of no use without these."""
     named, opened = open_experts(experts, mergeable=False), dict[str, StoredExpert]()
-    # A router is of no use without the experts behind it.
-    behind = [one for expert in named if expert.is_routed for one in open_parents(expert)]
-    for expert in [*named, *(one for one in behind if all(one.path != expert.path for expert in named))]:
-        if expert.name in opened and expert.path != opened[expert.name].path:
+    behind = [parent for expert in named if expert.is_routed for parent in open_parents(expert)]
+    for expert in [*named, *behind]:
+        if expert.path != opened.setdefault(expert.name, expert).path:
             raise ValueError(f"two of the experts are called {expert.name}, and names must differ; push one of them")
-        opened[expert.name] = expert
     return opened
 
 
-def _entry(repository: HubRepository, name: str, file: Path) -> list[CardEntry]:
+def _entry(repository: HubRepository, name: str, file: Path) -> CardEntry:
     try:
         record = read_record(file)
     except ValueError as error:
         shown = str(error).replace(str(file.parents[1]), repository.repo_id)
         raise ValueError(f"{shown}; remove it there first") from error
-    if repository.missing(name, record):
-        return []
-    size = sum(repository.files[f"{name}/{part}"] for part in (*files_of(record), RECORD_FILE))
-    return [CardEntry(name, record, size, inputs=f"{name}/{INPUTS_FILE}" in repository.files)]
+    size = sum(repository.files.get(f"{name}/{part}", 0) for part in (*files_of(record), RECORD_FILE))
+    return CardEntry(name, record, size, inputs=f"{name}/{INPUTS_FILE}" in repository.files)
 
 
 def _commit(repository: HubRepository, plan: Pushed, private: bool) -> Pushed:
     api, repo_id = HfApi(), repository.repo_id
-    operations: list[Any] = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path, str(file) if isinstance(file, Path) else file) for path, file in plan.files.items()
     ]
-    operations += [CommitOperationAdd(CARD_FILE, plan.card.encode())] if plan.card else []
+    if plan.card:
+        operations.append(CommitOperationAdd(CARD_FILE, plan.card.encode()))
     operations += [CommitOperationDelete(path) for path in plan.removed]
     names = ", ".join(dict.fromkeys(path.split("/")[0] for path in plan.files))
     with hub_errors(repo_id, writing=True):
         if repository.commit is None:
             api.create_repo(repo_id, private=private or None, exist_ok=True)
-        subject, head = f"Add {names or CARD_FILE}", repository.commit
-        done = api.create_commit(repo_id, operations, commit_message=subject, parent_commit=head)
+        done = api.create_commit(
+            repo_id, operations, commit_message=f"Add {names or CARD_FILE}", parent_commit=repository.commit
+        )
     return replace(plan, commit=done.oid, address=str(done.commit_url))

@@ -143,7 +143,8 @@ class Handler(BaseHTTPRequestHandler):
             tree = repository.trees[sha].items()
             self.answer(200, [{"type": "file", "path": p, "size": len(c), "oid": oid(c)} for p, c in tree])
         else:
-            self.answer(200, {"id": name, "sha": sha, "private": repository.private})
+            files = [{"rfilename": path, "size": len(content)} for path, content in repository.trees[sha].items()]
+            self.answer(200, {"id": name, "sha": sha, "private": repository.private, "siblings": files})
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repository = self.hub.repositories[name]
