@@ -229,7 +229,7 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
         raise ValueError("ejecting a full expert needs the base: pass anchor=, a function from weight name to tensor")
     for name, layer in layers.items():
         if trains_weight(layer.expert):
-            layer.weight.data = layer.weight.data.to(layer.base_dtype)
+            layer.weight.data = layer.weight.data.to(layer.computing_dtype)
             layer.weight.requires_grad_(False)
         if isinstance(layer.expert, InPlaceExpert):
             layer.expert.restore(layer.matrix, _oriented_anchor(layer, name, anchor))

@@ -1,6 +1,7 @@
 """Layers that keep an expert beside the base's own weight and bias, and parameters that keep one."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,16 @@ class ExpertLayer(nn.Module):
     bias: Any
     base_class: type[nn.Module]
     base_dtype: torch.dtype
+    """The data type in which the base was read."""
+    converted: torch.dtype | None = None
+    """The data type that `double()` or the like has given the base since then."""
     is_transposed: bool = False
     """Whether the base stores the weight as `(in, out)`."""
+
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        """The data type of the base's weights beside a trained one."""
+        return self.converted or self.base_dtype
 
     @property
     def matrix(self) -> Tensor:
@@ -40,6 +49,10 @@ class ExpertLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.expert(x, self.matrix, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.converted = fn(torch.empty(0, dtype=self.computing_dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         # The weight holds the entries of a support that is about to be replaced: give the base's back first.
@@ -119,7 +132,7 @@ class ExpertParameter(ExpertLayer):
         state = torch.is_grad_enabled(), getattr(self.expert, "probe", None), *(p._version for p in self.parameters())
         # The first owner begins a pass, whose other uses share its graph: their gradients add up before they are read.
         if owner is self.owners[0] or self._now is None or self._now[0] != state:
-            self._now = state, self._moved().to(self.base_dtype)
+            self._now = state, self._moved().to(self.computing_dtype)
         owner.__dict__[self.parameter] = self._now[1]
 
     def _moved(self) -> Tensor:

@@ -263,6 +263,19 @@ def test_one_expert_of_a_tied_tensor_gets_the_gradient_of_both_uses(kind: str, p
 
 
 @pytest.mark.parametrize("kind", OTHERS)
+def test_experts_of_any_weight_are_converted_with_the_model(kind: str) -> None:
+    """As Lightning does with `precision="64-true"`."""
+    model = tied()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = model(IDS).logits.double()
+    inject(model, {"embed_tokens|q_proj": OTHERS[kind], "input_layernorm|norm|down_proj": FullExpert})
+    model.double()
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-5, atol=1e-5)
+    eject(model, before.__getitem__)
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
 def test_a_bias_trains_beside_each_kind_of_expert_of_its_weight(kind: str) -> None:
     model, dense = conftest.build_model("qwen2").double(), conftest.build_model("qwen2").double()
     inject(model, {"k_proj": OTHERS[kind], "k_proj.bias": FullExpert})
