@@ -47,15 +47,19 @@ class PreferenceLoss(ABC):
                 f"{type(self).__name__} learns preferences, and rows of {lacking[0]} have none; give rows of prompt, "
                 "chosen and rejected, or of input, target and choices"
             )
-        # A batch of filler rows takes the same passes, in step with other processes, and has no pair.
-        choices = choices or batch | {"row": torch.arange(count), "correct": torch.ones(count, dtype=torch.bool)}
-        both = {key: choices[key] for key in ("input_ids", "attention_mask", "labels")}
-        both["task"] = [batch["task"][row] for row in choices["row"].tolist()]
+        if choices:
+            owners, correct = choices["row"], choices["correct"]
+            both = {key: choices[key] for key in ("input_ids", "attention_mask", "labels")}
+            both["task"] = [batch["task"][row] for row in owners.tolist()]
+        else:
+            # A batch of filler rows takes the same passes, in step with other processes, and has no pair.
+            owners, correct = torch.arange(count), torch.ones(count, dtype=torch.bool)
+            both = batch
         # First the reference, because experts that lie in the weights write into them.
         with at_start(model, start):
             reference = batch_losses(model, both)[0]
         gains = reference - batch_losses(model, both)[0]
-        owners, correct = choices["row"].to(gains.device), choices["correct"].to(gains.device)
+        owners, correct = owners.to(gains.device), correct.to(gains.device)
         chosen = gains.new_zeros(count).index_add(0, owners[correct], gains[correct])
         losses, owners = self.of(chosen[owners[~correct]] - gains[~correct]), owners[~correct]
         sums = losses.new_zeros(count).index_add(0, owners, losses)

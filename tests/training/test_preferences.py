@@ -214,7 +214,7 @@ def test_its_memory_is_measured_by_steps_and_not_predicted_from_shapes(one_block
     assert not estimate_fit(*settings, **how).predicted
 
 
-def train_in(ranks: int, base: Path, shard_base: bool = False) -> None:
+def train_in(ranks: int, base: Path, packing: bool, shard_base: bool = False) -> None:
     """Train on five pairs, validate on three, and write what was trained and the losses."""
     torch.manual_seed(0)
     place: dict[str, Any] = {}
@@ -224,7 +224,8 @@ def train_in(ranks: int, base: Path, shard_base: bool = False) -> None:
     how = {"dtype": "float64", "learning_rate": 1e-2, "shard_base": shard_base}
     module = runs.module(base, partial(LoRAExpert, rank=2), loss=DPO(), **how)
     trainer = runs.trainer(Path.cwd(), max_steps=4, **place)
-    trainer.fit(module, runs.mixture({"few": Path("few.jsonl")}, base, batch_size=4, eval_batch_size=2, seed=0))
+    data: dict[str, Any] = {"batch_size": 4, "eval_batch_size": 2, "seed": 0, "packing": packing}
+    trainer.fit(module, runs.mixture({"few": Path("few.jsonl")}, base, **data))
     found = {name: one.detach() for name, one in module.named_parameters() if one.requires_grad}
     torch.save(found | trainer.callback_metrics, f"{ranks}-{trainer.global_rank}.pt")
     if ranks > 1:
@@ -233,14 +234,15 @@ def train_in(ranks: int, base: Path, shard_base: bool = False) -> None:
 
 
 @pytest.mark.ddp
+@pytest.mark.parametrize("packing", [False, True])
 def test_two_processes_train_what_one_trains_though_one_has_batches_of_fillers_alone(
-    one_block, tmp_path, monkeypatch
+    one_block, tmp_path, monkeypatch, packing: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{n} is", "chosen": "yes", "rejected": "no" * (1 + n % 2), "split": "train"} for n in range(5)]
     write_rows(tmp_path / "few.jsonl", [*rows, *({**row, "split": "validation"} for row in rows[:3])])
-    train_in(1, one_block)
-    run_on_two_ranks(train_in, 2, one_block, True)
+    train_in(1, one_block, packing)
+    run_on_two_ranks(train_in, 2, one_block, packing, True)
     one, *two = (torch.load(f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert {"loss", "val_loss"} <= one.keys()
     for rank in two:
