@@ -26,7 +26,7 @@ from modular_experts.study.report import REPORT, figure_of, write_report
 from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Failure, Lines, State, state_of
 from modular_experts.study.settings import Description
-from modular_experts.study.summary import beside_published, findings, summary
+from modular_experts.study.summary import beside_published, findings, labelled, summary
 
 NAMED = 3
 """How many of the pieces that failed for the same reason are named."""
@@ -117,13 +117,14 @@ def write_results(
     results = results_of(study, state)
     results.write(place / RESULTS)
     if results.rows:
-        write_report(results, state, place / REPORT, lede, more)
+        write_report(results, place / REPORT, lede, more)
+        shown = labelled(results)
         console = Console(width=80)
-        console.print(summary(results, state, counts).text())
-        if table := beside_published(results):
-            console.print("", table.text(), f"published: {results.facts['published']['source']}", markup=False)
-        for sentence in findings(results):
-            print(f"\n{textwrap.fill(sentence, 80)}")
+        console.print(summary(shown, counts).text())
+        if table := beside_published(shown):
+            console.print("", table.text(), f"published: {shown.facts['published']['source']}", markup=False)
+        for finding in findings(shown):
+            print(f"\n{textwrap.fill(str(finding), 80)}")
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
     print(f"the experts are in {place / 'library'}")
     return results
@@ -226,7 +227,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     commands = [element("pre", element("code", command)) for command in steps]
     more = Section("Try next", "Look into the library, and merge two of these experts yourself", commands)
     results = write_results(study, place, state, [tasks], [element("p", about, class_="lede")], [more])
-    (place / "quickstart.svg").write_text(figure_of(results, dark=False), encoding="utf-8")
+    (place / "quickstart.svg").write_text(figure_of(labelled(results), dark=False), encoding="utf-8")
     print(f"a browser shows the page at\n  {(place / REPORT).absolute().as_uri()}\n\n{textwrap.fill(about, 80)}\n")
     print("to go on:")
     for command in steps:

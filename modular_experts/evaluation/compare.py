@@ -35,7 +35,7 @@ from modular_experts.reports.json_lines import JSONLines
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
 from modular_experts.reports.progress import progress_by_tenths
 from modular_experts.reports.results import METRICS, ROLES, SHARES, examples_of, format_of, leads, provenance
-from modular_experts.reports.tables import Column, Line, Table, listed, note
+from modular_experts.reports.tables import Column, Line, Table, element, listed, note
 
 RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
 AnyModels = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert] | Base]
@@ -176,6 +176,11 @@ class Compared:
         return [one.content_hash for one in self.stored] if len(self.stored) == len(self.experts) else None
 
     @property
+    def own_tasks(self) -> list[str]:
+        """The tasks on which its stored experts were trained, or the experts that they were made of."""
+        return list(dict.fromkeys(task for expert in self.stored for task in map(str, expert.record["tasks"])))
+
+    @property
     def members(self) -> list[dict[str, str]]:
         """The name and the place of each expert or of the checkpoint; a task vector has its name in both."""
         if self.checkpoint:
@@ -230,6 +235,7 @@ def facts_of(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, An
         "fingerprint": base.fingerprint,
         "dtype": f"{dtype}, {base.quantise}" if base.quantise else dtype,
         "models": {one.title: one.members for one in models},
+        "own": {one.title: one.own_tasks for one in models},
         "python": platform.python_version(),
         **provenance(),
     }
@@ -271,37 +277,54 @@ def _digest(examples: Sequence[Example]) -> str:
 
 def write_report(results: Results, file: Path) -> None:
     """Write the page of the results of `evaluate`, for one model or several."""
-    facts, models, rows, metric = results.facts, results.values("model"), results.facts["examples"], results.main_metric
-    sections = [Section("All models", _leader(results, metric), [results.html(), note(_about(results))])]
+    facts, metric = results.facts, results.main_metric
+    models = results.values("model")
+    rows = facts["examples"]
+    sections = [Section("All models", "Means over the tasks of each role", [results.html(), note(_about(results))])]
     if len(models) > 1:
         title = f"{METRICS.get(metric, metric)} of each model, task by task"
-        sections.append(Section("Every task", title, [every_task(results).html()]))
-    sections += [answers_section(rows, metric)] * bool(rows)
+        parts = [every_task(results).html()]
+        if any(_is_own(results, model, task) for model in models for task in results.values("task")):
+            parts.append(note("Underlined: a task on which the model, or an expert in it, was trained."))
+        sections.append(Section("Every task", title, parts))
+    lede = [element("p", "On the base ", element("code", str(facts["base"])), class_="lede")]
+    if rows:
+        sections.append(answers_section(rows, metric))
+        lede += telling_example(rows, metric, models[0], models[1:] or models)
     about = {"base": facts["base"], "data type": facts["dtype"]}
+    # The base alone has no members, and may be called "base" itself.
     about |= {
-        model: " + ".join(one["place"] for one in mix) or "the base alone" for model, mix in facts["models"].items()
+        model: " + ".join(member["place"] for member in members)
+        for model, members in facts["models"].items()
+        if members
     }
-    write_page(file, results, sections, about, telling_example(rows, metric, models[0], models[-1]) if rows else ())
+    write_page(file, results, _leader(results, metric), sections, about, lede)
+
+
+def _is_own(results: Results, model: str, task: str) -> bool:
+    return task in results.facts.get("own", {}).get(model, ())
 
 
 def every_task(results: Results) -> Table:
     """Return a table with a line for each task, grouped by roles, and a column for each model: its main metric."""
     metric = results.main_metric
-    columns = [
-        Column(
+
+    def column(model: str) -> Column:
+        return Column(
             model,
             partial(Results.mean, metric=metric, model=model),
             format_of(metric),
             metric in SHARES,
             best=partial(leads, metric=metric, model=model),
+            underlined=lambda rows: _is_own(rows, model, rows.values("task")[0]),
         )
-        for model in results.values("model")
-    ]
+
     groups = [
         [Line(task, results.where(task=task)) for task in results.where(role=role).values("task")]
         for role in ROLES
         if role in results.values("role")
     ]
+    columns = [column(model) for model in results.values("model")]
     return Table(columns, groups, f"{METRICS.get(metric, metric)} of every task")
 
 
@@ -327,7 +350,6 @@ def _about(results: Results) -> str:
     answers = f" Answers are greedy, and at most {tokens} tokens long." if tokens else ""
     return (
         f"Each number is a mean over tasks, of {sum(rows.values())} test rows in all; ± is half the 95 % interval over "
-        "such rows: Wilson's where a row is right or wrong, else a bootstrap. Bold marks the best model and those that "
-        "are level with it, where another is worse: the interval of the paired difference tells. The loss is in nats "
-        f"per target token.{answers}"
+        "such rows: Wilson's where a row is right or wrong, else a bootstrap. Bold: best, or not significantly worse "
+        f"(paired 95 % interval). The loss is in nats per target token.{answers}"
     )

@@ -7,7 +7,7 @@ from html import escape
 
 from modular_experts.reports.tables import percent
 
-WIDTH = {True: 900.0, False: 390.0}  # pixels of a wide picture, and of one for a phone
+WIDTH, NARROW = 900.0, 390.0  # pixels of a wide picture, and of one for a phone
 ROW, GAP, HEAD = 18, 10, 58  # pixels of a row, between groups, and of a panel's title and references
 NAMES, NUMBERS = 148.0, 66.0  # pixels beside a panel, for the names of rows, at least, and for their values
 LETTER = 7.0  # pixels of a letter of a long name
@@ -27,8 +27,8 @@ LOOK = """
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a group: its value is a filled mark, and a hollow one where it was before; a head has a bar."""
+class MarkedRow:
+    """A row of a panel: its value is a filled mark, and a hollow one where it was before; a head has a bar."""
 
     name: str
     value: float | None
@@ -41,37 +41,47 @@ class Panel:
     """Rows in groups under a title, and values for all of them as dotted lines, by name."""
 
     title: str
-    groups: Sequence[Sequence[Row]]
+    groups: Sequence[Sequence[MarkedRow]]
     references: Mapping[str, float]
 
     @property
     def height(self) -> int:
+        """Pixels of the panel."""
         return HEAD + sum(ROW * len(group) + GAP for group in self.groups) + 24
 
     def draw(self, left: float, top: float, width: float, names: float) -> list[str]:
+        """Return the elements of the panel, whose axis begins at `left`; names of rows have `names` pixels or none."""
+
         def x(value: float) -> float:
             return round(left + width * value, 1)
 
-        first, last = top + HEAD, top + self.height - 24
-        found = [text_of(left, top + 4, self.title, "strong")]
+        first = top + HEAD
+        last = top + self.height - 24
+        drawn = [text_of(left, top + 4, self.title, "strong")]
         for place in (0.0, 0.25, 0.5, 0.75, 1.0):
-            found += [line_of(x(place), first, x(place), last, "rule")]
-            found += [text_of(x(place), last + 16, f"{100 * place:g}" + " %" * (place == 1), "quiet middle")]
+            label = f"{100 * place:g} %" if place == 1 else f"{100 * place:g}"
+            drawn += [line_of(x(place), first, x(place), last, "rule")]
+            drawn += [text_of(x(place), last + 16, label, "quiet middle")]
         # The further right a reference, the higher its name, so that no line crosses a name.
         for step, (name, value) in enumerate(sorted(self.references.items(), key=lambda item: item[1])):
-            over, is_right = first - 6 - 14 * step, value > 0.5
-            found += [line_of(x(value), over - 8, x(value), last, "reference")]
-            side = " end" * is_right
-            found += [text_of(x(value) + (-4 if is_right else 4), over, f"{name} {percent(value)}", f"quiet{side}")]
+            over = first - 6 - 14 * step
+            drawn += [line_of(x(value), over - 8, x(value), last, "reference")]
+            label = f"{name} {percent(value)}"
+            if value > 0.5:
+                drawn += [text_of(x(value) - 4, over, label, "quiet end")]
+            else:
+                drawn += [text_of(x(value) + 4, over, label, "quiet")]
         y = first + ROW / 2 + 2
         for group in self.groups:
             for row in group:
-                found += [text_of(left - names + 4, y + 4, row.name, "strong" * row.head)] * bool(names)
-                found += _marks(row, x, y) if row.value is not None else []
-                found += [text_of(x(1) + 8, y + 4, percent(row.value))] if row.value is not None else []
+                if names:
+                    drawn += [text_of(left - names + 4, y + 4, row.name, "strong" if row.head else "")]
+                if row.value is not None:
+                    drawn += _marks(row, x, y)
+                    drawn += [text_of(x(1) + 8, y + 4, percent(row.value))]
                 y += ROW
             y += GAP
-        return found
+        return drawn
 
 
 def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark: bool | None = None) -> str:
@@ -79,45 +89,40 @@ def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark:
 
     `key` says what the marks mean. `dark` sets the colours of a dark or a light page; None leaves them to the page.
     """
-    found, top = heading(title, key, wide)
-    width, top = WIDTH[wide], top + 12
-    longest = max((len(row.name) for panel in panels for group in panel.groups for row in group), default=0)
-    names = left = max(NAMES, LETTER * longest)
-    room = (width - names - NUMBERS * (len(panels) if wide else 1)) / (len(panels) if wide else 1)
-    for number, panel in enumerate(panels):
-        found += panel.draw(left, top, room, 0 if wide and number else names)
-        left, top = (left + room + NUMBERS, top) if wide else (left, top + panel.height + 16)
-    height = top + (panels[0].height if wide else 0)
-    return styled(title, found, width, height, dark)
-
-
-def heading(title: str, key: str, wide: bool) -> tuple[list[str], float]:
-    """Return the lines of a title and a key, and the height below them."""
-    found, top = list[str](), 18.0
+    elements: list[str] = []
+    top = 18.0
     for words, letters, look in ((title, 100 if wide else 46, "title"), (key, 130 if wide else 58, "quiet")):
         for line in textwrap.wrap(words, letters):
-            found.append(text_of(4, top, line, look))
+            elements.append(text_of(4, top, line, look))
             top += 18
-    return found, top
-
-
-def styled(title: str, elements: Sequence[str], width: float, height: float, dark: bool | None = None) -> str:
-    """Return elements as one SVG picture, in the colours that `draw` describes."""
+    top += 12
+    width = WIDTH if wide else NARROW
+    longest = max((len(row.name) for panel in panels for group in panel.groups for row in group), default=0)
+    names = left = max(NAMES, LETTER * longest)
+    beside = max(1, len(panels)) if wide else 1
+    room = (width - names - NUMBERS * beside) / beside
+    for number, panel in enumerate(panels):
+        elements += panel.draw(left, top, room, 0 if wide and number else names)
+        if wide:
+            left += room + NUMBERS
+        else:
+            top += panel.height + 16
+    height = top + panels[0].height if wide else top
     colours = "" if dark is None else f".dots {{ {DARK if dark else LIGHT}}}"
-    style = f"<style>{LOOK}{colours}</style>"
     about = f'xmlns="http://www.w3.org/2000/svg" class="dots" role="img" aria-label="{escape(title)}"'
+    style = f"<style>{LOOK}{colours}</style>"
     return f'<svg {about} viewBox="0 0 {width:g} {height:g}">{style}{"".join(elements)}</svg>\n'
 
 
-def _marks(row: Row, x: Callable[[float], float], y: float) -> list[str]:
+def _marks(row: MarkedRow, x: Callable[[float], float], y: float) -> list[str]:
     assert row.value is not None
     if row.head:
         return [line_of(x(row.value), y - 7, x(row.value), y + 7, "bar")]
-    marks = [f'<circle cx="{x(row.value)}" cy="{y:g}" r="4" />']
+    mark = f'<circle cx="{x(row.value)}" cy="{y:g}" r="4" />'
     if row.before is None:
-        return marks
+        return [mark]
     hollow = f'<circle cx="{x(row.before)}" cy="{y:g}" r="3.5" class="before" />'
-    return [line_of(x(row.before), y, x(row.value), y, "step"), hollow, *marks]
+    return [line_of(x(row.before), y, x(row.value), y, "step"), hollow, mark]
 
 
 def line_of(x: float, y: float, to_x: float, to_y: float, look: str) -> str:

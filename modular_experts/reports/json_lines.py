@@ -51,8 +51,8 @@ class JSONLines(dict[Key, Any]):
         """Read the finished lines of `text`, which follows the known lines."""
         for line in text.splitlines(keepends=True):
             if line.endswith(b"\n"):
-                found = json.loads(line, parse_float=_shared_float)
-                super().__setitem__(tuple(found["key"]), found["result"])
+                stored = json.loads(line, parse_float=_shared_float)
+                super().__setitem__(tuple(stored["key"]), stored["result"])
                 self._whole += len(line)
 
 

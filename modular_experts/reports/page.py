@@ -3,13 +3,18 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from modular_experts.library.atomic import new_file
-from modular_experts.reports.results import Results
-from modular_experts.reports.tables import Html, element, joined, kept_together, page, percent
+from modular_experts.reports.results import Facts, Results
+from modular_experts.reports.tables import Html, element, folded, joined, kept_together, page, percent
 
 LONGEST = 300  # characters of a text in an example
+MOST_LINES = 6  # and lines of it
+MOST_OPEN = 3  # tasks whose answers are shown without a press
+
+TestedRow = Facts
+"""A test row with the answers of models to it, as `examples_of` makes it."""
 
 
 class Section(NamedTuple):
@@ -23,25 +28,34 @@ class Section(NamedTuple):
 def write_page(
     file: Path,
     results: Results,
-    sections: Sequence[Section | None],
+    title: str,
+    sections: Iterable[Section | None],
     about: Mapping[str, str],
     lede: Sequence[Html] = (),
 ) -> None:
-    shown = results.where(metric=results.main_metric)
-    counts = [(len(shown.values(column)), column) for column in ("model", "task")]
-    title = " on ".join(f"{count} {column}{'s' * (count != 1)}" for count, column in counts)
+    """Write a page that needs no other file.
+
+    Args:
+        file: The file of the page.
+        results: All numbers, which the page holds as a file to save.
+        title: The main finding, as the headline.
+        sections: The parts of the page in order; None leaves one out.
+        about: What the foot of the page tells beside the machine and the versions.
+        lede: What stands under the headline.
+    """
     facts = results.facts
+    made_by = [f"modular-experts {facts['versions'].get('modular-experts', '')}", facts["date"]]
+    eyebrow = element("p", " · ".join(filter(None, made_by)), class_="eyebrow")
+    head = [eyebrow, element("h1", kept_together(title)), *lede, results.download()]
+    links, parts = list[Html](), list[Html]()
+    for section in sections:
+        if section is None:
+            continue
+        slug = re.sub(r"[^a-z0-9]+", "-", section.name.lower()).strip("-")
+        links.append(element("a", section.name, href=f"#{slug}"))
+        heading = [element("p", section.name, class_="eyebrow"), element("h2", kept_together(section.takeaway))]
+        parts.append(element("section", *heading, *section.parts, id=slug))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    made_by = " · ".join(
-        filter(None, [f"modular-experts {facts['versions'].get('modular-experts', '')}", facts["date"]])
-    )
-    head = [element("p", made_by, class_="eyebrow"), element("h1", title), *lede, results.download()]
-    links, parts = [], []
-    for one in filter(None, sections):
-        slug = re.sub(r"[^a-z0-9]+", "-", one.name.lower()).strip("-")
-        links.append(element("a", one.name, href=f"#{slug}"))
-        heading = [element("p", one.name, class_="eyebrow"), element("h2", kept_together(one.takeaway))]
-        parts.append(element("section", *heading, *one.parts, id=slug))
     known = {**about, "machine": facts["machine"], "versions": versions}
     foot = joined(element("div", element("dt", name), element("dd", text)) for name, text in known.items())
     contents = element("nav", *links, aria_label="Contents")
@@ -50,48 +64,80 @@ def write_page(
         temporary.write_text(text, encoding="utf-8")
 
 
-def example(row: Mapping[str, Any], metric: str, models: Iterable[str] | None = None) -> Html:
+def example(row: TestedRow, metric: str, models: Iterable[str] | None = None) -> Html:
     """Return a test row: its input, the wanted answer, and the answers of models, each with its score by a metric."""
-    answers = row["answers"]
-    rows = [("input", row["input"], ""), ("wanted", row["target"], "")]
-    for model in answers if models is None else [one for one in models if one in answers]:
+    answers: Mapping[str, str] = row["answers"]
+    lines = [_line("input", row["input"]), _line("wanted", row["target"])]
+    for model in answers if models is None else [model for model in models if model in answers]:
         score = _score(row, model, metric)
-        rows.append((model, answers[model], {0.0: "wrong", 1.0: "right"}.get(score, f"{percent(score)} %")))
-    shown = []
-    for name, text, mark in rows:
-        code = element("code", text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
-        code = code if text.strip() else element("em", "empty")
-        said = [code, element("span", f" {mark}")] if mark else [code]
-        shown.append(
-            element("div", element("dt", name), element("dd", *said), **({"class_": mark} if mark.isalpha() else {}))
-        )
-    return element("dl", *shown, class_="example")
+        mark = {0.0: "wrong", 1.0: "right"}.get(score, f"{percent(score)} %")
+        lines.append(_line(model, answers[model], mark))
+    return element("dl", *lines, class_="example")
 
 
-def _score(row: Mapping[str, Any], model: str, metric: str) -> float:
+def _line(name: str, text: str, mark: str = "") -> Html:
+    """Return a line of an example; a mark that is a word is the class of its line, too."""
+    shown = element("code", shortened(text)) if text.strip() else element("em", "empty")
+    marked = [element("span", f" {mark}")] if mark else []
+    look = {"class_": mark} if mark.isalpha() else {}
+    return element("div", element("dt", name), element("dd", shown, *marked), **look)
+
+
+def shortened(text: str) -> str:
+    """Return a text as an example shows it: its first lines and letters, and a sign in the place of empty lines."""
+    lines = re.sub(r"\n(\s*\n)+", " ↵\n", text.rstrip()).split("\n")
+    cut = "\n".join(lines[:MOST_LINES])
+    if len(lines) > MOST_LINES or len(cut) > LONGEST:
+        return f"{cut[:LONGEST]} ..."
+    return cut
+
+
+def _score(row: TestedRow, model: str, metric: str) -> float:
     """Return the score of an answer; without one, as for metrics that read no text, whether it is the wanted answer."""
-    found = row.get("scores", {}).get(model, {}).get(metric)
-    return float(row["answers"][model].strip() == row["target"].strip()) if found is None else found
+    known = row.get("scores", {}).get(model, {}).get(metric)
+    if known is None:
+        return float(row["answers"][model].strip() == row["target"].strip())
+    return float(known)
 
 
-Models = Callable[[str], Sequence[str]] | None
+ModelsOf = Callable[[str], Sequence[str]] | None
 """Returns the models whose answers to rows of a task are shown; None shows all."""
 
 
 def telling_example(
-    rows: Sequence[Mapping[str, Any]], metric: str, worse: str, better: str, models: Models = None
+    rows: Sequence[TestedRow], metric: str, worse: str, compared: Sequence[str], models: ModelsOf = None
 ) -> list[Html]:
-    """Return the first row that one model answers better than another, or else the first of all."""
-    both = [row for row in rows if {worse, better} <= {*row["answers"]}]
-    row = next((row for row in both if _score(row, better, metric) > _score(row, worse, metric)), rows[0])
+    """Return the row that tells most: the compared models differ most on it, and one of them beats the `worse` model.
+
+    It is the first of several such rows, and without one the first of all.
+    """
+
+    def spread(row: TestedRow) -> tuple[float, float]:
+        """Return how unlike the scores are, which is most where half of them are right, and how much the best gains."""
+        scores = [_score(row, model, metric) for model in compared if model in row["answers"]]
+        if worse not in row["answers"] or not scores:
+            return (-1.0, -1.0)
+        mean = sum(scores) / len(scores)
+        gained = max(scores) - _score(row, worse, metric)
+        return (sum((score - mean) ** 2 for score in scores) if gained > 0 else -1.0, gained)
+
+    row = max(rows, key=spread)
     shown = example(row, metric, models(row["task"]) if models else None)
     return [element("p", f"One test row of {row['task']}:", class_="note"), shown]
 
 
-def answers_section(rows: Sequence[Mapping[str, Any]], metric: str, models: Models = None) -> Section:
-    first: dict[str, Mapping[str, Any]] = {}
+def answers_section(rows: Sequence[TestedRow], metric: str, models: ModelsOf = None) -> Section:
+    """Return a section with the answers to the first row of each task, which a press shows where there are many."""
+    first: dict[str, TestedRow] = {}
     for row in rows:
         first.setdefault(row["task"], row)
-    answers = {task: example(row, metric, models(task) if models else None) for task, row in first.items()}
-    shown = [element("div", element("h3", task), one) for task, one in answers.items()]
-    return Section("Answers", "Read what the models answer to one test row of each task", shown)
+    parts = []
+    for task, row in first.items():
+        named = [model for model in (models(task) if models else row["answers"]) if model in row["answers"]]
+        shown = example(row, metric, named)
+        if len(first) <= MOST_OPEN:
+            parts.append(element("div", element("h3", task), shown))
+        else:
+            right = sum(_score(row, model, metric) == 1 for model in named)
+            parts.append(folded(f"{task}: {right} of {len(named)} answers are right", shown))
+    return Section("Answers", "Read what the models answer to one test row of each task", parts)

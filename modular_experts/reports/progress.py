@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress as Bar
@@ -49,19 +49,24 @@ def progress_by_tenths(
     once `after` seconds have passed, unless all work was done at the first line. An interruption is answered by how to
     go on.
     """
-    console, shown, first = Console(stderr=True), -1, cast(tuple[float, float] | None, None)
+    console = Console(stderr=True)
+    shown = -1  # tenths
+    first: tuple[float, float] | None = None
     bar = Bar(*columns, console=console, expand=True, transient=transient, disable=not console.is_terminal)
     task = bar.add_task("", total=1)
 
     def show(what: str, done: float, total: float) -> None:
         nonlocal shown, first
         bar.update(task, description=line(what, done, total, ""), completed=done, total=total)
-        now, tenths = time.monotonic(), int(10 * done / total + 1e-9)
-        started, before = first = first or (now, done)
+        now = time.monotonic()
+        tenths = int(10 * done / total + 1e-9)
+        first = first or (now, done)
+        started, before = first
         is_first_and_last = shown < 0 and tenths == 10
         if console.is_terminal or now < started + after or tenths <= shown or is_first_and_last:
             return
-        shown, left = tenths, ""
+        shown = tenths
+        left = ""
         if before < done < total:
             seconds = (now - started) / (done - before) * (total - done)
             left = f", {timedelta(seconds=round(seconds))} left"

@@ -10,7 +10,7 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,10 @@ METRICS |= {"number": "number %", "json": "JSON %", "regex": "regex %"}
 SHARES = ("number", "json", "regex", "exact_match", "rougeL", "choice_accuracy")
 
 
+Facts = Mapping[str, Any]
+"""What JSON holds, by name: a row of results, what holds for all rows, or what a piece of work found out."""
+
+
 @dataclass(frozen=True)
 class Results:
     """Measurements in long form, one number a row.
@@ -47,31 +51,27 @@ class Results:
         facts: Versions, settings and the like, which hold for all rows.
     """
 
-    rows: Sequence[Mapping[str, Any]]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Facts]
+    facts: Facts = field(default_factory=dict)
 
     @classmethod
-    def of_scores(
-        cls, scores: Mapping[str, Any], model: str = "model", experts: Sequence[str] = (), **more: Any
-    ) -> Self:
+    def of_scores(cls, scores: Facts, model: str = "model", experts: Sequence[str] = (), **more: object) -> Self:
         """Make rows of the scores of one model, as `measure` and `Trainer.test` give them, with `more` columns."""
-        return cls(
-            [
-                {"model": model, "experts": list(experts), "task": task, "role": found["role"]}
-                | {"metric": metric, "value": value, "rows": found["rows"], **more}
-                for task, found in scores["tasks"].items()
-                for metric, value in found.items()
-                if metric not in ("role", "rows")
-            ]
-        )
+        rows = []
+        for task, measured in scores["tasks"].items():
+            about = {"model": model, "experts": list(experts), "task": task, "role": measured["role"]}
+            for metric, value in measured.items():
+                if metric not in ("role", "rows"):
+                    rows.append({**about, "metric": metric, "value": value, "rows": measured["rows"], **more})
+        return cls(rows)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read what `write` wrote; ValueError if the file holds something else."""
         try:
-            found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-            if found["format"] == FORMAT:
-                return cls(found["rows"], found["facts"])
+            stored = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            if stored["format"] == FORMAT:
+                return cls(stored["rows"], stored["facts"])
         except (ValueError, KeyError, TypeError):
             pass
         raise ValueError(f"{path} does not hold results of the format {FORMAT}, which `evaluate` writes")
@@ -81,14 +81,16 @@ class Results:
         write_json(path, {"format": FORMAT, "facts": self.facts, "rows": self.rows})
 
     def __add__(self, other: "Results") -> "Results":
-        rows, facts = [*self.rows, *other.rows], {**self.facts, **other.facts}
+        rows = [*self.rows, *other.rows]
+        facts = {**self.facts, **other.facts}
         if self.facts == other.facts:
             return Results(rows, facts)
         # A lead in one of two comparisons says nothing about both.
-        means = [one | {"leads": False} for found in (self, other) for one in found.facts.get("means", ())]
-        return Results([{**row, "leads": False} if "leads" in row else row for row in rows], facts | {"means": means})
+        means = [{**mean, "leads": False} for part in (self, other) for mean in part.facts.get("means", ())]
+        rows = [{**row, "leads": False} if "leads" in row else row for row in rows]
+        return Results(rows, facts | {"means": means})
 
-    def where(self, **wanted: Any) -> "Results":
+    def where(self, **wanted: object) -> "Results":
         """Return the rows that have these values in these columns; a column that a row lacks counts as None."""
         keep = [row for row in self.rows if all(row.get(column) == value for column, value in wanted.items())]
         return Results(keep, self.facts)
@@ -101,37 +103,41 @@ class Results:
     def main_metric(self) -> str:
         """The metric to show where there is room for one: the loss, or the first share that every task has, unless no
         model has anything right in it."""
-        tasks, rows = {*self.values("task")}, {name: self.where(metric=name) for name in SHARES}
+        tasks = {*self.values("task")}
+        rows = {name: self.where(metric=name) for name in SHARES}
         tells = [name for name in SHARES if any(row["value"] for row in rows[name].rows)]
         return next((name for name in tells if {*rows[name].values("task")} == tasks), "loss")
 
-    def mean(self, metric: str, **wanted: Any) -> float | None:
+    def mean(self, metric: str, **wanted: object) -> float | None:
         """Return the unweighted mean of a metric over the rows that match: None without rows."""
         values = [row["value"] for row in self.where(metric=metric, **wanted).rows]
         return fmean(math.nan if value is None else value for value in values) if values else None
 
-    def about(self, metric: str) -> Mapping[str, Any]:
+    def about(self, metric: str) -> Facts:
         """Return what is known of the mean of a metric over these rows, of one model and role: `interval`, `leads`."""
         rows = self.where(metric=metric).rows
-        means = [one for one in self.facts.get("means", ()) if rows and one["metric"] == metric]
-        means = [one for one in means if (one["model"], one["role"]) == (rows[0]["model"], rows[0]["role"])]
-        return rows[0] if len(rows) == 1 else means[0] if means else {}
+        if len(rows) == 1:
+            return rows[0]
+        for mean in self.facts.get("means", ()) if rows else ():
+            if all(mean[name] == rows[0][name] for name in ("model", "role", "metric")):
+                return mean
+        return {}
 
     def table(self) -> rich.table.Table:
         """Return a table for the terminal: a line for each model and role, or for each task of one model."""
         return self._table().text()
 
     def __str__(self) -> str:
-        console = Console(width=80, file=io.StringIO(), color_system=None)
-        console.print(self.table())
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        text = io.StringIO()
+        Console(width=80, file=text, color_system=None).print(self.table())
+        return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
         return self.html()
 
     def html(self) -> Html:
-        """Return the same table for a page or a notebook."""
-        return self._table().html()
+        """Return the same table for a page or a notebook, whose main metric comes first, so that a phone shows it."""
+        return self._table(main_first=True).html()
 
     def download(self) -> Html:
         """Return a link to these results as JSON, which a page holds in itself, packed by gzip."""
@@ -142,7 +148,7 @@ class Results:
         link = element("a", "results.json", download="results.json.gz", href=href)
         return element("p", "All numbers: ", link, class_="note")
 
-    def _table(self) -> Table:
+    def _table(self, main_first: bool = False) -> Table:
         named = "model" if len(self.values("model")) > 1 else "task"
         metrics = [metric for metric in METRICS if metric in self.values("metric")]
         metrics += [metric for metric in self.values("metric") if metric not in METRICS]
@@ -153,15 +159,17 @@ class Results:
             else:
                 tasks = [Line(task, mine.where(task=task)) for task in mine.values("task")]
                 groups.append([*tasks, Line("mean", mine, strong=True)])
-        about = [Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True), Column("rows", _tested)]
-        columns = [_column(metric, named == "model") for metric in metrics]
         main = self.main_metric
+        columns = {metric: [_column(metric, named == "model")] for metric in metrics}
         if any(row.get("interval") for row in self.where(metric=main).rows):
-            columns.insert(metrics.index(main) + 1, Column("±", partial(_half, metric=main), format_of(main)))
-        return Table([*about, *columns], groups, named)
+            columns[main].append(Column("±", partial(_half, metric=main), format_of(main)))
+        role = Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True)
+        tested = Column("rows", _tested)
+        leading = [*columns.pop(main, []), role, tested] if main_first else [role, tested]
+        return Table([*leading, *itertools.chain(*columns.values())], groups, named)
 
 
-def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Mapping[str, Any]]]]]) -> list[dict[str, Any]]:
+def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Facts]]]]) -> list[dict[str, Any]]:
     """Return the first test rows of each task with `answers` and `scores` by model, for the fact `examples` of results.
 
     `answered` has for each model its name, and by task the first rows, as `measure` returns them.
@@ -171,24 +179,26 @@ def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Mapping[str,
         for task, several in by_task.items():
             for place, row in enumerate(several):
                 first = {"task": task, "input": row["input"], "target": row["target"], "answers": {}, "scores": {}}
-                mine = rows.setdefault((task, place), first)
-                mine["answers"][model], mine["scores"][model] = row["answer"], row.get("scores", {})
+                example = rows.setdefault((task, place), first)
+                example["answers"][model] = row["answer"]
+                example["scores"][model] = row.get("scores", {})
     return [*rows.values()]
 
 
 def machine() -> str:
     name = platform.processor() or platform.machine()
     with suppress(OSError):  # only Linux has the file
-        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        name = found[1].strip() if found else name
-    return f"{name}, {cores()} core{'s' * (cores() > 1)}"
+        line = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        name = line[1].strip() if line else name
+    return f"{name}, {cores()} {'core' if cores() == 1 else 'cores'}"
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> dict[str, str | dict[str, str]]:
+    """Return the machine, the versions of packages and the date, for the facts of results."""
     return {"machine": machine(), "versions": package_versions(), "date": datetime.now(UTC).date().isoformat()}
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write indented JSON, whole or not at all; numbers that are not finite become null."""
     text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with new_file(Path(path)) as temporary:
@@ -206,17 +216,25 @@ def format_of(metric: str) -> Callable[[float], str]:
 
 
 def better(metric: str) -> Literal["", "high", "low"]:
-    return "high" if metric in SHARES else "low" if metric == "loss" else ""
+    """Return which values of a metric are good; "" for one that is not known."""
+    if metric in SHARES:
+        return "high"
+    return "low" if metric == "loss" else ""
 
 
 def _column(metric: str, compared: bool) -> Column:
     is_share = metric in SHARES
-    show = percent if is_share else lambda one: f"{one:.1e}" if 1e4 <= abs(one) < math.inf else number(one, 3)
-    best: Any = partial(leads, metric=metric) if compared else ""
-    return Column(METRICS.get(metric, metric), lambda rows: rows.mean(metric), show, is_share, best=best)
+    column = Column(
+        METRICS.get(metric, metric), lambda rows: rows.mean(metric), percent if is_share else _three_digits, is_share
+    )
+    return replace(column, best=partial(leads, metric=metric)) if compared else column
 
 
-def leads(rows: Results, metric: str, **wanted: Any) -> bool:
+def _three_digits(value: float) -> str:
+    return f"{value:.1e}" if 1e4 <= abs(value) < math.inf else number(value, 3)
+
+
+def leads(rows: Results, metric: str, **wanted: object) -> bool:
     """Return whether the model of the rows that match is the best, or level with it, where another is worse."""
     return bool(rows.where(**wanted).about(metric).get("leads"))
 
@@ -230,12 +248,12 @@ def _tested(rows: Results) -> int:
     return sum(rows.where(task=task).rows[0].get("rows") or 0 for task in rows.values("task"))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return what JSON holds: a tensor or numpy scalar is a number, and a number that is not finite is null."""
 
-    def number(one: Any) -> Any:
-        if not hasattr(one, "item"):
-            raise TypeError(f"{type(one).__name__} has no form in JSON")
-        return one.item()
+    def scalar(other: Any) -> object:
+        if not hasattr(other, "item"):
+            raise TypeError(f"{type(other).__name__} has no form in JSON")
+        return other.item()
 
-    return json.loads(json.dumps(value, default=number, ensure_ascii=False), parse_constant=lambda name: None)
+    return json.loads(json.dumps(value, default=scalar, ensure_ascii=False), parse_constant=lambda name: None)

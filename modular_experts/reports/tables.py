@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from html import escape as escape_html
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import rich.table
 from rich.markup import escape
 
 HEAD = '<meta charset="utf-8" /><meta name="viewport" content="width=device-width, initial-scale=1" />'
-STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
+STYLE = Path(__file__).with_name("page.css")
+SCRIPT = Path(__file__).with_name("page.js")
 NAME_WIDTH = 25  # so that a name and eight short columns fit 80 characters; longer names are folded, not cut
 
 
@@ -47,6 +48,11 @@ def note(text: str) -> Html:
     return element("p", kept_together(text), class_="note")
 
 
+def folded(title: str, *parts: Html) -> Html:
+    """Return parts of a page that a press on their title shows."""
+    return element("details", element("summary", kept_together(title)), *parts)
+
+
 def kept_together(text: str) -> Html:
     return Html(joined([text]).replace(" %", "&#160;%").replace(" points", "&#160;points"))
 
@@ -63,9 +69,8 @@ class Column:
     left: bool = False  # whether the text starts on the left
     # Which value of a group of lines is marked as its best on a page, or whether a line's value is.
     best: Literal["", "high", "low"] | Callable[[Any], bool] = ""
-
-
-Cell = tuple[Column, Any, str]
+    # Whether a line's value is underlined on a page, such as a score on a model's own task.
+    underlined: Callable[[Any], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,14 @@ class Line:
     name: str
     rows: Any  # what the columns read, such as the `Results` of one model
     strong: bool = False  # bold: the head of a group, or a mean
+
+
+class Cell(NamedTuple):
+    """The value of a column in a line, and its text."""
+
+    column: Column
+    value: Any
+    text: str
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,7 @@ class Table:
     across: bool = False  # whether the best value is marked in each line, not in each column of a group
 
     def text(self) -> rich.table.Table:
+        """Return the table for a terminal."""
         table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(escape(self.name), max_width=NAME_WIDTH, overflow="fold")
         for column in self.columns:
@@ -96,8 +110,8 @@ class Table:
             if number:
                 table.add_row()
             for line in group:
-                cells = [escape(text) for _, _, text in self._cells(line)]
-                table.add_row(escape(line.name), *cells, style="bold" if line.strong else None)
+                texts = [escape(cell.text) for cell in self._cells(line)]
+                table.add_row(escape(line.name), *texts, style="bold" if line.strong else None)
         return table
 
     def html(self) -> Html:
@@ -111,35 +125,44 @@ class Table:
         bodies = []
         for group in self.groups:
             cells = [self._cells(line) for line in group]
-            together = cells if self.across else zip(*cells, strict=True)
-            best = [id(cell) for several in together for cell in _best(several)]
-            rows = [self._row(line, mine, best) for line, mine in zip(group, cells, strict=True)]
+            compared = cells if self.across else zip(*cells, strict=True)
+            best = [id(cell) for several in compared for cell in _best(several)]
+            rows = [self._row(line, own, best) for line, own in zip(group, cells, strict=True)]
             bodies.append(element("tbody", *rows))
         return element("div", element("table", element("thead", *head), *bodies), class_="scroll", tabindex="0")
 
     def _cells(self, line: Line) -> list[Cell]:
         values = [(column, column.of(line.rows)) for column in self.columns]
-        return [(column, value, "" if value is None else column.show(value)) for column, value in values]
+        return [Cell(column, value, "" if value is None else column.show(value)) for column, value in values]
 
     def _row(self, line: Line, cells: Sequence[Cell], best: Collection[int]) -> Html:
         shown = [element("th", line.name, scope="row")]
         for cell in cells:
-            column, value, text = cell
-            look = {"style": f"--share: {100 * value:.1f}%"} if column.bar and text else {}
-            leads = callable(column.best) and column.best(line.rows)
-            kinds = ["bar"] * bool(look) + ["best"] * (leads or id(cell) in best)
-            shown.append(element("td", text, **look, **({"class_": " ".join(kinds)} if kinds else {})))
+            looks: dict[str, str] = {}
+            kinds = []
+            if cell.column.bar and cell.text:
+                looks["style"] = f"--share: {100 * cell.value:.1f}%"
+                kinds.append("bar")
+            if id(cell) in best or (callable(cell.column.best) and cell.column.best(line.rows)):
+                kinds.append("best")
+            text = cell.text
+            if cell.column.underlined and cell.column.underlined(line.rows):
+                text = element("u", cell.text)
+            if kinds:
+                looks["class_"] = " ".join(kinds)
+            shown.append(element("td", text, **looks))
         return element("tr", *shown, **({"class_": "kind"} if line.strong else {}))
 
 
 def _best(cells: Iterable[Cell]) -> list[Cell]:
     """Return the cells with the best value, all that look like it; of cells that all look alike, none."""
-    found = [cell for cell in cells if isinstance(cell[0].best, str) and cell[0].best and cell[2]]
-    found = [cell for cell in found if math.isfinite(cell[1])]
-    if len({text for *_, text in found}) < 2:
+    compared = [cell for cell in cells if isinstance(cell.column.best, str) and cell.column.best and cell.text]
+    compared = [cell for cell in compared if math.isfinite(cell.value)]
+    if len({cell.text for cell in compared}) < 2:
         return []
-    best = (max if found[0][0].best == "high" else min)(found, key=lambda cell: cell[1])
-    return [cell for cell in found if cell[2] == best[2]]
+    choose = max if compared[0].column.best == "high" else min
+    best = choose(compared, key=lambda cell: cell.value)
+    return [cell for cell in compared if cell.text == best.text]
 
 
 def heat_map(
@@ -148,18 +171,23 @@ def heat_map(
     values: Mapping[tuple[str, str], float | None],
     show: Callable[[float], str],
     low_is_best: bool = False,
+    ends: tuple[float, float] | None = None,
 ) -> Html:
-    """Return a table of one number a cell, whose tint grows evenly from the worst value to the best one."""
+    """Return a table of one number a cell, whose tint grows evenly with the value, or falls where `low_is_best`.
+
+    The tint goes from one of the `ends` to the other, by default from the lowest value to the highest.
+    """
     known = [value for value in values.values() if value is not None and math.isfinite(value)]
-    low, high = min(known, default=0.0), max(known, default=0.0)
+    low, high = ends or (min(known, default=0.0), max(known, default=0.0))
 
     def cell(value: float | None) -> Html:
         if value is None:
             return element("td")
         if not math.isfinite(value) or low == high:
             return element("td", show(value))
-        share = (high - value if low_is_best else value - low) / (high - low)
-        return element("td", show(value), style=f"--heat: {100 * share:.0f}%")
+        share = min(1.0, max(0.0, (value - low) / (high - low)))
+        heat = 1.0 - share if low_is_best else share
+        return element("td", show(value), style=f"--heat: {100 * heat:.0f}%")
 
     head = element("tr", element("th"), *[element("th", element("span", name), scope="col") for name in columns])
     body = [
@@ -167,7 +195,7 @@ def heat_map(
         for row in rows
     ]
     table = element("table", element("thead", head), element("tbody", *body), class_="heat")
-    return element("div", table, class_="scroll", tabindex="0")
+    return element("div", table, class_="scroll page-wide", tabindex="0")
 
 
 def percent(share: float) -> str:

@@ -163,7 +163,7 @@ if __name__ == "__main__":
     described = description(tasks=2)
     described["fit"]["steps"] = 1
     study, state = run_quickstart(described, Path("run"), Sizes({sizes}))
-    write_report(results_of(study, state), state, Path("report.html"))
+    write_report(results_of(study, state), Path("report.html"))
 """
     )
     subprocess.run([python, "tiny.py"], cwd=tmp_path, env=clean, check=True)

@@ -95,8 +95,8 @@ def test_several_models_have_a_line_each_in_terminal_and_notebook() -> None:
     ]
     tree = ElementTree.fromstring(both._repr_html_())
     rows = [["".join(cell.itertext()) for cell in row] for row in tree.iter("tr")]
-    assert rows[0][:4] == ["model", "role", "rows", "loss"]
-    assert rows[4] == ["<merged>", "held-out", "12345", "0.213", "75.0", "88.5", "50.0"]
+    assert rows[0] == ["model", "exact %", "role", "rows", "loss", "Rouge-L %", "choice %"]
+    assert rows[4] == ["<merged>", "75.0", "held-out", "12345", "0.213", "88.5", "50.0"]
 
 
 def test_numbers_that_are_not_finite_become_null_and_scalars_numbers(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 
-from modular_experts.reports.page import answers_section, example, telling_example
+from modular_experts.reports.page import answers_section, example, shortened, telling_example
 from modular_experts.reports.tables import Column, Html, Line, Table, element, note, page, percent
 
 COLUMNS = [
@@ -63,8 +63,8 @@ ROWS = [
 
 
 def test_an_example_marks_answers_and_the_telling_row_comes_first() -> None:
-    assert telling_example(ROWS, "exact_match", "base", "merged")[1] == example(ROWS[1], "exact_match")
-    assert telling_example(ROWS, "exact_match", "merged", "base")[1] == example(ROWS[0], "exact_match")
+    assert telling_example(ROWS, "exact_match", "base", ["merged"])[1] == example(ROWS[1], "exact_match")
+    assert telling_example(ROWS, "exact_match", "merged", ["base"])[1] == example(ROWS[0], "exact_match")
     shown = example(ROWS[1], "loss", ["base", "merged", "gone"])
     lines = ["".join(row.itertext()).split() for row in ElementTree.fromstring(shown)]
     assert lines == [["input1+2="], ["wanted3"], ["basetwo", "wrong"], ["merged", "3", "right"]]
@@ -77,6 +77,24 @@ def test_an_example_marks_answers_and_the_telling_row_comes_first() -> None:
     assert "".join(ElementTree.fromstring(answers).itertext()).split() == ["sumsinput1+1=wanted2mine3", "wrong"]
 
 
+def test_the_telling_row_is_one_on_which_the_models_differ_and_many_tasks_are_folded() -> None:
+    alike = {"task": "sums", "input": "", "target": "3", "answers": {"base": "", "a": "3", "b": "3"}}
+    unlike = alike | {"answers": {"base": "", "a": "3", "b": "4"}}
+    assert telling_example([alike, unlike], "exact_match", "base", ["a", "b"])[1] == example(unlike, "exact_match")
+    assert telling_example([alike], "exact_match", "base", ["a", "b"])[1] == example(alike, "exact_match")
+    rows = [unlike | {"task": f"task {number}"} for number in range(4)]
+    folds = [ElementTree.fromstring(part) for part in answers_section(rows, "exact_match").parts]
+    assert [fold.tag for fold in folds] == 4 * ["details"]
+    assert folds[0][0].text == "task 0: 1 of 3 answers are right"
+
+
+def test_an_example_shortens_long_texts_and_runs_of_empty_lines() -> None:
+    assert shortened("a\nb") == "a\nb"
+    assert shortened("a\n\n \n\nb\n\n\n") == "a ↵\nb"
+    assert shortened("\n".join("abcdefgh")) == "a\nb\nc\nd\ne\nf ..."
+    assert shortened("x" * 400) == "x" * 300 + " ..."
+
+
 def test_an_example_shows_the_scores_of_the_metric_that_the_page_shows() -> None:
     answers = {"base": "so 2", "merged": "2 apples", "mine": "2.0"}
     scores = {"base": {"number": 1.0}, "merged": {"number": 0.0}, "mine": {"number": 0.25}}
@@ -84,7 +102,7 @@ def test_an_example_shows_the_scores_of_the_metric_that_the_page_shows() -> None
     lines = ["".join(one.itertext()) for one in ElementTree.fromstring(example(row, "number"))]
     assert lines[2:] == ["baseso 2 right", "merged2 apples wrong", "mine2.0 25.0 %"]
     first = row | {"scores": {"base": {"number": 0.5}, "merged": {"number": 0.5}}}
-    assert telling_example([first, row], "number", "merged", "base")[1] == example(row, "number")
+    assert telling_example([first, row], "number", "merged", ["base"])[1] == example(row, "number")
 
 
 def test_text_never_becomes_markup() -> None:

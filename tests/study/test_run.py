@@ -22,6 +22,7 @@ from modular_experts.study import results_of
 from modular_experts.study.quickstart import FACTS, Sizes, description, run_quickstart, small_base
 from modular_experts.study.report import figure_of, write_report
 from modular_experts.study.run import State
+from modular_experts.study.summary import labelled
 
 SIZES = Sizes(width=16, rows=4, target=2.0, limit=4, decay=2, validation=1, test=1)
 """The base never meets its target, and stops at its limit."""
@@ -101,13 +102,11 @@ def test_the_directory_holds_a_base_a_library_and_all_results(finished) -> None:
 
 
 def test_the_figure_has_a_line_for_each_method_and_the_page_all_sections(finished, tmp_path) -> None:
-    _, results, state = finished
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", figure_of(results))
+    results = finished[1]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", figure_of(labelled(results)))
     names = [text for text in texts if text in SCALES or text.endswith(", single")]
     assert names == ["sparse, single", *SCALES, "lora, single", *OF_ALL]
-    write_report(
-        results, state, tmp_path / "report.html", [element("p", "A base.")], [Section("Try next", "Go on", [])]
-    )
+    write_report(results, tmp_path / "report.html", [element("p", "A base.")], [Section("Try next", "Go on", [])])
     page = (tmp_path / "report.html").read_text()
     named = re.findall(r'<section id="([^"]*)">', page)
     assert {"overview", "gains-and-losses", "every-task", "answers", "costs", "try-next"} <= {*named}

@@ -127,7 +127,7 @@ def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
     assert opened == [Path("runs/mine/report.html").absolute().as_uri()]
     shown = capsys.readouterr().out
     assert "lora, single" in shown
-    assert re.search(r"^  SparseAverage +2( +[\d.]+){2,3} +level *$", shown, re.MULTILINE)
+    assert re.search(r"^  SparseAverage +2( +[\d.]+){2,4} *$", shown, re.MULTILINE)
     experts = {f"{kind}-{task}" for kind in ("lora", "sparse") for task in ("upper", "reverse")}
     merges = {"merge-lora-SparseAverage", "merge-sparse-SparseAverage"}
     assert set(Library("runs/mine/library")) == experts | merges | {"multitask"}
