@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from modular_experts.cli.format import counted, duration_text, open_page
+from modular_experts.cli.sentences import as_options
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section
 from modular_experts.reports.progress import progress_by_tenths
@@ -27,6 +28,7 @@ from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Failure, Lines, State, state_of
 from modular_experts.study.settings import Description
 from modular_experts.study.summary import beside_published, findings, labelled, summary
+from modular_experts.study.work import check_templates
 
 NAMED = 3
 """How many of the pieces that failed for the same reason are named."""
@@ -63,24 +65,28 @@ def study(
         modular-experts study --config study.yaml --out runs/mine --dry-run
         modular-experts study --config study.yaml --out runs/mine --only experts
     """
-    place, found = Path(out).expanduser(), read_study(**vars(description))
+    place = Path(out).expanduser()
+    described = read_study(**vars(description))
     if dry_run or status:
-        pieces = pieces_of(found, place.absolute(), only or ())
+        pieces = pieces_of(described, place.absolute(), only or ())
+        if dry_run:
+            check_templates(described)
         _print_state(state_of(pieces, Lines(place), retry and dry_run), dry_run)
         return
     try:
         with ExitStack() as stack:
-            executor = stack.enter_context(engine) if (engine := where.made()) else None
+            engine = where.made()
+            executor = stack.enter_context(engine) if engine else None
             show = stack.enter_context(study_progress())
-            state = run_study(found, place, only or (), retry, executor, where.processes, show)
+            state = run_study(described, place, only or (), retry, executor, where.processes, show)
         # What earlier runs measured stays in the tables, also of stages that this one left out.
-        every = state_of(pieces_of(found, place.absolute()), Lines(place)) if only else state
-        results = write_results(found, place, every)
+        shown = state_of(pieces_of(described, place.absolute()), Lines(place)) if only else state
+        results = write_results(described, place, shown)
     except (BlockingIOError, FileExistsError):
         raise
     except OSError:
         # A full disk makes pieces fail before it ends the study, and the user wants to know which.
-        _print_failures(state_of(pieces_of(found, place.absolute(), only or ()), Lines(place)))
+        _print_failures(state_of(pieces_of(described, place.absolute(), only or ()), Lines(place)))
         raise
     if open and results.rows:
         open_page(place / REPORT)
@@ -90,7 +96,8 @@ def study(
 @contextmanager
 def study_progress() -> Iterator[Callable[[State, int | None], None]]:
     """Yield the function that shows how far a study is."""
-    columns, starts = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn()), True
+    columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn())
+    starts = True
     with progress_by_tenths(*columns, line=lambda what, *_: what) as bar:
 
         def show(state: State, processes: int | None) -> None:
@@ -98,7 +105,8 @@ def study_progress() -> Iterator[Callable[[State, int | None], None]]:
             if starts and state.failed:
                 counts = f"{counted(len(state.failed), 'piece')} failed or need one that failed in an earlier run"
                 print(f"{counts}; --retry tries again", file=sys.stderr, flush=True)
-            starts, total = False, len(state.pieces)
+            starts = False
+            total = len(state.pieces)
             over = f"{len(state.done)} of {counted(total, 'piece')} done{_failed_text(state.failed.values())}"
             bar(over + _time_text(state, processes), len(state.done) + len(state.failed), total)
 
@@ -147,15 +155,19 @@ class UnfinishedStudyError(ValueError):
 
 def _print_state(state: State, dry_run: bool) -> None:
     """Print how many pieces of each stage are done, left and failed; of a dry run also each piece."""
-    for piece in state.pieces if dry_run else ():
-        mark = "done" if piece.key in state.done else "failed" if piece.key in state.failed else "to do"
-        print(f"{mark:<8}{title_of(piece.key)}")
+    if dry_run:
+        marks = dict.fromkeys(state.failed, "failed") | dict.fromkeys(state.done, "done")
+        for piece in state.pieces:
+            print(f"{marks.get(piece.key, 'to do'):<8}{title_of(piece.key)}")
     for stage in get_args(Stage):
         if mine := [piece.key for piece in state.pieces if piece.key[0] == stage]:
             failures = [state.failed[key] for key in mine if key in state.failed]
             print(f"{stage:<12}{sum(key in state.done for key in mine)} of {len(mine)} done{_failed_text(failures)}")
-    time, (_, unknown) = _time_text(state, 1), state.seconds_left()
-    print(f"{counted(len(state.left), 'piece')} left{time}{' on one process' * bool(time)}")
+    _, unknown = state.seconds_left()
+    time = _time_text(state, 1)
+    if time:
+        time += " on one process"
+    print(f"{counted(len(state.left), 'piece')} left{time}")
     if unknown:
         like = "nothing like them is done yet; `fit --dry-run` with the settings of a kind measures one training"
         print(f"the time of {unknown} of them is not known, because {like}")
@@ -165,9 +177,10 @@ def _print_state(state: State, dry_run: bool) -> None:
 
 
 def _failed_text(failures: Collection[Failure]) -> str:
-    waiting = sum(one.needed is not None for one in failures)
+    waiting = sum(failure.needed is not None for failure in failures)
     failed = len(failures) - waiting
-    return f", {failed} failed" * bool(failed) + f", {waiting} need a failed one" * bool(waiting)
+    text = f", {failed} failed" if failed else ""
+    return f"{text}, {waiting} need a failed one" if waiting else text
 
 
 def _print_failures(state: State) -> None:
@@ -179,7 +192,7 @@ def _print_failures(state: State) -> None:
             by_reason.setdefault(failure.sentence, []).append(title_of(key))
     for reason, titles in by_reason.items():
         more = f" and {len(titles) - NAMED} more" if len(titles) > NAMED else ""
-        print(f"failed: {', '.join(titles[:NAMED])}{more}: {reason}")
+        print(f"failed: {', '.join(titles[:NAMED])}{more}: {as_options(reason)}")
     if left_out := sum(failure.needed is not None for failure in state.failed.values()):
         print(f"left out because of that: {counted(left_out, 'piece')}")
 

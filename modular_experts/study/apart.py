@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from modular_experts.deltas import Delta
 from modular_experts.library import StoredExpert, open_expert
@@ -19,11 +19,26 @@ from modular_experts.merging.merged import Merged, write_merged
 from modular_experts.merging.objective import Objective
 from modular_experts.merging.shrink import check_form, smallest, write_form
 from modular_experts.methods import MergeMethod
+from modular_experts.reports.results import Facts
 from modular_experts.study.plan import Group, Study, slug
-from modular_experts.study.work import ChoiceRows, loaded, made, measured, shared_rows
+from modular_experts.study.work import ChoiceRows, Put, loaded, made, measured, shared_rows
 
 AUTO = "auto"
 ROWS = 64
+
+
+class CombinedGroup(NamedTuple):
+    """Experts that a way made of a group, while they are in the library.
+
+    Attributes:
+        experts: The experts to add up in the base.
+        settings: The settings that were chosen.
+        put: Puts the experts in place, if they are not added up.
+    """
+
+    experts: Sequence[Mapping[str, Delta]]
+    settings: Facts
+    put: Put | None = None
 
 
 @dataclass(frozen=True)
@@ -46,29 +61,32 @@ class Apart:
     kept_as: ClassVar[str] = "merge"
 
     @classmethod
-    def of_form(cls, given: Mapping[str, Any], before: Mapping[str, Any]) -> "Apart":
-        form, choice = given["shrink"], {key: given[key] for key in ("bound", "rows") if key in given}
+    def of_form(cls, entry: Facts, before: Facts) -> "Apart":
+        form = entry["shrink"]
+        choice = {key: entry[key] for key in ("bound", "rows") if key in entry}
         if form == AUTO:
-            found = cls("", **choice)
-            return cls(given.get("name", f"smallest within {found.bound:g}"), **choice)
+            return cls(entry.get("name", f"smallest within {entry.get('bound', cls.bound):g}"), **choice)
         if choice:
             raise ValueError(f"{', '.join(choice)} is for {{shrink: {AUTO}}}, which chooses a form; {form} is one form")
-        form = {"encoding": form} if isinstance(form, str) else form
-        return cls(given.get("name", str(made("--merges", Form, form))), form)
+        if isinstance(form, str):
+            form = {"encoding": form}
+        return cls(entry.get("name", str(made("--merges", Form, form))), form)
 
     @classmethod
-    def of_method(cls, given: Mapping[str, Any]) -> "Apart":
-        method = made("--merges", MergeMethod, given["method"])
-        if choice := [key for key in ("tune", "rows") if key in given]:
+    def of_method(cls, entry: Facts) -> "Apart":
+        method = made("--merges", MergeMethod, entry["method"])
+        if choice := [key for key in ("tune", "rows") if key in entry]:
             raise ValueError(f"{choice[0]} is not for an expert of each task (per_task: true); leave one of them out")
         if not method.has_tasks:
             raise ValueError(f"{type(method).__name__} gives tasks no experts of their own; leave per_task out")
-        return cls(given.get("name", f"{type(method).__name__} by task"), method=given["method"])
+        return cls(entry.get("name", f"{type(method).__name__} by task"), method=entry["method"])
 
     @property
     def statistics(self) -> set[str]:
         """The kinds of statistics of the experts' data that it needs."""
-        needed = made("--merges", MergeMethod, self.method).needs.statistics if self.method else None
+        if not self.method:
+            return set()
+        needed = made("--merges", MergeMethod, self.method).needs.statistics
         return {needed} if needed else set()
 
     def shared(self, study: Study, kind: str, seed: int) -> str:
@@ -85,10 +103,11 @@ class Apart:
         return [out / "library" / name for name in self.names(study, group.kind, group.own, group.seed)]
 
     @contextmanager
-    def combined(self, study: Study, out: Path, group: Group, chosen: Any) -> Iterator[Any]:
+    def combined(self, study: Study, out: Path, group: Group, chosen: Facts | None) -> Iterator[CombinedGroup]:
         """Yield the small expert of each task of a group, and in its settings the form of each."""
-        experts, places = group.experts(study, out), self.places(study, out, group)
-        forms = {}
+        experts = group.experts(study, out)
+        places = self.places(study, out, group)
+        forms: dict[str, str] = {}
         if self.method:
             merged = Merged(experts, made("--merges", MergeMethod, self.method))
             write_merged(merged, out / "library" / self.shared(study, group.kind, group.seed), True)
@@ -97,28 +116,31 @@ class Apart:
             data = shared_rows(study, ChoiceRows, study.held_in, rows).only(group.own)
             objective = Objective(loaded(study.base, study.dtype)[0], data)
             for expert, place in zip(experts, places, strict=True):
-                found = smallest(expert, objective, place, bound=self.bound, overwrite=True).chosen
-                forms[expert.name] = str(found.form if found else Form())
-                if not found:
+                measured_form = smallest(expert, objective, place, bound=self.bound, overwrite=True).chosen
+                forms[expert.name] = str(measured_form.form if measured_form else Form())
+                if not measured_form:
                     write_form(expert, dict(expert.items()), Form(), place, True)
         else:
             form = made("--merges", Form, self.form)
             check_form(form, experts)
             for expert, place in zip(experts, places, strict=True):
                 write_form(expert, {name: form.cut(expert[name]) for name in expert}, form, place, True)
-        yield [open_expert(place) for place in places], {"forms": forms} if forms else {}, None
+        yield CombinedGroup([open_expert(place) for place in places], {"forms": forms} if forms else {})
 
 
 def measured_apart(study: Study, experts: Sequence[Mapping[str, Delta]], tasks: Sequence[str]) -> dict[str, Any]:
     """Test each expert on its own task, as `measured` tests experts on tasks."""
-    parts = [measured(study, [expert], [task]) for expert, task in zip(experts, tasks, strict=True)]
-
-    def joined(name: str) -> dict[str, Any]:
-        return {task: one for part in parts for task, one in part[name].items()}
-
-    scores = {"tasks": {task: one for part in parts for task, one in part["scores"]["tasks"].items()}}
-    seconds = sum(part["switch_seconds"] for part in parts)
-    return {"scores": scores, "values": joined("values"), "answers": joined("answers"), "switch_seconds": seconds}
+    scores: dict[str, Facts] = {}
+    values: dict[str, Facts] = {}
+    answers: dict[str, Sequence[Facts]] = {}
+    seconds = 0.0
+    for expert, task in zip(experts, tasks, strict=True):
+        result = measured(study, [expert], [task])
+        scores |= result["scores"]["tasks"]
+        values |= result["values"]
+        answers |= result["answers"]
+        seconds += result["switch_seconds"]
+    return {"scores": {"tasks": scores}, "values": values, "answers": answers, "switch_seconds": seconds}
 
 
 def bytes_in_use(experts: Sequence[StoredExpert], by_mask: bool = False) -> int:
@@ -128,18 +150,21 @@ def bytes_in_use(experts: Sequence[StoredExpert], by_mask: bool = False) -> int:
     counts as a mask of the entries that it keeps, beside a merge of which it keeps them.
     """
     total = 0
-    for one in experts:
-        stored, places, kept, forms = one.stored_bytes(), one.stored_bytes(places=True), one.kept_entries(), one.forms()
-        for name, shape in one.shapes().items():
+    for expert in experts:
+        stored = expert.stored_bytes()
+        places = expert.stored_bytes(places=True)
+        kept = expert.kept_entries()
+        forms = expert.forms()
+        for name, shape in expert.shapes().items():
             entries = shape.numel()
             if by_mask:
                 # In tiles, each entry needs a bit beside the places of the tiles.
                 bits = {"Sparse": 0, "BlockSparse": kept[name]}.get(forms[name], entries)
                 total += min(places[name] + math.ceil(bits / 8), math.ceil(entries / 8))
-            elif one.is_merge and "encoding" not in one.record:
+            elif expert.is_merge and "encoding" not in expert.record:
                 total += min((stored[name] + places[name]) // 2, 2 * entries)
             else:
                 total += stored[name]
-        if one.is_routed:
-            total += one.size_on_disk + bytes_in_use(open_parents(one))
+        if expert.is_routed:
+            total += expert.size_on_disk + bytes_in_use(open_parents(expert))
     return total

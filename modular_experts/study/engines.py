@@ -39,8 +39,8 @@ def engine(name: str = "local", **settings: Any) -> Executor:
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:
-        known = [one for one in inspect.signature(kind).parameters if one != "options"]
-        wrong = next((one for one in settings if one not in known), "")
+        known = [name for name in inspect.signature(kind).parameters if name != "options"]
+        wrong = next((setting for setting in settings if setting not in known), "")
         raise ValueError(
             f"the engine {name}: {error}; it takes {', '.join(known) or 'nothing'}" + did_you_mean(wrong, known)
         ) from None
@@ -66,8 +66,8 @@ class Where(Options):
 
     def __post_init__(self) -> None:
         if self.processes is not None and (self.engine != "local" or self.engine_settings):
-            other = f"--engine is {self.engine}" if self.engine != "local" else "--engine_settings are given too"
-            raise ValueError(f"--processes is for this machine alone, and {other}; leave one of them out")
+            other = "`engine_settings=`" if self.engine == "local" else f"`engine={self.engine}`"
+            raise ValueError(f"`processes=` is for this machine as it comes, beside {other}; leave one of them out")
 
     def made(self) -> Executor | None:
         """Return the engine, or None for the processes of this machine as they come."""

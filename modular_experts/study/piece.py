@@ -22,7 +22,7 @@ class Piece:
 
     key: Key
     function: Callable[..., Any]
-    arguments: tuple[Any, ...] = ()
+    arguments: tuple[object, ...] = ()
     needs: tuple[Key, ...] = ()
     given: tuple[Key, ...] = ()
 

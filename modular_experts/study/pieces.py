@@ -7,16 +7,17 @@ depend on it, and to no others.
 
 import itertools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from modular_experts.base import Base
 from modular_experts.library import open_expert
 from modular_experts.library.result_key import result_key, texts_in
 from modular_experts.merging.statistics import KINDS
 from modular_experts.reports.json_lines import Key, key_text
+from modular_experts.reports.results import Facts
 from modular_experts.study.merges import Way, choose, combine_and_test
 from modular_experts.study.piece import Piece
 from modular_experts.study.plan import BASE, Study, groups
@@ -32,7 +33,8 @@ def pieces_of(study: Study, out: Path, only: Collection[str] = ()) -> list[Piece
 
     `only` are the stages to return, with all that they need; by default every stage.
     """
-    kept, needed = list[Piece](), set[Key]()
+    kept: list[Piece] = []
+    needed: set[Key] = set()
     for piece in reversed(_Plan(study, out).pieces):
         if not only or piece.key[0] in only or piece.key in needed:
             kept.append(piece)
@@ -46,14 +48,17 @@ class _Plan:
         self.pieces: list[Piece] = []
         self.rows = [study.data, study.max_new_tokens, study.dtype, study.metrics]
         of_seeds = {seed: study.at(seed) for seed in study.seeds}
-        same = all((one.base, one.tasks) == (study.base, study.tasks) for one in of_seeds.values())
+        same = all((other.base, other.tasks) == (study.base, study.tasks) for other in of_seeds.values())
         for number, (seed, self.study) in enumerate(of_seeds.items()):
             self.base = Base.open(self.study.base).identity
-            if number == 0 or not same:
-                self._test(BASE, (), [*study.tasks], (BASE,) if same else (BASE, seed), [], seed=None if same else seed)
+            if not same:
+                self._test(BASE, (), [*study.tasks], (BASE, seed), [], seed=seed)
+            elif number == 0:
+                self._test(BASE, (), [*study.tasks], (BASE,), [], seed=None)
             for kind, configs in self.study.joint.items():
                 # The longest pieces go first, so that no process does one while the others have nothing left to do.
-                name, own = study.joint_name(kind, seed), [*study.held_in]
+                name = study.joint_name(kind, seed)
+                own = [*study.held_in]
                 trained = self._train(configs, own, name, (kind, "all"), seed)
                 self._test(kind, (name,), [*study.tasks], (kind, seed), [trained], seed=seed, own=own)
             for kind in study.experts:
@@ -66,12 +71,13 @@ class _Plan:
             name = study.name(kind, task, seed)
             trained[task] = self._train(study.experts[kind], [task], name, (kind, task), seed)
             tested = [*study.tasks] if study.matrix else [task]
-            about = {"kind": kind, "seed": seed, "own": [task]}
-            self._test(name, (name,), tested, (kind, task, seed), [trained[task]], **about)
+            self._test(name, (name,), tested, (kind, task, seed), [trained[task]], kind=kind, seed=seed, own=[task])
         statistics: dict[str, Key] = {}
         for of in sorted(set[str]().union(*(way.statistics for way in study.merges[kind]))):
             # Inputs do not depend on `eval_limit`.
-            read = {k: value for k, value in study.data.items() if k != "eval_limit" or not KINDS[of].of_inputs}
+            read = dict(study.data)
+            if KINDS[of].of_inputs:
+                read.pop("eval_limit", None)
             statistics[of] = self._add(("statistics", kind, of, seed), take, (kind, of, seed), [read], trained.values())
         for name, path in study.measures.items():
             measured = (kind, name, seed)
@@ -90,7 +96,7 @@ class _Plan:
             several = groups(study, kind, count, seed)
             if way.tune is not None:
                 members = [group.own for group in several]
-                tasks = [task for own in members for task in own]
+                tasks = list(itertools.chain(*members))
                 chosen[way.name, count] = self._add(
                     ("settings", kind, way.name, count, seed),
                     choose,
@@ -99,11 +105,13 @@ class _Plan:
                     needed(way, tasks),
                 )
             for group in several:
-                needs, made = needed(way, group.own), way.name
-                if way.fallback:
+                needs = needed(way, group.own)
+                made = way.name
+                if way.fallback and group.is_whole:
+                    needs.append(whole[way.fallback.name])
+                elif way.fallback:
                     # The merge of all experts is in the library; a merge of a few is made anew beside the route.
-                    needs += [whole[way.fallback.name]] * group.is_whole
-                    made = made if group.is_whole else way.fallback.name
+                    made = way.fallback.name
                 if way.of:
                     needs.append(whole[way.of.name])
                 given = [chosen[made, count]] if (made, count) in chosen else []
@@ -112,7 +120,7 @@ class _Plan:
                 whole[way.name] = self._add(key, combine_and_test, (way, group), settings, [*needs, *given], given)
 
     def _train(
-        self, configs: list[dict[str, Any]], tasks: Sequence[str], name: str, words: tuple[str, str], seed: int
+        self, configs: Sequence[Facts], tasks: Sequence[str], name: str, words: tuple[str, str], seed: int
     ) -> Key:
         if place := stored_in(configs):
             expert = open_expert(Path(place, *tasks), self.study.base)
@@ -130,7 +138,13 @@ class _Plan:
         return self._add(("experts", *words, seed), train, (configs, tasks, name, seed), settings, [])
 
     def _test(
-        self, title: str, experts: Sequence[str], tasks: Sequence[str], words: tuple, needs: Sequence[Key], **about: Any
+        self,
+        title: str,
+        experts: Sequence[str],
+        tasks: Sequence[str],
+        words: Key,
+        needs: Sequence[Key],
+        **about: object,
     ) -> None:
         settings = [self.study.settings_of(tasks), self.rows]
         self._add(("tests", *words), test, (title, experts, tasks, about), settings, needs)
@@ -138,9 +152,9 @@ class _Plan:
     def _add(
         self,
         key: Key,
-        function: Any,
-        arguments: tuple,
-        settings: list[Any],
+        function: Callable[..., Facts],
+        arguments: tuple[object, ...],
+        settings: Sequence[object],
         needs: Iterable[Key],
         given: Sequence[Key] = (),
     ) -> Key:

@@ -74,13 +74,13 @@ class Study:
     def at(self, seed: int) -> "Study":
         """Return the study of a seed, which stands in the place of `{seed}`."""
         parts = {name: getattr(self, name) for name in ("base", "held_in", "held_out", "experts", "joint")}
-        found = {name: for_seed(part, seed) for name, part in parts.items()}
-        return replace(self, **found) if found != parts else self
+        filled = {name: for_seed(part, seed) for name, part in parts.items()}
+        return self if filled == parts else replace(self, **filled)
 
     def settings_of(self, tasks: Iterable[str]) -> list[Settings]:
         """Return the settings of tasks, which name their files: all that a result on these tasks depends on."""
-        every = self.tasks
-        return [every[task] for task in tasks]
+        by_name = self.tasks
+        return [by_name[task] for task in tasks]
 
     def name(self, kind: str, task: str, seed: int) -> str:
         """Return the name of an expert in the library."""
@@ -125,8 +125,10 @@ def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
     All kinds and methods share them. More draws add groups, and leave those before them as they are.
     """
     names = list(study.held_in)
-    if wanted := study.draws.get(count):
-        drawn, draw = dict[tuple[int, ...], None](), random.Random(f"draws/{count}/{seed}")
+    wanted = study.draws.get(count)
+    if wanted:
+        drawn: dict[tuple[int, ...], None] = {}
+        draw = random.Random(f"draws/{count}/{seed}")
         while len(drawn) < wanted:
             drawn[tuple(sorted(draw.sample(range(len(names)), count)))] = None
         members = [[names[place] for place in places] for places in drawn]
@@ -134,9 +136,11 @@ def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
         random.Random(f"groups/{seed}").shuffle(names)
         members = [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
     is_whole = count == len(names)
-    # Held-out tasks judge what all experts together have become.
-    held_out = [*study.held_out] if study.matrix or is_whole else []
-    return [
-        Group(kind, seed, number, own, [*(study.held_in if study.matrix else own), *held_out], is_whole)
-        for number, own in enumerate(members)
-    ]
+    found = []
+    for number, own in enumerate(members):
+        tested = list(study.held_in) if study.matrix else list(own)
+        # Held-out tasks judge what all experts together have become.
+        if study.matrix or is_whole:
+            tested += study.held_out
+        found.append(Group(kind, seed, number, own, tested, is_whole))
+    return found

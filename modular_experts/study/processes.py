@@ -40,21 +40,22 @@ class LocalProcesses(Executor):
     def __init__(
         self, processes: int | None = None, bytes_each: int = 0, devices: Sequence[str | int] | None = None
     ) -> None:
-        self.devices = cuda_devices() if devices is None else [str(one) for one in devices]
+        self.devices = cuda_devices() if devices is None else list(map(str, devices))
         most = len(self.devices) or min(cores(), MOST_PROCESSES)
         self.processes = processes or max(1, min(most, free_memory() // (PROCESS_BYTES + bytes_each)))
         self._pool: ProcessPoolExecutor | None = None
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, fn: Callable[..., Any], /, *args: object, **kwargs: object) -> Future:
         """Start a call in a process; see `concurrent.futures.Executor`."""
         if self._pool is None:
             # Spawned, because a fork would copy torch's threads half-way.
             context = multiprocessing.get_context("spawn")
-            devices = context.SimpleQueue()
-            for number in range(self.processes if self.devices else 0):
-                devices.put(self.devices[number % len(self.devices)])
-            given = (devices,) if self.devices else ()
-            self._pool = ProcessPoolExecutor(self.processes, context, start_process, given)
+            devices = None
+            if self.devices:
+                devices = context.SimpleQueue()
+                for number in range(self.processes):
+                    devices.put(self.devices[number % len(self.devices)])
+            self._pool = ProcessPoolExecutor(self.processes, context, start_process, (devices,))
         try:
             return self._pool.submit(fn, *args, **kwargs)
         except BrokenProcessPool:
@@ -67,7 +68,7 @@ class LocalProcesses(Executor):
             self._pool.shutdown(wait, cancel_futures=cancel_futures)
             self._pool = None
 
-    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         processes = list(self._pool._processes.values()) if self._pool and kind is not None else []
         self.shutdown(wait=kind is None, cancel_futures=kind is not None)
         for process in processes:
@@ -79,7 +80,9 @@ def cuda_devices() -> list[str]:
     # torch takes seconds to import, and a program that hands out work for devices has it.
     count = sys.modules["torch"].cuda.device_count() if "torch" in sys.modules else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return ([str(number) for number in range(count)] if named is None else named.split(","))[:count]
+    if named is None:
+        return [str(number) for number in range(count)]
+    return named.split(",")[:count]
 
 
 def use_one_thread() -> None:

@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
@@ -25,12 +24,13 @@ from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked, remove_leftovers
 from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, read_record
 from modular_experts.reports.json_lines import JSONLines, Key
+from modular_experts.reports.results import Facts
 from modular_experts.study.piece import Piece
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.plan import Study
 from modular_experts.study.processes import LocalProcesses, at_once
 from modular_experts.study.run_pieces import run
-from modular_experts.study.work import training_bytes, warn_of_copies
+from modular_experts.study.work import check_templates, training_bytes, warn_of_copies
 
 PIECES = "pieces.jsonl"
 
@@ -54,20 +54,21 @@ class Lines(JSONLines):
         super().__init__(out / PIECES)
         self.library = out / "library"
 
-    def __contains__(self, key: Any) -> bool:
-        found = self.get(key)
-        if found is None or "failed" in found:
+    def __contains__(self, key: object) -> bool:
+        result: Facts | None = self.get(key)  # type: ignore[call-overload]
+        if result is None or "failed" in result:
             return False
-        files = [self.library / one for one in found.get("files", ())]
-        made_of = found.get("made_of") or self._parents_of(found.get("expert"))
-        own = all(self._hash_of(name) in (None, wanted) for name, wanted in made_of.items())
-        return own and self._is_there(found.get("expert")) and all(file.exists() for file in files)
+        expert = result.get("expert")
+        made_of: Mapping[str, str] = result.get("made_of") or self._parents_of(expert)
+        if any(self._hash_of(name) not in (None, content_hash) for name, content_hash in made_of.items()):
+            return False
+        return self._is_there(expert) and all((self.library / file).exists() for file in result.get("files", ()))
 
     def failure(self, key: Key) -> str | None:
         """Return why a piece failed, if it has no result since."""
         return (self.get(key) or {}).get("failed")
 
-    def _is_there(self, expert: Mapping[str, Any] | None) -> bool:
+    def _is_there(self, expert: Facts | None) -> bool:
         """Return whether the library has the expert of a result, and not one of other settings under its name."""
         if expert is None:
             return True
@@ -76,16 +77,17 @@ class Lines(JSONLines):
         except (OSError, ValueError):
             return False
 
-    def _parents_of(self, expert: Mapping[str, Any] | None) -> dict[str, str]:
+    def _parents_of(self, expert: Facts | None) -> dict[str, str]:
         """Return what an expert was made of, which the lines of an older version do not tell."""
         if expert is None:
             return {}
         try:
-            record: Any = read_record(self.library / expert["name"] / RECORD_FILE)
+            record: Facts = read_record(self.library / expert["name"] / RECORD_FILE)
         except (OSError, ValueError):
             return {}
-        parents = record["parents"] if record["kind"] in (MERGE, ROUTED) else []
-        return {one["name"]: one["content_hash"] for one in parents}
+        if record["kind"] not in (MERGE, ROUTED):
+            return {}
+        return {parent["name"]: parent["content_hash"] for parent in record["parents"]}
 
     def _hash_of(self, name: str) -> str | None:
         try:
@@ -99,7 +101,7 @@ class State:
     """The pieces of a study in order, the results of those that are done, and why others have none, by key."""
 
     pieces: list[Piece]
-    done: dict[Key, dict[str, Any]]
+    done: dict[Key, Facts]
     failed: dict[Key, Failure]
 
     @property
@@ -113,14 +115,17 @@ class State:
         A piece takes the mean of the finished pieces of its stage and kind, or else of its stage.
         """
         known: dict[Key, list[float]] = {}
-        for key, found in self.done.items():
+        for key, result in self.done.items():
             for sort in (key[:2], key[:1]):
-                known.setdefault(sort, []).append(found["seconds"])
-        seconds, unknown = 0.0, 0
+                known.setdefault(sort, []).append(result["seconds"])
+        seconds = 0.0
+        unknown = 0
         for sort, count in Counter(piece.key[:2] for piece in self.left).items():
             alike = known.get(sort) or known.get(sort[:1])
-            seconds += count * fmean(alike) if alike else 0.0
-            unknown += 0 if alike else count
+            if alike:
+                seconds += count * fmean(alike)
+            else:
+                unknown += count
         return seconds, unknown
 
 
@@ -130,11 +135,14 @@ def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> Stat
     With `retry`, what failed is left to do.
     """
     state = State(list(pieces), {piece.key: lines[piece.key] for piece in pieces if piece.key in lines}, {})
-    for piece in () if retry else pieces:
+    if retry:
+        return state
+    for piece in pieces:
         needed = next((key for key in piece.needs if key in state.failed), None)
         # What is done anew may be what the piece lacked.
         is_left = needed is None and any(key not in state.done for key in piece.needs)
-        if (sentence := lines.failure(piece.key)) is not None and not is_left:
+        sentence = lines.failure(piece.key)
+        if sentence is not None and not is_left:
             state.failed[piece.key] = Failure(sentence)
         elif needed is not None and piece.key not in state.done:
             failure = state.failed[needed]
@@ -171,6 +179,7 @@ def run_study(
         BlockingIOError: Another process runs a study in `out`; nothing was done.
         FileExistsError: `out` holds other things than a study.
         OSError: A result could not be stored, such as on a full disk; the results before it are kept.
+        ValueError: A task needs a chat template that the base lacks; nothing was done.
     """
     out = Path(out).expanduser().absolute()
     pieces = pieces_of(study, out, only)
@@ -181,10 +190,13 @@ def run_study(
         lines = Lines(out)
         lines.file.touch()
         state = state_of(pieces, lines, retry)
+        if state.left:
+            check_templates(study)
         pool = executor or stack.enter_context(LocalProcesses(processes, 0 if processes else _bytes_each(study, out)))
         # A done piece needs nothing, not even one that failed since.
         todo = [replace(piece, needs=()) if piece.key in state.done else piece for piece in pieces]
-        todo, before = [piece for piece in todo if piece.key not in state.failed], {*state.done}
+        todo = [piece for piece in todo if piece.key not in state.failed]
+        before = {*state.done}
         if state.left:
             warn_of_copies(study.at(study.seeds[0]))
 
@@ -193,7 +205,7 @@ def run_study(
                 state.done[piece.key] = lines[piece.key]
             elif piece is not None:
                 sentence = lines.failure(piece.key)
-                state.failed[piece.key] = Failure(sentence or "", None if sentence else piece.needs[0])
+                state.failed[piece.key] = Failure(sentence) if sentence else Failure("", piece.needs[0])
             progress(state, at_once(pool))
 
         def failed(piece: Piece, error: BaseException) -> None:
@@ -210,27 +222,30 @@ def run_study(
 
 def claim(out: Path) -> None:
     """Make the directory of a study, unless it is there; FileExistsError if it holds other things."""
-    others = [one for one in out.iterdir() if is_name(one.name) and one.suffix != ".yaml"] if out.exists() else []
+    others = [file for file in out.glob("*") if is_name(file.name) and file.suffix != ".yaml"]
     if others and not (out / PIECES).exists():
-        raise FileExistsError(f"{out} holds other things than a study; give another --out to keep them")
+        raise FileExistsError(f"{out} holds other things than a study; give another `out=` to keep them")
     out.mkdir(parents=True, exist_ok=True)
 
 
 def _bytes_each(study: Study, out: Path) -> int:
     """Return what a process takes in memory: the base that it tests and the one that it trains, or a whole training."""
-    one = study.at(study.seeds[0])
-    layouts = read_layouts(Base.open(one.base).directory).values()
+    of_seed = study.at(study.seeds[0])
+    layouts = read_layouts(Base.open(of_seed.base).directory).values()
     entries = sum(math.prod(shape) for layout in layouts for _, shape in layout.values())
-    pair = 2 * getattr(torch, study.dtype).itemsize * entries
+    pair: int = 2 * getattr(torch, study.dtype).itemsize * entries
     # Weights, their gradients, two moments and activations take less than this.
     if cores() * 4 * pair < free_memory():
         return pair
-    return max([pair, *(training_bytes(one, out, configs) for configs in [*one.experts.values(), *one.joint.values()])])
+    kinds = [*of_seed.experts.values(), *of_seed.joint.values()]
+    return max(pair, *(training_bytes(of_seed, out, configs) for configs in kinds))
 
 
 def sentence_of(error: BaseException) -> str:
     """Return an error as the table shows it: in one line, with its type where that tells more than its words."""
     if isinstance(error, BrokenProcessPool):
-        return "its process was killed, perhaps for lack of memory; smaller batches or fewer --processes take less"
-    text, is_plain = " ".join(str(error).split()), isinstance(error, ValueError | OSError | BrokenExecutor)
-    return text if is_plain and text else f"{type(error).__name__}: {text}".rstrip(": ")
+        return "its process was killed, perhaps for lack of memory; smaller batches or fewer `processes=` take less"
+    text = " ".join(str(error).split())
+    if text and isinstance(error, ValueError | OSError | BrokenExecutor):
+        return text
+    return f"{type(error).__name__}: {text}".rstrip(": ")

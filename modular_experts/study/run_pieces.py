@@ -58,15 +58,16 @@ def run(
             # process is the one that failed. A `KilledError` concerns one piece, and needs no second run.
             while (left.ready and not suspects and len(running) < slots) or (suspects and not running):
                 piece = suspects.popleft() if suspects else pieces[heappop(left.ready)]
-                given = [store[key] for key in piece.given]
-                running[pool.submit(piece.function, *piece.arguments, *given)] = piece
+                results = [store[key] for key in piece.given]
+                running[pool.submit(piece.function, *piece.arguments, *results)] = piece
             alone = len(running) == 1
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                piece, error = running.pop(future), future.exception()
+                piece = running.pop(future)
+                error = future.exception()
                 if isinstance(error, BrokenExecutor) and not isinstance(error, KilledError) and not alone:
                     suspects.append(piece)
                     continue
-                dropped = []
+                finished = [piece]
                 if error is None:
                     outcome.results[piece.key] = store[piece.key] = future.result()
                     left.finish(piece.key)
@@ -74,10 +75,11 @@ def run(
                     outcome.failures[piece.key] = error
                     failed(piece, error)
                     dropped = left.drop(piece.key)
-                    outcome.skipped |= dict.fromkeys([one.key for one in dropped], piece.key)
-                for one in [piece, *dropped]:
+                    outcome.skipped |= {other.key: piece.key for other in dropped}
+                    finished += dropped
+                for other in finished:
                     done += 1
-                    progress(done, len(pieces), one)
+                    progress(done, len(pieces), other)
     return outcome
 
 
@@ -88,14 +90,17 @@ class _Left:
         for key, count in Counter(piece.key for piece in pieces).items():
             if count > 1:
                 raise ValueError(f"two pieces have the key {key_text(key)}; give each a key of its own")
-        self.pieces, self.place = pieces, {piece.key: number for number, piece in enumerate(pieces)}
+        self.pieces = pieces
+        self.place = {piece.key: number for number, piece in enumerate(pieces)}
         for piece in pieces:
             for key in piece.needs:
                 if key not in self.place:
                     raise ValueError(f"{piece} needs {key_text(key)}, which is not among the pieces; add it")
         done = {piece.key for piece in pieces if piece.key in store}
         self.needs = {piece.key: {*piece.needs} - done for piece in pieces if piece.key not in done}
-        self.sorter, self.ready, self.lost = TopologicalSorter(self.needs), list[int](), set[Key]()
+        self.sorter = TopologicalSorter(self.needs)
+        self.ready: list[int] = []
+        self.lost: set[Key] = set()
         try:
             self.order = [*TopologicalSorter(self.needs).static_order()]
         except CycleError as error:

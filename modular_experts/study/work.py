@@ -30,6 +30,7 @@ from modular_experts.library.described import trust
 from modular_experts.library.result_key import named_contents, result_key
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import take_statistics
+from modular_experts.reports.results import Facts
 from modular_experts.settings import SHORT_NAMES, folded
 from modular_experts.settings.read import make
 from modular_experts.study.plan import Measure, Study
@@ -44,16 +45,14 @@ LONG = 60.0
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
-def do(work: Callable[..., dict[str, Any]], study: Study, *given: Any) -> dict[str, Any]:
+def do(work: Callable[..., Facts], study: Study, *arguments: object) -> Facts:
     """Do a piece, and return its result with the seconds that it took."""
     started = time.perf_counter()
     trust(*study.trust)
-    return work(study, *given) | {"seconds": time.perf_counter() - started}
+    return {**work(study, *arguments), "seconds": time.perf_counter() - started}
 
 
-def train(
-    study: Study, out: Path, configs: Sequence[Mapping[str, Any]], tasks: Sequence[str], name: str, seed: int
-) -> dict[str, Any]:
+def train(study: Study, out: Path, configs: Sequence[Facts], tasks: Sequence[str], name: str, seed: int) -> Facts:
     """Train an expert on held-in tasks, as `modular-experts fit` does, and put it into the library."""
     started = time.perf_counter()
     target = out / "library" / name
@@ -69,13 +68,13 @@ def train(
     return about_expert(open_expert(target))
 
 
-def put(study: Study, out: Path, place: Path, name: str) -> dict[str, Any]:
+def put(study: Study, out: Path, place: Path, name: str) -> Facts:
     """Put an expert that is there into the library, instead of a training."""
     return about_expert(put_beside(open_expert(place), out / "library" / name, overwrite=True))
 
 
 def training_settings(
-    study: Study, place: Path, configs: Sequence[Mapping[str, Any]], tasks: Sequence[str], seed: int
+    study: Study, place: Path, configs: Sequence[Facts], tasks: Sequence[str], seed: int
 ) -> dict[str, Any]:
     """Return the settings of a training, where a later config beats those before it; its files go to `place`."""
     own = {
@@ -84,37 +83,38 @@ def training_settings(
         "data": study.data | {"tasks": [study.held_in[task] for task in tasks]},
         "trainer": {"default_root_dir": str(place)},
     }
-    every = [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *configs, own]
-    return folded([("the config", one) for one in every], short=SHORT_NAMES)
+    layers = [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *configs, own]
+    return folded([("the config", layer) for layer in layers], short=SHORT_NAMES)
 
 
-def training_bytes(study: Study, out: Path, configs: Sequence[Mapping[str, Any]]) -> int:
+def training_bytes(study: Study, out: Path, configs: Sequence[Facts]) -> int:
     """Return what a training takes in memory beside imported packages, as shapes predict it; 0 where they cannot."""
     if stored_in(configs):
         return 0
     task = next(iter(study.held_in))
     settings = training_settings(study, out / "runs", configs, [task], study.seeds[0])
     try:
-        found = estimate_fit(**read_run(settings).make() | {"fit_into": sys.maxsize})
-        return found.peak - found.bytes["Python and its libraries"]
+        estimate = estimate_fit(**read_run(settings).make() | {"fit_into": sys.maxsize})
+        return estimate.peak - estimate.bytes["Python and its libraries"]
     except ValueError:  # a base or an expert of which shapes do not tell it
         return 0
 
 
-def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, Any]:
+def take(study: Study, out: Path, kind: str, of: str, seed: int) -> Facts:
     """Take statistics of all experts of a kind on validation rows of their own tasks."""
     experts = [out / "library" / study.name(kind, task, seed) for task in study.held_in]
     data = ChoiceRows(tasks_of(study, study.held_in), **study.data)
     stored = take_statistics(experts, of, ValidationRows(data, 256, study.base), overwrite=True)  # type: ignore[arg-type]
-    files = [str(one.file.relative_to(out / "library")) for one in stored]
+    files = [str(statistics.file.relative_to(out / "library")) for statistics in stored]
     return {"files": files, "made_of": hashes(map(open_expert, experts))}
 
 
-def measure_experts(study: Study, out: Path, kind: str, name: str, seed: int) -> dict[str, Any]:
+def measure_experts(study: Study, out: Path, kind: str, name: str, seed: int) -> Facts:
     """Measure the experts of a kind by a function of the user's, which returns a number for each."""
     experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in study.held_in]
-    values = [float(one) for one in make("--measures", dict[str, Measure], {name: study.measures[name]})[name](experts)]
-    about = dict.fromkeys(("merge", "count", "group", "interval"))
+    function: Measure = make("--measures", dict[str, Measure], {name: study.measures[name]})[name]
+    values = map(float, function(experts))
+    about: dict[str, object] = dict.fromkeys(("merge", "count", "group", "interval"))
     about |= {"kind": kind, "seed": seed, "role": "held_in", "own": True, "metric": name}
     rows = [
         {"model": expert.name, "experts": [expert.name], "task": task, "value": value, **about}
@@ -123,13 +123,11 @@ def measure_experts(study: Study, out: Path, kind: str, name: str, seed: int) ->
     return {"rows": rows, "made_of": hashes(experts)}
 
 
-def test(
-    study: Study, out: Path, title: str, experts: Sequence[str], tasks: Sequence[str], about: Mapping[str, Any]
-) -> dict[str, Any]:
+def test(study: Study, out: Path, title: str, experts: Sequence[str], tasks: Sequence[str], about: Facts) -> Facts:
     """Test the base, or the base with experts of the library, on tasks."""
     opened = [open_expert(out / "library" / name) for name in experts]
-    found = measured(study, opened, tasks) | {"made_of": hashes(opened)}
-    return found | {"model": title, "experts": [*experts], "own": [], **about}
+    model = {"made_of": hashes(opened), "model": title, "experts": [*experts], "own": []}
+    return {**measured(study, opened, tasks), **model, **about}
 
 
 class ChoiceRows(TaskMixture):
@@ -146,11 +144,15 @@ class ChoiceRows(TaskMixture):
         super().setup(stage)
 
 
+Put = Callable[[PreTrainedModel], AbstractContextManager[object]]
+"""Puts experts in place otherwise than by adding them up, until the end of a `with` block."""
+
+
 def measured(
     study: Study,
     experts: Sequence[Mapping[str, Delta]],
     tasks: Sequence[str],
-    put: Callable[[PreTrainedModel], AbstractContextManager[Any]] | None = None,
+    put: Put | None = None,
 ) -> dict[str, Any]:
     """Test the base with experts, in place on the one model of this process; afterwards it is the base bit for bit.
 
@@ -164,11 +166,14 @@ def measured(
     with put(model) if put else attached(model, experts, check=False):
         switched = time.perf_counter() - began
         data.fit_context(context_length(model))
-        how = (study.max_new_tokens, text_metrics(study.metrics), EXAMPLES, True)
-        scores = measure(model, tokenizer, data.test_dataloader(), data.roles, *how)
+        metrics = text_metrics(study.metrics)
+        scores = measure(
+            model, tokenizer, data.test_dataloader(), data.roles, study.max_new_tokens, metrics, EXAMPLES, True
+        )
         began = time.perf_counter()
     switched += time.perf_counter() - began
-    answers, values = scores.pop("examples"), scores.pop("values")
+    answers = scores.pop("examples")
+    values = scores.pop("values")
     return {"scores": scores, "values": values, "answers": answers, "switch_seconds": switched}
 
 
@@ -185,7 +190,7 @@ def load(base: str, dtype: DType, identity: str) -> tuple[PreTrainedModel, PreTr
     return model.to(device()), opened.tokenizer()
 
 
-_MIXTURES: dict[Any, TaskMixture] = {}
+_MIXTURES: dict[tuple[type[TaskMixture], str], TaskMixture] = {}
 
 
 def shared_rows(study: Study, kind: type[TaskMixture], tasks: Iterable[str], limit: int | None) -> TaskMixture:
@@ -204,6 +209,31 @@ def warn_of_copies(study: Study) -> None:
         if study.tasks[name].get("path"):
             with suppress(ValueError):  # a piece that reads a bad row fails with the sentence on it
                 TaskMixture(tasks_of(study, [name]), **study.data).rows("test")
+
+
+def check_templates(study: Study) -> None:
+    """Raise ValueError if tasks need a chat template that the base's tokenizer lacks, so that nothing runs in vain."""
+    for of_seed in [study.at(seed) for seed in study.seeds]:
+        if Base.open(of_seed.base).tokenizer().chat_template is None:
+            _refuse_chats(of_seed)
+
+
+def _refuse_chats(study: Study) -> None:
+    advice = "take a base with one, such as its instruction-tuned sibling"
+    if study.data.get("chat_template"):
+        raise ValueError(f"data.chat_template is set, but the tokenizer of {study.base} has no chat template; {advice}")
+    for name, settings in study.tasks.items():
+        if not settings.get("path"):
+            continue
+        try:
+            rows, _ = tasks_of(study, [name])[0].read()
+        except ValueError:
+            continue  # a piece that reads the task fails with this sentence
+        if rows and rows[0].messages:
+            raise ValueError(
+                f"the rows of {name} are conversations, and the tokenizer of {study.base} has no chat template; "
+                f"{advice}, or rows of input and target"
+            )
 
 
 def tasks_of(study: Study, names: Iterable[str]) -> list[Task]:
@@ -225,6 +255,9 @@ def hashes(experts: Iterable[StoredExpert]) -> dict[str, str]:
     return {expert.name: expert.content_hash for expert in experts}
 
 
-def about_expert(expert: StoredExpert) -> dict[str, Any]:
-    found = {"name": expert.name, "content_hash": expert.content_hash, "bytes": expert.size_on_disk}
-    return {"expert": found | ({"kept": expert.kept_share} if expert.mergeable else {})}
+def about_expert(expert: StoredExpert) -> Facts:
+    """Return what the line of a piece holds of the expert that it put into the library."""
+    about = {"name": expert.name, "content_hash": expert.content_hash, "bytes": expert.size_on_disk}
+    if expert.mergeable:
+        about["kept"] = expert.kept_share
+    return {"expert": about}

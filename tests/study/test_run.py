@@ -175,7 +175,7 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name:
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    with pytest.raises(FileExistsError, match="holds other things than a study; give another --out to keep them"):
+    with pytest.raises(FileExistsError, match="holds other things than a study; give another `out=` to keep them"):
         run_quickstart(SMALL, tmp_path / "out", SIZES)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
     assert file.read_text() == text

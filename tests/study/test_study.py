@@ -116,6 +116,22 @@ def test_neither_a_training_nor_a_failed_one_stays_in_memory(settings) -> None:
     assert not any(one() for one in Watch.trained)
 
 
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+def test_a_task_of_conversations_on_a_base_without_a_template_is_refused_before_anything_runs(
+    settings, capsys, words
+) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write_rows(Path("talk.jsonl"), 8 * [{"messages": turns}])
+    settings["tasks"]["held_out"].append("talk.jsonl")
+    assert study(settings, *words) == 1
+    sentence = "the rows of talk are conversations, and the tokenizer of base has no chat template; take a base"
+    assert sentence in capsys.readouterr().err
+    assert not Path("runs/mine/library").exists()
+    settings["tasks"]["held_out"] = []
+    assert study(settings | {"data": {"chat_template": True}}, *words) == 1
+    assert "data.chat_template is set, but the tokenizer of base has no chat template" in capsys.readouterr().err
+
+
 def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda place: opened.append(place) or True)
