@@ -84,12 +84,25 @@ class EvaluatedModule(LightningModule):
         warn_of_cut_answers(self.model, sum(self._cut), len(self._cut), self.max_new_tokens)
 
     def on_validation_epoch_end(self) -> None:
-        self.on_test_epoch_end()
-        self.log_dict({f"val_loss/{name}": task["loss"] for name, task in self.results["tasks"].items()})
-        losses = [task["loss"] for task in self.results["tasks"].values()]
-        self.log("val_loss", sum(losses) / max(len(losses), 1), prog_bar=True)
+        self._conclude()
+        self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
+        self._conclude()
+        self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> None:
+        """Log every score: `test_loss/dates` of a task, `test_loss` the mean over held-in tasks, `test_loss_held_out`.
+
+        `trainer.validate` and `trainer.test` return these numbers, which are the same in all processes.
+        """
+        for task, scores in self.results["tasks"].items():
+            self.log_dict({f"{stage}_{name}/{task}": scores[name] for name in self.scores.divisors if name in scores})
+        for role, ending in (("held_in", ""), ("held_out", "_held_out")):
+            for name, mean in self.results[role].items():
+                self.log(f"{stage}_{name}{ending}", mean, prog_bar=stage == "val" and name == "loss")
+
+    def _conclude(self) -> None:
         self.results = self.scores.compute()
         for name, cut in self.scores.cut.items() if self.trainer.is_global_zero else ():
             rows = self.results["tasks"].get(name, {}).get("rows", 0)

@@ -28,6 +28,8 @@ class WriteResults(Callback):
         self.file = file
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning would print the same numbers once more.
+        trainer.validate_loop.verbose = trainer.test_loop.verbose = False
         if trainer.state.fn != "fit" and trainer.is_global_zero:
             Console(width=80).print(Results.of_scores(cast(dict[str, Any], pl_module.results)).table())
 

@@ -201,13 +201,14 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     module, trainer = prepare(folder, base, ranks, watch, export, saving)
     trainer.fit(module, runs.mixture(files, base, seed=0))
-    trainer.test(module, runs.mixture(files, base, eval_batch_size=4), verbose=False)
+    (metrics,) = trainer.test(module, runs.mixture(files, base, eval_batch_size=4))
     trainer.predict(module, runs.mixture(files, base, eval_batch_size=4))
     found = {
         "supports": watch.supports,
         "losses": watch.losses,
         "values": values(module),
         "results": module.results,
+        "metrics": metrics,
         "reduced_bytes": watch.reduced_bytes,
         "synchronised_buffers": watch.synchronised_buffers,
     }

@@ -130,6 +130,8 @@ def test_each_row_counts_once_and_rank_0_writes(found) -> None:
             got = rank["results"]["tasks"][name]
             assert got.pop("role") == wanted["role"]
             assert got == pytest.approx({key: value for key, value in wanted.items() if key != "role"}, rel=1e-9)
+    assert one["metrics"]["test_loss"] == pytest.approx(one["results"]["held_in"]["loss"])
+    assert first["metrics"] == second["metrics"] == pytest.approx(one["metrics"])
     lines = [(folder / kind / "predictions.jsonl").read_text() for kind in KINDS]
     assert lines[0] == lines[1]
     assert json.loads((folder / "two" / "results.json").read_text())["tasks"]["upper"]["rows"] == 6
