@@ -33,6 +33,14 @@ def place_of(base: Any, revision: str | None) -> tuple[str, str | None]:
     return str(base), revision
 
 
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return the trainer that runs a module; None without one, as in `load_from_checkpoint`."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
 def opened_base(place: str, applied: Sequence[StoredExpert], revision: str | None, quantise: Quantise | None) -> Base:
     """Open a base, which a loaded model may not name."""
     if not place:

@@ -1,6 +1,5 @@
 """ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule."""
 
-import logging
 import math
 import time
 import warnings
@@ -64,9 +63,6 @@ else:
     # What the command line may be given.
     BaseModel = str
     Experts = LayerPlan | dict[str, Callable[[Tensor], Expert]]
-
-# Every trainer advertises two other products through this logger.
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda one: "Tip: " not in one.getMessage())
 
 
 class ExpertModule(EvaluatedModule):
@@ -204,19 +200,20 @@ class ExpertModule(EvaluatedModule):
             raise ValueError(f"{given} is given but not {missing}; {both}")
         if stage == "fit" and not self.has_experts:
             raise ValueError("fit has no experts to train: give --expert and --modules")
-        if self._trainer is not None:
-            loading.check_strategy(self._trainer)
-            if stage == "fit" and self.offload_activations and self._trainer.strategy.root_device.type == "cpu":
+        trainer = loading.trainer_of(self)
+        if trainer is not None:
+            loading.check_strategy(trainer)
+            if stage == "fit" and self.offload_activations and trainer.strategy.root_device.type == "cpu":
                 raise ValueError(
                     "offload_activations=True moves inputs of blocks from a GPU to the memory of the CPU, and this fit "
                     "computes on the CPU, where that does nothing; leave it out"
                 )
-        if self._trainer is not None and self.has_experts:
-            loading.check_precision(self._trainer)
+            if self.has_experts:
+                loading.check_precision(trainer)
         if self.shard_base:
-            loading.prepare_sharding(self._trainer)
+            loading.prepare_sharding(trainer)
         if stage == "fit":
-            source_of(self._trainer).learn_choices(self.preferences is not None)
+            source_of(trainer).learn_choices(self.preferences is not None)
 
     @property
     def has_experts(self) -> bool:
@@ -232,7 +229,7 @@ class ExpertModule(EvaluatedModule):
         """Load the base, add the applied experts, and inject; a second call only asks the data and the schedules."""
         if not hasattr(self, "model"):
             self._load()
-        trainer = self._trainer
+        trainer = loading.trainer_of(self)
         source_of(trainer).fit_context(context_length(self.model))
         if trainer is not None and trainer.state.fn == "fit" and self.has_experts:
             for schedule in callbacks_of(trainer, Schedule):
@@ -259,7 +256,7 @@ class ExpertModule(EvaluatedModule):
             loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
         self._start = start_of(model) if self.preferences else {}
-        loading.warn_of_slow_bfloat16(self._trainer, self.dtype_name)
+        loading.warn_of_slow_bfloat16(loading.trainer_of(self), self.dtype_name)
         if self.shard_base:
             shard(model, self.trainer.strategy.root_device)
         self.model, self._given = model, []
@@ -429,9 +426,9 @@ class ExpertModule(EvaluatedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise if the checkpoint was written with another base, other experts or settings, or others beneath."""
         self.configure_model()
-        if self._trainer is not None:
+        if (trainer := loading.trainer_of(self)) is not None:
             # Lightning does so after the checkpoint is loaded, which would round what was trained in float64.
-            self._trainer.precision_plugin.convert_module(self)
+            trainer.precision_plugin.convert_module(self)
         checkpoints.check_base(checkpoint, self.base, self.fingerprint, self.quantise)
         # Experts that no schedule resized have the sizes of their settings. Version 1 wrote no such key.
         self._resized |= checkpoint.get("resized", True)
