@@ -242,6 +242,10 @@ class DataSource:
     packing: bool | None = None
     """Whether training batches are packed; with None `choose_packing` may pack them."""
 
+    def take_tokenizer(self, base: str, revision: str | None = None) -> Any:
+        """Read rows with the tokenizer of a base, unless the data have their own; return what reads them, if known."""
+        return self.tokenizer
+
     @property
     def roles(self) -> Mapping[str, str]:
         """Each task's role, `held_in` or `held_out`, by name; scores and records name these tasks."""

@@ -58,8 +58,8 @@ class TaskMixture(LightningDataModule, DataSource):
         tasks: Paths of task files, or tasks with settings: {path: intents.jsonl, role: held_out}. Rows have `input`,
             `target` and optionally `split` (train, validation or test) and `choices`, or another form of `Task`,
             such as `messages`.
-        tokenizer: Model directory or hub id whose tokenizer is used, or a tokenizer; the command line takes the
-            model's own.
+        tokenizer: Model directory or hub id whose tokenizer is used, or a tokenizer; the one of the model that is
+            trained or tested if not given.
         batch_size: Rows of a training batch, all processes together. Results do not depend on how many share it.
         eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only, but for
             a search of merging coefficients, each step of which takes one batch of every task.

@@ -269,11 +269,16 @@ class ExpertModule(EvaluatedModule):
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one."""
+        """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one.
+
+        It is Lightning's first hook: the data, whose setup comes next, take the base's tokenizer here.
+        """
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         defaults = [MaskSchedule(), EvenValidation(), LogProgress(), WriteResults(), WritePredictions()]
         defaults += [loading.Reshard()] * self.shard_base
         added = [default for default in defaults if not any(isinstance(one, type(default)) for one in listed)]
+        if self.base:
+            self.tokenizer = source_of(self.trainer).take_tokenizer(self.base, self.revision) or self.tokenizer
         if self.trainer.state.fn == "fit":
             next(one for one in [*listed, *added] if isinstance(one, EvenValidation)).take_over(self.trainer)
         return added
