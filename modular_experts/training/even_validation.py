@@ -10,10 +10,6 @@ from lightning.pytorch.callbacks import Timer
 from modular_experts.data.batch import source_of
 from modular_experts.selection.schedule import TrainedModule, callbacks_of
 
-# If the trainer's interval is not 1.0, early stopping and checkpoints look after each validation. No user types this
-# one, so it marks a trainer that an earlier fit took over.
-_INTERVAL = 0.5 + 2**-20
-
 
 def share_done(trainer: Trainer, module: TrainedModule) -> float:
     """Return how much of a fit is done, from 0 to 1: of its steps, or of `trainer.max_time` if that ends it first."""
@@ -25,12 +21,12 @@ def share_done(trainer: Trainer, module: TrainedModule) -> float:
 
 
 class EvenValidation(Callback):
-    """Validates at even steps of the whole fit, at its end, and on the same rows once before its first step.
+    """Validates at even steps of the whole fit and at its end.
 
     `ExpertModule` adds it to every trainer, and it steps back if `trainer.val_check_interval` or
     `trainer.check_val_every_n_epoch` are not Lightning's defaults. `limit_val_batches` and `num_sanity_val_steps`
-    (of which Lightning's default of 2 becomes all rows) keep their meaning. Checkpoints without a time of their own
-    are written, and early stopping looks, after each validation.
+    keep their meaning: with -1, as `fit` sets it, the same rows are validated before the first step. Checkpoints
+    without a time of their own are written, and early stopping looks, after each validation.
 
     Args:
         times: How often to validate while training, the last time at its end; fewer if the validations together would
@@ -46,13 +42,14 @@ class EvenValidation(Callback):
 
     def take_over(self, trainer: Trainer) -> None:
         """Decide who validates; it must run before the callbacks' setup, where early stopping looks at the trainer."""
-        if self.times and trainer.num_sanity_val_steps == 2:
-            trainer.num_sanity_val_steps = math.inf
         interval: Any = trainer.val_check_interval
-        free = isinstance(interval, float) and interval in (1.0, _INTERVAL) and trainer.check_val_every_n_epoch == 1
-        self.active, self.validated_step, self._times, self._parts = bool(self.times and free), 0, 0, 0
+        free = isinstance(interval, float) and interval == 1.0 and trainer.check_val_every_n_epoch == 1
+        self.active, self.validated_step = bool(self.times and free), 0
+        self._times = self._parts = 0
         if self.active:
-            trainer.val_check_interval = _INTERVAL
+            # At any interval but 1.0, early stopping and checkpoints look after each validation. `_validate` decides
+            # when that is, and the trainer gets its 1.0 back at the end.
+            trainer.val_check_interval = 0.5
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.active or not sum(trainer.num_val_batches):
@@ -82,6 +79,13 @@ class EvenValidation(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated_step = trainer.global_step
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.active:
+            trainer.val_check_interval, self.active = 1.0, False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         return {"validated_step": self.validated_step}

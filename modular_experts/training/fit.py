@@ -347,6 +347,9 @@ def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Traine
     if given.get("val_check_interval") is not None:
         # Its value may be Lightning's default, which `EvenValidation` would replace.
         callbacks.insert(0, EvenValidation(times=0))
+    if verb == "fit" and given.get("num_sanity_val_steps") is None:
+        # All rows, so that the loss before training compares with those after it.
+        given["num_sanity_val_steps"] = -1
     if given.get("max_epochs") is None and given.get("max_steps", -1) == -1 and given.get("max_time") is None:
         # Lightning's default is a thousand.
         given["max_epochs"] = 3

@@ -96,7 +96,9 @@ class LogProgress(Callback):
         if trainer.state.fn != "fit" or found is None:
             return
         if trainer.sanity_checking:
-            self.first_loss = float(found)
+            # A loss on fewer rows would not compare with the later ones.
+            if trainer.num_sanity_val_batches == trainer.num_val_batches:
+                self.first_loss = float(found)
         else:
             self.last_loss, self._is_new = float(found), True
             self._log_line(trainer)

@@ -1,5 +1,6 @@
 """EvenValidation: the same validations whatever the epochs, one at the end, and a trainer's own settings before it."""
 
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from testbed import runs
 
 from modular_experts.experts import LoRAExpert
 from modular_experts.training.even_validation import EvenValidation
+from modular_experts.training.log_progress import LogProgress
 
 LORA = partial(LoRAExpert, rank=2)
 
@@ -65,7 +67,7 @@ def test_validations_fall_on_even_steps_and_on_the_last(case, one_block, task_fi
 
 
 def test_the_first_loss_is_that_of_the_base_on_the_same_rows(one_block, task_files, tmp_path) -> None:
-    seen = _fit(one_block, task_files, tmp_path, max_steps=3)
+    seen = _fit(one_block, task_files, tmp_path, max_steps=3, num_sanity_val_steps=-1)
     module = runs.module(one_block, None)
     runs.trainer(tmp_path).validate(module, runs.mixture(_one_task(task_files), one_block), verbose=False)
     assert seen.before == pytest.approx(module.results["held_in"]["loss"], rel=1e-6)
@@ -87,12 +89,29 @@ def test_a_fit_that_time_ends_is_validated_on_the_way_and_at_its_end(one_block, 
     assert seen.steps == sorted(set(seen.steps))
 
 
-def test_it_decides_for_each_trainer_anew_and_knows_its_own(tmp_path) -> None:
-    even, free, other = EvenValidation(), runs.trainer(tmp_path), runs.trainer(tmp_path, val_check_interval=0.5)
-    for trainer, active in ((free, True), (other, False), (free, True)):
-        even.take_over(trainer)
-        assert even.active is active
-    assert other.val_check_interval == 0.5
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_it_validates_evenly_again_and_leaves_the_trainer_as_it_was(
+    interrupted, one_block, task_files, tmp_path
+) -> None:
+    """Twelve rows are six steps; six rows for validation are three batches, of which Lightning checks two."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            if interrupted and trainer.global_step == 5:
+                raise RuntimeError("stop")
+
+    seen, progress, even = Validated(), LogProgress(), EvenValidation(times=3)
+    data = partial(runs.mixture, _one_task(task_files), one_block, batch_size=2, eval_batch_size=2)
+    trainer = runs.trainer(tmp_path, seen, progress, even, Stop())
+    with pytest.raises(RuntimeError, match="stop") if interrupted else nullcontext():
+        trainer.fit(runs.module(one_block, LORA), data())
+    assert seen.steps == ([3] if interrupted else [3, 6])
+    assert (trainer.val_check_interval, trainer.num_sanity_val_steps) == (1.0, 2)
+    assert seen.before is not None
+    assert progress.first_loss is None, "two of three batches tell nothing that compares"
+    trainer.fit_loop.epoch_loop.max_steps, interrupted = 12, False
+    trainer.fit(runs.module(one_block, LORA), data())
+    assert seen.steps[-2:] == [8, 12]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
