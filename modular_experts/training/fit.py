@@ -15,9 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed, nn
-from tqdm import tqdm
 
 from modular_experts.base import Base
 from modular_experts.base.device import trainer_device
@@ -35,6 +33,7 @@ from modular_experts.training.estimate import FitEstimate, estimate, logging_fro
 from modular_experts.training.even_validation import EvenValidation
 from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.fit_into import Settings, changes_to_fit, ways_to_fit
+from modular_experts.training.log_progress import lines_on_stderr
 from modular_experts.training.module import BaseModel, ExpertModule, Experts
 from modular_experts.training.predict import UnpredictableError, predict
 
@@ -364,26 +363,13 @@ def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Traine
 @contextmanager
 def quiet() -> Iterator[None]:
     """Log what this package reports to stderr, on the first rank only, and of Lightning only its warnings."""
-    ours, handler = logging.getLogger("modular_experts"), _StandardError()
     theirs = logging_from(logging.WARNING, "lightning.pytorch", "lightning.fabric")
-    with theirs, logging_from(logging.INFO, ours.name), warnings.catch_warnings():
+    with theirs, lines_on_stderr(), warnings.catch_warnings():
         # A user cannot mend the deprecated calls of Lightning.
         warnings.simplefilter("ignore", DeprecationWarning)
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
-        ours.addHandler(handler)
-        try:
-            yield
-        finally:
-            ours.removeHandler(handler)
-
-
-class _StandardError(logging.Handler):
-    """Prints each message to the present standard error, above a running bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            tqdm.write(self.format(record), file=sys.stderr)
+        yield
 
 
 class _SavedConfig(Callback):

@@ -1,9 +1,10 @@
 """LogProgress tells in a few lines of the log how a fit goes; Lightning's own bar draws each epoch on a terminal."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 from modular_experts.selection.schedule import TrainedModule, callbacks_of, seconds_between_steps
 from modular_experts.training.even_validation import share_done
@@ -32,6 +35,28 @@ def lines_shown(show: Show) -> Iterator[None]:
         yield
     finally:
         _SHOW.reset(token)
+
+
+class _StandardError(logging.Handler):
+    """Prints each message to the present standard error, above a running bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def lines_on_stderr() -> Iterator[None]:
+    """Print what this package logs, from level INFO on, to stderr, on the first rank only."""
+    logger, handler = logging.getLogger("modular_experts"), _StandardError()
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 class _Clock:
@@ -61,11 +86,17 @@ class LogProgress(Callback):
 
     A line comes at every tenth of the fit: the mean loss since the line before, a new validation loss, and the time
     left. `ExpertModule` adds this callback to every trainer; its lines are records of level INFO of the logger
-    `modular_experts`.
+    `modular_experts`. A program that gives no logger a handler sees them on stderr, beside the lines of Lightning.
     """
 
     def __init__(self) -> None:
+        self._shown = ExitStack()
         self._start_afresh()
+
+    def show_lines(self) -> None:
+        """Print the lines of this package to stderr until the trainer's method ends, unless logging is set up."""
+        if not log.hasHandlers():
+            self._shown.enter_context(lines_on_stderr())
 
     def _start_afresh(self) -> None:
         self.first_loss: float | None = None
@@ -170,14 +201,17 @@ class LogProgress(Callback):
             places.append(f"its settings are in {config}")
         log.info("%s", ", ".join(places))
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._shown.close()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
-            return
-        keeper: Any = trainer.checkpoint_callback
-        if path := keeper and (keeper.last_model_path or keeper.best_model_path):
-            log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
-        else:
-            log.info("interrupted before the first checkpoint, which the first validation writes")
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+            keeper: Any = trainer.checkpoint_callback
+            if path := keeper and (keeper.last_model_path or keeper.best_model_path):
+                log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
+            else:
+                log.info("interrupted before the first checkpoint, which the first validation writes")
+        self._shown.close()
 
     def state_dict(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("first_loss", "last_loss", "rows")}

@@ -279,8 +279,11 @@ class ExpertModule(EvaluatedModule):
         added = [default for default in defaults if not any(isinstance(one, type(default)) for one in listed)]
         if self.base:
             self.tokenizer = source_of(self.trainer).take_tokenizer(self.base, self.revision) or self.tokenizer
-        if self.trainer.state.fn == "fit":
-            next(one for one in [*listed, *added] if isinstance(one, EvenValidation)).take_over(self.trainer)
+        for callback in [*listed, *added]:
+            if isinstance(callback, LogProgress):
+                callback.show_lines()
+            elif isinstance(callback, EvenValidation) and self.trainer.state.fn == "fit":
+                callback.take_over(self.trainer)
         return added
 
     def make_optimizer(self) -> Optimizer:

@@ -1,0 +1,176 @@
+"""What a Lightning user tries unread: the stock LightningCLI, `load_from_checkpoint`, metrics of a trainer."""
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from testbed import runs
+from torch.utils.data import DataLoader
+
+from modular_experts import ExpertModule, TaskMixture
+from modular_experts.experts import LoRAExpert
+from modular_experts.injection import named_experts
+from modular_experts.library import open_expert
+from modular_experts.training.fit import fit
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what Lightning says about a trainer that a user makes
+
+EXPERT = ["--model.modules", "[q_proj]", "--model.expert", "LoRAExpert", "--model.expert.rank", "2"]
+SHORT = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.max_steps"]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Be in a new folder, in a program without words of its own, which LightningCLI would warn about."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+@pytest.fixture
+def stock(one_block: Path, task_files: dict[str, Path]) -> Callable[..., LightningCLI]:
+    """Lightning's command line on our two classes, for two steps if no others are given."""
+    given = ["--model.base", str(one_block), "--data.tasks", f"[{task_files['upper']}]", "--model.max_new_tokens", "2"]
+
+    def run(verb: str, *words: str, steps: int = 2, cli: type[LightningCLI] = LightningCLI, **how) -> LightningCLI:
+        return cli(ExpertModule, TaskMixture, args=[verb, *given, *SHORT, str(steps), *words], **how)
+
+    return run
+
+
+def _checkpoint(cli: LightningCLI) -> str:
+    keeper = cli.trainer.checkpoint_callback
+    assert isinstance(keeper, ModelCheckpoint)
+    return keeper.best_model_path
+
+
+def test_the_stock_command_line_trains_resumes_and_tests_and_lightning_opens_its_checkpoint(stock) -> None:
+    first = stock("fit", *EXPERT)
+    folder = Path(first.trainer.log_dir)
+    assert {"config.yaml", "metrics.csv", "checkpoints"} <= {file.name for file in folder.iterdir()}
+    checkpoint = _checkpoint(first)
+    resumed = stock("fit", *EXPERT, "--ckpt_path", checkpoint, steps=3)
+    assert resumed.trainer.global_step == 3
+    module = ExpertModule.load_from_checkpoint(checkpoint)
+    trained = dict(named_experts(first.model.model))
+    for name, expert in named_experts(module.model):
+        assert isinstance(expert, LoRAExpert)
+        assert torch.equal(expert.up, trained[name].up)
+    tested = stock("test", *EXPERT, "--ckpt_path", checkpoint)
+    assert tested.trainer.callback_metrics["test_loss"] == pytest.approx(tested.model.results["held_in"]["loss"])
+    again = stock("test", "--config", str(folder / "config.yaml"), "--ckpt_path", checkpoint)
+    assert again.model.results["tasks"] == tested.model.results["tasks"]
+
+
+def test_callbacks_and_experts_are_found_by_short_name_and_by_path(stock) -> None:
+    export = ["--trainer.callbacks", "ExportExpert", "--trainer.callbacks.library", "library"]
+    schedule = ["--trainer.callbacks+=modular_experts.selection.mask_schedule.MaskSchedule"]
+    sparse = ["--model.modules", "[q_proj]", "--model.expert", "modular_experts.experts.SparseExpert"]
+    stock("fit", *sparse, *export, "--trainer.callbacks.name", "mine", *schedule, steps=1)
+    assert open_expert("library/mine").record["kind"] == "SparseExpert"
+
+
+def test_subclasses_of_both_classes_may_be_named(one_block, task_files) -> None:
+    words = ["--model", "ExpertModule", "--model.base", str(one_block), *EXPERT]
+    words += ["--data", "TaskMixture", "--data.tasks", f"[{task_files['upper']}]", *SHORT, "1"]
+    cli = LightningCLI(
+        ExpertModule, TaskMixture, subclass_mode_model=True, subclass_mode_data=True, args=["fit", *words]
+    )
+    assert isinstance(ExpertModule.load_from_checkpoint(_checkpoint(cli)), ExpertModule)
+
+
+class Linked(LightningCLI):
+    """A command line that links arguments of data and model, and has `--optimizer`."""
+
+    def add_arguments_to_parser(self, parser) -> None:
+        parser.link_arguments("data.max_length", "model.max_new_tokens", compute_fn=lambda longest: longest // 8)
+        parser.add_optimizer_args(nested_key="optimizer", link_to="model.optimizer")
+
+
+def test_arguments_can_be_linked(one_block, task_files) -> None:
+    words = ["--model.base", str(one_block), *EXPERT, "--data.tasks", f"[{task_files['upper']}]", *SHORT, "1"]
+    words += ["--data.max_length", "80", "--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.5"]
+    cli = Linked(ExpertModule, TaskMixture, args=["fit", *words])
+    assert cli.model.max_new_tokens == 10
+    (optimizer,) = cli.trainer.optimizers
+    assert isinstance(optimizer, torch.optim.SGD)
+    module = ExpertModule.load_from_checkpoint(_checkpoint(cli))
+    assert module.max_new_tokens == 10
+
+
+def test_data_take_the_tokenizer_of_the_module_that_a_trainer_runs(
+    one_block, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    data = TaskMixture([str(task_files["upper"])])
+    runs.trainer(tmp_path, max_steps=1).fit(runs.module(one_block, partial(LoRAExpert, rank=2)), data)
+    assert data.tokenizer.name_or_path == str(one_block)
+    runs.trainer(tmp_path).test(runs.module(tiny_llama_dir, None), data)
+    assert data.tokenizer.name_or_path == str(tiny_llama_dir), "a borrowed one is given back"
+    own = TaskMixture([str(task_files["upper"])], tokenizer=str(one_block))
+    runs.trainer(tmp_path).test(runs.module(tiny_llama_dir, None), own)
+    assert own.tokenizer.name_or_path == str(one_block)
+
+
+def test_a_trainer_returns_the_metrics_of_its_table_and_prints_one_table(
+    one_block, task_files, tmp_path, capsys
+) -> None:
+    module, data = runs.module(one_block, None), runs.mixture(task_files, one_block)
+    (found,) = runs.trainer(tmp_path).test(module, data)
+    tasks = module.results["tasks"]
+    assert [scores["role"] for scores in tasks.values()] == ["held_in", "held_in", "held_out"]
+    wanted = {
+        f"test_{score}/{task}": tasks[task][score] for task in tasks for score in ("loss", "exact_match", "rougeL")
+    }
+    wanted |= {f"test_{score}": value for score, value in module.results["held_in"].items()}
+    wanted |= {f"test_{score}_held_out": value for score, value in module.results["held_out"].items()}
+    assert found == pytest.approx(wanted)
+    printed = capsys.readouterr().out
+    assert printed.count("held-in") == 3
+    assert "test_loss" not in printed
+    (found,) = runs.trainer(tmp_path).validate(module, data)
+    assert found["val_loss"] == pytest.approx((found["val_loss/upper"] + found["val_loss/reverse"]) / 2)
+    assert {"val_exact_match", "val_rougeL/upper"} <= found.keys()
+    assert "val_loss" not in capsys.readouterr().out
+
+
+class OwnData(LightningDataModule):
+    """A data module of the user's own, with one batch of token ids."""
+
+    def __init__(self, rows: int = 2) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def train_dataloader(self) -> DataLoader:
+        ids = torch.arange(3, 3 + 4 * self.rows).view(self.rows, 4)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "task": ["own"] * self.rows}
+        return DataLoader([batch], batch_size=None)
+
+
+def test_a_data_module_of_ones_own_trains_an_expert(one_block) -> None:
+    words = ["--model.base", str(one_block), *EXPERT, "--data", f"{__name__}.OwnData", "--data.rows", "3", *SHORT, "1"]
+    cli = LightningCLI(ExpertModule, args=["fit", *words, "--trainer.limit_val_batches", "0"])
+    assert isinstance(cli.datamodule, OwnData)
+    assert cli.trainer.global_step == 1
+
+
+def test_each_of_two_fits_in_one_process_shows_its_lines(one_block, task_files, tmp_path, monkeypatch, capsys) -> None:
+    """Also one by a trainer of the user's, unless the program says where log lines go."""
+    monkeypatch.setattr(logging.getLogger("modular_experts"), "propagate", False)  # pytest has set the root logger up
+    expert, files = partial(LoRAExpert, rank=2), {"upper": task_files["upper"]}
+    fit(str(one_block), str(task_files["upper"]), expert, ["q_proj"], tmp_path / "library/mine", steps=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("step 1/1: loss ")]
+    for _ in range(2):
+        runs.trainer(tmp_path, max_steps=1).fit(runs.module(one_block, expert), runs.mixture(files, one_block))
+        own = capsys.readouterr().err.splitlines()
+        assert len([line for line in own if line.startswith("step 1/1: loss ")]) == 1
+        assert "upper: 12 rows in an epoch" in own
+    with pytest.raises(ValueError, match="no experts to train"):
+        runs.trainer(tmp_path, max_steps=1).fit(runs.module(one_block, None), runs.mixture(files, one_block))
+    assert not logging.getLogger("modular_experts").handlers
