@@ -126,7 +126,8 @@ class Applied:
     """
 
     def __init__(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:
-        self._model, self._before = model, dict(before)
+        self._model = model
+        self._before = dict(before)
         # The model's own attribute, so that both are freed together and a copy of the model knows what it holds.
         model.__dict__.setdefault(_IN_PLACE, []).append(self)
 
@@ -183,13 +184,13 @@ def applied(
         check_loaded(model, opened)
     moved = {name for expert in opened for name in expert}
     check_fit(model, opened)
-    found = Applied(model, {name: weight_of(model, name).detach().clone() for name in sorted(moved)})
+    on_model = Applied(model, {name: weight_of(model, name).detach().clone() for name in sorted(moved)})
     try:
         apply_deltas(model, [{name: expert[name] * scale for name in expert} for expert in opened])
     except BaseException:
-        found.remove()
+        on_model.remove()
         raise
-    return found
+    return on_model
 
 
 def open_several(experts: AnyExpert | Sequence[AnyExpert], base: Any = None) -> list[Mapping[str, Delta]]:
@@ -215,8 +216,12 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
     base = None
     for place in dict.fromkeys([str(getattr(model, "name_or_path", "")), find_base(stored)]):
         with suppress(OSError, ValueError):
-            found = Base(place, fetch(place, recorded.get("revision"), local_only=True)) if place else None
-            base = found if base is None and found and found.fingerprint == recorded["fingerprint"] else base
+            recorded_base = Base(place, fetch(place, recorded.get("revision"), local_only=True)) if place else None
+            base = (
+                recorded_base
+                if base is None and recorded_base and recorded_base.fingerprint == recorded["fingerprint"]
+                else base
+            )
     if base is None:
         text = "the base of %s (%s) is not on this machine, so the model's weights were not compared with it"
         log.warning(text, stored[0].name, recorded.get("id"))
@@ -224,8 +229,8 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
     Base.open(base, stored)
     moved = dict.fromkeys(name for expert in stored for name in expert)
     known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for one in reversed(model.__dict__.get(_IN_PLACE, [])):
-        known |= one._before  # what the weights were before `applied` moved them
+    for earlier in reversed(model.__dict__.get(_IN_PLACE, [])):
+        known |= earlier._before  # what the weights were before `applied` moved them
     for name, step, rows in base.sample(name for name in moved if name in known):
         rounded = is_rounded(model.get_submodule(name.rpartition(".")[0]), rows, step)
         if rounded is None and rows.shape[1:] == known[name].shape[1:]:

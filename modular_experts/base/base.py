@@ -74,7 +74,10 @@ class Base:
     def __init__(
         self, place: str, directory: Path, revision: str | None = None, quantise: Quantise | None = None
     ) -> None:
-        self.place, self.directory, self.revision, self.quantise = place, directory, revision, quantise
+        self.place = place
+        self.directory = directory
+        self.revision = revision
+        self.quantise = quantise
 
     @classmethod
     def open(
@@ -113,10 +116,10 @@ class Base:
         base.adopt(experts)
         # An untied copy of a tied base that stores its head has the fingerprint of this.
         unsure = [
-            one
-            for one in experts
-            if (found := one.record["base"])["fingerprint"] != base.fingerprint
-            or ("untied" not in found and any(block_of(name) is None for name in one))
+            expert
+            for expert in experts
+            if (recorded := expert.record["base"])["fingerprint"] != base.fingerprint
+            or ("untied" not in recorded and any(block_of(name) is None for name in expert))
         ]
         check_base(unsure, base.fingerprint, base.place, base.untied_from if unsure else None)
         return base
@@ -142,9 +145,10 @@ class Base:
         Its embeddings, head and the head's bias may have further rows, which such experts leave as they are; all else
         must be the same, bit for bit.
         """
-        others = [one for one in experts if one.record["base"]["fingerprint"] != self.fingerprint]
+        others = [other for other in experts if other.record["base"]["fingerprint"] != self.fingerprint]
         for expert in others:
-            theirs, names = expert.record["base"], self.structure.vocabulary
+            theirs = expert.record["base"]
+            names = self.structure.vocabulary
             rows = {key: theirs.get("rows") or self.rows for key, name in self._stored.items() if name in names}
             if max(rows.values()) < self.rows and fingerprint(self.directory, rows=rows) == theirs["fingerprint"]:
                 text = "%s was trained on %s; %s is the same with %d more rows of the vocabulary, which it leaves alone"
@@ -187,8 +191,8 @@ class Base:
 
     def quantised_facts(self, dtype: DType) -> dict[str, Any]:
         """Return how the loaded base is quantised, by the key `quantised` of a record, or nothing."""
-        found = described(self.quantise, getattr(torch, dtype)) if self.quantise else self.quantisation
-        return {"quantised": found} if found else {}
+        facts = described(self.quantise, getattr(torch, dtype)) if self.quantise else self.quantisation
+        return {"quantised": facts} if facts else {}
 
     def load(self, dtype: DType | None = None) -> "PreTrainedModel":
         """Load the model in evaluation mode, in a dtype or as stored; one that is quantised now, in float32 or a dtype.
@@ -233,9 +237,10 @@ class Base:
         for name, _, stored in self.sample(sorted(set(self._stored.values())), entries=sys.maxsize):
             if name not in in_memory:
                 raise ValueError(f"the model has no weight {name}, which its base {self.place} has")
-            found, layer = in_memory[name].detach(), model.get_submodule(name.rpartition(".")[0])
+            held = in_memory[name].detach()
+            layer = model.get_submodule(name.rpartition(".")[0])
             rounded = is_rounded(layer, stored) if stored.is_floating_point() else None
-            if not (torch.equal(found, stored.to(found)) if rounded is None else rounded):
+            if not (torch.equal(held, stored.to(held)) if rounded is None else rounded):
                 raise ValueError(
                     f"{name} of the model is not that of its base {self.place}, so a delta against the base would be "
                     "wrong; save the model and name the new directory as the base"
@@ -350,7 +355,8 @@ class Base:
             FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
             ValueError: A weight does not fit, or the reloaded checkpoint differs; nothing is written then.
         """
-        target, kind = check_target(out, overwrite, MANIFEST), getattr(torch, dtype) if dtype else None
+        target = check_target(out, overwrite, MANIFEST)
+        kind = getattr(torch, dtype) if dtype else None
         if self.quantisation:
             raise ValueError(
                 f"the weights in {self.directory} are quantised, and deltas cannot be added to them exactly; train on "
@@ -412,7 +418,8 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
     """
     experts = _of_copies_first(experts)
     for expert in experts:
-        recorded, beside = str(expert.record["base"].get("id") or ""), expert.path.parent.parent
+        recorded = str(expert.record["base"].get("id") or "")
+        beside = expert.path.parent.parent
         for place in (Path(recorded).expanduser(), beside / recorded, beside / Path(recorded).name):
             if recorded and place.is_dir():
                 return str(place)
@@ -425,7 +432,8 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
 def adopt_smaller(experts: Sequence[StoredExpert]) -> None:
     """Let the base with most rows of a vocabulary, if it is on this machine, adopt the experts of the others."""
     if len({expert.record["base"].get("rows") for expert in experts}) > 1:
-        place, base = find_base(experts), _of_copies_first(experts)[0].record["base"]
+        place = find_base(experts)
+        base = _of_copies_first(experts)[0].record["base"]
         with suppress(OSError, ValueError):  # the experts have different bases then
             Base(place, fetch(place, base["revision"], local_only=True), base["revision"]).adopt(experts)
 

@@ -21,8 +21,12 @@ def use_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        found = torch.accelerator.current_accelerator(check_available=True)
-        there = [f"{found.type}:{number}" for number in range(torch.accelerator.device_count())] if found else []
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        there = (
+            [f"{accelerator.type}:{number}" for number in range(torch.accelerator.device_count())]
+            if accelerator
+            else []
+        )
         listed = " or ".join(["cpu", *there])
         raise ValueError(f"there is no device {name!r} here; compute on {listed}") from None
     os.environ[VARIABLE] = name
@@ -37,8 +41,8 @@ def trainer_device() -> dict[str, object]:
     """Return the arguments of Lightning's `Trainer` for the device that the user has named; it finds one by itself."""
     if VARIABLE not in os.environ:
         return {}
-    one = device()
-    return {"accelerator": one.type} | ({} if one.index is None else {"devices": [one.index]})
+    named = device()
+    return {"accelerator": named.type} | ({} if named.index is None else {"devices": [named.index]})
 
 
 def cores() -> int:
@@ -49,6 +53,6 @@ def cores() -> int:
 def free_memory() -> int:
     """Return the bytes that new processes can take before this machine swaps; very many if it does not tell."""
     with suppress(OSError):  # only Linux has the file
-        if found := re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):
-            return 1024 * int(found[1])
+        if match := re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            return 1024 * int(match[1])
     return sys.maxsize

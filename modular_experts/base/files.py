@@ -83,10 +83,10 @@ def fingerprint(directory: str | Path, without: str | None = None, rows: Mapping
                 tensor = tensor[: rows[name]] if rows and name in rows else tensor
                 content = tensor.reshape(-1).view(torch.uint8).numpy()
                 table[name] = [list(tensor.shape), hashlib.sha256(content).hexdigest()]
-    found = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     with suppress(OSError), new_file(note) as temporary:  # a cache that cannot be written costs time and nothing else
-        temporary.write_text(found)
-    return found
+        temporary.write_text(digest)
+    return digest
 
 
 def cache_directory(what: str) -> Path:
@@ -130,7 +130,8 @@ def fetch(place: str | Path, revision: str | None = None, local_only: bool = Fal
     advice = "give the directory of a model (config.json and *.safetensors), or a hub id while the hub is reachable"
     directory = found_or_fetched("base", str(place), revision, _FILES, advice, local_only)
     config = read_json(directory / "config.json", "so it is not the directory of a model")
-    kind, classes = config.get("model_type"), config.get("architectures") or []
+    kind = config.get("model_type")
+    classes = config.get("architectures") or []
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind))
     names = [causal] if isinstance(causal, str) else list(causal or [])
     if not names:
@@ -152,10 +153,10 @@ def found_or_fetched(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        found = huggingface_hub.snapshot_download(
+        fetched = huggingface_hub.snapshot_download(
             place, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
         )
-        return Path(found)
+        return Path(fetched)
     except HFValidationError:
         why = "and it is not a hub id, which looks like 'owner/name'"
     except HfHubHTTPError as error:
@@ -174,7 +175,8 @@ def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and reports; what matters in them is raised as an error."""
     import transformers
 
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

@@ -62,9 +62,9 @@ def quantised_shapes(model: Any, settings: Any, dtype: torch.dtype) -> None:
     """
     from transformers.quantizers import AutoHfQuantizer
 
-    found = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantises = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     with torch.device("meta"):
-        found.preprocess_model(model=model, device_map={"": "cpu"}, dtype=dtype)
+        quantises.preprocess_model(model=model, device_map={"": "cpu"}, dtype=dtype)
 
 
 def packed(weight: Any, dtype: torch.dtype) -> nn.Parameter:
@@ -72,9 +72,10 @@ def packed(weight: Any, dtype: torch.dtype) -> nn.Parameter:
     import bitsandbytes.functional as bnb
 
     if not hasattr(weight, "quant_type"):
-        found: Any = nn.Parameter(torch.empty(weight.shape, dtype=torch.int8), requires_grad=False)
-        found.CB, found.SCB = found.data, torch.empty(len(weight))
-        return found
+        made: Any = nn.Parameter(torch.empty(weight.shape, dtype=torch.int8), requires_grad=False)
+        made.CB = made.data
+        made.SCB = torch.empty(len(weight))
+        return made
     blocks = -(-weight.numel() // weight.blocksize)
     state = {name: getattr(weight, name) for name in ("shape", "blocksize", "quant_type")}
     state |= {"dtype": dtype, "code": torch.empty(16), "absmax": torch.empty(blocks)}
@@ -83,9 +84,9 @@ def packed(weight: Any, dtype: torch.dtype) -> nn.Parameter:
             torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
         )
         state |= {"absmax": torch.empty(blocks, dtype=torch.uint8), "offset": torch.empty(()), "state2": outer}
-    found = nn.Parameter(torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
-    found.quant_state = bnb.QuantState(**state)
-    return found
+    made = nn.Parameter(torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
+    made.quant_state = bnb.QuantState(**state)
+    return made
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -95,9 +96,9 @@ def is_quantised(layer: nn.Module) -> bool:
 
 def read_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weight of a linear layer `(out, in)`: its own, or one that is dequantised whenever it is read."""
-    if not isinstance(layer, nn.Linear) or (found := _reader(layer)) is None:
+    if not isinstance(layer, nn.Linear) or (reader := _reader(layer)) is None:
         return layer.weight
-    read, own = found
+    read, own = reader
     return TransientWeight.of(read, (layer.out_features, layer.in_features), dtype or own, layer.weight.device)
 
 
@@ -107,15 +108,19 @@ def hold_rows(layer: Any) -> bool:
     FSDP2 parts plain parameters by rows, so that processes can share them; the numbers stay the same. It returns False
     and changes nothing where a block of 4-bit numbers with one scale goes on in the next row, and for torchao.
     """
-    weight, rows, state = layer.weight, layer.out_features, _state(layer)
+    weight = layer.weight
+    rows = layer.out_features
+    state = _state(layer)
     if state is not None and layer.in_features % state.blocksize == 0:
-        scales, state.absmax = state.absmax, state.absmax.new_empty(0)
+        scales = state.absmax
+        state.absmax = state.absmax.new_empty(0)
     elif hasattr(weight, "SCB"):
         scales = _scales(layer)
     else:
         return False
     layer.weight = nn.Parameter(weight.data.view(rows, -1), requires_grad=False)
-    layer.row_scales, layer.quant_state = nn.Parameter(scales.view(rows, -1), requires_grad=False), state
+    layer.row_scales = nn.Parameter(scales.view(rows, -1), requires_grad=False)
+    layer.quant_state = state
     return True
 
 
@@ -124,7 +129,7 @@ def _from_rows(layer: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     held = layer.weight, layer.row_scales
-    codes, scales = (one.full_tensor() if isinstance(one, DTensor) else one for one in held)
+    codes, scales = (part.full_tensor() if isinstance(part, DTensor) else part for part in held)
     if layer.quant_state is None:
         return bnb.int8_vectorwise_dequant(codes, scales.view(-1))
     layer.quant_state.to(codes.device)
@@ -145,7 +150,8 @@ def keep_order(model: nn.Module) -> None:
 
 def _reader(layer: Any) -> tuple[Callable[[], Tensor], torch.dtype] | None:
     """Return what dequantises a layer's weight, and the dtype that it had before, or None for a plain weight."""
-    weight, state = layer.weight, _state(layer)
+    weight = layer.weight
+    state = _state(layer)
     if hasattr(layer, "row_scales"):
         return lambda: _from_rows(layer), torch.float32 if state is None else state.dtype
     if state is not None:

@@ -58,7 +58,10 @@ class StreamedSum:
         dtype: torch.dtype | None = None,
         progress: Progress = iter,
     ) -> None:
-        self._structure, self._deltas, self._out, self._progress = structure, deltas, out, progress
+        self._structure = structure
+        self._deltas = deltas
+        self._out = out
+        self._progress = progress
         self._layouts: dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
         for file, layout in read_layouts(directory).items():
             self._layouts[file] = {}
@@ -80,7 +83,8 @@ class StreamedSum:
         *_, last = self._layouts
         yielded: set[str] = set()
         for source in self._layouts:
-            written, note = self._out / source.name, self._out / f".{source.name}.json"
+            written = self._out / source.name
+            note = self._out / f".{source.name}.json"
             losses = _finished(note, written)
             kept = losses is not None
             losses = np.zeros(4) if losses is None else losses
@@ -98,12 +102,14 @@ class StreamedSum:
         write_index(self._out, {source.name: layout for source, layout in self._layouts.items()})
 
     def _write(self, source: Path, losses: np.ndarray, steps: Iterator[str]) -> Iterator[tuple[str, Delta]]:
-        layout, part = self._layouts[source], self._out / f".{source.name}"
+        layout = self._layouts[source]
+        part = self._out / f".{source.name}"
         tensors = MappedTensors(source)
         with shard_writer(part, layout) as write:
             for key, (dtype, _) in layout.items():
                 next(steps)
-                stored, name = tensors[key], self._moved(key)
+                stored = tensors[key]
+                name = self._moved(key)
                 if name is None:
                     write(stored.to(dtype))
                 else:
@@ -154,7 +160,8 @@ def shard_writer(file: Path, layout: Layout) -> Iterator[Callable[[Tensor], obje
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in layout.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
+        start = end
+        end = end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -46,15 +46,15 @@ class Structure:
 
         The matrices of a parameter `(experts, ., .)` are weights too, such as `mlp.experts.down_proj[3]`.
         """
-        found = {name: weight.shape for name, weight in self._parameters.items()}
+        shapes = {name: weight.shape for name, weight in self._parameters.items()}
         for name, module in self.model.named_modules():
             for key in sliced(module):
                 whole = module._parameters[key]
-                found |= {f"{name}.{key}[{number}]": whole.shape[1:] for number in range(len(whole))}
+                shapes |= {f"{name}.{key}[{number}]": whole.shape[1:] for number in range(len(whole))}
             if is_quantised(module):
                 shape = (module.out_features, module.in_features)
-                found[f"{name}.weight"] = torch.Size(shape[::-1] if is_transposed(module) else shape)
-        return found
+                shapes[f"{name}.weight"] = torch.Size(shape[::-1] if is_transposed(module) else shape)
+        return shapes
 
     @cached_property
     def owners(self) -> dict[str, str]:
@@ -150,7 +150,9 @@ def _computes_linear(kind: Any) -> bool:
     try:
         with unset_fake_temporarily():
             numbers = torch.arange(11.0, device="cpu")
-            weight, bias, x = numbers[:6].view(3, 2), numbers[6:9], numbers[None, 9:]
+            weight = numbers[:6].view(3, 2)
+            bias = numbers[6:9]
+            x = numbers[None, 9:]
             layer: Any = SimpleNamespace(weight=weight, bias=bias)
             return torch.equal(kind.forward(layer, x), F.linear(x, weight, bias))
     except Exception:  # whatever a forward pass raises that needs more
@@ -163,13 +165,17 @@ def sliced(module: nn.Module) -> list[str]:
     The module is one whose forward pass transformers lets take one matrix after the other.
     """
     takes_one = hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
-    return [name for name, one in module._parameters.items() if takes_one and one is not None and one.dim() == 3]
+    return [
+        name
+        for name, parameter in module._parameters.items()
+        if takes_one and parameter is not None and parameter.dim() == 3
+    ]
 
 
 def split_slice(name: str) -> tuple[str, int | None]:
     """Return the parameter that a weight lies in, and its number there, or None for a parameter of its own."""
-    found = re.fullmatch(r"(.*)\[(\d+)\]", name)
-    return (found[1], int(found[2])) if found else (name, None)
+    match = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
@@ -231,7 +237,8 @@ class StoredWeights:
                 self._keys[structure.owners[name]].append(key)
         self._last: tuple[str, Tensor] | None = None
         self._open: tuple[Path, MappedTensors] | None = None
-        place, missing = structure.place, [name for name, keys in self._keys.items() if not keys]
+        place = structure.place
+        missing = [name for name, keys in self._keys.items() if not keys]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             others = sorted(key for key in self.unclaimed() if not structure.is_unused(key))
@@ -242,7 +249,8 @@ class StoredWeights:
             )
         for name, keys in self._keys.items():
             for key in keys:
-                (dtype, shape), expected = self._layouts[key], structure.shapes[name]
+                dtype, shape = self._layouts[key]
+                expected = structure.shapes[name]
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(
                         f"{key} of {place} is stored as {dtype}: a quantised checkpoint has no exact difference from "
@@ -270,7 +278,8 @@ class StoredWeights:
 
     def read(self, name: str) -> Tensor:
         """Return one weight as stored: a view of the mapped file, never to be written to."""
-        owner, place = self.structure.owners[name], self.structure.place
+        owner = self.structure.owners[name]
+        place = self.structure.place
         if self._last and self._last[0] != owner:
             for key in self.keys(self._last[0]):
                 self._mapped(key).release(key)

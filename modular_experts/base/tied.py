@@ -19,7 +19,8 @@ from modular_experts.library.tensorfile import DTYPES
 
 def ends(base: Any) -> tuple[str, str] | None:
     """Return the names of embeddings and head, equal if one tensor has both roles; None if one has no such weight."""
-    model, names = base.structure.model, dict[int, str]()
+    model = base.structure.model
+    names = dict[int, str]()
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), name)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -49,7 +50,9 @@ def untie(base: Any, out: str | Path, overwrite: bool = False) -> Path:
     The copy computes the same. It takes adapters that move the head or the embeddings alone, and experts of the tied
     base combine with theirs.
     """
-    target, names, layouts = check_target(out, overwrite, MANIFEST), ends(base), read_layouts(base.directory)
+    target = check_target(out, overwrite, MANIFEST)
+    names = ends(base)
+    layouts = read_layouts(base.directory)
     if base.quantisation or names is None or names[0] != names[1]:
         raise ValueError(f"{base.place} does not use one tensor as embeddings and head, so there is nothing to untie")
     head = next(name for name in base.structure.twins(names[0]) if name != names[0])

@@ -146,8 +146,8 @@ def apply(
     Examples:
         modular-experts apply --base runs/base --experts library/ab --out merged-checkpoint
     """
-    found = apply_experts(experts, out, base, None, dtype, tolerance, overwrite, progress_bar("applying"), check)
-    print_check(found)
+    reloaded = apply_experts(experts, out, base, None, dtype, tolerance, overwrite, progress_bar("applying"), check)
+    print_check(reloaded)
     print(f"{out}: a checkpoint of the base and {', '.join(experts)}")
 
 

@@ -29,14 +29,14 @@ def list_library(library: str) -> None:
     Examples:
         modular-experts list library
     """
-    found = Library(library)
+    opened = Library(library)
     broken = ("damaged", "'verify' names the reason")
-    rows: dict[str, tuple[str, ...]] = dict.fromkeys(found.incomplete(), broken)
-    for name in found:
+    rows: dict[str, tuple[str, ...]] = dict.fromkeys(opened.incomplete(), broken)
+    for name in opened:
         try:
             # To open an adapter, its base is read.
-            place = found.directory / name
-            rows[name] = ("PEFT adapter", "", "", "", "") if is_adapter(place) else _row(found[name])
+            place = opened.directory / name
+            rows[name] = ("PEFT adapter", "", "", "", "") if is_adapter(place) else _row(opened[name])
         except (ValueError, OSError):
             # One bad file must not hide the others.
             rows[name] = broken
@@ -143,7 +143,8 @@ def show(expert: str, weights: bool = False) -> None:
         modular-experts show library/ab
         modular-experts show library/ab --weights
     """
-    stored, console = open_expert(expert), Console(markup=False, emoji=False)
+    stored = open_expert(expert)
+    console = Console(markup=False, emoji=False)
     kept = stored.kept_entries()
     measures = {name: Measure(1, delta.shape.numel(), kept[name], delta.norm() ** 2) for name, delta in stored.items()}
     facts = Table.grid(padding=(0, 2))
@@ -169,7 +170,8 @@ def _own_name(weight: str) -> str:
 
 
 def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
-    record, base = expert.record, expert.record["base"]
+    record = expert.record
+    base = expert.record["base"]
     forms = Counter(expert.stored_as().values())
     settings = dict(record.get("hyperparameters") or {})
     shares = [settings.pop(name, None) for name in ("kept", "ever_trained")]

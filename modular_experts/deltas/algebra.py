@@ -25,18 +25,21 @@ def inner_by_row(one: Delta, other: Delta) -> Tensor:
 
     A weight of one dimension has one row.
     """
-    one, other = one.by_entries(), other.by_entries()
+    one = one.by_entries()
+    other = other.by_entries()
     # The cheapest form comes first: sparse, then low-rank, then dense.
     if isinstance(other, Sparse) or not isinstance(one, Sparse | LowRank):
         one, other = other, one
     if isinstance(one, Sparse):
-        rows, indices = _row_count(one.shape), one.indices.long()
+        rows = _row_count(one.shape)
+        indices = one.indices.long()
         products = one.values.double() * _values_at(other, indices)
         total = torch.zeros(rows, dtype=torch.float64, device=one.device)
         return total.index_add_(0, indices // (one.shape.numel() // rows), products)
     if isinstance(one, LowRank):
         # Row sums of `(other @ down.T) * up`; two low-rank deltas meet in the product of their ranks.
-        up, down = one.up.double(), one.down.double()
+        up = one.up.double()
+        down = one.down.double()
         if isinstance(other, LowRank):
             across = other.up.double() @ (other.down.double() @ down.T)
         else:
@@ -51,10 +54,11 @@ def scale_rows(delta: Delta, factors: Tensor) -> Delta:
     if len(factors) == 1:
         return delta.to(dtype=factors.dtype) * factors[0]
     if isinstance(delta, Sparse):
-        each = factors.repeat_interleave(delta.row_ends.diff(), output_size=delta.values.numel())
-        return replace(delta, values=delta.values * each)
+        of_entries = factors.repeat_interleave(delta.row_ends.diff(), output_size=delta.values.numel())
+        return replace(delta, values=delta.values * of_entries)
     if isinstance(delta, BlockSparse):
-        tall, height = tile_grid(delta.shape, delta.tile)[0], delta.tile[0]
+        tall = tile_grid(delta.shape, delta.tile)[0]
+        height = delta.tile[0]
         padded = F.pad(factors, (0, tall * height - len(factors))).view(-1, height)
         rows = rows_and_columns(delta.blocks, tile_grid(delta.shape, delta.tile))[0]
         return replace(delta, values=delta.values * padded[rows][:, :, None])
@@ -79,10 +83,12 @@ def dot(tensor: Tensor, delta: Delta) -> Tensor:
 def dot_by_row(tensor: Tensor, delta: Delta) -> Tensor:
     """Return the inner products of the rows of a tensor `(out, in)` and a delta: `(out,)`, in at least float32."""
     wide = torch.promote_types(torch.promote_types(tensor.dtype, delta.dtype), torch.float32)
-    tensor, rows = tensor.to(wide), delta.shape[0] if delta.shape else 1
+    tensor = tensor.to(wide)
+    rows = delta.shape[0] if delta.shape else 1
     if isinstance(delta, Sparse):
         # One pass gathers, multiplies and sums each row; it takes little longer than one inner product of them all.
-        table, factors = tensor.reshape(-1, 1), delta.values.to(wide)
+        table = tensor.reshape(-1, 1)
+        factors = delta.values.to(wide)
         summed = F.embedding_bag(delta.indices, table, delta.row_ends[:-1], mode="sum", per_sample_weights=factors)
         return summed.view(-1)
     if isinstance(delta, BlockSparse):
@@ -107,7 +113,8 @@ def _matrix(delta: Delta) -> Tensor:
 def _values_at(delta: Delta, indices: Tensor) -> Tensor:
     """Return the values at flat entries, zero where the delta keeps nothing."""
     if isinstance(delta, LowRank):
-        rows, columns = indices // delta.shape[1], indices % delta.shape[1]
+        rows = indices // delta.shape[1]
+        columns = indices % delta.shape[1]
         values = torch.zeros(indices.numel(), dtype=torch.float64, device=indices.device)
         # One rank at a time, so that no matrix of (entries, rank) is made.
         for up, down in zip(delta.up.double().T, delta.down.double(), strict=True):
@@ -133,11 +140,13 @@ def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
     if isinstance(delta, LowRank):
         # The orthonormal basis changes no singular value, so only the small core is decomposed.
         basis, core = torch.linalg.qr(delta.up.double())
-        matrix, turned = core @ delta.down.double(), False
+        matrix = core @ delta.down.double()
+        turned = False
     else:
         matrix = delta.dense().double()
         turned = matrix.shape[0] > matrix.shape[1]
-        basis, matrix = None, matrix.T if turned else matrix
+        basis = None
+        matrix = matrix.T if turned else matrix
     energies, directions = torch.linalg.eigh(matrix @ matrix.T)  # in ascending order
     left = directions[:, -rank:].flip(1)
     right = left.T @ matrix
@@ -150,7 +159,8 @@ def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
 
 # On experts of SmolLM2-135M (the second singular value is 0.14 to 0.98 of the first), a block of 4 takes 4 to 8 steps.
 # Random entries of a (6144, 2048) weight, whose first singular values lie within 1 %, take 61.
-_BLOCK, _STEPS = 4, 300
+_BLOCK = 4
+_STEPS = 300
 
 
 def top_direction(delta: Delta, tolerance: float = 1e-8) -> tuple[Tensor, float]:
@@ -162,20 +172,23 @@ def top_direction(delta: Delta, tolerance: float = 1e-8) -> tuple[Tensor, float]
     One that moves nothing gives zeros.
     """
     wide = delta.to(dtype=torch.float64)
-    back, size = wide.T, delta.shape[1]
+    back = wide.T
+    size = delta.shape[1]
     start = torch.randn(size, min(_BLOCK, size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     span = start.to(delta.device)
     before = span[:, :0]
     for _ in range(_STEPS):
         basis = torch.linalg.qr(span).Q
         image = back.linear(wide.linear(basis.T)).T
-        squares, turns = (found[..., -_BLOCK:] for found in torch.linalg.eigh(basis.T @ image))
-        block, square = basis @ turns, squares[-1]
+        squares, turns = (part[..., -_BLOCK:] for part in torch.linalg.eigh(basis.T @ image))
+        block = basis @ turns
+        square = squares[-1]
         if square <= 0:
             return torch.zeros_like(block[:, -1]), 0.0
         residuals = image @ turns - squares * block
         if residuals[:, -1].norm() <= tolerance * square:
             return block[:, -1], square.sqrt().item()
-        span, before = torch.cat([block, residuals, before], 1), block
+        span = torch.cat([block, residuals, before], 1)
+        before = block
     _, values, rows = torch.linalg.svd(wide.dense(), full_matrices=False)
     return rows[0], values[0].item()

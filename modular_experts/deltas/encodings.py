@@ -59,7 +59,8 @@ class Encoding:
 
     def encode(self, values: Tensor, rows: Tensor, count: int) -> Encoded:
         """Return values `(n,)` in few bits, by their row numbers `(n,)` below `count`; a row may have no value."""
-        values, rows = values.detach().float().reshape(-1), rows.reshape(-1).long()
+        values = values.detach().float().reshape(-1)
+        rows = rows.reshape(-1).long()
         if not bool(values.isfinite().all()):
             raise ValueError("values that are not finite cannot be encoded")
         codes, scales = (self._integers if self.is_linear else self._signs)(values, rows, count)
@@ -67,7 +68,8 @@ class Encoding:
 
     def decode(self, encoded: Encoded, rows: Tensor) -> Tensor:
         """Return the values `(n,)` float32, by their row numbers `(n,)`."""
-        codes, scales = from_planes(encoded.planes, encoded.count), encoded.scales.float()
+        codes = from_planes(encoded.planes, encoded.count)
+        scales = encoded.scales.float()
         if self.is_linear:
             return (codes.float() - self._top) * scales[:, 0][rows]
         table = torch.stack([-scales, scales], 2).view(-1)  # the lowest bit of a code is the sign
@@ -85,7 +87,8 @@ class Encoding:
         return (steps + self._top).to(torch.uint8), scales[:, None]
 
     def _signs(self, values: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        sizes, codes = values.abs(), (values >= 0).to(torch.uint8)
+        sizes = values.abs()
+        codes = (values >= 0).to(torch.uint8)
         if self.magnitudes == 1:
             means = torch.zeros(count, dtype=torch.float64)
             means.scatter_reduce_(0, rows, sizes.double(), "mean", include_self=False)

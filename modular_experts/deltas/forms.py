@@ -103,7 +103,7 @@ class Delta(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of this form by the names of its fields."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @property
@@ -206,7 +206,8 @@ class LowRank(Delta):
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
     def norm(self) -> float:
-        up, down = self.up.double(), self.down.double()
+        up = self.up.double()
+        down = self.down.double()
         return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
 
     @property
@@ -242,7 +243,8 @@ class Sparse(Delta):
     @functools.cached_property
     def row_ends(self) -> Tensor:
         """Where the entries of each row start, and the last ones end `(rows + 1,)`; found once, for passes by row."""
-        size, rows = self.shape.numel(), self.shape[0] if self.shape else 1
+        size = self.shape.numel()
+        rows = self.shape[0] if self.shape else 1
         edges = torch.arange(0, size + 1, size // rows, dtype=self.indices.dtype, device=self.device)
         return torch.searchsorted(self.indices, edges, out_int32=self.indices.dtype == torch.int32)
 
@@ -304,10 +306,12 @@ class BlockSparse(Delta):
         return scatter_tiles_(target, self.blocks, kept.to(target.dtype))
 
     def linear(self, x: Tensor) -> Tensor:
-        (height, width), (tall, wide) = self.tile, tile_grid(self.shape, self.tile)
+        height, width = self.tile
+        tall, wide = tile_grid(self.shape, self.tile)
         rows, columns = rows_and_columns(self.blocks, (tall, wide))
         flat = F.pad(x.reshape(-1, self.shape[1]), (0, wide * width - self.shape[1]))
-        values, out = self.values.to(x.dtype), flat.new_zeros(tall, height, flat.shape[0])
+        values = self.values.to(x.dtype)
+        out = flat.new_zeros(tall, height, flat.shape[0])
         # Whole rows read all of the input once, whole columns write all of the output once: one product for all tiles.
         if wide == 1:
             out[rows] = (values.view(-1, width) @ flat.T).view(-1, height, flat.shape[0])

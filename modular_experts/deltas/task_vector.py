@@ -92,13 +92,13 @@ class Sum(TaskVector):
 
     def __init__(self, vectors: Sequence[TaskVector]) -> None:
         self.vectors = [_mergeable(vector) for vector in vectors]
-        found: dict[str, torch.Size] = {}
+        shapes: dict[str, torch.Size] = {}
         for vector in self.vectors:
             for name, shape in vector.shapes().items():
-                if found.setdefault(name, shape) != shape:
-                    two = f"{tuple(found[name])} and {tuple(shape)}"
+                if shapes.setdefault(name, shape) != shape:
+                    two = f"{tuple(shapes[name])} and {tuple(shape)}"
                     raise ValueError(f"the task vectors disagree on the shape of {name}: {two}")
-        self._shapes = dict(sorted(found.items()))
+        self._shapes = dict(sorted(shapes.items()))
 
     def __getitem__(self, name: str) -> Delta:
         return add([vector[name] for vector in self.vectors if name in vector])
@@ -118,7 +118,8 @@ class Scaled(TaskVector):
     """A task vector times a number, weight by weight."""
 
     def __init__(self, vector: TaskVector, factor: float) -> None:
-        self.vector, self.factor = _mergeable(vector), factor
+        self.vector = _mergeable(vector)
+        self.factor = factor
 
     def __getitem__(self, name: str) -> Delta:
         return self.vector[name] * self.factor

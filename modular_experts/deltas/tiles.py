@@ -46,7 +46,8 @@ def sparse_linear(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, sh
     """Return `x @ matrix.T` of `compressed_rows` in the dtype of `x`, `(..., in)` to `(..., out)`."""
     # Not every device has half-precision kernels for sparse products.
     wide = torch.promote_types(x.dtype, torch.float32)
-    matrix, flat = compressed_rows(starts, columns, values.to(wide), shape), x.reshape(-1, shape[1]).to(wide)
+    matrix = compressed_rows(starts, columns, values.to(wide), shape)
+    flat = x.reshape(-1, shape[1]).to(wide)
     return (matrix @ flat.T).T.to(x.dtype).reshape(*x.shape[:-1], shape[0])
 
 
@@ -76,14 +77,17 @@ def entries_in_order(blocks: Tensor, tiles: Tensor, shape: Sequence[int]) -> tup
     """
     # The tiles in one row of the grid cover the same rows of the weight. Its entries in order are the first row of each
     # of these tiles, then the second row of each, and so on: so whole rows of tiles are moved and nothing is sorted.
-    (count, height, width), device = tiles.shape, blocks.device
+    count, height, width = tiles.shape
+    device = blocks.device
     tall, wide = tile_grid(shape, (height, width))
     rows, columns = rows_and_columns(blocks, (tall, wide))
     beside = rows.bincount(minlength=tall)  # number of tiles in each row of the grid
     before = (beside.cumsum(0) - beside)[rows]  # number of tiles in the rows of the grid above
-    inner, rank = torch.arange(height, device=device), torch.arange(count, device=device) - before
+    inner = torch.arange(height, device=device)
+    rank = torch.arange(count, device=device) - before
     place = ((before * height + rank)[:, None] + inner * beside[rows][:, None]).view(-1)
-    starts, values = torch.empty_like(place), tiles.new_empty(count * height, width)
+    starts = torch.empty_like(place)
+    values = tiles.new_empty(count * height, width)
     starts[place] = (((rows * height)[:, None] + inner) * shape[1] + (columns * width)[:, None]).view(-1)
     values[place] = tiles.reshape(-1, width)
     across = torch.arange(width, device=device)
@@ -137,5 +141,5 @@ def between(numbers: Tensor, spans: Sequence[tuple[int, int]]) -> list[slice]:
     edges = torch.tensor(spans, dtype=numbers.dtype, device=numbers.device)
     # On the CPU numpy searches faster than torch.
     on_cpu = numbers.device.type == "cpu"
-    found = numbers.numpy().searchsorted(edges.numpy()) if on_cpu else torch.searchsorted(numbers, edges)
-    return [slice(start, stop) for start, stop in found.tolist()]
+    places = numbers.numpy().searchsorted(edges.numpy()) if on_cpu else torch.searchsorted(numbers, edges)
+    return [slice(start, stop) for start, stop in places.tolist()]

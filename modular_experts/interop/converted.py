@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 def converted(place: str | Path, base: str | Path | Base | None = None) -> StoredExpert:
     """Open the expert that a PEFT adapter becomes; it is converted at the first time, and the log tells it."""
     directory = _find(place)
-    adapter, name = AdapterFiles(directory), name_for(place)
+    adapter = AdapterFiles(directory)
+    name = name_for(place)
     try:
-        found = open_base(place, adapter, None, None) if base is None else Base.open(base)
+        opened_base = open_base(place, adapter, None, None) if base is None else Base.open(base)
     except FileNotFoundError as error:
         if base is not None:
             raise
@@ -36,8 +37,10 @@ def converted(place: str | Path, base: str | Path | Base | None = None) -> Store
             f"{place} is a PEFT adapter, and the base that it names did not open; give --base, in Python base=..., or "
             f"make an expert of it once: modular-experts import {place} --base DIR --out library/{name} ({error})"
         ) from error
-    local = Path(found.place).expanduser()
-    whole = Base(os.path.abspath(local) if local.is_dir() else found.place, found.directory, found.revision)
+    local = Path(opened_base.place).expanduser()
+    whole = Base(
+        os.path.abspath(local) if local.is_dir() else opened_base.place, opened_base.directory, opened_base.revision
+    )
     content = [file_hash(directory / CONFIG_FILE), file_hash(adapter.existing_file()), whole.fingerprint, whole.place]
     key = hashlib.sha256(json.dumps([*content, modular_experts.__version__]).encode()).hexdigest()[:16]
     target = cache_directory("adapters") / key / name
@@ -46,7 +49,7 @@ def converted(place: str | Path, base: str | Path | Base | None = None) -> Store
         expert = import_expert(directory, target, whole, overwrite=True, called=str(place))
         size = bytes_text(expert.size_on_disk)
         log.warning(
-            "%s is a PEFT adapter; the expert of %s made from it is in %s (%s)", place, found.place, target, size
+            "%s is a PEFT adapter; the expert of %s made from it is in %s (%s)", place, opened_base.place, target, size
         )
     opened = open_expert(target)
     opened.place = place
@@ -58,6 +61,8 @@ def _find(place: str | Path) -> Path:
     directory = found_or_fetched("expert", str(place), None, [*ADAPTER_FILES, f"*/{RECORD_FILE}"], advice)
     if not (directory / CONFIG_FILE).is_file():
         names = sorted(file.parent.name for file in directory.glob(f"*/{RECORD_FILE}"))
-        found = f"it holds the experts {', '.join(names[:8])}, which modular-experts pull {place} --out library fetches"
-        raise ValueError(f"{place} on the hub is no PEFT adapter: {found if names else f'it has no {CONFIG_FILE}'}")
+        reason = (
+            f"it holds the experts {', '.join(names[:8])}, which modular-experts pull {place} --out library fetches"
+        )
+        raise ValueError(f"{place} on the hub is no PEFT adapter: {reason if names else f'it has no {CONFIG_FILE}'}")
     return directory

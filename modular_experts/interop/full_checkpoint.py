@@ -51,9 +51,13 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
     """
 
     def __init__(self, tuned: Base, base: Base, progress: Progress) -> None:
-        self._tuned, self._base, self._progress = tuned.weights, base.weights, progress
-        self.report, self.same = dict[str, WeightReport](), 0
-        ours, theirs = base.structure, tuned.structure
+        self._tuned = tuned.weights
+        self._base = base.weights
+        self._progress = progress
+        self.report = dict[str, WeightReport]()
+        self.same = 0
+        ours = base.structure
+        theirs = tuned.structure
         self.tied = {name: twins for name in ours.weights if len(twins := ours.twins(name)) > 1}
         check_same_model(theirs, ours)
         unknown = [key for key in self._tuned.unclaimed() - self._base.unclaimed() if not theirs.is_unused(key)]
@@ -63,7 +67,8 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
                 f"{did_you_mean(min(unknown), theirs.shapes)}; save the checkpoint without it"
             )
         for name in ours.weights:
-            here, there = tuple(self._base.shape(name)), tuple(self._tuned.shape(name))
+            here = tuple(self._base.shape(name))
+            there = tuple(self._tuned.shape(name))
             if here != there:
                 why = "so it was made from another base"
                 if name in ours.vocabulary and here[1:] == there[1:]:
@@ -71,7 +76,8 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
                 raise ValueError(f"{name} has shape {there} in {theirs.place} and {here} in {ours.place}, {why}")
 
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
-        self.report, self.same = {}, 0
+        self.report = {}
+        self.same = 0
         for name in self._progress(self._base.structure.weights):
             delta = self._delta(name)
             if delta is not None:
@@ -83,7 +89,8 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
             )
 
     def _delta(self, name: str) -> Delta | None:
-        base, tuned = self._base.read(name), self._tuned.read(name)
+        base = self._base.read(name)
+        tuned = self._tuned.read(name)
         # The checkpoint may store separately what is one tensor in the base.
         for twin in self.tied.get(name, []):
             if self._tuned.keys(twin) != self._tuned.keys(name) and not torch.equal(self._tuned.read(twin), tuned):
@@ -111,8 +118,12 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
 
     def record(self) -> dict[str, Any]:
         reports = list(self.report.values())
-        sums = {name: sum(getattr(one, name) for one in reports) for name in ("entries", "moved", "missed")}
-        account = {**sums, "farthest": max((one.farthest for one in reports), default=0.0), "same_weights": self.same}
+        sums = {name: sum(getattr(report, name) for report in reports) for name in ("entries", "moved", "missed")}
+        account = {
+            **sums,
+            "farthest": max((report.farthest for report in reports), default=0.0),
+            "same_weights": self.same,
+        }
         return {"account": account, "tied": {name: twins for name, twins in self.tied.items() if name in self.report}}
 
 
@@ -133,7 +144,8 @@ def check_same_model(one: Structure, other: Structure) -> None:
 
 def lossless(difference: Tensor) -> Delta:
     """Return the difference of a weight as `Sparse` where that takes fewer bytes, else as `Dense`."""
-    moved, index = int(difference.count_nonzero()), index_dtype(difference.shape)
+    moved = int(difference.count_nonzero())
+    index = index_dtype(difference.shape)
     if moved * (4 + index.itemsize) >= 4 * difference.numel():
         return Dense(difference)
     flat = difference.reshape(-1)  # PEFT states some deltas transposed

@@ -58,9 +58,12 @@ def import_expert(
     opened = open_base(source, adapter, base, revision)
     if adapter is None:
         imported = read_full_checkpoint(directory, opened, progress)
-        format, files = "full checkpoint", weight_files(directory)
+        format = "full checkpoint"
+        files = weight_files(directory)
     else:
-        imported, format, files = read_peft(adapter, opened), "PEFT adapter", [directory / CONFIG_FILE, adapter.file]
+        imported = read_peft(adapter, opened)
+        format = "PEFT adapter"
+        files = [directory / CONFIG_FILE, adapter.file]
     hashes = {file.name: file_hash(file) for file in files}
     origin = {"id": called or str(source), "revision": None, "format": format, "sha256": hashes}
 
@@ -115,7 +118,10 @@ def import_experts(
     names = list(map(name_for, places))
     above = [os.path.basename(os.path.dirname(os.path.abspath(place))) for place in places]
     # Where two would have one name, the directory above tells them apart.
-    names = [one if names.count(one) == 1 else name_for(f"{up}-{one}") for one, up in zip(names, above, strict=True)]
+    names = [
+        name if names.count(name) == 1 else name_for(f"{parent}-{name}")
+        for name, parent in zip(names, above, strict=True)
+    ]
     for place, name in progress([*zip(places, names, strict=True)]):
         target = Path(library, name)
         try:
@@ -137,12 +143,12 @@ def import_experts(
 
 def found_sources(sources: Sequence[str | Path]) -> list[str]:
     """Return the directories and hub ids that words name, patterns spelt out; of several words, files are left out."""
-    found = []
+    places = []
     for word in map(str, sources):
         place = os.path.expanduser(word)
-        found += sorted(glob.glob(place)) if glob.has_magic(word) and not os.path.exists(place) else [word]
-    unlike = {os.path.normpath(place): place for place in found}.values()
-    return [place for place in unlike if len(found) == 1 or not Path(place).is_file()]
+        places += sorted(glob.glob(place)) if glob.has_magic(word) and not os.path.exists(place) else [word]
+    unlike = {os.path.normpath(place): place for place in places}.values()
+    return [place for place in unlike if len(places) == 1 or not Path(place).is_file()]
 
 
 def name_for(place: str | Path) -> str:
@@ -157,7 +163,8 @@ def _is_made_of(target: Path, place: str, base: str | Path | Base | None, revisi
     """Return whether an expert is there, was made of the files that a directory holds, and is of the same base."""
     if not (target / RECORD_FILE).is_file():
         return False
-    record, directory = open_expert(target).record, Path(place).expanduser()
+    record = open_expert(target).record
+    directory = Path(place).expanduser()
     hashes = (record.get("source") or {}).get("sha256") or {}
     files = {name: directory / name for name in hashes}
     if not files or not all(file.is_file() and file_hash(file) == hashes[name] for name, file in files.items()):
@@ -173,7 +180,8 @@ def open_base(
     if base is None:
         if adapter is None or named is None:
             raise ValueError(f"{source} does not name its base; give it with base, a directory or a hub id")
-        base, revision = named, revision or adapter.revision
+        base = named
+        revision = revision or adapter.revision
     elif named is not None and not isinstance(base, Base) and Path(named).name != Path(base).name:
         log.warning("%s names %s as its base; it is imported as an expert of %s instead", source, named, base)
     return Base.open(base, revision=revision)

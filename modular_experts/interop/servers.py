@@ -65,24 +65,28 @@ def export_for(
     Low-rank experts are written exactly, filled up with zeros to a rank that the server takes; any other expert at the
     smallest such rank that keeps the share `keep` of its squared Frobenius norm. The rest is as for `export`.
     """
-    opened, places = open_experts(experts, base=base), Path(out).expanduser().absolute()
+    opened = open_experts(experts, base=base)
+    places = Path(out).expanduser().absolute()
     if len({expert.name for expert in opened}) < len(opened):
         raise ValueError("two of the experts have one name, and requests choose by the name; give each its own")
-    found, format = Base.open(base, opened), LoraFormat(steps=_RANKS[server], keep=keep)
+    opened_base = Base.open(base, opened)
+    format = LoraFormat(steps=_RANKS[server], keep=keep)
     for expert in opened:
-        _check(expert, found.structure, server)
+        _check(expert, opened_base.structure, server)
     written = {}
     for expert in opened:
-        target, write = places / expert.name, write_gguf if server == "llama.cpp" else None
-        written[expert.name] = export(expert, target, format, None, found, tolerance, overwrite, progress, write)
-    return ServedAdapters(written, _start(server, shlex.quote(found.place), written, places))
+        target = places / expert.name
+        write = write_gguf if server == "llama.cpp" else None
+        written[expert.name] = export(expert, target, format, None, opened_base, tolerance, overwrite, progress, write)
+    return ServedAdapters(written, _start(server, shlex.quote(opened_base.place), written, places))
 
 
 def _start(server: Server, base: str, written: Mapping[str, WrittenAdapter], places: Path) -> str:
-    paths, together = {name: shlex.quote(str(places / name)) for name in written}, min(len(written), _IN_BATCH)
+    paths = {name: shlex.quote(str(places / name)) for name in written}
+    together = min(len(written), _IN_BATCH)
     named = " ".join(f"{name}={path}" for name, path in paths.items())
     if server == "vllm":
-        limits = f"--max-loras {together} --max-lora-rank {max(one.rank for one in written.values())}"
+        limits = f"--max-loras {together} --max-lora-rank {max(adapter.rank for adapter in written.values())}"
         return f"vllm serve {base} --enable-lora {limits} --lora-modules {named}"
     if server == "sglang":
         limits = f"--enable-lora --max-loras-per-batch {together}"
@@ -125,7 +129,8 @@ def write_gguf(directory: Path, base: Base, format: Any, encoded: Encoded) -> No
             f"the names of {config.model_type} in GGUF files are not known here, only the names of "
             f"{', '.join(_ARCHITECTURES)}; export for vllm, and run llama.cpp's convert_lora_to_gguf.py on the folder"
         )
-    names, tensors = gguf.get_tensor_name_map(kind, config.num_hidden_layers), dict[str, Tensor]()
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tensors = dict[str, Tensor]()
     turned = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in encoded.items():
         if (key := names.get_name(name, (".weight",))) is None:
@@ -143,7 +148,9 @@ def write_gguf(directory: Path, base: Base, format: Any, encoded: Encoded) -> No
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    stored = {one.name: torch.from_numpy(one.data.copy()) for one in gguf.GGUFReader(directory / GGUF_FILE).tensors}
+    stored = {
+        field.name: torch.from_numpy(field.data.copy()) for field in gguf.GGUFReader(directory / GGUF_FILE).tensors
+    }
     assert stored.keys() == tensors.keys()
     assert all(torch.equal(stored[key], tensors[key]) for key in tensors)
 
@@ -176,24 +183,25 @@ def export_patch(
     """
     target = check_target(out, overwrite, MANIFEST)
     (opened,) = open_experts([expert], base=base)
-    found = Base.open(base, [opened])
-    found.structure.check_fit(opened.shapes())
-    if parts := [name for name in opened if name not in found.structure.weights]:
+    opened_base = Base.open(base, [opened])
+    opened_base.structure.check_fit(opened.shapes())
+    if parts := [name for name in opened if name not in opened_base.structure.weights]:
         raise ValueError(f"{opened.name} moves {parts[0]}, a part of a stored tensor; write a checkpoint with apply")
-    tensors, shapes = dict[str, Tensor](), dict[str, list[int]]()
+    tensors = dict[str, Tensor]()
+    shapes = dict[str, list[int]]()
     for name in progress(list(opened)):
-        stored = found.weights.read(name)
+        stored = opened_base.weights.read(name)
         total = add_rounded(stored, opened[name], stored.dtype).weight
         if not all_finite(total):
             raise ValueError(f"{name} plus its delta is not finite in {stored.dtype}; take a smaller scale")
         places = torch.from_numpy(unequal(total, stored)).view(-1).nonzero()[:, 0]
         if len(places) and places[-1] >= 2**31:
             raise ValueError(f"{name} has {total.numel()} entries, more than vLLM's indices in int32 can name")
-        for key in found.weights.keys(name) if len(places) else ():
+        for key in opened_base.weights.keys(name) if len(places) else ():
             tensors |= {f"{key}/indices": places.to(torch.int32), f"{key}/values": total.view(-1)[places]}
             shapes[key] = list(stored.shape)
     with new_directory(target, overwrite, MANIFEST) as directory:
         save_file(tensors, directory / PATCH_FILE, metadata={"format": "pt", "shapes": json.dumps(shapes)})
-        identity = {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint}
+        identity = {"id": opened_base.place, "revision": opened_base.revision, "fingerprint": opened_base.fingerprint}
         write_manifest(directory, {"base": identity, "experts": as_parents([opened])})
-    return WrittenPatch(len(shapes), sum(one.numel() for one in tensors.values()) // 2)
+    return WrittenPatch(len(shapes), sum(tensor.numel() for tensor in tensors.values()) // 2)

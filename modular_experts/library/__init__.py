@@ -75,8 +75,10 @@ class Library(Mapping[str, StoredExpert]):
 
         Names with a leading dot are left out: they are being written, or were when their writer was killed.
         """
-        found = {entry.name: _problem(entry) for entry in sorted(self.directory.iterdir()) if _has_any(entry, *_FILES)}
-        return {name: problem for name, problem in found.items() if problem and not name.startswith(".")}
+        problems = {
+            entry.name: _problem(entry) for entry in sorted(self.directory.iterdir()) if _has_any(entry, *_FILES)
+        }
+        return {name: problem for name, problem in problems.items() if problem and not name.startswith(".")}
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

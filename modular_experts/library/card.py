@@ -69,8 +69,8 @@ def model_card(repo_id: str, entries: Sequence[CardEntry], earlier: str = "") ->
 
 
 def _header(entries: Sequence[CardEntry], earlier: str) -> dict[str, Any]:
-    found = _HEADER.match(earlier)
-    kept = (yaml.safe_load(found[1]) if found else None) or {}
+    match = _HEADER.match(earlier)
+    kept = (yaml.safe_load(match[1]) if match else None) or {}
     bases = sorted({entry.hub_base for entry in entries if entry.hub_base})
     tags = [_LIBRARY, "parameter-efficient-fine-tuning"]
     tags += ["merge"] if any(entry.record["kind"] == MERGE for entry in entries) else []
@@ -98,7 +98,8 @@ def _table(entries: Sequence[CardEntry]) -> Iterator[str]:
 
 
 def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
-    expert, base = f"library/{entries[0].name}", entries[0].hub_base or "BASE"
+    expert = f"library/{entries[0].name}"
+    base = entries[0].hub_base or "BASE"
     yield "## Use\n\n```bash"
     yield "pip install .  # in a clone of modular-experts"
     yield f"modular-experts pull --repo {repo_id} --out library"

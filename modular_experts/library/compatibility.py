@@ -86,8 +86,8 @@ def _without_patterns(named: Sequence[Item], mergeable: bool) -> list[Item | str
             continue
         matched = [place for place in sorted(glob.glob(os.path.expanduser(word))) if place not in named]
         kinds = {place: _kind(Path(place)) for place in matched}
-        found = [place for place, kind in kinds.items() if kind and not (mergeable and kind in (MERGE, ROUTED))]
-        left_out = [place for place, kind in kinds.items() if kind and place not in found]
+        kept = [place for place, kind in kinds.items() if kind and not (mergeable and kind in (MERGE, ROUTED))]
+        left_out = [place for place, kind in kinds.items() if kind and place not in kept]
         if left_out:
             log.warning(
                 "%s leaves out %s, which %s of other experts; name what you want among them beside the pattern",
@@ -95,9 +95,9 @@ def _without_patterns(named: Sequence[Item], mergeable: bool) -> list[Item | str
                 ", ".join(left_out),
                 "consists" if len(left_out) == 1 else "consist",
             )
-        if not found:
+        if not kept:
             raise ValueError(f"{word} matches no expert; name directories of experts, or a pattern such as library/*")
-        places += found
+        places += kept
     return places
 
 
@@ -125,7 +125,7 @@ def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
     """Log a sentence for each expert that was trained on top of others which are not among these."""
     for expert in experts:
         parents = [] if expert.is_routed or expert.is_merge else expert.record["parents"]
-        lacking = [parent for parent in parents if not any(one.is_listed_as(parent) for one in experts)]
+        lacking = [parent for parent in parents if not any(other.is_listed_as(parent) for other in experts)]
         missing = ", ".join(str(parent["name"]) for parent in lacking)
         if missing:
             log.warning("%s was trained on top of %s, which is not listed and will be missed", expert.name, missing)
@@ -133,18 +133,18 @@ def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
 
 def open_parents(expert: StoredExpert) -> list[StoredExpert]:
     """Open the experts that an expert was made with, which lie beside it; raise if one is missing or has changed."""
-    found = []
+    parents = []
     for listed in expert.record["parents"]:
         place = expert.path.parent / str(listed["name"])
         if not place.is_dir():
             raise FileNotFoundError(f"{expert.name} was made with {place.name}, which is missing beside it, at {place}")
-        found.append(_open_beside(place, expert))
-        if not found[-1].is_listed_as(listed):
+        parents.append(_open_beside(place, expert))
+        if not parents[-1].is_listed_as(listed):
             raise ValueError(
                 f"{place} is not the expert that {expert.name} was made with (its contents are "
-                f"{found[-1].content_hash[:12]}, not {str(listed['content_hash'])[:12]}); make {expert.name} again"
+                f"{parents[-1].content_hash[:12]}, not {str(listed['content_hash'])[:12]}); make {expert.name} again"
             )
-    return found
+    return parents
 
 
 def found_beside(expert: StoredExpert, target: Path, overwrite: bool = False) -> StoredExpert | None:
@@ -211,8 +211,8 @@ def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
     first = next((expert for expert in experts if "untied" in expert.record["base"]), experts[0])
     base = first.record["base"]
     for other in experts:
-        found = other.record["base"]["fingerprint"]
-        if found != base["fingerprint"] and not _same_untied(other, found, base.get("untied")):
+        theirs = other.record["base"]["fingerprint"]
+        if theirs != base["fingerprint"] and not _same_untied(other, theirs, base.get("untied")):
             raise ValueError(
                 f"{first.name} and {other.name} were trained on different bases and cannot be combined: "
                 f"{_base(first)} and {_base(other)}"
@@ -228,13 +228,13 @@ def check_base(
     `untied` holds the facts that a record keeps about a tied base, if it is an untied copy of one.
     """
     for expert in experts:
-        found = expert.record["base"]
-        if found["fingerprint"] == fingerprint and untied and "untied" not in found:
+        recorded = expert.record["base"]
+        if recorded["fingerprint"] == fingerprint and untied and "untied" not in recorded:
             _same_untied(expert, untied["fingerprint"], untied)
         if not (
-            found["fingerprint"] == fingerprint
-            or _same_untied(expert, found["fingerprint"], untied)
-            or _same_untied(expert, fingerprint, found.get("untied"))
+            recorded["fingerprint"] == fingerprint
+            or _same_untied(expert, recorded["fingerprint"], untied)
+            or _same_untied(expert, fingerprint, recorded.get("untied"))
         ):
             raise ValueError(
                 f"{expert.name} was trained on another base than {base} (fingerprint {fingerprint[:12]}): on "
@@ -273,7 +273,9 @@ def warn_unlike_training(
     `reading` tells how rows of tasks are read now, as `TaskMixture.reading_of`.
     """
     for expert in experts:
-        trained, unlike, now = expert.record.get("training") or {}, [], reading(expert.record["tasks"])
+        trained = expert.record.get("training") or {}
+        unlike = []
+        now = reading(expert.record["tasks"])
         if "chat_template" in trained and "chat_template" in now and trained["chat_template"] != now["chat_template"]:
             if trained["chat_template"] is None:
                 unlike.append("a chat template, which it never saw (--chat_template)")

@@ -35,10 +35,10 @@ def trust(*named: str | type | ModuleType) -> None:
     Raises:
         ValueError: There is no such module or class.
     """
-    for one in named:
-        path = one if isinstance(one, str) else class_path(one) if isinstance(one, type) else one.__name__
+    for item in named:
+        path = item if isinstance(item, str) else class_path(item) if isinstance(item, type) else item.__name__
         try:
-            _TRUSTED[path] = pkgutil.resolve_name(path) if isinstance(one, str) else one
+            _TRUSTED[path] = pkgutil.resolve_name(path) if isinstance(item, str) else item
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"trust: there is no module or class {path} ({error}); Python looks in this directory, in PYTHONPATH, "
@@ -48,7 +48,7 @@ def trust(*named: str | type | ModuleType) -> None:
 
 def trusted() -> tuple[str, ...]:
     """Return the names that this process trusts, for `trust` in another process."""
-    return tuple(one for one in _TRUSTED if "<" not in one and not one.startswith("__main__"))
+    return tuple(name for name in _TRUSTED if "<" not in name and not name.startswith("__main__"))
 
 
 def class_path(kind: type) -> str:
@@ -68,31 +68,31 @@ def settings(thing: Any) -> dict[str, Any]:
 
 def describe(thing: Any) -> dict[str, Any]:
     """Return an object as a record holds it, `class_path` and `init_args`; a dataclass among its settings likewise."""
-    given = {name: describe(one) if is_dataclass(one) else one for name, one in settings(thing).items()}
-    return {"class_path": class_path(type(thing)), "init_args": given}
+    arguments = {name: describe(value) if is_dataclass(value) else value for name, value in settings(thing).items()}
+    return {"class_path": class_path(type(thing)), "init_args": arguments}
 
 
 def rebuild(described: Mapping[str, Any], *contracts: type, owner: str = "the record") -> Any:
     """Return the object that `describe` has described; it and each object among its settings must be of a contract."""
     kind = find_class(described["class_path"], *contracts, owner=owner)
-    given = {
-        name: rebuild(one, *contracts, owner=owner) if isinstance(one, Mapping) and "class_path" in one else one
-        for name, one in described["init_args"].items()
+    arguments = {
+        name: rebuild(value, *contracts, owner=owner) if isinstance(value, Mapping) and "class_path" in value else value
+        for name, value in described["init_args"].items()
     }
     try:
-        return kind(**given)
+        return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"{owner} has settings that {kind.__name__} does not take ({error})") from error
 
 
 def find_class(path: str, *contracts: type, owner: str = "the record") -> Any:
     """Return the class that a record names by its path, or by its name alone."""
-    for kind in _candidates(path, {one.__module__.rpartition(".")[0] for one in contracts}):
+    for kind in _candidates(path, {contract.__module__.rpartition(".")[0] for contract in contracts}):
         if isinstance(kind, type) and issubclass(kind, contracts):
             return kind
     module, _, name = path.rpartition(".")
     if module.partition(".")[0] in ("", _PACKAGE):
-        near = did_you_mean(name, [one for one in _modules_of_classes() if not one.startswith("_")])
+        near = did_you_mean(name, [public for public in _modules_of_classes() if not public.startswith("_")])
         raise ValueError(f"{owner} names {path}, which is no {contracts[0].__name__} of this package{near}")
     raise ValueError(
         f"{owner} names {path}, which is not a class of this package, and a record leads to no foreign code; if you "
@@ -105,27 +105,28 @@ def _candidates(path: str, rooms: Collection[str]) -> Iterator[Any]:
     user trusts of this name, because a module moves.
     """
     module, _, name = path.rpartition(".")
-    for prefix, one in _TRUSTED.items():
+    for prefix, thing in _TRUSTED.items():
         if path == prefix:
-            yield one
-        elif path.startswith(f"{prefix}.") and isinstance(one, ModuleType):
+            yield thing
+        elif path.startswith(f"{prefix}.") and isinstance(thing, ModuleType):
             with suppress(ImportError, AttributeError):
                 yield pkgutil.resolve_name(path)
     if module.partition(".")[0] in ("", _PACKAGE):
         # Those that no room of the contracts holds are imported last, which may take long.
         homes = _modules_of_classes().get(name, ())
-        for home in sorted(homes, key=lambda one: (one != module, one.rpartition(".")[0] not in rooms)):
+        for home in sorted(homes, key=lambda thing: (thing != module, thing.rpartition(".")[0] not in rooms)):
             yield getattr(importlib.import_module(home), name)
-    for one in _TRUSTED.values():
-        yield getattr(one, name, None) if isinstance(one, ModuleType) else one if one.__name__ == name else None
+    for thing in _TRUSTED.values():
+        yield getattr(thing, name, None) if isinstance(thing, ModuleType) else thing if thing.__name__ == name else None
 
 
 @cache
 def _modules_of_classes() -> dict[str, list[str]]:
     """Return the modules of this package that define a class of each name, read from their sources."""
-    root, found = Path(modular_experts.__file__).parent, dict[str, list[str]]()
+    root = Path(modular_experts.__file__).parent
+    homes = dict[str, list[str]]()
     for file in sorted(root.rglob("*.py")):
         home = ".".join([_PACKAGE, *file.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
         for name in re.findall(r"^class (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE):
-            found.setdefault(name, []).append(home)
-    return found
+            homes.setdefault(name, []).append(home)
+    return homes

@@ -39,7 +39,9 @@ class StoredValues:
     @classmethod
     def of_entry(cls, entry: Mapping[str, Any]) -> "StoredValues":
         """Read it from a weight's entry in the table of a file; raise ValueError if the entry cannot be right."""
-        shape, name, sizes = entry["shape"], entry.get("encoding", "float32"), entry.get("sizes", {})
+        shape = entry["shape"]
+        name = entry.get("encoding", "float32")
+        sizes = entry.get("sizes", {})
         if not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"its weight has the shape {shape}")
         check_encoding(name)
@@ -47,7 +49,7 @@ class StoredValues:
             raise ValueError(f"its values are encoded as {name} and have the shapes {sizes}")
         wanted = {"LowRank": 2, "Sparse": 1, "BlockSparse": 3}.get(entry["form"], len(shape))
         for size in sizes.values():
-            whole = isinstance(size, list) and all(type(one) is int and one >= 0 for one in size)
+            whole = isinstance(size, list) and all(type(length) is int and length >= 0 for length in size)
             if not whole or len(size) != wanted or (entry["form"] == "BlockSparse" and 0 in size[1:]):
                 raise ValueError(f"its values have the shape {size}")
         return cls(entry["form"], tuple(shape), name, sizes)
@@ -61,7 +63,8 @@ class StoredValues:
 
     def encode(self, values: Mapping[str, Tensor], kept: Tensor | None) -> dict[str, Tensor]:
         """Return the tensors to store for values in few bits, by the kept numbers `(n,)` of a sparse form."""
-        encoding, tensors = ENCODINGS[self.encoding], dict[str, Tensor]()
+        encoding = ENCODINGS[self.encoding]
+        tensors = dict[str, Tensor]()
         for name, own in values.items():
             encoded = encoding.encode(own, self._rows(name, kept), self._row_count(name))
             tensors |= {f"{name}.codes": encoded.planes, f"{name}.scales": encoded.scales}
@@ -82,7 +85,8 @@ class StoredValues:
 
     def decoded_layout(self, layout: Mapping[str, Layout]) -> dict[str, Layout]:
         """Return the layout of the tensors once their values are float32."""
-        plain, bits = dict(layout), ENCODINGS.get(self.encoding)
+        plain = dict(layout)
+        bits = ENCODINGS.get(self.encoding)
         if self.encoding == "bfloat16":
             for name, (dtype, size) in layout.items():
                 plain[name] = (torch.float32 if dtype == torch.bfloat16 else dtype, size)
@@ -94,9 +98,9 @@ class StoredValues:
                 f"{name}.codes": (torch.uint8, (bits.bits, -(-math.prod(own) // 8))),
                 f"{name}.scales": (torch.bfloat16, (self._row_count(name), bits.magnitudes)),
             }
-            found = {part: plain.pop(part, None) for part in wanted}
-            if found != wanted:
-                raise ValueError(f"its {name} in {self.encoding} are the tensors {found} and must be {wanted}")
+            present = {part: plain.pop(part, None) for part in wanted}
+            if present != wanted:
+                raise ValueError(f"its {name} in {self.encoding} are the tensors {present} and must be {wanted}")
             plain[name] = (torch.float32, tuple(own))
         return plain
 
@@ -104,14 +108,16 @@ class StoredValues:
         """Return how many bytes values of these `sizes` have in the file."""
         if self.encoding not in ENCODINGS:
             return (2 if self.encoding == "bfloat16" else 4) * sum(map(math.prod, self.sizes.values()))
-        bits, total = ENCODINGS[self.encoding], 0
+        bits = ENCODINGS[self.encoding]
+        total = 0
         for name, size in self.sizes.items():
             total += bits.bits * -(-math.prod(size) // 8) + 2 * bits.magnitudes * self._row_count(name)
         return total
 
     def _row_count(self, name: str) -> int:
         """Return how many scales a tensor of values has."""
-        size, shape = self.sizes[name], self.shape
+        size = self.sizes[name]
+        shape = self.shape
         if self.form == "LowRank":
             return size[1] if name == "up" else size[0]
         if self.form != "BlockSparse":
@@ -121,7 +127,8 @@ class StoredValues:
 
     def layout(self, name: str) -> RowLayout:
         """Return how a tensor of values lies in the rows that have scales."""
-        size, shape = self.sizes[name], self.shape
+        size = self.sizes[name]
+        shape = self.shape
         if self.form == "Sparse":
             return 0, math.prod(shape[1:] or shape), 1, 1
         if self.form == "BlockSparse":

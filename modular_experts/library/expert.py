@@ -56,7 +56,10 @@ class StoredExpert(TaskVector):
     """
 
     def __init__(self, path: Path, record: dict[str, Any], base: Any = None) -> None:
-        self.path, self.name, self.record, files = path, path.name, record, files_of(record)
+        self.path = path
+        self.name = path.name
+        self.record = record
+        files = files_of(record)
         self.place: str | Path = path
         self.base = base
         self._table: dict[str, Any] = {}
@@ -64,7 +67,8 @@ class StoredExpert(TaskVector):
             self._table, self._tensors = _read_table(path / DELTA_FILE)
         self._state = StoredState(path / STATE_FILE) if STATE_FILE in files else None
         self._shapes = {name: Size(self._table[name]["shape"]) for name in sorted(self._table)}
-        self._checked, self._padded = set[str](), dict[str, int]()
+        self._checked = set[str]()
+        self._padded = dict[str, int]()
         self._tensors_hash = content_hash(self._table, self._state.table if self._state else None)
         if hash_of_all(self._tensors_hash, record) != record["content_hash"]:
             raise damaged(path / files[0], f"its content hash is not the one in {path / RECORD_FILE}")
@@ -149,12 +153,12 @@ class StoredExpert(TaskVector):
 
     def stored_as(self) -> dict[str, str]:
         """Return form, rank and encoding of each weight's delta, such as `LowRank of rank 4 in int8`."""
-        found = {}
+        texts = {}
         for name, form in self.forms().items():
             entry = self._table[name]
             down = entry.get("sizes", {}).get("down") or entry["tensors"].get("down", {}).get("shape")
-            found[name] = f"{form}{f' of rank {down[0]}' if down else ''} in {entry.get('encoding', 'float32')}"
-        return found
+            texts[name] = f"{form}{f' of rank {down[0]}' if down else ''} in {entry.get('encoding', 'float32')}"
+        return texts
 
     def tiles(self) -> dict[str, tuple[int, int]]:
         """Return height and width of the tiles of each weight that is kept in tiles, without reading it."""
@@ -166,13 +170,13 @@ class StoredExpert(TaskVector):
 
     def kept_entries(self) -> dict[str, int]:
         """Return how many entries of each weight are kept, of a dense delta all but the zeros, without reading it."""
-        found = {}
+        counts = {}
         for name in self:
             entry = self._table[name]
             size = math.prod(entry["shape"])
             values = entry["tensors"].get("values", {"shape": [size]})["shape"]
-            found[name] = entry.get("kept", min(size, math.prod(values)))  # older files do not count
-        return found
+            counts[name] = entry.get("kept", min(size, math.prod(values)))  # older files do not count
+        return counts
 
     @property
     def kept_share(self) -> float:
@@ -188,7 +192,8 @@ class StoredExpert(TaskVector):
         self.inputs()
 
     def __getitem__(self, name: str) -> Delta:
-        packed, is_new = self._as_stored(name), name not in self._checked
+        packed = self._as_stored(name)
+        is_new = name not in self._checked
         for suffix, facts in self._table[name]["tensors"].items() if is_new else ():
             if self._tensors.sha256(f"{name}/{suffix}") != facts["sha256"]:
                 raise damaged(self._tensors.file, f"the {suffix} of {name} are not what was written")
@@ -310,9 +315,9 @@ def _write_deltas(
     noted = (deltas.noted if isinstance(deltas, TaskVector) else None) or {}
     with TensorFileWriter(file) as writer:
         table: dict[str, Any] = {}
-        for name, entry, *found in writer.resumed:
+        for name, entry, *more in writer.resumed:
             table[name] = entry
-            noted.update(*found)
+            noted.update(*more)
         pairs: Iterable[tuple[str, Delta]] = () if isinstance(deltas, Mapping) else deltas
         if isinstance(deltas, Mapping):
             left = Counted([name for name in deltas if name not in table], "weights")
@@ -329,7 +334,8 @@ def _write_deltas(
                 for suffix, t in packed.items()
             }
             kept = int(packed["dense"].count_nonzero()) if "dense" in packed else delta.support_size
-            form, shape = type(delta).__name__, list(delta.shape)
+            form = type(delta).__name__
+            shape = list(delta.shape)
             table[name] = {"form": form, "shape": shape, "kept": kept, "tensors": tensors, **values.entry()}
             writer.note([name, table[name], noted])
         form = FORMAT if encoding == "float32" else FORMAT_ENCODED
@@ -360,9 +366,9 @@ def _read_table(file: Path) -> tuple[dict[str, Any], MappedTensors]:
 
 def stored_in(vectors: Iterable[Mapping[str, Delta]]) -> list[StoredExpert]:
     """Return the stored experts that task vectors are made of, each once; other mappings are made of none."""
-    found: dict[Path, StoredExpert] = {}
+    experts: dict[Path, StoredExpert] = {}
     for vector in vectors:
         for leaf in vector.leaves() if isinstance(vector, TaskVector) else ():
             if isinstance(leaf, StoredExpert):
-                found.setdefault(leaf.path.resolve(), leaf)
-    return list(found.values())
+                experts.setdefault(leaf.path.resolve(), leaf)
+    return list(experts.values())

@@ -54,7 +54,8 @@ class Form:
     def _sparse(self, delta: Dense) -> Delta:
         """Return a dense delta as a sparse one, which is equal, if that takes fewer bytes."""
         values = delta.values.reshape(-1)
-        kept, size = int(values.count_nonzero()), values.numel()
+        kept = int(values.count_nonzero())
+        size = values.numel()
         bits = ENCODINGS[self.encoding].bits if self.encoding in ENCODINGS else 32 >> (self.encoding == "bfloat16")
         if kept * bits + min(8 * kept, size) >= size * bits:  # a byte for the place of a value, or a bit an entry
             return delta

@@ -59,16 +59,16 @@ def is_adapter(directory: Path) -> bool:
 def version_of(directory: Path) -> tuple[int, int] | None:
     """Return what tells a directory or a file from one that takes its place, or from its earlier content."""
     try:
-        found = directory.stat()
+        status = directory.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_ctime_ns
+    return status.st_ino, status.st_ctime_ns
 
 
 def _opened(path: str | Path, directory: Path, base: Any) -> StoredExpert:
     if missing := missing_expert(path):
         raise FileNotFoundError(missing)
-    inside = sorted(one.parent.name for one in directory.glob(f"[!.]*/{RECORD_FILE}"))
+    inside = sorted(file.parent.name for file in directory.glob(f"[!.]*/{RECORD_FILE}"))
     if inside and not (directory / RECORD_FILE).exists():
         raise ValueError(f"{path} is a library of {len(inside)} experts; name one of them, such as {path}/{inside[0]}")
     check_file(path, directory)

@@ -38,11 +38,15 @@ NUMBERS = (*_KEPT.values(), *PLACES)
 
 def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], StoredValues]:
     """Return the tensors to store, by their name in the file, contiguous and on the CPU, and how values are stored."""
-    form, shape, encoding = type(delta).__name__, delta.shape, _with_zero(delta, encoding)
+    form = type(delta).__name__
+    shape = delta.shape
+    encoding = _with_zero(delta, encoding)
     if form not in _FORMS:
         raise TypeError(f"a delta to store must be one of {', '.join(_FORMS)}, got {form}")
     dtype = torch.bfloat16 if encoding == "bfloat16" else torch.float32
-    values, kept, numbers = {}, None, {}
+    values = {}
+    kept = None
+    numbers = {}
     for name in _FORMS[form]:
         own: Tensor = getattr(delta, "values" if name == "dense" else name)
         values[name] = own.detach().to("cpu", dtype).contiguous()
@@ -60,13 +64,13 @@ def pack(delta: Delta, encoding: str = "float32") -> tuple[dict[str, Tensor], St
 
 def packed_bytes(delta: Delta, *encodings: str) -> list[int]:
     """Return how many bytes the tensors that `pack` returns have in each encoding, without encoding values."""
-    found = []
+    sizes_of_each = []
     for name in encodings:
         packed, stored = pack(delta, "float32" if name == "float32" else "bfloat16")
         sizes = {name: tuple(packed.pop(name).shape) for name in _FORMS[stored.form]}
         kept = sum(own.nbytes for own in packed.values())
-        found.append(kept + replace(stored, encoding=_with_zero(delta, name), sizes=sizes).nbytes())
-    return found
+        sizes_of_each.append(kept + replace(stored, encoding=_with_zero(delta, name), sizes=sizes).nbytes())
+    return sizes_of_each
 
 
 def _with_zero(delta: Delta, encoding: str) -> str:
@@ -79,7 +83,9 @@ def _with_zero(delta: Delta, encoding: str) -> str:
 
 def check_layout(values: StoredValues, layout: Mapping[str, Layout]) -> None:
     """Check dtypes and shapes of the stored tensors of one weight, by their names in the file, before reading them."""
-    form, shape, layout = values.form, values.shape, values.decoded_layout(layout)
+    form = values.form
+    shape = values.shape
+    layout = values.decoded_layout(layout)
     kept = _name_of_kept(form, layout)
     if form not in _FORMS or set(layout) != {*_FORMS[form], *kept}:
         raise ValueError(f"it has the tensors {sorted(layout)}, which are not the tensors of a {form} delta")
@@ -97,7 +103,8 @@ def _is_delta(form: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int,
     if form == "Dense":
         return shapes["dense"] == shape
     if form == "LowRank":
-        up, down = shapes["up"], shapes["down"]
+        up = shapes["up"]
+        down = shapes["down"]
         return len(shape) == 2 and up == (shape[0], *down[:1]) and down == (*down[:1], shape[1])
     values = shapes["values"]
     in_tiles = len(shape) == 2 and len(values) == 3 and min(values[1:]) > 0
@@ -111,7 +118,8 @@ def unpack(stored: StoredValues, tensors: Mapping[str, Tensor], check: bool = Tr
 
     Encoded numbers are always checked; values, and numbers that are stored as they are, if `check` is set.
     """
-    form, shape = stored.form, stored.shape
+    form = stored.form
+    shape = stored.shape
     for name, tensor in tensors.items() if check else ():
         if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"its {name} hold numbers that are not finite")
@@ -120,7 +128,8 @@ def unpack(stored: StoredValues, tensors: Mapping[str, Tensor], check: bool = Tr
         return LowRank(values["up"], values["down"]) if form == "LowRank" else Dense(values["dense"])
     (name,) = _name_of_kept(form, tensors)
     size = stored.sizes["values"] if stored.sizes else tensors["values"].shape
-    limit, count = _limit(form, shape, size), size[0]
+    limit = _limit(form, shape, size)
+    count = size[0]
     kept = decode(name, tensors[name], count, limit, index_dtype(shape))
     if check and name not in PLACES and kept.numel():
         if not (int(kept[0]) >= 0 and int(kept[-1]) < limit):
@@ -230,8 +239,8 @@ def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype
     """Return the numbers `(count,)` of a stored tensor that `fits`; numbers stored as they are stay unchecked."""
     if name not in PLACES:
         return stored
-    found = decode_numbers(name, stored, count) if dtype == torch.int32 else None
-    numbers, last = found or _DECODE[name](stored, count)
+    compiled = decode_numbers(name, stored, count) if dtype == torch.int32 else None
+    numbers, last = compiled or _DECODE[name](stored, count)
     if last is None or last >= limit:
         reached = "" if last is None else f", as the last would be {last}"
         raise ValueError(f"its {name} cannot stand for {count} numbers in [0, {limit}){reached}")
@@ -258,19 +267,21 @@ def _from_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
 
 def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
     wide = torch.int32 if 8 * mask.numel() < 2**31 else torch.int64
-    numbers, found = torch.empty(count, dtype=wide, device=mask.device), 0
+    numbers = torch.empty(count, dtype=wide, device=mask.device)
+    count_so_far = 0
     for part, eights in enumerate(mask.split(_PART)):
         bits = EIGHT_BITS[eights.int()].view(torch.bool)
         here = torch.from_numpy(bits.numpy().nonzero()[0])  # three times as fast as torch's own
-        if found + here.numel() > count:
+        if count_so_far + here.numel() > count:
             return numbers, None
-        torch.add(here, 8 * _PART * part, out=numbers[found : found + here.numel()])
-        found += here.numel()
-    return numbers, (None if found < count else int(numbers[-1]) if count else -1)
+        torch.add(here, 8 * _PART * part, out=numbers[count_so_far : count_so_far + here.numel()])
+        count_so_far += here.numel()
+    return numbers, (None if count_so_far < count else int(numbers[-1]) if count else -1)
 
 
 def _from_rice(rice: Tensor, count: int) -> tuple[Tensor, int | None]:
-    low, eighth = int(rice[0]), -(-count // 8)
+    low = int(rice[0])
+    eighth = -(-count // 8)
     if low > _MOST_LOW or rice.numel() < 2 + low * eighth:
         return rice, None
     planes, mask = rice[1:].split([low * eighth, rice.numel() - 1 - low * eighth])

@@ -85,7 +85,8 @@ def push(
         if not dry_run:
             raise
         log.warning("%s; this dry run shows what a push into an empty repository would write", error)
-        repository, reached = HubRepository(repo_id), False
+        repository = HubRepository(repo_id)
+        reached = False
     if private and repository.commit and not repository.private:
         raise PermissionError(f"{repo_id} is public; make it private on its page first, or leave out private")
     there, entries, earlier = _look_inside(repository, opened)
@@ -164,7 +165,8 @@ def _published(expert: StoredExpert) -> bytes:
 
 def _open(experts: Sequence[str | Path]) -> dict[str, StoredExpert]:
     """Return experts by name, and those behind routers among them, which are of no use without these."""
-    named, opened = open_experts(experts, mergeable=False), dict[str, StoredExpert]()
+    named = open_experts(experts, mergeable=False)
+    opened = dict[str, StoredExpert]()
     behind = [parent for expert in named if expert.is_routed for parent in open_parents(expert)]
     for expert in [*named, *behind]:
         if expert.path != opened.setdefault(expert.name, expert).path:
@@ -183,7 +185,8 @@ def _entry(repository: HubRepository, name: str, file: Path) -> CardEntry:
 
 
 def _commit(repository: HubRepository, plan: Pushed, private: bool) -> Pushed:
-    api, repo_id = HfApi(), repository.repo_id
+    api = HfApi()
+    repo_id = repository.repo_id
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path, str(file) if isinstance(file, Path) else file) for path, file in plan.files.items()
     ]

@@ -52,7 +52,8 @@ FORMAT_ENCODED = "modular-experts/4"
 FORMATS = (FORMAT, FORMAT_WITH_STATE, FORMAT_ROUTED, FORMAT_ENCODED)
 DELTA_FILE = "delta.safetensors"
 STATE_FILE = "state.safetensors"
-MERGE, ROUTED = "merge", "routed"
+MERGE = "merge"
+ROUTED = "routed"
 """Kinds of records of experts that were not trained."""
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 _TYPES = {"format": str, "kind": str, "base": dict, "tasks": list, "scores": dict, "parents": list, "content_hash": str}
@@ -105,12 +106,12 @@ def read_json(file: Path, consequence: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing, {consequence}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged: it is not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged: it must hold a JSON object, and holds a {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: it must hold a JSON object, and holds a {type(content).__name__}")
+    return content
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def what_is_wrong(record: Mapping[str, Any]) -> str:
     wrong = [name for name, kind in _TYPES.items() if not isinstance(record.get(name), kind)]
     if wrong:
         return f"{', '.join(wrong)} is missing or of a wrong type"
-    base, methods = record["base"], [record.get("method")]
+    base = record["base"]
+    methods = [record.get("method")]
     if isinstance(record.get("per_weight"), dict):
         methods += record["per_weight"].values()
     texts = [base.get("id"), base.get("revision"), record.get("class_path"), record.get("not_mergeable_because")]

@@ -78,29 +78,31 @@ def own_code(settings: Any) -> dict[str, str]:
 
     In other installed packages only the files count that the settings name. A module without a file does not count.
     """
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     look = [(name, True) for name in _modules_in(settings)]
     while look:
         name, is_named = look.pop()
         top = name.partition(".")[0]
-        if name in found or top == "modular_experts" or top in sys.stdlib_module_names:
+        if name in hashes or top == "modular_experts" or top in sys.stdlib_module_names:
             continue
         file = _file_of(name)
         if not file.is_file():
             continue
         is_installed = not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
         if is_named or not is_installed:
-            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            hashes[name] = hashlib.sha256(file.read_bytes()).hexdigest()
         if not is_installed:
-            look += [(one, False) for one in _imports_of(name, file)]
-    return found
+            look += [(imported, False) for imported in _imports_of(name, file)]
+    return hashes
 
 
 def _file_of(name: str) -> Path:
     """Return the file of a module, which nothing has to import for that; an empty path if it has none."""
     if name in sys.modules:
         return Path(getattr(sys.modules[name], "__file__", None) or "")
-    spec, places, parts = None, None, name.split(".")
+    spec = None
+    places = None
+    parts = name.split(".")
     for count in range(1, len(parts) + 1):
         spec = PathFinder.find_spec(".".join(parts[:count]), places)
         places = spec.submodule_search_locations if spec else None
@@ -131,7 +133,7 @@ def _modules_in(settings: Any) -> Iterator[str]:
         names = [(".".join(parts[:count]), parts[count]) for count in range(len(parts) - 1, 0, -1)]
         yield from [name for name, inner in names if hasattr(sys.modules.get(name), inner)][:1]
     elif isinstance(settings, Mapping | list | tuple):
-        for one in settings.values() if isinstance(settings, Mapping) else settings:
-            yield from _modules_in(one)
+        for setting in settings.values() if isinstance(settings, Mapping) else settings:
+            yield from _modules_in(setting)
     elif callable(settings) and isinstance(name := getattr(settings, "__module__", None), str):
         yield name

@@ -72,13 +72,13 @@ def write_inputs(file: Path, inputs: Mapping[str, Sequence[Prompt]]) -> dict[str
     The tensors are `ids`, all prompts one behind the other; `starts` `(n + 1,)`, where each begins and the last ends;
     `tasks` and `ends` `(n,)`, the number of each prompt's task, and its `end`.
     """
-    prompts = [(number, one) for number, task in enumerate(inputs) for one in inputs[task]]
-    lengths = torch.tensor([0, *(len(one.ids) for _, one in prompts)])
+    prompts = [(number, prompt) for number, task in enumerate(inputs) for prompt in inputs[task]]
+    lengths = torch.tensor([0, *(len(prompt.ids) for _, prompt in prompts)])
     columns = {
-        "ids": torch.cat([one.ids for _, one in prompts]),
+        "ids": torch.cat([prompt.ids for _, prompt in prompts]),
         "starts": lengths.cumsum(0),
         "tasks": torch.tensor([number for number, _ in prompts]),
-        "ends": torch.tensor([one.end for _, one in prompts]),
+        "ends": torch.tensor([prompt.end for _, prompt in prompts]),
     }
     write_state(file, {name: columns[name].to(dtype) for name, dtype in _DTYPES.items()})
     return {"tasks": list(inputs), "rows": len(prompts), "sha256": file_hash(file)}
@@ -93,14 +93,15 @@ def read_inputs(file: Path, listed: Mapping[str, Any]) -> dict[str, list[Prompt]
     if layout != {name: (dtype, 1) for name, dtype in _DTYPES.items()}:
         raise damaged(file, f"it must hold the vectors {', '.join(_DTYPES)}")
     ids, starts, tasks, ends = (columns[name] for name in _DTYPES)
-    names, lengths = listed["tasks"], starts.diff().tolist()
+    names = listed["tasks"]
+    lengths = starts.diff().tolist()
     if not len(lengths) == len(tasks) == len(ends) == listed["rows"] > 0:
         raise damaged(file, f"it must hold the {listed['rows']} prompts that the record lists")
     if starts[0] != 0 or starts[-1] != len(ids) or not 1 <= min(lengths) <= max(lengths) <= len(ids):
         raise damaged(file, "its prompts must follow each other without a gap")
     if min(ids.min(), tasks.min()) < 0 or tasks.max() >= len(names):
         raise damaged(file, "it holds a negative number, or a task that the record does not name")
-    found: dict[str, list[Prompt]] = {name: [] for name in names}
+    prompts: dict[str, list[Prompt]] = {name: [] for name in names}
     for prompt, task, end in zip(ids.split(lengths), tasks.tolist(), ends.tolist(), strict=True):
-        found[names[task]].append(Prompt(prompt, end))
-    return found
+        prompts[names[task]].append(Prompt(prompt, end))
+    return prompts

@@ -169,7 +169,8 @@ def write_statistics(
             values = statistic.values.detach().to("cpu", torch.float32).contiguous()
             if not all_finite(values):
                 raise ValueError(f"the statistic of {name} holds numbers that are not finite, so it was not stored")
-            shape, digest = list(values.shape), hashlib.sha256(tensor_bytes(values)).hexdigest()
+            shape = list(values.shape)
+            digest = hashlib.sha256(tensor_bytes(values)).hexdigest()
             if (key := f"{shape} {digest}") not in written:
                 writer.write(name, values)
             table[name] = {
@@ -205,15 +206,16 @@ class Gathered:
     """
 
     def __init__(self, opened: Sequence[StoredStatistics]) -> None:
-        self._opened, self.content_hashes = opened, [found.content_hash for found in opened]
+        self._opened = opened
+        self.content_hashes = [statistics.content_hash for statistics in opened]
         self._name: str | None = None
 
     def __call__(self, name: str) -> "list[DataStatistic | None]":
         if self._name not in (None, name):
-            for found in self._opened:
-                found.release(str(self._name))
+            for statistics in self._opened:
+                statistics.release(str(self._name))
         self._name = name
-        return [found[name] for found in self._opened]
+        return [statistics[name] for statistics in self._opened]
 
 
 def gather_statistics(
@@ -230,10 +232,11 @@ def gather_statistics(
         )
     opened = [open_statistics(expert, kind) for expert in experts]
     hashes = {expert.content_hash for expert in experts}
-    for expert, found in zip(experts, opened, strict=True):
-        missing = [name for name in shapes if name not in found]
-        unfit = [name for name, shape in shapes.items() if name in found and not found.fits(name, shape)]
-        among, problem = set(found.facts["among"]), ""
+    for expert, statistics in zip(experts, opened, strict=True):
+        missing = [name for name in shapes if name not in statistics]
+        unfit = [name for name, shape in shapes.items() if name in statistics and not statistics.fits(name, shape)]
+        among = set(statistics.facts["among"])
+        problem = ""
         if missing:
             more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
             problem = f"do not cover {missing[0]}{more}, which another expert moves"

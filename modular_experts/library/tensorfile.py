@@ -51,7 +51,8 @@ class TensorFileWriter:
         self._new: dict[str, Any] = {}
         self.resumed: list[Any] = []
         self._notes.seek(0)
-        end, kept = 0, 0
+        end = 0
+        kept = 0
         for line in self._notes:
             try:
                 what, header, digests = (json.loads(line)[part] for part in ("what", "header", "sha256"))
@@ -83,7 +84,8 @@ class TensorFileWriter:
     def write(self, name: str, tensor: Tensor) -> str:
         """Append a contiguous tensor on the CPU; return the SHA-256 of its bytes."""
         assert name not in self._header
-        start, content = self._data.tell(), tensor_bytes(tensor)
+        start = self._data.tell()
+        content = tensor_bytes(tensor)
         self._data.write(content)
         offsets = [start, self._data.tell()]
         self._header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
@@ -107,7 +109,8 @@ class TensorFileWriter:
         end = 0
         for name in names:
             first, last = self._header[name]["data_offsets"]
-            start, end = end, end + last - first
+            start = end
+            end = end + last - first
             tensors[name] = {**self._header[name], "data_offsets": [start, end]}
         header = json.dumps({"__metadata__": {"modular_experts": metadata}, **tensors}, sort_keys=True).encode()
         header += b" " * (-len(header) % 8)
@@ -144,7 +147,8 @@ class MappedTensors:
         self._spans = {n: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for n, e in header.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        (first, last), (dtype, shape) = self._spans[name], self.layouts[name]
+        first, last = self._spans[name]
+        dtype, shape = self.layouts[name]
         if first == last:
             return torch.empty(shape, dtype=dtype)
         tensor = torch.frombuffer(self._mapped, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)

@@ -51,9 +51,11 @@ def load(source: Path, *flags: str) -> ctypes.CDLL | None:
 
 def _declare(library: ctypes.CDLL, source: str) -> None:
     for returned, name, parameters in re.findall(r'extern "C" (\w+) (\w+)\(([^)]*)\)', source):
-        types = [one.split() for one in parameters.split(",") if one]
+        types = [words.split() for words in parameters.split(",") if words]
         function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p if any("*" in word for word in one) else _TYPES[one[-2]] for one in types]
+        function.argtypes = [
+            ctypes.c_void_p if any("*" in word for word in words) else _TYPES[words[-2]] for words in types
+        ]
         function.restype = _TYPES.get(returned)
 
 
@@ -63,8 +65,8 @@ def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     defined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
     included = re.findall(r'^#include "(.+)"', source.read_text(encoding="utf-8"), re.MULTILINE)
     sources = [file.read_bytes() for file in (source, *(source.parent / name for name in included))]
-    given = [*map(str.encode, (compiler, *flags)), defined, *sources]
-    key = hashlib.sha256(b" ".join(given)).hexdigest()[:16]
+    parts = [*map(str.encode, (compiler, *flags)), defined, *sources]
+    key = hashlib.sha256(b" ".join(parts)).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"), "modular_experts")
     library = kept / f"{source.stem}-{key}.so"

@@ -28,7 +28,9 @@ class KeptGradient:
     """The name by which an expert's argument `backend` asks for it."""
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: tuple[int, int]) -> None:
-        self.units, self.shape, self.tile = units, (shape[0], shape[1]), tile
+        self.units = units
+        self.shape = (shape[0], shape[1])
+        self.tile = tile
 
     def saved(self, x: Tensor) -> Tensor:
         """Return the part of the input `(tokens, in)` that backward needs."""
@@ -50,7 +52,9 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, 
     """Return `x W^T + bias` for a frozen weight into which `values`, which receive the kept gradient, are written."""
     dtype = computed_in(weight)
     if dtype != weight.dtype:
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+        x = x.to(dtype)
+        weight = weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
     return _KeptLinear.apply(x, weight, bias, values, kernel)
 
 
@@ -70,13 +74,15 @@ class _KeptLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, values, kernel):
         saved = kernel.saved(x.reshape(-1, x.shape[-1])) if values.requires_grad else None
         ctx.save_for_backward(saved, weight)
-        ctx.kernel, ctx.dtype = kernel, values.dtype
+        ctx.kernel = kernel
+        ctx.dtype = values.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         saved, weight = ctx.saved_tensors
-        grad_x, flat = grad @ weight if ctx.needs_input_grad[0] else None, grad.reshape(-1, grad.shape[-1])
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        flat = grad.reshape(-1, grad.shape[-1])
         # The bias may have an expert of its own.
         grad_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
         kept = ctx.kernel.gradient(saved, flat).to(ctx.dtype) if ctx.needs_input_grad[3] else None
@@ -86,7 +92,8 @@ class _KeptLinear(torch.autograd.Function):
 class _KeptWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, values, kernel):
-        ctx.kernel, ctx.dtype = kernel, values.dtype
+        ctx.kernel = kernel
+        ctx.dtype = values.dtype
         return weight.view_as(weight)
 
     @staticmethod

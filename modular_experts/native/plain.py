@@ -45,7 +45,8 @@ class TileRows(KeptGradient):
         self.longest = int(counts.max()) if counts.numel() else 0
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        (height, width), (tall, wide) = self.tile, self.grid
+        height, width = self.tile
+        tall, wide = self.grid
         tokens = x.shape[0]
         # Tiles may reach over the edge, where zeros stand in for inputs and outputs.
         if wide * width > x.shape[1]:

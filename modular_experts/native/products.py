@@ -38,7 +38,8 @@ class Factor:
     def __init__(
         self, form: Form, where: Tensor, columns: Tensor | None, values: Tensor, sizes: tuple[int, int, int] = (0, 0, 0)
     ) -> None:
-        self._made_of, self.dtype = (form, where, columns, values, sizes), values.dtype
+        self._made_of = (form, where, columns, values, sizes)
+        self.dtype = values.dtype
         # A model has hundreds of layers, so a call must not ask for the addresses again.
         self.fields = (int(form), where.data_ptr(), _address(columns), values.data_ptr(), *sizes)
 
@@ -77,7 +78,8 @@ class Parts:
 
     def __init__(self, parts: Sequence[Part], inputs: int) -> None:
         # The loops read the tensors of `parts` at their addresses.
-        self._made_of, self._described = (parts, inputs), array("q")
+        self._made_of = (parts, inputs)
+        self._described = array("q")
         for factor, places, weights in parts:
             count = inputs if places is None else places.numel()
             self._described.extend((*factor.fields, count, _address(places), _address(weights)))
@@ -93,11 +95,13 @@ class Parts:
         """
         products = library()
         assert products is not None, "call serves() first"
-        (parts, inputs), width = self._made_of, x.size(-1)
-        each, rest = divmod(x.numel(), inputs * width)
+        parts, inputs = self._made_of
+        width = x.size(-1)
+        rows, rest = divmod(x.numel(), inputs * width)
         assert not rest, f"{x.numel() // width} rows are not as many for each of {inputs} inputs"
-        described, threads = self._described.buffer_info()[0], torch.get_num_threads()
-        sizes = x.dtype == torch.bfloat16, width, out.size(-1), each
+        described = self._described.buffer_info()[0]
+        threads = torch.get_num_threads()
+        sizes = x.dtype == torch.bfloat16, width, out.size(-1), rows
         products.add_products(x.data_ptr(), out.data_ptr(), *sizes, described, len(parts), threads)
 
 

@@ -72,38 +72,43 @@ class CompiledSums:
 
         A weight that all experts have in common is multiplied last.
         """
-        out, kept = empty(stop - start, torch.float64), empty(stop - start, torch.bool)
+        out = empty(stop - start, torch.float64)
+        kept = empty(stop - start, torch.bool)
         room = [out.data_ptr(), kept.data_ptr()]
         _check(self._passes.sum_entries(*self._entries(here), *_factors(weights), start, len(out), *room))
         return out, kept
 
     def packed_total(self, size: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return the kept entries of the `total` of a weight of `size` entries, int32, and their sums in float32."""
-        places, values = empty(size, torch.int32), empty(size, torch.float32)
+        places = empty(size, torch.int32)
+        values = empty(size, torch.float32)
         here = [slice(0, own.shape[0]) for own in self._held[0]]
         room = [places.data_ptr(), values.data_ptr()]
-        found = self._passes.sum_and_pack(*self._entries(here), *_factors(weights), size, *room)
-        _check(found < 0)
-        return places[:found], values[:found]
+        count = self._passes.sum_and_pack(*self._entries(here), *_factors(weights), size, *room)
+        _check(count < 0)
+        return places[:count], values[:count]
 
     def counts(self, start: int, stop: int, here: Sequence[slice], moved: bool = False) -> Tensor:
         """Return how many experts keep each entry (`moved`: have a value there that is not zero), in float64."""
-        out, (places, values, *numbers) = empty(stop - start, torch.float64), self._entries(here)
+        out = empty(stop - start, torch.float64)
+        places, values, *numbers = self._entries(here)
         _check(self._passes.count_entries(places, values if moved else None, *numbers, start, len(out), out.data_ptr()))
         return out
 
     def _entries(self, here: Sequence[slice]) -> list[Any]:
         """Return the addresses of each expert's places and values, of four bytes each, and their number."""
-        pointers, numbers = ctypes.c_void_p * len(here), ctypes.c_int64 * len(here)
-        starts = [4 * one.start for one in here]
+        pointers = ctypes.c_void_p * len(here)
+        numbers = ctypes.c_int64 * len(here)
+        starts = [4 * span.start for span in here]
         places, values = (map(int.__add__, first, starts) for first in (self._places, self._values))
-        return [pointers(*places), pointers(*values), numbers(*(one.stop - one.start for one in here)), len(here)]
+        return [pointers(*places), pointers(*values), numbers(*(span.stop - span.start for span in here)), len(here)]
 
 
 def compiled_sums(deltas: Sequence[Delta]) -> CompiledSums | None:
     """Return the compiled sums of experts that all keep single entries, or None where no code serves them."""
     sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
-    places, values = [delta.indices for delta in sparse], [delta.values for delta in sparse]
+    places = [delta.indices for delta in sparse]
+    values = [delta.values for delta in sparse]
     if len(sparse) < len(deltas) or [own.shape for own in places] != [its.shape for its in values]:
         return None
     dtypes = [torch.int32] * len(places) + [torch.float32] * len(values)
@@ -138,20 +143,25 @@ def pack_entries(total: Tensor, kept: Tensor, start: int, places: Tensor, values
         values[: len(inside)] = total.index_select(0, inside)
         return len(inside)
     assert total.numel() == kept.numel() <= min(places.numel(), values.numel())
-    source, room = [total.data_ptr(), kept.data_ptr()], [places.data_ptr(), values.data_ptr()]
+    source = [total.data_ptr(), kept.data_ptr()]
+    room = [places.data_ptr(), values.data_ptr()]
     return passes.pack_entries(*source, total.numel(), start, *room)
 
 
 def spread_tiles(delta: BlockSparse) -> Sparse:
     """Return a delta of tiles entry by entry, as `BlockSparse.by_entries` does."""
-    blocks, tiles, shape = delta.blocks, delta.values, delta.shape
+    blocks = delta.blocks
+    tiles = delta.values
+    shape = delta.shape
     passes = serving(tiles.numel(), [blocks, tiles], [torch.int32, torch.float32])
     if passes is None or math.prod(shape) >= 2**31:
         return Sparse(*entries_in_order(blocks, tiles, shape), shape)
-    places, values = empty(tiles.numel(), torch.int32), empty(tiles.numel(), torch.float32)
-    sizes, out = [*tiles.shape, *shape], [places.data_ptr(), values.data_ptr()]
-    found = passes.spread_tiles(blocks.data_ptr(), tiles.data_ptr(), *sizes, *out)
-    return Sparse(places[:found], values[:found], shape)
+    places = empty(tiles.numel(), torch.int32)
+    values = empty(tiles.numel(), torch.float32)
+    sizes = [*tiles.shape, *shape]
+    out = [places.data_ptr(), values.data_ptr()]
+    count = passes.spread_tiles(blocks.data_ptr(), tiles.data_ptr(), *sizes, *out)
+    return Sparse(places[:count], values[:count], shape)
 
 
 def split_rows(places: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor] | None:
@@ -162,7 +172,8 @@ def split_rows(places: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor] |
     passes = serving(places.numel(), [places], [torch.int32]) if width <= 2**16 else None
     if passes is None:
         return None
-    starts, columns = empty(rows + 1, torch.int32), empty(places.numel(), torch.int16)
+    starts = empty(rows + 1, torch.int32)
+    columns = empty(places.numel(), torch.int16)
     room = [starts.data_ptr(), columns.data_ptr()]
     _check(passes.split_rows(places.data_ptr(), places.numel(), rows, width, *room))
     return starts, columns
@@ -188,10 +199,14 @@ def add_rounded(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Added:
     """
     if dtype == weight.dtype == torch.bfloat16 and isinstance(delta, Sparse | BlockSparse):
         sparse = spread_tiles(delta) if isinstance(delta, BlockSparse) else delta
-        places, values, dtypes = sparse.indices, sparse.values, [dtype, torch.int32, torch.float32]
+        places = sparse.indices
+        values = sparse.values
+        dtypes = [dtype, torch.int32, torch.float32]
         passes = serving(places.numel(), [weight, places, values], dtypes)
         if passes is not None and places.shape == values.shape:
-            total, counts, squares = weight.clone(), (ctypes.c_int64 * 2)(), (ctypes.c_double * 2)()
+            total = weight.clone()
+            counts = (ctypes.c_int64 * 2)()
+            squares = (ctypes.c_double * 2)()
             inputs = [places.data_ptr(), values.data_ptr(), places.numel(), total.numel(), total.data_ptr()]
             _check(passes.add_rounded(*inputs, counts, squares))
             return Added(total, *counts, *squares)
@@ -199,9 +214,11 @@ def add_rounded(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Added:
     exact = delta.add_to(weight.to(wide, copy=True))
     rounded = exact.to(dtype)
     if isinstance(delta, LowRank):
-        moved, norm = math.prod(delta.shape) if not delta.is_empty else 0, delta.norm() ** 2
+        moved = math.prod(delta.shape) if not delta.is_empty else 0
+        norm = delta.norm() ** 2
     else:
-        moved, norm = int(delta.values.count_nonzero()), delta.values.norm().item() ** 2
+        moved = int(delta.values.count_nonzero())
+        norm = delta.values.norm().item() ** 2
     changed = int(np.count_nonzero(unequal(rounded, weight.to(dtype))))
     lost = 0.0 if dtype == wide else rounded.to(wide).sub_(exact).norm().item() ** 2
     return Added(rounded, moved, changed, lost, norm)
@@ -225,10 +242,11 @@ def find_at_least(scores: Tensor, bound: float, kept: Tensor | None = None) -> T
         # Only the pages that are written take memory.
         places = empty(scores.numel() + 16, torch.int32)
         held = (0, 0) if kept is None else (kept.data_ptr(), kept.numel())
-        found = passes.find_at_least(scores.data_ptr(), scores.numel(), bound, *held, places.data_ptr())
-        if found >= 0:
-            return places[:found]
-    wrong, high = scores.isnan(), scores >= bound
+        count = passes.find_at_least(scores.data_ptr(), scores.numel(), bound, *held, places.data_ptr())
+        if count >= 0:
+            return places[:count]
+    wrong = scores.isnan()
+    high = scores >= bound
     if kept is not None:
         wrong[kept.long()] = high[kept.long()] = False
     if wrong.any():
@@ -243,9 +261,10 @@ def exchanged_slots(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """
     passes = serving(max(before.numel(), after.numel()), [before, after], [torch.int32, torch.int32])
     if passes is not None:
-        slots, left = empty(after.numel(), torch.int64), empty(before.numel() + 1, torch.int64)
-        given = [before.data_ptr(), before.numel(), after.data_ptr(), after.numel()]
-        return slots, left[: passes.find_sorted(*given, slots.data_ptr(), left.data_ptr())]
+        slots = empty(after.numel(), torch.int64)
+        left = empty(before.numel() + 1, torch.int64)
+        arguments = [before.data_ptr(), before.numel(), after.data_ptr(), after.numel()]
+        return slots, left[: passes.find_sorted(*arguments, slots.data_ptr(), left.data_ptr())]
     if before.numel() == 0:
         return torch.full(after.shape, -1, device=after.device), torch.zeros(0, dtype=torch.int64, device=after.device)
     slots = torch.searchsorted(before, after).clamp(max=before.numel() - 1)
@@ -262,7 +281,8 @@ def carried(values: Tensor, slots: Tensor) -> Tensor:
     if passes is None:
         gone = (slots < 0).view(-1, *[1] * (values.ndim - 1))
         return values[slots.clamp(min=0)].masked_fill_(gone, 0)
-    out, width = values.new_empty(slots.numel(), *values.shape[1:]), math.prod(values.shape[1:])
+    out = values.new_empty(slots.numel(), *values.shape[1:])
+    width = math.prod(values.shape[1:])
     passes.carry(values.data_ptr(), width, slots.data_ptr(), slots.numel(), out.data_ptr())
     return out
 
@@ -288,6 +308,12 @@ def decode_values(encoding: Encoding, encoded: Encoded, kept: Tensor | None, lay
     if passes is None:
         return None
     values = empty(encoded.count, torch.float32)
-    given = [encoded.planes.data_ptr(), encoding.bits, encoded.count, encoded.scales.data_ptr(), len(encoded.scales)]
-    given += [0 if encoding.is_linear else encoding.magnitudes, 0 if kept is None else kept.data_ptr(), *layout]
-    return None if passes.decode_values(*given, values.data_ptr()) else values
+    arguments = [
+        encoded.planes.data_ptr(),
+        encoding.bits,
+        encoded.count,
+        encoded.scales.data_ptr(),
+        len(encoded.scales),
+    ]
+    arguments += [0 if encoding.is_linear else encoding.magnitudes, 0 if kept is None else kept.data_ptr(), *layout]
+    return None if passes.decode_values(*arguments, values.data_ptr()) else values

@@ -44,7 +44,8 @@ class TransientWeight(Tensor):
             with unset_fake_temporarily():
                 return cls.of(read, shape, dtype, device)
         made = whole.as_subclass(cls)
-        made._read, made._added = read, None
+        made._read = read
+        made._added = None
         return made
 
     @torch.no_grad()
@@ -71,7 +72,8 @@ class TransientWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FIELDS or name in _ABOUT:
                 return func(*args, **kwargs)

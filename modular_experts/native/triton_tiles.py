@@ -71,7 +71,8 @@ class TritonTiles(KeptGradient):
         self.columns = (units.long() % wide).to(torch.int32)
 
     def splits(self, tokens: int) -> int:
-        kept_bytes, device = 4 * self.units.numel() * self.tile[0] ** 2, self.units.device
+        kept_bytes = 4 * self.units.numel() * self.tile[0] ** 2
+        device = self.units.device
         # Outside of a GPU, in the interpreter, one processor runs the program.
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         return token_splits(len(self.segments), tokens, kept_bytes, processors)
@@ -79,7 +80,8 @@ class TritonTiles(KeptGradient):
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"backend='triton' computes in float32, bfloat16 and float16, not in {x.dtype}; use auto")
-        kept, chunk = self.units.numel(), 64 // x.element_size()
+        kept = self.units.numel()
+        chunk = 64 // x.element_size()
         # Each split has a whole number of chunks, and at least one.
         split_tokens = max(1, -(-x.shape[0] // (self.splits(x.shape[0]) * chunk))) * chunk
         splits = max(1, -(-x.shape[0] // split_tokens))
@@ -90,7 +92,8 @@ class TritonTiles(KeptGradient):
 
     def _launch(self, x: Tensor, grad: Tensor, partials: Tensor, split_tokens: int, chunk: int) -> None:
         size = self.tile[0]
-        x, grad = contiguous_rows(x), contiguous_rows(grad)
+        x = contiguous_rows(x)
+        grad = contiguous_rows(grad)
         with torch.cuda.device_of(x):  # Triton launches on the current device, whichever holds its arguments
             program()[(len(self.segments), partials.shape[0])](
                 *(x, grad, partials, self.segments, self.columns),
@@ -120,9 +123,11 @@ def _segments(rows: Tensor, counts: Tensor, tiles: int) -> Tensor:
     """Return the segments `(n, 3)`: row of tiles, first slot, last slot + 1; all of a row are about as long."""
     pieces = -(-counts // tiles)
     piece = torch.arange(int(pieces.sum()), device=rows.device) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
-    first, count = (counts.cumsum(0) - counts).repeat_interleave(pieces), counts.repeat_interleave(pieces)
+    first = (counts.cumsum(0) - counts).repeat_interleave(pieces)
+    count = counts.repeat_interleave(pieces)
     total = pieces.repeat_interleave(pieces)
-    starts, ends = first + piece * count // total, first + (piece + 1) * count // total
+    starts = first + piece * count // total
+    ends = first + (piece + 1) * count // total
     return torch.stack([rows.repeat_interleave(pieces), starts, ends], dim=1).to(torch.int32)
 
 
@@ -167,7 +172,8 @@ def _segment_product(
     widened: tl.constexpr,
 ):
     """Write the tiles of one segment, summed over one split of the tokens."""
-    segment, split = tl.program_id(0), tl.program_id(1)
+    segment = tl.program_id(0)
+    split = tl.program_id(1)
     row = tl.load(segments + 3 * segment)
     start = tl.load(segments + 3 * segment + 1)
     end = tl.load(segments + 3 * segment + 2)
@@ -196,7 +202,8 @@ def _segment_product(
         x_part = tl.load(x + x_offsets, mask=x_kept[:, None] & inside[None, :], other=0.0)
         grad_part = tl.load(grad + grad_offsets, mask=inside[:, None] & grad_kept[None, :], other=0.0)
         if widened:  # Triton's interpreter would multiply the bits of bfloat16 as if they were integers
-            x_part, grad_part = x_part.to(tl.float32), grad_part.to(tl.float32)
+            x_part = x_part.to(tl.float32)
+            grad_part = grad_part.to(tl.float32)
         sums = tl.dot(x_part, grad_part, sums, input_precision=precision)
         x += chunk * x_stride
         grad += chunk * grad_stride

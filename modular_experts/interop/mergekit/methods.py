@@ -43,7 +43,8 @@ def _linear(given: Given) -> MergeMethod:
 
 
 def _nuslerp(given: Given) -> MergeMethod:
-    own_angles, columns = not given["nuslerp_flatten"], bool(given["nuslerp_row_wise"])
+    own_angles = not given["nuslerp_flatten"]
+    columns = bool(given["nuslerp_row_wise"])
     return ours.NuSLERP(
         weights=None if abs(sum(given["weight"])) < 1e-6 else given["weight"],
         # mergekit's rows are the columns of the stored weight.

@@ -82,9 +82,12 @@ class Recipe:
 
     def method_for(self, name: str, share: float, entries: int, seed: int = 0) -> MergeMethod:
         """Return our method for one weight with its number of entries."""
-        each = {one: [self.value(one, name, share, model) for model in self.merged] for one in self.method.each}
-        overall = {one: self.value(one, name, share) for one in self.method.overall}
-        return self.method.build({"name": name, "entries": entries, "seed": seed, **each, **overall})
+        of_models = {
+            parameter: [self.value(parameter, name, share, model) for model in self.merged]
+            for parameter in self.method.each
+        }
+        overall = {parameter: self.value(parameter, name, share) for parameter in self.method.overall}
+        return self.method.build({"name": name, "entries": entries, "seed": seed, **of_models, **overall})
 
 
 def value_at(rules: Rules, name: str, share: float) -> float | None:
@@ -144,7 +147,8 @@ def _models(recipe: Mapping[str, Any], method: Method) -> tuple[dict[str, Settin
     """Read `models`, or `slices` with one slice of all layers: each model's settings, the layers, the slice's."""
     if ("models" in recipe) == ("slices" in recipe):
         raise ValueError("a recipe must have exactly one of models and slices")
-    part, ranges = recipe, set()
+    part = recipe
+    ranges = set()
     if "slices" in recipe:
         slices = recipe["slices"] if isinstance(recipe["slices"], list) else [None]
         part = _mapping(slices[0], "slices[0]", ("sources", "parameters"))
@@ -156,11 +160,11 @@ def _models(recipe: Mapping[str, Any], method: Method) -> tuple[dict[str, Settin
         raise ValueError(f"{where} must be a list with at least one entry, got {listed!r}")
     models: dict[str, Settings] = {}
     for number, entry in enumerate(listed):
-        given = _mapping(entry, f"{where}[{number}]", ("model", "parameters", *["layer_range"] * bool(ranges)))
-        model = parse_model(given.get("model"), f"{where}[{number}].model")
+        settings = _mapping(entry, f"{where}[{number}]", ("model", "parameters", *["layer_range"] * bool(ranges)))
+        model = parse_model(settings.get("model"), f"{where}[{number}].model")
         if model in models:
             raise ValueError(f"{where} names {model} twice, and mergekit would use it once; list each model once")
-        models[model] = _settings(given, f"{where}[{number}].", method.each)
+        models[model] = _settings(settings, f"{where}[{number}].", method.each)
     if not ranges:
         return models, None, {}
     layers = part["sources"][0].get("layer_range")
@@ -192,7 +196,7 @@ def parse_rules(value: Any, where: str) -> Rules:
     rules = [_mapping(entry, f"{where}[{number}]", ("filter", "value")) for number, entry in enumerate(value)]
     parts = [str(rule.get("filter", "*")) for rule in rules]
     numbers = [_numbers(rule.get("value"), f"{where}[{number}].value") for number, rule in enumerate(rules)]
-    return [("" if part == "*" else part, one) for part, one in zip(parts, numbers, strict=True)]
+    return [("" if part == "*" else part, values) for part, values in zip(parts, numbers, strict=True)]
 
 
 def _numbers(value: Any, where: str) -> list[float]:
@@ -236,7 +240,8 @@ def merge_recipe(
     bases = {model: Base.open(place, revision=revision or None) for model, (place, _, revision) in named.items()}
     donor = bases[recipe.base or recipe.merged[0]]
     _check_alike(recipe, donor, list(bases.values()))
-    stored, names = donor.weights, donor.structure.weights
+    stored = donor.weights
+    names = donor.structure.weights
     shares = layer_shares(names, recipe.layers)
     methods = {name: recipe.method_for(name, shares[name], stored.shape(name).numel(), seed) for name in names}
     dtypes = {name: getattr(torch, recipe.dtype) if recipe.dtype else stored.dtype(name) for name in names}
@@ -245,7 +250,9 @@ def merge_recipe(
 
     def merged(key: str) -> Tensor:
         name = keys[key]
-        parts, start, context = [model.read(name) for model in merging], stored.read(name), Context(name)
+        parts = [model.read(name) for model in merging]
+        start = stored.read(name)
+        context = Context(name)
         if recipe.on_deltas:
             delta = methods[name].merge([difference(part, start) for part in parts], context)
             result = delta.add_to(start.to(_wide(start), copy=True)).to(dtypes[name])
@@ -296,12 +303,13 @@ def difference(tuned: Tensor, start: Tensor) -> Delta:
 def _check_alike(recipe: Recipe, donor: Base, others: Sequence[Base]) -> None:
     ours = donor.structure
     for other in others:
-        theirs, place = other.structure, other.structure.place
+        theirs = other.structure
+        place = other.structure.place
         check_same_model(ours, theirs)
         if ours.weights != theirs.weights:
             raise ValueError(f"only one of {ours.place} and {place} ties its embeddings")
         if apart := [name for name in ours.shapes if ours.shapes[name] != theirs.shapes[name]]:
-            shapes = [tuple(one.shapes[apart[0]]) for one in (ours, theirs)]
+            shapes = [tuple(structure.shapes[apart[0]]) for structure in (ours, theirs)]
             raise ValueError(f"{apart[0]} has shape {shapes[0]} in {ours.place} and {shapes[1]} in {place}")
         if recipe.tokenizer and other.tokenizer().get_vocab() != donor.tokenizer().get_vocab():
             raise ValueError(f"{place} has another tokenizer than {recipe.base}; run mergekit to reorder embeddings")

@@ -75,7 +75,10 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
     """The deltas of an adapter, from PEFT; every iteration loads base and adapter anew."""
 
     def __init__(self, files: AdapterFiles, config: Any, base: Base, tolerance: float) -> None:
-        self._files, self._config, self._base, self._tolerance = files, config, base, tolerance
+        self._files = files
+        self._config = config
+        self._base = base
+        self._tolerance = tolerance
         self.stated = self.measured = 0
         self.largest_difference = float("nan")
         # The tied tensors as base plus delta, under the first of their names that came.
@@ -83,7 +86,9 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
-        self.stated, self.measured, self._tied = 0, 0, {}
+        self.stated = 0
+        self.measured = 0
+        self._tied = {}
         files = self._files
         model, tuned, prompts, expected = self._load_twice()
         seen = set()
@@ -171,11 +176,11 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         """Yield the delta of a parameter, or the deltas of the matrices in it that are weights of their own."""
         parts = {f"{name}[{number}]": matrix for number, matrix in enumerate(merged)} if merged.dim() == 3 else {}
         if parts and parts.keys() <= self._base.structure.shapes.keys():
-            found = [(part, self._delta(part, one, None, weight_of(self._plain, part))) for part, one in parts.items()]
+            deltas = [(part, self._delta(part, one, None, weight_of(self._plain, part))) for part, one in parts.items()]
         else:
-            found = [(name, self._delta(name, merged, stated, self._base.weight(name)))]
+            deltas = [(name, self._delta(name, merged, stated, self._base.weight(name)))]
         owners = self._base.structure.owners
-        yield from ((owners[part], delta) for part, delta in found if delta is not None)
+        yield from ((owners[part], delta) for part, delta in deltas if delta is not None)
 
     @cached_property
     def _plain(self) -> Any:
@@ -184,10 +189,12 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
 
     def _delta(self, name: str, merged: Tensor, stated: Tensor | None, base: Tensor) -> Delta | None:
         """Return how far a weight moved, and put base plus delta in the merged weight's place."""
-        structure, source = self._base.structure, str(self._files.directory)
+        structure = self._base.structure
+        source = str(self._files.directory)
         structure.check(name, merged.shape, source)
         before = base.to(merged.dtype)
-        moved, owner = merged - before, structure.owners[name]
+        moved = merged - before
+        owner = structure.owners[name]
         rounding = 2 * torch.finfo(moved.dtype).eps * merged.norm().item()
         if owner in self._tied:
             if (merged - self._tied[owner]).norm().item() > rounding:
@@ -242,7 +249,8 @@ def exact_form(difference: Tensor, rounding: float = 0.0) -> Delta:
 
 def _configuration(files: AdapterFiles) -> Any:
     """Return PEFT's configuration of an adapter, once PEFT is known to merge its type and to open nothing else."""
-    file, kind = files.directory / CONFIG_FILE, files.config.get("peft_type")
+    file = files.directory / CONFIG_FILE
+    kind = files.config.get("peft_type")
     way = "which reads any type that moves weights: pip install 'modular-experts[peft]'"
     import_peft(f"{files.obstacle()} without PEFT, {way}")
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

@@ -54,7 +54,8 @@ class AdapterFiles:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser()
         self.config = read_json(self.directory / CONFIG_FILE, f"so {self.directory} is not a PEFT adapter")
-        new, old = self.directory / TENSOR_FILE, self.directory / "adapter_model.bin"
+        new = self.directory / TENSOR_FILE
+        old = self.directory / "adapter_model.bin"
         self.file = old if old.is_file() and not new.is_file() else new
 
     def existing_file(self) -> Path:
@@ -79,7 +80,8 @@ class AdapterFiles:
 
     def obstacle(self) -> str | None:
         """Return why this is not a plain LoRA, which needs no PEFT: its type, a setting or a tensor."""
-        file, kind = self.directory / CONFIG_FILE, self.config.get("peft_type")
+        file = self.directory / CONFIG_FILE
+        kind = self.config.get("peft_type")
         if kind != "LORA":
             return f"{file} has peft_type {kind!r}, which cannot be read"
         for field, value in self.config.items():

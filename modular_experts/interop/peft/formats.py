@@ -100,11 +100,13 @@ class LoraFormat(PeftFormat):
     def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> "LoraFormat":
         if not self.steps:
             return self
-        names, largest = list(names), self.steps[-1]
+        names = list(names)
+        largest = self.steps[-1]
         held = max(delta.rank if isinstance(delta := expert[name], LowRank) else largest + 1 for name in names)
         if held <= largest:
             return replace(self, rank=next(step for step in self.steps if step >= held))
-        kept, whole = torch.zeros(largest, dtype=torch.float64), 0.0
+        kept = torch.zeros(largest, dtype=torch.float64)
+        whole = 0.0
         for name in names:
             values = expert[name].dense()
             product, _ = truncated_svd(Dense(values), largest)
@@ -178,23 +180,26 @@ def matrices(encoded: Mapping[str, EncodedWeight], structure: Structure) -> dict
     A parameter of E matrices has `lora_A` `(E rank, in)`, matrix by matrix, and `lora_B` `(out, rank E)`, rank by rank.
     In a module with several such parameters the next one wraps each.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     wholes = list(dict.fromkeys(split_slice(name)[0] for name in encoded if split_slice(name)[1] is not None))
     for whole in wholes:
         place, _, parameter = whole.rpartition(".")
-        module, rank = structure.layer(whole), common_rank(encoded)
+        module = structure.layer(whole)
+        rank = common_rank(encoded)
         wrapped = [key for key in sliced(module) if f"{place}.{key}" in wholes]
         inside = "base_layer." * (len(wrapped) - 1 - wrapped.index(parameter))
         count, *shape = structure.shapes[whole]
         out, size = reversed(shape) if module.is_transposed else shape
-        down, up = torch.zeros(count, rank, size), torch.zeros(out, rank, count)
+        down = torch.zeros(count, rank, size)
+        up = torch.zeros(out, rank, count)
         for number in range(count):
             if (weight := encoded.get(f"{whole}[{number}]")) is not None:
                 product: Any = weight.delta.T if module.is_transposed else weight.delta
-                down[number, : product.rank], up[:, : product.rank, number] = product.down, product.up
-        found[f"{place}.{inside}lora_A.weight"] = down.view(-1, size)
-        found[f"{place}.{inside}lora_B.weight"] = up.reshape(out, -1)
-    return found
+                down[number, : product.rank] = product.down
+                up[:, : product.rank, number] = product.up
+        tensors[f"{place}.{inside}lora_A.weight"] = down.view(-1, size)
+        tensors[f"{place}.{inside}lora_B.weight"] = up.reshape(out, -1)
+    return tensors
 
 
 class _SparseFormat(PeftFormat):

@@ -40,7 +40,8 @@ def read_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base | None
 
 
 def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank]]:
-    structure, tensors = base.structure, files.tensors
+    structure = base.structure
+    tensors = files.tensors
     endings = rf"\.({'|'.join(map(re.escape, LORA_TENSORS))})$"
     names = sorted({re.sub(endings, "", key) for key in tensors})
     modules = {name for name, _ in structure.model.named_modules()} - {""}
@@ -64,15 +65,17 @@ def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank
         for factor, wanted in ((key % "A", (rank, columns)), (key % "B", (rows, rank))):
             if factor not in tensors:
                 raise _does_not_fit(files, f"it has no {factor}")
-            if (found := tuple(tensors[factor].shape)) != wanted:
-                raise _does_not_fit(files, f"{factor} has shape {found} and should have {wanted}")
-        up, down = tensors[key % "B"], tensors[key % "A"]
+            if (shape := tuple(tensors[factor].shape)) != wanted:
+                raise _does_not_fit(files, f"{factor} has shape {shape} and should have {wanted}")
+        up = tensors[key % "B"]
+        down = tensors[key % "A"]
         left, right = (down.T, up.T) if transposed else (up, down)
         yield f"{name}.weight", LowRank((left.double() * scaling).float().contiguous(), right.float().contiguous())
 
 
 def _rank_and_scaling(files: AdapterFiles, module: str) -> tuple[int, float]:
-    config, values = files.config, []
+    config = files.config
+    values = []
     try:
         # The defaults of 8 are PEFT's own.
         for patterns, setting in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):

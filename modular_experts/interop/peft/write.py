@@ -95,16 +95,16 @@ def export(
         if format.peft_type not in PeftType.__members__:
             raise ValueError(f"peft {metadata.version('peft')} knows no {format.peft_type}: pip install -U peft")
     (opened,) = open_experts([expert], base=base)
-    found = Base.open(base, [opened])
-    modules = _moved_modules(opened, format, found)
+    opened_base = Base.open(base, [opened])
+    modules = _moved_modules(opened, format, opened_base)
     format = format.fit_to(opened, list(modules))
     encoded = {name: format.encode(name, modules[name], opened[name]) for name in progress(list(modules))}
     with new_directory(target, overwrite, MANIFEST) as directory:
-        check = None if write else _write_peft(directory, found, format, encoded, opened, tolerance)
+        check = None if write else _write_peft(directory, opened_base, format, encoded, opened, tolerance)
         if write:
-            write(directory, found, format, encoded)
+            write(directory, opened_base, format, encoded)
         written = WrittenAdapter(encoded, check)
-        identity = {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint}
+        identity = {"id": opened_base.place, "revision": opened_base.revision, "fingerprint": opened_base.fingerprint}
         origin = {"base": identity, "experts": as_parents([opened])}
         account = {"adapter": _account(format, written), "check": asdict(check) if check else None}
         write_manifest(directory, origin | account)
@@ -247,11 +247,11 @@ def _verify(
     # PEFT warns of many things; only one warning means that the adapter lacks what PEFT looks for.
     with quiet(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = logits(PeftModel.from_pretrained(model, directory), prompts)
+        reloaded = logits(PeftModel.from_pretrained(model, directory), prompts)
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
             raise ValueError(f"the adapter was not written: PEFT warns: {warning.message}")
-    largest, mean = difference(found, reference)
+    largest, mean = difference(reloaded, reference)
     loader = f"peft {metadata.version('peft')}"
     if not largest <= tolerance:  # written so that NaN is refused too
         raise ValueError(
