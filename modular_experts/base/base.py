@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -30,9 +30,10 @@ from modular_experts.base.streaming import Rounding, StreamedSum
 from modular_experts.base.structure import StoredWeights, Structure, is_rounded, split_slice, weight_of
 from modular_experts.base.tied import untie, untied_from
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
+from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, check_base, check_target, new_directory
-from modular_experts.library.record import package_versions, read_json
+from modular_experts.library.record import Facts, Record, package_versions, read_json
 from modular_experts.library.tensorfile import MappedTensors
 from modular_experts.progress import Counted, Progress
 from modular_experts.text import block_of
@@ -57,7 +58,7 @@ class Origin(NamedTuple):
             is the same.
     """
 
-    entries: Mapping[str, Any]
+    entries: Facts
     key: str
 
 
@@ -156,16 +157,18 @@ class Base:
                 expert.move_to(self.facts, names)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Record:
         """What the record of an expert keeps about its base."""
-        facts: dict[str, Any] = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
+        facts: Record = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
         facts["rows"] = self.rows
         return facts | ({"untied": self.untied_from} if self.untied_from else {})
 
     @property
     def identity(self) -> str:
         """SHA-256 over all that its outputs depend on: its weights, its configuration and its tokenizer's files."""
-        content = [self.fingerprint, reading(self.directory)] + [self.quantise] * bool(self.quantise)
+        content = [self.fingerprint, reading(self.directory)]
+        if self.quantise:
+            content.append(self.quantise)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -184,12 +187,12 @@ class Base:
         return StoredWeights(read_layouts(self.directory), self.structure)
 
     @cached_property
-    def quantisation(self) -> dict[str, Any] | None:
+    def quantisation(self) -> Record | None:
         """Settings of the quantiser if its files hold quantised weights, else None."""
         config = read_json(self.directory / "config.json", "so it is not the directory of a model")
         return config.get("quantization_config")
 
-    def quantised_facts(self, dtype: DType) -> dict[str, Any]:
+    def quantised_facts(self, dtype: DType) -> Record:
         """Return how the loaded base is quantised, by the key `quantised` of a record, or nothing."""
         facts = described(self.quantise, getattr(torch, dtype)) if self.quantise else self.quantisation
         return {"quantised": facts} if facts else {}
@@ -203,7 +206,7 @@ class Base:
         """
         from transformers import AutoModelForCausalLM
 
-        more: dict[str, Any] = {}
+        more: Record = {}
         if self.quantise and self.quantisation:
             raise ValueError(f"the weights in {self.directory} are quantised already; leave out {self.quantise}")
         if self.quantise or self.quantisation:
@@ -441,12 +444,12 @@ def adopt_smaller(experts: Sequence[StoredExpert]) -> None:
 def _of_copies_first(experts: Sequence[StoredExpert]) -> list[StoredExpert]:
     """Return the experts in an order that begins with an untied copy of a base, and with most rows of a vocabulary."""
     bases = [(expert, expert.record["base"]) for expert in experts]
-    bases.sort(key=lambda one: ("untied" not in one[1], -(one[1].get("rows") or 0)))
+    bases.sort(key=lambda pair: ("untied" not in pair[1], -(pair[1].get("rows") or 0)))
     return [expert for expert, _ in bases]
 
 
 @torch.no_grad()
-def _add(delta: Any, weight: Tensor, dtype: torch.dtype | None) -> None:
+def _add(delta: Delta, weight: Tensor, dtype: torch.dtype | None) -> None:
     if dtype is None or dtype == weight.dtype:
         delta.add_to(weight)
     else:

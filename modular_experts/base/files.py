@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from modular_experts.library.atomic import new_file
-from modular_experts.library.record import package_versions, plain, read_json
+from modular_experts.library.record import Facts, Record, package_versions, plain, read_json
 from modular_experts.library.tensorfile import file_hash, open_tensors
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
@@ -67,9 +66,10 @@ def fingerprint(directory: str | Path, without: str | None = None, rows: Mapping
     """
     files = weight_files(Path(directory))
     stats = [(str(file.resolve()), file.stat()) for file in files]
-    state: list[Any] = [
+    state: list[object] = [
         (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats
-    ] + [one for one in (without, rows) if one]
+    ]
+    state += [option for option in (without, rows) if option]
     note = cache_directory("fingerprints") / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]}.txt"
     with suppress(OSError, UnicodeDecodeError):
         known = note.read_text().strip()
@@ -94,7 +94,7 @@ def cache_directory(what: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "modular-experts" / what
 
 
-def reading(directory: Path) -> dict[str, Any]:
+def reading(directory: Path) -> Record:
     """Return what decides how a checkpoint's weights are used: its configuration and its tokenizer's files."""
     config = read_json(directory / "config.json", "so it is not the directory of a model")
     return {
@@ -113,7 +113,7 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
+def write_manifest(directory: Path, content: Facts) -> None:
     """Write the record of a checkpoint, with the packages' versions and the time."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = {**content, "versions": package_versions(), "created": created}

@@ -20,32 +20,32 @@ def inner(one: Delta, other: Delta) -> float:
     return inner_by_row(one, other).sum().item()
 
 
-def inner_by_row(one: Delta, other: Delta) -> Tensor:
+def inner_by_row(first: Delta, other: Delta) -> Tensor:
     """Return the inner product of each row with the same row of the other delta, float64 `(rows,)`.
 
     A weight of one dimension has one row.
     """
-    one = one.by_entries()
+    first = first.by_entries()
     other = other.by_entries()
     # The cheapest form comes first: sparse, then low-rank, then dense.
-    if isinstance(other, Sparse) or not isinstance(one, Sparse | LowRank):
-        one, other = other, one
-    if isinstance(one, Sparse):
-        rows = _row_count(one.shape)
-        indices = one.indices.long()
-        products = one.values.double() * _values_at(other, indices)
-        total = torch.zeros(rows, dtype=torch.float64, device=one.device)
-        return total.index_add_(0, indices // (one.shape.numel() // rows), products)
-    if isinstance(one, LowRank):
+    if isinstance(other, Sparse) or not isinstance(first, Sparse | LowRank):
+        first, other = other, first
+    if isinstance(first, Sparse):
+        rows = _row_count(first.shape)
+        indices = first.indices.long()
+        products = first.values.double() * _values_at(other, indices)
+        total = torch.zeros(rows, dtype=torch.float64, device=first.device)
+        return total.index_add_(0, indices // (first.shape.numel() // rows), products)
+    if isinstance(first, LowRank):
         # Row sums of `(other @ down.T) * up`; two low-rank deltas meet in the product of their ranks.
-        up = one.up.double()
-        down = one.down.double()
+        up = first.up.double()
+        down = first.down.double()
         if isinstance(other, LowRank):
             across = other.up.double() @ (other.down.double() @ down.T)
         else:
             across = _matrix(other) @ down.T
         return (across * up).sum(1)
-    return torch.linalg.vecdot(_matrix(one), _matrix(other))
+    return torch.linalg.vecdot(_matrix(first), _matrix(other))
 
 
 def scale_rows(delta: Delta, factors: Tensor) -> Delta:

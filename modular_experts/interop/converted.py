@@ -34,8 +34,8 @@ def converted(place: str | Path, base: str | Path | Base | None = None) -> Store
         if base is not None:
             raise
         raise FileNotFoundError(
-            f"{place} is a PEFT adapter, and the base that it names did not open; give --base, in Python base=..., or "
-            f"make an expert of it once: modular-experts import {place} --base DIR --out library/{name} ({error})"
+            f"{place} is a PEFT adapter, and the base that it names did not open; name it with `base=`, or import "
+            f"the adapter once as an expert, with `source={place}`, `base=DIR` and `out=library/{name}` ({error})"
         ) from error
     local = Path(opened_base.place).expanduser()
     whole = Base(
@@ -62,7 +62,7 @@ def _find(place: str | Path) -> Path:
     if not (directory / CONFIG_FILE).is_file():
         names = sorted(file.parent.name for file in directory.glob(f"*/{RECORD_FILE}"))
         reason = (
-            f"it holds the experts {', '.join(names[:8])}, which modular-experts pull {place} --out library fetches"
+            f"it holds the experts {', '.join(names[:8])}, which `pull` fetches with `repo={place}` and `out=library`"
         )
         raise ValueError(f"{place} on the hub is no PEFT adapter: {reason if names else f'it has no {CONFIG_FILE}'}")
     return directory

@@ -103,7 +103,7 @@ def _check(expert: StoredExpert, structure: Structure, server: Server) -> None:
         if not (plain and name.endswith(".weight")):
             raise ValueError(
                 f"{expert.name} moves {name}, and {server} takes LoRAs of the weights of linear layers alone; write a "
-                "checkpoint with modular-experts apply"
+                "checkpoint with `apply`"
             )
         *block, layer, _ = name.split(".")
         joined = [".".join([*block, other, "weight"]) for group in _JOINED if layer in group for other in group]

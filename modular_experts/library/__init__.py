@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from modular_experts.library.atomic import check_name, check_target, is_name, new_directory
 from modular_experts.library.compatibility import (
@@ -45,7 +44,7 @@ class Library(Mapping[str, StoredExpert]):
         base: The base of the adapters, as for `open_expert`.
     """
 
-    def __init__(self, directory: str | Path, base: Any = None) -> None:
+    def __init__(self, directory: str | Path, base: object = None) -> None:
         self._base = base
         self.directory = Path(os.path.abspath(Path(directory).expanduser()))
         if not self.directory.is_dir():

@@ -1,13 +1,12 @@
 """Write the card of a hub repository of experts, which states only what their records state."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
-from modular_experts.library.record import MERGE
+from modular_experts.library.record import MERGE, Facts, Record
 from modular_experts.text import bytes_text, score_text
 
 CARD_FILE = "README.md"
@@ -25,7 +24,7 @@ class CardEntry:
     """
 
     name: str
-    record: Mapping[str, Any]
+    record: Facts
     size: int
     hub_base: str | None = None
     inputs: bool = False
@@ -68,13 +67,13 @@ def model_card(repo_id: str, entries: Sequence[CardEntry], earlier: str = "") ->
     return "\n".join([*top, *_table(entries), *_use(repo_id, entries)])
 
 
-def _header(entries: Sequence[CardEntry], earlier: str) -> dict[str, Any]:
+def _header(entries: Sequence[CardEntry], earlier: str) -> Record:
     match = _HEADER.match(earlier)
     kept = (yaml.safe_load(match[1]) if match else None) or {}
     bases = sorted({entry.hub_base for entry in entries if entry.hub_base})
     tags = [_LIBRARY, "parameter-efficient-fine-tuning"]
     tags += ["merge"] if any(entry.record["kind"] == MERGE for entry in entries) else []
-    ours: dict[str, Any] = {"library_name": _LIBRARY}
+    ours: Record = {"library_name": _LIBRARY}
     if bases:
         ours |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "adapter"}
     old = kept.get("tags") if isinstance(kept.get("tags"), list) else []
@@ -112,10 +111,10 @@ def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     yield '`TASK.jsonl` is a file of rows `{"input": ..., "target": ...}`; transformers loads `checkpoint`.\n'
 
 
-def _plain(text: Any) -> str:
+def _plain(text: object) -> str:
     """Escape a text of a record, so that it stays in its cell and is not read as markup."""
     return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(str(text).split()))
 
 
-def _code(text: Any) -> str:
+def _code(text: object) -> str:
     return "`" + " ".join(str(text).replace("`", "'").replace("|", "/").split()) + "`"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_target, new_directory
 from modular_experts.library.expert import StoredExpert
 from modular_experts.library.opening import is_adapter, open_expert
-from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, read_record
+from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, Facts, Record, read_record
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 def open_experts(
     paths: str | Path | Vector | Sequence[str | Path | Vector],
     mergeable: bool = True,
-    base: Any = None,
+    base: object = None,
     skip: bool | None = None,
 ) -> list[StoredExpert | Vector]:
     """Open experts in their order, all before any delta is read; task vectors such as `0.5 * a` stay as they are.
@@ -202,7 +202,7 @@ def _check_mergeable(expert: StoredExpert, offers_skip: bool, alone: bool) -> No
     raise ValueError(f"{expert.name} cannot be merged or added to its base, because {reason}{advice}")
 
 
-def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
+def common_base(experts: Sequence[StoredExpert]) -> Record:
     """Return the base that the experts' records name; raise ValueError if two have different fingerprints.
 
     A tied base and its untied copy compute the same, so the copy is the base of both, unless an expert of the tied one
@@ -258,7 +258,7 @@ def _same_untied(expert: StoredExpert, tied: str, untied: Mapping[str, str] | No
     return True
 
 
-def training_in_common(experts: Sequence[StoredExpert]) -> dict[str, Any]:
+def training_in_common(experts: Sequence[StoredExpert]) -> Record:
     """Return how the experts read rows and held their base in training, as far as all of them did the same."""
     parts = [expert.record.get("training") or {} for expert in experts]
     keys = [key for key in ("max_length", "chat_template", "dtype") if all(key in part for part in parts)]
@@ -266,7 +266,7 @@ def training_in_common(experts: Sequence[StoredExpert]) -> dict[str, Any]:
 
 
 def warn_unlike_training(
-    experts: Sequence[StoredExpert], reading: Callable[[Iterable[str]], Mapping[str, Any]], dtype: str
+    experts: Sequence[StoredExpert], reading: Callable[[Iterable[str]], Facts], dtype: str
 ) -> None:
     """Log a sentence for each expert that meets rows or a base in another form than in its training.
 
@@ -278,15 +278,15 @@ def warn_unlike_training(
         now = reading(expert.record["tasks"])
         if "chat_template" in trained and "chat_template" in now and trained["chat_template"] != now["chat_template"]:
             if trained["chat_template"] is None:
-                unlike.append("a chat template, which it never saw (--chat_template)")
+                unlike.append("a chat template, which it never saw (`chat_template=True`)")
             elif now["chat_template"] is None:
-                unlike.append("no chat template instead of one (--chat_template)")
+                unlike.append("no chat template instead of one (`chat_template=True`)")
             else:
                 unlike.append("another chat template")
         if now.get("max_length", math.inf) < trained.get("max_length", 0):
-            unlike.append(f"{now['max_length']} instead of {trained['max_length']} tokens a row (--max_length)")
+            unlike.append(f"{now['max_length']} instead of {trained['max_length']} tokens a row (`max_length=`)")
         if dtype != trained.get("dtype", dtype):
-            unlike.append(f"a base in {dtype} instead of {trained['dtype']} (--dtype)")
+            unlike.append(f"a base in {dtype} instead of {trained['dtype']} (`dtype=`)")
         if unlike:
             log.warning("%s is used otherwise than it was trained, with %s", expert.name, ", ".join(unlike))
 
@@ -306,12 +306,12 @@ def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:
     return dict(sorted(shapes.items()))
 
 
-def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
+def as_parents(experts: Sequence[StoredExpert]) -> list[Record]:
     """Return the experts as records list parents: by name and content hash, with their tasks."""
     return [{"name": e.name, "content_hash": e.content_hash, "tasks": e.record["tasks"]} for e in experts]
 
 
-def parent_ids(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def parent_ids(parents: Sequence[Facts]) -> list[dict[str, str]]:
     return [{name: parent[name] for name in ("name", "content_hash")} for parent in parents]
 
 

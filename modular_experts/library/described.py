@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import modular_experts
+from modular_experts.library.record import Facts, Record
 from modular_experts.text import did_you_mean
 
 _PACKAGE = modular_experts.__name__
@@ -61,18 +62,18 @@ def short_name(kind: type) -> str:
     return kind.__name__ if class_path(kind).startswith(f"{_PACKAGE}.") else class_path(kind)
 
 
-def settings(thing: Any) -> dict[str, Any]:
+def settings(thing: object) -> Record:
     """Return the arguments that make an equal object: its attributes of the same names."""
     return {name: getattr(thing, name) for name in inspect.signature(type(thing)).parameters if hasattr(thing, name)}
 
 
-def describe(thing: Any) -> dict[str, Any]:
+def describe(thing: object) -> Record:
     """Return an object as a record holds it, `class_path` and `init_args`; a dataclass among its settings likewise."""
     arguments = {name: describe(value) if is_dataclass(value) else value for name, value in settings(thing).items()}
     return {"class_path": class_path(type(thing)), "init_args": arguments}
 
 
-def rebuild(described: Mapping[str, Any], *contracts: type, owner: str = "the record") -> Any:
+def rebuild(described: Facts, *contracts: type, owner: str = "the record") -> Any:
     """Return the object that `describe` has described; it and each object among its settings must be of a contract."""
     kind = find_class(described["class_path"], *contracts, owner=owner)
     arguments = {
@@ -96,7 +97,7 @@ def find_class(path: str, *contracts: type, owner: str = "the record") -> Any:
         raise ValueError(f"{owner} names {path}, which is no {contracts[0].__name__} of this package{near}")
     raise ValueError(
         f"{owner} names {path}, which is not a class of this package, and a record leads to no foreign code; if you "
-        f"trust it, add --trust {module} to the command (in Python, modular_experts.trust({module!r}))"
+        f"trust it, add `trust={module!r}`, in Python modular_experts.trust({module!r})"
     )
 
 

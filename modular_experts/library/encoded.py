@@ -8,7 +8,6 @@ product each direction.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from modular_experts.deltas import all_finite
 from modular_experts.deltas.encodings import ENCODINGS, Encoded
 from modular_experts.deltas.tiles import tile_grid
+from modular_experts.library.record import Facts, Record
 from modular_experts.library.tensorfile import Layout
 from modular_experts.native.sparse_passes import RowLayout, decode_values
 from modular_experts.text import did_you_mean
@@ -37,7 +37,7 @@ class StoredValues:
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
-    def of_entry(cls, entry: Mapping[str, Any]) -> "StoredValues":
+    def of_entry(cls, entry: Facts) -> "StoredValues":
         """Read it from a weight's entry in the table of a file; raise ValueError if the entry cannot be right."""
         shape = entry["shape"]
         name = entry.get("encoding", "float32")
@@ -54,7 +54,7 @@ class StoredValues:
                 raise ValueError(f"its values have the shape {size}")
         return cls(entry["form"], tuple(shape), name, sizes)
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> Record:
         """Return what the weight's entry holds of it: nothing for float32, as in files of earlier versions."""
         if self.encoding == "float32":
             return {}
@@ -153,7 +153,7 @@ class StoredValues:
         return torch.where(places < columns, rows, self._row_count(name) - 1).reshape(-1)
 
 
-def check_encoding(name: Any) -> None:
+def check_encoding(name: object) -> None:
     """Raise ValueError if values cannot be stored so."""
     if name not in VALUE_TYPES:
         near = did_you_mean(str(name), VALUE_TYPES)

@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -34,13 +33,15 @@ from modular_experts.library.record import (
     RECORD_FILE,
     ROUTED,
     STATE_FILE,
+    Facts,
+    Record,
     files_of,
     hash_of_all,
     plain,
     what_is_wrong,
 )
 from modular_experts.library.state import INPUTS_FILE, Prompt, StoredState, read_inputs, write_inputs, write_state
-from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, damaged, read_table
+from modular_experts.library.tensorfile import MappedTensors, Table, TensorFileWriter, damaged, read_table
 from modular_experts.progress import Counted, Progress
 
 
@@ -55,14 +56,14 @@ class StoredExpert(TaskVector):
         base: The base that it was opened for, or None.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any], base: Any = None) -> None:
+    def __init__(self, path: Path, record: Record, base: object = None) -> None:
         self.path = path
         self.name = path.name
         self.record = record
         files = files_of(record)
         self.place: str | Path = path
         self.base = base
-        self._table: dict[str, Any] = {}
+        self._table: Table = {}
         if DELTA_FILE in files:
             self._table, self._tensors = _read_table(path / DELTA_FILE)
         self._state = StoredState(path / STATE_FILE) if STATE_FILE in files else None
@@ -78,7 +79,7 @@ class StoredExpert(TaskVector):
         """SHA-256 over all that it does: equal hashes mean experts that act alike."""
         return self.record["content_hash"]
 
-    def is_listed_as(self, parent: Mapping[str, Any]) -> bool:
+    def is_listed_as(self, parent: Facts) -> bool:
         """Return whether this is the expert that a record lists as a parent, by its content hash."""
         # Earlier versions listed a routed expert by the hash of its tensors.
         return parent["content_hash"] in (self.content_hash, self._tensors_hash)
@@ -108,7 +109,7 @@ class StoredExpert(TaskVector):
         """Whether it was made of other experts by a merge, and contains them."""
         return bool(self.record["kind"] == MERGE)
 
-    def move_to(self, base: Mapping[str, Any], vocabulary: Iterable[str]) -> None:
+    def move_to(self, base: Facts, vocabulary: Iterable[str]) -> None:
         """Count from now on as an expert of a base whose vocabulary has more rows, which it leaves as they are.
 
         Args:
@@ -116,10 +117,9 @@ class StoredExpert(TaskVector):
             vocabulary: The weights that have a row for each token.
         """
         self.record = self.record | {"base": dict(base)}
-        self._padded = dict.fromkeys(self._table.keys() & set(vocabulary), base["rows"])
-        self._shapes = self._shapes | {
-            name: Size((rows, *self._shapes[name][1:])) for name, rows in self._padded.items()
-        }
+        rows: int = base["rows"]
+        self._padded = dict.fromkeys(self._table.keys() & set(vocabulary), rows)
+        self._shapes = self._shapes | {name: Size((rows, *self._shapes[name][1:])) for name in self._padded}
 
     def state(self) -> dict[str, Tensor]:
         """Read the trained tensors of the type's own form, by `<weight>/<name>`; none for an expert of deltas alone."""
@@ -228,7 +228,8 @@ class StoredExpert(TaskVector):
         for key, (dtype, shape) in self._tensors.layouts.items() if sizes else ():
             assert isinstance(dtype, torch.dtype), key
             name, _, suffix = key.rpartition("/")
-            sizes[name] += dtype.itemsize * math.prod(shape) * (suffix in NUMBERS or not places)
+            if suffix in NUMBERS or not places:
+                sizes[name] += dtype.itemsize * math.prod(shape)
         return sizes
 
     def __repr__(self) -> str:
@@ -245,7 +246,7 @@ def check_file(path: str | Path, file: Path) -> None:
 def write_expert(
     path: str | Path,
     deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
-    record: Mapping[str, Any],
+    record: Facts,
     overwrite: bool = False,
     key: str | None = None,
     progress: Progress = iter,
@@ -302,7 +303,7 @@ def write_expert(
     return content["content_hash"]
 
 
-def content_hash(table: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> str:
+def content_hash(table: Facts, state: Facts | None = None) -> str:
     """Return the SHA-256 of a table of weights, and of a state's, whatever the order in which they were written."""
     content = table if state is None else {"state": state, "weights": table}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -310,11 +311,11 @@ def content_hash(table: Mapping[str, Any], state: Mapping[str, Any] | None = Non
 
 def _write_deltas(
     file: Path, deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta], progress: Progress, encoding: str
-) -> dict[str, Any]:
+) -> Table:
     """Write the file of deltas, after those that an interrupted call left whole; return its table of weights."""
     noted = (deltas.noted if isinstance(deltas, TaskVector) else None) or {}
     with TensorFileWriter(file) as writer:
-        table: dict[str, Any] = {}
+        table: Table = {}
         for name, entry, *more in writer.resumed:
             table[name] = entry
             noted.update(*more)
@@ -345,7 +346,7 @@ def _write_deltas(
     return table
 
 
-def _read_table(file: Path) -> tuple[dict[str, Any], MappedTensors]:
+def _read_table(file: Path) -> tuple[Table, MappedTensors]:
     """Return the table of weights and the tensors, once it is known that the file holds just those that it names."""
     table, tensors = read_table(file, "weights", FORMAT, FORMAT_ENCODED)
     try:

@@ -4,7 +4,6 @@ import importlib
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from modular_experts.library.atomic import check_name
 from modular_experts.library.expert import StoredExpert, check_file
@@ -19,7 +18,7 @@ _READS = 10
 """How often an expert is read that another process replaces meanwhile."""
 
 
-def open_expert(path: str | Path, base: Any = None) -> StoredExpert:
+def open_expert(path: str | Path, base: object = None) -> StoredExpert:
     """Open the expert in a directory; only the headers of its files are read yet.
 
     Args:
@@ -65,7 +64,7 @@ def version_of(directory: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_ctime_ns
 
 
-def _opened(path: str | Path, directory: Path, base: Any) -> StoredExpert:
+def _opened(path: str | Path, directory: Path, base: object) -> StoredExpert:
     if missing := missing_expert(path):
         raise FileNotFoundError(missing)
     inside = sorted(file.parent.name for file in directory.glob(f"[!.]*/{RECORD_FILE}"))

@@ -3,16 +3,15 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert
 from modular_experts.library.atomic import is_name
 from modular_experts.library.hub import HubRepository, check_contents, look
-from modular_experts.library.record import RECORD_FILE, ROUTED, files_of, read_record
+from modular_experts.library.record import RECORD_FILE, ROUTED, Facts, Record, files_of, read_record
 from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
@@ -74,11 +73,9 @@ def pull(
     return Pulled([open_expert(library / name) for name in new], present, repository.commit)
 
 
-def _fetch_records(
-    repository: HubRepository, names: Sequence[str], library: Path, place: Path
-) -> dict[str, dict[str, Any]]:
+def _fetch_records(repository: HubRepository, names: Sequence[str], library: Path, place: Path) -> dict[str, Record]:
     """Return the records of experts and of those behind routers among them, after a check of each target."""
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, Record] = {}
     left = list(names)
     while left:
         repository.fetch([f"{name}/{RECORD_FILE}" for name in left], place)
@@ -93,7 +90,7 @@ def _fetch_records(
     return records
 
 
-def _files(repository: HubRepository, name: str, record: Mapping[str, Any], statistics: bool) -> list[str]:
+def _files(repository: HubRepository, name: str, record: Facts, statistics: bool) -> list[str]:
     """Return the paths of an expert's own files in a repository, beside its record."""
     files = [f"{name}/{file}" for file in files_of(record)]
     if "inputs" in record:
@@ -118,7 +115,7 @@ def _names_the_repository(repository: HubRepository, place: Path, name: str) -> 
         ) from error
 
 
-def _is_present(target: Path, record: Mapping[str, Any]) -> bool:
+def _is_present(target: Path, record: Facts) -> bool:
     """Return whether the library has this expert, undamaged."""
     try:
         there = open_expert(target)

@@ -55,6 +55,10 @@ STATE_FILE = "state.safetensors"
 MERGE = "merge"
 ROUTED = "routed"
 """Kinds of records of experts that were not trained."""
+Record = dict[str, Any]
+"""The content of an `expert.json`, plain JSON."""
+Facts = Mapping[str, Any]
+"""Plain values by name, as JSON holds them: a record to read, or a part of one."""
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 _TYPES = {"format": str, "kind": str, "base": dict, "tasks": list, "scores": dict, "parents": list, "content_hash": str}
 _OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "source", "training")
@@ -62,11 +66,11 @@ _OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "so
 
 def make_record(
     kind: str,
-    base: Mapping[str, Any],
+    base: Facts,
     tasks: Sequence[str] = (),
-    parents: Sequence[Mapping[str, Any]] = (),
-    **more: Any,
-) -> dict[str, Any]:
+    parents: Sequence[Facts] = (),
+    **more: object,
+) -> Record:
     """Return the record of a new expert; `write_expert` adds the content hash.
 
     Args:
@@ -101,7 +105,7 @@ def package_versions() -> dict[str, str]:
 _version = cache(metadata.version)  # which parses a text of many lines each time
 
 
-def read_json(file: Path, consequence: str) -> dict[str, Any]:
+def read_json(file: Path, consequence: str) -> Record:
     """Read a JSON object; a sentence about a missing file ends with the consequence."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing, {consequence}")
@@ -114,7 +118,7 @@ def read_json(file: Path, consequence: str) -> dict[str, Any]:
     return content
 
 
-def read_record(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> Record:
     """Read and check an `expert.json`."""
     record = read_json(file, f"so {file.parent} is not an expert")
     if record.get("format") not in FORMATS:
@@ -127,7 +131,7 @@ def read_record(file: Path) -> dict[str, Any]:
     return record
 
 
-def hash_of_all(tensors: str, record: Mapping[str, Any]) -> str:
+def hash_of_all(tensors: str, record: Facts) -> str:
     """Return the content hash of an expert: the hash of its tensors, or, for a routed expert, of all its parts.
 
     Two routed experts whose routers have the same state act alike only if their routers have the same class and
@@ -140,12 +144,12 @@ def hash_of_all(tensors: str, record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def files_of(record: Mapping[str, Any]) -> list[str]:
+def files_of(record: Facts) -> list[str]:
     """Return the names of the files that an expert of this record has beside the record itself."""
     return [DELTA_FILE] if record["format"] == FORMAT else record["files"]
 
 
-def what_is_wrong(record: Mapping[str, Any]) -> str:
+def what_is_wrong(record: Facts) -> str:
     """Return which parts of a record are missing or not what its readers rely on, or an empty string."""
     wrong = [name for name, kind in _TYPES.items() if not isinstance(record.get(name), kind)]
     if wrong:
@@ -182,15 +186,15 @@ def what_is_wrong(record: Mapping[str, Any]) -> str:
     return f"{', '.join(wrong)} is not what it must be" if wrong else ""
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _has_texts(value: Any, *names: str) -> bool:
+def _has_texts(value: object, *names: str) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Convert a value to strict JSON: numbers that are not finite become null, unknown objects their text."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}

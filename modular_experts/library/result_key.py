@@ -13,14 +13,13 @@ from functools import lru_cache
 from importlib.machinery import PathFinder
 from importlib.util import resolve_name
 from pathlib import Path
-from typing import Any
 
 from modular_experts.library.opening import open_expert, version_of
 from modular_experts.library.record import RECORD_FILE, package_versions
 from modular_experts.library.tensorfile import file_hash
 
 
-def result_key(*parts: Any) -> str:
+def result_key(*parts: object) -> str:
     """Return a hash of all that a result depends on: a result under another key is another one, or stale.
 
     A class or a function of the user's stands in them as it is, or by its dotted path, as in configs and in records of
@@ -30,7 +29,7 @@ def result_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def named_contents(settings: Any) -> dict[str, str]:
+def named_contents(settings: object) -> dict[str, str]:
     """Return a hash of the content of each file, expert, library and model that settings name by its path.
 
     A directory counts if it holds experts, or a JSON file as models, adapters and data sets do. Others do not count, as
@@ -64,7 +63,7 @@ def _hash_at(file: Path, version: object) -> str:
     return file_hash(file)
 
 
-def texts_in(settings: Any) -> Iterator[str]:
+def texts_in(settings: object) -> Iterator[str]:
     """Yield all texts and paths of settings, but not their names."""
     if isinstance(settings, str | Path):
         yield str(settings)
@@ -73,7 +72,7 @@ def texts_in(settings: Any) -> Iterator[str]:
             yield from texts_in(part)
 
 
-def own_code(settings: Any) -> dict[str, str]:
+def own_code(settings: object) -> dict[str, str]:
     """Return the hash of each file of code that settings name, and of the user's files that those import, by module.
 
     In other installed packages only the files count that the settings name. A module without a file does not count.
@@ -115,7 +114,8 @@ def _imports_of(name: str, file: Path) -> Iterator[str]:
     """Yield the package that a module lies in, and all that its code may import, inside of functions as well."""
     above = name.rpartition(".")[0]
     package = name if file.name == "__init__.py" else above
-    yield from [above] * bool(above)
+    if above:
+        yield above
     with suppress(SyntaxError, ValueError, ImportError):
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.Import):
@@ -126,7 +126,7 @@ def _imports_of(name: str, file: Path) -> Iterator[str]:
                 yield from [whole, *[f"{whole}.{alias.name}" for alias in node.names]]
 
 
-def _modules_in(settings: Any) -> Iterator[str]:
+def _modules_in(settings: object) -> Iterator[str]:
     """Yield the modules of the classes and functions that settings hold or name."""
     if isinstance(settings, str):  # most of them
         parts = settings.split(".")

@@ -12,14 +12,14 @@ about inputs needs the library alone. The record names the tasks and the SHA-256
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import all_finite
-from modular_experts.library.record import FORMAT_WITH_STATE
-from modular_experts.library.tensorfile import TensorFileWriter, damaged, file_hash, read_table
+from modular_experts.library.record import FORMAT_WITH_STATE, Facts
+from modular_experts.library.tensorfile import Table, TensorFileWriter, damaged, file_hash, read_table
 
 INPUTS_FILE = "inputs.safetensors"
 _DTYPES = {"ids": torch.int32, "starts": torch.int64, "tasks": torch.int32, "ends": torch.int32}
@@ -45,7 +45,7 @@ class StoredState:
         return {name: self._tensors[name].clone() for name in self.table}
 
 
-def write_state(file: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+def write_state(file: Path, state: Mapping[str, Tensor]) -> Table:
     """Write a state file and return its table; raise ValueError if a number is not finite."""
     with TensorFileWriter(file) as writer:
         table = {}
@@ -66,7 +66,7 @@ class Prompt(NamedTuple):
     end: int
 
 
-def write_inputs(file: Path, inputs: Mapping[str, Sequence[Prompt]]) -> dict[str, Any]:
+def write_inputs(file: Path, inputs: Mapping[str, Sequence[Prompt]]) -> Table:
     """Write the prompts of each task, and return what the record holds of them.
 
     The tensors are `ids`, all prompts one behind the other; `starts` `(n + 1,)`, where each begins and the last ends;
@@ -84,7 +84,7 @@ def write_inputs(file: Path, inputs: Mapping[str, Sequence[Prompt]]) -> dict[str
     return {"tasks": list(inputs), "rows": len(prompts), "sha256": file_hash(file)}
 
 
-def read_inputs(file: Path, listed: Mapping[str, Any]) -> dict[str, list[Prompt]]:
+def read_inputs(file: Path, listed: Facts) -> dict[str, list[Prompt]]:
     """Return the prompts of each task; raise ValueError if the file is not what the record lists, or not sound."""
     if file_hash(file) != listed["sha256"]:
         raise damaged(file, "its contents are not those that the record lists")

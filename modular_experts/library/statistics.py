@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from modular_experts.deltas import all_finite
 from modular_experts.library.atomic import is_name, new_file
 from modular_experts.library.expert import StoredExpert, content_hash
-from modular_experts.library.record import plain
-from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
+from modular_experts.library.record import Facts, plain
+from modular_experts.library.tensorfile import MappedTensors, Table, TensorFileWriter, tensor_bytes
 from modular_experts.places import check_free
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class StoredStatistics(Mapping[str, "DataStatistic | None"]):
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise self._damaged(f"its metadata do not describe statistics ({error!r})") from error
         self.content_hash = content_hash(self.facts)
-        self._table: dict[str, Any] = self.facts.pop("weights")
+        self._table: Table = self.facts.pop("weights")
         self._tensors = MappedTensors(self.file)
         if self.facts["expert"] != expert.content_hash:
             raise ValueError(
@@ -83,8 +83,13 @@ class StoredStatistics(Mapping[str, "DataStatistic | None"]):
     def fits(self, name: str, shape: Sequence[int]) -> bool:
         """Return whether a weight's statistic fits a weight of this shape, without reading it."""
         entry = self._table[name]
-        square = [shape[entry["inputs"]]] * 2 if entry and len(shape) == 2 else None
-        return entry is None or list(entry["shape"]) in (list(shape), square)
+        if entry is None:
+            return True
+        fitting = [list(shape)]
+        if len(shape) == 2:  # a Gram matrix of the inputs
+            inputs = shape[entry["inputs"]]
+            fitting.append([inputs, inputs])
+        return list(entry["shape"]) in fitting
 
     def __getitem__(self, name: str) -> "DataStatistic | None":
         # Commands that only list or show experts do without the merge methods.
@@ -146,7 +151,7 @@ def write_statistics(
     kind: str,
     statistics: "Iterable[tuple[str, DataStatistic | None]]",
     tasks: Mapping[str, int],
-    data: Mapping[str, Any],
+    data: Facts,
     among: Sequence[StoredExpert] = (),
     overwrite: bool = False,
 ) -> StoredStatistics:
@@ -156,11 +161,11 @@ def write_statistics(
     of the merge that the statistics hold for, if they hold only in that merge.
     """
     check_statistics_targets([expert], kind, overwrite)
-    facts: dict[str, Any] = {"format": FORMAT, "kind": kind, "expert": expert.content_hash}
+    facts: Table = {"format": FORMAT, "kind": kind, "expert": expert.content_hash}
     facts |= {"base": expert.record["base"]["fingerprint"], "tasks": dict(tasks), "data": plain(data)}
     facts |= {"among": [other.content_hash for other in among]}
     with new_file(_file(expert, kind)) as temporary, TensorFileWriter(temporary) as writer:
-        table: dict[str, Any] = {}
+        table: Table = {}
         written: dict[str, str] = {}
         for name, statistic in statistics:
             if statistic is None:
@@ -185,9 +190,10 @@ def write_statistics(
 
 
 def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> str:
-    """Return the command that takes statistics of experts; the user fills in their tasks."""
-    places = " ".join(os.path.relpath(expert.place) for expert in experts)
-    return f"modular-experts statistics --experts {places} --kind {kind} --tasks ..." + " --overwrite" * overwrite
+    """Return the arguments with which `statistics` takes statistics of experts; the user fills in their tasks."""
+    places = [os.path.relpath(expert.place) for expert in experts]
+    arguments = f"`statistics` with `experts={places}`, `kind={kind!r}` and `tasks=`"
+    return f"{arguments}, `overwrite=True`" if overwrite else arguments
 
 
 def _file(expert: StoredExpert, kind: str) -> Path:

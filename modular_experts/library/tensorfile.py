@@ -35,6 +35,9 @@ DTYPES = {
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+Table = dict[str, Any]
+"""What the metadata of a file holds, plain JSON."""
+
 
 class TensorFileWriter:
     """Writes `file`, which does not exist before `finish`. Use it in a `with` block.
@@ -47,8 +50,8 @@ class TensorFileWriter:
         self._file = file
         self._data = file.with_name(f"{file.name}.data").open("ab+")
         self._notes = file.with_name(f"{file.name}.notes").open("a+", encoding="utf-8")
-        self._header: dict[str, Any] = {}
-        self._new: dict[str, Any] = {}
+        self._header: Table = {}
+        self._new: Table = {}
         self.resumed: list[Any] = []
         self._notes.seek(0)
         end = 0
@@ -92,7 +95,7 @@ class TensorFileWriter:
         self._new[name] = hashlib.sha256(content).hexdigest()
         return self._new[name]
 
-    def note(self, what: Any) -> None:
+    def note(self, what: object) -> None:
         """Note that the tensors written since the last note are complete, with a value for `resumed`."""
         entry = {"what": what, "header": {name: self._header[name] for name in self._new}, "sha256": self._new}
         self._new = {}
@@ -105,7 +108,7 @@ class TensorFileWriter:
         self._data.close()
         # Files have no gaps between tensors: the widest dtype first puts every number at a multiple of its width.
         names = sorted(self._header, key=lambda name: -DTYPES[self._header[name]["dtype"]].itemsize)
-        tensors: dict[str, Any] = {}
+        tensors: Table = {}
         end = 0
         for name in names:
             first, last = self._header[name]["data_offsets"]
@@ -182,7 +185,7 @@ def open_tensors(file: Path) -> Any:
         raise damaged(file, f"it is cut short or not a safetensors file ({error})") from error
 
 
-def read_table(file: Path, part: str, *formats: str) -> tuple[dict[str, Any], MappedTensors]:
+def read_table(file: Path, part: str, *formats: str) -> tuple[Table, MappedTensors]:
     """Return one part of the metadata of a file of these formats, and its tensors, after a check of its header."""
     open_tensors(file)
     tensors = MappedTensors(file)

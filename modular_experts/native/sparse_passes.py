@@ -111,15 +111,17 @@ def compiled_sums(deltas: Sequence[Delta]) -> CompiledSums | None:
     values = [delta.values for delta in sparse]
     if len(sparse) < len(deltas) or [own.shape for own in places] != [its.shape for its in values]:
         return None
-    dtypes = [torch.int32] * len(places) + [torch.float32] * len(values)
+    dtypes = [*(torch.int32 for _ in places), *(torch.float32 for _ in values)]
     passes = serving(sum(own.shape[0] for own in places), [*places, *values], dtypes)
     return CompiledSums(passes, places, values) if passes else None
 
 
 def _factors(weights: Sequence[float]) -> tuple[ctypes.Array[ctypes.c_double], float]:
     """Return the weights of the experts, or ones and the factor that all have in common."""
-    own, common = ([1.0] * len(weights), weights[0]) if len(set(weights)) == 1 else (weights, 1.0)
-    return (ctypes.c_double * len(weights))(*own), common
+    doubles = ctypes.c_double * len(weights)
+    if len(set(weights)) == 1:
+        return doubles(*(1.0 for _ in weights)), weights[0]
+    return doubles(*weights), 1.0
 
 
 def _check(outside: int) -> None:
@@ -237,7 +239,7 @@ def find_at_least(scores: Tensor, bound: float, kept: Tensor | None = None) -> T
     The sorted places `kept` are left out. A NaN, which has no order, raises ValueError.
     """
     left_out = [kept] if kept is not None else []
-    passes = serving(scores.numel(), [scores, *left_out], [torch.float32] + [torch.int32] * len(left_out))
+    passes = serving(scores.numel(), [scores, *left_out], [torch.float32, *(torch.int32 for _ in left_out)])
     if passes is not None and scores.numel() < 2**31:
         # Only the pages that are written take memory.
         places = empty(scores.numel() + 16, torch.int32)
@@ -279,7 +281,7 @@ def carried(values: Tensor, slots: Tensor) -> Tensor:
     values = values.detach()
     passes = serving(slots.numel(), [values, slots], [torch.float32, torch.int64])
     if passes is None:
-        gone = (slots < 0).view(-1, *[1] * (values.ndim - 1))
+        gone = (slots < 0).view(-1, *(1 for _ in values.shape[1:]))
         return values[slots.clamp(min=0)].masked_fill_(gone, 0)
     out = values.new_empty(slots.numel(), *values.shape[1:])
     width = math.prod(values.shape[1:])

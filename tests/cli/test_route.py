@@ -243,7 +243,7 @@ def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trus
     (code, err), (unknown, told), trusted = run_in_a_copy(use, nobody, [*use, "--trust", "mine"])
     assert code == 1
     assert "library/r names mine.Mine, which is not a class of this package" in err
-    assert "if you trust it, add --trust mine to the command" in err
+    assert "if you trust it, add --trust mine, in Python" in err
     assert (unknown, "trust: there is no module or class mine.Nobody" in told) == (1, True)
     assert trusted[0] == 0
 

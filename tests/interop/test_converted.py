@@ -179,13 +179,13 @@ def test_a_route_opens_the_adapters_beside_it_for_its_base(run, place):
     scored = evaluate("moved", {"routed": ["peft/routed"]}, data, max_new_tokens=None)
     assert {row["model"] for row in scored.rows} == {"routed"}
     assert run("verify", "peft/routed", "--base", "moved")[0] == 0
-    with pytest.raises(FileNotFoundError, match="the base that it names did not open; give --base"):
+    with pytest.raises(FileNotFoundError, match="the base that it names did not open; name it with `base=`"):
         open_parents(open_expert("peft/routed"))
 
 
 def test_errors_name_an_adapter_and_not_the_cache(run, place):
     opened = [open_expert(f"peft/{name}") for name in TASKS]
-    taken = "modular-experts statistics --experts peft/upper peft/reverse --kind gram --tasks ..."
+    taken = r"`statistics` with `experts=\['peft/upper', 'peft/reverse'\]`, `kind='gram'` and `tasks=`"
     with pytest.raises(ValueError, match=f"peft/upper has no gram statistics.*{taken}"):
         merge(opened, "RegMean", "library/gram")
     assert own_experts(opened, ["upper"], {"upper": "peft/reverse"})["upper"] is opened[1]
@@ -228,8 +228,8 @@ def test_a_base_is_named_only_where_the_adapter_leads_to_none(run, place, task_f
     Path("base").rename("moved")
     code, out, err = run("merge", *both(), "--method", "Average", "--out", "library/both")
     assert (code, out) == (1, "")
-    assert "peft/upper is a PEFT adapter, and the base that it names did not open; give --base" in err
-    assert "modular-experts import peft/upper --base DIR --out library/upper" in err
+    assert "peft/upper is a PEFT adapter, and the base that it names did not open; name it with --base" in err
+    assert "with --source peft/upper, --base DIR and --out library/upper" in err
     assert "base 'base' was not found" in err
     assert run("merge", *both(), "--method", "Average", "--base", "moved", "--out", "library/both")[0] == 0
     assert open_expert("library/both").record["base"]["id"] == str(place / "moved")
@@ -259,7 +259,7 @@ def test_a_hub_id_is_an_adapter_that_is_fetched(run, place, hub, monkeypatch):
         assert sentence in err
     assert run("push", "peft/reverse", "--repo", "me/experts")[0] == 0
     code, _, err = run("show", "me/experts")
-    assert "it holds the experts reverse, which modular-experts pull me/experts --out library fetches" in err
+    assert "it holds the experts reverse, which `pull` fetches with --repo me/experts and --out library" in err
 
 
 def test_route_and_combine_take_the_base_and_its_dtype_for_adapters_whose_base_is_elsewhere(run, place, monkeypatch):

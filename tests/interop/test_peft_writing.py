@@ -136,11 +136,11 @@ def test_a_delta_that_is_dense_in_form_only_is_written_as_single_entries(tiny_ll
 REFUSED = {
     "norms and biases": ("Dense", [f"{LAYER}.input_layernorm.weight", LLAMA[0]], LoraFormat(rank=2),
                          r"can only move the weight of a Linear, Conv1D and Embedding, and one also "
-                         r"moves model.layers.0.input_layernorm.weight; .* modular-experts apply"),
+                         r"moves model.layers.0.input_layernorm.weight; .* with `apply`"),
     "embeddings in a sparse adapter": ("Sparse", ["model.embed_tokens.weight"], SupertuningFormat(),
                                        r"a SUPERTUNING adapter can only move the weight of a Linear"),
-    "dense as super-tuning": ("Dense", LLAMA, SupertuningFormat(), r"export it with --form lora --rank 16"),
-    "low-rank as super-tuning": ("LowRank", LLAMA, SupertuningFormat(), r"to store; export it with --form lora$"),
+    "dense as super-tuning": ("Dense", LLAMA, SupertuningFormat(), r"export it with `form=lora` and `rank=16`"),
+    "low-rank as super-tuning": ("LowRank", LLAMA, SupertuningFormat(), r"to store; export it with `form=lora`$"),
     "sparse as lora": ("Sparse", LLAMA, LoraFormat(), r"is Sparse, not a product of two factors; give a rank"),
     "too many entries for shira": ("Sparse", None, ShiraFormat(), r"SHiRA would need r=11 .* 528 entries .* only 512"),
 }  # fmt: skip

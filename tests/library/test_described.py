@@ -48,7 +48,7 @@ def test_only_what_the_user_trusts_leads_to_foreign_code(tmp_path, monkeypatch) 
     Path(tmp_path, "foreign/__init__.py").write_text("")
     imported, defined = f"from {LayerPlan.__module__} import LayerPlan", "class Mine(LayerPlan):"
     Path(tmp_path, "foreign/plans.py").write_text(f"{imported}\n{defined}\n    def __call__(self, sites): ...")
-    how = r"if you trust it, add --trust foreign.plans to the command \(in Python, modular_"
+    how = r"if you trust it, add `trust='foreign.plans'`, in Python modular_"
     with pytest.raises(ValueError, match=how):
         find_class("foreign.plans.Mine", LayerPlan)
     assert "foreign" not in sys.modules, "a record must import nothing"
@@ -56,7 +56,7 @@ def test_only_what_the_user_trusts_leads_to_foreign_code(tmp_path, monkeypatch) 
         trust("foreign.other")
     trust("foreign")
     assert find_class("foreign.plans.Mine", LayerPlan).__name__ == "Mine"
-    with pytest.raises(ValueError, match="add --trust"):
+    with pytest.raises(ValueError, match="add `trust="):
         find_class("foreign.plans.Mine", Router)
 
 

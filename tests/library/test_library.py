@@ -167,7 +167,7 @@ def test_an_error_in_the_middle_leaves_what_was_there(expert):
 
 def test_an_existing_expert_is_kept_unless_overwritten(expert, tmp_path):
     before = open_expert(expert).content_hash
-    with pytest.raises(FileExistsError, match=r"exists already.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"exists already.*`overwrite=True`"):
         write(expert, deltas(seed=5).items(), RECORD)
     assert open_expert(expert).content_hash == before
     old = open_expert(expert)

@@ -96,7 +96,7 @@ def test_statistics_of_other_contents_are_refused(one, tmp_path):
     assert kinds_of_statistics(changed) == []
     (one.path / "statistics").mkdir()
     (one.path / "statistics/gram.safetensors").write_bytes(kept)
-    anew = "modular-experts statistics --experts .*--kind gram"
+    anew = r"`statistics` with `experts=.*`, `kind='gram'`"
     with pytest.raises(ValueError, match=f"made for other contents .*{anew}"):
         open_statistics(changed, "gram")
     with pytest.raises(ValueError, match="made for other contents"):
@@ -107,7 +107,9 @@ def test_statistics_of_other_contents_are_refused(one, tmp_path):
 def test_a_flipped_bit_is_found(one, place):
     store(one)
     flip(one.path / "statistics/gram.safetensors", place)
-    with pytest.raises(ValueError, match=r"gram.safetensors is damaged: .*; take the statistics anew: modular-experts"):
+    with pytest.raises(
+        ValueError, match=r"gram.safetensors is damaged: .*; take the statistics anew: `statistics` with"
+    ):
         list(open_statistics(one, "gram").values())
 
 
@@ -184,15 +186,17 @@ def check_refused(paths, method, sentence, out):
 
 def test_missing_and_unfit_statistics_are_refused_with_the_command_that_makes_them(one, other, tmp_path):
     paths, out = [one.path, other.path], tmp_path / "merged"
-    command = r"modular-experts statistics --experts \S*one \S*another --kind "
-    check_refused(paths, Fisher(), rf"one has no fisher statistics.*{command}fisher --tasks \.\.\.$", out)
+    command = r"`statistics` with `experts=\[\S*one', \S*another'\]`, `kind='"
+    check_refused(paths, Fisher(), rf"one has no fisher statistics.*{command}fisher'` and `tasks=`$", out)
     store(one)
-    check_refused(paths, RegMean(), rf"another has no gram statistics.*{command}gram .* --overwrite$", out)
+    check_refused(
+        paths, RegMean(), rf"another has no gram statistics.*{command}gram'` and `tasks=`, `overwrite=True`$", out
+    )
     store(other, statistics=grams(1, ["a.weight"]))
     check_refused(paths, RegMean(), rf"of .*another do not cover b.weight and 1 more weights.*{command}gram", out)
     store(other, statistics=[(name, DataStatistic(torch.ones(3, 3))) for name in SHAPES], overwrite=True)
     check_refused(paths, RegMean(), r"of .*another have the wrong shape for a.weight", out)
-    with pytest.raises(FileNotFoundError, match=r"one has no fisher statistics; take them: modular-experts"):
+    with pytest.raises(FileNotFoundError, match=r"one has no fisher statistics; take them: `statistics` with"):
         open_statistics(one, "fisher")
 
 

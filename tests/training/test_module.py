@@ -423,8 +423,8 @@ def test_an_expert_in_another_use_than_its_training_is_warned_of(fitted, tiny_ll
     assert not use(max_length=2000)
     (said,) = use(max_length=100, dtype="bfloat16")
     assert said == (
-        "mine is used otherwise than it was trained, with 100 instead of 1024 tokens a row (--max_length), a base "
-        "in bfloat16 instead of float32 (--dtype)"
+        "mine is used otherwise than it was trained, with 100 instead of 1024 tokens a row (`max_length=`), a base "
+        "in bfloat16 instead of float32 (`dtype=`)"
     )
 
 

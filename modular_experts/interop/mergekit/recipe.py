@@ -159,8 +159,9 @@ def _models(recipe: Mapping[str, Any], method: Method) -> tuple[dict[str, Settin
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{where} must be a list with at least one entry, got {listed!r}")
     models: dict[str, Settings] = {}
+    known = ("model", "parameters", "layer_range") if ranges else ("model", "parameters")
     for number, entry in enumerate(listed):
-        settings = _mapping(entry, f"{where}[{number}]", ("model", "parameters", *["layer_range"] * bool(ranges)))
+        settings = _mapping(entry, f"{where}[{number}]", known)
         model = parse_model(settings.get("model"), f"{where}[{number}].model")
         if model in models:
             raise ValueError(f"{where} names {model} twice, and mergekit would use it once; list each model once")

@@ -119,8 +119,8 @@ class LoraFormat(PeftFormat):
         if rank is None:
             raise ValueError(
                 f"at rank {largest}, the largest that the server takes, a LoRA keeps {kept[-1]:.1%} of the squared "
-                f"norm of {expert.name}, less than keep={self.keep:g}; ask for less, or write a checkpoint with "
-                "modular-experts apply"
+                f"norm of {expert.name}, less than keep={self.keep:g}; ask for less, or write a checkpoint "
+                "with `apply`"
             )
         return replace(self, rank=rank)
 
@@ -295,7 +295,9 @@ def _as_sparse(name: str, delta: Delta) -> Sparse:
     elif isinstance(delta, Dense):
         delta = lossless(delta.values)
     if not isinstance(delta, Sparse):
-        way_out = "--form lora" + " --rank 16, which approximates it" * (not isinstance(delta, LowRank))
+        way_out = "`form=lora`"
+        if not isinstance(delta, LowRank):
+            way_out += " and `rank=16`, which approximates it"
         raise ValueError(
             f"the delta of {name} is {type(delta).__name__} and has no single entries to store; export it with "
             f"{way_out}"

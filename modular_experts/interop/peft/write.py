@@ -195,7 +195,7 @@ def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict
     others = [name for name in moved if not _can_move(format, name, structure.layer(name))]
     if others:
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-        way_out = "write a full checkpoint with modular-experts apply"
+        way_out = "write a full checkpoint with `apply`"
         if all(_can_move(LoraFormat(), name, structure.layer(name)) for name in moved):
             way_out += ", or approximate it as lora with a rank"
         raise ValueError(

@@ -145,9 +145,9 @@ def test_what_pefts_glora_cannot_hold_is_refused_with_what_works(base_of, tmp_pa
     conv = "transformer.h.0.attn.c_attn"
     moving, _ = trained(gpt2, tmp_path / "moving", LARGEST, targets=conv)
     linear = f"can only move the weight and bias of a Linear, and moving also moves {conv}.bias, {conv}.weight; "
-    refused(moving, linear + "write a full checkpoint with modular-experts apply$")
+    refused(moving, linear + "write a full checkpoint with `apply`$")
     still, _ = trained(gpt2, tmp_path / "still", WITHOUT_BIAS, targets=conv)
-    refused(still, "modular-experts apply, or approximate it as lora with a rank$")
+    refused(still, "with `apply`, or approximate it as lora with a rank$")
     model = Base.open(llama).load()
     inject(model, LoRAExpert, "q_proj")
     refused(save_expert(model, tmp_path / "lora", base=llama).path, "LoRAExpert, .* export it as lora, with a rank")
