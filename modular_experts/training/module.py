@@ -423,6 +423,12 @@ class ExpertModule(EvaluatedModule):
             del full[key]
         return full
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load tensors, and report as missing only names that `state_dict` has: it leaves the base out."""
+        loaded = super().load_state_dict(*args, **kwargs)
+        kept = self.state_dict()
+        return type(loaded)([name for name in loaded.missing_keys if name in kept], loaded.unexpected_keys)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["base_fingerprint"], checkpoint["quantise"] = self.fingerprint, self.quantise
         is_within = checkpoints.repeat_step(checkpoint, self.trainer.accumulate_grad_batches)
