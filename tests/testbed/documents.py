@@ -3,6 +3,7 @@
 import glob
 import importlib
 import re
+import runpy
 import shlex
 import sys
 import types
@@ -63,6 +64,10 @@ def _run_command(line: str) -> None:
         assert main(words[1:]) == 0, line
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+    elif words[0] == "python" and Path(words[1]).is_file():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            runpy.run_path(words[1], run_name="__main__")
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), line
     else:
