@@ -24,7 +24,7 @@ from contenders import language_model
 from measuring import Parser, high_water, in_own_process, medians, output, print_machine, print_table
 from torch import Tensor, nn
 
-from modular_experts.base.files import quiet
+from modular_experts.base.files import quiet_transformers
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
 from modular_experts.experts.site import Site
@@ -219,5 +219,5 @@ def _step(plan: Any, small: bool) -> tuple[Callable[[], None], nn.Module]:
 
 
 if __name__ == "__main__":
-    with quiet():
+    with quiet_transformers():
         main()

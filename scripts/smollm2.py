@@ -22,7 +22,7 @@ from transformers import (
     GgufConfig,
 )
 
-from modular_experts.base.files import quiet
+from modular_experts.base.files import quiet_transformers
 from modular_experts.library import new_directory
 
 __all__ = ["convert", "find_gguf"]
@@ -48,7 +48,7 @@ def convert(directory: str | Path, dtype: str = "float32") -> Path:
     if os.path.lexists(target):
         raise FileExistsError(f"{directory} exists already; choose another directory, or remove it first")
     file = find_gguf()
-    with quiet(), new_directory(target, marker="config.json") as temporary:
+    with quiet_transformers(), new_directory(target, marker="config.json") as temporary:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer.pad_token = PAD_TOKEN
         tokenizer.model_max_length = CONTEXT

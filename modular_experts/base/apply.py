@@ -75,7 +75,7 @@ def apply(
     )
 
 
-def check_fit(model: nn.Module | Structure, experts: Sequence[Mapping[str, Delta]]) -> None:
+def check_shapes(model: nn.Module | Structure, experts: Sequence[Mapping[str, Delta]]) -> None:
     """Raise ValueError if a model lacks a weight that an expert moves, has another shape for it, or ties it."""
     structure = model if isinstance(model, Structure) else Structure(model)
     for expert in experts:
@@ -100,7 +100,7 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
     Raises:
         ValueError: A weight does not exist, has another shape, or is tied to another one; nothing has been added then.
     """
-    check_fit(model, experts)
+    check_shapes(model, experts)
     if quantised := moved_quantised(model, experts):
         raise ValueError(
             f"{quantised[0]} is quantised, so a delta cannot be written into it; injection.attach.attached adds it "
@@ -183,7 +183,7 @@ def applied(
     if check:
         check_loaded(model, opened)
     moved = {name for expert in opened for name in expert}
-    check_fit(model, opened)
+    check_shapes(model, opened)
     on_model = Applied(model, {name: weight_of(model, name).detach().clone() for name in sorted(moved)})
     try:
         apply_deltas(model, [{name: expert[name] * scale for name in expert} for expert in opened])

@@ -20,19 +20,19 @@ from modular_experts.base.files import (
     fetch,
     fingerprint,
     open_tensors,
-    quiet,
+    quiet_transformers,
     read_layouts,
-    reading,
+    usage_facts,
     write_manifest,
 )
-from modular_experts.base.quantised import Quantise, described, keep_order, quantiser
+from modular_experts.base.quantised import Quantise, keep_order, quantisation_facts, quantiser
 from modular_experts.base.streaming import Rounding, StreamedSum
 from modular_experts.base.structure import StoredWeights, Structure, is_rounded, split_slice, weight_of
 from modular_experts.base.tied import untie, untied_from
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
-from modular_experts.library import StoredExpert, check_base, check_target, new_directory
+from modular_experts.library import StoredExpert, check_fingerprint, check_target, new_directory
 from modular_experts.library.record import Facts, Record, package_versions, read_json
 from modular_experts.library.tensorfile import MappedTensors
 from modular_experts.progress import Counted, Progress
@@ -122,7 +122,7 @@ class Base:
             if (recorded := expert.record["base"])["fingerprint"] != base.fingerprint
             or ("untied" not in recorded and any(block_of(name) is None for name in expert))
         ]
-        check_base(unsure, base.fingerprint, base.place, base.untied_from if unsure else None)
+        check_fingerprint(unsure, base.fingerprint, base.place, base.untied_from if unsure else None)
         return base
 
     @cached_property
@@ -166,7 +166,7 @@ class Base:
     @property
     def identity(self) -> str:
         """SHA-256 over all that its outputs depend on: its weights, its configuration and its tokenizer's files."""
-        content = [self.fingerprint, reading(self.directory)]
+        content = [self.fingerprint, usage_facts(self.directory)]
         if self.quantise:
             content.append(self.quantise)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -176,7 +176,7 @@ class Base:
         """Its weights and layers without their numbers, from its configuration."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        with quiet(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return Structure(model, str(self.directory))
@@ -194,7 +194,7 @@ class Base:
 
     def quantised_facts(self, dtype: DType) -> Record:
         """Return how the loaded base is quantised, by the key `quantised` of a record, or nothing."""
-        facts = described(self.quantise, getattr(torch, dtype)) if self.quantise else self.quantisation
+        facts = quantisation_facts(self.quantise, getattr(torch, dtype)) if self.quantise else self.quantisation
         return {"quantised": facts} if facts else {}
 
     def load(self, dtype: DType | None = None) -> "PreTrainedModel":
@@ -214,7 +214,7 @@ class Base:
         if self.quantise:
             dtype = dtype or "float32"
             more["quantization_config"] = quantiser(self.quantise, getattr(torch, dtype))
-        with quiet():
+        with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.directory,
                 dtype=getattr(torch, dtype) if dtype else "auto",
@@ -373,7 +373,7 @@ class Base:
         streams = set(deltas) <= set(self._stored.values())
         model = self._plain.load() if verify or not streams else None
         weights = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
-        with new_directory(target, overwrite, MANIFEST, resume) as temporary, quiet():
+        with new_directory(target, overwrite, MANIFEST, resume) as temporary, quiet_transformers():
             if streams:
                 stream = StreamedSum(self.directory, self.structure, deltas, temporary, kind, progress)
                 for name, delta in stream:

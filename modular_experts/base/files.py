@@ -94,7 +94,7 @@ def cache_directory(what: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "modular-experts" / what
 
 
-def reading(directory: Path) -> Record:
+def usage_facts(directory: Path) -> Record:
     """Return what decides how a checkpoint's weights are used: its configuration and its tokenizer's files."""
     config = read_json(directory / "config.json", "so it is not the directory of a model")
     return {
@@ -171,7 +171,7 @@ def found_or_fetched(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and reports; what matters in them is raised as an error."""
     import transformers
 

@@ -47,7 +47,7 @@ def quantiser(form: str, dtype: torch.dtype) -> Any:
     )
 
 
-def described(form: str, dtype: torch.dtype) -> dict[str, Any]:
+def quantisation_facts(form: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the library, its version and its settings, for the record of an expert."""
     from importlib.metadata import version
 

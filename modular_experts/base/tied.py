@@ -17,7 +17,7 @@ from modular_experts.library.record import read_json
 from modular_experts.library.tensorfile import DTYPES
 
 
-def ends(base: Any) -> tuple[str, str] | None:
+def head_and_embeddings(base: Any) -> tuple[str, str] | None:
     """Return the names of embeddings and head, equal if one tensor has both roles; None if one has no such weight."""
     model = base.structure.model
     names = dict[int, str]()
@@ -34,7 +34,7 @@ def untied_from(base: Any) -> dict[str, str] | None:
     That is the `fingerprint` of the tied base, which stores the same tensors without the head, and the names of the two
     weights, `head` and `embeddings`.
     """
-    names = None if base.quantisation else ends(base)
+    names = None if base.quantisation else head_and_embeddings(base)
     if names is None or names[0] == names[1]:
         return None
     few = [rows for _, _, rows in base.sample(names)]  # in which most heads differ already
@@ -51,7 +51,7 @@ def untie(base: Any, out: str | Path, overwrite: bool = False) -> Path:
     base combine with theirs.
     """
     target = check_target(out, overwrite, MANIFEST)
-    names = ends(base)
+    names = head_and_embeddings(base)
     layouts = read_layouts(base.directory)
     if base.quantisation or names is None or names[0] != names[1]:
         raise ValueError(f"{base.place} does not use one tensor as embeddings and head, so there is nothing to untie")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import quiet
+from modular_experts.base.files import quiet_transformers
 from modular_experts.base.streaming import Rounding
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check_reloaded(directory: Path, prompts: Tensor, reference: Tensor, toleranc
     """Load a checkpoint with plain transformers; raise ValueError if a logit differs by more than the tolerance."""
     from transformers import AutoModelForCausalLM
 
-    with quiet():
+    with quiet_transformers():
         reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
     largest, mean = difference(logits(reloaded, prompts), reference)
     if not largest <= tolerance:  # written so that NaN is refused too

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.apply import AnyExpert, check_fit, check_loaded, open_several
+from modular_experts.base.apply import AnyExpert, check_loaded, check_shapes, open_several
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Plan, Site
 from modular_experts.injection.inject import eject, expert_layers, find_sites, inject, named_experts
@@ -125,7 +125,7 @@ def routed(
     if check:
         check_loaded(model, several)
     # A kernel would read beside a delta of another shape.
-    check_fit(model, several)
+    check_shapes(model, several)
     count, current = len(experts), CurrentGates()
     if isinstance(router, Router) and router.scope == "linear":
         router = by_weight(router, model, several[:count])

@@ -12,7 +12,7 @@ from pathlib import Path
 from modular_experts.library.atomic import check_name, check_target, is_name, new_directory
 from modular_experts.library.compatibility import (
     as_parents,
-    check_base,
+    check_fingerprint,
     common_base,
     open_experts,
     parent_ids,
@@ -27,7 +27,7 @@ from modular_experts.library.record import make_record
 from modular_experts.library.statistics import gather_statistics, open_statistics, write_statistics
 from modular_experts.text import did_you_mean
 
-__all__ = ["Library", "StoredExpert", "as_parents", "check_base", "check_name", "check_target", "common_base"]
+__all__ = ["Library", "StoredExpert", "as_parents", "check_fingerprint", "check_name", "check_target", "common_base"]
 __all__ += ["gather_statistics", "is_adapter", "make_record", "new_directory", "open_expert", "open_experts"]
 __all__ += ["open_statistics", "parent_ids", "training_in_common", "union_of_weights", "warn_of_missing_parents"]
 __all__ += ["warn_unlike_training", "write_expert", "write_statistics"]

@@ -220,7 +220,7 @@ def common_base(experts: Sequence[StoredExpert]) -> Record:
     return base
 
 
-def check_base(
+def check_fingerprint(
     experts: Sequence[StoredExpert], fingerprint: str, base: str, untied: Mapping[str, str] | None = None
 ) -> None:
     """Raise ValueError for an expert of a base of another fingerprint than the one at hand, which errors call `base`.

@@ -70,8 +70,8 @@ class StoredExpert(TaskVector):
         self._shapes = {name: Size(self._table[name]["shape"]) for name in sorted(self._table)}
         self._checked = set[str]()
         self._padded = dict[str, int]()
-        self._tensors_hash = content_hash(self._table, self._state.table if self._state else None)
-        if hash_of_all(self._tensors_hash, record) != record["content_hash"]:
+        tensors = hash_of_tables(self._table, self._state.table if self._state else None)
+        if hash_of_all(tensors, record) != record["content_hash"]:
             raise damaged(path / files[0], f"its content hash is not the one in {path / RECORD_FILE}")
 
     @property
@@ -81,8 +81,7 @@ class StoredExpert(TaskVector):
 
     def is_listed_as(self, parent: Facts) -> bool:
         """Return whether this is the expert that a record lists as a parent, by its content hash."""
-        # Earlier versions listed a routed expert by the hash of its tensors.
-        return parent["content_hash"] in (self.content_hash, self._tensors_hash)
+        return bool(parent["content_hash"] == self.content_hash)
 
     @property
     def title(self) -> str:
@@ -298,12 +297,12 @@ def write_expert(
             record["files"] = [DELTA_FILE, STATE_FILE]
         if inputs:
             record["inputs"] = write_inputs(directory / INPUTS_FILE, inputs)
-        content = plain({**record, "content_hash": hash_of_all(content_hash(table, states), record)})
+        content = plain({**record, "content_hash": hash_of_all(hash_of_tables(table, states), record)})
         (directory / RECORD_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return content["content_hash"]
 
 
-def content_hash(table: Facts, state: Facts | None = None) -> str:
+def hash_of_tables(table: Facts, state: Facts | None = None) -> str:
     """Return the SHA-256 of a table of weights, and of a state's, whatever the order in which they were written."""
     content = table if state is None else {"state": state, "weights": table}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -60,7 +60,7 @@ class _Bar(tqdm):
         super().__init__(*args, **{"disable": None, **settings})
 
 
-def look(repo_id: str, revision: str | None = None, writing: bool = False) -> HubRepository:
+def find_repository(repo_id: str, revision: str | None = None, writing: bool = False) -> HubRepository:
     """Return what a repository holds now at a revision; if `writing`, it need not exist.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert
 from modular_experts.library.atomic import is_name
-from modular_experts.library.hub import HubRepository, check_contents, look
+from modular_experts.library.hub import HubRepository, check_contents, find_repository
 from modular_experts.library.record import RECORD_FILE, ROUTED, Facts, Record, files_of, read_record
 from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
@@ -51,7 +51,7 @@ def pull(
         OSError: The hub was not reached, or has no such repository or revision that this user may see.
     """
     library = Path(os.path.abspath(Path(out).expanduser()))
-    repository = look(repo_id, revision)
+    repository = find_repository(repo_id, revision)
     names = repository.choose(experts)
     # On the library's own disk, where moving a file costs nothing.
     beside = next(place for place in (library, *library.parents) if place.is_dir())

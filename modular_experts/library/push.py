@@ -14,7 +14,7 @@ from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.atomic import is_name
 from modular_experts.library.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.library.compatibility import open_parents
-from modular_experts.library.hub import HubRepository, check_contents, hub_errors, is_hub_model, look
+from modular_experts.library.hub import HubRepository, check_contents, find_repository, hub_errors, is_hub_model
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
 from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
@@ -80,7 +80,7 @@ def push(
         files[f"{name}/{RECORD_FILE}"] = _published(opened[name])
     reached = True
     try:
-        repository = look(repo_id, writing=True)
+        repository = find_repository(repo_id, writing=True)
     except ConnectionError as error:
         if not dry_run:
             raise

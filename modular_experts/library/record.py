@@ -126,8 +126,6 @@ def read_record(file: Path) -> Record:
         raise ValueError(f"{file} has format {record.get('format')!r}, and this version reads {known}")
     if wrong := what_is_wrong(record):
         raise ValueError(f"{file} is damaged: {wrong}")
-    if record["format"] == FORMAT_WITH_STATE and record["kind"] == ROUTED:
-        record |= {"format": FORMAT_ROUTED, "content_hash": hash_of_all(record["content_hash"], record)}
     return record
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from modular_experts.deltas import all_finite
 from modular_experts.library.atomic import is_name, new_file
-from modular_experts.library.expert import StoredExpert, content_hash
+from modular_experts.library.expert import StoredExpert, hash_of_tables
 from modular_experts.library.record import Facts, plain
 from modular_experts.library.tensorfile import MappedTensors, Table, TensorFileWriter, tensor_bytes
 from modular_experts.places import check_free
@@ -66,7 +66,7 @@ class StoredStatistics(Mapping[str, "DataStatistic | None"]):
             raise self._damaged(f"it is cut short, or lacks a tensor ({error})") from error
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise self._damaged(f"its metadata do not describe statistics ({error!r})") from error
-        self.content_hash = content_hash(self.facts)
+        self.content_hash = hash_of_tables(self.facts)
         self._table: Table = self.facts.pop("weights")
         self._tensors = MappedTensors(self.file)
         if self.facts["expert"] != expert.content_hash:

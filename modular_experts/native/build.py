@@ -25,7 +25,7 @@ CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 _TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
 
 
-def load(source: Path, *flags: str) -> ctypes.CDLL | None:
+def load_compiled(source: Path, *flags: str) -> ctypes.CDLL | None:
     """Return the library of a C++ file, compiled now if it is not in the cache; where that fails, log why.
 
     Its functions of C have the types that their signatures in the file give.

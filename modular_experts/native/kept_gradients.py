@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas.tiles import Tile, tile_grid
-from modular_experts.native.build import load
+from modular_experts.native.build import load_compiled
 from modular_experts.native.kernel import KeptGradient, contiguous_rows
 
 BLOCK = 64
@@ -22,13 +22,13 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 def available() -> bool:
-    return library() is not None
+    return compiled_gradients() is not None
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled_gradients() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be compiled; the first call compiles and logs."""
-    return load(Path(__file__).with_name("kept_gradients.cpp"), "-ffp-contract=fast")
+    return load_compiled(Path(__file__).with_name("kept_gradients.cpp"), "-ffp-contract=fast")
 
 
 class NativeTiles(KeptGradient):
@@ -56,7 +56,7 @@ class NativeEntries(KeptGradient):
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile = (1, 1)) -> None:
         super().__init__(units, shape, tile)
         assert tile == (1, 1), tile
-        kernels = library()
+        kernels = compiled_gradients()
         assert kernels is not None, "call available() first"
         units = units.long()
         self.starts = torch.empty(-(-shape[1] // BLOCK) + 1, dtype=torch.int64)
@@ -95,7 +95,7 @@ def _(x: Tensor, grad: Tensor, places: Tensor, starts: Tensor, order: Tensor) ->
 
 def _call(function: str, x: Tensor, grad: Tensor, *arguments: int) -> None:
     """Call a function of the library, which takes the inputs first and the number of threads last."""
-    kernels = library()
+    kernels = compiled_gradients()
     assert kernels is not None, "call available() first"
     if not computes(x.dtype):
         raise ValueError(f"the native kernels compute in float32 and bfloat16, not in {x.dtype}; use another backend")

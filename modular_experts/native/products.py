@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modular_experts.native.build import load
+from modular_experts.native.build import load_compiled
 
 
-class Form(IntEnum):
+class PartForm(IntEnum):
     """What a delta's tensors are, by the numbers of `products.cpp`."""
 
     SHORT_ENTRIES = 0
@@ -36,7 +36,12 @@ class Factor:
     """
 
     def __init__(
-        self, form: Form, where: Tensor, columns: Tensor | None, values: Tensor, sizes: tuple[int, int, int] = (0, 0, 0)
+        self,
+        form: PartForm,
+        where: Tensor,
+        columns: Tensor | None,
+        values: Tensor,
+        sizes: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
         self._made_of = (form, where, columns, values, sizes)
         self.dtype = values.dtype
@@ -48,7 +53,7 @@ class Factor:
         return Factor, self._made_of
 
 
-class Part(NamedTuple):
+class ProductPart(NamedTuple):
     """The inputs of a delta: their numbers `(m,)` int64, None for all, and weights `(m,)` float32, None for 1."""
 
     factor: Factor
@@ -57,9 +62,9 @@ class Part(NamedTuple):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled_products() -> ctypes.CDLL | None:
     """Return the compiled products, or None where they cannot be compiled; the first call compiles and logs."""
-    return load(Path(__file__).with_name("products.cpp"), "-ffp-contract=fast")
+    return load_compiled(Path(__file__).with_name("products.cpp"), "-ffp-contract=fast")
 
 
 def serves(out: Tensor, x: Tensor) -> bool:
@@ -70,13 +75,13 @@ def serves(out: Tensor, x: Tensor) -> bool:
         return False
     # The values must lie at the tensor's address, one after the other.
     in_place = out.is_cpu and x.is_cpu and out.is_contiguous() and x.is_contiguous()
-    return in_place and library() is not None
+    return in_place and compiled_products() is not None
 
 
 class Parts:
     """The parts of a number of inputs as the loops read them, which passes with the same parts use again."""
 
-    def __init__(self, parts: Sequence[Part], inputs: int) -> None:
+    def __init__(self, parts: Sequence[ProductPart], inputs: int) -> None:
         # The loops read the tensors of `parts` at their addresses.
         self._made_of = (parts, inputs)
         self._described = array("q")
@@ -93,7 +98,7 @@ class Parts:
 
         `x` is `(..., in)`, of the factors' dtype, and each input has as many of its rows; both must pass `serves`.
         """
-        products = library()
+        products = compiled_products()
         assert products is not None, "call serves() first"
         parts, inputs = self._made_of
         width = x.size(-1)

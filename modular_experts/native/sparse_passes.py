@@ -19,7 +19,7 @@ from torch import Tensor
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.encodings import Encoded, Encoding
 from modular_experts.deltas.tiles import entries_in_order, true_places
-from modular_experts.native.build import load
+from modular_experts.native.build import load_compiled
 
 LEAST = 2**12
 """Least number of entries for which the code is compiled and called; for fewer it would gain little."""
@@ -34,9 +34,9 @@ NAN = "a score is not a number (NaN): the loss or its gradient diverged before t
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled_passes() -> ctypes.CDLL | None:
     """Return the compiled passes, or None where they cannot be compiled; the first call compiles and logs."""
-    return load(Path(__file__).with_name("sparse_passes.cpp"), "-ffp-contract=off")
+    return load_compiled(Path(__file__).with_name("sparse_passes.cpp"), "-ffp-contract=off")
 
 
 def serving(entries: int, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> ctypes.CDLL | None:
@@ -47,7 +47,7 @@ def serving(entries: int, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtyp
         # The values must lie at the tensor's address, one after the other, without gradient or lazy sign.
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_neg() or tensor.requires_grad:
             return None
-    return library()
+    return compiled_passes()
 
 
 def empty(size: int, dtype: torch.dtype) -> Tensor:

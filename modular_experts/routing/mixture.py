@@ -17,7 +17,7 @@ from modular_experts.deltas.encodings import EncodedDelta
 from modular_experts.deltas.tiles import rows_and_columns, sparse_linear
 from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.native import products as compiled
-from modular_experts.native.products import Factor, Form, Part, Parts
+from modular_experts.native.products import Factor, PartForm, Parts, ProductPart
 from modular_experts.native.sparse_passes import split_rows
 from modular_experts.routing.gates import CurrentGates, Gates, Segment
 from modular_experts.routing.router import Router
@@ -227,12 +227,12 @@ def _prepared(delta: Delta | Entries, dtype: torch.dtype) -> Delta | Entries:
 def _factor(delta: Delta | Entries) -> Factor | None:
     """Return a delta as the compiled loops read it, or None for a form that they do not know."""
     if isinstance(delta, Entries):
-        form = Form.SHORT_ENTRIES if delta.columns.dtype == torch.int16 else Form.LONG_ENTRIES
+        form = PartForm.SHORT_ENTRIES if delta.columns.dtype == torch.int16 else PartForm.LONG_ENTRIES
         return Factor(form, delta.starts, delta.columns, delta.values)
     if isinstance(delta, BlockSparse) and delta.blocks.dtype == torch.int32:
-        return Factor(Form.TILES, delta.blocks, None, delta.values, (len(delta.blocks), *delta.tile))
+        return Factor(PartForm.TILES, delta.blocks, None, delta.values, (len(delta.blocks), *delta.tile))
     if isinstance(delta, LowRank):
-        return Factor(Form.LOW_RANK, delta.down, None, delta.up, (delta.rank, 0, 0))
+        return Factor(PartForm.LOW_RANK, delta.down, None, delta.up, (delta.rank, 0, 0))
     return None
 
 
@@ -251,7 +251,7 @@ def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments
         factor = formed.factor if is_served and not (graded and learns) else None
         fixed &= not learns
         if factor is not None and factor.dtype == x.dtype:
-            parts.append(Part(factor, places, None if weights is None else weights.float().contiguous()))
+            parts.append(ProductPart(factor, places, None if weights is None else weights.float().contiguous()))
         else:
             fixed = False
             change = formed.delta.linear(x if places is None else x.index_select(0, places))

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from modular_experts.data.batch import Batch, datamodule_of, loss_terms
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
-from modular_experts.library import check_base, open_experts
+from modular_experts.library import check_fingerprint, open_experts
 from modular_experts.masks import Rule, Score
 from modular_experts.selection.choice import Choice, Layers, selectable_layers, shared_units, statistic_of
 from modular_experts.selection.exchange import Exchange, optimizer_bytes
@@ -92,7 +92,7 @@ class MaskSchedule(Schedule):
             log.warning("an earlier fit chose what the experts train, so support=%r has no effect", self.support)
             return False
         (other,) = open_experts([self.support])
-        check_base([other], module.fingerprint, module.base)
+        check_fingerprint([other], module.fingerprint, module.base)
         for name, units in {name: shared_units(name, layer, other) for name, layer in layers.items()}.items():
             layers[name].expert.resize(layers[name].matrix, units)
         self._last_position = 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modular_experts.base.apply import check_fit
+from modular_experts.base.apply import check_shapes
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Site
@@ -94,7 +94,7 @@ class HeldExperts:
                     f"{expert.name} cannot be served, because it moves {moved[0]}, which all rows share; apply it to "
                     "the base, and serve that"
                 )
-        check_fit(self._structure, [expert for expert in experts if expert.content_hash not in self._slots])
+        check_shapes(self._structure, [expert for expert in experts if expert.content_hash not in self._slots])
         if (size := sum(map(_bytes, experts))) > self.most:
             raise ValueError(
                 f"{' and '.join(one.name for one in experts)} would take {bytes_text(size)}, and "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from modular_experts.injection.attach import open_route
-from modular_experts.library import Library, StoredExpert, check_base, is_adapter, open_expert
+from modular_experts.library import Library, StoredExpert, check_fingerprint, is_adapter, open_expert
 from modular_experts.library.opening import version_of
 from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED
 from modular_experts.routing.prompts import prompt_grams, prompt_vectors
@@ -189,7 +189,7 @@ class Models:
             before, expert, found = self._open.pop(name, (None, None, None))
             if expert is None or found is None or before != [version, *self._behind(expert)]:
                 expert = open_expert(directory, self._place)
-                check_base([expert], self._fingerprint, self._place)
+                check_fingerprint([expert], self._fingerprint, self._place)
                 found = Route(expert) if expert.is_routed else Choice([(expert, 1.0)])
             self._open[name] = [version, *self._behind(expert)], expert, found
             while len(self._open) > MOST_OPEN:

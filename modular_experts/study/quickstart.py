@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modular_experts.base.device import cores
-from modular_experts.base.files import quiet
+from modular_experts.base.files import quiet_transformers
 from modular_experts.data import Batch, Equal, Task, TaskMixture
 from modular_experts.data.suite import HELD_IN, HELD_OUT, WordTask
 from modular_experts.evaluation import batch_losses, greedy_matches, measure
@@ -171,7 +171,7 @@ def make_base(base: SmallBase, directory: Path, progress: Callable[[float], obje
         "target_reached": module.best >= sizes.target,
         "latent": {"held_in": scores["held_in"]},
     }
-    with new_directory(directory, overwrite=True, marker=FACTS) as temporary, quiet():
+    with new_directory(directory, overwrite=True, marker=FACTS) as temporary, quiet_transformers():
         module.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

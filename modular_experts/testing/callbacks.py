@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modular_experts.base.files import quiet
+from modular_experts.base.files import quiet_transformers
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert, SparseExpert
 from modular_experts.selection.schedule import Schedule
@@ -191,6 +191,6 @@ def _write_base(folder: Path) -> None:
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    with quiet():
+    with quiet_transformers():
         LlamaForCausalLM(config).save_pretrained(folder)
         PreTrainedTokenizerFast(tokenizer_object=characters, **special).save_pretrained(folder)

@@ -17,7 +17,7 @@ from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.experts.expert import InPlaceExpert, trains_weight
 from modular_experts.injection import expert_layers
 from modular_experts.injection.sharded import is_sharded
-from modular_experts.library import Library, StoredExpert, check_base, open_experts
+from modular_experts.library import Library, StoredExpert, check_fingerprint, open_experts
 from modular_experts.library.expert import RECORD_FILE
 from modular_experts.selection.schedule import Schedule, TrainedModule, callbacks_of, seed_of
 
@@ -89,7 +89,7 @@ class TrainUnderOthers(Schedule):
                 f"TrainUnderOthers: {quantised[0]} is quantised, and the others cannot be written into it; train "
                 "without this callback, or on the base as plain floats"
             )
-        check_base(self.others, module.fingerprint, module.base)
+        check_fingerprint(self.others, module.fingerprint, module.base)
         self._deltas = [dict(expert) for expert in self.others]
 
     @torch.no_grad()

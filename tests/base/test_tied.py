@@ -17,7 +17,7 @@ from modular_experts import Base, evaluate, import_expert, merge, open_expert, w
 from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
-from modular_experts.library import check_base, common_base, make_record
+from modular_experts.library import check_fingerprint, common_base, make_record
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -150,7 +150,7 @@ def test_an_expert_of_the_tensor_that_is_two_stays_with_its_base(place):
     untied = Base.open("untied").untied_from
     for known in (None, untied | {"fingerprint": "0" * 64}):
         with pytest.raises(ValueError, match="plain was trained on another base than untied"):
-            check_base([plain], Base.open("untied").fingerprint, "untied", known)
+            check_fingerprint([plain], Base.open("untied").fingerprint, "untied", known)
     # In memory, too: on a tied model a delta of the embeddings would move the head.
     facts = Base.open("untied").facts
     shape = both[EMBEDDINGS].shape

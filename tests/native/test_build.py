@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modular_experts.native import build as compiled
-from modular_experts.native.build import load
+from modular_experts.native.build import load_compiled
 
 SOURCES = sorted(Path(compiled.__file__).parents[1].rglob("*.cpp"))
 
@@ -34,18 +34,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_source_with_its_flags_is_compiled_once_and_that_is_said_once(source, folder, caplog) -> None:
     with caplog.at_level(logging.INFO, logger=compiled.__name__):
         for _ in range(2):
-            library = load(source, "-DSEVEN=7")
+            library = load_compiled(source, "-DSEVEN=7")
             assert isinstance(library, ctypes.CDLL)
             assert library.seven() == 7
     (line,) = caplog.messages
     assert line.startswith("Compiled seven.cpp in ")
     (kept,) = folder.iterdir()
     assert kept.suffix == ".so"
-    assert load(source, "-DSEVEN=8").seven() == 8
+    assert load_compiled(source, "-DSEVEN=8").seven() == 8
     source.with_suffix(".h").write_text("#undef SEVEN\n#define SEVEN 6\n")
-    assert load(source, "-DSEVEN=7").seven() == 6
+    assert load_compiled(source, "-DSEVEN=7").seven() == 6
     source.write_text('extern "C" int seven() { return 9; }\n')
-    assert load(source, "-DSEVEN=7").seven() == 9
+    assert load_compiled(source, "-DSEVEN=7").seven() == 9
     assert len(list(folder.iterdir())) == 4
 
 
@@ -62,13 +62,13 @@ def test_the_next_compiler_takes_over_from_one_whose_library_cannot_be_loaded(so
     """A C compiler compiles C++, and leaves out the library that exceptions need."""
     monkeypatch.setenv("CXX", "gcc" if shutil.which("gcc") else "cc")
     source.write_text('extern "C" int seven() { try { throw 7; } catch (int number) { return number; } }\n')
-    assert load(source).seven() == 7
+    assert load_compiled(source).seven() == 7
 
 
 def test_without_a_compiler_one_line_says_why(monkeypatch, caplog) -> None:
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with caplog.at_level(logging.INFO, logger=compiled.__name__):
-        assert load(Path("seven.cpp")) is None
+        assert load_compiled(Path("seven.cpp")) is None
     (line,) = caplog.messages
     assert line.startswith("seven.cpp is not used: there is no C++ compiler")
 
@@ -78,7 +78,7 @@ def test_a_failed_compilation_is_one_line_with_the_reason(source, tmp_path, monk
     if broken == "folder":
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(source))
     with caplog.at_level(logging.INFO, logger=compiled.__name__):
-        assert load(source, *(["-DSEVEN=7"] if broken == "folder" else [])) is None
+        assert load_compiled(source, *(["-DSEVEN=7"] if broken == "folder" else [])) is None
     (line,) = caplog.messages
     assert line.startswith("seven.cpp is not used, as ")
     assert {"source": "SEVEN", "folder": "Not a directory"}[broken] in line

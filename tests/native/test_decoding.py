@@ -29,7 +29,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if sparse_passes.library() is None:
+    if sparse_passes.compiled_passes() is None:
         pytest.skip("no C++ compiler makes the passes here")
 
 
@@ -140,7 +140,7 @@ def test_gaps_of_another_number_of_entries_are_told() -> None:
 
 def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
     gaps, mask = torch.ones(5000, dtype=torch.uint8), torch.full((5001,), 0b10010, dtype=torch.uint8)
-    numbers, passes = torch.full((10_002,), -7, dtype=torch.int32), sparse_passes.library()
+    numbers, passes = torch.full((10_002,), -7, dtype=torch.int32), sparse_passes.compiled_passes()
     assert passes.decode_gaps(gaps.data_ptr(), 5000, 4990, numbers.data_ptr()) == -2
     assert numbers[4990:].eq(-7).all()
     assert passes.decode_mask(mask.data_ptr(), 5001, 9_990, numbers.data_ptr()) == -2

@@ -107,7 +107,7 @@ def test_inputs_of_no_expert_stay_as_they_are_to_the_bit() -> None:
 
 def test_rows_that_are_not_as_many_for_each_input_are_refused() -> None:
     """The gates of a pass would else be taken for another pass, and some rows get no expert."""
-    if compiled.library() is None:
+    if compiled.compiled_products() is None:
         pytest.skip("no C++ compiler makes the products here")
     x, out = inputs(6, 1, torch.float32)
     parts = add_products(out, x, [Held(make("entries", 0), torch.empty(0))], [Segment(0, torch.tensor([5]), None)])
@@ -121,7 +121,7 @@ def test_rows_that_are_not_as_many_for_each_input_are_refused() -> None:
 @pytest.mark.parametrize(("tokens", "shape"), [(1, (300, 400)), (40, SHAPE)])
 def test_a_row_has_the_same_bits_whatever_the_other_rows_and_threads(tokens: int, shape: tuple[int, int]) -> None:
     """Rows of few tokens and of many stand beside each other, and one row has several experts."""
-    if compiled.library() is None:
+    if compiled.compiled_products() is None:
         pytest.skip("no C++ compiler makes the products here")
     x, out = inputs(30, tokens, torch.float32, shape)
     deltas = [Held(make(form, 0, shape), torch.empty(0)) for form in ("entries", "tiles", "low rank", "columns")]
@@ -189,7 +189,7 @@ def test_without_a_compiler_torch_computes_the_same(monkeypatch: pytest.MonkeyPa
         other = out.clone()
         add_products(out, x, [Held(delta, torch.empty(0, dtype=torch.float32))], SEGMENTS[:1])
         with monkeypatch.context() as patch:
-            patch.setattr(compiled, "library", lambda: None)
+            patch.setattr(compiled, "compiled_products", lambda: None)
             add_products(other, x, [Held(delta, torch.empty(0, dtype=torch.float32))], SEGMENTS[:1])
         torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-5)
 

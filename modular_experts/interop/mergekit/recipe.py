@@ -255,7 +255,7 @@ def merge_recipe(
         start = stored.read(name)
         context = Context(name)
         if recipe.on_deltas:
-            delta = methods[name].merge([difference(part, start) for part in parts], context)
+            delta = methods[name].merge([sparse_difference(part, start) for part in parts], context)
             result = delta.add_to(start.to(_wide(start), copy=True)).to(dtypes[name])
         else:
             whole = [Dense(part if part.dtype == dtypes[name] else part.to(_wide(part))) for part in parts]
@@ -291,7 +291,7 @@ def _wide(stored: Tensor) -> torch.dtype:
     return torch.promote_types(stored.dtype, torch.float32)
 
 
-def difference(tuned: Tensor, start: Tensor) -> Delta:
+def sparse_difference(tuned: Tensor, start: Tensor) -> Delta:
     """Return `tuned - start` in float32 or wider, by its entries if at most a tenth of them moved."""
     wide = torch.promote_types(_wide(tuned), start.dtype)
     moved = tuned.to(wide) - start.to(wide)

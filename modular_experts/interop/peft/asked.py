@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.base import Base
-from modular_experts.base.files import quiet
+from modular_experts.base.files import quiet_transformers
 from modular_experts.base.structure import weight_of
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
@@ -318,7 +318,7 @@ def _statement(layer: Any) -> Tensor | None:
 @contextmanager
 def _asking(files: AdapterFiles, what: str) -> Iterator[None]:
     try:
-        with quiet(), warnings.catch_warnings():
+        with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except ImportError as error:

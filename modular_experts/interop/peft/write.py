@@ -16,7 +16,7 @@ from torch import nn
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.files import MANIFEST, quiet, write_manifest
+from modular_experts.base.files import MANIFEST, quiet_transformers, write_manifest
 from modular_experts.base.structure import split_slice
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
@@ -245,7 +245,7 @@ def _verify(
         with applied(model, expert, check=False):
             approximation = difference(logits(model, prompts), reference)
     # PEFT warns of many things; only one warning means that the adapter lacks what PEFT looks for.
-    with quiet(), warnings.catch_warnings(record=True) as caught:
+    with quiet_transformers(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded = logits(PeftModel.from_pretrained(model, directory), prompts)
     for warning in caught:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.base.device import device
-from modular_experts.base.files import MANIFEST, copy_companions, quiet, write_manifest
+from modular_experts.base.files import MANIFEST, copy_companions, quiet_transformers, write_manifest
 from modular_experts.base.streaming import Rounding
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
 from modular_experts.data import TaskMixture
@@ -162,7 +162,7 @@ def compress(
         (temporary / _TRIALS).unlink()
         _cast(small, stored)
         prompts = fixed_prompts(small)
-        with quiet():
+        with quiet_transformers():
             small.save_pretrained(temporary, max_shard_size="5GB")
             copy_companions(opened.directory, temporary)
             check = check_reloaded(temporary, prompts.cpu(), logits(small, prompts).cpu(), _TOLERANCE, Rounding())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modular_experts.base.files import quiet
+from modular_experts.base.files import quiet_transformers
 from modular_experts.base.structure import Structure, is_transposed
 from modular_experts.text import block_of
 
@@ -113,7 +113,7 @@ class Removable:
     def cut(self, kept: Kept) -> PreTrainedModel:
         """Return a smaller model of the kept parts; it shares weights that stay whole with the model."""
         config = self._config(kept)
-        with quiet(), Unfilled():
+        with quiet_transformers(), Unfilled():
             small = AutoModelForCausalLM.from_config(
                 config, dtype=self.model.dtype, attn_implementation=self.model.config._attn_implementation
             )

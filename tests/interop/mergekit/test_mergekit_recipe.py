@@ -7,7 +7,7 @@ import torch
 
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.interop.mergekit import recipe as mergekit_recipe
-from modular_experts.interop.mergekit.recipe import difference, layer_shares, parse_rules, read_recipe, value_at
+from modular_experts.interop.mergekit.recipe import layer_shares, parse_rules, read_recipe, sparse_difference, value_at
 from modular_experts.methods import TIES, Average, ModelStock, TaskArithmetic
 from modular_experts.methods.method import Context
 
@@ -166,7 +166,7 @@ def test_differences_held_entry_by_entry_merge_as_dense_ones_do(step, method, se
     moved = [torch.rand(start.shape, generator=draw) < 0.08 for _ in range(2)]
     tuned = [torch.where(few, torch.randn(start.shape, generator=draw).bfloat16(), start) for few in moved]
     merge = step(f"merge_method: {method}\nparameters: {{{settings}}}", start.numel()).merge
-    sparse = [difference(one, start) for one in tuned]
+    sparse = [sparse_difference(one, start) for one in tuned]
     dense = [Dense(one.dense()) for one in sparse]
     assert [type(delta) for delta in sparse] == [Sparse] * 2
     merged = merge(sparse, Context(MLP))
@@ -181,11 +181,11 @@ def test_a_difference_is_exact_and_held_by_entries_where_few_moved(dtypes):
     for share, form in ((0.05, Sparse), (0.3, Dense)):
         changed = torch.rand(40, 30, generator=draw) < share
         tuned = torch.where(changed, start.double() + 0.5, start.double()).to(dtypes[0])
-        found = difference(tuned, start)
+        found = sparse_difference(tuned, start)
         assert (type(found), found.dtype) == (form, torch.float32)
         assert torch.equal(found.dense(), (tuned.double() - start.double()).float())
-    assert difference(torch.tensor(2.0), torch.tensor(0.5)).dense().item() == 1.5
-    assert difference(start, start).is_empty
+    assert sparse_difference(torch.tensor(2.0), torch.tensor(0.5)).dense().item() == 1.5
+    assert sparse_difference(start, start).is_empty
 
 
 def test_model_is_a_path_with_a_revision_and_nothing_else():
