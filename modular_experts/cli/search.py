@@ -6,13 +6,15 @@ from typing import Literal
 from rich.console import Console
 
 from modular_experts.base import DType
-from modular_experts.cli.format import call_text, counted, statistics_text, summary, table_of
+from modular_experts.cli.format import call_text, counted, duration_text, statistics_text, summary, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
 from modular_experts.library import is_adapter
 from modular_experts.library.form import Form
 from modular_experts.merging.combine import combine as combine_experts
+from modular_experts.merging.combine_measure import Way
+from modular_experts.merging.combine_plan import Plan
 from modular_experts.merging.gradient_search import ATLAS
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.route import route as route_experts
@@ -218,17 +220,18 @@ def combine(
 ) -> None:
     """Make one model of many experts in four ways, measure what each keeps, and name the best.
 
-    The ways are the best merge without data, the merge Distilled, and a router in front of the experts as they are and
-    of shrunk experts. The same command goes on where it was interrupted.
+    The ways are the best merge without data, a router in front of the experts as they are and of shrunk experts, and
+    the merge Distilled. The command first tells how long each will take, and shows each as soon as it is measured. The
+    same command goes on where it was interrupted.
 
     Args:
         experts: Directories of the experts, such as library/*, which the shell expands.
         out: Directory of all that is made.
-        data: The experts' tasks: the ways learn from inputs of training rows, and are measured on validation rows;
-            tasks with {role: held_out} on test rows. Default: the inputs that the experts keep (`fit --keep_inputs`),
-            of which a quarter measures, against the experts' own answers.
+        data: The experts' tasks: the ways learn from inputs of training rows, and are measured on at most 64 validation
+            rows of each task (or `--eval_limit`); tasks with {role: held_out} on test rows. Default: the inputs that
+            the experts keep (`fit --keep_inputs`), of which a quarter measures, against the experts' own answers.
         budget: The most bytes beside the base, such as 50MB; a merge takes none.
-        distilled: Settings of the merge Distilled, such as --distilled.steps 80.
+        distilled: Settings of the merge Distilled, such as --distilled.steps 80; 40 steps if you give none.
         router: The router, as for `route`.
         overwrite: Replace what `out` holds of other experts, rows or settings.
         dtype: Data type of the base; by default as it is stored, but float32 where a router learns.
@@ -238,19 +241,46 @@ def combine(
         modular-experts combine --experts library/a library/b --tasks a.jsonl b.jsonl --budget 5MB --out combined
     """
     most = bytes_of(budget) if budget else None
+    table = _GrowingTable(router or DEFAULT_ROUTER(), data is not None and "held_out" in data.roles.values())
     with quiet():
-        bar = progress_bar("  done")
-        done = combine_experts(experts, out, data, distilled, router, overwrite, bar, base, dtype)
-    held_out = any(way.held_out is not None for way in done.ways)
-    heads = ["kept", "loss", *["held out"] * held_out, "bytes", "time", "needs"]
-    table = table_of("way", *heads)
-    for way in done.ways:
-        shown = [f"{way.kept:.1%}", f"{way.loss:.3f}", *[f"{way.held_out or 0:.1%}"] * held_out]
-        table.add_row(way.name, *shown, bytes_text(way.bytes), f"{way.time:.2f}", way.needs)
-    Console(markup=False, emoji=False).print(table)
+        bar = progress_bar("combining")
+        how = distilled, router, overwrite, bar, base, dtype, _print_plan, table.add
+        done = combine_experts(experts, out, data, *how)
     print("kept: exact match, 100 % for each task's own expert; bytes: beside the base; time: of a pass, base 1")
     within = f" within {budget}" if budget else ""
     best = done.best(most)
     print(f"best{within}: {best.name}, in {best.place}")
     command = f'generate "..." --experts {best.place}' if best.bytes else f"apply {best.place} --out checkpoint"
     print(f"next: modular-experts {command}")
+
+
+def _print_plan(plan: Plan) -> None:
+    print(
+        f"about {duration_text(plan.seconds)} in all: {duration_text(plan.before)} to measure each expert alone, then"
+    )
+    for way in plan.ways:
+        print(f"  {way.name}: {duration_text(way.seconds)} ({way.needs})")
+    print("each line below stays if you interrupt; the same command then goes on from there", flush=True)
+
+
+class _GrowingTable:
+    """Prints a line for each way as soon as it is measured, below a head; columns have a fixed width."""
+
+    def __init__(self, router: Router, held_out: bool) -> None:
+        # The longest name of a way.
+        self._width = len(f"{type(router).__name__}, experts as they are")
+        self._held_out = held_out
+        self._has_head = False
+
+    def add(self, way: Way) -> None:
+        """Print the line of a way."""
+        if not self._has_head:
+            self._print("way", "kept", "loss", "held out", "bytes", "time", "needs")
+        self._has_head = True
+        held_out = "" if way.held_out is None else f"{way.held_out:.1%}"
+        size = bytes_text(way.bytes)
+        self._print(way.name, f"{way.kept:.1%}", f"{way.loss:.3f}", held_out, size, f"{way.time:.2f}", way.needs)
+
+    def _print(self, name: str, kept: str, loss: str, held_out: str, size: str, time: str, needs: str) -> None:
+        tested = f"  {held_out:>8}" if self._held_out else ""
+        print(f"{name:<{self._width}}  {kept:>6}  {loss:>6}{tested}  {size:>8}  {time:>5}  {needs}", flush=True)

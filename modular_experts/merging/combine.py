@@ -1,78 +1,57 @@
 """Combine experts in several ways, measure what each way keeps of them, and name the best within some bytes.
 
 All files lie in one directory, whose `combine.json` holds the measurements; the same call goes on where an earlier one
-was interrupted.
+was interrupted. Each way is measured before the next one is made, and the ways that take least time come first.
 """
 
 import json
-import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from modular_experts.base import Base, DType
 from modular_experts.base.device import device
-from modular_experts.data import Batch, Inputs, TaskMixture
+from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.rows import SPLITS, content_hash
-from modular_experts.evaluation.likelihood import batch_losses, greedy_matches
-from modular_experts.injection.attach import attached, describe_router
+from modular_experts.injection.attach import describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.atomic import new_file
-from modular_experts.library.compatibility import open_parents, put_beside
+from modular_experts.library.compatibility import put_beside
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
-from modular_experts.library.statistics import OF_INPUTS
+from modular_experts.library.statistics import OF_INPUTS, kinds_of_statistics
+from modular_experts.merging.combine_measure import Measurement, Way, clock
+from modular_experts.merging.combine_plan import Plan, Reading, WholeProgress, Work
 from modular_experts.merging.distill import distill, without_data
 from modular_experts.merging.merged import merge
-from modular_experts.merging.objective import Objective, ValidationRows, check_tasks, own_experts
+from modular_experts.merging.objective import ValidationRows, check_tasks, objective_on_base, own_experts
 from modular_experts.merging.route import route
 from modular_experts.merging.shrink import shrink
+from modular_experts.merging.statistics import batches_by_length, take_statistics
 from modular_experts.methods import Distilled
-from modular_experts.progress import Counted, Progress
+from modular_experts.progress import Progress
 from modular_experts.routing import DEFAULT_ROUTER, Router
-
-log = logging.getLogger(__name__)
 
 MEASURED = "combine.json"
 ROUTED = "routed"
 """Name of the routed experts, which lie in libraries beside the experts that they choose from."""
 SHRINK_ROWS = 32
 """The most inputs of one task on which a shrunk expert is measured."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to combine the experts, and its measurements.
-
-    Attributes:
-        name: What was done.
-        place: Directory of the merged or routed expert.
-        needs: What it was made from, beside the experts.
-        bytes: Bytes that it takes beside the base: 0 for a merge, which is added to the base, and for a router the
-            sum over itself and all experts.
-        kept: Its exact match over the exact match of the experts, each on its own task; both are means over tasks.
-        loss: Loss in nats a token, a mean over tasks.
-        held_out: Exact match on held-out tasks, a mean over tasks in [0, 1]; None without such tasks.
-        time: Time of a forward pass (CPU time, or wall-clock time on a GPU), with 1 for the base alone.
-    """
-
-    name: str
-    place: str
-    needs: str
-    bytes: int
-    kept: float
-    loss: float
-    held_out: float | None
-    time: float
+SHRINK_BATCH = 8
+"""How many of them are read at once; a form that loses too much is left after any batch."""
+MEASURED_ROWS = 64
+"""The most rows of one task that measure a way, unless the data have an `eval_limit`."""
+STEPS = 40
+"""Steps of the search for `Distilled`, if the caller gives no settings: half of the method's own default."""
+JUDGED_BATCHES = 2
+"""How many batches of each task tell the loss before and after that search; the measurement of the way follows."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +79,27 @@ def combine(
     progress: Progress = iter,
     base: str | None = None,
     dtype: DType | None = None,
+    planned: Callable[[Plan], None] | None = None,
+    measured: Callable[[Way], None] | None = None,
 ) -> Combined:
     """Merge experts without data and by `distill`, put them behind a router as they are and shrunk, and measure all.
 
     Args:
         experts: Directories of the experts, or opened ones; each task is the own one of one expert.
         out: Directory of all that is made.
-        data: Their tasks: ways learn from inputs of training rows, and are measured on validation rows. Tasks that are
-            held out are measured on test rows. If not given, ways learn from three quarters of the inputs that the
-            experts keep, and are measured against the experts' own answers to the others.
-        distilled: Settings of `distill`; `rows` also limits the inputs that a router learns from.
+        data: Their tasks: ways learn from inputs of training rows, and are measured on validation rows, at most 64 of
+            each task unless the data have an `eval_limit`. Tasks that are held out are measured on test rows. If not
+            given, ways learn from three quarters of the inputs that the experts keep, and are measured against the
+            experts' own answers to the others.
+        distilled: Settings of `distill`; `rows` also limits the inputs that a router learns from. If not given, the
+            search takes 40 steps.
         router: The router; `KernelRidge` if not given.
         overwrite: Replace what `out` holds of other experts, rows or settings.
+        progress: Wraps the hundredths of the whole work.
         base: The base's directory or hub id; the one in the experts' records by default.
         dtype: Data type of the base; as it is stored if not given, but float32 where a router learns.
+        planned: Gets the plan of what is left, before anything is made.
+        measured: Gets each way as soon as it is measured; at first the ways that an earlier call measured.
 
     Raises:
         FileExistsError: `out` holds something else; nothing has been made yet.
@@ -121,39 +107,43 @@ def combine(
             routed.
     """
     out = Path(out).expanduser()
-    opened, method, router = open_experts(experts, base=base), distilled or Distilled(), router or DEFAULT_ROUTER()
+    opened = open_experts(experts, base=base)
+    method = distilled or Distilled(steps=STEPS)
+    router = router or DEFAULT_ROUTER()
     names = [*(expert.name for expert in opened), ROUTED]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two experts would be called {twice[0]} in one library; rename the directory of one of them")
-    data = data or Inputs.kept_by(opened)
-    data.read_for(Base.open(base, opened))
-    held_in = [task for task, role in data.roles.items() if role == "held_in"]
-    others = [task for task in data.roles if task not in held_in]
-    own = own_experts(opened, held_in)
-    check_tasks(opened, held_in)
-    answer, measured = None, data.only(held_in)
-    if isinstance(data, Inputs):
-        answer, measured = method.max_new_tokens, data.part(True)
-        rows: list[Any] = [one.ids.tolist() for prompts in data.prompts.values() for one in prompts]
-    else:
-        rows = [content_hash(found) for split in SPLITS for found in data.rows(split).values()]
-    reading = [data.roles, data.max_length, data.chat_template, data.eval_limit]
-    settings = [describe(method), describe_router(router), rows, reading, *[dtype] * bool(dtype)]
+    rows = _divide(data or Inputs.kept_by(opened), opened, method, base)
+    settings = [describe(method), describe_router(router), rows.content]
+    if dtype:
+        settings.append(dtype)
     file = _begin(out, result_key([expert.content_hash for expert in opened], settings), overwrite)
-    learned = data.part(False) if isinstance(data, Inputs) else Inputs.read_from(data, ["train"], method.rows)
-    how: dict[str, Any] = {"progress": progress, "base": base, "dtype": dtype}
-    made = _make(opened, out, learned, method, router, how)
     known = json.loads(file.read_text(encoding="utf-8"))
-    if left := [name for name in made if name not in known["ways"]]:
-        log.info("measuring what %d ways keep", len(left))
-        model: Any = Base.open(base, opened).load(dtype)
-        measure = _Measure(model, own, measured, data.only(others) if others else None, answer, progress)
-        for name in progress(Counted(left, "ways")):
-            place, needs = made[name]
-            known["ways"][name] = asdict(measure(name, open_expert(place), needs))
+    combining = _Combining(opened, out, rows, method, router, base, dtype)
+
+    def way(name: str) -> Way:
+        return Way(**known["ways"][name] | {"place": str(combining.makings[name].place)})
+
+    report = measured or (lambda way: None)
+    for name in combining.makings:
+        if name in known["ways"]:
+            report(way(name))
+    left = [name for name in combining.makings if name not in known["ways"]]
+    if left:
+        work = combining.work(left)
+        if planned:
+            planned(work.plan(combining.seconds_of_a_token()))
+        whole = WholeProgress(progress, work.tokens)
+        # Before the measurement loads the base, which would lie in memory twice.
+        with whole.part(work.prompts, {"batches": 1 / len(opened)}) as shown:
+            combining.read_prompts(shown)
+        for name in left:
+            known["ways"][name] = asdict(combining.run(name, whole, work))
             with new_file(file) as temporary:
                 temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    return Combined([Way(**known["ways"][name] | {"place": str(place)}) for name, (place, _) in made.items()])
+            report(way(name))
+        whole.end()
+    return Combined([way(name) for name in combining.makings])
 
 
 def _begin(out: Path, key: str, overwrite: bool) -> Path:
@@ -168,102 +158,215 @@ def _begin(out: Path, key: str, overwrite: bool) -> Path:
     return file
 
 
-def _make(
-    opened: Sequence[StoredExpert], out: Path, learned: Inputs, method: Distilled, router: Router, how: dict[str, Any]
-) -> dict[str, tuple[Path, str]]:
-    """Make what is not there yet, and return place and needs of each way by its name."""
-    start, count = method.start or without_data(opened), max(map(len, learned.prompts.values()))
-    merged, distilled, inputs = out / "merged", out / "distilled", f"{count} inputs a task"
-    chooses = type(router).__name__
-    if not _is_made(merged):
-        log.info("merging without data, by %s", type(start).__name__)
-        merge(opened, start, merged, progress=how["progress"])
-    beside = [one for one in opened if not _is_made(out / "experts" / one.name)]
-    for expert in beside:
-        # What is taken of inputs comes from the rows that are learned alone.
-        put_beside(expert, out / "experts" / expert.name, without=[f"{kind}.safetensors" for kind in OF_INPUTS])
-    whole = [open_expert(out / "experts" / one.name) for one in opened]
-    routed, small = out / "experts" / ROUTED, out / "small" / ROUTED
-    if not _is_made(routed):
-        log.info("putting %s in front of the experts", chooses)
-        route(whole, routed, router, data=learned, rows=method.rows, **how)
-    left = [one for one in whole if not _is_made(small.parent / one.name)]
-    if left:
-        log.info("shrinking %d experts", len(left))
-    few = ValidationRows(learned, SHRINK_ROWS, how["base"], "experts", {}, method.max_new_tokens, how["dtype"])
-    for done in shrink(left, few, small.parent, progress=how["progress"]) if left else ():
-        if done.expert is None:
-            put_beside(done.source, small.parent / done.source.name)
-    if not _is_made(small):
-        shrunk = [open_expert(small.parent / one.name) for one in opened]
-        route(shrunk, small, router, data=learned, rows=method.rows, **how)
-    if not _is_made(distilled):
-        log.info("searching for the merge Distilled")
-        distill(opened, distilled, method, learned, overwrite=True, **how)
-    return {
-        type(start).__name__: (merged, "no data"),
-        f"{chooses}, experts as they are": (routed, inputs),
-        f"{chooses}, shrunk experts": (small, inputs),
-        "Distilled": (distilled, f"{inputs}, a search"),
-    }
-
-
 def _is_made(place: Path) -> bool:
     return (place / RECORD_FILE).is_file()
 
 
-class _Measure:
-    """Measures a merged or routed expert on the rows of its tasks, beside the base and each task's own expert.
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a combination.
 
-    If `answer` is given, the experts' own answers, of at most `answer` tokens, take the place of the targets.
+    Attributes:
+        own: The own expert of each held-in task.
+        learned: The inputs that ways learn from.
+        measured: The rows that measure the ways.
+        held_out: Held-out tasks, which are tested, if there are such.
+        answer: The most tokens of the experts' own answers, if these are the targets of the measurement.
+        content: What changes with any row, and with how rows become tokens.
     """
+
+    own: Mapping[str, StoredExpert]
+    learned: Inputs
+    measured: TaskMixture
+    held_out: TaskMixture | None
+    answer: int | None
+    content: list[Any]
+
+
+def _divide(data: TaskMixture, opened: Sequence[StoredExpert], method: Distilled, base: str | None) -> _Rows:
+    """Divide the rows of some tasks into those that ways learn from and those that measure them."""
+    data.read_for(Base.open(base, opened))
+    held_in = [task for task, role in data.roles.items() if role == "held_in"]
+    others = [task for task in data.roles if task not in held_in]
+    own = own_experts(opened, held_in)
+    check_tasks(opened, held_in)
+    answer: int | None = None
+    measured: TaskMixture = data.only(held_in)
+    if isinstance(data, Inputs):
+        answer, measured = method.max_new_tokens, data.part(True)
+        learned = data.part(False)
+        content: list[Any] = [prompt.ids.tolist() for prompts in data.prompts.values() for prompt in prompts]
+    else:
+        learned = Inputs.read_from(data, ["train"], method.rows)
+        content = [content_hash(rows) for split in SPLITS for rows in data.rows(split).values()]
+    held_out = data.only(others) if others else None
+    limit = data.eval_limit or MEASURED_ROWS
+    measured.eval_limit = limit
+    if held_out:
+        held_out.eval_limit = limit
+    reading = [data.roles, data.max_length, data.chat_template, limit]
+    return _Rows(own, learned, measured, held_out, answer, [content, reading])
+
+
+@dataclass(frozen=True)
+class _Making:
+    """How one way is made.
+
+    Attributes:
+        place: Directory of its expert.
+        needs: What it is made from, beside the experts.
+        make: Makes it, where it is not there yet.
+        units: The share of the work that a loop of `make` over such items is.
+    """
+
+    place: Path
+    needs: str
+    make: Callable[[Progress], None]
+    units: Mapping[str, float]
+
+
+class _Combining:
+    """Makes and measures the ways of one combination; what is there already stays."""
 
     def __init__(
         self,
-        model: Any,
-        own: Mapping[str, StoredExpert],
-        data: TaskMixture,
-        held_out: TaskMixture | None,
-        answer: int | None,
-        progress: Progress,
+        opened: Sequence[StoredExpert],
+        out: Path,
+        rows: _Rows,
+        method: Distilled,
+        router: Router,
+        base: str | None,
+        dtype: DType | None,
     ) -> None:
+        self._opened, self._rows, self._router = opened, rows, router
+        self._base, self._dtype = base, dtype
+        self._routed_rows = method.rows
+        # Inputs that no step of the search sees would be answered for nothing.
+        self._method = replace(method, rows=min(method.rows, method.steps * method.batch))
+        self._start = method.start or without_data(opened)
+        self._out, self._whole, self._small = out, out / "experts", out / "small"
+        self._measurement: Measurement | None = None
+        chooses, inputs = type(router).__name__, f"{max(map(len, rows.learned.prompts.values()))} inputs a task"
+        each = 1 / len(opened)
+        self.makings = {
+            type(self._start).__name__: _Making(out / "merged", "no data", self._merge, {"": 1.0}),
+            f"{chooses}, experts as they are": _Making(
+                self._whole / ROUTED, inputs, partial(self._put_router, self._whole), {}
+            ),
+            f"{chooses}, shrunk experts": _Making(
+                self._small / ROUTED, inputs, self._shrink, {"tasks": 0.2, "forms": 0.8 * each}
+            ),
+            "Distilled": _Making(
+                out / "distilled", f"{inputs}, a search", self._distill, {"tasks": 0.2, "weights": 0.05, "steps": 0.5}
+            ),
+        }
+
+    def work(self, left: Sequence[str]) -> Work:
+        """Return how many tokens the ways that are left read."""
+        base, rows = Base.open(self._base, self._opened), self._rows
+        parameters = sum(parameter.numel() for parameter in base.structure.model.parameters())
+        examples = rows.measured.validation_examples(targets=rows.answer is None)
+        lengths = [len(example.tokens.ids) for own in examples.values() for example in own]
+        reading = Reading(self._opened, rows.learned, self._method, parameters, lengths, rows.answer is not None)
+        merged, routed, small, distilled = self.makings
+        routes = routed in left or small in left
+        making = {
+            merged: reading.merge(),
+            routed: 0.0,
+            small: reading.shrink(SHRINK_ROWS),
+            distilled: reading.distill(),
+        }
+        measuring = dict.fromkeys(self.makings, reading.measure()) | dict.fromkeys([routed, small], reading.routed())
+        prompts = reading.prompts(self._router, self._routed_rows) if routes else 0.0
+        needs = {name: self.makings[name].needs for name in left}
+        return Work(needs, making, measuring, prompts, reading.own())
+
+    def _load(self) -> PreTrainedModel:
+        model: Any = Base.open(self._base, self._opened).load(self._dtype)
         model.to(device())
-        self._objective = Objective(model, data, own if answer else None, answer or 64, progress)
-        self._held_out: list[Batch] = []
-        if held_out:
-            held_out.fit_context(data.context)
-            self._held_out = [move_data_to_device(batch, model.device) for batch in held_out.test_dataloader()]
-        self._own = 0.0
-        for task, expert in own.items():
-            with attached(model, expert, check=False):
-                self._own += self._objective.losses(_matches, [task])[task] / len(own)
-        self._seconds(batch_losses)  # warms up
-        self._base = self._seconds(batch_losses)[1]
+        return model
 
-    def _seconds(self, measure: Callable[..., Any]) -> tuple[dict[str, float], float]:
-        clock = time.process_time if device().type == "cpu" else time.perf_counter
-        started = clock()
-        return self._objective.losses(measure), clock() - started
+    def seconds_of_a_token(self) -> float:
+        """Return how long the base takes for a token of the rows that measure, by a batch of them."""
+        data = self._rows.measured
+        model = self._load()
+        examples = data.validation_examples(targets=self._rows.answer is None)
+        batches = batches_by_length([example for own in examples.values() for example in own], data)
+        seconds = 0.0
+        # The first pass warms up.
+        for batch in (batches[len(batches) // 2],) * 2:
+            started = clock()
+            with torch.no_grad():
+                model(input_ids=batch["input_ids"].to(model.device), use_cache=False)
+            seconds = (clock() - started) / batch["input_ids"].numel()
+        return seconds
 
-    @torch.no_grad()
-    def __call__(self, name: str, expert: StoredExpert, needs: str) -> Way:
-        model, members = self._objective.model, [expert]
-        if expert.is_routed:
-            members += open_parents(expert)
-        with attached(model, expert, check=False):
-            losses, seconds = self._seconds(batch_losses)
-            matches = fmean(self._objective.losses(_matches).values())
-            by_task: dict[str, list[float]] = {}
-            for batch in self._held_out:
-                for task, right in zip(batch["task"], greedy_matches(model, batch).tolist(), strict=True):
-                    by_task.setdefault(task, []).append(right)
-        held_out = fmean(map(fmean, by_task.values())) if by_task else None
-        size = sum(one.size_on_disk for one in members) if expert.is_routed else 0
-        kept = matches / self._own if self._own else 0.0
-        return Way(name, str(expert.path), needs, size, kept, fmean(losses.values()), held_out, seconds / self._base)
+    def run(self, name: str, whole: WholeProgress, work: Work) -> Way:
+        """Make one of the ways, and measure it."""
+        making = self.makings[name]
+        with whole.part(work.making[name], making.units) as shown:
+            if not _is_made(making.place):
+                making.make(shown)
+        measure = self._measuring(whole, work)
+        with whole.part(work.measuring[name], {"tasks": 1.0}) as shown:
+            return measure(name, open_expert(making.place), making.needs, shown)
 
+    def _measuring(self, whole: WholeProgress, work: Work) -> Measurement:
+        if self._measurement is None:
+            rows = self._rows
+            with whole.part(work.own, {"tasks": 0.5}) as shown:
+                self._measurement = Measurement(
+                    self._load(), rows.own, rows.measured, rows.held_out, rows.answer, shown
+                )
+        return self._measurement
 
-def _matches(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return for each row whether its target is the greedy answer, and 1, so that their ratio is the exact match."""
-    matches = greedy_matches(model, batch).float()
-    return matches, torch.ones_like(matches)
+    def read_prompts(self, progress: Progress) -> None:
+        """Put the experts beside their routed one, and take there what the router learns from.
+
+        A router reads prompts at its own depths alone, which takes a quarter of a pass by default.
+        """
+        # What is taken of inputs comes from the rows that are learned alone.
+        without = [f"{kind}.safetensors" for kind in OF_INPUTS]
+        for expert in self._opened:
+            if not _is_made(self._whole / expert.name):
+                put_beside(expert, self._whole / expert.name, without=without)
+        kind: Any = self._router.needs
+        lacking = [expert for expert in self._beside(self._whole) if kind not in kinds_of_statistics(expert)]
+        if kind in OF_INPUTS and lacking:
+            rows = ValidationRows(self._rows.learned, self._routed_rows, self._base, dtype=self._dtype)
+            take_statistics(lacking, kind, rows, progress=progress, depths=self._router.depths)
+
+    def _beside(self, library: Path) -> list[StoredExpert]:
+        return [open_expert(library / expert.name) for expert in self._opened]
+
+    def _merge(self, progress: Progress) -> None:
+        merge(self._opened, self._start, self._out / "merged", progress=progress)
+
+    def _put_router(self, library: Path, progress: Progress) -> None:
+        how: dict[str, Any] = {"base": self._base, "dtype": self._dtype, "progress": progress}
+        experts, data = self._beside(library), self._rows.learned
+        route(experts, library / ROUTED, self._router, data=data, rows=self._routed_rows, **how)
+
+    def _shrink(self, progress: Progress) -> None:
+        left = [expert for expert in self._beside(self._whole) if not _is_made(self._small / expert.name)]
+        if left:
+            data = self._rows.learned.only(list(self._rows.learned.roles))
+            data.eval_batch_size = SHRINK_BATCH
+            rows = ValidationRows(
+                data, SHRINK_ROWS, self._base, "experts", {}, self._method.max_new_tokens, self._dtype
+            )
+            objective = objective_on_base(left, rows, progress=progress, model=self._model)
+            for done in shrink(left, objective, self._small, progress=progress, stops_early=True):
+                if done.expert is None:
+                    put_beside(done.source, self._small / done.source.name)
+        self._put_router(self._small, progress)
+
+    def _distill(self, progress: Progress) -> None:
+        read = partial(objective_on_base, model=self._model, judged=JUDGED_BATCHES)
+        how: dict[str, Any] = {"base": self._base, "dtype": self._dtype, "progress": progress, "read": read}
+        distill(self._opened, self._out / "distilled", self._method, self._rows.learned, overwrite=True, **how)
+
+    @property
+    def _model(self) -> PreTrainedModel | None:
+        """The base that measures, if it is loaded already."""
+        return None if self._measurement is None else self._measurement.model

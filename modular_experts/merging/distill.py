@@ -27,6 +27,7 @@ from modular_experts.merging.combination import Combination
 from modular_experts.merging.gradient_search import ATLAS, descend, first_coefficients
 from modular_experts.merging.merged import Merged
 from modular_experts.merging.objective import (
+    Objective,
     Trial,
     ValidationRows,
     objective_on_base,
@@ -58,6 +59,7 @@ def distill(
     progress: Progress = iter,
     base: str | None = None,
     dtype: DType | None = None,
+    read: Callable[..., Objective] = objective_on_base,
 ) -> Searched:
     """Merge experts by the answers of each to inputs of its own task; `Distilled` explains how.
 
@@ -69,6 +71,7 @@ def distill(
         overwrite: Whether files that exist may be replaced.
         base: The base's directory or hub id; the one in the experts' records by default.
         dtype: Data type of the base; as it is stored if not given.
+        read: Makes the objective, as for `search`.
 
     Raises:
         FileExistsError: A file would be replaced; no input has been read yet.
@@ -88,8 +91,8 @@ def distill(
     rows = ValidationRows(data, method.rows, base, "experts", {}, method.max_new_tokens, dtype)
     if method.by == "model":
         algorithm = ATLAS(method.steps, method.learning_rate, objective="distill", per="row", decay=True)
-        return search(opened, algorithm, rows, out, [start], overwrite, progress)
-    objective = objective_on_base(opened, rows, progress=progress)
+        return search(opened, algorithm, rows, out, [start], overwrite, progress, read)
+    objective = read(opened, rows, progress=progress)
     before, own = objective.losses(), own_experts(opened, list(objective.batches))
     members = [Merged(opened, start), *opened]
     how = method.learning_rate, method.steps, progress

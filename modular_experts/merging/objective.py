@@ -22,7 +22,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.apply import applied
 from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
-from modular_experts.data.batch import Batch, Collator, Example
+from modular_experts.data.batch import IGNORED, Batch, Collator, Example
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import answer_logits, answered, batch_losses, row_sums
@@ -63,6 +63,7 @@ class Objective:
             evenly over its file, in batches of `data.eval_batch_size`.
         answered_by: The expert of each task, whose answers take the place of the targets; the rows need inputs only.
         max_new_tokens: The most tokens of such an answer.
+        judged: How many batches of each task `losses` reads; all if not given.
 
     Attributes:
         batches: Each task's, in an order at random that is always the same.
@@ -79,8 +80,10 @@ class Objective:
         answered_by: Mapping[str, Mapping[str, Delta]] | None = None,
         max_new_tokens: int = 64,
         progress: Progress = iter,
+        judged: int | None = None,
     ) -> None:
         self.model, self.batches = model.eval(), dict[str, list[Batch]]()
+        self._judged = judged
         self.origin: dict[str, Any] = {}
         data.fit_context(context_length(model))
         size, examples = data.eval_batch_size, read_validation_rows(data, targets=answered_by is None)
@@ -113,7 +116,7 @@ class Objective:
         """Return the loss of each task, or of some, with the model's present weights, or another measure of it."""
         losses = {}
         for task in self.batches if tasks is None else tasks:
-            parts = [measure(self.model, batch) for batch in self.batches[task]]
+            parts = [measure(self.model, batch) for batch in self.batches[task][: self._judged]]
             summed = math.fsum(sums.sum().item() for sums, _ in parts)
             losses[task] = summed / sum(int(counts.sum()) for _, counts in parts)
         return losses
@@ -124,6 +127,27 @@ class Objective:
         """Return the loss of each task, or of some, with `scale` times the deltas added to the model."""
         with applied(self.model, deltas, scale, check=False):
             return self.losses(tasks=tasks)
+
+    @torch.no_grad()
+    def losses_within(self, deltas: Mapping[str, Delta], most: float, tasks: Sequence[str]) -> dict[str, float] | None:
+        """Return the loss of some tasks with deltas added, or None once their mean is sure to be above `most`."""
+        losses: dict[str, float] = {}
+        with applied(self.model, deltas, check=False):
+            for task in tasks:
+                total = sum(count_labels(batch) for batch in self.batches[task])
+                parts: list[float] = []
+                for batch in self.batches[task]:
+                    parts.append(batch_losses(self.model, batch)[0].sum().item())
+                    losses[task] = math.fsum(parts) / total
+                    # No row that is left has a loss below 0.
+                    if math.fsum(losses.values()) / len(tasks) > most:
+                        return None
+        return losses
+
+
+def count_labels(batch: Batch) -> int:
+    """Return how many tokens of a batch are predicted."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def read_validation_rows(data: TaskMixture, targets: bool = True) -> dict[str, list[Example]]:
@@ -180,11 +204,13 @@ def objective_on_base(
     given: ValidationRows | TaskMixture,
     distills: bool = False,
     progress: Progress = iter,
+    model: PreTrainedModel | None = None,
+    judged: int | None = None,
 ) -> Objective:
     """Return the objective on the base of stored experts, loaded on the GPU if there is one.
 
     Data without a tokenizer are read with the base's. With `distills` the objective also keeps the predictions of each
-    task's own expert.
+    task's own expert. A caller who has loaded the base gives it as `model`. `judged` is `Objective`'s.
 
     Raises:
         ValueError: The experts were trained on another base, a task's expert cannot be told, or `Objective` refuses
@@ -203,9 +229,8 @@ def objective_on_base(
     data.eval_limit = min(given.rows, data.eval_limit or given.rows)
     # A task that is refused is refused before the base is loaded.
     read_validation_rows(data, targets=not by_experts)
-    model: Any = opened.load(given.dtype)
-    model.to(device())
-    objective = Objective(model, data, own if by_experts else None, given.max_new_tokens, progress)
+    loaded: Any = model or opened.load(given.dtype).to(device())  # type: ignore[arg-type]
+    objective = Objective(loaded, data, own if by_experts else None, given.max_new_tokens, progress, judged)
     if own:
         objective.origin = {"labels": labels, "expert_of": {task: expert.name for task, expert in own.items()}}
     if by_experts:

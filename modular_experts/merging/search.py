@@ -5,7 +5,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def search(
     merges: Sequence[MergeMethod] = (),
     overwrite: bool = False,
     progress: Progress = iter,
+    read: Callable[..., Objective] = objective_on_base,
 ) -> Searched:
     """Find how much of each expert to merge by the loss on validation rows, and write the merge.
 
@@ -144,6 +145,7 @@ def search(
         merges: Methods whose merges of the experts are combined with the experts, as the first ones. Each merge is
             also written as an expert, named after `out` and the method.
         overwrite: Whether files that exist may be replaced.
+        read: Makes the objective, with the arguments of `objective_on_base`, for example on a base that is loaded.
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
@@ -156,7 +158,7 @@ def search(
         check_target(target, overwrite)
     opened = open_experts(experts, base=data.base)
     lazy = [Merged(opened, method) for method in merges]
-    objective = objective_on_base(opened, data, algorithm.distills, progress)
+    objective = read(opened, data, algorithm.distills, progress)
     before = objective.losses()
     held = [{name: one[name] for name in progress(Counted(one, "weights"))} for one in lazy]
     with Combination(objective.model, [*held, *opened], len(held)) as combination:

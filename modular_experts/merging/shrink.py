@@ -98,6 +98,7 @@ def shrink(
     bound: float = 0.01,
     overwrite: bool = False,
     progress: Progress = iter,
+    stops_early: bool = False,
 ) -> Iterator[Shrunk]:
     """Write each expert in the smallest form whose loss on its tasks' rows rises by at most a bound.
 
@@ -109,6 +110,7 @@ def shrink(
         to: The one form that is tried; by default all that `forms_for` gives.
         bound: How much the loss may rise, in nats a target token.
         overwrite: Whether experts of these names may be replaced.
+        stops_early: Leave a form as soon as the rows so far show that it loses too much, and tell its loss as infinite.
 
     Yields:
         The result of each expert, when it is written.
@@ -124,7 +126,7 @@ def shrink(
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, progress=progress)
     check_tasks(opened, objective.batches)
     for expert in opened:
-        yield smallest(expert, objective, Path(out) / expert.name, to, bound, overwrite, progress)
+        yield smallest(expert, objective, Path(out) / expert.name, to, bound, overwrite, progress, stops_early)
 
 
 def _check(opened: Sequence[StoredExpert], out: Path, bound: float, overwrite: bool) -> None:
@@ -163,6 +165,7 @@ def smallest(
     bound: float = 0.01,
     overwrite: bool = False,
     progress: Progress = iter,
+    stops_early: bool = False,
 ) -> Shrunk:
     """Write one expert to the directory `target` in its smallest form within the bound; the settings are `shrink`'s."""
     tasks = [task for task in expert.record["tasks"] if task in objective.batches]
@@ -177,8 +180,13 @@ def smallest(
     for form, cut, size in progress(Counted(candidates, "forms")):
         factors = fitted.get(form, {})
         cut = {name: scale_rows(delta, factors[name]) if name in factors else delta for name, delta in cut.items()}
-        losses = objective.losses_with({name: form.read(delta) for name, delta in cut.items()}, tasks=tasks)
-        tried.append(Measured(form, size, mean_loss(losses)))
+        coded = {name: form.read(delta) for name, delta in cut.items()}
+        losses: dict[str, float] | None
+        if stops_early:
+            losses = objective.losses_within(coded, loss + bound, tasks)
+        else:
+            losses = objective.losses_with(coded, tasks=tasks)
+        tried.append(Measured(form, size, math.inf if losses is None else mean_loss(losses)))
         if tried[-1].loss <= loss + bound:
             written = write_form(expert, cut, form, target, overwrite, losses, bool(factors))
             return Shrunk(expert, before, tried, tried[-1], written)

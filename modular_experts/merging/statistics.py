@@ -165,6 +165,7 @@ def take_statistics(
     overwrite: bool = False,
     progress: Progress = iter,
     steps: int | None = None,
+    depths: Sequence[float] = DEPTHS,
 ) -> list[StoredStatistics]:
     """Measure experts that are to be merged, each at every weight that any of them moves, and store the statistics.
 
@@ -177,6 +178,7 @@ def take_statistics(
             for at most 256 labelled rows of each task, `ValidationRows()` for the inputs that the experts keep.
         overwrite: Replace statistics of this kind that are there.
         steps: For `gates`, how many steps they are trained for; 100 if not given.
+        depths: For prompts, after which shares of the transformer blocks they are read, rising; a router reads some.
 
     Raises:
         FileExistsError: An expert has statistics of this kind; nothing has been read yet.
@@ -185,6 +187,8 @@ def take_statistics(
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
     way, given = KINDS[kind], ValidationRows(data, ROWS) if isinstance(data, TaskMixture) else data
+    if way.of_inputs:
+        way = _each(partial(prompts, parts=kind == "prompt_parts", depths=depths), of_inputs=True)
     if way.of_inputs and given.labels == "experts":
         raise ValueError(f"{kind} are read without answers; leave labels out")
     if given.expert_of:

@@ -87,8 +87,8 @@ def test_each_mistake_gets_one_sentence(run, place) -> None:
     ours = ["merge", *EXPERTS, "--out", "library/both", "--method"]
     for words, sentence in [
         (["Distilled"], "no rows are given, and 1 of 2 experts keep no inputs"),
-        (["Distilled", "--dry-run"], "Distilled searches, and writes an expert; give out, base, overwrite and data"),
-        (["Distilled", "--output", "checkpoint"], "give out, base, overwrite and data alone"),
+        (["Distilled", "--dry-run"], "Distilled searches, and writes an expert; give out, base"),
+        (["Distilled", "--output", "checkpoint"], "give out, base, overwrite, skip and data alone"),
         (["Average", "--tasks", "a.jsonl"], "such as Distilled; add --tune"),
         (["Distilled", "--method.steps", "0"], "steps must be at least 1, got 0"),
     ]:
