@@ -38,7 +38,7 @@ def texts() -> list[tuple[str, str]]:
     """Return each string of the package with its file; of an f-string, placeholders become the word X."""
     found = []
     # These have options of SLURM's commands and of other servers.
-    strangers = {PACKAGE / "jobs" / "slurm_jobs.py", PACKAGE / "interop" / "servers.py"}
+    strangers = {PACKAGE / "study" / "slurm_jobs.py", PACKAGE / "interop" / "servers.py"}
     for file in sorted(set(PACKAGE.rglob("*.py")) - strangers):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
@@ -108,6 +108,7 @@ def wrong_hints(text: str) -> list[str]:
 
 # Names of weights and attributes in texts that are no settings.
 ATTRIBUTES = {("model", name) for name in ("layers", "embed_tokens", "safetensors", "norm", "generate")}
+ATTRIBUTES |= {("trainer", name) for name in ("validate", "test")}
 
 
 def test_every_option_and_command_that_a_text_names_exists() -> None:

@@ -20,7 +20,7 @@ from modular_experts.base.files import fingerprint
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation.gram import gram, merged_grams
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
-from modular_experts.merging import fisher_information as fisher
+from modular_experts.merging.fisher_information import fisher
 from modular_experts.merging.statistics import take_statistics
 
 NAMES = ("embed_tokens", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "norm")
