@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import torch
@@ -175,8 +175,30 @@ def warn_once(sentence: str) -> None:
     log.warning(sentence)
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> tuple[list[int], list[int]]:
-    """Return the tokens of a prompt, with `chat` as the chat template makes it, and those that end its answer."""
+class Reading(NamedTuple):
+    """A prompt as a model reads it: its tokens, those that end an answer, and whether the chat template made it."""
+
+    ids: list[int]
+    ends: list[int]
+    is_chat: bool
+
+
+class Readings(NamedTuple):
+    """A prompt as each of several experts reads it.
+
+    Attributes:
+        by_form: The prompt through the chat template (True), without it (False), or both where experts differ.
+        members: The form in which each expert reads it.
+        base: The form in which the base alone reads it.
+    """
+
+    by_form: dict[bool, Reading]
+    members: list[bool]
+    base: bool
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> Reading:
+    """Return a prompt as a model reads it, with `chat` as the chat template makes it."""
     ends = ends_of_answers(tokenizer, chat)
     if isinstance(prompt, str) and not prompt.strip():
         raise ValueError("the prompt is empty; give the text to answer")
@@ -189,7 +211,24 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bo
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not ids:
         raise ValueError("the prompt is empty for the model: the chat template or the tokenizer leaves nothing of it")
-    return ids, ends
+    return Reading(ids, ends, chat)
+
+
+def read_as_each(
+    tokenizer: PreTrainedTokenizerBase, text: str, messages: Messages, experts: Sequence[StoredExpert]
+) -> Readings:
+    """Return a prompt as each of the experts behind a router was trained to read it.
+
+    Experts that were trained without the chat template read the `text`, and the template gets the `messages`. Use it for
+    prompts whose form the asker leaves to the model, such as the messages of a chat.
+    """
+    members = [reads_chat(tokenizer, [expert]) for expert in experts]
+    forms = set(members)
+    # Where all experts read alike, the base, which answers rejected prompts, reads as they do: so does a test of the
+    # route. Where they differ, it reads as it does alone.
+    base = forms.pop() if len(forms) == 1 else reads_chat(tokenizer, [])
+    by_form = {is_chat: encoded(tokenizer, messages if is_chat else text, is_chat) for is_chat in {*members, base}}
+    return Readings(by_form, members, base)
 
 
 def reads_chat(tokenizer: PreTrainedTokenizerBase, experts: Sequence[StoredExpert]) -> bool:

@@ -13,12 +13,13 @@ from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
-from modular_experts.data.chat import Messages, encoded, reads_chat, template_hash
+from modular_experts.data.chat import Messages, Reading, encoded, read_as_each, reads_chat, template_hash
 from modular_experts.evaluation.generation import answer_room, continued
 from modular_experts.injection.attach import NamedExperts, attached
 from modular_experts.injection.routed import Routed
-from modular_experts.library import StoredExpert
+from modular_experts.library import Library, StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
+from modular_experts.routing.prompts import choose_form, is_rejected, vectors_for
 from modular_experts.settings import Options
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def generate(
         temperature: 0 takes the likeliest token each time; above 0, tokens are sampled, more freely the higher it is.
         seed: Seed of the samples.
         chat_template: Whether a text goes through the chat template, as a message of the user; None is as the experts
-            were trained, by their records.
+            were trained, by their records; behind a route, as the chosen expert was.
         dtype: Data type of the base.
         write: Takes each piece of the answer as it comes.
 
@@ -88,31 +89,71 @@ def generate(
     opened = open_several(experts, base)
     stored = [expert for expert in opened if isinstance(expert, StoredExpert)]
     warn_of_missing_parents(stored)
-    found = Base.open(base, stored)
-    tokenizer = found.tokenizer()
-    if chat_template is None:
-        chat_template = bool(stored) and bool(training_in_common(stored).get("chat_template"))
-    chat = chat_template or not isinstance(prompt, str)
-    template = template_hash(tokenizer) if chat else None
+    opened_base = Base.open(base, stored)
+    tokenizer = opened_base.tokenizer()
+    trained_with = training_in_common(stored).get("chat_template") if stored else None
+    is_chat = not isinstance(prompt, str) or bool(trained_with if chat_template is None else chat_template)
+    template = template_hash(tokenizer) if is_chat else None
     warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype)
-    given = encoded(tokenizer, prompt, chat)
-    model: Any = found.load(dtype)
+    reading = encoded(tokenizer, prompt, is_chat)
+    model: Any = opened_base.load(dtype)
     with attached(model, opened, check=False) as put:
         model.to(device())
-        answer = _answer(model, tokenizer, *given, how, write)
+        if isinstance(prompt, str) and chat_template is None:
+            messages = [{"role": "user", "content": prompt}]
+            reading = _read_by_route(model, tokenizer, put, prompt, messages) or reading
+        answer = _answer(model, tokenizer, reading, how, write)
         model.to("cpu")
-        if isinstance(put, Routed) and put.router is not None and put.current.gates is not None:
-            rejected = put.current.gates.ids == put.router.experts
-            if rejected.all():
-                log.warning("the router rejects this prompt, so its fallback answers, or the base alone without one")
+        router, gates = (put.router, put.current.gates) if isinstance(put, Routed) else (None, None)
+        if router is not None and gates is not None and is_rejected(router, gates).all():
+            log.warning("the router rejects this prompt, so its fallback answers, or the base alone without one")
     return answer
+
+
+def routes_of(library: Library) -> list[str]:
+    """Return the names of a library's routes. If there is exactly one, it answers prompts that name no expert."""
+    return [expert.name for expert in library.readable(adapters=False) if expert.is_routed]
+
+
+@torch.no_grad()
+def _read_by_route(
+    model: Any, tokenizer: PreTrainedTokenizerBase, put: object, text: str, messages: Messages
+) -> Reading | None:
+    """Return a prompt as the expert reads it that fits it best, and let only experts of that form answer.
+
+    None where no router of whole prompts is in the model, or its experts are not of a library.
+    """
+    if not isinstance(put, Routed) or put.router is None or put.prompt_gates is None:
+        return None
+    members = [expert for expert in put.members if isinstance(expert, StoredExpert)]
+    if len(members) < len(put.members):
+        return None
+    put.prompt_gates.allowed = None
+    readings = read_as_each(tokenizer, text, messages, members)
+    choosing = readings.members[: put.router.experts]
+    if len(readings.by_form) == 1:
+        return readings.by_form[readings.base]
+    # Without gates, the model is the base alone, which routers read.
+    put.current.gates = None
+    router = put.router.to(model.device)
+    vectors = {
+        form: vectors_for(router, model, torch.tensor([readings.by_form[form].ids], device=model.device))
+        for form in set(choosing)
+    }
+    chosen = choose_form(router, vectors, choosing)
+    if chosen.is_chat is not None:
+        put.prompt_gates.allowed = chosen.allowed
+        return readings.by_form[chosen.is_chat]
+    fallback = readings.members[put.router.experts :]
+    return readings.by_form[fallback[0] if fallback else readings.base]
 
 
 class Conversation:
     """A conversation with an opened base, in which a library's experts answer by name: `talk.experts.use("dates")`.
 
     Messages go through the chat template if there is a system message, if the experts in use were trained with it, or
-    for the base alone if it has one. Otherwise each prompt is read alone. `messages` holds all that was said.
+    for the base alone if it has one. Behind a route, the expert that it chooses decides. Otherwise each prompt is read
+    alone. `messages` holds all that was said.
     """
 
     def __init__(self, base: Base, experts: Mapping[str, StoredExpert], how: Answering = AS_USUAL) -> None:
@@ -130,9 +171,11 @@ class Conversation:
     def ask(self, prompt: str, write: Callable[[str], object] | None = None) -> str:
         """Return the answer to a prompt, as `generate`, and remember both, unless the answer was interrupted."""
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        chat = self.is_chat
-        given = encoded(self.tokenizer, messages if chat else prompt, chat)
-        answer = _answer(self.model, self.tokenizer, *given, self.how, write)
+        routed = None
+        if not self.how.system:
+            routed = _read_by_route(self.model, self.tokenizer, self.experts.used, prompt, messages)
+        reading = routed or encoded(self.tokenizer, messages if self.is_chat else prompt, self.is_chat)
+        answer = _answer(self.model, self.tokenizer, reading, self.how, write)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
@@ -141,17 +184,18 @@ class Conversation:
 def _answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: list[int],
-    stops: list[int],
+    reading: Reading,
     how: Answering,
     write: Callable[[str], object] | None,
 ) -> str:
-    room = answer_room(model, len(prompt), how.max_new_tokens)
+    stops = reading.ends
+    room = answer_room(model, len(reading.ids), how.max_new_tokens)
     pad = next(iter(stops), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": how.temperature, "top_k": 0} if how.temperature else {}
     limits: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops or None, "pad_token_id": pad}
     config = GenerationConfig(do_sample=how.temperature > 0, **limits, **sampling)
-    ids, streamer = torch.tensor([prompt], device=model.device), _Streamer(tokenizer, write) if write else None
+    ids = torch.tensor([reading.ids], device=model.device)
+    streamer = _Streamer(tokenizer, write) if write else None
     with torch.random.fork_rng():
         torch.manual_seed(how.seed)
         written = continued(model, ids, torch.ones_like(ids), config, streamer)[0]

@@ -60,16 +60,21 @@ class Injected(AbstractContextManager[Any]):
 class Routed(Injected):
     """Experts behind a router in a model.
 
-    For scope `sample`, `current` holds the gates of the last pass. `after_removal` is closed by `remove`, when the
-    model has its own layers again.
+    For scope `sample`, `current` holds the gates of the last pass, and `prompt_gates` makes them. `members` are the
+    experts, and the fallback behind them if there is one. `after_removal` is closed by `remove`, when the model has its
+    own layers again.
     """
+
+    members: Sequence[AnyExpert] = ()
 
     def __init__(self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates) -> None:
         super().__init__(model, plan)
         self.router, self.current, self.after_removal = router, current, ExitStack()
+        self.prompt_gates: PromptGates | None = None
         if router is not None:
-            gates = PromptGates(router, current)
-            self.after_removal.callback(model.register_forward_pre_hook(gates, with_kwargs=True).remove)
+            self.prompt_gates = PromptGates(router, current)
+            hook = model.register_forward_pre_hook(self.prompt_gates, with_kwargs=True)
+            self.after_removal.callback(hook.remove)
 
     def remove(self) -> None:
         super().remove()
@@ -143,6 +148,7 @@ def routed(
         current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
     plan = partial(_plan, [*several, *([{}] if fallback is None else [])], current, by_name)
     both = Routed(model, plan, whole, current)
+    both.members = several
     if rows is not None:
         fits = model.register_forward_pre_hook(partial(_check_batch, len(rows)), with_kwargs=True)
         both.after_removal.callback(fits.remove)

@@ -20,11 +20,13 @@ class PromptGates:
 
     Before the pass, the prompts are read in a pass of their own over the first transformer blocks. A pass that goes on
     with kept keys and values keeps the gates of its prompts. Where rows are packed, or some of them go on, `reading`
-    must tell the row of each place.
+    must tell the row of each place. `allowed` limits the choice to some of the experts, as `gates_among` does.
     """
 
     def __init__(self, router: Router, current: CurrentGates) -> None:
-        self.router, self.current, self._inside = router, current, False
+        self.router, self.current = router, current
+        self.allowed: Tensor | None = None
+        self._inside = False
         self._of_rows: Gates | None = None
         self._growth = Growth()
         current.packs = True
@@ -48,13 +50,75 @@ class PromptGates:
         # Without gates, a mixture is the base alone.
         self.current.gates, self._inside = None, True
         try:
-            read = prompt_vectors(model, ids, rows, self.router.depths, prompt)
+            vectors = vectors_for(self.router, model, ids, rows, prompt)
         finally:
             self._inside = False
-        if self.router.reads_grams:
-            read.append(prompt_grams(ids, rows, prompt).to(read[0].device))
-        self._of_rows = self.router.to(read[0].device)(torch.cat(read, 1))
+        self._of_rows = gates_among(self.router.to(vectors.device), vectors, self.allowed)
         self.current.gates = self._of_rows if row is None else self._of_rows.of_places(row)
+
+
+def vectors_for(
+    router: Router, model: nn.Module, ids: Tensor, mask: "Tensor | Packs | None" = None, prompt: Tensor | None = None
+) -> Tensor:
+    """Return what a router of scope `sample` reads of each prompt, `(rows, size)`, with `prompt_vectors`' arguments."""
+    parts = prompt_vectors(model, ids, mask, router.depths, prompt)
+    if router.reads_grams:
+        parts.append(prompt_grams(ids, mask, prompt).to(parts[0].device))
+    return torch.cat(parts, 1)
+
+
+def gates_among(router: Router, vectors: Tensor, allowed: Tensor | None = None) -> Gates:
+    """Return a router's gates of prompts `(rows, size)` when only some experts may answer.
+
+    `allowed`, `(experts,)` bool, names these experts; None allows all. The router rejects the same prompts either way.
+    """
+    gates = router(vectors)
+    if allowed is None:
+        return gates
+    # A score of minus infinity leaves an expert with a weight of 0, whatever selection makes the gates.
+    scores = router.scores(vectors).float().masked_fill(~allowed.to(vectors.device), -torch.inf)
+    return router.select(scores).without(is_rejected(router, gates), router.experts)
+
+
+def is_rejected(router: Router, gates: Gates) -> Tensor:
+    """Return which inputs a router has sent to its fallback alone, `(rows,)` bool."""
+    return ((gates.ids == router.experts) | (gates.weights == 0)).all(1)
+
+
+class FormChoice(NamedTuple):
+    """The form in which a prompt is answered, and how well each expert fits the prompt in its own form.
+
+    Attributes:
+        is_chat: Whether the answer goes through the chat template; None if the router rejects the prompt in every form.
+        scores: The experts' scores `(experts,)`, each for the prompt as that expert reads prompts.
+        allowed: The experts that read prompts in this form, `(experts,)` bool.
+    """
+
+    is_chat: bool | None
+    scores: Tensor
+    allowed: Tensor
+
+
+def choose_form(router: Router, vectors: Mapping[bool, Tensor], reads_chat: Sequence[bool]) -> FormChoice:
+    """Choose between a prompt's chat and plain form where experts were trained on either: the best expert decides.
+
+    Args:
+        router: A router of scope `sample`.
+        vectors: What the router reads of the prompt through the chat template (True) and without it (False), each
+            `(1, size)`.
+        reads_chat: Whether each expert reads prompts through the template.
+    """
+    chat = torch.tensor(list(reads_chat), device=next(iter(vectors.values())).device)
+    scores = chat.new_zeros(len(chat), dtype=torch.float32)
+    rejected = torch.zeros_like(chat)
+    for is_chat, read in vectors.items():
+        own = chat == is_chat
+        scores = torch.where(own, router.scores(read).float()[0], scores)
+        rejected |= own & is_rejected(router, router(read))
+    if rejected.all():
+        return FormChoice(None, scores, torch.ones_like(chat))
+    best = int(scores.masked_fill(rejected, -torch.inf).argmax())
+    return FormChoice(bool(chat[best]), scores, chat == chat[best])
 
 
 def kept_tokens(named: Mapping[str, Any]) -> int:

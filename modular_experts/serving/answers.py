@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from modular_experts.data.chat import encoded, ends_of_answers, reads_chat
+from modular_experts.data.chat import Reading, Readings, encoded, ends_of_answers, read_as_each, reads_chat
 from modular_experts.evaluation.generation import answer_room
 from modular_experts.serving.engine import Engine, Sampling, SideThreads, Token
 from modular_experts.serving.models import Choice, Models, Route
@@ -63,30 +63,46 @@ class Answerer:
         """Return the answer to a prompt, or to the messages of a conversation.
 
         Messages go through the chat template if the experts were trained with it, or for the base alone if it has one.
-        Without it, their texts follow each other, a line each.
+        Without it, their texts follow each other, a line each. A route reads messages as each of its experts does, and
+        the answer continues the form that the chosen expert reads. A text or tokens stay as they are.
         """
-        found, ids, ends = await asyncio.to_thread(self.read, model, prompt)
-        rest = max(self.engine.cache_tokens - len(ids), 1)
-        room = answer_room(self.engine.reader, len(ids), most or min(MOST_TOKENS, rest))
-        if isinstance(found, Route):
-            found = await self._choosing.call(found.choose, self.engine.reader, ids)
-        await asyncio.to_thread(self.engine.check, found.members, len(ids), room)
-        tokens, answer = self.engine.answer(ids, found.experts, ends, room, sampling), Answer(found, len(ids))
-        is_chat = isinstance(prompt, list) and not isinstance(prompt[0], int)
-        answer.pieces = self._pieces(answer, tokens, stops, ends, [] if is_chat else ids[-16:])
+        model_named, readings = await asyncio.to_thread(self.read, model, prompt)
+        longest = max(len(reading.ids) for reading in readings.by_form.values())
+        # A prompt that is too long in any form is refused before a router reads it.
+        answer_room(self.engine.reader, longest, 1)
+        if isinstance(model_named, Route):
+            choice, reading = await self._choosing.call(model_named.choose, self.engine.reader, readings)
+        else:
+            choice, reading = model_named, readings.by_form[readings.base]
+        ids, ends = reading.ids, reading.ends
+        free = max(self.engine.cache_tokens - len(ids), 1)
+        room = answer_room(self.engine.reader, len(ids), most or min(MOST_TOKENS, free))
+        await asyncio.to_thread(self.engine.check, choice.members, len(ids), room)
+        tokens = self.engine.answer(ids, choice.experts, ends, room, sampling)
+        answer = Answer(choice, len(ids))
+        is_conversation = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        answer.pieces = self._pieces(answer, tokens, stops, ends, [] if is_conversation else ids[-16:])
         return answer
 
-    def read(self, model: str, prompt: Any) -> tuple[Choice | Route, list[int], list[int]]:
-        """Return what a model's name means, the tokens of a prompt, and those that end its answer."""
+    def read(self, model: str, prompt: Prompt) -> tuple[Choice | Route, Readings]:
+        """Return what a model's name means, and the prompt in the forms in which its experts read it."""
         found = self.models.find(model)
-        if isinstance(prompt, list) and isinstance(prompt[0], int):
-            if not all(0 <= token < len(self.tokenizer) for token in prompt):
+        if isinstance(prompt, str):
+            reading = encoded(self.tokenizer, prompt, False)
+        elif isinstance(prompt[0], int):
+            ids = cast(list[int], prompt)
+            if not all(0 <= token < len(self.tokenizer) for token in ids):
                 raise ValueError(f"the prompt has tokens outside of the vocabulary of {len(self.tokenizer)}")
-            return found, prompt, ends_of_answers(self.tokenizer, False)
-        chat = isinstance(prompt, list) and reads_chat(self.tokenizer, found.members)
-        if isinstance(prompt, list) and not chat:
-            prompt = "\n".join(message["content"] for message in prompt)
-        return found, *encoded(self.tokenizer, prompt, chat)
+            reading = Reading(ids, ends_of_answers(self.tokenizer, False), False)
+        else:
+            messages = cast(list[dict[str, str]], prompt)
+            text = "\n".join(message["content"] for message in messages)
+            if isinstance(found, Route):
+                return found, read_as_each(self.tokenizer, text, messages, found.members)
+            is_chat = reads_chat(self.tokenizer, found.members)
+            reading = encoded(self.tokenizer, messages if is_chat else text, is_chat)
+        form = reading.is_chat
+        return found, Readings({form: reading}, [form] * len(found.members), form)
 
     async def _pieces(
         self, answer: Answer, tokens: AsyncIterator[Token], stops: Sequence[str], ends: Sequence[int], before: list[int]

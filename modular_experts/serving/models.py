@@ -4,18 +4,18 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from modular_experts.data.chat import Reading, Readings
 from modular_experts.injection.attach import open_route
 from modular_experts.library import Library, StoredExpert, check_fingerprint, is_adapter, open_expert
 from modular_experts.library.opening import version_of
 from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED
-from modular_experts.routing.prompts import prompt_grams, prompt_vectors
+from modular_experts.routing.prompts import choose_form, gates_among, vectors_for
 from modular_experts.text import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -76,21 +76,33 @@ class Route:
         self.members = experts if fallback is None else [*experts, fallback]
 
     @torch.inference_mode()
-    def choose(self, reader: nn.Module, ids: Sequence[int]) -> Choice:
-        """Return what answers a prompt of these tokens, which the first blocks of the base alone (`reader`) read."""
+    def choose(self, reader: nn.Module, readings: Readings) -> tuple[Choice, Reading]:
+        """Return what answers a prompt, and the form in which that reads it.
+
+        The first blocks of the base alone (`reader`) read the prompt in every form in which an expert was trained. The
+        scores of each expert come from its own form.
+        """
         device = next(reader.parameters()).device
-        tokens = torch.tensor([list(ids)], device=device)
-        read = prompt_vectors(reader, tokens, None, self._router.depths)
-        if self._router.reads_grams:
-            read.append(prompt_grams(tokens, None))
-        hidden = torch.cat(read, 1)
         router = self._router.to(device)
-        gates, shares = router(hidden), router.scores(hidden).float().softmax(1)[0]
-        pairs = [(number, float(w)) for number, w in zip(gates.ids[0].tolist(), gates.weights[0], strict=True) if w]
+        members = readings.members[: router.experts]
+        vectors = {
+            form: vectors_for(router, reader, torch.tensor([readings.by_form[form].ids], device=device))
+            for form in set(members)
+        }
+        form = choose_form(router, vectors, members)
+        if form.is_chat is None:
+            fallback = self.members[router.experts :]
+            is_chat = readings.members[router.experts] if fallback else readings.base
+            return Choice([(expert, 1.0) for expert in fallback]), readings.by_form[is_chat]
+        # Where all experts read alike, the router's own gates hold, also of a router that makes them in its own way.
+        allowed = None if form.allowed.all() else form.allowed
+        gates = gates_among(router, vectors[form.is_chat], allowed)
+        pairs = zip(gates.ids[0].tolist(), gates.weights[0].tolist(), strict=True)
+        weights = {number: weight for number, weight in pairs if weight}
         # The number behind the experts' numbers is the fallback's, or the base's without one.
-        experts = [(self.members[number], weight) for number, weight in pairs if number < len(self.members)]
-        chosen = [number for number, _ in pairs if number < len(shares)]
-        return Choice(experts, float(shares[chosen].sum()) if chosen else None)
+        chosen = [number for number in weights if number < router.experts]
+        experts = [(self.members[number], weights[number]) for number in weights if number < len(self.members)]
+        return Choice(experts, float(form.scores.softmax(0)[chosen].sum())), readings.by_form[form.is_chat]
 
 
 class Listed(NamedTuple):

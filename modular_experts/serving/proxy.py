@@ -7,7 +7,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import httpx
 from fastapi import FastAPI, Request
@@ -97,13 +97,15 @@ class _Proxy(Answerer):
                     raise ValueError("it has several, and one expert answers them all; send one in each request")
                 prompt = prompt[0]
             route: Any
-            route, ids, _ = await asyncio.to_thread(self.read, AUTO, prompt)
+            route, readings = await asyncio.to_thread(self.read, AUTO, prompt)
             if max(route.depths) > self.depth:
                 raise ValueError("it reads more of the base than the one before; start the proxy again")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise refusal(400, f"the route cannot read the prompt of the request: {str(error)[:200]}") from None
-        chosen: Choice = await self._choosing.call(route.choose, self.engine, ids[: context_length(self.engine)])
-        return chosen
+        context = context_length(self.engine)
+        shortened = {form: one._replace(ids=one.ids[:context]) for form, one in readings.by_form.items()}
+        choice, _ = await self._choosing.call(route.choose, self.engine, readings._replace(by_form=shortened))
+        return cast(Choice, choice)
 
     async def _name(self, name: str, headers: Headers) -> str:
         """Return how the other server calls an expert, or the base."""

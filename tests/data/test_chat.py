@@ -136,7 +136,7 @@ def test_prompts_are_alike_in_training_in_rows_without_an_answer_and_in_generati
     predicted, _, _ = RowTokenizer(tokenizer)("t", [asked])
     texts, _, _ = RowTokenizer(tokenizer, chat_template=True)("t", [Row("hi", "yes")], learn=True)
     read = [example.tokens.ids[: example.tokens.prompt].tolist() for example in (*learned, *predicted, *texts)]
-    assert read == [encoded(tokenizer, list(asked.messages), chat=True)[0]] * 3
+    assert read == [encoded(tokenizer, list(asked.messages), chat=True).ids] * 3
     first = [example.tokens.ids[example.tokens.prompt] for example in (*learned, *texts)]
     assert first[0] == first[1] == tokenizer.convert_tokens_to_ids(" yes" if make is joining else "y")
 

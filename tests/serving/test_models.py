@@ -129,10 +129,10 @@ def test_a_route_chooses_by_the_prompt_as_its_router_does(routed, tiny_llama_dir
     for prompt, expert in (("upper dot:", "upper"), ("reverse dot:", "reverse")):
         ids = tokenizer(prompt)["input_ids"]
         for name in ("route", "auto"):
-            choice = models.find(name).choose(reader, ids)
+            choice, _ = models.find(name).choose(reader, served.plainly(ids))
             assert choice.name == expert
             assert 0.5 < choice.confidence <= 1
-        both = models.find("both").choose(reader, ids)
+        both, _ = models.find("both").choose(reader, served.plainly(ids))
         with torch.no_grad(), attached(reader, library / "both") as there:
             reader(torch.tensor([ids]))
             gates = there.current.gates
@@ -149,7 +149,8 @@ def test_a_rejected_prompt_takes_the_fallback_or_the_base(routed, tiny_llama_dir
     make(Centroid(reject=0.9), "spared", fallback=library / "spare")
     models, reader = models_of(tiny_llama_dir, library), Base.open(str(tiny_llama_dir)).load("float32")
     for name, expected in (("route", "base"), ("spared", "spare")):
-        choice = models.find(name).choose(reader, [90, 7, 80, 9, 70])
+        route = models.find(name)
+        choice, _ = route.choose(reader, served.plainly([90, 7, 80, 9, 70], len(route.members)))
         assert (choice.name, choice.confidence) == (expected, None)
     assert [one.name for one in models.find("spared").members] == ["upper", "reverse", "spare"]
     make(Centroid(reject=None), "all")

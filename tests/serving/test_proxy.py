@@ -119,7 +119,8 @@ def test_auto_becomes_what_the_router_alone_chooses_and_all_else_stays(proxied, 
     prompts = [json.loads(line)["input"] for one in task_files.values() for line in one.read_text().splitlines()[:3]]
     with listening(stub.app) as address, proxied(address) as client:
         for prompt in prompts:
-            choice = found.choose(whole, tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            choice, _ = found.choose(whole, served.plainly(ids))
             chosen.append(choice.name)
             messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
             for path, asked in (

@@ -14,6 +14,7 @@ from testbed.forked import ended, forked
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
+from modular_experts.data.chat import Reading, Readings
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.evaluation.streaming import generate
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
@@ -72,13 +73,20 @@ def delta(form: str, shape: Sequence[int], made: torch.Generator) -> Any:
 
 
 def write(
-    base: Path, place: Path, form: str, seed: int = 0, shapes: Mapping[str, Sequence[int]] = WEIGHTS, **settings: Any
+    base: Path,
+    place: Path,
+    form: str,
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int]] = WEIGHTS,
+    training: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> StoredExpert:
     """Write a random expert, and open it."""
     made = torch.Generator().manual_seed(seed)
     deltas = {weight: delta(form, shape, made) for weight, shape in shapes.items()}
     of = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
-    write_expert(place, deltas, make_record("SparseExpert", of, tasks=[place.name]), **settings)
+    record = make_record("SparseExpert", of, tasks=[place.name], training=training)
+    write_expert(place, deltas, record, **settings)
     return open_expert(place)
 
 
@@ -123,6 +131,11 @@ async def tokens_of(
     choice = models.find(model)
     tokens = engine.answer(ids, choice.experts, [tokenizer.eos_token_id], most, Sampling(**sampling))
     return [token async for token in tokens]
+
+
+def plainly(ids: Sequence[int], experts: int = 2) -> Readings:
+    """Return a prompt of these tokens, as experts that were trained without a template read it."""
+    return Readings({False: Reading(list(ids), [], False)}, [False] * experts, False)
 
 
 def text_of(tokenizer: Any, tokens: Sequence[Any]) -> str:
