@@ -5,12 +5,13 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from modular_experts.base import Base
-from modular_experts.evaluation.streaming import AS_USUAL, Answering, Conversation
+from modular_experts.data.chat import Messages
+from modular_experts.evaluation.streaming import AS_USUAL, Answering, Conversation, routes_of
 from modular_experts.evaluation.streaming import generate as generate_answer
-from modular_experts.library import Library, StoredExpert, open_expert
+from modular_experts.library import Library, StoredExpert, is_adapter, open_expert
+from modular_experts.library.record import RECORD_FILE
 from modular_experts.settings import UsageError
 
 COMMANDS = """\
@@ -35,7 +36,7 @@ def generate(
 
     Args:
         prompt: The text to answer, in quotes; without one, the whole standard input is the prompt.
-        experts: Directories of the experts, whose deltas are added up.
+        experts: Directories of the experts, whose deltas are added up; or one library, whose only route answers.
         chat_template: Put the prompt as a user's message through the tokenizer's chat template; by default as the
             experts were trained.
         how: How it is answered.
@@ -43,6 +44,7 @@ def generate(
     Examples:
         modular-experts generate --base DIR "The capital of France is"
         modular-experts generate --experts library/a library/b "Which card did I use?"
+        modular-experts generate --experts library "Which card did I use?"
     """
     experts = list(experts or [])
     if prompt is None and experts and " " in experts[-1] and not Path(experts[-1]).is_dir():
@@ -54,16 +56,43 @@ def generate(
         prompt = sys.stdin.read().removesuffix("\n")
     if base is None and not experts:
         raise UsageError("--base or --experts must be given, on the command line or in --config")
+    if len(experts) == 1:
+        experts = [_route_of(experts[0])]
     if how.system and chat_template is False:
         raise UsageError("--system goes through the chat template; leave --chat_template out")
-    said = [{"role": "user", "content": prompt}]
-    given = [{"role": "system", "content": how.system}, *said] if how.system else prompt
-    found: Any = base
+    asked: str | Messages = prompt
+    if how.system:
+        asked = [{"role": "system", "content": how.system}, {"role": "user", "content": prompt}]
+    opened: str | Base | None = base
     if how.quantise:
-        found = Base.open(base, [open_expert(one, base) for one in experts], quantise=how.quantise)
-    sampled = how.max_new_tokens, how.temperature, how.seed
-    generate_answer(found, given, experts, *sampled, chat_template, how.dtype, partial(print, end="", flush=True))
+        opened = Base.open(base, [open_expert(place, base) for place in experts], quantise=how.quantise)
+    generate_answer(
+        opened,
+        asked,
+        experts,
+        max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature,
+        seed=how.seed,
+        chat_template=chat_template,
+        dtype=how.dtype,
+        write=partial(print, end="", flush=True),
+    )
     print()
+
+
+def _route_of(place: str) -> str:
+    """Return an expert's directory, or the directory of the only route of a library."""
+    folder = Path(place).expanduser()
+    if not folder.is_dir() or (folder / RECORD_FILE).is_file() or is_adapter(folder):
+        return place
+    library = Library(folder)
+    routes = routes_of(library)
+    if len(routes) == 1:
+        return str(folder / routes[0])
+    if not len(library):
+        return place
+    many = f"has the routes {', '.join(routes)}" if routes else "has no route"
+    raise UsageError(f"{place} is a library that {many}; name who answers: --experts {place}/{next(iter(library))}")
 
 
 def chat(
@@ -71,14 +100,14 @@ def chat(
 ) -> None:
     """Talk with a base and the experts of a library in the terminal.
 
-    The line before a prompt names who answers, at first the base. `/expert NAME` lets another expert answer, and
-    `/auto` the library's route; /help shows the other commands. Messages go through the chat template, with all that
-    was said before, if the experts in use were trained with it, or for the base alone if it has one. Without it, each
-    prompt is read alone.
+    The line before a prompt names who answers: at first the library's route if it has exactly one, else the base.
+    `/expert NAME` lets another expert answer, and `/auto` the route; /help shows the other commands. Messages go
+    through the chat template, with all that was said before, if the expert that answers was trained with it, or for the
+    base alone if it has one. Without it, each prompt is read alone.
 
     Args:
         library: Directory of the experts.
-        expert: Name of the expert that answers first, or auto; the base alone by default.
+        expert: Name of the expert that answers first, auto or base.
         how: How prompts are answered.
 
     Examples:
@@ -93,8 +122,9 @@ def chat(
     with suppress(ImportError):
         import readline  # noqa: F401, with which a terminal edits lines
     talk, asks = Conversation(opened, experts, how), sys.stdin.isatty()
-    line = f"/expert {expert}" if expert not in (None, "auto") else "/auto" * (expert == "auto")
-    print(COMMANDS if asks else "", end="\n" * asks, flush=True)
+    line = _first_line(expert, experts)
+    if asks:
+        print(COMMANDS, flush=True)
     while line.strip() not in ("/exit", "/quit"):
         try:
             if line.startswith("/"):
@@ -109,22 +139,32 @@ def chat(
         try:
             line = input(f"{' + '.join(talk.experts.names) or 'base'}> " if asks else "")
         except EOFError:
-            return print(end="\n" * asks)
+            if asks:
+                print()
+            return
+
+
+def _first_line(expert: str | None, library: Library | dict[str, StoredExpert]) -> str:
+    """Return the command with which a chat starts: it lets `expert` answer, or the library's only route."""
+    if expert is None:
+        has_one = isinstance(library, Library) and len(routes_of(library)) == 1
+        return "/auto" if has_one else ""
+    if expert == "auto":
+        return "/auto"
+    return "/expert" if expert == "base" else f"/expert {expert}"
 
 
 def _obey(talk: Conversation, line: str) -> None:
     command, *names = line.split()
     if command == "/auto":
-        library = talk.library
-        experts = library.readable(adapters=False) if isinstance(library, Library) else ()
-        names = [expert.name for expert in experts if expert.is_routed]
+        names = routes_of(talk.library) if isinstance(talk.library, Library) else []
         if len(names) != 1:
             way = f"take one: /expert {names[0]}" if names else "`route` makes one"
             raise ValueError(f"/auto needs one route in the library, which has {', '.join(names) or 'none'}; {way}")
     if command in ("/auto", "/expert"):
         talk.experts.use(*names)
     elif command == "/new":
-        talk.messages = [one for one in talk.messages if one["role"] == "system"]
+        talk.messages = [message for message in talk.messages if message["role"] == "system"]
     elif command == "/help":
         print(f"{COMMANDS}\nexperts: {', '.join(talk.library) or 'none'}")
     else:
@@ -136,6 +176,7 @@ def _chosen(talk: Conversation) -> str:
     gates = getattr(getattr(talk.experts.used, "current", None), "gates", None)
     if gates is None:
         return ""
-    behind = [*(one["name"] for one in talk.library[talk.experts.names[0]].record["parents"]), "base"]
+    route = talk.library[talk.experts.names[0]]
+    behind = [*(str(parent["name"]) for parent in route.record["parents"]), "base"]
     pairs = zip(gates.ids[0].tolist(), gates.weights[0].tolist(), strict=True)
     return f"  [{', '.join(behind[number] for number, weight in pairs if weight)}]"

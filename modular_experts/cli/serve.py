@@ -38,7 +38,8 @@ def serve(
     """Answer requests over HTTP with the experts of a library, in OpenAI's protocol.
 
     The `model` of a request names an expert, a merge, a sum such as a+0.5*b, a route, base, or auto, for which the
-    library's route reads the prompt and finds the expert. Experts that join the library are served without a restart.
+    library's only route reads the prompt and finds the expert; the page starts with auto, or with the base if the
+    library has not exactly one. Experts that join the library are served without a restart.
     With --in_front_of, another server answers, such as vLLM: this one only chooses the expert of requests for auto.
     At / there is a page on which to ask. With a key in MODULAR_EXPERTS_API_KEY, requests must send it.
 

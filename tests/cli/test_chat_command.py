@@ -79,3 +79,22 @@ def test_generate_takes_a_system_message(run, tiny_llama_dir, tmp_path, monkeypa
     expected = generate(tmp_path / "chat", "[system]be brief[user]the word[assistant]", max_new_tokens=7)
     assert run(*words)[:2] == (0, f"{expected}\n")
     assert run(*words, "--chat_template", "false")[2].startswith("error: --system goes through the chat template")
+
+
+def test_the_only_route_of_a_library_answers_first(run, library, tiny_llama_dir, monkeypatch) -> None:
+    route([f"{library}/lora", f"{library}/entries"], f"{library}/chosen", Constant())
+    expected = generate(None, "the word", "library/chosen", 5)
+    alone = generate(tiny_llama_dir, "the word", [], 5)
+    for words, answer in (((), expected), (("--expert", "auto"), expected), (("--expert", "base"), alone)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the word"))
+        code, out, _ = run("chat", library, *words, "--max_new_tokens", "5")
+        assert (code, out.partition("  [")[0].strip()) == (0, answer)
+    assert run("generate", "--experts", library, "the word", "--max_new_tokens", "5")[:2] == (0, f"{expected}\n")
+
+
+def test_generate_names_the_experts_of_a_library_without_one_route(run, library) -> None:
+    code, _, err = run("generate", "--experts", library, "the word")
+    assert (code, err) == (
+        2,
+        "error: library is a library that has no route; name who answers: --experts library/dense\n",
+    )
