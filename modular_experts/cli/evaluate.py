@@ -44,8 +44,8 @@ class Reading(Options):
 
 def evaluate(
     tasks: Tasks,
-    out: str,
     reading: Reading,
+    out: str | None = None,
     base: str | None = None,
     experts: list[str] | None = None,
     held_out: Tasks | None = None,
@@ -54,12 +54,12 @@ def evaluate(
 ) -> None:
     """Measure a base, experts and checkpoints on the test rows of tasks, and compare them in a table and on a page.
 
-    The directory then holds `results.json` and `report.html`. The same command goes on with an interrupted comparison,
-    and with one more expert it measures only that one.
+    With --out, the directory then holds `results.json` and `report.html`. The same command goes on with an interrupted
+    comparison, and with one more expert it measures only that one. Without --out, nothing is written.
 
     Args:
-        out: Directory of the results.
         reading: How rows are read.
+        out: Directory of the results and of the page.
         experts: Directories of experts, such as library/a, and of checkpoints. To name one in the table:
             ties=library/x; to add several experts up: sum=library/a+library/b.
         held_out: Further tasks, which no expert was trained on; their means are apart.
@@ -72,6 +72,8 @@ def evaluate(
         modular-experts evaluate --experts ties=library/ab sum=library/a+library/b \\
             --tasks a.jsonl b.jsonl --held_out c.jsonl --out runs/ways
     """
+    if open and out is None:
+        raise UsageError("--open shows the page, which evaluate writes only with --out DIR")
     mixes = mixes_of(experts or [])
     outside = [] if held_out is None else [{**vars(task), "role": "held_out"} for task in as_tasks(held_out)]
     data = TaskMixture(
@@ -81,18 +83,21 @@ def evaluate(
         eval_limit=reading.eval_limit,
         chat_template=reading.chat_template,
     )
-    found_base: str | Base | None = base
+    opened: str | Base | None = base
     if reading.quantise:
-        found_base, _ = open_models(base, mixes)
-        found_base.quantise = reading.quantise
-    how = reading.max_new_tokens, reading.dtype, reading.metrics
-    found = evaluate_experts(found_base, mixes, data, *how, out, overwrite)
+        opened, _ = open_models(base, mixes)
+        opened.quantise = reading.quantise
+    results = evaluate_experts(
+        opened, mixes, data, reading.max_new_tokens, reading.dtype, reading.metrics, out, overwrite
+    )
     console = Console(width=80)
-    console.print(found.table())
-    if len(mixes) > 1 and len(found.values("task")) > 1:
-        table = every_task(found).text()
+    console.print(results.table())
+    if len(mixes) > 1 and len(results.values("task")) > 1:
+        table = every_task(results).text()
         if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
             console.print("", table)
+    if out is None:
+        return
     print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")
     if open:
         open_page(Path(out, REPORT))

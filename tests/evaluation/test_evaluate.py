@@ -195,6 +195,15 @@ def test_the_command_prints_a_table_and_writes_results_and_a_page(compare) -> No
     assert set(answer["answers"]) == {"base", "a", "twice"}
 
 
+def test_the_command_writes_nothing_without_out(compare) -> None:
+    before = sorted(Path().rglob("*"))
+    code, out, _ = compare("--experts", "library/a")
+    assert (code, "report.html" in out) == (0, False)
+    assert [line.split()[0] for line in out.splitlines() if "held-in" in line] == ["base", "a"]
+    assert sorted(Path().rglob("*")) == before
+    assert "--open shows the page, which evaluate writes only with --out DIR" in compare("--open")[2]
+
+
 def test_a_comparison_goes_on_where_it_was_and_measures_only_what_is_new(compare) -> None:
     assert compare("--experts", "library/a", "--out", "cmp")[0] == 0
     first = Results.read("cmp/results.json")
