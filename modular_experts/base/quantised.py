@@ -158,9 +158,7 @@ def _reader(layer: Any) -> tuple[Callable[[], Tensor], torch.dtype] | None:
         import bitsandbytes.functional as bnb
 
         if getattr(state, "packing_format_for_cpu", False):
-            # A layer that has computed on a CPU without gradients keeps its weight in an order that only it reads.
-            weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
-            state = weight.quant_state
+            state = _undo_packing(weight, state)
         return lambda: bnb.dequantize_4bit(weight.data, state), state.dtype
     if hasattr(weight, "SCB"):
         scales = _scales(layer)
@@ -170,6 +168,18 @@ def _reader(layer: Any) -> tuple[Callable[[], Tensor], torch.dtype] | None:
     if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "qdata"):
         return lambda: weight.dequantize(), weight.dtype
     return None
+
+
+def _undo_packing(weight: Any, state: Any) -> Any:
+    """Give a 4-bit weight back its usual order, and return its state.
+
+    A layer that computes on a CPU without gradients keeps its weight in an order that only it reads. The function that
+    undoes this is private in bitsandbytes 0.50.2.
+    """
+    import bitsandbytes.functional as bnb
+
+    weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    return weight.quant_state
 
 
 def _scales(layer: Any) -> Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from modular_experts.base.quantised import is_quantised, read_weight
 from modular_experts.deltas import all_finite
 from modular_experts.library.tensorfile import DTYPES, MappedTensors
+from modular_experts.native.transient import unset_fake_temporarily
 from modular_experts.text import did_you_mean
 
 _UNUSED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$", r"(^|\.)attention\.(masked_)?bias$")

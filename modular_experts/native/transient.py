@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Private names of torch 2.13, and so is `torch._C` below: it has the fields of a tensor, and reads arguments of `to`.
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
