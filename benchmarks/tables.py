@@ -17,6 +17,7 @@ A cell is a template of Python's `str.format`. It may name, as means over tasks 
 Where a study merges 2, 5 and all experts, the merges of all count. `--columns ''` gives one column.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +28,7 @@ from measuring import Parser
 
 from modular_experts.evaluation.intervals import interval
 from modular_experts.reports import Results
-from modular_experts.reports.results import SHARES
+from modular_experts.reports.results import SHARES, Facts
 from modular_experts.study.plan import BASE
 from modular_experts.study.results import RESULTS, SIZE
 
@@ -43,69 +44,82 @@ def main() -> None:
     parser.add_argument("--cell", help="template of a cell")
     parser.add_argument("--beside", help="the line that others are compared with")
     options = parser.parse_args()
-    usual = "{held_in[%s]:.1f} / {held_out[%s]:.1f}" + " [{low:+.1f}, {high:+.1f}]" * bool(options.beside)
-    found = [Results.read(Path(study, RESULTS)) for study in options.studies]
-    results = sum(found[1:], found[0])
+    studies = [Results.read(Path(study, RESULTS)) for study in options.studies]
+    results = sum(studies[1:], studies[0])
     metric = results.main_metric
-    print(table(results, options.lines, options.columns, options.cell or usual.replace("%s", metric), options.beside))
+    cell = f"{{held_in[{metric}]:.1f}} / {{held_out[{metric}]:.1f}}"
+    if options.beside:
+        cell += " [{low:+.1f}, {high:+.1f}]"
+    print(table(results, options.lines, options.columns, options.cell or cell, options.beside))
 
 
 def table(results: Results, lines: str, columns: str, cell: str, beside: str | None = None) -> str:
     """Return a table of results in Markdown."""
-    by_place: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    by_place: dict[tuple[str, str], list[Facts]] = {}
     sizes: dict[tuple[str, str], list[float]] = {}
     most = max((row["count"] or 0 for row in results.rows if row.get("task")), default=0)
     for row in results.rows:
         judged = row.get("own") or row["role"] == "held_out" or row["model"] == BASE
+        place = (_name(row, lines), _name(row, columns) if columns else "")
         if row["task"] and row.get("count") in (None, most) and judged:
-            place = _name(row, lines), _name(row, columns) if columns else ""
             by_place.setdefault(place, []).append(row)
         elif row["metric"] == SIZE:
-            sizes.setdefault((_name(row, lines), _name(row, columns) if columns else ""), []).append(row["value"])
+            sizes.setdefault(place, []).append(row["value"])
     if beside is not None and beside not in {line for line, _ in by_place}:
         known = ", ".join(dict.fromkeys(line for line, _ in by_place))
         raise SystemExit(f"--beside {beside}: there is no such line; they are {known}")
     titles = list(dict.fromkeys(column for _, column in by_place))
-    text = [f"| {' | '.join([lines, *titles])} |", "|---" * (1 + len(titles)) + "|"]
+    text = [f"| {' | '.join([lines, *titles])} |", f"|{'---|' * (1 + len(titles))}"]
     for line in dict.fromkeys(line for line, _ in by_place):
         cells = []
         for title in titles:
-            rows, other = by_place.get((line, title)), by_place.get((beside or line, title))
+            rows = by_place.get((line, title))
+            other = by_place.get((beside or line, title))
             kind = rows[0]["kind"] if rows else None
             alone = results.where(kind=kind, merge=None, own=True).rows
             facts = _facts(rows, other or rows, alone, results.main_metric) if rows else {}
-            facts["size"] = 100 * fmean(sizes.get((line, title), [float("nan")]))
+            facts["size"] = 100 * fmean(sizes.get((line, title), [math.nan]))
             cells.append(cell.format(**facts).replace("+nan", "-").replace("nan", "-") if rows else "")
         text.append(f"| {' | '.join([line, *cells])} |")
     return "\n".join(text)
 
 
-def _name(row: Mapping[str, Any], by: str) -> str:
+def _name(row: Facts, by: str) -> str:
     """Return the name of a row's line or column; an expert of all tasks is a kind of its own."""
     return str(row.get(by) or (ALONE if by == "merge" else row["model"]))
 
 
 def _facts(
-    rows: Sequence[Mapping[str, Any]],
-    other: Sequence[Mapping[str, Any]],
-    alone: Sequence[Mapping[str, Any]],
+    rows: Sequence[Facts],
+    other: Sequence[Facts],
+    alone: Sequence[Facts],
     metric: str,
 ) -> dict[str, Any]:
     """Return what the template of a cell may name."""
-    found: dict[str, Any] = {role: _Means(rows, role) for role in ("held_in", "held_out")}
-    mine, theirs, own = (_pairs(group, metric) for group in (rows, other, alone))
-    both = sorted(mine.keys() & theirs.keys())
-    low, high = (interval([mine[pair] - theirs[pair] for pair in both]) if both else None) or (float("nan"),) * 2
+    values = _pairs(rows, metric)
+    beside = _pairs(other, metric)
+    own = _pairs(alone, metric)
+    span = interval([values[pair] - beside[pair] for pair in sorted(values.keys() & beside.keys())])
+    low, high = span or (math.nan, math.nan)
     unit = 100 if metric in SHARES else 1
-    found |= {"low": unit * low, "high": unit * high}
-    found["kept"] = 100 * fmean(mine.values()) / (fmean(own.values()) or float("nan")) if mine and own else float("nan")
-    return found | {"rank": _Ranks(alone, {pair: own[pair] - mine[pair] for pair in mine.keys() & own.keys()}, metric)}
+    kept = math.nan
+    if values and own:
+        kept = 100 * fmean(values.values()) / (fmean(own.values()) or math.nan)
+    lost = {pair: own[pair] - values[pair] for pair in values.keys() & own.keys()}
+    return {
+        "held_in": _Means(rows, "held_in"),
+        "held_out": _Means(rows, "held_out"),
+        "low": unit * low,
+        "high": unit * high,
+        "kept": kept,
+        "rank": _Ranks(alone, lost, metric),
+    }
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]], metric: str, role: str = "held_in") -> Pairs:
+def _pairs(rows: Sequence[Facts], metric: str, role: str = "held_in") -> Pairs:
     """Return a metric by pair of seed and task."""
     return {
-        (row["seed"], row["task"]): float("nan") if row["value"] is None else row["value"]
+        (row["seed"], row["task"]): math.nan if row["value"] is None else row["value"]
         for row in rows
         if row["metric"] == metric and row["role"] == role
     }
@@ -114,31 +128,38 @@ def _pairs(rows: Sequence[Mapping[str, Any]], metric: str, role: str = "held_in"
 class _Means(dict[str, float]):
     """The means of metrics, made when a template names one."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], role: str) -> None:
+    def __init__(self, rows: Sequence[Facts], role: str) -> None:
         super().__init__()
-        self.rows, self.role = rows, role
+        self.rows = rows
+        self.role = role
 
     def __missing__(self, metric: str) -> float:
         values = _pairs(self.rows, metric, self.role).values()
-        return (100 if metric in SHARES else 1) * fmean(values) if values else float("nan")
+        unit = 100 if metric in SHARES else 1
+        return unit * fmean(values) if values else math.nan
 
 
 class _Ranks(dict[str, float]):
     """Rank correlations of a measure with what is lost, for each measure that a template names."""
 
-    def __init__(self, alone: Sequence[Mapping[str, Any]], lost: Pairs, metric: str) -> None:
+    def __init__(self, alone: Sequence[Facts], lost: Pairs, metric: str) -> None:
         super().__init__()
-        self.alone, self.sign = alone, -1 if metric == "loss" else 1
-        self.lost = {pair: self.sign * value for pair, value in lost.items()}
+        self.alone = alone
+        sign = -1 if metric == "loss" else 1
+        self.lost = {pair: sign * value for pair, value in lost.items()}
 
     def __missing__(self, measure: str) -> float:
         known = _pairs(self.alone, measure)
-        found = []
-        for seed in dict.fromkeys(seed for seed, _ in self.lost):
-            both = [pair for pair in self.lost if pair[0] == seed and pair in known]
-            sides = [torch.tensor([of[pair] for pair in both]).double() for of in (known, self.lost)]
-            found.append(rank_correlation(*sides) if both else float("nan"))
-        return fmean(found) if found else float("nan")
+        by_seed: dict[int, list[tuple[int, str]]] = {}
+        for pair in self.lost:
+            by_seed.setdefault(pair[0], []).append(pair)
+        ranks = []
+        for pairs in by_seed.values():
+            both = [pair for pair in pairs if pair in known]
+            measured = torch.tensor([known[pair] for pair in both]).double()
+            lost = torch.tensor([self.lost[pair] for pair in both]).double()
+            ranks.append(rank_correlation(measured, lost) if both else math.nan)
+        return fmean(ranks) if ranks else math.nan
 
 
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -34,7 +34,8 @@ def ensembled(
     """
     if mean not in MEANS:
         raise ValueError(f"mean={mean!r} must be 'probabilities' or 'logits'")
-    members, device = len(experts), next(model.parameters()).device
+    members = len(experts)
+    device = next(model.parameters()).device
     with routed(model, experts, rows=[0], check=check) as inside, ExitStack() as hooks:
 
         def repeat(_: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -60,11 +61,12 @@ def ensembled(
             else:
                 output.logits = logits.mean(-2)
             if output.get("loss") is not None:
-                labels, vocabulary = named["labels"].chunk(members)[0], output.logits.shape[-1]
-                output.loss = loss_of(output.logits, labels, vocabulary)
+                labels = named["labels"].chunk(members)[0]
+                output.loss = loss_of(output.logits, labels, output.logits.shape[-1])
             return output
 
-        head, loss_of = cast(Any, model).get_output_embeddings(), cast(Any, model).loss_function
+        head = cast(Any, model).get_output_embeddings()
+        loss_of = cast(Any, model).loss_function
         hooks.callback(model.register_forward_pre_hook(repeat, with_kwargs=True).remove)
         hooks.callback(head.register_forward_pre_hook(stack).remove)
         hooks.callback(model.register_forward_hook(average, with_kwargs=True).remove)

@@ -7,9 +7,14 @@ from html import escape
 
 from modular_experts.reports.tables import percent
 
-WIDTH, NARROW = 900.0, 390.0  # pixels of a wide picture, and of one for a phone
-ROW, GAP, HEAD = 18, 10, 58  # pixels of a row, between groups, and of a panel's title and references
-NAMES, NUMBERS = 148.0, 66.0  # pixels beside a panel, for the names of rows, at least, and for their values
+# In pixels.
+WIDTH = 900.0  # of a wide picture
+NARROW = 390.0  # of one for a phone
+ROW = 18  # of a row
+GAP = 10  # between groups
+HEAD = 58  # of a panel's title and references
+NAMES = 148.0  # beside a panel for the names of rows, at least
+NUMBERS = 66.0  # and for their values
 LETTER = 7.0  # pixels of a letter of a long name
 
 # A page sets the colours itself.

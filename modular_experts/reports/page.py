@@ -47,7 +47,8 @@ def write_page(
     made_by = [f"modular-experts {facts['versions'].get('modular-experts', '')}", facts["date"]]
     eyebrow = element("p", " · ".join(filter(None, made_by)), class_="eyebrow")
     head = [eyebrow, element("h1", kept_together(title)), *lede, results.download()]
-    links, parts = list[Html](), list[Html]()
+    links: list[Html] = []
+    parts: list[Html] = []
     for section in sections:
         if section is None:
             continue

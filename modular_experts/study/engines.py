@@ -57,7 +57,7 @@ class Where(Options):
         engine: `local`, `slurm` or a dotted path. Pieces run there; the path names a class of yours, an Executor of
             concurrent.futures, or a function that returns one.
         engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as
-            --engine_settings.partition gpu, and a few of its own.
+            {partition: gpu}, and a few of its own.
     """
 
     processes: int | None = None

@@ -25,7 +25,7 @@ from modular_experts.study.short_forms import stored_in
 from modular_experts.study.work import do, measure_experts, put, take, test, train
 
 Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
-"""What `--only` takes; the key of a piece begins with one of them."""
+"""What `only` of `run_study` holds; the key of a piece begins with one of them."""
 
 
 def pieces_of(study: Study, out: Path, only: Collection[str] = ()) -> list[Piece]:
@@ -114,10 +114,10 @@ class _Plan:
                     made = way.fallback.name
                 if way.of:
                     needs.append(whole[way.of.name])
-                given = [chosen[made, count]] if (made, count) in chosen else []
+                tuned = [chosen[made, count]] if (made, count) in chosen else []
                 key = ("merges", kind, way.name, count, group.number, seed)
                 settings = [asdict(way), group.own, study.settings_of(group.tested), self.rows]
-                whole[way.name] = self._add(key, combine_and_test, (way, group), settings, [*needs, *given], given)
+                whole[way.name] = self._add(key, combine_and_test, (way, group), settings, [*needs, *tuned], tuned)
 
     def _train(
         self, configs: Sequence[Facts], tasks: Sequence[str], name: str, words: tuple[str, str], seed: int

@@ -12,7 +12,8 @@ from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.described import trusted
 from modular_experts.study.short_forms import Settings, for_seed
 
-MULTITASK, BASE = "multitask", "base"
+MULTITASK = "multitask"
+BASE = "base"
 SINGLE = ", single"
 """What stands after a kind where its single experts are meant, each on its own task."""
 Measure = Callable[[Sequence[StoredExpert]], Sequence[float]]
@@ -136,11 +137,11 @@ def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
         random.Random(f"groups/{seed}").shuffle(names)
         members = [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
     is_whole = count == len(names)
-    found = []
+    several = []
     for number, own in enumerate(members):
         tested = list(study.held_in) if study.matrix else list(own)
         # Held-out tasks judge what all experts together have become.
         if study.matrix or is_whole:
             tested += study.held_out
-        found.append(Group(kind, seed, number, own, tested, is_whole))
-    return found
+        several.append(Group(kind, seed, number, own, tested, is_whole))
+    return several

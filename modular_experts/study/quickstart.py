@@ -143,7 +143,8 @@ def make_base(base: SmallBase, directory: Path, progress: Callable[[float], obje
     seed_everything(base.seed, verbose=False)
     # Two threads gain a quarter on idle cores, and lose a factor of twenty where one of the cores is busy.
     torch.set_num_threads(1)
-    sizes, tokenizer = base.sizes, make_tokenizer(base.tasks)
+    sizes = base.sizes
+    tokenizer = make_tokenizer(base.tasks)
     module = BaseTraining(make_model(sizes.width, tokenizer), sizes, progress)
     trainer = Trainer(
         max_epochs=-1,

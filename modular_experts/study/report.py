@@ -51,7 +51,8 @@ REPORT = "report.html"
 def write_report(results: Results, file: Path, lede: Sequence[Html] = (), more: Sequence[Section] = ()) -> None:
     """Write a study's page, which needs no other file; `lede` and `more` stand before and after its own sections."""
     shown = labelled(results)
-    facts, metric = shown.facts, shown.main_metric
+    facts = shown.facts
+    metric = shown.main_metric
     best = best_merges(shown)
     merges = [row["model"] for row in best.values()]
 
@@ -118,7 +119,8 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
     as is has one line, from one value to the other, if the results are `labelled`. `dark` is as for
     `reports.figure.draw`.
     """
-    metric, facts = results.main_metric, results.facts
+    metric = results.main_metric
+    facts = results.facts
     most = largest_count(results)
     panels = []
     for role, words in ROLES.items():
@@ -228,7 +230,8 @@ def _bytes(results: Results) -> Section | None:
 
 
 def _gains(results: Results, best: Mapping[str, Facts]) -> Section | None:
-    metric, show = results.main_metric, format_of(results.main_metric)
+    metric = results.main_metric
+    show = format_of(metric)
     models = {row["model"] for row in best.values()}
     gains = [row for row in results.where(metric=GAIN).rows if row["task"] and row["model"] in models]
     if not gains:

@@ -23,7 +23,10 @@ from modular_experts.study.plan import SINGLE, Study
 from modular_experts.study.run import State
 
 RESULTS = "results.json"
-GAIN, NORMALISED, DRAWN, SIZE = "gain", "normalised", "mean_over_draws", "size"
+GAIN = "gain"
+NORMALISED = "normalised"
+DRAWN = "mean_over_draws"
+SIZE = "size"
 """Metrics of the rows about effects of merges, and the bytes of experts over one bfloat16 copy of their weights."""
 
 Model = TypeVar("Model")
@@ -121,7 +124,9 @@ def effects(done: Iterable[Facts], metric: str) -> list[Facts]:
         about = {name: first[name] for name in ("model", "experts", "kind", "merge", "count", "group")}
         about |= {"seed": first["seed"] if len(pieces) == 1 else None, "of": metric, "own": True, "role": "held_in"}
         for effect in _effects_of(pieces, singles, metric):
-            gain, share, span = effect.pop("gain"), effect.pop("normalised"), effect.pop("interval")
+            gain = effect.pop("gain")
+            share = effect.pop("normalised")
+            span = effect.pop("interval")
             rows.append({**about, **effect, "metric": GAIN, "value": gain, "interval": span})
             rows.append({**about, **effect, "metric": NORMALISED, "value": share, "interval": None})
     return rows
@@ -142,8 +147,9 @@ def _effects_of(pieces: Sequence[Facts], singles: Singles, metric: str) -> list[
         differences: list[float] = []
         tokens: list[float] = []
         for piece, single in known:
-            of_merge, of_single = _values(piece, task, metric), _values(single, task, metric)
-            differences += [one - other for one, other in zip(of_merge.values, of_single.values, strict=True)]
+            of_merge = _values(piece, task, metric)
+            of_single = _values(single, task, metric)
+            differences += [after - before for after, before in zip(of_merge.values, of_single.values, strict=True)]
             tokens += of_merge.tokens
         if differences:
             # Each task draws its own rows.

@@ -16,10 +16,12 @@ from modular_experts.reports.tables import Column, Line, Table, number, percent
 from modular_experts.study.plan import BASE, SINGLE
 from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE, best_of
 
-TUNED, AS_IS = " tuned", " as is"
+TUNED = " tuned"
+AS_IS = " as is"
 """What stands after the name of a merge that was tuned, and after its name where the study also has it untuned."""
 
-HALF, OF_OWN = "±", "of own"
+HALF = "±"
+OF_OWN = "of own"
 """Titles of columns that a page explains."""
 
 
@@ -36,7 +38,8 @@ def labelled(results: Results) -> Results:
     models: dict[str, str] = {}
     rows = []
     for row in results.rows:
-        kind, merge = row.get("kind"), row.get("merge")
+        kind = row.get("kind")
+        merge = row.get("merge")
         label = labels.get((kind, merge)) if kind and merge else None
         if label is None:
             rows.append(row)
