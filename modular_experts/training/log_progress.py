@@ -94,8 +94,11 @@ class LogProgress(Callback):
         self._start_afresh()
 
     def show_lines(self) -> None:
-        """Print the lines of this package to stderr until the trainer's method ends, unless logging is set up."""
-        if not log.hasHandlers():
+        """Print the lines of this package to stderr until the trainer's method ends, unless logging is set up.
+
+        A program sets it up by a handler, or by a level of the logger `modular_experts`.
+        """
+        if not log.hasHandlers() and logging.getLogger("modular_experts").level == logging.NOTSET:
             self._shown.enter_context(lines_on_stderr())
 
     def _start_afresh(self) -> None:
