@@ -151,7 +151,7 @@ def route(
     settings = {
         name: value for name, value in describe_router(chosen).items() if name not in ("router", "select", "tasks")
     }
-    behind = f", and {fallback} for what it rejects" if fallback else ""
+    behind = f", and {fallback} for prompts that it rejects" if fallback else ""
     print(f"{call_text(type(chosen).__name__, settings)} chooses among {counted(count, 'expert')}{behind}")
     print(f"{out}: routed, {made.size_on_disk:,} bytes beside its experts")
 

@@ -219,8 +219,8 @@ def read_as_each(
 ) -> Readings:
     """Return a prompt as each of the experts behind a router was trained to read it.
 
-    Experts that were trained without the chat template read the `text`, and the template gets the `messages`. Use it for
-    prompts whose form the asker leaves to the model, such as the messages of a chat.
+    Experts that were trained without the chat template read the `text`, and the template gets the `messages`. Use it
+    for prompts whose form the asker leaves to the model, such as the messages of a chat.
     """
     members = [reads_chat(tokenizer, [expert]) for expert in experts]
     forms = set(members)

@@ -98,7 +98,7 @@ def combine(
         progress: Wraps the hundredths of the whole work.
         base: The base's directory or hub id; the one in the experts' records by default.
         dtype: Data type of the base; as it is stored if not given, but float32 where a router learns.
-        planned: Gets the plan of what is left, before anything is made.
+        planned: Gets the plan of the work that is left, before anything is made.
         measured: Gets each way as soon as it is measured; at first the ways that an earlier call measured.
 
     Raises:

@@ -76,7 +76,7 @@ def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, done, pl
     # The router does not choose the fallback, even where the fallback stands among the experts.
     code, out, err = run("route", *EXPERTS, "library/merged", "--fallback", "library/merged", "--out", "library/s")
     assert code == 0, err
-    assert "chooses among 3 experts, and library/merged for what it rejects" in out
+    assert "chooses among 3 experts, and library/merged for prompts that it rejects" in out
     assert [parent["name"] for parent in open_expert("library/s").record["parents"]] == [*TASKS, "merged"]
 
 
