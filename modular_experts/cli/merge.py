@@ -20,7 +20,7 @@ from modular_experts.library.described import describe
 from modular_experts.library.form import Form
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.merging.estimate import WeightEstimate, check_memory, estimate, largest
-from modular_experts.merging.merged import Merged, write_merged
+from modular_experts.merging.merged import Merged, warn_of_own_parents, write_merged
 from modular_experts.merging.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.reports.progress import progress_bar
@@ -165,6 +165,7 @@ def merge(
     if not dry_run:
         check_target(out, overwrite, MANIFEST if written.is_checkpoint else RECORD_FILE)
     opened = open_experts(experts, base=written.base, skip=skip)
+    warn_of_own_parents(opened)
     if tune and method is None:
         from modular_experts.merging.distill import without_data
 

@@ -25,7 +25,7 @@ from modular_experts.library import StoredExpert, check_target, open_expert, ope
 from modular_experts.library.described import describe
 from modular_experts.merging.combination import Combination
 from modular_experts.merging.gradient_search import ATLAS, descend, first_coefficients
-from modular_experts.merging.merged import Merged
+from modular_experts.merging.merged import Merged, warn_of_own_parents
 from modular_experts.merging.objective import (
     Objective,
     Trial,
@@ -78,6 +78,7 @@ def distill(
         ValueError: There are no inputs, or `search` refuses the experts.
     """
     method, opened = method or Distilled(), open_experts(experts, base=base)
+    warn_of_own_parents(opened)
     start = method.start or without_data(opened)
     beside = places_of([start], [one.path for one in opened], out) if method.by == "model" else []
     for target in [out, *beside]:

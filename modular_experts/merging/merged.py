@@ -1,6 +1,7 @@
 """Merge many experts, weight by weight, with one merge method or one per pattern of weight names."""
 
 import copy
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 from modular_experts.text import depth_of, nearest
+
+log = logging.getLogger(__name__)
 
 WHOLE = Form()
 """Every number of a merge, in float32."""
@@ -202,7 +205,20 @@ def merge(
             matches nothing, or an expert lacks the statistics that a method needs.
     """
     check_target(out, overwrite)
-    return write_merged(Merged(experts, method, per_weight, skip), out, overwrite, progress, notes, form)
+    merged = Merged(experts, method, per_weight, skip)
+    warn_of_own_parents(merged.stored)
+    return write_merged(merged, out, overwrite, progress, notes, form)
+
+
+def warn_of_own_parents(experts: Sequence[StoredExpert]) -> None:
+    """Log which of some experts are merges of others of them, so that these count twice in a merge of all."""
+    for expert in experts:
+        if expert.is_merge:
+            listed = expert.record["parents"]
+            own = [other.name for other in experts if any(other.is_listed_as(parent) for parent in listed)]
+            if own:
+                sentence = "%s is a merge of %s: merged with it, they count twice; leave out the merge or these experts"
+                log.warning(sentence, expert.place, " and ".join(own))
 
 
 def write_merged(

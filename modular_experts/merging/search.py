@@ -15,7 +15,7 @@ from torch import Tensor
 from modular_experts.data import TaskMixture
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
 from modular_experts.merging.combination import Combination
-from modular_experts.merging.merged import Merged, merge
+from modular_experts.merging.merged import Merged, write_merged
 from modular_experts.merging.objective import (
     Objective,
     Trial,
@@ -176,7 +176,8 @@ def search(
         return Searched(open_expert(out), shown, found, before, write_trials(out, found.trials))
     method = TaskArithmetic(weights=rows[0]) if all(row == rows[0] for row in rows) else None
     weights = {re.escape(n): TaskArithmetic(weights=row) for n, row in zip(combination.names, rows, strict=True)}
-    expert = merge(combined, method, out, overwrite, progress, {} if method else weights, notes)
+    merged = Merged(combined, method, None if method else weights)
+    expert = write_merged(merged, out, overwrite, progress, notes)
     return Searched(expert, shown, found, before, write_trials(out, found.trials))
 
 

@@ -61,6 +61,15 @@ def test_merge_of_merges_works_and_provenance_tells_the_parents(library):
     assert again.record["parents"][0]["content_hash"] == open_expert(library / "ab").content_hash
 
 
+def test_a_merge_with_its_own_parents_is_named_before_it_begins(library, caplog):
+    merge_two(library, "ab", SparseAverage())
+    merge([library / "ab", library / "three"], SparseAverage(), library / "apart")
+    assert not caplog.messages
+    merge([library / name for name in ("one", "three", "ab", "two")], SparseAverage(), library / "again")
+    (message,) = caplog.messages
+    assert "ab is a merge of one and two: merged with it, they count twice; leave out the merge or" in message
+
+
 def test_released_memory_is_read_again_from_the_file(library):
     expert = open_expert(library / "one")
     delta = expert["a.weight"]
