@@ -79,12 +79,12 @@ def statistics(
 ) -> None:
     """Measure statistics of experts that are to be merged or routed, and store them beside each expert.
 
-    The merge methods Fisher, RegMean, RegMeanPlusPlus and ESM and some routers need them. Each expert is measured on
+    The merge methods Fisher, RegMean and RegMeanPlusPlus and some routers need them. Each expert is measured on
     the validation rows of the tasks that it was trained on (`prompts` and `prompt_parts` also on training inputs),
     never on test rows, at every weight that any of the experts moves.
 
     Args:
-        kind: Fisher needs `fisher`, RegMean and ESM `gram`, RegMeanPlusPlus `merged_gram`, the router Centroid
+        kind: Fisher needs `fisher`, RegMean `gram`, RegMeanPlusPlus `merged_gram`, the router Centroid
             `prompts`, and KernelRidge and Classifier `prompt_parts`. `fisher` is one number per entry; `gram` one per
             pair of a layer's inputs; `merged_gram` the same in the course of the merge of exactly these experts;
             `prompts` the base's hidden states of each input, and its n-grams of tokens; `prompt_parts` adds the same

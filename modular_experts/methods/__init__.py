@@ -11,20 +11,18 @@ from modular_experts.methods.average import Average, SparseAverage, TaskArithmet
 from modular_experts.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
 from modular_experts.methods.coordinates import CoreSpace, CtM, KnOTS
 from modular_experts.methods.distilled import Distilled
-from modular_experts.methods.esm import ESM
 from modular_experts.methods.fisher import Fisher
 from modular_experts.methods.karcher import Karcher
 from modular_experts.methods.mag_max import MagMax
 from modular_experts.methods.method import MergeMethod
 from modular_experts.methods.model_stock import ModelStock
 from modular_experts.methods.overlap import RAM, Difference, Intersection, RAMPlus
-from modular_experts.methods.pcb import PCB
 from modular_experts.methods.random_drops import DARE, DARETIES, DELLA, DELLALinear
 from modular_experts.methods.reg_mean import RegMean, RegMeanPlusPlus, SelfRegMean
 from modular_experts.methods.rescaled import SVC, LiNeS, Rescaled
 from modular_experts.methods.sce import SCE
 from modular_experts.methods.slerp import SLERP, MultiSLERP, NuSLERP
-from modular_experts.methods.spectral import IsoC, IsoCTS, SVDAverage, TSVMerge
+from modular_experts.methods.spectral import IsoC, IsoCTS, TSVMerge
 from modular_experts.methods.task_masks import EMR, ConsensusTA, TALLMask
 from modular_experts.methods.ties import TIES, MagnitudePrune
 from modular_experts.methods.wudi import WUDI

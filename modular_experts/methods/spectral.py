@@ -15,30 +15,8 @@ from modular_experts.deltas.tiles import kept_count
 from modular_experts.methods.average import Average
 from modular_experts.methods.chunks import weighted_sum
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import Checks, at_least, within
+from modular_experts.methods.settings import Checks, within
 from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, join, nearest_isometry, spectrum
-
-
-@dataclass(frozen=True)
-class SVDAverage(MergeMethod):
-    """SVD average: `scale * mean_i T(d_i)`, where T keeps the directions of the `rank` largest singular values, which
-    gives the nearest matrix of that rank (Eckart and Young, 1936).
-
-    Args:
-        rank: Number of directions that each expert keeps, at least 1.
-    """
-
-    checks = Checks(rank=at_least(1, "is the number of directions kept and must be at least 1"))
-    needs = Needs(matrices=4.0, matrices_per_expert=3.0)
-
-    rank: int = 16
-    scale: float = 1.0
-
-    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        if len(deltas[0].shape) != 2:
-            return Average(scale=self.scale).merge(deltas)
-        kept = join([spectrum(delta).top(self.rank) for delta in deltas])
-        return as_delta(self.scale / len(deltas) * kept.left * kept.values, kept.right, deltas)
 
 
 @dataclass(frozen=True)

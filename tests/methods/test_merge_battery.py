@@ -43,7 +43,6 @@ PROMISES = [
     (m.BreadcrumbsTIES(), {"order": True, "zero": True}),
     (m.MagMax(), {**SAME, "zero": True}),
     (m.SCE(), {**SAME, "order": True, "zero": True}),
-    (m.PCB(keep=1.0), {**SAME, "order": True, "zero": True}),
     (m.ConsensusTA(agreement=1, threshold=0.0), {"alone": True, "order": True, "zero": True}),
     (m.TALLMask(), {"alone": True, "order": True, "zero": True}),
     (m.EMR(), FULL),
@@ -57,7 +56,6 @@ PROMISES = [
     (m.CtM(inner=m.SparseAverage()), FULL),
     (m.LiNeS(), FULL),
     (m.Rescaled(), {"alone": True, "order": True, "zero": True}),
-    (m.SVDAverage(), {"order": True}),
     (m.WUDI(solver="exact"), {"alone": True, "order": True, "zero": True}),
     (m.SelfRegMean(), FULL),
     (m.SVC(), FULL),
@@ -65,14 +63,13 @@ PROMISES = [
     (m.Fisher(), SAME),
     (m.RegMean(), {"alone": True}),
     (m.RegMean(ridge=0.1), {"alone": True}),
-    (m.ESM(), {"zero": True}),
     (m.RegMeanPlusPlus(), {"alone": True}),
 ]
 
 # Methods of directions instead of entries: they merge sparse experts to a dense or low-rank one.
 MADE_DENSE = {
-    *("TSVMerge", "IsoC", "IsoCTS", "KnOTS", "SVDAverage", "WUDI", "SVC"),
-    *("CtM", "ESM", "SelfRegMean", "RegMean", "RegMeanPlusPlus"),
+    *("TSVMerge", "IsoC", "IsoCTS", "KnOTS", "WUDI", "SVC"),
+    *("CtM", "SelfRegMean", "RegMean", "RegMeanPlusPlus"),
 }
 
 

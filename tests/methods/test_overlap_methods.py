@@ -1,6 +1,4 @@
-"""Methods that look at each entry of all experts, PCB too, against their formulas entry by entry in Python."""
-
-import math
+"""Methods that look at each entry of all experts, against their formulas entry by entry in Python."""
 
 import torch
 from hypothesis import given
@@ -159,49 +157,3 @@ def test_difference_is_the_first_where_no_other_keeps_the_entry(deltas, scale):
     kept = own - set().union(*others)
     expected = [scale * column[0] if entry in kept else 0.0 for entry, column in enumerate(columns(deltas))]
     assert_entries(m.Difference(scale).merge(deltas), expected)
-
-
-def norm(values):
-    low, high = min(values), max(values)
-    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
-
-
-def softmax(values):
-    powers = [math.exp(value) for value in values]
-    return [power / math.fsum(powers) for power in powers]
-
-
-def pcb(deltas, keep=0.1, scale=1.0):
-    experts = [delta.dense().double().reshape(-1).tolist() for delta in deltas]
-    experts = [expert for expert in experts if any(expert)]
-    size, total, weight = deltas[0].shape.numel(), [0.0] * deltas[0].shape.numel(), [0.0] * deltas[0].shape.numel()
-    for expert in experts:
-        intra = softmax([len(experts) * value for value in norm([value**2 for value in expert])])
-        inter = [0.0] * size
-        for other in experts:
-            shared = softmax(norm([one * two for one, two in zip(expert, other, strict=True)]))
-            inter = [before + now for before, now in zip(inter, shared, strict=True)]
-        score = [one * two for one, two in zip(intra, inter, strict=True)]
-        least = sorted(score, reverse=True)[max(1, int(keep * size * (1 + 1e-12))) - 1]
-        for entry in range(size):
-            if score[entry] >= least * (1 - 1e-9):  # entries that tie but for rounding
-                total[entry] += score[entry] * expert[entry]
-                weight[entry] += score[entry]
-    merged = [scale * top / bottom if bottom else 0.0 for top, bottom in zip(total, weight, strict=True)]
-    return merged
-
-
-@given(deltas_of_one_weight(of=["Dense", "LowRank", "zero"]), st.floats(0.05, 1), scales)
-def test_pcb_equals_the_paper(deltas, keep, scale):
-    assert_entries(m.PCB(keep, scale).merge(deltas), pcb(deltas, keep, scale))
-
-
-@given(deltas_of_one_weight())
-def test_pcb_of_all_entries_equals_the_paper_for_every_form(deltas):
-    assert_entries(m.PCB(keep=1.0).merge(deltas), pcb(deltas, keep=1.0))
-
-
-def test_pcb_keeps_a_share_whose_product_lies_just_below_a_whole_number():
-    assert int(0.7 * 90) == 62
-    merged = m.PCB(keep=0.7).merge([Dense(torch.arange(1.0, 91.0).view(9, 10))])
-    assert merged.dense().count_nonzero() == 63

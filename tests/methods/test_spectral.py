@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from testbed.merging import assert_merged, factors_only
-from testbed.random_deltas import deltas_of_one_weight, forms, random_delta, seeds, shapes
+from testbed.random_deltas import forms, random_delta, seeds, shapes
 
 import modular_experts.methods as ours
 from modular_experts.deltas import Dense, LowRank, Sparse
@@ -145,25 +145,10 @@ def test_tsv_merge_equals_the_equations(shape, numbers, share):
     assert_merged(ours.TSVMerge(share).merge(deltas_of(matrices)), tsv_merge(matrices, share), rtol=1e-6, atol=1e-6)
 
 
-def svd_average(deltas, rank):
-    total = np.zeros(tuple(deltas[0].shape))
-    for delta in deltas:
-        left, values, right = np.linalg.svd(delta.dense().double().numpy(), full_matrices=False)
-        for one in range(min(rank, len(values))):
-            total += values[one] * np.outer(left[:, one], right[one])
-    return total / len(deltas)
-
-
-@given(deltas_of_one_weight(), st.integers(1, 4))
-def test_svd_average_equals_the_formula(deltas, rank):
-    assert_merged(ours.SVDAverage(rank).merge(deltas), svd_average(deltas, rank), rtol=1e-5, atol=1e-5)
-
-
 METHODS = [
     ours.TSVMerge(share=0.5, scale=0.7),
     ours.IsoC(scale=-0.5),
     ours.IsoCTS(common=0.3, scale=2.0),
-    ours.SVDAverage(rank=1, scale=3.0),
     ours.KnOTS(ours.TaskArithmetic(0.5), scale=2.0),
     ours.KnOTS(ours.TIES()),
     ours.WUDI("roberta", solver="exact", scale=0.3),
@@ -216,7 +201,7 @@ def test_stored_values_are_rounded_once(method):
     "method",
     [
         *(ours.TSVMerge(), ours.IsoC(), ours.IsoCTS(), ours.KnOTS(), ours.WUDI(solver="exact")),
-        *(ours.SVDAverage(), ours.ModelStock()),
+        ours.ModelStock(),
         *(ours.SLERP(t=0.3), ours.NuSLERP(row_wise=True), ours.MultiSLERP(), ours.Karcher(max_iterations=2)),
     ],
     ids=str,
@@ -224,7 +209,7 @@ def test_stored_values_are_rounded_once(method):
 def test_low_rank_experts_are_never_made_dense(method):
     draw = torch.Generator().manual_seed(0)
     loras = [LowRank(torch.randn(40, 2, generator=draw), torch.randn(2, 50, generator=draw)) for _ in range(4)]
-    counts_zeros = isinstance(method, ours.SVDAverage | ours.SLERP | ours.NuSLERP | ours.MultiSLERP | ours.Karcher)
+    counts_zeros = isinstance(method, ours.SLERP | ours.NuSLERP | ours.MultiSLERP | ours.Karcher)
     with factors_only():
         merged = method.merge([*loras, Sparse.zero((40, 50))][: 4 if counts_zeros else 5])
     assert isinstance(merged, LowRank)

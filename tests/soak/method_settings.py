@@ -44,9 +44,9 @@ DROPS = ("DARE", "DARETIES", "DELLA", "DELLALinear")
 WEIGHTED = ("Average", "TaskArithmetic", "NuSLERP", "MultiSLERP", "Karcher", *ELECTIONS, *PRUNED_SUMS)
 COORDINATES = ("KnOTS", "CoreSpace", "CtM")
 WRAPPERS = (*COORDINATES, "SVC", "LiNeS", "Rescaled")
-OF_DATA = {"Fisher": "fisher", "RegMean": "gram", "RegMeanPlusPlus": "merged_gram", "ESM": "gram"}
+OF_DATA = {"Fisher": "fisher", "RegMean": "gram", "RegMeanPlusPlus": "merged_gram"}
 # These compare numbers that are zero but for rounding, or count them, and singular directions have any sign.
-NOT_IN_COORDINATES = ("SparseAverage", "PCB")
+NOT_IN_COORDINATES = ("SparseAverage",)
 INSIDE = ("TIES", "Average", "TaskArithmetic", "EMR", "DARE", "DELLA", "MagnitudePrune", *NOT_IN_COORDINATES)
 
 CHOICES: dict[str, dict[str, list[Any]]] = {
@@ -56,19 +56,16 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "Intersection": {"agreement": [None, 1, 2]},
     "RAM": {"epsilon": [0.0, 0.01]},
     "RAMPlus": {"epsilon": [0.0, 0.01], "r": [0.1, 1.0], "alpha": [0.2, 2.0]},
-    "PCB": {"keep": [0.05, 0.1, 0.5, 1.0]},
     "SCE": {"keep": [1.0, 0.5, 0.1], "zero": ["none", "positive"]},
     "ModelStock": {"row_wise": [False, True]},
     "SLERP": {"t": [0.0, 0.3, 0.5, 1.0]},
     "NuSLERP": {"row_wise": [False, False, True]},
     "Karcher": {"max_iterations": [0, 500], "tolerance": [1e-9]},
-    "SVDAverage": {"rank": [1, 3, 16, 64]},
     "TSVMerge": {"share": [0.1, 0.3, 1.0]},
     "IsoCTS": {"common": [0.0, 0.3, 0.5, 0.8, 1.0]},
     "SelfRegMean": {"ridge": [0.01, 0.1, 1.0], "inputs": [0, 1], "flatten": [0.0, 0.0, 0.5, 1.0]},
     "RegMean": {"reduce": [0.0, 0.5, 0.9, 1.0], "ridge": [0.0, 0.0, 0.01, 1.0]},
     "RegMeanPlusPlus": {"reduce": [0.0, 0.5, 0.9, 1.0]},
-    "ESM": {"share": [0.1, 0.5, 1.0], "power": [0.0, 0.15, 1.0]},
     "Fisher": {"normalise": [False, True], "floor": [1e-6, 0.01, 1.0]},
     "WUDI": {
         **{"power": [0.0, 1.0, 2.0], "solver": ["adam", "exact"]},

@@ -142,7 +142,7 @@ def merge_case(case: Case) -> None:
         for table in statistics:
             size = sum(values.norm() ** 2 for values in table.values()) ** 0.5
             table |= {weight: values / size for weight, values in table.items()}
-    if name in ("RegMean", "RegMeanPlusPlus", "ESM"):
+    if name in ("RegMean", "RegMeanPlusPlus"):
         drawn.settings["inputs"] = _inputs(parents.kind)
     form = Form(case.random.choice(experts.ENCODINGS)) if case.chance(0.15) else Form()
     out = merge(parents.places, drawn.method, case.folder / "m", per_weight=per_weight, form=form)

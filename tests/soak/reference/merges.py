@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 NOISE = 2.0**-23
-OF_MATRICES = ("SVDAverage", "TSVMerge", "IsoC", "IsoCTS", "WUDI", "RegMean", "RegMeanPlusPlus", "ESM")
+OF_MATRICES = ("TSVMerge", "IsoC", "IsoCTS", "WUDI", "RegMean", "RegMeanPlusPlus")
 
 
 def each(setting: Any, x: Tensor) -> Tensor:
@@ -159,18 +159,6 @@ class Weight:
         factors = torch.where(alone, 1 + r * each(ratio.clamp(max=alpha), self.x), 1.0)
         return (self.x * factors * moved).sum(0) / moved.sum(0).clamp(min=1)
 
-    def pcb(self, keep: float = 0.1) -> Tensor:
-        def stretched(values: Tensor) -> Tensor:
-            low, high = values.aminmax(dim=-1, keepdim=True)
-            return (values - low) / torch.where(high > low, high - low, 1)
-
-        movers = self.movers.flatten(1)
-        shared = stretched(movers[:, None] * movers).softmax(-1).sum(1)
-        scores = (len(movers) * stretched(movers.square())).softmax(-1) * shared
-        least = scores.sort(descending=True).values[:, [count_of(keep, movers.shape[1]) - 1]]
-        weights = scores * (scores >= least)
-        return ((weights * movers).sum(0) / weights.sum(0).clamp(min=1e-300)).view_as(self.x[0])
-
     def sce(self, keep: float = 1.0, zero: str = "none") -> Tensor:
         variance = self.x.var(0, unbiased=False)
         count = math.floor(keep * int((variance > 1e-30).sum()) * (1 + 1e-12))
@@ -245,16 +233,6 @@ class Weight:
         solved = least_squares(self.movers, self.grams(2), self.sparseaverage(), ridge)
         return rebuilt(solved, change=lambda v: v ** (1 - flatten) * (v.norm() / (v ** (1 - flatten)).norm()))
 
-    def esm(self, share: float = 1.0, power: float = 0.15) -> Tensor:
-        count = count_of(share / max(1, len(self.movers)), self.x.shape[1])
-        outputs, inputs = [], []
-        for d, gram in zip(self.x, self.statistics, strict=True):
-            left, values, _ = svd(d @ gram @ d.T)
-            weights = values[:count] ** power / (values[:count] ** power).mean()
-            outputs.append(left[:, :count] * weights)
-            inputs.append(weights[:, None] * (left[:, :count].T @ d))
-        return rebuilt(torch.cat(outputs, 1), change=Tensor.mean) @ rebuilt(torch.cat(inputs), change=Tensor.mean)
-
     def regmean(self, reduce: float = 0.9, ridge: float = 0.0) -> Tensor:
         grams = self.statistics * (reduce + (1 - reduce) * torch.eye(self.x.shape[2], dtype=torch.float64))
         return least_squares(self.x, grams, self.sparseaverage() if ridge else self.x.mean(0), ridge)
@@ -283,7 +261,6 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "RAMPlus": lambda w, r=0.1, alpha=0.2, **own: w.ram(r=r, alpha=alpha, **own),
     "SLERP": lambda w, t=0.5: reduce(lambda a, b: slerp(a, b, t), w.x),
     "Karcher": lambda w, rounds=200, **own: w.multislerp(rounds=rounds, **own),
-    "SVDAverage": lambda w, rank=16: torch.stack([rebuilt(d, rank) for d in w.x]).mean(0),
     "IsoCTS": lambda w, common=0.8: w.isoc(common),
     "CoreSpace": lambda w, inner: w.knots(inner, both=True),
     "LiNeS": lambda w, inner, last=1.25: (1 + (last - 1) * w.depth) * w.merged(**inner),
