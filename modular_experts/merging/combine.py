@@ -28,7 +28,7 @@ from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.library.statistics import OF_INPUTS, kinds_of_statistics
 from modular_experts.merging.combine_measure import Measurement, Way, clock
-from modular_experts.merging.combine_plan import Plan, Reading, WholeProgress, Work
+from modular_experts.merging.combine_plan import Plan, WholeProgress, Work, WorkEstimate
 from modular_experts.merging.distill import distill, without_data
 from modular_experts.merging.merged import merge
 from modular_experts.merging.objective import ValidationRows, check_tasks, objective_on_base, own_experts
@@ -267,7 +267,7 @@ class _Combining:
         parameters = sum(parameter.numel() for parameter in base.structure.model.parameters())
         examples = rows.measured.validation_examples(targets=rows.answer is None)
         lengths = [len(example.tokens.ids) for own in examples.values() for example in own]
-        reading = Reading(self._opened, rows.learned, self._method, parameters, lengths, rows.answer is not None)
+        reading = WorkEstimate(self._opened, rows.learned, self._method, parameters, lengths, rows.answer is not None)
         merged, routed, small, distilled = self.makings
         routes = routed in left or small in left
         making = {

@@ -87,7 +87,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Reading:
+class WorkEstimate:
     """Estimates the work of each part.
 
     Attributes:

@@ -45,7 +45,7 @@ FURTHEST = 4.0
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredForm:
     """One form of one expert, the bytes of its deltas alone, and the mean loss of its tasks, in nats a target token."""
 
     form: Form
@@ -66,9 +66,9 @@ class Shrunk:
     """
 
     source: StoredExpert
-    before: Measured
-    tried: list[Measured]
-    chosen: Measured | None = None
+    before: MeasuredForm
+    tried: list[MeasuredForm]
+    chosen: MeasuredForm | None = None
     expert: StoredExpert | None = None
 
 
@@ -173,7 +173,7 @@ def smallest(
     loss = mean_loss(objective.losses_with(deltas, tasks=tasks))
     if loss == math.inf:
         raise ValueError(f"{expert.place} has no finite loss on {', '.join(tasks)}, so no form of it can be judged")
-    before = Measured(Form(), sum(expert.stored_bytes().values()), loss)
+    before = MeasuredForm(Form(), sum(expert.stored_bytes().values()), loss)
     candidates = [one for one in candidates_of(deltas, [to] if to else forms_for(deltas)) if one[2] < before.bytes]
     fitted = fit_scales(objective, tasks, deltas, candidates)
     tried = []
@@ -186,7 +186,7 @@ def smallest(
             losses = objective.losses_within(coded, loss + bound, tasks)
         else:
             losses = objective.losses_with(coded, tasks=tasks)
-        tried.append(Measured(form, size, math.inf if losses is None else mean_loss(losses)))
+        tried.append(MeasuredForm(form, size, math.inf if losses is None else mean_loss(losses)))
         if tried[-1].loss <= loss + bound:
             written = write_form(expert, cut, form, target, overwrite, losses, bool(factors))
             return Shrunk(expert, before, tried, tried[-1], written)

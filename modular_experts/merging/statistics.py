@@ -42,7 +42,7 @@ MOST_CUT = 0.75
 """A part without its front lacks at most this share of the prompt."""
 
 
-class Way(NamedTuple):
+class TakingStatistics(NamedTuple):
     """How statistics of a kind are taken.
 
     Attributes:
@@ -57,7 +57,7 @@ class Way(NamedTuple):
     together: bool = False
 
 
-def _each(measure: Callable[..., Mapping[str, Any]], of_inputs: bool = False) -> Way:
+def _each(measure: Callable[..., Mapping[str, Any]], of_inputs: bool = False) -> TakingStatistics:
     """Return a way to measure each expert by itself, on the base; a router reads the base's own states."""
 
     def each(model: Any, experts: Any, batches: Any, names: Any, steps: int | None, progress: Progress) -> Any:
@@ -65,7 +65,7 @@ def _each(measure: Callable[..., Mapping[str, Any]], of_inputs: bool = False) ->
             with applied(model, [] if of_inputs else expert, check=False):
                 yield measure(model, progress(Counted(part, "batches")), names)
 
-    return Way(each, of_inputs)
+    return TakingStatistics(each, of_inputs)
 
 
 def _gates(model: Any, experts: Any, batches: Any, names: Any, steps: int | None, progress: Progress) -> Any:
@@ -145,11 +145,11 @@ def name_of(depth: float) -> str:
     return f"depth {depth:g}"
 
 
-KINDS: dict[str, Way] = {
+KINDS: dict[str, TakingStatistics] = {
     "fisher": _each(fisher),
-    "gates": Way(_gates),
+    "gates": TakingStatistics(_gates),
     "gram": _each(gram),
-    "merged_gram": Way(
+    "merged_gram": TakingStatistics(
         lambda model, experts, batches, names, steps, progress: merged_grams(model, experts, batches, names, progress),
         together=True,
     ),

@@ -1,8 +1,8 @@
 """Iterate over a weight in chunks of rows, with the entries that each expert keeps there.
 
 A rule that works entry by entry gets one `Chunk` at a time and returns its merged values: `merge_by_chunks(deltas,
-rule)`. It adds, marks or writes the `Entries` of each expert into flat scratch tensors (`chunk.zeros()`), whatever the
-form of their deltas. Where all experts are sparse, compiled passes (`modular_experts.native`) take over, with the same
+rule)`. It adds, marks or writes each expert's `FlatEntries` into flat scratch tensors (`chunk.zeros()`), whatever the
+form of its deltas. Where all experts are sparse, compiled passes (`modular_experts.native`) take over, with the same
 results to the bit.
 """
 
@@ -40,7 +40,7 @@ def chunks_of_size(entries: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Entries:
+class FlatEntries:
     """The entries that one expert keeps of a chunk, or several experts (`joined`).
 
     Attributes:
@@ -80,13 +80,13 @@ class Entries:
         else:
             scratch.index_copy_(0, self.places.long(), values.to(scratch.dtype))
 
-    def only(self, kept: Tensor) -> "Entries":
+    def only(self, kept: Tensor) -> "FlatEntries":
         """Return the entries that a mask keeps; the others may remain as zeros where that is faster."""
         places = true_places(kept)
         if self.places is None and 4 * places.numel() > kept.numel():
             return replace(self, values=torch.where(kept, self.values, 0.0))
         own = places if self.places is None else self.places.index_select(0, places)
-        return Entries(self.values.index_select(0, places), own, self.start)
+        return FlatEntries(self.values.index_select(0, places), own, self.start)
 
     def flat(self) -> Tensor:
         """Return the flat indices of these entries in the weight, int64."""
@@ -97,7 +97,7 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some rows of a weight, with the deltas of all experts; iterating gives the `Entries` of one expert after another.
+    """Some rows of a weight, with the deltas of all experts; iterating gives each expert's `FlatEntries`.
 
     Attributes:
         deltas: The deltas of the whole weight; of tiles, the single entries of those that reach into these rows.
@@ -109,19 +109,19 @@ class Chunk:
     rows: tuple[int, int]
     slices: Sequence[slice]
 
-    def __iter__(self) -> Iterator[Entries]:
+    def __iter__(self) -> Iterator[FlatEntries]:
         return (self.entries(expert) for expert in range(len(self.deltas)))
 
-    def entries(self, expert: int) -> Entries:
+    def entries(self, expert: int) -> FlatEntries:
         """Return the entries that one expert keeps here."""
         delta, here, start = self.deltas[expert], self.slices[expert], self.span[0]
         if delta.is_empty:
             nothing = torch.empty(0, dtype=torch.int32, device=delta.device)
-            return Entries(nothing.to(delta.dtype), nothing, start)
+            return FlatEntries(nothing.to(delta.dtype), nothing, start)
         if isinstance(delta, Sparse):
             places = delta.indices[here]
-            return Entries(delta.values[here], places - start if start else places, start)
-        return Entries(delta.rows(here.start, here.stop).reshape(-1), None, start)
+            return FlatEntries(delta.values[here], places - start if start else places, start)
+        return FlatEntries(delta.rows(here.start, here.stop).reshape(-1), None, start)
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return zeros to sum in, one per entry and flat, by default in a dtype twice as wide as the deltas'."""
@@ -268,7 +268,9 @@ def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     return reduce(torch.promote_types, [delta.dtype for delta in deltas if not delta.is_empty] or [deltas[0].dtype])
 
 
-def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = 2**17) -> Iterator[tuple[Entries, float]]:
+def joined(
+    entries: Iterable[FlatEntries], weights: Sequence[float], most: int = 2**17
+) -> Iterator[tuple[FlatEntries, float]]:
     """Yield the experts' entries with their weights, for rules to which an entry's owner does not matter.
 
     Where all weights are equal, the entries of several sparse experts come as one, up to `most` of them, which takes
@@ -277,7 +279,7 @@ def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = 2**
     if len(set(weights)) > 1:
         yield from zip(entries, weights, strict=True)
         return
-    group: list[Entries] = []
+    group: list[FlatEntries] = []
     for one in entries:
         if group and (one.places is None or sum(len(held.values) for held in group) + len(one.values) > most):
             yield _as_one(group), weights[0]
@@ -290,11 +292,11 @@ def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = 2**
         yield _as_one(group), weights[0]
 
 
-def _as_one(group: Sequence[Entries]) -> Entries:
+def _as_one(group: Sequence[FlatEntries]) -> FlatEntries:
     if len(group) == 1:
         return group[0]
     places = torch.cat([one.places for one in group if one.places is not None])
-    return Entries(torch.cat([one.values for one in group]), places, group[0].start)
+    return FlatEntries(torch.cat([one.values for one in group]), places, group[0].start)
 
 
 def _trimmed(places: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
+from modular_experts.methods.chunks import Chunk, FlatEntries, chunks_of, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod
 from modular_experts.methods.settings import Checks, at_least, check_agreement
 
@@ -123,5 +123,5 @@ def _movers(chunk: Chunk, epsilon: float) -> Tensor:
     return movers
 
 
-def _moved(entries: Entries, epsilon: float) -> Tensor:
+def _moved(entries: FlatEntries, epsilon: float) -> Tensor:
     return entries.values.abs() > epsilon

@@ -19,11 +19,11 @@ from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.tiles import kept_count, true_places
 from modular_experts.masks import kth_highest
 from modular_experts.masks.top_k import bin_of_rank
-from modular_experts.methods.chunks import Chunk, Entries, chunks_of, joined, merge_by_chunks
+from modular_experts.methods.chunks import Chunk, FlatEntries, chunks_of, joined, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, sum_of_weights
 
-Prune = Callable[[Entries], Entries]
+Prune = Callable[[FlatEntries], FlatEntries]
 """Gets the entries that an expert keeps of a chunk; returns those that pruning leaves, or zeros in place of others."""
 
 Shares = float | list[float]
@@ -36,7 +36,7 @@ class Pruned:
     deltas: Sequence[Delta]
     prunes: Sequence[Prune]
 
-    def entries(self, chunk: Chunk) -> Iterator[Entries]:
+    def entries(self, chunk: Chunk) -> Iterator[FlatEntries]:
         """Yield what pruning leaves of each expert in a chunk."""
         return (prune(entries) for prune, entries in zip(self.prunes, chunk, strict=True))
 
@@ -71,7 +71,7 @@ def band(kept: "Cutoff", gone: "Cutoff | None") -> Prune:
     return lambda entries: entries.only(kept.mask(entries) & ~gone.mask(entries))
 
 
-def keep_all(entries: Entries) -> Entries:
+def keep_all(entries: FlatEntries) -> FlatEntries:
     return entries
 
 
@@ -82,7 +82,7 @@ def _with_equal_l1(delta: Delta, prune: Prune) -> tuple[Delta, Prune]:
     it is nothing: a delta without entries would change the form of the result.
     """
     before = after = 0.0
-    whole = [Entries(delta.values, delta.indices, 0)] if isinstance(delta, Sparse) else []
+    whole = [FlatEntries(delta.values, delta.indices, 0)] if isinstance(delta, Sparse) else []
     for entries in whole or (chunk.entries(0) for chunk in chunks_of([delta])):
         left = prune(entries)
         before += torch.linalg.vector_norm(entries.values, 1, dtype=torch.float64).item()
@@ -92,7 +92,7 @@ def _with_equal_l1(delta: Delta, prune: Prune) -> tuple[Delta, Prune]:
         delta, prune = Sparse(left.places, left.values, delta.shape), keep_all
     factor = before / after if after else 1.0
 
-    def rescaled(entries: Entries) -> Entries:
+    def rescaled(entries: FlatEntries) -> FlatEntries:
         left = prune(entries)
         return replace(left, values=left.values.double() * factor)
 
@@ -106,7 +106,7 @@ class Cutoff:
     magnitude: float
     last: float = math.inf
 
-    def mask(self, entries: Entries) -> Tensor:
+    def mask(self, entries: FlatEntries) -> Tensor:
         """Return which of the entries stay, as booleans."""
         size = entries.values.abs()
         kept = size >= self.magnitude
@@ -116,7 +116,7 @@ class Cutoff:
             kept[tied] = flat <= self.last
         return kept
 
-    def __call__(self, entries: Entries) -> Entries:
+    def __call__(self, entries: FlatEntries) -> FlatEntries:
         """Return the entries that stay."""
         return entries if self.magnitude == 0 else entries.only(self.mask(entries))
 
@@ -294,7 +294,7 @@ class PrunedElection(PruneFirst):
         return float(difference > 0) - float(difference < 0)
 
 
-def _votes(chunk: Chunk, experts: Iterable[tuple[Entries, float]], vote: Vote) -> Tensor:
+def _votes(chunk: Chunk, experts: Iterable[tuple[FlatEntries, float]], vote: Vote) -> Tensor:
     votes = chunk.zeros()
     for entries, weight in experts:
         own = entries.values.sign() if vote == "count" else entries.values

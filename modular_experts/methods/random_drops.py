@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Sparse
-from modular_experts.methods.chunks import Entries
+from modular_experts.methods.chunks import FlatEntries
 from modular_experts.methods.method import Context
 from modular_experts.methods.prune import Prune, Pruned, PrunedElection, PrunedSum, PruneFirst, Shares, keep_all, prune
 from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, paired, within
@@ -62,13 +62,13 @@ def drop_by_rank(delta: Delta, keep: float, epsilon: float, key: int, rescale: s
     if keep == 1 or width < 2:
         return drop_at_random(keep, key, rescale)
 
-    def drop(entries: Entries) -> Entries:
+    def drop(entries: FlatEntries) -> FlatEntries:
         if len(delta.shape) == 1 and entries.places is None and entries.values.numel() < width:
             # A vector is one row, which may be cut into chunks; ranks need the whole of it.
-            ranks = _row_ranks(Entries(delta.dense(), None, 0), width)[entries.flat()]
+            ranks = _row_ranks(FlatEntries(delta.dense(), None, 0), width)[entries.flat()]
         elif len(delta.shape) == 1 and entries.places is not None:
             assert isinstance(delta, Sparse), "tiles belong to matrices"
-            whole = Entries(delta.values, delta.indices, 0)
+            whole = FlatEntries(delta.values, delta.indices, 0)
             ranks = _row_ranks(whole, width)[torch.searchsorted(whole.flat(), entries.flat())]
         else:
             ranks = _row_ranks(entries, width)
@@ -77,14 +77,14 @@ def drop_by_rank(delta: Delta, keep: float, epsilon: float, key: int, rescale: s
     return drop
 
 
-def _drop(entries: Entries, chance: float | Tensor, key: int, rescale: str) -> Entries:
+def _drop(entries: FlatEntries, chance: float | Tensor, key: int, rescale: str) -> FlatEntries:
     stays = uniform(entries.flat(), key) < chance
     if rescale == "probability":
         entries = replace(entries, values=entries.values.double() / chance)
     return entries.only(stays)
 
 
-def _row_ranks(entries: Entries, width: int) -> Tensor:
+def _row_ranks(entries: FlatEntries, width: int) -> Tensor:
     """Return for each entry how many of its row rank below it: by magnitude, equal ones by their place in the row.
 
     The entries come in the order of the weight. Those that a sparse expert does not keep are zeros and rank lowest.

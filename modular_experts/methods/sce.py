@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.masks import top_k
-from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
+from modular_experts.methods.chunks import Chunk, FlatEntries, chunks_of, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
 from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, finite, one_of, within
 
@@ -79,7 +79,7 @@ class SCE(MergeMethod):
         return merge_by_chunks(deltas, rule)
 
 
-def _selected(entries: Entries, chunk: Chunk, selected: Tensor | None) -> Tensor:
+def _selected(entries: FlatEntries, chunk: Chunk, selected: Tensor | None) -> Tensor:
     """Return an expert's values, zero where the entry is not selected."""
     return entries.values if selected is None else entries.values * entries.of(selected[slice(*chunk.span)])
 

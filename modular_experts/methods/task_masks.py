@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks, weighted_sum
+from modular_experts.methods.chunks import Chunk, FlatEntries, chunks_of, merge_by_chunks, weighted_sum
 from modular_experts.methods.method import Context, MergeMethod
 from modular_experts.methods.settings import Checks, at_least, check_agreement
 
@@ -128,6 +128,6 @@ class TALLMask(MergeMethod):
         return merge_by_chunks(deltas, rule)
 
 
-def _matters(entries: Entries, total: Tensor, threshold: float) -> Tensor:
+def _matters(entries: FlatEntries, total: Tensor, threshold: float) -> Tensor:
     values = entries.values.double()
     return (values.abs() >= threshold * (entries.of(total) - values).abs()) & (values != 0)

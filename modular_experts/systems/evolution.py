@@ -31,7 +31,7 @@ class Gene(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Category:
     """One of `count` categories without an order, numbered from 0."""
 
     count: int

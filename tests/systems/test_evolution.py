@@ -7,9 +7,9 @@ import random
 import pytest
 
 from modular_experts.reports.json_lines import JSONLines
-from modular_experts.systems.evolution import Choice, Evolution, Mask, Real, Whole
+from modular_experts.systems.evolution import Category, Evolution, Mask, Real, Whole
 
-SPACE = [Choice(4)] * 12
+SPACE = [Category(4)] * 12
 COSTS = [1 + place % 3 for place in range(12)]
 
 
@@ -65,10 +65,10 @@ def test_a_limit_that_nothing_meets_is_refused_before_anything_is_measured() -> 
 
 
 def test_a_small_space_is_measured_whole_and_the_search_ends() -> None:
-    found = Evolution(evaluations=100, first=2).search([Choice(3), Choice(2)], sum)
+    found = Evolution(evaluations=100, first=2).search([Category(3), Category(2)], sum)
     assert sorted(genes for genes, _ in found.measured) == list(itertools.product(range(3), range(2)))
     assert found.best == (0, 0)
-    alone = Evolution(evaluations=5).search([Choice(1)], sum)
+    alone = Evolution(evaluations=5).search([Category(1)], sum)
     assert alone.measured == [((0,), 0)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modular_experts.systems.compress.reform import DAMPING, BlockByBlock, oriented
 from modular_experts.systems.compress.removable import Kept, Kind, Removable
-from modular_experts.systems.evolution import Choice, Gene, Genes, Mask, Whole
+from modular_experts.systems.evolution import Category, Gene, Genes, Mask, Whole
 
 Members = Literal["importance", "masks"]
 
@@ -137,12 +137,12 @@ class Candidates:
         self.window, self.ranking, self.members = window, ranking, members
         self._depth, self._rankings = window.removable.blocks, [ranking.contribution, ranking.compensated]
         self._totals: dict[Kind, int] = {kind: getattr(window.removable, kind) for kind in window.removable.readers}
-        own: list[Gene] = [Choice(2)]
+        own: list[Gene] = [Category(2)]
         self._start: Genes = (0,)
         if members == "masks":
             own = [Mask(total) for total in self._totals.values()]
             self._start = tuple("1" * total for total in self._totals.values())
-        self.space: list[Gene] = [*[Choice(2)] * self._depth, Whole(1, window.removable.groups), *own * self._depth]
+        self.space: list[Gene] = [*[Category(2)] * self._depth, Whole(1, window.removable.groups), *own * self._depth]
 
     def first(self, most: int) -> list[Genes]:
         """Return the candidates that a search starts from: they lack no block, one block, and so on.

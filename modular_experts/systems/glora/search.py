@@ -32,7 +32,7 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.settings import Checks, at_least
 from modular_experts.progress import Progress
 from modular_experts.reports.json_lines import JSONLines
-from modular_experts.systems.evolution import Choice, Evolution, Genes
+from modular_experts.systems.evolution import Category, Evolution, Genes
 from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
 
 
@@ -100,7 +100,7 @@ class PathSearch(Evolution, SearchAlgorithm):
             space = _Paths(objective, _Losses(Path(out), [opened, *parents], objective))
             limit = space.numbers(space.largest) if self.limit is None else self.limit
             found = self.search(
-                [Choice(len(kinds)) for _, kinds in space.parts],
+                [Category(len(kinds)) for _, kinds in space.parts],
                 lambda genes: mean_loss(space.losses(genes)),
                 space.uniform(),
                 lambda genes: space.within(genes, limit),
