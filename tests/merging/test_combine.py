@@ -105,6 +105,30 @@ def test_what_is_there_is_not_made_again(place, done, monkeypatch) -> None:
         combine(experts, place / "other", distilled=FEW, overwrite=True)
 
 
+def test_one_progress_shows_the_whole_work_and_ways_come_as_they_are_measured(place) -> None:
+    events: list[object] = []
+
+    def shown(items):
+        for item in items:
+            events.append(item)
+            yield item
+
+    how = {"planned": events.append, "measured": lambda way: events.append(way.name), "progress": shown}
+    experts = [place / "library" / name for name in NAMES[:2]]
+    done = combine(experts, place / "shown", distilled=FEW, **how)
+    plan, *rest = events
+    names = [way.name for way in done.ways]
+    assert [way.name for way in plan.ways] == names
+    assert plan.seconds == pytest.approx(plan.before + sum(way.seconds for way in plan.ways))
+    assert [event for event in rest if isinstance(event, int)] == list(range(100))
+    assert [event for event in rest if isinstance(event, str)] == names
+    # Each way is shown before work goes on with the next one.
+    assert 0 < rest.index(names[0]) < rest.index(names[1]) < rest.index(names[2]) < rest.index(names[3])
+    events.clear()
+    combine(experts, place / "shown", distilled=FEW, **how)
+    assert events == names
+
+
 def test_experts_of_one_name_are_refused_before_anything_is_made(place) -> None:
     one, other = place / "library/code0", place / "beside/code0"
     for name, target in (("code0", other), ("routed", place / "beside/routed")):

@@ -62,6 +62,15 @@ def test_the_smallest_form_within_the_bound_is_written(objective, experts, tmp_p
     assert any(one.chosen for one in done)
 
 
+def test_a_form_that_is_left_early_is_one_that_loses_too_much(objective, experts, tmp_path) -> None:
+    whole = list(shrink(experts, objective, tmp_path / "whole", bound=1e-2))
+    early = list(shrink(experts, objective, tmp_path / "early", bound=1e-2, stops_early=True))
+    for full, left in zip(whole, early, strict=True):
+        assert [tried.form for tried in full.tried] == [tried.form for tried in left.tried]
+        assert left.chosen == full.chosen
+    assert any(tried.loss == float("inf") for left in early for tried in left.tried)
+
+
 def test_one_form_alone_is_tried(objective, experts, tmp_path) -> None:
     (one,) = shrink(experts[:1], objective, tmp_path / "small", Form("int4", keep=0.5), bound=10.0)
     assert [tried.form for tried in one.tried] == [Form("int4", 0.5)]
