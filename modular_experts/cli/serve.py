@@ -17,6 +17,8 @@ from modular_experts.text import bytes_of
 
 KEY = "MODULAR_EXPERTS_API_KEY"
 URL = str
+THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
+"""Addresses that no other machine reaches."""
 
 
 def serve(
@@ -34,6 +36,7 @@ def serve(
     dtype: DType = "float32",
     quantise: Quantise | None = None,
     log_prompts: bool = False,
+    samples: list[str] | None = None,
 ) -> None:
     """Answer requests over HTTP with the experts of a library, in OpenAI's protocol.
 
@@ -55,6 +58,8 @@ def serve(
         most_requests: The most requests that are answered or wait; more are refused.
         seconds: The most time of an answer, with waiting.
         log_prompts: Write prompts and answers to the log.
+        samples: Prompts that the page offers to try. By default one of each task whose inputs an expert keeps (fit
+            --keep_inputs), if only this machine or who has the key can see them.
 
     Examples:
         modular-experts serve library
@@ -69,6 +74,7 @@ def serve(
         from modular_experts.serving.engine import Engine
         from modular_experts.serving.models import Models
         from modular_experts.serving.proxy import make_proxy
+        from modular_experts.serving.samples import sample_prompts
     except ImportError as error:
         raise UsageError(f"serve needs {error.name}: pip install 'modular-experts[serve]'") from None
     # It warns of each piece of an answer whose client has just left.
@@ -89,11 +95,15 @@ def serve(
     with _bound(host, port) as listening, ExitStack() as ends:
         opened = Base.open(base, first, quantise=quantise)
         models = Models(library, opened.fingerprint, opened.place, auto)
-        limits = Limits(most_requests, seconds, api_key=os.environ.get(KEY) or None, log_prompts=log_prompts)
         if in_front_of and models.auto is None:
             models.find("auto")
         model: Any = opened.load(dtype)
         tokenizer: Any = opened.tokenizer()
+        api_key = os.environ.get(KEY) or None
+        # Kept inputs are training data, which strangers may not see.
+        if samples is None and (api_key or host in THIS_MACHINE):
+            samples = list(sample_prompts(experts.readable(adapters=False), tokenizer).values())
+        limits = Limits(most_requests, seconds, api_key=api_key, log_prompts=log_prompts, samples=tuple(samples or ()))
         if in_front_of:
             app = make_proxy(models, model, tokenizer, in_front_of.rstrip("/").removesuffix("/v1"), limits)
         else:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ class Limits:
         body: The most bytes of a request.
         api_key: What requests must send as `Authorization: Bearer KEY`, or None.
         log_prompts: Whether the log holds prompts and answers.
+        samples: Prompts that the page offers to try.
     """
 
     requests: int = 256
@@ -46,6 +47,7 @@ class Limits:
     body: int = 2**20
     api_key: str | None = None
     log_prompts: bool = False
+    samples: Sequence[str] = ()
 
 
 def make_app(answerer: Answerer, limits: Limits = Limits()) -> FastAPI:
@@ -67,6 +69,7 @@ def make_app(answerer: Answerer, limits: Limits = Limits()) -> FastAPI:
     app.add_api_route("/v1/completions", server.complete, methods=["POST"], response_model=None)
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/metrics", server.metrics, methods=["GET"])
+    app.add_api_route("/about", server.about, methods=["GET"], include_in_schema=False)
     app.add_api_route("/", lambda: FileResponse(PAGE), methods=["GET"], include_in_schema=False)
     return app
 
@@ -82,17 +85,34 @@ class _Server:
         models = self.answerer.models
         auto = [] if models.auto is None else [Listed(AUTO, "route", 0)]
         data = [
-            {"id": one.name, "object": "model", "created": one.created, "owned_by": "modular-experts", "kind": one.kind}
-            for one in (*auto, *models.listed())
+            {
+                "id": listed.name,
+                "object": "model",
+                "created": listed.created,
+                "owned_by": "modular-experts",
+                "kind": listed.kind,
+            }
+            for listed in (*auto, *models.listed())
         ]
         return {"object": "list", "data": data}
 
     def model(self, name: str) -> dict[str, Any]:
         """One of the models."""
-        for one in self.models()["data"]:
-            if one["id"] == name:
-                return one
+        for model in self.models()["data"]:
+            if model["id"] == name:
+                return model
         raise refusal(404, f"there is no model {name[:200]!r}", "model")
+
+    def about(self) -> dict[str, Any]:
+        """The library, its base and its models, as the page at / shows them."""
+        models = self.answerer.models
+        return {
+            "library": models.library_name,
+            "base": models.base_name,
+            "auto": models.auto,
+            "models": [{"name": listed.name, "kind": listed.kind, "tasks": listed.tasks} for listed in models.listed()],
+            "samples": list(self.limits.samples),
+        }
 
     def health(self) -> dict[str, str]:
         """Whether the server answers."""

@@ -4,6 +4,7 @@ import logging
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,11 +107,15 @@ class Route:
 
 
 class Listed(NamedTuple):
-    """A model that a request can name: its `kind` is `base`, `expert`, `merge` or `route`."""
+    """A model that a request can name, with the tasks of its training.
+
+    Its `kind` is `base`, `expert`, `merge` or `route`.
+    """
 
     name: str
     kind: str
     created: int
+    tasks: Sequence[str] = ()
 
 
 class Models:
@@ -150,7 +155,20 @@ class Models:
             return version, None
         kind = {MERGE: "merge", ROUTED: "route"}.get(record["kind"], "expert")
         fits = record["base"]["fingerprint"] == self._fingerprint
-        return version, Listed(name, kind, version[0][1] // 10**9) if fits else None
+        if not fits:
+            return version, None
+        tasks = [str(task) for task in record["tasks"]]
+        return version, Listed(name, kind, version[0][1] // 10**9, tasks)
+
+    @property
+    def library_name(self) -> str:
+        """The name of the library's directory."""
+        return self._library.directory.name
+
+    @property
+    def base_name(self) -> str:
+        """The base's hub id, or the last part of its path."""
+        return Path(self._place).name if Path(self._place).exists() else self._place
 
     @property
     def auto(self) -> str | None:

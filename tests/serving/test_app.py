@@ -164,6 +164,19 @@ def test_an_answer_ends_before_a_stop_text_whole_or_streamed(serve, library, tin
     assert serve(work) == [(text[: ends[0]], "stop"), (text[: ends[1]], "stop"), (text, "length")]
 
 
+def test_the_page_gets_the_library_its_base_its_experts_and_samples(serve, tiny_llama_dir) -> None:
+    async def work(client, answerer):
+        page = await client.get("/")
+        return page.text, (await client.get("/about")).json()
+
+    page, about = serve(work, samples=("upper dot:",))
+    assert (about["library"], about["base"], about["auto"]) == ("library", tiny_llama_dir.name, "route")
+    assert {"name": "upper", "kind": "expert", "tasks": ["upper"]} in about["models"]
+    assert (about["models"][0]["name"], about["samples"]) == ("base", ["upper dot:"])
+    assert page.count(">Ask<") == 1
+    assert "no expert took this prompt, so" in page
+
+
 def test_a_conversation_goes_through_the_template_with_which_experts_were_trained(serve, monkeypatch) -> None:
     read = []
 

@@ -12,6 +12,7 @@ from testbed import served
 from modular_experts.base import Base
 from modular_experts.data import TaskMixture
 from modular_experts.data.chat import template_hash
+from modular_experts.data.inputs import as_prompts
 from modular_experts.evaluation.streaming import Conversation, generate
 from modular_experts.injection.attach import attached
 from modular_experts.library import Library
@@ -19,6 +20,7 @@ from modular_experts.merging.route import route
 from modular_experts.routing import Centroid, KernelRidge, Softmax
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.models import Route
+from modular_experts.serving.samples import sample_prompts
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
@@ -115,6 +117,16 @@ def test_generate_and_a_conversation_answer_as_the_chosen_expert_alone(base, lib
         talk.experts.use(name)
         talk.messages = []
         assert talk.ask(prompt) == answer
+
+
+def test_samples_of_chats_come_without_their_template(base, tasks, tmp_path) -> None:
+    data = TaskMixture(tasks, tokenizer=str(base), max_length=256)
+    experts = [
+        served.write(base, tmp_path / name, "lora", inputs=as_prompts(data.only([name]).inputs(4))) for name in FORMS
+    ]
+    samples = sample_prompts(experts, Base.open(base).tokenizer())
+    assert [samples[name].split()[0] for name in FORMS] == list(FORMS)
+    assert not any("<" in text for text in samples.values())
 
 
 def test_a_text_is_scored_as_it_stands(base, library) -> None:
