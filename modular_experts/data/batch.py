@@ -48,7 +48,7 @@ FILLER = -1
 LITTLE_PADDING = 0.05
 PACK_LENGTH = 1024
 MOST_BATCHES = 500
-"""So many batches of an epoch are looked at, to find the typical and the longest."""
+"""The number of batches of an epoch that are inspected to find the typical and the longest one."""
 
 Batch = dict[str, Any]
 Ids = TypeVar("Ids", list[int], Tensor)

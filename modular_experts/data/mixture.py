@@ -37,7 +37,21 @@ from modular_experts.injection import context_length
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, int | None, int, bool]
+
+class ExamplesKey(NamedTuple):
+    """The settings on which tokenised rows depend.
+
+    Attributes:
+        kind: The split, or which inputs.
+        limit: `eval_limit`, which leaves training rows alone; None for these.
+        longest: The most tokens of a row.
+        learns_choices: Whether training rows carry their choices.
+    """
+
+    kind: str
+    limit: int | None
+    longest: int
+    learns_choices: bool
 
 
 class SplitSize(NamedTuple):
@@ -119,8 +133,8 @@ class TaskMixture(LightningDataModule, DataSource):
         # What was read and tokenised, by task, which the mixtures that `only` returns share. Examples, and how many of
         # them were cut, also depend on settings (`_key`).
         self._rows: dict[str, list[Row]] = {}
-        self._examples: dict[Key, dict[str, list[Example]]] = {}
-        self._truncated: Counter[tuple[str, Key]] = Counter()
+        self._examples: dict[ExamplesKey, dict[str, list[Example]]] = {}
+        self._truncated: Counter[tuple[str, ExamplesKey]] = Counter()
 
     def take_tokenizer(self, base: str | Path | Base, revision: str | None = None) -> PreTrainedTokenizerBase:
         """Read rows with the tokenizer of a base, unless the mixture was given one; return what reads them."""
@@ -141,20 +155,22 @@ class TaskMixture(LightningDataModule, DataSource):
         """Cut rows to the context of the model, as a shorter `max_length` would; None for one without a limit."""
         self.context = context
 
-    def _key(self, kind: str) -> Key:
-        """Return what examples of some rows depend on: `eval_limit` leaves training rows alone."""
-        return kind, None if "train" in kind else self.eval_limit, self.longest, self._learns_choices
+    def _key(self, kind: str) -> ExamplesKey:
+        limit = None if "train" in kind else self.eval_limit
+        return ExamplesKey(kind, limit, self.longest, self._learns_choices)
 
     def _known(self, kind: str) -> dict[str, list[Example]]:
         """Return the examples of some rows by task, also those of another length that no row reaches in either."""
         key = self._key(kind)
         known = self._examples.setdefault(key, {})
-        for other in [one for one in self._examples if (*one[:2], one[3]) == (*key[:2], key[3])]:
+        # Rows that were read for another length serve again if neither length cuts any of them.
+        others = [other for other in self._examples if other._replace(longest=self.longest) == key]
+        for other in others:
             for name in self._examples[other].keys() - known.keys():
-                found = self._examples[other][name]
-                each = (tokens for one in found for tokens in (one.tokens, *one.choices))
-                if not self._truncated[name, other] and all(len(tokens.ids) <= self.longest for tokens in each):
-                    known[name] = found
+                examples = self._examples[other][name]
+                tokens = (part for example in examples for part in (example.tokens, *example.choices))
+                if not self._truncated[name, other] and all(len(part.ids) <= self.longest for part in tokens):
+                    known[name] = examples
         return known
 
     @property
