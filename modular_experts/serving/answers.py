@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from modular_experts.data.chat import Reading, Readings, encoded, ends_of_answers, read_as_each, reads_chat
 from modular_experts.evaluation.generation import answer_room
 from modular_experts.serving.engine import Engine, Sampling, SideThreads, Token
-from modular_experts.serving.models import Choice, Models, Route
+from modular_experts.serving.models import ChosenExperts, Models, Route
 
 Prompt = str | list[int] | list[dict[str, str]]
 MOST_TOKENS = 256
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 class Answer:
     """An answer that is about to be written: close its `pieces` to end it; `tokens` counts those that are written."""
 
-    choice: Choice
+    choice: ChosenExperts
     prompt_tokens: int
     pieces: AsyncIterator[Piece] = field(init=False)
     tokens: int = 0
@@ -84,7 +84,7 @@ class Answerer:
         answer.pieces = self._pieces(answer, tokens, stops, ends, [] if is_conversation else ids[-16:])
         return answer
 
-    def read(self, model: str, prompt: Prompt) -> tuple[Choice | Route, Readings]:
+    def read(self, model: str, prompt: Prompt) -> tuple[ChosenExperts | Route, Readings]:
         """Return what a model's name means, and the prompt in the forms in which its experts read it."""
         found = self.models.find(model)
         if isinstance(prompt, str):

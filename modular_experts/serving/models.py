@@ -33,7 +33,7 @@ class UnknownModelError(ValueError):
     """A request names a model that is not there."""
 
 
-class Choice(NamedTuple):
+class ChosenExperts(NamedTuple):
     """What answers a prompt: experts with their weights, none for the base alone.
 
     Attributes:
@@ -77,7 +77,7 @@ class Route:
         self.members = experts if fallback is None else [*experts, fallback]
 
     @torch.inference_mode()
-    def choose(self, reader: nn.Module, readings: Readings) -> tuple[Choice, Reading]:
+    def choose(self, reader: nn.Module, readings: Readings) -> tuple[ChosenExperts, Reading]:
         """Return what answers a prompt, and the form in which that reads it.
 
         The first blocks of the base alone (`reader`) read the prompt in every form in which an expert was trained. The
@@ -94,7 +94,7 @@ class Route:
         if form.is_chat is None:
             fallback = self.members[router.experts :]
             is_chat = readings.members[router.experts] if fallback else readings.base
-            return Choice([(expert, 1.0) for expert in fallback]), readings.by_form[is_chat]
+            return ChosenExperts([(expert, 1.0) for expert in fallback]), readings.by_form[is_chat]
         # Where all experts read alike, the router's own gates hold, also of a router that makes them in its own way.
         allowed = None if form.allowed.all() else form.allowed
         gates = gates_among(router, vectors[form.is_chat], allowed)
@@ -103,7 +103,7 @@ class Route:
         # The number behind the experts' numbers is the fallback's, or the base's without one.
         chosen = [number for number in weights if number < router.experts]
         experts = [(self.members[number], weights[number]) for number in weights if number < len(self.members)]
-        return Choice(experts, float(form.scores.softmax(0)[chosen].sum())), readings.by_form[form.is_chat]
+        return ChosenExperts(experts, float(form.scores.softmax(0)[chosen].sum())), readings.by_form[form.is_chat]
 
 
 class Listed(NamedTuple):
@@ -127,7 +127,7 @@ class Models:
     def __init__(self, library: str | Path, fingerprint: str, place: str, auto: str | None = None) -> None:
         self._library = Library(library, place)
         self._fingerprint, self._place, self._auto = fingerprint, place, auto
-        self._open: OrderedDict[str, tuple[Any, StoredExpert, Choice | Route]] = OrderedDict()
+        self._open: OrderedDict[str, tuple[Any, StoredExpert, ChosenExperts | Route]] = OrderedDict()
         self._records: dict[str, tuple[Any, Listed | None]] = {}
         self._lock = threading.Lock()
         if auto is not None and not isinstance(self._find(auto), Route):
@@ -187,7 +187,7 @@ class Models:
             return f"the library has the routes {', '.join(routes)}; choose one with --auto, such as --auto {routes[0]}"
         return "the library has no route; modular-experts route LIBRARY/* --out LIBRARY/routed makes one"
 
-    def find(self, name: str) -> Choice | Route:
+    def find(self, name: str) -> ChosenExperts | Route:
         """Return what a request's `model` means."""
         if name == AUTO:
             if (route := self.auto) is None:
@@ -204,11 +204,11 @@ class Models:
                 raise ValueError(f"{name!r} gives the base a number; give it to experts, which are added to the base")
             for expert in part.members:
                 total[expert.content_hash] = expert, weight + total.get(expert.content_hash, (expert, 0.0))[1]
-        return Choice(list(total.values()))
+        return ChosenExperts(list(total.values()))
 
-    def _find(self, name: str) -> Choice | Route:
+    def _find(self, name: str) -> ChosenExperts | Route:
         if name == BASE:
-            return Choice([])
+            return ChosenExperts([])
         directory = self._library.directory / name
         if not ((directory / RECORD_FILE).is_file() or is_adapter(directory)):
             known = [BASE, *[AUTO] * bool(self.auto), *self._library]
@@ -220,7 +220,7 @@ class Models:
             if expert is None or found is None or before != [version, *self._behind(expert)]:
                 expert = open_expert(directory, self._place)
                 check_fingerprint([expert], self._fingerprint, self._place)
-                found = Route(expert) if expert.is_routed else Choice([(expert, 1.0)])
+                found = Route(expert) if expert.is_routed else ChosenExperts([(expert, 1.0)])
             self._open[name] = [version, *self._behind(expert)], expert, found
             while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from modular_experts.injection import context_length
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Guard, Limits, Stream, refusal, send_refusal
-from modular_experts.serving.models import AUTO, BASE, Choice, Models
+from modular_experts.serving.models import AUTO, BASE, ChosenExperts, Models
 from modular_experts.serving.requests import ROLES
 from modular_experts.text import block_of
 
@@ -86,7 +86,7 @@ class _Proxy(Answerer):
         kept = {name: value for name, value in answer.headers.items() if name not in _OWN}
         return Stream(answer.aiter_raw(), answer, status_code=answer.status_code, headers=kept | own)
 
-    async def _choose(self, asked: dict[str, Any]) -> Choice:
+    async def _choose(self, asked: dict[str, Any]) -> ChosenExperts:
         """Return what the route chooses for the prompt of a request."""
         try:
             prompt: Any = asked.get("prompt")
@@ -105,7 +105,7 @@ class _Proxy(Answerer):
         context = context_length(self.engine)
         shortened = {form: one._replace(ids=one.ids[:context]) for form, one in readings.by_form.items()}
         choice, _ = await self._choosing.call(route.choose, self.engine, readings._replace(by_form=shortened))
-        return cast(Choice, choice)
+        return cast(ChosenExperts, choice)
 
     async def _name(self, name: str, headers: Headers) -> str:
         """Return how the other server calls an expert, or the base."""

@@ -15,7 +15,7 @@ ROLES = {"developer": "system"}
 """What templates call roles that OpenAI calls otherwise."""
 
 
-class Form(BaseModel):
+class StrictFields(BaseModel):
     """Refuses fields that it does not have, and reads null as a field that is left out."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -26,14 +26,14 @@ class Form(BaseModel):
         return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
 
-class StreamOptions(Form):
+class StreamOptions(StrictFields):
     """What a streamed answer tells at its end."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Settings(Form):
+class AnyRequest(StrictFields):
     """What both kinds of requests have in common; the answer is the likeliest one if no temperature is given."""
 
     model: str = Field(min_length=1, max_length=4096)
@@ -59,7 +59,7 @@ class Settings(Form):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @model_validator(mode="after")
-    def _check_stops(self) -> "Settings":
+    def _check_stops(self) -> "AnyRequest":
         if len(self.stops) > 16 or not all(0 < len(text) <= 256 for text in self.stops):
             raise ValueError("stop takes up to 16 texts of 1 to 256 characters")
         return self
@@ -79,7 +79,7 @@ class Settings(Form):
         return Sampling(self.temperature, self.top_p, self.seed % SEEDS, self.told)
 
 
-class Message(Form):
+class Message(StrictFields):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -96,7 +96,7 @@ class Message(Form):
         return "".join(texts)
 
 
-class ChatRequest(Settings):
+class ChatRequest(AnyRequest):
     """A conversation to go on with."""
 
     prefix: ClassVar[str] = "chatcmpl"
@@ -136,7 +136,7 @@ class ChatRequest(Settings):
         return {"content": [told(one.id, one.logprob) | {"top_logprobs": others} for one, others in pairs]}
 
 
-class CompletionRequest(Settings):
+class CompletionRequest(AnyRequest):
     """A text to go on with: characters, or the ids of tokens."""
 
     prefix: ClassVar[str] = "cmpl"

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_experts.serving.answers import Answer, Answerer
 from modular_experts.serving.engine import Token
-from modular_experts.serving.models import Choice
+from modular_experts.serving.models import ChosenExperts
 from modular_experts.serving.requests import ChatRequest, CompletionRequest, Message
 
 TEXT = "\u00e9t\u00e9 \u6f22\u5b57 \U0001f642 e\u0301!"
@@ -32,7 +32,10 @@ def pieces_of(tokenizer, tokens: list[int], *stops: str, before: str | list[int]
             yield Token(token)
 
     async def all_of_them() -> list:
-        answer, read = Answer(Choice([]), 1), before if isinstance(before, list) else tokenizer(before)["input_ids"]
+        answer, read = (
+            Answer(ChosenExperts([]), 1),
+            before if isinstance(before, list) else tokenizer(before)["input_ids"],
+        )
         return [one async for one in Answerer(None, None, tokenizer)._pieces(answer, written(), stops, [-1], read)]
 
     return asyncio.run(all_of_them())
