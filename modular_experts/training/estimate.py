@@ -1,4 +1,7 @@
-"""Estimate what a fit will read, train, hold in memory and take, by four real steps with a learning rate of zero."""
+"""Estimate what a fit will read, train, hold in memory and take, by four real steps with a learning rate of zero.
+
+`estimate` loads the base and measures. `predict` makes the same `FitEstimate` without a base, and without times.
+"""
 
 import copy
 import itertools
@@ -14,8 +17,9 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import MOST_BATCHES, DataSource, size_of
@@ -39,6 +43,7 @@ SILENT: dict[str, Any] = dict.fromkeys(
 )
 """Arguments of a trainer that prints and keeps nothing."""
 _STEPS = 4
+"""One step warms up, two are timed, and the last one takes the longest batch."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,19 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         short, validation = _rehearsed(module, data, trainer, probe)
         optimizer = module.configure_optimizers()["optimizer"]
     planned = [
-        one.expected_choices(trainer, module, length, probe.forward_backward) for one in callbacks_of(short, Schedule)
+        schedule.expected_choices(trainer, module, length, probe.forward_backward)
+        for schedule in callbacks_of(short, Schedule)
     ]
     validations = validations_of(trainer, data, length, len(validation))
-    # The last batch of a validation is seldom full.
-    whole = sum(map(size_of, validation)) / size_of(_typical(validation)) if validation else 0.0
+    # A validation in typical batches: its last batch is seldom full, so it takes less than their number.
+    typical_batches = 0.0
+    if validation:
+        typical_batches = sum(map(size_of, validation)) / size_of(_typical(validation))
     step = trainer.accumulate_grad_batches * probe.forward_backward + probe.optimizer_step
+    seconds = {"router": probe.router} if probe.router else {}
+    seconds["steps"] = length.total_steps * step
+    seconds["choices"] = sum(taken for _, taken in planned)
+    seconds["validations"] = validations * typical_batches * probe.validation
     stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta)[0].values()]
     return estimate_of(
         module,
@@ -126,44 +138,66 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         length=length,
         choices=sum(number for number, _ in planned),
         validations=validations,
-        seconds={
-            **({"router": probe.router} if probe.router else {}),
-            "steps": length.total_steps * step,
-            "choices": sum(taken for _, taken in planned),
-            "validations": validations * whole * probe.validation,
-        },
-        bytes=memory_of(module, probe.optimizer, probe.python, probe.peak),
+        seconds=seconds,
+        memory=memory_of(module, probe.optimizer, probe.python, probe.peak),
         on_disk=sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values())),
     )
 
 
 def estimate_of(
-    module: ExpertModule, data: TaskMixture, trainer: Trainer, optimizer: Optimizer, **more: Any
+    module: ExpertModule,
+    data: TaskMixture,
+    trainer: Trainer,
+    optimizer: Optimizer,
+    length: TrainingLength,
+    choices: int,
+    validations: int,
+    memory: dict[str, int],
+    seconds: Mapping[str, float] | None = None,
+    on_disk: int = 0,
+    predicted: bool = False,
 ) -> FitEstimate:
-    """Return an estimate with the fields that these four tell, and `more`."""
+    """Return an estimate with what the module, its data, trainer and optimizer tell, and these fields."""
     return FitEstimate(
         splits=data.sizes(),
         padding=data.padding(),
         weights=weights_of(module),
         rates=sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}),
-        places=places_of(trainer),
-        **more,
+        places=written_places(trainer),
+        length=length,
+        choices=choices,
+        validations=validations,
+        bytes=memory,
+        seconds=dict(seconds or {}),
+        on_disk=on_disk,
+        predicted=predicted,
     )
 
 
 def _rehearsed(
     module: ExpertModule, data: TaskMixture, trainer: Trainer, probe: "_Probe"
 ) -> tuple[Trainer, list[Batch]]:
-    device, before, loaded = trainer.strategy.root_device, module.learning_rate, hasattr(module, "model")
+    """Let the probe watch a short fit of the module; return its trainer and the batches of a validation.
+
+    The module is afterwards as it was: its rate, the supports and values of an earlier fit, and the random state.
+    """
+    device = trainer.strategy.root_device
+    rate = module.learning_rate
+    is_loaded = hasattr(module, "model")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    probe.python = None if loaded else high_water(device)
-    # The schedules of the short fit may exchange what an earlier fit trained.
-    kept = {name: tensor.clone() for name, tensor in module.state_dict().items()} if loaded else {}
+    # Where the model is loaded already, nothing tells how much of the process is Python.
+    probe.python = None if is_loaded else high_water(device)
+    kept: dict[str, Tensor] = {}
+    if is_loaded:
+        # The schedules of the short fit may exchange what an earlier fit trained.
+        kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         short = _short_trainer(trainer, probe, folder)
         try:
-            module.learning_rate, module.trainer = 0.0, short
+            # Steps at this rate change no number.
+            module.learning_rate = 0.0
+            module.trainer = short
             module.setup("fit")
             module.configure_model()
             data.fit_context(context_length(module.model))
@@ -172,7 +206,7 @@ def _rehearsed(
             probe.router = module.prepare_experts(data)
             short.fit(module, _Batches(data, validation))
         finally:
-            module.learning_rate = before
+            module.learning_rate = rate
             if kept:
                 resize_like(module.model, kept)
                 module.load_state_dict(kept, strict=False)
@@ -180,7 +214,8 @@ def _rehearsed(
 
 
 def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
-    mine = [copy.deepcopy(schedule) for schedule in callbacks_of(trainer, Schedule)]
+    """Return a trainer of a few steps with copies of a trainer's schedules, which writes to `folder` alone."""
+    schedules = [copy.deepcopy(schedule) for schedule in callbacks_of(trainer, Schedule)]
     return Trainer(
         max_steps=_STEPS,
         max_epochs=-1,
@@ -188,7 +223,7 @@ def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
         devices=1,
         precision=trainer.precision,
         gradient_clip_val=trainer.gradient_clip_val,
-        callbacks=[*mine, EvenValidation(times=0), probe],
+        callbacks=[*schedules, EvenValidation(times=0), probe],
         limit_val_batches=2,
         num_sanity_val_steps=2,
         default_root_dir=folder,
@@ -200,17 +235,18 @@ def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
 def logging_from(level: int, *names: str) -> Iterator[None]:
     """Let the loggers of these names log nothing below a level."""
     loggers = [logging.getLogger(name) for name in names]
-    before = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(level)
     try:
         yield
     finally:
-        for logger, old in zip(loggers, before, strict=True):
-            logger.setLevel(old)
+        for logger, earlier in zip(loggers, levels, strict=True):
+            logger.setLevel(earlier)
 
 
 def _typical(batches: Sequence[Batch]) -> Batch:
+    """Return the batch whose size is nearest to the mean."""
     mean = sum(map(size_of, batches)) / len(batches)
     return min(batches, key=lambda batch: abs(size_of(batch) - mean))
 
@@ -220,8 +256,13 @@ class _Batches(LightningDataModule, DataSource):
 
     def __init__(self, data: TaskMixture, validation: Sequence[Batch]) -> None:
         super().__init__()
-        self._data, self._given = data, list[Batch]()
-        self._validation = [_typical(validation)] * 2 if validation else []
+        self._data = data
+        self._training: list[Batch] = []
+        self._validation: list[Batch] = []
+        if validation:
+            # The first one warms up.
+            typical = _typical(validation)
+            self._validation = [typical, typical]
         self._choose()
 
     @property
@@ -233,16 +274,22 @@ class _Batches(LightningDataModule, DataSource):
         self._choose()
 
     def _choose(self) -> None:
-        # In place, for loaders that were made before.
         batches = list(itertools.islice(self._data.train_dataloader(), MOST_BATCHES))
         typical = _typical(batches)
-        self._given[:] = [typical, typical, typical, max(batches, key=size_of), *[typical] * MOST_BATCHES]
+        # Schedules may read more batches than there are steps. The list stays the same object, which loaders hold.
+        more = itertools.repeat(typical, MOST_BATCHES)
+        self._training[:] = [typical, typical, typical, max(batches, key=size_of), *more]
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(cast(Any, self._given), batch_size=None, collate_fn=lambda batch: batch)
+        return _loader_of(self._training)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(cast(Any, self._validation), batch_size=None, collate_fn=lambda batch: batch)
+        return _loader_of(self._validation)
+
+
+def _loader_of(batches: list[Batch]) -> DataLoader:
+    """Return a loader of batches that are made already; a list is all that it asks of a data set."""
+    return DataLoader(cast("Dataset[Batch]", batches), batch_size=None, collate_fn=lambda batch: batch)
 
 
 class _Probe(Callback):
@@ -251,19 +298,23 @@ class _Probe(Callback):
     def __init__(self, length: TrainingLength) -> None:
         self.length = length
         self.forward_backward = self.optimizer_step = self.validation = 0.0
+        """Seconds of one batch or step."""
         self.router = 0.0
         """Seconds in which experts got ready."""
         self.peak = self.optimizer = 0
+        """Bytes of the process at its largest, and of the optimizer state."""
         self.python: int | None = None
+        """Bytes of the process before the base is loaded."""
         self._started = self._chosen = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.length = self.length  # type: ignore[assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started, self._chosen = _now(pl_module), seconds_between_steps(trainer, cast(ExpertModule, pl_module))
+        self._started = _now(pl_module)
+        self._chosen = seconds_between_steps(trainer, cast(ExpertModule, pl_module))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         now = _now(pl_module)
         if trainer.global_step in (1, 2):
             # Schedules that come after this callback choose supports within that time.
@@ -294,51 +345,63 @@ def _now(module: LightningModule) -> float:
 
 def weights_of(module: ExpertModule) -> list[TrainedWeights]:
     """Return what is trained, by the name that weights have in all blocks."""
-    groups: dict[str, list[Any]] = {}
-    layers = dict(expert_layers(module.model))
+    # A layer with its expert, or an expert of a module that is not a linear layer.
+    groups: dict[str, list[nn.Module]] = {}
+    layers: dict[str, nn.Module] = dict(expert_layers(module.model))
     for name, expert in named_experts(module.model):
         groups.setdefault(in_any_block(f"{name}.").removesuffix("."), []).append(layers.get(name, expert))
-    return [
-        TrainedWeights(
-            name,
-            len(several),
-            sum(one.matrix.numel() for one in several if isinstance(one, ExpertLayer)),
-            sum(one.numel() for part in several for one in part.parameters() if one.requires_grad),
-        )
-        for name, several in groups.items()
-    ]
+    weights = []
+    for name, owners in groups.items():
+        parameters = [parameter for owner in owners for parameter in owner.parameters()]
+        entries = sum(owner.matrix.numel() for owner in owners if isinstance(owner, ExpertLayer))
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        weights.append(TrainedWeights(name, len(owners), entries, trained))
+    return weights
 
 
 def memory_of(module: ExpertModule, optimizer_state: int, python: int | None, most: int) -> dict[str, int]:
     """Divide the most bytes that a fit takes among what takes them, Python too where its size is known."""
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    parts = {"base": sum(parameter.nbytes for parameter in module.parameters()) - trained}
-    parts |= {"trained numbers and gradients": 2 * trained, "optimizer state": optimizer_state}
-    parts |= {} if python is None else {"Python and its libraries": python}
+    whole = sum(parameter.nbytes for parameter in module.parameters())
+    parts = {
+        "base": whole - trained,
+        "trained numbers and gradients": 2 * trained,
+        "optimizer state": optimizer_state,
+    }
+    if python is not None:
+        parts["Python and its libraries"] = python
     # Where the process was larger before than now, its parts add up to more than its peak in the steps.
-    return parts | {"activations and the rest": max(most - sum(parts.values()), 0)}
+    parts["activations and the rest"] = max(most - sum(parts.values()), 0)
+    return parts
 
 
 def validations_of(trainer: Trainer, data: TaskMixture, length: TrainingLength, batches: int) -> int:
     """Return how often a fit measures its validation rows, which make this many batches."""
     if not batches or not trainer.limit_val_batches:
         return 0
-    every: Any = trainer.val_check_interval
-    (even,) = callbacks_of(trainer, EvenValidation)[:1] or [EvenValidation()]
-    if even.times and every == 1.0 and trainer.check_val_every_n_epoch == 1:
+    # A fraction of an epoch, a number of batches, or None for whole epochs.
+    interval: float | int | None = trainer.val_check_interval
+    even = next(iter(callbacks_of(trainer, EvenValidation)), EvenValidation())
+    if even.times and interval == 1.0 and trainer.check_val_every_n_epoch == 1:
         trained = length.total_steps * trainer.accumulate_grad_batches * data.batch_size
-        validated = sum(one.rows for one in data.sizes() if one.split == "validation")
-        return even.worthwhile(trained, validated) + bool(trainer.num_sanity_val_steps)
+        validated = sum(split.rows for split in data.sizes() if split.split == "validation")
+        before_training = 1 if trainer.num_sanity_val_steps else 0
+        return even.worthwhile(trained, validated) + before_training
     per_epoch = len(data.train_dataloader())
-    every = max(int(per_epoch * every), 1) if isinstance(every, float) else every or per_epoch
-    every *= trainer.check_val_every_n_epoch or 1
-    return length.total_steps * trainer.accumulate_grad_batches // every
+    if isinstance(interval, float):
+        batches_between = max(int(per_epoch * interval), 1)
+    else:
+        batches_between = interval or per_epoch
+    batches_between *= trainer.check_val_every_n_epoch or 1
+    return length.total_steps * trainer.accumulate_grad_batches // batches_between
 
 
-def places_of(trainer: Trainer) -> list[tuple[str, Path]]:
+def written_places(trainer: Trainer) -> list[tuple[str, Path]]:
     """Return what a fit writes, and where."""
-    places = [("the expert", one.target) for one in callbacks_of(trainer, ExportExpert)]
+    places = [("the expert", export.target) for export in callbacks_of(trainer, ExportExpert)]
     if trainer.log_dir and trainer.loggers:
-        checkpoints = bool(callbacks_of(trainer, ModelCheckpoint))
-        places.append(("metrics, configuration" + ", checkpoints" * checkpoints, Path(trainer.log_dir)))
+        content = "metrics, configuration"
+        if callbacks_of(trainer, ModelCheckpoint):
+            content += ", checkpoints"
+        places.append((content, Path(trainer.log_dir)))
     return places

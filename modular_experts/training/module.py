@@ -221,6 +221,13 @@ class ExpertModule(EvaluatedModule):
         return self.experts is not None or self.expert is not None
 
     @property
+    def planned_experts(self) -> Factory | Mapping[str, Factory] | Plan:
+        """The experts to put into the model, as `inject` takes them beside `modules`."""
+        experts = self.experts or self.expert
+        assert experts is not None
+        return experts
+
+    @property
     def reads_base(self) -> bool:
         """Whether the base is not in memory, neither loaded nor given."""
         return not self._given and not hasattr(self, "model")
@@ -252,7 +259,7 @@ class ExpertModule(EvaluatedModule):
         if self.gradient_checkpointing:
             recompute(model, self.offload_activations)
         if self.has_experts:
-            inject(model, cast(Any, self.experts or self.expert), self.modules_pattern)
+            inject(model, self.planned_experts, self.modules_pattern)
             loading.hold_values(model, getattr(torch, self.values))
             loading.check_on_top(model, self.applied_experts)
         self._start = start_of(model) if self.preferences else {}

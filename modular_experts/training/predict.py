@@ -1,9 +1,14 @@
-"""Predict the memory of a fit without its base: two training steps on tensors that have shapes and no numbers."""
+"""Predict the memory of a fit without its base: two training steps on tensors that have shapes and no numbers.
+
+`estimate` measures instead, and tells the time too, where the base can be loaded.
+"""
 
 import itertools
 import logging
+import math
 import weakref
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from modular_experts.base import Base
 from modular_experts.base.quantised import packed, quantised_shapes, quantiser
@@ -37,55 +43,71 @@ class UnpredictableError(ValueError):
     """Shapes alone do not tell what a fit takes."""
 
 
-class Held(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts, while it is on, the bytes of each tensor that an operator makes, until nothing refers to it any more.
 
     Attributes:
-        bytes: What is there now.
-        most: The most that was there at once.
+        bytes: The bytes that are held now.
+        most: The most that was held at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.most = 0
-        self._there: set[int] = set()
+        self.bytes = 0
+        self.most = 0
+        self._counted: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self.count(tensor)
-        return found
+        return result
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor's memory, unless another tensor shares it and is counted already."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._there:
-            self._there.add(storage._cdata)
+        if storage._cdata not in self._counted:
+            self._counted.add(storage._cdata)
             self.bytes += storage.nbytes()
             self.most = max(self.most, self.bytes)
             weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
 
     def _free(self, storage: int, size: int) -> None:
-        self._there.discard(storage)
+        self._counted.discard(storage)
         self.bytes -= size
 
 
-class _HeldOfShapes(Held):
+class _LiveBytesOfShapes(LiveBytes):
     """Counts bytes of fake tensors, and supposes that each expert of a mixture-of-experts layer gets as many tokens."""
 
     _experts = 1
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        real = given and not any(isinstance(one, FakeTensor) for one in given)
-        if real and func is not torch.ops.aten.lift_fresh.default:  # which makes a fake tensor of a constant
-            with unset_fake_temporarily():  # numbers of experts, or what stands for a quantised weight
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        are_real = bool(inputs) and not any(isinstance(tensor, FakeTensor) for tensor in inputs)
+        # `lift_fresh` makes a fake tensor of a constant, which is real.
+        if are_real and func is not torch.ops.aten.lift_fresh.default:
+            # Numbers of experts, or a stand-in for a quantised weight: they are computed with.
+            with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
         if func is torch.ops.aten.nonzero.default:
-            return self._chosen(given[0])
-        if func is torch.ops.aten._grouped_mm.default:  # which knows shapes in bfloat16 alone
-            args, kwargs, func = (given[0], given[1][0]), {}, torch.ops.aten.mm.default
+            return self._chosen(inputs[0])
+        if func is torch.ops.aten._grouped_mm.default:
+            # This operator has shapes for bfloat16 alone; a product with the matrix of one expert takes as much.
+            return super().__torch_dispatch__(torch.ops.aten.mm.default, types, (inputs[0], inputs[1][0]))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _chosen(self, where: Tensor) -> Tensor:
@@ -98,11 +120,12 @@ class _HeldOfShapes(Held):
             self._experts = len(where) - 1
             with unset_fake_temporarily():
                 return torch.arange(len(where))[:, None]
-        return where.new_empty(-(-where.numel() // self._experts), where.ndim, dtype=torch.int64)
+        tokens = math.ceil(where.numel() / self._experts)
+        return where.new_empty(tokens, where.ndim, dtype=torch.int64)
 
 
 class BatchShape(NamedTuple):
-    """What of a batch decides how much memory a step takes."""
+    """The facts of a batch that decide how much memory a step takes."""
 
     rows: int
     length: int
@@ -112,9 +135,11 @@ class BatchShape(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> "BatchShape":
-        packed, labels = "row" in batch, batch["labels"]
-        padded = not packed and not bool(batch["attention_mask"].all())
-        return cls(labels.shape[0], labels.shape[1], int((labels[:, 1:] != IGNORED).sum()), padded, packed)
+        labels = batch["labels"]
+        rows, length = labels.shape
+        is_packed = "row" in batch
+        is_padded = not is_packed and not bool(batch["attention_mask"].all())
+        return cls(rows, length, int((labels[:, 1:] != IGNORED).sum()), is_padded, is_packed)
 
 
 class _Planned(KeptGradient):
@@ -141,36 +166,48 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
     """
     device = trainer.strategy.root_device
     with logging_from(logging.CRITICAL, "modular_experts", "lightning.pytorch", "torch._subclasses.fake_tensor"):
-        module.trainer = data.trainer = trainer  # which tells how many processes share a batch
+        # Module and data ask it how many processes share a batch.
+        module.trainer = trainer
+        data.trainer = trainer
         module.setup("fit")
         base = _predictable_base(module)
         data.setup("fit")
         length = training_length(trainer, len(data.train_dataloader()))
-        python, mode, held = high_water(device), FakeTensorMode(), _HeldOfShapes()
-        model, dtype = base.structure.model, getattr(torch, module.dtype_name)
-        if form := quantiser(base.quantise, dtype) if base.quantise else base.quantisation:
-            quantised_shapes(model, form, dtype)
-        with mode, held:
+        python = high_water(device)
+        model = _shapes_of(base, module)
+        fake = FakeTensorMode()
+        live = _LiveBytesOfShapes()
+        with fake, live:
             module.model = _with_experts(module, model, device)
             optimizer = module.make_optimizer()
         data.fit_context(context_length(module.model))
         data.choose_packing(lambda: moves_tokens_alone(module.model))
-        loaders = data.train_dataloader(), data.val_dataloader()
-        train, validation = (list(itertools.islice(one, MOST_BATCHES)) for one in loaders)
+        train = list(itertools.islice(data.train_dataloader(), MOST_BATCHES))
+        validation = list(itertools.islice(data.val_dataloader(), MOST_BATCHES))
         validations = validations_of(trainer, data, length, len(validation))
-        shapes = [BatchShape.of(max(found, key=size_of)) for found in (train, validation) if found]
-        with mode, held:
-            _rehearse(module, optimizer, trainer, shapes[0], shapes[1:] if validations else [])
+        validated = [BatchShape.of(max(validation, key=size_of))] if validations else []
+        with fake, live:
+            _rehearse(module, optimizer, trainer, BatchShape.of(max(train, key=size_of)), validated)
         choices = [
-            one.expected_choices(trainer, module, length, 0.0)[0]
-            for one in callbacks_of(trainer, Schedule) or [MaskSchedule()]
+            schedule.expected_choices(trainer, module, length, 0.0)[0]
+            for schedule in callbacks_of(trainer, Schedule) or [MaskSchedule()]
         ]
     # On Linux, most of the memory of freed gradients was seen to stay unused when the next ones were made.
-    freed = sum(one.nbytes for one in module.parameters() if one.requires_grad) if device.type == "cpu" else 0
-    most = python + held.most + native_plans(module.model) + freed
-    parts = memory_of(module, optimizer_bytes([optimizer]), python, most)
-    told = {"length": length, "choices": sum(choices), "validations": validations, "bytes": parts}
-    return estimate_of(module, data, trainer, optimizer, **told, predicted=True)
+    freed = 0
+    if device.type == "cpu":
+        freed = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    most = python + live.most + native_plans(module.model) + freed
+    return estimate_of(
+        module,
+        data,
+        trainer,
+        optimizer,
+        length=length,
+        choices=sum(choices),
+        validations=validations,
+        memory=memory_of(module, optimizer_bytes([optimizer]), python, most),
+        predicted=True,
+    )
 
 
 def _predictable_base(module: ExpertModule) -> Base:
@@ -179,16 +216,29 @@ def _predictable_base(module: ExpertModule) -> Base:
         raise UnpredictableError("shapes predict what a fit takes on a base on disk; give its directory as base")
     applied = loading.open_applied(module.applied, trains=True)
     base = loading.opened_base(module.base, applied, module.revision, module.quantise)
-    reasons = ["with a loss of preferences"] * bool(module.preferences)
-    reasons += ["on top of a routed expert"] * any(expert.is_routed for expert in applied)
     method = (base.quantisation or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes" or (base.quantise or "").endswith("-torchao"):
-        reasons.append("on a base that another library than bitsandbytes quantises")
-    if reasons:
+    reason = ""
+    if module.preferences:
+        reason = "with a loss of preferences"
+    elif any(expert.is_routed for expert in applied):
+        reason = "on top of a routed expert"
+    elif method != "bitsandbytes" or (base.quantise or "").endswith("-torchao"):
+        reason = "on a base that another library than bitsandbytes quantises"
+    if reason:
         raise UnpredictableError(
-            f"the memory of a fit {reasons[0]} cannot be predicted; a dry run without a size to fit into loads the base"
+            f"the memory of a fit {reason} cannot be predicted; a dry run without a size to fit into loads the base"
         )
     return base
+
+
+def _shapes_of(base: Base, module: ExpertModule) -> PreTrainedModel:
+    """Return the base's model on the meta device, with quantised layers where the fit has them."""
+    model: PreTrainedModel = base.structure.model
+    dtype = getattr(torch, module.dtype_name)
+    form = quantiser(base.quantise, dtype) if base.quantise else base.quantisation
+    if form:
+        quantised_shapes(model, form, dtype)
+    return model
 
 
 def _rehearse(
@@ -214,68 +264,89 @@ def _rehearse(
         ) from None
 
 
-def _with_experts(module: ExpertModule, model: Any, device: torch.device) -> nn.Module:
+def _with_experts(module: ExpertModule, model: PreTrainedModel, device: torch.device) -> nn.Module:
     """Return the model with experts in it, as the module would load it, but for the numbers."""
-    made: dict[int, Tensor] = {}
     dtype = getattr(torch, module.dtype_name)
+    # A tied weight is one parameter under several names, here too.
+    made: dict[int, nn.Parameter] = {}
     for part in model.modules():
-        for name, one in part._parameters.items():
-            if one is not None and id(one) not in made:
-                kind = dtype if one.is_floating_point() else one.dtype
-                if type(one) is nn.Parameter:
-                    made[id(one)] = nn.Parameter(torch.empty(one.shape, dtype=kind, device=device), requires_grad=False)
-                else:
-                    with device:
-                        made[id(one)] = packed(one, dtype)
-            part._parameters[name] = one if one is None else made[id(one)]
-        for name, one in part._buffers.items():
-            part._buffers[name] = one if one is None else torch.empty(one.shape, dtype=one.dtype, device=device)
+        for name, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = _without_numbers(parameter, dtype, device)
+            part._parameters[name] = made[id(parameter)]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     if module.gradient_checkpointing:
         recompute(model)
-    inject(model, cast(Any, module.experts or module.expert), module.modules_pattern)
+    inject(model, module.planned_experts, module.modules_pattern)
     loading.hold_values(model, getattr(torch, module.values))
+    # A kernel of a CPU would plan by the numbers of the support.
     for expert in _with_plan(model) if device.type == "cpu" else ():
         expert.chooser = _Planned(expert.indices, expert.shape, expert.tile)
     return model.train()
 
 
+def _without_numbers(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Return a frozen parameter of the shape and data type that a loaded base has, packed where it is quantised."""
+    if type(parameter) is not nn.Parameter:
+        with device:
+            return packed(parameter, dtype)
+    loaded = dtype if parameter.is_floating_point() else parameter.dtype
+    return nn.Parameter(torch.empty(parameter.shape, dtype=loaded, device=device), requires_grad=False)
+
+
 def _with_plan(model: nn.Module) -> list[SparseExpert]:
-    found = [layer.expert for _, layer in expert_layers(model) if isinstance(layer.expert, SparseExpert)]
-    return [one for one in found if one.granularity in ("element", "block")]
+    """Return the experts whose native kernel plans for each support: those of entries and tiles."""
+    sparse = [layer.expert for _, layer in expert_layers(model) if isinstance(layer.expert, SparseExpert)]
+    return [expert for expert in sparse if expert.granularity in ("element", "block")]
 
 
 def native_plans(model: nn.Module) -> int:
     """Return the bytes of the native kernels' plans: 8 for an entry, and 4 for a tile."""
-    planned = [one for one in _with_plan(model) if one.chooser is not None]
-    return sum(one.kept_units * (8 if one.granularity == "element" else 4) for one in planned)
+    planned = [expert for expert in _with_plan(model) if expert.chooser is not None]
+    return sum(expert.kept_units * (8 if expert.granularity == "element" else 4) for expert in planned)
 
 
-def loss_of(model: Any, shape: BatchShape, trainer: Trainer) -> Tensor:
+def loss_of(model: PreTrainedModel, shape: BatchShape, trainer: Trainer) -> Tensor:
     """Return the loss of a batch as `batch_losses` makes it, which looks at numbers to find the labelled tokens."""
-    device, head = trainer.strategy.root_device, model.get_output_embeddings()
+    device = trainer.strategy.root_device
+    head: Any = model.get_output_embeddings()
     ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64, device=device)
-    places, labels = (torch.zeros(shape.labelled, dtype=torch.int64, device=device) for _ in range(2))
+    places = torch.zeros(shape.labelled, dtype=torch.int64, device=device)
+    labels = torch.zeros(shape.labelled, dtype=torch.int64, device=device)
     in_parts = 4 * shape.labelled * head.weight.shape[0] > HEAD_BYTES and type(head) is nn.Linear
-    states: list[Tensor] = []
+    labelled_states: list[Tensor] = []
 
     def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        states.append(arguments[0][places, places])
-        return (states[0][None, : 1 if in_parts else None], *arguments[1:])
+        """Let the head read the labelled tokens alone, or only the first of them if it reads all in parts later."""
+        states = arguments[0][places, places]
+        labelled_states.append(states)
+        return (states[None, :1] if in_parts else states[None], *arguments[1:])
 
-    def losses(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(x.to(torch.promote_types(x.dtype, torch.float32)), y, reduction="none")
+    def losses(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
-    inputs = {"attention_mask": ids + 1} if shape.padded else {"position_ids": ids} if shape.packed else {}
+    def losses_of_part(states: Tensor, targets: Tensor) -> Tensor:
+        return losses(head(states), targets)
+
+    inputs: dict[str, Tensor] = {}
+    if shape.padded:
+        inputs = {"attention_mask": ids + 1}
+    elif shape.packed:
+        inputs = {"position_ids": ids}
     hook = head.register_forward_pre_hook(gather)
     try:
         with trainer.precision_plugin.forward_context():
             logits = model(input_ids=ids, **inputs, use_cache=False).logits[0]
             hook.remove()
             if in_parts and torch.is_grad_enabled():
-                parts = zip(states.pop().split(PART), labels.split(PART), strict=True)
-                found = [checkpoint(lambda x, y: losses(head(x), y), *part, use_reentrant=False) for part in parts]
+                parts = zip(labelled_states.pop().split(PART), labels.split(PART), strict=True)
+                rows = [checkpoint(losses_of_part, *part, use_reentrant=False) for part in parts]
             else:
-                found = [losses(logits, labels)]
-            return sum(extra_losses(model).values(), start=torch.cat(found).sum())
+                rows = [losses(logits, labels)]
+            return sum(extra_losses(model).values(), start=torch.cat(rows).sum())
     finally:
         hook.remove()

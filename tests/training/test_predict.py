@@ -24,7 +24,7 @@ from modular_experts.library import make_record, write_expert
 from modular_experts.merging.route import route
 from modular_experts.routing import Energy
 from modular_experts.training.estimate import estimate
-from modular_experts.training.predict import BatchShape, Held, loss_of, native_plans, predict
+from modular_experts.training.predict import BatchShape, LiveBytes, loss_of, native_plans, predict
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 KINDS = {
@@ -67,9 +67,9 @@ def peaks(base, kind, data, run, **settings) -> tuple[int, int]:
     batch = max(data.train_dataloader(), key=lambda batch: batch["input_ids"].numel())
     optimizer = real.make_optimizer()
     real.model.train()
-    with Held() as held:
+    with LiveBytes() as live:
         for one in [*real.model.parameters(), *real.model.buffers()]:
-            held.count(one)
+            live.count(one)
         for _ in range(2):
             loss = batch_losses(real.model, batch)[0].sum()
             optimizer.zero_grad()
@@ -77,7 +77,7 @@ def peaks(base, kind, data, run, **settings) -> tuple[int, int]:
             del loss
             optimizer.step()
     freed = parts["trained numbers and gradients"] / 2
-    return sum(parts.values()) - parts["Python and its libraries"] - freed, held.most
+    return sum(parts.values()) - parts["Python and its libraries"] - freed, live.most
 
 
 @pytest.mark.parametrize(("kind", "form"), [("tiles", None), ("full", None), ("tiles", "nf4"), ("lora", "int8")])
