@@ -100,12 +100,12 @@ def measure_model(work: Work, contenders: list[Contender], options: argparse.Nam
 
 def select(step: Step) -> None:
     """Take a step in which every layer chooses its support anew, from the step's own gradient."""
-    from modular_experts.selection.choice import Choice  # Lightning comes with these, which no step needs
+    from modular_experts.selection.choice import SupportChoice  # Lightning comes with these, which no step needs
     from modular_experts.selection.exchange import Exchange
     from modular_experts.selection.from_step import StepChoice
 
     layers: dict[str, Any] = dict(expert_layers(step.model))
-    choice = StepChoice(Choice(layers, position=100, lengths=(2000, 2000)))
+    choice = StepChoice(SupportChoice(layers, position=100, lengths=(2000, 2000)))
     choice.next_part(is_last=True)
 
     def exchange() -> None:

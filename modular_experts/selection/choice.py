@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class SelectableLayer(Protocol):
         """Return a delta as the expert sees it in the orientation of the stored weight, or the other way round."""
 
 
+ScoreFunction = Score | Callable[[Tensor, Tensor, Delta], Tensor]
+"""A score, or any function of (weight, gradient, delta) that returns one number for each entry."""
+
 Layers = Mapping[str, SelectableLayer]
 """Layers by the names of their weights."""
 
@@ -39,14 +42,14 @@ def selectable_layers(model: nn.Module) -> dict[str, SelectableLayer]:
     return cast(dict[str, SelectableLayer], layers)
 
 
-def statistic_of(expert: Selectable, score: Score | Callable[..., Any] | None) -> GradientStatistic:
+def statistic_of(expert: Selectable, score: ScoreFunction | None) -> GradientStatistic:
     """Return the statistic that a score, or else the expert's own, ranks entries by."""
     return getattr(score or expert.score, "statistic", "gradient")
 
 
 @dataclass
-class Choice:
-    """One choice, which takes the statistic of one weight after the other, in any order.
+class SupportChoice:
+    """One choice of supports, which takes the statistic of one weight after the other, in any order.
 
     Args:
         layers: The layers to choose for.
@@ -59,7 +62,7 @@ class Choice:
     layers: Layers
     position: int
     lengths: tuple[int, int]
-    score: Score | Callable[..., Any] | None = None
+    score: ScoreFunction | None = None
     rule: Rule | None = None
     seed: int = 0
     chosen: dict[str, Tensor] = field(default_factory=dict)
@@ -71,14 +74,18 @@ class Choice:
         Raises:
             ValueError: The score has another shape than its weight.
         """
-        layer, expert = self.layers[name], self.layers[name].expert
+        layer = self.layers[name]
+        expert = layer.expert
+        # Ranks draw random scores alike, and a layer's draw does not depend on the order of layers.
         torch.manual_seed(zlib.crc32(f"{self.seed}/{self.position}/{name}".encode()))
         weight, delta = expert.scored(layer.matrix)
         scores = (self.score or expert.score)(weight, statistic, delta)
         if scores.shape != expert.shape:
             raise ValueError(f"the score gave shape {tuple(scores.shape)} for {name}, of shape {tuple(expert.shape)}")
         scores = expert.unit_scores(scores if scores.is_floating_point() else scores.float())
-        before, rule = expert.support_units(), self.rule or expert.rule
+        before = expert.support_units()
+        rule = self.rule or expert.rule
+        # A dense start keeps every unit until its first choice, which brings it down to the expert's own number.
         anew = rule.starts_anew(self.position, before.numel(), expert.units)
         k = expert.kept_units if anew else before.numel()
         last = rule.last_update(*self.lengths)
@@ -87,14 +94,18 @@ class Choice:
 
 
 def shared_units(name: str, layer: SelectableLayer, other: StoredExpert) -> Tensor:
-    """Return the units that another expert keeps of a layer's weight."""
+    """Return the units that another expert keeps of a layer's weight; raise ValueError if it keeps other units."""
     tile = layer.expert.tile
-    found = layer.oriented(other[name]).units if name in other else None
-    if found and found[0] == tile:
-        return found[1].to(layer.matrix.device)
-    kept = "every entry" if name in other else "nothing"
-    if found:
-        kept = "single entries" if found[0] == (1, 1) else f"tiles of {found[0][0]} x {found[0][1]}"
+    kept = "nothing"
+    if name in other:
+        sparse = layer.oriented(other[name]).units
+        if sparse is None:
+            kept = "every entry"
+        else:
+            (height, width), units = sparse
+            if (height, width) == tile:
+                return units.to(layer.matrix.device)
+            kept = "single entries" if (height, width) == (1, 1) else f"tiles of {height} x {width}"
     raise ValueError(
         f"the support of {other.name} cannot be shared: it keeps {kept} at {name}, not units of {tile[0]} x {tile[1]}; "
         "use the granularity, block size and modules of that expert"

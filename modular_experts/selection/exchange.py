@@ -1,7 +1,6 @@
 """Move experts to new supports, together with their values and the optimizer state of each trained entry."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,11 +38,14 @@ class Exchange:
         # A copy, for the expert changes its support in place.
         before = expert.support_units().clone()
         slots, gone = expert.reselect(layer.matrix, units)
-        left = before[gone] if trained else before[:0]
-        touched = torch.cat([self.touched.get(name, left[:0]).to(left), left]) if trained else left
+        touched = before[:0]
+        if trained:
+            left = before[gone]
+            touched = torch.cat([self.touched.get(name, touched).to(left), left])
         # A unit may leave many times, and sorting at each choice would take as long as the choice.
         self.touched[name] = touched if touched.numel() <= 4 * before.numel() else touched.unique()
-        if (packed := expert.packed) is None:
+        packed = expert.packed
+        if packed is None:
             return
         for optimizer in optimizers:
             carry_state(optimizer.state.get(packed, {}), packed, slots)
@@ -52,7 +54,8 @@ class Exchange:
 
     def ever_trained(self, name: str, expert: Selectable) -> Tensor:
         """Return the units `(k,)` of a weight that are trained now or were trained at any time, sorted."""
-        units, earlier = expert.support_units(), self.touched.get(name)
+        units = expert.support_units()
+        earlier = self.touched.get(name)
         if earlier is None or not earlier.numel():
             return units
         both = ascending(torch.cat([earlier.to(units), units]))
@@ -60,7 +63,7 @@ class Exchange:
         return torch.cat([both[:1], both[1:][is_new]])
 
 
-def carry_state(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None:
+def carry_state(state: Mapping[str, object], parameter: Tensor, slots: Tensor) -> None:
     """Move an optimizer's state of the slots of a parameter to new slots, in place, also sums over a tile's rows.
 
     `slots` has for each new slot the one it had before, or -1 for a newcomer, which starts from zero.
@@ -77,6 +80,8 @@ def carry_state(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None
 
 def optimizer_bytes(optimizers: Iterable[Optimizer]) -> int:
     """Return the size of all per-entry state in bytes, without step counters."""
-    states = (state for optimizer in optimizers for state in optimizer.state.values())
-    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor) and value.ndim > 0)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    size = 0
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            size += sum(value.nbytes for value in state.values() if isinstance(value, Tensor) and value.ndim > 0)
+    return size

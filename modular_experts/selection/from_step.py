@@ -1,4 +1,9 @@
-"""Choose supports from the gradient of a training step that is made anyway, inside of its backward pass."""
+"""Choose supports from the gradient of a training step that is made anyway, inside of its backward pass.
+
+While a support is due, a `_Chooser` takes the place of the layer's kernel. Backward hands it the dense gradient of the
+weight; it ranks the entries by it, and gives the gradient of the chosen entries in the place of the present ones. When
+backward is over, `MaskSchedule` moves the values to the chosen entries, and the optimizer steps.
+"""
 
 import functools
 import time
@@ -11,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modular_experts.native.kernel import KeptGradient
-from modular_experts.selection.choice import Choice, SelectableLayer, statistic_of
+from modular_experts.selection.choice import SelectableLayer, SupportChoice, statistic_of
 from modular_experts.selection.scoring import reached_by_some
 
 
@@ -36,7 +41,7 @@ class StepChoice:
         is_last: Whether the micro-batch at hand is the step's last.
     """
 
-    choice: Choice
+    choice: SupportChoice
     parts: int = 1
     budget: int = 2**30
     reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient
@@ -49,53 +54,68 @@ class StepChoice:
     def __post_init__(self) -> None:
         left = self.budget
         for name, layer in self.choice.layers.items():
+            # A sum over micro-batches is float32.
             needed = 4 * layer.expert.shape.numel()
             sums = self.parts > 1 and needed <= left
-            left -= needed if sums else 0
+            if sums:
+                left -= needed
             layer.expert.chooser = _Chooser(self, name, layer, sums)
 
     def next_part(self, is_last: bool) -> None:
         """Say that another micro-batch begins, and whether the optimizer steps after it."""
-        self.part, self.is_last = self.part + 1, is_last
-        for one in self._choosers():
+        self.part += 1
+        self.is_last = is_last
+        for chooser in self._choosers():
             # Gradient checkpointing reaches layers once more in the backward pass.
-            one.is_reached = False
+            chooser.is_reached = False
 
     def agree_on_reached(self) -> None:
-        """Let the layers wait that a micro-batch reaches on some ranks alone; call it between its two passes.
+        """Let layers that a micro-batch reaches on some ranks alone wait; call this between forward and backward.
 
-        Such as the matrices of a mixture of experts: ranks reduce a gradient together, or none of them does.
+        The matrices of a mixture of experts are such layers. Ranks reduce a gradient together, or none of them does.
         """
         choosers = self._choosers()
-        for one in reached_by_some(choosers, self.reduce, choosers[0].units.device):
+        for chooser in reached_by_some(choosers, self.reduce, choosers[0].units.device):
             # A layer that sums chooses at the last micro-batch, and another one at the first that reaches it.
-            one.waits |= self.is_last or not one.sums
+            if self.is_last or not chooser.sums:
+                chooser.waits = True
 
     def _choosers(self) -> list["_Chooser"]:
         return [cast(_Chooser, layer.expert.chooser) for layer in self.choice.layers.values()]
 
     def finish(self) -> tuple[dict[str, Tensor], list[str]]:
-        """Give the layers their kernels back; return the units to keep of each, and the names of those without any.
+        """Give the layers their kernels back; return the units to keep of each, and the names of layers without any.
 
         A layer that no token reached on a rank, or whose gradient overflowed, has none.
         """
-        for one in self._choosers():
-            one.layer.expert.chooser = None
-            if one.hook is not None:
-                one.hook.remove()
+        for chooser in self._choosers():
+            chooser.layer.expert.chooser = None
+            if chooser.hook is not None:
+                chooser.hook.remove()
         chosen = self.choice.chosen
         return chosen, [name for name in self.choice.layers if name not in chosen]
 
 
 class _Chooser(KeptGradient):
-    """Takes the place of one layer's kernel until its support is chosen."""
+    """Takes the place of one layer's kernel until its support is chosen.
+
+    Attributes:
+        sums: Whether it adds up the gradients of all micro-batches, and chooses at the last one.
+        total: The gradient so far: of all micro-batches if it `sums`, else of this one.
+        hook: Lets autograd call `_replace`, from the first gradient on.
+        is_reached: Whether the forward pass of the micro-batch at hand came to the layer.
+        waits: Whether it chooses nothing in this step, because some ranks alone reached the layer.
+    """
 
     name = "chooser"
 
     def __init__(self, step: StepChoice, name: str, layer: SelectableLayer, sums: bool) -> None:
         expert = layer.expert
         super().__init__(expert.support_units(), expert.shape, expert.tile)
-        self.step, self.weight, self.layer, self.sums = step, name, layer, sums
+        self.step = step
+        self.weight = name
+        self.layer = layer
+        self.sums = sums
         self.total: Tensor | None = None
         self.hook: RemovableHandle | None = None
         self.is_reached = self.waits = False
@@ -114,10 +134,13 @@ class _Chooser(KeptGradient):
     def of_dense(self, gradient: Tensor) -> Tensor:
         """Add up the gradient of one call of the layer; return the gradient of the present, or of the chosen units."""
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        # `units` are the present ones until `_choose` replaces them.
         kept = super().of_dense(gradient)
         if not self.waits and self.weight not in self.step.choice.chosen:
+            # A layer that the model calls twice comes here twice in one backward pass.
             self.total = gradient if self.total is None else self.total.add_(gradient)
-            if self.hook is None and (values := self.layer.expert.packed) is not None:
+            values = self.layer.expert.packed
+            if self.hook is None and values is not None:
                 # Autograd calls it when the values have their gradient from all calls of the layer in this pass.
                 self.hook = values.register_hook(functools.partial(self._replace, values))
         return kept
@@ -125,22 +148,32 @@ class _Chooser(KeptGradient):
     @torch.no_grad()
     def _replace(self, values: nn.Parameter, of_present: Tensor) -> Tensor | None:
         """Choose, and return the gradient of the chosen units; or None, which leaves the gradient of the present."""
-        started, step, total = time.perf_counter(), self.step, self.total
+        started = time.perf_counter()
+        step = self.step
+        total = self.total
         if self.waits or total is None or (self.sums and not step.is_last):
             return None
-        self.total, kept = None, self._choose(step.reduce(total))
+        self.total = None
+        kept = self._choose(step.reduce(total))
         if self.sums and values.grad is not None:
-            values.grad.zero_()  # of the present units, in whose place the new ones come
+            # What earlier micro-batches gave the present units is a part of the sum, which `kept` is read from.
+            values.grad.zero_()
         step.seconds += time.perf_counter() - started
         return kept.to(of_present.dtype)
 
     def _choose(self, gradient: Tensor) -> Tensor:
-        step, choice = self.step, self.step.choice
+        """Choose units by a gradient of the weight, of all ranks; return the gradient of the chosen units."""
+        step = self.step
+        choice = step.choice
         if step.loss_scale is not None and not bool(gradient.isfinite().all()):
             return torch.full_like(super().of_dense(gradient), torch.inf)
-        # Scores get the mean gradient of the micro-batches, as if the loss had no factor.
-        factor = step.parts / (step.part if self.sums else 1) / (step.loss_scale or 1.0)
-        statistic, version = gradient if factor == 1 else gradient * factor, gradient._version
+        # Scores get the mean gradient of the micro-batches that it sums, as if the loss had neither been divided by
+        # their number nor scaled.
+        summed = step.part if self.sums else 1
+        factor = step.parts / summed / (step.loss_scale or 1.0)
+        statistic = gradient if factor == 1 else gradient * factor
+        # torch counts writes into a tensor; a score that wrote into this one would change the training.
+        version = gradient._version
         if statistic_of(self.layer.expert, choice.score) == "squared_gradient":
             statistic = statistic.square()
         device = self.layer.matrix.device

@@ -11,13 +11,20 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
+from torch.optim import Optimizer
 
 from modular_experts.data.batch import Batch, datamodule_of, loss_terms
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.library import check_fingerprint, open_experts
 from modular_experts.masks import Rule, Score
-from modular_experts.selection.choice import Choice, Layers, selectable_layers, shared_units, statistic_of
+from modular_experts.selection.choice import (
+    Layers,
+    SupportChoice,
+    selectable_layers,
+    shared_units,
+    statistic_of,
+)
 from modular_experts.selection.exchange import Exchange, optimizer_bytes
 from modular_experts.selection.from_step import StepChoice
 from modular_experts.selection.schedule import Schedule, TrainedModule, TrainingLength, seed_of
@@ -60,15 +67,21 @@ class MaskSchedule(Schedule):
             raise ValueError(f"batches={batches} must be at least 1, or 'step'")
         if support is not None and (score or rule):
             raise ValueError(f"support={support!r} is used as it is: give no score or rule beside it")
-        self.score, self.rule, self.batches = score, rule, batches
-        self.seed, self.accumulator_mib, self.support = seed, accumulator_mib, support
+        self.score = score
+        self.rule = rule
+        self.batches = batches
+        self.seed = seed
+        self.accumulator_mib = accumulator_mib
+        self.support = support
         self._start_afresh()
 
     def _start_afresh(self) -> None:
         self.selections = self.passes = 0
         self.seconds = 0.0
         self._exchange = Exchange()
+        # The newest step, or micro-batch, that was asked whether a choice is due.
         self._last_position = -1
+        # The choice that the optimizer step at hand makes.
         self._step: StepChoice | None = None
         # Layers that got no gradient when they were due, and the position of that choice.
         self._waiting: tuple[list[str], int] = ([], 0)
@@ -77,6 +90,7 @@ class MaskSchedule(Schedule):
 
     @property
     def scoring_batches(self) -> int:
+        """How many batches a choice takes that no training step can make."""
         return 4 if self.batches == "step" else self.batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -93,7 +107,9 @@ class MaskSchedule(Schedule):
             return False
         (other,) = open_experts([self.support])
         check_fingerprint([other], module.fingerprint, module.base)
-        for name, units in {name: shared_units(name, layer, other) for name, layer in layers.items()}.items():
+        # All are read before one is changed, so that an error changes none.
+        shared = {name: shared_units(name, layer, other) for name, layer in layers.items()}
+        for name, units in shared.items():
             layers[name].expert.resize(layers[name].matrix, units)
         self._last_position = 0
         return True
@@ -107,63 +123,79 @@ class MaskSchedule(Schedule):
             kinds = ", ".join(sorted({type(layer.expert).__name__ for _, layer in expert_layers(module.model)}))
             log.warning("MaskSchedule has no effect: it chooses for sparse and masked experts, and these are %s", kinds)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Choose by passes for the layers that are due and need them; let the others choose in the step that begins."""
         module = cast(TrainedModule, pl_module)
         layers = selectable_layers(module.model)
         if not layers or self.support is not None:
             return
-        rule, scale, position = self._rule(next(iter(layers.values())).expert), 1, trainer.global_step
+        # All experts of a fit count by the same unit.
+        rule = self._rule(next(iter(layers.values())).expert)
+        scale = 1
+        position = trainer.global_step
         if rule.unit == "micro_batches":
-            scale, position = trainer.accumulate_grad_batches, trainer.fit_loop.epoch_loop.total_batch_idx
+            scale = trainer.accumulate_grad_batches
+            position = trainer.fit_loop.epoch_loop.total_batch_idx
         if position == self._last_position:
             # This is a later micro-batch of the same optimizer step.
             self._begin_part(trainer, batch_idx)
             return
         self._last_position = position
-        lengths = scale * module.length.total_steps, scale * module.length.steps_per_epoch
+        lengths = (scale * module.length.total_steps, scale * module.length.steps_per_epoch)
         ends = trainer.global_step + 1 >= module.length.total_steps
-        due = {name: one for name, one in layers.items() if self._is_due(name, one.expert, position, lengths, ends)}
-        within = {name: layer for name, layer in due.items() if self._in_step(layer.expert)}
-        before = {name: layer for name, layer in due.items() if name not in within}
-        if before:
-            for name, units in self.choose(trainer, module, before, position, lengths).items():
+        due = {
+            name: layer for name, layer in layers.items() if self._is_due(name, layer.expert, position, lengths, ends)
+        }
+        in_step = {name: layer for name, layer in due.items() if self._in_step(layer.expert)}
+        by_passes = {name: layer for name, layer in due.items() if name not in in_step}
+        if by_passes:
+            for name, units in self.choose(trainer, module, by_passes, position, lengths).items():
                 self._exchange.move(name, due[name], units, trainer.optimizers, position > 0)
-        self.selections += bool(within) and not before
-        if not within and self._waiting[0]:
+        elif in_step:
+            # `choose` counts a choice by passes; both together are one selection.
+            self.selections += 1
+        if not in_step and self._waiting[0]:
+            # Layers that an earlier step did not reach choose now, as they would have then.
             names, position = self._waiting
-            within = {name: layers[name] for name in names}
-        if within:
+            in_step = {name: layers[name] for name in names}
+        if in_step:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._step = StepChoice(
-                Choice(within, position, lengths, self.score, self.rule, seed_of(self.seed, module)),
-                batch.get("step_batches", trainer.accumulate_grad_batches),
-                self.accumulator_mib * 2**20,
-                partial(trainer.strategy.reduce, reduce_op="mean"),
-                partial(_agree, trainer.world_size),
-                scaler.get_scale() if scaler is not None and scaler.is_enabled() else None,
+                choice=SupportChoice(in_step, position, lengths, self.score, self.rule, seed_of(self.seed, module)),
+                parts=batch.get("step_batches", trainer.accumulate_grad_batches),
+                budget=self.accumulator_mib * 2**20,
+                reduce=partial(trainer.strategy.reduce, reduce_op="mean"),
+                agree=partial(_agree, trainer.world_size),
+                loss_scale=scaler.get_scale() if scaler is not None and scaler.is_enabled() else None,
             )
             self._begin_part(trainer, batch_idx)
 
     def _is_due(self, name: str, expert: Selectable, position: int, lengths: tuple[int, int], ends: bool) -> bool:
+        """Return whether the expert of a weight chooses at a position; `ends` says that the fit ends with this step."""
         rule = self._rule(expert)
         last = rule.last_update(*lengths)
         if name in self._settled:
             # Its first choice was made in an earlier fit.
             return position > 0 and rule.is_due(position, last)
         # A run that is resumed for fewer steps may begin behind the freeze, and a short one ends before it.
-        ends |= position >= last if self.selections == 0 else position == last
-        if ends and expert.support_units().numel() > expert.kept_units:
+        is_frozen = position >= last if self.selections == 0 else position == last
+        if (ends or is_frozen) and expert.support_units().numel() > expert.kept_units:
             # A training must not end with everything kept.
             return True
-        return rule.is_due(position, last) if position else expert.selects_at_start
+        if position == 0:
+            return expert.selects_at_start
+        return rule.is_due(position, last)
 
     def _in_step(self, expert: Selectable) -> bool:
         """Return whether the next training step can give the statistic that an expert's choice needs."""
-        can = expert.chooses_in_step and self._rule(expert).unit == "optimizer_steps"
-        return self.batches == "step" and can and statistic_of(expert, self.score) != "none"
+        if self.batches != "step" or statistic_of(expert, self.score) == "none":
+            return False
+        return expert.chooses_in_step and self._rule(expert).unit == "optimizer_steps"
 
     def _begin_part(self, trainer: Trainer, batch_idx: int) -> None:
+        """Tell the choice of this step that a micro-batch begins, and whether the optimizer steps after it."""
         if self._step is not None:
+            # Lightning steps at the end of an epoch, however many micro-batches there were.
             ends_epoch = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
             self._step.next_part(ends_epoch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0)
 
@@ -171,13 +203,15 @@ class MaskSchedule(Schedule):
         if self._step is not None and trainer.world_size > 1:
             self._step.agree_on_reached()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Move experts to the supports that were chosen in this step's backward pass; their gradients are there."""
-        step, self._step = self._step, None
-        if step is None:
+        if self._step is None:
             return
+        step = self._step
+        self._step = None
         chosen, waiting = step.finish()
-        started, choice = time.perf_counter(), step.choice
+        started = time.perf_counter()
+        choice = step.choice
         for name, units in chosen.items():
             self._exchange.move(name, choice.layers[name], units, trainer.optimizers, choice.position > 0, graded=True)
         self._waiting = (waiting, choice.position)
@@ -187,7 +221,9 @@ class MaskSchedule(Schedule):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._step is not None:
             self._step.finish()
-            self._step, self._last_position = None, self._last_position - 1
+            self._step = None
+            # The choice that was broken off is due again.
+            self._last_position -= 1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
@@ -195,9 +231,10 @@ class MaskSchedule(Schedule):
     def choose(
         self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, lengths: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """Return the units that each layer is to keep, the same on every rank; the numbers are as for `Choice`."""
-        started, seed = time.perf_counter(), seed_of(self.seed, module)
-        choice = Choice(layers, position, lengths, self.score, self.rule, seed)
+        """Return the units that each layer is to keep, the same on every rank; numbers as for `SupportChoice`."""
+        started = time.perf_counter()
+        seed = seed_of(self.seed, module)
+        choice = SupportChoice(layers, position, lengths, self.score, self.rule, seed)
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             # Each rank draws dropout of its own.
             torch.manual_seed(zlib.crc32(f"{seed}/{position}/{trainer.global_rank}".encode()))
@@ -213,7 +250,7 @@ class MaskSchedule(Schedule):
     def scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:
         """Return a scoring pass over this rank's batches for `position`, the same in every run."""
         source = datamodule_of(trainer)
-        loader: Any = source.train_dataloader() if source is not None else trainer.train_dataloader
+        loader: Any = trainer.train_dataloader if source is None else source.train_dataloader()
         sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             # No training comes to an epoch of this number, so the order is used by no epoch.
@@ -222,8 +259,9 @@ class MaskSchedule(Schedule):
         batches: list[Batch] = [trainer.strategy.batch_to_device(batch) for batch in drawn]
         terms = torch.tensor([loss_terms(batch) for batch in batches], device=trainer.strategy.root_device).double()
         terms = trainer.strategy.reduce(terms, reduce_op="mean")
+        # A batch counts by its target tokens on all ranks, as in a training step of all these batches.
         shares = (terms / terms.sum().clamp(min=1)).tolist()
-        mean_over_ranks: Any = partial(trainer.strategy.reduce, reduce_op="mean")
+        mean_over_ranks = cast(Callable[[Tensor], Tensor], partial(trainer.strategy.reduce, reduce_op="mean"))
         return ScoringPass(module.loss, batches, shares, self.accumulator_mib * 2**20, mean_over_ranks)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,15 +269,14 @@ class MaskSchedule(Schedule):
         if not shares:
             return
         times = "once" if self.selections == 1 else f"{self.selections} times"
-        log.info(
-            "chose trainable entries %s (%.1f s): %.2f %% kept, %.2f %% ever trained",
-            *(times, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
-        )
+        text = "chose trainable entries %s (%.1f s): %.2f %% kept, %.2f %% ever trained"
+        log.info(text, times, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"])
         log.info("the optimizer state takes %s", bytes_text(optimizer_bytes(trainer.optimizers)))
 
     def is_exportable(self, module: TrainedModule) -> bool:
         experts = [layer.expert for layer in selectable_layers(module.model).values()]
-        return sum(one.support_units().numel() for one in experts) <= sum(one.kept_units for one in experts)
+        present = sum(expert.support_units().numel() for expert in experts)
+        return present <= sum(expert.kept_units for expert in experts)
 
     def expected_choices(
         self, trainer: Trainer, module: TrainedModule, length: TrainingLength, seconds: float
@@ -247,17 +284,19 @@ class MaskSchedule(Schedule):
         kinds = {type(layer.expert): layer.expert for layer in selectable_layers(module.model).values()}
         if not kinds or self.support is not None:
             return 0, 0.0
-        # A dense start makes its first choice later than the steps that were measured.
-        at_start, later = set[int](), set[int]()
+        # Positions of choices, by whether the steps that were measured had one: a dense start chooses first later.
+        at_start: set[int] = set()
+        later: set[int] = set()
         for expert in kinds.values():
             rule = self._rule(expert)
             scale = trainer.accumulate_grad_batches if rule.unit == "micro_batches" else 1
-            total, per_epoch = scale * length.total_steps, scale * length.steps_per_epoch
-            last = rule.last_update(total, per_epoch)
+            total = scale * length.total_steps
+            last = rule.last_update(total, scale * length.steps_per_epoch)
             due = {position for position in range(1, total) if rule.is_due(position, last)}
             if expert.selects_at_start:
                 at_start |= {0} | due
             else:
+                # A fit that ends before the first update chooses in its last step.
                 later |= due or {min(last, total - 1)}
         by_passes = self.scoring_batches * seconds
         measured = round(self.seconds, 3) / self.selections if self.selections else by_passes
@@ -279,15 +318,22 @@ class MaskSchedule(Schedule):
         return counts | {"selection_seconds": round(self.seconds, 3)}
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("selections", "seconds", "passes")}
         # A choice that the step at hand has not made yet is due again.
-        last = self._last_position - (self._step is not None)
-        places = {"last_position": last, "waiting": self._waiting, "settled": self._settled}
-        return counts | places | {"touched": dict(self._exchange.touched)}
+        last_position = self._last_position if self._step is None else self._last_position - 1
+        return {
+            "selections": self.selections,
+            "seconds": self.seconds,
+            "passes": self.passes,
+            "last_position": last_position,
+            "waiting": self._waiting,
+            "settled": self._settled,
+            "touched": dict(self._exchange.touched),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in ("selections", "seconds", "passes"):
-            setattr(self, name, state_dict[name])
+        self.selections = state_dict["selections"]
+        self.seconds = state_dict["seconds"]
+        self.passes = state_dict["passes"]
         self._last_position = state_dict["last_position"]
         # Version 1 had no layers that waited.
         self._waiting = state_dict.get("waiting", self._waiting)[:2]

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, distributed, nn
+
+from modular_experts.data.batch import Batch
 
 T = TypeVar("T", bound=Callback)
 S = TypeVar("S")
@@ -30,13 +32,14 @@ class TrainedModule(Protocol):
     fingerprint: str
     seed: int
     length: TrainingLength
-    preferences: Any  # a loss of preferences, or None
+    preferences: object | None
+    """A loss of preferences, if the module trains by one."""
 
     @property
     def model(self) -> nn.Module:
         """The base with experts in its layers; `injection.expert_layers` yields them."""
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Return the training loss of one batch."""
 
 
@@ -96,13 +99,16 @@ def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
 
 def of_all_ranks(trainer: Trainer, mine: S) -> list[S]:
     """Return an object of each process of a trainer, in the order of ranks; this one has `mine`."""
-    found = [mine] * trainer.world_size
+    objects = [mine] * trainer.world_size
     if trainer.world_size > 1:
-        distributed.all_gather_object(found, mine)
-    return found
+        distributed.all_gather_object(objects, mine)
+    return objects
 
 
 def seconds_between_steps(trainer: Trainer, module: TrainedModule) -> float:
     """Return how many seconds the schedules of a fit have taken between its steps."""
-    costs = [schedule.costs(trainer, module) for schedule in callbacks_of(trainer, Schedule)]
-    return sum(value for found in costs for name, value in found.items() if name.endswith("_seconds"))
+    seconds = 0.0
+    for schedule in callbacks_of(trainer, Schedule):
+        costs = schedule.costs(trainer, module)
+        seconds += sum(cost for name, cost in costs.items() if name.endswith("_seconds"))
+    return seconds

@@ -6,16 +6,26 @@ A pass fills no parameter's `.grad` and keeps only the gradients of the scored w
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from modular_experts.data.batch import Batch
 from modular_experts.experts.selectable import Probe
 from modular_experts.progress import in_passes
-from modular_experts.selection.choice import Choice, Layers, SelectableLayer, statistic_of
+from modular_experts.selection.choice import Layers, SelectableLayer, SupportChoice, statistic_of
 
 Receive = Callable[[str, Tensor], None]
+
+
+class Reached(Protocol):
+    """Something at a layer that notices whether the forward pass came there."""
+
+    is_reached: bool
+
+
+R = TypeVar("R", bound=Reached)
 
 
 @dataclass
@@ -34,8 +44,8 @@ class ScoringPass:
         passes: Number of forward and backward passes made so far.
     """
 
-    loss: Callable[[Any], Tensor]
-    batches: Sequence[Any]
+    loss: Callable[[Batch], Tensor]
+    batches: Sequence[Batch]
     shares: Sequence[float] | None = None
     budget: int = 2**30
     reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient
@@ -68,41 +78,43 @@ class ScoringPass:
                 else:
                     sums[name] = term(gradient).mul_(share)
 
+            # Each group of weights takes a pass over all batches of its own.
             for batch, share in zip(self.batches, shares, strict=True):
                 self._probe(group, batch, partial(add, share))
             for name in sorted(sums):
                 receive(name, sums.pop(name))
 
-    def _probe(self, layers: Layers, batch: Any, receive: Receive) -> None:
+    def _probe(self, layers: Layers, batch: Batch, receive: Receive) -> None:
         """Run one batch forward and backward; `receive` gets each layer's gradient while the backward pass runs.
 
         Ranks reduce together, so a layer that some of them reach alone, such as a matrix of a mixture of experts,
         counts as one that none reaches.
         """
         self.passes += 1
-        probes = []
+        probes: list[Probe] = []
         try:
             for name, layer in layers.items():
                 leaf = torch.zeros((), device=next(layer.expert.parameters()).device, requires_grad=True)
                 layer.expert.probe = Probe(partial(receive, name), leaf)
                 probes.append(layer.expert.probe)
             loss = self.loss(batch)
-            for one in reached_by_some(probes, self.reduce, loss.device):
-                one.receive = lambda gradient: None
-            torch.autograd.grad(loss, [one.leaf for one in probes], allow_unused=True)
+            for probe in reached_by_some(probes, self.reduce, loss.device):
+                probe.receive = lambda gradient: None
+            # The gradients of the scalars are of no use; on the way to them, backward comes to each layer.
+            torch.autograd.grad(loss, [probe.leaf for probe in probes], allow_unused=True)
         finally:
             for layer in layers.values():
                 layer.expert.probe = None
 
 
-def reached_by_some(marks: Sequence[Any], reduce: Callable[[Tensor], Tensor], device: torch.device) -> list[Any]:
-    """Return the marks (with `is_reached`) of the layers that some ranks reach and others do not, on every rank."""
-    shares = reduce(torch.tensor([float(one.is_reached) for one in marks], device=device))
+def reached_by_some(marks: Sequence[R], reduce: Callable[[Tensor], Tensor], device: torch.device) -> list[R]:
+    """Return the marks of the layers that some ranks reach and others do not, on every rank."""
+    shares = reduce(torch.tensor([float(mark.is_reached) for mark in marks], device=device))
     # A mean of ones over 48 GPUs may be a little less than 1.
-    return [one for one, share in zip(marks, shares.tolist(), strict=True) if 0 < share < 0.9999]
+    return [mark for mark, share in zip(marks, shares.tolist(), strict=True) if 0 < share < 0.9999]
 
 
-def choose_by_passes(choice: Choice, scoring: Callable[[], ScoringPass]) -> int:
+def choose_by_passes(choice: SupportChoice, scoring: Callable[[], ScoringPass]) -> int:
     """Give a choice the statistics of its scores, from batches that `scoring` draws; return how many passes it took."""
     by_statistic: dict[str, dict[str, SelectableLayer]] = {}
     for name, layer in choice.layers.items():

@@ -24,7 +24,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import routed
 from modular_experts.library import make_record, write_expert
 from modular_experts.native.transient import TransientWeight
-from modular_experts.selection.choice import Choice, selectable_layers
+from modular_experts.selection.choice import SupportChoice, selectable_layers
 from modular_experts.selection.scoring import ScoringPass, choose_by_passes
 from modular_experts.systems import glora, goat, recast, tt_lora
 
@@ -143,7 +143,7 @@ def test_supports_are_chosen_alike_over_the_dequantised_weight(llama: Path) -> N
     twin, chosen = plain_twin(model), []
     for one in (put(model, KINDS["entries"]), put(twin, KINDS["entries"])):
         layers = selectable_layers(one)
-        choice = Choice(layers, 0, (2, 2))
+        choice = SupportChoice(layers, 0, (2, 2))
         choose_by_passes(choice, lambda one=one: ScoringPass(lambda batch: one(batch, labels=batch).loss, [TOKENS]))
         for name, layer in layers.items():
             layer.expert.reselect(layer.matrix, choice.chosen[name])

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from modular_experts.experts import MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers, inject
 from modular_experts.masks import SNIP, FisherInformation, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
-from modular_experts.selection.choice import Choice, selectable_layers
+from modular_experts.selection.choice import SupportChoice, selectable_layers
 from modular_experts.selection.from_step import StepChoice
 from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.selection.scoring import ScoringPass
@@ -260,7 +260,7 @@ def _small_choice(**settings: Any) -> tuple[torch.nn.Module, StepChoice]:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     inject(model, SPARSE, ".*")
     layers = selectable_layers(model)
-    step = StepChoice(Choice(layers, 0, (20, 20), **settings))
+    step = StepChoice(SupportChoice(layers, 0, (20, 20), **settings))
     step.next_part(True)
     return model, step
 
@@ -282,7 +282,7 @@ def test_a_layer_that_a_pass_calls_twice_chooses_and_trains_by_the_sum(
     layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
     model, dense = torch.nn.Sequential(layer, torch.nn.Tanh(), layer), layer.weight.detach().clone().requires_grad_()
     inject(model, SPARSE, ".*")
-    step = StepChoice(Choice(selectable_layers(model), 0, (20, 20), rule=SelectOnce()), parts, budget)
+    step = StepChoice(SupportChoice(selectable_layers(model), 0, (20, 20), rule=SelectOnce()), parts, budget)
     ranked = torch.empty(0)
     for part in range(parts):
         step.next_part(part == parts - 1)
@@ -306,7 +306,7 @@ def test_a_layer_that_some_micro_batches_reach_trains_by_these(kind, reached: tu
     layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
     dense = layer.weight.detach().clone().requires_grad_()
     inject(torch.nn.Sequential(layer), kind, ".*")
-    step = StepChoice(Choice(selectable_layers(torch.nn.Sequential(layer)), 0, (20, 20)), parts=2)
+    step = StepChoice(SupportChoice(selectable_layers(torch.nn.Sequential(layer)), 0, (20, 20)), parts=2)
     for number, is_reached in enumerate(reached):
         step.next_part(number == 1)
         x = torch.randn(3, 8, dtype=torch.float64)
@@ -332,7 +332,7 @@ def test_a_layer_that_some_ranks_reach_waits_without_its_dense_gradient(share: f
 def test_what_gradient_checkpointing_reaches_again_is_not_reached_in_the_next_micro_batch() -> None:
     layer = torch.nn.Linear(8, 8)
     inject(torch.nn.Sequential(layer), SPARSE, ".*")
-    step = StepChoice(Choice(selectable_layers(torch.nn.Sequential(layer)), 0, (20, 20)), parts=2)
+    step = StepChoice(SupportChoice(selectable_layers(torch.nn.Sequential(layer)), 0, (20, 20)), parts=2)
     step.next_part(False)
     loss = checkpoint(layer, torch.randn(3, 8), use_reentrant=False).square().sum()
     step.agree_on_reached()
