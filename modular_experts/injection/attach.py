@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -53,27 +53,25 @@ def attached(
             `applied` refuses.
     """
     opened = open_several(experts)
-    inputs = [one for one in opened if isinstance(one, StoredExpert) and (as_trained or not one.mergeable)]
-    if not inputs:
-        return beside(model, opened, check) if moved_quantised(model, opened) else applied(model, opened, check=check)
-    first, others = inputs[0], [one for one in opened if one is not inputs[0]]
-    stored = [one for one in others if isinstance(one, StoredExpert) and first.is_routed and one.mergeable]
-    on_top = [one for one in stored if any(map(first.is_listed_as, one.record["parents"]))]
+    in_layers = [
+        expert for expert in opened if isinstance(expert, StoredExpert) and (as_trained or not expert.mergeable)
+    ]
+    if not in_layers:
+        if moved_quantised(model, opened):
+            return beside(model, opened, check)
+        return applied(model, opened, check=check)
+    first = in_layers[0]
+    others = [expert for expert in opened if expert is not first]
+    on_top = [expert for expert in others if _is_on_top(expert, first)]
     if len(on_top) < len(others):
         raise ValueError(
             f"{first.name} chooses by the input, so nothing can be added to it but what was trained on top of it; name "
             "it alone"
         )
     if first.is_routed:
-        with ExitStack() as until_routed:
-            if on_top:
-                until_routed.enter_context(applied(model, on_top, check=check))
-            routers, members, fallback = open_route(first, partial(moved_sites, model))
-            both = routed(model, members, routers.get(MODEL, routers), fallback=fallback, check=check)
-            both.after_removal.push(until_routed.pop_all())
-        return both
+        return _route_into(model, first, on_top, check)
     if check:
-        check_loaded(model, inputs)
+        check_loaded(model, in_layers)
     parents = " and ".join(str(parent["name"]) for parent in first.record["parents"])
     # With `check` the model is known to be the base alone.
     if check and parents and as_trained:
@@ -82,11 +80,31 @@ def attached(
             "lacks; leave as_trained out, which adds the stored delta, or add them to the model first and give "
             "check=False"
         )
+    # A state that does not fit takes the experts out again; a model that is ready keeps them.
     with ExitStack() as until_loaded:
         injected = until_loaded.enter_context(Injected(model, _plan_of(first)))
         load_expert_state(model, first.state())
         until_loaded.pop_all()
     return injected
+
+
+def _is_on_top(expert: Mapping[str, Delta], routed_expert: StoredExpert) -> bool:
+    """Return whether an expert is a delta that was trained on top of a routed expert."""
+    if not isinstance(expert, StoredExpert) or not expert.mergeable or not routed_expert.is_routed:
+        return False
+    return any(routed_expert.is_listed_as(parent) for parent in expert.record["parents"])
+
+
+def _route_into(model: nn.Module, route: StoredExpert, on_top: Sequence[Mapping[str, Delta]], check: bool) -> Routed:
+    """Put a stored route into a model, beside deltas that were trained on top of it, which leave when it does."""
+    with ExitStack() as until_routed:
+        if on_top:
+            until_routed.enter_context(applied(model, on_top, check=check))
+        opened = open_route(route, partial(moved_sites, model))
+        routers = opened.routers.get(MODEL, opened.routers)
+        both = routed(model, opened.members, routers, fallback=opened.fallback, check=check)
+        both.after_removal.push(until_routed.pop_all())
+    return both
 
 
 def beside(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool = True) -> Routed:
@@ -101,10 +119,14 @@ def beside(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool
 
 def _plan_of(expert: StoredExpert) -> Plan:
     """Return a plan that makes the trained experts of a stored expert again, for `load_expert_state`."""
-    plan, path = expert.record.get("plan"), str(expert.record.get("class_path", "+"))
+    plan = expert.record.get("plan")
     if plan:
         return rebuild({"class_path": plan["class"], "init_args": plan["settings"]}, LayerPlan, owner=str(expert.path))
-    kind: Any = None if "+" in path else find_class(path, Expert, owner=str(expert.path))
+    path = str(expert.record.get("class_path", "+"))
+    # Experts of several types have their paths joined by a plus sign; no single type makes them again.
+    kind: Any = None
+    if "+" not in path:
+        kind = find_class(path, Expert, owner=str(expert.path))
     if not hasattr(kind, "of_state"):
         raise ValueError(
             f"{expert.name} cannot be added to its base, because {expert.not_mergeable_because}, and its record names "
@@ -120,38 +142,52 @@ def by_state(kind: Any, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[
     return {site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight}
 
 
+class OpenedRoute(NamedTuple):
+    """The parts of a stored route, to be put into a model."""
+
+    routers: dict[str, Router]
+    """The router of the whole model by the name `MODEL`, or one of scope `linear` for each weight by name."""
+    members: list[StoredExpert]
+    """The experts that the routers choose among."""
+    fallback: StoredExpert | None
+    """The expert for inputs that the router rejects."""
+
+
 def open_route(
     expert: StoredExpert, sites: Callable[[Sequence[StoredExpert]], Sequence[Site]] = lambda experts: ()
-) -> tuple[dict[str, Router], list[StoredExpert], StoredExpert | None]:
-    """Return the routers of a routed expert, the experts that they choose among, and the fallback.
+) -> OpenedRoute:
+    """Open a routed expert: its routers, the experts behind them, and the fallback.
 
-    A router of scope `sample` has the name `MODEL`. One of scope `linear` there is for each weight of the sites that
-    experts move.
+    Routers of scope `linear` are made for the weights of the `sites` that experts move.
     """
     router = make_router(expert.record["class_path"], expert.record["hyperparameters"], str(expert.path))
-    members, state = open_parents(expert), state_by_place(expert.state())
+    parents = open_parents(expert)
+    state = state_by_place(expert.state())
+    # The parents are the experts in the router's order, and behind them the fallback, if there is one.
     count = int(state[MODEL].pop(COUNT))
-    places = [MODEL] if router.scope == "sample" else [site.weight for site in sites(members[:count])]
+    members = parents[:count]
+    places = [MODEL] if router.scope == "sample" else [site.weight for site in sites(members)]
     routers = {place: copy.deepcopy(router) for place in places}
-    for place, one in routers.items():
-        one.load_state(state.get(place, {}), count)
-    return routers, members[:count], members[count] if len(members) > count else None
+    for place, own in routers.items():
+        own.load_state(state.get(place, {}), count)
+    return OpenedRoute(routers, members, parents[count] if len(parents) > count else None)
 
 
 def describe_router(router: Router) -> dict[str, Any]:
     """Return the name of a router's class and its settings, as the record of a routed expert holds them."""
-    found = {"router": type(router).__name__, **settings(router)}
-    if "select" in found:
-        found["select"] = {"class": short_name(type(router.select)), **settings(router.select)}
-    return found
+    description = {"router": type(router).__name__, **settings(router)}
+    if "select" in description:
+        description["select"] = {"class": short_name(type(router.select)), **settings(router.select)}
+    return description
 
 
 def make_router(class_path: str, described: Mapping[str, Any], owner: str = "the record") -> Router:
     """Return a router of a class with the settings that `describe_router` returned, before it has learned."""
-    given = {name: value for name, value in described.items() if name != "router"}
-    if select := dict(given.get("select") or {}):
-        given["select"] = {"class_path": select.pop("class"), "init_args": select}
-    return rebuild({"class_path": class_path, "init_args": given}, Router, Selection, owner=owner)
+    arguments = {name: value for name, value in described.items() if name != "router"}
+    selection = dict(arguments.get("select") or {})
+    if selection:
+        arguments["select"] = {"class_path": selection.pop("class"), "init_args": selection}
+    return rebuild({"class_path": class_path, "init_args": arguments}, Router, Selection, owner=owner)
 
 
 class NamedExperts(AbstractContextManager["NamedExperts"]):
@@ -171,16 +207,17 @@ class NamedExperts(AbstractContextManager["NamedExperts"]):
         self.experts = Library(experts) if isinstance(experts, str | Path) else experts
         self.names: tuple[str, ...] = ()
         """Which experts the model uses."""
-        self.used: Any = None
+        self.used: Applied | Injected | None = None
         """What `attached` returned for them."""
         self._model = model
         # A cell of a notebook may run twice, and must not add its experts twice.
-        if (before := model.__dict__.get(_NAMED)) is not None:
-            before.use()
+        earlier = model.__dict__.get(_NAMED)
+        if earlier is not None:
+            earlier.use()
         model.__dict__[_NAMED] = self
 
-    def use(self, *names: str) -> Any:
-        """Use these experts, added up, in the place of those before; return what `attached` returns.
+    def use(self, *names: str) -> Applied | Injected | None:
+        """Use these experts, added up, instead of the earlier ones; return what `attached` returns for them.
 
         Raises:
             KeyError: There is no such expert; the model stays as it is.
@@ -192,9 +229,11 @@ class NamedExperts(AbstractContextManager["NamedExperts"]):
         chosen = [self.experts[name] for name in names]
         if self.used:
             self.used.remove()
-        self.used, self.names = None, ()
+        self.used = None
+        self.names = ()
         if chosen:
-            self.used, self.names = attached(self._model, chosen), names
+            self.used = attached(self._model, chosen)
+            self.names = names
         return self.used
 
     def __exit__(self, *failure: object) -> None:

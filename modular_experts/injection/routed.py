@@ -30,10 +30,11 @@ class Injected(AbstractContextManager[Any]):
     """Experts of a plan in the layers of a model, which evaluates, until `remove` or the end of a `with` block."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        # The end takes all experts out of the model.
+        # The end takes all experts out of the model, also those that were there before.
         if named_experts(model):
             raise ValueError("the model has experts already; give it others after eject(model)")
-        self._model, self._modes = model, {module: module.training for module in model.modules()}
+        self._model = model
+        self._modes = {module: module.training for module in model.modules()}
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             # A `partial` would be taken for an expert type that lacks its layers.
@@ -69,7 +70,9 @@ class Routed(Injected):
 
     def __init__(self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates) -> None:
         super().__init__(model, plan)
-        self.router, self.current, self.after_removal = router, current, ExitStack()
+        self.router = router
+        self.current = current
+        self.after_removal = ExitStack()
         self.prompt_gates: PromptGates | None = None
         if router is not None:
             self.prompt_gates = PromptGates(router, current)
@@ -85,7 +88,7 @@ class Routed(Injected):
 
         A router of scope `sample` then reads prompts with the changes of those experts in the first blocks.
         """
-        mixtures: list[Any] = [(layer, layer.expert) for _, layer in expert_layers(self._model)]
+        mixtures: list[tuple[nn.Module, Any]] = [(layer, layer.expert) for _, layer in expert_layers(self._model)]
         eject(self._model)
         for layer, mixture in mixtures:
             # As a part of its layer, it follows the model to another device.
@@ -101,7 +104,7 @@ def routed(
     fallback: AnyExpert | None = None,
     check: bool = True,
 ) -> Routed:
-    """Put experts into a model, of which each input takes those that a router chooses.
+    """Put experts into a model, and let a router choose which of them each input takes.
 
         with routed(model, ["library/banking", "library/intents"], rows=[0, 1, 1]):
             model.generate(**batch_of_three)
@@ -125,29 +128,42 @@ def routed(
     """
     if (router is None) == (rows is None):
         raise ValueError("give either a router, or rows with the number of each row's expert")
-    several = [*open_several(experts), *(open_several(fallback) if fallback is not None else ())]
+    several: list[Mapping[str, Delta]] = [*open_several(experts)]
+    if fallback is not None:
+        several += open_several(fallback)
     check_mergeable([expert for expert in several if isinstance(expert, StoredExpert)])
     if check:
         check_loaded(model, several)
     # A kernel would read beside a delta of another shape.
     check_shapes(model, several)
-    count, current = len(experts), CurrentGates()
+    count = len(experts)
+    current = CurrentGates()
     if isinstance(router, Router) and router.scope == "linear":
         router = by_weight(router, model, several[:count])
-    by_name, whole = (router, None) if isinstance(router, Mapping) else (None, router)
-    for one in by_name.values() if by_name is not None else [whole] if whole else []:
-        if one.experts != count:
+    # One router for the whole model, or one for each weight by name.
+    whole: Router | None = None
+    each_weight: Mapping[str, Router] | None = None
+    if isinstance(router, Mapping):
+        each_weight = router
+        routers = list(router.values())
+    else:
+        whole = router
+        routers = [] if router is None else [router]
+    for learned in routers:
+        if learned.experts != count:
             raise ValueError(
-                f"the router {type(one).__name__} has learned {one.experts} experts, and {count} are given"
+                f"the router {type(learned).__name__} has learned {learned.experts} experts, and {count} are given"
             )
-        one.select.check(count)
+        learned.select.check(count)
     if rows is not None:
         numbers = torch.tensor(list(rows))[:, None]
         if not -1 <= int(numbers.min()) <= int(numbers.max()) < count:
             raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
+        # The fallback stands behind the experts.
         current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
-    plan = partial(_plan, [*several, *([{}] if fallback is None else [])], current, by_name)
-    both = Routed(model, plan, whole, current)
+    # Without a fallback, an expert that moves nothing stands for the base alone.
+    behind = several if fallback is not None else [*several, {}]
+    both = Routed(model, partial(_plan, behind, current, each_weight), whole, current)
     both.members = several
     if rows is not None:
         fits = model.register_forward_pre_hook(partial(_check_batch, len(rows)), with_kwargs=True)
@@ -157,8 +173,9 @@ def routed(
 
 def _check_batch(count: int, _: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
     """Raise ValueError if a batch has not `count` rows, or a multiple, such as beams of each row side by side."""
-    given = [*arguments, named.get("input_ids"), named.get("inputs_embeds")]
-    if (batch := len(next((one for one in given if one is not None), ()))) % count:
+    inputs = [*arguments, named.get("input_ids"), named.get("inputs_embeds")]
+    batch = next((len(tensor) for tensor in inputs if tensor is not None), 0)
+    if batch % count:
         raise ValueError(f"rows names the experts of {count} rows, and the batch has {batch}; give batches of {count}")
 
 
@@ -172,13 +189,13 @@ def by_weight(
 
     The model's numbers are not read. `statistics` are those that the router `needs`, of each expert by weight.
     """
-    found = {}
+    routers = {}
     for site in moved_sites(model, experts):
-        own = [each.get(site.weight) for each in statistics]
-        values = [torch.empty(0) if one is None else one.values for one in own]
-        found[site.weight] = copy.deepcopy(router)
-        found[site.weight].learn([oriented(site, expert) for expert in experts], values)
-    return found
+        of_weight = [of_expert.get(site.weight) for of_expert in statistics]
+        values = [torch.empty(0) if statistic is None else statistic.values for statistic in of_weight]
+        routers[site.weight] = copy.deepcopy(router)
+        routers[site.weight].learn([oriented_delta(site, expert) for expert in experts], values)
+    return routers
 
 
 def moved_sites(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> list[Site]:
@@ -187,11 +204,16 @@ def moved_sites(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> lis
     return [site for site in find_sites(model) if site.weight in moved]
 
 
-def oriented(site: Site, expert: Mapping[str, Delta], encoded: bool = False) -> Any:
-    """Return an expert's delta of a layer's weight as `(out, in)`, if it has one, perhaps as it is stored."""
-    read: Any = expert.packed if encoded and isinstance(expert, StoredExpert) else expert.__getitem__
-    delta = read(site.weight) if site.weight in expert else None
-    return delta.T if delta is not None and site.is_transposed else delta
+def oriented_delta(site: Site, expert: Mapping[str, Delta], encoded: bool = False) -> Any:
+    """Return an expert's delta of a layer's weight as `(out, in)`, with `encoded` as it is stored; None without one."""
+    if site.weight not in expert:
+        return None
+    delta: Any
+    if encoded and isinstance(expert, StoredExpert):
+        delta = expert.packed(site.weight)
+    else:
+        delta = expert[site.weight]
+    return delta.T if site.is_transposed else delta
 
 
 def _plan(
@@ -199,8 +221,11 @@ def _plan(
     current: CurrentGates,
     routers: Mapping[str, Router] | None,
     sites: Sequence[Site],
-) -> dict[Any, Factory]:
-    """Return the mixture of each site that an expert moves; refuse experts that move others."""
+) -> dict[Site, Factory]:
+    """Return the mixture of each site that an expert moves; refuse experts that move other weights.
+
+    The last of the experts is the fallback.
+    """
     by_name = {name: site for site in sites for name in (site.weight, f"{site.name}.bias")}
     moved = dict.fromkeys(name for expert in experts for name in expert)
     for name in moved:
@@ -216,14 +241,16 @@ def _plan(
             )
 
     def make(site: Site, weight: Tensor) -> Mixture:
-        router, common = (routers or {}).get(site.weight), None
-        found: list[Any] = [oriented(site, expert, encoded=router is None) for expert in experts]
+        router = None if routers is None else routers[site.weight]
+        deltas: list[Any] = [oriented_delta(site, expert, encoded=router is None) for expert in experts]
+        common = None
         if router is not None:
-            found[: router.experts], common = router.held(found[: router.experts])
+            # A router may hold a part of its experts' deltas in common, which is then computed once.
+            deltas[: router.experts], common = router.held(deltas[: router.experts])
         bias = f"{site.name}.bias"
-        own = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]
+        biases = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]
         gates = current if site.number is None else GatesOfSlice(current, site)
-        return Mixture(weight, found, gates, router, own if any(own) else (), common)
+        return Mixture(weight, deltas, gates, router, biases if any(biases) else (), common)
 
     chosen = {by_name[name] for name in moved}
     return {site: partial(make, site) for site in sites if site in chosen}

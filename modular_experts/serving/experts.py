@@ -17,7 +17,7 @@ from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Site
 from modular_experts.injection import find_sites, inject
-from modular_experts.injection.routed import oriented
+from modular_experts.injection.routed import oriented_delta
 from modular_experts.injection.slices import GatesOfSlice
 from modular_experts.library import StoredExpert
 from modular_experts.routing.gates import CurrentGates
@@ -143,7 +143,7 @@ class HeldExperts:
         slot = Slot(next(number for number in range(len(taken) + 1) if number not in taken), expert)
         for site, mixture in self._mixtures.values():
             bias = f"{site.name}.bias"
-            slot.nbytes += mixture.put(slot.number, oriented(site, expert, encoded=True), expert.get(bias))
+            slot.nbytes += mixture.put(slot.number, oriented_delta(site, expert, encoded=True), expert.get(bias))
         # Encoded deltas that are held read the pages of the file again when they are decoded.
         expert.release()
         self._slots[expert.content_hash] = slot

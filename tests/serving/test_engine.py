@@ -237,7 +237,7 @@ def test_an_expert_is_given_back_while_another_one_is_read(library, tiny_llama_d
     held, models, _ = served.opened(tiny_llama_dir, library)
     slots = held.experts.take(models.find("lora").members)
     reading, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(experts, "oriented", lambda *_, **__: reading.set() or (go_on.wait(30) and None))
+    monkeypatch.setattr(experts, "oriented_delta", lambda *_, **__: reading.set() or (go_on.wait(30) and None))
     thread = threading.Thread(target=held.experts.take, args=(models.find("dense").members,))
     thread.start()
     assert reading.wait(30)
