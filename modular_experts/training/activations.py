@@ -178,7 +178,7 @@ def _extrapolated(short: Sequence[int], rows: int, length: int) -> int:
 
 
 class _KeptByBlocks:
-    """Counts the bytes that blocks keep for backward, and those of their inputs, in the forward pass of a short row.
+    """Counts the bytes that blocks keep for backward, and of their inputs, in the forward pass of a short row.
 
     Where blocks have equal parameters, only the first two compute: experts may widen the output of the first, so the
     second counts for all others, which return its output.

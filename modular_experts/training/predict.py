@@ -299,7 +299,7 @@ def _without_numbers(parameter: nn.Parameter, dtype: torch.dtype, device: torch.
 
 
 def _with_plan(model: nn.Module) -> list[SparseExpert]:
-    """Return the experts whose native kernel plans for each support: those of entries and tiles."""
+    """Return the experts whose native kernel plans for each support, which keep entries or tiles."""
     sparse = [layer.expert for _, layer in expert_layers(model) if isinstance(layer.expert, SparseExpert)]
     return [expert for expert in sparse if expert.granularity in ("element", "block")]
 
