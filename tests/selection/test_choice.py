@@ -10,7 +10,6 @@ import conftest
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
 from modular_experts.experts import MaskedExpert, SparseExpert
@@ -175,28 +174,6 @@ def test_the_record_holds_what_training_and_selections_cost(score, passes: int, 
     assert costs["optimizer_bytes"] == 8 * kept
     assert (costs["selections"], costs["selection_passes"]) == (3, 3 * passes)
     assert costs["selection_seconds"] > 0
-
-
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumed_from_any_step_ends_with_the_same_supports_and_values(fit_tiny, tmp_path) -> None:
-    def run(place: Path, ckpt: Path | None = None) -> tuple[ExpertModule, Watch]:
-        watch = Watch(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
-        saving = ModelCheckpoint(place, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        # A resumed run must not depend on its own first supports.
-        how = {"seed": 0 if ckpt is None else 99, "data": {"seed": 0}, "ckpt": ckpt}
-        module, *_ = fit_tiny(SPARSE, watch, saving, max_steps=8, enable_checkpointing=True, **how)
-        return module, watch
-
-    module, watch = run(tmp_path / "whole")
-    whole = {name: layer.expert for name, layer in expert_layers(module.model)}
-    assert watch.selections == 3
-    for step in (1, 3, 7):  # choices at the steps 3 and 6
-        rest, again = run(tmp_path / str(step), tmp_path / "whole" / f"step={step}.ckpt")
-        assert again.supports == watch.supports[step:]
-        assert again.selections == 3
-        for name, layer in expert_layers(rest.model):
-            assert torch.equal(layer.expert.values, whole[name].values)
-        assert again.shares(rest) == watch.shares(module)
 
 
 def test_a_run_resumed_within_the_step_of_a_choice_makes_that_choice(fit_tiny, tmp_path) -> None:

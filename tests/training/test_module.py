@@ -308,19 +308,6 @@ def test_a_precision_that_rounds_trained_values_is_refused_before_the_model_is_l
     assert len(list(data.train_dataloader())) == 6
 
 
-def test_gradient_checkpointing_gives_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
-    losses = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        seen = runs.Losses()
-        module = runs.module(tiny_llama_dir, KINDS["element"], gradient_checkpointing=checkpointing)
-        trainer = runs.trainer(tmp_path, seen, max_steps=3, limit_val_batches=0)
-        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
-        losses.append(seen.steps)
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 3
-
-
 def test_length_is_that_of_the_fit(tiny_llama_dir, task_files, tmp_path) -> None:
     """Six batches an epoch."""
     wanted = [
