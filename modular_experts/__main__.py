@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from modular_experts import __version__
-from modular_experts.cli.command import check_experts, guarded, run_command, unknown_command
-from modular_experts.cli.commands import VERBS, importing
+from modular_experts.cli.command import check_experts, check_options, guarded, unknown_command
+from modular_experts.cli.commands import VERBS, importing, options_of_run
 from modular_experts.cli.sentences import OptionRecord
 
 HELP = """\
@@ -53,6 +53,12 @@ def _run(argv: Sequence[str]) -> None:
 
         print(command_help(verb, command, whole=not {"-h", "--help"} & asked))
         return
+    if command.function:
+        from modular_experts.cli.help import options_in_source
+
+        check_options(argv[1:], options_in_source(verb, command))
+    else:
+        check_options(argv[1:], options_of_run(verb))
     check_experts(argv, command.positional)
     logging.setLogRecordFactory(OptionRecord)
     # A user's class lies beside the config, where a console script does not look; a file there hides no other module.
@@ -60,6 +66,8 @@ def _run(argv: Sequence[str]) -> None:
     with importing():
         module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
     if command.function:
+        from modular_experts.cli.functions import run_command
+
         run_command(getattr(module, command.function), argv, command.positional)
     else:
         module.run(argv)

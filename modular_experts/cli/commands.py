@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from modular_experts.discovery import SYSTEMS
+from modular_experts.settings import FIT_ALONE, SHORT_NAMES
 
 
 class Command(NamedTuple):
@@ -137,6 +138,12 @@ _RUN = {
     "--seed N": "Seed of all random numbers. (default: 0)",
     "--trainer.NAME X": "Settings of the Trainer; --help-all lists them and all others.",
 }
+
+
+def options_of_run(verb: str) -> list[str]:
+    """Return the names of the options of a command that runs a trainer."""
+    alone = FIT_ALONE if verb == "fit" else ()
+    return [*SHORT_NAMES, "model", "data", "trainer", "seed_everything", "ckpt_path", "device", *alone]
 
 
 def help_texts(verb: str) -> tuple[dict[str, dict[str, str]], list[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modular_experts.cli.commands import COMPUTING, DEVICE, VERBS, Command, help_texts
-from modular_experts.settings.read import arguments_of
+from modular_experts.settings import READING
 
 _ROOT = Path(__file__).parents[2]
 _WIDTH, _COLUMN = 80, 26
@@ -53,10 +53,11 @@ def _read_source(file: Path, name: str, whole: bool, required: dict[str, str], o
     description, _, rest = (ast.get_docstring(found) or "").partition("\nArgs:\n")
     listed, _, examples = rest.partition("\nExamples:\n")
     texts = _COMMON | _texts(listed.partition("\n\n")[0])
-    for argument, kind, default in _arguments(found):
-        if home := _file_of_options(file, tree, kind):
-            _read_source(home, kind, whole, required, options)
+    for argument, annotation, default in _arguments(found):
+        if home := _file_of_group(file, tree, annotation):
+            _read_source(home, annotation, whole, required, options)
             continue
+        kind = annotation.removesuffix(" | None")
         name, text = argument.replace("dry_run", "dry-run").rstrip("_"), texts[argument]
         option = "--tasks" if kind in ("TaskMixture", "Rows") else f"--{name}"
         shown = _METAVARS.get(kind, f" {argument.rpartition('_')[2].upper()}")
@@ -78,12 +79,31 @@ def _texts(doc: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in re.findall(_ENTRY, doc, re.MULTILINE)}
 
 
-def _file_of_options(file: Path, tree: ast.Module, kind: str) -> Path | None:
-    """Return the file with the class of an annotation, if its fields are options (`settings.Options`)."""
-    imported = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    homes = [f"{one.module}".replace(".", "/") for one in imported if kind in [name.name for name in one.names]]
+def _file_of_group(file: Path, tree: ast.Module, kind: str) -> Path | None:
+    """Return the file with the class of an annotation, if that is a dataclass, whose fields are options then."""
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    homes = [f"{node.module}".replace(".", "/") for node in imports if kind in [name.name for name in node.names]]
     home = _ROOT / f"{homes[0]}.py" if homes else file
-    return home if home.is_file() and f"class {kind}(Options)" in home.read_text(encoding="utf-8") else None
+    is_group = home.is_file() and re.search(rf"@dataclass.*\nclass {kind}\b", home.read_text(encoding="utf-8"))
+    return home if is_group and kind.isidentifier() else None
+
+
+def options_in_source(verb: str, command: Command) -> list[str]:
+    """Return the names of a command's options, as its source has them."""
+
+    def names(file: Path, name: str) -> list[str]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        defined = next(node for node in tree.body if getattr(node, "name", None) == name)
+        listed = []
+        for argument, annotation, _ in _arguments(defined):
+            home = _file_of_group(file, tree, annotation)
+            listed += names(home, annotation) if home else [argument.rstrip("_")]
+        return listed
+
+    found = names(_ROOT / f"modular_experts/{command.path}.py", command.function)
+    reading = [*READING] if "data" in found else []
+    device = ["device"] if verb in COMPUTING else []
+    return [*dict.fromkeys([*found, *reading, *device])]
 
 
 def _arguments(found: Any) -> list[tuple[str, str, str | None]]:
@@ -93,10 +113,7 @@ def _arguments(found: Any) -> list[tuple[str, str, str | None]]:
     else:
         values = [None] * (len(found.args.args) - len(found.args.defaults)) + found.args.defaults
         given = [(one.arg, one.annotation, value) for one, value in zip(found.args.args, values, strict=True)]
-    return [
-        (name, ast.unparse(kind).removesuffix(" | None"), value and ast.unparse(value).replace("'", ""))
-        for name, kind, value in given
-    ]
+    return [(name, ast.unparse(kind), value and ast.unparse(value).replace("'", "")) for name, kind, value in given]
 
 
 def command_help(verb: str, command: Command, whole: bool) -> str:
@@ -119,20 +136,39 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
     return _screen(" ".join([verb, *usage]), paragraphs, sections, examples if whole else examples[:2])
 
 
-def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
-    """Return the help on the settings of an imported class; `given_by_us` is as for `arguments_of`."""
-    hints, defaults = arguments_of(kind, given_by_us)
-    documented = [doc for one in reversed(inspect.getmro(kind)) for doc in (one, vars(one).get("__init__"))]
-    docs = [inspect.cleandoc(getattr(one, "__doc__", None) or "") for one in documented]
+def class_help(option: str, kind: Any, given_by_us: int = 0) -> str:
+    """Return the help on the settings of an imported class, but its first arguments, which the package gives."""
+    makers = [vars(owner)["__init__"] for owner in inspect.getmro(kind)[:-1] if "__init__" in vars(owner)]
+    documented = [doc for owner in reversed(inspect.getmro(kind)) for doc in (owner, vars(owner).get("__init__"))]
+    docs = [inspect.cleandoc(getattr(doc, "__doc__", None) or "") for doc in documented]
     # The length of a run is ours.
     texts = _texts(re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", "\n\n".join(docs)))
     summary = (inspect.getdoc(kind) or "").partition("\n\n")[0].removeprefix(f"{kind.__name__}: ")
     lines = [*textwrap.wrap(f"{kind.__name__}: {summary}", _WIDTH), ""]
-    for name, default in defaults.items():
-        text = "" if default in (None, False, inspect.Parameter.empty) else f" (default: {default})"
-        text = texts.get(name, "") + text
-        option = f"  {prefix}{name} {_METAVARS.get(getattr(hints[name], '__name__', ''), ' X').strip()}  {text}"
-        lines += _Wrapper(_WIDTH, "", " " * 6).wrap(option)
+    shown = set()
+    for maker in makers:
+        parameters = list(inspect.signature(maker).parameters.values())
+        for parameter in parameters[1 + given_by_us :]:
+            if parameter.name in shown or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            shown.add(parameter.name)
+            default = "" if parameter.default in (None, False, parameter.empty) else f" (default: {parameter.default})"
+            metavar = _METAVARS.get(getattr(parameter.annotation, "__name__", ""), " X").strip()
+            text = texts.get(parameter.name, "")
+            line = f"  --{option}.{parameter.name} {metavar}  {text}{default}"
+            lines += _Wrapper(_WIDTH, "", " " * 6).wrap(line)
+        # Only a class that takes any more arguments hands them on.
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return "\n".join(lines)
+
+
+def list_of_classes(option: str, kinds: Mapping[str, Any]) -> str:
+    """Return the names of the classes that an option takes, each with the first line of its docstring."""
+    lines = [f"--{option} takes one of these, or module.Class of yours; --{option}.help NAME shows its settings:", ""]
+    for name, kind in sorted(kinds.items()):
+        summary = (inspect.getdoc(kind) or "").partition("\n")[0].removeprefix(f"{name}: ")
+        lines += _Wrapper(_WIDTH, f"  {name:<22}  ", " " * _COLUMN).wrap(summary or "-")
     return "\n".join(lines)
 
 

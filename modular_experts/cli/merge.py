@@ -24,7 +24,6 @@ from modular_experts.merging.merged import Merged, warn_of_own_parents, write_me
 from modular_experts.merging.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.reports.progress import progress_bar
-from modular_experts.settings import Options
 from modular_experts.settings.read import make
 from modular_experts.text import bytes_of, bytes_text, in_any_block
 
@@ -45,7 +44,7 @@ class Rows:
         eval_limit: The most validation rows of one task.
     """
 
-    tasks: list[Any]
+    tasks: list  # of any type a parser would read YAML in texts
     max_length: int = 1024
     chat_template: bool = False
     eval_batch_size: int = 16
@@ -72,7 +71,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Output(Options):
+class Output:
     """What a merge writes, and how much memory it may take.
 
     Args:

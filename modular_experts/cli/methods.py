@@ -16,7 +16,7 @@ from modular_experts.methods import FIRST, METHODS, MergeMethod, SparseAverage
 from modular_experts.methods.method import PROMISES, documentation
 from modular_experts.places import check_free
 from modular_experts.reports.progress import progress_bar
-from modular_experts.settings.read import class_named
+from modular_experts.settings.read import class_of
 from modular_experts.text import depth_of
 
 
@@ -37,7 +37,7 @@ def methods(name: str | None = None, all: bool = False) -> None:
         more = "" if all else f"All {len(METHODS)} methods: modular-experts methods --all\n"
         print(f"{more}Everything about one: modular-experts methods TIES")
     else:
-        _show(class_named("name", [MergeMethod], name)[0])
+        _show(class_of("name", MergeMethod, name))
 
 
 def _list(groups: Mapping[str, Sequence[str]]) -> None:

@@ -3,63 +3,99 @@
 The command line beats the config files, and these beat a checkpoint, whose settings are read first.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from modular_experts.cli.command import arguments_given
 from modular_experts.cli.commands import DEVICE, importing
-from modular_experts.settings import SHORT_NAMES, respelt, unknown
-from modular_experts.settings.read import arguments_of
+from modular_experts.settings import SHORT_NAMES, respelt
 from modular_experts.text import bytes_text
 
 if TYPE_CHECKING:
+    from modular_experts.cli.words import Shape
     from modular_experts.training.estimate import FitEstimate
-
-GROUPS = ("model", "data", "trainer")
-OTHERS = ("seed_everything", "ckpt_path", "trust", "device")
-FIT_ALONE = ("out", "overwrite", "keep_inputs", "dry_run", "fit_into")
+    from modular_experts.training.fit_into import Settings
 
 
 def run(argv: Sequence[str]) -> None:
     """Run the command; a `UsageError` comes before anything is made."""
     verb, *words = argv
-    known = [*SHORT_NAMES, *GROUPS, *OTHERS, *(FIT_ALONE if verb == "fit" else ())]
-    for name in [word[2:].partition("=")[0].partition(".")[0] for word in words if word.startswith("--")]:
-        # Before torch and Lightning are imported, which takes seconds.
-        if name.replace("-", "_").removesuffix("+") not in {*known, "config", "print_config", "help", "help_all"}:
-            raise unknown("option", f"--{name}", [f"--{one}" for one in known])
     with importing():
-        from modular_experts.cli.help import class_help
-        from modular_experts.training.fit import end_processes, estimate_fit, fit, measure
-        from modular_experts.training.settings import RunSettings, read_run
-    hints = {name: hint for name, hint in arguments_of(RunSettings)[0].items() if name in known} | {"device": str}
+        from modular_experts.cli.functions import print_class_help, take_common, told_as_typed
+        from modular_experts.cli.words import spelt_out
+        from modular_experts.study.lightning import (
+            GROUPS,
+            ExpertCLI,
+            checkpoint_file,
+            settings_of_checkpoint,
+            usual_class,
+        )
+        from modular_experts.training.fit import TRAINER, Run, end_processes, estimate_run, measure_run, quiet, run_fit
     if {"--help_all", "--help-all"} & {*words}:
-        texts = "\n\n".join(class_help(f"--{group}.", hints[group].__args__[-1]) for group in GROUPS)
-        print(respelt(texts, {full: name for name, full in SHORT_NAMES.items()}))
-        print("\n" + "  ".join(*DEVICE.items()))
+        _print_options()
         return
-    make = partial(read_run, known=known)
-    arguments = arguments_given(words, hints, make, short=SHORT_NAMES, beneath=_settings_of_checkpoint)
-    described = arguments["described"]
-    try:
-        if verb != "fit":
-            measure(verb, **arguments)
-        elif described["dry_run"]:
-            _print_estimate(estimate_fit(**arguments), described["fit_into"])
-        else:
-            fit(**arguments)
-    finally:
-        end_processes()
+    spelt = spelt_out([*_of_environment(verb), *words], _shapes(), short=SHORT_NAMES)
+    print_class_help(spelt, {group: usual_class(group) for group in GROUPS}, SHORT_NAMES)
+    take_common(spelt)
+    if word := spelt.value("ckpt_path"):
+        root = spelt.value("trainer.default_root_dir") or spelt.value("trainer.init_args.default_root_dir")
+        checkpoint = checkpoint_file(word, root or TRAINER["default_root_dir"])
+        # The settings of a checkpoint lie beneath all others.
+        beneath = json.dumps(settings_of_checkpoint(Path(checkpoint)))
+        spelt.options = [("config", beneath), *spelt.options, ("ckpt_path", checkpoint)]
+
+    def made(changed: "Settings") -> Run:
+        with told_as_typed(spelt, SHORT_NAMES):
+            words = spelt.words
+            if changed:
+                words = [*words, f"--config={json.dumps(changed)}"]
+            cli = ExpertCLI(verb, words)
+        return cli.make_run()
+
+    with quiet():
+        try:
+            run = made({})
+            if verb != "fit":
+                measure_run(verb, run)
+            elif spelt.value("dry_run"):
+                limit = spelt.value("fit_into")
+                _print_estimate(estimate_run(made, limit), limit)
+            else:
+                run_fit(run)
+        finally:
+            end_processes()
 
 
-def _settings_of_checkpoint(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    from modular_experts.training.settings import settings_of_checkpoint
+def _shapes() -> "dict[str, Shape]":
+    from modular_experts.cli.words import shapes_of
+    from modular_experts.data import TaskMixture
+    from modular_experts.training.module import ExpertModule
 
-    return settings_of_checkpoint(Path(settings["ckpt_path"])) if settings.get("ckpt_path") else {}
+    groups = shapes_of({"model": ExpertModule, "data": TaskMixture})
+    shapes: dict[str, Shape] = {"overwrite": "flag", "dry_run": "flag", "trust": "texts", "trainer.max_steps": "value"}
+    for name in ("trainer", "seed_everything", "ckpt_path", "out", "keep_inputs", "fit_into", "device"):
+        shapes[name] = "value"
+    return groups | shapes
+
+
+def _of_environment(verb: str) -> list[str]:
+    """Return the options in variables such as PL_FIT__TRAINER__MAX_STEPS, as LightningCLI names them."""
+    start = f"PL_{verb.upper()}__"
+    named = {name.removeprefix(start): value for name, value in os.environ.items() if name.startswith(start)}
+    return [f"--{name.lower().replace('__', '.')}={value}" for name, value in named.items()]
+
+
+def _print_options() -> None:
+    from modular_experts.cli.help import class_help
+    from modular_experts.study.lightning import GROUPS, usual_class
+
+    texts = "\n\n".join(class_help(group, usual_class(group)) for group in GROUPS)
+    print(respelt(texts, {full: name for name, full in SHORT_NAMES.items()}))
+    print("\n" + "  ".join(*DEVICE.items()))
 
 
 def _print_estimate(found: "FitEstimate", limit: str | None) -> None:

@@ -160,7 +160,7 @@ if TYPE_CHECKING:
     Tasks = OneTask | Iterable[OneTask]
 else:
     # What the command line may be given.
-    Tasks = list[Task | str] | Task | str
+    Tasks = str | Task | list[Task | str]
 
 
 def as_tasks(tasks: Tasks) -> list[Task]:

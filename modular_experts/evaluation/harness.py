@@ -23,7 +23,6 @@ from modular_experts.evaluation.compare import RESULTS, AnyModels, facts_of, ope
 from modular_experts.places import check_free
 from modular_experts.reports import Results
 from modular_experts.routing.gates import reading
-from modular_experts.settings import Options
 from modular_experts.text import did_you_mean
 
 CHOICES = "_choices"
@@ -42,7 +41,7 @@ class HarnessTask(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measuring(Options):
+class Measuring:
     """How the harness measures.
 
     Args:

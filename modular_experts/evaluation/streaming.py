@@ -20,13 +20,12 @@ from modular_experts.injection.routed import Routed
 from modular_experts.library import Library, StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
 from modular_experts.routing.prompts import choose_form, is_rejected, vectors_for
-from modular_experts.settings import Options
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answering(Options):
+class Answering:
     """How prompts are answered.
 
     Args:

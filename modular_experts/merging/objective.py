@@ -30,7 +30,6 @@ from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert
 from modular_experts.library.record import plain
 from modular_experts.progress import Counted, Progress
-from modular_experts.settings import Options
 
 Aim = Literal["loss", "entropy", "distill"]
 Measure = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
@@ -162,7 +161,7 @@ Labels = Literal["rows", "experts"]
 
 
 @dataclass(frozen=True)
-class ValidationRows(Options):
+class ValidationRows:
     """The rows that a tuning or a search measures, and who labels them.
 
     Args:

@@ -1,29 +1,18 @@
-"""Settings as YAML files and command lines hold them. Open `read.py` first, which makes objects of them."""
+"""Short names of settings, near names for wrong ones, and the error about a wrong option; nothing here needs torch."""
 
 import dataclasses
 import re
-import sys
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from modular_experts.text import nearest
 
 
 class UsageError(ValueError):
     """A command line or a config file is wrong; the message is the sentence for the user."""
-
-
-class Options:
-    """Base class of a dataclass whose fields are options of a command, which takes the object as one argument."""
-
-
-class Word(str):
-    """A value as somebody typed it: a text where an annotation takes one, and YAML everywhere else."""
 
 
 # What users of other tools type, and our option or command.
@@ -57,30 +46,14 @@ SHORT_NAMES = {
     "loss": "model.loss",
     "dtype": "model.dtype",
     "max_new_tokens": "model.max_new_tokens",
+    "optimizer": "model.optimizer",
+    "lr_scheduler": "model.scheduler",
     "seed": "seed_everything",
     **READING,
 }
 """Short names of the settings of `fit`, `validate`, `test` and `predict`."""
-
-
-class Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as it is in YAML 1.2, and a date is a text."""
-
-
-Loader.yaml_implicit_resolvers = {
-    sign: [(tag, pattern) for tag, pattern in found if not tag.endswith(("timestamp", "float"))]
-    for sign, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_FLOAT = r"[-+]?(\d[\d_]*)?(\d\.|\.\d|\d(?=[eE]))[\d_]*([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT})$"), list("-+0123456789."))
-
-
-def meant(word: str) -> Any:
-    """Return what a typed word holds as YAML, or the word, such as the pattern `[qv]_proj`, which is no YAML."""
-    try:
-        return yaml.load(word, Loader)
-    except yaml.YAMLError:
-        return str(word)
+FIT_ALONE = ("out", "overwrite", "keep_inputs", "dry_run", "fit_into")
+"""Options of `fit` that neither the model nor the data nor the trainer has."""
 
 
 def unknown(kind: str, word: str, known: Collection[str], cutoff: float = 0.8) -> UsageError:
@@ -88,20 +61,82 @@ def unknown(kind: str, word: str, known: Collection[str], cutoff: float = 0.8) -
     ours = ELSEWHERE.get(word.rpartition("--")[2].rpartition(".")[2], "")
     # A part before the last dot that is right would make each name behind it look near.
     place = word[: word.rfind(".") + 1]
-    if not (inner := [one for one in known if one.startswith(place)]):
+    inner = [name for name in known if name.startswith(place)]
+    if not inner:
         place, inner = "", [*known]
-    found = nearest(word.removeprefix(place), [one.removeprefix(place) for one in inner], cutoff)
-    found = ours if ours.partition(".")[0] in known else found and place + found
-    near = f"; did you mean {found}?" if found else ""
-    return UsageError(f"there is no {kind} {word}{near or f'; the {kind}s are ' * bool(known) + ', '.join(known)}")
+    near = nearest(word.removeprefix(place), [name.removeprefix(place) for name in inner], cutoff)
+    if ours.partition(".")[0] in known:
+        return UsageError(f"there is no {kind} {word}; did you mean {ours}?")
+    if near:
+        return UsageError(f"there is no {kind} {word}; did you mean {place}{near}?")
+    listed = f"; the {kind}s are {', '.join(known)}" if known else ""
+    return UsageError(f"there is no {kind} {word}{listed}")
 
 
-def path_of(named: Any) -> str:
-    """Return the shortest dotted path that leads to a class or function."""
-    parts, name = named.__module__.split("."), named.__qualname__
-    modules = [".".join(parts[:length]) for length in range(1, len(parts))]
-    home = next((one for one in modules if getattr(sys.modules.get(one), name, None) is named), named.__module__)
-    return f"{home}.{name}"
+def respelt(sentence: str, names: Mapping[str, str]) -> str:
+    """Return a text in which options have other names, such as those that somebody typed."""
+    for name in sorted(names, key=len, reverse=True):
+        sentence = re.sub(rf"--{re.escape(name)}(?![\w-])", f"--{names[name]}", sentence)
+    return sentence
+
+
+def full_names(config: Mapping[str, Any], short: Mapping[str, str], named: str = "the config") -> dict[str, Any]:
+    """Return the settings of a config under full names, each inside of its group; `named` is for the error."""
+    # Keys such as `x-common` hold what YAML's anchors repeat.
+    full = {key: value for key, value in config.items() if not str(key).startswith("x-")}
+    for name in short.keys() & full.keys():
+        group, _, key = short[name].rpartition(".")
+        value = full.pop(name)
+        home = full
+        if group:
+            # A group may also be the path of a file.
+            home = full[group] = _settings(full.get(group))
+        if key in home:
+            raise UsageError(f"{named} gives one option twice: {name} and {short[name]}; give it once")
+        home[key] = value
+    return {key: _beside_class(value) for key, value in full.items()}
+
+
+def _settings(group: Any) -> dict[str, Any]:
+    if isinstance(group, str):
+        return {"class_path": group}
+    return dict(group or {})
+
+
+def _beside_class(value: Any) -> Any:
+    """Return settings in which those beside `class_path` stand in `init_args`, as all others do."""
+    if isinstance(value, list):
+        return [_beside_class(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    settings = {key: _beside_class(item) for key, item in value.items()}
+    beside = settings.keys() - {"class_path", "init_args", "dict_kwargs"}
+    if "class_path" not in settings or not beside:
+        return settings
+    inner = dict(settings.get("init_args") or {})
+    for key in [key for key in settings if key in beside]:
+        inner[key] = settings.pop(key)
+    return settings | {"init_args": inner}
+
+
+def without_replaced_lists(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return configs without the lists that a later one replaces, whose items a parser would mix with the new ones."""
+    kept: list[dict[str, Any]] = []
+    for config in configs:
+        kept = [_without_lists_of(config, earlier) for earlier in kept]
+        kept.append(dict(config))
+    return kept
+
+
+def _without_lists_of(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    left = dict(earlier)
+    for key, value in later.items():
+        held = left.get(key)
+        if isinstance(value, list) and isinstance(held, list):
+            del left[key]
+        elif isinstance(value, Mapping) and isinstance(held, Mapping):
+            left[key] = _without_lists_of(value, held)
+    return left
 
 
 def plain(value: Any) -> Any:
@@ -111,75 +146,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, str | Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if isinstance(value, type | types.FunctionType) and "<" not in value.__qualname__:
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, partial) and not value.args:
         return {"class_path": plain(value.func), "init_args": plain(value.keywords)}
     if dataclasses.is_dataclass(value):
-        fields = [(one.name, getattr(value, one.name), one.default) for one in dataclasses.fields(value) if one.init]
-        settings = {name: plain(found) for name, found, default in fields if found is not default}
+        fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init]
+        settings = {field.name: plain(content) for field, content in fields if content is not field.default}
         # A task stands by its fields where a list of tasks is wanted.
         return settings if hasattr(value, "held_in") else {"class_path": plain(type(value)), "init_args": settings}
     raise ValueError(f"{value!r} has no form in a config; name its class, or {{class_path: ..., init_args: ...}}")
-
-
-def respelt(sentence: str, spelt: Mapping[str, str]) -> str:
-    """Return a text with the names of options that somebody types."""
-    for name in sorted(spelt, key=len, reverse=True):
-        sentence = re.sub(rf"--{re.escape(name)}(?![\w-])", f"--{spelt[name]}", sentence)
-    return sentence
-
-
-def folded(configs: Iterable[tuple[str, Mapping[str, Any]]], short: Mapping[str, str] = {}) -> dict[str, Any]:
-    """Return several configs, each with its name, as one under full names; a later one beats those before it."""
-    config: dict[str, Any] = {}
-    for named, given in configs:
-        found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
-        for name in short.keys() & found.keys():
-            group, _, key = short[name].rpartition(".")
-            home = found.setdefault(group, {}) if group else found
-            if key in home:
-                raise UsageError(f"{named} gives one option twice: {name} and {short[name]}; give it once")
-            home[key] = found.pop(name)
-        config = over(config, found)
-    return config
-
-
-def over(before: Any, after: Any) -> Any:
-    """Return settings under later ones. Settings of another class, and lists, replace the earlier ones whole.
-
-    A name that ends in `+` appends to the list before it. A class that is typed again keeps its settings.
-    """
-    if isinstance(before, dict) and isinstance(after, Word) and _class_in(before) == after:
-        after = {"class_path": str(after)}
-    if isinstance(before, str) and isinstance(after, dict) and "init_args" in after:
-        before = {"class_path": before}
-    before = {} if before is None and isinstance(after, dict) else before
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return after
-    if "class_path" in after and _class_in(before) != _class_in(after):
-        return after
-    joined = dict(before)
-    if "init_args" in after and isinstance(before.get("init_args") or {}, dict):
-        # Settings beside the class beat those in `init_args`, but not later ones.
-        own = {key: joined.pop(key) for key in before if key not in ("class_path", "init_args")}
-        joined["init_args"] = {**(before.get("init_args") or {}), **own}
-    for key, value in after.items():
-        if str(key).endswith("+"):
-            joined[key[:-1]] = [*listed(joined.get(key[:-1])), *listed(value)]
-        else:
-            joined[key] = over(joined.get(key), value)
-    return joined
-
-
-def _class_in(settings: Mapping[str, Any]) -> str:
-    return str(settings.get("class_path")).rpartition(".")[2]
-
-
-def listed(value: Any) -> list[Any]:
-    """Return the items of a list, also of one that is typed as a word; any other value is the only item."""
-    found = meant(value) if isinstance(value, Word) else value
-    return found if isinstance(found, list) else [value] * (value is not None)

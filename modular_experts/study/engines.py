@@ -5,8 +5,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-from modular_experts.settings import Options
-from modular_experts.settings.read import class_named
+from modular_experts.settings.read import class_at
 from modular_experts.study.processes import LocalProcesses
 from modular_experts.study.slurm_jobs import SlurmJobs
 from modular_experts.text import did_you_mean
@@ -35,7 +34,7 @@ def engine(name: str = "local", **settings: Any) -> Executor:
             f"no engine has the name {name}; take {', '.join(ENGINES)}, or the dotted path of an Executor of your own"
             + did_you_mean(name, ENGINES)
         )
-    kind = ENGINES.get(name) or class_named("--engine", [Executor], name)[0]
+    kind = ENGINES.get(name) or class_at(name, "--engine")
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:
@@ -48,7 +47,7 @@ def engine(name: str = "local", **settings: Any) -> Executor:
 
 
 @dataclass(frozen=True)
-class Where(Options):
+class Where:
     """Where pieces of work run.
 
     Args:

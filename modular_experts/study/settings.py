@@ -17,14 +17,14 @@ from modular_experts.data.tasks import NAME
 from modular_experts.evaluation.metrics import TAKEN, Metrics, named_metrics, text_metrics
 from modular_experts.library import check_name, open_expert
 from modular_experts.reports.results import ROLES
-from modular_experts.settings import SHORT_NAMES, Loader, Options, folded, plain, respelt
-from modular_experts.settings.read import make
+from modular_experts.settings import SHORT_NAMES, plain, respelt
+from modular_experts.settings.read import load_yaml, make
 from modular_experts.study.apart import Apart
+from modular_experts.study.lightning import check_settings
 from modular_experts.study.merges import check_kinds, read_ways
 from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
 from modular_experts.study.short_forms import Kinds, Settings, check_files, for_seed, read_tasks, spelt_out, stored_in
 from modular_experts.text import did_you_mean
-from modular_experts.training.settings import read_run
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ Count = int | str
 
 
 @dataclass(frozen=True)
-class Description(Options):
+class Description:
     """What a study shall do, in the words of its file.
 
     Args:
@@ -73,18 +73,19 @@ class Description(Options):
     """
 
     base: str
-    tasks: Settings | list[Any] | str
-    experts: Settings
-    merges: list[Any] | None = None
+    # In `dict` and `list` texts stay texts; among values of any type a parser would read YAML in them.
+    tasks: dict | list | str
+    experts: dict
+    merges: list | None = None
     counts: list[Count | dict[str, Count]] | dict[str, Count] | Count | None = None
-    multitask: Settings | None = None
+    multitask: dict | None = None
     matrix: bool = False
     seeds: list[int] | None = None
-    data: Settings | None = None
-    fit: Settings | None = None
+    data: dict | None = None
+    fit: dict | None = None
     max_new_tokens: int = 64
     dtype: DType = "float32"
-    published: Settings | None = None
+    published: dict | None = None
     metrics: Metrics | None = None
     measures: dict[str, str] | None = None
 
@@ -186,7 +187,7 @@ def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list
         if isinstance(one, str):
             file = Path(one).expanduser()
             try:
-                one = yaml.load(file.read_text(encoding="utf-8"), Loader)
+                one = load_yaml(file.read_text(encoding="utf-8"))
             except (OSError, yaml.YAMLError) as error:
                 why = " ".join(str(error).split())
                 meant = "" if file.suffix in (".yaml", ".yml") else f"; a type of expert is {{expert: {file}}}"
@@ -206,8 +207,7 @@ def _check_fits(given: Description, kinds: Mapping[str, list[Settings]], task: S
     short = {full: name for name, full in SHORT_NAMES.items()}
     for kind, configs in kinds.items():
         try:
-            every = for_seed([*configs, own], seed)
-            read_run(folded([("the config", one) for one in every], short=SHORT_NAMES))
+            check_settings(for_seed([*configs, own], seed))
         except ValueError as error:
             name = MULTITASK if kind == MULTITASK else f"{shared}experts.{kind}"
             raise ValueError(f"{name}: {respelt(str(error), short)}") from error

@@ -31,13 +31,12 @@ from modular_experts.library.result_key import named_contents, result_key
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import take_statistics
 from modular_experts.reports.results import Facts
-from modular_experts.settings import SHORT_NAMES, folded
 from modular_experts.settings.read import make
+from modular_experts.study.lightning import run_of
 from modular_experts.study.plan import Measure, Study
 from modular_experts.study.short_forms import stored_in
-from modular_experts.training.fit import estimate_fit, fit
+from modular_experts.training.fit import estimate_run, quiet, run_fit
 from modular_experts.training.log_progress import lines_shown
-from modular_experts.training.settings import read_run
 
 LONG = 60.0
 """Seconds of a training from which on it prints lines of its own."""
@@ -56,15 +55,19 @@ def train(study: Study, out: Path, configs: Sequence[Facts], tasks: Sequence[str
     """Train an expert on held-in tasks, as `modular-experts fit` does, and put it into the library."""
     started = time.perf_counter()
     target = out / "library" / name
-    settings = training_settings(study, out / "runs" / name, configs, tasks, seed)
+    layers = training_settings(study, out / "runs" / name, configs, tasks, seed)
 
     def show(line: str, share: float) -> None:
         # On a terminal the bar of the study has the last line.
         if time.perf_counter() - started >= share * LONG and not sys.stderr.isatty():
             print(f"training {name}: {line}", file=sys.stderr, flush=True)
 
-    with lines_shown(show):
-        fit(**read_run(settings | {"out": str(target), "overwrite": True}).make())
+    with lines_shown(show), quiet():
+        run = run_of([*layers, {"out": str(target), "overwrite": True}])
+        try:
+            run_fit(run)
+        finally:
+            run.release()
     return about_expert(open_expert(target))
 
 
@@ -75,16 +78,15 @@ def put(study: Study, out: Path, place: Path, name: str) -> Facts:
 
 def training_settings(
     study: Study, place: Path, configs: Sequence[Facts], tasks: Sequence[str], seed: int
-) -> dict[str, Any]:
-    """Return the settings of a training, where a later config beats those before it; its files go to `place`."""
+) -> list[Facts]:
+    """Return the configs of a training, of which a later one beats those before it; its files go to `place`."""
     own = {
         "seed_everything": seed,
         "model": {"base": study.base},
         "data": study.data | {"tasks": [study.held_in[task] for task in tasks]},
         "trainer": {"default_root_dir": str(place)},
     }
-    layers = [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *configs, own]
-    return folded([("the config", layer) for layer in layers], short=SHORT_NAMES)
+    return [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *configs, own]
 
 
 def training_bytes(study: Study, out: Path, configs: Sequence[Facts]) -> int:
@@ -92,9 +94,10 @@ def training_bytes(study: Study, out: Path, configs: Sequence[Facts]) -> int:
     if stored_in(configs):
         return 0
     task = next(iter(study.held_in))
-    settings = training_settings(study, out / "runs", configs, [task], study.seeds[0])
+    layers = training_settings(study, out / "runs", configs, [task], study.seeds[0])
     try:
-        estimate = estimate_fit(**read_run(settings).make() | {"fit_into": sys.maxsize})
+        with quiet():
+            estimate = estimate_run(lambda changed: run_of([*layers, changed]), sys.maxsize)
         return estimate.peak - estimate.bytes["Python and its libraries"]
     except ValueError:  # a base or an expert of which shapes do not tell it
         return 0

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import distributed, nn
@@ -26,8 +27,7 @@ from modular_experts.experts import Expert
 from modular_experts.injection.inject import planned
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
 from modular_experts.selection.schedule import callbacks_of
-from modular_experts.settings import unknown
-from modular_experts.text import bytes_of
+from modular_experts.text import bytes_of, did_you_mean
 from modular_experts.training.activations import free_bytes
 from modular_experts.training.estimate import FitEstimate, estimate, logging_from
 from modular_experts.training.even_validation import EvenValidation
@@ -75,8 +75,6 @@ class FitSettings(TypedDict, total=False):
         model: Further arguments of `ExpertModule`.
         data: Further arguments of `TaskMixture`.
         trainer: Further arguments of Lightning's `Trainer`, `callbacks` among them.
-        described: All settings as a YAML file holds them. They are kept in checkpoints, in the expert's record, and as
-            config.yaml in the folder of the run.
     """
 
     steps: int
@@ -91,7 +89,6 @@ class FitSettings(TypedDict, total=False):
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     trainer: Mapping[str, Any]
-    described: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,9 +96,9 @@ class Run:
     """What a trainer runs: module, data, the trainer with its callbacks, and the checkpoint that it begins with."""
 
     module: ExpertModule
-    data: TaskMixture
+    data: LightningDataModule
     trainer: Trainer
-    checkpoint: str | None
+    checkpoint: str | None = None
 
     @property
     def exports(self) -> list[ExportExpert]:
@@ -115,7 +112,8 @@ class Run:
 
     def share_tokenizer(self) -> None:
         """Let the data have the tokenizer of the model, unless they were given another, which the model then uses."""
-        self.module.tokenizer = self.data.take_tokenizer(self.module.base, self.module.revision)
+        if isinstance(self.data, TaskMixture):
+            self.module.tokenizer = self.data.take_tokenizer(self.module.base, self.module.revision)
 
     def check_modules(self) -> None:
         """Raise before rows are read if `modules` match no layer of a base on disk."""
@@ -173,24 +171,30 @@ def fit(
     """
     with quiet():
         run = prepare("fit", base, tasks, expert, modules, out, **settings)
-        if not run.exports:
-            log.info("this run keeps no expert; --out library/NAME keeps it")
-        run.check_targets()
         try:
-            run.share_tokenizer()
-            run.check_modules()
-            run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint)
+            return run_fit(run)
         finally:
             if not isinstance(base, nn.Module):
                 run.release()
-        # The first process writes for all.
-        run.trainer.strategy.barrier()
-        checkpoint = getattr(run.trainer.checkpoint_callback, "best_model_path", "")
-        if not run.exports and checkpoint:
-            command = f"the same command with --ckpt_path '{checkpoint}' --out library/NAME exports the checkpoint's"
-            log.info("no expert was exported; %s", command)
-    dev_run = run.trainer.fast_dev_run  # type: ignore[attr-defined]
-    return open_expert(run.exports[-1].target) if run.exports and not dev_run else None
+
+
+def run_fit(run: Run) -> StoredExpert | None:
+    """Train, and return the expert that a callback of the trainer exported; the command and `fit` both end here."""
+    if not run.exports:
+        log.info("this run keeps no expert; `out=library/NAME` keeps it")
+    run.check_targets()
+    run.share_tokenizer()
+    run.check_modules()
+    run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint)
+    # The first process writes for all.
+    run.trainer.strategy.barrier()
+    checkpoint = getattr(run.trainer.checkpoint_callback, "best_model_path", "")
+    if not run.exports:
+        if checkpoint:
+            log.info("no expert was exported; the same with `ckpt_path=%s` `out=library/NAME` exports it", checkpoint)
+        return None
+    is_trial = run.trainer.fast_dev_run  # type: ignore[attr-defined]
+    return None if is_trial else open_expert(run.exports[-1].target)
 
 
 def check_fit(*arguments: Any, **settings: Any) -> None:
@@ -219,47 +223,65 @@ def estimate_fit(*arguments: Any, fit_into: str | int | None = None, **settings:
     Raises:
         ValueError: What a fit refuses, nothing makes it fit, or it cannot be estimated.
     """
+
+    def made(changed: Settings) -> Run:
+        given = {group: dict(settings.get(group, {})) | changed.get(group, {}) for group in ("model", "trainer")}
+        run = prepare("fit", *arguments, **settings | given)
+        # A mixture that was given stays as it is.
+        data = copy.copy(run.data)
+        vars(data).update(changed.get("data", {}))
+        return replace(run, data=data) if changed.get("data") else run
+
+    with quiet():
+        return estimate_run(made, fit_into)
+
+
+def estimate_run(made: Callable[[Settings], Run], fit_into: str | int | None = None) -> FitEstimate:
+    """Estimate what a run would take, as `estimate_fit` does; `made` makes it anew with changes of its settings."""
     most = None if fit_into is None else bytes_of(fit_into)
-    with quiet():
-        run = prepare("fit", *arguments, **settings)
-        run.check_targets()
-        if run.module.shard_base:
-            raise ValueError("an estimate has one process, and shard_base needs several; leave shard_base out")
-        try:
-            if most is None and not run.is_large():
-                return estimate(run.module, run.data, run.trainer)
-            run.share_tokenizer()
-            found = predict(run.module, run.data, run.trainer)
-        except UnpredictableError as error:
-            if most is not None:
-                raise
-            log.info("%s", error)
-            run = prepare("fit", *arguments, **settings)
-            return estimate(run.module, run.data, run.trainer)
-        finally:
-            run.release()
-        if most is None:
-            log.info("the base takes more than half of the free memory, and was not loaded")
-            return found
-
-        def predicted(changed: Settings) -> int:
-            given = {group: dict(settings.get(group, {})) | changed[group] for group in ("model", "trainer")}
-            other, data = prepare("fit", *arguments, **settings | given), copy.copy(run.data)
-            data.batch_size = changed["data"].get("batch_size", data.batch_size)
-            return predict(other.module, data, other.trainer).peak
-
-        ways = ways_to_fit(run.module, run.data.batch_size, run.trainer.accumulate_grad_batches)
-        return replace(found, changes=changes_to_fit(most, found, ways, predicted))
-
-
-def measure(verb: str, *arguments: Any, **settings: Any) -> None:
-    """Let a trainer `validate`, `test` or `predict`; the arguments are as for `fit`, with or without an expert."""
-    with quiet():
-        run = prepare(verb, *arguments, **settings)
+    run = made({})
+    run.check_targets()
+    if run.module.shard_base:
+        raise ValueError("an estimate has one process, and shard_base needs several; leave shard_base out")
+    try:
+        if most is None and not run.is_large():
+            return estimate(run.module, _mixture(run), run.trainer)
         run.share_tokenizer()
+        found = predict(run.module, _mixture(run), run.trainer)
+    except UnpredictableError as error:
+        if most is not None:
+            raise
+        log.info("%s", error)
+        run = made({})
+        return estimate(run.module, _mixture(run), run.trainer)
+    finally:
+        run.release()
+    if most is None:
+        log.info("the base takes more than half of the free memory, and was not loaded")
+        return found
+
+    def predicted(changed: Settings) -> int:
+        other = made(changed)
+        return predict(other.module, _mixture(other), other.trainer).peak
+
+    ways = ways_to_fit(run.module, _mixture(run).batch_size, run.trainer.accumulate_grad_batches)
+    return replace(found, changes=changes_to_fit(most, found, ways, predicted))
+
+
+def _mixture(run: Run) -> TaskMixture:
+    if not isinstance(run.data, TaskMixture):
+        raise ValueError(f"an estimate counts the rows of a TaskMixture, and the data are a {type(run.data).__name__}")
+    return run.data
+
+
+def measure_run(verb: str, run: Run) -> None:
+    """Let a trainer `validate`, `test` or `predict`, with or without experts in the model."""
+    run.share_tokenizer()
+    method = getattr(run.trainer, verb)
+    if verb == "validate":
         # Lightning has a table of metrics of its own.
-        more = {"verbose": False} if verb == "validate" else {}
-        getattr(run.trainer, verb)(run.module, run.data, ckpt_path=run.checkpoint, **more)
+        method = partial(method, verbose=False)
+    method(run.module, run.data, ckpt_path=run.checkpoint)
 
 
 def end_processes() -> None:
@@ -279,42 +301,65 @@ def prepare(
     **settings: Unpack[FitSettings],
 ) -> Run:
     """Make what a trainer needs for its method `verb`: `fit`, `validate`, `test` or `predict`."""
-    for word in settings.keys() - FitSettings.__annotations__.keys():
-        raise unknown("setting", word, FitSettings.__annotations__)
+    known = FitSettings.__annotations__
+    for word in settings.keys() - known.keys():
+        near = did_you_mean(word, known) or f"; the settings are {', '.join(known)}"
+        raise ValueError(f"there is no setting {word}{near}")
     checkpoint = settings.get("checkpoint")
-    if checkpoint is not None and "://" not in str(checkpoint) and not Path(checkpoint).exists():
-        # Lightning would look for it after all rows are read, and `last` in the new run's directory.
-        raise ValueError(f"ckpt_path={str(checkpoint)!r} is not a checkpoint; give its file, which ends in .ckpt")
+    check_checkpoint(checkpoint)
     seed_process(settings.get("seed", 0))
-    trainer = _trainer(verb, out, settings)
-    given = dict(settings.get("model", {}))
+    own = dict(settings.get("trainer", {}))
+    if "steps" in settings:
+        own["max_steps"] = settings["steps"]
+    trainer = make_trainer(verb, out, **own)
+    arguments = dict(settings.get("model", {}))
     if expert is not None:
         kind = getattr(expert, "func", expert)
         is_factory = isinstance(kind, type) and issubclass(kind, Expert)
-        given["expert" if modules is not None or is_factory else "experts"] = expert
-    given |= {} if modules is None else {"modules": modules}
+        if modules is None and not is_factory:
+            arguments["experts"] = expert
+        else:
+            arguments["expert"] = expert
+    if modules is not None:
+        arguments["modules"] = modules
     for name in ("learning_rate", "quantise"):
-        given |= {name: settings[name]} if name in settings else {}
-    module = ExpertModule(base, **given)
-    if (most := settings.get("fit_into")) is not None:
-        module.memory_limit = bytes_of(most)
-    if described := settings.get("described", {}).get("model"):
-        # With jsonargparse, `ExpertModule.load_from_checkpoint` makes objects of these settings.
-        module.save_hyperparameters({**described, "_instantiator": "lightning.pytorch.cli.instantiate_module"})
-    rows = dict(settings.get("data", {}))
-    rows |= {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
-    if isinstance(tasks, TaskMixture) and rows:
-        raise ValueError(f"a TaskMixture has its own {' and '.join(rows)}; set that in it, or give the tasks alone")
-    data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **rows)
+        if name in settings:
+            arguments[name] = settings[name]
+    module = ExpertModule(base, **arguments)
+    reading = dict(settings.get("data", {}))
+    if "batch_size" in settings:
+        reading["batch_size"] = settings["batch_size"]
+    if isinstance(tasks, TaskMixture) and reading:
+        raise ValueError(f"a TaskMixture has its own {' and '.join(reading)}; set that in it, or give the tasks alone")
+    data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **reading)
     run = Run(module, data, trainer, None if checkpoint is None else str(checkpoint))
-    changes: dict[str, Any] = {name: settings[name] for name in ("overwrite", "keep_inputs") if settings.get(name)}
+    set_up(run, out, settings.get("overwrite", False), settings.get("keep_inputs", 0), settings.get("fit_into"))
+    return run
+
+
+def check_checkpoint(checkpoint: str | Path | None) -> None:
+    """Raise if a checkpoint does not exist: Lightning would look for it after all rows are read."""
+    if checkpoint is not None and "://" not in str(checkpoint) and not Path(checkpoint).exists():
+        raise ValueError(f"ckpt_path={str(checkpoint)!r} is not a checkpoint; give its file, which ends in .ckpt")
+
+
+def set_up(
+    run: Run, out: str | Path | None, overwrite: bool, keep_inputs: int, fit_into: str | int | None = None
+) -> None:
+    """Give a run's callbacks the place of the expert and what is kept beside it, and the module its memory."""
+    if fit_into is not None:
+        run.module.memory_limit = bytes_of(fit_into)
+    changes: dict[str, Any] = {}
+    if overwrite:
+        changes["overwrite"] = True
+    if keep_inputs:
+        changes["keep_inputs"] = keep_inputs
     for export in run.exports:
         export.take(**changes)
-    if verb == "fit" and out is not None:
+    if out is not None and run.exports:
         run.exports[-1].take(target=Path(out), **changes)
-    if settings.get("keep_inputs") and not run.exports:
-        raise ValueError("keep_inputs keeps inputs beside an expert; say where that goes: --out library/NAME")
-    return run
+    if keep_inputs and not run.exports:
+        raise ValueError("keep_inputs keeps inputs beside an expert; say where that goes: `out=library/NAME`")
 
 
 def seed_process(seed: bool | int) -> None:
@@ -323,41 +368,60 @@ def seed_process(seed: bool | int) -> None:
         seed_everything(None if seed is True else seed, workers=True, verbose=False)
 
 
-def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Trainer:
-    """Return the trainer, with a length, a progress bar on a terminal, and metrics.csv beside any other logger."""
-    given = TRAINER | trainer_device() | dict(settings.get("trainer", {}))
-    given |= {"max_steps": settings["steps"]} if "steps" in settings else {}
-    listed = given.get("callbacks") or []
+def make_trainer(
+    verb: str, out: str | Path | None = None, kind: Callable[..., Trainer] = Trainer, **own: Any
+) -> Trainer:
+    """Return a trainer with a length, a progress bar on a terminal, metrics.csv beside any other logger, and an export.
+
+    Args:
+        verb: The method that will run: `fit`, `validate`, `test` or `predict`.
+        out: Directory of the expert that a fit exports.
+        kind: The class of the trainer.
+        **own: Its arguments; they beat the package's.
+    """
+    arguments = TRAINER | trainer_device() | own
+    listed = arguments.get("callbacks") or []
     callbacks: list[Callback] = [*listed] if isinstance(listed, Sequence) else [listed]
     if verb == "fit" and out is not None:
         place = Path(out)
         check_name(place.name)
-        if not any(isinstance(one, ExportExpert) for one in callbacks):
+        if not any(isinstance(callback, ExportExpert) for callback in callbacks):
             callbacks.insert(0, ExportExpert(str(place.parent), place.name))
-    logger = given.get("logger")
-    if verb != "fit" and logger is None:
-        # There is nothing to log, and a logger leaves a directory at every call.
-        given["logger"] = False
-    elif logger is not False:
-        others = [] if logger in (None, True) else [*logger] if isinstance(logger, Sequence) else [logger]
-        own = [] if any(isinstance(one, CSVLogger) for one in others) else [CSVLogger(given["default_root_dir"])]
-        # The folder of the first logger holds the configuration and the checkpoints.
-        given["logger"] = [*own, *others]
-    if given.get("val_check_interval") is not None:
+    arguments["logger"] = _loggers(verb, arguments.get("logger"), arguments["default_root_dir"])
+    if arguments.get("val_check_interval") is not None:
         # Its value may be Lightning's default, which `EvenValidation` would replace.
         callbacks.insert(0, EvenValidation(times=0))
-    if verb == "fit" and given.get("num_sanity_val_steps") is None:
+    if verb == "fit" and arguments.get("num_sanity_val_steps") is None:
         # All rows, so that the loss before training compares with those after it.
-        given["num_sanity_val_steps"] = -1
-    if given.get("max_epochs") is None and given.get("max_steps", -1) == -1 and given.get("max_time") is None:
+        arguments["num_sanity_val_steps"] = -1
+    if (
+        arguments.get("max_epochs") is None
+        and arguments.get("max_steps", -1) == -1
+        and arguments.get("max_time") is None
+    ):
         # Lightning's default is a thousand.
-        given["max_epochs"] = 3
-    if given.get("enable_progress_bar") is None and not any(isinstance(one, ProgressBar) for one in callbacks):
-        given["enable_progress_bar"] = sys.stdout.isatty() and sys.stderr.isatty()
-        callbacks += [TQDMProgressBar()] * given["enable_progress_bar"]
-    if verb == "fit" and not given.get("fast_dev_run") and "described" in settings:
-        callbacks.append(_SavedConfig(settings["described"]))
-    return Trainer(**given | {"callbacks": callbacks})
+        arguments["max_epochs"] = 3
+    if arguments.get("enable_progress_bar") is None and not any(isinstance(item, ProgressBar) for item in callbacks):
+        on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        arguments["enable_progress_bar"] = on_terminal
+        if on_terminal:
+            callbacks.append(TQDMProgressBar())
+    return kind(**arguments | {"callbacks": callbacks})
+
+
+def _loggers(verb: str, logger: Any, root: str) -> Any:
+    if logger is False or (verb != "fit" and logger is None):
+        # There is nothing to log, and a logger leaves a directory at every call.
+        return False
+    others = []
+    if isinstance(logger, Sequence):
+        others = [*logger]
+    elif logger not in (None, True):
+        others = [logger]
+    if any(isinstance(other, CSVLogger) for other in others):
+        return others
+    # The folder of the first logger holds the configuration and the checkpoints.
+    return [CSVLogger(root), *others]
 
 
 @contextmanager
@@ -372,8 +436,8 @@ def quiet() -> Iterator[None]:
         yield
 
 
-class _SavedConfig(Callback):
-    """Keeps the settings in the folder of the run, and tells the module where."""
+class SavedConfig(Callback):
+    """Keeps the settings of a run, as YAML holds them, in its folder as config.yaml, and tells the module where."""
 
     def __init__(self, described: Mapping[str, Any]) -> None:
         self.described = described

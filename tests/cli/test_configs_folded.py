@@ -1,18 +1,12 @@
 """A list given later replaces the one before it, whatever their lengths; `+` appends, and a field is set in place."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from modular_experts.__main__ import main
-from modular_experts.cli.command import settings_of
-from modular_experts.experts import Expert
-from modular_experts.settings import folded
-from modular_experts.settings.read import read
 
 FIRST = {
     "model": {"base": "base", "modules": ".*", "expert": "FullExpert"},
@@ -55,34 +49,37 @@ def test_a_field_of_the_last_item_is_set_in_place_and_plus_appends(printed) -> N
     found = printed("--tasks+", '{"name": "two", "path": "two.jsonl"}')["data"]["tasks"]
     assert [(task["name"], task["weight"]) for task in found] == [("one", 3.0), ("two", 1.0)]
     # In a config, too.
-    first = {"trainer": {"callbacks": [{"class_path": "A"}]}}
-    more = {"trainer": {"callbacks+": [{"class_path": "B"}]}}
-    assert folded([("a", first), ("b", more)])["trainer"]["callbacks"] == [{"class_path": "A"}, {"class_path": "B"}]
-    assert folded([("b", more)])["trainer"]["callbacks"] == [{"class_path": "B"}]
+    Path("more.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [{"class_path": "GradientMask"}]}}))
+    callbacks = printed("--config", "more.yaml")["trainer"]["callbacks"]
+    assert [callback["class_path"].rpartition(".")[2] for callback in callbacks] == ["ExportExpert", "GradientMask"]
 
 
-def test_settings_of_another_class_replace_the_earlier_ones_and_those_of_the_same_class_join_them(tmp_path) -> None:
-    files = []
-    for number, expert in enumerate(
-        [
-            {"class_path": "SparseExpert", "init_args": {"keep_ratio": 0.1, "granularity": "block"}},
-            {"init_args": {"keep_ratio": 0.2}},
-            {"class_path": "LoRAExpert", "init_args": {"rank": 2}},
-        ]
-    ):
-        files.append(tmp_path / f"{number}.yaml")
-        files[-1].write_text(yaml.safe_dump({"model": {"base": f"base-{number}", "expert": expert}}))
-    options = [("config", [str(file)]) for file in files]
-    config = settings_of([*options[:2], ("model.base", ["mine"])], {})
-    settings = {"keep_ratio": 0.2, "granularity": "block"}
-    assert config == {"model": {"base": "mine", "expert": {"class_path": "SparseExpert", "init_args": settings}}}
-    assert settings_of(options, {})["model"]["expert"] == {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
+EXPERTS = [
+    {"class_path": "SparseExpert", "init_args": {"keep_ratio": 0.1, "granularity": "block"}},
+    {"init_args": {"keep_ratio": 0.2}},
+    {"class_path": "LoRAExpert", "init_args": {"rank": 2}},
+]
 
 
-def test_a_setting_of_a_class_beats_earlier_ones_in_either_notation() -> None:
-    long, short = {"class_path": "LoRAExpert", "init_args": {"rank": 8, "alpha": 3.0}}, {"class_path": "LoRAExpert"}
-    short |= {"rank": 4, "dropout": 0.1}
-    for configs, rank in (([short, long], 8), ([long, short], 4), ([long, short, long], 8)):
-        expert = folded([("a config", {"expert": one}) for one in configs])["expert"]
-        made = read("--expert", Callable[[torch.Tensor], Expert], expert).plain["init_args"]
-        assert made == {"rank": rank, "alpha": 3.0, "rank_stabilized": False, "dropout": 0.1}
+def test_settings_of_another_class_replace_the_earlier_ones_and_those_of_the_same_class_join_them(printed) -> None:
+    words = []
+    for number, expert in enumerate(EXPERTS):
+        Path(f"{number}.yaml").write_text(yaml.safe_dump({"model": {"base": f"base-{number}", "expert": expert}}))
+        words += ["--config", f"{number}.yaml"]
+    model = printed(*words[:4], "--base", "mine")["model"]
+    settings = model["expert"]["init_args"]
+    assert (model["base"], settings["keep_ratio"], settings["granularity"]) == ("mine", 0.2, "block")
+    expert = printed(*words)["model"]["expert"]
+    defaults = {"alpha": 16.0, "rank_stabilized": False, "dropout": 0.0}
+    assert expert == {"class_path": "modular_experts.LoRAExpert", "init_args": {"rank": 2, **defaults}}
+
+
+def test_a_setting_of_a_class_beats_earlier_ones_in_either_notation(printed) -> None:
+    long = {"class_path": "LoRAExpert", "init_args": {"rank": 8, "alpha": 3.0}}
+    short = {"class_path": "LoRAExpert", "rank": 4, "dropout": 0.1}
+    for name, expert in (("long", long), ("short", short)):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({"model": {"expert": expert}}))
+    for names, rank in ((["short", "long"], 8), (["long", "short"], 4), (["long", "short", "long"], 8)):
+        words = [word for name in names for word in ("--config", f"{name}.yaml")]
+        settings = printed(*words)["model"]["expert"]["init_args"]
+        assert settings == {"rank": rank, "alpha": 3.0, "rank_stabilized": False, "dropout": 0.1}

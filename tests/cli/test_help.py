@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.settings.read import arguments_of
+from modular_experts.cli.functions import annotations
 
 TRAINING = [verb for verb, command in VERBS.items() if not command.function]
 
@@ -103,6 +104,14 @@ def function_of(verb: str):
     return getattr(importlib.import_module(f"modular_experts.{'.'.join(command.path.split('/'))}"), command.function)
 
 
+def parameters_of(called) -> dict[str, object]:
+    """Return the default of each argument; a dataclass that must be given stands for its fields."""
+    hints, found = annotations(called), {}
+    for name, parameter in inspect.signature(called).parameters.items():
+        found |= parameters_of(hints[name]) if is_dataclass(hints[name]) else {name: parameter.default}
+    return found
+
+
 def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(capsys) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -118,7 +127,7 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
             of_fit = {"learning_rate", "steps", "batch_size", "modules", "expert"}
             assert (of_fit if verb == "fit" else {"experts", "max_new_tokens"}) <= set(options)
         else:
-            parameters = arguments_of(function_of(verb))[1]
+            parameters = parameters_of(function_of(verb))
             needed = [name for name, default in parameters.items() if default is inspect.Parameter.empty]
             spelt = {name.replace("dry_run", "dry-run").rstrip("_") for name in parameters}
             # What reads rows by `data` is typed by its tasks.

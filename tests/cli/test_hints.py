@@ -7,7 +7,6 @@ f-string counts as a word.
 import ast
 import contextlib
 import functools
-import importlib
 import inspect
 import io
 import re
@@ -19,15 +18,14 @@ from lightning.pytorch import Trainer
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.cli.commands import COMPUTING
-from modular_experts.cli.training import FIT_ALONE
+from modular_experts.cli.commands import options_of_run
+from modular_experts.cli.help import options_in_source
+from modular_experts.cli.merge import Tuning
 from modular_experts.data import TaskMixture
-from modular_experts.settings import READING, SHORT_NAMES
-from modular_experts.settings.read import arguments_of, kinds_of
 from modular_experts.training.module import ExpertModule
 
 PACKAGE = Path(modular_experts.__file__).parent
-GROUPS = {"model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
+GROUPS: dict[str, type] = {"model": ExpertModule, "data": TaskMixture, "trainer": Trainer, "tune": Tuning}
 EVERYWHERE = {"help", "help-all", "config", "print_config", "version", "trust"}
 # Programs of others.
 STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ")
@@ -51,40 +49,31 @@ def texts() -> list[tuple[str, str]]:
     return found
 
 
-def hints_of(verb: str) -> dict[str, object]:
-    """Return the type of each option of a command."""
-    command, device = VERBS[verb], {"device": str} if verb in COMPUTING else {}
-    if command.function:
-        module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
-        hints = arguments_of(getattr(module, command.function))[0] | device
-        # An argument such as `for_` is the option `--for`.
-        short = {name: kinds_of(full, hints)[0] for name, full in READING.items() if kinds_of(full, hints)}
-        return short | {name.rstrip("_"): hint for name, hint in hints.items()}
-    found = dict(GROUPS) | device | {"ckpt_path": str, "seed_everything": int}
-    found |= {name: kinds_of(full, found)[0] for name, full in SHORT_NAMES.items()}
-    return found | dict.fromkeys(FIT_ALONE if verb == "fit" else (), str)
+def names_of(verb: str) -> set[str]:
+    """Return the options of a command."""
+    command = VERBS[verb]
+    return {*(options_in_source(verb, command) if command.function else options_of_run(verb))}
 
 
-HINTS = {verb: hints_of(verb) for verb in VERBS}
+NAMES = {verb: names_of(verb) for verb in VERBS}
+
+
+@functools.cache
+def settings_of(kind: type) -> set[str]:
+    """Return the names of the arguments of a class and of those above it."""
+    makers = [vars(owner)["__init__"] for owner in kind.__mro__ if "__init__" in vars(owner)]
+    return {name for maker in makers for name in inspect.signature(maker).parameters}
 
 
 def exists(option: str, verbs: list[str]) -> bool:
     """Return whether one of the commands has an option; settings of a class that is named belong to the class."""
     name = option.replace("-", "_").removesuffix("+")
     head, _, rest = name.partition(".")
-    if name in {one.replace("-", "_") for one in EVERYWHERE} or name.endswith("help"):
+    if name in {known.replace("-", "_") for known in EVERYWHERE} or name.endswith("help"):
         return True
-    for hints in (HINTS[verb] for verb in verbs):
-        if head not in hints:
-            continue
-        kinds = kinds_of(head, hints)
-        group = next((kind for kind in kinds if inspect.isclass(kind) and kind in (*GROUPS.values(), Tuning)), None)
-        if not rest or group is None or rest.partition(".")[0] in arguments_of(group)[0]:
-            return True
-    return False
-
-
-Tuning = importlib.import_module("modular_experts.cli.merge").Tuning
+    group = GROUPS.get(head)
+    is_setting = not rest or group is None or rest.partition(".")[0] in settings_of(group)
+    return is_setting and any(head in NAMES[verb] for verb in verbs)
 
 
 def wrong_hints(text: str) -> list[str]:
@@ -101,7 +90,7 @@ def wrong_hints(text: str) -> list[str]:
         for option in re.findall(r"(?<![\w-])(?<!var\()--([a-z][a-z0-9_.+-]*[a-z0-9_])(?![A-Z:\w])", part):
             found += [] if exists(option, [verb] if verb in VERBS else list(VERBS)) else [f"--{option}"]
     for group, name in re.findall(r"(?<![\w.\-/(])(model|data|trainer)\.([a-z_]+)(?![\w(./])", text):
-        known = arguments_of(GROUPS[group])[0]
+        known = settings_of(GROUPS[group])
         found += [f"{group}.{name}"] if name not in known and (group, name) not in ATTRIBUTES else []
     return found
 

@@ -17,7 +17,7 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
-from modular_experts.cli.command import _USUAL
+from modular_experts.cli.functions import _USUAL
 from modular_experts.evaluation import evaluate, measure
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert

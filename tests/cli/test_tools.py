@@ -17,9 +17,9 @@ from testbed.random_deltas import random_delta
 from modular_experts import generate
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.cli.command import read_options, settings_of
 from modular_experts.cli.merge import Tuning
 from modular_experts.cli.study import next_steps
+from modular_experts.cli.words import shapes_of, spelt_out
 from modular_experts.library import Library, make_record, open_expert, write_expert
 from modular_experts.progress import Counted
 from modular_experts.reports.progress import progress_bar
@@ -165,37 +165,37 @@ def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place):
 HINTS = {"dry_run": bool, "experts": list[str] | None, "modules": str | list[str], "out": str, "max_memory": str}
 HINTS |= {"per_weight": dict[str, str] | None, "recipe": str, "tune": Tuning | None}
 SPELT = {
-    "--experts a b --out c": {"experts": ["a", "b"], "out": "c"},
-    "--experts a": {"experts": ["a"]},
-    "--experts [a] --out c": {"experts": "[a]", "out": "c"},
-    "--out a b": {"out": "a", "recipe": "b"},
-    "--experts a --out c --experts b": {"out": "c", "experts": ["a", "b"]},
-    "--experts null": {"experts": "null"},
-    "--modules q_proj": {"modules": "q_proj"},
-    "--modules [qv]_proj k_proj": {"modules": ["[qv]_proj", "k_proj"]},
-    "--dry-run": {"dry_run": True},
-    "--dry_run --out a-b": {"dry_run": True, "out": "a-b"},
-    "--dry-run false --max-memory=2-GB": {"dry_run": "false", "max_memory": "2-GB"},
-    "--dry-run=true a": {"dry_run": "true", "recipe": "a"},
-    "--dry-run recipe.yaml": {"dry_run": True, "recipe": "recipe.yaml"},
-    "--dry-run --print-config": {"dry_run": True},
-    "--dry_run False a": {"dry_run": "False", "recipe": "a"},
-    "--per-weight.a-b[0-9]=c-d": {"per_weight": {"a-b[0-9]": "c-d"}},
-    "--per_weight.[p-r]_proj TIES": {"per_weight": {"[p-r]_proj": "TIES"}},
-    "--tune.max-new-tokens 3": {"tune": {"max_new_tokens": "3"}},
-    "--tune --experts a": {"tune": {}, "experts": ["a"]},
-    "": {},
+    "--experts a b --out c": ['--experts=["a", "b"]', "--out=c"],
+    "--experts a": ['--experts=["a"]'],
+    "--experts [a] --out c": ["--experts=[a]", "--out=c"],
+    "--out a b": ["--out=a", "--recipe=b"],
+    "--experts a --out c --experts b": ["--out=c", '--experts=["a", "b"]'],
+    "--experts null": ["--experts=null"],
+    "--modules q_proj": ["--modules=q_proj"],
+    "--modules [qv]_proj k_proj": ['--modules=["[qv]_proj", "k_proj"]'],
+    "--dry-run": ["--dry_run=true"],
+    "--dry_run --out a-b": ["--dry_run=true", "--out=a-b"],
+    "--dry-run false --max-memory=2-GB": ["--dry_run=false", "--max_memory=2-GB"],
+    "--dry-run=true a": ["--dry_run=true", "--recipe=a"],
+    "--dry-run recipe.yaml": ["--dry_run=true", "--recipe=recipe.yaml"],
+    "--dry-run --print-config": ["--dry_run=true", "--print_config="],
+    "--dry_run False a": ["--dry_run=False", "--recipe=a"],
+    "--per-weight.a-b[0-9]=c-d": ['--per_weight={"a-b[0-9]": "c-d"}'],
+    "--per_weight.[p-r]_proj TIES": ['--per_weight={"[p-r]_proj": "TIES"}'],
+    "--tune.max-new-tokens 3": ["--tune.max_new_tokens=3"],
+    "--tune --experts a": ["--tune={}", '--experts=["a"]'],
+    "": [],
 }
 
 
 def test_options_may_have_dashes_lists_spaces_and_flags_no_value():
+    shapes = shapes_of(HINTS)
     for given, spelt in SPELT.items():
-        found = read_options(given.split(), HINTS, ["recipe"])
-        assert settings_of(found, HINTS) == spelt
+        assert spelt_out(given.split(), shapes, ["recipe"]).words == spelt
     with pytest.raises(UsageError, match="'b' is one argument too many"):
-        read_options(["--dry_run", "a", "b"], HINTS, ["recipe"])
+        spelt_out(["--dry_run", "a", "b"], shapes, ["recipe"])
     with pytest.raises(UsageError, match="--experts needs a value"):
-        read_options(["--experts", "--out", "c"], HINTS)
+        spelt_out(["--experts", "--out", "c"], shapes)
 
 
 def test_generate_finds_its_prompt_where_people_put_it(place, run, monkeypatch, tiny_llama_dir) -> None:

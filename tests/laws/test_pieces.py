@@ -18,10 +18,10 @@ from testbed.here import Apart, Here
 from testbed.random_deltas import random_delta
 
 from modular_experts.base.files import fingerprint
+from modular_experts.cli.functions import annotations
 from modular_experts.data import Task, TaskMixture
 from modular_experts.library import Library, make_record, write_expert
 from modular_experts.selection.mask_schedule import MaskSchedule
-from modular_experts.settings.read import arguments_of
 from modular_experts.study import read_study, results_of, run_study
 from modular_experts.training.gradient_mask import GradientMask
 from modular_experts.training.module import ExpertModule
@@ -173,7 +173,7 @@ WORDS = {
 def test_every_setting_that_may_name_something_is_changed_below() -> None:
     known = {*OF_KINDS, *OF_TASKS, *WORDS}
     for kind in (ExpertModule, TaskMixture, Task, MaskSchedule, TrainUnderOthers, GradientMask):
-        for name, hint in arguments_of(kind)[0].items():
+        for name, hint in annotations(kind.__init__).items():
             plain = str(hint).replace("NoneType", "")
             names_something = "Literal" not in plain and re.search(r"str|modular_experts|Callable|Path", plain)
             assert not names_something or f"{kind.__name__}.{name}" in known, f"{kind.__name__}.{name}: {hint}"

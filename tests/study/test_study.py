@@ -341,7 +341,7 @@ def test_an_expert_that_comes_out_otherwise_redoes_what_was_made_of_it(settings,
     assert study(settings) == 0
     shutil.rmtree("runs/mine/library/lora-upper")
     trained = work.training_settings
-    monkeypatch.setattr(work, "training_settings", lambda *given: trained(*given) | {"seed_everything": 7})
+    monkeypatch.setattr(work, "training_settings", lambda *given: [*trained(*given), {"seed_everything": 7}])
     made = ["experts lora upper 0", "tests lora upper 0", "settings lora tuned 2 0", "settings lora tuned 4 0"]
     number = next(row["group"] for row in results().rows if row["count"] == 2 and "lora-upper" in row["experts"])
     made += [f"merges lora SparseAverage 2 {number} 0", "merges lora SparseAverage 4 0 0"]
@@ -357,7 +357,7 @@ def test_an_expert_that_comes_out_otherwise_redoes_what_was_made_of_it(settings,
     write_rows(Path("runs/mine/pieces.jsonl"), older)
     assert redone(settings) == []
     shutil.rmtree("runs/mine/library/lora-upper")
-    monkeypatch.setattr(work, "training_settings", lambda *given: trained(*given) | {"seed_everything": 8})
+    monkeypatch.setattr(work, "training_settings", lambda *given: [*trained(*given), {"seed_everything": 8}])
     assert redone(settings) == ["experts lora upper 0", "merges lora SparseAverage 4 0 0", "merges lora tuned 4 0 0"]
 
 
@@ -578,7 +578,7 @@ def test_what_chooses_settings_never_sees_test_rows_or_held_out_tasks(settings) 
         ({"experts": {"lora": {**LORA, "modules": "q_proj v_proj"}}}, "one pattern, 'q_proj v_proj', with a space"),
         ({"tasks": {"heldin": ["upper.jsonl"]}}, "tasks.heldin is neither held_in nor held_out; did you mean held_in"),
         ({"merges": ["SparseAverag"]}, "did you mean SparseAverage"),
-        ({"measures": {"gain": "operator.length_hint"}}, "measures.gain has a name that results have already"),
+        ({"measures": {"gain": "statistics.mean"}}, "measures.gain has a name that results have already"),
         ({"experts": {"lora": {"stored": "library", "steps": 5}}}, "as they are; leave out steps, or stored"),
         ({"metrics": {"mine": "nope.mine"}}, "--metrics.mine: nope.mine cannot be imported"),
         ({"merges": ["TIES", "TIES"]}, "two merges are called 'TIES'"),

@@ -27,7 +27,6 @@ from modular_experts.data.tasks import Tasks
 from modular_experts.library import check_target, new_directory
 from modular_experts.library.record import package_versions
 from modular_experts.reports.json_lines import JSONLines
-from modular_experts.settings import Options
 from modular_experts.systems.compress.candidates import Candidates, Members, Window, rank
 from modular_experts.systems.compress.reform import reform
 from modular_experts.systems.compress.removable import Kept, Removable
@@ -38,7 +37,7 @@ _TOLERANCE = 1e-3  # largest accepted difference of a logit between the model in
 
 
 @dataclass(frozen=True)
-class Reduction(Options):
+class Reduction:
     """How much of a base goes, and how that is searched.
 
     Args:

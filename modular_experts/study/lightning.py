@@ -1,0 +1,193 @@
+"""Lightning's command line for experts: `fit`, `validate`, `test`, `predict` and the trainings of a study read with it.
+
+A config names the classes of `model`, `data` and `trainer`; without a name they are ExpertModule, TaskMixture and
+Lightning's Trainer.
+"""
+
+import inspect
+import json
+import pickle
+import pkgutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+
+import modular_experts.data.suite  # whose tasks have short names
+import modular_experts.training.gradient_mask
+import modular_experts.training.train_under_others  # noqa: F401 - callbacks that nothing else imports
+from modular_experts.discovery import import_systems
+from modular_experts.settings import FIT_ALONE, SHORT_NAMES, UsageError, full_names, unknown, without_replaced_lists
+from modular_experts.settings.read import USUAL, flat, refuse_dangerous_imports, sentence_of
+from modular_experts.training.fit import TRAINER, Run, SavedConfig, check_checkpoint, make_trainer, set_up
+from modular_experts.training.module import ExpertModule
+
+# So that a config names the callbacks and experts of papers by their class alone.
+import_systems("callback")
+
+GROUPS = {"model": ExpertModule, "data": LightningDataModule, "trainer": Trainer}
+"""The class of each group of a config, or one of those below it."""
+_USUAL_SETTINGS = {"trainer": TRAINER}
+
+
+def usual_class(group: str) -> Any:
+    """Return the class of a group of which a config names none."""
+    return pkgutil.resolve_name(USUAL[[*GROUPS].index(group)])
+
+
+class RunParser(LightningArgumentParser):
+    """Parser of a run's settings, which prints a group of the usual class without its name, as configs are written."""
+
+    def dump(self, cfg: Namespace, *arguments: Any, **how: Any) -> str:
+        settings = yaml.safe_load(super().dump(cfg, *arguments, **how)) or {}
+        return yaml.safe_dump(flat(settings), sort_keys=False, allow_unicode=True)
+
+
+class ExpertCLI(LightningCLI):
+    """LightningCLI whose trainer also exports the expert; it reads settings, and `make_run` makes what runs.
+
+    Args:
+        verb: The method of the trainer that will run, such as `fit`.
+        words: Options under their full names, such as `--model.base=DIR`; `--config` takes a file or its text.
+    """
+
+    def __init__(self, verb: str, words: Sequence[str]) -> None:
+        self.verb = verb
+        refuse_dangerous_imports()
+        with warnings.catch_warnings():
+            # Lightning's command line calls what jsonargparse has a newer name for.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            super().__init__(
+                ExpertModule,
+                LightningDataModule,
+                seed_everything_default=0,
+                parser_class=RunParser,
+                parser_kwargs={"exit_on_error": False},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=[*words],
+                run=False,
+                auto_configure_optimizers=False,
+            )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for (group, kind), usual in zip(GROUPS.items(), USUAL, strict=True):
+            parser.add_lightning_class_args(kind, group, subclass_mode=True)
+            parser.set_defaults({group: {"class_path": usual, "init_args": _USUAL_SETTINGS.get(group, {})}})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--ckpt_path", type=str | None, default=None)
+        if self.verb == "fit":
+            parser.add_argument("--out", type=str | None, default=None)
+            parser.add_argument("--overwrite", type=bool, default=False)
+            parser.add_argument("--keep_inputs", type=int, default=0)
+            parser.add_argument("--dry_run", type=bool, default=False)
+            parser.add_argument("--fit_into", type=str | None, default=None)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UsageError(sentence_of(str(error))) from None
+        modules = self.config.model.init_args.get("modules")
+        if isinstance(modules, str) and len(words := modules.split()) > 1:
+            raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
+
+    def before_instantiate_classes(self) -> None:
+        self.described = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        # What checkpoints keep of the module's settings.
+        self.config_dump = self.described
+        self.parser.add_instantiator(self._made_trainer, Trainer, subclasses=True)
+        self.parser.add_instantiator(_made_logger, Logger, subclasses=True)
+
+    def _made_trainer(self, kind: type[Trainer], **arguments: Any) -> Trainer:
+        usual = {name: one.default for name, one in inspect.signature(kind).parameters.items()}
+        own = {name: value for name, value in arguments.items() if name not in usual or value is not usual[name]}
+        if self.verb == "fit" and not own.get("fast_dev_run"):
+            callbacks = own.get("callbacks") or []
+            listed = [*callbacks] if isinstance(callbacks, Sequence) else [callbacks]
+            own["callbacks"] = [*listed, SavedConfig(self.described)]
+        return make_trainer(self.verb, self.config.get("out"), kind, **own)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        return self.config_init.trainer
+
+    def instantiate_classes(self) -> None:
+        """Make nothing yet: a study reads the settings of all its trainings before it makes the first."""
+
+    def make_run(self) -> Run:
+        """Make module, data and trainer, and return what the trainer will run."""
+        super().instantiate_classes()
+        check_checkpoint(self.config.ckpt_path)
+        run = Run(self.model, self.datamodule, self.trainer, self.config.ckpt_path)
+        own = [self.described.get(name) for name in ("out", "overwrite", "keep_inputs", "fit_into")]
+        set_up(run, *own)
+        return run
+
+
+def _made_logger(kind: type[Logger], *arguments: Any, **settings: Any) -> Logger:
+    try:
+        return kind(*arguments, **settings)
+    except ModuleNotFoundError as error:
+        if "tensorboard" in str(error):
+            error.add_note("pip install 'modular-experts[logging]' brings it")
+        raise
+    except Exception as error:
+        # A bug of the user's class keeps its traceback; the logger of another program refuses its settings.
+        if not kind.__module__.startswith("lightning."):
+            raise
+        why = " ".join(str(error).split())
+        raise UsageError(f"--trainer.logger: {kind.__name__} cannot be made: {why}") from error
+
+
+def config_words(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the words of configs, of which a later one beats those before it, for `ExpertCLI`."""
+    named = [full_names(config, SHORT_NAMES) for config in configs]
+    known = [*SHORT_NAMES, *GROUPS, "seed_everything", "ckpt_path", *FIT_ALONE]
+    for name in dict.fromkeys(name for config in named for name in config):
+        if name.removesuffix("+") not in known:
+            raise unknown("option", f"--{name}", [f"--{option}" for option in known])
+    return [f"--config={json.dumps(config)}" for config in without_replaced_lists(named)]
+
+
+def run_of(configs: Iterable[Mapping[str, Any]], verb: str = "fit") -> Run:
+    """Make what a trainer runs by configs, of which a later one beats those before it."""
+    return ExpertCLI(verb, config_words(configs)).make_run()
+
+
+def check_settings(configs: Iterable[Mapping[str, Any]]) -> None:
+    """Raise a `UsageError` if the configs of a fit do not fit; nothing is made, and no seed is set."""
+    ExpertCLI("fit", [*config_words(configs), "--seed_everything=false"])
+
+
+def checkpoint_file(word: str, root: str | Path) -> str:
+    """Return the file that `last` or `best` means: of the runs below `root`, the newest file, or its run's best one."""
+    newest = max(Path(root).rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
+    if word not in ("last", "best") or newest is None:
+        return word
+    if word == "last":
+        return str(newest)
+    states = torch.load(newest, weights_only=True, map_location="cpu")["callbacks"].values()
+    best = [state["best_model_path"] for state in states if "best_model_path" in state]
+    return next((file for file in best if Path(file).is_file()), str(newest))
+
+
+def settings_of_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the settings of the model in a checkpoint, as a config holds them; empty if the file does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        # Numbers and tensors only; no code from the file is run.
+        settings = dict(torch.load(path, weights_only=True, map_location="cpu")["hyper_parameters"])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
+    kind = settings.pop("_class_path", None)
+    model = {name: value for name, value in settings.items() if not name.startswith("_")}
+    return {"model": {"class_path": kind, "init_args": model} if kind else model}
