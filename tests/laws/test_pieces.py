@@ -78,7 +78,6 @@ def results(out: str, executor: Any = None, **changes: Any) -> dict[tuple[Any, .
 
 def test_pieces_do_not_depend_on_order_processes_or_interruptions(place) -> None:
     forwards = results("forwards", seeds=[1, 2])
-    assert results("backwards", seeds=[2, 1]) == forwards
     # Whatever the process has drawn between two pieces must not matter either.
     torch.manual_seed(99)
     random.seed(99)
@@ -102,7 +101,7 @@ def test_pieces_do_not_depend_on_order_processes_or_interruptions(place) -> None
     with pytest.raises(KeyboardInterrupt):
         results("stopped", Stops(), seeds=[1, 2])
     assert results("stopped", seeds=[1, 2]) == forwards
-    assert results("apart", Apart(), seeds=[1, 2]) == forwards
+    assert results("apart and backwards", Apart(), seeds=[2, 1]) == forwards
 
 
 def calls(name: str, **settings: Any) -> dict[str, Any]:
