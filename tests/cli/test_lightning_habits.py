@@ -1,5 +1,6 @@
 """What a Lightning user tries unread: the stock LightningCLI, `load_from_checkpoint`, metrics of a trainer."""
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from testbed import runs
 from torch.utils.data import DataLoader
 
 from modular_experts import ExpertModule, TaskMixture
+from modular_experts.__main__ import main
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import named_experts
 from modular_experts.library import open_expert
@@ -178,3 +181,140 @@ def test_each_of_two_fits_in_one_process_shows_its_lines(one_block, task_files, 
     with pytest.raises(ValueError, match="no experts to train"):
         runs.trainer(tmp_path, max_steps=1).fit(runs.module(one_block, None), runs.mixture(files, one_block))
     assert not logging.getLogger("modular_experts").handlers
+
+
+@pytest.fixture
+def files(one_block: Path, task_files: dict[str, Path]) -> dict[str, list[str]]:
+    """A user's files, one for the whole run and one for each group, as words of the command."""
+    groups = {
+        "model": {
+            "base": str(one_block),
+            "modules": ["q_proj"],
+            "expert": {"class_path": "LoRAExpert", "init_args": {"rank": 2}},
+            "max_new_tokens": 2,
+        },
+        "data": {"tasks": [str(task_files["upper"])]},
+        "trainer": {"max_steps": 2, "accelerator": "cpu"},
+    }
+    for name, settings in groups.items():
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    Path("run.yaml").write_text(yaml.safe_dump(groups))
+    Path("longer.yaml").write_text("trainer: {max_steps: 3}\nmodel: {expert: {init_args: {alpha: 4.0}}}\n")
+    return {"run": ["--config", "run.yaml"], "groups": [f"--{name}={name}.yaml" for name in groups]}
+
+
+@pytest.fixture
+def settings(capsys) -> Callable[..., dict]:
+    """What `--print_config` prints of a command line, as a config file."""
+
+    def printed(*words: str, option: str = "--print_config") -> dict:
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):
+            assert main(["fit", *words, option]) == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return printed
+
+
+def test_later_files_change_earlier_ones_and_each_group_may_have_a_file(files, settings) -> None:
+    whole = settings(*files["run"])
+    assert whole == settings(*files["groups"])
+    changed = settings("-c", "run.yaml", "--config", "longer.yaml", "--trainer.accelerator", "auto")
+    assert changed["model"]["expert"]["init_args"] == {**whole["model"]["expert"]["init_args"], "alpha": 4.0}
+    assert (changed["trainer"]["max_steps"], changed["trainer"]["accelerator"]) == (3, "auto")
+
+
+def test_what_is_printed_is_a_config_of_the_same_run(files, settings) -> None:
+    whole = settings(*files["run"])
+    Path("whole.yaml").write_text(yaml.safe_dump(whole))
+    assert settings("--config", "whole.yaml") == whole
+    short = settings(*files["run"], option="--print_config=skip_default")
+    assert short["trainer"].keys() <= {"max_steps", "accelerator", "default_root_dir"}
+    assert short["data"].keys() == {"tasks"}
+    Path("short.yaml").write_text(yaml.safe_dump(short))
+    assert settings("--config", "short.yaml") == whole
+
+
+def test_optimizer_scheduler_and_callbacks_are_options(files, settings) -> None:
+    words = ["--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.5"]
+    words += ["--lr_scheduler", "torch.optim.lr_scheduler.StepLR", "--lr_scheduler.step_size", "4"]
+    words += ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val_loss"]
+    words += ["--trainer.callbacks.patience", "3", "--trainer.callbacks+=LearningRateMonitor"]
+    found = settings(*files["run"], *words)
+    assert found["model"]["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert found["model"]["optimizer"]["init_args"]["lr"] == 0.5
+    assert found["model"]["scheduler"]["init_args"]["step_size"] == 4
+    early, rates = found["trainer"]["callbacks"]
+    assert (early["init_args"]["patience"], rates["class_path"].rpartition(".")[2]) == (3, "LearningRateMonitor")
+
+
+def test_variables_of_the_environment_lie_beneath_the_command_line(files, settings, monkeypatch) -> None:
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEPS", "7")
+    assert settings(*files["groups"][:2])["trainer"]["max_steps"] == 7
+    assert settings(*files["groups"][:2], "--trainer.max_steps", "8")["trainer"]["max_steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--model.expert.help"], ["LoRAExpert", "SparseExpert"]),
+        (["--model.expert.help", "LoRAExpert"], ["rank", "alpha"]),
+        (["--trainer.callbacks.help"], ["EarlyStopping", "ExportExpert"]),
+        (["--trainer.logger.help"], ["CSVLogger", "TensorBoardLogger"]),
+        (["--optimizer.help"], ["SGD", "AdamW"]),
+    ],
+)
+def test_help_lists_classes_and_their_settings(words, shown, capsys) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(["fit", *words]) == 0
+    out = capsys.readouterr().out
+    assert not [name for name in shown if name not in out]
+
+
+class OwnModule(ExpertModule):
+    """A module of the user's own, with a setting of its own, whose loss is twice as large."""
+
+    def __init__(self, *args, factor: float = 1.0, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.factor = factor
+
+    def loss(self, batch: dict, in_step: bool = False) -> torch.Tensor:
+        Path("ran.txt").write_text(f"module {self.factor}")
+        return self.factor * super().loss(batch, in_step)
+
+
+class OwnTrainer(Trainer):
+    """A trainer of the user's own."""
+
+    def fit(self, *args, **kwargs) -> None:
+        Path("trainer.txt").touch()
+        super().fit(*args, **kwargs)
+
+
+def test_classes_that_a_config_names_run_and_are_recorded(files, settings) -> None:
+    own = yaml.safe_load(Path("run.yaml").read_text())
+    own["model"] = {"class_path": f"{__name__}.OwnModule", "init_args": own["model"] | {"factor": 2.0}}
+    own["data"] = {"class_path": f"{__name__}.OwnData", "init_args": {"rows": 3}}
+    own["trainer"] = {"class_path": f"{__name__}.OwnTrainer", "init_args": own["trainer"] | {"limit_val_batches": 0}}
+    Path("own.yaml").write_text(yaml.safe_dump(own))
+    assert main(["fit", "--config", "own.yaml", "--seed_everything", "5"]) == 0
+    assert Path("ran.txt").read_text() == "module 2.0"
+    assert Path("trainer.txt").exists()
+    (config,) = Path("runs").rglob("config.yaml")
+    recorded = yaml.safe_load(config.read_text())
+    assert {recorded[name]["class_path"].rpartition(".")[2] for name in ("model", "data", "trainer")} == {
+        "OwnModule",
+        "OwnData",
+        "OwnTrainer",
+    }
+    assert recorded["seed_everything"] == 5
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    assert OwnModule.load_from_checkpoint(checkpoint).factor == 2.0
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_and_tests_its_best(files, capsys) -> None:
+    assert main(["fit", *files["run"]]) == 0
+    assert main(["fit", *files["run"], "--steps", "3", "--ckpt_path", "last"]) == 0
+    assert "goes on from step 2 of 3" in capsys.readouterr().err
+    assert main(["test", *files["run"], "--ckpt_path", "best"]) == 0
+    assert "held-in" in capsys.readouterr().out
