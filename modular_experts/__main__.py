@@ -33,7 +33,11 @@ options: --help, --version"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error of the command, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _run(argv))
+    factory = logging.getLogRecordFactory()
+    try:
+        return guarded(lambda: _run(argv))
+    finally:
+        logging.setLogRecordFactory(factory)
 
 
 def _run(argv: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Short names of settings, near names for wrong ones, and the error about a wrong option; nothing here needs torch."""
 
 import dataclasses
+import pkgutil
 import re
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -110,6 +111,8 @@ def _beside_class(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     settings = {key: _beside_class(item) for key, item in value.items()}
+    if isinstance(settings.get("class_path"), str):
+        settings["class_path"] = at_home(settings["class_path"])
     beside = settings.keys() - {"class_path", "init_args", "dict_kwargs"}
     if "class_path" not in settings or not beside:
         return settings
@@ -117,6 +120,16 @@ def _beside_class(value: Any) -> Any:
     for key in [key for key in settings if key in beside]:
         inner[key] = settings.pop(key)
     return settings | {"init_args": inner}
+
+
+def at_home(path: str) -> str:
+    """Return a dotted path, or the name alone of a class of this package that has moved since somebody wrote it."""
+    if path.startswith("modular_experts."):
+        try:
+            pkgutil.resolve_name(path)
+        except (ImportError, AttributeError):
+            return path.rpartition(".")[2]
+    return path
 
 
 def without_replaced_lists(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

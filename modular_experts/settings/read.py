@@ -1,5 +1,6 @@
 """Make objects of settings with jsonargparse, and turn its reports into one sentence: the cause and a near name."""
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
-from modular_experts.settings import ELSEWHERE, UsageError, unknown
+from modular_experts.settings import ELSEWHERE, UsageError, at_home, unknown
 from modular_experts.text import did_you_mean
 
 USUAL = ("modular_experts.ExpertModule", "modular_experts.TaskMixture", "lightning.Trainer")
@@ -29,6 +30,8 @@ def make(option: str, kind: Any, settings: Any) -> Any:
     Raises:
         UsageError: The settings do not fit; the sentence begins with `option`.
     """
+    if isinstance(settings, str):
+        settings = at_home(settings)
     try:
         parser = parser_of_one(kind)
         return parser.instantiate(parser.parse_object({_VALUE: settings}))[_VALUE]
@@ -55,6 +58,9 @@ def refuse_dangerous_imports() -> None:
 def parser_of_one(kind: Any) -> ArgumentParser:
     """Return the parser of one value of a type."""
     refuse_dangerous_imports()
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        # Settings may name a subclass of the user's, such as a form of stored experts.
+        set_parsing_settings(subclasses_enabled=[kind])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{_VALUE}", type=kind)
     return parser

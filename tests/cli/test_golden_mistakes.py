@@ -23,7 +23,7 @@ MISTAKES = {
     f"{FIT} --expert.rnk 3": "there is no option --expert.rnk; did you mean --expert.rank?",
     f"{FIT} --expert LoRAExprt": "--expert: there is no class 'LoRAExprt'; did you mean LoRAExpert?",
     f"{FIT} --expert nowhere.Expert": "--expert: nowhere.Expert cannot be imported: No module named 'nowhere'",
-    f"{FIT} --expert mine.Other": "--expert: mine.Other is not a subclass of Expert; name one that is",
+    f"{FIT} --expert of_mistakes.Other": "--expert: of_mistakes.Other is not a subclass of Expert; name one that is",
     f"{FIT} --expert os.system": "--expert: importing 'os.system' is not allowed",
     f"{FIT} --model.modules [q_proj": "--model.modules: [q_proj lacks a ] at its end",
     f"{FIT} --dtype float33": "--dtype must be one of",
@@ -62,7 +62,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, settings in FILES.items():
         Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
     Path("broken.yaml").write_text("model: {base: [")
-    Path("mine.py").write_text("class Other: ...\n")
+    Path("of_mistakes.py").write_text("class Other: ...\n")
     for name in "ab":
         Path(name).mkdir()
         Path(name, "expert.json").write_text("{}")

@@ -153,8 +153,7 @@ def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> 
     both = ["taken/code0", "taken/code1"]
     take_statistics(both, "prompt_parts", ValidationRows(TaskMixture(tasks), rows=256))
     how = ["--experts", *both, "--tasks", json.dumps(tasks), "--out", "rows"]
-    settings = [word for name in ("steps", "rows") for word in (f"--distilled.{name}", 4)]
-    code, out, _ = run("combine", *how, *settings, "--distilled", "Distilled", "--budget", "1kB")
+    code, out, _ = run("combine", *how, "--distilled", "Distilled", "--budget", "1kB")
     assert code == 0
     way = json.loads((place / "rows" / MEASURED).read_text())["ways"]["Distilled"]
     # The router learns from inputs of training rows, and not of the 15 of validation, which measure.
@@ -166,15 +165,15 @@ def test_rows_measure_and_held_out_tasks_are_tested(place, run, monkeypatch) -> 
     assert "held out" in out
     assert "\nbest within 1kB: " in out
     assert "next: modular-experts apply rows/distilled --out checkpoint" in out
-    code, _, err = run("combine", *how, *settings, "--distilled", "Distilled", "--max_length", 99)
+    code, _, err = run("combine", *how, "--distilled", "Distilled", "--max_length", 99)
     assert (code, "exists already" in err) == (1, True)
     rows = [json.loads(line) for line in Path("code0.jsonl").read_text().splitlines()]
     exchanged = [row | {"split": other["split"]} for row, other in zip(rows[1:3], rows[2:0:-1], strict=True)]
     write_rows(Path("code0.jsonl"), [rows[0], *exchanged, *rows[3:]])
-    code, _, err = run("combine", *how, *settings, "--distilled", "Distilled")
+    code, _, err = run("combine", *how, "--distilled", "Distilled")
     assert (code, "exists already" in err) == (1, True)
     write_rows(Path("code0.jsonl"), rows)
     with open("code2.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"input": "CC xyzp", "target": "a", "split": "test"}) + "\n")
-    code, _, err = run("combine", *how, *settings, "--distilled", "Distilled")
+    code, _, err = run("combine", *how, "--distilled", "Distilled")
     assert (code, "exists already" in err) == (1, True)

@@ -120,4 +120,5 @@ def test_gradient_checkpointing_gives_the_same_gradients_of_a_padded_batch() -> 
 def test_records_and_configs_that_name_its_place_before_still_open() -> None:
     for before in ("modular_experts.routing.molora.MoLoRAExpert", "modular_experts.routing.MoLoRAExpert"):
         assert find_class(before, Expert) is MoLoRAExpert
-        assert make("--expert", Callable[[torch.Tensor], Expert], before).func is MoLoRAExpert
+        factory = make("--expert", Callable[[torch.Tensor], Expert], before)
+        assert isinstance(factory(torch.zeros(16, 16)), MoLoRAExpert)
