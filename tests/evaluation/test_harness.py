@@ -114,7 +114,7 @@ def test_both_types_of_task_have_the_scores_of_evaluate(place, tmp_path, no_netw
     assert facts["version"].startswith("0.4.")
     assert facts["tasks"]["say_choices"]["version"] == 1.0
     assert facts["tasks"]["say"]["content_hash"] != facts["tasks"]["turn"]["content_hash"]
-    with pytest.raises(FileExistsError, match=r"results\.json exists already.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"results\.json exists already.*`overwrite=True`"):
         harness(None, models, tasks, out=tmp_path)
 
 
