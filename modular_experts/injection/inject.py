@@ -144,7 +144,10 @@ def _equip_slice(site: Site, factory: Factory) -> Trained:
 
 
 def _equip_whole(model: nn.Module, site: Site, factory: Factory) -> Trained:
-    kind: Any = factory.func if isinstance(factory, partial) else factory
+    kind: Any = factory
+    if isinstance(factory, partial):
+        # A parser's factory holds the class among its arguments.
+        kind = next((part for part in (factory.func, *factory.args) if isinstance(part, type)), factory.func)
     is_full = isinstance(kind, type) and issubclass(kind, InPlaceExpert) and kind.trains_weight
     if site.matrix.dim() != 2 and not is_full:
         raise ValueError(f"{site.name} has shape {tuple(site.matrix.shape)}; such a parameter takes a FullExpert alone")

@@ -94,3 +94,10 @@ SLIPS = {
 def test_a_slip_gets_a_near_name(words, sentence, capsys) -> None:
     assert main([*words.split(), "--base", "base", "--tasks", "a.jsonl"]) == 2
     assert capsys.readouterr().err.partition("; the options are ")[0].strip() == f"error: {sentence}"
+
+
+def test_a_full_expert_trains_a_norm_by_its_name(place) -> None:
+    """A parser's factory holds the class that is to be made, and only a full expert moves what is no matrix."""
+    words = "fit --base base --expert FullExpert --modules model.norm --tasks a.jsonl --steps 1 --out library/norm"
+    assert main(words.split()) == 0
+    assert [*Library("library")["norm"]] == ["model.norm.weight"]
