@@ -141,7 +141,7 @@ REFUSED = {
                                        r"a SUPERTUNING adapter can only move the weight of a Linear"),
     "dense as super-tuning": ("Dense", LLAMA, SupertuningFormat(), r"export it with `form=lora` and `rank=16`"),
     "low-rank as super-tuning": ("LowRank", LLAMA, SupertuningFormat(), r"to store; export it with `form=lora`$"),
-    "sparse as lora": ("Sparse", LLAMA, LoraFormat(), r"is Sparse, not a product of two factors; give a rank"),
+    "sparse as lora": ("Sparse", LLAMA, LoraFormat(), r"is Sparse, not a product of two factors; give a `rank=16`"),
     "too many entries for shira": ("Sparse", None, ShiraFormat(), r"SHiRA would need r=11 .* 528 entries .* only 512"),
 }  # fmt: skip
 

@@ -127,12 +127,17 @@ class LoraFormat(PeftFormat):
     def supports(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear | nn.Embedding) or is_transposed(module)
 
+    def check_forms(self, forms: Mapping[str, str]) -> None:
+        """Raise if a weight, by the name of its delta's form, needs a rank and none is given."""
+        for name, kind in forms.items():
+            if self.rank is None and not self.steps and kind != "LowRank" and name.endswith(".weight"):
+                raise ValueError(
+                    f"the delta of {name} is {kind}, not a product of two factors; give a `rank=16` to approximate "
+                    "it, or export a sparse expert as supertuning or shira"
+                )
+
     def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
-        if self.rank is None and not isinstance(delta, LowRank):
-            raise ValueError(
-                f"the delta of {name} is {type(delta).__name__}, not a product of two factors; give a rank to "
-                "approximate it, or export a sparse expert as supertuning or shira"
-            )
+        self.check_forms({name: type(delta).__name__})
         largest = delta.rank if isinstance(delta, LowRank) else min(delta.shape)
         product, lost = truncated_svd(delta, self.rank or largest)
         if self.steps and self.rank:

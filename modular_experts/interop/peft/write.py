@@ -95,6 +95,9 @@ def export(
         if format.peft_type not in PeftType.__members__:
             raise ValueError(f"peft {metadata.version('peft')} knows no {format.peft_type}: pip install -U peft")
     (opened,) = open_experts([expert], base=base)
+    if isinstance(format, LoraFormat):
+        # Before the base or a delta is read, which takes minutes.
+        format.check_forms(opened.forms())
     opened_base = Base.open(base, [opened])
     modules = _moved_modules(opened, format, opened_base)
     format = format.fit_to(opened, list(modules))
