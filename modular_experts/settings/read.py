@@ -120,7 +120,7 @@ def sentence_of(report: str, hint: Any = None) -> str:
                 return sentence
     keys = lines[0].keys if lines else _KEY.findall(report)
     option = f"--{'.'.join(keys)}"
-    given = re.findall(r"Given value: (?:NestedArg\(key='[^']*', val='([^']*)'\)|(.*))", report)
+    given = re.findall(r"Given value: (?:NestedArg\(key='[^']*', val='?(.*?)'?\)|(.*))$", report, re.MULTILINE)
     subtypes = re.findall(r"Subtypes: \[(.*)\]", report)
     if given and subtypes:
         return _must_be(option, subtypes[-1], given[-1][0] or given[-1][1])
