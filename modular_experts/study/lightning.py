@@ -101,7 +101,7 @@ class ExpertCLI(LightningCLI):
             raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
 
     def before_instantiate_classes(self) -> None:
-        self.described = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        self.described = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_validation=True))
         # What checkpoints keep of the module's settings.
         self.config_dump = self.described
         self.parser.add_instantiator(self._made_trainer, Trainer, subclasses=True)
