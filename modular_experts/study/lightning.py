@@ -72,7 +72,7 @@ class ExpertCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=[*words],
+                args=[_with_folder(word, words) for word in words],
                 run=False,
                 auto_configure_optimizers=False,
             )
@@ -130,6 +130,18 @@ class ExpertCLI(LightningCLI):
         own = [self.described.get(name) for name in ("out", "overwrite", "keep_inputs", "fit_into")]
         set_up(run, *own)
         return run
+
+
+def _with_folder(word: str, words: Sequence[str]) -> str:
+    """Return an option; a logger that is named alone, and must be told where to write, writes where the run does."""
+    option, _, logger = word.partition("=")
+    if option != "--trainer.logger" or logger not in ("CSVLogger", "TensorBoardLogger"):
+        return word
+    folder = TRAINER["default_root_dir"]
+    for other in words:
+        if other.startswith("--trainer.default_root_dir="):
+            folder = other.partition("=")[2]
+    return f"{option}={json.dumps({'class_path': logger, 'init_args': {'save_dir': folder}})}"
 
 
 def _made_logger(kind: type[Logger], *arguments: Any, **settings: Any) -> Logger:
