@@ -2,12 +2,10 @@
 
 import copy
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,7 +29,7 @@ from modular_experts.library import (
 from modular_experts.library.described import describe
 from modular_experts.library.expert import stored_in
 from modular_experts.library.form import Form
-from modular_experts.library.record import MERGE, RECORD_FILE
+from modular_experts.library.record import MERGE, RECORD_FILE, Facts, Record
 from modular_experts.library.result_key import result_key
 from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
@@ -63,7 +61,7 @@ class Merged(TaskVector):
         self, experts: Experts, method: Method, per_weight: Rules | None = None, skip: bool | None = None
     ) -> None:
         _keep_freed_memory()
-        self.experts: list[Any] = open_experts(experts, skip=skip)
+        self.experts = open_experts(experts, skip=skip)
         self.stored = stored_in(self.experts)
         if not self.stored:
             raise ValueError("no task vector comes from a stored expert, so the base is unknown; store one of them")
@@ -74,11 +72,16 @@ class Merged(TaskVector):
         self._per_weight = {pattern: copy.copy(_made(chosen)) for pattern, chosen in (per_weight or {}).items()}
         shapes = dict(sorted(Sum(self.experts).shapes().items()) if self._lazy else union_of_weights(self.stored))
         self.rules = method_of_each(list(shapes), self._method, self._per_weight)
-        if searched := [type(rule).__name__ for rule in self.rules.values() if rule.needs.inputs]:
-            how = f"merge --method {searched[0]}, in Python `distill`, finds it with the base and inputs"
-            raise ValueError(f"no formula of the deltas gives a merge by {searched[0]}; {how}")
+        for rule in self.rules.values():
+            if rule.needs.inputs:
+                kind = type(rule).__name__
+                raise ValueError(
+                    f"no formula of the deltas gives a merge by {kind}; `distill` finds it with the base and inputs, "
+                    f"as the command `merge` does with `method={kind!r}`"
+                )
         self._shapes = {name: shapes[name] for name in self.rules}
         self._last_block = max(1, *(depth_of(name) or 0 for name in self.rules))
+        # By identity: two methods with equal settings may have been given to two patterns, and are prepared apart.
         grouped: dict[int, list[str]] = {}
         for name, rule in self.rules.items():
             grouped.setdefault(id(rule), []).append(name)
@@ -111,19 +114,23 @@ class Merged(TaskVector):
 
     def of_task(self, expert: int | None, name: str) -> Delta:
         """Return the delta of one weight in the expert of the task of one of the experts, or in the merged expert."""
-        group, shape = self._group_of[name], self._shapes[name]
-        method, kind = group.method, type(group.method).__name__
+        group = self._group_of[name]
+        shape = self._shapes[name]
+        kind = type(group.method).__name__
         depth = (depth_of(name) or 0) / self._last_block
         context = Context(name, group.statistics(name), group.prepared, depth)
         try:
             deltas = self.deltas_of(name)
-            merged = method.merge(deltas, context) if expert is None else method.per_task(deltas, expert, context)
+            if expert is None:
+                merged = group.method.merge(deltas, context)
+            else:
+                merged = group.method.per_task(deltas, expert, context)
         except Exception as error:
             error.add_note(f"while {kind} merged {name}")
             raise
         if not isinstance(merged, Delta) or merged.shape != shape:
-            found = repr(merged) if isinstance(merged, Delta) else f"a {type(merged).__name__}; wrap a tensor in Dense"
-            raise ValueError(f"{kind}.merge must return a delta of shape {tuple(shape)} for {name}, got {found}")
+            got = repr(merged) if isinstance(merged, Delta) else f"a {type(merged).__name__}; wrap a tensor in Dense"
+            raise ValueError(f"{kind}.merge must return a delta of shape {tuple(shape)} for {name}, got {got}")
         self.release(name)
         return merged
 
@@ -139,7 +146,8 @@ class Merged(TaskVector):
             )
         return {name: _OfTask(self, place) for place, name in enumerate(names)}
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
+        """Return the record of the merge as an expert."""
         return make_record(
             MERGE,
             self.base,
@@ -174,7 +182,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress = iter,
     per_weight: Rules | None = None,
-    notes: Mapping[str, Any] | None = None,
+    notes: Facts | None = None,
     form: Form = WHOLE,
     skip: bool = False,
 ) -> StoredExpert:
@@ -226,28 +234,37 @@ def write_merged(
     out: str | Path,
     overwrite: bool = False,
     progress: Progress = iter,
-    notes: Mapping[str, Any] | None = None,
+    notes: Facts | None = None,
     form: Form = WHOLE,
 ) -> StoredExpert:
     """Write a merge as an expert, after the experts of the tasks that belong beside it; the settings are `merge`'s."""
     target = check_target(out, overwrite)
-    key, record = merged.key(), merged.record()
-    stored: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "encoding": form.encoding}
-    key = key if form == WHOLE else f"{key} {form!r}"
-    beside = {target.with_name(f"{target.name}-{name}"): (name, deltas) for name, deltas in merged.beside().items()}
-    left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, key)}
-    for path in left:
-        check_target(path, overwrite)
-    by_title = {vector.title: vector for vector in merged.experts}
+    record = merged.record()
+    key = merged.key()
+    if form != WHOLE:
+        key = f"{key} {form!r}"
+    write = partial(write_expert, overwrite=overwrite, progress=progress, encoding=form.encoding)
+
+    left: dict[Path, tuple[str, TaskVector]] = {}
+    for name, deltas in merged.beside().items():
+        path = target.with_name(f"{target.name}-{name}")
+        # An earlier call that was interrupted may have written it.
+        if overwrite or not _is_written(path, key):
+            check_target(path, overwrite)
+            left[path] = (name, deltas)
+    by_title = {expert.title: expert for expert in merged.experts}
     for path, (name, deltas) in left.items():
         tasks = dict.fromkeys(task for expert in stored_in([by_title[name]]) for task in expert.record["tasks"])
-        own = record | {"tasks": list(tasks), "key": key}
-        write_expert(path, _Cut(deltas, form), own, key=f"{key}/{path.name}", **stored)
-    vector, record = _Cut(merged, form), record | dict(notes or {})
+        own_record = record | {"tasks": list(tasks), "key": key}
+        write(path, _Cut(deltas, form), own_record, key=f"{key}/{path.name}")
+
+    vector = _Cut(merged, form)
+    record |= dict(notes or {})
     if vector.noted:
+        # The same dictionary, which is complete only when the last weight has been looked up.
         record["hyperparameters"] = {**record["hyperparameters"], "cut": vector.noted}
     # The merged expert comes last, so that everything is there when it is.
-    write_expert(target, vector, record, key=key, **stored)
+    write(target, vector, record, key=key)
     return open_expert(target)
 
 
@@ -255,22 +272,30 @@ class _Cut(TaskVector):
     """A merge as it is stored; `noted` is how it is cut, and its squared norm so far with the share that it keeps."""
 
     def __init__(self, vector: TaskVector, form: Form) -> None:
-        self._vector, self._form = vector, form
-        cut: dict[str, Any] = {"rank": form.rank} if form.rank else {}
-        cut |= {"keep": form.keep} if form.keep < 1 else {}
-        self.noted: dict[str, Any] = cut and cut | {"squared_norm": 0.0, "squared_norm_kept": 1.0}
+        self._vector = vector
+        self._form = form
+        self.noted: Record = {}
+        if form.rank:
+            self.noted["rank"] = form.rank
+        if form.keep < 1:
+            self.noted["keep"] = form.keep
+        if self.noted:
+            self.noted |= {"squared_norm": 0.0, "squared_norm_kept": 1.0}
 
     def __getitem__(self, name: str) -> Delta:
         delta = self._vector[name]
-        # `Form.cut` takes directions of a dense matrix, and not of a sparse one.
         is_sparse = isinstance(delta, Sparse | BlockSparse) and len(delta.shape) == 2 and not delta.is_empty
-        loses = is_sparse and (self._form.rank or math.inf) < min(delta.shape)
-        cut = self._form.cut(Dense(delta.dense()) if loses else delta)
-        if self.noted:  # a cut is an orthogonal projection
-            before, share = self.noted["squared_norm"], self.noted["squared_norm_kept"]
+        if is_sparse and self._form.rank and self._form.rank < min(delta.shape):
+            # `Form.cut` takes directions of a dense matrix, and not of a sparse one.
+            cut = self._form.cut(Dense(delta.dense()))
+        else:
+            cut = self._form.cut(delta)
+        if self.noted:
+            # A cut is an orthogonal projection, so the squared norms of what stays and what goes add up.
+            before = self.noted["squared_norm"]
             after = before + delta.norm() ** 2
-            kept = (share * before + cut.norm() ** 2) / after if after else 1.0
-            self.noted |= {"squared_norm": after, "squared_norm_kept": kept}
+            kept = self.noted["squared_norm_kept"] * before + cut.norm() ** 2
+            self.noted |= {"squared_norm": after, "squared_norm_kept": kept / after if after else 1.0}
         return cut
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -288,30 +313,35 @@ def method_of_each(
     """Return the method of each weight that is merged, by the first pattern that matches it."""
     if method is None and not any(per_weight.values()):
         raise ValueError(
-            "there is no merge method; name one, such as --method SparseAverage (`modular-experts methods` lists "
-            "them), or one per pattern in per_weight"
+            "there is no merge method; name one, such as `method='SparseAverage'` (`methods` lists them), or one per "
+            "pattern in per_weight"
         )
-    patterns = []
+    patterns: dict[re.Pattern[str], MergeMethod | None] = {}
     for text, chosen in per_weight.items():
         try:
-            patterns.append((re.compile(text), chosen))
+            patterns[re.compile(text)] = chosen
         except re.error as error:
             raise ValueError(f"per_weight: '{text}' is not a regular expression: {error}") from error
-    found, used = {}, set()
+    rules: dict[str, MergeMethod] = {}
+    used: set[re.Pattern[str]] = set()
     for name in names:
-        pattern, chosen = next(((one, own) for one, own in patterns if one.fullmatch(name)), (None, method))
-        used.add(pattern)
-        if chosen is not None:
-            found[name] = chosen
-    for lost in [pattern.pattern for pattern, _ in patterns if pattern not in used]:
-        near = nearest(lost, names, cutoff=0.3) or names[0]
-        raise ValueError(
-            f"per_weight: '{lost}' matches no weight that the experts move, or an earlier pattern takes all that it "
-            f"matches; put the narrower first; one of the weights is {near}"
-        )
-    if not found:
+        rule = method
+        first = next((pattern for pattern in patterns if pattern.fullmatch(name)), None)
+        if first is not None:
+            used.add(first)
+            rule = patterns[first]
+        if rule is not None:
+            rules[name] = rule
+    for pattern in patterns:
+        if pattern not in used:
+            near = nearest(pattern.pattern, names, cutoff=0.3) or names[0]
+            raise ValueError(
+                f"per_weight: '{pattern.pattern}' matches no weight that the experts move, or an earlier pattern takes "
+                f"all that it matches; put the narrower first; one of the weights is {near}"
+            )
+    if not rules:
         raise ValueError("every weight that the experts move would stay at the base, so there is nothing to merge")
-    return found
+    return rules
 
 
 def _made(method: Method) -> MergeMethod | None:
@@ -322,15 +352,18 @@ class _Group(Iterable[Sequence[Delta]]):
     """The weights that share one method; iterating reads one weight of all experts after another."""
 
     def __init__(self, merged: Merged, method: MergeMethod, names: list[str]) -> None:
-        self._merged, self.method, self.names = merged, method, names
-        kind, shapes = method.needs.statistics, {name: merged.shapes()[name] for name in names}
+        self._merged = merged
+        self.method = method
+        self.names = names
+        kind = method.needs.statistics
+        shapes = {name: merged.shapes()[name] for name in names}
         stored = [expert for expert in merged.experts if isinstance(expert, StoredExpert)]
         if kind and len(stored) < len(merged.experts):
             raise ValueError(f"{type(method).__name__} needs {kind} statistics, which only stored experts have")
         self.statistics = gather_statistics(stored, kind, shapes)
 
     @cached_property
-    def prepared(self) -> Any:
+    def prepared(self) -> object:
         """What the method found in all of these weights; the first lookup of a delta makes it look."""
         return self.method.prepare(self)
 
@@ -344,7 +377,8 @@ class _OfTask(TaskVector):
     """What belongs to the task of one expert beside a merge."""
 
     def __init__(self, merged: Merged, expert: int) -> None:
-        self._merged, self._expert = merged, expert
+        self._merged = merged
+        self._expert = expert
 
     def __getitem__(self, name: str) -> Delta:
         return self._merged.of_task(self._expert, name)

@@ -81,7 +81,7 @@ def test_task_files_give_training_and_validation_inputs(run, place, task_files) 
 
 
 def test_each_mistake_gets_one_sentence(run, place) -> None:
-    with pytest.raises(ValueError, match="no formula of the deltas gives a merge by Distilled; merge --method"):
+    with pytest.raises(ValueError, match="no formula of the deltas gives a merge by Distilled; `distill`"):
         merge(EXPERTS, "Distilled", "library/both")
     (place / "library/upper/inputs.safetensors").unlink()
     ours = ["merge", *EXPERTS, "--out", "library/both", "--method"]
