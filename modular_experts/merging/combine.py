@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from modular_experts.base import Base, DType
 from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
+from modular_experts.data.batch import Example
 from modular_experts.data.rows import SPLITS, content_hash
 from modular_experts.injection.attach import describe_router
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
@@ -120,15 +120,18 @@ def combine(
     file = _begin(out, result_key([expert.content_hash for expert in opened], settings), overwrite)
     known = json.loads(file.read_text(encoding="utf-8"))
     combining = _Combining(opened, out, rows, method, router, base, dtype)
+    ways: dict[str, Way] = {}
 
-    def way(name: str) -> Way:
-        return Way(**known["ways"][name] | {"place": str(combining.makings[name].place)})
+    def add(name: str) -> None:
+        # The directory may have moved since the way was measured.
+        ways[name] = Way(**known["ways"][name] | {"place": str(combining.makings[name].place)})
+        if measured:
+            measured(ways[name])
 
-    report = measured or (lambda way: None)
-    for name in combining.makings:
-        if name in known["ways"]:
-            report(way(name))
     left = [name for name in combining.makings if name not in known["ways"]]
+    for name in combining.makings:
+        if name not in left:
+            add(name)
     if left:
         work = combining.work(left)
         if planned:
@@ -141,9 +144,9 @@ def combine(
             known["ways"][name] = asdict(combining.run(name, whole, work))
             with new_file(file) as temporary:
                 temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-            report(way(name))
+            add(name)
         whole.end()
-    return Combined([way(name) for name in combining.makings])
+    return Combined([ways[name] for name in combining.makings])
 
 
 def _begin(out: Path, key: str, overwrite: bool) -> Path:
@@ -180,7 +183,7 @@ class _Rows:
     measured: TaskMixture
     held_out: TaskMixture | None
     answer: int | None
-    content: list[Any]
+    content: list[object]
 
 
 def _divide(data: TaskMixture, opened: Sequence[StoredExpert], method: Distilled, base: str | None) -> _Rows:
@@ -190,22 +193,20 @@ def _divide(data: TaskMixture, opened: Sequence[StoredExpert], method: Distilled
     others = [task for task in data.roles if task not in held_in]
     own = own_experts(opened, held_in)
     check_tasks(opened, held_in)
-    answer: int | None = None
-    measured: TaskMixture = data.only(held_in)
+    limit = data.eval_limit or MEASURED_ROWS
+    reading = [data.roles, data.max_length, data.chat_template, limit]
     if isinstance(data, Inputs):
-        answer, measured = method.max_new_tokens, data.part(True)
-        learned = data.part(False)
-        content: list[Any] = [prompt.ids.tolist() for prompts in data.prompts.values() for prompt in prompts]
+        ids = [prompt.ids.tolist() for prompts in data.prompts.values() for prompt in prompts]
+        rows = _Rows(own, data.part(False), data.part(True), None, method.max_new_tokens, [ids, reading])
     else:
         learned = Inputs.read_from(data, ["train"], method.rows)
-        content = [content_hash(rows) for split in SPLITS for rows in data.rows(split).values()]
-    held_out = data.only(others) if others else None
-    limit = data.eval_limit or MEASURED_ROWS
-    measured.eval_limit = limit
-    if held_out:
-        held_out.eval_limit = limit
-    reading = [data.roles, data.max_length, data.chat_template, limit]
-    return _Rows(own, learned, measured, held_out, answer, [content, reading])
+        held_out = data.only(others) if others else None
+        hashes = [content_hash(part) for split in SPLITS for part in data.rows(split).values()]
+        rows = _Rows(own, learned, data.only(held_in), held_out, None, [hashes, reading])
+    rows.measured.eval_limit = limit
+    if rows.held_out:
+        rows.held_out.eval_limit = limit
+    return rows
 
 
 @dataclass(frozen=True)
@@ -238,68 +239,78 @@ class _Combining:
         base: str | None,
         dtype: DType | None,
     ) -> None:
-        self._opened, self._rows, self._router = opened, rows, router
-        self._base, self._dtype = base, dtype
+        self._opened = opened
+        self._rows = rows
+        self._router = router
+        self._base = base
+        self._dtype = dtype
         self._routed_rows = method.rows
         # Inputs that no step of the search sees would be answered for nothing.
         self._method = replace(method, rows=min(method.rows, method.steps * method.batch))
         self._start = method.start or without_data(opened)
-        self._out, self._whole, self._small = out, out / "experts", out / "small"
+        self._out = out
+        self._whole = out / "experts"
+        self._small = out / "small"
         self._measurement: Measurement | None = None
-        chooses, inputs = type(router).__name__, f"{max(map(len, rows.learned.prompts.values()))} inputs a task"
-        each = 1 / len(opened)
+        chooses = type(router).__name__
+        inputs = f"{max(map(len, rows.learned.prompts.values()))} inputs a task"
+        # Forms are tried expert by expert, in a loop of their own.
+        shrinking = {"tasks": 0.2, "forms": 0.8 / len(opened)}
+        distilling = {"tasks": 0.2, "weights": 0.05, "steps": 0.5}
+        put_router = partial(self._put_router, self._whole)
         self.makings = {
             type(self._start).__name__: _Making(out / "merged", "no data", self._merge, {"": 1.0}),
-            f"{chooses}, experts as they are": _Making(
-                self._whole / ROUTED, inputs, partial(self._put_router, self._whole), {}
-            ),
-            f"{chooses}, shrunk experts": _Making(
-                self._small / ROUTED, inputs, self._shrink, {"tasks": 0.2, "forms": 0.8 * each}
-            ),
-            "Distilled": _Making(
-                out / "distilled", f"{inputs}, a search", self._distill, {"tasks": 0.2, "weights": 0.05, "steps": 0.5}
-            ),
+            f"{chooses}, experts as they are": _Making(self._whole / ROUTED, inputs, put_router, {}),
+            f"{chooses}, shrunk experts": _Making(self._small / ROUTED, inputs, self._shrink, shrinking),
+            "Distilled": _Making(out / "distilled", f"{inputs}, a search", self._distill, distilling),
         }
 
     def work(self, left: Sequence[str]) -> Work:
         """Return how many tokens the ways that are left read."""
-        base, rows = Base.open(self._base, self._opened), self._rows
-        parameters = sum(parameter.numel() for parameter in base.structure.model.parameters())
-        examples = rows.measured.validation_examples(targets=rows.answer is None)
-        lengths = [len(example.tokens.ids) for own in examples.values() for example in own]
+        rows = self._rows
+        structure = Base.open(self._base, self._opened).structure.model
+        parameters = sum(parameter.numel() for parameter in structure.parameters())
+        lengths = [len(example.tokens.ids) for example in self._measuring_examples()]
         reading = WorkEstimate(self._opened, rows.learned, self._method, parameters, lengths, rows.answer is not None)
         merged, routed, small, distilled = self.makings
-        routes = routed in left or small in left
         making = {
             merged: reading.merge(),
             routed: 0.0,
             small: reading.shrink(SHRINK_ROWS),
             distilled: reading.distill(),
         }
-        measuring = dict.fromkeys(self.makings, reading.measure()) | dict.fromkeys([routed, small], reading.routed())
-        prompts = reading.prompts(self._router, self._routed_rows) if routes else 0.0
+        measuring = {
+            merged: reading.measure(),
+            routed: reading.routed(),
+            small: reading.routed(),
+            distilled: reading.measure(),
+        }
+        prompts = 0.0
+        if routed in left or small in left:
+            prompts = reading.prompts(self._router, self._routed_rows)
         needs = {name: self.makings[name].needs for name in left}
         return Work(needs, making, measuring, prompts, reading.own())
 
+    def _measuring_examples(self) -> list[Example]:
+        by_task = self._rows.measured.validation_examples(targets=self._rows.answer is None)
+        return [example for examples in by_task.values() for example in examples]
+
     def _load(self) -> PreTrainedModel:
-        model: Any = Base.open(self._base, self._opened).load(self._dtype)
-        model.to(device())
-        return model
+        return Base.open(self._base, self._opened).load(self._dtype).to(device())  # type: ignore[arg-type]
 
     def seconds_of_a_token(self) -> float:
         """Return how long the base takes for a token of the rows that measure, by a batch of them."""
-        data = self._rows.measured
         model = self._load()
-        examples = data.validation_examples(targets=self._rows.answer is None)
-        batches = batches_by_length([example for own in examples.values() for example in own], data)
+        batches = batches_by_length(self._measuring_examples(), self._rows.measured)
+        ids = batches[len(batches) // 2]["input_ids"].to(model.device)
         seconds = 0.0
-        # The first pass warms up.
-        for batch in (batches[len(batches) // 2],) * 2:
+        # The first pass warms up, and the second one counts.
+        for _ in range(2):
             started = clock()
             with torch.no_grad():
-                model(input_ids=batch["input_ids"].to(model.device), use_cache=False)
-            seconds = (clock() - started) / batch["input_ids"].numel()
-        return seconds
+                model(input_ids=ids, use_cache=False)
+            seconds = clock() - started
+        return seconds / ids.numel()
 
     def run(self, name: str, whole: WholeProgress, work: Work) -> Way:
         """Make one of the ways, and measure it."""
@@ -330,9 +341,11 @@ class _Combining:
         for expert in self._opened:
             if not _is_made(self._whole / expert.name):
                 put_beside(expert, self._whole / expert.name, without=without)
-        kind: Any = self._router.needs
+        kind = self._router.needs
+        if kind not in OF_INPUTS:
+            return
         lacking = [expert for expert in self._beside(self._whole) if kind not in kinds_of_statistics(expert)]
-        if kind in OF_INPUTS and lacking:
+        if lacking:
             rows = ValidationRows(self._rows.learned, self._routed_rows, self._base, dtype=self._dtype)
             take_statistics(lacking, kind, rows, progress=progress, depths=self._router.depths)
 
@@ -343,9 +356,16 @@ class _Combining:
         merge(self._opened, self._start, self._out / "merged", progress=progress)
 
     def _put_router(self, library: Path, progress: Progress) -> None:
-        how: dict[str, Any] = {"base": self._base, "dtype": self._dtype, "progress": progress}
-        experts, data = self._beside(library), self._rows.learned
-        route(experts, library / ROUTED, self._router, data=data, rows=self._routed_rows, **how)
+        route(
+            self._beside(library),
+            library / ROUTED,
+            self._router,
+            data=self._rows.learned,
+            rows=self._routed_rows,
+            progress=progress,
+            base=self._base,
+            dtype=self._dtype,
+        )
 
     def _shrink(self, progress: Progress) -> None:
         left = [expert for expert in self._beside(self._whole) if not _is_made(self._small / expert.name)]
@@ -362,9 +382,17 @@ class _Combining:
         self._put_router(self._small, progress)
 
     def _distill(self, progress: Progress) -> None:
-        read = partial(objective_on_base, model=self._model, judged=JUDGED_BATCHES)
-        how: dict[str, Any] = {"base": self._base, "dtype": self._dtype, "progress": progress, "read": read}
-        distill(self._opened, self._out / "distilled", self._method, self._rows.learned, overwrite=True, **how)
+        distill(
+            self._opened,
+            self._out / "distilled",
+            self._method,
+            self._rows.learned,
+            overwrite=True,
+            progress=progress,
+            base=self._base,
+            dtype=self._dtype,
+            read=partial(objective_on_base, model=self._model, judged=JUDGED_BATCHES),
+        )
 
     @property
     def _model(self) -> PreTrainedModel | None:
