@@ -21,7 +21,7 @@ from torch import Tensor
 
 from modular_experts import Base
 from modular_experts.data import TaskMixture
-from modular_experts.merging.statistics import batches_by_length, prompts
+from modular_experts.merging.statistics import batches_by_length, prompt_statistics
 from modular_experts.routing import Centroid, Classifier, KernelRidge, Router
 from modular_experts.routing.router import GRAMS
 
@@ -32,7 +32,7 @@ def read(model: Any, data: TaskMixture, splits: Sequence[str], parts: bool = Fal
     """Return the vectors of each task's inputs `(rows, size)`, with their n-grams; with parts `(rows, 2, size)`."""
     found = []
     for examples in data.input_examples(splits).values():
-        measured = prompts(model, batches_by_length(examples, data), [], parts, Router.depths)
+        measured = prompt_statistics(model, batches_by_length(examples, data), parts, Router.depths)
         vectors = torch.cat([one.values for one in measured.values()], 1)
         found.append(vectors.unflatten(0, (-1, 2)) if parts else vectors)
     return found

@@ -15,7 +15,7 @@ from typing import Literal
 from modular_experts.base import Base
 from modular_experts.library import open_expert
 from modular_experts.library.result_key import result_key, texts_in
-from modular_experts.merging.statistics import KINDS
+from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.reports.json_lines import Key, key_text
 from modular_experts.reports.results import Facts
 from modular_experts.study.merges import Way, choose, combine_and_test
@@ -76,7 +76,7 @@ class _Plan:
         for of in sorted(set[str]().union(*(way.statistics for way in study.merges[kind]))):
             # Inputs do not depend on `eval_limit`.
             read = dict(study.data)
-            if KINDS[of].of_inputs:
+            if of in OF_INPUTS:
                 read.pop("eval_limit", None)
             statistics[of] = self._add(("statistics", kind, of, seed), take, (kind, of, seed), [read], trained.values())
         for name, path in study.measures.items():

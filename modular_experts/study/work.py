@@ -107,7 +107,7 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> Facts:
     """Take statistics of all experts of a kind on validation rows of their own tasks."""
     experts = [out / "library" / study.name(kind, task, seed) for task in study.held_in]
     data = ChoiceRows(tasks_of(study, study.held_in), **study.data)
-    stored = take_statistics(experts, of, ValidationRows(data, 256, study.base), overwrite=True)  # type: ignore[arg-type]
+    stored = take_statistics(experts, of, ValidationRows(data, 256, study.base), overwrite=True)
     files = [str(statistics.file.relative_to(out / "library")) for statistics in stored]
     return {"files": files, "made_of": hashes(map(open_expert, experts))}
 

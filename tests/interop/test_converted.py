@@ -151,7 +151,7 @@ def test_a_folder_of_adapters_is_a_library_to_route_and_serve(run, place):
     assert code == 1
     assert "peft/upper counts as trained on upper, and the task files have " in err
     assert "rows of reverse only; give its task's file, too; if it was trained on reverse, say so, and name DIR" in err
-    assert "in its place: modular-experts import peft/upper --tasks reverse --out DIR" in err
+    assert "in its place: import peft/upper with --tasks reverse and --out DIR" in err
     data = ["--data.tasks", "upper.jsonl", "reverse.jsonl"]
     code, _, err = run("route", *both(), "--out", "peft/routed", *data)
     assert code == 0, err

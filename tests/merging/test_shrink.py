@@ -9,9 +9,7 @@ from modular_experts.deltas import BlockSparse, Dense, LowRank
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert, write_statistics
 from modular_experts.library.form import Form
 from modular_experts.library.packing import pack
-from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.merging.shrink import candidates_of, check_form, forms_for, shrink
-from modular_experts.merging.statistics import KINDS
 from modular_experts.methods.method import DataStatistic
 
 
@@ -129,7 +127,6 @@ def test_statistics_of_inputs_are_those_of_the_smaller_expert_too(objective, exp
     assert (stored.facts["tasks"], stored.facts["data"]) == ({"upper": 3}, {"split": "train"})
     with pytest.raises(FileNotFoundError, match="has no gram statistics"):
         open_statistics(one.expert, "gram")
-    assert {*OF_INPUTS} == {kind for kind, way in KINDS.items() if way.of_inputs}
 
 
 def test_the_largest_tiles_stay() -> None:

@@ -6,7 +6,7 @@ from conftest import build_model
 from testbed.padded_rows import ROWS, padded
 
 from modular_experts.data.batch import IGNORED
-from modular_experts.merging.statistics import DEPTHS, GRAMS_NAME, name_of, part_of, prompts
+from modular_experts.merging.statistics import DEPTHS, GRAMS_NAME, name_of, part_of, prompt_statistics
 from modular_experts.routing.prompts import prompt_grams, prompt_vectors
 
 
@@ -26,7 +26,7 @@ def test_every_second_part_is_read_as_the_prompt_without_its_front() -> None:
     model = build_model("llama").double()
     rows: list[list[int]] = [*ROWS[1:], ROWS[0], [50]]
     batches = answered(rows[:3], rows[3:])
-    found, whole = prompts(model, batches, [], parts=True), prompts(model, batches, [])
+    found, whole = prompt_statistics(model, batches, parts=True), prompt_statistics(model, batches)
     cuts = []
     for number, row in enumerate(rows):
         cut = min(int(0.75 * len(row) * ((number + 1) * (5**0.5 - 1) / 2 % 1)), len(row) - 1)
@@ -46,7 +46,7 @@ def test_the_other_parts_lack_what_nearly_all_prompts_hold() -> None:
     # The instruction is 7 8 in front and 9 behind; one prompt of ten has none, and 8 stands in some texts again.
     rows = [[7, 8, 20 + number, 30 + number, *[8] * (number % 3), 40 + number, 9] for number in range(9)]
     rows.append([33, 34, 35])
-    found = prompts(model, answered(rows[:6], rows[6:]), [], parts=True)
+    found = prompt_statistics(model, answered(rows[:6], rows[6:]), parts=True)
     for number in range(0, 10, 2):
         part = torch.tensor([rows[number][2:-1]])
         torch.testing.assert_close(found[GRAMS_NAME].values[2 * number + 1], prompt_grams(part, None)[0])

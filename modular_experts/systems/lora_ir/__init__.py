@@ -17,7 +17,7 @@ from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.experts.lora import check_low_rank, first_factors
 from modular_experts.experts.module_expert import ModuleExpert, refer
 from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
-from modular_experts.merging.statistics import batches_by_length, name_of, prompts
+from modular_experts.merging.statistics import batches_by_length, name_of, prompt_statistics
 from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.gates import CurrentGates, TopK
 from modular_experts.routing.prompts import PromptGates, kept_tokens
@@ -133,7 +133,7 @@ class TaskGate(ModuleExpert):
         found = []
         for _, examples in sorted(tasks.items()):
             batches = batches_by_length(spread_evenly(examples, self.prompts), data)
-            read = prompts(model, batches, [], parts, self.router.depths)
+            read = prompt_statistics(model, batches, parts, self.router.depths)
             found.append(torch.cat([read[name_of(depth)].values for depth in self.router.depths], 1))
         return found
 

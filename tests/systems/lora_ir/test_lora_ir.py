@@ -13,7 +13,7 @@ from modular_experts.data.batch import Batch, Collator, Example, Tokens, repacke
 from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.injection import expert_layers, inject, named_experts
-from modular_experts.merging.statistics import name_of, prompts
+from modular_experts.merging.statistics import name_of, prompt_statistics
 from modular_experts.routing import TopK
 from modular_experts.routing.gates import CurrentGates, Gates, reading
 from modular_experts.systems.lora_ir import LoRAIR, LoRAIRExpert, TaskGate
@@ -54,7 +54,7 @@ def taught(architecture: str = "llama", **settings: object) -> torch.nn.Module:
 
 def vectors(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     depths = gate_of(model).router.depths
-    found = prompts(model, [batch], [], True, depths)
+    found = prompt_statistics(model, [batch], True, depths)
     return torch.cat([found[name_of(depth)].values for depth in depths], 1)
 
 
