@@ -291,7 +291,7 @@ class _Cut(TaskVector):
         else:
             cut = self._form.cut(delta)
         if self.noted:
-            # A cut is an orthogonal projection, so the squared norms of what stays and what goes add up.
+            # A cut is an orthogonal projection, so the squared norms of both parts add up.
             before = self.noted["squared_norm"]
             after = before + delta.norm() ** 2
             kept = self.noted["squared_norm_kept"] * before + cut.norm() ** 2
