@@ -1,7 +1,9 @@
 """Score a generated text against its target: exactly, by words, or by the number, JSON or pattern in it."""
 
 import json
+import pkgutil
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from torchmetrics.functional.text.rouge import rouge_score
 
-from modular_experts.settings.read import make
 from modular_experts.text import did_you_mean
 
 TextMetric = Callable[[str, str], float]
@@ -180,5 +181,19 @@ def _made(name: str, metric: str) -> TextMetric:
     if "." not in metric or metric.startswith("/"):
         near = did_you_mean(metric, NAMED) or f"; there are {', '.join(NAMED)}, a path of yours (mine.length), /regex/"
         raise ValueError(f"--metrics.{name}: there is no metric {metric!r}{near}")
-    made: TextMetric = make(f"--metrics.{name}", TextMetric, metric)
-    return made
+    return _imported(name, metric)
+
+
+def _imported(name: str, path: str) -> TextMetric:
+    try:
+        # A checkpoint names metrics too, and much of the standard library runs anything.
+        if path.partition(".")[0] in sys.stdlib_module_names:
+            raise ImportError("the standard library has no metrics")
+        metric = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"--metrics.{name}: {path} cannot be imported: {error}") from error
+    if isinstance(metric, type):
+        metric = metric()
+    if not callable(metric):
+        raise ValueError(f"--metrics.{name}: {path} cannot be called; name a function of two texts")
+    return metric
