@@ -1,12 +1,8 @@
 """Short names of settings, near names for wrong ones, and the error about a wrong option; nothing here needs torch."""
 
-import dataclasses
 import pkgutil
 import re
-import types
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from modular_experts.text import nearest
@@ -150,25 +146,3 @@ def _without_lists_of(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> d
         elif isinstance(value, Mapping) and isinstance(held, Mapping):
             left[key] = _without_lists_of(value, held)
     return left
-
-
-def plain(value: Any) -> Any:
-    """Return settings in which classes and objects stand as a YAML file names them; refuse what has no such form."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str | Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, type | types.FunctionType) and "<" not in value.__qualname__:
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, partial) and not value.args:
-        return {"class_path": plain(value.func), "init_args": plain(value.keywords)}
-    if dataclasses.is_dataclass(value):
-        fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init]
-        settings = {field.name: plain(content) for field, content in fields if content is not field.default}
-        # A task stands by its fields where a list of tasks is wanted.
-        return settings if hasattr(value, "held_in") else {"class_path": plain(type(value)), "init_args": settings}
-    raise ValueError(f"{value!r} has no form in a config; name its class, or {{class_path: ..., init_args: ...}}")

@@ -17,7 +17,7 @@ from modular_experts.data.tasks import NAME
 from modular_experts.evaluation.metrics import TAKEN, Metrics, named_metrics, text_metrics
 from modular_experts.library import check_name, open_expert
 from modular_experts.reports.results import ROLES
-from modular_experts.settings import SHORT_NAMES, plain, respelt
+from modular_experts.settings import SHORT_NAMES, respelt
 from modular_experts.settings.read import load_yaml, make
 from modular_experts.study.apart import Apart
 from modular_experts.study.lightning import check_settings
@@ -25,6 +25,7 @@ from modular_experts.study.merges import check_kinds, read_ways
 from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
 from modular_experts.study.short_forms import Kinds, Settings, check_files, for_seed, read_tasks, spelt_out, stored_in
 from modular_experts.text import did_you_mean
+from modular_experts.training.checkpoint import as_config
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
     Raises:
         ValueError: Something does not fit; nothing has run.
     """
-    given = Description(*map(plain, (base, tasks, experts, merges)), **plain(more))
+    given = Description(*map(as_config, (base, tasks, experts, merges)), **as_config(more))
     held_in, held_out = read_tasks(given.tasks)
     kinds, joint, named = read_experts(given)
     seeds = tuple(given.seeds or [0])

@@ -1,8 +1,11 @@
 """Keep what a checkpoint of a training holds, and say what it trains, in a log and in the record of the expert."""
 
+import dataclasses
 import logging
 import random
+import types
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,28 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, dict | list):
         return all(map(is_plain, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str | int | float | None)
+
+
+def as_config(value: Any) -> Any:
+    """Return settings in which classes and objects stand as a YAML file names them; refuse what has no such form."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: as_config(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_config(item) for item in value]
+    if isinstance(value, type | types.FunctionType) and "<" not in value.__qualname__:
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, partial) and not value.args:
+        return {"class_path": as_config(value.func), "init_args": as_config(value.keywords)}
+    if dataclasses.is_dataclass(value):
+        fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init]
+        settings = {field.name: as_config(content) for field, content in fields if content is not field.default}
+        # A task stands by its fields where a list of tasks is wanted.
+        return settings if hasattr(value, "held_in") else {"class_path": as_config(type(value)), "init_args": settings}
+    raise ValueError(f"{value!r} has no form in a config; name its class, or {{class_path: ..., init_args: ...}}")
 
 
 def repeat_step(checkpoint: Mapping[str, Any], parts: int) -> bool:

@@ -44,7 +44,6 @@ from modular_experts.injection.sharded import shard
 from modular_experts.library import StoredExpert, as_parents
 from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.selection.schedule import Schedule, TrainingLength, callbacks_of, of_all_ranks
-from modular_experts.settings import plain
 from modular_experts.training import checkpoint as checkpoints
 from modular_experts.training import loading
 from modular_experts.training.activations import recompute, recompute_if_needed
@@ -478,7 +477,7 @@ class ExpertModule(EvaluatedModule):
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):
             settings["modules"] = list(self.experts)
-        settings |= {"loss": plain(self.preferences)} if self.preferences else {}
+        settings |= {"loss": checkpoints.as_config(self.preferences)} if self.preferences else {}
         rate = max(checkpoints.peak_rates(self.trainer), default=None)
         settings |= facts["hyperparameters"] | {"learning_rate": rate}
         return {

@@ -11,10 +11,10 @@ from modular_experts.data import Task
 from modular_experts.experts import LoRAExpert
 from modular_experts.library import Library
 from modular_experts.methods import TIES, SparseAverage
-from modular_experts.settings import plain
 from modular_experts.study import read_study, results_of, run_study
 from modular_experts.study.plan import groups
 from modular_experts.study.short_forms import named_tasks
+from modular_experts.training.checkpoint import as_config
 
 
 def test_objects_do_what_their_settings_do(two_task_files, one_block, monkeypatch) -> None:
@@ -65,7 +65,7 @@ def test_copies_of_rows_are_counted_before_the_pieces_run(tmp_path, one_block, c
     ],
 )
 def test_what_stands_for_an_object_is_what_yaml_holds(value, settings) -> None:
-    found = plain(value)
+    found = as_config(value)
     assert {**found, **settings} == found if isinstance(settings, dict) else found == settings
 
 
