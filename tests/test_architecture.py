@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(["experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection"], 2),
     **dict.fromkeys(["training", "selection", "data", "evaluation", "merging", "reports"], 3),
-    **dict.fromkeys(["interop", "serving", "settings", "study", "testing"], 3),
+    **dict.fromkeys(["interop", "serving", "study", "testing"], 3),
     "cli": 4,
     "systems": 5,
 }

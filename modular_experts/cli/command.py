@@ -11,7 +11,7 @@ from contextlib import suppress
 from modular_experts.cli.commands import COMPUTING, VERBS
 from modular_experts.cli.sentences import as_options
 from modular_experts.places import may_be_on_hub, missing_expert
-from modular_experts.settings import UsageError, unknown
+from modular_experts.study.options import UsageError, unknown
 
 
 def check_options(words: Sequence[str], known: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from modular_experts.discovery import SYSTEMS
-from modular_experts.settings import FIT_ALONE, SHORT_NAMES
+from modular_experts.study.options import FIT_ALONE, SHORT_NAMES
 
 
 class Command(NamedTuple):

@@ -16,7 +16,7 @@ from modular_experts.evaluation import evaluate as evaluate_experts
 from modular_experts.evaluation.compare import REPORT, RESULTS, every_task, open_models
 from modular_experts.evaluation.harness import Measuring
 from modular_experts.evaluation.harness import harness as measure_by_harness
-from modular_experts.settings import UsageError
+from modular_experts.study.options import UsageError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 import modular_experts
 from modular_experts.cli.commands import COMPUTING
 from modular_experts.cli.words import Spelt, shapes_of, spelt_out
-from modular_experts.settings import READING, UsageError, respelt
-from modular_experts.settings.read import class_at, classes_in, flat, refuse_dangerous_imports, sentence_of
+from modular_experts.study.options import READING, UsageError, respelt
+from modular_experts.study.parser import class_at, classes_in, flat, refuse_dangerous_imports, sentence_of
 
 _USUAL = {"router": "KernelRidge", "algorithm": "ATLAS"}
 """Classes whose settings may be given without naming the class."""

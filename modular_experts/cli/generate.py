@@ -12,7 +12,7 @@ from modular_experts.evaluation.streaming import AS_USUAL, Answering, Conversati
 from modular_experts.evaluation.streaming import generate as generate_answer
 from modular_experts.library import Library, StoredExpert, is_adapter, open_expert
 from modular_experts.library.record import RECORD_FILE
-from modular_experts.settings import UsageError
+from modular_experts.study.options import UsageError
 
 COMMANDS = """\
 /expert NAME ...  these experts answer, added up; without a name, the base alone

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modular_experts.cli.commands import COMPUTING, DEVICE, VERBS, Command, help_texts
-from modular_experts.settings import READING
+from modular_experts.study.options import READING
 
 _ROOT = Path(__file__).parents[2]
 _WIDTH, _COLUMN = 80, 26

@@ -18,7 +18,7 @@ from modular_experts.library.pull import pull as pull_experts
 from modular_experts.library.push import push as push_experts
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.reports.progress import progress_bar
-from modular_experts.settings import UsageError
+from modular_experts.study.options import UsageError
 from modular_experts.text import bytes_text
 
 

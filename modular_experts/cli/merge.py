@@ -24,7 +24,7 @@ from modular_experts.merging.merged import Merged, warn_of_own_parents, write_me
 from modular_experts.merging.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.reports.progress import progress_bar
-from modular_experts.settings.read import make
+from modular_experts.study.parser import make
 from modular_experts.text import bytes_of, bytes_text, in_any_block
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from modular_experts.methods import FIRST, METHODS, MergeMethod, SparseAverage
 from modular_experts.methods.method import PROMISES, documentation
 from modular_experts.places import check_free
 from modular_experts.reports.progress import progress_bar
-from modular_experts.settings.read import class_of
+from modular_experts.study.parser import class_of
 from modular_experts.text import depth_of
 
 

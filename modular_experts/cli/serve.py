@@ -12,7 +12,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
 from modular_experts.library import Library
-from modular_experts.settings import UsageError
+from modular_experts.study.options import UsageError
 from modular_experts.text import bytes_of
 
 KEY = "MODULAR_EXPERTS_API_KEY"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from modular_experts.cli.commands import DEVICE, importing
-from modular_experts.settings import SHORT_NAMES, respelt
+from modular_experts.study.options import SHORT_NAMES, respelt
 from modular_experts.text import bytes_text
 
 if TYPE_CHECKING:

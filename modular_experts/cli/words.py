@@ -15,8 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from modular_experts.settings import UsageError, full_names, unknown, without_replaced_lists
-from modular_experts.settings.read import load_yaml
+from modular_experts.study.options import UsageError, full_names, unknown, without_replaced_lists
+from modular_experts.study.parser import load_yaml
 
 Shape = Literal["texts", "items", "text or texts", "flag", "table", "value"]
 """What an option takes: a list of texts or of anything, nothing, values by keys of the user's, or one value."""

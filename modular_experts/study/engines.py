@@ -5,7 +5,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-from modular_experts.settings.read import class_at
+from modular_experts.study.parser import class_at
 from modular_experts.study.processes import LocalProcesses
 from modular_experts.study.slurm_jobs import SlurmJobs
 from modular_experts.text import did_you_mean

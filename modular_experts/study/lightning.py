@@ -24,8 +24,15 @@ import modular_experts.data.suite  # whose tasks have short names
 import modular_experts.training.gradient_mask
 import modular_experts.training.train_under_others  # noqa: F401 - callbacks that nothing else imports
 from modular_experts.discovery import import_systems
-from modular_experts.settings import FIT_ALONE, SHORT_NAMES, UsageError, full_names, unknown, without_replaced_lists
-from modular_experts.settings.read import USUAL, flat, refuse_dangerous_imports, sentence_of
+from modular_experts.study.options import (
+    FIT_ALONE,
+    SHORT_NAMES,
+    UsageError,
+    full_names,
+    unknown,
+    without_replaced_lists,
+)
+from modular_experts.study.parser import USUAL, flat, refuse_dangerous_imports, sentence_of
 from modular_experts.training.fit import TRAINER, Run, SavedConfig, check_checkpoint, make_trainer, set_up
 from modular_experts.training.module import ExpertModule
 

@@ -28,8 +28,8 @@ from modular_experts.methods.wrapper import with_settings
 from modular_experts.reports.results import Facts
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
-from modular_experts.settings.read import make
 from modular_experts.study.apart import ROWS, Apart, CombinedGroup, bytes_in_use, measured_apart
+from modular_experts.study.parser import make
 from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
 from modular_experts.study.work import (

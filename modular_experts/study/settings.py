@@ -17,11 +17,11 @@ from modular_experts.data.tasks import NAME
 from modular_experts.evaluation.metrics import TAKEN, Metrics, named_metrics, text_metrics
 from modular_experts.library import check_name, open_expert
 from modular_experts.reports.results import ROLES
-from modular_experts.settings import SHORT_NAMES, respelt
-from modular_experts.settings.read import load_yaml, make
 from modular_experts.study.apart import Apart
 from modular_experts.study.lightning import check_settings
 from modular_experts.study.merges import check_kinds, read_ways
+from modular_experts.study.options import SHORT_NAMES, respelt
+from modular_experts.study.parser import load_yaml, make
 from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
 from modular_experts.study.short_forms import Kinds, Settings, check_files, for_seed, read_tasks, spelt_out, stored_in
 from modular_experts.text import did_you_mean

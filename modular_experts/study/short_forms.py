@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modular_experts.data.tasks import ROLES, Task
-from modular_experts.settings.read import make
+from modular_experts.study.parser import make
 from modular_experts.text import did_you_mean
 
 SEED = "{seed}"

@@ -31,8 +31,8 @@ from modular_experts.library.result_key import named_contents, result_key
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import take_statistics
 from modular_experts.reports.results import Facts
-from modular_experts.settings.read import make
 from modular_experts.study.lightning import run_of
+from modular_experts.study.parser import make
 from modular_experts.study.plan import Measure, Study
 from modular_experts.study.short_forms import stored_in
 from modular_experts.training.fit import estimate_run, quiet, run_fit

@@ -9,7 +9,7 @@ import pytest
 
 from modular_experts.cli.command import guarded
 from modular_experts.library import check_name
-from modular_experts.settings import UsageError
+from modular_experts.study.options import UsageError
 
 GUARDED = "import os, sys\nfrom modular_experts.cli.command import guarded\ndef f(): {}\nsys.exit(guarded(f))"
 

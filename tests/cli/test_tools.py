@@ -23,7 +23,7 @@ from modular_experts.cli.words import shapes_of, spelt_out
 from modular_experts.library import Library, make_record, open_expert, write_expert
 from modular_experts.progress import Counted
 from modular_experts.reports.progress import progress_bar
-from modular_experts.settings import UsageError
+from modular_experts.study.options import UsageError
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from modular_experts.experts import Expert, LoRAExpert
 from modular_experts.injection import expert_layers, extra_losses, inject
 from modular_experts.library.described import find_class
 from modular_experts.routing.gates import reading
-from modular_experts.settings.read import make
+from modular_experts.study.parser import make
 from modular_experts.systems.molora import MoLoRAExpert
 from modular_experts.testing import check_expert
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
-from modular_experts.settings import ELSEWHERE, UsageError, at_home, unknown
+from modular_experts.study.options import ELSEWHERE, UsageError, at_home, unknown
 from modular_experts.text import did_you_mean
 
 USUAL = ("modular_experts.ExpertModule", "modular_experts.TaskMixture", "lightning.Trainer")

@@ -9,8 +9,8 @@ import torch
 from jsonargparse import ArgumentParser
 
 from modular_experts.experts import Expert
-from modular_experts.settings import SHORT_NAMES, UsageError, full_names, without_replaced_lists
-from modular_experts.settings.read import make
+from modular_experts.study.options import SHORT_NAMES, UsageError, full_names, without_replaced_lists
+from modular_experts.study.parser import make
 
 WORDS = [
     (str, "0123", "0123"),
