@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import MOST_BATCHES, DataSource, size_of
-from modular_experts.data.mixture import SplitSize
+from modular_experts.data.tokenised import SplitSize
 from modular_experts.injection import ExpertLayer, context_length, expert_layers, named_experts
 from modular_experts.library.packing import pack
 from modular_experts.selection.exchange import optimizer_bytes

@@ -88,7 +88,7 @@ def test_a_mixture_follows_the_context_of_the_model_that_reads_it(read) -> None:
     part.eval_limit, last = 1, data.only(["t"])
     assert (len(lengths(part)), lengths(data), lengths(last)) == (1, whole, whole)
     part.eval_limit = None
-    part.fit_context(256)
+    part.fit_context(None)
     assert part.test_dataloader().dataset.examples[0] is data.test_dataloader().dataset.examples[0], "read once"
     data.fit_context(3)
     with pytest.raises(ValueError, match="the target or a choice fills the base's context of 3 tokens; shorten it"):
