@@ -8,9 +8,9 @@ ways, in turn, in an order drawn anew for each round, on one thread; the numbers
 * slice: `logits_to_keep` as a number, so that the head gets a slice of the hidden states;
 * places: `evaluation.answer_logits`, which gathers the hidden states of labelled places for the head.
 
-Generation of 8 tokens after 24 is transformers' own (a slice, too) beside `evaluation.generate`. Then one layer of that
-model takes a training step on 4 rows of 512 labelled tokens, in a process of its own, with all logits at once and in
-parts (`likelihood.HEAD_BYTES`): CPU time, and growth of memory, over those of all at once.
+Generation of 8 tokens after 24 is transformers' own (a slice, too) beside `evaluation.generate_texts`. Then one layer
+of that model takes a training step on 4 rows of 512 labelled tokens, in a process of its own, with all logits at once
+and in parts (`likelihood.HEAD_BYTES`): CPU time, and growth of memory, over those of all at once.
 
     python benchmarks/answer_logits.py [--json] [--quick]      5 minutes; --quick: in small, to see that it runs
 """

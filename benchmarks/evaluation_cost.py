@@ -30,7 +30,7 @@ from measuring import Parser, output, print_machine
 
 from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
-from modular_experts.data.batch import IGNORED, prompts
+from modular_experts.data.batch import IGNORED, prompts_of
 from modular_experts.evaluation import answer_text, batch_losses, choice_log_likelihoods, generate_tokens
 from modular_experts.evaluation.drafts import losses_and_answers, packs_evaluation
 from modular_experts.library import open_expert
@@ -71,7 +71,7 @@ def compare(model: Any, tokenizer: Any, data: TaskMixture, new_tokens: int) -> d
             losses[current] += float(sums.sum())
             count = counts[current]
             labelled, tokens = int((batch["labels"] != IGNORED).sum()), int(batch["attention_mask"].sum())
-            prompted, written = sum(map(len, prompts(batch))), sum(map(len, answers[current]))
+            prompted, written = sum(map(len, prompts_of(batch))), sum(map(len, answers[current]))
             # A padded answer's first token comes from the pass over its prompt.
             steps = prompted + written - len(batch["task"])
             if current == "packed":

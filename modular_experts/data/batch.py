@@ -156,7 +156,7 @@ def is_filler(batch: Batch) -> list[bool]:
     return [task == "" for task in batch["task"]]
 
 
-def prompts(batch: Batch) -> list[Tensor]:
+def prompts_of(batch: Batch) -> list[Tensor]:
     """Return the prompt of each row, unpadded; a row without labels is all prompt."""
     labelled = batch["labels"] != IGNORED
     lengths = batch["attention_mask"].sum(1)

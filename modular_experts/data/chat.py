@@ -175,7 +175,7 @@ def warn_once(sentence: str) -> None:
     log.warning(sentence)
 
 
-class Reading(NamedTuple):
+class PromptReading(NamedTuple):
     """A prompt as a model reads it: its tokens, those that end an answer, and whether the chat template made it."""
 
     ids: list[int]
@@ -183,7 +183,7 @@ class Reading(NamedTuple):
     is_chat: bool
 
 
-class Readings(NamedTuple):
+class PromptReadings(NamedTuple):
     """A prompt as each of several experts reads it.
 
     Attributes:
@@ -192,12 +192,12 @@ class Readings(NamedTuple):
         base: The form in which the base alone reads it.
     """
 
-    by_form: dict[bool, Reading]
+    by_form: dict[bool, PromptReading]
     members: list[bool]
     base: bool
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> Reading:
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> PromptReading:
     """Return a prompt as a model reads it, with `chat` as the chat template makes it."""
     ends = ends_of_answers(tokenizer, chat)
     if isinstance(prompt, str) and not prompt.strip():
@@ -211,12 +211,12 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bo
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not ids:
         raise ValueError("the prompt is empty for the model: the chat template or the tokenizer leaves nothing of it")
-    return Reading(ids, ends, chat)
+    return PromptReading(ids, ends, chat)
 
 
 def read_as_each(
     tokenizer: PreTrainedTokenizerBase, text: str, messages: Messages, experts: Sequence[StoredExpert]
-) -> Readings:
+) -> PromptReadings:
     """Return a prompt as each of the experts behind a router was trained to read it.
 
     Experts that were trained without the chat template read the `text`, and the template gets the `messages`. Use it
@@ -228,7 +228,7 @@ def read_as_each(
     # route. Where they differ, it reads as it does alone.
     base = forms.pop() if len(forms) == 1 else reads_chat(tokenizer, [])
     by_form = {is_chat: encoded(tokenizer, messages if is_chat else text, is_chat) for is_chat in {*members, base}}
-    return Readings(by_form, members, base)
+    return PromptReadings(by_form, members, base)
 
 
 def reads_chat(tokenizer: PreTrainedTokenizerBase, experts: Sequence[StoredExpert]) -> bool:

@@ -39,7 +39,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Form:
+class RowForm:
     """A form that rows come in: the columns that people give `input` and `target`, or the column `messages`."""
 
     columns: Mapping[str, str]
@@ -52,19 +52,19 @@ class Form:
         return f"{self.columns['input']!r}{more} the input, {self.columns['target']!r} is the target"
 
 
-OWN = Form({"input": "input", "target": "target"})
+OWN = RowForm({"input": "input", "target": "target"})
 FORMS = (
     OWN,
-    Form({"messages": "messages"}),
-    Form({"input": "prompt", "target": "completion"}),
-    Form({"input": "instruction", "target": "output"}, optional="input"),
-    Form({"input": "question", "target": "answer"}),
-    *[Form({"input": prompt, "target": "chosen", "rejected": "rejected"}) for prompt in ("prompt", "input")],
-    Form({"messages": "chosen", "rejected": "rejected"}),
+    RowForm({"messages": "messages"}),
+    RowForm({"input": "prompt", "target": "completion"}),
+    RowForm({"input": "instruction", "target": "output"}, optional="input"),
+    RowForm({"input": "question", "target": "answer"}),
+    *[RowForm({"input": prompt, "target": "chosen", "rejected": "rejected"}) for prompt in ("prompt", "input")],
+    RowForm({"messages": "chosen", "rejected": "rejected"}),
 )
 
 
-def recognise(columns: Collection[str]) -> Form:
+def recognise(columns: Collection[str]) -> RowForm:
     """Return the form of rows with these columns; `input` and `target` beat every other form."""
     names = [{*form.columns.values()} for form in FORMS]
     fitting = [own for own in names if own <= {*columns}]

@@ -90,7 +90,11 @@ class RowTokenizer:
         return examples, cut, problems
 
     def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        flat = [joined(prompt, target) for prompt, several in zip(prompts, targets, strict=True) for target in several]
+        flat = [
+            as_continuation(prompt, target)
+            for prompt, several in zip(prompts, targets, strict=True)
+            for target in several
+        ]
         ids = iter(self._ids(flat))
         return [[[*next(ids), self.tokenizer.eos_token_id] for _ in several] for several in targets]
 
@@ -100,6 +104,6 @@ class RowTokenizer:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def joined(prompt: str, target: str) -> str:
+def as_continuation(prompt: str, target: str) -> str:
     """Return the target as it follows the prompt: after one space, unless either side has white space at the joint."""
     return target if prompt[-1:].isspace() or target[:1].isspace() else f" {target}"

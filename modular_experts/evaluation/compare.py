@@ -95,7 +95,7 @@ def evaluate(
     known = JSONLines(folder / MEASURED) if folder and not any(map(callable, named.values())) else {}
     with progress_by_tenths(line="measuring {}: {} of {} rows{}".format, transient=True) as show:
         scores = _scores(found, models, data, dtype, max_new_tokens, named, known, show)
-    facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
+    facts = comparison_facts(found, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
     pairs = [*zip(models, scores, strict=True)]
     facts["examples"] = examples_of([(one.title, mine["examples"]) for one, mine in pairs])
@@ -104,7 +104,7 @@ def evaluate(
     results = Results(rows, facts | {"means": means})
     if folder:
         results.write(folder / RESULTS)
-        write_report(results, folder / REPORT)
+        write_comparison(results, folder / REPORT)
     return results
 
 
@@ -229,7 +229,7 @@ def open_models(base: str | Path | Base | None, experts: AnyModels) -> tuple[Bas
     return found, models
 
 
-def facts_of(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, Any]:
+def comparison_facts(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, Any]:
     return {
         "base": base.place,
         "fingerprint": base.fingerprint,
@@ -275,7 +275,7 @@ def _digest(examples: Sequence[Example]) -> str:
     return found.hexdigest()
 
 
-def write_report(results: Results, file: Path) -> None:
+def write_comparison(results: Results, file: Path) -> None:
     """Write the page of the results of `evaluate`, for one model or several."""
     facts, metric = results.facts, results.main_metric
     models = results.values("model")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from modular_experts.data.batch import IGNORED, Batch, prompts, repacked
+from modular_experts.data.batch import IGNORED, Batch, prompts_of, repacked
 from modular_experts.evaluation.generation import answer_rooms
 from modular_experts.evaluation.likelihood import answer_logits, keeps_rows_apart, row_sums, with_cache
 from modular_experts.injection import moves_tokens_alone
@@ -48,7 +48,7 @@ def losses_and_answers(
             answers[row].append(token)
             right[row] = token == target
     stops = [{tokenizer.eos_token_id, end} for end in batch["end"]]
-    read, rooms = answer_rooms(model, prompts(batch), max_new_tokens)
+    read, rooms = answer_rooms(model, prompts_of(batch), max_new_tokens)
     for row, answer in enumerate(answers):
         ends = [place + 1 for place, token in enumerate(answer) if token in stops[row]]
         del answer[min([*ends, rooms[row]]) :]

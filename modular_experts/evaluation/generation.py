@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts
+from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts_of
 from modular_experts.injection import context_length
 from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import evaluation_mode
@@ -47,7 +47,7 @@ def cut_answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: Batch, answers: Sequence[Sequence[int]], most: int
 ) -> list[bool]:
     """Return of each answer whether the model's context ended it, before `most` tokens and without an end."""
-    _, rooms = answer_rooms(model, prompts(batch), most)
+    _, rooms = answer_rooms(model, prompts_of(batch), most)
     ends = _ends(tokenizer, batch)
     return [
         len(answer) == room < most and answer[-1] not in (tokenizer.eos_token_id, end)
@@ -66,7 +66,7 @@ def warn_of_cut_answers(model: nn.Module, cut: int, rows: int, most: int, task: 
 
 
 @torch.no_grad()
-def generate(
+def generate_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int = 64
 ) -> list[str]:
     """Return the text that the model generates for each row, without white space at its ends.
@@ -92,10 +92,10 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end: 
 def generate_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int = 64
 ) -> list[list[int]]:
-    """Return the tokens that `generate` makes a text of, with the one that ends the answer, if one does."""
+    """Return the tokens that `generate_texts` makes a text of, with the one that ends the answer, if one does."""
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows, rooms = answer_rooms(model, prompts(batch), max_new_tokens)
+    rows, rooms = answer_rooms(model, prompts_of(batch), max_new_tokens)
     ends, answers = _ends(tokenizer, batch), [list[int]() for _ in rows]
     tasks = batch.get("task")
     # Rows that end alike are generated together, so that no row stops at the end of another or leaves its context.

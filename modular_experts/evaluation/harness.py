@@ -18,8 +18,8 @@ from modular_experts.data import TaskMixture
 from modular_experts.data.rows import Row, content_hash
 from modular_experts.data.sources import READERS
 from modular_experts.data.tasks import Task, Tasks, as_tasks
-from modular_experts.data.tokenize import joined
-from modular_experts.evaluation.compare import RESULTS, AnyModels, facts_of, open_models
+from modular_experts.data.tokenize import as_continuation
+from modular_experts.evaluation.compare import RESULTS, AnyModels, comparison_facts, open_models
 from modular_experts.places import check_free
 from modular_experts.reports import Results
 from modular_experts.routing.gates import reading
@@ -110,7 +110,7 @@ def harness(
     mixture = TaskMixture(files, eval_limit=limit) if files else None
     ours = harness_tasks(mixture, tokenizer, measuring.max_new_tokens) if mixture else {}
     roles = {task.name: task.role for task in as_tasks(files)} if files else {}
-    facts = facts_of(found, dtype, models) | {"max_new_tokens": measuring.max_new_tokens}
+    facts = comparison_facts(found, dtype, models) | {"max_new_tokens": measuring.max_new_tokens}
     facts["harness"] = {"version": version("lm_eval"), "batch_size": measuring.batch_size, "limit": limit, "tasks": {}}
     rows: list[dict[str, Any]] = []
     # It would log what a caller knows: that the model is in memory, and each setting of a task.
@@ -189,7 +189,7 @@ def _choice(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) 
     docs = [
         {
             "input": row.input,
-            "choices": [joined(row.input, choice) + str(tokenizer.eos_token) for choice in row.choices],
+            "choices": [as_continuation(row.input, choice) + str(tokenizer.eos_token) for choice in row.choices],
             "correct": row.choices.index(str(row.target)),
         }
         for row in rows

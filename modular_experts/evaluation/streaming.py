@@ -13,7 +13,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
-from modular_experts.data.chat import Messages, Reading, encoded, read_as_each, reads_chat, template_hash
+from modular_experts.data.chat import Messages, PromptReading, encoded, read_as_each, reads_chat, template_hash
 from modular_experts.evaluation.generation import answer_room, continued
 from modular_experts.injection.attach import NamedExperts, attached
 from modular_experts.injection.routed import Routed
@@ -117,7 +117,7 @@ def routes_of(library: Library) -> list[str]:
 @torch.no_grad()
 def _read_by_route(
     model: Any, tokenizer: PreTrainedTokenizerBase, put: object, text: str, messages: Messages
-) -> Reading | None:
+) -> PromptReading | None:
     """Return a prompt as the expert reads it that fits it best, and let only experts of that form answer.
 
     None where no router of whole prompts is in the model, or its experts are not of a library.
@@ -183,7 +183,7 @@ class Conversation:
 def _answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    reading: Reading,
+    reading: PromptReading,
     how: Answering,
     write: Callable[[str], object] | None,
 ) -> str:

@@ -89,7 +89,7 @@ class Panel:
         return drawn
 
 
-def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark: bool | None = None) -> str:
+def draw_panels(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark: bool | None = None) -> str:
     """Draw panels that share their rows as SVG, beside each other, or for a phone (not `wide`) below each other.
 
     `key` says what the marks mean. `dark` sets the colours of a dark or a light page; None leaves them to the page.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from modular_experts.library.atomic import new_file
 from modular_experts.reports.results import Facts, Results
-from modular_experts.reports.tables import Html, element, folded, joined, kept_together, page, percent
+from modular_experts.reports.tables import Html, element, folded, html_of, kept_together, page, percent
 
 LONGEST = 300  # characters of a text in an example
 MOST_LINES = 6  # and lines of it
@@ -58,7 +58,7 @@ def write_page(
         parts.append(element("section", *heading, *section.parts, id=slug))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     known = {**about, "machine": facts["machine"], "versions": versions}
-    foot = joined(element("div", element("dt", name), element("dd", text)) for name, text in known.items())
+    foot = html_of(element("div", element("dt", name), element("dd", text)) for name, text in known.items())
     contents = element("nav", *links, aria_label="Contents")
     text = page(title, element("header", *head), contents, *parts, element("footer", element("dl", foot)))
     with new_file(file) as temporary:

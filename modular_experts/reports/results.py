@@ -23,7 +23,7 @@ from rich.console import Console
 from modular_experts.base.device import cores
 from modular_experts.library.atomic import new_file
 from modular_experts.library.record import package_versions
-from modular_experts.reports.tables import Column, Html, Line, Table, element, number, percent
+from modular_experts.reports.tables import Column, Html, Line, Table, element, number_text, percent
 
 FORMAT = "modular-experts/results/1"
 ROLES = {"held_in": "held-in", "held_out": "held-out"}
@@ -212,7 +212,7 @@ def unused(path: Path) -> Path:
 
 
 def format_of(metric: str) -> Callable[[float], str]:
-    return percent if metric in SHARES else partial(number, digits=3)
+    return percent if metric in SHARES else partial(number_text, digits=3)
 
 
 def better(metric: str) -> Literal["", "high", "low"]:
@@ -231,7 +231,7 @@ def _column(metric: str, compared: bool) -> Column:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.1e}" if 1e4 <= abs(value) < math.inf else number(value, 3)
+    return f"{value:.1e}" if 1e4 <= abs(value) < math.inf else number_text(value, 3)
 
 
 def leads(rows: Results, metric: str, **wanted: object) -> bool:

@@ -29,10 +29,10 @@ def element(name: str, *children: str, **attributes: object) -> Html:
     shown = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape_html(str(value))}"' for key, value in attributes.items()
     )
-    return Html(f"<{name}{shown}>{joined(children)}</{name}>")
+    return Html(f"<{name}{shown}>{html_of(children)}</{name}>")
 
 
-def joined(parts: Iterable[str]) -> Html:
+def html_of(parts: Iterable[str]) -> Html:
     return Html("".join(part if isinstance(part, Html) else escape_html(part) for part in parts))
 
 
@@ -54,7 +54,7 @@ def folded(title: str, *parts: Html) -> Html:
 
 
 def kept_together(text: str) -> Html:
-    return Html(joined([text]).replace(" %", "&#160;%").replace(" points", "&#160;points"))
+    return Html(html_of([text]).replace(" %", "&#160;%").replace(" points", "&#160;points"))
 
 
 @dataclass(frozen=True)
@@ -200,10 +200,10 @@ def heat_map(
 
 def percent(share: float) -> str:
     """Return a score in per cent, such as `55.6`."""
-    return number(100 * share, 1)
+    return number_text(100 * share, 1)
 
 
-def number(value: float, digits: int) -> str:
+def number_text(value: float, digits: int) -> str:
     """Return a number with a fixed number of digits, or a dash for one that is not finite."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from modular_experts.data.chat import Reading, Readings, encoded, ends_of_answers, read_as_each, reads_chat
+from modular_experts.data.chat import PromptReading, PromptReadings, encoded, ends_of_answers, read_as_each, reads_chat
 from modular_experts.evaluation.generation import answer_room
 from modular_experts.serving.engine import Engine, Sampling, SideThreads, Token
 from modular_experts.serving.models import ChosenExperts, Models, Route
@@ -84,7 +84,7 @@ class Answerer:
         answer.pieces = self._pieces(answer, tokens, stops, ends, [] if is_conversation else ids[-16:])
         return answer
 
-    def read(self, model: str, prompt: Prompt) -> tuple[ChosenExperts | Route, Readings]:
+    def read(self, model: str, prompt: Prompt) -> tuple[ChosenExperts | Route, PromptReadings]:
         """Return what a model's name means, and the prompt in the forms in which its experts read it."""
         found = self.models.find(model)
         if isinstance(prompt, str):
@@ -93,7 +93,7 @@ class Answerer:
             ids = cast(list[int], prompt)
             if not all(0 <= token < len(self.tokenizer) for token in ids):
                 raise ValueError(f"the prompt has tokens outside of the vocabulary of {len(self.tokenizer)}")
-            reading = Reading(ids, ends_of_answers(self.tokenizer, False), False)
+            reading = PromptReading(ids, ends_of_answers(self.tokenizer, False), False)
         else:
             messages = cast(list[dict[str, str]], prompt)
             text = "\n".join(message["content"] for message in messages)
@@ -102,7 +102,7 @@ class Answerer:
             is_chat = reads_chat(self.tokenizer, found.members)
             reading = encoded(self.tokenizer, messages if is_chat else text, is_chat)
         form = reading.is_chat
-        return found, Readings({form: reading}, [form] * len(found.members), form)
+        return found, PromptReadings({form: reading}, [form] * len(found.members), form)
 
     async def _pieces(
         self, answer: Answer, tokens: AsyncIterator[Token], stops: Sequence[str], ends: Sequence[int], before: list[int]

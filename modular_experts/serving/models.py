@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from modular_experts.data.chat import Reading, Readings
+from modular_experts.data.chat import PromptReading, PromptReadings
 from modular_experts.injection.attach import open_route
 from modular_experts.library import Library, StoredExpert, check_fingerprint, is_adapter, open_expert
 from modular_experts.library.opening import version_of
@@ -77,7 +77,7 @@ class Route:
         self.members = experts if fallback is None else [*experts, fallback]
 
     @torch.inference_mode()
-    def choose(self, reader: nn.Module, readings: Readings) -> tuple[ChosenExperts, Reading]:
+    def choose(self, reader: nn.Module, readings: PromptReadings) -> tuple[ChosenExperts, PromptReading]:
         """Return what answers a prompt, and the form in which that reads it.
 
         The first blocks of the base alone (`reader`) read the prompt in every form in which an expert was trained. The

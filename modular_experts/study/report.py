@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modular_experts.reports import Results
-from modular_experts.reports.figure import MarkedRow, Panel, draw
+from modular_experts.reports.figure import MarkedRow, Panel, draw_panels
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
 from modular_experts.reports.results import METRICS, ROLES, SHARES, Facts, format_of
 from modular_experts.reports.tables import (
@@ -20,7 +20,7 @@ from modular_experts.reports.tables import (
     heat_map,
     listed,
     note,
-    number,
+    number_text,
     percent,
 )
 from modular_experts.study.plan import BASE, SINGLE
@@ -117,7 +117,7 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
 
     Ways that keep experts apart in fewer bytes are left to the section of bytes. A method that the study has tuned and
     as is has one line, from one value to the other, if the results are `labelled`. `dark` is as for
-    `reports.figure.draw`.
+    `reports.figure.draw_panels`.
     """
     metric = results.main_metric
     facts = results.facts
@@ -140,7 +140,7 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
     title = f"{words[:1].upper()}{words[1:]} of {most} experts in one model" if most else f"{words} of experts"
     key = "in % · filled: merged, with settings chosen in validation if there is a choice · hollow: the "
     key += "same method as it comes · bar: single experts, each on its own task"
-    return draw(title, key, panels, wide, dark)
+    return draw_panels(title, key, panels, wide, dark)
 
 
 def _marked_rows(values: Mapping[str, float | None]) -> list[MarkedRow]:
@@ -174,7 +174,7 @@ def _kept(results: Results, best: Mapping[str, Facts]) -> Section | None:
         return None
     columns = ["mean", *shares.values("task")]
     ends = None if metric == "loss" else (0.0, 1.0)
-    heat = heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss", ends)
+    heat = heat_map(shares.values("model"), columns, cells, partial(number_text, digits=2), metric == "loss", ends)
     title = f"The {metric_words(metric)} of each merge, divided by the one of each task's own expert"
     about = "Each number is the merge divided by the task's own expert."
     if None in cells.values():
@@ -217,7 +217,7 @@ def _bytes(results: Results) -> Section | None:
     if not groups:
         return None
     columns = [
-        Column("bytes, % of a copy", lambda way: way.size, lambda share: number(100 * share, 2)),
+        Column("bytes, % of a copy", lambda way: way.size, lambda share: number_text(100 * share, 2)),
         Column("kept, %", lambda way: way.kept, percent, best=lambda way: way.is_best),
     ]
     title = f"The {metric_words(metric)} that is kept of the single experts', over the bytes that this takes"
@@ -362,7 +362,7 @@ def _every_task(results: Results) -> Section | None:
 
 
 def _whole_percent(share: float) -> str:
-    return number(100 * share, 0)
+    return number_text(100 * share, 0)
 
 
 def _costs(results: Results) -> Section | None:
@@ -372,10 +372,10 @@ def _costs(results: Results) -> Section | None:
     columns = [
         Column("kept", lambda row: row.get("kept"), lambda share: f"{100 * share:.3g} %"),
         Column("on disk", lambda row: row["bytes"], bytes_text),
-        Column("seconds", lambda row: row["seconds"], partial(number, digits=1)),
+        Column("seconds", lambda row: row["seconds"], partial(number_text, digits=1)),
     ]
     slowest = max(costs, key=lambda row: row["seconds"])
-    title = f"{slowest['name']} takes longest, with {number(slowest['seconds'], 1)} seconds each"
+    title = f"{slowest['name']} takes longest, with {number_text(slowest['seconds'], 1)} seconds each"
     about = "Seconds are for one training, or one merge."
     if any(row.get("kept") is not None for row in costs):
         about = f"Kept is the share of the base's entries that an expert moves. {about}"

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from modular_experts.reports import Results
 from modular_experts.reports.results import METRICS, ROLES, SHARES, Facts, better, format_of
-from modular_experts.reports.tables import Column, Line, Table, number, percent
+from modular_experts.reports.tables import Column, Line, Table, number_text, percent
 from modular_experts.study.plan import BASE, SINGLE
 from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE, best_of
 
@@ -120,7 +120,7 @@ def _summary_columns(metric: str, best: Literal["", "high", "low"]) -> list[Colu
         Column("held-in", lambda rows: rows.mean(metric, role="held_in"), show, is_share, best=best),
         Column(HALF, half, show),
         Column("held-out", lambda rows: rows.mean(metric, role="held_out"), show, is_share, best=best),
-        Column(OF_OWN, of_own, partial(number, digits=2), best=best),
+        Column(OF_OWN, of_own, partial(number_text, digits=2), best=best),
         Column("bytes, %\nof a copy", lambda rows: rows.mean(SIZE), percent),
     ]
     if metric != "loss":
@@ -151,7 +151,7 @@ def beside_published(results: Results) -> Table | None:
     for role, words in ROLES.items():
         columns += [
             Column("ours", partial(_our_mean, metric=metric, role=role), format_of(metric), over=words),
-            Column("published", partial(_published_mean, role=role), partial(number, digits=digits), over=words),
+            Column("published", partial(_published_mean, role=role), partial(number_text, digits=digits), over=words),
         ]
     lines = []
     for model, figures in published["rows"].items():

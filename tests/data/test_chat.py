@@ -7,7 +7,7 @@ from conftest import CHARACTERS, build_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modular_experts.data.batch import IGNORED, Collator, prompts
+from modular_experts.data.batch import IGNORED, Collator, prompts_of
 from modular_experts.data.chat import encoded, warn_once
 from modular_experts.data.rows import Row, RowReader, content_hash
 from modular_experts.data.sources import Record
@@ -98,7 +98,7 @@ def test_training_learns_each_turn_of_the_assistant_and_a_measurement_takes_the_
     examples, _, _ = RowTokenizer(tokenizer)("t", [row(*turns), row(*turns[:-1])])
     batch = Collator(pad_id=0)(examples)
     prompt = ids("".join(pieces[:-1]))
-    assert [found.tolist() for found in prompts(batch)] == [prompt, prompt]
+    assert [found.tolist() for found in prompts_of(batch)] == [prompt, prompt]
     assert batch["labels"][0].tolist() == [IGNORED] * len(prompt) + ids(pieces[-1])
     assert (batch["labels"][1] == IGNORED).all()
     assert batch["target"] == [turns[-1].partition(": ")[2], None]

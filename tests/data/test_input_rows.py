@@ -10,7 +10,7 @@ from testbed.runs import TARGET
 from modular_experts import fit, open_expert
 from modular_experts.base import Base
 from modular_experts.data import Inputs
-from modular_experts.data.batch import prompts
+from modular_experts.data.batch import prompts_of
 from modular_experts.experts import SparseExpert
 from modular_experts.library import open_statistics
 from modular_experts.library.state import INPUTS_FILE
@@ -59,7 +59,7 @@ def test_each_tasks_own_expert_answers_what_it_keeps(library) -> None:
     objective = objective_on_base(experts, ValidationRows(rows=6, max_new_tokens=3))
     assert objective.origin["labels"] == "experts"
     for expert in experts:
-        asked = [ids for batch in objective.batches[expert.name] for ids in prompts(batch)]
+        asked = [ids for batch in objective.batches[expert.name] for ids in prompts_of(batch)]
         kept = {tuple(one.ids.tolist()) for one in expert.inputs()[expert.name]}
         assert len(asked) == 6
         assert {tuple(ids.tolist()) for ids in asked} < kept

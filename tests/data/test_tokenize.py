@@ -2,9 +2,9 @@
 
 from conftest import CHARACTERS, build_tokenizer
 
-from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet, is_filler, prompts
+from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet, is_filler, prompts_of
 from modular_experts.data.rows import Row
-from modular_experts.data.tokenize import RowTokenizer, joined
+from modular_experts.data.tokenize import RowTokenizer, as_continuation
 
 EOS = 1
 
@@ -23,7 +23,7 @@ def tokenized(*rows: Row, **options: object) -> list[Example]:
 def test_one_space_joins_unless_white_space_is_there() -> None:
     without = [("a ", "b", "b"), ("a\n", "b", "b"), ("a", " b", " b"), ("a", "\nb", "\nb")]
     for prompt, target, end in [("a", "b", " b"), ("a:", "b c", " b c"), *without]:
-        assert joined(prompt, target) == end
+        assert as_continuation(prompt, target) == end
         (example,) = tokenized(Row(prompt, target))
         assert example.tokens.ids.tolist() == ids(prompt) + ids(end) + [EOS]
         assert example.tokens.prompt == len(prompt)
@@ -45,7 +45,7 @@ def test_a_batch_by_hand() -> None:
     x = IGNORED
     assert batch["labels"].tolist() == [[x, x, *ids(" c"), EOS, x], [x, *ids(" bcd"), EOS]]
     assert (batch["task"], batch["input"], batch["target"]) == (["t", "t"], ["ab", "a"], ["c", "bcd"])
-    assert [prompt.tolist() for prompt in prompts(batch)] == [ids("ab"), ids("a")]
+    assert [prompt.tolist() for prompt in prompts_of(batch)] == [ids("ab"), ids("a")]
     without_texts = Collator(pad_id=0, texts=False)(tokenized(Row("a", "b")))
     assert set(without_texts) == {"input_ids", "attention_mask", "labels", "task"}
 

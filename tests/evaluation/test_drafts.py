@@ -17,7 +17,7 @@ from modular_experts.evaluation import (
     TaskScores,
     batch_losses,
     choice_log_likelihoods,
-    generate,
+    generate_texts,
     generate_tokens,
     score_batch,
 )
@@ -211,6 +211,6 @@ def test_scores_are_the_same_with_choices_and_where_the_context_ends_answers() -
         for packed in (False, True):
             scores = TaskScores({"t": "held_in"})
             texts = score_batch(scores, model, tokenizer, batch, most, packed)
-            assert texts == (generate(model, tokenizer, batch, most) if most else None)
+            assert texts == (generate_texts(model, tokenizer, batch, most) if most else None)
             found.append(scores.compute()["held_in"])
         assert found[1] == pytest.approx(found[0], rel=1e-5)

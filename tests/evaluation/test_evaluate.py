@@ -21,7 +21,7 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.evaluation import TEXT_METRICS, measure
-from modular_experts.evaluation.compare import write_report
+from modular_experts.evaluation.compare import write_comparison
 from modular_experts.evaluation.intervals import compared_means
 from modular_experts.library import as_parents, make_record, open_expert, write_expert
 from modular_experts.reports import Results
@@ -267,7 +267,7 @@ def test_no_model_is_called_best_unless_the_interval_of_the_difference_says_so(t
     means = compared_means(rows, values)
     facts = {"versions": {"modular-experts": "0"}, "date": "", "examples": [], "models": {}, "base": "", "machine": ""}
     results = Results(rows, facts | {"dtype": "", "max_new_tokens": 3, "means": means})
-    write_report(results, tmp_path / "page.html")
+    write_comparison(results, tmp_path / "page.html")
     page = Path(tmp_path / "page.html").read_text().replace("&#160;", " ")
     assert leader in page
     leading = [one["model"] for one in means if one["leads"]]

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from modular_experts.data.batch import Collator
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
-from modular_experts.evaluation import answered, generate, measure
+from modular_experts.evaluation import answered, generate_texts, measure
 
 TEXTS = ["a", "reverse bat:", "a longer prompt than the others, by far:"]
 
@@ -46,7 +46,7 @@ def test_a_padded_batch_equals_each_prompt_alone(architecture: str) -> None:
     model = decided(architecture)
     alone = [greedily(model, text, 12) for text in TEXTS]
     assert len(set(alone)) == 3
-    assert generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=12) == alone
+    assert generate_texts(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=12) == alone
 
 
 def test_a_row_stops_at_its_end_while_others_go_on() -> None:
@@ -62,19 +62,19 @@ def test_a_row_stops_at_its_end_while_others_go_on() -> None:
         return output
 
     model.register_forward_hook(forward, with_kwargs=True)
-    assert generate(model, tokenizer, batch_of(["the e", "abc"]), max_new_tokens=4) == ["", "zzzz"]
+    assert generate_texts(model, tokenizer, batch_of(["the e", "abc"]), max_new_tokens=4) == ["", "zzzz"]
 
 
 def test_settings_of_the_checkpoint_do_not_reach_the_measurement() -> None:
     model, tokenizer = build_model("llama", seed=3), build_tokenizer()
-    plain = generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=12)
+    plain = generate_texts(model, tokenizer, batch_of(TEXTS), max_new_tokens=12)
     own = GenerationConfig(
         repetition_penalty=50.0, do_sample=True, temperature=9.0, max_length=3, eos_token_id=5, num_beams=2
     )
     model.generation_config = own
     before, side = own.to_dict(), tokenizer.padding_side
     model.train()
-    assert generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=12) == plain
+    assert generate_texts(model, tokenizer, batch_of(TEXTS), max_new_tokens=12) == plain
     assert model.generation_config is own
     assert own.to_dict() == before
     assert model.training
@@ -91,7 +91,7 @@ def test_an_answer_gives_way_before_its_prompt(architecture: str, caplog) -> Non
     wanted = [greedily(model, text[-23:], room) for text, room in zip(texts, rooms, strict=True)]
     # The model reads the start of a prompt.
     assert wanted[3] != greedily(model, texts[3][1:], 4)
-    assert generate(model, tokenizer, batch_of(texts), most) == wanted
+    assert generate_texts(model, tokenizer, batch_of(texts), most) == wanted
     rows = RowTokenizer(tokenizer, context=context)("t", [Row(text, "z") for text in texts[:5]])[0]
     roles, batches = {"t": "held_in"}, [Collator(pad_id=0)(rows), Collator(pad_id=0)(rows[1:2])]
     measure(model, tokenizer, batches, roles, most)
@@ -107,14 +107,14 @@ def test_an_answer_gives_way_before_its_prompt(architecture: str, caplog) -> Non
 def test_all_is_as_before_when_generation_fails_or_there_is_no_head_to_be_found(monkeypatch) -> None:
     model = build_model("llama").train()
     own = model.generation_config
-    wanted = generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2)
+    wanted = generate_texts(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2)
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    assert generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2) == wanted
+    assert generate_texts(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2) == wanted
     for broken in ("get_output_embeddings", "generate"):
         monkeypatch.undo()
         monkeypatch.setattr(model, broken, lambda **_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2)
+            generate_texts(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2)
         assert model.training
         assert model.generation_config is own
         assert not model.lm_head._forward_pre_hooks

@@ -11,7 +11,7 @@ from modular_experts.base import Base
 from modular_experts.data.batch import Collator
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
-from modular_experts.evaluation import TaskScores, generate, greedy_matches, measure
+from modular_experts.evaluation import TaskScores, generate_texts, greedy_matches, measure
 
 ROLES = {"a": "held_in", "b": "held_in", "c": "held_out", "unseen": "held_out"}
 # Task, target, generation, loss, tokens.
@@ -130,11 +130,11 @@ def test_greedy_matches_are_the_rows_that_generation_writes(tiny_llama_dir) -> N
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # far-apart logits: no ties between two passes of another shape
     first = batch_of(RowTokenizer(tokenizer)("t", rows)[0])
-    written = generate(model, tokenizer, first, max_new_tokens=1)
+    written = generate_texts(model, tokenizer, first, max_new_tokens=1)
     rows = [Row(prompt, text or "x", None, (), "here") for prompt, text in zip(prompts, written, strict=True)]
     batch = batch_of(RowTokenizer(tokenizer)("t", rows)[0])
     found = greedy_matches(model, batch)
-    longer = generate(model, tokenizer, batch, max_new_tokens=2)
+    longer = generate_texts(model, tokenizer, batch, max_new_tokens=2)
     assert found.tolist() == [made == row.target for made, row in zip(longer, rows, strict=True)]
 
 

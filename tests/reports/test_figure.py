@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from modular_experts.reports.figure import NAMES, NUMBERS, MarkedRow, Panel, draw
+from modular_experts.reports.figure import NAMES, NUMBERS, MarkedRow, Panel, draw_panels
 
 SVG = "{http://www.w3.org/2000/svg}"
 GROUPS = [
@@ -20,7 +20,7 @@ PANELS = [Panel(f"{count} tasks", GROUPS, {"base": 0.1, "multitask": 0.9}) for c
 
 
 def drawn(**how: bool) -> ElementTree.Element:
-    return ElementTree.fromstring(draw("Exact match & more", "filled: tuned", PANELS, **how))
+    return ElementTree.fromstring(draw_panels("Exact match & more", "filled: tuned", PANELS, **how))
 
 
 def test_each_value_has_its_mark_at_its_place_on_the_axis() -> None:

@@ -14,7 +14,7 @@ from testbed.forked import ended, forked
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.data.chat import Reading, Readings
+from modular_experts.data.chat import PromptReading, PromptReadings
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.evaluation.streaming import generate
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
@@ -133,9 +133,9 @@ async def tokens_of(
     return [token async for token in tokens]
 
 
-def plainly(ids: Sequence[int], experts: int = 2) -> Readings:
+def plainly(ids: Sequence[int], experts: int = 2) -> PromptReadings:
     """Return a prompt of these tokens, as experts that were trained without a template read it."""
-    return Readings({False: Reading(list(ids), [], False)}, [False] * experts, False)
+    return PromptReadings({False: PromptReading(list(ids), [], False)}, [False] * experts, False)
 
 
 def text_of(tokenizer: Any, tokens: Sequence[Any]) -> str:
