@@ -12,25 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_origin
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 import modular_experts
 from modular_experts.cli.commands import COMPUTING
 from modular_experts.cli.words import Spelt, shapes_of, spelt_out
 from modular_experts.study.options import READING, UsageError, respelt
-from modular_experts.study.parser import class_at, classes_in, flat, refuse_dangerous_imports, sentence_of
+from modular_experts.study.parser import ConfigParser, class_of, classes_in, refuse_dangerous_imports, sentence_of
 
 _USUAL = {"router": "KernelRidge", "algorithm": "ATLAS"}
 """Classes whose settings may be given without naming the class."""
-
-
-class FunctionParser(ArgumentParser):
-    """Parser of a function's arguments, which prints settings as configs are written."""
-
-    def dump(self, *arguments: Any, **how: Any) -> str:
-        settings = yaml.safe_load(super().dump(*arguments, **how)) or {}
-        return yaml.safe_dump(flat(settings), sort_keys=False, allow_unicode=True)
 
 
 def run_command(function: Callable[..., None], argv: Sequence[str], positional: Sequence[str] = ()) -> None:
@@ -83,7 +74,7 @@ def _arguments(function: Callable[..., None], words: Sequence[str]) -> dict[str,
     if "modular_experts.data.tasks" in sys.modules:
         importlib.import_module("modular_experts.data.suite")  # whose tasks have short names
     refuse_dangerous_imports()
-    parser = FunctionParser(exit_on_error=False)
+    parser = ConfigParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     hints = annotations(function)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
@@ -117,10 +108,7 @@ def print_class_help(spelt: Spelt, hints: Mapping[str, Any], short: Mapping[str,
         word = text or str(spelt.value(option) or "")
         own = [kind for kind in kinds.values() if len(kinds) == 1]
         typed = {full: known for known, full in short.items()}.get(option, option)
-        if word and word not in kinds:
-            named = [class_at(word, f"--{typed}")]
-        else:
-            named = [kinds[word]] if word else own
+        named = [class_of(f"--{typed}", hint, word)] if word else own
         given_by_us = max((len(part.__args__) - 1 for part in _parts(hint) if get_origin(part) is Callable), default=0)
         print(class_help(typed, named[0], given_by_us) if named else list_of_classes(typed, kinds))
         raise SystemExit(0)

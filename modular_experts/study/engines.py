@@ -1,11 +1,12 @@
 """Name the place where pieces of work run: this machine, SLURM, or an executor of the user's own."""
 
 import inspect
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-from modular_experts.study.parser import class_at
+from modular_experts.study.parser import make
 from modular_experts.study.processes import LocalProcesses
 from modular_experts.study.slurm_jobs import SlurmJobs
 from modular_experts.text import did_you_mean
@@ -34,7 +35,7 @@ def engine(name: str = "local", **settings: Any) -> Executor:
             f"no engine has the name {name}; take {', '.join(ENGINES)}, or the dotted path of an Executor of your own"
             + did_you_mean(name, ENGINES)
         )
-    kind = ENGINES.get(name) or class_at(name, "--engine")
+    kind = ENGINES.get(name) or make("--engine", type | Callable, name)
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:

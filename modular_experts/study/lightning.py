@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -32,7 +32,7 @@ from modular_experts.study.options import (
     unknown,
     without_replaced_lists,
 )
-from modular_experts.study.parser import USUAL, flat, refuse_dangerous_imports, sentence_of
+from modular_experts.study.parser import USUAL, ConfigParser, refuse_dangerous_imports, sentence_of
 from modular_experts.training.fit import TRAINER, Run, SavedConfig, check_checkpoint, make_trainer, set_up
 from modular_experts.training.module import ExpertModule
 
@@ -49,12 +49,8 @@ def usual_class(group: str) -> Any:
     return pkgutil.resolve_name(USUAL[[*GROUPS].index(group)])
 
 
-class RunParser(LightningArgumentParser):
-    """Parser of a run's settings, which prints a group of the usual class without its name, as configs are written."""
-
-    def dump(self, cfg: Namespace, *arguments: Any, **how: Any) -> str:
-        settings = yaml.safe_load(super().dump(cfg, *arguments, **how)) or {}
-        return yaml.safe_dump(flat(settings), sort_keys=False, allow_unicode=True)
+class RunParser(ConfigParser, LightningArgumentParser):
+    """Lightning's parser, which prints a group of the usual class without its name."""
 
 
 class ExpertCLI(LightningCLI):

@@ -5,12 +5,13 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_parsing_settings
 
 from modular_experts.study.options import ELSEWHERE, UsageError, at_home, unknown
 from modular_experts.text import did_you_mean
@@ -20,6 +21,17 @@ USUAL = ("modular_experts.ExpertModule", "modular_experts.TaskMixture", "lightni
 _VALUE = "value"  # the only argument of a parser of one value
 load_yaml = get_loader("yaml")
 """Reads YAML in which 1e-3 is a number, as it is in YAML 1.2, and a date is a text."""
+
+
+class ConfigParser(ArgumentParser):
+    """Parser that prints a group of the usual class without its name, as configs are written."""
+
+    def dump(self, cfg: Namespace, *arguments: Any, **how: Any) -> str:
+        settings = yaml.safe_load(super().dump(cfg, *arguments, **how)) or {}
+        for name, group in settings.items():
+            if isinstance(group, Mapping) and group.get("class_path") in USUAL:
+                settings[name] = group.get("init_args", {})
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def make(option: str, kind: Any, settings: Any) -> Any:
@@ -33,20 +45,19 @@ def make(option: str, kind: Any, settings: Any) -> Any:
     if isinstance(settings, str):
         settings = at_home(settings)
     try:
-        parser = parser_of_one(kind)
+        parser = _parser_of_one(kind)
         return parser.instantiate(parser.parse_object({_VALUE: settings}))[_VALUE]
     except ArgumentError as error:
         raise UsageError(sentence_of(str(error), kind).replace(f"--{_VALUE}", option)) from None
 
 
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a command in which a group of the usual class stands without its name, as in configs."""
-    return {name: _inner(value) for name, value in settings.items()}
-
-
-def _inner(group: Any) -> Any:
-    is_usual = isinstance(group, Mapping) and group.get("class_path") in USUAL
-    return group.get("init_args", {}) if is_usual else group
+def class_of(option: str, kind: Any, name: str) -> Any:
+    """Return the class of a name that an annotation takes, or the one at a dotted path."""
+    # A name alone that nothing has is refused with near names.
+    named = classes_in(kind).get(name) or make(option, type | Callable if "." in name else kind, name)
+    if inspect.isclass(kind) and not (inspect.isclass(named) and issubclass(named, kind)):
+        raise UsageError(f"{option}: {name} is not a subclass of {kind.__name__}; name one that is")
+    return named
 
 
 def refuse_dangerous_imports() -> None:
@@ -55,8 +66,7 @@ def refuse_dangerous_imports() -> None:
 
 
 @cache
-def parser_of_one(kind: Any) -> ArgumentParser:
-    """Return the parser of one value of a type."""
+def _parser_of_one(kind: Any) -> ArgumentParser:
     refuse_dangerous_imports()
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         # Settings may name a subclass of the user's, such as a form of stored experts.
@@ -66,192 +76,138 @@ def parser_of_one(kind: Any) -> ArgumentParser:
     return parser
 
 
-class _Line(NamedTuple):
-    """A line of a report that tells a cause, with the keys and the classes that stand above it."""
-
-    keys: tuple[str, ...]
-    classes: tuple[str, ...]
-    text: str
-    is_factory: bool
-
-
-_KEY = re.compile(r'Parser key "([^"]*)":\s*')
-_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
-_FACTORY = re.compile(r"Type .* expects a function or a callable class: ")
-# Lines that tell nothing: members of a union that were never meant, and what the report says of itself.
-_NOISE = re.compile(
-    r"Expected a <class 'NoneType'>|Expected a path |Does not validate|Errors:|Given value|Subtypes:"
-    r"|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with|Expected a List"
-    r"|Expected a <class 'list'>$"
-)
-
-
-def _lines(report: str) -> Iterator[_Line]:
-    """Yield each line that tells a cause, with the keys and the classes that stand above it, further to the left."""
-    above: list[tuple[int, str, str]] = []
-    for line in filter(str.strip, report.splitlines()):
-        text = line.strip().removeprefix("- ")
-        indent = len(line) - len(line.lstrip())
-        while above and above[-1][0] >= indent:
-            above.pop()
-        is_factory = False
-        while True:
-            if key := _KEY.match(text):
-                above.append((indent, "key", key[1]))
-                text = text[key.end() :]
-            elif kind := _CLASS.match(text):
-                above.append((indent, "class", kind[1]))
-                text = text[kind.end() :].strip()
-            elif factory := _FACTORY.match(text):
-                text, is_factory = text[factory.end() :], True
-            else:
-                break
-        if text and not _NOISE.match(text):
-            names = {sort: tuple(name for _, its, name in above if its == sort) for sort in ("key", "class")}
-            yield _Line(names["key"], names["class"], text, is_factory)
-
-
-def sentence_of(report: str, hint: Any = None) -> str:
-    """Return what a report of jsonargparse refuses as a sentence, with options under their full names."""
-    lines = sorted(_lines(report), key=lambda line: -len(line.keys))
-    for tell in (_wrong_name, _missing, _wrong_class, _wrong_value):
-        for line in lines:
-            if sentence := tell(line, report, hint):
-                return sentence
-    keys = lines[0].keys if lines else _KEY.findall(report)
-    option = f"--{'.'.join(keys)}"
-    given = re.findall(r"Given value: (?:NestedArg\(key='[^']*', val='?(.*?)'?\)|(.*))$", report, re.MULTILINE)
-    subtypes = re.findall(r"Subtypes: \[(.*)\]", report)
-    if given and subtypes:
-        return _must_be(option, subtypes[-1], given[-1][0] or given[-1][1])
-    if hint is not None and not lines:
-        return f"{option} must be {_types(str(hint))}, got {report.rpartition('Got value: ')[2]}"
-    # Its wording has changed: the innermost line.
-    last = lines[0].text if lines else report.strip().splitlines()[-1].strip()
-    return f"{option}: {last}" if keys else last
-
-
-def _wrong_name(line: _Line, report: str, hint: Any) -> str | None:
-    refused = re.match(r"Option '([^']+)' is not accepted(?:.*class_path='([\w.]+)')?", line.text)
-    if not refused:
-        return None
-    path = refused[2] or (line.classes[-1] if line.classes else "")
-    place = "".join(f"{key}." for key in line.keys)
-    settings = _settings_of(path) if path else []
-    # The first argument of a factory is given by the package.
-    known = [f"--{place}{name}" for name in settings[line.is_factory :]]
-    return str(unknown("option", f"--{place}{refused[1]}", known))
-
-
-def _missing(line: _Line, report: str, hint: Any) -> str | None:
-    refused = re.match(r"the following arguments are required: (.*)", line.text)
-    refused = refused or re.match(r"Key \"([\w.]+)\" is required", line.text)
-    if not refused:
-        return None
-    names = ["--" + ".".join([*line.keys, name]) for name in refused[1].split(", ")]
-    return f"{' and '.join(names)} must be given, on the command line or in --config"
-
-
-def _wrong_class(line: _Line, report: str, hint: Any) -> str | None:
-    option = f"--{'.'.join(line.keys)}"
-    if refused := re.match(r"Expected a dot import path string: (.*)", line.text):
-        known = {*classes_in(hint)}
-        for path in re.findall(r"[\w.]+\w", " ".join(re.findall(r"Subtypes: (.*)", report))):
-            known |= {*classes_in(_located(path))} if "." in path else set()
-        near = did_you_mean(refused[1], known)
-        if not near and option[2:] in ELSEWHERE:
-            # Other tools call our `--base DIR` `--model DIR`.
-            near = f"; did you mean {ELSEWHERE[option[2:]]}?"
-        if not near and known:
-            near = f"; there are {', '.join(sorted(known))}, and a class of your own is named module.Class"
-        return f"{option}: there is no class {refused[1]!r}{near}"
-    words = re.findall(
-        r"Expected a path but (.*?) either not accessible|Given value: (.*)|Got value: (.*?)\.?$", report
-    )
-    word = next(("".join(groups) for groups in words), "")
-    text = line.text.partition(". Got value")[0]
-    if refused := re.match(r"Import path (?:(.*) )?does not correspond to a subclass of (\w+)", text):
-        return f"{option}: {refused[1] or word} is not a subclass of {refused[2]}; name one that is"
-    if refused := re.match(
-        r"Expected '([\w.]+)' to be (?:a subclass of|a function that returns) <class '(\w+)'>", text
-    ):
-        return f"{option}: {refused[1]} is not a subclass of {refused[2]}; name one that is"
-    if re.match(r"Expected|must ", text) or not re.fullmatch(r"\w+(\.\w+)+", word):
-        return None
-    if refused := re.search(r"(Importing '[\w.]+' is not allowed)", text):
-        return f"{option}: {refused[1].lower()}, because it may run anything; name a class of your own"
-    near = ""
-    if refused := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        near = did_you_mean(refused[2], dir(sys.modules[refused[1]]))
-    elif refused := re.match(r"No module named '([\w.]+)'", text):
-        near = did_you_mean(refused[1], [file.stem for file in Path().glob("*.py")])
-    return f"{option}: {word} cannot be imported: {text}{near}"
-
-
-def _wrong_value(line: _Line, report: str, hint: Any) -> str | None:
-    refused = re.match(r"Expected an? (.*?)\. Got value: (.*?)(?:\. Got value: .*)?$", line.text)
-    if not refused:
-        return None
-    return _must_be(f"--{'.'.join(line.keys)}", refused[1], refused[2])
-
-
-def _must_be(option: str, wanted: str, value: str) -> str:
-    literal = re.fullmatch(r"(?:typing\.)?Literal\[([^\]]*)\](?:, <class 'NoneType'>)?", wanted)
-    if not literal:
-        return f"{option} must be {_types(wanted)}, got {value}"
-    known = [word.strip(" '\"") for word in literal[1].split(",")]
-    return f"{option} must be one of {', '.join(known)}, got {value}{did_you_mean(value, known)}"
-
-
-def _types(names: str) -> str:
-    """Return types as Python shows them, as words: `<class 'int'>, <class 'NoneType'>` is `of type int`."""
-    shown = re.sub(r"<class '([\w.]+)'>", r"\1", names)
-    shown = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", shown)
-    members = [name for name in re.split(r", (?![^\[]*\])", shown) if name != "NoneType"]
-    return f"of type {' or '.join(members)}"
-
-
 def classes_in(hint: Any) -> dict[str, Any]:
     """Return the classes that an annotation takes, by name: those in it, and the ones below them."""
     kinds = [hint] if inspect.isclass(hint) and hint.__module__ not in ("builtins", "collections.abc", "torch") else []
     for kind in kinds:
         kinds += kind.__subclasses__()
-    found = {kind.__name__: kind for kind in kinds if not inspect.isabstract(kind) and kind.__name__[0] != "_"}
+    classes = {kind.__name__: kind for kind in kinds if not inspect.isabstract(kind) and kind.__name__[0] != "_"}
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Callable:
         # A factory is named by the class that it makes.
         parts = parts[-1:]
     for part in parts:
-        found |= classes_in(part)
-    return found
+        classes |= classes_in(part)
+    return classes
 
 
-def class_at(path: str, option: str) -> Any:
-    """Return the class or function at a dotted path; refuse one that settings may not name, before it is imported."""
-    refusal = ""
-    try:
-        parser_of_one(Callable).parse_object({_VALUE: path})
-    except ArgumentError as error:
-        # Also of a class whose objects cannot be called, which is imported then.
-        refusal = str(error)
-    found = _located(path)
-    if found is None or "is not allowed" in refusal:
-        raise UsageError(sentence_of(refusal, Callable).replace(f"--{_VALUE}", option))
-    return found
+# In a report, keys and classes stand above the lines that tell causes, further to the left:
+#
+#     Parser key "method":
+#       Does not validate against any of the Union subtypes
+#       Subtypes: [<class 'modular_experts.methods.method.MergeMethod'>, <class 'NoneType'>]
+#       Errors:
+#         - Problem with given class_path 'modular_experts.TIES':
+#             Option 'kep' is not accepted
+#         - Expected a <class 'NoneType'>
+#       Given value: NestedArg(key='kep', val='0.1')
+_ABOVE = re.compile(
+    r'Parser key "(?P<key>[^"]*)":\s*|Problem with given class_path \'(?P<kind>[\w.]+)\':\s*'
+    r"|Type (?P<factory>\S.*) expects a function or a callable class: "
+)
+# Lines that tell no cause: members of a union that were never meant, and what the report says of itself.
+_NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Subclass types expect|a class path \(str\)|a dict with"
+    r"|Expected a path |Not a valid subclass of \w+$|Expected (?:(?!Got value|dot import|to be|subclass).)*$"
+)
 
 
-def class_of(option: str, kind: Any, name: str) -> Any:
-    """Return the class of a name that an annotation takes, or the one at a dotted path."""
-    kinds = classes_in(kind)
-    if name in kinds:
-        return kinds[name]
-    if "." in name:
-        found = class_at(name, option)
-        if inspect.isclass(found) and issubclass(found, kind):
-            return found
-        raise UsageError(f"{option}: {name} is not a subclass of {kind.__name__}; name one that is")
-    near = did_you_mean(name, kinds) or f"; there are {', '.join(sorted(kinds))}"
-    raise UsageError(f"{option}: there is no class {name!r}{near}")
+class _Cause(NamedTuple):
+    """A line that tells what is wrong, with the option and the class whose setting it is about."""
+
+    option: str
+    kind: str
+    text: str
+    is_of_factory: bool
+
+
+def _causes(report: str) -> list[_Cause]:
+    """Return what a report refuses, the innermost first."""
+    above: list[tuple[int, re.Match[str]]] = []
+    causes = []
+    for line in filter(str.strip, report.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        above = [(column, match) for column, match in above if column < indent]
+        above += [(indent, match) for match in _ABOVE.finditer(line)]
+        text = _ABOVE.sub("", line).strip(" -")
+        if text and not _NOISE.match(text):
+            keys, kinds = ([match[part] for _, match in above if match[part]] for part in ("key", "kind"))
+            factory = any(match["factory"] for _, match in above[-1:])
+            causes.append(_Cause("--" + ".".join(keys), kinds[-1] if kinds else "", text, factory))
+    return sorted(causes, key=lambda cause: -cause.option.count("."))
+
+
+def sentence_of(report: str, hint: Any = None) -> str:
+    """Return what a report refuses as a sentence, with options under their full names; else its innermost line."""
+    causes = _causes(report)
+    if not causes:
+        # No member of a union takes the value.
+        keys = [match["key"] for match in _ABOVE.finditer(report) if match["key"]]
+        return _must_be(f"--{'.'.join(keys)}", re.findall(r"Subtypes: \[(.*)\]", report)[-1], _value_in("", report))
+    cause = causes[0]
+    option, text, value = cause.option, cause.text, _value_in(cause.text, report)
+    place = f"{option}." if option != "--" else option
+    if refused := re.match(r"Option '([^']+)' is not accepted(?:.*class_path='([\w.]+)')?", text):
+        known = _settings_of(refused[2] or cause.kind)
+        if cause.is_of_factory:
+            # The package gives its first argument.
+            del known[0]
+        return str(unknown("option", place + refused[1], [place + name for name in known]))
+    if refused := re.match(r"the following arguments are required: (.*)|Key \"([\w.]+)\" is required", text):
+        names = (refused[1] or refused[2]).split(", ")
+        return f"{' and '.join(place + name for name in names)} must be given, on the command line or in --config"
+    if refused := re.match(r"Expected a dot import path string: (.*)", text):
+        return f"{option}: there is no class {refused[1]!r}{_near_class(option, refused[1], report, hint)}"
+    if refused := re.match(r"(?:Expected an?|Not a valid subclass of) (.*?)\. Got value: ", text):
+        return _must_be(option, refused[1], value)
+    if refused := re.search(r"(?:subclass of|function that returns) (?:<class ')?(\w+)", text):
+        return f"{option}: {value} is not a subclass of {refused[1]}; name one that is"
+    if "is not allowed, denied by" in text:
+        return f"{option}: importing '{value}' is not allowed, because it may run anything; name a class of your own"
+    if re.fullmatch(r"\w+(\.\w+)+", value):
+        return f"{option}: {value} cannot be imported: {text.partition('. Got value')[0]}{_near_attribute(text)}"
+    return f"{option}: {text}" if option != "--" else text
+
+
+def _value_in(text: str, report: str) -> str:
+    """Return the value that a cause names, or else the innermost one of the report, as it was typed."""
+    path = re.search(r"(?:Expected|Import path|Importing) '?(\w+(?:\.\w+)+)'? (?:to be|does not|is not)", text)
+    value = path or re.search(r"Got value: (.*?)(?:\. Got value: .*)?$", text)
+    value = value or re.search(r"Given value: (?:NestedArg\(key='[^']*', val='?)?(.*?)(?:'?\))?$", report, re.MULTILINE)
+    return value[1] if value else ""
+
+
+def _near_class(option: str, name: str, report: str, hint: Any) -> str:
+    known = {*classes_in(hint)}
+    for path in re.findall(r"[\w.]+\.\w+", " ".join(re.findall(r"Subtypes: (.*)", report))):
+        known |= {*classes_in(_located(path))}
+    if near := did_you_mean(name, known):
+        return near
+    if option[2:] in ELSEWHERE:
+        # Other tools call our `--base DIR` `--model DIR`.
+        return f"; did you mean {ELSEWHERE[option[2:]]}?"
+    if not known:
+        return ""
+    return f"; there are {', '.join(sorted(known))}, and a class of your own is named module.Class"
+
+
+def _near_attribute(text: str) -> str:
+    missing = re.match(r"module '([\w.]+)' has no attribute '(\w+)'", text)
+    if missing:
+        return did_you_mean(missing[2], dir(sys.modules[missing[1]]))
+    missing = re.match(r"No module named '([\w.]+)'", text)
+    return did_you_mean(missing[1], [file.stem for file in Path().glob("*.py")]) if missing else ""
+
+
+def _must_be(option: str, wanted: str, value: str) -> str:
+    literal = re.fullmatch(r"(?:typing\.)?Literal\[([^\]]*)\](?:, <class 'NoneType'>)?", wanted)
+    if literal:
+        known = [word.strip(" '\"") for word in literal[1].split(",")]
+        return f"{option} must be one of {', '.join(known)}, got {value}{did_you_mean(value, known)}"
+    # Python shows a type as `<class 'int'>` and by its module.
+    shown = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", re.sub(r"<class '([\w.]+)'>", r"\1", wanted))
+    types = [name for name in re.split(r", (?![^\[]*\])", shown) if name != "NoneType"]
+    return f"{option} must be of type {' or '.join(types)}, got {value}"
 
 
 def _located(path: str) -> Any:
@@ -262,7 +218,6 @@ def _located(path: str) -> Any:
 
 def _settings_of(path: str) -> list[str]:
     """Return the names of the arguments of a class and of those that it hands them on to."""
-    kind = _located(path)
-    makers = [vars(owner)["__init__"] for owner in inspect.getmro(kind)[:-1] if "__init__" in vars(owner)]
+    makers = [vars(owner)["__init__"] for owner in inspect.getmro(_located(path))[:-1] if "__init__" in vars(owner)]
     names = [name for maker in makers for name in [*inspect.signature(maker).parameters][1:]]
     return [name for name in dict.fromkeys(names) if name not in ("args", "kwargs", "_")]
