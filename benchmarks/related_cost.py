@@ -28,7 +28,7 @@ from modular_experts.base.files import quiet_transformers
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
 from modular_experts.experts.site import Site
-from modular_experts.injection import draw, extra_losses, inject, named_experts
+from modular_experts.injection import draw_experts, extra_losses, inject, named_experts
 from modular_experts.reports.json_lines import JSONLines
 from modular_experts.study.piece import Piece
 from modular_experts.study.processes import LocalProcesses
@@ -208,7 +208,7 @@ def _step(plan: Any, small: bool) -> tuple[Callable[[], None], nn.Module]:
         expert.before_fit(training, None)
 
     def step() -> None:
-        draw(base, "0")
+        draw_experts(base, "0")
         sums, counts, *added = training.batch_losses(base, batch)
         terms = [*extra_losses(base).values(), *(one / counts.sum() for found in added for one in found.values())]
         sum(terms, start=sums.sum() / counts.sum()).backward()

@@ -8,7 +8,7 @@ experts of any kind into a model for a while.
 
 from modular_experts.injection.inject import (
     context_length,
-    draw,
+    draw_experts,
     eject,
     expert_layers,
     expert_state,
@@ -24,6 +24,6 @@ from modular_experts.injection.inject import (
 from modular_experts.injection.layers import ExpertLayer
 from modular_experts.injection.save import describe_experts
 
-__all__ = ["ExpertLayer", "context_length", "describe_experts", "draw", "eject", "expert_layers", "expert_state"]
-__all__ += ["extra_losses", "find_sites", "inject", "load_expert_state", "moves_tokens_alone", "named_experts"]
-__all__ += ["task_vector", "write_experts"]
+__all__ = ["ExpertLayer", "context_length", "describe_experts", "draw_experts", "eject", "expert_layers"]
+__all__ += ["expert_state", "extra_losses", "find_sites", "inject", "load_expert_state", "moves_tokens_alone"]
+__all__ += ["named_experts", "task_vector", "write_experts"]

@@ -331,7 +331,7 @@ def extra_losses(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.stack(found).sum() for name, found in terms.items()}
 
 
-def draw(model: nn.Module, key: str) -> None:
+def draw_experts(model: nn.Module, key: str) -> None:
     """Let all experts draw what is random in the next training step (`Trained.draw`); `key` names seed and step."""
     for name, expert in named_experts(model):
         expert.draw(f"{key}/{name}")

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from modular_experts.base.device import free_memory
 from modular_experts.data.batch import IGNORED, MOST_BATCHES, Batch, DataSource, datamodule_of, size_of
 from modular_experts.evaluation.likelihood import HEAD_BYTES, answer_logits
-from modular_experts.injection import draw
+from modular_experts.injection import draw_experts
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import bytes_text
 
@@ -113,7 +113,7 @@ def activations(module: FittedModule, blocks: list[GradientCheckpointingLayer], 
     """Return the bytes that blocks keep for the backward pass of a batch, extrapolated from three short rows."""
     trainer = module.trainer
     device = trainer.strategy.root_device
-    draw(module.model, "0/0")
+    draw_experts(module.model, "0/0")
     # The passes must not move the random state of the training.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.precision_plugin.forward_context():
         short = [_KeptByBlocks(module.model, blocks).pass_of(batch, count * _STEP, device) for count in (1, 2, 3)]

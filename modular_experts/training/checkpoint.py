@@ -114,7 +114,7 @@ def described(kind: str, settings: Mapping[str, Any]) -> str:
     return f"{kind}({', '.join(f'{name}={value}' for name, value in settings.items())})"
 
 
-def facts_of(model: nn.Module, applied: Sequence[StoredExpert]) -> dict[str, dict[str, Any]]:
+def trained_facts(model: nn.Module, applied: Sequence[StoredExpert]) -> dict[str, dict[str, Any]]:
     """Return which experts are trained, type and settings by place, and which lie beneath, by content hash."""
     experts: dict[str, Any] = {}
     for place, one in named_experts(model):

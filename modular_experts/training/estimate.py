@@ -1,6 +1,6 @@
 """Estimate what a fit will read, train, hold in memory and take, by four real steps with a learning rate of zero.
 
-`estimate` loads the base and measures. `predict` makes the same `FitEstimate` without a base, and without times.
+`measure_fit` loads the base and measures. `predict` makes the same `FitEstimate` without a base, and without times.
 """
 
 import copy
@@ -99,7 +99,7 @@ class FitEstimate:
         return sum(self.bytes.values())
 
 
-def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEstimate:
+def measure_fit(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEstimate:
     """Estimate the fit of these three, for one process; the module can be trained afterwards as if nothing had been.
 
     Raises:

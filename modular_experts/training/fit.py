@@ -29,7 +29,7 @@ from modular_experts.library import StoredExpert, check_name, check_target, open
 from modular_experts.selection.schedule import callbacks_of
 from modular_experts.text import bytes_of, did_you_mean
 from modular_experts.training.activations import free_bytes
-from modular_experts.training.estimate import FitEstimate, estimate, logging_from
+from modular_experts.training.estimate import FitEstimate, logging_from, measure_fit
 from modular_experts.training.even_validation import EvenValidation
 from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.fit_into import Settings, changes_to_fit, ways_to_fit
@@ -245,7 +245,7 @@ def estimate_run(made: Callable[[Settings], Run], fit_into: str | int | None = N
         raise ValueError("an estimate has one process, and shard_base needs several; leave shard_base out")
     try:
         if most is None and not run.is_large():
-            return estimate(run.module, _mixture(run), run.trainer)
+            return measure_fit(run.module, _mixture(run), run.trainer)
         run.share_tokenizer()
         found = predict(run.module, _mixture(run), run.trainer)
     except UnpredictableError as error:
@@ -253,7 +253,7 @@ def estimate_run(made: Callable[[Settings], Run], fit_into: str | int | None = N
             raise
         log.info("%s", error)
         run = made({})
-        return estimate(run.module, _mixture(run), run.trainer)
+        return measure_fit(run.module, _mixture(run), run.trainer)
     finally:
         run.release()
     if most is None:

@@ -17,11 +17,15 @@ class LearningRateShape(ABC):
         """Return the factor in [0, 1] for optimizer step `step`, counted from 0, of `total_steps`."""
 
 
-class Constant(LearningRateShape):
+class ConstantRate(LearningRateShape):
     """Keeps the peak from the first step to the last."""
 
     def factor(self, step: int, total_steps: int) -> float:
         return 1.0
+
+
+# Configs and checkpoints before 0.3 name the class so.
+Constant = ConstantRate
 
 
 class WarmupLinear(LearningRateShape):

@@ -29,7 +29,7 @@ from modular_experts.experts.site import Factory, LayerPlan, Plan
 from modular_experts.injection import (
     context_length,
     describe_experts,
-    draw,
+    draw_experts,
     expert_layers,
     expert_state,
     extra_losses,
@@ -85,8 +85,8 @@ class ExpertModule(EvaluatedModule):
             the CPU instead of a GPU's, which makes steps slower.
         optimizer: Any torch optimizer over the trained parameters. The default is AdamW without weight decay at the
             expert type's learning rate.
-        scheduler: A shape (`WarmupLinear`, `WarmupCosine`, `Constant`) or any torch scheduler, stepped every optimizer
-            step. The default is `WarmupLinear`.
+        scheduler: A shape (`WarmupLinear`, `WarmupCosine`, `ConstantRate`) or any torch scheduler, stepped every
+            optimizer step. The default is `WarmupLinear`.
         max_new_tokens: Length limit of generated answers.
         experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert}; or
             a plan, a function from sites to expert types (`experts.site`).
@@ -267,7 +267,7 @@ class ExpertModule(EvaluatedModule):
             shard(model, self.trainer.strategy.root_device)
         self.model, self._given = model, []
         # Before a training, because an expert may count in an attribute.
-        self._facts = checkpoints.facts_of(model, self.applied_experts)
+        self._facts = checkpoints.trained_facts(model, self.applied_experts)
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
@@ -361,7 +361,7 @@ class ExpertModule(EvaluatedModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # When all set-up is over, the first step takes the random state of a checkpoint.
-        draw(self.model, f"{self.seed}/{self.trainer.global_step}")
+        draw_experts(self.model, f"{self.seed}/{self.trainer.global_step}")
         states, self._random_states = self._random_states or [], None
         checkpoints.restore_random_state(states, self.trainer.global_rank)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:

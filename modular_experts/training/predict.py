@@ -1,6 +1,6 @@
 """Predict the memory of a fit without its base: two training steps on tensors that have shapes and no numbers.
 
-`estimate` measures instead, and tells the time too, where the base can be loaded.
+`measure_fit` measures instead, and tells the time too, where the base can be loaded.
 """
 
 import itertools

@@ -1,5 +1,6 @@
 """The short options of `fit`, what a run without a place for its expert tells, and near names for slips."""
 
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library
+from modular_experts.training.learning_rate import ConstantRate
 
 
 @pytest.fixture
@@ -101,3 +103,8 @@ def test_a_full_expert_trains_a_norm_by_its_name(place) -> None:
     words = "fit --base base --expert FullExpert --modules model.norm --tasks a.jsonl --steps 1 --out library/norm"
     assert main(words.split()) == 0
     assert [*Library("library")["norm"]] == ["model.norm.weight"]
+
+
+def test_a_config_may_name_the_constant_rate_by_its_former_path(place, capsys) -> None:
+    settings = printed(f"{FIT} --model.scheduler modular_experts.training.learning_rate.Constant", capsys)
+    assert pkgutil.resolve_name(settings["model"]["scheduler"]["class_path"]) is ConstantRate

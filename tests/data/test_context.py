@@ -16,7 +16,7 @@ from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import take_statistics
 from modular_experts.merging.tune import tune
 from modular_experts.methods import TaskArithmetic
-from modular_experts.training.estimate import estimate
+from modular_experts.training.estimate import measure_fit
 from modular_experts.training.export_expert import ExportExpert
 
 CONTEXT = 40
@@ -66,7 +66,7 @@ def test_every_command_does_what_it_does_with_max_length_at_the_context(base, re
         tuned = [tune([expert], TaskArithmetic(), some, grid={"scale": [0.5]}).trials for some in rows]
         (fisher,) = take_statistics([place], "fisher", read(**settings), overwrite=True)
         module = ExpertModule(str(base), modules="c_attn|q_proj", expert=LoRAExpert)
-        steps = estimate(module, read(**settings), runs.trainer(tmp_path, max_steps=2))
+        steps = measure_fit(module, read(**settings), runs.trainer(tmp_path, max_steps=2))
         return [evaluate(base, place, read(**settings)).rows, *tuned, fisher.facts["data"]["tokens"], steps.splits]
 
     assert str(measured()) == str(measured(max_length=CONTEXT))

@@ -28,7 +28,7 @@ from modular_experts.merging.combination import Combination
 from modular_experts.merging.fisher_information import fisher
 from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.training.export_expert import ExportExpert
-from modular_experts.training.learning_rate import Constant
+from modular_experts.training.learning_rate import ConstantRate
 from modular_experts.training.train_under_others import TrainUnderOthers
 
 
@@ -153,7 +153,7 @@ def trained(base: Path, files, folder: Path, plan, *callbacks: Callback, ckpt=No
     """Train the experts of a plan; return the module, the trainer and the losses of the steps."""
     torch.manual_seed(0)
     losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-    module = runs.module(base, None, experts=plan, optimizer=optimizer, scheduler=Constant())
+    module = runs.module(base, None, experts=plan, optimizer=optimizer, scheduler=ConstantRate())
     trainer = runs.trainer(folder, losses, *callbacks, limit_val_batches=0, **settings)
     trainer.fit(module, runs.mixture({task: files[task]}, base, seed=0), ckpt_path=ckpt)
     return module, trainer, losses.steps

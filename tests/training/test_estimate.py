@@ -11,7 +11,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.masks import Reselect
 from modular_experts.selection.mask_schedule import MaskSchedule
-from modular_experts.training.estimate import estimate
+from modular_experts.training.estimate import measure_fit
 from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.log_progress import LogProgress
 
@@ -40,7 +40,7 @@ def test_an_estimate_is_for_one_of_the_processes(processes, tiny_llama_dir, task
     Rows.seen.clear()
     run = trainer(tmp_path, Rows(), devices=processes, strategy="ddp" if processes > 1 else "auto")
     data = mixture(task_files, tiny_llama_dir, packing=False)
-    estimate(module(tiny_llama_dir, SparseExpert), data, run)
+    measure_fit(module(tiny_llama_dir, SparseExpert), data, run)
     assert set(Rows.seen) == {4 // processes}
 
 
@@ -51,11 +51,11 @@ def test_estimates_before_and_between_fits_change_and_write_nothing(expert, tiny
         seed_everything(0, verbose=False)
         trained, run, data = module(tiny_llama_dir, expert), trainer(tmp_path), mixture(task_files, tiny_llama_dir)
         if first:
-            estimate(trained, data, run)
+            measure_fit(trained, data, run)
         run.fit(trained, data)
         found.append({name: tensor.clone() for name, tensor in trained.state_dict().items()})
     assert found[0].keys() == found[1].keys()
-    estimate(trained, data, trainer(tmp_path, max_steps=20))
+    measure_fit(trained, data, trainer(tmp_path, max_steps=20))
     for after in (found[1], trained.state_dict()):
         assert all(torch.equal(tensor, after[name]) for name, tensor in found[0].items())
     assert not list(tmp_path.iterdir())
@@ -79,7 +79,7 @@ def test_choices_and_validations_are_counted_as_the_fit_makes_them(
     trained, data = module(tiny_llama_dir, **({"expert": None} | how)), mixture(task_files, tiny_llama_dir)
     mask, validations = MaskSchedule(rule=schedule, batches=batches), Validations()
     run = trainer(tmp_path, mask, validations, max_steps=8, accumulate_grad_batches=parts)
-    found = estimate(trained, data, run)
+    found = measure_fit(trained, data, run)
     assert (mask.selections, validations.count) == (0, 0)
     run.fit(trained, data)
     assert (found.choices, found.validations) == (mask.selections, validations.count)
@@ -91,7 +91,7 @@ def test_choices_and_validations_are_counted_as_the_fit_makes_them(
 
 def test_rows_tokens_and_trained_numbers_are_counted(tiny_llama_dir, task_files, tmp_path):
     data = mixture(task_files, tiny_llama_dir, max_length=13)
-    found = estimate(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path))
+    found = measure_fit(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path))
     # Each character is a token: "upper ban:" and " BAN" and the end are 15, "reverse ban:" 17, "first ban:" " b" 13.
     assert [(one.task, one.role, one.split, one.rows, one.tokens, one.truncated) for one in found.splits] == [
         *[("upper", "held_in", split, rows, 13 * rows, rows) for split, rows in SPLITS.items()],
@@ -120,7 +120,7 @@ def test_padding_is_that_of_the_training_batches(tiny_llama_dir, tmp_path):
     # Rows of 4 and 7 tokens make a batch of 2 x 7, or one pack.
     for packing, share in ((False, 3 / 14), (None, 0)):
         data = TaskMixture([{"name": "two", "path": str(file)}], tokenizer=str(tiny_llama_dir), packing=packing)
-        found = estimate(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path))
+        found = measure_fit(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path))
         assert found.padding == pytest.approx(share)
 
 
@@ -128,7 +128,7 @@ def test_padding_is_that_of_the_training_batches(tiny_llama_dir, tmp_path):
 def test_the_size_of_the_expert_is_that_of_its_file(expert, tiny_llama_dir, task_files, tmp_path):
     run = trainer(tmp_path, MaskSchedule(), ExportExpert(str(tmp_path), "made"))
     trained, data = module(tiny_llama_dir, expert), mixture(task_files, tiny_llama_dir)
-    found = estimate(trained, data, run)
+    found = measure_fit(trained, data, run)
     run.fit(trained, data)
     file = (tmp_path / "made" / "delta.safetensors").read_bytes()
     # The file begins with the length of its header, which names the tensors.

@@ -22,7 +22,7 @@ from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop
 from modular_experts.selection.mask_schedule import MaskSchedule
-from modular_experts.training.estimate import estimate
+from modular_experts.training.estimate import measure_fit
 from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupLinear
 from modular_experts.training.module import ExpertModule
@@ -298,7 +298,7 @@ def test_a_precision_that_rounds_trained_values_is_refused_before_the_model_is_l
     uses = {
         "fit": lambda data: trainer.fit(module, data),
         "test": lambda data: trainer.test(module, data),
-        "estimate": lambda data: estimate(module, data, trainer),
+        "estimate": lambda data: measure_fit(module, data, trainer),
     }
     data = runs.mixture(task_files, tiny_llama_dir)
     with pytest.raises(ValueError, match=rf"precision={precision} .*give --dtype bfloat16 .*bf16-mixed$"):

@@ -23,7 +23,7 @@ from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, Sparse
 from modular_experts.library import make_record, write_expert
 from modular_experts.merging.route import route
 from modular_experts.routing import Energy
-from modular_experts.training.estimate import estimate
+from modular_experts.training.estimate import measure_fit
 from modular_experts.training.predict import BatchShape, LiveBytes, loss_of, native_plans, predict
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
@@ -101,7 +101,7 @@ def test_tokens_of_a_mixture_are_spread_evenly(kind, modules, tiny, task_files, 
 
 def test_plans_of_native_kernels_and_the_rest_are_counted_as_by_steps(one_block, task_files, tmp_path) -> None:
     found, kind = [], partial(SparseExpert, keep_ratio=0.5)
-    for tell in (predict, estimate):
+    for tell in (predict, measure_fit):
         told = module(one_block, kind)
         found.append(tell(told, mixture(task_files, one_block), trainer(tmp_path, max_steps=14)))
         if tell is predict:

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import draw, expert_layers, inject
+from modular_experts.injection import draw_experts, expert_layers, inject
 from modular_experts.systems.ada_mix import AdaMixExpert, paired_losses
 from modular_experts.testing import check_expert
 
@@ -142,7 +142,7 @@ def test_two_passes_are_two_draws_and_pay_for_their_symmetric_divergence(packed:
             "labels": rows["labels"].view(2, 12),
         }
         del rows["attention_mask"]
-    draw(model, "0/1")
+    draw_experts(model, "0/1")
     sums, counts, divergence = paired_losses(model, rows)
     predictions = []
     experts = [layer.expert for _, layer in expert_layers(model)]
@@ -169,7 +169,7 @@ def test_two_passes_are_two_draws_and_pay_for_their_symmetric_divergence(packed:
 @pytest.mark.parametrize("gpt2", [False, True])
 def test_gradient_checkpointing_repeats_both_draws(gpt2: bool) -> None:
     def loss(model: nn.Module) -> torch.Tensor:
-        draw(model, "0/1")
+        draw_experts(model, "0/1")
         sums, _, divergence = paired_losses(model, batch())
         return sums.sum() + divergence
 
@@ -183,7 +183,7 @@ def test_a_compiled_model_follows_the_draws_without_being_compiled_again() -> No
     compiled = torch.compile(network.train(), backend=counter)
     x, found = torch.randn(4, 10, dtype=torch.float64), []
     for step in range(12):
-        draw(network, f"0/{step}")
+        draw_experts(network, f"0/{step}")
         found.append(compiled(x).detach())
         assert torch.equal(found[-1], network(x))
     assert len({float(outputs.sum()) for outputs in found}) == 12
