@@ -9,6 +9,7 @@ from rich.measure import Measurement
 from modular_experts.base import Base, DType
 from modular_experts.base.quantised import Quantise
 from modular_experts.cli.format import open_page, table_of
+from modular_experts.cli.sentences import as_options
 from modular_experts.data import TaskMixture
 from modular_experts.data.look import look as look_at
 from modular_experts.data.tasks import Tasks, as_tasks
@@ -147,7 +148,8 @@ def look(
         modular-experts look --base DIR --tasks chats.jsonl --page look.html
     """
     ratios = {"validation_ratio": validation_ratio, "test_ratio": test_ratio, "split_seed": split_seed}
-    print(look_at(base, tasks, page, overwrite, max_length=max_length, chat_template=chat_template, **ratios))
+    seen = look_at(base, tasks, page, overwrite, max_length=max_length, chat_template=chat_template, **ratios)
+    print(as_options(str(seen)))
     if page:
         print(f"\nthe page is {page}")
 

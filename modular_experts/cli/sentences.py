@@ -15,6 +15,8 @@ def as_options(sentence: str) -> str:
 
     def option(argument: re.Match[str]) -> str:
         name, value = argument.groups()
+        if value.startswith("{"):
+            return f"--{name} '{value}'"
         words = re.sub(r"[\[\]',\"]", "", value)
         return f"--{name}" if words in ("", "True") else f"--{name} {words}"
 

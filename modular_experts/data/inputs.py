@@ -15,7 +15,7 @@ from modular_experts.library.state import Prompt
 def as_prompts(examples: Mapping[str, Sequence[Example]]) -> dict[str, list[Prompt]]:
     """Return the prompts of each task's examples, without their targets."""
     return {
-        task: [Prompt(one.tokens.ids[: one.tokens.prompt], -1 if one.end is None else one.end) for one in rows]
+        task: [Prompt(row.tokens.ids[: row.tokens.prompt], -1 if row.end is None else row.end) for row in rows]
         for task, rows in examples.items()
     }
 
@@ -23,8 +23,8 @@ def as_prompts(examples: Mapping[str, Sequence[Example]]) -> dict[str, list[Prom
 class _InputsAlone(TaskSource):
     """The source of a task that has inputs and no targets."""
 
-    def rows(self) -> Iterator[Mapping[str, Any]]:
-        raise ValueError("this task has inputs alone, and its targets are needed; give its rows: --tasks")
+    def rows(self) -> Iterator[Mapping[str, object]]:
+        raise ValueError("this task has inputs alone, and its targets are needed; give its rows: `tasks=`")
 
 
 class Inputs(TaskMixture):
@@ -41,29 +41,33 @@ class Inputs(TaskMixture):
 
     @classmethod
     def kept_by(cls, experts: Sequence[StoredExpert]) -> Self:
-        """Take the inputs that experts keep (`fit --keep_inputs`); raise ValueError if one keeps none."""
+        """Take the inputs that experts keep (`fit(..., keep_inputs=256)`); raise ValueError if one keeps none."""
         if lacking := [str(expert.place) for expert in experts if not expert.keeps_inputs]:
             raise ValueError(
                 f"no rows are given, and {len(lacking)} of {len(experts)} experts keep no inputs, such as {lacking[0]}"
-                "; give the tasks (--tasks a.jsonl b.jsonl), or train with fit --keep_inputs 256"
+                "; give the tasks (`tasks=['a.jsonl', 'b.jsonl']`), or train with fit `keep_inputs=256`"
             )
-        found: dict[str, list[Prompt]] = {}
+        kept: dict[str, list[Prompt]] = {}
         for expert in experts:
             for task, prompts in expert.inputs().items():
-                found.setdefault(task, []).extend(prompts)
-        return cls(found)
+                kept.setdefault(task, []).extend(prompts)
+        return cls(kept)
 
     @classmethod
     def read_from(cls, data: TaskMixture, splits: Sequence[str], most: int) -> Self:
         """Take at most `most` inputs of each held-in task of a mixture, which has a tokenizer."""
-        found = {task: spread_evenly(rows, most) for task, rows in data.input_examples(splits).items()}
-        prompts = as_prompts(found)
-        return cls(prompts, tokenizer=data.tokenizer, max_length=data.max_length, eval_batch_size=data.eval_batch_size)
+        examples = {task: spread_evenly(rows, most) for task, rows in data.input_examples(splits).items()}
+        return cls(
+            as_prompts(examples),
+            tokenizer=data.tokenizer,
+            max_length=data.max_length,
+            eval_batch_size=data.eval_batch_size,
+        )
 
     def part(self, held: bool, every: int = 4) -> "Inputs":
         """Return every fourth input of each task if `held`, and the others if not."""
         parts = {
-            task: [one for number, one in enumerate(prompts) if (number % every == every - 1) == held]
+            task: [prompt for number, prompt in enumerate(prompts) if (number % every == every - 1) == held]
             for task, prompts in self.prompts.items()
         }
         if few := [task for task, part in parts.items() if not part]:
@@ -72,13 +76,16 @@ class Inputs(TaskMixture):
 
     def input_examples(self, splits: Sequence[str]) -> dict[str, list[Example]]:
         """Return at most `eval_limit` inputs of each task, the last tokens of those that are too long."""
-        tokenizer: Any = self.row_tokenizer().tokenizer
-        found: dict[str, list[Example]] = {}
+        tokenizer = self.row_tokenizer().tokenizer
+        size = len(tokenizer)
+        examples: dict[str, list[Example]] = {}
         for task in self.roles:
+            rows = examples[task] = []
             for ids, end in spread_evenly(self.prompts[task], self.eval_limit or len(self.prompts[task])):
-                if ids.max() >= len(tokenizer):
+                if ids.max() >= size:
                     raise ValueError(f"the inputs of {task} hold the token {ids.max()}, which the tokenizer lacks")
-                kept, rows = fitted(ids, 0, self.longest), found.setdefault(task, [])
-                stop, number = None if end < 0 else end, len(rows)
-                rows.append(Example(task, tokenizer.decode(kept), None, Tokens(kept, len(kept)), (), 0, stop, number))
-        return found
+                kept = fitted(ids, 0, self.longest)
+                text = str(tokenizer.decode(kept))
+                tokens = Tokens(kept, len(kept))
+                rows.append(Example(task, text, None, tokens, end=None if end < 0 else end, number=len(rows)))
+        return examples

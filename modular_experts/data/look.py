@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -21,8 +20,12 @@ from modular_experts.library.atomic import new_file
 from modular_experts.places import check_free
 from modular_experts.reports.tables import Column, Line, Table, element, page
 
-SHOWN, LONGEST, EDGE = 2, 3, 60
-"""Rows of a task that are shown as tokens and as the longest ones, and tokens at each end of a shown row."""
+SHOWN = 2
+"""Rows of a task that are shown as tokens."""
+LONGEST = 3
+"""Rows of a task that are named as the longest."""
+EDGE = 60
+"""Tokens at each end of a shown row."""
 KEY = "are learned; in a task that is only tested, they are measured."
 
 
@@ -38,7 +41,7 @@ class LookedTask:
     @property
     def table(self) -> Table:
         columns = [Column(name, itemgetter(name)) for name in next(iter(self.splits.values()))]
-        return Table(columns, [[Line(*one) for one in self.splits.items()]], "tokens")
+        return Table(columns, [[Line(split, sizes) for split, sizes in self.splits.items()]], "tokens")
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,14 @@ class Look:
 
     def write(self, file: str | Path) -> None:
         """Write the same as a page that needs no other file."""
-        sections, looks = [], [dict[str, str](), {"class_": "learned"}]
+        sections = []
         for task in self.tasks:
             parts = [element("ul", *[element("li", fact) for fact in task.facts]), task.table.html()]
             for place, tokens in task.shown:
-                spans = [element("span", text, **looks[learned]) for text, learned in tokens]
+                spans = [
+                    element("span", text, class_="learned") if learned else element("span", text)
+                    for text, learned in tokens
+                ]
                 parts += [element("p", place, class_="note"), element("pre", *spans, class_="tokens")]
             sections.append(element("section", element("h2", task.name), *parts))
         title = "The rows of the tasks"
@@ -80,7 +86,7 @@ def look(
     tasks: Tasks | TaskMixture,
     page: str | Path | None = None,
     overwrite: bool = False,
-    **reading: Any,
+    **reading: object,
 ) -> Look:
     """Read tasks as `fit` does, and return what there is to see; no model is loaded.
 
@@ -98,59 +104,71 @@ def look(
     if page is not None:
         page = check_free(page, overwrite)
     opened = base if isinstance(base, Base) else Base.open(base)
-    data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **reading)
+    data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **reading)  # type: ignore[arg-type]
     data.read_for(opened)
     rows = {split: data.rows(split) for split in SPLITS}
-    found = Look(
-        [_looked(task, {split: rows[split].get(task.name, []) for split in SPLITS}, data) for task in data.tasks]
-    )
+    looked = [_looked(task, {split: rows[split].get(task.name, []) for split in SPLITS}, data) for task in data.tasks]
+    seen = Look(looked)
     if page is not None:
-        found.write(page)
-    return found
+        seen.write(page)
+    return seen
 
 
 def _looked(task: Task, rows: Mapping[str, list[Row]], data: TaskMixture) -> LookedTask:
-    tokenize, splits = data.row_tokenizer(), dict[str, Mapping[str, int]]()
+    tokenize = data.row_tokenizer()
     uncut = RowTokenizer(tokenize.tokenizer, 10**9, data.chat_template)
-    lengths, shown = dict[str, int](), list[tuple[str, list[tuple[str, bool]]]]()
-    for split, mine in rows.items():
+    splits: dict[str, Mapping[str, int]] = {}
+    lengths: dict[str, int] = {}
+    shown: list[tuple[str, list[tuple[str, bool]]]] = []
+    for split, split_rows in rows.items():
         learn = split == "train"
-        examples, cut, bad = tokenize(task.name, mine, learn)
+        examples, cut, bad = tokenize(task.name, split_rows, learn)
         raise_for_bad_rows(bad)
-        whole = uncut(task.name, mine, learn)[0] if cut else examples
-        own = {f"{row.where} ({split})": len(one.tokens.ids) for row, one in zip(mine, whole, strict=True)}
-        if own:
-            sizes = sorted(own.values())
+        whole = uncut(task.name, split_rows, learn)[0] if cut else examples
+        places = [f"{row.where} ({split})" for row in split_rows]
+        sizes = [len(example.tokens.ids) for example in whole]
+        lengths |= zip(places, sizes, strict=True)
+        if sizes:
+            sizes.sort()
             median, p95 = (sizes[int(share * (len(sizes) - 1) + 0.5)] for share in (0.5, 0.95))
-            splits[split] = {"rows": len(own), "median": median, "p95": p95, "longest": sizes[-1], "cut": cut}
-        lengths |= own
-        shown += [(place, _tokens(one, tokenize.tokenizer)) for place, one in zip(own, examples[:SHOWN], strict=False)]
-    if not (every := [row for mine in rows.values() for row in mine]):
+            splits[split] = {"rows": len(sizes), "median": median, "p95": p95, "longest": sizes[-1], "cut": cut}
+        for place, example in zip(places, examples[:SHOWN], strict=False):
+            shown.append((place, _tokens(example, tokenize.tokenizer)))
+    all_rows = [row for split_rows in rows.values() for row in split_rows]
+    if not all_rows:
         raise ValueError(f"task {task.name!r} is held out and has no test rows; give some rows the split 'test'")
+    facts = [*_reading(task, all_rows[0], data), f"rows of at most {tokenize.limit}; a longer one loses its start"]
+    if with_choices := [row for row in all_rows if row.choices]:
+        such = shorten(" | ".join(with_choices[0].choices), 80)
+        facts.append(f"{len(with_choices)} rows have choices to compare, or to prefer with `loss=DPO`: {such}")
     longest = sorted(lengths, key=lambda place: -lengths[place])[:LONGEST]
-    facts = [*_reading(task, every[0], data), f"rows of at most {tokenize.limit}; a longer one loses its start"]
-    if choosing := [row for row in every if row.choices]:
-        such = shorten(" | ".join(choosing[0].choices), 80)
-        facts.append(f"{len(choosing)} rows have choices to compare, or to prefer with --loss DPO: {such}")
-    facts += ["longest: " + ", ".join(f"{place} with {lengths[place]}" for place in longest)]
-    return LookedTask(task.name, [*facts, *repeats(every)], splits, shown[:SHOWN])
+    facts.append("longest: " + ", ".join(f"{place} with {lengths[place]}" for place in longest))
+    return LookedTask(task.name, [*facts, *repeats(all_rows)], splits, shown[:SHOWN])
 
 
 def _reading(task: Task, row: Row, data: TaskMixture) -> list[str]:
     """Say which columns were taken, and whether the chat template, and why."""
-    told = [sentence.partition(": ")[2] for sentence in data.said if sentence.startswith(f"{task.name}: '")]
-    columns = f"{told[0] if told else OWN}, as the columns are called"
-    if task.template is not None or task.columns:
-        columns = f"the task names its {'template' if task.template is not None else 'columns'}"
-    has = "has one (--chat_template takes it)" if data.tokenizer.chat_template else "has none"
-    chat = f"without a chat template: rows are texts, and the tokenizer {has}"
-    if row.messages or data.chat_template:
-        chat = f"by the tokenizer's chat template: {'rows are messages' if row.messages else '--chat_template says so'}"
+    recognised = [sentence.partition(": ")[2] for sentence in data.said if sentence.startswith(f"{task.name}: '")]
+    columns = f"{recognised[0] if recognised else OWN}, as the columns are called"
+    if task.template is not None:
+        columns = "the task names its template"
+    elif task.columns:
+        columns = "the task names its columns"
+    if row.messages:
+        chat = "by the tokenizer's chat template: rows are messages"
+    elif data.chat_template:
+        chat = "by the tokenizer's chat template: `chat_template=True` says so"
+    else:
+        has_template = data.row_tokenizer().tokenizer.chat_template is not None
+        has = "has one (`chat_template=True` takes it)" if has_template else "has none"
+        chat = f"without a chat template: rows are texts, and the tokenizer {has}"
     return [columns, chat]
 
 
 def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Return the text of each token, and whether it is learned; of a long row, the tokens at both ends."""
     learned = (example.tokens.labels != IGNORED).tolist()
-    texts = [str(tokenizer.decode([one], clean_up_tokenization_spaces=False)) for one in example.tokens.ids.tolist()]
-    pairs = [(text.replace("\n", "\\n"), one) for text, one in zip(texts, learned, strict=True)]
+    ids = example.tokens.ids.tolist()
+    texts = [str(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
+    pairs = [(text.replace("\n", "\\n"), learns) for text, learns in zip(texts, learned, strict=True)]
     return pairs if len(pairs) <= 2 * EDGE else [*pairs[:EDGE], (" ... ", False), *pairs[-EDGE:]]
