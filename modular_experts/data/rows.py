@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from string import Formatter
-from typing import Any
+from typing import Any, TypeVar
 
 from modular_experts.data.sources import Record
 from modular_experts.text import did_you_mean, nearest
@@ -15,8 +15,12 @@ from modular_experts.text import did_you_mean, nearest
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 CHAT_ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, str]
 Tools = list[Any] | None
 """JSON schemas of functions that an assistant may call, each a dict."""
+Values = Mapping[str, object]
+"""The columns of a record."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Row:
     split: str | None = None
     choices: tuple[str, ...] = ()
     where: str = ""
-    messages: tuple[dict[str, str], ...] = ()
-    answers: tuple[dict[str, str], ...] = ()
+    messages: tuple[Message, ...] = ()
+    answers: tuple[Message, ...] = ()
     tools: Tools = None
 
 
@@ -44,6 +48,10 @@ class RowForm:
 
     columns: Mapping[str, str]
     optional: str | None = None
+
+    def names(self, target: bool = True) -> set[str]:
+        """Return the names of its columns, or of all but the target."""
+        return {column for key, column in self.columns.items() if target or key != "target"}
 
     def __str__(self) -> str:
         if "messages" in self.columns:
@@ -66,31 +74,28 @@ FORMS = (
 
 def recognise(columns: Collection[str]) -> RowForm:
     """Return the form of rows with these columns; `input` and `target` beat every other form."""
-    names = [{*form.columns.values()} for form in FORMS]
-    fitting = [own for own in names if own <= {*columns}]
-    # A conversation in `chosen` and `rejected` may have a prompt of its own.
-    wanted = [own for own in fitting if not any(own < one for one in fitting)]
-    whole = [form for form, own in zip(FORMS, names, strict=True) if own in wanted]
-    if OWN in whole:
+    fitting = [form for form in FORMS if form.names() <= {*columns}]
+    # A conversation in `chosen` and `rejected` may have a prompt of its own, so the form with more columns counts.
+    fitting = [form for form in fitting if not any(form.names() < other.names() for other in fitting)]
+    if OWN in fitting:
         return OWN
-    # Rows without targets: of Alpaca's two columns of input, `input` is the optional one.
-    found = whole or [
-        form for form in FORMS[1:] if {own for key, own in form.columns.items() if key != "target"} <= set(columns)
-    ]
-    if not found and "input" in columns:
+    if not fitting:
+        # Rows without targets: of Alpaca's two columns of input, `input` is the optional one.
+        fitting = [form for form in FORMS if form != OWN and form.names(target=False) <= {*columns}]
+    if not fitting and "input" in columns:
         return OWN
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(map(repr, columns))
-    if found:
-        setting = ", ".join(f"{key}: {column}" for key, column in found[0].columns.items())
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        setting = ", ".join(f"{key}: {column}" for key, column in fitting[0].columns.items())
         problem = "can be read in more than one way; name those to take"
     else:
         known = ", ".join("/".join(form.columns.values()) for form in FORMS)
         setting = "input: {}, target: {}".format(*[*map(str, columns), "...", "..."][:2])
         problem = f"have no known form ({known}); name your own"
+    listed = ", ".join(map(repr, columns))
     raise ValueError(
-        f"the columns {listed} {problem} in the task, such as --tasks '{{path: FILE, columns: {{{setting}}}}}'"
+        f"the columns {listed} {problem} in the task, such as `tasks={{path: FILE, columns: {{{setting}}}}}`"
     )
 
 
@@ -125,7 +130,8 @@ class RowReader:
 
     def read(self, records: Iterable[Record]) -> tuple[list[Row], list[str]]:
         """Return the good rows, and one sentence for each bad one."""
-        rows, problems = [], []
+        rows = []
+        problems = []
         for record in records:
             try:
                 if record.problem is not None:
@@ -137,25 +143,28 @@ class RowReader:
                 problems.append(f"{record.where}: {problem}")
         return rows, problems
 
-    def _row(self, values: Mapping[str, Any], where: str) -> Row:
-        split, column = self._split(values), self.columns.get("messages", self.columns.get("target", "target"))
-        if not ("messages" in self.columns or ("rejected" in self.columns and _is_conversation(values.get(column)))):
-            text = self._input(values)
-            lacks = not self.targets and values.get(self.columns.get("target", "target")) in (None, "")
-            target = None if lacks else self._text(values, "target")
-            return Row(text, target, split, self._choices(values, target), where)
-        pair, before, messages = list[dict[str, str]](), list[dict[str, str]](), self._messages(values, column)
-        prompt = self.columns.get("input")
-        if prompt and _is_conversation(values.get(prompt)):
-            before = self._messages(values, prompt)
-        elif prompt and [one["role"] for one in messages if one["role"] != "system"][:1] != ["user"]:
-            # Else the conversation begins with the prompt itself.
-            before = [{"role": "user", "content": self._text(values, "input")}]
-        messages = before + messages
+    def _row(self, values: Values, where: str) -> Row:
+        split = self._split(values)
+        if "messages" in self.columns:
+            return self._conversation(values, self.columns["messages"], split, where)
+        target_column = self._column("target")
+        if "rejected" in self.columns and _is_conversation(values.get(target_column)):
+            return self._conversation(values, target_column, split, where)
+        text = self._input(values)
+        target = None
+        if self.targets or values.get(target_column) not in (None, ""):
+            target = self._text(values, "target")
+        return Row(text, target, split, self._choices(values, target), where)
+
+    def _conversation(self, values: Values, column: str, split: str | None, where: str) -> Row:
+        messages = self._messages(values, column)
+        prompt = self._prompt(values, messages)
+        messages = prompt + messages
+        pair: list[Message] = []
         if "rejected" in self.columns:
-            other = before + self._messages(values, self.columns["rejected"])
-            pair = [messages[-1], other[-1]]
-            if other[:-1] != messages[:-1] or pair[0] == pair[1] or pair[1]["role"] != "assistant":
+            rejected = prompt + self._messages(values, self.columns["rejected"])
+            pair = [messages[-1], rejected[-1]]
+            if rejected[:-1] != messages[:-1] or pair[0] == pair[1] or pair[1]["role"] != "assistant":
                 both = f"{column!r} and {self.columns['rejected']!r}"
                 raise BadRow(f"{both} must differ in the assistant's last message alone")
         target = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
@@ -165,22 +174,45 @@ class RowReader:
                 "end with the assistant's (predict answers such a row)"
             )
         before = messages if target is None else messages[:-1]
-        if not any(message["role"] != "assistant" for message in before):
+        if all(message["role"] == "assistant" for message in before):
             raise BadRow("the conversation starts with the assistant; a message of the user comes before")
-        lines = [f"{message['role']}: {message['content']}" for message in before]
-        text = before[0]["content"] if len(before) == 1 else "\n".join(lines)
-        choices = tuple(message["content"] for message in pair)
-        more = any(message.keys() > {"role", "content"} for message in pair)
-        answers = tuple(pair) if more else ()
-        return Row(text, target, split, choices, where, tuple(messages), answers, self._tools(values))
+        text = "\n".join(f"{message['role']}: {message['content']}" for message in before)
+        if len(before) == 1:
+            text = before[0]["content"]
+        has_more = any(message.keys() > {"role", "content"} for message in pair)
+        return Row(
+            text,
+            target,
+            split,
+            choices=tuple(message["content"] for message in pair),
+            where=where,
+            messages=tuple(messages),
+            answers=tuple(pair) if has_more else (),
+            tools=self._tools(values),
+        )
 
-    def _text(self, values: Mapping[str, Any], key: str) -> str:
-        column = self.columns.get(key, key)
+    def _prompt(self, values: Values, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages of a column of prompts, unless there is none, or the conversation begins with them."""
+        column = self.columns.get("input")
+        if column is None:
+            return []
+        if _is_conversation(values.get(column)):
+            return self._messages(values, column)
+        roles = [message["role"] for message in messages if message["role"] != "system"]
+        if roles[:1] == ["user"]:
+            return []
+        return [{"role": "user", "content": self._text(values, "input")}]
+
+    def _column(self, key: str) -> str:
+        return self.columns.get(key, key)
+
+    def _text(self, values: Values, key: str) -> str:
+        column = self._column(key)
         if column not in values:
             raise BadRow(_no_column(column, values))
         return _checked(column, values[column])
 
-    def _input(self, values: Mapping[str, Any]) -> str:
+    def _input(self, values: Values) -> str:
         if self.template is None:
             text = self._text(values, "input")
             if self.optional is None:
@@ -195,7 +227,7 @@ class RowReader:
                 raise BadRow(f"the template has {{{name}}}, which is null here")
         return _checked("input", self.template.format_map(known))
 
-    def _messages(self, values: Mapping[str, Any], column: str) -> list[dict[str, str]]:
+    def _messages(self, values: Values, column: str) -> list[Message]:
         if column not in values:
             raise BadRow(_no_column(column, values))
         listed = _listed(values[column])
@@ -214,36 +246,40 @@ class RowReader:
                 raise BadRow(f"message {number}: role {reprlib.repr(role)} is not one of {', '.join(CHAT_ROLES)}{near}")
             content = _checked(f"content of message {number}", message["content"])
             # The template may read more, such as `tool_calls`; a table gives each message every key.
-            more = {key: one for key, one in message.items() if one is not None}
+            more = {key: value for key, value in message.items() if value is not None}
             messages.append(more | {"role": role, "content": content})
         return messages
 
-    def _tools(self, values: Mapping[str, Any]) -> Tools:
-        column = self.columns.get("tools", "tools")
-        if not (tools := _listed(values.get(column))):
+    def _tools(self, values: Values) -> Tools:
+        column = self._column("tools")
+        tools = _listed(values.get(column))
+        if not tools:
             return None
-        if not isinstance(tools, list | tuple) or not all(isinstance(one, Mapping) for one in tools):
+        if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
             how = "to leave it out, give the task another column: columns: {tools: other}"
             raise BadRow(f"{column!r} must be a list of JSON schemas of functions, not {reprlib.repr(tools)}; {how}")
-        return [dict(one) for one in tools]
+        return [dict(tool) for tool in tools]
 
-    def _split(self, values: Mapping[str, Any]) -> str | None:
-        split = values.get(self.columns.get("split", "split"))
+    def _split(self, values: Values) -> str | None:
+        split = values.get(self._column("split"))
         if split is None or split == "":
             return None
         if isinstance(split, str) and (name := _SPLIT_ALIASES.get(split.lower(), split.lower())) in SPLITS:
             return name
         raise BadRow(f"'split' is {reprlib.repr(split)}, not one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
 
-    def _choices(self, values: Mapping[str, Any], target: str | None) -> tuple[str, ...]:
-        column = self.columns.get("choices", "choices")
-        choices = values.get(column)
+    def _choices(self, values: Values, target: str | None) -> tuple[str, ...]:
         if target is None:
             return ()
-        # In a CSV file, whose targets are texts, numbers are texts here too.
-        numbers = {"parse_int": str, "parse_float": str}
-        choices = list(self.choices) if choices is None or choices == "" else _listed(choices, **numbers)
-        choices = [target, self._text(values, "rejected")] if "rejected" in self.columns else choices
+        column = self._column("choices")
+        choices = values.get(column)
+        if "rejected" in self.columns:
+            choices = [target, self._text(values, "rejected")]
+        elif choices is None or choices == "":
+            choices = list(self.choices)
+        else:
+            # In a CSV file, whose targets are texts, numbers are texts here too.
+            choices = _listed(choices, number=str)
         if not isinstance(choices, list | tuple):
             raise BadRow(f"{column!r} must be a list of texts, not {reprlib.repr(choices)}")
         texts = [_checked(column, choice) for choice in choices]
@@ -274,7 +310,7 @@ def raise_for_bad_rows(problems: Sequence[str]) -> None:
         raise ValueError("\n".join([f"{count} in the task data, so nothing was run{more}:", *problems[:5]]))
 
 
-def spread_evenly(rows: Sequence[Any], count: int) -> list[Any]:
+def spread_evenly(rows: Sequence[Item], count: int) -> list[Item]:
     """Return at most `count` of the rows, at even distances over all of them."""
     return [rows[place * len(rows) // count] for place in range(count)] if count < len(rows) else list(rows)
 
@@ -283,7 +319,7 @@ class BadRow(ValueError):
     """A sentence on one record or conversation, for the report of all bad rows."""
 
 
-def _checked(column: str, value: Any) -> str:
+def _checked(column: str, value: object) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{column!r} must be text, not {reprlib.repr(value)}")
     if not value.strip():
@@ -295,22 +331,26 @@ def _checked(column: str, value: Any) -> str:
     return value
 
 
-def _listed(value: Any, **parsers: Any) -> Any:
+def _listed(value: object, number: type[str] | None = None) -> object:
     """Return the value, or the list that a text holds as JSON: a cell of a CSV file holds only text."""
     if isinstance(value, str):
         with suppress(json.JSONDecodeError):
-            return json.loads(value, **parsers)
+            return json.loads(value, parse_int=number, parse_float=number)
     return value
 
 
-def _is_conversation(value: Any) -> bool:
-    """Return whether a value is a list of messages; a text is one if it holds messages as JSON."""
-    found = _listed(value)
-    has_roles = isinstance(found, list) and any(isinstance(one, Mapping) and "role" in one for one in found)
-    return has_roles or isinstance(value, list | tuple)
+def _is_conversation(value: object) -> bool:
+    """Return whether a value is a list; a text is one if it holds messages as JSON."""
+    if isinstance(value, list | tuple):
+        return True
+    messages = _listed(value)
+    return isinstance(messages, list) and any(
+        isinstance(message, Mapping) and "role" in message for message in messages
+    )
 
 
-def _no_column(column: str, values: Mapping[str, Any]) -> str:
+def _no_column(column: str, values: Values) -> str:
     names = [str(name) for name in values]
-    hint = f"; is {near!r} meant?" if (near := nearest(column, names)) else ""
+    near = nearest(column, names)
+    hint = f"; is {near!r} meant?" if near else ""
     return f"the row has no {column!r}, only {', '.join(map(repr, names)) or 'nothing'}{hint}"

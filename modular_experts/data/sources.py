@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from modular_experts.text import did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 Wanted = Mapping[str, str | int | float | bool]
 """The wanted value of some columns."""
@@ -20,7 +23,7 @@ class Record:
     """One record as found: `values` at `where`, or the `problem` that kept it from being read."""
 
     where: str
-    values: Any = None
+    values: object = None
     problem: str | None = None
 
 
@@ -28,7 +31,7 @@ class TaskSource(ABC):
     """Gives rows from code of your own: subclass it and name it in the task, `source: {class_path: my_file.Mine}`."""
 
     @abstractmethod
-    def rows(self) -> Iterable[Mapping[str, Any]]:
+    def rows(self) -> Iterable[Mapping[str, object]]:
         """Yield one mapping per row with at least `input` and `target`, in the same order each time."""
 
 
@@ -49,7 +52,7 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     if place.exists() and not place.is_file():
         raise ValueError(f"{path} is neither a file nor a directory; write the rows to a file")
     if not place.exists():
-        missing = next(one for one in (place.absolute(), *place.absolute().parents) if one.parent.exists())
+        missing = next(part for part in (place.absolute(), *place.absolute().parents) if part.parent.exists())
         near = did_you_mean(missing.name, [entry.name for entry in missing.parent.glob("*")])
         raise ValueError(
             f"{path}: there is no {missing.name!r} in {str(missing.parent)!r}{near} "
@@ -69,7 +72,7 @@ def hub_records(
 
 # The tasks of one dataset open it one after the other; an open table lies on disk and costs no memory.
 @cache
-def _hub_dataset(name: str, subset: str | None, revision: str | None) -> Any:
+def _hub_dataset(name: str, subset: str | None, revision: str | None) -> "Dataset | DatasetDict":
     import datasets  # a second of imports that a run on files does not need
 
     try:
@@ -80,7 +83,7 @@ def _hub_dataset(name: str, subset: str | None, revision: str | None) -> Any:
         ) from error
 
 
-def _dataset_records(name: str, loaded: Any, wanted: Wanted) -> Iterator[Record]:
+def _dataset_records(name: str, loaded: "Dataset | DatasetDict", wanted: Wanted) -> Iterator[Record]:
     import datasets
 
     splits = loaded if isinstance(loaded, Mapping) else {None: loaded}
@@ -96,7 +99,7 @@ def _dataset_records(name: str, loaded: Any, wanted: Wanted) -> Iterator[Record]
             yield Record(where, named if split is None else {"split": str(split)} | named)
 
 
-def _possible_rows(dataset: Any, wanted: Wanted) -> Sequence[int]:
+def _possible_rows(dataset: "Dataset", wanted: Wanted) -> Sequence[int]:
     """Return the numbers of rows that may be wanted, from the table's columns of text, without reading rows.
 
     If a column rules out every row, the result is one row of each of its values, so that the caller's error can list
@@ -111,10 +114,10 @@ def _possible_rows(dataset: Any, wanted: Wanted) -> Sequence[int]:
         if getattr(dataset.features.get(column), "dtype", None) not in ("string", "large_string"):
             return rows
         texts = dataset.select(rows).with_format("arrow")[column][:]
-        found = compute.indices_nonzero(compute.equal(texts, str(value)))
-        if not len(found):
+        fitting = compute.indices_nonzero(compute.equal(texts, str(value)))
+        if not len(fitting):
             return [rows[place] for place in compute.index_in(texts.unique(), value_set=texts).to_pylist()]
-        rows = [rows[place] for place in found.to_pylist()]
+        rows = [rows[place] for place in fitting.to_pylist()]
     return rows
 
 
@@ -165,7 +168,8 @@ def _delimited(path: str, place: Path) -> Iterator[Record]:
             csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters of a cell
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             for fields in reader:
-                where, line = f"{path}:{line}", reader.line_num + 1
+                where = f"{path}:{line}"
+                line = reader.line_num + 1
                 if not fields:
                     continue
                 if header is None:

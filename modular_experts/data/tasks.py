@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modular_experts.data.chat import warn_once
-from modular_experts.data.rows import OWN, SPLITS, Row, RowReader, recognise, template_fields
+from modular_experts.data.rows import OWN, SPLITS, Row, RowForm, RowReader, recognise, template_fields
 from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records
 from modular_experts.text import did_you_mean
 
@@ -104,9 +104,10 @@ class Task:
     @property
     def _origin(self) -> str:
         """The settings that tell where its rows come from, as a configuration has them."""
-        given = {key: getattr(self, key) for key in ("path", "hub", "subset", "source")}
-        texts = {key: one if isinstance(one, str) else type(one).__name__ for key, one in given.items() if one}
-        return ", ".join(f"{key}: {text}" for key, text in texts.items())
+        settings = {"path": self.path, "hub": self.hub, "subset": self.subset}
+        if self.source:
+            settings["source"] = type(self.source).__name__
+        return ", ".join(f"{key}: {value}" for key, value in settings.items() if value)
 
     @property
     def held_in(self) -> bool:
@@ -127,37 +128,41 @@ class Task:
                 that nothing recognises.
         """
         try:
-            if self.path is not None:
-                place, records = self.path, path_records(self.path, self.where)
-            elif self.hub is not None:
-                place, records = self.hub, hub_records(self.hub, self.subset, self.revision, self.where)
-            else:
-                assert self.source is not None
-                place, rows = type(self.source).__name__, self.source.rows()
-                records = (Record(f"{place}:{number}", values) for number, values in enumerate(rows, 1))
-            if self.where:
-                records = _matching(place, records, self.where)
-            form, columns = OWN, self.columns
+            place, records = self._records()
+            form = OWN
+            columns = self.columns
             if self.template is None and not {"input", "target", "messages"} & set(columns):
-                # The first hundred records tell the columns.
-                records = iter(records)
-                first = list(islice(records, 100))
-                names = [str(name) for one in first if isinstance(one.values, Mapping) for name in one.values]
-                form, records = recognise([*dict.fromkeys(names)]) if names else OWN, chain(first, records)
+                form, records = _recognised(records)
                 columns = {**form.columns, **columns}
                 if form != OWN:
                     report(f"{self.name}: {form}")
             if "messages" in columns and self.choices:
                 raise ValueError("choices are for rows of input and target, and these rows are conversations")
-            found, bad = RowReader(columns, self.template, self.choices, form.optional, targets).read(records)
-            return found, bad if found or bad else [f"{place}:1: the file is empty: it has no rows"]
+            rows, bad = RowReader(columns, self.template, self.choices, form.optional, targets).read(records)
+            if not rows and not bad:
+                bad = [f"{place}:1: the file is empty: it has no rows"]
+            return rows, bad
         except ValueError as error:
             raise ValueError(f"task {self.name!r}: {error}") from error
 
+    def _records(self) -> tuple[str, Iterator[Record]]:
+        """Return the place of the records, and those that `where` asks for."""
+        if self.path is not None:
+            place = self.path
+            records = path_records(place, self.where)
+        elif self.hub is not None:
+            place = self.hub
+            records = hub_records(place, self.subset, self.revision, self.where)
+        else:
+            assert self.source is not None
+            place = type(self.source).__name__
+            records = (Record(f"{place}:{number}", values) for number, values in enumerate(self.source.rows(), 1))
+        return place, _matching(place, records, self.where) if self.where else records
+
 
 if TYPE_CHECKING:
-    OneTask = Task | Mapping[str, Any] | str | os.PathLike[str]
-    Tasks = OneTask | Iterable[OneTask]
+    AnyTask = Task | Mapping[str, Any] | str | os.PathLike[str]
+    Tasks = AnyTask | Iterable[AnyTask]
 else:
     # What the command line may be given.
     Tasks = str | Task | list[Task | str]
@@ -165,41 +170,56 @@ else:
 
 def as_tasks(tasks: Tasks) -> list[Task]:
     """Return the tasks; a path, or a mapping of a task's settings, becomes a `Task`."""
-    made: dict[str, Task] = {}
-    known = [entry.name for entry in fields(Task)]
-    for given in [tasks] if isinstance(tasks, Task | Mapping | str | os.PathLike) else tasks:
-        if isinstance(given, Mapping):
-            for key in (key for key in given if key not in known):
-                raise ValueError(f"a task has no {key!r}; it has {', '.join(known)}{did_you_mean(key, known)}")
-            given = Task(**given)
-        task = given if isinstance(given, Task) else Task(path=os.fspath(given))
-        if task.name in made:
+    by_name: dict[str, Task] = {}
+    for task in map(_as_task, [tasks] if isinstance(tasks, Task | Mapping | str | os.PathLike) else tasks):
+        if task.name in by_name:
             raise ValueError(
-                f"two tasks have the name {task.name!r} ({made[task.name]._origin} and {task._origin}); results are "
+                f"two tasks have the name {task.name!r} ({by_name[task.name]._origin} and {task._origin}); results are "
                 f"kept by name, so name one of them: {{name: {task.name}-2, {task._origin}}}"
             )
-        made[task.name] = task
-    if not made:
+        by_name[task.name] = task
+    if not by_name:
         raise ValueError("no tasks were given; a task is at least the path of its file, such as intents.jsonl")
-    return list(made.values())
+    return list(by_name.values())
+
+
+def _as_task(task: "AnyTask") -> Task:
+    if isinstance(task, Task):
+        return task
+    if not isinstance(task, Mapping):
+        return Task(path=os.fspath(task))
+    known = [entry.name for entry in fields(Task)]
+    for key in task:
+        if key not in known:
+            raise ValueError(f"a task has no {key!r}; it has {', '.join(known)}{did_you_mean(key, known)}")
+    return Task(**task)
+
+
+def _recognised(records: Iterator[Record]) -> tuple[RowForm, Iterator[Record]]:
+    """Return the form of rows by the columns of the first hundred records, and all records."""
+    first = list(islice(records, 100))
+    names = [str(name) for record in first if isinstance(record.values, Mapping) for name in record.values]
+    return recognise(list(dict.fromkeys(names))) if names else OWN, chain(first, records)
 
 
 def _matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[Record]:
     """Yield the records with the wanted values in their columns, and the records that could not be read."""
     seen: dict[str, set[str]] = {column: set() for column in where}
-    found = False
+    any_fits = False
     for record in records:
-        readable = record.problem is None and isinstance(record.values, Mapping)
-        for column, wanted in where.items() if readable else ():
-            value = record.values.get(column)
-            if value is not None:
-                seen[column].add(str(value))
-            if value is None or str(value) != str(wanted):
-                break
-        else:
-            found = True
+        fits = True
+        if record.problem is None and isinstance(record.values, Mapping):
+            for column, wanted in where.items():
+                value = record.values.get(column)
+                if value is not None:
+                    seen[column].add(str(value))
+                if value is None or str(value) != str(wanted):
+                    fits = False
+                    break
+        if fits:
+            any_fits = True
             yield record
-    if not found:
+    if not any_fits:
         column = next(column for column in where if str(where[column]) not in seen[column])
         held = sorted(seen[column])
         listed = ", ".join(map(repr, held[:5])) + (", ..." if len(held) > 5 else "") or "missing"
@@ -224,28 +244,35 @@ def fill_splits(rows: Sequence[Row], validation_ratio: float, test_ratio: float,
         max(int(ratio > 0 and len(unsplit) >= 3), int(len(unsplit) * ratio + 0.5))
         for ratio in ((test_ratio, validation_ratio) if held_in else (1.0, 0.0))
     )
-    found = list(rows)
+    divided = list(rows)
     for place, index in enumerate(shuffled):
         split = "test" if place < test else "validation" if place < test + validation else "train"
-        found[index] = replace(rows[index], split=split)
-    return found
+        divided[index] = replace(rows[index], split=split)
+    return divided
 
 
 def repeats(rows: Sequence[Row]) -> list[str]:
     """Count the rows of each split that repeat an earlier one of it, and those that are also training rows."""
     by_split = {split: [(row.input, row.target) for row in rows if row.split == split] for split in SPLITS}
-    inside = {split: len(mine) - len({*mine}) for split, mine in by_split.items()}
-    found = [f"{n} of {len(by_split[split])} {split} rows repeat an earlier one" for split, n in inside.items() if n]
-    trained = {*by_split.pop("train")}
-    again = {split: sum(row in trained for row in mine) for split, mine in by_split.items()}
-    counts = [f"{n} of {len(by_split[split])} {split} rows" for split, n in again.items() if n]
-    return found + [f"{' and '.join(counts)} {TRAINED}"] * bool(counts)
+    sentences = []
+    trained = {*by_split["train"]}
+    also_trained = []
+    for split, texts in by_split.items():
+        count = f"of {len(texts)} {split} rows"
+        repeated = len(texts) - len({*texts})
+        if repeated:
+            sentences.append(f"{repeated} {count} repeat an earlier one")
+        copies = sum(text in trained for text in texts)
+        if copies and split != "train":
+            also_trained.append(f"{copies} {count}")
+    if also_trained:
+        sentences.append(f"{' and '.join(also_trained)} {TRAINED}")
+    return sentences
 
 
 def warn_of_repeats(task: str, rows: Sequence[Row]) -> None:
     """Warn, once in a process, of validation and test rows that are also training rows."""
-    for sentence in (one for one in repeats(rows) if one.endswith(TRAINED)):
-        warn_once(
-            f"{task}: {sentence}, which an expert may know by heart; remove the copies, or give all copies of a row "
-            "one `split`"
-        )
+    for sentence in repeats(rows):
+        if sentence.endswith(TRAINED):
+            advice = "remove the copies, or give all copies of a row one `split`"
+            warn_once(f"{task}: {sentence}, which an expert may know by heart; {advice}")

@@ -343,4 +343,4 @@ class TokenisedTasks(DataSource):
 
 def _without_target(row: Row) -> Row:
     messages = row.messages[:-1] if row.target else row.messages
-    return replace(row, target=None, choices=(), messages=messages)
+    return replace(row, target=None, choices=(), answers=(), messages=messages)
