@@ -42,6 +42,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 FILLER = -1
@@ -172,9 +173,9 @@ def repacked(batch: Batch) -> Batch:
         for ids, labels, length in zip(batch["input_ids"].cpu(), batch["labels"].cpu(), lengths, strict=True)
     ]
     # Some models warn of a token for padding where they get no mask.
-    found = _packed(rows, packs(lengths, PACK_LENGTH), pad_id=int(rows[0].ids[0]))
-    moved = {name: column.to(batch["input_ids"].device) for name, column in found.items()}
-    return moved | {"task": batch.get("task", [""] * len(rows))}
+    packed = _packed(rows, packs(lengths, PACK_LENGTH), pad_id=int(rows[0].ids[0]))
+    moved = {name: column.to(batch["input_ids"].device) for name, column in packed.items()}
+    return moved | {"task": batch.get("task", ["" for _ in rows])}
 
 
 def packs(lengths: Sequence[int], longest: int) -> list[list[int]]:
@@ -185,20 +186,24 @@ def packs(lengths: Sequence[int], longest: int) -> list[list[int]]:
     `longest` tokens do not reach that, the number with the least padding is taken.
     """
     ordered = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    best, least, count = [[row] for row in range(len(lengths))], 1.0, len(lengths)
+    best = [[row] for row in range(len(lengths))]
+    least = 1.0
+    count = len(lengths)
     while True:
-        shortest: list[tuple[int, int]] = [(0, pack) for pack in range(count)]
-        found: list[list[int]] = [[] for _ in shortest]
+        # The heap holds the tokens and the number of each pack, the shortest pack first.
+        shortest = [(0, pack) for pack in range(count)]
+        divided: list[list[int]] = [[] for _ in range(count)]
         for row in ordered:
             tokens, pack = shortest[0]
             heapq.heapreplace(shortest, (tokens + lengths[row], pack))
-            found[pack].append(row)
+            divided[pack].append(row)
         width = max(shortest)[0]
         padding = 1 - sum(lengths) / (count * width)
         if width > max(longest, *lengths):
             return best
         if padding < least:
-            best, least = [sorted(pack) for pack in found], padding
+            best = [sorted(rows) for rows in divided]
+            least = padding
         if least <= LITTLE_PADDING or count == 1:
             return best
         count = -(-count // 2)
@@ -206,7 +211,10 @@ def packs(lengths: Sequence[int], longest: int) -> list[list[int]]:
 
 def _packed(rows: Sequence[Tokens], divided: Sequence[Sequence[int]], pad_id: int) -> Batch:
     longest = max(sum(len(rows[number].ids) for number in pack) for pack in divided)
-    ids, places, labels, owners = [], [], [], []
+    ids: list[Tensor] = []
+    places: list[Tensor] = []
+    labels: list[Tensor] = []
+    owners: list[Tensor] = []
     for pack in divided:
         padding = longest - sum(len(rows[number].ids) for number in pack)
         parts = [*(rows[number] for number in pack), Tokens(torch.full((padding,), pad_id), padding)]
@@ -237,14 +245,14 @@ class DataSource:
 
     batch_size: int = 0
     """Rows of a training batch, all processes together; 0 if that is not known."""
-    tokenizer: Any = None
+    tokenizer: str | PreTrainedTokenizerBase | None = None
     """What makes tokens of rows, and text of answers to them; None for the base's."""
     packing: bool | None = None
     """Whether training batches are packed; with None `choose_packing` may pack them."""
 
-    def take_tokenizer(self, base: str, revision: str | None = None) -> Any:
+    def take_tokenizer(self, base: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
         """Read rows with the tokenizer of a base, unless the data have their own; return what reads them, if known."""
-        return self.tokenizer
+        return None if isinstance(self.tokenizer, str) else self.tokenizer
 
     @property
     def roles(self) -> Mapping[str, str]:
@@ -252,16 +260,16 @@ class DataSource:
         return {}
 
     @property
-    def contents(self) -> Mapping[str, Any]:
+    def contents(self) -> Mapping[str, object]:
         """What a record keeps of each held-in task's rows."""
         return {}
 
     @property
-    def reading(self) -> Mapping[str, Any]:
+    def reading(self) -> Mapping[str, object]:
         """The settings by which rows become tokens, for a record."""
         return self.reading_of(self.roles)
 
-    def reading_of(self, tasks: Iterable[str]) -> Mapping[str, Any]:
+    def reading_of(self, tasks: Iterable[str]) -> Mapping[str, object]:
         """Return `reading` for the rows of some tasks."""
         return {}
 

@@ -18,12 +18,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens
-from modular_experts.data.rows import BadRow, Row, Tools
+from modular_experts.data.rows import BadRow, Message, Row, Tools
 from modular_experts.library import StoredExpert, training_in_common
 
 log = logging.getLogger(__name__)
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Message]
 
 
 class ConversationTokenizer:
@@ -46,7 +46,9 @@ class ConversationTokenizer:
                 "rows of messages need a chat template, and the tokenizer has none; take a tokenizer that has "
                 "(data.tokenizer, for example of the base's instruction-tuned sibling), or rows of input and target"
             )
-        self.tokenizer, self.max_length, self._filled = tokenizer, max_length, filled
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._filled = filled
         template = str(tokenizer.get_chat_template())
         self._marks_turns = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
@@ -73,25 +75,35 @@ class ConversationTokenizer:
         self, task: str, rows: Sequence[Row], learn: bool, choices: bool = False
     ) -> tuple[list[Example], int, list[str]]:
         """Tokenise conversations, with the arguments and results of `RowTokenizer`, perhaps with their choices."""
-        examples, problems, cut = list[Example](), list[str](), 0
+        examples: list[Example] = []
+        problems: list[str] = []
+        cut = 0
         for row in rows:
             try:
-                tokens, shortened = self._row(row, learn)
-                answers = row.answers or [{"role": "assistant", "content": one} for one in row.choices]
-                talks = [replace(row, messages=(*row.messages[:-1], one)) for one in answers if choices and row.choices]
-                others = [self._row(talk, False)[0] for talk in talks]
-                if len({tuple(one.ids[: one.prompt].tolist()) for one in others}) > 1:
-                    raise BadRow(f"an answer to compare with another one fills {self._filled}")
+                tokens, is_cut = self._row(row, learn)
+                compared = self._choices(row) if choices else ()
             except (BadRow, jinja2.TemplateError) as error:
-                refused = "the chat template refuses the conversation: " * isinstance(error, jinja2.TemplateError)
-                problems.append(f"{row.where}: {refused}{' '.join(str(error).split())}")
+                sentence = " ".join(str(error).split())
+                if isinstance(error, jinja2.TemplateError):
+                    sentence = f"the chat template refuses the conversation: {sentence}"
+                problems.append(f"{row.where}: {sentence}")
                 continue
-            cut += shortened
-            place = row.choices.index(str(row.target)) if row.choices else 0
-            examples.append(Example(task, row.input, row.target, tokens, tuple(others), place, self.end, len(examples)))
+            cut += is_cut
+            correct = row.choices.index(str(row.target)) if row.choices else 0
+            examples.append(Example(task, row.input, row.target, tokens, compared, correct, self.end, len(examples)))
         return examples, cut, problems
 
+    def _choices(self, row: Row) -> tuple[Tokens, ...]:
+        """Return the conversation with each of its choices as the last answer, all with the same prompt."""
+        answers = row.answers or [{"role": "assistant", "content": choice} for choice in row.choices]
+        talks = [replace(row, messages=(*row.messages[:-1], answer)) for answer in answers]
+        choices = tuple(self._row(talk, learn=False)[0] for talk in talks)
+        if len({tuple(choice.ids[: choice.prompt].tolist()) for choice in choices}) > 1:
+            raise BadRow(f"an answer to compare with another one fills {self._filled}")
+        return choices
+
     def _row(self, row: Row, learn: bool) -> tuple[Tokens, bool]:
+        """Return the tokens of a conversation that fit into a row, and whether others are cut off."""
         talk = row
         ids, answers = self._tokens(talk)
         while len(ids) > self.max_length and (shorter := _without_oldest(talk.messages)):
@@ -107,40 +119,52 @@ class ConversationTokenizer:
         # Nothing predicts the first token.
         labelled[0] = False
         kept = torch.tensor(ids[first:], dtype=torch.int32)
-        shortened = len(ids) > self.max_length or len(talk.messages) < len(row.messages)
-        return Tokens(kept, start - first, labelled if learn else None), shortened
+        is_cut = len(ids) > self.max_length or len(talk.messages) < len(row.messages)
+        return Tokens(kept, start - first, labelled if learn else None), is_cut
 
     def _tokens(self, row: Row) -> tuple[list[int], list[bool]]:
         """Return the tokens of a conversation, and which of them the assistant says."""
         if row.target is None:
             ids = self._ids(prompt_text(self.tokenizer, row.messages, row.tools))
-            return ids, [False] * len(ids)
-        if self._marks_turns:
-            found: Any = self.tokenizer.apply_chat_template(
-                list(row.messages), row.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, answers = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
-            if not any(answers):
-                raise BadRow("the chat template marks no turn of the assistant ({% generation %})")
-        else:
-            text = self._render(row.messages, row.tools)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            turns, ids = self._turns(row, text), list(encoded["input_ids"])
-            # A token that begins before an answer is one of the answer if it holds more of it than white space.
-            answers = [
-                any(start < stop and (first <= start or text[first:end].strip()) for first, stop in turns)
-                for start, end in encoded["offset_mapping"]
-            ]
+            return ids, [False for _ in ids]
+        ids, answers = self._marked_turns(row) if self._marks_turns else self._compared_turns(row)
+        if not any(answers):
+            return ids, answers
         # What the template writes behind the last answer is neither read nor learned.
-        stop = len(answers) - answers[::-1].index(True) if any(answers) else len(answers)
-        if self._own_end is None and any(answers):
+        stop = len(answers) - answers[::-1].index(True)
+        if self._own_end is None:
             return [*ids[:stop], self.end], [*answers[:stop], True]
         return ids[:stop], answers[:stop]
 
+    def _marked_turns(self, row: Row) -> tuple[list[int], list[bool]]:
+        """Return what `_tokens` does, by the marks of the template."""
+        marked: Any = self.tokenizer.apply_chat_template(
+            list(row.messages), row.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        answers = [bool(mark) for mark in marked["assistant_masks"]]
+        if not any(answers):
+            raise BadRow("the chat template marks no turn of the assistant ({% generation %})")
+        return list(marked["input_ids"]), answers
+
+    def _compared_turns(self, row: Row) -> tuple[list[int], list[bool]]:
+        """Return what `_tokens` does, by the text that the template adds with each turn."""
+        text = self._render(row.messages, row.tools)
+        turns = self._turns(row, text)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # A token that begins before an answer is one of the answer if it holds more of it than white space.
+        answers = [
+            any(start < stop and (first <= start or text[first:end].strip()) for first, stop in turns)
+            for start, end in encoded["offset_mapping"]
+        ]
+        return list(encoded["input_ids"]), answers
+
     def _turns(self, row: Row, text: str) -> list[tuple[int, int]]:
         """Return where each turn of the assistant begins and ends in the text of a conversation."""
-        turns, messages = list[tuple[int, int]](), row.messages
-        for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
+        turns = []
+        messages = row.messages
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
             before = prompt_text(self.tokenizer, messages[:number], row.tools)
             after = self._render(messages[: number + 1], row.tools)
             if not (text.startswith(after) and after.startswith(before)):
@@ -151,7 +175,7 @@ class ConversationTokenizer:
                 )
             # White space behind the token that ends a turn belongs to the next turn.
             spoken = after.rstrip()
-            spoken = after if spoken.endswith(messages[number]["content"].rstrip()) else spoken
+            spoken = after if spoken.endswith(message["content"].rstrip()) else spoken
             turns.append((len(before), len(spoken)))
         return turns
 
@@ -249,7 +273,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return blake2b(template.encode(), digest_size=8).hexdigest()
 
 
-def _without_oldest(messages: Messages) -> list[dict[str, str]]:
+def _without_oldest(messages: Messages) -> list[Message]:
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
     return [*system, *messages[users[1] :]] if len(users) > 1 else []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -43,12 +43,14 @@ class MixtureSampler(DistributedSampler):
                 f"batch_size={batch_size}, the rows of all processes together, must be a multiple of {world_size}"
             )
         super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.order, self.length, self.batch_size, self.position = order, length, batch_size, position
+        self.order = order
+        self.batch_size = batch_size
+        self.position = position
 
     def __iter__(self) -> Iterator[int]:
         epoch, finished = self.position(self.epoch)
         rows = self.order(epoch).tolist()
-        rows += [FILLER] * (-len(rows) % self.num_replicas)
+        rows += repeat(FILLER, -len(rows) % self.num_replicas)
         return iter(rows[finished * self.batch_size + self.rank :: self.num_replicas])
 
 
@@ -60,35 +62,42 @@ class EvaluationSampler(DistributedSampler):
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1, order: Sequence[int] | None = None) -> None:
         super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.length, self.order = length, range(length) if order is None else order
+        self.length = length
+        self.order = range(length) if order is None else order
 
     def __iter__(self) -> Iterator[int]:
         rows = list(self.order[self.rank :: self.num_replicas])
-        return iter(rows + [FILLER] * (math.ceil(self.length / self.num_replicas) - len(rows)))
+        rows += repeat(FILLER, math.ceil(self.length / self.num_replicas) - len(rows))
+        return iter(rows)
 
 
 class ResumableLoader(DataLoader):
     """A training loader whose state is the settings that its order depends on; the trainer keeps the position."""
 
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     """What must be equal for a resumed run to see the rows that an uninterrupted one would have seen."""
     trainer: Trainer | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = super().__iter__()
-        while step := list(islice(batches, (accumulated := batches_of_step(self.trainer)) or 1)):
+        while True:
+            accumulated = batches_of_step(self.trainer)
+            step = list(islice(batches, accumulated or 1))
+            if not step:
+                return
             if accumulated:
                 whole = {"step_terms": sum(map(loss_terms, step)), "step_batches": len(step)}
                 step = [batch | whole for batch in step]
             yield from step
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return dict(self.identity)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Warn where this run differs from the one that wrote the checkpoint."""
         for key in {**self.identity, **state}:
-            before, now = state.get(key), self.identity.get(key)
+            before = state.get(key)
+            now = self.identity.get(key)
             if before != now:
                 log.warning("the resumed run reads other rows: %s was %s and is %s", key, before, now)
 
@@ -97,6 +106,7 @@ def next_batch(trainer: Trainer | None, epoch: int) -> tuple[int, int]:
     """Return which epoch a trainer reads if it asks for this one, and how many of its batches are finished."""
     # The trainer's count of epochs is one too high after a resume from the end of an epoch; its count of all
     # batches is right. Where a fit was refused before it began, its epochs have no length.
+    # Lightning gives the processed batches no type.
     loop: Any = None if trainer is None else trainer.fit_loop
     if loop is None or math.isinf(loop.max_batches) or epoch != loop.epoch_progress.current.processed:
         return epoch, 0
@@ -107,9 +117,9 @@ def batches_of_step(trainer: Trainer | None) -> int:
     """Return how many batches, from the next one on, make an optimizer step; 0 if the trainer accumulates none."""
     if trainer is None or trainer.accumulate_grad_batches == 1:
         return 0
-    loop: Any = trainer.fit_loop
-    parts, begun = trainer.accumulate_grad_batches, loop.epoch_loop.batch_progress.current.ready
-    return max(1, min(parts - begun % parts, loop.max_batches - begun))
+    parts = trainer.accumulate_grad_batches
+    begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return int(max(1, min(parts - begun % parts, trainer.fit_loop.max_batches - begun)))
 
 
 class Mixing(ABC):
@@ -167,7 +177,8 @@ def epoch_counts(
     """
     capped = {name: min(size, caps.get(name) or size) for name, size in sizes.items()}
     shares = {n: Fraction(weights.get(n, 1.0)) * Fraction(mixing.share(size)) for n, size in capped.items() if size}
-    total, parts = sum(capped.values()), sum(shares.values())
+    total = sum(capped.values())
+    parts = sum(shares.values())
     exact = {name: total * share / parts for name, share in shares.items()}
     counts = {name: int(value) for name, value in exact.items()}
     remainders = sorted(exact, key=lambda name: counts[name] - exact[name])
@@ -182,11 +193,13 @@ def epoch_order(sizes: Mapping[str, int], counts: Mapping[str, int], seed: int, 
     Each task goes through its rows in passes, each in a new order: a row comes again only after every other row of its
     task, in this epoch or over epochs.
     """
-    rows, offset = [], 0
+    rows = []
+    offset = 0
     for name, size in sizes.items():
         if count := counts.get(name):
             # Over all epochs a task reads one long sequence of passes; this epoch is `count` rows of it.
-            first, last = epoch * count, (epoch + 1) * count
+            first = epoch * count
+            last = first + count
             passes = range(first // size, -(-last // size))
             sequence = torch.cat([_permutation(size, (seed, "task", name, number)) for number in passes])
             skip = first - passes.start * size

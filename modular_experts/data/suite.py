@@ -17,7 +17,8 @@ from typing import ClassVar
 
 from modular_experts.data import TaskSource
 
-LETTERS, VOWELS = "abcdefgh", "ae"
+LETTERS = "abcdefgh"
+VOWELS = "ae"
 MOST = {"train": 100_000, "validation": 10_000, "test": 20_000}  # a third to a half of all words, so that drawing ends
 
 
@@ -38,7 +39,9 @@ class WordTask(TaskSource):
     def __init__(
         self, seed: int = 0, train: int = 800, validation: int = 16, test: int = 48, chatty: bool = False
     ) -> None:
-        self.seed, self.counts, self.chatty = seed, {"train": train, "validation": validation, "test": test}, chatty
+        self.seed = seed
+        self.counts = {"train": train, "validation": validation, "test": test}
+        self.chatty = chatty
         for split, count in self.counts.items():
             if not 0 <= count <= MOST[split]:
                 raise ValueError(f"{split}={count} must be from 0 to {MOST[split]}; words have 3 to 6 of 8 letters")
@@ -54,7 +57,8 @@ class WordTask(TaskSource):
 
     def rows(self) -> Iterator[dict[str, str]]:
         """Yield the rows of all splits; no word comes twice."""
-        left, seen = dict(self.counts), set()
+        left = dict(self.counts)
+        seen: set[str] = set()
         draws = random.Random(f"{self.instruction}/{self.seed}")
         while any(left.values()):
             word = "".join(draws.choices(LETTERS, k=draws.choice((3, 4, 5, 6))))
@@ -62,8 +66,10 @@ class WordTask(TaskSource):
             if left[split] and word not in seen:
                 left[split] -= 1
                 seen.add(word)
-                spaced, target = " ".join(word), " ".join(self.answer(word))
-                target = f"{spaced} , {target}" if self.chatty else target
+                spaced = " ".join(word)
+                target = " ".join(self.answer(word))
+                if self.chatty:
+                    target = f"{spaced} , {target}"
                 yield {"input": f"{self.instruction} {spaced} =", "target": target, "split": split}
 
 

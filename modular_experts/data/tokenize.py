@@ -35,7 +35,9 @@ class RowTokenizer:
             raise ValueError("the tokenizer has no end-of-sequence token to end a target; set tokenizer.eos_token")
         if chat_template and tokenizer.chat_template is None:
             raise ValueError("chat_template is set, but the tokenizer has no chat template (tokenizer.chat_template)")
-        self.tokenizer, self.chat_template, self.learns_choices = tokenizer, chat_template, learns_choices
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.learns_choices = learns_choices
         self.longest = max_length if context is None else min(max_length, context)
         self.limit = f"max_length={max_length}"
         """What bounds the tokens of a row, for sentences."""
@@ -59,19 +61,22 @@ class RowTokenizer:
         """
         if talks := [row for row in rows if row.messages]:
             tokenize = ConversationTokenizer(self.tokenizer, self.longest, self._filled)
-            examples, cut, problems = tokenize(task, talks, learn, self.learns_choices or not learn)
+            talk_examples, cut, refused = tokenize(task, talks, learn, self.learns_choices or not learn)
             mixed = f"this row has texts, and {talks[0].where} is a conversation; write all rows of a task alike"
-            return examples, cut, [*(f"{row.where}: {mixed}" for row in rows if not row.messages), *problems]
+            return talk_examples, cut, [*(f"{row.where}: {mixed}" for row in rows if not row.messages), *refused]
         texts = [row.input for row in rows]
         if self.chat_template:
             texts = [prompt_text(self.tokenizer, [{"role": "user", "content": text}]) for text in texts]
         prompts = self._ids(texts)
         targets = self._ends(texts, [[row.target or ""] for row in rows])
         options = self._ends(texts, [() if learn and not self.learns_choices else row.choices for row in rows])
-        examples, problems, cut = list[Example](), list[str](), 0
-        for row, prompt, (target,), ends in zip(rows, prompts, targets, options, strict=True):
-            target = target if row.target is not None else []
-            most = max(map(len, [target, *ends]))
+        end = self.tokenizer.eos_token_id
+        examples: list[Example] = []
+        problems: list[str] = []
+        cut = 0
+        for row, prompt, (target,), choices in zip(rows, prompts, targets, options, strict=True):
+            answers = [target if row.target is not None else [], *choices]
+            most = max(map(len, answers))
             if not prompt or len(target) == 1:
                 problems.append(f"{row.where}: the tokenizer makes no tokens of the {'target' if prompt else 'input'}")
                 continue
@@ -83,20 +88,20 @@ class RowTokenizer:
             cut += len(kept) < len(prompt)
             correct = row.choices.index(str(row.target)) if row.choices else 0
             tokens, *others = (
-                Tokens(torch.tensor([*kept, *end], dtype=torch.int32), len(kept)) for end in [target, *ends]
+                Tokens(torch.tensor([*kept, *answer], dtype=torch.int32), len(kept)) for answer in answers
             )
-            end = self.tokenizer.eos_token_id
             examples.append(Example(task, row.input, row.target, tokens, tuple(others), correct, end, len(examples)))
         return examples, cut, problems
 
     def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        flat = [
+        """Return the tokens of each prompt's targets, with end-of-sequence, all made in one call of the tokenizer."""
+        texts = [
             as_continuation(prompt, target)
-            for prompt, several in zip(prompts, targets, strict=True)
-            for target in several
+            for prompt, own_targets in zip(prompts, targets, strict=True)
+            for target in own_targets
         ]
-        ids = iter(self._ids(flat))
-        return [[[*next(ids), self.tokenizer.eos_token_id] for _ in several] for several in targets]
+        ids = iter(self._ids(texts))
+        return [[[*next(ids), self.tokenizer.eos_token_id] for _ in own_targets] for own_targets in targets]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
