@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -23,12 +23,11 @@ from modular_experts.base.apply import applied
 from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import IGNORED, Batch, Collator, Example
-from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import answer_logits, answered, batch_losses, row_sums
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert
-from modular_experts.library.record import plain
+from modular_experts.library.record import Facts, Record, plain
 from modular_experts.progress import Counted, Progress
 
 Aim = Literal["loss", "entropy", "distill"]
@@ -44,7 +43,7 @@ ANSWERED_ROWS = 16
 class Trial:
     """One candidate: its settings, and the loss of each task."""
 
-    settings: dict[str, Any]
+    settings: Record
     losses: dict[str, float]
 
     @property
@@ -81,23 +80,27 @@ class Objective:
         progress: Progress = iter,
         judged: int | None = None,
     ) -> None:
-        self.model, self.batches = model.eval(), dict[str, list[Batch]]()
+        self.model = model.eval()
+        self.batches: dict[str, list[Batch]] = {}
+        self.origin: Record = {}
         self._judged = judged
-        self.origin: dict[str, Any] = {}
         data.fit_context(context_length(model))
-        size, examples = data.eval_batch_size, read_validation_rows(data, targets=answered_by is None)
-        tokenizer: Any = data.tokenizer
-        collate = Collator(RowTokenizer(tokenizer).pad_id, texts=False)
-        for task in examples if answered_by is None else progress(Counted(examples, "tasks")):
-            rows = examples[task]
-            if answered_by is not None:
+        examples = dict(read_validation_rows(data, targets=answered_by is None))
+        reader = data.row_tokenizer()
+        collate = Collator(reader.pad_id, texts=False)
+        size = data.eval_batch_size
+        if answered_by is not None:
+            asked = replace(collate, texts=True)
+            together = max(size, ANSWERED_ROWS)
+            for task in progress(Counted(examples, "tasks")):
                 with applied(model, answered_by[task], check=False):
-                    asked = replace(collate, texts=True)
-                    together = max(size, ANSWERED_ROWS)
-                    rows = answered(model, tokenizer, rows, asked, together, data.longest, max_new_tokens)
+                    examples[task] = answered(
+                        model, reader.tokenizer, examples[task], asked, together, data.longest, max_new_tokens
+                    )
+        for task, rows in examples.items():
             # Shorter rows first, to save padding.
-            rows = sorted(rows, key=lambda row: len(row.tokens.ids))
-            parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+            ordered = sorted(rows, key=lambda row: len(row.tokens.ids))
+            parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
             # A search of fewer steps than batches is to meet short rows and long ones alike.
             random.Random(0).shuffle(parts)
             self.batches[task] = [move_data_to_device(collate(part), model.device) for part in parts]
@@ -191,7 +194,7 @@ class ValidationRows:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
 
-    def found_for(self, experts: Sequence[StoredExpert]) -> tuple[TaskMixture, Labels]:
+    def of_experts(self, experts: Sequence[StoredExpert]) -> tuple[TaskMixture, Labels]:
         """Return the data and who labels them: without data, the inputs that the experts keep, and the experts."""
         if self.data is not None:
             return self.data, self.labels
@@ -200,7 +203,7 @@ class ValidationRows:
 
 def objective_on_base(
     experts: Sequence[StoredExpert],
-    given: ValidationRows | TaskMixture,
+    data: ValidationRows | TaskMixture,
     distills: bool = False,
     progress: Progress = iter,
     model: PreTrainedModel | None = None,
@@ -215,25 +218,28 @@ def objective_on_base(
         ValueError: The experts were trained on another base, a task's expert cannot be told, or `Objective` refuses
             the data; nothing has been loaded.
     """
-    given = ValidationRows(given) if isinstance(given, TaskMixture) else given
-    data, labels = given.found_for(experts)
-    # The limit below is ours; what uses the caller's mixture next reads as many rows as before.
-    data = data.only(list(data.roles))
+    rows = ValidationRows(data) if isinstance(data, TaskMixture) else data
+    mixture, labels = rows.of_experts(experts)
+    # A copy, because the limit below is ours, and the caller's mixture keeps its own.
+    mixture = mixture.only(list(mixture.roles))
     by_experts = labels == "experts"
-    if given.expert_of and not (by_experts or distills):
+    if rows.expert_of and not (by_experts or distills):
         raise ValueError("expert_of says whose expert answers a task; add labels=experts, or leave it out")
-    own = own_experts(experts, list(data.roles), given.expert_of) if by_experts or distills else {}
-    opened = Base.open(given.base, experts)
-    data.take_tokenizer(opened)
-    data.eval_limit = min(given.rows, data.eval_limit or given.rows)
+    own: dict[str, StoredExpert] = {}
+    if by_experts or distills:
+        own = own_experts(experts, list(mixture.roles), rows.expert_of)
+    base = Base.open(rows.base, experts)
+    mixture.take_tokenizer(base)
+    mixture.eval_limit = min(rows.rows, mixture.eval_limit or rows.rows)
     # A task that is refused is refused before the base is loaded.
-    read_validation_rows(data, targets=not by_experts)
-    loaded: Any = model or opened.load(given.dtype).to(device())  # type: ignore[arg-type]
-    objective = Objective(loaded, data, own if by_experts else None, given.max_new_tokens, progress, judged)
+    read_validation_rows(mixture, targets=not by_experts)
+    if model is None:
+        model = base.load(rows.dtype).to(device())  # type: ignore[arg-type]
+    objective = Objective(model, mixture, own if by_experts else None, rows.max_new_tokens, progress, judged)
     if own:
         objective.origin = {"labels": labels, "expert_of": {task: expert.name for task, expert in own.items()}}
     if by_experts:
-        objective.origin |= {"max_new_tokens": given.max_new_tokens}
+        objective.origin["max_new_tokens"] = rows.max_new_tokens
     if distills:
         objective.remember(own, progress)
     return objective
@@ -243,8 +249,8 @@ def check_tasks(experts: Sequence[StoredExpert], tasks: Collection[str]) -> None
     """Raise ValueError if an expert was trained on none of the tasks."""
     for expert in experts:
         if not set(expert.record["tasks"]) & set(tasks):
-            own, known = ", ".join(expert.record["tasks"]), ", ".join(tasks)
-            raise ValueError(f"{expert.place} was trained on {own}, and the data has {known}; add its task")
+            own = ", ".join(expert.record["tasks"])
+            raise ValueError(f"{expert.place} was trained on {own}, and the data has {', '.join(tasks)}; add its task")
 
 
 def own_experts(
@@ -257,36 +263,46 @@ def own_experts(
     Raises:
         ValueError: No record or several records name a task, or `expert_of` gives it an expert that is not there.
     """
-    given, found = dict(expert_of or {}), {}
-    if strange := [task for task in given if task not in tasks]:
-        known = ", ".join(tasks)
-        raise ValueError(f"expert_of names {strange[0]!r}, which is not a task of the data; they are {known}")
-    for task in tasks:
-        named = [expert for expert in experts if task in expert.record["tasks"]]
-        fewest = min((len(expert.record["tasks"]) for expert in named), default=0)
-        named = [expert for expert in named if len(expert.record["tasks"]) == fewest]
-        if task in given:
-            path = Path(given[task]).resolve()
-            named = [expert for expert in experts if path in (expert.path.resolve(), Path(expert.place).resolve())]
-            if not named:
-                listed = ", ".join(str(expert.place) for expert in experts)
-                raise ValueError(f"expert_of gives {task} the expert {given[task]}, which is not among {listed}")
-        if len(named) != 1:
-            why = f"the records of {' and '.join(str(one.place) for one in named)} name" if named else "no record names"
-            example = f"expert_of={{{task}: {(named or list(experts))[0].place}}}"
-            raise ValueError(f"{why} the task {task}; name the expert that answers it, such as {example}")
-        found[task] = named[0]
-    return found
+    chosen = expert_of or {}
+    for task in chosen:
+        if task not in tasks:
+            known = ", ".join(tasks)
+            raise ValueError(f"expert_of names {task!r}, which is not a task of the data; they are {known}")
+    return {task: _own_expert(experts, task, chosen.get(task)) for task in tasks}
+
+
+def _own_expert(experts: Sequence[StoredExpert], task: str, place: str | Path | None) -> StoredExpert:
+    """Return the expert at a place, or the one expert with the fewest tasks whose record names a task."""
+    if place is not None:
+        for expert in experts:
+            if Path(place).resolve() in (expert.path.resolve(), Path(expert.place).resolve()):
+                return expert
+        listed = ", ".join(str(expert.place) for expert in experts)
+        raise ValueError(f"expert_of gives {task} the expert {place}, which is not among {listed}")
+    naming = [expert for expert in experts if task in expert.record["tasks"]]
+    fewest = min((len(expert.record["tasks"]) for expert in naming), default=0)
+    naming = [expert for expert in naming if len(expert.record["tasks"]) == fewest]
+    if len(naming) == 1:
+        return naming[0]
+    example = experts[0]
+    why = "no record names"
+    if naming:
+        example = naming[0]
+        why = f"the records of {' and '.join(str(expert.place) for expert in naming)} name"
+    raise ValueError(
+        f"{why} the task {task}; name the expert that answers it, such as expert_of={{{task}: {example.place}}}"
+    )
 
 
 def write_trials(out: str | Path, trials: Sequence[Trial]) -> Path:
     """Write the trials as JSON into the directory of an expert, in order; a loss that is not finite becomes null."""
-    file, rows = Path(out).expanduser() / "trials.json", [{**asdict(trial), "loss": trial.loss} for trial in trials]
+    file = Path(out).expanduser() / "trials.json"
+    rows = [{**asdict(trial), "loss": trial.loss} for trial in trials]
     file.write_text(json.dumps(plain(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return file
 
 
-def record_notes(settings: Mapping[str, Any], losses: Mapping[str, float]) -> dict[str, Any]:
+def record_notes(settings: Facts, losses: Mapping[str, float]) -> Record:
     """Return for the record of a merge how it was searched: the settings, and the losses on its validation rows."""
     scores = {"val_loss": mean_loss(losses), **{f"val_loss/{task}": loss for task, loss in losses.items()}}
     return {"hyperparameters": {**settings, "tuned_on": sorted(losses)}, "scores": scores}

@@ -154,7 +154,7 @@ def take_statistics(
     _check(kind, asked, steps)
     opened = open_experts(experts, base=asked.base)
     check_statistics_targets(opened, kind, overwrite)
-    mixture, labels = asked.found_for(opened)
+    mixture, labels = asked.of_experts(opened)
     base = Base.open(asked.base, opened)
     mixture.take_tokenizer(base)
     if kind in OF_INPUTS:
