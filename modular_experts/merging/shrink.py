@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,8 +73,16 @@ class Shrunk:
     expert: StoredExpert | None = None
 
 
-Candidate = tuple[Form, dict[str, Delta], int]
-"""A form, the deltas that it cuts from an expert, and its bytes."""
+class Candidate(NamedTuple):
+    """A form, the deltas that it cuts from an expert, and its bytes."""
+
+    form: Form
+    cut: dict[str, Delta]
+    bytes: int
+
+    def coded(self, name: str) -> Delta:
+        """Return what a reader gets of a weight's delta."""
+        return self.form.read(self.cut[name])
 
 
 def forms_for(expert: Mapping[str, Delta]) -> list[Form]:
@@ -83,11 +92,11 @@ def forms_for(expert: Mapping[str, Delta]) -> list[Form]:
     cuts = [Form(encoding, rank=rank) for rank in RANKS for encoding in ("int4", "int8", "bfloat16")]
     if sizes:
         return [form for form in cuts if (form.rank or 0) < max(sizes)] + [Form("int4"), Form("int8"), Form("bfloat16")]
-    found = [Form(name) for name in ("sign", "magnitudes2", "magnitudes4", "int4", "int8", "bfloat16")]
+    whole = [Form(name) for name in ("sign", "magnitudes2", "magnitudes4", "int4", "int8", "bfloat16")]
     if any(isinstance(delta, Sparse | BlockSparse) for delta in deltas):
-        return [*found, Form("sign", 0.5), Form("magnitudes2", 0.75)]
+        return [*whole, Form("sign", 0.5), Form("magnitudes2", 0.75)]
     full = max(min(delta.shape, default=0) for delta in deltas)
-    return [*found, *(form for form in cuts if (form.rank or 0) < full)]
+    return [*whole, *(form for form in cuts if (form.rank or 0) < full)]
 
 
 def shrink(
@@ -174,13 +183,17 @@ def smallest(
     if loss == math.inf:
         raise ValueError(f"{expert.place} has no finite loss on {', '.join(tasks)}, so no form of it can be judged")
     before = MeasuredForm(Form(), sum(expert.stored_bytes().values()), loss)
-    candidates = [one for one in candidates_of(deltas, [to] if to else forms_for(deltas)) if one[2] < before.bytes]
-    fitted = fit_scales(objective, tasks, deltas, candidates)
+    candidates = candidates_of(deltas, [to] if to else forms_for(deltas))
+    candidates = [candidate for candidate in candidates if candidate.bytes < before.bytes]
+    batches = [batch for task in tasks for batch in objective.batches[task]]
+    in_few_bits = [candidate for candidate in candidates if candidate.form.encoding in FITTED]
+    factors = fitted_factors(objective.model, batches, deltas, [candidate.coded for candidate in in_few_bits])
+    fitted = {candidate.form: own for candidate, own in zip(in_few_bits, factors, strict=True)}
     tried = []
     for form, cut, size in progress(Counted(candidates, "forms")):
-        factors = fitted.get(form, {})
-        cut = {name: scale_rows(delta, factors[name]) if name in factors else delta for name, delta in cut.items()}
-        coded = {name: form.read(delta) for name, delta in cut.items()}
+        # An encoding has as many times the scale as its cut has times the values, so the rows of the cut are scaled.
+        scaled = cut | {name: scale_rows(cut[name], factor) for name, factor in fitted.get(form, {}).items()}
+        coded = {name: form.read(delta) for name, delta in scaled.items()}
         losses: dict[str, float] | None
         if stops_early:
             losses = objective.losses_within(coded, loss + bound, tasks)
@@ -188,25 +201,10 @@ def smallest(
             losses = objective.losses_with(coded, tasks=tasks)
         tried.append(MeasuredForm(form, size, math.inf if losses is None else mean_loss(losses)))
         if tried[-1].loss <= loss + bound:
-            written = write_form(expert, cut, form, target, overwrite, losses, bool(factors))
+            is_fitted = bool(fitted.get(form))
+            written = write_form(expert, scaled, form, target, overwrite, losses, is_fitted)
             return Shrunk(expert, before, tried, tried[-1], written)
     return Shrunk(expert, before, tried)
-
-
-def fit_scales(
-    objective: Objective, tasks: Sequence[str], deltas: Mapping[str, Delta], candidates: Sequence[Candidate]
-) -> dict[Form, dict[str, Tensor]]:
-    """Return for each candidate in few bits the factors `(rows,)` of the scales of its weights, by least squares on the
-    outputs that the layers have on the rows of some tasks.
-
-    A candidate's encoding has as many times the scale as its cut has times the values, so that the factors are for the
-    rows of the cut.
-    """
-    chosen = [(form, cut) for form, cut, _ in candidates if form.encoding in FITTED]
-    codings = [lambda name, form=form, cut=cut: form.read(cut[name]) for form, cut in chosen]
-    batches = [batch for task in tasks for batch in objective.batches[task]]
-    found = fitted_factors(objective.model, batches, deltas, codings)
-    return {form: factors for (form, _), factors in zip(chosen, found, strict=True)}
 
 
 def candidates_of(deltas: Mapping[str, Delta], forms: Iterable[Form]) -> list[Candidate]:
@@ -217,13 +215,16 @@ def candidates_of(deltas: Mapping[str, Delta], forms: Iterable[Form]) -> list[Ca
     alike: dict[Form, list[Form]] = {}
     for form in sorted(forms, key=lambda form: -(form.rank or math.inf)):
         alike.setdefault(replace(form, encoding="float32"), []).append(form)
-    found, larger = [], dict[str, Delta]()
+    candidates: list[Candidate] = []
+    larger: dict[str, Delta] = {}
     for plain, same in alike.items():
         cut = {name: plain.cut(larger.get(name, delta)) for name, delta in deltas.items()}
-        larger |= {name: one for name, one in cut.items() if isinstance(one, LowRank)}
-        sizes = [packed_bytes(delta, *(form.encoding for form in same)) for delta in cut.values()]
-        found += [(form, cut, sum(own)) for form, own in zip(same, zip(*sizes, strict=True), strict=True)]
-    return sorted(found, key=lambda one: one[2])
+        larger |= {name: delta for name, delta in cut.items() if isinstance(delta, LowRank)}
+        encodings = [form.encoding for form in same]
+        by_delta = [packed_bytes(delta, *encodings) for delta in cut.values()]
+        by_form = zip(*by_delta, strict=True)
+        candidates += [Candidate(form, cut, sum(sizes)) for form, sizes in zip(same, by_form, strict=True)]
+    return sorted(candidates, key=lambda candidate: candidate.bytes)
 
 
 def write_form(
@@ -260,13 +261,16 @@ def row_factors(delta: Delta, coded: Delta, inputs: DataStatistic) -> Tensor:
     row whose outputs are zero gets 1. Where a row of the weight belongs to an input, as in GPT-2's `Conv1D`, all rows
     share one factor `(1,)`, which makes the error of the whole layer least.
     """
+    matrix = inputs.values.to(coded.device, coded.dtype)
     # A dense product takes a quarter of the time of a sparse one at 5 % of the entries.
-    matrix, weight = inputs.values.to(coded.device, coded.dtype), coded.dense()
+    weight = coded.dense()
     by_output = inputs.inputs == 1
     outputs = weight @ matrix if by_output else matrix @ weight
-    products, squares = dot_by_row(outputs, delta), dot_by_row(outputs, coded)
+    products = dot_by_row(outputs, delta)
+    squares = dot_by_row(outputs, coded)
     if not by_output:
-        products, squares = products.sum(0, keepdim=True), squares.sum(0, keepdim=True)
+        products = products.sum(0, keepdim=True)
+        squares = squares.sum(0, keepdim=True)
     return torch.where(squares > 0, products / squares, 1.0).clamp(1 / FURTHEST, FURTHEST)
 
 
@@ -282,12 +286,16 @@ def fitted_factors(
     is not low-rank. The Gram matrices take at most as much memory as the model, which is as before afterwards, bit for
     bit, and a pass over the data measures as many as fit.
     """
-    found: list[dict[str, Tensor]] = [{} for _ in codings]
-    wanted = {n: d for n, d in deltas.items() if len(d.shape) == 2 and not isinstance(d, LowRank) and not d.is_empty}
-    turned = {name: is_transposed(model.get_submodule(name.rpartition(".")[0])) for name in wanted}
-    sizes = {name: 4 * delta.shape[0 if turned[name] else 1] ** 2 for name, delta in wanted.items()}
+    factors: list[dict[str, Tensor]] = [{} for _ in codings]
+    if not codings:
+        return factors
+    sizes: dict[str, int] = {}
+    for name, delta in deltas.items():
+        if len(delta.shape) == 2 and not isinstance(delta, LowRank) and not delta.is_empty:
+            along = 0 if is_transposed(model.get_submodule(name.rpartition(".")[0])) else 1
+            sizes[name] = 4 * delta.shape[along] ** 2
     with applied(model, deltas, check=False):
-        for names in in_passes(sizes, sum(weight.nbytes for weight in model.parameters())) if codings else ():
+        for names in in_passes(sizes, sum(weight.nbytes for weight in model.parameters())):
             try:
                 grams = gram(model, batches, names)
             except ValueError as error:  # inputs that padding cannot be left out of
@@ -296,6 +304,6 @@ def fitted_factors(
             for name, inputs in grams.items():
                 if inputs is None:
                     continue
-                for factors, coding in zip(found, codings, strict=True):
-                    factors[name] = row_factors(deltas[name], coding(name), inputs)
-    return found
+                for own, coding in zip(factors, codings, strict=True):
+                    own[name] = row_factors(deltas[name], coding(name), inputs)
+    return factors
