@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -79,8 +78,17 @@ class CoefficientSearch(Checked, SearchAlgorithm):
     bad values of the fields stands in `checks`, as a merge method's does.
     """
 
-    def run(self, experts: Sequence[str | Path], *arguments: Any, **settings: Any) -> "Searched":
-        return search(experts, self, *arguments, **settings)
+    def run(
+        self,
+        experts: Sequence[str | Path],
+        data: ValidationRows | TaskMixture,
+        out: str | Path,
+        merges: Sequence[MergeMethod] = (),
+        overwrite: bool = False,
+        progress: Progress = iter,
+    ) -> "Searched":
+        """Search for coefficients with the function `search`."""
+        return search(experts, self, data, out, merges, overwrite, progress)
 
     def check(self, experts: int) -> None:
         """Raise ValueError if the settings do not fit this number of experts and merges; most fit any."""
@@ -116,7 +124,8 @@ class Searched(SearchResult):
     def report(self) -> Iterator[str]:
         coefficients = self.found.coefficients
         for expert, values in zip(self.experts, coefficients.T, strict=True):
-            low, high = values.min().item(), values.max().item()
+            low = values.min().item()
+            high = values.max().item()
             spread = f", from {low:.3f} to {high:.3f}" if low < high else ""
             yield f"  {values.mean().item():.3f} of {expert}{spread}"
         if not coefficients.any():
@@ -152,44 +161,53 @@ def search(
         ValueError: A merge would replace one of the experts, or `objective_on_base` refuses the data.
     """
     data = ValidationRows(data) if isinstance(data, TaskMixture) else data
-    places = places_of(merges, [one.path if isinstance(one, StoredExpert) else one for one in experts], out)
+    places = places_of(merges, experts, out)
     algorithm.check(len(merges) + len(experts))
     for target in [out, *places]:
         check_target(target, overwrite)
     opened = open_experts(experts, base=data.base)
-    lazy = [Merged(opened, method) for method in merges]
+    merged_lazily = [Merged(opened, method) for method in merges]
     objective = read(opened, data, algorithm.distills, progress)
-    before = objective.losses()
-    held = [{name: one[name] for name in progress(Counted(one, "weights"))} for one in lazy]
+    base_losses = objective.losses()
+    held = [{name: merged[name] for name in progress(Counted(merged, "weights"))} for merged in merged_lazily]
     with Combination(objective.model, [*held, *opened], len(held)) as combination:
         found = algorithm.search(combination, objective, progress)
-    for place, deltas, merged in zip(places, held, lazy, strict=True):
+    for place, deltas, merged in zip(places, held, merged_lazily, strict=True):
         write_expert(place, deltas, merged.record(), overwrite)
+
     combined: list[str | StoredExpert] = [*places, *opened]
-    shown = [*places, *(str(one.place) for one in opened)]
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": data.rows, **objective.origin}
     notes = record_notes(settings, found.losses)
     rows = found.coefficients.tolist()
-    if len(rows) > len(combination.names):  # for each row of a weight, which no merge method has
+    if len(rows) > len(combination.names):
+        # A coefficient for each row of a weight, which no merge method has, so the deltas are written as they are.
         record = Merged(combined, TaskArithmetic()).record() | {"method": None} | notes
         write_expert(out, combination.deltas(found.coefficients), record, overwrite)
-        return Searched(open_expert(out), shown, found, before, write_trials(out, found.trials))
-    method = TaskArithmetic(weights=rows[0]) if all(row == rows[0] for row in rows) else None
-    weights = {re.escape(n): TaskArithmetic(weights=row) for n, row in zip(combination.names, rows, strict=True)}
-    merged = Merged(combined, method, None if method else weights)
-    expert = write_merged(merged, out, overwrite, progress, notes)
-    return Searched(expert, shown, found, before, write_trials(out, found.trials))
+        expert = open_expert(out)
+    else:
+        if all(row == rows[0] for row in rows):
+            merge = Merged(combined, TaskArithmetic(weights=rows[0]))
+        else:
+            named = zip(combination.names, rows, strict=True)
+            merge = Merged(combined, None, {re.escape(name): TaskArithmetic(weights=row) for name, row in named})
+        expert = write_merged(merge, out, overwrite, progress, notes)
+    shown = [*places, *(str(member.place) for member in opened)]
+    return Searched(expert, shown, found, base_losses, write_trials(out, found.trials))
 
 
-def places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:
+def places_of(
+    merges: Sequence[MergeMethod], experts: Sequence[str | Path | StoredExpert], out: str | Path
+) -> list[str]:
+    """Return where the merges are written, beside `out`; raise ValueError if one of the experts lies there."""
     places: list[str] = []
-    for one in merges:
-        place, again = f"{Path(out)}-{type(one).__name__}", 2
-        while place in places:
-            # The second merge of one class gets the number 2.
-            place, again = f"{Path(out)}-{type(one).__name__}-{again}", again + 1
-        places.append(place)
+    for number, method in enumerate(merges):
+        name = type(method).__name__
+        # The second merge of one class gets the number 2.
+        same = sum(type(other).__name__ == name for other in merges[: number + 1])
+        places.append(f"{Path(out)}-{name}" if same == 1 else f"{Path(out)}-{name}-{same}")
     resolved = [Path(place).resolve() for place in places]
-    if taken := [directory for directory in experts if Path(directory).resolve() in resolved]:
-        raise ValueError(f"a merge would be written to {taken[0]}, which is among the experts; give another out")
+    for expert in experts:
+        directory = expert.path if isinstance(expert, StoredExpert) else expert
+        if Path(directory).resolve() in resolved:
+            raise ValueError(f"a merge would be written to {directory}, which is among the experts; give another out")
     return places

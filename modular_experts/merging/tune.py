@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from modular_experts.data import TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.library import StoredExpert, check_target, open_experts
 from modular_experts.library.form import Form
+from modular_experts.library.record import Facts, Record
 from modular_experts.merging.merged import WHOLE, Merged, as_stored, write_merged
 from modular_experts.merging.objective import (
     Objective,
@@ -29,6 +30,9 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import settings_of, with_settings
 from modular_experts.progress import Counted, Progress
 from modular_experts.text import did_you_mean
+
+Grid = Mapping[str, Sequence[Any]]
+"""Values to try, by field of the method."""
 
 SCALES = [float(f"{10 ** (step / 40):.4g}") for step in range(-40, 25)]
 """Scales that are searched: 40 to a decade, from 0.1 to 3.981."""
@@ -53,7 +57,7 @@ class Tuned:
     trials: list[Trial]
     base: dict[str, float]
     stored: float
-    notes: dict[str, Any]
+    notes: Record
     expert: StoredExpert | None = None
 
 
@@ -62,7 +66,7 @@ def tune(
     method: MergeMethod,
     data: ValidationRows | TaskMixture | Objective,
     out: str | Path | None = None,
-    grid: Mapping[str, Sequence[Any]] | None = None,
+    grid: Grid | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
     form: Form = WHOLE,
@@ -97,10 +101,13 @@ def tune(
     trials, best = tune_groups([(opened, objective)], method, grid, progress)
     chosen = with_settings(method, best.settings)
     rows = data.rows if isinstance(data, ValidationRows) else ValidationRows.rows
-    merged, stored, base_losses, expert = Merged(opened, chosen), best, objective.losses(), None
+    merged = Merged(opened, chosen)
+    base_losses = objective.losses()
+    stored = best
     if form != WHOLE:
         stored = replace(best, losses=objective.losses_with(as_stored(merged, form)))
     notes = notes_of(trials, stored, rows, objective.origin)
+    expert: StoredExpert | None = None
     if out is not None:
         expert = write_merged(merged, out, overwrite, progress, notes, form)
         write_trials(out, trials)
@@ -110,7 +117,7 @@ def tune(
 def tune_groups(
     groups: Sequence[tuple[Sequence[StoredExpert], Objective]],
     method: MergeMethod,
-    grid: Mapping[str, Sequence[Any]] | None = None,
+    grid: Grid | None = None,
     progress: Progress = iter,
     folder: Path | None = None,
 ) -> tuple[list[Trial], Trial]:
@@ -119,42 +126,48 @@ def tune_groups(
     Each group has an objective on its own tasks, and no two share a task. The merges of several groups lie in `folder`
     meanwhile, each as large as the base; by default among the temporary files of the system.
     """
-    candidates = itertools.chain.from_iterable(
-        _trials(groups, one, settings, scales, folder) for one, settings, scales in _candidates(method, grid or {})
+    measured = itertools.chain.from_iterable(
+        _trials(groups, candidate, folder) for candidate in _candidates(method, grid or {})
     )
-    counted = progress(Counted(range(most_trials(method, grid)), "trials"))
-    trials = [trial for _, trial in zip(counted, candidates, strict=False)]
+    # The search of a scale may end before all trials that are announced.
+    announced = progress(Counted(range(most_trials(method, grid)), "trials"))
+    trials = [trial for _, trial in zip(announced, measured, strict=False)]
     best = min(trials, key=lambda trial: trial.loss)
     if best.loss == math.inf:
         raise ValueError(f"none of the {len(trials)} settings tried gives a finite loss; check the tasks and the base")
     return trials, best
 
 
-def notes_of(trials: Sequence[Trial], best: Trial, rows: int, origin: Mapping[str, Any]) -> dict[str, Any]:
+def notes_of(trials: Sequence[Trial], best: Trial, rows: int, origin: Facts) -> Record:
     """Return what the record of a merge tells of the choice of its settings."""
     settings = {"tuned": sorted(best.settings), "trials": len(trials), "rows": rows, **origin}
     return record_notes(settings, best.losses)
 
 
-def most_trials(method: MergeMethod, grid: Mapping[str, Sequence[Any]] | None = None) -> int:
+def most_trials(method: MergeMethod, grid: Grid | None = None) -> int:
     """Return the most settings that a tuning tries; a search of the scale may need fewer."""
-    choices, scales = _choices(method, grid or {})
-    return math.prod(map(len, choices.values())) * (1 if scales is None else len(scales) or MOST_SCALES)
+    candidates = _candidates(method, grid or {})
+    scales = candidates[0].scales
+    each = 1 if scales is None else len(scales) or MOST_SCALES
+    return len(candidates) * each
 
 
-def _candidates(
-    method: MergeMethod, grid: Mapping[str, Sequence[Any]]
-) -> list[tuple[MergeMethod, dict[str, Any], Sequence[float] | None]]:
-    """Return the method with each choice of the settings but the scale, that choice, and the scales of `_choices`."""
-    choices, scales = _choices(method, grid)
-    combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    return [(with_settings(method, settings), settings, scales) for settings in combinations]
+class _Candidate(NamedTuple):
+    """A method with one choice of its settings but the scale.
+
+    Attributes:
+        method: The method.
+        settings: The choice.
+        scales: The scales that are tried: empty to search them, None for a method without a scale.
+    """
+
+    method: MergeMethod
+    settings: Record
+    scales: Sequence[float] | None
 
 
-def _choices(
-    method: MergeMethod, grid: Mapping[str, Sequence[Any]]
-) -> tuple[dict[str, Sequence[Any]], Sequence[float] | None]:
-    """Return the values of each field but the scale, and the scales: empty to search them, None without a scale."""
+def _candidates(method: MergeMethod, grid: Grid) -> list[_Candidate]:
+    """Return the method with each choice of the settings but the scale."""
     name = type(method).__name__
     if not is_dataclass(method):
         raise ValueError(f"{name} cannot be tuned because it is not a dataclass; make it a frozen one")
@@ -174,38 +187,41 @@ def _choices(
         replace(method, scale=scale)  # refuses a bad value before anything is measured
     if not choices and scales is None:
         raise ValueError(f"{name} has neither a scale nor an exponent; give values to try in the grid")
-    return choices, scales
+    combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    return [_Candidate(with_settings(method, settings), settings, scales) for settings in combinations]
 
 
 def _trials(
-    groups: Sequence[tuple[Sequence[StoredExpert], Objective]],
-    method: MergeMethod,
-    settings: Mapping[str, Any],
-    scales: Sequence[float] | None,
-    folder: Path | None,
+    groups: Sequence[tuple[Sequence[StoredExpert], Objective]], candidate: _Candidate, folder: Path | None
 ) -> Iterator[Trial]:
-    """Measure one choice of the other settings at each of the scales; search them if the list is empty."""
-    at_one = method if scales is None else replace(method, scale=1.0)  # type: ignore[type-var]
+    """Measure a candidate at each of its scales; search them if the list is empty."""
+    at_one = candidate.method
+    if candidate.scales is not None:
+        at_one = replace(at_one, scale=1.0)  # type: ignore[type-var]
     with TemporaryDirectory(prefix=".groups.", dir=folder) as place:
         vectors: list[tuple[Objective, Mapping[str, Delta]]] = []
         for number, (experts, objective) in enumerate(groups):
-            merged: Mapping[str, Delta] = Merged(experts, at_one)
+            merged = Merged(experts, at_one)
+            vector: Mapping[str, Delta]
             if len(groups) > 1:
                 # The merges of all groups may be more than memory holds.
-                merged = write_merged(Merged(experts, at_one), Path(place, f"group-{number}"))
+                vector = write_merged(merged, Path(place, f"group-{number}"))
             else:
-                merged = {name: delta.to(objective.model.device) for name, delta in merged.items()}
-            vectors.append((objective, merged))
+                vector = {name: delta.to(objective.model.device) for name, delta in merged.items()}
+            vectors.append((objective, vector))
 
         def losses_at(scale: float) -> dict[str, float]:
-            return {task: loss for of, one in vectors for task, loss in of.losses_with(one, scale).items()}
+            losses: dict[str, float] = {}
+            for objective, vector in vectors:
+                losses |= objective.losses_with(vector, scale)
+            return losses
 
-        if scales is None:
-            yield Trial({**settings}, losses_at(1.0))
+        if candidate.scales is None:
+            yield Trial({**candidate.settings}, losses_at(1.0))
             return
         losses: dict[float, float] = {}
-        for scale in scales or line_search(losses):
-            trial = Trial({**settings, "scale": scale}, losses_at(scale))
+        for scale in candidate.scales or line_search(losses):
+            trial = Trial({**candidate.settings, "scale": scale}, losses_at(scale))
             losses[scale] = trial.loss
             yield trial
 
