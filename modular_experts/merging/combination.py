@@ -48,7 +48,9 @@ class Combination:
         # Adds zeros: refuses names and shapes that do not fit the model.
         apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])
         assert 0 <= merges <= len(held), (merges, len(held))
-        self.names, self.experts, self.merges = list(shapes), len(held), merges
+        self.names = list(shapes)
+        self.experts = len(held)
+        self.merges = merges
         self.rows = [shape[0] if shape else 1 for shape in shapes.values()]
         self._model = model
         self._weights = [weight_of(model, name) for name in shapes]
@@ -114,10 +116,11 @@ class Combination:
         hooks = []
 
         def gather(weight: Tensor, own: Tensor, place: int) -> None:
-            gradient, weight.grad = weight.grad, None
-            assert gradient is not None
+            assert weight.grad is not None
             # Widened once for all experts, which takes less than widening what each of them keeps.
-            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            gradient = weight.grad.to(torch.promote_types(weight.grad.dtype, torch.float32))
+            # One dense gradient exists at a time.
+            weight.grad = None
             for expert, delta in self._deltas[place].items():
                 own[:, expert] += (dot_by_row if by_row else dot)(gradient, delta).to(own.device)
 

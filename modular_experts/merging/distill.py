@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,35 +76,39 @@ def distill(
         FileExistsError: A file would be replaced; no input has been read yet.
         ValueError: There are no inputs, or `search` refuses the experts.
     """
-    method, opened = method or Distilled(), open_experts(experts, base=base)
+    method = method or Distilled()
+    opened = open_experts(experts, base=base)
     warn_of_own_parents(opened)
     start = method.start or without_data(opened)
-    beside = places_of([start], [one.path for one in opened], out) if method.by == "model" else []
+    beside = places_of([start], opened, out) if method.by == "model" else []
     for target in [out, *beside]:
         check_target(target, overwrite)
     data = data or Inputs.kept_by(opened)
     if not isinstance(data, Inputs):
         data.read_for(Base.open(base, opened))
         data = Inputs.read_from(data, ["train", "validation"], method.rows)
-    data = data.only([*data.roles])  # which leaves the batches of the caller's inputs alone
+    # A copy, because the batches of the caller's inputs keep their size.
+    data = data.only([*data.roles])
     data.eval_batch_size = method.batch
     rows = ValidationRows(data, method.rows, base, "experts", {}, method.max_new_tokens, dtype)
     if method.by == "model":
         algorithm = ATLAS(method.steps, method.learning_rate, objective="distill", per="row", decay=True)
         return search(opened, algorithm, rows, out, [start], overwrite, progress, read)
+
     objective = read(opened, rows, progress=progress)
-    before, own = objective.losses(), own_experts(opened, list(objective.batches))
+    base_losses = objective.losses()
+    own = own_experts(opened, list(objective.batches))
     members = [Merged(opened, start), *opened]
-    how = method.learning_rate, method.steps, progress
-    deltas, found = distill_blocks(objective.model, objective.batches, members, own, *how)
-    found = replace(found, losses=objective.losses_with(deltas))
-    notes = record_notes(
-        {"search": "Distilled", **vars(method), "start": describe(start), **objective.origin}, found.losses
+    deltas, found = distill_blocks(
+        objective.model, objective.batches, members, own, method.learning_rate, method.steps, progress
     )
+    found = replace(found, losses=objective.losses_with(deltas))
+    settings = {"search": "Distilled", **vars(method), "start": describe(start), **objective.origin}
+    notes = record_notes(settings, found.losses)
     record = Merged(opened, TaskArithmetic()).record() | {"method": None} | notes
     write_expert(out, deltas, record, overwrite)
-    places, trials = [type(start).__name__, *(str(one.place) for one in opened)], write_trials(out, found.trials)
-    return Searched(open_expert(out), places, found, before, trials)
+    shown = [type(start).__name__, *(str(expert.place) for expert in opened)]
+    return Searched(open_expert(out), shown, found, base_losses, write_trials(out, found.trials))
 
 
 def distill_blocks(
@@ -128,45 +131,51 @@ def distill_blocks(
         learning_rate, steps: Of `descend`, in each block.
     """
     names = sorted({name for expert in experts for name in expert})
-    if not (inner := [block for block in map(block_of, names) if block]):
+    blocks = [block for block in map(block_of, names) if block]
+    if not blocks:
         raise ValueError("by=block needs experts that move weights of transformer blocks; take by=model")
-    found = {name: experts[0][name] for name in names if block_of(name) is None and name in experts[0]}
-    parent = inner[0].rpartition(".")[0]
-    every = [batch for own_batches in batches.values() for batch in own_batches]
-    coefficients, trials = [torch.zeros(0, len(experts))], list[Trial]()
-    for number in progress(Counted(range(len(model.get_submodule(parent))), "blocks")):  # type: ignore[arg-type]
-        run, block = _runner(model, parent, number), f"{parent}.{number}"
-        inside = [name for name in names if block_of(name) == block]
+    parent = blocks[0].rpartition(".")[0]
+    count = len(model.get_submodule(parent))  # type: ignore[arg-type]
+    every_batch = [batch for own_batches in batches.values() for batch in own_batches]
+    deltas = {name: experts[0][name] for name in names if block_of(name) is None and name in experts[0]}
+    coefficients = [torch.zeros(0, len(experts))]
+    trials: list[Trial] = []
+    # States are `(rows, length, 2, size)`: in front of the block of the merged model, and of the task's own expert.
+    for number in progress(Counted(range(count), "blocks")):
+        run = _runner(model, parent, number)
+        inside = [name for name in names if block_of(name) == f"{parent}.{number}"]
         for task, expert in own.items():
-            with (
-                torch.no_grad(),
-                applied(model, {name: expert[name] for name in inside if name in expert}, check=False),
-            ):
+            moved = {name: expert[name] for name in inside if name in expert}
+            with torch.no_grad(), applied(model, moved, check=False):
                 for batch in batches[task]:
-                    if not number:
-                        batch["states"] = torch.stack([run(batch, None)[0]] * 2, 2)
+                    if number == 0:
+                        embeddings = run(batch, None)[0]
+                        batch["states"] = torch.stack([embeddings, embeddings], 2)
                     batch["states"][:, :, 1] = run(batch, batch["states"][:, :, 1])[1]
         members = [{name: expert[name] for name in inside if name in expert} for expert in experts]
         with Combination(model, members, 1) as combination:
             if inside:
-                start, aim = first_coefficients(combination, "row", [1.0]), partial(_distances, run)
-                target: Any = SimpleNamespace(model=model, batches=batches, losses=dict)
-                best = descend(combination, target, aim, start, learning_rate, steps, decay=True)
-                found |= dict(combination.deltas(best.coefficients))
-                coefficients.append(best.coefficients)
-                trials += [Trial({"block": number, **one.settings}, one.losses) for one in best.trials]
+                start = first_coefficients(combination, "row", [1.0])
+                aim = partial(_distances, run)
+                best, steps_of_block = descend(
+                    combination, model, batches, aim, start, learning_rate, steps, decay=True
+                )
+                deltas |= dict(combination.deltas(best))
+                coefficients.append(best)
+                trials += [Trial({"block": number, **trial.settings}, trial.losses) for trial in steps_of_block]
             with torch.no_grad():
-                for batch in every:
+                for batch in every_batch:
                     batch["states"][:, :, 0] = run(batch, batch["states"][:, :, 0])[1]
-    for batch in every:
+    for batch in every_batch:
         del batch["states"]
-    return found, Found(torch.cat(coefficients), {}, trials)
+    return deltas, Found(torch.cat(coefficients), {}, trials)
 
 
 def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
     """Return a function from a batch and hidden states (None: embeddings) to the states before and behind a block."""
     owner, _, attribute = parent.rpartition(".")
-    holder, blocks = model.get_submodule(owner), model.get_submodule(parent)
+    holder = model.get_submodule(owner)
+    blocks = model.get_submodule(parent)
     block = blocks[number]  # type: ignore[index]
     config: Any = holder.config
     kinds = getattr(config, "layer_types", None)
@@ -174,9 +183,9 @@ def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
     def run(batch: Batch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
 
-        def enter(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            seen.append(given[0] if hidden is None else hidden)
-            return (seen[0], *given[1:])
+        def enter(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(arguments[0] if hidden is None else hidden)
+            return (seen[0], *arguments[1:])
 
         hook = block.register_forward_pre_hook(enter)
         # The model makes masks and positions, and passes the states through this block alone, as its first.
@@ -198,7 +207,8 @@ def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
 
 def _distances(run: Run, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each row's squared distances over the squared lengths of the expert's states, and its tokens."""
-    own, tokens = batch["states"][:, :, 1].float(), batch["attention_mask"]
+    own = batch["states"][:, :, 1].float()
+    tokens = batch["attention_mask"]
     away = (run(batch, batch["states"][:, :, 0])[1].float() - own).square().sum(-1)
     # States of padding may be zero.
     return (tokens * away / (own.square().sum(-1) + 1 - tokens)).sum(1), tokens.sum(1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -41,35 +41,37 @@ def train_gates(
     Raises:
         ValueError: There is no batch, or the expert moves something else than the weight of a linear layer.
     """
-    given = list(batches)
-    if not given:
+    rows = list(batches)
+    if not rows:
         raise ValueError("gates need at least one row with a target, and there was none")
-
-    def plan(sites: Sequence[Site]) -> dict[Any, Factory]:
-        known = {site.weight: site for site in sites}
-        if strange := next((name for name in expert if name not in known), None):
-            raise ValueError(
-                f"the expert moves {strange}, which is not the weight of a linear layer, so it cannot have a gate"
-            )
-
-        def gated(delta: Delta, weight: Tensor, site: Site) -> Gated:
-            return Gated(weight, (delta.T if site.is_transposed else delta).to(weight.device))
-
-        return {known[name]: partial(gated, delta) for name, delta in expert.items()}
-
     losses = []
-    with Injected(model, plan):
-        gates: dict[str, Any] = {name: layer.expert for name, layer in expert_layers(model)}
-        optimizer = torch.optim.AdamW([one.gate for one in gates.values()], learning_rate, weight_decay=0.0)
+    with Injected(model, partial(_gated_sites, expert)):
+        gates = {name: cast(Gated, layer.expert).gate for name, layer in expert_layers(model)}
+        optimizer = torch.optim.AdamW(gates.values(), learning_rate, weight_decay=0.0)
         draw = torch.Generator().manual_seed(0)
         order: list[int] = []
         for _ in progress(Counted(range(STEPS if steps is None else steps), "steps")):
-            order = order or torch.randperm(len(given), generator=draw).tolist()
-            batch = given[order.pop()]
-            rows, tokens = batch_losses(model, move_data_to_device(batch, model.device))
-            loss = rows.sum() / tokens.sum().clamp(min=1)
+            if not order:
+                order = torch.randperm(len(rows), generator=draw).tolist()
+            sums, tokens = batch_losses(model, move_data_to_device(rows[order.pop()], model.device))
+            loss = sums.sum() / tokens.sum().clamp(min=1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        return {name: DataStatistic(one.gate.detach()) for name, one in gates.items()}, losses
+        return {name: DataStatistic(gate.detach()) for name, gate in gates.items()}, losses
+
+
+def _gated_sites(expert: Mapping[str, Delta], sites: Sequence[Site]) -> dict[Site, Factory]:
+    """Plan a `Gated` at the site of each weight that an expert moves."""
+    known = {site.weight: site for site in sites}
+    for name in expert:
+        if name not in known:
+            raise ValueError(
+                f"the expert moves {name}, which is not the weight of a linear layer, so it cannot have a gate"
+            )
+
+    def gated(delta: Delta, weight: Tensor, site: Site) -> Gated:
+        return Gated(weight, (delta.T if site.is_transposed else delta).to(weight.device))
+
+    return {known[name]: partial(gated, delta) for name, delta in expert.items()}

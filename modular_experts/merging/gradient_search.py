@@ -1,15 +1,16 @@
 """Find coefficients with Adam on validation rows: AdaMerging and aTLAS."""
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.merging.combination import Combination
@@ -27,7 +28,8 @@ PASS_TOKENS = 2048
 
 def descend(
     combination: Combination,
-    objective: Objective,
+    model: PreTrainedModel,
+    batches: Mapping[str, list[Batch]],
     measured: Measure,
     start: Tensor,
     learning_rate: float,
@@ -35,8 +37,8 @@ def descend(
     progress: Progress = iter,
     bounds: tuple[float, float] | None = None,
     decay: bool = False,
-) -> Found:
-    """Return the coefficients after some steps of Adam from `start`, and leave the model at them.
+) -> tuple[Tensor, list[Trial]]:
+    """Return the coefficients after some steps of Adam from `start`, and each step; leave the model at the result.
 
     Each step takes the next batch of every task, in turn, and clamps each coefficient into `bounds`; with `decay` the
     rate falls linearly to 0. Tasks share passes (`joint`), because the inner product with every expert costs the same
@@ -44,32 +46,44 @@ def descend(
     """
     coefficients = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
-    shape, trials = (max(len(start), len(combination.names)), combination.experts), []
-    # On a CPU the backward of fused attention is slow in bfloat16.
-    slow = objective.model.device.type == "cpu" and objective.model.dtype == torch.bfloat16
-    attention: Any = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
-    with combination.gradients(len(start) > len(combination.names)) as gathered, attention:
+    # One row of coefficients, of the experts, stands for all weights.
+    shape = (max(len(start), len(combination.names)), combination.experts)
+    trials: list[Trial] = []
+    with combination.gradients(len(start) > len(combination.names)) as gathered, _quick_attention(model):
         for step in progress(Counted(range(steps), "steps")):
             combination.move_to(coefficients.detach().expand(shape))
             gathered.zero_()
-            losses = dict.fromkeys(objective.batches, 0.0)
-            for batch in joint([batches[step % len(batches)] for batches in objective.batches.values()]):
-                sums, counts = measured(objective.model, batch)
-                means = {}
-                for task in dict.fromkeys(batch["task"]):
-                    own = torch.tensor([name == task for name in batch["task"]], device=sums.device)
-                    means[task] = sums[own].sum() / counts[own].sum()
-                (sum(means.values(), start=sums.new_zeros(())) / len(objective.batches)).backward()
+            losses = dict.fromkeys(batches, 0.0)
+            for batch in joint([own[step % len(own)] for own in batches.values()]):
+                means = _means_by_task(batch, *measured(model, batch))
+                (torch.stack([*means.values()]).sum() / len(batches)).backward()
                 losses |= {task: loss.item() for task, loss in means.items()}
             coefficients.grad = gathered.clone() if len(coefficients) > 1 else gathered.sum(0, keepdim=True)
-            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps if decay else 1)
+            if decay:
+                optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
             optimizer.step()
             if bounds:
                 coefficients.data.clamp_(*bounds)
             trials.append(Trial({"step": step}, losses))
-    found = coefficients.detach().expand(shape).clone()
-    combination.move_to(found)
-    return Found(found, objective.losses(), trials)
+    best = coefficients.detach().expand(shape).clone()
+    combination.move_to(best)
+    return best, trials
+
+
+def _quick_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Return a context in which a step is quick: on a CPU the backward of fused attention is slow in bfloat16."""
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def _means_by_task(batch: Batch, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Return the mean of each task in a batch of several, over the sums and counts of its rows."""
+    means: dict[str, Tensor] = {}
+    for task in dict.fromkeys(batch["task"]):
+        own = torch.tensor([name == task for name in batch["task"]], device=sums.device)
+        means[task] = sums[own].sum() / counts[own].sum()
+    return means
 
 
 def first_coefficients(combination: Combination, per: Per, first: Sequence[float]) -> Tensor:
@@ -100,7 +114,7 @@ def _joined(batches: Sequence[Batch]) -> Batch:
         parts = [F.pad(batch[name], (0, length - batch[name].shape[1]), value=padding) for batch in batches]
         joined[name] = torch.cat(parts)
     if "states" in batches[0]:
-        states = [F.pad(one["states"], (0, 0, 0, 0, 0, length - one["states"].shape[1])) for one in batches]
+        states = [F.pad(batch["states"], (0, 0, 0, 0, 0, length - batch["states"].shape[1])) for batch in batches]
         joined["states"] = torch.cat(states)
     if "prediction" in batches[0]:
         columns = zip(*(batch["prediction"] for batch in batches), strict=True)
@@ -144,10 +158,8 @@ class AdaMerging(CoefficientSearch):
             raise ValueError(f"AdaMerging: start must be from 0 to a finite largest={self.largest}, got {self.start}")
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
-        measured = MEASURES[self.objective]
-        start = first_coefficients(combination, self.per, [self.start] * combination.experts)
-        bounds = (0.0, self.largest)
-        return descend(combination, objective, measured, start, self.learning_rate, self.steps, progress, bounds)
+        first = [self.start] * combination.experts
+        return _descended(self, combination, objective, first, progress, bounds=(0.0, self.largest))
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,26 @@ class ATLAS(CoefficientSearch):
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         self.check(combination.experts)
-        first = [1 / max(combination.merges, 1)] * combination.merges if self.start is None else self.start
-        start, measured = first_coefficients(combination, self.per, first), MEASURES[self.objective]
-        rate, decay = self.learning_rate, self.decay
-        return descend(combination, objective, measured, start, rate, self.steps, progress, decay=decay)
+        first = self.start
+        if first is None:
+            first = [1 / combination.merges for _ in range(combination.merges)]
+        return _descended(self, combination, objective, first, progress, decay=self.decay)
+
+
+def _descended(
+    algorithm: AdaMerging | ATLAS,
+    combination: Combination,
+    objective: Objective,
+    first: Sequence[float],
+    progress: Progress,
+    bounds: tuple[float, float] | None = None,
+    decay: bool = False,
+) -> Found:
+    start = first_coefficients(combination, algorithm.per, first)
+    measured = MEASURES[algorithm.objective]
+    rate = algorithm.learning_rate
+    batches = objective.batches
+    coefficients, trials = descend(
+        combination, objective.model, batches, measured, start, rate, algorithm.steps, progress, bounds, decay
+    )
+    return Found(coefficients, objective.losses(), trials)

@@ -1,9 +1,10 @@
 """Measure how experts get in each other's way, before they are merged: overlap, conflicts of sign, cosines."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner
 from modular_experts.deltas.task_vector import TaskVector
+from modular_experts.library.record import Record
 from modular_experts.merging.merged import Merged
 from modular_experts.methods import MergeMethod, SparseAverage
 from modular_experts.methods.chunks import chunks_of, chunks_of_size
@@ -68,6 +70,11 @@ class Sums:
         own = self.products.diagonal()
         return (self.energy - 2 * self.merged + own) / own.where(own > 0, torch.nan)
 
+    def as_dict(self) -> Record:
+        """Return the measures in plain lists and numbers."""
+        measures = {name: getattr(self, name).tolist() for name in ("cosine", "overlap", "conflict", "distance")}
+        return measures | {"energy": self.products.diagonal().tolist(), "merged_energy": self.energy.item()}
+
 
 @dataclass(frozen=True, eq=False)
 class Interference:
@@ -83,16 +90,10 @@ class Interference:
     total: Sums
     layers: dict[str, Sums]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         """Return all measures in plain lists and numbers, as JSON holds them."""
-
-        def plain(sums: Sums) -> dict[str, Any]:
-            found = {name: getattr(sums, name).tolist() for name in ("cosine", "overlap", "conflict", "distance")}
-            energy = {"energy": sums.products.diagonal().tolist(), "merged_energy": sums.energy.item()}
-            return found | energy
-
-        layers = {name: plain(sums) for name, sums in self.layers.items()}
-        return {"experts": self.experts, **plain(self.total), "layers": layers}
+        layers = {name: sums.as_dict() for name, sums in self.layers.items()}
+        return {"experts": self.experts, **self.total.as_dict(), "layers": layers}
 
 
 def mean_of_others(pairs: Tensor) -> Tensor:
@@ -121,12 +122,12 @@ def interference(
         raise ValueError(f"{len(merged.experts)} expert has no other to be compared with; give two or more")
     layers: dict[str, Sums] = {}
     for name in progress(list(merged)):
-        deltas = merged.deltas_of(name)
-        found = _sums(deltas, merged[name])
+        sums = _sums(merged.deltas_of(name), merged[name])
         block = block_of(name) or ""
-        layers[block] = layers[block] + found if block in layers else found
-    total = sum(list(layers.values())[1:], next(iter(layers.values())))
-    return Interference([getattr(one, "name", f"expert {n}") for n, one in enumerate(merged.experts, 1)], total, layers)
+        layers[block] = layers[block] + sums if block in layers else sums
+    # Stored experts have names, and sums of them none.
+    names = [getattr(expert, "name", f"expert {number}") for number, expert in enumerate(merged.experts, 1)]
+    return Interference(names, functools.reduce(operator.add, layers.values()), layers)
 
 
 def _sums(deltas: Sequence[Delta], merged: Delta) -> Sums:
