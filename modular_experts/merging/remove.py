@@ -3,7 +3,6 @@
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from modular_experts.deltas import Delta, LowRank, Sparse
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, make_record, open_expert, union_of_weights, write_expert
 from modular_experts.library.described import describe, rebuild
-from modular_experts.library.record import MERGE
+from modular_experts.library.record import MERGE, Record
 from modular_experts.methods.average import Linear
 from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
 from modular_experts.progress import Progress
@@ -37,33 +36,19 @@ def remove(
         FileExistsError: `out` exists and may not be replaced.
         ValueError: The merge is not linear, is stored in fewer bytes, or was not made of this expert and others.
     """
-    whole, part = open_expert(merged), open_expert(expert)
+    whole = open_expert(merged)
+    part = open_expert(expert)
     parents = whole.record["parents"]
-    equal = [number for number, parent in enumerate(parents) if parent["content_hash"] == part.content_hash]
-    place = next((number for number in equal if parents[number]["name"] == part.name), equal[0] if equal else None)
     if len(parents) == 1:
         raise ValueError(f"{whole.name} was made of {parents[0]['name']} alone, so nothing would be left")
-    applied: dict[str, Any] = whole.record.get("method") or {}
-    facts = whole.record.get("hyperparameters") or {}
-    method: Linear | None = None
-    # The factors of experts such as `0.5 * a` are not among the method's settings.
-    if applied and "experts" not in facts and not whole.record.get("per_weight"):
-        with suppress(ValueError):
-            method = rebuild(applied, Linear)
-    if method is None:
-        name = str(applied.get("class_path", "")).rpartition(".")[2]
-        raise ValueError(
-            f"{whole.name} is a {name or whole.record['kind']}, and an expert can be taken out of a merge by Average "
-            "or TaskArithmetic only; merge the others again"
-        )
-    if "cut" in facts or "encoding" in whole.record or "source" in whole.record:
-        raise ValueError(
-            f"{whole.name} is stored in fewer bytes, with rounded or cut values, so no expert can be taken out; "
-            "merge the others again"
-        )
-    if place is None:
+    method = _linear_method(whole)
+    # Experts with equal contents may be listed under several names; the expert's own name comes first.
+    equal = [number for number, parent in enumerate(parents) if parent["content_hash"] == part.content_hash]
+    equal.sort(key=lambda number: parents[number]["name"] != part.name)
+    if not equal:
         names = ", ".join(parent["name"] for parent in parents)
         raise ValueError(f"{whole.name} was not made of {part.name} as it is now, but of {names}")
+    place = equal[0]
     others = [*parents[:place], *parents[place + 1 :]]
     if all("tasks" in parent for parent in others):
         tasks = sorted({task for parent in others for task in parent["tasks"]})
@@ -79,11 +64,37 @@ def remove(
     return open_expert(out)
 
 
+def _linear_method(whole: StoredExpert) -> Linear:
+    """Return the method of a merge that is a weighted sum, stored with every number; refuse any other expert."""
+    described: Record = whole.record.get("method") or {}
+    facts = whole.record.get("hyperparameters") or {}
+    method: Linear | None = None
+    # The factors of experts such as `0.5 * a` are not among the method's settings.
+    if described and "experts" not in facts and not whole.record.get("per_weight"):
+        with suppress(ValueError):
+            method = rebuild(described, Linear)
+    if method is None:
+        name = str(described.get("class_path", "")).rpartition(".")[2]
+        raise ValueError(
+            f"{whole.name} is a {name or whole.record['kind']}, and an expert can be taken out of a merge by Average "
+            "or TaskArithmetic only; merge the others again"
+        )
+    if "cut" in facts or "encoding" in whole.record or "source" in whole.record:
+        raise ValueError(
+            f"{whole.name} is stored in fewer bytes, with rounded or cut values, so no expert can be taken out; "
+            "merge the others again"
+        )
+    return method
+
+
 class _Rest(TaskVector):
     """A merge without one of its experts: `factor * merged - share * expert`, weight by weight."""
 
     def __init__(self, merged: StoredExpert, expert: StoredExpert, factor: float, share: float) -> None:
-        self._merged, self._expert, self._factor, self._share = merged, expert, factor, share
+        self._merged = merged
+        self._expert = expert
+        self._factor = factor
+        self._share = share
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._merged.shapes()
@@ -97,7 +108,9 @@ class _Rest(TaskVector):
         return merge_by_chunks(pair, self._rule)
 
     def _rule(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        total, added, kept = chunk.zeros(), chunk.zeros(), chunk.zeros(torch.bool)
+        total = chunk.zeros()
+        added = chunk.zeros()
+        kept = chunk.zeros(torch.bool)
         merged, own = chunk
         merged.add_to(total, factor=self._factor)
         merged.mark(kept)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from modular_experts.library import (
 from modular_experts.library.compatibility import found_beside, put_beside, union_of_weights
 from modular_experts.library.described import class_path, trust
 from modular_experts.library.record import ROUTED
-from modular_experts.library.statistics import command_for, kinds_of_statistics
+from modular_experts.library.statistics import StoredStatistics, command_for, kinds_of_statistics
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import GRAMS_NAME, name_of, take_statistics
 from modular_experts.progress import Progress
@@ -74,27 +73,31 @@ def route(
     router = router or DEFAULT_ROUTER()
     check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
 
-    def place(one: str | Path | StoredExpert) -> str:
-        return os.path.abspath(one.path if isinstance(one, StoredExpert) else one)
+    def path_of(expert: str | Path | StoredExpert) -> str:
+        return os.path.abspath(expert.path if isinstance(expert, StoredExpert) else expert)
 
-    left_out = {place(one) for one in (out, fallback) if one is not None}
-    opened = open_experts([one for one in experts if place(one) not in left_out], base=base)
-    members = [*opened, *([] if fallback is None else open_experts([fallback], base=base))]
+    left_out = [path_of(out)]
+    if fallback is not None:
+        left_out.append(path_of(fallback))
+    opened = open_experts([expert for expert in experts if path_of(expert) not in left_out], base=base)
+    members = list(opened)
+    if fallback is not None:
+        members += open_experts([fallback], base=base)
     _check_names(members, target)
-    recorded = common_base(members)
+    common = common_base(members)
     union_of_weights(members)
     router.select.check(len(opened))
     _take_missing(router, opened, ValidationRows(data, rows, base, dtype=dtype), progress)
     # Whoever gives the router trusts its code.
     trust(type(router), type(router.select))
-    learned = _learned(router, opened, base)
-    routers = {MODEL: learned} if isinstance(learned, Router) else learned
-    state = {f"{weight}/{name}": tensor for weight, one in routers.items() for name, tensor in one.state().items()}
+    state: dict[str, Tensor] = {}
+    for place, learned in _learned(router, opened, base).items():
+        state |= {f"{place}/{name}": tensor for name, tensor in learned.state().items()}
     # How many of the parents it chooses among.
     state[f"{MODEL}/{COUNT}"] = torch.tensor(len(opened))
     record = make_record(
         ROUTED,
-        recorded,
+        common,
         hyperparameters=describe_router(router),
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
         parents=as_parents(members),
@@ -126,40 +129,48 @@ def _check_names(members: Sequence[StoredExpert], target: Path) -> None:
             found_beside(expert, target.parent / expert.name)
 
 
-def _take_missing(router: Router, experts: Sequence[StoredExpert], given: ValidationRows, progress: Progress) -> None:
-    kind: Any = router.needs
-    lacking = [one for one in experts if kind and kind not in kinds_of_statistics(one)]
-    if lacking and given.data is None and not all(one.keeps_inputs for one in lacking):
+def _take_missing(router: Router, experts: Sequence[StoredExpert], rows: ValidationRows, progress: Progress) -> None:
+    """Take the statistics that the router needs, and experts lack."""
+    kind = router.needs
+    if kind is None:
+        return
+    lacking = [expert for expert in experts if kind not in kinds_of_statistics(expert)]
+    if lacking and rows.data is None and not all(expert.keeps_inputs for expert in lacking):
         raise ValueError(
             f"{len(lacking)} of {len(experts)} experts have no {kind} statistics, which {type(router).__name__} learns "
-            "from; give the tasks of all: --tasks a.jsonl b.jsonl"
+            "from; give the tasks of all: `tasks=['a.jsonl', 'b.jsonl']`"
         )
     if lacking:
-        take_statistics(lacking, kind, given, progress=progress)
+        take_statistics(lacking, kind, rows, progress=progress)
 
 
-def _learned(router: Router, experts: Sequence[StoredExpert], base: str | None) -> Router | dict[str, Router]:
+def _learned(router: Router, experts: Sequence[StoredExpert], base: str | None) -> dict[str, Router]:
+    """Let the router learn; return it under `MODEL`, or for scope `linear` a router for each weight."""
     router.hear_tasks([list(map(str, expert.record["tasks"])) for expert in experts])
+    taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
     if router.scope == "sample":
-        prompts = [_prompts(expert, router) for expert in experts] if router.needs else []
-        router.learn([None] * len(experts), prompts)
-        return router
+        # There are no statistics for a router that needs none.
+        prompts = [_prompts(statistics, expert, router) for statistics, expert in zip(taken, experts, strict=False)]
+        router.learn([None for _ in experts], prompts)
+        return {MODEL: router}
     # Only the base tells how its layers keep their weights.
     model = Base.open(base, experts).structure.model
-    taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
     return by_weight(router, model, experts, taken)
 
 
-def _prompts(expert: StoredExpert, router: Router) -> Tensor:
+def _prompts(statistics: StoredStatistics, expert: StoredExpert, router: Router) -> Tensor:
     """Return what the router reads of an expert's prompts, `(rows, size)`, as a forward pass gives it."""
-    kind = str(router.needs)
-    stored, parts = open_statistics(expert, kind), []
-    for name in [*map(name_of, router.depths), *[GRAMS_NAME] * router.reads_grams]:
-        found = stored.get(name)
-        if found is None:
+    names = list(map(name_of, router.depths))
+    if router.reads_grams:
+        names.append(GRAMS_NAME)
+    parts = []
+    for name in names:
+        vectors = statistics.get(name)
+        if vectors is None:
             raise ValueError(
-                f"{stored.file} has {', '.join(stored)}, and no {name}, which {type(router).__name__} reads; choose "
-                f"depths that are there, or take them anew: {command_for([expert], kind, overwrite=True)}"
+                f"{statistics.file} has {', '.join(statistics)}, and no {name}, which {type(router).__name__} reads; "
+                "choose depths that are there, or take them anew: "
+                + command_for([expert], str(router.needs), overwrite=True)
             )
-        parts.append(found.values)
+        parts.append(vectors.values)
     return torch.cat(parts, 1)
