@@ -18,7 +18,7 @@ from measuring import Parser, output
 from modular_experts.deltas import Delta, LowRank
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.library.packing import packed_bytes
-from modular_experts.merging.estimate import estimate, largest
+from modular_experts.merging.estimate import estimate_merge, largest
 from modular_experts.merging.merged import Merged
 from modular_experts.text import bytes_text
 
@@ -69,7 +69,7 @@ def report(count: int) -> dict[str, Any]:
             write_expert(Path(folder, f"e{number}"), lora(RANK, number), record)
         experts = [open_expert(Path(folder, f"e{number}")) for number in range(count)]
         for method in ("IsoC", "TIES", "SparseAverage"):
-            memory[method] = largest(estimate(Merged(experts, method))).peak
+            memory[method] = largest(estimate_merge(Merged(experts, method))).peak
     return {"bytes": found, "memory": memory}
 
 

@@ -32,7 +32,7 @@ from modular_experts.base import Base
 from modular_experts.deltas import Delta, LowRank, Sparse
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_experts, write_expert
-from modular_experts.merging.estimate import estimate
+from modular_experts.merging.estimate import estimate_merge
 from modular_experts.merging.merged import Merged
 from modular_experts.merging.route import route
 from modular_experts.routing import Arrow
@@ -136,7 +136,7 @@ def predicted(work: str, *line: Any) -> int:
         return estimate_fit(**settings(*line), fit_into="1TB").peak
     experts, python = open_experts(library_of(line[0], line[2])), high_water(torch.device("cpu"))
     if work == "merge":
-        return python + max(weight.peak for weight in estimate(Merged(experts, "TIES")))
+        return python + max(weight.peak for weight in estimate_merge(Merged(experts, "TIES")))
     weights = sum(2 * one.numel() for one in Base.open(line[0]).structure.model.parameters())
     if work == "apply":  # which goes on with its experts' files closed
         return python + weights

@@ -19,7 +19,7 @@ from modular_experts.library import StoredExpert, check_target, open_expert, ope
 from modular_experts.library.described import describe
 from modular_experts.library.form import Form
 from modular_experts.library.record import RECORD_FILE
-from modular_experts.merging.estimate import WeightEstimate, check_memory, estimate, largest
+from modular_experts.merging.estimate import WeightEstimate, check_memory, estimate_merge, largest
 from modular_experts.merging.merged import Merged, warn_of_own_parents, write_merged
 from modular_experts.merging.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
@@ -173,7 +173,7 @@ def merge(
     if written.base:
         Base.open(written.base, merged.stored)  # which refuses another base than theirs
     if written.max_memory:
-        check_memory(estimate(merged), bytes_of(written.max_memory))
+        check_memory(estimate_merge(merged), bytes_of(written.max_memory))
     if dry_run:
         _print_plan(merged)
         return
@@ -292,7 +292,7 @@ def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
 
 
 def _print_plan(merged: Merged) -> None:
-    weights = estimate(merged)
+    weights = estimate_merge(merged)
     table = table_of("weight", "shape", "method", "experts", "to read", "memory", left=3)
     numbers = {text: n for n, text in enumerate(dict.fromkeys(_method_text(one.method) for one in weights), 1)}
     # Weights that differ in the number of their layer alone share a row.

@@ -14,7 +14,7 @@ from modular_experts.library import is_adapter
 from modular_experts.library.form import Form
 from modular_experts.merging.combine import combine as combine_experts
 from modular_experts.merging.combine_measure import Way
-from modular_experts.merging.combine_plan import Plan
+from modular_experts.merging.combine_plan import WorkPlan
 from modular_experts.merging.gradient_search import ATLAS
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.route import route as route_experts
@@ -254,7 +254,7 @@ def combine(
     print(f"next: modular-experts {command}")
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: WorkPlan) -> None:
     print(
         f"about {duration_text(plan.seconds)} in all: {duration_text(plan.before)} to measure each expert alone, then"
     )

@@ -28,7 +28,7 @@ from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.library.statistics import OF_INPUTS, kinds_of_statistics
 from modular_experts.merging.combine_measure import Measurement, Way, clock
-from modular_experts.merging.combine_plan import Plan, WholeProgress, Work, WorkEstimate
+from modular_experts.merging.combine_plan import WholeProgress, Work, WorkEstimate, WorkPlan
 from modular_experts.merging.distill import distill, without_data
 from modular_experts.merging.merged import merge
 from modular_experts.merging.objective import ValidationRows, check_tasks, objective_on_base, own_experts
@@ -79,7 +79,7 @@ def combine(
     progress: Progress = iter,
     base: str | None = None,
     dtype: DType | None = None,
-    planned: Callable[[Plan], None] | None = None,
+    planned: Callable[[WorkPlan], None] | None = None,
     measured: Callable[[Way], None] | None = None,
 ) -> Combined:
     """Merge experts without data and by `distill`, put them behind a router as they are and shrunk, and measure all.

@@ -7,7 +7,7 @@ Work is counted in tokens of a forward pass of the base; what else a token takes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from modular_experts.data import Inputs
 from modular_experts.data.rows import spread_evenly
@@ -16,6 +16,8 @@ from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.methods import Distilled
 from modular_experts.progress import Counted, Progress
 from modular_experts.routing import Router
+
+Item = TypeVar("Item")
 
 ANSWER = 8
 """Tokens that an answer of an expert is expected to have."""
@@ -37,7 +39,7 @@ class PlannedWay:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkPlan:
     """What `combine` is about to do.
 
     Attributes:
@@ -77,13 +79,13 @@ class Work:
         """The work of all parts together."""
         return self.prompts + self.own + sum(self.making[name] + self.measuring[name] for name in self.needs)
 
-    def plan(self, seconds: float) -> Plan:
+    def plan(self, seconds: float) -> WorkPlan:
         """Return the plan of this work at some seconds a token."""
         ways = [
             PlannedWay(name, needs, seconds * (self.making[name] + self.measuring[name]))
             for name, needs in self.needs.items()
         ]
-        return Plan(ways, seconds * (self.prompts + self.own))
+        return WorkPlan(ways, seconds * (self.prompts + self.own))
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ class WholeProgress:
 
     def __init__(self, progress: Progress, tokens: float) -> None:
         self._hundredths = iter(progress(Counted(range(100), "%")))
-        self._tokens, self._done, self._shown = max(tokens, 1.0), 0.0, 0
+        self._tokens = max(tokens, 1.0)
+        self._done = 0.0
+        self._shown = 0
         self._show()
 
     def _show(self) -> None:
@@ -181,7 +185,7 @@ class WholeProgress:
         """
         goal = self._done + tokens
 
-        def shown(items: Sequence[Any]) -> Iterator[Any]:
+        def shown(items: Sequence[Item]) -> Iterator[Item]:
             share = tokens * units.get(getattr(items, "unit", ""), 0.0) / max(len(items), 1)
             for item in items:
                 yield item

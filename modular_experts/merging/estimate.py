@@ -9,9 +9,14 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.chunks import chunk_size
 from modular_experts.text import bytes_text
 
-# Bytes per entry of a chunk (a few tensors of eight bytes; the pruned values of each expert), per single entry that an
-# expert keeps (its decoded index; a copy of index and value), and per entry of the weight (writing the result).
-_SCRATCH, _VALUES, _INDEX, _COPY, _WRITTEN = 40, 8, 4, 8, 6
+# Bytes of each entry of a chunk: a few tensors of eight bytes, and the pruned values of each expert.
+_SCRATCH = 40
+_VALUES = 8
+# Bytes of each single entry that an expert keeps: its decoded index, and a copy of index and value.
+_INDEX = 4
+_COPY = 8
+# Bytes of each entry of the weight while the result is written.
+_WRITTEN = 6
 
 
 @dataclass(frozen=True)
@@ -29,38 +34,46 @@ class WeightEstimate:
     peak: int
 
 
-def estimate(merged: Merged) -> list[WeightEstimate]:
+def estimate_merge(merged: Merged) -> list[WeightEstimate]:
+    """Estimate each weight of a merge."""
     sizes = [expert.stored_bytes() for expert in merged.stored]
     tables = [(expert.forms(), expert.kept_entries()) for expert in merged.stored]
     spread = [_spread_at_once(expert) for expert in merged.stored]
-    found = []
+    weights = []
     for name, shape in merged.shapes().items():
-        method, entries = merged.rules[name], shape.numel()
+        method = merged.rules[name]
+        needs = method.needs
+        entries = shape.numel()
         read = [stored[name] for stored in sizes if name in stored]
-        kept = [counts[name] for forms, counts in tables if forms.get(name) == "Sparse"]  # tiles have few indices
-        single, needs = sum(kept), method.needs
+        # Tiles have few indices, so only single entries count.
+        kept = [counts[name] for forms, counts in tables if forms.get(name) == "Sparse"]
+        single = sum(kept)
         # A method that goes chunk by chunk makes single entries of single entries, each with its index.
         is_sparse = len(kept) == len(read) and not (needs.matrices or needs.matrices_per_expert)
         made = min(entries, 2 * single) if is_sparse else entries
         matrices = (needs.matrices + needs.matrices_per_expert * len(read)) * entries * 8
         matrices += needs.squares * shape[-1:].numel() ** 2 * 8
-        result = min(2 * sum(read), 4 * entries) + 4 * made  # in the file's form, and before it is put into it
+        # The result in the file's form, and before it is put into it.
+        result = min(2 * sum(read), 4 * entries) + 4 * made
         held = (_INDEX + _COPY * needs.copies) * single + _WRITTEN * made
         held += _COPY * sum(tiles.get(name, 0) for tiles in spread)
-        peak = int(matrices + result + held + (_SCRATCH + _VALUES * len(read)) * min(chunk_size(), entries))
-        found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
-    return found
+        chunk = (_SCRATCH + _VALUES * len(read)) * min(chunk_size(), entries)
+        peak = int(matrices + result + held + chunk)
+        weights.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
+    return weights
 
 
 def _spread_at_once(expert: StoredExpert) -> dict[str, int]:
     """Return how many entries of tiles an expert spreads at once, where a row of tiles exceeds the size of a chunk."""
-    shapes, kept, found = expert.shapes(), expert.kept_entries(), {}
+    shapes = expert.shapes()
+    kept = expert.kept_entries()
+    spread: dict[str, int] = {}
     for name, (height, _) in expert.tiles().items():
         entries = shapes[name].numel()
-        rows = min(entries, height * shapes[name][1])
-        if rows > chunk_size():
-            found[name] = kept[name] * rows // entries
-    return found
+        row = min(entries, height * shapes[name][1])
+        if row > chunk_size():
+            spread[name] = kept[name] * row // entries
+    return spread
 
 
 def largest(weights: Sequence[WeightEstimate]) -> WeightEstimate:

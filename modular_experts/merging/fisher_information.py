@@ -25,11 +25,13 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
     sums: dict[str, Tensor] = {}
     parts: dict[str, dict[int | None, Tensor]] = {}
     for name in names:
-        weight, (whole, number) = weight_of(model, name), split_slice(name)
+        weight = weight_of(model, name)
+        whole, number = split_slice(name)
         sums[name] = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         parts.setdefault(whole, {})[number] = sums[name]
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    rows, handles = 0, []
+    rows = 0
+    handles = []
     model.requires_grad_(False)
     try:
         for whole, totals in parts.items():

@@ -12,7 +12,7 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import BlockSparse
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
-from modular_experts.merging.estimate import estimate
+from modular_experts.merging.estimate import estimate_merge
 from modular_experts.merging.merged import Merged
 from modular_experts.methods import SparseAverage, TSVMerge
 from modular_experts.methods.chunks import chunks_of_size
@@ -73,7 +73,7 @@ def test_a_size_has_at_least_a_byte_and_an_end(text):
 
 def test_matrices_of_all_experts_are_counted(library):
     experts = open_experts([library / "a", library / "b"])
-    by_parts, whole = (estimate(Merged(experts, method)) for method in (SparseAverage(), TSVMerge()))
+    by_parts, whole = (estimate_merge(Merged(experts, method)) for method in (SparseAverage(), TSVMerge()))
     some, more = TSVMerge.needs.matrices, TSVMerge.needs.matrices_per_expert
     for one, other in zip(by_parts, whole, strict=True):
         assert one.read == other.read
@@ -97,7 +97,7 @@ def test_entries_of_tiles_are_counted_where_a_part_is_large(tile, share, tmp_pat
     peaks = []
     for part in (2**18, 500):  # the former is larger than the weight
         with chunks_of_size(part):
-            peaks.append(estimate(Merged(experts, SparseAverage()))[0].peak)
+            peaks.append(estimate_merge(Merged(experts, SparseAverage()))[0].peak)
     scratch = (40 + 8 * 2) * (64 * 48 - 500)
     kept = 2 * tile[0] * tile[1]
     assert peaks[0] - peaks[1] == scratch - (8 * 2 * kept // share if share else 0)
