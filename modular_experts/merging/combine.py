@@ -6,7 +6,7 @@ was interrupted. Each way is measured before the next one is made, and the ways 
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -121,31 +121,20 @@ def combine(
     known = json.loads(file.read_text(encoding="utf-8"))
     combining = _Combining(opened, out, rows, method, router, base, dtype)
     ways: dict[str, Way] = {}
-
-    def add(name: str) -> None:
-        # The directory may have moved since the way was measured.
-        ways[name] = Way(**known["ways"][name] | {"place": str(combining.makings[name].place)})
+    for name, making in combining.makings.items():
+        if name in known["ways"]:
+            # The directory may have moved since the way was measured.
+            ways[name] = Way(**known["ways"][name] | {"place": str(making.place)})
+            if measured:
+                measured(ways[name])
+    for way in combining.run([name for name in combining.makings if name not in ways], progress, planned):
+        known["ways"][way.name] = asdict(way)
+        with new_file(file) as temporary:
+            temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        # As the caller wrote it: the expert's own path is absolute.
+        ways[way.name] = replace(way, place=str(combining.makings[way.name].place))
         if measured:
-            measured(ways[name])
-
-    left = [name for name in combining.makings if name not in known["ways"]]
-    for name in combining.makings:
-        if name not in left:
-            add(name)
-    if left:
-        work = combining.work(left)
-        if planned:
-            planned(work.plan(combining.seconds_of_a_token()))
-        whole = WholeProgress(progress, work.tokens)
-        # Before the measurement loads the base, which would lie in memory twice.
-        with whole.part(work.prompts, {"batches": 1 / len(opened)}) as shown:
-            combining.read_prompts(shown)
-        for name in left:
-            known["ways"][name] = asdict(combining.run(name, whole, work))
-            with new_file(file) as temporary:
-                temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-            add(name)
-        whole.end()
+            measured(ways[way.name])
     return Combined([ways[name] for name in combining.makings])
 
 
@@ -265,7 +254,29 @@ class _Combining:
             "Distilled": _Making(out / "distilled", f"{inputs}, a search", self._distill, distilling),
         }
 
-    def work(self, left: Sequence[str]) -> Work:
+    def run(self, left: Sequence[str], progress: Progress, planned: Callable[[WorkPlan], None] | None) -> Iterator[Way]:
+        """Make and measure the ways that are left, one after the other."""
+        if not left:
+            return
+        work = self._work(left)
+        if planned:
+            planned(work.plan(self._seconds_of_a_token()))
+        whole = WholeProgress(progress, work.tokens)
+        # Before the measurement loads the base, which would lie in memory twice.
+        with whole.part(work.prompts, {"batches": 1 / len(self._opened)}) as shown:
+            self._read_prompts(shown)
+        for name in left:
+            making = self.makings[name]
+            with whole.part(work.making[name], making.units) as shown:
+                if not _is_made(making.place):
+                    making.make(shown)
+            measure = self._measuring(whole, work)
+            with whole.part(work.measuring[name], {"tasks": 1.0}) as shown:
+                way = measure(name, open_expert(making.place), making.needs, shown)
+            yield way
+        whole.end()
+
+    def _work(self, left: Sequence[str]) -> Work:
         """Return how many tokens the ways that are left read."""
         rows = self._rows
         structure = Base.open(self._base, self._opened).structure.model
@@ -298,7 +309,7 @@ class _Combining:
     def _load(self) -> PreTrainedModel:
         return Base.open(self._base, self._opened).load(self._dtype).to(device())  # type: ignore[arg-type]
 
-    def seconds_of_a_token(self) -> float:
+    def _seconds_of_a_token(self) -> float:
         """Return how long the base takes for a token of the rows that measure, by a batch of them."""
         model = self._load()
         batches = batches_by_length(self._measuring_examples(), self._rows.measured)
@@ -312,16 +323,6 @@ class _Combining:
             seconds = clock() - started
         return seconds / ids.numel()
 
-    def run(self, name: str, whole: WholeProgress, work: Work) -> Way:
-        """Make one of the ways, and measure it."""
-        making = self.makings[name]
-        with whole.part(work.making[name], making.units) as shown:
-            if not _is_made(making.place):
-                making.make(shown)
-        measure = self._measuring(whole, work)
-        with whole.part(work.measuring[name], {"tasks": 1.0}) as shown:
-            return measure(name, open_expert(making.place), making.needs, shown)
-
     def _measuring(self, whole: WholeProgress, work: Work) -> Measurement:
         if self._measurement is None:
             rows = self._rows
@@ -331,7 +332,7 @@ class _Combining:
                 )
         return self._measurement
 
-    def read_prompts(self, progress: Progress) -> None:
+    def _read_prompts(self, progress: Progress) -> None:
         """Put the experts beside their routed one, and take there what the router learns from.
 
         A router reads prompts at its own depths alone, which takes a quarter of a pass by default.

@@ -96,14 +96,14 @@ class Measurement:
             for batch in self._held_out:
                 for task, right in zip(batch["task"], _scores(self.model, batch).matches.tolist(), strict=True):
                     by_task.setdefault(task, []).append(right)
-        matches, losses = fmean(task.matches for task in read), fmean(task.loss for task in read)
+        matches = fmean(task.matches for task in read)
         return Way(
             name,
             str(expert.path),
             needs,
             bytes=sum(member.size_on_disk for member in members) if expert.is_routed else 0,
             kept=matches / self._own if self._own else 0.0,
-            loss=losses,
+            loss=fmean(task.loss for task in read),
             held_out=fmean(map(fmean, by_task.values())) if by_task else None,
             time=sum(task.seconds for task in read) / self._base,
         )

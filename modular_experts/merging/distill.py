@@ -95,20 +95,32 @@ def distill(
         algorithm = ATLAS(method.steps, method.learning_rate, objective="distill", per="row", decay=True)
         return search(opened, algorithm, rows, out, [start], overwrite, progress, read)
 
-    objective = read(opened, rows, progress=progress)
+    return _distill_by_block(opened, read(opened, rows, progress=progress), method, start, out, overwrite, progress)
+
+
+def _distill_by_block(
+    experts: Sequence[StoredExpert],
+    objective: Objective,
+    method: Distilled,
+    start: MergeMethod,
+    out: str | Path,
+    overwrite: bool,
+    progress: Progress,
+) -> Searched:
+    """Search block by block, and write the merge."""
     base_losses = objective.losses()
-    own = own_experts(opened, list(objective.batches))
-    members = [Merged(opened, start), *opened]
-    deltas, found = distill_blocks(
+    own = own_experts(experts, list(objective.batches))
+    members = [Merged(experts, start), *experts]
+    deltas, outcome = distill_blocks(
         objective.model, objective.batches, members, own, method.learning_rate, method.steps, progress
     )
-    found = replace(found, losses=objective.losses_with(deltas))
+    outcome = replace(outcome, losses=objective.losses_with(deltas))
     settings = {"search": "Distilled", **vars(method), "start": describe(start), **objective.origin}
-    notes = record_notes(settings, found.losses)
-    record = Merged(opened, TaskArithmetic()).record() | {"method": None} | notes
+    notes = record_notes(settings, outcome.losses)
+    record = Merged(experts, TaskArithmetic()).record() | {"method": None} | notes
     write_expert(out, deltas, record, overwrite)
-    shown = [type(start).__name__, *(str(expert.place) for expert in opened)]
-    return Searched(open_expert(out), shown, found, base_losses, write_trials(out, found.trials))
+    shown = [type(start).__name__, *(str(expert.place) for expert in experts)]
+    return Searched(open_expert(out), shown, outcome, base_losses, write_trials(out, outcome.trials))
 
 
 def distill_blocks(
@@ -140,20 +152,18 @@ def distill_blocks(
     deltas = {name: experts[0][name] for name in names if block_of(name) is None and name in experts[0]}
     coefficients = [torch.zeros(0, len(experts))]
     trials: list[Trial] = []
-    # States are `(rows, length, 2, size)`: in front of the block of the merged model, and of the task's own expert.
+    # A batch's states are `(rows, length, 2, size)`: of the merged model, and of the task's own expert.
     for number in progress(Counted(range(count), "blocks")):
         run = _runner(model, parent, number)
         inside = [name for name in names if block_of(name) == f"{parent}.{number}"]
         for task, expert in own.items():
-            moved = {name: expert[name] for name in inside if name in expert}
-            with torch.no_grad(), applied(model, moved, check=False):
+            with torch.no_grad(), applied(model, _some(expert, inside), check=False):
                 for batch in batches[task]:
                     if number == 0:
                         embeddings = run(batch, None)[0]
                         batch["states"] = torch.stack([embeddings, embeddings], 2)
                     batch["states"][:, :, 1] = run(batch, batch["states"][:, :, 1])[1]
-        members = [{name: expert[name] for name in inside if name in expert} for expert in experts]
-        with Combination(model, members, 1) as combination:
+        with Combination(model, [_some(expert, inside) for expert in experts], 1) as combination:
             if inside:
                 start = first_coefficients(combination, "row", [1.0])
                 aim = partial(_distances, run)
@@ -169,6 +179,11 @@ def distill_blocks(
     for batch in every_batch:
         del batch["states"]
     return deltas, Found(torch.cat(coefficients), {}, trials)
+
+
+def _some(expert: Mapping[str, Delta], names: Sequence[str]) -> dict[str, Delta]:
+    """Return the deltas of some weights, as far as an expert moves them."""
+    return {name: expert[name] for name in names if name in expert}
 
 
 def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:

@@ -158,7 +158,7 @@ class AdaMerging(CoefficientSearch):
             raise ValueError(f"AdaMerging: start must be from 0 to a finite largest={self.largest}, got {self.start}")
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
-        first = [self.start] * combination.experts
+        first = [self.start for _ in range(combination.experts)]
         return _descended(self, combination, objective, first, progress, bounds=(0.0, self.largest))
 
 

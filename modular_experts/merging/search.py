@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modular_experts.data import TaskMixture
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
+from modular_experts.library.record import Facts
 from modular_experts.merging.combination import Combination
 from modular_experts.merging.merged import Merged, write_merged
 from modular_experts.merging.objective import (
@@ -171,28 +172,37 @@ def search(
     base_losses = objective.losses()
     held = [{name: merged[name] for name in progress(Counted(merged, "weights"))} for merged in merged_lazily]
     with Combination(objective.model, [*held, *opened], len(held)) as combination:
-        found = algorithm.search(combination, objective, progress)
+        outcome = algorithm.search(combination, objective, progress)
     for place, deltas, merged in zip(places, held, merged_lazily, strict=True):
         write_expert(place, deltas, merged.record(), overwrite)
-
-    combined: list[str | StoredExpert] = [*places, *opened]
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": data.rows, **objective.origin}
-    notes = record_notes(settings, found.losses)
-    rows = found.coefficients.tolist()
-    if len(rows) > len(combination.names):
-        # A coefficient for each row of a weight, which no merge method has, so the deltas are written as they are.
-        record = Merged(combined, TaskArithmetic()).record() | {"method": None} | notes
-        write_expert(out, combination.deltas(found.coefficients), record, overwrite)
-        expert = open_expert(out)
-    else:
-        if all(row == rows[0] for row in rows):
-            merge = Merged(combined, TaskArithmetic(weights=rows[0]))
-        else:
-            named = zip(combination.names, rows, strict=True)
-            merge = Merged(combined, None, {re.escape(name): TaskArithmetic(weights=row) for name, row in named})
-        expert = write_merged(merge, out, overwrite, progress, notes)
+    notes = record_notes(settings, outcome.losses)
+    expert = _write([*places, *opened], combination, outcome.coefficients, notes, out, overwrite, progress)
     shown = [*places, *(str(member.place) for member in opened)]
-    return Searched(expert, shown, found, base_losses, write_trials(out, found.trials))
+    return Searched(expert, shown, outcome, base_losses, write_trials(out, outcome.trials))
+
+
+def _write(
+    experts: Sequence[str | StoredExpert],
+    combination: Combination,
+    coefficients: Tensor,
+    notes: Facts,
+    out: str | Path,
+    overwrite: bool,
+    progress: Progress,
+) -> StoredExpert:
+    """Write the merge with some coefficients: by `TaskArithmetic`, unless each row of a weight has its own."""
+    rows = coefficients.tolist()
+    if len(rows) > len(combination.names):
+        record = Merged(experts, TaskArithmetic()).record() | {"method": None} | dict(notes)
+        write_expert(out, combination.deltas(coefficients), record, overwrite)
+        return open_expert(out)
+    if all(row == rows[0] for row in rows):
+        merge = Merged(experts, TaskArithmetic(weights=rows[0]))
+    else:
+        by_name = zip(combination.names, rows, strict=True)
+        merge = Merged(experts, None, {re.escape(name): TaskArithmetic(weights=row) for name, row in by_name})
+    return write_merged(merge, out, overwrite, progress, notes)
 
 
 def places_of(
