@@ -6,13 +6,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from modular_experts.data.chat import PromptReading, PromptReadings
-from modular_experts.injection.attach import open_route
+from modular_experts.injection.attach import make_router, open_route
 from modular_experts.library import Library, StoredExpert, check_fingerprint, is_adapter, open_expert
 from modular_experts.library.opening import version_of
 from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED
@@ -21,12 +21,16 @@ from modular_experts.text import did_you_mean
 
 log = logging.getLogger(__name__)
 
-BASE, AUTO = "base", "auto"
-"""The names of the base alone, and of the route that the server takes where a request leaves the choice to it."""
+BASE = "base"
+"""The name of the base alone."""
+AUTO = "auto"
+"""The name of the route that the server takes where a request leaves the choice to it."""
 MOST_OPEN = 64
 """How many experts are kept open, the least recently named ones left out."""
 
 Weighted = list[tuple[StoredExpert, float]]
+Version = Sequence[tuple[int, int] | None]
+"""What tells an expert from another one that takes its place; it begins with None where none is there."""
 
 
 class UnknownModelError(ValueError):
@@ -53,28 +57,31 @@ class ChosenExperts(NamedTuple):
     @property
     def name(self) -> str:
         """The choice as a request would name it."""
-        parts = [(f"{weight:.6f}".rstrip("0").rstrip("."), one.name) for one, weight in self.experts]
-        return "+".join(name if share == "1" else f"{share}*{name}" for share, name in parts) or BASE
+        terms = []
+        for expert, weight in self.experts:
+            factor = f"{weight:.6f}".rstrip("0").rstrip(".")
+            terms.append(expert.name if factor == "1" else f"{factor}*{expert.name}")
+        return "+".join(terms) or BASE
 
     @property
     def headers(self) -> dict[str, str]:
         """What an answer tells of the choice."""
-        shown = {} if self.confidence is None else {"x-expert-confidence": f"{self.confidence:.4f}"}
-        return {"x-expert": self.name} | shown
+        headers = {"x-expert": self.name}
+        if self.confidence is not None:
+            headers["x-expert-confidence"] = f"{self.confidence:.4f}"
+        return headers
 
 
 class Route:
     """A stored router, which chooses among experts by the prompt; `members` are all that may answer."""
 
     def __init__(self, expert: StoredExpert) -> None:
-        routers, experts, fallback = open_route(expert)
-        if len(routers) != 1 or (router := next(iter(routers.values()))).scope != "sample":
-            raise ValueError(
-                f"{expert.name} chooses for each token and layer, and only routes that choose by the prompt are "
-                "served; make one with --router KernelRidge or Centroid"
-            )
-        self._router, self.depths = router.eval(), list(router.depths)
-        self.members = experts if fallback is None else [*experts, fallback]
+        _check_chooses_by_prompt(expert)
+        opened = open_route(expert)
+        (self._router,) = opened.routers.values()
+        self._router.eval()
+        self.depths = list(self._router.depths)
+        self.members = opened.members if opened.fallback is None else [*opened.members, opened.fallback]
 
     @torch.inference_mode()
     def choose(self, reader: nn.Module, readings: PromptReadings) -> tuple[ChosenExperts, PromptReading]:
@@ -126,21 +133,23 @@ class Models:
 
     def __init__(self, library: str | Path, fingerprint: str, place: str, auto: str | None = None) -> None:
         self._library = Library(library, place)
-        self._fingerprint, self._place, self._auto = fingerprint, place, auto
-        self._open: OrderedDict[str, tuple[Any, StoredExpert, ChosenExperts | Route]] = OrderedDict()
-        self._records: dict[str, tuple[Any, Listed | None]] = {}
+        self._fingerprint = fingerprint
+        self._place = place
+        self._auto = auto
+        self._open: OrderedDict[str, _Opened] = OrderedDict()
+        self._records: dict[str, tuple[Version, Listed | None]] = {}
         self._lock = threading.Lock()
         if auto is not None and not isinstance(self._find(auto), Route):
-            raise ValueError(f"auto means a route, and {auto} has no router; make one: modular-experts route")
+            raise ValueError(f"auto means a route, and {auto} has no router; `auto=` takes a name that route has made")
 
     def listed(self) -> list[Listed]:
-        """Return all models but `auto` and sums; what was trained on another base is left out."""
+        """Return all models but `auto` and sums; those that cannot be served on this base are left out."""
         with self._lock:
             names = [name for name in self._library if name not in (BASE, AUTO)]
             self._records = {name: self._described(name) for name in names}
-            return [Listed(BASE, "base", 0), *(found for _, found in self._records.values() if found is not None)]
+            return [Listed(BASE, "base", 0), *(model for _, model in self._records.values() if model is not None)]
 
-    def _described(self, name: str) -> tuple[Any, Listed | None]:
+    def _described(self, name: str) -> tuple[Version, Listed | None]:
         """Return what changes when an expert is replaced, and how it is listed."""
         directory = self._library.directory / name
         version = _version(directory)
@@ -149,14 +158,16 @@ class Models:
         if name in self._records and self._records[name][0] == version:
             return self._records[name]
         try:
-            record = open_expert(directory, self._place).record
+            expert = open_expert(directory, self._place)
+            record = expert.record
+            if record["base"]["fingerprint"] != self._fingerprint:
+                return version, None
+            if expert.is_routed:
+                _check_chooses_by_prompt(expert)
         except (OSError, ValueError) as error:
             log.warning("%s is not served: %s", name, error)
             return version, None
         kind = {MERGE: "merge", ROUTED: "route"}.get(record["kind"], "expert")
-        fits = record["base"]["fingerprint"] == self._fingerprint
-        if not fits:
-            return version, None
         tasks = [str(task) for task in record["tasks"]]
         return version, Listed(name, kind, version[0][1] // 10**9, tasks)
 
@@ -178,14 +189,16 @@ class Models:
 
     @property
     def _routes(self) -> list[str]:
-        return [one.name for one in self.listed() if one.kind == "route"] if self._auto is None else [self._auto]
+        if self._auto is not None:
+            return [self._auto]
+        return [model.name for model in self.listed() if model.kind == "route"]
 
     @property
     def why_no_auto(self) -> str:
         """Why `auto` means no route, and what helps."""
         if routes := self._routes:
-            return f"the library has the routes {', '.join(routes)}; choose one with --auto, such as --auto {routes[0]}"
-        return "the library has no route; modular-experts route LIBRARY/* --out LIBRARY/routed makes one"
+            return f"the library has the routes {', '.join(routes)}; choose one, such as `auto={routes[0]}`"
+        return "the library has no route that chooses by the prompt; make one of its experts with route"
 
     def find(self, name: str) -> ChosenExperts | Route:
         """Return what a request's `model` means."""
@@ -193,56 +206,93 @@ class Models:
             if (route := self.auto) is None:
                 raise UnknownModelError(f"'{AUTO}' names no model here: {self.why_no_auto}")
             return self._find(route)
-        parts = [(self._find(each), weight) for each, weight in [_term(name, term) for term in name.split("+")]]
-        if len(parts) == 1 and parts[0][1] == 1:
-            return parts[0][0]
-        total: dict[str, tuple[StoredExpert, float]] = {}
-        for part, weight in parts:
-            if isinstance(part, Route):
+        terms = [_term(name, text) for text in name.split("+")]
+        models = [self._find(term.name) for term in terms]
+        if len(terms) == 1 and terms[0].weight == 1:
+            return models[0]
+        experts: dict[str, StoredExpert] = {}
+        weights: dict[str, float] = {}
+        for term, model in zip(terms, models, strict=True):
+            if isinstance(model, Route):
                 raise ValueError(f"{name!r} adds a route to something; name the route alone")
-            if not part.experts and weight != 1:
+            if not model.experts and term.weight != 1:
                 raise ValueError(f"{name!r} gives the base a number; give it to experts, which are added to the base")
-            for expert in part.members:
-                total[expert.content_hash] = expert, weight + total.get(expert.content_hash, (expert, 0.0))[1]
-        return ChosenExperts(list(total.values()))
+            for expert in model.members:
+                experts[expert.content_hash] = expert
+                weights[expert.content_hash] = weights.get(expert.content_hash, 0.0) + term.weight
+        return ChosenExperts([(expert, weights[key]) for key, expert in experts.items()])
 
     def _find(self, name: str) -> ChosenExperts | Route:
         if name == BASE:
             return ChosenExperts([])
         directory = self._library.directory / name
         if not ((directory / RECORD_FILE).is_file() or is_adapter(directory)):
-            known = [BASE, *[AUTO] * bool(self.auto), *self._library]
-            some = f"; there are {', '.join(known[:8])}{', and more' * (len(known) > 8)}"
-            raise UnknownModelError(f"there is no model {name!r}{did_you_mean(name, known) or some}")
+            raise UnknownModelError(f"there is no model {name!r}{self._near(name)}")
         with self._lock:  # one request opens an expert, or converts an adapter, and the others wait
             version = _version(directory)  # before it is opened, so that a replacement meanwhile is seen
-            before, expert, found = self._open.pop(name, (None, None, None))
-            if expert is None or found is None or before != [version, *self._behind(expert)]:
+            opened = self._open.pop(name, None)
+            if opened is None or opened.versions != [version, *self._behind(opened.expert)]:
                 expert = open_expert(directory, self._place)
                 check_fingerprint([expert], self._fingerprint, self._place)
-                found = Route(expert) if expert.is_routed else ChosenExperts([(expert, 1.0)])
-            self._open[name] = [version, *self._behind(expert)], expert, found
+                model = Route(expert) if expert.is_routed else ChosenExperts([(expert, 1.0)])
+                opened = _Opened([version, *self._behind(expert)], expert, model)
+            self._open[name] = opened
             while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
-        return found
+        return opened.model
 
-    def _behind(self, expert: StoredExpert) -> list[Any]:
-        """Return what changes when one of the experts is replaced that a route chooses among."""
-        names = [str(one["name"]) for one in expert.record["parents"] if expert.is_routed]
-        return [_version(self._library.directory / name) for name in names]
+    def _near(self, name: str) -> str:
+        """Return the end of a sentence about an unknown name: the name that was meant, or those that there are."""
+        known = [BASE, *self._library]
+        if self.auto is not None:
+            known.insert(1, AUTO)
+        if meant := did_you_mean(name, known):
+            return meant
+        others = ", and more" if len(known) > 8 else ""
+        return f"; there are {', '.join(known[:8])}{others}"
+
+    def _behind(self, expert: StoredExpert) -> list[Version]:
+        """Return the versions of the experts that a route chooses among."""
+        if not expert.is_routed:
+            return []
+        return [_version(self._library.directory / str(parent["name"])) for parent in expert.record["parents"]]
 
 
-def _version(directory: Path) -> list[tuple[int, int] | None]:
-    """Return what changes when an expert is replaced, or a file of an adapter; it begins with None if none is there."""
+class _Opened(NamedTuple):
+    """An expert that is kept open, and what its name means as long as its versions stay."""
+
+    versions: list[Version]
+    expert: StoredExpert
+    model: ChosenExperts | Route
+
+
+def _version(directory: Path) -> Version:
+    """Return what changes when an expert is replaced, or a file of an adapter."""
     files = sorted(directory.glob("adapter_*")) if is_adapter(directory) else []
     return [version_of(place) for place in (directory, *files)]
 
 
-def _term(whole: str, text: str) -> tuple[str, float]:
+def _check_chooses_by_prompt(expert: StoredExpert) -> None:
+    """Raise ValueError if the router of a routed expert chooses for each token."""
+    router = make_router(expert.record["class_path"], expert.record["hyperparameters"], str(expert.path))
+    if router.scope != "sample":
+        raise ValueError(
+            f"{expert.name} chooses for each token and layer, and only routes that choose by the prompt are "
+            "served; make one with `router=KernelRidge` or Centroid"
+        )
+
+
+class _Term(NamedTuple):
+    """A part of a sum of experts."""
+
+    name: str
+    weight: float
+
+
+def _term(whole: str, text: str) -> _Term:
     """Read a term of a sum: `name`, or a number, a star and a name."""
-    found = re.fullmatch(
-        r"\s*(?:([+-]?(?:\d{1,6}(?:\.\d*)?|\.\d+))\s*\*\s*)?([A-Za-z0-9][\w.-]{0,63})\s*", text, re.ASCII
-    )
-    if found is None or len(whole) > 4096:
+    number = r"[+-]?(?:\d{1,6}(?:\.\d*)?|\.\d+)"
+    term = re.fullmatch(rf"\s*(?:({number})\s*\*\s*)?([A-Za-z0-9][\w.-]{{0,63}})\s*", text, re.ASCII)
+    if term is None or len(whole) > 4096:
         raise UnknownModelError(f"{whole[:200]!r} names no model; give the name of one, or a sum such as 'a+0.5*b'")
-    return found[2], 1.0 if found[1] is None else float(found[1])
+    return _Term(term[2], 1.0 if term[1] is None else float(term[1]))

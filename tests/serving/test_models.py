@@ -167,9 +167,13 @@ def test_routes_that_cannot_be_served_say_so(routed, tiny_llama_dir) -> None:
     with pytest.raises(ValueError, match="'upper\\+route' adds a route to something"):
         models.find("upper+route")
     make(Arrow(), "tokens")
-    assert models.auto is None, "there are two"
+    assert models.auto == "route"
+    assert "tokens" not in [model.name for model in models.listed()]
     with pytest.raises(ValueError, match="tokens chooses for each token and layer"):
         models.find("tokens")
+    make(Centroid(), "second")
+    assert models.auto is None, "there are two"
+    assert "the routes route, second; choose one, such as `auto=route`" in models.why_no_auto
     assert models.find("route").members
     # The router knows the expert that was there.
     served.write(tiny_llama_dir, library / "upper", "lora", 9, overwrite=True)

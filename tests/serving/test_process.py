@@ -70,7 +70,7 @@ def test_it_refuses_to_start_with_a_sentence(library, run, monkeypatch, tmp_path
             ([library, "--port", "70000"], "--port 70000 is outside 0 to 65535"),
             ([library, "--auto", "loar"], "there is no model 'loar'; did you mean lora?"),
             ([library, "--rows", "0"], "must be at least 1"),
-            ([library, *front], f"{no_route}; modular-experts route"),
+            ([library, *front], f"{no_route} that chooses by the prompt; make one"),
             ([library, "--expert_bytes", "much"], "'much' is not a size"),
             ([tmp_path], "has no experts"),
         ):
@@ -129,8 +129,7 @@ def test_the_commands_of_the_guide_work(server) -> None:
 
 
 def test_it_streams_frees_the_place_of_whoever_leaves_and_finishes_what_it_began(server, library, tiny_llama_dir):
-    how = "modular-experts route LIBRARY/* --out LIBRARY/routed makes one"
-    reason = f"the library has no route; {how}"
+    reason = "the library has no route that chooses by the prompt; make one of its experts with route"
     assert server.first == f"{tiny_llama_dir} with 6 models of {library}; auto is not there: {reason}\n"
     client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
     parts = [part.choices[0].text for part in client.completions.create(**LONG | {"max_tokens": 12})]
