@@ -6,11 +6,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,13 +20,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modular_experts.serving.answers import Answer, Answerer, Piece
+from modular_experts.serving.answers import Answer, Answerer, AnswerPart
 from modular_experts.serving.engine import Engine, EngineError
 from modular_experts.serving.models import AUTO, BASE, Listed, UnknownModelError
-from modular_experts.serving.requests import ChatRequest, CompletionRequest, sentence
+from modular_experts.serving.requests import ChatRequest, CompletionRequest, Json, sentence
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def make_app(answerer: Answerer, limits: Limits = Limits()) -> FastAPI:
         yield
         await asyncio.to_thread(answerer.engine.stop)
 
-    app, server = FastAPI(title="modular-experts", lifespan=running), _Server(answerer, limits)
+    server = _Server(answerer, limits)
+    app = FastAPI(title="modular-experts", lifespan=running)
     app.add_middleware(Guard, limits=limits)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(StarletteHTTPException, send_refusal)
@@ -78,13 +80,25 @@ class _Server:
     """The endpoints."""
 
     def __init__(self, answerer: Answerer, limits: Limits) -> None:
-        self.answerer, self.limits, self.measured = answerer, limits, Metrics(answerer.engine)
+        self.answerer = answerer
+        self.limits = limits
+        self.measured = Metrics(answerer.engine)
 
-    def models(self) -> dict[str, Any]:
+    def models(self) -> Json:
         """The models that a request may name, beside sums such as `a+0.5*b`."""
+        return {"object": "list", "data": self._models()}
+
+    def model(self, name: str) -> Json:
+        """One of the models."""
+        for model in self._models():
+            if model["id"] == name:
+                return model
+        raise refusal(404, f"there is no model {name[:200]!r}", "model")
+
+    def _models(self) -> list[Json]:
         models = self.answerer.models
         auto = [] if models.auto is None else [Listed(AUTO, "route", 0)]
-        data = [
+        return [
             {
                 "id": listed.name,
                 "object": "model",
@@ -94,16 +108,8 @@ class _Server:
             }
             for listed in (*auto, *models.listed())
         ]
-        return {"object": "list", "data": data}
 
-    def model(self, name: str) -> dict[str, Any]:
-        """One of the models."""
-        for model in self.models()["data"]:
-            if model["id"] == name:
-                return model
-        raise refusal(404, f"there is no model {name[:200]!r}", "model")
-
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Json:
         """The library, its base and its models, as the page at / shows them."""
         models = self.answerer.models
         return {
@@ -138,53 +144,65 @@ class _Server:
             raise refusal(404, str(error), "model") from None
         except (ValueError, FileNotFoundError) as error:
             raise refusal(400, str(error)) from None
-        choice, id = answer.choice, f"{body.prefix}-{uuid.uuid4().hex}"
+        choice = answer.choice
+        id = f"{body.prefix}-{uuid.uuid4().hex}"
         if self.limits.log_prompts:
             log.info("%s asks %s: %s", id, choice.name, body.prompt)
-        pieces = self._measured(id, answer, started)
-        said = {"id": id, "created": int(time.time()), "model": body.model}
-        said |= {"expert": choice.name, "confidence": choice.confidence}
+        parts = self._measured(id, answer, started)
+        head: Json = {
+            "id": id,
+            "created": int(time.time()),
+            "model": body.model,
+            "expert": choice.name,
+            "confidence": choice.confidence,
+        }
         if body.stream:
-            events = self._events(body, said | {"object": body.part}, answer, pieces)
-            return Stream(events, events, media_type="text/event-stream", headers=choice.headers)
-        whole = self._choice(body, await _unless_gone(request, _joined(pieces)), is_part=False)
-        said |= {"object": body.object, "choices": [whole], "usage": answer.usage}
-        return JSONResponse(said, headers=choice.headers)
+            events = self._events(body, head | {"object": body.part_object}, answer, parts)
+            return Stream(events, events, "text/event-stream", choice.headers)
+        whole = self._choice(body, await _unless_gone(request, _joined(parts)), is_part=False)
+        content = head | {"object": body.whole_object, "choices": [whole], "usage": answer.usage}
+        return JSONResponse(content, headers=choice.headers)
 
-    def _choice(self, body: ChatRequest | CompletionRequest, piece: Piece, is_part: bool) -> dict[str, Any]:
-        told = body.logprobs_of(piece.tokens, self.answerer.tokenizer) if body.told is not None else None
-        return {"index": 0, **body.in_field(piece.text, is_part), "finish_reason": piece.finish, "logprobs": told}
+    def _choice(self, body: ChatRequest | CompletionRequest, part: AnswerPart, is_part: bool) -> Json:
+        logprobs = None if body.alternatives is None else body.logprobs_of(part.tokens, self.answerer.tokenizer)
+        return {"index": 0, **body.in_field(part.text, is_part), "finish_reason": part.finish, "logprobs": logprobs}
 
     async def _events(
-        self, body: ChatRequest | CompletionRequest, said: dict[str, Any], answer: Answer, pieces: AsyncIterator[Piece]
-    ) -> AsyncIterator[str]:
+        self,
+        body: ChatRequest | CompletionRequest,
+        head: Json,
+        answer: Answer,
+        parts: AsyncGenerator[AnswerPart, None],
+    ) -> AsyncGenerator[str, None]:
         """Yield an answer as server-sent events."""
         try:
-            async with aclosing(pieces):  # type: ignore[type-var]
+            async with aclosing(parts):
                 if isinstance(body, ChatRequest):
                     start = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                    yield _event(said | {"choices": [start]})
-                async for piece in pieces:
-                    yield _event(said | {"choices": [self._choice(body, piece, is_part=True)]})
+                    yield _event(head | {"choices": [start]})
+                async for part in parts:
+                    yield _event(head | {"choices": [self._choice(body, part, is_part=True)]})
                 if body.stream_options is not None and body.stream_options.include_usage:
-                    yield _event(said | {"choices": [], "usage": answer.usage})
+                    yield _event(head | {"choices": [], "usage": answer.usage})
                 yield "data: [DONE]\n\n"
         except HTTPException as error:
             yield _event(error.detail)
 
-    async def _measured(self, id: str, answer: Answer, started: float) -> AsyncIterator[Piece]:
-        """Yield the pieces of an answer until its time is over, and count them."""
+    async def _measured(self, id: str, answer: Answer, started: float) -> AsyncGenerator[AnswerPart, None]:
+        """Yield the parts of an answer until its time is over, and count them."""
         deadline = asyncio.get_running_loop().time() + self.limits.seconds - (time.monotonic() - started)
-        text, finish = "", None
+        text = ""
+        finish = None
         try:
-            async with aclosing(answer.pieces) as pieces:  # type: ignore[type-var]
+            async with aclosing(answer.parts) as parts:
                 while finish is None:
                     async with asyncio.timeout_at(deadline):
-                        piece = await anext(pieces)
+                        part = await anext(parts)
                     if not text:
                         self.measured.first_token.observe(time.monotonic() - started)
-                    text, finish = text + piece.text, piece.finish
-                    yield piece
+                    text += part.text
+                    finish = part.finish
+                    yield part
         except TimeoutError:
             raise refusal(504, f"the answer took more than {self.limits.seconds:g} seconds") from None
         except EngineError as error:
@@ -228,11 +246,24 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+class Source(Protocol):
+    """Where a streamed answer comes from."""
+
+    async def aclose(self) -> None: ...
+
+
 class Stream(StreamingResponse):
     """A streamed answer, whose source is closed when it ends or the client leaves, even while it is sent something."""
 
-    def __init__(self, content: AsyncIterator[Any], source: Any, **settings: Any) -> None:
-        super().__init__(content, **settings)
+    def __init__(
+        self,
+        content: AsyncIterator[str] | AsyncIterator[bytes],
+        source: Source,
+        media_type: str | None = None,
+        headers: dict[str, str] | None = None,
+        status_code: int = 200,
+    ) -> None:
+        super().__init__(content, status_code, headers, media_type)
         self.source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -244,7 +275,9 @@ class Guard:
     """Refuses requests that are too many, too large or do not know the key, and ends those that take too long."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits, self.busy = app, limits, 0
+        self.app = app
+        self.limits = limits
+        self.busy = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -275,8 +308,9 @@ class Guard:
             self.busy -= 1
 
     def _refusal(self, scope: Scope) -> HTTPException | None:
-        key, given = self.limits.api_key, dict(scope["headers"]).get(b"authorization", b"")
-        known = key is None or hmac.compare_digest(given.removeprefix(b"Bearer ").strip(), key.encode())
+        key = self.limits.api_key
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        known = key is None or hmac.compare_digest(authorization.removeprefix(b"Bearer ").strip(), key.encode())
         if not known and scope["path"] not in ("/", "/health"):
             return refusal(401, "give the server's key as Authorization: Bearer KEY")
         if scope["method"] == "POST" and self.busy >= self.limits.requests:
@@ -285,13 +319,15 @@ class Guard:
         return None
 
 
-async def _joined(pieces: AsyncIterator[Piece]) -> Piece:
-    async with aclosing(pieces) as each:  # type: ignore[type-var]
-        found = [piece async for piece in each]
-    return Piece("".join(one.text for one in found), [t for one in found for t in one.tokens], found[-1].finish)
+async def _joined(parts: AsyncGenerator[AnswerPart, None]) -> AnswerPart:
+    async with aclosing(parts):
+        written = [part async for part in parts]
+    text = "".join(part.text for part in written)
+    tokens = [token for part in written for token in part.tokens]
+    return AnswerPart(text, tokens, written[-1].finish)
 
 
-async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """Wait for some work, and end it if the client leaves, also while it waits for its turn."""
     task = asyncio.ensure_future(work)
     try:
@@ -304,12 +340,12 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
         task.cancel()
 
 
-def _event(content: Any) -> str:
+def _event(content: object) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def refusal(
-    status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> HTTPException:
     """Return an error that ends a request with one sentence, in the form that clients of OpenAI read."""
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -317,12 +353,14 @@ def refusal(
     return HTTPException(status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers)
 
 
-def send_refusal(request: Request, error: Any) -> JSONResponse:
+def send_refusal(request: Request, error: Exception) -> JSONResponse:
     """Answer with an error; FastAPI's own errors have a text alone."""
+    assert isinstance(error, StarletteHTTPException)
     if not isinstance(error.detail, dict):
         error = refusal(error.status_code, str(error.detail), headers=error.headers)
     return JSONResponse(error.detail, error.status_code, error.headers)
 
 
-def _refuse_fields(request: Request, error: Any) -> JSONResponse:
+def _refuse_fields(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
     return send_refusal(request, refusal(400, *sentence(error.errors())))

@@ -9,23 +9,30 @@ import copy
 import itertools
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, TypeVarTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from modular_experts.library import StoredExpert
 from modular_experts.routing.gates import Gates
 from modular_experts.serving.experts import HeldExperts, NoRoomError, Slot
 from modular_experts.serving.models import Weighted
 
-transformers_log = logging.getLogger("ContinuousBatchingLogger")
+if TYPE_CHECKING:
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+    from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 PAGE = 32
 """Tokens of a page of the cache."""
 BATCH_TOKENS = 1024
@@ -59,7 +66,7 @@ class _Row:
 
     slots: list[tuple[int, float]]
     sampling: Sampling
-    told: list[Token] = field(default_factory=list)
+    chosen: list[Token] = field(default_factory=list)
     generator: torch.Generator | None = None
 
 
@@ -73,7 +80,7 @@ class SideThreads:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
 
-    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def call(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Return a function's result; a caller that is cancelled waits for the end of one that has begun."""
         async with self._turn:
             thread = ThreadPoolExecutor(1)
@@ -96,20 +103,28 @@ class Engine:
     `reader` is the base alone, which reads prompts for routers; it shares its tensors with the model.
     """
 
-    def __init__(self, model: Any, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30) -> None:
+    def __init__(
+        self, model: PreTrainedModel, rows: int = 32, cache_tokens: int = 16_384, expert_bytes: int = 2 * 2**30
+    ) -> None:
         if getattr(model.config, "attn_logit_softcapping", None):
             raise ValueError(
                 f"{type(model).__name__} cannot be served, because transformers leaves out attn_logit_softcapping "
                 "where it batches rows; ask it with generate"
             )
-        self.model, self.rows, self.cache_tokens = model.eval(), rows, cache_tokens
+        self.model = model.eval()
+        self.rows = rows
+        self.cache_tokens = cache_tokens
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.reader: nn.Module = copy.deepcopy(model, shared)
         self.experts = HeldExperts(model, expert_bytes, self._pause)
-        self._manager: Any = None
+        self._manager: ContinuousBatchingManager | None = None
         self._answering: dict[str, _Row] = {}
-        self._numbers, self._turn, self._reading = itertools.count(), asyncio.Lock(), SideThreads()
-        self._batch: tuple[list[tuple[str, int]], Gates | None] = [], None
+        self._numbers = itertools.count()
+        self._turn = asyncio.Lock()
+        self._reading = SideThreads()
+        # The rows of the last pass, and their gates.
+        self._batch: list[tuple[str, int]] = []
+        self._gates: Gates | None = None
         model.register_forward_pre_hook(self._give_experts, with_kwargs=True)
         model.register_forward_hook(self._choose_tokens, with_kwargs=True)
 
@@ -132,10 +147,10 @@ class Engine:
         finally:
             transformers_log.setLevel(logging.ERROR)
 
-    def start(self) -> None:
-        """Begin to answer; a second call does nothing."""
+    def start(self) -> "ContinuousBatchingManager":
+        """Begin to answer, and return what batches the rows; a second call does nothing more."""
         if self._manager is not None and self._manager.is_running():
-            return
+            return self._manager
         self.stop()
         # Its warnings quote tokens of prompts.
         transformers_log.setLevel(max(logging.ERROR, transformers_log.level))
@@ -157,6 +172,7 @@ class Engine:
         with torch.inference_mode():
             self._manager = self.model.init_continuous_batching(greedy, settings)
             self._manager.start()
+        return self._manager
 
     def stop(self) -> None:
         """End, with the answers that are not finished."""
@@ -175,45 +191,48 @@ class Engine:
         if prompt + most > self.cache_tokens:
             raise ValueError(
                 f"the prompt of {prompt} tokens and an answer of up to {most} need more than the {self.cache_tokens} "
-                "tokens that the server keeps; shorten them, or start it with more --cache_tokens"
+                "tokens that the server keeps; shorten them, or start it with more `cache_tokens=`"
             )
 
     async def answer(
         self, ids: Sequence[int], experts: Weighted, stops: Sequence[int], most: int, sampling: Sampling
-    ) -> AsyncIterator[Token]:
+    ) -> AsyncGenerator[Token, None]:
         """Yield the tokens of an answer as they come, with the one of `stops` that ends it; at most `most`.
 
         Whoever leaves the iterator ends the answer: close it (`aclose`). `check` the experts before.
         """
         slots = await self._taken([expert for expert, _ in experts]) if experts else []
-        key, tokens, finished = f"{next(self._numbers)}", asyncio.Queue[Any](), False
+        key = f"{next(self._numbers)}"
+        outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
+        finished = False
         row = _Row([(slot.number, weight) for slot, (_, weight) in zip(slots, experts, strict=True)], sampling)
         if sampling.temperature > 0:
             row.generator = torch.Generator().manual_seed(sampling.seed)
         self._answering[key] = row
         try:
-            manager, count = await self._asked(key, partial(_replace, tokens), list(ids), most, list(stops)), 0
+            manager = await self._asked(key, partial(_replace, outputs), list(ids), most, list(stops))
+            count = 0
             while not finished:
-                found = await _next(tokens, manager)
-                finished = found.is_finished()
-                if found.error is not None:
-                    raise EngineError(found.error)
-                for token in found.generated_tokens[count:]:
-                    yield row.told[count] if sampling.logprobs is not None else Token(token)
+                output = await _next(outputs, manager)
+                finished = output.is_finished()
+                if output.error is not None:
+                    raise EngineError(output.error)
+                for token in output.generated_tokens[count:]:
+                    yield row.chosen[count] if sampling.logprobs is not None else Token(token)
                     count += 1
         finally:
             del self._answering[key]
             if not finished and self._manager is not None:
                 self._manager.cancel_request(key)
-                # transformers keeps the handlers of requests that it does not finish.
-                self._manager.output_router.result_handlers.pop(key, None)
+                _forget_handler(self._manager, key)
             self.experts.give_back(slots)
 
-    async def _asked(self, key: str, tell: Callable[[Any], None], ids: list[int], most: int, stops: list[int]) -> Any:
+    async def _asked(
+        self, key: str, tell: "Callable[[GenerationOutput], None]", ids: list[int], most: int, stops: list[int]
+    ) -> "ContinuousBatchingManager":
         """Hand a request to the manager of the batch, and return it; one that failed is replaced."""
         while True:
-            self.start()
-            manager = self._manager
+            manager = self.start()
             manager.register_result_handler(key, tell)
             if manager.add_request(ids, key, most, streaming=True, eos_token_id=stops or [-1]) is not None:
                 return manager
@@ -240,57 +259,89 @@ class Engine:
         if not taken.cancelled() and taken.exception() is None:
             self.experts.give_back(taken.result())
 
-    def _pause(self) -> AbstractContextManager[Any]:
-        running = self._manager is not None and self._manager.is_running()
-        return self._manager.pause() if running else nullcontext()
+    def _pause(self) -> AbstractContextManager[None]:
+        if self._manager is not None and self._manager.is_running():
+            return self._manager.pause()
+        return nullcontext()
 
-    def _rows_of_pass(self) -> Iterator[tuple[Any, _Row | None]]:
-        for one in self._manager.batch_processor.inputs_and_outputs.requests_in_batch:
-            # A request that was cancelled may be in one more pass.
-            yield one, self._answering.get(one.state.request_id)
-
-    def _give_experts(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _give_experts(self, model: nn.Module, arguments: object, named: object) -> None:
         """Before a pass, name the experts of each of its tokens `(1, tokens)`, which lie row by row."""
-        rows = list(self._rows_of_pass())
-        batch = [(one.state.request_id, one.query_length) for one, _ in rows]
-        if self._batch[0] != batch:
-            gates = _gates([(one.query_length, row.slots if row else []) for one, row in rows], model.device)
-            self._batch = batch, gates
-        self.experts.gates.gates = self._batch[1]
+        parts = _parts_of_pass(self._manager)
+        batch = [(part.key, part.tokens) for part in parts]
+        if self._batch != batch:
+            self._batch = batch
+            # A request that was cancelled may be in one more pass.
+            rows = [self._answering.get(part.key) for part in parts]
+            slots = [row.slots if row is not None else [] for row in rows]
+            self._gates = _gates(slots, [part.tokens for part in parts], self.model.device)
+        self.experts.gates.gates = self._gates
 
-    def _choose_tokens(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def _choose_tokens(
+        self, model: nn.Module, arguments: object, named: Mapping[str, Tensor], output: CausalLMOutput
+    ) -> None:
         """Behind a pass, make the chosen token of each row the likeliest one, which transformers takes."""
-        choosing = [row for one, row in self._rows_of_pass() if one.has_new_token]
+        choosing = [self._answering.get(part.key) for part in _parts_of_pass(self._manager) if part.gets_token]
         if all(row is None or (row.generator is None and row.sampling.logprobs is None) for row in choosing):
             return
+        assert output.logits is not None
         logits = output.logits[0]
-        places = range(len(choosing)) if "logits_to_keep" in named else named["logits_indices"].tolist()
-        for place, row in zip(places, choosing, strict=False):
+        for place, row in zip(_places_of_logits(named, len(choosing)), choosing, strict=False):
             if row is not None:
-                token = choose(logits[place], row.sampling, row.generator)
-                row.told.append(token)
+                token = choose_token(logits[place], row.sampling, row.generator)
+                row.chosen.append(token)
                 logits[place, token.id] = torch.inf
 
 
-def _replace(tokens: "asyncio.Queue[Any]", found: Any) -> None:
-    """Put what is found into a queue alone: it holds all tokens so far, and a slow reader leaves the others unread."""
-    if not tokens.empty():
-        tokens.get_nowait()
-    tokens.put_nowait(found)
+# What the engine uses of transformers' batches that its documentation does not name, as version 5.24 has it.
+transformers_log = logging.getLogger("ContinuousBatchingLogger")
 
 
-async def _next(tokens: "asyncio.Queue[Any]", manager: Any) -> Any:
+class _PartOfPass(NamedTuple):
+    """A request's part of the pass that runs: its tokens, and whether the last one's logits choose another."""
+
+    key: str
+    tokens: int
+    gets_token: bool
+
+
+def _parts_of_pass(manager: "ContinuousBatchingManager | None") -> list[_PartOfPass]:
+    assert manager is not None
+    assert manager.batch_processor is not None
+    inputs = cast("ContinuousBatchingIOs", manager.batch_processor.inputs_and_outputs)
+    return [
+        _PartOfPass(part.state.request_id, part.query_length, part.has_new_token) for part in inputs.requests_in_batch
+    ]
+
+
+def _places_of_logits(named: Mapping[str, Tensor], rows: int) -> Sequence[int]:
+    """Return where the logits of rows lie in the output of a pass with these arguments."""
+    return range(rows) if "logits_to_keep" in named else named["logits_indices"].tolist()
+
+
+def _forget_handler(manager: "ContinuousBatchingManager", key: str) -> None:
+    """Let the handler of a request go, which transformers keeps if it does not finish the request."""
+    manager.output_router.result_handlers.pop(key, None)
+
+
+def _replace(outputs: "asyncio.Queue[GenerationOutput]", output: "GenerationOutput") -> None:
+    """Put an output into a queue alone: it holds all tokens so far, and a slow reader leaves the others unread."""
+    if not outputs.empty():
+        outputs.get_nowait()
+    outputs.put_nowait(output)
+
+
+async def _next(outputs: "asyncio.Queue[GenerationOutput]", manager: "ContinuousBatchingManager") -> "GenerationOutput":
     while True:
         try:
             async with asyncio.timeout(2):
-                return await tokens.get()
+                return await outputs.get()
         except TimeoutError:
             # A request that came while the manager failed is answered by nobody.
             if not manager.is_running():
                 raise EngineError("the model has stopped") from None
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Token:
+def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Token:
     """Return the next token for the logits of the vocabulary `(size,)`; without a generator the likeliest one."""
     logits = logits.float()
     if generator is None:
@@ -311,13 +362,17 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     return Token(chosen, float(logprobs[chosen]), list(zip(most.indices.tolist(), most.values.tolist(), strict=True)))
 
 
-def _gates(rows: Sequence[tuple[int, Sequence[tuple[int, float]]]], device: torch.device) -> Gates | None:
-    """Return the gates of rows, each with the number of its tokens and its experts; None if all take the base alone."""
-    width = max((len(slots) for _, slots in rows), default=0)
+def _gates(rows: Sequence[Sequence[tuple[int, float]]], tokens: Sequence[int], device: torch.device) -> Gates | None:
+    """Return the gates of rows, each with its experts and the number of its tokens; None if all take the base alone."""
+    width = max(map(len, rows), default=0)
     if width == 0:
         return None
-    padded = [[*slots, *[(0, 0.0)] * (width - len(slots))] for _, slots in rows]
-    counts = torch.tensor([count for count, _ in rows])
-    ids = torch.tensor([[slot for slot, _ in slots] for slots in padded]).repeat_interleave(counts, 0)
-    weights = torch.tensor([[weight for _, weight in slots] for slots in padded]).repeat_interleave(counts, 0)
-    return Gates(ids.to(device), weights.to(device))
+    # Rows with fewer experts than others take some of weight 0.
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    weights = torch.zeros(len(rows), width)
+    for row, slots in enumerate(rows):
+        for place, (slot, weight) in enumerate(slots):
+            ids[row, place] = slot
+            weights[row, place] = weight
+    counts = torch.tensor(tokens)
+    return Gates(ids.repeat_interleave(counts, 0).to(device), weights.repeat_interleave(counts, 0).to(device))

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from modular_experts.base.apply import check_shapes
 from modular_experts.base.structure import Structure
@@ -55,9 +55,11 @@ class HeldExperts:
     from computing while it gets new layers.
     """
 
-    def __init__(self, model: nn.Module, most: int, pause: Callable[[], AbstractContextManager[Any]]) -> None:
-        self.most, self.gates = most, CurrentGates(packs=True)
-        self._model, self._pause = model, pause
+    def __init__(self, model: PreTrainedModel, most: int, pause: Callable[[], AbstractContextManager[None]]) -> None:
+        self.most = most
+        self.gates = CurrentGates(packs=True)
+        self._model = model
+        self._pause = pause
         # Read here, because a thread may put mixtures into the layers while a request is checked.
         self._structure = Structure(model)
         _ = self._structure.owners
@@ -65,7 +67,7 @@ class HeldExperts:
         self._newest: dict[Path, str] = {}  # the content hash that was last asked for at each place
         self._mixtures: dict[str, tuple[Site, Mixture]] = {}
         # transformers computes the head for the last token of a prompt alone, and the gates are made for all.
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        head = model.get_output_embeddings()
         self._sites = {
             name: site
             for site in find_sites(model)
@@ -73,7 +75,8 @@ class HeldExperts:
             for name in (site.weight, f"{site.name}.bias")
         }
         # Experts are given back while another one is read, which takes a while.
-        self._reading, self._counting = threading.Lock(), threading.Lock()
+        self._reading = threading.Lock()
+        self._counting = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -97,8 +100,8 @@ class HeldExperts:
         check_shapes(self._structure, [expert for expert in experts if expert.content_hash not in self._slots])
         if (size := sum(map(_bytes, experts))) > self.most:
             raise ValueError(
-                f"{' and '.join(one.name for one in experts)} would take {bytes_text(size)}, and "
-                f"{bytes_text(self.most)} are for all experts; give more with --expert_bytes"
+                f"{' and '.join(expert.name for expert in experts)} would take {bytes_text(size)}, and "
+                f"{bytes_text(self.most)} are for all experts; give more with `expert_bytes=`"
             )
 
     def take(self, experts: Sequence[StoredExpert]) -> list[Slot]:
@@ -167,11 +170,12 @@ class HeldExperts:
             # glibc does not give memory that was freed between other tensors back to the system by itself.
             trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)
             trim(0)
-        room, kept = self.most - self.nbytes - size, {slot.number for slot in self._slots.values()}
+        room = self.most - self.nbytes - size
+        kept = {slot.number for slot in self._slots.values()}
         for slot in reversed(unused):
             if slot.decoded is None:
-                held = (mixture.deltas[slot.number] for _, mixture in self._mixtures.values())
-                slot.decoded = sum(one.decoded_nbytes for one in held if one is not None)
+                deltas = (mixture.deltas[slot.number] for _, mixture in self._mixtures.values())
+                slot.decoded = sum(delta.decoded_nbytes for delta in deltas if delta is not None)
             room -= slot.decoded
             # The pass that runs may still decode an expert whose client has left.
             if room < 0 or not slot.decoded:
@@ -187,8 +191,9 @@ class HeldExperts:
         def make(weight: Tensor, site: Site) -> Mixture:
             gates = self.gates if site.number is None else GatesOfSlice(self.gates, site)
             # Low numbers are free again where experts have left.
-            none: list[Delta | None] = [None] * (1 + max((slot.number for slot in self._slots.values()), default=0))
-            mixture = Mixture(weight, none, gates)
+            places = 1 + max((slot.number for slot in self._slots.values()), default=0)
+            empty: list[Delta | None] = [None for _ in range(places)]
+            mixture = Mixture(weight, empty, gates)
             self._mixtures[site.weight] = site, mixture
             return mixture
 

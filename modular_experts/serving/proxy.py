@@ -5,18 +5,20 @@ Requests for `auto` get the name of the expert that the library's route chooses;
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, cast
+from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modular_experts.injection import context_length
-from modular_experts.serving.answers import Answerer
+from modular_experts.serving.answers import read_prompt
 from modular_experts.serving.app import Guard, Limits, Stream, refusal, send_refusal
-from modular_experts.serving.models import AUTO, BASE, ChosenExperts, Models
+from modular_experts.serving.engine import SideThreads
+from modular_experts.serving.models import AUTO, BASE, ChosenExperts, Models, Route
 from modular_experts.serving.requests import ROLES
 from modular_experts.text import block_of
 
@@ -25,24 +27,25 @@ _OWN = {"connection", "host", "keep-alive", "te", "trailer", "transfer-encoding"
 Headers = list[tuple[str, str]]
 
 
-def make_proxy(models: Models, model: Any, tokenizer: Any, upstream: str, limits: Limits) -> FastAPI:
+def make_proxy(
+    models: Models, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, upstream: str, limits: Limits
+) -> FastAPI:
     """Return the application, which keeps of the base what the route reads: the embeddings and the first blocks.
 
     `upstream` is the address of the other server, without `/v1`; a request's key is handed on.
     """
-    proxy = _Proxy(models, model, tokenizer)
-    proxy.keep_first_blocks()
-    proxy.client = httpx.AsyncClient(
+    client = httpx.AsyncClient(
         base_url=upstream,
         timeout=httpx.Timeout(limits.seconds, connect=10, pool=0.01),
         limits=httpx.Limits(max_connections=limits.requests),
         trust_env=False,
         headers={"accept-encoding": "identity"},  # answers are not compressed unless the client asks for it
     )
+    proxy = _Proxy(models, model, tokenizer, client)
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
-        async with proxy.client:
+        async with client:
             yield
 
     app = FastAPI(title="modular-experts", lifespan=running)
@@ -53,26 +56,38 @@ def make_proxy(models: Models, model: Any, tokenizer: Any, upstream: str, limits
     return app
 
 
-class _Proxy(Answerer):
-    engine: Any  # the base itself, as nothing is computed here but the choice
-    client: httpx.AsyncClient
-    depth = 1.0
-    ids: Sequence[str] = ()
-    joins = False
+class _Proxy:
+    """The endpoints; the model is the base, which reads prompts for the route."""
 
-    def keep_first_blocks(self) -> None:
-        """Free the weights that the route does not read."""
-        route: Any = self.models.find(AUTO)
-        self.depth, model = max(route.depths), self.engine
-        blocks = list(dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name))))
-        for unread in [*blocks[round(self.depth * len(blocks)) :], *["lm_head"] * hasattr(model, "lm_head")]:
-            model.get_submodule(unread).to("meta")
+    def __init__(
+        self, models: Models, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, client: httpx.AsyncClient
+    ) -> None:
+        self.models = models
+        self.model = model
+        self.tokenizer = tokenizer
+        self.client = client
+        self.choosing = SideThreads()
+        # How the other server calls its models; read at the first need of it.
+        self.ids: Sequence[str] = ()
+        self.joins = False
+        route = models.find(AUTO)
+        assert isinstance(route, Route)
+        self.depth = max(route.depths)
+        # Free the weights that the route does not read.
+        blocks = dict.fromkeys(block_of(name) for name, _ in model.named_parameters())
+        names = [block for block in blocks if block is not None]
+        unread = names[round(self.depth * len(names)) :]
+        if hasattr(model, "lm_head"):
+            unread.append("lm_head")
+        for name in unread:
+            model.get_submodule(name).to("meta")
 
     async def forward(self, request: Request) -> Stream:
         """Send a request to the other server, with the route's choice in place of `auto`."""
         if ".." in request.url.path.split("/"):
             raise refusal(404, "only what lies below /v1 is passed on")
-        body, own = await request.body(), dict[str, str]()
+        body = await request.body()
+        headers_of_choice: dict[str, str] = {}
         headers = [(name, value) for name, value in request.headers.items() if name not in _OWN | {"content-length"}]
         asked: Any = None
         with suppress(ValueError, RecursionError):
@@ -80,32 +95,34 @@ class _Proxy(Answerer):
         if isinstance(asked, dict) and asked.get("model") == AUTO:
             choice = await self._choose(asked)
             body = json.dumps(asked | {"model": await self._name(choice.name, headers)}).encode()
-            own = choice.headers
+            headers_of_choice = choice.headers
         url = httpx.URL(path=request.url.path, query=request.url.query.encode())
         answer = await self._send(request.method, url, headers, body)
         kept = {name: value for name, value in answer.headers.items() if name not in _OWN}
-        return Stream(answer.aiter_raw(), answer, status_code=answer.status_code, headers=kept | own)
+        headers_of_answer = kept | headers_of_choice
+        return Stream(answer.aiter_raw(), answer, headers=headers_of_answer, status_code=answer.status_code)
 
-    async def _choose(self, asked: dict[str, Any]) -> ChosenExperts:
+    async def _choose(self, asked: Mapping[str, Any]) -> ChosenExperts:
         """Return what the route chooses for the prompt of a request."""
         try:
-            prompt: Any = asked.get("prompt")
+            prompt = asked.get("prompt")
             if prompt is None:
-                prompt = [_message(one) for one in asked["messages"]]
+                prompt = [_message(message) for message in asked["messages"]]
             elif isinstance(prompt, list) and isinstance(prompt[0], str | list):
                 if len(prompt) > 1:
                     raise ValueError("it has several, and one expert answers them all; send one in each request")
                 prompt = prompt[0]
-            route: Any
-            route, readings = await asyncio.to_thread(self.read, AUTO, prompt)
+            route, readings = await asyncio.to_thread(read_prompt, self.models, self.tokenizer, AUTO, prompt)
+            if not isinstance(route, Route):
+                raise ValueError(f"{AUTO} names no route any more")
             if max(route.depths) > self.depth:
                 raise ValueError("it reads more of the base than the one before; start the proxy again")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise refusal(400, f"the route cannot read the prompt of the request: {str(error)[:200]}") from None
-        context = context_length(self.engine)
-        shortened = {form: one._replace(ids=one.ids[:context]) for form, one in readings.by_form.items()}
-        choice, _ = await self._choosing.call(route.choose, self.engine, readings._replace(by_form=shortened))
-        return cast(ChosenExperts, choice)
+        context = context_length(self.model)
+        shortened = {form: reading._replace(ids=reading.ids[:context]) for form, reading in readings.by_form.items()}
+        choice, _ = await self.choosing.call(route.choose, self.model, readings._replace(by_form=shortened))
+        return choice
 
     async def _name(self, name: str, headers: Headers) -> str:
         """Return how the other server calls an expert, or the base."""
@@ -113,7 +130,8 @@ class _Proxy(Answerer):
             if not self.ids:
                 answer = await self._send("GET", httpx.URL("/v1/models"), headers)
                 listed = json.loads(await answer.aread())["data"]
-                self.ids, self.joins = [str(one["id"]) for one in listed], listed[0].get("owned_by") == "sglang"
+                self.ids = [str(model["id"]) for model in listed]
+                self.joins = listed[0].get("owned_by") == "sglang"
             base = self.ids[0]
         except (LookupError, TypeError, ValueError):
             raise refusal(502, f"the server at {self.client.base_url} does not list its models") from None
@@ -133,8 +151,9 @@ class _Proxy(Answerer):
             raise refusal(502, message) from None
 
 
-def _message(one: dict[str, Any]) -> dict[str, str]:
+def _message(message: Mapping[str, Any]) -> dict[str, str]:
     """Return the role and the text of a message, without its pictures and calls."""
-    content, role = one.get("content"), one["role"]
+    role = message["role"]
+    content = message.get("content")
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
     return {"role": ROLES.get(role, str(role)), "content": text}

@@ -5,9 +5,12 @@ from secrets import randbits
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from transformers import PreTrainedTokenizerFast
 
 from modular_experts.serving.engine import Sampling, Token
 
+Json = dict[str, object]
+"""An object of the protocol."""
 Neutral = Annotated[float, Field(ge=0, le=0)]
 """A setting that the server lacks, and takes where it changes nothing."""
 SEEDS = 2**63
@@ -22,8 +25,10 @@ class StrictFields(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+    def _without_nulls(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class StreamOptions(StrictFields):
@@ -69,14 +74,14 @@ class AnyRequest(StrictFields):
         return self.max_tokens
 
     @property
-    def told(self) -> int | None:
-        """How many of the likeliest tokens the answer tells."""
+    def alternatives(self) -> int | None:
+        """How many of the likeliest tokens stand beside each token of the answer; None without probabilities."""
         raise NotImplementedError
 
     @property
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
-        return Sampling(self.temperature, self.top_p, self.seed % SEEDS, self.told)
+        return Sampling(self.temperature, self.top_p, self.seed % SEEDS, self.alternatives)
 
 
 class Message(StrictFields):
@@ -88,11 +93,14 @@ class Message(StrictFields):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _joined(cls, content: Any) -> Any:
+    def _joined(cls, content: object) -> str:
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        texts: list[Any] = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-        if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("this server reads text alone")
+        texts = []
+        for part in parts:
+            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            if not isinstance(text, str):
+                raise ValueError("this server reads text alone")
+            texts.append(text)
         return "".join(texts)
 
 
@@ -100,8 +108,8 @@ class ChatRequest(AnyRequest):
     """A conversation to go on with."""
 
     prefix: ClassVar[str] = "chatcmpl"
-    object: ClassVar[str] = "chat.completion"
-    part: ClassVar[str] = "chat.completion.chunk"
+    whole_object: ClassVar[str] = "chat.completion"
+    part_object: ClassVar[str] = "chat.completion.chunk"
     messages: list[Message] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -109,39 +117,43 @@ class ChatRequest(AnyRequest):
 
     @property
     def prompt(self) -> list[dict[str, str]]:
-        return [{"role": ROLES.get(one.role, one.role), "content": one.content} for one in self.messages]
+        return [
+            {"role": ROLES.get(message.role, message.role), "content": message.content} for message in self.messages
+        ]
 
     @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def told(self) -> int | None:
+    def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None
 
-    def in_field(self, text: str, is_part: bool) -> dict[str, Any]:
+    def in_field(self, text: str, is_part: bool) -> Json:
         """Return a text of the answer in its field."""
         return {"delta": {"content": text}} if is_part else {"message": {"role": "assistant", "content": text}}
 
-    def logprobs_of(self, tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
+    def logprobs_of(self, tokens: Sequence[Token], tokenizer: PreTrainedTokenizerFast) -> Json:
         """Return the probabilities of tokens in this protocol."""
 
-        def told(id: int, logprob: float | None) -> dict[str, Any]:
+        def entry(id: int, logprob: float | None) -> Json:
             text = _text(tokenizer, id)
             # A part of a character has no text, so its bytes are not known here.
             return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
-        likeliest = [[told(*like) for like in one.likeliest] for one in tokens]
-        pairs = zip(tokens, likeliest, strict=True)
-        return {"content": [told(one.id, one.logprob) | {"top_logprobs": others} for one, others in pairs]}
+        content = []
+        for token in tokens:
+            likeliest = [entry(id, logprob) for id, logprob in token.likeliest]
+            content.append(entry(token.id, token.logprob) | {"top_logprobs": likeliest})
+        return {"content": content}
 
 
 class CompletionRequest(AnyRequest):
     """A text to go on with: characters, or the ids of tokens."""
 
     prefix: ClassVar[str] = "cmpl"
-    object: ClassVar[str] = "text_completion"
-    part: ClassVar[str] = "text_completion"
+    whole_object: ClassVar[str] = "text_completion"
+    part_object: ClassVar[str] = "text_completion"
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
@@ -149,7 +161,7 @@ class CompletionRequest(AnyRequest):
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _only(cls, prompt: Any) -> Any:
+    def _only(cls, prompt: object) -> object:
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
             prompt = prompt[0]
         tokens = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
@@ -158,29 +170,32 @@ class CompletionRequest(AnyRequest):
         return prompt
 
     @property
-    def told(self) -> int | None:
+    def alternatives(self) -> int | None:
         return self.logprobs
 
-    def in_field(self, text: str, is_part: bool) -> dict[str, Any]:
+    def in_field(self, text: str, is_part: bool) -> Json:
         """Return a text of the answer in its field."""
         return {"text": text}
 
-    def logprobs_of(self, tokens: Sequence[Token], tokenizer: Any) -> dict[str, Any]:
+    def logprobs_of(self, tokens: Sequence[Token], tokenizer: PreTrainedTokenizerFast) -> Json:
         """Return the probabilities of tokens in this protocol."""
-        return {
-            "tokens": [_text(tokenizer, one.id) for one in tokens],
-            "token_logprobs": [one.logprob for one in tokens],
+        likeliest = []
+        for token in tokens:
             # Where several tokens have one text, the likeliest stays.
-            "top_logprobs": [{_text(tokenizer, id): p for id, p in reversed(one.likeliest)} for one in tokens],
+            likeliest.append({_text(tokenizer, id): logprob for id, logprob in reversed(token.likeliest)})
+        return {
+            "tokens": [_text(tokenizer, token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": likeliest,
         }
 
 
-def _text(tokenizer: Any, id: int) -> str:
+def _text(tokenizer: PreTrainedTokenizerFast, id: int) -> str:
     """Return the text that a token has behind another one; alone, many tokenizers leave out its space."""
     return str(tokenizer.decode([id, id])[len(tokenizer.decode([id])) :])
 
 
-def sentence(errors: list[Any]) -> tuple[str, str | None]:
+def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
     """Return what is wrong with a request in one sentence, and the name of its field."""
     error = errors[0]
     place = ".".join(str(part) for part in error["loc"] if part != "body")[:200]

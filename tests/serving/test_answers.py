@@ -36,7 +36,7 @@ def pieces_of(tokenizer, tokens: list[int], *stops: str, before: str | list[int]
             Answer(ChosenExperts([]), 1),
             before if isinstance(before, list) else tokenizer(before)["input_ids"],
         )
-        return [one async for one in Answerer(None, None, tokenizer)._pieces(answer, written(), stops, [-1], read)]
+        return [one async for one in Answerer(None, None, tokenizer)._parts(answer, written(), stops, [-1], read)]
 
     return asyncio.run(all_of_them())
 

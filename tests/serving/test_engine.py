@@ -18,7 +18,7 @@ from modular_experts.injection import find_sites
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.serving import engine as engines
 from modular_experts.serving import experts
-from modular_experts.serving.engine import Engine, EngineError, Sampling, choose
+from modular_experts.serving.engine import Engine, EngineError, Sampling, choose_token
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_seed_gives_the_same_samples_whatever_else_the_batch_holds(library, ti
 def test_samples_are_drawn_by_their_probabilities() -> None:
     logits, generator = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.Generator().manual_seed(0)
     for temperature, top_p, kept in ((1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.8, 2), (2.0, 0.01, 1)):
-        drawn = [choose(logits, Sampling(temperature, top_p), generator).id for _ in range(1000)]
+        drawn = [choose_token(logits, Sampling(temperature, top_p), generator).id for _ in range(1000)]
         shares = (logits / temperature).softmax(0)[:kept]
         expected = shares / shares.sum()
         counts = torch.bincount(torch.tensor(drawn), minlength=4)
@@ -73,7 +73,7 @@ def test_samples_are_drawn_by_their_probabilities() -> None:
         assert bool(((counts[:kept] / 1000 - expected).abs() <= 3 * (expected * (1 - expected) / 1000).sqrt()).all())
     # A temperature near zero takes the likeliest token.
     likely = torch.tensor([1.0, 30.0, 2.0])
-    assert {choose(likely, Sampling(heat), generator).id for heat in (1e-3, 1e-40, 5e-324)} == {1}
+    assert {choose_token(likely, Sampling(heat), generator).id for heat in (1e-3, 1e-40, 5e-324)} == {1}
 
 
 def test_logprobs_are_those_of_a_pass_over_the_whole_text(library, tiny_llama_dir) -> None:
@@ -116,7 +116,7 @@ def test_experts_that_nobody_asked_for_lately_leave_and_others_wait_for_room(lib
     most = sizes(library)["lora"] + sizes(library)["entries"] - 1
     small, models, _ = served.opened(tiny_llama_dir, library, expert_bytes=most)
     for model, names in (("dense", "dense"), ("lora+entries", "lora and entries")):
-        with pytest.raises(ValueError, match=f"{names} would take .* are for all experts; give more with --expert_b"):
+        with pytest.raises(ValueError, match=f"{names} would take .* are for all experts; give more with `expert_b"):
             small.check(models.find(model).members, 1, 1)
 
 

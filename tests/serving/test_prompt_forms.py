@@ -18,8 +18,8 @@ from modular_experts.injection.attach import attached
 from modular_experts.library import Library
 from modular_experts.merging.route import route
 from modular_experts.routing import Centroid, KernelRidge, Softmax
-from modular_experts.serving.answers import Answerer
-from modular_experts.serving.models import Route
+from modular_experts.serving.answers import read_prompt
+from modular_experts.serving.models import Models, Route
 from modular_experts.serving.samples import sample_prompts
 
 TEMPLATE = (
@@ -74,15 +74,15 @@ def library(base: Path, tasks: list[str], tmp_path_factory: pytest.TempPathFacto
     return place
 
 
-def answerer_of(base: Path, library: Path) -> tuple[Answerer, Any]:
+def opened(base: Path, library: Path) -> tuple[Models, Any, Any]:
     engine, models, tokenizer = served.opened(base, library)
-    return Answerer(models, engine, tokenizer), engine.reader
+    return models, tokenizer, engine.reader
 
 
 @pytest.mark.parametrize("name", ["ridge", "mean", "all"])
 def test_served_prompts_take_the_expert_and_the_form_of_the_route_s_evaluation(name, base, library, tasks) -> None:
-    answerer, reader = answerer_of(base, library)
-    found = answerer.models.find(name)
+    models, tokenizer, reader = opened(base, library)
+    found = models.find(name)
     assert isinstance(found, Route)
     data = TaskMixture(tasks, tokenizer=str(base), max_length=256)
     data.setup("test")
@@ -96,7 +96,8 @@ def test_served_prompts_take_the_expert_and_the_form_of_the_route_s_evaluation(n
             gates = there.current.gates
         best = int(gates.ids[0, gates.weights[0].argmax()])
         tested_by.append([*FORMS, "base"][best])
-        choice, reading = found.choose(reader, answerer.read(name, [{"role": "user", "content": str(row.input)}])[1])
+        messages = [{"role": "user", "content": str(row.input)}]
+        choice, reading = found.choose(reader, read_prompt(models, tokenizer, name, messages)[1])
         served_by.append(choice.name)
         if choice.experts:
             assert FORMS[row.task] == reading.is_chat
@@ -130,14 +131,15 @@ def test_samples_of_chats_come_without_their_template(base, tasks, tmp_path) -> 
 
 
 def test_a_text_is_scored_as_it_stands(base, library) -> None:
-    answerer, _ = answerer_of(base, library)
-    _, readings = answerer.read("ridge", "upper dot:")
+    models, tokenizer, _ = opened(base, library)
+    _, readings = read_prompt(models, tokenizer, "ridge", "upper dot:")
     assert (list(readings.by_form), readings.members, readings.base) == ([False], [False, False], False)
 
 
 def test_a_prompt_that_every_form_rejects_goes_to_the_base_as_it_reads_prompts(base, library) -> None:
-    answerer, reader = answerer_of(base, library)
-    found: Any = answerer.models.find("mean")
+    models, tokenizer, reader = opened(base, library)
+    found: Any = models.find("mean")
     found._router.farthest.fill_(0)
-    choice, reading = found.choose(reader, answerer.read("mean", [{"role": "user", "content": "zq"}])[1])
+    messages = [{"role": "user", "content": "zq"}]
+    choice, reading = found.choose(reader, read_prompt(models, tokenizer, "mean", messages)[1])
     assert (choice.name, choice.confidence, reading.is_chat) == ("base", None, True)
