@@ -27,7 +27,7 @@ from modular_experts.merging.objective import (
     write_trials,
 )
 from modular_experts.methods import MergeMethod
-from modular_experts.methods.wrapper import settings_of, with_settings
+from modular_experts.methods.wrapper import setting_names, with_settings
 from modular_experts.progress import Counted, Progress
 from modular_experts.text import did_you_mean
 
@@ -171,7 +171,7 @@ def _candidates(method: MergeMethod, grid: Grid) -> list[_Candidate]:
     name = type(method).__name__
     if not is_dataclass(method):
         raise ValueError(f"{name} cannot be tuned because it is not a dataclass; make it a frozen one")
-    known = list(settings_of(method))
+    known = setting_names(method)
     for key, values in grid.items():
         if key not in known:
             near = did_you_mean(key, known) or f"; name one of {known}"

@@ -108,7 +108,7 @@ class SparseAverage(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-            total, kept = chunk.weighted_total([self.scale] * len(deltas))
+            total, kept = chunk.weighted_total([self.scale for _ in deltas])
             movers = chunk.counts(moved=self.count == "values")
             return total.div_(movers.clamp_(min=1).pow_(self.exponent)), kept
 

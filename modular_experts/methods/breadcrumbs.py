@@ -4,7 +4,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.method import Context
@@ -26,7 +26,7 @@ from modular_experts.methods.ties import Pruning
 DROPPED = within("[0, 1)", "is the share of entries dropped")
 
 
-def _band(method: Any, setting: str, gammas: Shares) -> None:
+def _band(method: "MiddleEntries", setting: str, gammas: Shares) -> None:
     DROPPED(method, setting, gammas)
     for beta, gamma in paired(method.beta, gammas):
         if beta + gamma >= 1:

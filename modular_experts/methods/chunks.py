@@ -41,7 +41,7 @@ def chunks_of_size(entries: int) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class FlatEntries:
-    """The entries that one expert keeps of a chunk, or several experts (`joined`).
+    """The entries that one expert keeps of a chunk, or several experts (`grouped`).
 
     Attributes:
         values: Their values, `(n,)`, in the expert's dtype.
@@ -114,14 +114,16 @@ class Chunk:
 
     def entries(self, expert: int) -> FlatEntries:
         """Return the entries that one expert keeps here."""
-        delta, here, start = self.deltas[expert], self.slices[expert], self.span[0]
+        delta = self.deltas[expert]
+        own = self.slices[expert]
+        start = self.span[0]
         if delta.is_empty:
             nothing = torch.empty(0, dtype=torch.int32, device=delta.device)
             return FlatEntries(nothing.to(delta.dtype), nothing, start)
         if isinstance(delta, Sparse):
-            places = delta.indices[here]
-            return FlatEntries(delta.values[here], places - start if start else places, start)
-        return FlatEntries(delta.rows(here.start, here.stop).reshape(-1), None, start)
+            places = delta.indices[own]
+            return FlatEntries(delta.values[own], places - start if start else places, start)
+        return FlatEntries(delta.rows(own.start, own.stop).reshape(-1), None, start)
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return zeros to sum in, one per entry and flat, by default in a dtype twice as wide as the deltas'."""
@@ -133,26 +135,28 @@ class Chunk:
     def total(self) -> Tensor:
         """Return the sum of the experts' entries, in the dtype of `zeros`."""
         total = self.zeros()
-        for entries, _ in joined(self, [1.0] * len(self.deltas)):
+        for entries, _ in grouped(self):
             entries.add_to(total)
         return total
 
     def weighted_total(self, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
         """Return the sum of weight times entry, float64, and the `support`: None where the merged delta is dense."""
         # A weight that all share multiplies the sum: a float32 sum of half-precision numbers, as good as exact.
-        alike = len(set(weights)) == 1
-        total = self.zeros(None if alike else torch.float64)
+        shared = weights[0] if len(set(weights)) == 1 else None
+        total = self.zeros(torch.float64 if shared is None else None)
         kept = self.zeros(torch.bool) if all_sparse(self.deltas) else None
-        for entries, weight in joined(self, weights):
-            entries.add_to(total, factor=1.0 if alike else weight)
+        for entries, weight in grouped(self, weights):
+            entries.add_to(total, factor=weight if shared is None else 1.0)
             if kept is not None:
                 entries.mark(kept)
-        return total.double().mul_(weights[0]) if alike else total, kept
+        if shared is not None:
+            total = total.double().mul_(shared)
+        return total, kept
 
     def counts(self, moved: bool = False) -> Tensor:
         """Return how many experts keep each entry, or with `moved` how many have a value other than zero there."""
         counts = self.zeros()
-        for entries, _ in joined(self, [1.0] * len(self.deltas)):
+        for entries, _ in grouped(self):
             entries.add_to(counts, entries.values != 0 if moved else torch.ones_like(entries.values))
         return counts
 
@@ -174,7 +178,7 @@ class CompiledChunk(Chunk):
     sums: CompiledSums
 
     def total(self) -> Tensor:
-        return self.weighted_total([1.0] * len(self.deltas))[0]
+        return self.weighted_total([1.0 for _ in self.deltas])[0]
 
     def weighted_total(self, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
         return self.sums.total(*self.span, self.slices, weights)
@@ -193,8 +197,10 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: EntryRule, dtype: torch.dtype
     Sparse deltas give a sparse one, tiles of one size give tiles (those with a kept entry), and any other mix a dense
     one. Values are rounded once, to `dtype` or to the widest dtype of the deltas.
     """
-    dtype, tile = dtype or widest_dtype(deltas), _common_tile(deltas)
-    shape, device = deltas[0].shape, deltas[0].device
+    dtype = dtype or widest_dtype(deltas)
+    tile = _common_tile(deltas)
+    shape = deltas[0].shape
+    device = deltas[0].device
     if not all_sparse(deltas):
         merged = torch.empty(shape, dtype=dtype, device=device)
         for chunk in chunks_of(deltas):
@@ -203,33 +209,39 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: EntryRule, dtype: torch.dtype
     # Room for the whole weight is allocated, but only the pages that are written take memory.
     room = math.prod(tile_grid(shape, tile) if tile else shape)
     places = torch.empty(room, dtype=index_dtype(shape), device=device)
-    values, count = torch.empty(room, *tile or (), dtype=dtype, device=device), 0
+    values = torch.empty(room, *tile or (), dtype=dtype, device=device)
+    count = 0
     for chunk in chunks_of(deltas):
         total, kept = rule(chunk)
         if kept is None:
             kept = chunk.zeros(torch.bool)
-            for entries, _ in joined(chunk, [1.0] * len(deltas)):
+            for entries, _ in grouped(chunk):
                 entries.mark(kept)
         room_left = places[count:], values[count:]
         if tile:
             count += _pack_tiles(chunk, total, kept, tile, *room_left)
         else:
             count += pack_entries(total, kept, chunk.span[0], *room_left)
-    return (BlockSparse if tile else Sparse)(*_trimmed(places[:count], values[:count], room), shape)
+    form = BlockSparse if tile else Sparse
+    return form(*_trimmed(places[:count], values[:count], room), shape)
 
 
-def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
+def weighted_sum(deltas: Sequence[Delta], weights: float | Sequence[float], dtype: torch.dtype | None = None) -> Delta:
     """Return the sum of `weight * delta`, taken in float64 and rounded once to `dtype`, or to the deltas' widest dtype.
 
-    Sparse sums stay sparse, tiles stay tiles, and low-rank sums stay low-rank. Any other mix gives a dense delta.
+    A single weight holds for all deltas. Sparse sums stay sparse, tiles stay tiles, and low-rank sums stay low-rank;
+    another mix gives a dense delta.
     """
     dtype = dtype or widest_dtype(deltas)
+    if isinstance(weights, float | int):
+        weights = [weights for _ in deltas]
     terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if not delta.is_empty]
     if all(isinstance(delta, LowRank) for delta, _ in terms):
         total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
         return total.to(dtype=dtype)
-    shape, sums = deltas[0].shape, compiled_sums(deltas) if dtype == torch.float32 else None
+    sums = compiled_sums(deltas) if dtype == torch.float32 else None
     if sums is not None:  # the same sums as below, without room for a chunk's
+        shape = deltas[0].shape
         return Sparse(*_trimmed(*sums.packed_total(shape.numel(), weights), shape.numel()), shape)
     return merge_by_chunks(deltas, lambda chunk: chunk.weighted_total(weights), dtype)
 
@@ -247,14 +259,16 @@ def chunks_of(deltas: Sequence[Delta]) -> Iterator[Chunk]:
     tiled = any(isinstance(delta, BlockSparse) for delta in deltas)
     sums = None if tiled else compiled_sums(deltas)
     for place, span in enumerate(rows):
-        here, entries = [own[place] for own in slices], list(deltas)
+        here = [own[place] for own in slices]
+        entries = list(deltas)
         # Tiles become single entries chunk by chunk, so that these are never held for the whole weight.
         for expert, delta in enumerate(deltas):
             if isinstance(delta, BlockSparse):
                 tiles = BlockSparse(delta.blocks[here[expert]], delta.values[here[expert]], shape)
                 entries[expert] = spread_tiles(tiles)
                 here[expert] = _slices(entries[expert], [span])[0]  # a tile may reach out of these rows
-        sums = compiled_sums(entries) if tiled else sums
+        if tiled:
+            sums = compiled_sums(entries)
         yield Chunk(entries, span, here) if sums is None else CompiledChunk(entries, span, here, sums)
 
 
@@ -268,40 +282,45 @@ def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     return reduce(torch.promote_types, [delta.dtype for delta in deltas if not delta.is_empty] or [deltas[0].dtype])
 
 
-def joined(
-    entries: Iterable[FlatEntries], weights: Sequence[float], most: int = 2**17
+def grouped(
+    experts: Iterable[FlatEntries], weights: Sequence[float] = (1.0,), most: int = 2**17
 ) -> Iterator[tuple[FlatEntries, float]]:
     """Yield the experts' entries with their weights, for rules to which an entry's owner does not matter.
 
-    Where all weights are equal, the entries of several sparse experts come as one, up to `most` of them, which takes
-    fewer and longer operations; an index may then occur several times.
+    Where all weights are equal, as by default, the entries of several sparse experts come as one, up to `most` of them,
+    which takes fewer and longer operations; an index may then occur several times.
     """
     if len(set(weights)) > 1:
-        yield from zip(entries, weights, strict=True)
+        yield from zip(experts, weights, strict=True)
         return
     group: list[FlatEntries] = []
-    for one in entries:
-        if group and (one.places is None or sum(len(held.values) for held in group) + len(one.values) > most):
-            yield _as_one(group), weights[0]
+    size = 0
+    for entries in experts:
+        if group and (entries.places is None or size + len(entries.values) > most):
+            yield _together(group), weights[0]
             group = []
-        if one.places is None:
-            yield one, weights[0]
+            size = 0
+        if entries.places is None:
+            yield entries, weights[0]
         else:
-            group.append(one)
+            group.append(entries)
+            size += len(entries.values)
     if group:
-        yield _as_one(group), weights[0]
+        yield _together(group), weights[0]
 
 
-def _as_one(group: Sequence[FlatEntries]) -> FlatEntries:
+def _together(group: Sequence[FlatEntries]) -> FlatEntries:
     if len(group) == 1:
         return group[0]
-    places = torch.cat([one.places for one in group if one.places is not None])
-    return FlatEntries(torch.cat([one.values for one in group]), places, group[0].start)
+    places = torch.cat([entries.places for entries in group if entries.places is not None])
+    return FlatEntries(torch.cat([entries.values for entries in group]), places, group[0].start)
 
 
 def _trimmed(places: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """Return entries or tiles that were written into room for more; a view of few would keep the memory of all."""
-    return (places.clone(), values.clone()) if 2 * len(places) < room else (places, values)
+    if 2 * len(places) < room:
+        return places.clone(), values.clone()
+    return places, values
 
 
 def _pack_tiles(
@@ -322,7 +341,8 @@ def _slices(delta: Delta, rows: Sequence[tuple[int, int]]) -> list[slice]:
     if isinstance(delta, Sparse):
         return between(delta.indices, [(first * width, last * width) for first, last in rows])
     if isinstance(delta, BlockSparse):
-        height, wide = delta.tile[0], -(-width // delta.tile[1])
+        height, tile_width = delta.tile
+        wide = -(-width // tile_width)
         return between(delta.blocks, [(first // height * wide, -(-last // height) * wide) for first, last in rows])
     return [slice(*span) for span in rows]
 

@@ -78,15 +78,16 @@ class CoreSpace(Wrapper):
         movers = [delta for delta in deltas if not delta.is_empty]
         if not movers or not all(isinstance(delta, LowRank) for delta in movers):
             return deltas, lambda merged: merged * self.scale
-        outputs, inputs = _basis(movers), _basis([delta.T for delta in movers])
+        outputs = _basis(movers)
+        inputs = _basis([delta.T for delta in movers])
         if not outputs.shape[1]:
             return deltas, lambda merged: merged * self.scale
         zero = Sparse.zero((outputs.shape[1], inputs.shape[1]), outputs.device)
-        factors = [delta if isinstance(delta, LowRank) else None for delta in deltas]
-        cores = [
-            zero if one is None else Dense((outputs.T @ one.up.double()) @ (one.down.double() @ inputs))
-            for one in factors
-        ]
+
+        def core_of(delta: Delta) -> Delta:
+            if not isinstance(delta, LowRank):
+                return zero
+            return Dense((outputs.T @ delta.up.double()) @ (delta.down.double() @ inputs))
 
         def back(merged: Delta) -> Delta:
             core = self.scale * merged.to(dtype=torch.float64).dense()
@@ -94,10 +95,12 @@ class CoreSpace(Wrapper):
                 return as_delta(outputs, core @ inputs.T, deltas)
             return as_delta(outputs @ core, inputs.T, deltas)
 
-        return cores, back
+        return [core_of(delta) for delta in deltas], back
 
 
-MOST_ROUNDS, LEAST_GAIN = 200, 1e-10
+# The rounds of `CtM` end at this number, or once a round adds less than this share to the sum of squares.
+MOST_ROUNDS = 200
+LEAST_GAIN = 1e-10
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,10 @@ def _shared_spaces(deltas: Sequence[Delta], rank: int) -> tuple[Tensor, Tensor]:
     held = 0.0
     for _ in range(MOST_ROUNDS):
         outputs = _strongest([delta.linear(inputs.T).T for delta in equal], rank).left
-        found = _strongest([delta.T.linear(outputs.T).T for delta in equal], rank)
-        inputs, before, held = found.left, held, found.values.square().sum().item()
+        strongest = _strongest([delta.T.linear(outputs.T).T for delta in equal], rank)
+        inputs = strongest.left
+        before = held
+        held = strongest.values.square().sum().item()
         if held - before <= LEAST_GAIN * held:
             break
     return outputs, inputs

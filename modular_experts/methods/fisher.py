@@ -37,16 +37,17 @@ class Fisher(MergeMethod):
     floor: float = 1e-6
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        known = [one for one in known_statistics(self, context, len(deltas)) if one is not None]
-        assert len(known) == len(deltas), "every weight has a gradient"
-        factors = [1 / one.norm if self.normalise and one.norm else 1.0 for one in known]
-        means = [one.values.double().mean().item() * factor for one, factor in zip(known, factors, strict=True)]
+        fishers = [fisher for fisher in known_statistics(self, context, len(deltas)) if fisher is not None]
+        assert len(fishers) == len(deltas), "every weight has a gradient"
+        factors = [1 / fisher.norm if self.normalise and fisher.norm else 1.0 for fisher in fishers]
+        means = [fisher.values.double().mean().item() * factor for fisher, factor in zip(fishers, factors, strict=True)]
         floor = self.floor * sum(means) / len(means) or 1.0
 
         def rule(chunk: Chunk) -> tuple[Tensor, None]:
-            total, weights = chunk.zeros(), chunk.zeros()
-            for entries, one, factor in zip(chunk, known, factors, strict=True):
-                weight = one.values[slice(*chunk.rows)].reshape(-1).to(torch.float64) * factor + floor
+            total = chunk.zeros()
+            weights = chunk.zeros()
+            for entries, fisher, factor in zip(chunk, fishers, factors, strict=True):
+                weight = fisher.values[slice(*chunk.rows)].reshape(-1).to(torch.float64) * factor + floor
                 weights += weight
                 entries.add_to(total, entries.values.double() * entries.of(weight))
             return total.mul_(self.scale).div_(weights), None

@@ -7,6 +7,7 @@ combination of the deltas, so it works on one number per expert; only the inner 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -49,10 +50,9 @@ class Karcher(MergeMethod):
         norms = torch.tensor([delta.norm() for delta in deltas], dtype=torch.float64)
         pull = torch.where(norms > 0, portions, 0.0)
         cosines = torch.diag((norms > 0).double())  # of every pair; zero with a delta of length zero
-        for i, one in enumerate(deltas):
-            for j, other in enumerate(deltas[:i]):
-                if norms[i] > 0 and norms[j] > 0:
-                    cosines[i, j] = cosines[j, i] = inner(one, other) / (norms[i] * norms[j])
+        for i, j in combinations(range(len(deltas)), 2):
+            if norms[i] > 0 and norms[j] > 0:
+                cosines[i, j] = cosines[j, i] = inner(deltas[j], deltas[i]) / (norms[i] * norms[j])
         mean = self._mean(cosines, pull / pull.sum()) if pull.sum() > 0 else None
         if mean is None:
             return weighted_sum(deltas, (self.scale * portions).tolist())

@@ -27,7 +27,8 @@ class MagMax(MergeMethod):
         def rule(chunk: Chunk) -> tuple[Tensor, None]:
             largest = chunk.zeros()
             for entries in chunk:
-                held, values = entries.of(largest), entries.values.double()
+                held = entries.of(largest)
+                values = entries.values.double()
                 entries.write_to(largest, torch.where(values.abs() > held.abs(), values, held))
             return largest.mul_(self.scale), None
 

@@ -105,8 +105,8 @@ class MergeMethod(Checked, ABC):
     checks = Checks(scale=finite)
     presets: ClassVar[Presets] = {}
 
-    def __init_subclass__(cls, **settings: Any) -> None:
-        super().__init_subclass__(**settings)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if "presets" in vars(cls):
             cls.__doc__ = with_table(cls.__doc__ or "", cls.presets)
         if "merge" in vars(cls) and len(inspect.signature(cls.merge).parameters) == 2:
@@ -132,7 +132,7 @@ class MergeMethod(Checked, ABC):
         """The statistics and the memory that the method needs; a subclass may also set a plain class attribute."""
         return Needs()
 
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> Any:
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> object:
         """Look at every weight of every expert, and return what `merge` shall find as `context.prepared`.
 
         Methods with statistics over the whole expert, such as one threshold for all weights, define this. The stream
@@ -164,12 +164,13 @@ def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:
 
 def documentation(kind: type[MergeMethod]) -> tuple[str, dict[str, str]]:
     """Return what the docstring of a method tells, and the text of each of its settings, maybe of a class above it."""
-    about, texts = "", dict[str, str]()
-    for each in reversed(kind.__mro__):
-        about, *lists = re.split(r"^(?:Args|Attributes):\n", inspect.cleandoc(each.__doc__ or ""), flags=re.MULTILINE)
+    about = ""
+    texts: dict[str, str] = {}
+    for part in reversed(kind.__mro__):
+        about, *lists = re.split(r"^(?:Args|Attributes):\n", inspect.cleandoc(part.__doc__ or ""), flags=re.MULTILINE)
         for setting, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", "".join(lists), re.MULTILINE):
             texts[setting] = " ".join(text.split())
-    settings: list[str] = [one.name for one in fields(kind)] if is_dataclass(kind) else []
+    settings: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []
     return about.strip(), {setting: texts.get(setting, "") for setting in settings if not setting.startswith("_")}
 
 
@@ -177,9 +178,9 @@ def known_statistics(method: MergeMethod, context: Context | None, experts: int)
     """Return the statistics of a context, one per expert, and refuse another number of them."""
     known = context.statistics if context else None
     if known is None or len(known) != experts:
-        found = "got none" if known is None else f"got {len(known)} for {experts} experts"
+        number = "got none" if known is None else f"got {len(known)} for {experts} experts"
         raise ValueError(
-            f"{type(method).__name__} needs {method.needs.statistics} statistics, one per expert, and {found}; pass "
+            f"{type(method).__name__} needs {method.needs.statistics} statistics, one per expert, and {number}; pass "
             "Context(statistics=[...]), or merge stored experts, whose statistics are read from their directories"
         )
     return known
@@ -192,8 +193,9 @@ def known_grams(
     transposed, as `(in, out)`; or None for a weight that is not the matrix of a linear layer.
     """
     known = known_statistics(method, context, len(deltas))
-    grams = [one for one in known if one is not None]
+    grams = [gram for gram in known if gram is not None]
     if len(grams) < len(deltas):
         return None
     transposed = grams[0].inputs == 0
-    return [delta.T for delta in deltas] if transposed else list(deltas), [one.values for one in grams], transposed
+    upright = [delta.T for delta in deltas] if transposed else list(deltas)
+    return upright, [gram.values for gram in grams], transposed

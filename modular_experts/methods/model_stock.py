@@ -44,19 +44,20 @@ class ModelStock(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if self.row_wise or self.preset:
-            factors, total = self._factors(deltas), weighted_sum(deltas, [self.scale] * len(deltas), torch.float64)
+            factors = self._factors(deltas)
+            total = weighted_sum(deltas, self.scale, torch.float64)
             merged = scale_rows(total, factors) if self.row_wise else total * factors.item()
             return merged.to(dtype=widest_dtype(deltas))
         norms = [0.0 if delta.is_empty else delta.norm() for delta in deltas]
-        movers, step = sum(norm > 0 for norm in norms), 1.0
+        movers = sum(norm > 0 for norm in norms)
+        step = 1.0
         if movers > 1:
             # The squared norm s of the sum of the unit deltas is N + N (N - 1) c, so t = N / (N - 1) * (1 - N / s): one
             # sum instead of all pairs.
             units = weighted_sum(deltas, [1 / norm if norm > 0 else 0.0 for norm in norms], dtype=torch.float64)
             square = units.norm() ** 2
             step = movers / (movers - 1) * (1 - movers / square) if square > movers else 0.0
-        weight = self.scale * step / max(movers, 1)
-        return weighted_sum(deltas, [weight] * len(deltas))
+        return weighted_sum(deltas, self.scale * step / max(movers, 1))
 
     def _factors(self, deltas: Sequence[Delta]) -> Tensor:
         """Return `t / N`, from the cosine of each pair: float64 `(rows,)`, or `(1,)` for the whole weight."""
@@ -71,9 +72,9 @@ class ModelStock(MergeMethod):
         # inner products of all pairs, (rows, experts, experts)
         gram = torch.cat(grams) if by_row else torch.cat(grams).sum(0, keepdim=True)
         lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
-        one, other = torch.triu_indices(len(deltas), len(deltas), 1)
+        i, j = torch.triu_indices(len(deltas), len(deltas), 1)  # of every pair
         shortest = SHORTEST if self.preset else torch.finfo(torch.float64).tiny
-        cosines = gram[:, one, other] / (lengths[:, one] * lengths[:, other]).clamp(min=shortest)
+        cosines = gram[:, i, j] / (lengths[:, i] * lengths[:, j]).clamp(min=shortest)
         total = cosines.clamp(-1, 1).sum(1)
         count = torch.full_like(total, len(deltas)) if self.preset else (lengths > 0).sum(1).clamp(min=1).double()
         # One expert alone has no pair, and is taken whole.

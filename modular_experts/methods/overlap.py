@@ -49,7 +49,9 @@ class Difference(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            total, first, others = chunk.zeros(), chunk.zeros(torch.bool), chunk.zeros(torch.bool)
+            total = chunk.zeros()
+            first = chunk.zeros(torch.bool)
+            others = chunk.zeros(torch.bool)
             own, *rest = chunk
             own.add_to(total, factor=self.scale)
             own.mark(first)
@@ -76,11 +78,12 @@ class RAM(MergeMethod):
     scale: float = 1.0
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return merge_by_chunks(deltas, lambda chunk: self._average(chunk, [1.0] * len(deltas)))
+        return merge_by_chunks(deltas, lambda chunk: self._average(chunk, [1.0 for _ in deltas]))
 
     def _average(self, chunk: Chunk, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return the average over the movers of each entry; strengths multiply what an expert moves alone."""
-        total, movers = chunk.zeros(), _movers(chunk, self.epsilon)
+        total = chunk.zeros()
+        movers = _movers(chunk, self.epsilon)
         for strength, entries in zip(strengths, chunk, strict=True):
             values = torch.where(_moved(entries, self.epsilon), entries.values.double(), 0.0)
             if strength != 1:
@@ -105,7 +108,8 @@ class RAMPlus(RAM):
     alpha: float = 0.2
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        shared, unique = [0] * len(deltas), [0] * len(deltas)
+        shared = [0 for _ in deltas]
+        unique = [0 for _ in deltas]
         for chunk in chunks_of(deltas):
             movers = _movers(chunk, self.epsilon)
             for expert, entries in enumerate(chunk):
@@ -113,7 +117,8 @@ class RAMPlus(RAM):
                 shared[expert] += int(with_others.sum())
                 unique[expert] += int((~with_others).sum())
         ratios = [min(s / u, self.alpha) if u else 0.0 for s, u in zip(shared, unique, strict=True)]
-        return merge_by_chunks(deltas, lambda chunk: self._average(chunk, [1 + self.r * x for x in ratios]))
+        strengths = [1 + self.r * ratio for ratio in ratios]
+        return merge_by_chunks(deltas, lambda chunk: self._average(chunk, strengths))
 
 
 def _movers(chunk: Chunk, epsilon: float) -> Tensor:

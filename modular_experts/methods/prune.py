@@ -19,7 +19,7 @@ from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.tiles import kept_count, true_places
 from modular_experts.masks import kth_highest
 from modular_experts.masks.top_k import bin_of_rank
-from modular_experts.methods.chunks import Chunk, FlatEntries, chunks_of, joined, merge_by_chunks
+from modular_experts.methods.chunks import Chunk, FlatEntries, chunks_of, grouped, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, sum_of_weights
 
@@ -89,7 +89,8 @@ def _with_equal_l1(delta: Delta, prune: Prune) -> tuple[Delta, Prune]:
         after += torch.linalg.vector_norm(left.values, 1, dtype=torch.float64).item()
     if whole and len(left.values):
         assert left.places is not None, "single entries have places"
-        delta, prune = Sparse(left.places, left.values, delta.shape), keep_all
+        delta = Sparse(left.places, left.values, delta.shape)
+        prune = keep_all
     factor = before / after if after else 1.0
 
     def rescaled(entries: FlatEntries) -> FlatEntries:
@@ -158,12 +159,22 @@ def streamed_thresholds(stream: Iterable[Sequence[Delta]], share: float | Sequen
     entries that tie at the threshold all stay. A threshold of 0 means that fewer entries than the share differ from
     zero.
     """
-    size, high = _histograms(stream, lambda bits, _: bits >> _LOW, _HIGH_BINS)
-    shares = [share] * len(high) if isinstance(share, float | int) else share
-    bins = [bin_of_rank(counts, kept_count(each, size)) for counts, each in zip(high, shares, strict=True)]
-    _, low = _histograms(stream, lambda bits, i: bits[bits >> _LOW == bins[i][0]] & (_LOW_BINS - 1), _LOW_BINS)
-    found = [bins[i][0] << _LOW | bin_of_rank(counts, bins[i][1])[0] for i, counts in enumerate(low)]
-    return [Cutoff(torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()) for bits in found]
+    size, upper_counts = _histograms(stream, lambda bits, _: bits >> _LOW, _HIGH_BINS)
+    shares = [share for _ in upper_counts] if isinstance(share, float | int) else share
+    # For each expert the upper bits of its threshold, and the threshold's rank among the entries with these bits.
+    bins = [bin_of_rank(counts, kept_count(kept, size)) for counts, kept in zip(upper_counts, shares, strict=True)]
+
+    def lower_bits(bits: Tensor, expert: int) -> Tensor:
+        upper, _ = bins[expert]
+        return bits[bits >> _LOW == upper] & (_LOW_BINS - 1)
+
+    _, lower_counts = _histograms(stream, lower_bits, _LOW_BINS)
+    thresholds = []
+    for (upper, rank), counts in zip(bins, lower_counts, strict=True):
+        lower, _ = bin_of_rank(counts, rank)
+        bits = torch.tensor(upper << _LOW | lower, dtype=torch.int32)
+        thresholds.append(Cutoff(bits.view(torch.float32).item()))
+    return thresholds
 
 
 def _histograms(
@@ -175,9 +186,9 @@ def _histograms(
     for deltas in stream:
         size += deltas[0].shape.numel()
         totals = totals or [torch.zeros(bins, dtype=torch.int64, device=delta.device) for delta in deltas]
-        for i, delta in enumerate(deltas):
+        for expert, delta in enumerate(deltas):
             bits = _stored_values(delta).float().abs().view(torch.int32)
-            totals[i] += torch.bincount(digit(bits, i), minlength=bins)
+            totals[expert] += torch.bincount(digit(bits, expert), minlength=bins)
     return size, totals
 
 
@@ -228,8 +239,9 @@ class PrunedSum(PruneFirst):
         pruned = self.pruned(deltas, context)
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            total, moved = chunk.zeros(), chunk.zeros(torch.bool)
-            for entries, weight in joined(pruned.entries(chunk), weights):
+            total = chunk.zeros()
+            moved = chunk.zeros(torch.bool)
+            for entries, weight in grouped(pruned.entries(chunk), weights):
                 entries.add_to(total, factor=weight)
                 entries.mark(moved, entries.values != 0)
             return total.mul_(scale), moved
@@ -262,10 +274,11 @@ class PrunedElection(PruneFirst):
         sign_of_zero = self._sign_of_zero(pruned, weights)
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            experts = list(joined(pruned.entries(chunk), weights))
+            experts = list(grouped(pruned.entries(chunk), weights))
             elected = _votes(chunk, experts, self.vote).sign_()
             elected += sign_of_zero / 2  # a half gives zero a sign, and turns no other
-            total, voters = chunk.zeros(), chunk.zeros(torch.bool)
+            total = chunk.zeros()
+            voters = chunk.zeros(torch.bool)
             divided = None if self.divisor == "none" else chunk.zeros()
             for entries, weight in experts:
                 values = entries.values
@@ -278,7 +291,7 @@ class PrunedElection(PruneFirst):
             total *= self.scale
             # The divisor is zero where no entry agrees, or where the weights of those that do cancel.
             if divided is not None:
-                total /= divided.clamp_(min=1.0) if self.divisor == "count" else divided.masked_fill_(divided == 0, 1.0)
+                total /= divided.masked_fill_(divided == 0, 1.0)
             return total, voters
 
         return merge_by_chunks(pruned.deltas, rule)
@@ -289,7 +302,7 @@ class PrunedElection(PruneFirst):
             return 1.0 if self.zero == "positive" else 0.0
         difference = 0.0
         for chunk in chunks_of(pruned.deltas):
-            votes = _votes(chunk, joined(pruned.entries(chunk), weights), self.vote)
+            votes = _votes(chunk, grouped(pruned.entries(chunk), weights), self.vote)
             difference += votes.sign_().sum().item()
         return float(difference > 0) - float(difference < 0)
 

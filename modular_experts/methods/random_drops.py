@@ -8,7 +8,7 @@ name and the seed, so the same entries are dropped in any form, in any chunks, a
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ class RandomDrops(PruneFirst):
         return [drop_at_random(share, key, self.rescale) for share, key in zip(keep, keys, strict=True)]
 
 
-def _chances(method: Any, setting: str, epsilons: Shares) -> None:
+def _chances(method: "RankedDrops", setting: str, epsilons: Shares) -> None:
     for keep, epsilon in paired(method.keep, epsilons):
         if keep != 1 and not (epsilon >= 0 and keep - epsilon > 0 and keep + epsilon < 1):
             raise ValueError(

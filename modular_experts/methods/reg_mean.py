@@ -48,7 +48,7 @@ class RegMean(MergeMethod):
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         known = known_grams(self, context, deltas)
         if known is None or all(delta.is_empty for delta in deltas):
-            return weighted_sum(deltas, [self.scale / len(deltas)] * len(deltas))
+            return weighted_sum(deltas, self.scale / len(deltas))
         upright, grams, transposed = known
         if self.ridge:
             solved = ridge_solution(upright, [partial(self._reduced, gram) for gram in grams], self.ridge)
@@ -65,7 +65,8 @@ class RegMean(MergeMethod):
         total = torch.zeros(grams[0].shape, dtype=torch.float64, device=grams[0].device)
         for gram in grams:
             total += self._reduced(gram)
-        divided, count = _divider(total, singular=self.reduce == 1), len(deltas)
+        divided = _divider(total, singular=self.reduce == 1)
+        count = len(deltas)
         moved = [(delta, gram) for delta, gram in zip(deltas, grams, strict=True) if not delta.is_empty]
 
         def pulled(rows: Tensor, gram: Tensor) -> Tensor:
@@ -100,7 +101,8 @@ def _divider(total: Tensor, singular: bool) -> Callable[[Tensor], Tensor]:
     if singular:
         values, vectors = torch.linalg.eigh(unit)
         kept = values > values[-1] * len(values) ** 0.5 * torch.finfo(torch.float32).eps  # stored as float32
-        values, vectors = values[kept], vectors[:, kept]
+        values = values[kept]
+        vectors = vectors[:, kept]
         return lambda rows: ((rows * scale) @ vectors / values) @ vectors.T * scale
     unit.diagonal()[size == 0] = 1
     factor = torch.linalg.cholesky(unit)
@@ -159,10 +161,10 @@ class SelfRegMean(MergeMethod):
 
 def flattened(delta: Delta, share: float) -> Delta:
     """Return `U S^(1 - share) V^T` of the norm of a delta `U S V^T`, dense and in float64; noise is left out."""
-    found = spectrum(delta)
-    values = found.values ** (1 - share)
-    values *= found.values.norm() / values.norm().clamp(min=torch.finfo(torch.float64).tiny)
-    return Dense(found.left * values @ found.right)
+    whole = spectrum(delta)
+    values = whole.values ** (1 - share)
+    values *= whole.values.norm() / values.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    return Dense(whole.left * values @ whole.right)
 
 
 def _own_gram(delta: Delta) -> Tensor:

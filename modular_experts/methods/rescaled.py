@@ -79,7 +79,7 @@ class Rescaled(Wrapper):
         length = merged.norm()
         if not length:
             return merged
-        total = weighted_sum(movers, [1.0] * len(movers), dtype=torch.float64)
+        total = weighted_sum(movers, 1.0, torch.float64)
         return merged * (self.scale * total.norm() / math.sqrt(len(movers)) / length)
 
 
@@ -116,22 +116,22 @@ class SVC(Wrapper):
         if len(merged.shape) != 2:
             same = [max(self.alpha, inner(merged, delta) / delta.norm() ** 2) for delta in movers]
             return merged * (self.scale * (len(same) / sum(same) if same else 1.0))
-        found = spectrum(merged)
-        mean = counted(found, movers).clamp(min=self.alpha).nanmean(0)
+        m = spectrum(merged)
+        mean = relative_strengths(m, movers).clamp(min=self.alpha).nanmean(0)
         gain = torch.where(mean.isnan(), 1.0, 1 / mean)
-        return as_delta(self.scale * found.left * (gain * found.values), found.right, deltas)
+        return as_delta(self.scale * m.left * (gain * m.values), m.right, deltas)
 
 
-def counted(found: Spectrum, deltas: Sequence[Delta]) -> Tensor:
-    """Return `s_ri` `(experts, directions)` for the spectrum of a merge and the merged deltas.
+def relative_strengths(m: Spectrum, deltas: Sequence[Delta]) -> Tensor:
+    """Return `s_ri` `(experts, directions)` for the spectrum of a merge m and the merged deltas.
 
     It is NaN where an expert moves nothing along a direction.
     """
-    counts = torch.full((len(deltas), found.count), torch.nan, dtype=torch.float64, device=found.values.device)
-    for row, delta in zip(counts, deltas, strict=True):
-        moved = delta.to(dtype=torch.float64).T.linear(found.left.T)  # (directions, in)
+    strengths = torch.full((len(deltas), m.count), torch.nan, dtype=torch.float64, device=m.values.device)
+    for row, delta in zip(strengths, deltas, strict=True):
+        moved = delta.to(dtype=torch.float64).T.linear(m.left.T)  # (directions, in)
         size = moved.square().sum(1)
         moves = size > (NOISE * delta.norm()) ** 2
-        along = found.values * torch.linalg.vecdot(found.right, moved)
+        along = m.values * torch.linalg.vecdot(m.right, moved)
         row[moves] = (along / size)[moves]
-    return counts
+    return strengths

@@ -51,7 +51,7 @@ class SCE(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         selected = None if self.keep == 1 else _most_varied(deltas, self.keep)
-        squares = [0.0] * len(deltas)
+        squares = [0.0 for _ in deltas]
         for chunk in chunks_of(deltas):
             for expert, entries in enumerate(chunk):
                 squares[expert] += _selected(entries, chunk, selected).double().square().sum().item()
@@ -66,7 +66,9 @@ class SCE(MergeMethod):
             elected = votes.sign_()
             if self.zero == "positive":
                 elected += elected == 0
-            summed, divisor, voters = chunk.zeros(), chunk.zeros(), chunk.zeros(torch.bool)
+            summed = chunk.zeros()
+            divisor = chunk.zeros()
+            voters = chunk.zeros(torch.bool)
             least = self.floor or torch.finfo(divisor.dtype).tiny
             for share, entries in zip(shares, chunk, strict=True):
                 values = _selected(entries, chunk, selected)
@@ -88,17 +90,16 @@ def _most_varied(deltas: Sequence[Delta], keep: float) -> Tensor:
     """Return which flat entries are selected, as booleans."""
     variance = torch.empty(deltas[0].shape.numel(), dtype=torch.float64, device=deltas[0].device)
     for chunk in chunks_of(deltas):
-        mean, square, absent = chunk.zeros(), chunk.zeros(), chunk.zeros().fill_(len(deltas))
-        for entries in chunk:
-            entries.add_to(mean)
-        mean.div_(len(deltas))
+        mean = chunk.total().div_(len(deltas))
+        square = chunk.zeros()
+        absent = chunk.zeros().fill_(len(deltas))
         for entries in chunk:
             entries.add_to(square, (entries.values.double() - entries.of(mean)).square())
             entries.add_to(absent, torch.ones_like(entries.values), -1.0)
-        found = square + absent * mean.square()
+        spread = square + absent * mean.square()
         # Equal values have a variance of zero, though rounding may move their mean.
         least = len(deltas) * (torch.finfo(torch.float64).eps * mean).square()
-        variance[slice(*chunk.span)] = torch.where(found > least, found, 0.0)
+        variance[slice(*chunk.span)] = torch.where(spread > least, spread, 0.0)
     count = int(keep * int(variance.count_nonzero()) * (1 + 1e-12))
     selected = torch.zeros_like(variance, dtype=torch.bool)
     selected[top_k(variance, count).long()] = True

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, get_args
 
 from modular_experts.text import did_you_mean
 
-Presets = Mapping[str | None, Mapping[str, Any]]
-Check = Callable[[object, str, Any], None]
+Presets = Mapping[str | None, Mapping[str, object]]
+Check = Callable[[Any, str, Any], None]
 """Refuses a bad value of a setting: it gets the method, the name of the setting, and the value."""
 
 Checks = dict[str, Check]
@@ -32,7 +32,7 @@ class Checked:
             check(self, setting, getattr(self, setting, None))
 
 
-def fill_from_preset(method: Any, presets: Presets) -> None:
+def fill_from_preset(method: Checked, presets: Presets) -> None:
     """Give the settings that are None their values of the method's `preset`, a peer's meaning of the method's name.
 
     The fields, and so the record of a merge, then hold every value that counted. None counts as not given, because a
@@ -42,7 +42,8 @@ def fill_from_preset(method: Any, presets: Presets) -> None:
         presets: Values by the name of the preset; `presets[None]` holds the defaults, which a preset overrides. A value
             of None means that the peer has no default: it must be given.
     """
-    name, preset = type(method).__name__, method.preset
+    name = type(method).__name__
+    preset = vars(method)["preset"]
     if preset not in presets:
         known = [known for known in presets if known]
         hint = did_you_mean(str(preset), known) or f"; the presets are {', '.join(known)}"
@@ -60,8 +61,9 @@ def with_table(text: str, presets: Presets) -> str:
     text += "" if "\n    preset: " in text else "\n\nArgs:\n    preset: Fills what is not given."
     parts = []
     for name, values in presets.items():
-        given = [f"{one} {value}" if value is not None else f"no default for {one}" for one, value in values.items()]
-        parts.append(f"{f'`{name}`' if name else 'Without it'}: {', '.join(given) or 'the same'}")
+        settings = [f"no default for {key}" if value is None else f"{key} {value}" for key, value in values.items()]
+        which = f"`{name}`" if name else "Without it"
+        parts.append(f"{which}: {', '.join(settings) or 'the same'}")
     return f"{text} {'; '.join(parts)}."
 
 
@@ -77,7 +79,7 @@ def one_per_expert(method: object, setting: str, experts: int) -> list[float]:
     """Return a setting as one number per expert: a single number holds for all, None stands for 1."""
     value = getattr(method, setting)
     if value is None or isinstance(value, float | int):
-        return [1.0 if value is None else value] * experts
+        return [1.0 if value is None else value for _ in range(experts)]
     if len(value) != experts:
         raise ValueError(
             f"{type(method).__name__}: {len(value)} {setting} were given for {experts} experts; give one for each"
@@ -85,12 +87,12 @@ def one_per_expert(method: object, setting: str, experts: int) -> list[float]:
     return list(value)
 
 
-def paired(one: float | list[float], other: float | list[float]) -> list[tuple[float, float]]:
+def paired(first: float | list[float], second: float | list[float]) -> list[tuple[float, float]]:
     """Return two settings expert by expert, as far as both go; a single number goes with each of a list."""
-    first, second = ([value] if not isinstance(value, list) else value for value in (one, other))
-    count = max(len(first), len(second))
-    first, second = (values * count if len(values) == 1 else values for values in (first, second))
-    return list(zip(first, second, strict=False))
+    count = max(len(setting) if isinstance(setting, list) else 1 for setting in (first, second))
+    firsts = first if isinstance(first, list) else [first for _ in range(count)]
+    seconds = second if isinstance(second, list) else [second for _ in range(count)]
+    return list(zip(firsts, seconds, strict=False))
 
 
 def sum_of_weights(method: object, weights: Sequence[float]) -> float:
@@ -111,12 +113,17 @@ def shares(method: object, experts: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _check(method: object, setting: str, value: Any, holds: Callable[[float], bool], text: str) -> None:
-    several = isinstance(value, list | tuple)
-    for number in value if several else [] if value is None else [value]:  # None is a setting that was left out
-        if not (math.isfinite(number) and holds(number)):
-            text = text if math.isfinite(number) else "must be a finite number"
-            name = f"each {setting.removesuffix('s')}" if several else setting
+def _check(
+    method: object, setting: str, value: float | Sequence[float] | None, holds: Callable[[float], bool], text: str
+) -> None:
+    if value is None:  # the setting was left out
+        return
+    numbers: Sequence[float] = [value] if isinstance(value, float | int) else value
+    name = setting if numbers is not value else f"each {setting.removesuffix('s')}"
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ValueError(f"{type(method).__name__}: {name} must be a finite number, got {number}")
+        if not holds(number):
             raise ValueError(f"{type(method).__name__}: {name} {text}, got {number}")
 
 
@@ -139,28 +146,29 @@ def within(interval: str, meaning: str = "") -> Check:
     def inside(number: float) -> bool:
         return low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
 
-    return partial(_check, holds=inside, text=f"{meaning}{' and ' if meaning else ''}must be in {interval}")
+    bounds = f"must be in {interval}"
+    return partial(_check, holds=inside, text=f"{meaning} and {bounds}" if meaning else bounds)
 
 
-def not_cancelling(method: object, setting: str, weights: Any) -> None:
+def not_cancelling(method: object, setting: str, weights: Sequence[float] | None) -> None:
     """Check that the sum of weights can divide them."""
     finite(method, setting, weights)
     if weights is not None:
         sum_of_weights(method, weights)
 
 
-def parts_of_whole(method: object, setting: str, weights: Any) -> None:
+def parts_of_whole(method: object, setting: str, weights: Sequence[float] | None) -> None:
     """Check that weights can be shares of a whole: none is negative, and some are above zero."""
     at_least(0)(method, setting, weights)
     not_cancelling(method, setting, weights)
 
 
-def one_of(choices: Any) -> Check:
+def one_of(choices: object) -> Check:
     """Check that a `Literal` type lists a value; the command line checks this by itself."""
     allowed = get_args(choices)
     text = " or ".join([", ".join(map(repr, allowed[:-1])), repr(allowed[-1])])
 
-    def check(method: object, setting: str, value: Any) -> None:
+    def check(method: object, setting: str, value: object) -> None:
         if value not in allowed:
             raise ValueError(f"{type(method).__name__}: {setting} must be {text}, got {value!r}")
 

@@ -105,16 +105,21 @@ class NuSLERP(MergeMethod):
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if self.column_wise and len(deltas[0].shape) == 2:
             return replace(self, row_wise=True, column_wise=False).merge([delta.T for delta in deltas]).T
-        portions, limits = shares(self, len(deltas)), MERGEKIT if self.preset else {}
-        merged, turn = deltas[0], _slerp_rows if self.row_wise else slerp
-        for delta, portion, total in list(zip(deltas, portions, accumulate(portions), strict=True))[1:]:
+        portions = shares(self, len(deltas))
+        totals = list(accumulate(portions))
+        turn = _slerp_rows if self.row_wise else slerp
+        limits = MERGEKIT if self.preset else {}
+        merged = deltas[0]
+        for delta, portion, total in zip(deltas[1:], portions[1:], totals[1:], strict=True):
             merged = turn(merged, delta, portion / total if total else 0.0, **limits)
         return weighted_sum([merged], [self.scale], widest_dtype(deltas))
 
 
 def _slerp_rows(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, shortest: float = 0.0) -> Delta:
     """Return `slerp` of each row of one with the same row of the other, in float64."""
-    one, other = one.to(dtype=torch.float64), other.to(dtype=torch.float64)  # once, instead of in each product
+    # Once, instead of in each product.
+    one = one.to(dtype=torch.float64)
+    other = other.to(dtype=torch.float64)
     lengths = [inner_by_row(delta, delta).sqrt().clamp(min=shortest) for delta in (one, other)]
     cosines = inner_by_row(one, other) / (lengths[0] * lengths[1])
     first, second = arc_weights(cosines, t, straight)

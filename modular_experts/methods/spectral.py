@@ -46,7 +46,8 @@ class TSVMerge(MergeMethod):
         movers = max(1, sum(part.count > 0 for part in spectra))
         count = kept_count(self.share / movers, min(deltas[0].shape))
         kept = join([part.top(count) for part in spectra])
-        left, right = nearest_isometry(kept.left), nearest_isometry(kept.right)
+        left = nearest_isometry(kept.left)
+        right = nearest_isometry(kept.right)
         return as_delta(self.scale * left * kept.values, right, deltas)
 
 
@@ -67,7 +68,7 @@ class IsoC(MergeMethod):
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:
             return Average(scale=self.scale).merge(deltas)
-        total = spectrum(weighted_sum(deltas, [1.0] * len(deltas), dtype=torch.float64))
+        total = spectrum(weighted_sum(deltas, 1.0, torch.float64))
         return as_delta(self.scale * total.values.mean() * total.left, total.right, deltas)
 
 
@@ -96,13 +97,15 @@ class IsoCTS(MergeMethod):
         if len(deltas[0].shape) != 2:
             return Average(scale=self.scale).merge(deltas)
         movers = [delta for delta in deltas if not delta.is_empty and delta.norm() > 0]
-        total = spectrum(weighted_sum(deltas, [1.0] * len(deltas), dtype=torch.float64))
+        total = spectrum(weighted_sum(deltas, 1.0, torch.float64))
         # Round like the paper's code, but never to more directions than the sum has.
-        experts, rank = max(1, len(movers)), total.count
+        experts = max(1, len(movers))
+        rank = total.count
         own = min(round((rank - int(rank * self.common)) / experts), rank // experts)
         common = total.top(rank - own * len(movers))
         chosen = join([common, *(_outside(common.left, delta).top(own) for delta in movers)])
-        left, right = nearest_isometry(chosen.left), nearest_isometry(chosen.right)
+        left = nearest_isometry(chosen.left)
+        right = nearest_isometry(chosen.right)
         return as_delta(self.scale * chosen.values.mean() * left, right, deltas)
 
 

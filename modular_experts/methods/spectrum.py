@@ -55,7 +55,8 @@ def spectrum(delta: Delta, floor: float = 0.0) -> Spectrum:
         columns, tall = torch.linalg.qr(delta.up.double())
         rows, wide = torch.linalg.qr(delta.down.double().T)
         left, values, right = torch.linalg.svd(tall @ wide.T, full_matrices=False)
-        left, right = columns @ left, right @ rows.T
+        left = columns @ left
+        right = right @ rows.T
     else:
         left, values, right = torch.linalg.svd(delta.to(dtype=torch.float64).dense(), full_matrices=False)
     kept = int((values > max(NOISE * values[:1].sum().item(), floor)).sum())
@@ -98,7 +99,8 @@ def as_delta(up: Tensor, down: Tensor, deltas: Sequence[Delta]) -> Delta:
 
     It is rounded once, to the widest dtype of the given deltas; with k = 0 it moves nothing.
     """
-    shape, dtype = deltas[0].shape, widest_dtype(deltas)
+    shape = deltas[0].shape
+    dtype = widest_dtype(deltas)
     if up.shape[1] == 0:
         return Sparse.zero(shape, up.device)
     if up.numel() + down.numel() < math.prod(shape):

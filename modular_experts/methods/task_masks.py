@@ -38,10 +38,12 @@ class EMR(MergeMethod):
             for chunk in chunks_of(deltas):
                 unified = _unified(chunk)
                 for place, entries in enumerate(chunk):
-                    values, elected = entries.values.double(), entries.of(unified)
+                    values = entries.values.double()
+                    elected = entries.of(unified)
                     here[place] += values.abs().sum().item()
                     there[place] += elected[values * elected > 0].abs().sum().item()
-            own, masked = own + here, masked + there
+            own = own + here
+            masked = masked + there
         # A task that is outvoted wherever it moves something keeps nothing that a factor could act on.
         return torch.where(masked > 0, own / masked, 1.0).tolist()
 
@@ -54,8 +56,9 @@ class EMR(MergeMethod):
         rescaler = context.prepared[expert]
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            unified, kept = _unified(chunk), chunk.zeros(torch.bool)
+            unified = _unified(chunk)
             entries = chunk.entries(expert)
+            kept = chunk.zeros(torch.bool)
             entries.mark(kept, entries.values * entries.of(unified) > 0)
             return rescaler * unified * kept, kept
 
@@ -63,8 +66,10 @@ class EMR(MergeMethod):
 
 
 def _unified(chunk: Chunk) -> Tensor:
-    sign, largest = chunk.total().sign_(), chunk.zeros()
-    for entries in chunk:  # times the sign, a value that disagrees is below zero and never the largest
+    sign = chunk.total().sign_()
+    largest = chunk.zeros()
+    # Times the sign, a value that disagrees is below zero and never the largest.
+    for entries in chunk:
         entries.write_to(largest, torch.maximum(entries.of(largest), entries.values * entries.of(sign)))
     return largest * sign
 
@@ -91,7 +96,8 @@ class ConsensusTA(MergeMethod):
         check_agreement(self, self.agreement, len(deltas))
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            total, count = chunk.total(), chunk.zeros()
+            total = chunk.total()
+            count = chunk.zeros()
             for entries in chunk:
                 entries.add_to(count, _matters(entries, total, self.threshold))
             kept = count >= self.agreement
@@ -116,11 +122,12 @@ class TALLMask(MergeMethod):
     scale: float = 1.0
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return weighted_sum(deltas, [self.scale] * len(deltas))
+        return weighted_sum(deltas, self.scale)
 
     def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            total, entries = chunk.total(), chunk.entries(expert)
+            total = chunk.total()
+            entries = chunk.entries(expert)
             kept = chunk.zeros(torch.bool)
             entries.mark(kept, _matters(entries, total, self.threshold))
             return total.mul_(self.scale).mul_(kept), kept

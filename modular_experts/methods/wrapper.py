@@ -1,7 +1,7 @@
 """Put a merge method around another one, as `KnOTS`, `CoreSpace` and `SVC` do."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -51,56 +51,60 @@ class Wrapper(MergeMethod):
     def needs(self) -> Needs:
         return self.own + self.inner.needs
 
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> Any:
-        return self.inner.prepare(_Given(self, stream))
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> object:
+        return self.inner.prepare(_InnerStream(self, stream))
 
     @property
     def has_tasks(self) -> bool:
         return self.inner.has_tasks
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        given, back = self.around(deltas)
-        return back(self.inner.merge(given, context))
+        inner_deltas, back = self.around(deltas)
+        return back(self.inner.merge(inner_deltas, context))
 
     def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
-        given, back = self.around(deltas)
-        return back(self.inner.per_task(given, expert, context))
+        inner_deltas, back = self.around(deltas)
+        return back(self.inner.per_task(inner_deltas, expert, context))
 
 
-class _Given(Iterable[Sequence[Delta]]):
+@dataclass(frozen=True, eq=False)
+class _InnerStream(Iterable[Sequence[Delta]]):
     """A stream of deltas as the inner method of a wrapper gets them."""
 
-    def __init__(self, wrapper: Wrapper, stream: Iterable[Sequence[Delta]]) -> None:
-        self._wrapper, self._stream = wrapper, stream
+    wrapper: Wrapper
+    stream: Iterable[Sequence[Delta]]
 
     def __iter__(self) -> Iterator[Sequence[Delta]]:
-        return (self._wrapper.around(deltas)[0] for deltas in self._stream)
+        return (self.wrapper.around(deltas)[0] for deltas in self.stream)
 
 
-def settings_of(method: MergeMethod) -> dict[str, Any]:
-    """Return the settings of a method by their names, such as `inner.keep` in a method inside, but for presets.
+def setting_names(method: MergeMethod) -> list[str]:
+    """Return the names of a method's settings, such as `inner.keep` in a method inside, but for presets.
 
     What a preset fills is filled when the method is made, so a change of the preset alone would change nothing.
     """
     if not is_dataclass(method):
-        return {}
-    found: dict[str, Any] = {}
-    for one in fields(method):
-        if one.init and not one.name.startswith("_") and one.name != "preset":
-            found[one.name] = value = getattr(method, one.name)
+        return []
+    names = []
+    for field in fields(method):
+        if field.init and not field.name.startswith("_") and field.name != "preset":
+            names.append(field.name)
+            value = getattr(method, field.name)
             if isinstance(value, MergeMethod):
-                found |= {f"{one.name}.{name}": inside for name, inside in settings_of(value).items()}
-    return found
+                names += [f"{field.name}.{name}" for name in setting_names(value)]
+    return names
 
 
-def with_settings(method: MergeMethod, settings: dict[str, Any]) -> MergeMethod:
+def with_settings(method: MergeMethod, settings: Mapping[str, Any]) -> MergeMethod:
     """Return a method with some settings changed; `inner.keep` is the `keep` of the method `inner`."""
-    own = {name: value for name, value in settings.items() if "." not in name}
+    own: dict[str, Any] = {}
     inside: dict[str, dict[str, Any]] = {}
-    for name, value in settings.items():
-        if "." in name:
-            first, _, rest = name.partition(".")
-            inside.setdefault(first, {})[rest] = value
+    for setting, value in settings.items():
+        name, _, rest = setting.partition(".")
+        if rest:
+            inside.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
     for name, changes in inside.items():
         own[name] = with_settings(own.get(name, getattr(method, name)), changes)
     return replace(method, **own) if own else method  # type: ignore[type-var]

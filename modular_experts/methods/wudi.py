@@ -66,12 +66,12 @@ class WUDI(MergeMethod):
         if self.solver == "exact":
             basis = spectrum(Dense(inputs))
             return as_delta(self.scale * (outputs @ basis.right.T) / basis.values, basis.left.T, deltas)
-        found = torch.nn.Parameter(weighted_sum(movers, [1.0] * len(movers)).dense())
-        optimizer = torch.optim.Adam([found], lr=self.learning_rate)
+        t = torch.nn.Parameter(weighted_sum(movers, 1.0).dense())
+        optimizer = torch.optim.Adam([t], lr=self.learning_rate)
         narrow = 2 * inputs.shape[1] < inputs.shape[0]  # the form of the gradient that costs less per step
         square, product = (inputs, outputs) if narrow else (inputs @ inputs.T, outputs @ inputs.T)
         for _ in range(self.steps):
-            slope = 2 * (found.detach() @ square - product)
-            found.grad = slope @ inputs.T if narrow else slope
+            slope = 2 * (t.detach() @ square - product)
+            t.grad = slope @ inputs.T if narrow else slope
             optimizer.step()
-        return Dense((self.scale * found.detach()).to(widest_dtype(deltas)))
+        return Dense((self.scale * t.detach()).to(widest_dtype(deltas)))

@@ -8,7 +8,7 @@ from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 import modular_experts.methods as m
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.methods.chunks import chunks_of, chunks_of_size, joined, merge_by_chunks
+from modular_experts.methods.chunks import chunks_of, chunks_of_size, grouped, merge_by_chunks
 
 sizes = st.sampled_from([1, 5, 16, 2**19])
 
@@ -65,14 +65,14 @@ def test_entries_of_a_chunk_say_where_they_are(size, deltas):
     weight=st.floats(-2, 2, width=16),
     alike=st.booleans(),
 )
-def test_joined_entries_are_those_of_the_experts(size, most, deltas, weight, alike):
+def test_grouped_entries_are_those_of_the_experts(size, most, deltas, weight, alike):
     weights = [weight + (0 if alike else place) for place in range(len(deltas))]
     with chunks_of_size(size):
         for chunk in chunks_of(deltas):
             each, together = chunk.zeros(torch.float64), chunk.zeros(torch.float64)
             for entries, factor in zip(chunk, weights, strict=True):
                 entries.add_to(each, factor=factor)
-            pieces = list(joined(chunk, weights, most))
+            pieces = list(grouped(chunk, weights, most))
             for entries, factor in pieces:
                 entries.add_to(together, factor=factor)
             assert torch.equal(each, together)

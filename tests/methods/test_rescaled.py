@@ -16,7 +16,7 @@ from modular_experts.deltas import Dense, LowRank, Sparse
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merging.merged import Merged
 from modular_experts.methods.method import Context, Needs
-from modular_experts.methods.wrapper import settings_of, with_settings
+from modular_experts.methods.wrapper import setting_names, with_settings
 
 
 @pytest.mark.parametrize("inner", [m.TaskArithmetic(), m.TSVMerge(), m.SelfRegMean()], ids=str)
@@ -152,8 +152,7 @@ def test_a_look_at_all_weights_is_that_of_the_inner_method():
 
 def test_settings_of_the_inner_method_have_dotted_names():
     method = m.SVC(m.KnOTS(m.TIES(keep=0.3)), alpha=0.25)
-    found = settings_of(method)
-    assert [found[name] for name in ("alpha", "inner.scale", "inner.inner.keep")] == [0.25, 1.0, 0.3]
+    assert {"alpha", "inner.scale", "inner.inner.keep"} < {*setting_names(method)}
     changed = with_settings(method, {"scale": 2.0, "inner.inner.keep": 0.1, "inner.scale": 3.0})
     assert changed == m.SVC(m.KnOTS(m.TIES(keep=0.1), scale=3.0), scale=2.0, alpha=0.25)
     another = with_settings(method, {"inner": m.SparseAverage(), "inner.exponent": 0.5})
