@@ -75,7 +75,9 @@ class RowTokenizer:
         problems: list[str] = []
         cut = 0
         for row, prompt, (target,), choices in zip(rows, prompts, targets, options, strict=True):
-            answers = [target if row.target is not None else [], *choices]
+            if row.target is None:
+                target = []
+            answers = [target, *choices]
             most = max(map(len, answers))
             if not prompt or len(target) == 1:
                 problems.append(f"{row.where}: the tokenizer makes no tokens of the {'target' if prompt else 'input'}")

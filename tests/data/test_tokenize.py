@@ -69,6 +69,9 @@ def test_a_long_row_loses_the_left_of_its_input_and_keeps_its_target() -> None:
     assert [example.tokens.ids.tolist() for example in examples] == [[*ids("ef xy"), EOS], [*ids("ab xy"), EOS]]
     assert cut == 1
     assert examples[0].input == "abcdef"
+    # A row to predict has an input alone, which may end in white space.
+    (example,) = tokenized(Row("ab ", None))
+    assert (example.tokens.ids.tolist(), example.tokens.prompt) == (ids("ab "), 3)
     # A target that leaves no room is a bad row.
     rows = [Row("a", "xyz", where="f:3"), Row("a", "xy")]
     examples, _, problems = RowTokenizer(build_tokenizer(), max_length=5)("t", rows)
