@@ -27,7 +27,7 @@ from modular_experts.study.report import REPORT, figure_of, write_report
 from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Failure, Lines, State, state_of
 from modular_experts.study.settings import Description
-from modular_experts.study.summary import beside_published, findings, labelled, summary
+from modular_experts.study.summary import findings, labelled, summary
 from modular_experts.study.work import check_templates
 
 NAMED = 3
@@ -129,8 +129,6 @@ def write_results(
         shown = labelled(results)
         console = Console(width=80)
         console.print(summary(shown, counts).text())
-        if table := beside_published(shown):
-            console.print("", table.text(), f"published: {shown.facts['published']['source']}", markup=False)
         for finding in findings(shown):
             print(f"\n{textwrap.fill(str(finding), 80)}")
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")

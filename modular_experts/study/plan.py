@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from modular_experts.base.base import DType
 from modular_experts.library import StoredExpert, open_expert
@@ -17,21 +17,6 @@ BASE = "base"
 SINGLE = ", single"
 """What stands after a kind where its single experts are meant, each on its own task."""
 Measure = Callable[[Sequence[StoredExpert]], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Published:
-    """Figures of others for models of a study, as its tables name them; shares are in per cent.
-
-    Args:
-        source: Where they stand, and their metric.
-        metric: The metric that they are of.
-        rows: For each model the mean over the tasks of a role (`held_in`, `held_out`).
-    """
-
-    source: str
-    metric: Literal["loss", "exact_match", "rougeL", "choice_accuracy"]
-    rows: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,6 @@ class Study:
     metrics: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, str] = field(default_factory=dict)
     draws: dict[int, int] = field(default_factory=dict)
-    published: Published | None = None
     trust: tuple[str, ...] = field(default_factory=trusted)
     """Modules and classes that pieces trust in their processes, as this process does (`library/described.py`)."""
 

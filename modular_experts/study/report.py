@@ -30,7 +30,6 @@ from modular_experts.study.summary import (
     HALF,
     OF_OWN,
     TUNED,
-    beside_published,
     best_merges,
     findings,
     interval_text,
@@ -65,7 +64,6 @@ def write_report(results: Results, file: Path, lede: Sequence[Html] = (), more: 
         lede = [*lede, *telling_example(examples, metric, BASE, merges, models_of)]
     sections = [
         _overview(shown),
-        _published(shown),
         _kept(shown, best),
         _bytes(shown),
         _gains(shown, best),
@@ -153,15 +151,6 @@ def _marked_rows(values: Mapping[str, float | None]) -> list[MarkedRow]:
             continue
         rows.append(MarkedRow(method, value, values[method + AS_IS]) if both else MarkedRow(name, value))
     return rows
-
-
-def _published(results: Results) -> Section | None:
-    table = beside_published(results)
-    if table is None:
-        return None
-    about = f"Published: {results.facts['published']['source']}. These figures enter no other table and number here."
-    title = f"Our {metric_words(results.facts['published']['metric'])} beside published figures"
-    return Section("Published", title, [table.html(), note(about)])
 
 
 def _kept(results: Results, best: Mapping[str, Facts]) -> Section | None:

@@ -58,7 +58,6 @@ def results_of(study: Study, state: State) -> Results:
         "experts": study.experts,
         "merges": {kind: [asdict(way) for way in ways] for kind, ways in study.merges.items()},
         "data": study.data,
-        "published": asdict(study.published) if study.published else None,
         "failed": {title_of(key): failure.sentence for key, failure in state.failed.items()},
         "examples": examples_of(
             [(piece["model"], piece["answers"]) for piece in state.done.values() if "answers" in piece]

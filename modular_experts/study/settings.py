@@ -5,8 +5,8 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from modular_experts.base.base import Base, DType
 from modular_experts.data.tasks import NAME
 from modular_experts.evaluation.metrics import TAKEN, Metrics, named_metrics, text_metrics
 from modular_experts.library import check_name, open_expert
-from modular_experts.reports.results import ROLES
 from modular_experts.study.apart import Apart
 from modular_experts.study.lightning import check_settings
 from modular_experts.study.merges import check_kinds, read_ways
 from modular_experts.study.options import SHORT_NAMES, respelt
 from modular_experts.study.parser import load_yaml, make
-from modular_experts.study.plan import BASE, MULTITASK, SINGLE, Measure, Published, Study
+from modular_experts.study.plan import BASE, MULTITASK, Measure, Study
 from modular_experts.study.short_forms import Kinds, Settings, check_files, for_seed, read_tasks, spelt_out, stored_in
 from modular_experts.text import did_you_mean
 from modular_experts.training.checkpoint import as_config
@@ -65,8 +64,6 @@ class Description:
         max_new_tokens: Length limit of a generated answer.
         dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics and searches stay in
             float32.
-        published: Figures of others to show beside ours. An example is {source: ..., metric: rougeL, rows: {lora TIES:
-            {held_in: 50.2}}}. A row has the name of a model of this study; exact match and Rouge-L are in per cent.
         metrics: Metrics beside exact match and rougeL. A list is [number, json, mine.length, year=/[0-9]{4}/]; by name,
             one may take the place of ours: {rougeL: stemmed_rouge_l}.
         measures: Measures of single experts, by name. Each is a function of the opened experts of a kind and seed that
@@ -86,7 +83,6 @@ class Description:
     fit: dict | None = None
     max_new_tokens: int = 64
     dtype: DType = "float32"
-    published: dict | None = None
     metrics: Metrics | None = None
     measures: dict[str, str] | None = None
 
@@ -151,8 +147,6 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         metrics=named_metrics(given.metrics),
         measures={**(given.measures or {})},
     )
-    if given.published:
-        study = replace(study, published=_read_published(given.published, _models(study)))
     _check_names(study)
     for seed in seeds:
         check_files(study.at(seed).tasks)
@@ -242,23 +236,6 @@ def _drawn(wanted: int, size: int, tasks: int) -> int:
         sentence = "counts: %d experts have only %s of %d, so the study takes each once instead of %d draws"
         log.warning(sentence, tasks, groups, size, wanted)
     return 0 if size == tasks else min(wanted, most)
-
-
-def _models(study: Study) -> list[str]:
-    """Return the names of a study's models as its tables name them; merges are of all experts."""
-    merged = [f"{kind} {way.name}" for kind, ways in study.merges.items() for way in ways]
-    return [BASE, *(f"{kind}{SINGLE}" for kind in study.experts), *merged, *study.joint]
-
-
-def _read_published(given: Mapping[str, Any], models: Collection[str]) -> Published:
-    found: Published = make("published", Published, {**given})
-    for name, figures in found.rows.items():
-        if name not in models:
-            near = did_you_mean(name, models) or f"; they are {', '.join(models)}"
-            raise ValueError(f"published.rows: {name!r} is not a model of this study{near}")
-        if not set(figures) <= set(ROLES):
-            raise ValueError(f"published.rows: {name} has {figures}; give means as {{held_in: 51.4, held_out: 43.1}}")
-    return found
 
 
 def _check_names(study: Study) -> None:

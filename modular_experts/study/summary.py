@@ -5,13 +5,13 @@ All functions but the first take results that `labelled` returned.
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Literal, NamedTuple
 
 from modular_experts.reports import Results
-from modular_experts.reports.results import METRICS, ROLES, SHARES, Facts, better, format_of
+from modular_experts.reports.results import METRICS, SHARES, Facts, better, format_of
 from modular_experts.reports.tables import Column, Line, Table, number_text, percent
 from modular_experts.study.plan import BASE, SINGLE
 from modular_experts.study.results import DRAWN, GAIN, NORMALISED, SIZE, best_of
@@ -58,8 +58,6 @@ def labelled(results: Results) -> Results:
         ]
     if "costs" in facts:
         facts["costs"] = [{**cost, "name": models.get(cost["name"], cost["name"])} for cost in facts["costs"]]
-    if facts.get("published"):
-        facts["published"] = {**facts["published"], "rows": named(facts["published"]["rows"])}
     return Results(rows, facts)
 
 
@@ -131,42 +129,6 @@ def _summary_columns(metric: str, best: Literal["", "high", "low"]) -> list[Colu
 def largest_count(results: Results) -> int:
     """Return how many experts the largest merge has; 0 without merges."""
     return max((row["count"] or 0 for row in results.where(metric=results.main_metric).rows), default=0)
-
-
-class BesidePublished(NamedTuple):
-    """What a line of the table of published figures reads: our rows of a model, and their figures by role."""
-
-    ours: Results
-    published: Mapping[str, float]
-
-
-def beside_published(results: Results) -> Table | None:
-    """Return a table of our means and the published ones, a line for each model of theirs, or None without any."""
-    published = results.facts.get("published")
-    if not published:
-        return None
-    metric = published["metric"]
-    digits = 2 if metric in SHARES else 3
-    columns = []
-    for role, words in ROLES.items():
-        columns += [
-            Column("ours", partial(_our_mean, metric=metric, role=role), format_of(metric), over=words),
-            Column("published", partial(_published_mean, role=role), partial(number_text, digits=digits), over=words),
-        ]
-    lines = []
-    for model, figures in published["rows"].items():
-        kind = model.removesuffix(SINGLE)
-        ours = results.where(model=model) if kind == model else judged(results, kind).where(merge=None)
-        lines.append(Line(model, BesidePublished(ours, figures)))
-    return Table(columns, [lines], METRICS[metric])
-
-
-def _our_mean(line: BesidePublished, metric: str, role: str) -> float | None:
-    return line.ours.mean(metric, role=role)
-
-
-def _published_mean(line: BesidePublished, role: str) -> float | None:
-    return line.published.get(role)
 
 
 def judged(results: Results, kind: str) -> Results:

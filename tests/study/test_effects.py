@@ -1,6 +1,5 @@
-"""Intervals, tables, the page, the heat map and figures of others show what the pieces measured."""
+"""Intervals, tables, the page, and the heat map show what the pieces measured."""
 
-import io
 import math
 import random
 import re
@@ -8,7 +7,6 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from modular_experts.evaluation.intervals import interval
 from modular_experts.reports import Results
@@ -17,7 +15,7 @@ from modular_experts.study.piece import Piece
 from modular_experts.study.report import write_report
 from modular_experts.study.results import effects, over_draws
 from modular_experts.study.run import State
-from modular_experts.study.summary import beside_published, findings, labelled, summary
+from modular_experts.study.summary import findings, labelled, summary
 
 
 def test_the_interval_of_equal_values_is_a_point_and_that_of_a_coin_has_its_width() -> None:
@@ -59,7 +57,7 @@ def found(model: str, own: list[str], right: dict[str, int], merge: str | None =
 
 
 FACTS = {"kinds": ["lora"], "held_out": [], "seeds": [0], "failed": {}, "examples": [], "base": "base", "merges": {}}
-FACTS |= {"machine": "", "versions": {}, "date": "", "published": None}
+FACTS |= {"machine": "", "versions": {}, "date": ""}
 
 
 def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_single_one() -> None:
@@ -260,35 +258,3 @@ def test_the_best_merge_is_marked_only_among_merges_of_as_many_experts(counts, m
     ]
     found = Results(rows, {"kinds": ["lora"], "held_in": ["a"]})
     assert str(summary(found).html()).count("best") == marked
-
-
-THEIRS = {"lora TIES": {"held_in": 50.21, "held_out": 46.16}, "lora, single": {"held_in": 77.5}}
-GIVEN = {"source": "arXiv 2507.07140", "metric": "rougeL", "rows": THEIRS}
-
-
-def row(model: str, task: str, value: float, kind: str | None = "lora", merge: str | None = None, **more: bool) -> dict:
-    role = "held_out" if task == "c" else "held_in"
-    about = {"model": model, "experts": [], "kind": kind, "merge": merge, "task": task, "role": role}
-    return {**about, "metric": "rougeL", "value": value, **more}
-
-
-ROWS = [
-    row("lora-a", "a", 0.9, own=True),
-    row("lora-a", "b", 0.1, own=False),
-    row("lora-b", "b", 0.7, own=True),
-    row("lora TIES", "a", 0.5, merge="TIES", own=True),
-    row("lora TIES", "b", 0.25, merge="TIES", own=True),
-    row("lora TIES", "c", 0.125, merge="TIES", own=False),
-]
-
-
-def test_their_figures_stand_beside_our_means_in_per_cent_as_they_published_them() -> None:
-    console = Console(width=80, file=io.StringIO(), color_system=None)
-    console.print(beside_published(Results(ROWS, {"published": GIVEN})).text())
-    assert [line.split() for line in console.file.getvalue().splitlines()] == [
-        ["held-in", "held-in", "held-out", "held-out"],
-        ["Rouge-L", "%", "ours", "published", "ours", "published"],
-        ["lora", "TIES", "37.5", "50.21", "12.5", "46.16"],
-        # A single expert is judged by its own task alone.
-        ["lora,", "single", "80.0", "77.50"],
-    ]

@@ -31,7 +31,6 @@ from modular_experts.study.pieces import title_of
 from modular_experts.study.run import PIECES
 
 LORA = {"expert": {"class_path": "LoRAExpert", "init_args": {"rank": 2}}, "modules": "all-linear", "steps": 1}
-THEIRS = {"source": "Somebody, table 1", "metric": "rougeL"}
 EACH = ("lora-upper", "lora-reverse", "multitask")
 SPARSE = {"expert": {"class_path": "SparseExpert", "init_args": {"keep_ratio": 0.1}}, "modules": ["q_proj"], "steps": 1}
 
@@ -137,8 +136,6 @@ def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
     monkeypatch.setattr("webbrowser.open", lambda place: opened.append(place) or True)
     settings |= {"counts": ["all"], "experts": {"lora": LORA, "sparse": SPARSE}}
     settings |= {"multitask": {"kind": "lora", "steps": 3, "batch_size": 2}}
-    theirs = {"lora SparseAverage": {"held_in": 98.76}, "multitask": {"held_in": 87.65, "held_out": 76.54}}
-    settings |= {"published": THEIRS | {"rows": theirs}}
     assert study(settings, "--open") == 0
     assert opened == [Path("runs/mine/report.html").absolute().as_uri()]
     shown = capsys.readouterr().out
@@ -157,12 +154,6 @@ def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
     assert "src=" not in page
     held = json.loads(gzip.decompress(base64.b64decode(re.search(r'application/gzip;base64,([^"]+)', page)[1])))
     assert held == json.loads(Path("runs/mine/results.json").read_text())
-    # What others published is marked as theirs, and in no row of ours.
-    assert re.search(r"^multitask +[\d.]+ +87.65 +[\d.]+ +76.54 *$", shown, re.MULTILINE)
-    assert "published: Somebody, table 1" in shown
-    assert "Published: Somebody, table 1." in page
-    assert found.facts["published"]["rows"] == theirs
-    assert max(row["value"] for row in found.where(metric="rougeL").rows) <= 1
     joint = {"kind": "LoRAExpert", "steps": 3, "rows": 6, "tasks": ["reverse", "upper"]}
     assert settings_of("multitask") == joint, "the multitask expert has settings of its own"
     assert settings_of("lora-upper")["steps"] == LORA["steps"]
@@ -586,10 +577,6 @@ def test_what_chooses_settings_never_sees_test_rows_or_held_out_tasks(settings) 
         ({"counts": [3]}, "counts holds 3; give numbers from 2 to the 2 held-in tasks"),
         ({"multitask": {"kind": "lra"}}, "kind 'lra', which is not among the experts; did you mean lora"),
         ({"data": {"eval_limt": 3}}, "data.eval_limt is not a setting of how the rows of a study"),
-        (
-            {"published": THEIRS | {"rows": {"lora TIES": {"held_in": 1}}}},
-            "published.rows: 'lora TIES' is not a model of",
-        ),
         ({"seeds": [0, 0]}, "seeds=[0, 0] must be one or more different numbers"),
         ({"merges": [{"shrink": "int5"}]}, " not as 'int5'"),
         ({"merges": [{"shrink": "int4", "bound": 0.1}]}, "bound is for {shrink: auto}, which chooses a form"),
