@@ -33,16 +33,21 @@ class Arrow(Router):
 
     def __init__(self, unit_inputs: bool = False, scaled: bool = False, select: Selection | None = None) -> None:
         super().__init__(select or UpTo(3))
-        self.unit_inputs, self.scaled = unit_inputs, scaled
+        self.unit_inputs = unit_inputs
+        self.scaled = scaled
         self.register_buffer("prototypes", torch.empty(0))
 
     @torch.no_grad()
     def learn(self, deltas: Iterable[Delta | None], statistics: Sequence[Tensor]) -> None:
-        pairs = [None if delta is None else top_direction(delta) for delta in deltas]
-        found = [None if pair is None else (pair[0] * pair[1] if self.scaled else pair[0]).float() for pair in pairs]
-        still = torch.zeros_like(next(vector for vector in found if vector is not None))
-        self.prototypes = torch.stack([still if vector is None else vector for vector in found])
-        self.experts = len(found)
+        prototypes = [None if delta is None else self._prototype(delta) for delta in deltas]
+        # An expert that does not move the weight scores 0.
+        still = torch.zeros_like(next(vector for vector in prototypes if vector is not None))
+        self.prototypes = torch.stack([still if vector is None else vector for vector in prototypes])
+        self.experts = len(prototypes)
+
+    def _prototype(self, delta: Delta) -> Tensor:
+        direction, size = top_direction(delta)
+        return (direction * size if self.scaled else direction).float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))

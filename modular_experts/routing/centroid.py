@@ -47,7 +47,9 @@ class Centroid(Router):
         if not 0 < shrink <= 1:
             raise ValueError(f"Centroid: shrink={shrink} is outside (0, 1]")
         check_reading("Centroid", depths, reject)
-        self.shrink, self.reject, self.depths = shrink, reject, list(depths)
+        self.shrink = shrink
+        self.reject = reject
+        self.depths = list(depths)
         self.rejects = reject is not None
         for name in ("means", "precision", "farthest"):
             self.register_buffer(name, torch.empty(0))
@@ -58,14 +60,15 @@ class Centroid(Router):
         self.experts = len(prompts)
         wide = [rows.double() for rows in prompts]
         means, precision = means_and_precision(wide, self.shrink)
-        self.means, self.precision = means.float(), precision.float()
+        self.means = means.float()
+        self.precision = precision.float()
         if self.reject is not None:
-            own = []
+            distances = []
             for fold in range(FOLDS):
-                left = [rows[torch.arange(len(rows)) % FOLDS != fold] for rows in wide]
-                out = [rows[fold::FOLDS] for rows in wide]
-                own.append(_distances(torch.cat(out), *means_and_precision(left, self.shrink)).amin(1))
-            self.farthest = torch.cat(own).quantile(1 - self.reject).float()
+                learned = [rows[torch.arange(len(rows)) % FOLDS != fold] for rows in wide]
+                left_out = torch.cat([rows[fold::FOLDS] for rows in wide])
+                distances.append(_distances(left_out, *means_and_precision(learned, self.shrink)).amin(1))
+            self.farthest = torch.cat(distances).quantile(1 - self.reject).float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         return -0.5 * _distances(hidden.float(), self.means, self.precision)

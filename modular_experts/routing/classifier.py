@@ -14,8 +14,10 @@ from modular_experts.routing.router import Router, Scope, check_prompts, check_r
 FOLDS = 4
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
 """What weight decay is chosen among, the strongest first."""
-ROUGHLY, EXACTLY = 1e-3, 3e-6
-"""Largest gradient of a fit that ranks decays and prompts, or starts another one, and of the fit that is kept."""
+ROUGHLY = 1e-3
+"""Largest gradient of a fit that ranks decays and prompts, or starts another one."""
+EXACTLY = 3e-6
+"""Largest gradient of the fit that is kept."""
 
 
 class Classifier(Router):
@@ -55,7 +57,9 @@ class Classifier(Router):
         if decay is not None and not decay > 0:
             raise ValueError(f"Classifier: decay={decay} must be positive, or left out")
         check_reading("Classifier", depths, reject)
-        self.decay, self.reject, self.depths = decay, reject, list(depths)
+        self.decay = decay
+        self.reject = reject
+        self.depths = list(depths)
         self.rejects = reject is not None
         for name in ("weight", "bias", "lowest"):
             self.register_buffer(name, torch.empty(0))
@@ -65,7 +69,9 @@ class Classifier(Router):
         # With two prompts and their parts, cross-validation has one pair left.
         check_prompts("Classifier", [rows[::2] for rows in statistics], 2 if folded else 1)
         self.experts = len(statistics)
-        regression, last = _Regression(statistics), self.decay or min(DECAYS)
+        regression = _Regression(statistics)
+        last = self.decay or min(DECAYS)
+        # Each fit starts at the fit for the next stronger decay.
         decays = [decay for decay in DECAYS if decay > last] + [last]
         if folded:
             left_out = regression.left_out(decays)
@@ -75,7 +81,8 @@ class Classifier(Router):
             if self.reject is not None:
                 self.lowest = left_out[len(decays) - 1].amax(1).quantile(self.reject).float()
         weight, bias = regression.whole(decays)
-        self.weight, self.bias = weight.float(), bias.float()
+        self.weight = weight.float()
+        self.bias = bias.float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.float(), self.weight, self.bias)
@@ -114,41 +121,51 @@ class _Regression:
     def fits(self, decays: Sequence[float], x: Tensor, owner: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return weight `(experts, size)` and bias for each decay, the strongest first, on some of the prompts."""
         x = x.float()
-        found, start = [], (x.new_zeros(self.experts, x.shape[1]), x.new_zeros(self.experts))
+        weight = x.new_zeros(self.experts, x.shape[1])
+        bias = x.new_zeros(self.experts)
+        fits = []
         for decay in decays:
-            start = self._fit(decay, x, owner, *start, ROUGHLY)
-            found.append(start)
-        return found
+            weight, bias = self._fit(decay, x, owner, weight, bias, ROUGHLY)
+            fits.append((weight, bias))
+        return fits
 
     def _fit(
         self, decay: float, x: Tensor, owner: Tensor, weight: Tensor, bias: Tensor, tolerance: float
     ) -> tuple[Tensor, Tensor]:
         sure = F.linear(x, weight, bias).softmax(1)
         curved = sure * (1 - sure) * self.shares(owner).to(x)[:, None]
-        steps, step = (curved.T @ x.square() + decay).rsqrt(), (curved.sum(0) + 1e-3).rsqrt()
-        free = (weight / steps).requires_grad_(), (bias / step).requires_grad_()
+        # One over the root of the curvature along each number, so that the search sees them as equally steep.
+        weight_steps = (curved.T @ x.square() + decay).rsqrt()
+        bias_steps = (curved.sum(0) + 1e-3).rsqrt()
+        free_weight = (weight / weight_steps).requires_grad_()
+        free_bias = (bias / bias_steps).requires_grad_()
         optimizer = torch.optim.LBFGS(
-            free, max_iter=100, tolerance_grad=tolerance, tolerance_change=0.0, line_search_fn="strong_wolfe"
+            [free_weight, free_bias],
+            max_iter=100,
+            tolerance_grad=tolerance,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
         )
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            moved = free[0] * steps
-            total = self.loss(F.linear(x, moved, free[1] * step), owner) + 0.5 * decay * moved.square().sum()
+            moved = free_weight * weight_steps
+            total = self.loss(F.linear(x, moved, free_bias * bias_steps), owner) + 0.5 * decay * moved.square().sum()
             total.backward()
             return total
 
         with torch.enable_grad():
             optimizer.step(loss)
-        return free[0].detach() * steps, free[1].detach() * step
+        return free_weight.detach() * weight_steps, free_bias.detach() * bias_steps
 
     def left_out(self, decays: Sequence[float]) -> list[Tensor]:
         """Return for each decay the scores `(n, experts)` of all prompts by fits that did not see them."""
         scores = [self.x.new_zeros(len(self.x), self.experts) for _ in decays]
         for fold in range(FOLDS):
             out = self.fold == fold
-            for found, (weight, bias) in zip(scores, self.fits(decays, self.x[~out], self.owner[~out]), strict=True):
-                found[out] = F.linear(self.x[out], weight.double(), bias.double())
+            fits = self.fits(decays, self.x[~out], self.owner[~out])
+            for of_decay, (weight, bias) in zip(scores, fits, strict=True):
+                of_decay[out] = F.linear(self.x[out], weight.double(), bias.double())
         return scores
 
     def whole(self, decays: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,9 @@ class Constant(Router):
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         self.experts = len(deltas)
-        weights = [1 / self.experts] * self.experts if self.weights is None else self.weights
+        weights = self.weights
+        if weights is None:
+            weights = [1 / self.experts for _ in deltas]
         if len(weights) != self.experts:
             raise ValueError(
                 f"Constant: weights={weights} are {len(weights)} numbers, and there are {self.experts} experts; give "
@@ -61,10 +63,11 @@ class Oracle(Router):
 
     def __init__(self, tasks: Mapping[str, int] | None = None) -> None:
         super().__init__()
-        self.tasks, self._is_told = dict(tasks or {}), tasks is not None
+        self.tasks = dict(tasks or {})
+        self._has_own = tasks is not None
 
     def hear_tasks(self, tasks: Sequence[Sequence[str]]) -> None:
-        if not self._is_told:
+        if not self._has_own:
             self.tasks = {task: number for number, own in enumerate(tasks) for task in own}
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:

@@ -16,8 +16,10 @@ SIZE = 128
 """The most numbers of a prompt's hidden states that the kernel compares."""
 MOST = 4096
 """The most prompts that the regression learns from, each with its part, equal shares of all experts."""
-NARROW, WORDS = 2.0, 0.25
-"""How quickly hidden states grow unlike, and the weight of equal n-grams beside equal hidden states."""
+NARROW = 2.0
+"""How quickly hidden states grow unlike."""
+WORDS = 0.25
+"""The weight of equal n-grams beside equal hidden states."""
 FAR = 0.2
 """How much a prompt that is as far from others as the typical one loses of its value, before it may be rejected."""
 
@@ -72,7 +74,10 @@ class KernelRidge(Router):
         if not ridge > 0 or not 0 < shrink <= 1:
             raise ValueError(f"KernelRidge: ridge={ridge} must be positive, and shrink={shrink} in (0, 1]")
         check_reading("KernelRidge", depths, reject)
-        self.ridge, self.shrink, self.reject, self.depths = ridge, shrink, reject, list(depths)
+        self.ridge = ridge
+        self.shrink = shrink
+        self.reject = reject
+        self.depths = list(depths)
         self.rejects = reject is not None
         for name in ("middle", "directions", "prompts", "factors", "rarity", "words", "typical", "lowest"):
             self.register_buffer(name, torch.empty(0))
@@ -85,35 +90,46 @@ class KernelRidge(Router):
         # A prompt and its part, which are neighbours, are in one fold.
         pairs = [_evenly(rows.unflatten(0, (-1, 2)), max(MOST // self.experts, 2)) for rows in prompts]
         if self.reject is not None:
-            found = []
+            largest = []
+            distances = []
             for fold in range(FOLDS):
                 self._fit([own[torch.arange(len(own)) % FOLDS != fold] for own in pairs])
-                found.append(self._measured(torch.cat([own[fold::FOLDS, 0] for own in pairs])))
-            values, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+                values, nearest = self._measured(torch.cat([own[fold::FOLDS, 0] for own in pairs]))
+                largest.append(values.amax(1))
+                distances.append(nearest)
+            apart = torch.cat(distances)
             # Prompts that come again have no distance but rounding.
-            self.typical = nearest.median().clamp(min=NO_DISTANCE)
-            self.lowest = (values.amax(1) - FAR * nearest / self.typical).quantile(self.reject)
+            self.typical = apart.median().clamp(min=NO_DISTANCE)
+            self.lowest = (torch.cat(largest) - FAR * apart / self.typical).quantile(self.reject)
         self._fit(pairs)
 
     def _fit(self, pairs: Sequence[Tensor]) -> None:
         rows = torch.cat(list(pairs)).double().flatten(0, 1)
         counts = torch.tensor([len(own) for own in pairs], device=rows.device)
-        hidden, grams = rows[:, :-GRAMS], rows[:, -GRAMS:]
+        hidden = rows[:, :-GRAMS]
+        grams = rows[:, -GRAMS:]
+        # Every second row is a whole prompt; the parts between them decide no direction, covariance or scale.
         means, precision = means_and_precision(hidden[::2].split(counts.tolist()), self.shrink)
-        middle, root = means.mean(0), torch.linalg.cholesky(precision)
+        middle = means.mean(0)
+        root = torch.linalg.cholesky(precision)
         whitened = (hidden - middle) @ root
         whole = whitened[::2]
         turn = torch.linalg.eigh(whole.T @ whole).eigenvectors[:, -SIZE:]
         turn /= (whole @ turn).square().sum(1).mean().sqrt()
+        points = whitened @ turn
         rarity = ((1 + len(rows)) / (1 + (grams != 0).sum(0).double())).log() + 1
-        points, words = whitened @ turn, F.normalize(grams * rarity, dim=1)
+        words = F.normalize(grams * rarity, dim=1)
         owner = torch.repeat_interleave(2 * counts)
         # A prompt weighs 1 over the number of its expert's, so that its own ridge is that number times larger.
         kernel = _apart(points, points).mul_(-NARROW).exp_().addmm_(words, words.T, alpha=WORDS)
         kernel.diagonal().add_(self.ridge * self.experts * 2 * counts[owner])
         factors = torch.cholesky_solve(F.one_hot(owner, self.experts).double(), torch.linalg.cholesky(kernel))
-        self.middle, self.directions, self.prompts = middle.float(), (root @ turn).float(), points.float()
-        self.rarity, self.words, self.factors = rarity.float(), (WORDS * words.T @ factors).float(), factors.float()
+        self.middle = middle.float()
+        self.directions = (root @ turn).float()
+        self.prompts = points.float()
+        self.factors = factors.float()
+        self.rarity = rarity.float()
+        self.words = (WORDS * words.T @ factors).float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self._measured(hidden)[0]

@@ -19,7 +19,7 @@ class Phatgoose(Router):
     arXiv 2402.05859).
 
     The gate g_i of an expert is trained on its own tasks, with the expert frozen, as the vector of a sigmoid that
-    weighs what the expert adds (`Gated`); `statistics --kind gates` trains them. norm subtracts the mean of a
+    weighs what the expert adds (`Gated`); `take_statistics` trains them. norm subtracts the mean of a
     vector and divides it by its standard deviation.
 
     Args:

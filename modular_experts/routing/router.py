@@ -33,7 +33,7 @@ class Router(nn.Module, ABC):
     scope: ClassVar[Scope]
 
     needs: ClassVar[str | None] = None
-    """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them. In scope `sample` it
+    """The kind of statistics that `learn` needs of each expert, as `take_statistics` takes them. In scope `sample` it
     is `prompts`, or `prompt_parts`, where a part of each prompt follows it; in scope `linear` it is any other kind, and
     a router gets the statistics of its own weight."""
 
@@ -124,7 +124,7 @@ def check_prompts(name: str, prompts: Sequence[Tensor], least: int) -> None:
     """Raise ValueError if an expert has too few vectors of prompts to learn from."""
     for number, rows in enumerate(prompts):
         if len(rows) < least:
+            prompts_text = "1 prompt" if len(rows) == 1 else f"{len(rows)} prompts"
             raise ValueError(
-                f"{name}: expert {number} has {len(rows)} prompt{'s' * (len(rows) != 1)}, and at least {least} are "
-                "needed; give its task more rows"
+                f"{name}: expert {number} has {prompts_text}, and at least {least} are needed; give its task more rows"
             )
