@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 
-class Rows(NamedTuple):
+class PassRows(NamedTuple):
     """What a forward pass knows of its rows beyond their tokens.
 
     Attributes:
@@ -30,12 +30,12 @@ class Rows(NamedTuple):
     row: Tensor | None = None
 
 
-_ROWS: ContextVar[Rows | None] = ContextVar("rows", default=None)
+_ROWS: ContextVar[PassRows | None] = ContextVar("rows", default=None)
 
 
-def rows_at_hand() -> Rows:
+def rows_at_hand() -> PassRows:
     """Return what `reading` told of the rows of the forward pass that runs now."""
-    return _ROWS.get() or Rows()
+    return _ROWS.get() or PassRows()
 
 
 @contextmanager
@@ -45,8 +45,8 @@ def reading(
     tokens: Tensor | None = None,
     row: Tensor | None = None,
 ) -> Iterator[None]:
-    """Tell the routers of forward passes inside what the rows are (`Rows`)."""
-    token = _ROWS.set(Rows(prompt, tasks, tokens, row))
+    """Tell the routers of forward passes inside what the rows are (`PassRows`)."""
+    token = _ROWS.set(PassRows(prompt, tasks, tokens, row))
     try:
         yield
     finally:
@@ -101,13 +101,16 @@ class Gates:
         taken = self.weights != 0
         rows = torch.arange(len(self.ids), device=self.ids.device)[:, None].expand_as(self.ids)[taken]
         ids, order = self.ids[taken].sort(stable=True)
-        rows, weights = rows[order], self.weights[taken][order]
         numbers, counts = ids.unique_consecutive(return_counts=True)
-        sizes, found = counts.tolist(), []
-        for expert, places, factors in zip(numbers.tolist(), rows.split(sizes), weights.split(sizes), strict=True):
-            one = not factors.requires_grad and bool((factors == 1).all())
-            found.append(Segment(expert, None if len(places) == len(self.ids) else places, None if one else factors))
-        return found
+        sizes = counts.tolist()
+        places_of_each = rows[order].split(sizes)
+        weights_of_each = self.weights[taken][order].split(sizes)
+        segments = []
+        for expert, places, weights in zip(numbers.tolist(), places_of_each, weights_of_each, strict=True):
+            takes_all = len(places) == len(self.ids)
+            is_whole = not weights.requires_grad and bool((weights == 1).all())
+            segments.append(Segment(expert, None if takes_all else places, None if is_whole else weights))
+        return segments
 
     def of_places(self, row: Tensor) -> "Gates":
         """Return gates of places: each place takes its row's, and padding, -1, the first row's."""
@@ -158,8 +161,8 @@ class TopK(Selection):
     def __call__(self, scores: Tensor) -> Gates:
         self.check(scores.shape[1])
         # A stable sort, because `topk` chooses among equal scores by chance.
-        found, ids = scores.sort(dim=1, descending=True, stable=True)
-        return Gates(ids[:, : self.k], (found[:, : self.k] / self.temperature).softmax(1))
+        falling, ids = scores.sort(dim=1, descending=True, stable=True)
+        return Gates(ids[:, : self.k], (falling[:, : self.k] / self.temperature).softmax(1))
 
 
 @dataclass(frozen=True)

@@ -50,25 +50,36 @@ class Mixture(NotMergeable, Expert):
         common: Delta | None = None,
     ) -> None:
         super().__init__()
-        self.like, self.encoded = weight.new_empty(0), set[int]()
+        self.like = weight.new_empty(0)
+        self.encoded: set[int] = set()
         self.deltas: list[Held | None] = []
         self.biases: dict[int, Tensor] = {}
-        self.gates, self.router, self.common = gates, router, common
+        self.gates = gates
+        self.router = router
+        self.common = common
         self._last: tuple[Gates, Parts | None] | None = None
         for number, delta in enumerate(deltas):
             self.put(number, delta, biases[number] if biases else None)
 
     def put(self, number: int, delta: Delta | EncodedDelta | None, bias: Delta | None = None) -> int:
         """Hold an expert's deltas under its number, in the place of those before; return their bytes in memory."""
-        self.deltas += [None] * (number + 1 - len(self.deltas))
+        while len(self.deltas) <= number:
+            self.deltas.append(None)
         is_empty = isinstance(delta, Delta) and delta.is_empty
-        held = self.deltas[number] = None if delta is None or is_empty else Held(delta, self.like)
-        self.encoded = {one for one, held in enumerate(self.deltas) if held is not None and held.is_encoded}
+        held = None if delta is None or is_empty else Held(delta, self.like)
+        self.deltas[number] = held
+        # A new set, because another thread may read the one before.
+        if held is not None and held.is_encoded:
+            self.encoded = self.encoded | {number}
+        else:
+            self.encoded = self.encoded - {number}
         self.biases.pop(number, None)
         self._last = None
+        size = 0 if held is None else held.nbytes
         if bias is not None:
             self.biases[number] = bias.dense().to(self.like.device)
-        return (0 if held is None else held.nbytes) + (0 if bias is None else self.biases[number].nbytes)
+            size += self.biases[number].nbytes
+        return size
 
     @property
     def moves_tokens_alone(self) -> bool:
@@ -142,13 +153,17 @@ class Entries:
         starts[1:] = rows.bincount(minlength=delta.shape[0]).cumsum(0)
         # Torch cannot unpickle uint16.
         short = delta.shape[1] <= 2**16
-        columns = (columns - (columns >= 2**15).long() * 2**16).to(torch.int16) if short else columns.to(torch.int32)
+        if short:
+            columns = torch.where(columns >= 2**15, columns - 2**16, columns).to(torch.int16)
+        else:
+            columns = columns.to(torch.int32)
         return cls(starts, columns, delta.values.to(dtype), delta.shape)
 
     def linear(self, x: Tensor) -> Tensor:
         """Return `x @ delta.T` in the dtype of `x`, `(..., in)` to `(..., out)`."""
         columns = self.columns.to(torch.int32)
-        columns = columns & 0xFFFF if self.columns.dtype == torch.int16 else columns
+        if self.columns.dtype == torch.int16:
+            columns = columns & 0xFFFF
         return sparse_linear(x, self.starts, columns, self.values, self.shape)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Entries":
@@ -167,10 +182,13 @@ class Held:
     """
 
     def __init__(self, delta: Delta | Entries | EncodedDelta, like: Tensor) -> None:
-        self._like, self._formed = like, None
-        self._source = None if isinstance(delta, Delta | Entries) else delta
+        self._like = like
+        self._source: EncodedDelta | None = None
+        self._formed: _Formed | None = None
         if isinstance(delta, Delta | Entries):
             self._formed = _Formed(delta, like)
+        else:
+            self._source = delta
 
     @property
     def formed(self) -> "_Formed":
@@ -196,8 +214,10 @@ class Held:
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
+        # Read once, because another thread may let it go meanwhile.
         formed = self._formed
-        return (0 if formed is None else formed.delta.nbytes) + (0 if self._source is None else self._source.nbytes)
+        size = 0 if formed is None else formed.delta.nbytes
+        return size if self._source is None else size + self._source.nbytes
 
     @property
     def decoded_nbytes(self) -> int:
@@ -242,14 +262,20 @@ def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments
     Returns:
         What does the same for other inputs, where the compiled loops did all and no weight needs a gradient.
     """
-    is_served, graded = compiled.serves(out, x), torch.is_grad_enabled()
-    parts, fixed = [], True
+    is_served = compiled.serves(out, x)
+    parts = []
+    # Whether the parts do the same for other inputs.
+    fixed = True
     for expert, places, weights in segments:
-        if (held := deltas[expert]) is None:
+        held = deltas[expert]
+        if held is None:
             continue
-        formed, learns = held.formed, weights is not None and weights.requires_grad
-        factor = formed.factor if is_served and not (graded and learns) else None
-        fixed &= not learns
+        formed = held.formed
+        learns = weights is not None and weights.requires_grad
+        needs_torch = learns and torch.is_grad_enabled()
+        factor = formed.factor if is_served and not needs_torch else None
+        if learns:
+            fixed = False
         if factor is not None and factor.dtype == x.dtype:
             parts.append(ProductPart(factor, places, None if weights is None else weights.float().contiguous()))
         else:

@@ -14,6 +14,9 @@ from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
 from modular_experts.routing.router import GRAMS, Router
 from modular_experts.text import block_of
 
+Named = Mapping[str, Any]
+"""The keyword arguments of a forward pass."""
+
 
 class PromptGates:
     """Makes the gates of each forward pass of a model, as its forward pre-hook with keyword arguments.
@@ -24,14 +27,15 @@ class PromptGates:
     """
 
     def __init__(self, router: Router, current: CurrentGates) -> None:
-        self.router, self.current = router, current
+        self.router = router
+        self.current = current
         self.allowed: Tensor | None = None
         self._inside = False
         self._of_rows: Gates | None = None
         self._growth = Growth()
         current.packs = True
 
-    def __call__(self, model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def __call__(self, model: nn.Module, arguments: tuple[Tensor, ...], named: Named) -> None:
         row = rows_at_hand().row
         if self._inside:
             return
@@ -48,7 +52,8 @@ class PromptGates:
         prompt = prompts_at_hand(ids.shape[1])
         self._growth.check(ids, named)
         # Without gates, a mixture is the base alone.
-        self.current.gates, self._inside = None, True
+        self.current.gates = None
+        self._inside = True
         try:
             vectors = vectors_for(self.router, model, ids, rows, prompt)
         finally:
@@ -121,7 +126,7 @@ def choose_form(router: Router, vectors: Mapping[bool, Tensor], reads_chat: Sequ
     return FormChoice(bool(chat[best]), scores, chat == chat[best])
 
 
-def kept_tokens(named: Mapping[str, Any]) -> int:
+def kept_tokens(named: Named) -> int:
     """Return for how many tokens a pass with these arguments gets kept keys and values; 0 for a new prompt."""
     caches = [named[name] for name in ("past_key_values", "cache") if hasattr(named.get(name), "get_seq_length")]
     return max((int(cache.get_seq_length()) for cache in caches), default=0)
@@ -133,9 +138,10 @@ class Growth:
     def __init__(self) -> None:
         self._before: Tensor | None = None
 
-    def check(self, ids: Tensor, named: Mapping[str, Any]) -> None:
+    def check(self, ids: Tensor, named: Named) -> None:
         """Raise ValueError if ids `(rows, length)` add a token to the last pass's, and `reading` tells of no prompt."""
-        before, self._before = self._before, None
+        before = self._before
+        self._before = None
         if rows_at_hand().prompt is not None or named.get("use_cache") is not False:
             return
         self._before = ids
@@ -146,7 +152,7 @@ class Growth:
             )
 
 
-def check_rows(named: Mapping[str, Any]) -> None:
+def check_rows(named: Named) -> None:
     """Raise ValueError if a pass with these keyword arguments packs several rows in one, so that prompts are mixed."""
     places = named.get("position_ids")
     if named.get("attention_mask") is None and places is not None and bool((places[..., 1:] == 0).any()):
@@ -183,26 +189,30 @@ def prompt_vectors(
             "a router that reads prompts runs a part of the model, for which FSDP2 gathers no weights; leave out "
             "shard_base"
         )
-    body: Any = getattr(model, "base_model", model)
-    packs, padded = (mask, None) if isinstance(mask, Packs) else (None, mask)
-    tokens = packs.row >= 0 if packs else torch.ones_like(ids) if padded is None else padded
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    inputs |= {"position_ids": packs.places} if packs else {"attention_mask": padded}
-    if padded is not None and "position_ids" in inspect.signature(body.forward).parameters:
-        # Padding on the left must not move the places.
-        inputs["position_ids"] = (tokens.cumsum(1) - 1).clamp(min=0)
+    body: nn.Module = getattr(model, "base_model", model)
+    inputs: dict[str, object] = {"input_ids": ids, "use_cache": False}
+    if isinstance(mask, Packs):
+        inputs["position_ids"] = mask.places
+    else:
+        inputs["attention_mask"] = mask
+        if mask is not None and "position_ids" in inspect.signature(body.forward).parameters:
+            # Padding on the left must not move the places.
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     states = _hidden_states(body, inputs, depths)
-    counted = _counted(ids, mask, prompt)
+    inside = _inside_prompts(ids, mask, prompt)
     # The first token attends to itself alone, so its state, which is the largest by far, is nearly the same everywhere.
-    if packs:
-        later = counted & (packs.places > 0)
-        sizes = torch.bincount(packs.row[later], minlength=int(packs.row.max()) + 1)
-        counted = later | (counted & (sizes[packs.row] == 0))
-        none = torch.zeros(len(sizes), states[0].shape[-1], device=ids.device)
-        return [F.normalize(none.index_add(0, packs.row[counted], one.float()[counted]), dim=1) for one in states]
-    counted = (counted & ((counted.cumsum(1) > 1) | (counted.sum(1, keepdim=True) < 2)))[..., None]
-    none = torch.zeros((), device=ids.device)
-    return [F.normalize(one.float().where(counted, none).sum(1), dim=1) for one in states]
+    # It counts only in a prompt of one token.
+    if isinstance(mask, Packs):
+        later = inside & (mask.places > 0)
+        sizes = torch.bincount(mask.row[later], minlength=int(mask.row.max()) + 1)
+        counted = later | (inside & (sizes[mask.row] == 0))
+        zeros = torch.zeros(len(sizes), states[0].shape[-1], device=ids.device)
+        sums = [zeros.index_add(0, mask.row[counted], hidden.float()[counted]) for hidden in states]
+    else:
+        counted = inside & ((inside.cumsum(1) > 1) | (inside.sum(1, keepdim=True) < 2))
+        zero = torch.zeros((), device=ids.device)
+        sums = [hidden.float().where(counted[..., None], zero).sum(1) for hidden in states]
+    return [F.normalize(total, dim=1) for total in sums]
 
 
 def prompt_grams(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | None = None) -> Tensor:
@@ -211,34 +221,41 @@ def prompt_grams(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | None
     A hash gives each its place and its sign, so that inner products are right on average (Weinberger et al., arXiv
     0902.2206); a place has the signed logarithm `log(1 + n)` of the sum there. `prompt_vectors` has the same arguments.
     """
-    counted = _counted(ids, mask, prompt)
+    inside = _inside_prompts(ids, mask, prompt)
     lines = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
     row = mask.row if isinstance(mask, Packs) else lines
-    pairs = counted[:, 1:] & counted[:, :-1] & (row[:, 1:] == row[:, :-1])
-    keys = torch.cat([ids[counted], (ids[:, :-1][pairs] + 1) * 2**32 + ids[:, 1:][pairs]])
+    pairs = inside[:, 1:] & inside[:, :-1] & (row[:, 1:] == row[:, :-1])
+    keys = torch.cat([ids[inside], (ids[:, :-1][pairs] + 1) * 2**32 + ids[:, 1:][pairs]])
     for factor in (-4658895280553007687, -7723592293110705685):
         # The finaliser of splitmix64; the mask makes the shift a logical one.
         keys = (keys ^ (keys >> 30 & (1 << 34) - 1)) * factor
-    places = torch.cat([row[counted], row[:, 1:][pairs]]) * GRAMS + (keys >> 32) % GRAMS
+    places = torch.cat([row[inside], row[:, 1:][pairs]]) * GRAMS + (keys >> 32) % GRAMS
     signs = (keys >> 62 & 1) * 2.0 - 1
-    found = torch.zeros((int(row.max()) + 1) * GRAMS, device=ids.device).index_add(0, places, signs)
-    return F.normalize((found.sign() * found.abs().log1p()).view(-1, GRAMS), dim=1)
+    sums = torch.zeros((int(row.max()) + 1) * GRAMS, device=ids.device).index_add(0, places, signs)
+    return F.normalize((sums.sign() * sums.abs().log1p()).view(-1, GRAMS), dim=1)
 
 
-def _counted(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | None) -> Tensor:
+def _inside_prompts(ids: Tensor, mask: Tensor | Packs | None, prompt: Tensor | None) -> Tensor:
     """Return which places hold tokens of prompts, in the shape of the ids, bool."""
-    padded = mask.row >= 0 if isinstance(mask, Packs) else torch.ones_like(ids) if mask is None else mask
-    return padded.bool() if prompt is None else padded.bool() & prompt
+    if mask is None:
+        tokens = torch.ones_like(ids, dtype=torch.bool)
+    elif isinstance(mask, Packs):
+        tokens = mask.row >= 0
+    else:
+        tokens = mask.bool()
+    return tokens if prompt is None else tokens & prompt
 
 
-def _hidden_states(body: Any, inputs: Mapping[str, Any], depths: Sequence[float]) -> list[Tensor]:
-    blocks = list(dict.fromkeys(block for name, _ in body.named_parameters() if (block := block_of(name))))
+def _hidden_states(body: nn.Module, inputs: Named, depths: Sequence[float]) -> list[Tensor]:
+    """Return the hidden states at each of the depths, by a pass that ends at the deepest."""
+    names = (block_of(name) for name, _ in body.named_parameters())
+    blocks = list(dict.fromkeys(name for name in names if name))
     numbers = [round(depth * len(blocks)) for depth in depths]
     *earlier, deepest = dict.fromkeys(numbers)
-    found: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
 
-    def note(number: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found[number] = given[0] if given else named["hidden_states"]
+    def note(number: int, _: nn.Module, arguments: tuple[Tensor, ...], named: Named) -> None:
+        states[number] = arguments[0] if arguments else named["hidden_states"]
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(body))
@@ -248,8 +265,8 @@ def _hidden_states(body: Any, inputs: Mapping[str, Any], depths: Sequence[float]
         behind = deepest == len(blocks)
         with stop_at(body.get_submodule(blocks[-1] if behind else blocks[deepest]), behind) as reached:
             body(**inputs)
-    found[deepest] = reached[0]
-    return [found[number] for number in numbers]
+    states[deepest] = reached[0]
+    return [states[number] for number in numbers]
 
 
 @contextmanager
@@ -269,11 +286,11 @@ def stop_at(block: nn.Module, behind: bool = False) -> Iterator[list[Tensor]]:
     """End a forward pass at a transformer block, before it or behind it; the list gets the hidden states there."""
     reached: list[Tensor] = []
 
-    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        reached.append(given[0] if given else named["hidden_states"])
+    def before(_: nn.Module, arguments: tuple[Tensor, ...], named: Named) -> None:
+        reached.append(arguments[0] if arguments else named["hidden_states"])
         raise _Reached
 
-    def after(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+    def after(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         reached.append(output if isinstance(output, Tensor) else output[0])
         raise _Reached
 
