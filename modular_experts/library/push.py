@@ -15,7 +15,7 @@ from modular_experts.library.atomic import is_name
 from modular_experts.library.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.hub import HubRepository, check_contents, find_repository, hub_errors, is_hub_model
-from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
+from modular_experts.library.record import DELTA_FILE, RECORD_FILE, ROUTED, STATE_FILE, files_of, read_record
 from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
@@ -69,7 +69,8 @@ def push(
         inputs: Push the inputs that experts keep too, which their tokenizer turns back into text.
 
     Raises:
-        ValueError: An expert is damaged, the list is empty, or two experts have the same name.
+        ValueError: An expert is damaged, the list is empty, two experts have the same name, or a route in the
+            repository chooses among experts that this push replaces.
         OSError: The hub was not reached, does not let this user write, or has another expert of that name.
     """
     opened = _open(experts)
@@ -98,6 +99,7 @@ def push(
             f"{repo_id} has another expert called {replaced[0]}; give yours another name, or replace it with "
             "`overwrite=True`"
         )
+    _check_routes(repository, entries, [opened[name] for name in replaced])
     new = {path: file for path, file in files.items() if _is_extra(path) or path.split("/")[0] not in present}
     owned = {f"{name}/{file}" for name in opened if name not in present for file in (DELTA_FILE, STATE_FILE)}
     removed = [
@@ -148,6 +150,19 @@ def _look_inside(
                 entries.append(_entry(repository, name, file))
         earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
     return there, entries, earlier
+
+
+def _check_routes(repository: HubRepository, entries: Sequence[CardEntry], experts: Sequence[StoredExpert]) -> None:
+    """Raise ValueError if routes that stay in a repository were made with other experts than those in their place."""
+    for expert in experts:
+        for entry in entries:
+            parents = [parent for parent in entry.record["parents"] if parent["name"] == expert.name]
+            if entry.record["kind"] == ROUTED and parents and not expert.is_listed_as(parents[0]):
+                raise ValueError(
+                    f"{repository.repo_id} has the route {entry.name}, which was made with another {expert.name} and "
+                    "would no longer open; push a route of the new expert with it, remove the route there first, or "
+                    "give your expert another name"
+                )
 
 
 def _published(expert: StoredExpert) -> bytes:

@@ -111,6 +111,21 @@ def test_the_experts_behind_a_router_go_and_come_with_it(hub, library, tmp_path)
         assert contents(tmp_path / "other" / name) == contents(library / name)
 
 
+def test_an_expert_behind_a_route_is_replaced_only_together_with_the_route(hub, library):
+    def make_route():
+        route([library / "a", library / "b"], library / "routed", Oracle(), overwrite=True)
+
+    make_route()
+    push([library / "routed"], REPO)
+    before = hub.repositories[REPO].files()
+    write(library / "a", seed=3, overwrite=True)
+    with pytest.raises(ValueError, match="has the route routed, which was made with another a and would no longer"):
+        push([library / "a"], REPO, overwrite=True)
+    assert hub.repositories[REPO].files() == before
+    make_route()
+    assert push([library / "routed"], REPO, overwrite=True).experts == ["a", "routed"]
+
+
 def test_kept_inputs_go_only_if_asked_and_come_with_the_expert(hub, library, tmp_path):
     kept = {"first": [Prompt(torch.tensor([5, 3], dtype=torch.int32), 1)]}
     deltas = open_expert(library / "a")
