@@ -114,9 +114,11 @@ def _check(name: str, layer: ExpertLayer) -> None:
     """Raise if an expert needs the weight whole outside of passes: one process alone exports, and cannot gather it."""
 
     def refuse() -> Tensor:
+        advice = "take a sparse or low-rank expert on linear layers"
+        if isinstance(layer, ExpertConv1D):
+            advice = "take a low-rank expert for this layer, a Conv1D"
         raise ValueError(
-            f"{type(expert).__name__} needs {name} whole, and shard_base parts it; take a sparse or low-rank expert on "
-            "linear layers, or leave shard_base out"
+            f"{type(expert).__name__} needs {name} whole, and shard_base parts it; {advice}, or leave shard_base out"
         )
 
     expert, matrix = layer.expert, layer.matrix

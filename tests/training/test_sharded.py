@@ -110,6 +110,13 @@ def test_an_expert_that_needs_the_weight_whole_is_refused(kind) -> None:
         shard(model, torch.device("cpu"))
 
 
+def test_a_sparse_expert_of_a_conv1d_is_refused_with_what_works_there() -> None:
+    model = build_model("gpt2")
+    inject(model, SparseExpert, "c_attn")
+    with pytest.raises(ValueError, match=r"SparseExpert needs .*c_attn.* whole, .*; take a low-rank expert for this"):
+        shard(model, torch.device("cpu"))
+
+
 def test_an_expert_of_a_matrix_in_a_mixture_is_refused() -> None:
     model = mixture("mixtral")
     inject(model, partial(LoRAExpert, rank=2), "down_proj")
