@@ -138,29 +138,13 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
 
 def class_help(option: str, kind: Any, given_by_us: int = 0) -> str:
     """Return the help on the settings of an imported class, but its first arguments, which the package gives."""
-    makers = [vars(owner)["__init__"] for owner in inspect.getmro(kind)[:-1] if "__init__" in vars(owner)]
-    documented = [doc for owner in reversed(inspect.getmro(kind)) for doc in (owner, vars(owner).get("__init__"))]
-    docs = [inspect.cleandoc(getattr(doc, "__doc__", None) or "") for doc in documented]
-    # The length of a run is ours.
-    texts = _texts(re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", "\n\n".join(docs)))
-    summary = (inspect.getdoc(kind) or "").partition("\n\n")[0].removeprefix(f"{kind.__name__}: ")
-    lines = [*textwrap.wrap(f"{kind.__name__}: {summary}", _WIDTH), ""]
-    shown = set()
-    for maker in makers:
-        parameters = list(inspect.signature(maker).parameters.values())
-        for parameter in parameters[1 + given_by_us :]:
-            if parameter.name in shown or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                continue
-            shown.add(parameter.name)
-            default = "" if parameter.default in (None, False, parameter.empty) else f" (default: {parameter.default})"
-            metavar = _METAVARS.get(getattr(parameter.annotation, "__name__", ""), " X").strip()
-            text = texts.get(parameter.name, "")
-            line = f"  --{option}.{parameter.name} {metavar}  {text}{default}"
-            lines += _Wrapper(_WIDTH, "", " " * 6).wrap(line)
-        # Only a class that takes any more arguments hands them on.
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return "\n".join(lines)
+    from jsonargparse import SUPPRESS, ArgumentParser
+
+    parser = ArgumentParser(usage=SUPPRESS, add_help=False)
+    parser.add_class_arguments(kind, option, skip={given_by_us}, fail_untyped=False)
+    # A file with all of these settings is an option of the parser's own.
+    shown = re.sub(r"  --\S+ CONFIG\s+Path to a configuration file\.\n", "", parser.format_help())
+    return f"{kind.__name__}\n\n{shown.strip()}"
 
 
 def list_of_classes(option: str, kinds: Mapping[str, Any]) -> str:

@@ -3,83 +3,74 @@
 The command line beats the config files, and these beat a checkpoint, whose settings are read first.
 """
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from modular_experts.cli.commands import DEVICE, importing
-from modular_experts.study.options import SHORT_NAMES, respelt
+from modular_experts.study.options import SHORT_NAMES, Config, respelt, value_of
 from modular_experts.text import bytes_text
 
 if TYPE_CHECKING:
-    from modular_experts.cli.words import Shape
     from modular_experts.training.estimate import FitEstimate
-    from modular_experts.training.fit_into import Settings
 
 
 def run(argv: Sequence[str]) -> None:
     """Run the command; a `UsageError` comes before anything is made."""
     verb, *words = argv
     with importing():
-        from modular_experts.cli.functions import print_class_help, take_common, told_as_typed
+        from modular_experts.cli.functions import print_class_help, trust_and_use
         from modular_experts.cli.words import spelt_out
-        from modular_experts.study.lightning import (
-            GROUPS,
-            ExpertCLI,
-            checkpoint_file,
-            settings_of_checkpoint,
-            usual_class,
-        )
-        from modular_experts.training.fit import TRAINER, Run, end_processes, estimate_run, measure_run, quiet, run_fit
+        from modular_experts.study.lightning import ExpertCLI, checkpoint_file, settings_of_checkpoint
+        from modular_experts.training.fit import end_processes, estimate_run, measure_run, quiet, run_fit
+    hints = _hints()
     if {"--help_all", "--help-all"} & {*words}:
-        _print_options()
+        _print_options(hints)
         return
-    spelt = spelt_out([*_of_environment(verb), *words], _shapes(), short=SHORT_NAMES)
-    print_class_help(spelt, {group: usual_class(group) for group in GROUPS}, SHORT_NAMES)
-    take_common(spelt)
-    if word := spelt.value("ckpt_path"):
-        root = spelt.value("trainer.default_root_dir") or spelt.value("trainer.init_args.default_root_dir")
-        checkpoint = checkpoint_file(word, root or TRAINER["default_root_dir"])
+    spelt = spelt_out([*_of_environment(verb), *words], hints, short=SHORT_NAMES)
+    print_class_help(spelt, hints, SHORT_NAMES)
+    options = spelt.options
+    if word := value_of(options, "ckpt_path"):
+        checkpoint = checkpoint_file(word, options)
         # The settings of a checkpoint lie beneath all others.
-        beneath = json.dumps(settings_of_checkpoint(Path(checkpoint)))
-        spelt.options = [("config", beneath), *spelt.options, ("ckpt_path", checkpoint)]
+        options = [("config", settings_of_checkpoint(Path(checkpoint))), *options, ("ckpt_path", checkpoint)]
 
-    def made(changed: "Settings") -> Run:
-        with told_as_typed(spelt, SHORT_NAMES):
-            words = spelt.words
-            if changed:
-                words = [*words, f"--config={json.dumps(changed)}"]
-            cli = ExpertCLI(verb, words)
-        return cli.make_run()
+    def parsed(changed: Config) -> ExpertCLI:
+        with spelt.told_as_typed(SHORT_NAMES):
+            cli = ExpertCLI(verb, [*options, ("config", changed)])
+        trust_and_use(cli.trusted, cli.device)
+        return cli
 
     with quiet():
         try:
-            run = made({})
+            cli = parsed({})
             if verb != "fit":
-                measure_run(verb, run)
-            elif spelt.value("dry_run"):
-                limit = spelt.value("fit_into")
-                _print_estimate(estimate_run(made, limit), limit)
+                measure_run(verb, cli.make_run())
+            elif cli.config.dry_run:
+                limit = cli.config.fit_into
+                print_estimate(estimate_run(lambda changed: parsed(changed).make_run(), limit), limit)
             else:
-                run_fit(run)
+                run_fit(cli.make_run())
         finally:
             end_processes()
 
 
-def _shapes() -> "dict[str, Shape]":
-    from modular_experts.cli.words import shapes_of
+def _hints() -> dict[str, Any]:
+    """Return the annotations of the options."""
+    from lightning.pytorch import Trainer
+
     from modular_experts.data import TaskMixture
     from modular_experts.training.module import ExpertModule
 
-    groups = shapes_of({"model": ExpertModule, "data": TaskMixture})
-    shapes: dict[str, Shape] = {"overwrite": "flag", "dry_run": "flag", "trust": "texts", "trainer.max_steps": "value"}
-    for name in ("trainer", "seed_everything", "ckpt_path", "out", "keep_inputs", "fit_into", "device"):
-        shapes[name] = "value"
-    return groups | shapes
+    texts = ("seed_everything", "ckpt_path", "device", "out", "keep_inputs", "fit_into")
+    return {
+        **{"model": ExpertModule, "data": TaskMixture, "trainer": Trainer},
+        **dict.fromkeys(texts, str),
+        **{"overwrite": bool, "dry_run": bool, "trust": list[str]},
+    }
 
 
 def _of_environment(verb: str) -> list[str]:
@@ -89,16 +80,15 @@ def _of_environment(verb: str) -> list[str]:
     return [f"--{name.lower().replace('__', '.')}={value}" for name, value in named.items()]
 
 
-def _print_options() -> None:
+def _print_options(hints: Mapping[str, Any]) -> None:
     from modular_experts.cli.help import class_help
-    from modular_experts.study.lightning import GROUPS, usual_class
 
-    texts = "\n\n".join(class_help(group, usual_class(group)) for group in GROUPS)
+    texts = "\n\n".join(class_help(group, hints[group]) for group in ("model", "data", "trainer"))
     print(respelt(texts, {full: name for name, full in SHORT_NAMES.items()}))
     print("\n" + "  ".join(*DEVICE.items()))
 
 
-def _print_estimate(found: "FitEstimate", limit: str | None) -> None:
+def print_estimate(found: "FitEstimate", limit: str | None) -> None:
     """Print rows, trained numbers, time and memory, and the files to be written, in at most 80 columns."""
     from modular_experts.cli.format import share_text, table_of
 

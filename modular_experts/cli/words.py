@@ -3,208 +3,178 @@
 `--tasks a b` becomes `--data.tasks=["a", "b"]`, and `--dry-run` becomes `--dry_run=true`.
 """
 
+import dataclasses
+import importlib
 import inspect
 import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
-from modular_experts.study.options import UsageError, full_names, unknown, without_replaced_lists
+from modular_experts.study.options import Config, Option, UsageError, full_names, respelt, unknown
 from modular_experts.study.parser import load_yaml
 
-Shape = Literal["texts", "items", "text or texts", "flag", "table", "value"]
-"""What an option takes: a list of texts or of anything, nothing, values by keys of the user's, or one value."""
-LISTS = ("texts", "items", "text or texts")
-ALWAYS = ("config", "print_config", "help", "help_all")
+GROUPS = ("model", "data", "trainer")
 
 
-@dataclass
-class Spelt:
-    """Options under their full names, in the order in which later ones beat earlier ones.
+class Spelt(NamedTuple):
+    """What somebody typed, under full names, in the order in which later options beat earlier ones.
 
     Attributes:
-        options: Name and text of each option; of a config file the text of its settings.
-        typed: How somebody typed each full name, where that differs.
+        options: Each option with its text; `config` has the settings of a file.
+        typed: How somebody typed each full name.
         files: The settings of each config file, by its path.
     """
 
-    options: list[tuple[str, str]] = field(default_factory=list)
-    typed: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: list[Option]
+    typed: dict[str, str]
+    files: dict[str, Config]
 
-    @property
-    def words(self) -> list[str]:
-        """The words for the parser, which prints the settings when it meets that option, so it comes last."""
-        nested: list[dict[str, Any]] = []
-        for name, text in self.options:
-            held = self._config(text) if name == "config" else {}
-            if name != "config" and text.startswith("["):
-                # An option that is a list replaces the one of a config.
-                held = _meant(text)
-                for key in reversed(name.split(".")):
-                    held = {key: held}
-            nested.append(held)
-        configs = without_replaced_lists(nested)
-        options = []
-        for (name, text), before, now in zip(self.options, nested, configs, strict=True):
-            options.append((name, json.dumps(now) if name == "config" and now != before else text))
-        options.sort(key=lambda option: option[0] == "print_config")
-        return [f"--{name}={text}" for name, text in options]
-
-    def take(self, name: str) -> Any:
-        """Return the value of an option, which the parser shall not see; None if it was not given."""
-        found = None
-        for number, (option, text) in enumerate(self.options):
-            if option == name:
-                found = load_yaml(text)
-            elif option == "config" and name in (held := self._config(text)):
-                found = held.pop(name)
-                self.options[number] = option, json.dumps(held)
-        self.options = [(option, text) for option, text in self.options if option != name]
-        return found
-
-    def value(self, name: str) -> Any:
-        """Return the value of an option with dots in its name, as it stands now; None if it was not given."""
-        found = None
-        for option, text in self.options:
-            if option == name:
-                found = text
-            elif option == "config":
-                held: Any = self._config(text)
-                for key in name.split("."):
-                    held = held.get(key) if isinstance(held, Mapping) else None
-                found = found if held is None else held
-        return found
-
-    def place_of(self, sentence: str) -> str:
+    def place_of(self, option: str) -> str:
         """Return the beginning of a sentence about an option that a config file holds: the file, or nothing."""
-        option = re.search(r"--([\w.]+)", sentence)
-        keys = option[1].split(".") if option else []
-        if not keys:
-            return ""
+        key = option.rpartition(".")[2]
         for name, text in self.options:
-            is_in_it = name != "config" and f"{'.'.join(keys)}.".startswith(f"{name}.")
-            if is_in_it and (name == ".".join(keys) or keys[-1] in text):
+            if isinstance(text, str) and f"{option}.".startswith(f"{name}.") and (name == option or key in text):
                 return ""
-        holding = [file for file, settings in self.files.items() if _holds(settings, keys)]
+        holding = [file for file, settings in self.files.items() if f'"{key}"' in json.dumps(settings)]
         return f"{holding[-1]}: " if holding else ""
 
-    def _config(self, text: str) -> dict[str, Any]:
-        return self.files[text] if text in self.files else json.loads(text)
+    @contextmanager
+    def told_as_typed(self, short: Mapping[str, str]) -> Iterator[None]:
+        """Let an error about options name them as they were typed, or the config file that holds them."""
+        try:
+            yield
+        except UsageError as error:
+            option = re.search(r"--([\w.]+)", str(error))
+            place = self.place_of(option[1]) if option else ""
+            names = {full: name for name, full in reversed([*short.items()])} | self.typed
+            raise UsageError(place + respelt(str(error), names)) from None
+
+
+class Typed(NamedTuple):
+    """An option as it was typed, its full name and annotation, and the words behind it."""
+
+    typed: str
+    name: str
+    hint: Any
+    words: list[str]
+
+    def takes(self, word: str) -> bool:
+        """Return whether a word behind the option, and behind its words so far, belongs to it."""
+        if members_of(self.hint) == [bool] and word.lower() not in ("true", "false", "yes", "no"):
+            return False
+        return not self.words or list_in(self.hint) is not None
 
 
 def spelt_out(
-    words: Iterable[str], shapes: Mapping[str, Shape], positional: Sequence[str] = (), short: Mapping[str, str] = {}
+    words: Iterable[str], hints: Mapping[str, Any], positional: Sequence[str] = (), short: Mapping[str, str] = {}
 ) -> Spelt:
     """Spell out the words of a command line.
 
     Args:
         words: What was typed behind the command.
-        shapes: What each option takes, also options inside of a group, such as `data.tasks`.
+        hints: The annotation of each option.
         positional: Options that may be given by position.
         short: Full names of options that have a short one.
     """
-    spelt, places, taken = Spelt(), list(positional), list[tuple[str, str, list[str]]]()
-    known = [*dict.fromkeys([*short, *(name for name in shapes if "." not in name)])]
-    has_room = False
-    for word in words:
-        if word == "-c" or word.startswith("--"):
-            typed, equals, value = ("--config", "", "") if word == "-c" else word.partition("=")
-            name = _full_name(typed, short, known, shapes)
-            taken.append((name, typed.removeprefix("--"), [value] if equals else []))
-            has_room = not equals and name != "print_config"
-        elif has_room and (_shape(taken[-1][0], shapes) != "flag" or word.lower() in ("true", "false", "yes", "no")):
-            taken[-1][2].append(word)
-            has_room = _shape(taken[-1][0], shapes) in LISTS
-        elif places:
-            taken.append((places[0], places[0], [word]))
-            places = places if shapes[places[0]] in LISTS else places[1:]
-            has_room = False
-        elif word.startswith("-") and len(word) == 2:
-            raise unknown("option", word, [])
+    spelt = Spelt([], {}, {})
+    for option in _typed_options(words, hints, [*positional], short):
+        if option.typed != option.name:
+            spelt.typed.setdefault(option.name.removesuffix("+"), option.typed.removesuffix("+"))
+        if option.name == "config" and option.words:
+            for file in option.words:
+                spelt.files[file] = _read_config(file, short, [*dict.fromkeys([*short, *hints])])
+                spelt.options.append(("config", spelt.files[file]))
+        elif option.name in GROUPS and option.words and Path(option.words[0]).suffix in (".yaml", ".yml"):
+            spelt.files[option.words[0]] = {option.name: _load(f"--{option.name}", Path(option.words[0]))}
+            spelt.options.append(("config", spelt.files[option.words[0]]))
         else:
-            raise UsageError(f"{word!r} is one argument too many; options start with --")
-    lists: dict[str, list[str]] = {}
-    for name, typed, values in taken:
-        if typed.replace("-", "_") != name:
-            spelt.typed.setdefault(name.removesuffix("+"), typed.removesuffix("+"))
-        if name == "print_config":
-            spelt.options.append((name, "".join(values)))
-        elif name == "config":
-            _add_configs(spelt, values, short, known)
-        elif _shape(name, shapes) == "table" and "." in name:
-            head, _, key = name.partition(".")
-            spelt.options.append((head, json.dumps({key: _meant(values[-1])})))
-        elif _shape(name, shapes) in LISTS and values:
-            # A list that is given in parts is one.
-            lists.setdefault(name, []).extend(values)
-            spelt.options = [(option, text) for option, text in spelt.options if option != name]
-            spelt.options.append((name, _list(lists[name], shapes[name.removesuffix("+")])))
-        else:
-            spelt.options.append((name, values[-1] if values else _bare(typed, name, shapes)))
-        _check_brackets(typed, values)
+            spelt.options.append((option.name, _text_of(option)))
     return spelt
 
 
-def _holds(settings: Any, keys: Sequence[str]) -> bool:
-    """Return whether settings hold a key inside of others, perhaps among the arguments of a class."""
-    if not keys:
-        return True
-    if isinstance(settings, list):
-        return any(_holds(item, keys) for item in settings)
-    if not isinstance(settings, Mapping):
-        return False
-    if keys[0] in settings:
-        return _holds(settings[keys[0]], keys[1:])
-    return "init_args" in settings and _holds(settings["init_args"], keys)
+def _typed_options(
+    words: Iterable[str], hints: Mapping[str, Any], places: list[str], short: Mapping[str, str]
+) -> list[Typed]:
+    options: list[Typed] = []
+    is_open = False
+    for word in words:
+        is_option = word == "-c" or word.startswith("--")
+        if is_open and not is_option and options[-1].takes(word):
+            options[-1].words.append(word)
+            continue
+        if is_option:
+            typed, equals, value = word.partition("=")
+            typed = "config" if word == "-c" else typed.removeprefix("--")
+            name = _full_name(typed, hints, short)
+            own = [value] if equals else []
+        elif places:
+            typed = name = places[0]
+            own = [word]
+            if list_in(hints[name]) is None:
+                del places[0]
+        else:
+            raise UsageError(f"{word!r} is one argument too many; options start with --")
+        is_open = is_option and not own and name != "print_config"
+        hint = list[str] if name == "config" else hint_at(name, hints)
+        if list_in(hint) is not None and name != "config" and not name.endswith("+"):
+            # A list that is given in parts is one.
+            own = [part for option in options if option.name == name for part in option.words] + own
+            options = [option for option in options if option.name != name]
+        options.append(Typed(typed, name, hint, own))
+    return options
 
 
-def _full_name(typed: str, short: Mapping[str, str], known: Sequence[str], shapes: Mapping[str, Shape]) -> str:
-    head, dot, rest = typed.removeprefix("--").partition(".")
+def _full_name(typed: str, hints: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    head, dot, rest = typed.partition(".")
     name = head.replace("-", "_").removesuffix("+")
-    if name not in {*known, *ALWAYS}:
-        raise unknown("option", typed, [f"--{option}" for option in known])
-    # Keys of a table are the user's, such as patterns of weights.
-    rest = rest if shapes.get(name) == "table" else rest.replace("-", "_")
-    return short.get(name, name) + "+" * head.endswith("+") + dot + rest
+    # Keys of a dictionary are the user's, such as patterns of weights.
+    if not any(get_origin(member) is dict for member in members_of(hints.get(name))):
+        rest = rest.replace("-", "_").replace("init_args.", "")
+    plus = "+" if head.endswith("+") else ""
+    return f"{short.get(name, name)}{plus}{dot}{rest}"
 
 
-def _shape(name: str, shapes: Mapping[str, Shape]) -> Shape | None:
-    name = name.removesuffix("+")
-    if name == "config":
-        return "texts"
-    return "table" if shapes.get(name.partition(".")[0]) == "table" else shapes.get(name)
-
-
-def _bare(typed: str, name: str, shapes: Mapping[str, Shape]) -> str:
-    """Return what an option without a value means: true for a flag, all defaults for settings."""
-    if typed.endswith(".help"):
+def _text_of(option: Typed) -> str:
+    """Return the value of an option as one text; without a word, a flag is true and settings have their defaults."""
+    typed = f"--{option.typed}"
+    for word in option.words:
+        for left, right in ("[]", "{}"):
+            if word.startswith(left) and word.count(left) > word.count(right):
+                raise UsageError(f"{typed}: {word} lacks a {right} at its end")
+    members = members_of(option.hint)
+    if option.words:
+        return option.words[-1] if list_in(option.hint) is None else _list_text(option.words, members)
+    if option.name.endswith(".help") or option.name == "print_config":
         return ""
-    shape = _shape(name, shapes)
-    if shape == "flag" or (shape is None and "." in name):
+    if bool in members or (option.hint is None and "." in option.name):
         return "true"
-    if name in {option.partition(".")[0] for option in shapes if "." in option}:
+    if any(dataclasses.is_dataclass(member) and not inspect.isabstract(member) for member in members):
         return "{}"
-    raise UsageError(f"--{typed.removeprefix('--')} needs a value")
+    raise UsageError(f"{typed} needs a value")
 
 
-def _list(values: Sequence[str], shape: Shape) -> str:
-    is_whole = shape == "text or texts" or values[0] == "null" or isinstance(_meant(values[0]), list)
-    if len(values) == 1 and is_whole:
-        return values[0]
+def _list_text(words: Sequence[str], members: Sequence[Any]) -> str:
+    """Return words as a list; one word may be a list already, or stand for itself where one item is as good."""
+    (inner,) = next(get_args(member) or (str,) for member in members if list in (member, get_origin(member)))
+    is_whole = {str, inner} & {*members} or words[0] == "null" or isinstance(_meant(words[0]), list)
+    if len(words) == 1 and is_whole:
+        return words[0]
     items: list[Any] = []
-    for value in values:
-        meant = _meant(value)
+    for word in words:
+        meant = _meant(word)
         if isinstance(meant, list):
             items += meant
+        elif isinstance(meant, dict) or str not in (inner, *get_args(inner)):
+            items.append(meant)
         else:
-            items.append(meant if shape == "items" or isinstance(meant, dict) else value)
+            items.append(word)
     return json.dumps(items)
 
 
@@ -216,63 +186,62 @@ def _meant(word: str) -> Any:
         return word
 
 
-def _check_brackets(typed: str, values: Iterable[str]) -> None:
-    for value in values:
-        for left, right in ("[]", "{}"):
-            if value.startswith(left) and value.count(left) > value.count(right):
-                raise UsageError(f"--{typed.removeprefix('--')}: {value} lacks a {right} at its end")
+def _read_config(file: str, short: Mapping[str, str], known: Sequence[str]) -> Config:
+    """Return the settings in a YAML file, under full names; a group may be another file beside it."""
+    settings = _load("--config", Path(file))
+    for name in settings:
+        if name.removesuffix("+") not in {*known, *short.values()} and not name.startswith(("x-", "$")):
+            raise UsageError(f"--config {file}: {unknown('option', name, known)}")
+    for group in GROUPS:
+        if str(settings.get(group)).endswith((".yaml", ".yml")):
+            settings[group] = _load(f"--config {file}: {group}", Path(file).parent / settings[group])
+    return full_names(settings, short, f"--config {file}")
 
 
-def _add_configs(spelt: Spelt, files: Sequence[str], short: Mapping[str, str], known: Sequence[str]) -> None:
-    if not files:
-        raise UsageError("--config needs a value")
-    for file in files:
-        held = read_config(file)
-        spelt.files[file] = full_names(held, short, f"--config {file}")
-        for name in held:
-            if name.removesuffix("+") not in {*known, *short.values()} and not name.startswith("x-"):
-                raise UsageError(f"--config {file}: {unknown('option', name, known)}")
-        # A file as it stands may lead to others beside it.
-        spelt.options.append(("config", file if spelt.files[file] == held else json.dumps(spelt.files[file])))
-
-
-def read_config(file: str | Path) -> dict[str, Any]:
-    """Return the settings in a YAML file."""
+def _load(option: str, file: Path) -> Config:
     try:
-        settings = load_yaml(Path(file).expanduser().read_text(encoding="utf-8"))
+        settings = load_yaml(file.expanduser().read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{option} {file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise UsageError(f"--config {file} must hold options, such as `out: library/new`, got {str(settings)[:40]}")
+        raise UsageError(f"{option} {file} must hold options, such as `out: library/new`, got {str(settings)[:40]}")
     return settings
 
 
-def shapes_of(hints: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return what options take by their annotations, and the options inside of each class that can be made."""
-    shapes: dict[str, Shape] = {}
-    for name, hint in hints.items():
-        members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        shapes[name] = _shape_of([member for member in members if member is not type(None)])
-        for member in members:
-            is_group = inspect.isclass(member) and member.__module__.startswith("modular_experts.")
-            if is_group and not inspect.isabstract(member) and not get_args(member):
-                inner = shapes_of(typing.get_type_hints(member.__init__))
-                shapes |= {f"{name}.{key}": shape for key, shape in inner.items() if key != "return"}
-    return shapes
+def hint_at(name: str, hints: Mapping[str, Any]) -> Any:
+    """Return the annotation of an option, also of one inside of a group, such as `trainer.logger`."""
+    head, _, rest = name.removesuffix("+").partition(".")
+    hint = hints.get(head)
+    if not rest:
+        return hint
+    kinds = [part for part in parts_of(hint) if inspect.isclass(part) and part.__module__ != "builtins"]
+    return hint_at(rest, annotations(kinds[0].__init__)) if kinds else None
 
 
-def _shape_of(members: Sequence[Any]) -> Shape:
-    if members == [bool]:
-        return "flag"
-    origins = [get_origin(member) for member in members]
-    if dict in origins and origins.count(None) == 0:
-        return "table"
-    for member, origin in zip(members, origins, strict=True):
-        if member is list:
-            return "texts" if len(members) == 1 else "text or texts"
-        if origin is list:
-            inner = get_args(member)[0]
-            if str in members:
-                return "text or texts"
-            return "texts" if str in (inner, *get_args(inner)) else "items"
-    return "value"
+def parts_of(hint: Any) -> list[Any]:
+    """Return an annotation and all those that it is made of, but for the arguments of a function."""
+    return [hint, *(inner for part in get_args(hint) if not isinstance(part, list) for inner in parts_of(part))]
+
+
+def members_of(hint: Any) -> list[Any]:
+    """Return what an annotation may be, beside None."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [member for member in members if member is not type(None)]
+
+
+def list_in(hint: Any) -> Any:
+    """Return the list that an annotation may be; None if it may be none."""
+    return next((member for member in members_of(hint) if list in (member, get_origin(member))), None)
+
+
+def annotations(called: Any) -> dict[str, Any]:
+    """Return the annotations of a function's arguments or a dataclass's fields, also of names for type checkers."""
+    names: dict[str, Any] = {}
+    while True:
+        try:
+            hints = typing.get_type_hints(called, localns=names)
+        except NameError as error:
+            # A command may name TaskMixture without importing it, so that it is fast to import.
+            names[str(error.name)] = getattr(importlib.import_module("modular_experts.data"), str(error.name))
+        else:
+            return {name: hint for name, hint in hints.items() if name != "return"}

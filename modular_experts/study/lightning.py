@@ -5,11 +5,9 @@ Lightning's Trainer.
 """
 
 import inspect
-import json
 import pickle
-import pkgutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,12 @@ from modular_experts.discovery import import_systems
 from modular_experts.study.options import (
     FIT_ALONE,
     SHORT_NAMES,
+    Option,
     UsageError,
     full_names,
     unknown,
-    without_replaced_lists,
+    value_of,
+    words_of,
 )
 from modular_experts.study.parser import USUAL, ConfigParser, refuse_dangerous_imports, sentence_of
 from modular_experts.training.fit import TRAINER, Run, SavedConfig, check_checkpoint, make_trainer, set_up
@@ -44,11 +44,6 @@ GROUPS = {"model": ExpertModule, "data": LightningDataModule, "trainer": Trainer
 _USUAL_SETTINGS = {"trainer": TRAINER}
 
 
-def usual_class(group: str) -> Any:
-    """Return the class of a group of which a config names none."""
-    return pkgutil.resolve_name(USUAL[[*GROUPS].index(group)])
-
-
 class RunParser(ConfigParser, LightningArgumentParser):
     """Lightning's parser, which prints a group of the usual class without its name."""
 
@@ -58,11 +53,12 @@ class ExpertCLI(LightningCLI):
 
     Args:
         verb: The method of the trainer that will run, such as `fit`.
-        words: Options under their full names, such as `--model.base=DIR`; `--config` takes a file or its text.
+        options: Options under their full names; `config` has the settings of a file.
     """
 
-    def __init__(self, verb: str, words: Sequence[str]) -> None:
+    def __init__(self, verb: str, options: Sequence[Option]) -> None:
         self.verb = verb
+        self.options = options
         refuse_dangerous_imports()
         with warnings.catch_warnings():
             # Lightning's command line calls what jsonargparse has a newer name for.
@@ -75,7 +71,7 @@ class ExpertCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=[_with_folder(word, words) for word in words],
+                args=words_of(_with_folder(options)),
                 run=False,
                 auto_configure_optimizers=False,
             )
@@ -86,7 +82,9 @@ class ExpertCLI(LightningCLI):
             parser.set_defaults({group: {"class_path": usual, "init_args": _USUAL_SETTINGS.get(group, {})}})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--ckpt_path", type=str | None, default=None)
+        for name in ("ckpt_path", "device"):
+            parser.add_argument(f"--{name}", type=str | None, default=None)
+        parser.add_argument("--trust", type=list[str] | None, default=None)
         if self.verb == "fit":
             parser.add_argument("--out", type=str | None, default=None)
             parser.add_argument("--overwrite", type=bool, default=False)
@@ -98,7 +96,15 @@ class ExpertCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise UsageError(sentence_of(str(error))) from None
+            report = str(error)
+            missing = [name for name in ("model.base", "data.tasks") if value_of(self.options, name) is None]
+            if "arguments are required: base" in report and len(missing) > 1:
+                # The parser reads the data only after the model.
+                report = f"the following arguments are required: {', '.join(missing)}"
+            raise UsageError(sentence_of(report)) from None
+        # What holds for this process is no setting of the run.
+        self.trusted = self.config.pop("trust")
+        self.device = self.config.pop("device")
         modules = self.config.model.init_args.get("modules")
         if isinstance(modules, str) and len(words := modules.split()) > 1:
             raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
@@ -135,16 +141,13 @@ class ExpertCLI(LightningCLI):
         return run
 
 
-def _with_folder(word: str, words: Sequence[str]) -> str:
-    """Return an option; a logger that is named alone, and must be told where to write, writes where the run does."""
-    option, _, logger = word.partition("=")
-    if option != "--trainer.logger" or logger not in ("CSVLogger", "TensorBoardLogger"):
-        return word
-    folder = TRAINER["default_root_dir"]
-    for other in words:
-        if other.startswith("--trainer.default_root_dir="):
-            folder = other.partition("=")[2]
-    return f"{option}={json.dumps({'class_path': logger, 'init_args': {'save_dir': folder}})}"
+def _with_folder(options: Iterable[Option]) -> Iterator[Option]:
+    """Yield options; a logger that is named alone, and must be told where to write, writes where the run does."""
+    folder = value_of(options, "trainer.default_root_dir") or TRAINER["default_root_dir"]
+    for option in options:
+        yield option
+        if value_of([option], "trainer.logger") in ("CSVLogger", "TensorBoardLogger"):
+            yield "trainer.logger.save_dir", folder
 
 
 def _made_logger(kind: type[Logger], *arguments: Any, **settings: Any) -> Logger:
@@ -162,36 +165,55 @@ def _made_logger(kind: type[Logger], *arguments: Any, **settings: Any) -> Logger
         raise UsageError(f"--trainer.logger: {kind.__name__} cannot be made: {why}") from error
 
 
-def config_words(configs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the words of configs, of which a later one beats those before it, for `ExpertCLI`."""
-    named = [full_names(config, SHORT_NAMES) for config in configs]
+def options_in(configs: Iterable[Mapping[str, Any]]) -> list[Option]:
+    """Return the options in configs, of which a later one beats those before it, for `ExpertCLI`."""
+    options: list[Option] = []
     known = [*SHORT_NAMES, *GROUPS, "seed_everything", "ckpt_path", *FIT_ALONE]
-    for name in dict.fromkeys(name for config in named for name in config):
-        if name.removesuffix("+") not in known:
-            raise unknown("option", f"--{name}", [f"--{option}" for option in known])
-    return [f"--config={json.dumps(config)}" for config in without_replaced_lists(named)]
+    for config in configs:
+        named = full_names(config, SHORT_NAMES)
+        for name in named:
+            if name.removesuffix("+") not in known:
+                raise unknown("option", f"--{name}", [f"--{option}" for option in known])
+        options.append(("config", named))
+    return options
 
 
 def run_of(configs: Iterable[Mapping[str, Any]], verb: str = "fit") -> Run:
     """Make what a trainer runs by configs, of which a later one beats those before it."""
-    return ExpertCLI(verb, config_words(configs)).make_run()
+    return ExpertCLI(verb, options_in(configs)).make_run()
 
 
 def check_settings(configs: Iterable[Mapping[str, Any]]) -> None:
     """Raise a `UsageError` if the configs of a fit do not fit; nothing is made, and no seed is set."""
-    ExpertCLI("fit", [*config_words(configs), "--seed_everything=false"])
+    ExpertCLI("fit", [*options_in(configs), ("seed_everything", "false")])
 
 
-def checkpoint_file(word: str, root: str | Path) -> str:
-    """Return the file that `last` or `best` means: of the runs below `root`, the newest file, or its run's best one."""
-    newest = max(Path(root).rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
-    if word not in ("last", "best") or newest is None:
+def checkpoint_file(word: str, options: Sequence[Option]) -> str:
+    """Return the file that `last` or `best` means: the newest file where options let runs write, or its run's best."""
+    if word not in ("last", "best"):
         return word
+    folders = {value_of(options, "trainer.default_root_dir") or TRAINER["default_root_dir"]}
+    for name, value in options:
+        folders |= set(_folders_in({name.rpartition(".")[2]: value}))
+    files = [file for folder in folders for file in Path(folder).rglob("*.ckpt")]
+    if not files:
+        return word
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
     if word == "last":
         return str(newest)
     states = torch.load(newest, weights_only=True, map_location="cpu")["callbacks"].values()
     best = [state["best_model_path"] for state in states if "best_model_path" in state]
     return next((file for file in best if Path(file).is_file()), str(newest))
+
+
+def _folders_in(settings: object) -> Iterator[str]:
+    """Yield the folders that settings name for a logger, or for a callback that writes checkpoints."""
+    if isinstance(settings, list):
+        for item in settings:
+            yield from _folders_in(item)
+    elif isinstance(settings, Mapping):
+        yield from [str(settings[name]) for name in ("save_dir", "dirpath") if settings.get(name)]
+        yield from _folders_in([*settings.values()])
 
 
 def settings_of_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """Short names of settings, near names for wrong ones, and the error about a wrong option; nothing here needs torch."""
 
+import json
 import pkgutil
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from modular_experts.text import nearest
+
+Config = dict[str, Any]
+Option = tuple[str, str | Config]
+"""The full name of an option, such as `model.base`, and its text; of `config`, the settings of a file."""
 
 
 class UsageError(ValueError):
@@ -58,9 +63,9 @@ def unknown(kind: str, word: str, known: Collection[str], cutoff: float = 0.8) -
     ours = ELSEWHERE.get(word.rpartition("--")[2].rpartition(".")[2], "")
     # A part before the last dot that is right would make each name behind it look near.
     place = word[: word.rfind(".") + 1]
+    if not any(name.startswith(place) for name in known):
+        place = ""
     inner = [name for name in known if name.startswith(place)]
-    if not inner:
-        place, inner = "", [*known]
     near = nearest(word.removeprefix(place), [name.removeprefix(place) for name in inner], cutoff)
     if ours.partition(".")[0] in known:
         return UsageError(f"there is no {kind} {word}; did you mean {ours}?")
@@ -77,27 +82,21 @@ def respelt(sentence: str, names: Mapping[str, str]) -> str:
     return sentence
 
 
-def full_names(config: Mapping[str, Any], short: Mapping[str, str], named: str = "the config") -> dict[str, Any]:
+def full_names(config: Mapping[str, Any], short: Mapping[str, str], named: str = "the config") -> Config:
     """Return the settings of a config under full names, each inside of its group; `named` is for the error."""
-    # Keys such as `x-common` hold what YAML's anchors repeat.
-    full = {key: value for key, value in config.items() if not str(key).startswith("x-")}
+    # Keys such as `x-common` hold what YAML's anchors repeat; `$schema` is for editors.
+    full = {key: value for key, value in config.items() if not str(key).startswith(("x-", "$"))}
     for name in short.keys() & full.keys():
         group, _, key = short[name].rpartition(".")
         value = full.pop(name)
         home = full
         if group:
-            # A group may also be the path of a file.
-            home = full[group] = _settings(full.get(group))
+            settings = full.get(group) or {}
+            home = full[group] = {"class_path": settings} if isinstance(settings, str) else dict(settings)
         if key in home:
             raise UsageError(f"{named} gives one option twice: {name} and {short[name]}; give it once")
         home[key] = value
     return {key: _beside_class(value) for key, value in full.items()}
-
-
-def _settings(group: Any) -> dict[str, Any]:
-    if isinstance(group, str):
-        return {"class_path": group}
-    return dict(group or {})
 
 
 def _beside_class(value: Any) -> Any:
@@ -107,15 +106,14 @@ def _beside_class(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     settings = {key: _beside_class(item) for key, item in value.items()}
-    if isinstance(settings.get("class_path"), str):
-        settings["class_path"] = at_home(settings["class_path"])
-    beside = settings.keys() - {"class_path", "init_args", "dict_kwargs"}
-    if "class_path" not in settings or not beside:
+    if not isinstance(settings.get("class_path"), str):
         return settings
-    inner = dict(settings.get("init_args") or {})
-    for key in [key for key in settings if key in beside]:
-        inner[key] = settings.pop(key)
-    return settings | {"init_args": inner}
+    settings["class_path"] = at_home(settings["class_path"])
+    beside = settings.keys() - {"class_path", "init_args", "dict_kwargs"}
+    if beside:
+        inner = {key: settings.pop(key) for key in [*settings] if key in beside}
+        settings["init_args"] = (settings.get("init_args") or {}) | inner
+    return settings
 
 
 def at_home(path: str) -> str:
@@ -128,21 +126,47 @@ def at_home(path: str) -> str:
     return path
 
 
-def without_replaced_lists(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return configs without the lists that a later one replaces, whose items a parser would mix with the new ones."""
-    kept: list[dict[str, Any]] = []
-    for config in configs:
-        kept = [_without_lists_of(config, earlier) for earlier in kept]
-        kept.append(dict(config))
-    return kept
+def value_of(options: Iterable[Option], name: str) -> Any:
+    """Return the value that an option has by the words and configs of a command; None if nothing gives it."""
+    value = None
+    for option, given in options:
+        if option == name:
+            value = given
+        elif option == "config":
+            settings: Any = given
+            for key in name.split("."):
+                settings = {**(settings.get("init_args") or {}), **settings} if isinstance(settings, Mapping) else {}
+                settings = settings.get(key)
+            value = value if settings is None else settings
+    return value
 
 
-def _without_lists_of(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+def words_of(options: Iterable[Option]) -> list[str]:
+    """Return options as words of a parser, which mixes the items of a list with those of a list in an earlier config.
+
+    So a config goes without the lists that a later option replaces.
+    """
+    words: list[tuple[str, str | Config]] = []
+    for name, value in options:
+        settings = value if isinstance(value, dict) else {}
+        if isinstance(value, str) and value.startswith("["):
+            for key in reversed(name.split(".")):
+                settings = {key: settings or []}
+        words = [
+            (other, _without_lists_of(settings, held) if isinstance(held, dict) else held) for other, held in words
+        ]
+        words.append((name, value))
+    # The parser prints the settings when it meets that option.
+    words.sort(key=lambda word: word[0] == "print_config")
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in words]
+
+
+def _without_lists_of(later: Config, earlier: Config) -> Config:
     left = dict(earlier)
     for key, value in later.items():
         held = left.get(key)
         if isinstance(value, list) and isinstance(held, list):
             del left[key]
-        elif isinstance(value, Mapping) and isinstance(held, Mapping):
+        elif isinstance(value, dict) and isinstance(held, dict):
             left[key] = _without_lists_of(value, held)
     return left

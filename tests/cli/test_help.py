@@ -13,7 +13,7 @@ import pytest
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.cli.functions import annotations
+from modular_experts.cli.words import annotations
 
 TRAINING = [verb for verb, command in VERBS.items() if not command.function]
 

@@ -18,7 +18,7 @@ from testbed.here import Apart, Here
 from testbed.random_deltas import random_delta
 
 from modular_experts.base.files import fingerprint
-from modular_experts.cli.functions import annotations
+from modular_experts.cli.words import annotations
 from modular_experts.data import Task, TaskMixture
 from modular_experts.library import Library, make_record, write_expert
 from modular_experts.selection.mask_schedule import MaskSchedule

@@ -1,5 +1,6 @@
 """What a typed word and a value of a config mean where an annotation stands."""
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from modular_experts.experts import Expert
-from modular_experts.study.options import SHORT_NAMES, UsageError, full_names, without_replaced_lists
+from modular_experts.study.options import SHORT_NAMES, UsageError, full_names, words_of
 from modular_experts.study.parser import make
 
 WORDS = [
@@ -59,15 +60,17 @@ def test_a_value_of_another_type_is_refused_by_its_option(hint: Any, value: Any)
 
 
 @pytest.mark.parametrize(
-    ("configs", "left"),
+    ("options", "left"),
     [
-        ([{"a": [1]}, {"a": [2]}], [{}, {"a": [2]}]),
-        ([{"a": {"b": [1], "c": 3}}, {"a": {"b": [2]}}], [{"a": {"c": 3}}, {"a": {"b": [2]}}]),
-        ([{"a": [1]}, {"b": [2]}], [{"a": [1]}, {"b": [2]}]),
+        ([("config", {"a": [1]}), ("config", {"a": [2]})], [{}, {"a": [2]}]),
+        ([("config", {"a": {"b": [1], "c": 3}}), ("config", {"a": {"b": [2]}})], [{"a": {"c": 3}}, {"a": {"b": [2]}}]),
+        ([("config", {"a": [1]}), ("config", {"b": [2]})], [{"a": [1]}, {"b": [2]}]),
+        ([("config", {"a": {"b": [1], "c": 3}}), ("a.b", "[2]")], [{"a": {"c": 3}}]),
     ],
 )
-def test_a_later_list_replaces_the_one_before_it(configs: Any, left: Any) -> None:
-    assert without_replaced_lists(configs) == left
+def test_a_later_list_replaces_the_one_before_it(options: Any, left: Any) -> None:
+    configs = [word.removeprefix("--config=") for word in words_of(options) if word.startswith("--config=")]
+    assert [json.loads(config) for config in configs] == left
 
 
 def test_settings_stand_under_their_full_names_and_those_beside_a_class_among_its_own() -> None:
