@@ -7,7 +7,7 @@ value is meant. A command prints `--overwrite`, `--experts a b` and `--rank`.
 import logging
 import re
 
-_ARGUMENT = re.compile(r"`([a-z_]+(?:\.[a-z_]+)*)=([^`]*)`")
+_ARGUMENT = re.compile(r"`([a-z_]+(?:\.[\w-]+)*)=([^`]*)`")
 
 
 def as_options(sentence: str) -> str:

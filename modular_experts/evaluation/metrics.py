@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torchmetrics.functional.text.rouge import rouge_score
 
@@ -84,20 +84,25 @@ def matched(pattern: str, generated: str, target: str) -> float:
     The last match that is not empty counts, and where the pattern has groups, the first of them that took part in it.
     """
 
-    def found(text: str) -> str | None:
-        matches = re.finditer(pattern, text)
-        texts = [next((one for one in match.groups() or [match[0]] if one is not None), "") for match in matches]
-        return next((one.strip() for one in reversed(texts) if one.strip()), None)
+    def last_match(text: str) -> str | None:
+        last = None
+        for match in re.finditer(pattern, text):
+            groups = match.groups() or (match[0],)
+            taken = next((group for group in groups if group is not None), "").strip()
+            last = taken or last
+        return last
 
-    return _read_alike(found, generated, target)
+    return _read_alike(last_match, generated, target)
 
 
-def _read_alike(read: Callable[[str], Any], generated: str, target: str) -> float:
-    mine, wanted = read(generated), read(target)
+def _read_alike(read: Callable[[str], object], generated: str, target: str) -> float:
+    answer = read(generated)
+    wanted = read(target)
     if wanted is None:
         # A target in which nothing is found, such as a word where others are numbers, counts as it is.
-        mine, wanted = generated.strip() if mine is None else mine, target.strip()
-    return float(mine == wanted)
+        wanted = target.strip()
+        answer = generated.strip() if answer is None else answer
+    return float(answer == wanted)
 
 
 def _last_number(text: str) -> Decimal | None:
@@ -136,7 +141,7 @@ def text_metrics(own: Metrics | None = None) -> dict[str, TextMetric]:
     Raises:
         ValueError: A metric is not known, cannot be imported, fails, or returns no number.
     """
-    found = dict(TEXT_METRICS)
+    metrics = dict(TEXT_METRICS)
     for name, metric in named_metrics(own).items():
         made = _made(name, metric) if isinstance(metric, str) else metric
         try:
@@ -148,26 +153,34 @@ def text_metrics(own: Metrics | None = None) -> dict[str, TextMetric]:
             ) from error
         if not isinstance(value, int | float):
             raise ValueError(f"metrics.{name} returned {value!r} for two texts; a metric must return a number")
-        found[name] = made
-    return found
+        metrics[name] = made
+    return metrics
 
 
 def named_metrics(own: Metrics | None) -> dict[str, TextMetric | str]:
     """Return the metrics that `text_metrics` takes by name, as they were given."""
-    listed = [own] if isinstance(own, str) else own or ()
-    found = dict(listed) if isinstance(listed, Mapping) else {}
-    for metric in () if isinstance(listed, Mapping) else listed:
-        name = getattr(metric, "__name__", type(metric).__name__)
-        if isinstance(metric, str):
-            given, equals, path = metric.partition("=")
-            metric, given = (path, given) if equals and "/" not in given else (metric, "")
-            name = given or ("regex" if metric.startswith("/") else metric.rpartition(".")[2])
-        if name in found:
-            raise ValueError(f"two metrics are called {name}; name one of them: {name}-2={metric}")
-        found[name] = metric
-    if taken := [name for name in TAKEN if name in found]:
+    if isinstance(own, Mapping):
+        named = dict(own)
+    else:
+        named = {}
+        for asked in [own] if isinstance(own, str) else own or ():
+            name, metric = _named(asked)
+            if name in named:
+                raise ValueError(f"two metrics are called {name}; name one of them: {name}-2={metric}")
+            named[name] = metric
+    if taken := [name for name in TAKEN if name in named]:
         raise ValueError(f"a metric cannot be called {taken[0]}, because results have that already; give another name")
-    return found
+    return named
+
+
+def _named(metric: TextMetric | str) -> tuple[str, TextMetric | str]:
+    if not isinstance(metric, str):
+        return getattr(metric, "__name__", type(metric).__name__), metric
+    name, equals, path = metric.partition("=")
+    if equals and name and "/" not in name:
+        return name, path
+    # A regular expression may have the sign in it.
+    return "regex" if metric.startswith("/") else metric.rpartition(".")[2], metric
 
 
 def _made(name: str, metric: str) -> TextMetric:
@@ -177,10 +190,10 @@ def _made(name: str, metric: str) -> TextMetric:
         try:
             return partial(matched, re.compile(metric[1:-1]).pattern)
         except re.error as error:
-            raise ValueError(f"--metrics.{name}: {metric} is not a regular expression: {error}") from None
+            raise ValueError(f"`metrics.{name}=`: {metric} is not a regular expression: {error}") from None
     if "." not in metric or metric.startswith("/"):
         near = did_you_mean(metric, NAMED) or f"; there are {', '.join(NAMED)}, a path of yours (mine.length), /regex/"
-        raise ValueError(f"--metrics.{name}: there is no metric {metric!r}{near}")
+        raise ValueError(f"`metrics.{name}=`: there is no metric {metric!r}{near}")
     return _imported(name, metric)
 
 
@@ -191,9 +204,9 @@ def _imported(name: str, path: str) -> TextMetric:
             raise ImportError("the standard library has no metrics")
         metric = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise ValueError(f"--metrics.{name}: {path} cannot be imported: {error}") from error
+        raise ValueError(f"`metrics.{name}=`: {path} cannot be imported: {error}") from error
     if isinstance(metric, type):
         metric = metric()
     if not callable(metric):
-        raise ValueError(f"--metrics.{name}: {path} cannot be called; name a function of two texts")
+        raise ValueError(f"`metrics.{name}=`: {path} cannot be called; name a function of two texts")
     return metric

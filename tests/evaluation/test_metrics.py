@@ -93,10 +93,10 @@ def test_metrics_are_named_in_lists_and_mappings() -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("nmber", "--metrics.nmber: there is no metric 'nmber'; did you mean number"),
-        ("nope.mine", "--metrics.mine: nope.mine cannot be imported"),
-        ("os.system", "--metrics.system: os.system cannot be imported: the standard library has no metrics"),
-        ("/(/", r"--metrics.regex: /(/ is not a regular expression"),
+        ("nmber", "`metrics.nmber=`: there is no metric 'nmber'; did you mean number"),
+        ("nope.mine", "`metrics.mine=`: nope.mine cannot be imported"),
+        ("os.system", "`metrics.system=`: os.system cannot be imported: the standard library has no metrics"),
+        ("/(/", "`metrics.regex=`: /(/ is not a regular expression"),
         (["/a/", "/b/"], "two metrics are called regex; name one of them: regex-2=/b/"),
         ({"loss": "number"}, "a metric cannot be called loss"),
         *[({name: "number"}, f"a metric cannot be called {name}") for name in (GAIN, NORMALISED, DRAWN, SIZE)],
