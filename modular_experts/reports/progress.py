@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress as Bar
@@ -13,6 +13,7 @@ from rich.progress import ProgressColumn
 
 from modular_experts.progress import Counted, Progress
 
+Item = TypeVar("Item")
 INTERRUPTED = "interrupted; the same command goes on from here"
 QUIET_SECONDS = 5.0
 """How long work must take before `progress_bar` prints lines."""
@@ -24,7 +25,7 @@ def progress_bar(description: str) -> Progress:
     Off a terminal, work of more than `QUIET_SECONDS` prints lines.
     """
 
-    def shown(items: Sequence[Any]) -> Iterator[Any]:
+    def shown(items: Sequence[Item]) -> Iterator[Item]:
         of = f" {items.unit}" if isinstance(items, Counted) else ""
         with progress_by_tenths(line=f"{{}}: {{}} of {{}}{of}{{}}".format, transient=True, after=QUIET_SECONDS) as show:
             for done, item in enumerate(items):

@@ -37,6 +37,8 @@ SHARES = ("number", "json", "regex", "exact_match", "rougeL", "choice_accuracy")
 
 Facts = Mapping[str, Any]
 """What JSON holds, by name: a row of results, what holds for all rows, or what a piece of work found out."""
+MutableFacts = dict[str, Any]
+"""The same while it is put together."""
 
 
 @dataclass(frozen=True)
@@ -169,15 +171,15 @@ class Results:
         return Table([*leading, *itertools.chain(*columns.values())], groups, named)
 
 
-def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Facts]]]]) -> list[dict[str, Any]]:
+def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Facts]]]]) -> list[MutableFacts]:
     """Return the first test rows of each task with `answers` and `scores` by model, for the fact `examples` of results.
 
     `answered` has for each model its name, and by task the first rows, as `measure` returns them.
     """
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    rows: dict[tuple[str, int], MutableFacts] = {}
     for model, by_task in answered:
-        for task, several in by_task.items():
-            for place, row in enumerate(several):
+        for task, first_rows in by_task.items():
+            for place, row in enumerate(first_rows):
                 first = {"task": task, "input": row["input"], "target": row["target"], "answers": {}, "scores": {}}
                 example = rows.setdefault((task, place), first)
                 example["answers"][model] = row["answer"]
@@ -251,7 +253,7 @@ def _tested(rows: Results) -> int:
 def _plain(value: object) -> object:
     """Return what JSON holds: a tensor or numpy scalar is a number, and a number that is not finite is null."""
 
-    def scalar(other: Any) -> object:
+    def scalar(other: object) -> object:
         if not hasattr(other, "item"):
             raise TypeError(f"{type(other).__name__} has no form in JSON")
         return other.item()

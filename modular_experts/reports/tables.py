@@ -97,7 +97,6 @@ class Table:
     columns: Sequence[Column]
     groups: Sequence[Sequence[Line]]
     name: str = ""
-    across: bool = False  # whether the best value is marked in each line, not in each column of a group
 
     def text(self) -> rich.table.Table:
         """Return the table for a terminal."""
@@ -125,8 +124,7 @@ class Table:
         bodies = []
         for group in self.groups:
             cells = [self._cells(line) for line in group]
-            compared = cells if self.across else zip(*cells, strict=True)
-            best = [id(cell) for several in compared for cell in _best(several)]
+            best = [id(cell) for of_column in zip(*cells, strict=True) for cell in _best(of_column)]
             rows = [self._row(line, own, best) for line, own in zip(group, cells, strict=True)]
             bodies.append(element("tbody", *rows))
         return element("div", element("table", element("thead", *head), *bodies), class_="scroll", tabindex="0")

@@ -45,15 +45,12 @@ def bold(table: Table) -> list[str]:
     return [cell.text for cell in ElementTree.fromstring(table.html()).iter("td") if "best" in cell.get("class", "")]
 
 
-def test_the_best_of_a_group_or_of_a_line_is_marked_and_what_looks_alike_is_as_good() -> None:
+def test_the_best_of_a_group_is_marked_and_what_looks_alike_is_as_good() -> None:
     columns = [Column(name, itemgetter(name), percent, best=best) for name, best in {"a": "high", "b": "low"}.items()]
     lines = {"x": (0.50001, 0.3), "y": (0.5, 0.1), "z": (0.1, math.nan)}
     group = [Line(name, {"a": a, "b": b}) for name, (a, b) in lines.items()]
     assert bold(Table(columns, [group])) == ["50.0", "50.0", "10.0"]
     assert bold(Table([columns[0]], [[line] for line in group])) == []
-    line = [Line("x", {"a": 0.5, "b": 0.25, "c": None})]
-    across = [Column(name, itemgetter(name), percent, best="high") for name in "abc"]
-    assert bold(Table(across, [line], across=True)) == ["50.0"]
 
 
 ROWS = [
