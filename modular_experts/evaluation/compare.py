@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -31,14 +30,27 @@ from modular_experts.library import StoredExpert, is_adapter, warn_of_missing_pa
 from modular_experts.library.result_key import result_key
 from modular_experts.places import check_free
 from modular_experts.reports import Results
-from modular_experts.reports.json_lines import JSONLines
+from modular_experts.reports.json_lines import JSONLines, Key
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
 from modular_experts.reports.progress import progress_by_tenths
-from modular_experts.reports.results import METRICS, ROLES, SHARES, examples_of, format_of, leads, provenance
+from modular_experts.reports.results import (
+    METRICS,
+    ROLES,
+    SHARES,
+    Facts,
+    MutableFacts,
+    examples_of,
+    format_of,
+    leads,
+    provenance,
+)
 from modular_experts.reports.tables import Column, Line, Table, element, listed, note
 
-RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
-AnyModels = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert] | Base]
+RESULTS = "results.json"
+REPORT = "report.html"
+MEASURED = "measured.jsonl"
+AnyModel = AnyExpert | Sequence[AnyExpert] | Base
+AnyModels = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyModel]
 """An expert, several that are added up, or a mapping from names of models to such, or to checkpoints."""
 EXAMPLES = 3  # test rows of each task whose answers are kept
 
@@ -85,23 +97,24 @@ def evaluate(
             two models have one name, or a task has no test rows; no row was measured.
     """
     folder = None if out is None else check_free(Path(out, RESULTS), overwrite).parent
-    found, models = open_models(base, experts)
+    opened, models = open_models(base, experts)
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
-    data.take_tokenizer(found)
+    data.take_tokenizer(opened)
     data.setup("test")
-    warn_unlike_training([one for each in models for one in each.stored], data.reading_of, dtype)
+    warn_unlike_training([expert for model in models for expert in model.stored], data.reading_of, dtype)
     # A function without a path may be another one in the next call, and so may a task vector that is not stored.
     named = named_metrics(metrics)
     known = JSONLines(folder / MEASURED) if folder and not any(map(callable, named.values())) else {}
     with progress_by_tenths(line="measuring {}: {} of {} rows{}".format, transient=True) as show:
-        scores = _scores(found, models, data, dtype, max_new_tokens, named, known, show)
-    facts = comparison_facts(found, dtype, models) | {"max_new_tokens": max_new_tokens}
+        scores = _scores(opened, models, data, dtype, max_new_tokens, named, known, show)
+    facts = comparison_facts(opened, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
-    pairs = [*zip(models, scores, strict=True)]
-    facts["examples"] = examples_of([(one.title, mine["examples"]) for one, mine in pairs])
-    rows = [dict(row) for one, mine in pairs for row in Results.of_scores(mine, one.title, one.names).rows]
-    means = compared_means(rows, {one.title: mine["values"] for one, mine in pairs})
-    results = Results(rows, facts | {"means": means})
+    facts["examples"] = examples_of([(title, own["examples"]) for title, own in scores.items()])
+    rows: list[MutableFacts] = []
+    for model in models:
+        rows += map(dict, Results.of_scores(scores[model.title], model.title, model.names).rows)
+    facts["means"] = compared_means(rows, {title: own["values"] for title, own in scores.items()})
+    results = Results(rows, facts)
     if folder:
         results.write(folder / RESULTS)
         write_comparison(results, folder / REPORT)
@@ -115,18 +128,19 @@ def _scores(
     dtype: DType,
     max_new_tokens: int | None,
     metrics: Mapping[str, TextMetric | str],
-    known: MutableMapping[Any, Any],
+    known: MutableMapping[Key, Facts],
     show: Callable[[str, float, float], None],
-) -> list[dict[str, Any]]:
-    loader: Any = data.test_dataloader()
-    examples: Sequence[Example] = loader.dataset.examples
-    model: Any = base.load(dtype)
+) -> dict[str, Facts]:
+    """Return the scores of each model by its title: those that are known, and new ones, which join them."""
+    examples: Sequence[Example] = data.test_dataloader().dataset.examples  # type: ignore[attr-defined]
+    loaded = base.load(dtype)
     tokenizer = data.take_tokenizer(base)
     same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles, "values", metrics)
     functions = text_metrics(metrics)
-    keys = [(result_key(*same, one.hashes),) for one in models]
-    new = [one for one, key in zip(models, keys, strict=True) if key not in known]
-    done, total = 0, len(new) * len(examples)
+    keys = {model.title: (result_key(*same, model.hashes),) for model in models}
+    new = [model for model in models if keys[model.title] not in known]
+    done = 0
+    total = len(new) * len(examples)
 
     def counted(title: str) -> Iterator[Batch]:
         rows = done
@@ -135,21 +149,25 @@ def _scores(
             yield batch
             rows += len(batch["task"])
 
-    for one in new:
-        one.check(model)
-    found = []
-    for one, key in zip(models, keys, strict=True):
-        if (scores := known.get(key)) is None:
-            with one.in_place(model, dtype) as measured:
-                data.fit_context(context_length(measured))
-                batches, how = counted(one.title), (max_new_tokens, functions, EXAMPLES, True)
-                scores = measure(measured, tokenizer, batches, data.roles, *how)
-            if one.hashes is not None:
-                known[key] = scores
-            done += len(examples)
-            show(one.title, done, total)
-        found.append(scores)
-    return found
+    for model in new:
+        model.check(loaded)
+    scores: dict[str, Facts] = {}
+    for title, model in zip(keys, models, strict=True):
+        # An earlier model may be the same one under another name.
+        if keys[title] in known:
+            scores[title] = known[keys[title]]
+            continue
+        with model.in_place(loaded, dtype) as whole:
+            data.fit_context(context_length(whole))
+            batches = counted(title)
+            scores[title] = measure(
+                whole, tokenizer, batches, data.roles, max_new_tokens, functions, EXAMPLES, values=True
+            )
+        if model.hashes is not None:
+            known[keys[title]] = scores[title]
+        done += len(examples)
+        show(title, done, total)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -166,14 +184,16 @@ class Compared:
 
     @property
     def stored(self) -> list[StoredExpert]:
-        return [one for one in self.experts if isinstance(one, StoredExpert)]
+        return [expert for expert in self.experts if isinstance(expert, StoredExpert)]
 
     @property
     def hashes(self) -> list[str] | None:
         """What identifies it beside the base; None if an expert is not stored, as it may change."""
         if self.checkpoint:
             return [self.checkpoint.identity]
-        return [one.content_hash for one in self.stored] if len(self.stored) == len(self.experts) else None
+        if len(self.stored) < len(self.experts):
+            return None
+        return [expert.content_hash for expert in self.stored]
 
     @property
     def own_tasks(self) -> list[str]:
@@ -186,8 +206,11 @@ class Compared:
         if self.checkpoint:
             return [{"name": "checkpoint", "place": _shown(self.checkpoint.place)}]
         return [
-            {"name": _name(one), "place": _shown(one.place) if isinstance(one, StoredExpert) else _name(one)}
-            for one in self.experts
+            {
+                "name": _name(expert),
+                "place": _shown(expert.place) if isinstance(expert, StoredExpert) else _name(expert),
+            }
+            for expert in self.experts
         ]
 
     def check(self, model: PreTrainedModel) -> None:
@@ -200,52 +223,55 @@ class Compared:
     @contextmanager
     def in_place(self, model: PreTrainedModel, dtype: DType) -> Iterator[PreTrainedModel]:
         """Yield the loaded base with the experts in place, or the checkpoint, on the device."""
-        whole: Any = self.checkpoint.load(dtype) if self.checkpoint else model
+        whole = self.checkpoint.load(dtype) if self.checkpoint else model
         # Deltas are added on the CPU, as `apply` adds them.
         with attached(whole, self.experts, check=False):
-            whole.to(device())
+            whole.to(device())  # type: ignore[arg-type]
             yield whole
-            whole.to("cpu")
+            whole.to("cpu")  # type: ignore[arg-type]
 
 
 def open_models(base: str | Path | Base | None, experts: AnyModels) -> tuple[Base, list[Compared]]:
     """Open a base and the models that are measured beside it; the arguments are as for `evaluate`."""
-    models = []
-    for name, given in _named(experts).items():
-        checkpoint = _checkpoint(given)
-        mix = [] if checkpoint else open_several(given, base)
-        title = name or " + ".join(map(_name, mix)) or (Path(checkpoint.place).name if checkpoint else "base")
-        models.append(Compared(title, mix, checkpoint))
-        warn_of_missing_parents(models[-1].stored)
-    titles = [one.title for one in models]
-    if twice := [title for title in titles if titles.count(title) > 1]:
-        raise ValueError(f"two models are called {twice[0]}; give each a name of its own")
-    found = Base.open(base, [one for each in models for one in each.stored])
-    for one in models:
-        if one.checkpoint and one.checkpoint.tokenizer().get_vocab() != found.tokenizer().get_vocab():
-            raise ValueError(
-                f"{one.checkpoint.place} has another tokenizer than {found.place}; measure it alone, as the base"
-            )
-    return found, models
+    models: list[Compared] = []
+    for name, asked in _named(experts).items():
+        checkpoint = _checkpoint(asked)
+        if checkpoint:
+            model = Compared(name or Path(checkpoint.place).name, [], checkpoint)
+        else:
+            mix = open_several(asked, base)  # type: ignore[arg-type]
+            model = Compared(name or " + ".join(map(_name, mix)) or "base", mix)
+        warn_of_missing_parents(model.stored)
+        if model.title in [other.title for other in models]:
+            raise ValueError(f"two models are called {model.title}; give each a name of its own")
+        models.append(model)
+    opened = Base.open(base, [expert for model in models for expert in model.stored])
+    for place in [model.checkpoint for model in models if model.checkpoint]:
+        if place.tokenizer().get_vocab() != opened.tokenizer().get_vocab():
+            raise ValueError(f"{place.place} has another tokenizer than {opened.place}; measure it alone, as the base")
+    return opened, models
 
 
-def comparison_facts(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, Any]:
+def comparison_facts(base: Base, dtype: str, models: Sequence[Compared]) -> MutableFacts:
+    """Return what holds for all rows of a comparison: the base, and of each model its members and its own tasks."""
     return {
         "base": base.place,
         "fingerprint": base.fingerprint,
         "dtype": f"{dtype}, {base.quantise}" if base.quantise else dtype,
-        "models": {one.title: one.members for one in models},
-        "own": {one.title: one.own_tasks for one in models},
+        "models": {model.title: model.members for model in models},
+        "own": {model.title: model.own_tasks for model in models},
         "python": platform.python_version(),
         **provenance(),
     }
 
 
-def _named(experts: Any) -> Mapping[str, Any]:
-    one_mix = isinstance(experts, TaskVector) or (
-        isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
-    )
-    return {"": experts} if one_mix or not isinstance(experts, Mapping) else experts
+def _named(experts: AnyModels) -> Mapping[str, AnyModel]:
+    """Return the models by name; a single one, which may be a mapping of deltas, has no name."""
+    if not isinstance(experts, Mapping) or isinstance(experts, TaskVector):
+        return {"": experts}
+    if any(isinstance(value, Delta) for value in experts.values()):
+        return {"": experts}  # type: ignore[dict-item]
+    return experts  # type: ignore[return-value]
 
 
 def _name(expert: Mapping[str, Delta]) -> str:
@@ -258,26 +284,30 @@ def _shown(place: str | Path) -> str:
     return os.path.relpath(here) if here.exists() else str(place)
 
 
-def _checkpoint(mix: Any) -> Base | None:
-    one = mix[0] if isinstance(mix, list | tuple) and len(mix) == 1 else mix
-    place = Path(one).expanduser() if isinstance(one, str | Path) else Path()
-    if isinstance(one, str | Path) and (place / "config.json").is_file() and not is_adapter(place):
-        return Base.open(one)
-    return one if isinstance(one, Base) else None
+def _checkpoint(model: AnyModel) -> Base | None:
+    """Return the checkpoint that stands in the place of a mix, alone or in a list; None for experts."""
+    place = model[0] if isinstance(model, list | tuple) and len(model) == 1 else model
+    if isinstance(place, Base):
+        return place
+    if not isinstance(place, str | Path):
+        return None
+    folder = Path(place).expanduser()
+    return Base.open(place) if (folder / "config.json").is_file() and not is_adapter(folder) else None
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for example in examples:
-        found.update(json.dumps([example.task, example.target, example.correct]).encode())
+        digest.update(json.dumps([example.task, example.target, example.correct]).encode())
         for tokens in (example.tokens, *example.choices):
-            found.update(json.dumps([tokens.prompt, tokens.ids.tolist()]).encode())
-    return found.hexdigest()
+            digest.update(json.dumps([tokens.prompt, tokens.ids.tolist()]).encode())
+    return digest.hexdigest()
 
 
 def write_comparison(results: Results, file: Path) -> None:
     """Write the page of the results of `evaluate`, for one model or several."""
-    facts, metric = results.facts, results.main_metric
+    facts = results.facts
+    metric = results.main_metric
     models = results.values("model")
     rows = facts["examples"]
     sections = [Section("All models", "Means over the tasks of each role", [results.html(), note(_about(results))])]
@@ -331,9 +361,10 @@ def every_task(results: Results) -> Table:
 def _leader(results: Results, metric: str) -> str:
     role = next(role for role in ROLES if role in results.values("role"))
     values = {model: results.mean(metric, model=model, role=role) for model in results.values("model")}
-    first, unit = next(iter(values)), " %" * (metric in SHARES)
+    first = next(iter(values))
+    unit = " %" if metric in SHARES else ""
     texts = {model: format_of(metric)(value) + unit for model, value in values.items() if value is not None}
-    means = {one["model"]: one for one in results.facts["means"] if (one["role"], one["metric"]) == (role, metric)}
+    means = {mean["model"]: mean for mean in results.facts["means"] if (mean["role"], mean["metric"]) == (role, metric)}
     top = [model for model in texts if means[model]["leads"]]
     shown = listed([*dict.fromkeys(texts[model] for model in top or texts)])
     beside = f", {first} {texts[first]}" if top and first not in top else ""

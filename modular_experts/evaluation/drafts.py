@@ -37,11 +37,12 @@ def losses_and_answers(
     """
     packed = with_cache(model, repacked(batch))
     logits, labels = answer_logits(model, packed)
-    likeliest, wanted = logits.argmax(-1).tolist(), labels.tolist()
+    likeliest = logits.argmax(-1).tolist()
+    wanted = labels.tolist()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = row_sums(packed, F.cross_entropy(logits, labels, reduction="none"))
     answers: list[list[int]] = [[] for _ in batch["task"]]
-    right = [True] * len(answers)
+    right = [True for _ in answers]
     labelled = F.pad(packed["labels"][:, 1:], (0, 1), value=IGNORED) != IGNORED
     for row, token, target in zip(packed["row"][labelled].tolist(), likeliest, wanted, strict=True):
         if right[row]:
@@ -68,21 +69,22 @@ def _goes_on(answer: list[int], stops: set[int], most: int) -> bool:
 
 def _state(cache: DynamicCache, row: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> DynamicCache:
     """Return keys and values of the first `lengths` tokens of some packed rows, padded on the left to the longest."""
-    longest, flat = max(lengths), row.flatten().tolist()
+    longest = max(lengths)
+    flat = row.flatten().tolist()
     taken = torch.zeros(len(rows), longest, dtype=torch.int64)
     for line, (number, length) in enumerate(zip(rows, lengths, strict=True)):
         first = flat.index(number)
         taken[line, longest - length :] = torch.arange(first, first + length)
     pack, place = (part.to(row.device) for part in (taken // row.shape[1], taken % row.shape[1]))
-    found = DynamicCache()
+    state = DynamicCache()
     for number, layer in enumerate(cache.layers):
         assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None
         assert layer.values is not None
         # `(packs, heads, length, size)` to `(rows, heads, longest, size)`.
         keys, values = (kept[pack, :, place].transpose(1, 2) for kept in (layer.keys, layer.values))
-        found.update(keys, values, number)
-    return found
+        state.update(keys, values, number)
+    return state
 
 
 def _decode(
@@ -110,4 +112,6 @@ def _decode(
         if len(kept) < len(rows):
             chosen = torch.tensor(kept, dtype=torch.int64, device=device)
             cache.batch_select_indices(chosen)
-            mask, places, rows = mask[chosen], places[chosen], [rows[place] for place in kept]
+            mask = mask[chosen]
+            places = places[chosen]
+            rows = [rows[place] for place in kept]

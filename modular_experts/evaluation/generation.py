@@ -4,13 +4,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, fitted, prompts_of
 from modular_experts.injection import context_length
@@ -28,7 +28,7 @@ def answer_rooms(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: in
     """
     context = context_length(model)
     if context is None:
-        return list(prompts), [max_new_tokens] * len(prompts)
+        return list(prompts), [max_new_tokens for _ in prompts]
     kept = [fitted(prompt, 1, context) for prompt in prompts]
     return kept, [min(max_new_tokens, context - len(prompt)) for prompt in kept]
 
@@ -96,7 +96,8 @@ def generate_tokens(
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows, rooms = answer_rooms(model, prompts_of(batch), max_new_tokens)
-    ends, answers = _ends(tokenizer, batch), [list[int]() for _ in rows]
+    ends = _ends(tokenizer, batch)
+    answers: list[list[int]] = [[] for _ in rows]
     tasks = batch.get("task")
     # Rows that end alike are generated together, so that no row stops at the end of another or leaves its context.
     for end, room in dict.fromkeys(zip(ends, rooms, strict=True)):
@@ -117,15 +118,16 @@ def generate_tokens(
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[int]:
-    return batch.get("end", [tokenizer.eos_token_id] * len(batch["input_ids"]))
+    return batch.get("end", [tokenizer.eos_token_id for _ in batch["input_ids"]])
 
 
 def continued(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, streamer: Any = None
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, streamer: BaseStreamer | None = None
 ) -> Tensor:
+    """Return the tokens that a model generates behind prompts, which are padded on the left."""
     with evaluating(model, config):
-        given = {"input_ids": ids, "attention_mask": mask, "generation_config": config, "streamer": streamer}
-        return model.generate(**given)[:, ids.shape[1] :]  # type: ignore[operator]
+        whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)  # type: ignore[operator]
+        return whole[:, ids.shape[1] :]
 
 
 @contextmanager
@@ -135,7 +137,8 @@ def evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
     # not trained, which takes several times as long in bfloat16 on a CPU (`benchmarks/answer_logits.py`).
     head = model.get_output_embeddings() or nn.Identity()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    own, model.generation_config = model.generation_config, config
+    own = model.generation_config
+    model.generation_config = config
     try:
         with evaluation_mode(model):
             yield
@@ -158,7 +161,8 @@ def answered(
     Examples are prompts, as `TaskMixture.validation_examples(targets=False)` gives them, of which `size` are generated
     together. A row of more than `longest` tokens with its answer loses the left of its prompt; the log counts them.
     """
-    written, cut = dict[int, list[int]](), 0
+    written: dict[int, list[int]] = {}
+    cut = 0
     # A row has a token of its prompt beside the answer.
     most = min(max_new_tokens, longest - 1)
     # Prompts of about one length in a batch need little padding.
@@ -170,16 +174,14 @@ def answered(
         cut += sum(cut_answers(model, tokenizer, batch, answers, most))
         written |= dict(zip(rows, answers, strict=True))
     warn_of_cut_answers(model, cut, len(examples), most)
-    found = []
-    for row, one in enumerate(examples):
-        prompt = fitted(one.tokens.ids, len(written[row]), longest)
-        answer = one.tokens.ids.new_tensor(written[row])
-        found.append(replace(one, tokens=Tokens(torch.cat([prompt, answer]), len(prompt))))
-    shortened = sum(
-        len(new.tokens.ids) < len(old.tokens.ids) + len(written[row])
-        for row, (new, old) in enumerate(zip(found, examples, strict=True))
-    )
+    labelled = []
+    shortened = 0
+    for row, example in enumerate(examples):
+        ids = example.tokens.ids
+        prompt = fitted(ids, len(written[row]), longest)
+        shortened += len(prompt) < len(ids)
+        labelled.append(replace(example, tokens=Tokens(torch.cat([prompt, ids.new_tensor(written[row])]), len(prompt))))
     if shortened:
         sentence = "%d of %d rows are longer than %d tokens with their answers and lost their start"
-        log.warning(sentence, shortened, len(found), longest)
-    return found
+        log.warning(sentence, shortened, len(labelled), longest)
+    return labelled

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,15 +42,16 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
             handle.remove()
     if not sums.tokens:
         raise ValueError("Gram matrices need at least one row, and there was none")
-    found: dict[str, DataStatistic | None] = dict.fromkeys(names)
+    statistics: dict[str, DataStatistic | None] = dict.fromkeys(names)
     for name, layer in hooked.items():
-        weight: Any = layer.weight
-        width = weight.shape[inputs[name]]
+        weight = layer.get_parameter("weight")
+        dimension = inputs[name] or 0
+        width = weight.shape[dimension]
         total = sums.totals.get(name)
         if total is None:  # no token reached this layer
             total = torch.zeros(width, width, device=weight.device)
-        found[name] = DataStatistic(total.div_(sums.tokens), inputs=inputs[name] or 0)
-    return found
+        statistics[name] = DataStatistic(total.div_(sums.tokens), inputs=dimension)
+    return statistics
 
 
 def merged_grams(
@@ -68,24 +68,25 @@ def merged_grams(
     data of each expert. Afterwards every weight of the model is as it was, bit for bit.
     """
     method = RegMeanPlusPlus()
-    found: list[dict[str, DataStatistic | None]] = [{} for _ in experts]
-    wanted, blocks = set(names), dict[str, list[str]]()
+    by_expert: list[dict[str, DataStatistic | None]] = [{} for _ in experts]
+    wanted = set(names)
+    blocks: dict[str, list[str]] = {}
     shapes = Structure(model).shapes
     for name in shapes:
         if name in wanted:
             blocks.setdefault(block_of(name) or name, []).append(name)
     with ExitStack() as applied_so_far:
         for block in progress(list(blocks.values())):
-            for expert, data, grams in zip(experts, batches, found, strict=True):
+            for expert, data, grams in zip(experts, batches, by_expert, strict=True):
                 with applied(model, {name: expert[name] for name in block if name in expert}):
                     grams |= gram(model, data, block)
             merged: dict[str, Delta] = {}
             for name in block:
                 still = Sparse.zero(shapes[name])
                 deltas = [expert.get(name, still).to(model.device) for expert in experts]
-                merged[name] = method.merge(deltas, Context(name, [grams[name] for grams in found]))
+                merged[name] = method.merge(deltas, Context(name, [grams[name] for grams in by_expert]))
             applied_so_far.enter_context(applied(model, merged))
-    return found
+    return by_expert
 
 
 class _Sums:
@@ -96,11 +97,12 @@ class _Sums:
         self.totals: dict[str, Tensor] = {}
 
     def start(self, mask: Tensor) -> None:
-        self.mask, self.tokens = mask, self.tokens + int(mask.sum())
+        self.mask = mask
+        self.tokens += int(mask.sum())
         self._padded = not bool(mask.all())
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def take(self, name: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def take(self, name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0]
         if self._last is None or self._last[0] is not inputs:  # projections of one attention layer share their inputs
             if self._padded and inputs.shape[:-1] != self.mask.shape:

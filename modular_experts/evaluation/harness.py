@@ -7,23 +7,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base, DType
 from modular_experts.base.quantised import Quantise
 from modular_experts.data import TaskMixture
 from modular_experts.data.rows import Row, content_hash
 from modular_experts.data.sources import READERS
-from modular_experts.data.tasks import Task, Tasks, as_tasks
+from modular_experts.data.tasks import Task, Tasks
 from modular_experts.data.tokenize import as_continuation
 from modular_experts.evaluation.compare import RESULTS, AnyModels, comparison_facts, open_models
 from modular_experts.places import check_free
 from modular_experts.reports import Results
+from modular_experts.reports.results import Facts, MutableFacts
 from modular_experts.routing.gates import reading
 from modular_experts.text import did_you_mean
+
+if TYPE_CHECKING:
+    from modular_experts.data.tasks import AnyTask
 
 CHOICES = "_choices"
 """What the name of a harness task that scores choices has behind the name of the task."""
@@ -36,8 +40,22 @@ OURS = {"exact_match": "exact_match", "acc": "choice_accuracy"}
 class HarnessTask(NamedTuple):
     """A task of the harness: its settings, but for where its rows come from, and the rows."""
 
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]]
+    settings: MutableFacts
+    rows: list[MutableFacts]
+
+
+class Suite(NamedTuple):
+    """Tasks that the harness measures together, as its `TaskManager` loads them.
+
+    Attributes:
+        loaded: The tasks and their groups.
+        add_bos: Whether prompts begin with a token of the tokenizer's; None leaves that to the tokenizer.
+        limit: The most rows of a task.
+    """
+
+    loaded: Facts
+    add_bos: bool | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,36 +121,41 @@ def harness(
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(f"lm-eval is not installed ({error}): pip install 'modular-experts[eval]'") from None
-    found, models = open_models(base, experts)
-    found = copy.copy(found)  # the caller's stays in its form
-    found.quantise = measuring.quantise or found.quantise
-    tokenizer, limit, dtype = found.tokenizer(), measuring.limit, measuring.dtype
-    mixture = TaskMixture(files, eval_limit=limit) if files else None
-    ours = harness_tasks(mixture, tokenizer, measuring.max_new_tokens) if mixture else {}
-    roles = {task.name: task.role for task in as_tasks(files)} if files else {}
-    facts = comparison_facts(found, dtype, models) | {"max_new_tokens": measuring.max_new_tokens}
+    opened, models = open_models(base, experts)
+    opened = copy.copy(opened)  # the caller's stays in its form
+    opened.quantise = measuring.quantise or opened.quantise
+    tokenizer = opened.tokenizer()
+    limit = measuring.limit
+    ours: dict[str, HarnessTask] = {}
+    roles: dict[str, str] = {}
+    if files:
+        mixture = TaskMixture(files, eval_limit=limit)
+        ours = harness_tasks(mixture, tokenizer, measuring.max_new_tokens)
+        roles = mixture.roles
+    facts = comparison_facts(opened, measuring.dtype, models) | {"max_new_tokens": measuring.max_new_tokens}
     facts["harness"] = {"version": version("lm_eval"), "batch_size": measuring.batch_size, "limit": limit, "tasks": {}}
-    rows: list[dict[str, Any]] = []
+    rows: list[MutableFacts] = []
     # It would log what a caller knows: that the model is in memory, and each setting of a task.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # What is loaded, whether prompts begin with a token of the tokenizer's, and the most rows of a task.
-    suites: list[Any] = [(loaded, False, None) for loaded in _loaded_files(ours)]
-    suites += [(loaded, None, limit) for loaded in _loaded_benchmarks(names, measuring.num_fewshot)]
-    model: Any = found.load(dtype)
-    for one in models:
-        one.check(model)
-    for done, one in enumerate(models):
-        progress(one.title, done, len(models))
-        alone = not all(stored.mergeable for stored in one.stored)
-        with one.in_place(model, dtype) as whole:
+    suites = [Suite(_loaded_files(ours), add_bos=False)] if ours else []
+    if names:
+        suites.append(Suite(_loaded_benchmarks(names, measuring.num_fewshot), limit=limit))
+    loaded = opened.load(measuring.dtype)
+    for model in models:
+        model.check(loaded)
+    for done, model in enumerate(models):
+        progress(model.title, done, len(models))
+        alone = not all(expert.mergeable for expert in model.stored)
+        with model.in_place(loaded, measuring.dtype) as whole:
             for suite in suites:
                 measured = _measured(whole, tokenizer, suite, measuring.batch_size, alone)
                 for name, task_version in measured["versions"].items():
+                    about = {"version": task_version, "num_fewshot": measured["n-shot"].get(name)}
                     metadata = measured["configs"].get(name, {}).get("metadata") or {}
-                    more = {key: metadata[key] for key in ("content_hash",) if key in metadata}
-                    about = {"version": task_version, "num_fewshot": measured["n-shot"].get(name), **more}
+                    if "content_hash" in metadata:
+                        about["content_hash"] = metadata["content_hash"]
                     facts["harness"]["tasks"][name] = about
-                rows += [{"model": one.title, "experts": one.names, **row} for row in _rows(measured, ours, roles)]
+                rows += [{"model": model.title, "experts": model.names, **row} for row in _rows(measured, ours, roles)]
     progress("", len(models), len(models))
     results = Results(rows, facts)
     if file:
@@ -149,7 +172,7 @@ def harness_tasks(
     behind the name. Scores are as with `evaluate` for rows that fit the model's context, unless the tokenizer splits a
     text otherwise where the answer follows the prompt.
     """
-    found: dict[str, HarnessTask] = {}
+    tasks: dict[str, HarnessTask] = {}
     for name, rows in data.rows("test").items():
         if not rows:
             raise ValueError(f"task {name!r} has no test rows; give some of its rows the split 'test'")
@@ -161,10 +184,10 @@ def harness_tasks(
         made = {name: _generation(name, rows, tokenizer, max_new_tokens)}
         if with_choices := [row for row in rows if row.choices]:
             made[name + CHOICES] = _choice(name + CHOICES, with_choices, tokenizer)
-        for taken in made.keys() & found.keys():
+        for taken in made.keys() & tasks.keys():
             raise ValueError(f"two tasks of the harness would be called {taken!r}; give one another name")
-        found |= made
-    return found
+        tasks |= made
+    return tasks
 
 
 def _generation(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, longest: int) -> HarnessTask:
@@ -197,7 +220,7 @@ def _choice(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) 
     return HarnessTask(settings, docs)
 
 
-def _common(name: str, rows: Sequence[Row], kind: str, metric: str) -> dict[str, Any]:
+def _common(name: str, rows: Sequence[Row], kind: str, metric: str) -> MutableFacts:
     return {
         "task": name,
         "test_split": "test",
@@ -211,36 +234,35 @@ def _common(name: str, rows: Sequence[Row], kind: str, metric: str) -> dict[str,
     }
 
 
-def benchmarks_and_tasks(tasks: Tasks) -> tuple[list[str], list[Any]]:
+def benchmarks_and_tasks(tasks: Tasks) -> tuple[list[str], "list[AnyTask]"]:
     """Divide tasks into names of benchmarks, perhaps several with commas between them, and tasks of one's own.
 
     A word is a path if something is there, or if it has a folder or the suffix of a task file.
     """
-    names, files = list[str](), list[Any]()
-    for given in [tasks] if isinstance(tasks, Task | Mapping | str | os.PathLike) else tasks:
-        path = not isinstance(given, str) or given.startswith(("[", "{")) or "/" in given or Path(given).exists()
-        if path or Path(str(given)).suffix.lower() in READERS:
-            files.append(given)
+    names: list[str] = []
+    files: list[AnyTask] = []
+    for task in [tasks] if isinstance(tasks, Task | Mapping | str | os.PathLike) else tasks:
+        is_path = not isinstance(task, str) or task.startswith(("[", "{")) or "/" in task or Path(task).exists()
+        if is_path or Path(str(task)).suffix.lower() in READERS:
+            files.append(task)
         else:
-            names += [name.strip() for name in str(given).split(",") if name.strip()]
+            names += [name.strip() for name in str(task).split(",") if name.strip()]
     return list(dict.fromkeys(names)), files
 
 
-def _loaded_files(tasks: Mapping[str, HarnessTask]) -> list[Any]:
+def _loaded_files(tasks: Mapping[str, HarnessTask]) -> Facts:
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
-    def from_memory(task: HarnessTask) -> dict[str, Any]:
+    def from_memory(task: HarnessTask) -> MutableFacts:
         return {**task.settings, "custom_dataset": lambda **_: {"test": Dataset.from_list(task.rows)}}
 
-    return [TaskManager(include_defaults=False).load(list(map(from_memory, tasks.values())))] if tasks else []
+    return TaskManager(include_defaults=False).load(list(map(from_memory, tasks.values())))
 
 
-def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> list[Any]:
+def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> Facts:
     from lm_eval.tasks import TaskManager
 
-    if not names:
-        return []
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
@@ -258,12 +280,12 @@ def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> list[An
         # As the harness's own command does: a benchmark that insists on 0 keeps it.
         if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    return [loaded]
+    return loaded
 
 
 def _measured(
-    model: Any, tokenizer: PreTrainedTokenizerBase, suite: tuple[Any, Any, Any], batch_size: int, alone: bool
-) -> dict[str, Any]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite, batch_size: int, alone: bool
+) -> Facts:
     """Let the harness measure a loaded model; with `alone` row by row, so that routers see a prompt and no padding."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -273,30 +295,27 @@ def _measured(
             score = super()._loglikelihood_tokens
             if not alone:
                 return score(requests, disable_tqdm, override_bs)
-            found = []
+            scores = []
             for request in requests:
                 _, context, answer = request
                 length = min(len(context) + len(answer) - 1, self.max_length)
                 prompt = torch.arange(length, device=self.device)[None] < length - len(answer) + 1
                 with reading(prompt):
-                    found += score([request], True, 1)
-            return found
+                    scores += score([request], True, 1)
+            return scores
 
         def _model_generate(self, context, max_length, stop, **settings):
             with reading(settings["attention_mask"].bool()):
                 return super()._model_generate(context, max_length, stop, **settings)
 
-    loaded, bos, limit = suite
     # Each model gets the same examples in its prompts.
-    for task in loaded["tasks"].values():
+    for task in suite.loaded["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
-    lm = Measured(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos)
-    return evaluate(lm, loaded, limit=limit, log_samples=False)
+    lm = Measured(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=suite.add_bos)
+    return evaluate(lm, suite.loaded, limit=suite.limit, log_samples=False)
 
 
-def _rows(
-    measured: Mapping[str, Any], ours: Mapping[str, HarnessTask], roles: Mapping[str, str]
-) -> Iterator[dict[str, Any]]:
+def _rows(measured: Facts, ours: Mapping[str, HarnessTask], roles: Mapping[str, str]) -> Iterator[MutableFacts]:
     groups = measured.get("groups", {})
     inside = {member for name in groups for member in measured["group_subtasks"].get(name, ())}
     for name, scores in {**groups, **measured["results"]}.items():

@@ -4,12 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from statistics import NormalDist, fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from modular_experts.reports.results import better
+from modular_experts.reports.results import MutableFacts, better
 
 DRAWS = 500
 _NORMAL = NormalDist().inv_cdf(0.975)
@@ -28,12 +27,15 @@ def share_interval(*tasks: Sequence[float]) -> list[float] | None:
     """
     if {value for values in tasks for value in values} - {0.0, 1.0}:
         return None
-    shares, below, above = [fmean(values) for values in tasks], 0.0, 0.0
+    shares = [fmean(values) for values in tasks]
+    below = 0.0
+    above = 0.0
     for share, values in zip(shares, tasks, strict=True):
         unsure = _NORMAL**2 / len(values)
         middle = (share + unsure / 2) / (1 + unsure)
         half = math.sqrt(unsure * share * (1 - share) + unsure**2 / 4) / (1 + unsure)
-        below, above = below + (share - middle + half) ** 2, above + (middle + half - share) ** 2
+        below += (share - middle + half) ** 2
+        above += (middle + half - share) ** 2
     mean = fmean(shares)
     return [mean - math.sqrt(below) / len(tasks), mean + math.sqrt(above) / len(tasks)]
 
@@ -67,37 +69,45 @@ def _leaders(drawn: Mapping[str, Tensor], values: Mapping[str, float], low_is_be
 
 
 def compared_means(
-    rows: Sequence[dict[str, Any]], values: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
-) -> list[dict[str, Any]]:
+    rows: Sequence[MutableFacts], values: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+) -> list[MutableFacts]:
     """Give each row of `Results` its 95 % `interval`, and tell whether its model `leads` where another is worse.
 
     `values` are `TaskScores.values` by model. The same comes back for each model's means over the tasks of a role.
     """
-    groups: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
+    # The rows of each model by role, task and metric; without a task, the rows of all tasks of the role.
+    groups: dict[tuple[str, str | None, str], dict[str, list[MutableFacts]]] = {}
     drawn: dict[int, Tensor] = {}
     for row in rows:
         by_task = values[row["model"]]
-        own, seed = by_task[row["task"]], [*by_task].index(row["task"])  # each task draws its own rows
+        own = by_task[row["task"]]
+        seed = list(by_task).index(row["task"])  # each task draws its own rows
         drawn[id(row)] = drawn_means(own[row["metric"]], seed, own["tokens"] if row["metric"] == "loss" else ())
         for task in (row["task"], None):
             group = groups.setdefault((row["role"], task, row["metric"]), {})
             group.setdefault(row["model"], []).append(row)
-    found = []
+    means_of_roles = []
     for (role, task, metric), models in groups.items():
-        values_of = {one: [row["value"] for row in mine] for one, mine in models.items()}
-        known = {one: math.nan if None in mine else fmean(mine) for one, mine in values_of.items()}
-        means = {one: torch.stack([drawn[id(row)] for row in mine]).mean(0) for one, mine in models.items()}
-        leading = _leaders(means, known, metric == "loss") if better(metric) else []
-        for model, mine in models.items():
-            several = [values[model][row["task"]][metric] for row in mine]
-            of_shares = None if metric == "loss" else share_interval(*several)
-            about: dict[str, Any] = {"interval": of_shares or ends(means[model])}
-            about["leads"] = model in leading and len(leading) < len(models)
+        means = {}
+        drawn_of = {}
+        for model, own_rows in models.items():
+            scores = [row["value"] for row in own_rows]
+            means[model] = math.nan if None in scores else fmean(scores)
+            drawn_of[model] = torch.stack([drawn[id(row)] for row in own_rows]).mean(0)
+        leading = _leaders(drawn_of, means, metric == "loss") if better(metric) else []
+        for model, own_rows in models.items():
+            by_row = [values[model][row["task"]][metric] for row in own_rows]
+            of_shares = None if metric == "loss" else share_interval(*by_row)
+            about: MutableFacts = {
+                "interval": of_shares or ends(drawn_of[model]),
+                "leads": model in leading and len(leading) < len(models),
+            }
             if task is None:
-                found.append({"model": model, "role": role, "metric": metric, "value": known[model], **about})
+                mean = {"model": model, "role": role, "metric": metric, "value": means[model]}
+                means_of_roles.append(mean | about)
             else:
-                mine[0].update(about)
-    return found
+                own_rows[0].update(about)
+    return means_of_roles
 
 
 @lru_cache(64)

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +20,8 @@ HEAD_BYTES = 2**28
 """Float32 logits of more bytes are made in parts, and again in backward (`docs/benchmarks/answer-logits.md`)."""
 PART = 128
 """Labelled tokens of a part."""
+Arguments = tuple[Tensor, ...]
+"""Positional arguments of a layer, the hidden states first."""
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether a head's model gives its logits as they are, without a scale or a cap; only heads that were looked at."""
 
@@ -36,7 +37,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     labels, labelled = _predicted(batch)
     chosen = labels[labelled]
 
-    def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def gather(_: nn.Module, arguments: Arguments) -> Arguments | None:
         hidden = arguments[0]
         return (hidden[labelled][None], *arguments[1:]) if hidden.shape[:2] == labelled.shape else None
 
@@ -44,13 +45,14 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
 
 
-def _head(model: nn.Module) -> Any:
+def _head(model: nn.Module) -> nn.Module | None:
     return getattr(model, "get_output_embeddings", lambda: None)()
 
 
-def _logits(model: nn.Module, batch: Batch, before_head: Callable[[nn.Module, tuple[Any, ...]], Any]) -> Tensor:
+def _logits(model: nn.Module, batch: Batch, before_head: Callable[[nn.Module, Arguments], Arguments | None]) -> Tensor:
     """Return what the model gives, with a hook in front of its output head."""
-    labels, hook = batch["labels"], (_head(model) or nn.Identity()).register_forward_pre_hook(before_head)
+    labels = batch["labels"]
+    hook = (_head(model) or nn.Identity()).register_forward_pre_hook(before_head)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "cache") if key in batch}
     # A router chooses by the prompt, what comes before the first labelled token; it counts neither padding nor fillers.
     owner = batch["row"] if "row" in batch else torch.arange(len(labels), device=labels.device)[:, None]
@@ -68,7 +70,8 @@ def _prompts(batch: Batch) -> Tensor:
     labelled = batch["labels"] != IGNORED
     if "row" not in batch:
         return labelled.cumsum(1) == 0
-    rows, places = batch["row"], batch["position_ids"]
+    rows = batch["row"]
+    places = batch["position_ids"]
     starts = torch.full((len(batch["task"]),), places.max() + 1, device=places.device, dtype=places.dtype)
     starts = starts.scatter_reduce(0, rows[labelled], places[labelled], "amin")
     return places < starts[rows]
@@ -83,7 +86,8 @@ def row_sums(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
         grid[labelled] = values
         return grid.sum(1), labelled.sum(1)
     # The rows get the places back that they have without packing: sums in a fixed order, on any device.
-    rows, places = batch["row"][labelled], batch["position_ids"][labelled]
+    rows = batch["row"][labelled]
+    places = batch["position_ids"][labelled]
     grid = values.new_zeros(len(batch["task"]), labelled.shape[1])
     grid[rows, places] = values
     return grid.sum(1), torch.bincount(rows, minlength=len(grid))
@@ -91,17 +95,22 @@ def row_sums(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each row's summed loss in nats, in at least float32 `(n,)`, and its number of labelled tokens `(n,)`."""
-    head, (labels, labelled) = _head(model), _predicted(batch)
-    if _in_parts(model, head, labelled) and (hidden := _answer_states(model, batch)) is not None:
-        parts = zip(hidden.split(PART), labels[labelled].split(PART), strict=True)
-        losses = [checkpoint(lambda x, y: _losses(head(x), y), *part, use_reentrant=False) for part in parts]
-        return row_sums(batch, torch.cat(losses))
+    labels, labelled = _predicted(batch)
+    head = _head(model)
+    if type(head) is nn.Linear and _in_parts(model, head, labelled):
+        hidden = _answer_states(model, head, batch)
+        if hidden is not None:
+            parts = zip(hidden.split(PART), labels[labelled].split(PART), strict=True)
+            return row_sums(batch, torch.cat([_recomputed_losses(head, *part) for part in parts]))
     return row_sums(batch, _losses(*answer_logits(model, batch)))
 
 
-def _in_parts(model: nn.Module, head: Any, labelled: Tensor) -> bool:
-    if type(head) is not nn.Linear:
-        return False
+def _recomputed_losses(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Return losses whose logits are not kept for backward, but made again."""
+    return checkpoint(lambda *inputs: _losses(head(inputs[0]), inputs[1]), hidden, labels, use_reentrant=False)
+
+
+def _in_parts(model: nn.Module, head: nn.Linear, labelled: Tensor) -> bool:
     if head not in _PLAIN and is_sharded(model):
         return True  # A look may take a second pass, which no process can make alone: all look at their first batch.
     return _PLAIN.get(head, True) and 4 * int(labelled.sum()) * head.out_features > HEAD_BYTES
@@ -112,18 +121,18 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def _answer_states(model: nn.Module, batch: Batch) -> Tensor | None:
+def _answer_states(model: nn.Module, head: nn.Linear, batch: Batch) -> Tensor | None:
     """Return the hidden states `(m, hidden)` that the head reads at the labelled tokens; None where the model's logits
     are other than the head's.
     """
     _, labelled = _predicted(batch)
     seen: list[Tensor] = []
 
-    def take(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def take(_: nn.Module, arguments: Arguments) -> Arguments:
         seen.append(arguments[0])
         return (arguments[0][:1, :1], *arguments[1:])
 
-    logits, head = _logits(model, batch, take), _head(model)
+    logits = _logits(model, batch, take)
     _PLAIN[head] = bool(seen) and seen[0].shape[:2] == labelled.shape and torch.equal(logits, head(seen[0][:1, :1]))
     return seen[0][labelled] if _PLAIN[head] else None
 
@@ -151,7 +160,8 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
     # A model that takes no positions at all reads the rows as one.
     if not {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters):
         return False
-    device, lengths = next(model.parameters()).device, (3, 1, 2)
+    device = next(model.parameters()).device
+    lengths = (3, 1, 2)
     places = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
     rows = torch.arange(3, device=device).repeat_interleave(torch.tensor(lengths, device=device))[None]
     ids = places + 3
@@ -163,7 +173,7 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
     # Rounding differs by the layout of a batch, and by far less than by a change of another row.
     allowed = torch.finfo(apart.dtype).eps ** 0.5 * (whole - apart).float().norm()
 
-    def same(**inputs: Any) -> bool:
+    def same(**inputs: object) -> bool:
         with evaluation_mode(model), reading(places == 0, ["", "", ""], row=rows):
             return bool((model(**inputs).logits[0] - apart).float().norm() <= allowed)
 

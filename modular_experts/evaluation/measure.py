@@ -1,8 +1,6 @@
 """Measure a loaded model on the batches of tasks; `ExpertModule` scores with the same `score_batch`."""
 
-import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,6 +12,7 @@ from modular_experts.evaluation.generation import answer_texts, cut_answers, gen
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
 from modular_experts.evaluation.metrics import TEXT_METRICS, TextMetric
 from modular_experts.evaluation.scores import TaskScores
+from modular_experts.reports.results import MutableFacts
 from modular_experts.routing.prompts import evaluation_mode
 
 
@@ -26,7 +25,7 @@ def measure(
     metrics: Mapping[str, TextMetric] = TEXT_METRICS,
     examples: int = 0,
     values: bool = False,
-) -> dict[str, Any]:
+) -> MutableFacts:
     """Return the scores of a loaded model by task, as `TaskScores.compute` gives them.
 
     Args:
@@ -39,26 +38,34 @@ def measure(
         values: Whether each row's own scores are returned too, under "values" (`TaskScores.values`).
     """
     scores = TaskScores(roles, metrics).to(model.device)
-    kept: dict[str, list[tuple[int, dict[str, Any]]]] = {name: [] for name in roles}
+    # The rows of each task by their number, with the model's answers.
+    answered: dict[str, dict[int, MutableFacts]] = {name: {} for name in roles}
     with evaluation_mode(model):
         packed = packs_evaluation(model)
         for batch in batches:
             moved = move_data_to_device(batch, model.device)
             texts = score_batch(scores, model, tokenizer, moved, max_new_tokens, packed)
             for row, text in enumerate(texts or ()):
-                if examples and batch["task"][row]:
-                    answered = {"input": batch["input"][row], "target": batch["target"][row], "answer": text}
-                    kept[batch["task"][row]].append((batch["number"][row], answered))
-    found = scores.compute() | ({"values": scores.values()} if values else {})
+                task = batch["task"][row]
+                if examples and task:
+                    about = {"input": batch["input"][row], "target": batch["target"][row], "answer": text}
+                    answered[task][batch["number"][row]] = about
+    measured = scores.compute()
+    if values:
+        measured["values"] = scores.values()
     for name, cut in scores.cut.items():
-        warn_of_cut_answers(model, cut, found["tasks"].get(name, {}).get("rows", 0), max_new_tokens or 0, name)
-    if not examples:
-        return found
-    # Batches come in any order.
-    first = {name: sorted(rows, key=lambda row: row[0])[:examples] for name, rows in kept.items() if rows}
-    for _, one in itertools.chain(*first.values()):
-        one["scores"] = {name: float(metric(one["answer"], one["target"])) for name, metric in metrics.items()}
-    return found | {"examples": {name: [row for _, row in rows] for name, rows in first.items()}}
+        warn_of_cut_answers(model, cut, measured["tasks"].get(name, {}).get("rows", 0), max_new_tokens or 0, name)
+    if examples:
+        measured["examples"] = {}
+        for name, rows in answered.items():
+            # Batches come in any order.
+            first = [rows[number] for number in sorted(rows)[:examples]]
+            for about in first:
+                pair = (about["answer"], about["target"])
+                about["scores"] = {metric_name: float(metric(*pair)) for metric_name, metric in metrics.items()}
+            if first:
+                measured["examples"][name] = first
+    return measured
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torchmetrics import Metric
 
 from modular_experts.data.batch import Batch, is_filler
 from modular_experts.evaluation.metrics import TEXT_METRICS, TextMetric
+from modular_experts.reports.results import MutableFacts
 
 
 class TaskScores(Metric):
@@ -24,7 +24,8 @@ class TaskScores(Metric):
 
     def __init__(self, tasks: Mapping[str, str], metrics: Mapping[str, TextMetric] = TEXT_METRICS) -> None:
         super().__init__()
-        self.roles, self.metrics = dict(tasks), dict(metrics)
+        self.roles = dict(tasks)
+        self.metrics = dict(metrics)
         self._by_row: dict[str, dict[int, dict[str, float]]] = {name: defaultdict(dict) for name in tasks}
         #: Each score, and the count that divides its sum.
         self.divisors = {"loss": "tokens", **dict.fromkeys(self.metrics, "generated"), "choice_accuracy": "chosen"}
@@ -51,9 +52,9 @@ class TaskScores(Metric):
             choice_scores: `(m,)` from `choice_log_likelihoods`, one per choice of the batch.
             cut: Which answers the model's context ended (`cut_answers`).
         """
-        number = {name: index for index, name in enumerate(self.roles)}
+        place_of = {name: place for place, name in enumerate(self.roles)}
         rows = [row for row, filler in enumerate(is_filler(batch)) if not filler]
-        tasks = torch.tensor([number[batch["task"][row]] for row in rows], dtype=torch.int64)
+        tasks = torch.tensor([place_of[batch["task"][row]] for row in rows], dtype=torch.int64)
         # Processes exchange all sums, also those to which a process has nothing to add.
         for name in self.divisors:
             self._add(f"{name}_sum", tasks[:0], torch.zeros(0))
@@ -70,34 +71,35 @@ class TaskScores(Metric):
         if cut is not None:
             self._add("cut_count", tasks, torch.tensor([cut[row] for row in rows], dtype=torch.int64))
         if choice_scores is not None and "choices" in batch:
-            # The place of each row's likeliest choice, the first of equals.
+            # The number of each row's likeliest choice, the first of equals.
             best: dict[int, int] = {}
-            values = choice_scores.tolist()
-            for place, row in enumerate(batch["choices"]["row"].tolist()):
-                if row not in best or values[place] > values[best[row]]:
-                    best[row] = place
-            of = torch.tensor([number[batch["task"][row]] for row in best], dtype=torch.int64)
-            right = [float(batch["choices"]["correct"][place]) for place in best.values()]
+            likelihoods = choice_scores.tolist()
+            for choice, row in enumerate(batch["choices"]["row"].tolist()):
+                if row not in best or likelihoods[choice] > likelihoods[best[row]]:
+                    best[row] = choice
+            tasks = torch.tensor([place_of[batch["task"][row]] for row in best], dtype=torch.int64)
+            right = [float(batch["choices"]["correct"][choice]) for choice in best.values()]
             self._keep(batch, best, choice_accuracy=right)
-            self._add("chosen_count", of, torch.ones(len(best)))
-            self._add("choice_accuracy_sum", of, torch.tensor(right, dtype=torch.float64))
+            self._add("chosen_count", tasks, torch.ones(len(best)))
+            self._add("choice_accuracy_sum", tasks, torch.tensor(right, dtype=torch.float64))
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> MutableFacts:
         """Return the scores: "tasks" by name, and "held_in" and "held_out", unweighted means over tasks that have rows.
 
         Exact match, Rouge-L and choice accuracy are shares between 0 and 1; the loss is in nats per target token,
         end-of-sequence included. Afterwards `cut` has the number of answers of each task that the context ended.
         """
         self.cut = {name: int(self.cut_count[index]) for index, name in enumerate(self.roles)}  # type: ignore[index]
-        tasks = {}
+        tasks: dict[str, MutableFacts] = {}
         for index, (name, role) in enumerate(self.roles.items()):
-            found: dict[str, Any] = {"role": role, "rows": int(self.rows_count[index])}  # type: ignore[index]
+            rows = int(self.rows_count[index])  # type: ignore[index]
+            if not rows:
+                continue
+            tasks[name] = {"role": role, "rows": rows}
             for score, divisor in self.divisors.items():
                 count = int(getattr(self, f"{divisor}_count")[index])
                 if count:
-                    found[score] = float(getattr(self, f"{score}_sum")[index]) / count
-            if found["rows"]:
-                tasks[name] = found
+                    tasks[name][score] = float(getattr(self, f"{score}_sum")[index]) / count
         means = {}
         for role in ("held_in", "held_out"):
             mine = [scores for scores in tasks.values() if scores["role"] == role]
@@ -110,21 +112,23 @@ class TaskScores(Metric):
 
         A process knows the rows that it has counted itself.
         """
-        found: dict[str, dict[str, list[float]]] = {name: {} for name in self._by_row}
+        by_task: dict[str, dict[str, list[float]]] = {name: {} for name in self._by_row}
         for name, rows in self._by_row.items():
             for number in sorted(rows):
                 for score, value in rows[number].items():
-                    found[name].setdefault(score, []).append(round(value, 6))
-        return found
+                    by_task[name].setdefault(score, []).append(round(value, 6))
+        return by_task
 
-    def _keep(self, batch: Batch, rows: Iterable[int], **values: Sequence[float]) -> None:
-        for place, row in enumerate(rows if "number" in batch else ()):
-            own = {name: float(several[place]) for name, several in values.items()}
+    def _keep(self, batch: Batch, rows: Iterable[int], **scores: Sequence[float]) -> None:
+        """Keep scores of some rows of a batch, if its rows have numbers."""
+        if "number" not in batch:
+            return
+        for place, row in enumerate(rows):
+            own = {name: float(values[place]) for name, values in scores.items()}
             self._by_row[batch["task"][row]][batch["number"][row]] |= own
 
     def _add(self, name: str, tasks: Tensor, values: Tensor) -> None:
         state = getattr(self, name)
         if state.is_floating_point() and state.device.type != "mps":  # which has no float64
             state = state.double()  # also undoes a module.to(bfloat16), which reaches a metric that is still zero
-        tasks, values = tasks.to(state.device), values.detach().to(state)
-        setattr(self, name, state.index_add(0, tasks, values))
+        setattr(self, name, state.index_add(0, tasks.to(state.device), values.detach().to(state)))

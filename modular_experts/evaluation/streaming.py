@@ -4,10 +4,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
@@ -46,8 +45,8 @@ class Answering:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0:
-            given = f"max_new_tokens={self.max_new_tokens} must be at least 1, and temperature={self.temperature}"
-            raise ValueError(f"{given} at least 0")
+            tokens = f"max_new_tokens={self.max_new_tokens} must be at least 1"
+            raise ValueError(f"{tokens}, and temperature={self.temperature} at least 0")
 
 
 AS_USUAL = Answering()
@@ -95,14 +94,14 @@ def generate(
     template = template_hash(tokenizer) if is_chat else None
     warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype)
     reading = encoded(tokenizer, prompt, is_chat)
-    model: Any = opened_base.load(dtype)
+    model = opened_base.load(dtype)
     with attached(model, opened, check=False) as put:
-        model.to(device())
+        model.to(device())  # type: ignore[arg-type]
         if isinstance(prompt, str) and chat_template is None:
             messages = [{"role": "user", "content": prompt}]
             reading = _read_by_route(model, tokenizer, put, prompt, messages) or reading
         answer = _answer(model, tokenizer, reading, how, write)
-        model.to("cpu")
+        model.to("cpu")  # type: ignore[arg-type]
         router, gates = (put.router, put.current.gates) if isinstance(put, Routed) else (None, None)
         if router is not None and gates is not None and is_rejected(router, gates).all():
             log.warning("the router rejects this prompt, so its fallback answers, or the base alone without one")
@@ -116,7 +115,7 @@ def routes_of(library: Library) -> list[str]:
 
 @torch.no_grad()
 def _read_by_route(
-    model: Any, tokenizer: PreTrainedTokenizerBase, put: object, text: str, messages: Messages
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, put: object, text: str, messages: Messages
 ) -> PromptReading | None:
     """Return a prompt as the expert reads it that fits it best, and let only experts of that form answer.
 
@@ -156,9 +155,11 @@ class Conversation:
     """
 
     def __init__(self, base: Base, experts: Mapping[str, StoredExpert], how: Answering = AS_USUAL) -> None:
-        model: Any = base.load(how.dtype)
-        self.model, self.tokenizer, self.library = model.to(device()), base.tokenizer(), experts
-        self.experts, self.how = NamedExperts(self.model, experts), how
+        self.model = base.load(how.dtype).to(device())  # type: ignore[arg-type]
+        self.tokenizer = base.tokenizer()
+        self.library = experts
+        self.experts = NamedExperts(self.model, experts)
+        self.how = how
         self.messages = [{"role": "system", "content": how.system}] if how.system else []
 
     @property
@@ -181,7 +182,7 @@ class Conversation:
 
 @torch.no_grad()
 def _answer(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     reading: PromptReading,
     how: Answering,
@@ -190,9 +191,10 @@ def _answer(
     stops = reading.ends
     room = answer_room(model, len(reading.ids), how.max_new_tokens)
     pad = next(iter(stops), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling: dict[str, Any] = {"temperature": how.temperature, "top_k": 0} if how.temperature else {}
-    limits: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": stops or None, "pad_token_id": pad}
-    config = GenerationConfig(do_sample=how.temperature > 0, **limits, **sampling)
+    sampling: dict[str, object] = {}
+    if how.temperature:
+        sampling = {"do_sample": True, "temperature": how.temperature, "top_k": 0}
+    config = GenerationConfig(max_new_tokens=room, eos_token_id=stops or None, pad_token_id=pad, **sampling)
     ids = torch.tensor([reading.ids], device=model.device)
     streamer = _Streamer(tokenizer, write) if write else None
     with torch.random.fork_rng():
@@ -206,7 +208,8 @@ def _answer(
 class _Streamer(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.write, self.begun = write, False
+        self.write = write
+        self.begun = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         text = text if self.begun else text.lstrip()
