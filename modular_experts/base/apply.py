@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +192,9 @@ def applied(
     return on_model
 
 
-def open_several(experts: AnyExpert | Sequence[AnyExpert], base: Any = None) -> list[Mapping[str, Delta]]:
+def open_several(
+    experts: AnyExpert | Sequence[AnyExpert], base: str | Path | Base | None = None
+) -> list[Mapping[str, Delta]]:
     several = [experts] if isinstance(experts, str | Path | Mapping) else experts
     opened = [expert if isinstance(expert, Mapping) else open_expert(expert, base) for expert in several]
     # A larger base moves the copy, and the caller's expert stays with its own.

@@ -138,7 +138,7 @@ class Base:
     @property
     def rows(self) -> int:
         """How many rows its embeddings have."""
-        return self.structure.model.get_input_embeddings().weight.shape[0]
+        return self.structure.model.get_input_embeddings().get_parameter("weight").shape[0]
 
     def adopt(self, experts: Sequence[StoredExpert]) -> None:
         """Let experts count as trained on this base if theirs is the same with fewer rows of the vocabulary.
@@ -372,46 +372,52 @@ class Base:
         # Tensors that transformers cuts or joins while it loads need the model in memory.
         streams = set(deltas) <= set(self._stored.values())
         model = self._plain.load() if verify or not streams else None
-        weights = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
         with new_directory(target, overwrite, MANIFEST, resume) as temporary, quiet_transformers():
             if streams:
-                stream = StreamedSum(self.directory, self.structure, deltas, temporary, kind, progress)
-                for name, delta in stream:
-                    if model is not None:
-                        _add(delta, weights[name], kind)
-                rounding = stream.rounding
-                config = read_json(self.directory / "config.json", "so it is not the directory of a model")
-                if dtype:
-                    config.pop("torch_dtype", None)  # the older name of the same key
-                    config["dtype"] = dtype
-                (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                rounding = self._write_streamed(deltas, temporary, dtype, progress, model)
             else:
                 assert model is not None
-                for weight in weights.values():
-                    weight.data = weight.to(torch.promote_types(weight.dtype, kind) if kind else weight.dtype)
-                for name in progress(sorted(deltas)):
-                    _add(deltas[name], weight_of(model, name), None)
-                # Only now, so that a sum is rounded once.
-                for weight in weights.values():
-                    weight.data = weight.to(kind or weight.dtype)
-                rounding = Rounding()
+                _add_in_memory(deltas, model, kind, progress)
                 model.save_pretrained(temporary, max_shard_size="5GB")
+                rounding = Rounding()
             copy_companions(self.directory, temporary)
             check = None
             if verify and model is not None:
                 checked = iter(progress(Counted(["in memory", "on disk"], "models checked")))
                 next(checked)
                 prompts = fixed_prompts(model)
-                for weight in weights.values():  # one by one: `model.to` would round the tables of positions too
+                for weight in _all_weights(model).values():  # `model.to` would round the tables of positions too
                     weight.data = weight.to(kind) if kind else weight.data
                 reference = logits(model, prompts)
-                del model, weights, weight  # before the second model comes
+                del model, weight  # before the second model comes
                 next(checked)
                 check = check_reloaded(temporary, prompts, reference, tolerance, rounding)
                 next(checked, None)
             base = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
             write_manifest(temporary, {"base": base, **entries, "check": asdict(check) if check else None})
         return check
+
+    def _write_streamed(
+        self,
+        deltas: TaskVector,
+        directory: Path,
+        dtype: DType | None,
+        progress: Progress,
+        model: "PreTrainedModel | None",
+    ) -> Rounding:
+        """Write each weight plus its delta, and the configuration; add the deltas to a model in memory, if given."""
+        kind = getattr(torch, dtype) if dtype else None
+        weights = _all_weights(model) if model is not None else {}
+        stream = StreamedSum(self.directory, self.structure, deltas, directory, kind, progress)
+        for name, delta in stream:
+            if model is not None:
+                _add(delta, weights[name], kind)
+        config = read_json(self.directory / "config.json", "so it is not the directory of a model")
+        if dtype:
+            config.pop("torch_dtype", None)  # the older name of the same key
+            config["dtype"] = dtype
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return stream.rounding
 
 
 def find_base(experts: Sequence[StoredExpert]) -> str:
@@ -446,6 +452,23 @@ def _of_copies_first(experts: Sequence[StoredExpert]) -> list[StoredExpert]:
     bases = [(expert, expert.record["base"]) for expert in experts]
     bases.sort(key=lambda pair: ("untied" not in pair[1], -(pair[1].get("rows") or 0)))
     return [expert for expert, _ in bases]
+
+
+def _all_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model by each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _add_in_memory(deltas: TaskVector, model: nn.Module, dtype: torch.dtype | None, progress: Progress) -> None:
+    """Add deltas to the weights of a model, which then have the dtype, or the one that they had."""
+    weights = _all_weights(model).values()
+    for weight in weights:
+        weight.data = weight.to(torch.promote_types(weight.dtype, dtype) if dtype else weight.dtype)
+    for name in progress(sorted(deltas)):
+        _add(deltas[name], weight_of(model, name), None)
+    # Only now, so that a sum is rounded once.
+    for weight in weights:
+        weight.data = weight.to(dtype or weight.dtype)
 
 
 @torch.no_grad()

@@ -8,19 +8,24 @@ import copy
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from modular_experts.library.record import Record
 from modular_experts.native.transient import TransientWeight
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Quantise = Literal["nf4", "fp4", "int8", "int8-torchao", "float8-torchao", "intx-torchao"]
 """Forms: 4-bit floats and 8-bit integers of bitsandbytes, and weight-only forms of torchao."""
 _TORCHAO = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig", "intx": "IntxWeightOnlyConfig"}
 
 
-def quantiser(form: str, dtype: torch.dtype) -> Any:
+def quantiser(form: str, dtype: torch.dtype) -> "BitsAndBytesConfig | TorchAoConfig":
     """Return the settings of a form for transformers' `from_pretrained`."""
     if form not in get_args(Quantise):
         dynamic = "dynamic" in form or "da" in form.split("-")
@@ -47,7 +52,7 @@ def quantiser(form: str, dtype: torch.dtype) -> Any:
     )
 
 
-def quantisation_facts(form: str, dtype: torch.dtype) -> dict[str, Any]:
+def quantisation_facts(form: str, dtype: torch.dtype) -> Record:
     """Return the library, its version and its settings, for the record of an expert."""
     from importlib.metadata import version
 
@@ -55,7 +60,9 @@ def quantisation_facts(form: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"form": form, "library": f"{library} {version(library)}", "settings": quantiser(form, dtype).to_diff_dict()}
 
 
-def quantised_shapes(model: Any, settings: Any, dtype: torch.dtype) -> None:
+def quantised_shapes(
+    model: "PreTrainedModel", settings: "QuantizationConfigMixin | Record", dtype: torch.dtype
+) -> None:
     """Give a model on the meta device the layers of bitsandbytes that it has when transformers quantises it.
 
     `settings` come from `quantiser`, or are the `quantization_config` of its files; all else has the dtype.

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -157,7 +156,7 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 @contextmanager
 def shard_writer(file: Path, layout: Layout) -> Iterator[Callable[[Tensor], object]]:
     """Yield the function that writes the next tensor of a file, in the order of its layout."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in layout.items():
         start = end

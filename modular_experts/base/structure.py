@@ -1,11 +1,11 @@
 """Describe a model's weights and layers, and read its stored weights one at a time, by the names in the model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from modular_experts.deltas import all_finite
 from modular_experts.library.tensorfile import DTYPES, MappedTensors
 from modular_experts.native.transient import unset_fake_temporarily
 from modular_experts.text import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightRenaming
 
 _UNUSED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$", r"(^|\.)attention\.(masked_)?bias$")
 
@@ -29,7 +33,7 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module, place: str | None = None) -> None:
-        self.model: Any = model
+        self.model = cast("PreTrainedModel", model)
         self.place = place or type(model).__name__
 
     @property
@@ -92,7 +96,7 @@ class Structure:
         return name if name in self._parameters else None
 
     @cached_property
-    def _renamings(self) -> list[Any]:
+    def _renamings(self) -> "list[WeightRenaming]":
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
@@ -138,13 +142,12 @@ class Structure:
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is an `nn.Linear`, or of a subclass that computes the same, as Falcon's layers do."""
-    kind: Any = type(module)
-    return isinstance(module, nn.Linear) and _computes_linear(kind)
+    return isinstance(module, nn.Linear) and _computes_linear(type(module).forward)
 
 
 @cache
-def _computes_linear(kind: Any) -> bool:
-    if kind.forward is nn.Linear.forward:
+def _computes_linear(forward: Callable[[nn.Linear, Tensor], Tensor]) -> bool:
+    if forward is nn.Linear.forward:
         return True
     # Let the forward pass multiply small whole numbers, with nothing at hand but a weight and a bias.
     try:
@@ -153,8 +156,8 @@ def _computes_linear(kind: Any) -> bool:
             weight = numbers[:6].view(3, 2)
             bias = numbers[6:9]
             x = numbers[None, 9:]
-            layer: Any = SimpleNamespace(weight=weight, bias=bias)
-            return torch.equal(kind.forward(layer, x), F.linear(x, weight, bias))
+            layer = cast(nn.Linear, SimpleNamespace(weight=weight, bias=bias))
+            return torch.equal(forward(layer, x), F.linear(x, weight, bias))
     except Exception:  # whatever a forward pass raises that needs more
         return False
 
@@ -185,8 +188,9 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     if number is None:
         return model.get_parameter(name)
     # An expert's layer stands for the parameter while a slice has an expert.
-    held: Any = model.get_submodule(place)._parameters
-    return held[key].detach()[number]
+    matrices = model.get_submodule(place)._parameters[key]
+    assert matrices is not None
+    return matrices.detach()[number]
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -194,13 +198,13 @@ def is_transposed(module: nn.Module) -> bool:
 
     In memory a quantised weight is `(out, in)`.
     """
-    source: Any = getattr(module, "source_cls", type(module))
+    source = getattr(module, "source_cls", type(module))
     return source.__name__ == "Conv1D" and (source is not type(module) or hasattr(module, "nf"))
 
 
 def why_not_read(layer: nn.Module) -> str:
     """Return why the weight of a quantised layer cannot be read, as the end of a sentence, or an empty text."""
-    weight: Any = getattr(layer, "weight", None)
+    weight = getattr(layer, "weight", None)
     if getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__:
         return "whose quantised form also rounds the activations, which has no gradient; take a weight-only form"
     if is_quantised(layer):

@@ -80,7 +80,7 @@ def untie(base: Any, out: str | Path, overwrite: bool = False) -> Path:
         with shard_writer(temporary / shards[-1], files[shards[-1]]) as write:
             write(weight)
         write_index(temporary, files)
-        config: dict[str, Any] = read_json(base.directory / "config.json", "so it is not the directory of a model")
+        config = read_json(base.directory / "config.json", "so it is not the directory of a model")
         text = json.dumps(config | {"tie_word_embeddings": False}, indent=2)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         copy_companions(base.directory, temporary)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modular_experts.base.files import quiet_transformers
 from modular_experts.base.streaming import Rounding
@@ -35,7 +35,7 @@ def fixed_prompts(model: "PreTrainedModel") -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: Any, prompts: Tensor) -> Tensor:
+def logits(model: nn.Module, prompts: Tensor) -> Tensor:
     """Return the float32 logits `(rows, tokens, vocabulary)` of a model, which is put into evaluation mode."""
     return model.eval()(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=False).logits.float()
 

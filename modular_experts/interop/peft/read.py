@@ -60,7 +60,7 @@ def _lora_deltas(files: AdapterFiles, base: Base) -> Iterator[tuple[str, LowRank
         rank, scaling = _rank_and_scaling(files, name)
         # An embedding and a `Conv1D` store the factors transposed.
         transposed = not isinstance(module, nn.Linear)
-        rows, columns = tuple(module.weight.shape)[:: -1 if transposed else 1]
+        rows, columns = tuple(module.get_parameter("weight").shape)[:: -1 if transposed else 1]
         key = f"{name}.lora_embedding_%s" if isinstance(module, nn.Embedding) else f"{name}.lora_%s.weight"
         for factor, wanted in ((key % "A", (rank, columns)), (key % "B", (rows, rank))):
             if factor not in tensors:
