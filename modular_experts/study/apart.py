@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from modular_experts.deltas import Delta
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.form import Form
+from modular_experts.library.record import Record
 from modular_experts.merging.merged import Merged, write_merged
 from modular_experts.merging.objective import Objective
 from modular_experts.merging.shrink import check_form, smallest, write_form
@@ -50,10 +51,10 @@ class Apart:
     """
 
     name: str
-    form: Any = None
+    form: object = None
     bound: float = 0.01
     rows: int = ROWS
-    method: Any = None
+    method: object = None
     tune: ClassVar[None] = None
     fallback: ClassVar[None] = None
     of: ClassVar[None] = None
@@ -70,11 +71,11 @@ class Apart:
             raise ValueError(f"{', '.join(choice)} is for {{shrink: {AUTO}}}, which chooses a form; {form} is one form")
         if isinstance(form, str):
             form = {"encoding": form}
-        return cls(entry.get("name", str(made("--merges", Form, form))), form)
+        return cls(entry.get("name", str(made("`merges=`", Form, form))), form)
 
     @classmethod
     def of_method(cls, entry: Facts) -> "Apart":
-        method = made("--merges", MergeMethod, entry["method"])
+        method = made("`merges=`", MergeMethod, entry["method"])
         if choice := [key for key in ("tune", "rows") if key in entry]:
             raise ValueError(f"{choice[0]} is not for an expert of each task (per_task: true); leave one of them out")
         if not method.has_tasks:
@@ -86,7 +87,7 @@ class Apart:
         """The kinds of statistics of the experts' data that it needs."""
         if not self.method:
             return set()
-        needed = made("--merges", MergeMethod, self.method).needs.statistics
+        needed = made("`merges=`", MergeMethod, self.method).needs.statistics
         return {needed} if needed else set()
 
     def shared(self, study: Study, kind: str, seed: int) -> str:
@@ -109,7 +110,7 @@ class Apart:
         places = self.places(study, out, group)
         forms: dict[str, str] = {}
         if self.method:
-            merged = Merged(experts, made("--merges", MergeMethod, self.method))
+            merged = Merged(experts, made("`merges=`", MergeMethod, self.method))
             write_merged(merged, out / "library" / self.shared(study, group.kind, group.seed), True)
         elif self.form is None:
             rows = min(self.rows, study.data.get("eval_limit") or self.rows)
@@ -121,14 +122,14 @@ class Apart:
                 if not measured_form:
                     write_form(expert, dict(expert.items()), Form(), place, True)
         else:
-            form = made("--merges", Form, self.form)
+            form = made("`merges=`", Form, self.form)
             check_form(form, experts)
             for expert, place in zip(experts, places, strict=True):
                 write_form(expert, {name: form.cut(expert[name]) for name in expert}, form, place, True)
         yield CombinedGroup([open_expert(place) for place in places], {"forms": forms} if forms else {})
 
 
-def measured_apart(study: Study, experts: Sequence[Mapping[str, Delta]], tasks: Sequence[str]) -> dict[str, Any]:
+def measured_apart(study: Study, experts: Sequence[Mapping[str, Delta]], tasks: Sequence[str]) -> Record:
     """Test each expert on its own task, as `measured` tests experts on tasks."""
     scores: dict[str, Facts] = {}
     values: dict[str, Facts] = {}

@@ -14,7 +14,7 @@ from modular_experts.text import did_you_mean
 ENGINES: dict[str, type[Executor]] = {"local": LocalProcesses, "slurm": SlurmJobs}
 
 
-def engine(name: str = "local", **settings: Any) -> Executor:
+def engine(name: str = "local", **settings: object) -> Executor:
     """Return the executor of a name, for `run` of `study/run_pieces.py` and as a context manager.
 
     ```python
@@ -35,7 +35,7 @@ def engine(name: str = "local", **settings: Any) -> Executor:
             f"no engine has the name {name}; take {', '.join(ENGINES)}, or the dotted path of an Executor of your own"
             + did_you_mean(name, ENGINES)
         )
-    kind = ENGINES.get(name) or make("--engine", type | Callable, name)
+    kind = ENGINES.get(name) or make("`engine=`", type | Callable, name)
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:

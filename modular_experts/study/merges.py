@@ -61,11 +61,11 @@ class Merge:
     """
 
     name: str
-    method: Any
+    method: object
     searched: bool = False
-    tune: dict[str, Any] | None = None
+    tune: Facts | None = None
     rows: int = ROWS
-    merges: tuple[Any, ...] = ()
+    merges: tuple[object, ...] = ()
     labels: Labels = "rows"
     fallback: ClassVar[None] = None
     of: ClassVar[None] = None
@@ -75,9 +75,9 @@ class Merge:
     def of_method(cls, entry: Facts, before: Mapping[str, "Way"]) -> "Merge | Apart":
         if entry.get("per_task"):
             return Apart.of_method(entry)
-        method = made("--merges", MergeMethod, entry["method"])
+        method = made("`merges=`", MergeMethod, entry["method"])
         name = type(method).__name__
-        tune: dict[str, Any] | None = None
+        tune: Facts | None = None
         if entry.get("tune"):
             tune = {} if entry["tune"] is True else entry["tune"]
             for key in tune:
@@ -91,7 +91,7 @@ class Merge:
 
     @classmethod
     def of_search(cls, entry: Facts, before: Mapping[str, "Way"]) -> "Merge":
-        name = entry.get("name", type(make("--merges", CoefficientSearch, entry["search"])).__name__)
+        name = entry.get("name", type(make("`merges=`", CoefficientSearch, entry["search"])).__name__)
         labels = entry.get("labels", "rows")
         if labels not in get_args(Labels):
             raise ValueError(f"labels={labels!r} must be one of {', '.join(get_args(Labels))}")
@@ -101,7 +101,7 @@ class Merge:
     @property
     def methods(self) -> list[MergeMethod]:
         """The merge method, or the methods that a search starts from."""
-        return [made("--merges", MergeMethod, method) for method in (self.merges if self.searched else [self.method])]
+        return [made("`merges=`", MergeMethod, method) for method in (self.merges if self.searched else [self.method])]
 
     @property
     def statistics(self) -> set[str]:
@@ -146,7 +146,7 @@ class Merge:
             rows = ValidationRows(data, self.rows, study.base, self.labels)
             if self.labels == "experts":
                 rows = replace(rows, max_new_tokens=study.max_new_tokens)
-            searcher = make("--merges", CoefficientSearch, self.method)
+            searcher = make("`merges=`", CoefficientSearch, self.method)
             searched = search(paths, searcher, rows, place, self.methods, overwrite=True)
             return CombinedGroup([searched.expert], {"coefficients": searched.found.coefficients.mean(0).tolist()})
         settings = chosen["settings"] if chosen else {}
@@ -167,7 +167,7 @@ class RouteWay:
     """
 
     name: str
-    router: Any
+    router: object
     fallback: Merge | None = None
     of: Apart | None = None
     tune: ClassVar[None] = None
@@ -175,7 +175,7 @@ class RouteWay:
 
     @classmethod
     def read(cls, entry: Facts, before: Mapping[str, "Way"]) -> "RouteWay":
-        router = make("--merges", Router, entry["route"])
+        router = make("`merges=`", Router, entry["route"])
         check_fallback(router, entry.get("fallback"))
         fallback = _earlier("fallback", entry, Merge, "a merge", before)
         of = _earlier("of", entry, Apart, "a way to shrink the experts", before)
@@ -189,7 +189,7 @@ class RouteWay:
     @property
     def statistics(self) -> set[str]:
         """The kinds of statistics of the experts' data that it needs."""
-        needs = make("--merges", Router, self.router).needs
+        needs = make("`merges=`", Router, self.router).needs
         needed = {needs} if needs else set()
         return needed | self.fallback.statistics if self.fallback else needed
 
@@ -220,7 +220,7 @@ class RouteWay:
                 fallback = place.with_name(f"{place.name}-fallback")
                 stack.callback(shutil.rmtree, fallback, ignore_errors=True)
                 self.fallback.merged(study, group, experts, fallback, chosen, written=True)
-            routed = route(experts, place, make("--merges", Router, self.router), fallback, overwrite=True)
+            routed = route(experts, place, make("`merges=`", Router, self.router), fallback, overwrite=True)
             yield CombinedGroup([routed], routed.record["hyperparameters"])
 
 
@@ -283,7 +283,7 @@ class WayOfKinds(NamedTuple):
     kinds: list[str]
 
 
-def read_ways(merges: Iterable[Any], kinds: Mapping[str, Sequence[str]]) -> dict[str, WayOfKinds]:
+def read_ways(merges: Iterable[object], kinds: Mapping[str, Sequence[str]]) -> dict[str, WayOfKinds]:
     """Return what the entries of `merges` mean, by name."""
     ways: dict[str, WayOfKinds] = {}
     for written in each_method(merges):

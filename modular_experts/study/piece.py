@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 from modular_experts.reports.json_lines import Key, key_text
 
@@ -21,7 +20,7 @@ class Piece:
     """
 
     key: Key
-    function: Callable[..., Any]
+    function: Callable[..., object]
     arguments: tuple[object, ...] = ()
     needs: tuple[Key, ...] = ()
     given: tuple[Key, ...] = ()
@@ -46,7 +45,7 @@ class Outcome:
     """
 
     total: int
-    results: dict[Key, Any] = field(default_factory=dict)
+    results: dict[Key, object] = field(default_factory=dict)
     failures: dict[Key, BaseException] = field(default_factory=dict)
     skipped: dict[Key, Key] = field(default_factory=dict)
 

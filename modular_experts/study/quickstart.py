@@ -7,11 +7,10 @@ fixed number of steps, bases of different seeds differ so much that their merges
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -28,6 +27,7 @@ from modular_experts.data import Batch, Equal, Task, TaskMixture
 from modular_experts.data.suite import HELD_IN, HELD_OUT, WordTask
 from modular_experts.evaluation import batch_losses, greedy_matches, measure
 from modular_experts.library import check_target, new_directory
+from modular_experts.library.record import Facts, Record
 from modular_experts.study import Study, read_study, run_study
 from modular_experts.study.processes import MOST_PROCESSES, LocalProcesses
 from modular_experts.study.run import PIECES, State, claim
@@ -36,7 +36,9 @@ from modular_experts.training.estimate import SILENT, logging_from
 STUDY = Path(__file__).with_name("quickstart.yaml")
 FACTS = "training.json"  # how the base was trained; it lies beside the weights
 CHATTY_SHARE = 0.7
-BATCH_SIZE, VALIDATION_BATCH, TEST_BATCH = 64, 512, 448
+BATCH_SIZE = 64
+VALIDATION_BATCH = 512
+TEST_BATCH = 448
 CHATTY_TOKENS = 20  # more than any answer in the base's format has
 LEARNING_RATE = 3e-3
 WARMUP = 50
@@ -70,12 +72,12 @@ class SmallBase:
         return (*self.held_in, *HELD_OUT)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Record:
         """All that the weights depend on, as JSON holds it."""
         return {"seed": self.seed, "tasks": len(self.held_in), **asdict(self.sizes)}
 
 
-def description(seed: int = 0, tasks: int = len(HELD_IN)) -> dict[str, Any]:
+def description(seed: int = 0, tasks: int = len(HELD_IN)) -> Record:
     """Return the quickstart's study as `read_study` takes it, in which the first `tasks` held-in tasks get experts."""
     if not 2 <= tasks <= len(HELD_IN):
         raise ValueError(f"tasks={tasks} must be from 2 to {len(HELD_IN)}; a merge needs two experts")
@@ -89,7 +91,7 @@ def description(seed: int = 0, tasks: int = len(HELD_IN)) -> dict[str, Any]:
     return study
 
 
-def small_base(study: Mapping[str, Any], sizes: Sizes = Sizes()) -> SmallBase:
+def small_base(study: Facts, sizes: Sizes = Sizes()) -> SmallBase:
     """Return the base on which a description from `description` runs."""
     return SmallBase(study["seeds"][0], HELD_IN[: len(study["tasks"]["held_in"])], sizes)
 
@@ -109,7 +111,7 @@ def prepare_base(base: SmallBase, out: Path, progress: Callable[[float], object]
 
 
 def run_quickstart(
-    study: Mapping[str, Any],
+    study: Facts,
     out: Path,
     sizes: Sizes = Sizes(),
     progress: Callable[[State, int | None], None] = lambda state, processes: None,
@@ -129,8 +131,9 @@ def run_quickstart(
     out = out.absolute()
     base = prepare_base(small_base(study, sizes), out)
     checked = read_study(**{**study, "base": str(base)})
-    # Without GPUs, because on them the numbers would be others.
-    with LocalProcesses(devices=[""] * min(cores(), MOST_PROCESSES)) as processes:
+    # On GPUs the numbers would be others.
+    without_gpus = ["" for _ in range(min(cores(), MOST_PROCESSES))]
+    with LocalProcesses(devices=without_gpus) as processes:
         return checked, run_study(checked, out, retry=True, executor=processes, progress=progress)
 
 

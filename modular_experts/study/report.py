@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from modular_experts.reports import Results
 from modular_experts.reports.figure import MarkedRow, Panel, draw_panels
@@ -267,7 +267,7 @@ def _random_groups(results: Results) -> Section | None:
     if not drawn.rows:
         return None
 
-    def of(rows: Results, name: str, **wanted: str) -> Any:
+    def of(rows: Results, name: str, **wanted: str) -> object:
         return next((row[name] for row in rows.where(**wanted).rows), None)
 
     def span(ends: Sequence[float], show: Callable[[float], str]) -> str:

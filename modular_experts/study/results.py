@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from modular_experts.evaluation.intervals import drawn_means, ends, interval, share_interval
+from modular_experts.library.record import Record
 from modular_experts.reports import Results
 from modular_experts.reports.json_lines import Key
 from modular_experts.reports.results import Facts, examples_of, provenance
@@ -48,7 +49,7 @@ def results_of(study: Study, state: State) -> Results:
             rows.append({**row, "own": row["task"] in piece["own"], "interval": measured.interval})
         if has_small:
             rows += _sizes(piece, about)
-    facts: dict[str, Any] = {
+    facts: Record = {
         "base": study.base,
         "held_in": [*study.held_in],
         "held_out": [*study.held_out],
@@ -131,10 +132,10 @@ def effects(done: Iterable[Facts], metric: str) -> list[Facts]:
     return rows
 
 
-def _effects_of(pieces: Sequence[Facts], singles: Singles, metric: str) -> list[dict[str, Any]]:
+def _effects_of(pieces: Sequence[Facts], singles: Singles, metric: str) -> list[Record]:
     """Return the effects of one merge on each of its tasks, over the seeds of its pieces, and then their mean."""
     first = pieces[0]
-    by_task: list[dict[str, Any]] = []
+    by_task: list[Record] = []
     means: list[torch.Tensor] = []
     for task in first["own"]:
         pairs = [(piece, singles.get((piece["kind"], task, piece["seed"]))) for piece in pieces]
@@ -160,7 +161,7 @@ def _effects_of(pieces: Sequence[Facts], singles: Singles, metric: str) -> list[
     if not by_task:
         return []
     shares = [effect["normalised"] for effect in by_task if effect["normalised"] is not None]
-    mean: dict[str, Any] = {"task": None, "gain": fmean(effect["gain"] for effect in by_task)}
+    mean: Record = {"task": None, "gain": fmean(effect["gain"] for effect in by_task)}
     mean |= {"normalised": fmean(shares) if shares else None}
     mean |= {"interval": ends(torch.stack(means).mean(0)) if len(means) == len(by_task) else None}
     return [*by_task, mean]

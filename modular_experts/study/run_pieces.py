@@ -1,12 +1,11 @@
 """Run the pieces that have no result yet, several at a time; an interrupted run goes on where it was."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import ExitStack
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
-from typing import Any
 
 from modular_experts.reports.json_lines import Key, key_text
 from modular_experts.study.piece import KilledError, Outcome, Piece
@@ -18,7 +17,7 @@ JobProgress = Callable[[int, int, Piece | None], None]
 
 def run(
     pieces: Sequence[Piece],
-    store: dict[Key, Any] | None = None,
+    store: MutableMapping[Key, object] | None = None,
     executor: Executor | None = None,
     progress: JobProgress = lambda done, total, piece: None,
     failed: Callable[[Piece, BaseException], None] = lambda piece, error: None,
@@ -86,7 +85,7 @@ def run(
 class _Left:
     """The pieces that are still to run: what each needs, and the places in the list of those that are `ready`."""
 
-    def __init__(self, pieces: Sequence[Piece], store: dict[Key, Any]) -> None:
+    def __init__(self, pieces: Sequence[Piece], store: MutableMapping[Key, object]) -> None:
         for key, count in Counter(piece.key for piece in pieces).items():
             if count > 1:
                 raise ValueError(f"two pieces have the key {key_text(key)}; give each a key of its own")

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +61,7 @@ class SlurmJobs(ThreadPoolExecutor):
         self._stops = False
         super().__init__(jobs)
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, fn: Callable[..., Any], /, *args: object, **kwargs: object) -> Future:
         """Queue a call as a job; see `concurrent.futures.Executor`."""
         return super().submit(self._run, Call(fn, args, kwargs))
 
@@ -69,7 +69,7 @@ class SlurmJobs(ThreadPoolExecutor):
         self._stops = kind is not None
         self.shutdown(cancel_futures=self._stops)
 
-    def _run(self, call: "Call") -> Any:
+    def _run(self, call: "Call") -> object:
         """Do a call in a job, and return its result or raise its error."""
         with self._lock:
             job = self._submitit.submit(call)
@@ -115,13 +115,13 @@ class Call:
     paths hold, and sums have the same bits. The directory must exist there.
     """
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, function: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         # Pickled here, because the path by which a function is imported must be set before it is unpickled.
         self.pickled = importlib.import_module("cloudpickle").dumps((function, args, kwargs))
         self.directory = os.getcwd()
         self.path = [place or self.directory for place in sys.path]
 
-    def __call__(self) -> tuple[bool, Any]:
+    def __call__(self) -> tuple[bool, object]:
         """Return True and the result, or False and the error, whose trace is a note of it."""
         # Lightning would take the tasks of the job for processes of its own.
         os.environ.pop("SLURM_NTASKS", None)
@@ -139,7 +139,7 @@ class Call:
             carried.add_note(traceback.format_exc())
             return False, carried
 
-    def checkpoint(self) -> Any:
+    def checkpoint(self) -> object:
         """Return what submitit submits again when SLURM preempts the job."""
         return importlib.import_module("submitit.helpers").DelayedSubmission(self)
 

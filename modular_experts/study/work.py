@@ -27,6 +27,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.compatibility import put_beside
 from modular_experts.library.described import trust
+from modular_experts.library.record import Record
 from modular_experts.library.result_key import named_contents, result_key
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import take_statistics
@@ -115,7 +116,7 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> Facts:
 def measure_experts(study: Study, out: Path, kind: str, name: str, seed: int) -> Facts:
     """Measure the experts of a kind by a function of the user's, which returns a number for each."""
     experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in study.held_in]
-    function: Measure = make("--measures", dict[str, Measure], {name: study.measures[name]})[name]
+    function: Measure = make("`measures=`", dict[str, Measure], {name: study.measures[name]})[name]
     values = map(float, function(experts))
     about: dict[str, object] = dict.fromkeys(("merge", "count", "group", "interval"))
     about |= {"kind": kind, "seed": seed, "role": "held_in", "own": True, "metric": name}
@@ -156,7 +157,7 @@ def measured(
     experts: Sequence[Mapping[str, Delta]],
     tasks: Sequence[str],
     put: Put | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Test the base with experts, in place on the one model of this process; afterwards it is the base bit for bit.
 
     Beside the scores this returns the value of every row for each text metric, by task. `put` puts the experts in place
@@ -240,10 +241,10 @@ def _refuse_chats(study: Study) -> None:
 
 
 def tasks_of(study: Study, names: Iterable[str]) -> list[Task]:
-    return [made("--tasks", list[Task], [study.tasks[name]])[0] for name in names]
+    return [made("`tasks=`", list[Task], [study.tasks[name]])[0] for name in names]
 
 
-def made(option: str, kind: Any, settings: Any) -> Any:
+def made(option: str, kind: Any, settings: object) -> Any:
     """Return the immutable object of settings, once in a process, because reading them takes 10 ms."""
     return _made(option, kind, json.dumps(settings), json.dumps(named_contents(settings)))
 

@@ -190,7 +190,7 @@ def test_an_error_of_a_job_has_its_type_its_words_and_its_trace_and_keeps_its_wo
     [
         ("slrum", {}, r"no engine has the name slrum; take local, slurm, .* did you mean slurm\?"),
         ("local", {"proceses": 2}, r"the engine local: .*'proceses'; it takes .*devices; did you mean processes\?"),
-        ("no_such_engines.Pool", {}, r"--engine: no_such_engines.Pool cannot be imported: No module named"),
+        ("no_such_engines.Pool", {}, r"`engine=`: no_such_engines.Pool cannot be imported: No module named"),
     ],
 )
 def test_an_engine_that_does_not_exist_is_one_sentence(name: str, settings: dict[str, Any], sentence: str) -> None:
