@@ -110,10 +110,7 @@ def _distill_by_block(
     """Search block by block, and write the merge."""
     base_losses = objective.losses()
     own = own_experts(experts, list(objective.batches))
-    members = [Merged(experts, start), *experts]
-    deltas, outcome = distill_blocks(
-        objective.model, objective.batches, members, own, method.learning_rate, method.steps, progress
-    )
+    deltas, outcome = _search_blocks(objective, [Merged(experts, start), *experts], own, method, progress)
     outcome = replace(outcome, losses=objective.losses_with(deltas))
     settings = {"search": "Distilled", **vars(method), "start": describe(start), **objective.origin}
     notes = record_notes(settings, outcome.losses)
@@ -123,32 +120,26 @@ def _distill_by_block(
     return Searched(open_expert(out), shown, outcome, base_losses, write_trials(out, outcome.trials))
 
 
-def distill_blocks(
-    model: PreTrainedModel,
-    batches: Mapping[str, list[Batch]],
+def _search_blocks(
+    objective: Objective,
     experts: Sequence[Mapping[str, Delta]],
     own: Mapping[str, Mapping[str, Delta]],
-    learning_rate: float,
-    steps: int,
-    progress: Progress = iter,
+    method: Distilled,
+    progress: Progress,
 ) -> tuple[dict[str, Delta], Found]:
     """Return the deltas of the merge; and its coefficients, block after block, with the distances of each step.
 
-    Args:
-        model: The base, in evaluation mode.
-        batches: Padded batches of each task; their hidden states are kept in them meanwhile.
-        experts: Name and delta of each weight, read when its block comes; the first is the merge to start from. Its
-            deltas outside of the blocks go into the result as they are, and act on no state during the search.
-        own: The expert of each task.
-        learning_rate, steps: Of `descend`, in each block.
+    The first of the experts is the merge to start from. Its deltas outside of the blocks go into the result as they
+    are, and act on no state during the search. Batches keep their hidden states meanwhile.
     """
+    model = objective.model
     names = sorted({name for expert in experts for name in expert})
     blocks = [block for block in map(block_of, names) if block]
     if not blocks:
         raise ValueError("by=block needs experts that move weights of transformer blocks; take by=model")
     parent = blocks[0].rpartition(".")[0]
-    count = len(model.get_submodule(parent))  # type: ignore[arg-type]
-    every_batch = [batch for own_batches in batches.values() for batch in own_batches]
+    count = len(model.get_submodule(parent))
+    every_batch = [batch for batches in objective.batches.values() for batch in batches]
     deltas = {name: experts[0][name] for name in names if block_of(name) is None and name in experts[0]}
     coefficients = [torch.zeros(0, len(experts))]
     trials: list[Trial] = []
@@ -158,7 +149,7 @@ def distill_blocks(
         inside = [name for name in names if block_of(name) == f"{parent}.{number}"]
         for task, expert in own.items():
             with torch.no_grad(), applied(model, _some(expert, inside), check=False):
-                for batch in batches[task]:
+                for batch in objective.batches[task]:
                     if number == 0:
                         embeddings = run(batch, None)[0]
                         batch["states"] = torch.stack([embeddings, embeddings], 2)
@@ -167,12 +158,12 @@ def distill_blocks(
             if inside:
                 start = first_coefficients(combination, "row", [1.0])
                 aim = partial(_distances, run)
-                best, steps_of_block = descend(
-                    combination, model, batches, aim, start, learning_rate, steps, decay=True
+                best, steps = descend(
+                    combination, objective, aim, start, method.learning_rate, method.steps, decay=True
                 )
                 deltas |= dict(combination.deltas(best))
                 coefficients.append(best)
-                trials += [Trial({"block": number, **trial.settings}, trial.losses) for trial in steps_of_block]
+                trials += [Trial({"block": number, **trial.settings}, trial.losses) for trial in steps]
             with torch.no_grad():
                 for batch in every_batch:
                     batch["states"][:, :, 0] = run(batch, batch["states"][:, :, 0])[1]

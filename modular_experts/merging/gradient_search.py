@@ -1,7 +1,7 @@
 """Find coefficients with Adam on validation rows: AdaMerging and aTLAS."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -28,8 +28,7 @@ PASS_TOKENS = 2048
 
 def descend(
     combination: Combination,
-    model: PreTrainedModel,
-    batches: Mapping[str, list[Batch]],
+    objective: Objective,
     measured: Measure,
     start: Tensor,
     learning_rate: float,
@@ -44,6 +43,8 @@ def descend(
     rate falls linearly to 0. Tasks share passes (`joint`), because the inner product with every expert costs the same
     for one task and for many.
     """
+    model = objective.model
+    batches = objective.batches
     coefficients = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
     # One row of coefficients, of the experts, stands for all weights.
@@ -215,8 +216,7 @@ def _descended(
     start = first_coefficients(combination, algorithm.per, first)
     measured = MEASURES[algorithm.objective]
     rate = algorithm.learning_rate
-    batches = objective.batches
     coefficients, trials = descend(
-        combination, objective.model, batches, measured, start, rate, algorithm.steps, progress, bounds, decay
+        combination, objective, measured, start, rate, algorithm.steps, progress, bounds, decay
     )
     return Found(coefficients, objective.losses(), trials)
