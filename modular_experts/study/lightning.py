@@ -102,7 +102,7 @@ class ExpertCLI(LightningCLI):
                 # The parser reads the data only after the model.
                 report = f"the following arguments are required: {', '.join(missing)}"
             raise UsageError(sentence_of(report)) from None
-        # What holds for this process is no setting of the run.
+        # These hold for the process, and a run does not record them.
         self.trusted = self.config.pop("trust")
         self.device = self.config.pop("device")
         modules = self.config.model.init_args.get("modules")
