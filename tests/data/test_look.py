@@ -77,13 +77,3 @@ def test_the_command_prints_the_text_and_writes_a_page(tiny_llama_dir, file, cap
     capsys.readouterr()
     assert main(["look", file, "--base", str(tiny_llama_dir)]) == 0
     assert f"{capsys.readouterr().out}\nthe page is look.html\n" == out
-
-
-@pytest.mark.parametrize("verb", ["fit", "evaluate"])
-def test_fit_and_evaluate_count_test_rows_that_are_training_rows(tiny_llama_dir, file, verb, caplog) -> None:
-    own = ["--expert", "LoRAExpert", "--modules", "q_proj", "--steps", "1"] if verb == "fit" else ["--out", "runs/e"]
-    # The same sentence is said once in a process.
-    Path(f"{verb}.jsonl").write_text(Path(file).read_text() + '{"question": "v", "answer": "v", "split": "validation"}')
-    words = [verb, "--base", str(tiny_llama_dir), "--tasks", f"{verb}.jsonl", *own]
-    assert main(words) == 0
-    assert [one.message for one in caplog.records if f"{verb}: 2 of 3 test rows are also training rows" in one.message]

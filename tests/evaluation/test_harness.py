@@ -199,18 +199,3 @@ def test_a_choice_ends_with_end_of_sequence_and_begins_where_our_own_begins(tmp_
     texts = [(row["input"][-1], settings["target_delimiter"] + choice) for row in rows for choice in row["choices"]]
     assert {(end, len(text) - len(text.lstrip())) for end, text in texts} == {(":", 1), ("\n", 0), (" ", 0), ("?", 1)}
     assert all(choice.endswith("<eos>") for row in rows for choice in row["choices"])
-
-
-def test_experts_are_not_searched_on_a_benchmark(place, run, monkeypatch):
-    monkeypatch.chdir(place)
-    tasks = ["--tasks", "arc_easy", "--experts", "library/turn", "library/say"]
-    for command in (
-        ["search", *tasks, "--algorithm", "LoRAHub", "--out", "library/x"],
-        ["statistics", *tasks, "--kind", "gram"],
-        ["merge", *tasks[2:], "--tune", "--tasks", "arc_easy", "--method", "TIES", "--out", "library/x"],
-    ):
-        code, _, err = run(*command)
-        assert code == 1
-        assert "arc_easy: there is no 'arc_easy'" in err
-        assert "benchmarks are for the command harness" in err
-    assert not (place / "library" / "x").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tokenizer
+from test_generation import greedily
 from testbed.served import make_library
 
 from modular_experts import Base, Dense, Library, generate
@@ -15,20 +16,10 @@ PROMPT = "the word"
 
 
 def by_hand(base: Path, moved: dict[str, torch.Tensor], prompt: str, count: int) -> str:
-    """Take the likeliest token, one forward pass over the whole text each, without a cache."""
-    model, tokenizer = Base.open(base).load(), build_tokenizer()
-    for name, parameter in model.named_parameters():
-        if name in moved:
-            parameter.data += moved[name]
-    ids = tokenizer(prompt)["input_ids"]
-    first = len(ids)
-    for _ in range(count):
-        with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        ids.append(token)
-    return tokenizer.decode(ids[first:], skip_special_tokens=True).strip()
+    model = Base.open(base).load()
+    for name, values in moved.items():
+        model.get_parameter(name).data += values
+    return greedily(model, prompt, count)
 
 
 def test_an_answer_is_what_the_likeliest_tokens_spell_with_the_expert_added(tiny_llama_dir: Path) -> None:
