@@ -1,9 +1,9 @@
 """Compare a fine-tuned checkpoint with its base, weight by weight, and hold what another tool trained as deltas."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from modular_experts.base import Base
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.deltas.tiles import index_dtype
+from modular_experts.library.record import Facts, Record
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 
@@ -25,7 +26,7 @@ class ImportedAdapter:
 
     deltas: Iterable[tuple[str, Delta]]
     kind: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Facts = field(default_factory=dict)
 
 
 def read_full_checkpoint(
@@ -116,7 +117,7 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
         self.report[name] = WeightReport(difference.numel(), moved, gaps.numel(), farthest)
         return delta
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         reports = list(self.report.values())
         sums = {name: sum(getattr(report, name) for report in reports) for name in ("entries", "moved", "missed")}
         account = {

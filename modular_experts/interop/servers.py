@@ -23,7 +23,7 @@ from modular_experts.base import Base
 from modular_experts.base.files import MANIFEST, write_manifest
 from modular_experts.base.structure import Structure, split_slice
 from modular_experts.deltas import all_finite
-from modular_experts.interop.peft.formats import LoraFormat
+from modular_experts.interop.peft.formats import LoraFormat, PeftFormat
 from modular_experts.interop.peft.write import Encoded, WrittenAdapter, export
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.native.sparse_passes import add_rounded, unequal
@@ -112,8 +112,8 @@ def _check(expert: StoredExpert, structure: Structure, server: Server) -> None:
             raise ValueError(f"{expert.name} moves {name} and not {missing[0]}, and SGLang joins their LoRAs")
 
 
-def write_gguf(directory: Path, base: Base, format: Any, encoded: Encoded) -> None:
-    """Write the factors of all weights, of the rank `format.rank`, in float32 into `GGUF_FILE` of a directory.
+def write_gguf(directory: Path, base: Base, format: PeftFormat, encoded: Encoded) -> None:
+    """Write the factors of all weights, of the rank of a `LoraFormat`, in float32 into `GGUF_FILE` of a directory.
 
     It does so as llama.cpp's own `convert_lora_to_gguf.py`, and reads the file again.
     """
@@ -121,6 +121,8 @@ def write_gguf(directory: Path, base: Base, format: Any, encoded: Encoded) -> No
         import gguf
     except ImportError as error:
         raise ValueError("llama.cpp's files need gguf: pip install 'modular-experts[gguf]'") from error
+    assert isinstance(format, LoraFormat)
+    assert format.rank is not None
     config: Any = base.structure.model.config
     architecture = _ARCHITECTURES.get(config.model_type, "")
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)

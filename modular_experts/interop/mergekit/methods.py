@@ -4,15 +4,16 @@ mergekit keeps a whole number of entries, rounded down; our methods get the shar
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import modular_experts.methods as ours
+from modular_experts.library.record import Facts, Record
 from modular_experts.methods import MergeMethod
 
 _CANCELLED = 1e-8
 """Sum of weights below which mergekit does not divide by it."""
 
-Given = Mapping[str, Any]
+Given = Facts
 """What a recipe gives for one weight: `name`, `entries` and `seed`, and each parameter, some as a list with a value for
 each model."""
 
@@ -63,7 +64,7 @@ def _task_arithmetic(given: Given) -> MergeMethod:
     return (ours.Average if divides else ours.TaskArithmetic)(weights=given["weight"], scale=given["lambda"])
 
 
-def _summed(given: Given) -> dict[str, Any]:
+def _summed(given: Given) -> Record:
     return {
         **{"weights": given["weight"], "scale": given["lambda"], "preset": "mergekit"},
         "rescale": "l1" if given["rescale"] else "none",
@@ -71,7 +72,7 @@ def _summed(given: Given) -> dict[str, Any]:
     }
 
 
-def _elected(given: Given) -> dict[str, Any]:
+def _elected(given: Given) -> Record:
     divisor = "weights" if given["normalize"] else "none"
     settings = _summed(given) | {"vote": "weighted", "divisor": divisor, "zero": "positive"}
     return {name: value for name, value in settings.items() if name != "normalise"}
@@ -84,12 +85,12 @@ def _densities(given: Given) -> list[float]:
     return [min(density, 1.0) for density in given["density"]]
 
 
-def _largest(given: Given) -> dict[str, Any]:
+def _largest(given: Given) -> Record:
     counts = [max(int(density * given["entries"]), 1) for density in _densities(given)]
     return {"keep": [count / given["entries"] for count in counts]}
 
 
-def _band(given: Given) -> dict[str, Any]:
+def _band(given: Given) -> Record:
     """Return the shares of the smallest and of the largest entries that `breadcrumbs` drops of each model."""
     shares: dict[str, list[float]] = {"beta": [], "gamma": []}
     entries = given["entries"]
@@ -103,15 +104,15 @@ def _band(given: Given) -> dict[str, Any]:
     return shares
 
 
-def _random(given: Given) -> dict[str, Any]:
+def _random(given: Given) -> Record:
     by_rank = {"epsilon": given["epsilon"]} if "epsilon" in given else {}
     return {"keep": _densities(given), "seed": given["seed"], **by_rank}
 
 
 def _pruned(
     kind: Callable[..., MergeMethod],
-    keep: Callable[[Given], dict[str, Any]],
-    join: Callable[[Given], dict[str, Any]],
+    keep: Callable[[Given], Record],
+    join: Callable[[Given], Record],
     normalize: float = 0.0,
     rescale: float = 0.0,
     **each: float,

@@ -5,7 +5,7 @@ the layers from 0 to 1; mergekit puts everything outside the layers at 0, also t
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from modular_experts.deltas.tiles import index_dtype
 from modular_experts.interop.full_checkpoint import check_same_model
 from modular_experts.interop.mergekit.methods import METHODS, Method
 from modular_experts.library import check_target, new_directory
-from modular_experts.library.record import read_json
+from modular_experts.library.record import Facts, read_json
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
@@ -51,7 +51,7 @@ class Recipe:
     base: str | None
     dtype: str | None
     tokenizer: bool
-    source: Mapping[str, Any]
+    source: Facts
 
     @property
     def on_deltas(self) -> bool:
@@ -103,7 +103,7 @@ def value_at(rules: Rules, name: str, share: float) -> float | None:
 class _UniqueKeys(yaml.SafeLoader):
     """A safe loader that refuses a repeated key: YAML forbids it, and PyYAML keeps the last one only."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [key.value for key, _ in node.value]
         if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
@@ -143,7 +143,7 @@ def read_recipe(file: str | Path) -> Recipe:
     return Recipe(name, method, models, settings, layers, base, next(iter(dtypes), None), bool(tokenizer), loaded)
 
 
-def _models(recipe: Mapping[str, Any], method: Method) -> tuple[dict[str, Settings], int | None, Settings]:
+def _models(recipe: Facts, method: Method) -> tuple[dict[str, Settings], int | None, Settings]:
     """Read `models`, or `slices` with one slice of all layers: each model's settings, the layers, the slice's."""
     if ("models" in recipe) == ("slices" in recipe):
         raise ValueError("a recipe must have exactly one of models and slices")
@@ -174,7 +174,7 @@ def _models(recipe: Mapping[str, Any], method: Method) -> tuple[dict[str, Settin
     return models, layers[1], _settings(part, "slices[0].", {*method.each, *method.overall})
 
 
-def parse_model(value: Any, where: str) -> str:
+def parse_model(value: object, where: str) -> str:
     """Return the `path` or `path@revision` of a checkpoint; all else is refused."""
     parts = value.split("@") if isinstance(value, str) and "+" not in value else []
     if len(parts) not in (1, 2) or not all(parts):
@@ -185,12 +185,12 @@ def parse_model(value: Any, where: str) -> str:
     return str(value)
 
 
-def _settings(given: Mapping[str, Any], where: str, known: Collection[str]) -> Settings:
+def _settings(given: Facts, where: str, known: Collection[str]) -> Settings:
     parameters = _mapping(given.get("parameters", {}), f"{where}parameters", known)
     return {name: parse_rules(value, f"{where}parameters.{name}") for name, value in parameters.items()}
 
 
-def parse_rules(value: Any, where: str) -> Rules:
+def parse_rules(value: object, where: str) -> Rules:
     """Read the value of a parameter: a number, a list of numbers, or a list of these with filters."""
     if not isinstance(value, list) or not any(isinstance(entry, Mapping) for entry in value):
         return [("", _numbers(value, where))]
@@ -208,7 +208,7 @@ def _numbers(value: Any, where: str) -> list[float]:
         raise ValueError(f"{where} must be a number, a list of them, or a list of filters, got {value!r}") from None
 
 
-def _mapping(value: Any, where: str, known: Collection[str]) -> Mapping[str, Any]:
+def _mapping(value: object, where: str, known: Collection[str]) -> Facts:
     """Check that a value is a mapping with known keys, and return it without the keys that are not set."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must be a mapping of keys to values, got {value!r}")

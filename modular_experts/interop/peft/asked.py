@@ -13,7 +13,7 @@ from dataclasses import fields
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,12 @@ from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta, LowRank
 from modular_experts.interop.full_checkpoint import ImportedAdapter, lossless
 from modular_experts.interop.peft.files import CONFIG_FILE, NOT_SET, PREFIX, TENSOR_FILE, AdapterFiles, import_peft
+from modular_experts.library.record import Record
 from modular_experts.text import did_you_mean
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 _NAME = "default"  # of the adapter, in PEFT's model
 
@@ -74,7 +79,7 @@ def ask_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base, tolera
 class AskedDeltas(Iterable[tuple[str, Delta]]):
     """The deltas of an adapter, from PEFT; every iteration loads base and adapter anew."""
 
-    def __init__(self, files: AdapterFiles, config: Any, base: Base, tolerance: float) -> None:
+    def __init__(self, files: AdapterFiles, config: "PeftConfig", base: Base, tolerance: float) -> None:
         self._files = files
         self._config = config
         self._base = base
@@ -127,7 +132,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         """Return the tolerance, or as large a share of the largest logit, with which rounding grows."""
         return self._tolerance * max(1.0, expected.abs().max().item())
 
-    def _load_twice(self) -> tuple[Any, Any, Tensor, Tensor]:
+    def _load_twice(self) -> "tuple[PreTrainedModel, PeftModel, Tensor, Tensor]":
         with _asking(self._files, "load"):
             model, tuned = self._load(seed=1)
             prompts = fixed_prompts(model)
@@ -144,7 +149,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
             )
         return model, tuned, prompts, expected
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         return {
             "read_with": f"peft {metadata.version('peft')}",
             "stated_weights": self.stated,
@@ -152,15 +157,15 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
             "largest_difference": self.largest_difference,
         }
 
-    def _load(self, seed: int) -> tuple[Any, Any]:
+    def _load(self, seed: int) -> "tuple[PreTrainedModel, PeftModel]":
         from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         state = dict(self._files.stored)
-        model: Any = self._base.load("float32")
+        model = self._base.load("float32")
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            tuned: Any = PeftModel(model, deepcopy(self._config), _NAME)
+            tuned = PeftModel(model, deepcopy(self._config), _NAME)
         for layer in tuned.modules():
             if isinstance(layer, BaseTunerLayer) and type(layer).merge is BaseTunerLayer.merge:
                 raise ValueError("its layers cannot be merged into weights")
@@ -183,7 +188,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         yield from ((owners[part], delta) for part, delta in deltas if delta is not None)
 
     @cached_property
-    def _plain(self) -> Any:
+    def _plain(self) -> "PreTrainedModel":
         """The base in memory, for weights that its files hold in parts."""
         return self._base.load("float32")
 
@@ -228,7 +233,8 @@ def exact_form(difference: Tensor, rounding: float = 0.0) -> Delta:
     matrix = difference.double()
     allowed = max(rounding, 8 * torch.finfo(torch.float32).eps * matrix.norm().item())
     draw = torch.Generator().manual_seed(0)
-    tried, most = 16, (whole.nbytes - 1) // (4 * sum(matrix.shape))  # the largest rank that is smaller
+    tried = 16
+    most = (whole.nbytes - 1) // (4 * sum(matrix.shape))  # the largest rank that takes fewer bytes
     while most:
         directions = torch.randn(matrix.shape[1], min(tried, *matrix.shape), generator=draw, dtype=torch.float64)
         basis = torch.linalg.qr(matrix @ directions.to(matrix.device)).Q
@@ -247,7 +253,7 @@ def exact_form(difference: Tensor, rounding: float = 0.0) -> Delta:
     return whole
 
 
-def _configuration(files: AdapterFiles) -> Any:
+def _configuration(files: AdapterFiles) -> "PeftConfig":
     """Return PEFT's configuration of an adapter, once PEFT is known to merge its type and to open nothing else."""
     file = files.directory / CONFIG_FILE
     kind = files.config.get("peft_type")
@@ -263,7 +269,7 @@ def _configuration(files: AdapterFiles) -> Any:
             f"{file} has peft_type {kind!r}, which peft {metadata.version('peft')} does not know{near}; newer types "
             "need a newer PEFT: pip install -U peft"
         )
-    tuner: Any = next((tuner for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if name.value == kind), None)
+    tuner = next((tuner for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if name.value == kind), None)
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner) and hasattr(tuner, "tuner_layer_cls")):
         raise ValueError(
             f"{file} has peft_type {kind}, which moves no weight: it adds trained vectors, or chooses among adapters "
@@ -285,7 +291,7 @@ def _configuration(files: AdapterFiles) -> Any:
         return known[kind](**{name: value for name, value in settings.items() if name in defaults})
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str) and value:
         yield value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
@@ -293,7 +299,7 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(part)
 
 
-def _layers(tuned: Any, base: Base) -> Iterator[tuple[str, Any]]:
+def _layers(tuned: "PeftModel", base: Base) -> Iterator[tuple[str, Any]]:
     """Yield each adapted module of the base with its name; those with adapters inside of adapters are left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

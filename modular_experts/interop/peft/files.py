@@ -11,13 +11,12 @@ import struct
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from modular_experts.library.opening import ADAPTER_FILE
-from modular_experts.library.record import read_json
+from modular_experts.library.record import Record, read_json
 from modular_experts.library.tensorfile import open_tensors
 
 CONFIG_FILE = ADAPTER_FILE
@@ -38,7 +37,7 @@ _LORA = {
     *("corda_config", "eva_config", "lora_dropout", "lora_ga_config", "loftq_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
 }
-NOT_SET: tuple[Any, ...] = (None, False, {}, [], "")
+NOT_SET: tuple[object, ...] = (None, False, {}, [], "")
 # The initialisations that leave the base as it is; the others subtract their start from it.
 _HARMLESS_STARTS = (True, False, None, "true", "gaussian", "eva", "orthogonal")
 # What torch's unpickler raised over thousands of files with bytes changed at random.
@@ -73,7 +72,7 @@ class AdapterFiles:
     def revision(self) -> str | None:
         return self.config.get("revision") or None
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Record:
         """Return the fields about the adapter's training that are set."""
         left_out = _ABOUT - {"target_modules", "peft_version"}
         return {name: value for name, value in self.config.items() if name not in left_out and value not in NOT_SET}
@@ -113,7 +112,7 @@ class AdapterFiles:
         return {key.removeprefix(PREFIX): self.stored[key] for key in sorted(self.stored)}
 
 
-def _read_pickle(file: Path) -> dict[str, Any]:
+def _read_pickle(file: Path) -> dict[str, Tensor]:
     """Read the mapping in a file that `torch.save` wrote, without running any code in it."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)

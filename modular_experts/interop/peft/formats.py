@@ -18,6 +18,7 @@ from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.interop.full_checkpoint import lossless
 from modular_experts.library import StoredExpert
+from modular_experts.library.record import Record
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class PeftFormat(ABC):
         """Encode the delta of one weight; a ValueError means that the format cannot store it."""
 
     @abstractmethod
-    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> Record:
         """Return the fields of `adapter_config.json` that belong to this format alone."""
 
 
@@ -153,7 +154,7 @@ class LoraFormat(PeftFormat):
             tensors = {"lora_A.weight": product.up.T, "lora_B.weight": product.down.T}
         return EncodedWeight(product, tensors, delta.norm() ** 2, lost)
 
-    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> Record:
         every = {name.removesuffix(".weight"): weight.delta.rank for name, weight in encoded.items()}  # type: ignore[attr-defined]
         ranks = {name: rank for name, rank in every.items() if split_slice(name)[1] is None}
         joined = list(dict.fromkeys(split_slice(name)[0] for name in every if name not in ranks))
@@ -192,7 +193,8 @@ def matrices(encoded: Mapping[str, EncodedWeight], structure: Structure) -> dict
         module = structure.layer(whole)
         rank = common_rank(encoded)
         wrapped = [key for key in sliced(module) if f"{place}.{key}" in wholes]
-        inside = "base_layer." * (len(wrapped) - 1 - wrapped.index(parameter))
+        wrappers = wrapped[wrapped.index(parameter) + 1 :]
+        inside = "".join("base_layer." for _ in wrappers)
         count, *shape = structure.shapes[whole]
         out, size = reversed(shape) if module.is_transposed else shape
         down = torch.zeros(count, rank, size)
@@ -262,7 +264,7 @@ class ShiraFormat(_SparseFormat):
         indices = torch.stack(rows_and_columns(delta.indices, delta.shape)).to(torch.int32)
         return {"shira_weight": delta.values, "shira_indices": indices}
 
-    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> Record:
         return {"r": self._r, "mask_type": "random", "fan_in_fan_out": False, "init_weights": True}
 
 
@@ -289,7 +291,7 @@ class SupertuningFormat(_SparseFormat):
     def tensors(self, delta: Sparse) -> dict[str, Tensor]:
         return {"supertuning_values": delta.values, "supertuning_indices": delta.indices.to(torch.int32)}
 
-    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> Record:
         return {"sparsity": self._sparsity, "select_top": True, "init_weights": True, "save_precomputed_indices": True}
 
 

@@ -24,7 +24,7 @@ from modular_experts.discovery import import_systems
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE, import_peft
 from modular_experts.interop.peft.formats import EncodedWeight, LoraFormat, PeftFormat, matrices
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
-from modular_experts.library.record import plain
+from modular_experts.library.record import Record, plain
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 
@@ -63,7 +63,7 @@ def export(
     tolerance: float = 1e-3,
     overwrite: bool = False,
     progress: Progress = iter,
-    write: Callable[[Path, Base, Any, Encoded], None] | None = None,
+    write: Callable[[Path, Base, PeftFormat, Encoded], None] | None = None,
 ) -> WrittenAdapter:
     """Write an expert as a PEFT adapter, and verify it by loading it again with PEFT.
 
@@ -160,7 +160,7 @@ def find_format(form: str, rank: int | None) -> PeftFormat:
     return LoraFormat(rank) if kind is LoraFormat else kind()
 
 
-def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:
+def _account(format: PeftFormat, written: WrittenAdapter) -> Record:
     weights = {
         name: {
             "form": type(weight.delta).__name__,
