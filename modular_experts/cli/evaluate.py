@@ -181,8 +181,7 @@ def harness(
     """
 
     def show(model: str, done: int, total: int) -> None:
-        if done < total:
-            print(f"measuring {model}, {done + 1} of {total}", flush=True)
+        print(f"measuring {model}, {done + 1} of {total}", flush=True)
 
     results = measure_by_harness(base, mixes_of(experts or []), tasks, out, overwrite, measuring, show)
     pairs = dict.fromkeys((row["task"], row["metric"]) for row in results.rows)

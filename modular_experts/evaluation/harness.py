@@ -108,7 +108,7 @@ def harness(
         tasks: Names of the harness's benchmarks or groups of them, and tasks of your own, as for `evaluate`.
         out: Directory of `results.json`, which `Results.read` reads.
         overwrite: Replace the results in `out`.
-        progress: Called with the name of a model, how many models are measured, and how many there are.
+        progress: Called before each model with its name, how many are measured, and how many there are.
 
     Raises:
         FileExistsError: `out` holds results and may not be replaced; nothing was measured.
@@ -134,12 +134,12 @@ def harness(
         roles = mixture.roles
     facts = comparison_facts(opened, measuring.dtype, models) | {"max_new_tokens": measuring.max_new_tokens}
     facts["harness"] = {"version": version("lm_eval"), "batch_size": measuring.batch_size, "limit": limit, "tasks": {}}
-    rows: list[MutableFacts] = []
     # It would log what a caller knows: that the model is in memory, and each setting of a task.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     suites = [Suite(_loaded_files(ours), add_bos=False)] if ours else []
     if names:
         suites.append(Suite(_loaded_benchmarks(names, measuring.num_fewshot), limit=limit))
+    rows: list[MutableFacts] = []
     loaded = opened.load(measuring.dtype)
     for model in models:
         model.check(loaded)
@@ -149,14 +149,8 @@ def harness(
         with model.in_place(loaded, measuring.dtype) as whole:
             for suite in suites:
                 measured = _measured(whole, tokenizer, suite, measuring.batch_size, alone)
-                for name, task_version in measured["versions"].items():
-                    about = {"version": task_version, "num_fewshot": measured["n-shot"].get(name)}
-                    metadata = measured["configs"].get(name, {}).get("metadata") or {}
-                    if "content_hash" in metadata:
-                        about["content_hash"] = metadata["content_hash"]
-                    facts["harness"]["tasks"][name] = about
+                facts["harness"]["tasks"] |= _tasks_of(measured)
                 rows += [{"model": model.title, "experts": model.names, **row} for row in _rows(measured, ours, roles)]
-    progress("", len(models), len(models))
     results = Results(rows, facts)
     if file:
         results.write(file)
@@ -313,6 +307,17 @@ def _measured(
         task.set_fewshot_seed(FEWSHOT_SEED)
     lm = Measured(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=suite.add_bos)
     return evaluate(lm, suite.loaded, limit=suite.limit, log_samples=False)
+
+
+def _tasks_of(measured: Facts) -> MutableFacts:
+    """Return for each task its version, the examples in a prompt, and the hash of a task file's rows."""
+    tasks: MutableFacts = {}
+    for name, task_version in measured["versions"].items():
+        tasks[name] = {"version": task_version, "num_fewshot": measured["n-shot"].get(name)}
+        metadata = measured["configs"].get(name, {}).get("metadata") or {}
+        if "content_hash" in metadata:
+            tasks[name]["content_hash"] = metadata["content_hash"]
+    return tasks
 
 
 def _rows(measured: Facts, ours: Mapping[str, HarnessTask], roles: Mapping[str, str]) -> Iterator[MutableFacts]:
