@@ -14,7 +14,8 @@ from modular_experts.data import TaskMixture
 from modular_experts.data.look import look as look_at
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
-from modular_experts.evaluation.compare import REPORT, RESULTS, every_task, open_models
+from modular_experts.evaluation.compare import REPORT, RESULTS, open_models
+from modular_experts.evaluation.comparison_page import every_task
 from modular_experts.evaluation.harness import Measuring
 from modular_experts.evaluation.harness import harness as measure_by_harness
 from modular_experts.study.options import UsageError

@@ -21,7 +21,7 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.evaluation import TEXT_METRICS, measure
-from modular_experts.evaluation.compare import write_comparison
+from modular_experts.evaluation.comparison_page import write_comparison
 from modular_experts.evaluation.intervals import compared_means
 from modular_experts.library import as_parents, make_record, open_expert, write_expert
 from modular_experts.reports import Results
