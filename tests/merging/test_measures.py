@@ -61,23 +61,6 @@ def test_tokens_that_are_not_kept_count_as_one(objective, kept) -> None:
     assert found.likelihoods.shape == (5, kept + (kept < 50))
 
 
-def test_its_gradient_is_the_closed_form(objective) -> None:
-    """In the logits z, KL(p || softmax(z)) has the gradient softmax(z) - p; the head's is the sum of outer products."""
-    own = {"upper": random_experts(objective, 0.5)[0], "reverse": random_experts(objective, 0.5)[1]}
-    model = objective.model.double()
-    objective.remember(own)
-    batch, head = objective.batches["upper"][0], model.get_output_embeddings()
-    with applied(model, own["upper"], check=False):
-        expert = torch.cat(shares_at_answers(model, batch))
-    merged, hidden = torch.cat(shares_at_answers(model, batch)), []
-    hook = head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].detach()))
-    sums, _ = batch_divergences(model, batch)
-    hook.remove()
-    (gradient,) = torch.autograd.grad(sums.sum(), head.weight)
-    places = hidden[0][:, :-1][batch["labels"][:, 1:] != IGNORED]
-    torch.testing.assert_close(gradient, (merged - expert).T @ places, rtol=1e-6, atol=1e-9)
-
-
 def test_a_search_comes_nearer_to_each_tasks_own_expert(objective) -> None:
     own = {"upper": descent(objective, "upper", 2.0), "reverse": descent(objective, "reverse", 2.0)}
     objective.remember(own)

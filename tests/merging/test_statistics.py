@@ -244,19 +244,6 @@ def test_a_base_in_bfloat16_gives_about_the_same_in_float32(place, kind):
     assert any(not torch.equal(one.values, wanted[name].values) for name, one in found.items())
 
 
-def test_the_stored_matrices_of_a_merge_repeat_it(place):
-    take_statistics(EXPERTS, "merged_gram", TaskMixture(TASKS))
-    assert command("merge", "--method", "RegMeanPlusPlus", "--out", "library/merged") == 0
-    merged, (first, _, last) = open_expert("library/merged"), [f"{name}.weight" for name in LINEAR]
-    model = Base.open(merged.record["base"]["id"]).load()
-    expert, data = open_expert(EXPERTS[1]), TaskMixture(TASKS[1:], tokenizer=merged.record["base"]["id"])
-    with applied(model, [{name: merged[name] for name in merged if name < last}, {last: expert[last]}]):
-        x = hooked_inputs(model, rows_of(data.val_dataloader()), LINEAR)[last.removesuffix(".weight")]
-    stored = open_statistics(expert, "merged_gram")
-    torch.testing.assert_close(stored[last].values, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-    assert first in stored
-
-
 def test_only_validation_rows_of_the_experts_own_tasks_are_looked_at(place):
     def stored():
         take_statistics(EXPERTS, "fisher", TaskMixture(TASKS), overwrite=True)

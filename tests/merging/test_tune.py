@@ -1,14 +1,13 @@
 """Tuning tries settings and finds the best scale by a line search."""
 
 import math
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state, stored
 
-from modular_experts import methods
 from modular_experts.deltas import Delta, Dense
 from modular_experts.library import StoredExpert
 from modular_experts.merging.merged import Merged, merge
@@ -50,24 +49,6 @@ def test_the_scale_of_an_expert_twice_too_large_is_a_half(objective, too_large, 
     assert tuned.best.loss == pytest.approx(losses[best], rel=1e-3)
     assert tuned.best.loss < sum(tuned.base.values()) / 2
     assert tuned.best.loss == min(trial.loss for trial in tuned.trials)
-
-
-def methods_with_scale() -> list[MergeMethod]:
-    """Return every method of the package that has a scale and needs neither settings nor statistics."""
-    kinds = [getattr(methods, name) for name in methods.__all__]
-    kinds = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
-    free = [kind() for kind in kinds if not any(one.init and one.default is MISSING for one in fields(kind))]
-    return [method for method in free if hasattr(method, "scale") and method.needs.statistics is None]
-
-
-def test_the_scale_times_the_merge_at_one_is_the_merge_at_the_scale(experts) -> None:
-    """So that a scale needs no merge of its own."""
-    for method in methods_with_scale():
-        one = Merged(experts, replace(method, scale=1.0))
-        other = Merged(experts, replace(method, scale=2.512))
-        for name in NAMES:
-            both = one[name].dense() * 2.512, other[name].dense()
-            torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6, msg=f"{method} at {name}")
 
 
 def test_exponents_are_tried_where_a_method_has_one_and_the_best_trial_is_what_is_stored(

@@ -123,18 +123,6 @@ def test_neither_padding_nor_other_rows_change_a_gate(architecture: str, side: s
             torch.testing.assert_close(together.weights[number], alone.weights[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_gate_sees_the_prompt_and_not_the_answer() -> None:
-    model = build_model("llama").double()
-    router = centroid(model, select=Softmax())
-    prompt = torch.tensor([[1, 1, 1, 0, 0]]).bool()
-    with routed(model, experts_of(model), router) as running, torch.no_grad():
-        with reading(prompt):
-            model(input_ids=torch.tensor([[7, 8, 9, 50, 51]]))
-        given = running.current.gates.weights
-        model(input_ids=torch.tensor([[7, 8, 9]]))
-        torch.testing.assert_close(given, running.current.gates.weights, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_an_answer_keeps_the_gates_of_its_prompt(architecture: str) -> None:
     model = build_model(architecture).double()
@@ -246,17 +234,6 @@ def test_prompts_are_read_without_dropout_while_the_model_trains() -> None:
     assert all(map(torch.equal, found, wanted))
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_without_a_cache_an_answer_is_no_prompt() -> None:
-    model = build_model("llama").double()
-    with routed(model, experts_of(model), centroid(model, select=Softmax())) as running, torch.no_grad():
-        batch = padded(ROWS, "left")
-        model(**batch)
-        wanted = running.current.gates.weights
-        with reading(batch["attention_mask"].bool()):
-            model.generate(**batch, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=False)
-        torch.testing.assert_close(running.current.gates.weights, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_a_growing_answer_is_not_read_as_prompt_without_a_word() -> None:
