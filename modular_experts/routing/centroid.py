@@ -8,9 +8,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection
-from modular_experts.routing.router import Router, Scope, check_prompts, check_reading
-
-FOLDS = 4
+from modular_experts.routing.router import FOLDS, Router, Scope, check_prompts, check_reading, means_and_precision
 
 
 class Centroid(Router):
@@ -77,22 +75,6 @@ class Centroid(Router):
         scores = self.scores(hidden)
         gates = self.select(scores)
         return gates if self.reject is None else gates.without(-2 * scores.amax(1) > self.farthest, self.experts)
-
-
-def means_and_precision(prompts: Sequence[Tensor], shrink: float) -> tuple[Tensor, Tensor]:
-    """Return the means `(experts, size)` and the inverse of the shrunk covariance `(size, size)` of prompts."""
-    means = torch.stack([rows.mean(0) for rows in prompts])
-    around = torch.cat([rows - mean for rows, mean in zip(prompts, means, strict=True)])
-    covariance = around.T @ around / max(len(around) - len(prompts), 1)
-    if not covariance.any():
-        raise ValueError(
-            f"no expert has two different prompts among the {len(around)} that the router learns from, so it cannot "
-            "measure distances; give the tasks more rows"
-        )
-    size = len(covariance)
-    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
-    shrunk = (1 - shrink) * covariance + shrink * covariance.trace() / size * identity
-    return means, torch.linalg.inv(shrunk)
 
 
 def _distances(hidden: Tensor, means: Tensor, precision: Tensor) -> Tensor:

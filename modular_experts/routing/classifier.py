@@ -9,9 +9,8 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection
-from modular_experts.routing.router import Router, Scope, check_prompts, check_reading
+from modular_experts.routing.router import FOLDS, Router, Scope, check_prompts, check_reading
 
-FOLDS = 4
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
 """What weight decay is chosen among, the strongest first."""
 ROUGHLY = 1e-3

@@ -8,9 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.routing.centroid import FOLDS, means_and_precision
 from modular_experts.routing.gates import Gates, Selection
-from modular_experts.routing.router import GRAMS, Router, Scope, check_prompts, check_reading
+from modular_experts.routing.router import (
+    FOLDS,
+    GRAMS,
+    Router,
+    Scope,
+    check_prompts,
+    check_reading,
+    means_and_precision,
+)
 
 SIZE = 128
 """The most numbers of a prompt's hidden states that the kernel compares."""

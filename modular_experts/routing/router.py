@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
@@ -16,6 +17,8 @@ Scope = Literal["sample", "linear"]
 
 GRAMS = 2048
 """How many numbers stand for the n-grams of a prompt."""
+FOLDS = 4
+"""Parts into which own prompts are divided, each of which is measured by what the others teach."""
 
 
 class Router(nn.Module, ABC):
@@ -128,3 +131,19 @@ def check_prompts(name: str, prompts: Sequence[Tensor], least: int) -> None:
             raise ValueError(
                 f"{name}: expert {number} has {prompts_text}, and at least {least} are needed; give its task more rows"
             )
+
+
+def means_and_precision(prompts: Sequence[Tensor], shrink: float) -> tuple[Tensor, Tensor]:
+    """Return the means `(experts, size)` and the inverse of the shrunk covariance `(size, size)` of prompts."""
+    means = torch.stack([rows.mean(0) for rows in prompts])
+    around = torch.cat([rows - mean for rows, mean in zip(prompts, means, strict=True)])
+    covariance = around.T @ around / max(len(around) - len(prompts), 1)
+    if not covariance.any():
+        raise ValueError(
+            f"no expert has two different prompts among the {len(around)} that the router learns from, so it cannot "
+            "measure distances; give the tasks more rows"
+        )
+    size = len(covariance)
+    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    shrunk = (1 - shrink) * covariance + shrink * covariance.trace() / size * identity
+    return means, torch.linalg.inv(shrunk)
