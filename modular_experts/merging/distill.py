@@ -148,12 +148,8 @@ def _search_blocks(
         run = _runner(model, parent, number)
         inside = [name for name in names if block_of(name) == f"{parent}.{number}"]
         for task, expert in own.items():
-            with torch.no_grad(), applied(model, _some(expert, inside), check=False):
-                for batch in objective.batches[task]:
-                    if number == 0:
-                        embeddings = run(batch, None)[0]
-                        batch["states"] = torch.stack([embeddings, embeddings], 2)
-                    batch["states"][:, :, 1] = run(batch, batch["states"][:, :, 1])[1]
+            with applied(model, _some(expert, inside), check=False):
+                _pass_experts(run, objective.batches[task], is_first=number == 0)
         with Combination(model, [_some(expert, inside) for expert in experts], 1) as combination:
             if inside:
                 start = first_coefficients(combination, "row", [1.0])
@@ -170,6 +166,16 @@ def _search_blocks(
     for batch in every_batch:
         del batch["states"]
     return deltas, Found(torch.cat(coefficients), {}, trials)
+
+
+@torch.no_grad()
+def _pass_experts(run: Run, batches: Sequence[Batch], is_first: bool) -> None:
+    """Pass the states of a task's own expert through a block; the first block finds the embeddings there."""
+    for batch in batches:
+        if is_first:
+            embeddings = run(batch, None)[0]
+            batch["states"] = torch.stack([embeddings, embeddings], 2)
+        batch["states"][:, :, 1] = run(batch, batch["states"][:, :, 1])[1]
 
 
 def _some(expert: Mapping[str, Delta], names: Sequence[str]) -> dict[str, Delta]:

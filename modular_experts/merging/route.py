@@ -72,17 +72,12 @@ def route(
     target = check_target(out, overwrite)
     router = router or DEFAULT_ROUTER()
     check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
-
-    def path_of(expert: str | Path | StoredExpert) -> str:
-        return os.path.abspath(expert.path if isinstance(expert, StoredExpert) else expert)
-
-    left_out = [path_of(out)]
-    if fallback is not None:
-        left_out.append(path_of(fallback))
-    opened = open_experts([expert for expert in experts if path_of(expert) not in left_out], base=base)
+    behind = [] if fallback is None else [fallback]
+    left_out = [_path_of(place) for place in (out, *behind)]
+    opened = open_experts([expert for expert in experts if _path_of(expert) not in left_out], base=base)
     members = list(opened)
-    if fallback is not None:
-        members += open_experts([fallback], base=base)
+    if behind:
+        members += open_experts(behind, base=base)
     _check_names(members, target)
     common = common_base(members)
     union_of_weights(members)
@@ -90,11 +85,7 @@ def route(
     _take_missing(router, opened, ValidationRows(data, rows, base, dtype=dtype), progress)
     # Whoever gives the router trusts its code.
     trust(type(router), type(router.select))
-    state: dict[str, Tensor] = {}
-    for place, learned in _learned(router, opened, base).items():
-        state |= {f"{place}/{name}": tensor for name, tensor in learned.state().items()}
-    # How many of the parents it chooses among.
-    state[f"{MODEL}/{COUNT}"] = torch.tensor(len(opened))
+    state = _learned_state(router, opened, base)
     record = make_record(
         ROUTED,
         common,
@@ -109,6 +100,10 @@ def route(
             put_beside(expert, target.parent / expert.name)
     write_expert(target, {}, record, overwrite, state=state)
     return open_expert(target)
+
+
+def _path_of(expert: str | Path | StoredExpert) -> str:
+    return os.path.abspath(expert.path if isinstance(expert, StoredExpert) else expert)
 
 
 def _check_names(members: Sequence[StoredExpert], target: Path) -> None:
@@ -144,18 +139,26 @@ def _take_missing(router: Router, experts: Sequence[StoredExpert], rows: Validat
         take_statistics(lacking, kind, rows, progress=progress)
 
 
-def _learned(router: Router, experts: Sequence[StoredExpert], base: str | None) -> dict[str, Router]:
-    """Let the router learn; return it under `MODEL`, or for scope `linear` a router for each weight."""
+def _learned_state(router: Router, experts: Sequence[StoredExpert], base: str | None) -> dict[str, Tensor]:
+    """Let the router learn; return its tensors, and how many of the parents it chooses among.
+
+    They lie under `MODEL`, or for scope `linear` under the name of each weight.
+    """
     router.hear_tasks([list(map(str, expert.record["tasks"])) for expert in experts])
     taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
     if router.scope == "sample":
         # There are no statistics for a router that needs none.
         prompts = [_prompts(statistics, expert, router) for statistics, expert in zip(taken, experts, strict=False)]
         router.learn([None for _ in experts], prompts)
-        return {MODEL: router}
-    # Only the base tells how its layers keep their weights.
-    model = Base.open(base, experts).structure.model
-    return by_weight(router, model, experts, taken)
+        routers = {MODEL: router}
+    else:
+        # Only the base tells how its layers keep their weights.
+        routers = by_weight(router, Base.open(base, experts).structure.model, experts, taken)
+    state: dict[str, Tensor] = {}
+    for place, learned in routers.items():
+        state |= {f"{place}/{name}": tensor for name, tensor in learned.state().items()}
+    state[f"{MODEL}/{COUNT}"] = torch.tensor(len(experts))
+    return state
 
 
 def _prompts(statistics: StoredStatistics, expert: StoredExpert, router: Router) -> Tensor:
