@@ -18,7 +18,7 @@ Scope = Literal["sample", "linear"]
 GRAMS = 2048
 """How many numbers stand for the n-grams of a prompt."""
 FOLDS = 4
-"""Parts into which own prompts are divided, each of which is measured by what the others teach."""
+"""Parts of the own prompts; each is measured by a router that learned from the other parts."""
 
 
 class Router(nn.Module, ABC):
