@@ -5,8 +5,9 @@ can choose among the shrunk ones.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -42,8 +43,41 @@ class CombinedGroup(NamedTuple):
     put: Put | None = None
 
 
+class Way(ABC):
+    """One way to combine the experts of a kind, or to keep them apart: an entry of `merges`.
+
+    Attributes:
+        tune: What the tuning of a merge method may be given; None if nothing is tuned.
+        fallback: The merge before it that takes what a router rejects.
+        of: The small experts before it that a router chooses among.
+        kept_as: What its result is in the library.
+    """
+
+    name: str
+    tune: Facts | None = None
+    fallback: "Way | None" = None
+    of: "Way | None" = None
+    kept_as: ClassVar[str] = "merge"
+
+    @property
+    def statistics(self) -> Set[str]:
+        """The kinds of statistics of the experts' data that it needs."""
+        return frozenset()
+
+    @property
+    def together(self) -> bool:
+        """Whether it is measured for all experts of a kind alone."""
+        return False
+
+    @abstractmethod
+    def combined(
+        self, study: Study, out: Path, group: Group, chosen: Facts | None
+    ) -> AbstractContextManager[CombinedGroup]:
+        """Yield what the way makes of a group; the result for all experts is also put into the library."""
+
+
 @dataclass(frozen=True)
-class Apart:
+class Apart(Way):
     """One way to keep the experts of a kind in fewer bytes.
 
     All experts have one `form`, or without it each the smallest whose loss on at most `rows` validation rows rises by
@@ -55,11 +89,6 @@ class Apart:
     bound: float = 0.01
     rows: int = ROWS
     method: object = None
-    tune: ClassVar[None] = None
-    fallback: ClassVar[None] = None
-    of: ClassVar[None] = None
-    together: ClassVar[bool] = True
-    kept_as: ClassVar[str] = "merge"
 
     @classmethod
     def of_form(cls, entry: Facts, before: Facts) -> "Apart":
@@ -83,8 +112,11 @@ class Apart:
         return cls(entry.get("name", f"{type(method).__name__} by task"), method=entry["method"])
 
     @property
-    def statistics(self) -> set[str]:
-        """The kinds of statistics of the experts' data that it needs."""
+    def together(self) -> bool:
+        return True
+
+    @property
+    def statistics(self) -> Set[str]:
         if not self.method:
             return set()
         needed = made("`merges=`", MergeMethod, self.method).needs.statistics

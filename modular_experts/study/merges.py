@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from modular_experts.methods.wrapper import with_settings
 from modular_experts.reports.results import Facts
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
-from modular_experts.study.apart import ROWS, Apart, CombinedGroup, bytes_in_use, measured_apart
+from modular_experts.study.apart import ROWS, Apart, CombinedGroup, Way, bytes_in_use, measured_apart
 from modular_experts.study.parser import make
 from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
@@ -49,7 +49,7 @@ import_systems("search")
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Way):
     """One way to merge the experts of a kind: settings of a merge method, or of a `CoefficientSearch` if `searched`.
 
     Attributes:
@@ -67,12 +67,9 @@ class Merge:
     rows: int = ROWS
     merges: tuple[object, ...] = ()
     labels: Labels = "rows"
-    fallback: ClassVar[None] = None
-    of: ClassVar[None] = None
-    kept_as: ClassVar[str] = "merge"
 
     @classmethod
-    def of_method(cls, entry: Facts, before: Mapping[str, "Way"]) -> "Merge | Apart":
+    def of_method(cls, entry: Facts, before: Mapping[str, Way]) -> "Merge | Apart":
         if entry.get("per_task"):
             return Apart.of_method(entry)
         method = made("`merges=`", MergeMethod, entry["method"])
@@ -90,7 +87,7 @@ class Merge:
         return cls(entry.get("name", name), entry["method"], tune=tune, rows=entry.get("rows", ROWS))
 
     @classmethod
-    def of_search(cls, entry: Facts, before: Mapping[str, "Way"]) -> "Merge":
+    def of_search(cls, entry: Facts, before: Mapping[str, Way]) -> "Merge":
         name = entry.get("name", type(make("`merges=`", CoefficientSearch, entry["search"])).__name__)
         labels = entry.get("labels", "rows")
         if labels not in get_args(Labels):
@@ -104,8 +101,7 @@ class Merge:
         return [made("`merges=`", MergeMethod, method) for method in (self.merges if self.searched else [self.method])]
 
     @property
-    def statistics(self) -> set[str]:
-        """The kinds of statistics of the experts' data that it needs."""
+    def statistics(self) -> Set[str]:
         return {method.needs.statistics for method in self.methods if method.needs.statistics}
 
     @property
@@ -160,7 +156,7 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class RouteWay:
+class RouteWay(Way):
     """One way to choose among the experts of a kind by the input; the `fallback` takes what the router rejects.
 
     It chooses among the small experts `of` another way, if there is one.
@@ -170,11 +166,10 @@ class RouteWay:
     router: object
     fallback: Merge | None = None
     of: Apart | None = None
-    tune: ClassVar[None] = None
     kept_as: ClassVar[str] = "route"
 
     @classmethod
-    def read(cls, entry: Facts, before: Mapping[str, "Way"]) -> "RouteWay":
+    def read(cls, entry: Facts, before: Mapping[str, Way]) -> "RouteWay":
         router = make("`merges=`", Router, entry["route"])
         check_fallback(router, entry.get("fallback"))
         fallback = _earlier("fallback", entry, Merge, "a merge", before)
@@ -187,8 +182,7 @@ class RouteWay:
         return cls(entry.get("name", name), entry["route"], fallback, of)
 
     @property
-    def statistics(self) -> set[str]:
-        """The kinds of statistics of the experts' data that it needs."""
+    def statistics(self) -> Set[str]:
         needs = make("`merges=`", Router, self.router).needs
         needed = {needs} if needs else set()
         return needed | self.fallback.statistics if self.fallback else needed
@@ -225,20 +219,14 @@ class RouteWay:
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class Ensemble(Way):
     """One way to average what the experts of a kind predict, by a `mean` as for `ensembled`."""
 
     name: str
     mean: Mean
-    tune: ClassVar[None] = None
-    fallback: ClassVar[None] = None
-    of: ClassVar[None] = None
-    statistics: ClassVar[frozenset[str]] = frozenset()
-    together: ClassVar[bool] = False
-    kept_as: ClassVar[str] = "merge"
 
     @classmethod
-    def read(cls, entry: Facts, before: Mapping[str, "Way"]) -> "Ensemble":
+    def read(cls, entry: Facts, before: Mapping[str, Way]) -> "Ensemble":
         mean = entry["ensemble"]
         if mean not in MEANS:
             near = did_you_mean(mean, MEANS)
@@ -252,9 +240,6 @@ class Ensemble:
         put = partial(ensembled, experts=experts, mean=self.mean, check=False)
         yield CombinedGroup(experts, {"mean": self.mean}, put)
 
-
-Way = Merge | RouteWay | Ensemble | Apart
-"""One way to combine the experts of a kind, or to keep them apart."""
 
 WayType = TypeVar("WayType", Merge, Apart)
 

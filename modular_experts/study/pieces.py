@@ -18,7 +18,8 @@ from modular_experts.library.result_key import result_key, texts_in
 from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.reports.json_lines import Key, key_text
 from modular_experts.reports.results import Facts
-from modular_experts.study.merges import Way, choose, combine_and_test
+from modular_experts.study.apart import Way
+from modular_experts.study.merges import choose, combine_and_test
 from modular_experts.study.piece import Piece
 from modular_experts.study.plan import BASE, Study, groups
 from modular_experts.study.short_forms import stored_in

@@ -210,7 +210,7 @@ def run_study(
 
         def failed(piece: Piece, error: BaseException) -> None:
             trace = "".join(traceback.format_exception(error))
-            lines[piece.key] = {"failed": sentence_of(error), "trace": trace}
+            lines[piece.key] = {"failed": failure_text(error), "trace": trace}
 
         run(todo, lines, pool, show, failed)
     after = state_of(pieces, lines)
@@ -241,7 +241,7 @@ def _bytes_each(study: Study, out: Path) -> int:
     return max(pair, *(training_bytes(of_seed, out, configs) for configs in kinds))
 
 
-def sentence_of(error: BaseException) -> str:
+def failure_text(error: BaseException) -> str:
     """Return an error as the table shows it: in one line, with its type where that tells more than its words."""
     if isinstance(error, BrokenProcessPool):
         return "its process was killed, perhaps for lack of memory; smaller batches or fewer `processes=` take less"
