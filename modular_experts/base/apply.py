@@ -27,8 +27,8 @@ from modular_experts.library import (
     parent_ids,
 )
 from modular_experts.library.compatibility import check_mergeable
-from modular_experts.library.expert import stored_in
-from modular_experts.progress import Counted, Progress
+from modular_experts.library.expert import stored_experts_of
+from modular_experts.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def check_shapes(model: nn.Module | Structure, experts: Sequence[Mapping[str, De
 
 
 @torch.no_grad()
-def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progress: Progress = iter) -> None:
+def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
     """Add the sum of experts to a model in place: taken in float32, rounded once to the dtype of each weight.
 
     Args:
@@ -105,7 +105,7 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
             f"{quantised[0]} is quantised, so a delta cannot be written into it; injection.attach.attached adds it "
             "beside the weight"
         )
-    for name in progress(Counted(sorted({name for expert in experts for name in expert}), "weights")):
+    for name in sorted({name for expert in experts for name in expert}):
         weight = weight_of(model, name)
         delta = add([expert[name] for expert in experts if name in expert])
         delta.to(weight.device).add_to(weight)
@@ -178,7 +178,7 @@ def applied(
             has been added then.
     """
     opened = open_several(experts)
-    check_mergeable(stored_in(opened))
+    check_mergeable(stored_experts_of(opened))
     if check:
         check_loaded(model, opened)
     moved = {name for expert in opened for name in expert}
@@ -210,7 +210,7 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
     Raises:
         ValueError: A weight of the model, which has no experts injected yet, differs from the experts' base.
     """
-    stored = stored_in(experts)
+    stored = stored_experts_of(experts)
     if not stored:
         return
     recorded = common_base(stored)

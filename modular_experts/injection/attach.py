@@ -23,7 +23,7 @@ from modular_experts.injection.routed import Injected, Routed, moved_sites, rout
 from modular_experts.library import Library, StoredExpert
 from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.library.described import find_class, rebuild, settings, short_name
-from modular_experts.library.expert import stored_in
+from modular_experts.library.expert import stored_experts_of
 from modular_experts.routing.gates import Selection
 from modular_experts.routing.router import Router
 from modular_experts.text import did_you_mean
@@ -109,7 +109,7 @@ def _route_into(model: nn.Module, route: StoredExpert, on_top: Sequence[Mapping[
 
 def beside(model: nn.Module, experts: Sequence[Mapping[str, Delta]], check: bool = True) -> Routed:
     """Add the sum of experts to the outputs of quantised layers, whose weights cannot take it."""
-    check_mergeable(stored_in(experts))
+    check_mergeable(stored_experts_of(experts))
     if check:
         check_loaded(model, experts)
     names = dict.fromkeys(name for expert in experts for name in expert)

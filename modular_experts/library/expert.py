@@ -364,7 +364,7 @@ def _read_table(file: Path) -> tuple[Table, MappedTensors]:
     return table, tensors
 
 
-def stored_in(vectors: Iterable[Mapping[str, Delta]]) -> list[StoredExpert]:
+def stored_experts_of(vectors: Iterable[Mapping[str, Delta]]) -> list[StoredExpert]:
     """Return the stored experts that task vectors are made of, each once; other mappings are made of none."""
     experts: dict[Path, StoredExpert] = {}
     for vector in vectors:

@@ -27,7 +27,7 @@ from modular_experts.library import (
     write_expert,
 )
 from modular_experts.library.described import describe
-from modular_experts.library.expert import stored_in
+from modular_experts.library.expert import stored_experts_of
 from modular_experts.library.form import Form
 from modular_experts.library.record import MERGE, RECORD_FILE, Facts, Record
 from modular_experts.library.result_key import result_key
@@ -62,7 +62,7 @@ class Merged(TaskVector):
     ) -> None:
         _keep_freed_memory()
         self.experts = open_experts(experts, skip=skip)
-        self.stored = stored_in(self.experts)
+        self.stored = stored_experts_of(self.experts)
         if not self.stored:
             raise ValueError("no task vector comes from a stored expert, so the base is unknown; store one of them")
         adopt_smaller(self.stored)
@@ -254,7 +254,7 @@ def write_merged(
             left[path] = (name, deltas)
     by_title = {expert.title: expert for expert in merged.experts}
     for path, (name, deltas) in left.items():
-        tasks = dict.fromkeys(task for expert in stored_in([by_title[name]]) for task in expert.record["tasks"])
+        tasks = dict.fromkeys(task for expert in stored_experts_of([by_title[name]]) for task in expert.record["tasks"])
         own_record = record | {"tasks": list(tasks), "key": key}
         write(path, _Cut(deltas, form), own_record, key=f"{key}/{path.name}")
 
