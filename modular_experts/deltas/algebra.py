@@ -161,14 +161,15 @@ def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
 # Random entries of a (6144, 2048) weight, whose first singular values lie within 1 %, take 61.
 _BLOCK = 4
 _STEPS = 300
+_CLOSE = 1e-8
 
 
-def top_direction(delta: Delta, tolerance: float = 1e-8) -> tuple[Tensor, float]:
+def top_direction(delta: Delta) -> tuple[Tensor, float]:
     """Return the right singular vector v `(in,)` of the largest singular value s, float64, and s.
 
     The sign of v is arbitrary. It is the first eigenvector of `d^T d`, found from a fixed start by LOBPCG (Knyazev
     2001): a step takes the best vectors (Rayleigh-Ritz) of the span of a block, of its residuals and of the block
-    before, until `|d^T d v - s^2 v|` is at most `tolerance` times `s^2`. A delta that takes too many is decomposed.
+    before, until `|d^T d v - s^2 v|` is at most `_CLOSE` times `s^2`. A delta that takes too many is decomposed.
     One that moves nothing gives zeros.
     """
     wide = delta.to(dtype=torch.float64)
@@ -186,7 +187,7 @@ def top_direction(delta: Delta, tolerance: float = 1e-8) -> tuple[Tensor, float]
         if square <= 0:
             return torch.zeros_like(block[:, -1]), 0.0
         residuals = image @ turns - squares * block
-        if residuals[:, -1].norm() <= tolerance * square:
+        if residuals[:, -1].norm() <= _CLOSE * square:
             return block[:, -1], square.sqrt().item()
         span = torch.cat([block, residuals, before], 1)
         before = block

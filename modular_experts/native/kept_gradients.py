@@ -99,6 +99,7 @@ def _call(function: str, x: Tensor, grad: Tensor, *arguments: int) -> None:
     assert kernels is not None, "call available() first"
     if not computes(x.dtype):
         raise ValueError(f"the native kernels compute in float32 and bfloat16, not in {x.dtype}; use another backend")
-    x, grad = contiguous_rows(x), contiguous_rows(grad.to(x.dtype))
+    x = contiguous_rows(x)
+    grad = contiguous_rows(grad.to(x.dtype))
     inputs = (x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), x.dtype == torch.bfloat16)
     getattr(kernels, function)(*inputs, *x.shape, grad.shape[1], *arguments, torch.get_num_threads())

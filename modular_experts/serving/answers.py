@@ -27,13 +27,17 @@ class AnswerPart(NamedTuple):
     finish: str | None = None
 
 
+Parts = AsyncGenerator[AnswerPart, None]
+"""The parts of an answer as they come; who leaves them early closes them, which ends the answer."""
+
+
 @dataclass
 class Answer:
     """An answer that is about to be written: close its `parts` to end it; `tokens` counts those that are written."""
 
     choice: ChosenExperts
     prompt_tokens: int
-    parts: AsyncGenerator[AnswerPart, None] = field(init=False)
+    parts: Parts = field(init=False)
     tokens: int = 0
 
     @property
@@ -95,7 +99,7 @@ class Answerer:
         stops: Sequence[str],
         ends: Sequence[int],
         before: list[int],
-    ) -> AsyncGenerator[AnswerPart, None]:
+    ) -> Parts:
         """Yield the parts of an answer; a stop text ends it, and is left out.
 
         It goes on with the text of the tokens `before`; without them, it has no white space at its start.

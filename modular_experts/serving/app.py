@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modular_experts.serving.answers import Answer, Answerer, AnswerPart
+from modular_experts.serving.answers import Answer, Answerer, AnswerPart, Parts
 from modular_experts.serving.engine import Engine, EngineError
 from modular_experts.serving.models import AUTO, BASE, Listed, UnknownModelError
 from modular_experts.serving.requests import ChatRequest, CompletionRequest, Json, sentence
@@ -168,11 +168,7 @@ class _Server:
         return {"index": 0, **body.in_field(part.text, is_part), "finish_reason": part.finish, "logprobs": logprobs}
 
     async def _events(
-        self,
-        body: ChatRequest | CompletionRequest,
-        head: Json,
-        answer: Answer,
-        parts: AsyncGenerator[AnswerPart, None],
+        self, body: ChatRequest | CompletionRequest, head: Json, answer: Answer, parts: Parts
     ) -> AsyncGenerator[str, None]:
         """Yield an answer as server-sent events."""
         try:
@@ -188,7 +184,7 @@ class _Server:
         except HTTPException as error:
             yield _event(error.detail)
 
-    async def _measured(self, id: str, answer: Answer, started: float) -> AsyncGenerator[AnswerPart, None]:
+    async def _measured(self, id: str, answer: Answer, started: float) -> Parts:
         """Yield the parts of an answer until its time is over, and count them."""
         deadline = asyncio.get_running_loop().time() + self.limits.seconds - (time.monotonic() - started)
         text = ""
@@ -319,7 +315,7 @@ class Guard:
         return None
 
 
-async def _joined(parts: AsyncGenerator[AnswerPart, None]) -> AnswerPart:
+async def _joined(parts: Parts) -> AnswerPart:
     async with aclosing(parts):
         written = [part async for part in parts]
     text = "".join(part.text for part in written)

@@ -8,30 +8,30 @@ from modular_experts.data.chat import prompt_text
 from modular_experts.library import StoredExpert
 from modular_experts.library.state import Prompt
 
+MOST = 6
+"""How many prompts the page offers at most."""
 MOST_CHARACTERS = 200
 """The longest prompt that the page offers."""
 LOOKED_AT = 32
 """How many kept inputs of a task are read to find a short one."""
 
 
-def sample_prompts(
-    experts: Iterable[StoredExpert], tokenizer: PreTrainedTokenizerBase, most: int = 6
-) -> dict[str, str]:
-    """Return a short prompt of each task whose inputs an expert keeps (`keep_inputs=`), at most `most`, by task.
+def sample_prompts(experts: Iterable[StoredExpert], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return a short prompt of each task whose inputs an expert keeps (`keep_inputs=`), at most `MOST`, by task.
 
     A prompt of a chat comes without its template, so that a person can send it as a message.
     """
     template = _around_message(tokenizer)
     samples: dict[str, str] = {}
     for expert in experts:
-        if len(samples) >= most:
+        if len(samples) >= MOST:
             break
         for task, prompts in expert.inputs().items():
             texts = (_text(prompt, tokenizer, template) for prompt in prompts[:LOOKED_AT])
             short = next((text for text in texts if text and len(text) <= MOST_CHARACTERS), None)
             if short is not None:
                 samples.setdefault(task, short)
-    return dict(list(samples.items())[:most])
+    return dict(list(samples.items())[:MOST])
 
 
 def _around_message(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
