@@ -69,6 +69,7 @@ class ExamplesKey(NamedTuple):
         limit: `eval_limit`, which leaves training rows alone; None for these.
         longest: The most tokens of a row.
         learns_choices: Whether training rows carry their choices.
+        chat_template: Whether inputs go through the chat template.
     """
 
     task: str
@@ -76,6 +77,7 @@ class ExamplesKey(NamedTuple):
     limit: int | None
     longest: int
     learns_choices: bool
+    chat_template: bool
 
 
 class TaskExamples(NamedTuple):
@@ -182,7 +184,8 @@ class TokenisedTasks(DataSource):
     def only(self, names: Sequence[str]) -> Self:
         """Return the mixture of some of the tasks, in the given order.
 
-        Both mixtures share the rows that either has read and tokenised, so change no setting of one but `eval_limit`.
+        Both mixtures share the rows that either has read and tokenised, so change no setting of one but `eval_limit`
+        and `chat_template`.
         """
         by_name = {task.name: task for task in self.tasks}
         part = copy.copy(self)
@@ -323,7 +326,7 @@ class TokenisedTasks(DataSource):
         raise_for_bad_rows(problems)
 
     def _key(self, task: str, kind: str) -> ExamplesKey:
-        return ExamplesKey(task, kind, self._limit(kind), self.longest, self._learns_choices)
+        return ExamplesKey(task, kind, self._limit(kind), self.longest, self._learns_choices, self.chat_template)
 
     def _limit(self, kind: str) -> int | None:
         return None if "train" in kind else self.eval_limit

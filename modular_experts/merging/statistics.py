@@ -1,10 +1,11 @@
 """Take statistics of experts on rows of the tasks they were trained on, and store them beside the experts."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.device import device
-from modular_experts.data import Batch, TaskMixture
+from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
 from modular_experts.evaluation import answered
@@ -29,6 +30,8 @@ from modular_experts.merging.objective import ValidationRows
 from modular_experts.methods.method import DataStatistic
 from modular_experts.progress import Counted, Progress
 from modular_experts.routing.prompts import prompt_grams, prompt_vectors
+
+log = logging.getLogger(__name__)
 
 KINDS = ("fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts")
 ROWS = 256
@@ -163,24 +166,27 @@ def take_statistics(
         reading = _Reading(mixture, ["train", "validation"], False, asked.rows)
     else:
         reading = _Reading(mixture, ["validation"], labels == "rows", asked.rows)
+    readings = [reading.as_trained(expert) for expert in opened]
     # What is refused is refused before the base is loaded.
-    for expert in opened:
-        reading.examples_of(expert)
+    for expert, own in zip(opened, readings, strict=True):
+        own.examples_of(expert)
     model: Any = base.load(asked.dtype or "float32")
-    mixture.fit_context(context_length(model))
-    examples = [reading.examples_of(expert) for expert in opened]
+    examples = []
+    for expert, own in zip(opened, readings, strict=True):
+        own.data.fit_context(context_length(model))
+        examples.append(own.examples_of(expert))
     model.to(device())
     facts: Record = {"split": "kept inputs" if asked.data is None else " and ".join(reading.splits)}
     facts["max_length"] = mixture.max_length
     if labels == "experts":
         facts["labels"] = labels
         examples = _answered(model, opened, examples, mixture, asked.max_new_tokens)
-    batches = [batches_by_length(own, mixture) for own in examples]
+    batches = [batches_by_length(rows, mixture) for rows in examples]
     stored = []
     measured = _measured(kind, model, opened, batches, steps, depths, progress)
-    for expert, own, statistics in zip(opened, examples, measured, strict=True):
-        tasks = Counter(row.task for row in own)
-        tokens = sum(len(row.tokens.ids) for row in own)
+    for expert, rows, statistics in zip(opened, examples, measured, strict=True):
+        tasks = Counter(row.task for row in rows)
+        tokens = sum(len(row.tokens.ids) for row in rows)
         among = opened if kind == "merged_gram" else ()
         written = {**facts, "tokens": tokens}
         stored.append(write_statistics(expert, kind, statistics.items(), tasks, written, among, overwrite))
@@ -262,6 +268,29 @@ class _Reading(NamedTuple):
     splits: list[str]
     targets: bool
     rows: int
+
+    def as_trained(self, expert: StoredExpert) -> Self:
+        """Return the reading with or without the chat template, as in the expert's training by its record.
+
+        A router compares a prompt with an expert's prompts in that expert's own form.
+        """
+        training = expert.record.get("training") or {}
+        if isinstance(self.data, Inputs) or "chat_template" not in training:
+            return self
+        is_chat = training["chat_template"] is not None
+        if is_chat == self.data.chat_template:
+            return self
+        own = [task for task in self.data.tasks if task.name in expert.record["tasks"]]
+        # Conversations go through the template whatever the setting, and a tokenizer may have none.
+        if any(row.messages for task in own for row in task.read(targets=False)[0][:1]):
+            return self
+        if self.data.row_tokenizer().tokenizer.chat_template is None:
+            return self
+        how = "through the chat template" if is_chat else "without the chat template"
+        log.warning("%s is measured on rows that are read %s, as in its training", expert.name, how)
+        data = self.data.only(list(self.data.roles))
+        data.chat_template = is_chat
+        return self._replace(data=data)
 
     def examples_of(self, expert: StoredExpert) -> list[Example]:
         """Return rows of the tasks that an expert was trained on, task after task."""

@@ -21,6 +21,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.evaluation.gram import gram, merged_grams
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merging.fisher_information import fisher
+from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.statistics import take_statistics
 
 NAMES = ("embed_tokens", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "norm")
@@ -287,3 +288,29 @@ def test_statistics_of_the_answers_of_each_expert_read_no_targets(place):
     torch.testing.assert_close(found[f"{LINEAR[0]}.weight"].values, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
     assert found.facts["tasks"] == {"upper": len(answered)}
     assert found.facts["data"]["labels"] == "experts"
+
+
+def test_each_expert_is_measured_on_rows_in_the_form_of_its_training(place, tiny_llama_dir, caplog):
+    shutil.copytree(tiny_llama_dir, "chats")
+    tokenizer = Base.open("chats").tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    tokenizer.save_pretrained("chats")
+    for path, template in zip(EXPERTS, ("a" * 64, None), strict=True):
+        expert = open_expert(path)
+        write_expert(path, dict(expert), expert.record | {"training": {"chat_template": template}}, overwrite=True)
+
+    def taken(experts, **settings):
+        data = ValidationRows(TaskMixture(TASKS, **settings), base="chats")
+        return [found["n-grams"].values for found in take_statistics(experts, "prompts", data, overwrite=True)]
+
+    plain = taken(EXPERTS)
+    assert [message.split(" is measured")[0] for message in caplog.messages] == ["upper"]
+    chat = taken(EXPERTS, chat_template=True)
+    assert all(map(torch.equal, plain, chat))
+    assert torch.equal(taken(EXPERTS[:1], chat_template=True)[0], plain[0])
+    assert torch.equal(taken(EXPERTS[1:])[0], plain[1])
+    for path in EXPERTS:
+        expert = open_expert(path)
+        write_expert(path, dict(expert), expert.record | {"training": {}}, overwrite=True)
+    for found, other, own in zip(taken(EXPERTS), taken(EXPERTS, chat_template=True), plain, strict=True):
+        assert torch.equal(found, own) != torch.equal(other, own)
