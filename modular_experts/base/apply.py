@@ -216,13 +216,12 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
     recorded = common_base(stored)
     base = None
     for place in dict.fromkeys([str(getattr(model, "name_or_path", "")), find_base(stored)]):
+        if base is not None or not place:
+            continue
         with suppress(OSError, ValueError):
-            recorded_base = Base(place, fetch(place, recorded.get("revision"), local_only=True)) if place else None
-            base = (
-                recorded_base
-                if base is None and recorded_base and recorded_base.fingerprint == recorded["fingerprint"]
-                else base
-            )
+            local = Base(place, fetch(place, recorded.get("revision"), local_only=True))
+            if local.fingerprint == recorded["fingerprint"]:
+                base = local
     if base is None:
         text = "the base of %s (%s) is not on this machine, so the model's weights were not compared with it"
         log.warning(text, stored[0].name, recorded.get("id"))

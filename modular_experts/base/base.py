@@ -116,12 +116,12 @@ class Base:
             base = cls(str(place), fetch(place, revision), revision, quantise)
         base.adopt(experts)
         # An untied copy of a tied base that stores its head has the fingerprint of this.
-        unsure = [
-            expert
-            for expert in experts
-            if (recorded := expert.record["base"])["fingerprint"] != base.fingerprint
-            or ("untied" not in recorded and any(block_of(name) is None for name in expert))
-        ]
+        unsure = []
+        for expert in experts:
+            recorded = expert.record["base"]
+            moves_head = "untied" not in recorded and any(block_of(name) is None for name in expert)
+            if moves_head or recorded["fingerprint"] != base.fingerprint:
+                unsure.append(expert)
         check_fingerprint(unsure, base.fingerprint, base.place, base.untied_from if unsure else None)
         return base
 
@@ -293,7 +293,11 @@ class Base:
 
         Weights that only transformers can put together are left out.
         """
-        keys = {name: key for name in names if (key := self.stored_name(name)) is not None}
+        keys: dict[str, str] = {}
+        for name in names:
+            stored_as = self.stored_name(name)
+            if stored_as is not None:
+                keys[name] = stored_as
         # One file is open at a time, as a checkpoint may have more than a process may open.
         for file in sorted({self._files[key] for key in keys.values()}):
             tensors = MappedTensors(file)

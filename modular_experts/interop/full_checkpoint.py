@@ -59,7 +59,8 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
         self.same = 0
         ours = base.structure
         theirs = tuned.structure
-        self.tied = {name: twins for name in ours.weights if len(twins := ours.twins(name)) > 1}
+        names = {name: ours.twins(name) for name in ours.weights}
+        self.tied = {name: twins for name, twins in names.items() if len(twins) > 1}
         check_same_model(theirs, ours)
         unknown = [key for key in self._tuned.unclaimed() - self._base.unclaimed() if not theirs.is_unused(key)]
         if unknown:

@@ -37,7 +37,10 @@ def trust(*named: str | type | ModuleType) -> None:
         ValueError: There is no such module or class.
     """
     for item in named:
-        path = item if isinstance(item, str) else class_path(item) if isinstance(item, type) else item.__name__
+        if isinstance(item, type):
+            _TRUSTED[class_path(item)] = item
+            continue
+        path = item if isinstance(item, str) else item.__name__
         try:
             _TRUSTED[path] = pkgutil.resolve_name(path) if isinstance(item, str) else item
         except (ImportError, AttributeError, ValueError) as error:
@@ -118,7 +121,10 @@ def _candidates(path: str, rooms: Collection[str]) -> Iterator[Any]:
         for home in sorted(homes, key=lambda thing: (thing != module, thing.rpartition(".")[0] not in rooms)):
             yield getattr(importlib.import_module(home), name)
     for thing in _TRUSTED.values():
-        yield getattr(thing, name, None) if isinstance(thing, ModuleType) else thing if thing.__name__ == name else None
+        if isinstance(thing, ModuleType):
+            yield getattr(thing, name, None)
+        elif thing.__name__ == name:
+            yield thing
 
 
 @cache

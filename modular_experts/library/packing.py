@@ -276,7 +276,9 @@ def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
             return numbers, None
         torch.add(here, 8 * _PART * part, out=numbers[count_so_far : count_so_far + here.numel()])
         count_so_far += here.numel()
-    return numbers, (None if count_so_far < count else int(numbers[-1]) if count else -1)
+    if count_so_far < count:
+        return numbers, None
+    return numbers, int(numbers[-1]) if count else -1
 
 
 def _from_rice(rice: Tensor, count: int) -> tuple[Tensor, int | None]:

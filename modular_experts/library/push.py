@@ -101,27 +101,33 @@ def push(
         )
     _check_routes(repository, entries, [opened[name] for name in replaced])
     new = {path: file for path, file in files.items() if _is_extra(path) or path.split("/")[0] not in present}
-    owned = {f"{name}/{file}" for name in opened if name not in present for file in (DELTA_FILE, STATE_FILE)}
-    removed = [
-        path
-        for path in repository.files
-        if (path in owned or (_is_extra(path) and path.split("/")[0] in replaced)) and path not in new
-    ]
+    removed = []
+    for path in repository.files:
+        name, _, file = path.partition("/")
+        is_old = name in opened and name not in present and file in (DELTA_FILE, STATE_FILE)
+        if (is_old or (name in replaced and _is_extra(path))) and path not in new:
+            removed.append(path)
     kept = files.keys() | (repository.files.keys() - {*removed})
     for expert in opened.values():
         has_inputs = f"{expert.name}/{INPUTS_FILE}" in kept
         entries.append(CardEntry(expert.name, expert.record, expert.size_on_disk, inputs=has_inputs))
     if reached:
-        on_hub = cache(is_hub_model)
-        bases = [str(entry.record["base"].get("id")) for entry in entries]
-        entries = [
-            replace(entry, hub_base=base if on_hub(base) else None) for entry, base in zip(entries, bases, strict=True)
-        ]
+        entries = _with_hub_bases(entries)
     card = model_card(repo_id, entries, earlier) if is_ours(earlier) else None
     plan = Pushed(new, removed, present, card, f"{HfApi().endpoint}/{repo_id}")
     if dry_run or not (new or removed or card not in (None, earlier)):
         return plan
     return _commit(repository, plan, private)
+
+
+def _with_hub_bases(entries: Sequence[CardEntry]) -> list[CardEntry]:
+    """Return the entries of a card with their base where the hub has it."""
+    on_hub = cache(is_hub_model)
+    known = []
+    for entry in entries:
+        base = str(entry.record["base"].get("id"))
+        known.append(replace(entry, hub_base=base if on_hub(base) else None))
+    return known
 
 
 def _is_extra(path: str) -> bool:

@@ -64,7 +64,8 @@ def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     # The macros that a compiler defines give its version and every feature of the processor, but not every flag.
     defined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
     included = re.findall(r'^#include "(.+)"', source.read_text(encoding="utf-8"), re.MULTILINE)
-    sources = [file.read_bytes() for file in (source, *(source.parent / name for name in included))]
+    files = [source, *(source.parent / name for name in included)]
+    sources = [file.read_bytes() for file in files]
     parts = [*map(str.encode, (compiler, *flags)), defined, *sources]
     key = hashlib.sha256(b" ".join(parts)).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -140,7 +140,9 @@ class HeldExperts:
         # `own` experts.
         if self.nbytes + size > self.most and sum(slot.users for slot in self._slots.values()) > own:
             raise NoRoomError
-        if missing := [site for name in expert if (site := self._sites[name]).weight not in self._mixtures]:
+        moved = [self._sites[name] for name in expert]
+        missing = [site for site in moved if site.weight not in self._mixtures]
+        if missing:
             self._equip(missing)
         taken = {slot.number for slot in self._slots.values()}
         slot = Slot(next(number for number in range(len(taken) + 1) if number not in taken), expert)

@@ -284,7 +284,13 @@ def layer_shares(names: Iterable[str], layers: int | None = None) -> dict[str, f
     count = 1 + max((depth for depth in depths.values() if depth is not None), default=-1)
     if layers not in (None, count):
         raise ValueError(f"the layer_range ends at {layers}, and the models have {count} layers; give all of them")
-    return {name: 0.0 if depth is None else depth / (count - 1) if count > 1 else 1.0 for name, depth in depths.items()}
+    shares = {}
+    for name, depth in depths.items():
+        if depth is None:
+            shares[name] = 0.0
+        else:
+            shares[name] = depth / (count - 1) if count > 1 else 1.0
+    return shares
 
 
 def _wide(stored: Tensor) -> torch.dtype:

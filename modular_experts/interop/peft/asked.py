@@ -294,9 +294,11 @@ def _configuration(files: AdapterFiles) -> "PeftConfig":
 def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str) and value:
         yield value
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    for part in parts:
-        yield from _texts(part)
+    elif isinstance(value, dict):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
 
 
 def _layers(tuned: "PeftModel", base: Base) -> Iterator[tuple[str, Any]]:

@@ -103,7 +103,10 @@ class LoraFormat(PeftFormat):
             return self
         names = list(names)
         largest = self.steps[-1]
-        held = max(delta.rank if isinstance(delta := expert[name], LowRank) else largest + 1 for name in names)
+        held = 0
+        for name in names:
+            delta = expert[name]
+            held = max(held, delta.rank if isinstance(delta, LowRank) else largest + 1)
         if held <= largest:
             return replace(self, rank=next(step for step in self.steps if step >= held))
         kept = torch.zeros(largest, dtype=torch.float64)
@@ -247,12 +250,17 @@ class ShiraFormat(_SparseFormat):
     peft_type = "SHIRA"
 
     def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> "ShiraFormat":
-        kept = [(name, _as_sparse(name, delta := expert[name]).support_size, delta.shape) for name in names]
-        r = max(1, *(math.ceil(entries / sum(shape)) for _, entries, shape in kept))
-        for name, _, shape in kept:
-            if r * sum(shape) > shape.numel():
+        r = 1
+        shapes: dict[str, torch.Size] = {}
+        for name in names:
+            delta = _as_sparse(name, expert[name])
+            shapes[name] = delta.shape
+            r = max(r, math.ceil(delta.support_size / sum(delta.shape)))
+        for name, shape in shapes.items():
+            entries = r * sum(shape)
+            if entries > shape.numel():
                 raise ValueError(
-                    f"SHiRA would need r={r} for all modules, which is {r * sum(shape)} entries of {name}, and it has "
+                    f"SHiRA would need r={r} for all modules, which is {entries} entries of {name}, and it has "
                     f"only {shape.numel()}; export it as supertuning"
                 )
         return replace(self, _r=r)
@@ -277,7 +285,10 @@ class SupertuningFormat(_SparseFormat):
     peft_type = "SUPERTUNING"
 
     def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> "SupertuningFormat":
-        kept = [(max(_as_sparse(name, delta := expert[name]).support_size, 1), delta.shape) for name in names]
+        kept = []
+        for name in names:
+            delta = _as_sparse(name, expert[name])
+            kept.append((max(delta.support_size, 1), delta.shape))
         sparsity = 1.0 - max(entries / shape.numel() for entries, shape in kept)
         fitted = replace(self, _sparsity=sparsity)
         while any(fitted.entries(shape) < entries for entries, shape in kept):  # rounding has cost an entry
