@@ -21,7 +21,7 @@ from modular_experts.library.record import Facts, Record
 from modular_experts.text import did_you_mean
 
 _PACKAGE = modular_experts.__name__
-_TRUSTED: dict[str, Any] = {}
+_TRUSTED: dict[str, type | ModuleType] = {}
 
 
 def trust(*named: str | type | ModuleType) -> None:
@@ -104,7 +104,7 @@ def find_class(path: str, *contracts: type, owner: str = "the record") -> Any:
     )
 
 
-def _candidates(path: str, rooms: Collection[str]) -> Iterator[Any]:
+def _candidates(path: str, rooms: Collection[str]) -> Iterator[object]:
     """Yield what a record may mean: what the user trusts at this path, then classes of this package, and then what the
     user trusts of this name, because a module moves.
     """

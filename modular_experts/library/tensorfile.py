@@ -177,7 +177,7 @@ def file_hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def open_tensors(file: Path) -> Any:
+def open_tensors(file: Path) -> safe_open:
     """Open a safetensors file, and so check its header; raise ValueError if it is not a whole safetensors file."""
     try:
         return safe_open(file, framework="pt")
@@ -207,5 +207,4 @@ def damaged(file: Path, reason: str) -> ValueError:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor on the CPU, without a copy."""
-    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(content)
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
