@@ -342,8 +342,7 @@ def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> Fa
 def combine_and_test(study: Study, out: Path, way: Way, group: Group, chosen: Facts | None = None) -> Facts:
     """Combine a group of experts in one way, and test the result."""
     started = time.perf_counter()
-    # The lines of an older version do not have it.
-    made_of: dict[str, str] = dict(chosen.get("made_of", {})) if chosen else {}
+    made_of: dict[str, str] = dict(chosen["made_of"]) if chosen else {}
     made_of |= hashes(group.experts(study, out))
     with way.combined(study, out, group, chosen) as combined:
         seconds = time.perf_counter() - started

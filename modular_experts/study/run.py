@@ -22,7 +22,7 @@ from modular_experts.base.device import cores, free_memory
 from modular_experts.base.files import read_layouts
 from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked, remove_leftovers
-from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, read_record
+from modular_experts.library.record import RECORD_FILE, read_record
 from modular_experts.reports.json_lines import JSONLines, Key
 from modular_experts.reports.results import Facts
 from modular_experts.study.piece import Piece
@@ -59,7 +59,7 @@ class Lines(JSONLines):
         if result is None or "failed" in result:
             return False
         expert = result.get("expert")
-        made_of: Mapping[str, str] = result.get("made_of") or self._parents_of(expert)
+        made_of: Mapping[str, str] = result.get("made_of", {})
         if any(self._hash_of(name) not in (None, content_hash) for name, content_hash in made_of.items()):
             return False
         return self._is_there(expert) and all((self.library / file).exists() for file in result.get("files", ()))
@@ -76,18 +76,6 @@ class Lines(JSONLines):
             return open_expert(self.library / expert["name"]).content_hash == str(expert["content_hash"])
         except (OSError, ValueError):
             return False
-
-    def _parents_of(self, expert: Facts | None) -> dict[str, str]:
-        """Return what an expert was made of, which the lines of an older version do not tell."""
-        if expert is None:
-            return {}
-        try:
-            record: Facts = read_record(self.library / expert["name"] / RECORD_FILE)
-        except (OSError, ValueError):
-            return {}
-        if record["kind"] not in (MERGE, ROUTED):
-            return {}
-        return {parent["name"]: parent["content_hash"] for parent in record["parents"]}
 
     def _hash_of(self, name: str) -> str | None:
         try:

@@ -343,13 +343,6 @@ def test_an_expert_that_comes_out_otherwise_redoes_what_was_made_of_it(settings,
     parents = {one["name"]: one["content_hash"] for one in library["merge-lora-SparseAverage"].record["parents"]}
     assert parents["lora-upper"] == library["lora-upper"].content_hash
     assert redone(settings) == []
-    # An older version's lines do not say what they were made of, and the record of a merge does.
-    older = [line | {"result": {k: v for k, v in line["result"].items() if k != "made_of"}} for line in lines()]
-    write_rows(Path("runs/mine/pieces.jsonl"), older)
-    assert redone(settings) == []
-    shutil.rmtree("runs/mine/library/lora-upper")
-    monkeypatch.setattr(work, "training_settings", lambda *given: [*trained(*given), {"seed_everything": 8}])
-    assert redone(settings) == ["experts lora upper 0", "merges lora SparseAverage 4 0 0", "merges lora tuned 4 0 0"]
 
 
 def test_a_failing_piece_fails_alone_and_is_tried_again_with_retry(settings, capsys) -> None:
