@@ -11,6 +11,7 @@ from typing import Any
 from modular_experts.base import Base, DType
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
+from modular_experts.cli.sentences import as_options
 from modular_experts.library import Library
 from modular_experts.study.options import UsageError
 from modular_experts.text import bytes_of
@@ -113,7 +114,7 @@ def serve(
             app = make_app(Answerer(models, engine, tokenizer), limits)
         count = len(models.listed()) - 1
         auto = models.auto or f"not there: {models.why_no_auto}"
-        print(f"{opened.place} with {count} models of {Path(library)}; auto is {auto}")
+        print(as_options(f"{opened.place} with {count} models of {Path(library)}; auto is {auto}"))
         print(f"answers at http://{host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it", flush=True)
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=int(seconds), server_header=False)
         uvicorn.Server(config).run(sockets=[listening])

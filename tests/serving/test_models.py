@@ -13,6 +13,7 @@ from testbed import served
 
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
+from modular_experts.cli.sentences import as_options
 from modular_experts.evaluation.streaming import generate
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, write_expert
@@ -173,7 +174,7 @@ def test_routes_that_cannot_be_served_say_so(routed, tiny_llama_dir) -> None:
         models.find("tokens")
     make(Centroid(), "second")
     assert models.auto is None, "there are two"
-    assert "the routes route, second; choose one, such as `auto=route`" in models.why_no_auto
+    assert as_options(models.why_no_auto).endswith("the routes route, second; choose one, such as --auto route")
     assert models.find("route").members
     # The router knows the expert that was there.
     served.write(tiny_llama_dir, library / "upper", "lora", 9, overwrite=True)
