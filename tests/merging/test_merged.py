@@ -134,12 +134,6 @@ def merge_two(library, out, method=Average(), **settings):  # noqa: B008 - nothi
     return merge([library / "one", library / "two"], method, library / out, **settings)
 
 
-def test_overwrite_replaces_a_merge_even_one_of_its_parents(library):
-    before = open_expert(library / "one").content_hash
-    merge_two(library, "one", overwrite=True)
-    assert open_expert(library / "one").record["parents"][0]["content_hash"] == before
-
-
 def test_patterns_give_weights_methods_of_their_own(library):
     rules = {r"[ab]\.weight": TaskArithmetic(3.0), "c.*": None}
     merged = merge_two(library, "merged", None, per_weight=rules)

@@ -35,24 +35,6 @@ def test_it_is_the_loss_that_measure_gives(tiny_llama_dir, task_files) -> None:
     assert Trial({}, objective.losses()).loss == pytest.approx(plain, rel=1e-5)
 
 
-def test_only_validation_rows_are_taken_and_as_many_as_asked(tiny_llama_dir, task_files) -> None:
-    objective = objective_on(tiny_llama_dir, task_files, eval_limit=3)
-    data = mixture({name: task_files[name] for name in ("upper", "reverse")}, tiny_llama_dir)
-    rows = {name: {split: set() for split in ("train", "validation", "test")} for name in data.roles}
-    for task in data.tasks:
-        for row in task.read()[0]:
-            rows[task.name][row.split].add(row.input)
-    tokenizer = Base.open(tiny_llama_dir).tokenizer()
-    for name, batches in objective.batches.items():
-        prompts = [
-            tokenizer.decode(ids[: int((labels != IGNORED).int().argmax())])
-            for batch in batches
-            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-        ]
-        assert len(prompts) == 3
-        assert {prompt.strip() for prompt in prompts} < rows[name]["validation"]
-
-
 def test_rows_of_a_length_share_a_batch_and_batches_of_all_lengths_alternate(tiny_llama_dir, tmp_path) -> None:
     rows = [{"input": "a " * (40 - length), "target": "b", "split": "validation"} for length in range(24)]
     file = write_rows(tmp_path / "lengths.jsonl", rows)

@@ -204,12 +204,6 @@ def test_bfloat16_sums_are_rounded_once_to_even() -> None:
         torch.testing.assert_close(out.item(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_entries_take_two_bytes_beside_their_values() -> None:
-    delta = make("entries", 0)
-    for dtype, size in ((torch.float32, 6), (torch.bfloat16, 4)):
-        assert Entries.of(delta, dtype).nbytes == size * delta.support_size + 4 * (SHAPE[0] + 1)
-
-
 def test_a_mixture_follows_its_model_to_another_dtype_and_into_copies() -> None:
     gates = CurrentGates(Gates(torch.tensor([[0], [2], [1]]), torch.ones(3, 1)))
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))

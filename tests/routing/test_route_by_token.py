@@ -92,8 +92,6 @@ def test_statistics_trains_the_gates_of_stored_experts(tiny_llama_dir, stored_ex
     assert [open_expert(place).content_hash for place in experts] == before
     (wanted,) = take_statistics(experts[:1], "gates", mixture(task_files, tiny_llama_dir), overwrite=True, steps=2)
     found = {name: wanted[name].values for name in wanted}
-    (longer,) = take_statistics(experts[:1], "gates", mixture(task_files, tiny_llama_dir), overwrite=True, steps=3)
-    assert not any(torch.equal(longer[name].values, found[name]) for name in found)
     assert main(["statistics", experts[0], "--kind", "gates", "--tasks", tasks, "--steps", "2", "--overwrite"]) == 0
     again = open_statistics(open_expert(experts[0]), "gates")
     assert all(torch.equal(again[name].values, found[name]) for name in found)
