@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple, get_args
@@ -86,17 +86,12 @@ class Objective:
         self._judged = judged
         data.fit_context(context_length(model))
         examples = dict(read_validation_rows(data, targets=answered_by is None))
-        reader = data.row_tokenizer()
-        collate = Collator(reader.pad_id, texts=False)
         size = data.eval_batch_size
         if answered_by is not None:
-            asked = replace(collate, texts=True)
             together = max(size, ANSWERED_ROWS)
             for task in progress(Counted(examples, "tasks")):
-                with applied(model, answered_by[task], check=False):
-                    examples[task] = answered(
-                        model, reader.tokenizer, examples[task], asked, together, data.longest, max_new_tokens
-                    )
+                examples[task] = answers_of(answered_by[task], examples[task], model, data, together, max_new_tokens)
+        collate = Collator(data.row_tokenizer().pad_id, texts=False)
         for task, rows in examples.items():
             # Shorter rows first, to save padding.
             ordered = sorted(rows, key=lambda row: len(row.tokens.ids))
@@ -136,7 +131,7 @@ class Objective:
         losses: dict[str, float] = {}
         with applied(self.model, deltas, check=False):
             for task in tasks:
-                total = sum(count_labels(batch) for batch in self.batches[task])
+                total = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in self.batches[task])
                 parts: list[float] = []
                 for batch in self.batches[task]:
                     parts.append(batch_losses(self.model, batch)[0].sum().item())
@@ -147,9 +142,19 @@ class Objective:
         return losses
 
 
-def count_labels(batch: Batch) -> int:
-    """Return how many tokens of a batch are predicted."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+def answers_of(
+    expert: Mapping[str, Delta],
+    rows: Sequence[Example],
+    model: PreTrainedModel,
+    data: TaskMixture,
+    together: int,
+    max_new_tokens: int,
+) -> list[Example]:
+    """Return rows of a mixture with an expert's own answers as targets; some rows are answered together."""
+    reader = data.row_tokenizer()
+    with applied(model, expert, check=False):
+        collate = Collator(reader.pad_id)
+        return answered(model, reader.tokenizer, rows, collate, together, data.longest, max_new_tokens)
 
 
 def read_validation_rows(data: TaskMixture, targets: bool = True) -> dict[str, list[Example]]:

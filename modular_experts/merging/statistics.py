@@ -18,7 +18,6 @@ from modular_experts.base.device import device
 from modular_experts.data import Batch, Inputs, TaskMixture
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
-from modular_experts.evaluation import answered
 from modular_experts.evaluation.gram import gram, merged_grams
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
@@ -26,7 +25,7 @@ from modular_experts.library.record import Record
 from modular_experts.library.statistics import OF_INPUTS, StoredStatistics, check_statistics_targets
 from modular_experts.merging.fisher_information import fisher
 from modular_experts.merging.gate_statistics import train_gates
-from modular_experts.merging.objective import ValidationRows
+from modular_experts.merging.objective import ValidationRows, answers_of
 from modular_experts.methods.method import DataStatistic
 from modular_experts.progress import Counted, Progress
 from modular_experts.routing.prompts import prompt_grams, prompt_vectors
@@ -180,7 +179,9 @@ def take_statistics(
     facts["max_length"] = mixture.max_length
     if labels == "experts":
         facts["labels"] = labels
-        examples = _answered(model, opened, examples, mixture, asked.max_new_tokens)
+        size = mixture.eval_batch_size
+        pairs = zip(opened, examples, strict=True)
+        examples = [answers_of(*pair, model, mixture, size, asked.max_new_tokens) for pair in pairs]
     batches = [batches_by_length(rows, mixture) for rows in examples]
     stored = []
     measured = _measured(kind, model, opened, batches, steps, depths, progress)
@@ -230,24 +231,6 @@ def _measured(
             continue
         with applied(model, expert, check=False):
             yield fisher(model, shown, names) if kind == "fisher" else gram(model, shown, names)
-
-
-def _answered(
-    model: PreTrainedModel,
-    experts: Sequence[StoredExpert],
-    examples: Sequence[list[Example]],
-    data: TaskMixture,
-    tokens: int,
-) -> list[list[Example]]:
-    """Return the rows of each expert with its own answers as targets."""
-    reader = data.row_tokenizer()
-    collate = Collator(reader.pad_id)
-    by_expert = []
-    for expert, own in zip(experts, examples, strict=True):
-        with applied(model, expert, check=False):
-            size = data.eval_batch_size
-            by_expert.append(answered(model, reader.tokenizer, own, collate, size, data.longest, tokens))
-    return by_expert
 
 
 def batches_by_length(examples: Sequence[Example], data: TaskMixture) -> list[Batch]:
