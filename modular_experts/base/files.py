@@ -13,7 +13,7 @@ import torch
 
 from modular_experts.library.atomic import new_file
 from modular_experts.library.record import Facts, Record, package_versions, plain, read_json
-from modular_experts.library.tensorfile import file_hash, open_tensors
+from modular_experts.library.tensorfile import file_hash, open_tensors, tensor_bytes
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 MANIFEST = "modular_experts.json"
@@ -81,8 +81,7 @@ def fingerprint(directory: str | Path, without: str | None = None, rows: Mapping
             for name in {*tensors.keys()} - {without}:
                 tensor = tensors.get_tensor(name)
                 tensor = tensor[: rows[name]] if rows and name in rows else tensor
-                content = tensor.reshape(-1).view(torch.uint8).numpy()
-                table[name] = [list(tensor.shape), hashlib.sha256(content).hexdigest()]
+                table[name] = [list(tensor.shape), hashlib.sha256(tensor_bytes(tensor)).hexdigest()]
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     with suppress(OSError), new_file(note) as temporary:  # a cache that cannot be written costs time and nothing else
         temporary.write_text(digest)

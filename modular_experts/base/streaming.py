@@ -113,13 +113,13 @@ class StreamedSum:
                     write(stored.to(dtype))
                 else:
                     delta = self._deltas[name]
-                    rounded, moved, changed, error, norm = add_rounded(stored, delta, dtype)
-                    losses += (moved, max(0, moved - changed), error, norm)
-                    if not all_finite(rounded):
+                    added = add_rounded(stored, delta, dtype)
+                    losses += (added.moved, max(0, added.moved - added.changed), added.lost, added.norm)
+                    if not all_finite(added.weight):
                         raise ValueError(
                             f"{name} plus its delta is not finite in {dtype}; take a smaller scale, or a wider dtype"
                         )
-                    write(rounded)
+                    write(added.weight)
                 tensors.release(key)  # the pages of the base would else stay until its file is through
                 if name is not None:
                     yield name, delta
