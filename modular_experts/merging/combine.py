@@ -28,7 +28,7 @@ from modular_experts.library.record import RECORD_FILE
 from modular_experts.library.result_key import result_key
 from modular_experts.library.statistics import OF_INPUTS, kinds_of_statistics
 from modular_experts.merging.combine_measure import Measurement, Way, clock
-from modular_experts.merging.combine_plan import WholeProgress, Work, WorkEstimate, WorkPlan
+from modular_experts.merging.combine_plan import WayWork, WholeProgress, Work, WorkEstimate, WorkPlan
 from modular_experts.merging.distill import distill, without_data
 from modular_experts.merging.merged import merge
 from modular_experts.merging.objective import ValidationRows, check_tasks, objective_on_base, own_experts
@@ -265,13 +265,13 @@ class _Combining:
         # Before the measurement loads the base, which would lie in memory twice.
         with whole.part(work.prompts, {"batches": 1 / len(self._opened)}) as shown:
             self._read_prompts(shown)
-        for name in left:
+        for name, way_work in work.ways.items():
             making = self.makings[name]
-            with whole.part(work.making[name], making.units) as shown:
+            with whole.part(way_work.making, making.units) as shown:
                 if not _is_made(making.place):
                     making.make(shown)
             measure = self._measuring(whole, work)
-            with whole.part(work.measuring[name], {"tasks": 1.0}) as shown:
+            with whole.part(way_work.measuring, {"tasks": 1.0}) as shown:
                 way = measure(name, open_expert(making.place), making.needs, shown)
             yield way
         whole.end()
@@ -284,23 +284,18 @@ class _Combining:
         lengths = [len(example.tokens.ids) for example in self._measuring_examples()]
         reading = WorkEstimate(self._opened, rows.learned, self._method, parameters, lengths, rows.answer is not None)
         merged, routed, small, distilled = self.makings
-        making = {
-            merged: reading.merge(),
-            routed: 0.0,
-            small: reading.shrink(SHRINK_ROWS),
-            distilled: reading.distill(),
+        # To make the way, and to measure it.
+        tokens = {
+            merged: (reading.merge(), reading.measure()),
+            routed: (0.0, reading.routed()),
+            small: (reading.shrink(SHRINK_ROWS), reading.routed()),
+            distilled: (reading.distill(), reading.measure()),
         }
-        measuring = {
-            merged: reading.measure(),
-            routed: reading.routed(),
-            small: reading.routed(),
-            distilled: reading.measure(),
-        }
+        ways = {name: WayWork(self.makings[name].needs, *tokens[name]) for name in left}
         prompts = 0.0
         if routed in left or small in left:
             prompts = reading.prompts(self._router, self._routed_rows)
-        needs = {name: self.makings[name].needs for name in left}
-        return Work(needs, making, measuring, prompts, reading.own())
+        return Work(ways, prompts, reading.own())
 
     def _measuring_examples(self) -> list[Example]:
         by_task = self._rows.measured.validation_examples(targets=self._rows.answer is None)

@@ -7,7 +7,7 @@ Work is counted in tokens of a forward pass of the base; what else a token takes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from modular_experts.data import Inputs
 from modular_experts.data.rows import spread_evenly
@@ -56,35 +56,36 @@ class WorkPlan:
         return self.before + sum(way.seconds for way in self.ways)
 
 
+class WayWork(NamedTuple):
+    """How many tokens are read to make a way, and to measure it; `needs` names its sources."""
+
+    needs: str
+    making: float
+    measuring: float
+
+
 @dataclass(frozen=True)
 class Work:
     """How many tokens each part of the work reads.
 
     Attributes:
-        needs: What each way that is left is made from, by its name.
-        making: The work of making each way.
-        measuring: The work of measuring each way.
+        ways: The ways that are left, by name.
         prompts: The work of reading what routers learn from, which is done once.
         own: The work of measuring the base and each task's own expert.
     """
 
-    needs: Mapping[str, str]
-    making: Mapping[str, float]
-    measuring: Mapping[str, float]
+    ways: Mapping[str, WayWork]
     prompts: float
     own: float
 
     @property
     def tokens(self) -> float:
         """The work of all parts together."""
-        return self.prompts + self.own + sum(self.making[name] + self.measuring[name] for name in self.needs)
+        return self.prompts + self.own + sum(way.making + way.measuring for way in self.ways.values())
 
     def plan(self, seconds: float) -> WorkPlan:
         """Return the plan of this work at some seconds a token."""
-        ways = [
-            PlannedWay(name, needs, seconds * (self.making[name] + self.measuring[name]))
-            for name, needs in self.needs.items()
-        ]
+        ways = [PlannedWay(name, way.needs, seconds * (way.making + way.measuring)) for name, way in self.ways.items()]
         return WorkPlan(ways, seconds * (self.prompts + self.own))
 
 
