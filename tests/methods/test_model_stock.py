@@ -1,14 +1,10 @@
-"""Model Stock against every pair's cosine on dense float64 tensors, and its limits."""
+"""Model Stock worked by hand, its limits, and its steps by row."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from testbed.merging import assert_merged
-from testbed.random_deltas import deltas_of_one_weight
 
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import ModelStock
@@ -39,30 +35,6 @@ def test_weight_that_one_expert_alone_moves_is_taken_whole():
         assert_merged(ModelStock().merge([ONE, still, TWO]), ModelStock().merge([ONE, TWO]).dense())
 
 
-def steps(deltas, row_wise, mergekit):
-    """The formula from every pair of rows, or of whole weights; `mergekit` counts all and steps backwards too."""
-    rows = [delta.dense().double().reshape(len(delta.dense()) if row_wise else 1, -1) for delta in deltas]
-    merged = []
-    for row in zip(*rows, strict=True):
-        row = [one for one in row if mergekit or one.any()]
-        n, total = max(len(row), 1), sum(row, torch.zeros_like(rows[0][0]))
-        pairs = itertools.combinations(row, 2)
-        cosines = [(a @ b / (a.norm() * b.norm()).clamp(min=1e-6)).item() for a, b in pairs]
-        c = math.fsum(cosines) / len(cosines) if cosines else 1.0
-        c = c if mergekit else max(c, 0.0)
-        assume(1 + (n - 1) * c > 1e-3)  # where the deltas cancel, mergekit divides by zero
-        merged.append(c / (1 + (n - 1) * c) * total)
-    return torch.stack(merged).view(deltas[0].shape)
-
-
-@pytest.mark.parametrize("row_wise", [False, True])
-@pytest.mark.parametrize("preset", [None, "mergekit"])
-@given(deltas_of_one_weight(most=5), st.floats(-2, 2))
-def test_whole_weights_and_rows_equal_the_formula(preset, row_wise, deltas, scale):
-    expected = scale * steps(deltas, row_wise, preset is not None)
-    assert_merged(ModelStock(scale, row_wise, preset).merge(deltas), expected, rtol=1e-8, atol=1e-9)
-
-
 def test_mergekit_preset_steps_backwards_and_counts_experts_that_do_not_move_the_weight():
     opposed = Dense(torch.tensor([[-0.5, 0.5]], dtype=torch.float64))
     c = -math.sqrt(0.5)
@@ -71,3 +43,11 @@ def test_mergekit_preset_steps_backwards_and_counts_experts_that_do_not_move_the
     still = Sparse.zero(torch.Size((1, 2)))
     # cosines 1/2, 0, 0: c = 1/6 of three experts
     assert_merged(ModelStock(preset="mergekit").merge([ONE, still, TWO]), 1 / 8 * (ONE.dense() + TWO.dense()))
+
+
+@pytest.mark.parametrize("preset", [None, "mergekit"])
+def test_each_row_has_a_step_of_its_own(preset):
+    draw = torch.Generator().manual_seed(0)
+    experts = [torch.randn(4, 5, generator=draw, dtype=torch.float64) for _ in range(3)]
+    rows = [ModelStock(preset=preset).merge([Dense(one[row]) for one in experts]).dense() for row in range(4)]
+    assert_merged(ModelStock(row_wise=True, preset=preset).merge([*map(Dense, experts)]), torch.stack(rows))

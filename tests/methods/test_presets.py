@@ -1,4 +1,4 @@
-"""Presets give each peer's meaning of a method's name, as PEFT itself and the others' rules, written anew, show."""
+"""Presets give each peer's meaning of a method's name: PEFT's own functions show it of PEFT."""
 
 from functools import partial
 
@@ -11,7 +11,6 @@ from testbed.merging import merge_all
 from testbed.random_deltas import random_delta, seeds
 
 import modular_experts.methods as m
-from modular_experts.deltas import Dense
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 SHAPES = [(5, 8), (3, 7), (11,)]
@@ -44,61 +43,6 @@ def assert_equal(found, expected):
 
 
 # mergekit: everything per weight; weights vote; a zero vote counts as plus; what agrees is divided by its weights.
-
-
-def band(values, keep, gamma=0.0):
-    """Keep a share of the entries: the largest after another share."""
-    flat, size = values.reshape(-1), values.numel()
-    top, kept = int(gamma * size), torch.zeros_like(flat)
-    order = flat.abs().argsort(descending=True)[top : top + int(keep * size * (1 + 1e-12))]
-    kept[order] = flat[order]
-    return kept.view_as(values)
-
-
-def mergekit_consensus(values, weights, normalise):
-    weighted = torch.stack([w * v for w, v in zip(weights, values, strict=True)])
-    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    agrees = weighted.sign() == sign
-    total = (weighted * agrees).sum(0)
-    if not normalise:
-        return total
-    shape = [-1] + [1] * values[0].dim()
-    divisor = (torch.tensor(weights, dtype=torch.float64).view(shape) * agrees).sum(0)
-    return total / torch.where(divisor == 0, 1.0, divisor)
-
-
-@given(seeds, some_weights, st.lists(st.floats(0.2, 1), min_size=3, max_size=3), st.floats(-2, 2))
-def test_ties_of_mergekit(seed, weights, keeps, scale):
-    experts = experts_of(seed)
-    method = m.TIES(preset="mergekit", weights=weights, keep=keeps, scale=scale)
-
-    def rule(values):
-        trimmed = [band(v, k) for v, k in zip(values, keeps, strict=True)]
-        return scale * mergekit_consensus(trimmed, weights, normalise=True)
-
-    assert_equal(merged_by(method, experts), per_weight(rule, experts))
-
-
-@given(seeds, some_weights)
-def test_breadcrumbs_of_mergekit(seed, weights):
-    experts = experts_of(seed)
-    settings = {"preset": "mergekit", "beta": 0.375, "gamma": 0.125, "weights": weights}
-    masked = lambda values: [band(v, 0.5, 0.125) for v in values]  # noqa: E731
-    summed = per_weight(lambda values: sum(w * v for w, v in zip(weights, masked(values), strict=True)), experts)
-    elected = per_weight(lambda values: mergekit_consensus(masked(values), weights, normalise=False), experts)
-    assert_equal(merged_by(m.Breadcrumbs(**settings), experts), summed)
-    assert_equal(merged_by(m.BreadcrumbsTIES(**settings), experts), elected)
-
-
-@given(seeds, some_weights)
-def test_random_methods_of_mergekit_without_dropping(seed, weights):
-    experts = experts_of(seed)
-    summed = per_weight(lambda values: sum(w * v for w, v in zip(weights, values, strict=True)), experts)
-    for kind in (m.DARE, m.DELLALinear):
-        assert_equal(merged_by(kind(preset="mergekit", weights=weights), experts), summed)
-    for kind, normalise in ((m.DARETIES, False), (m.DELLA, True)):
-        elected = per_weight(lambda values, n=normalise: mergekit_consensus(values, weights, n), experts)
-        assert_equal(merged_by(kind(preset="mergekit", weights=weights), experts), elected)
 
 
 @pytest.mark.parametrize("kind", [m.DARE, m.DELLALinear])
@@ -152,69 +96,6 @@ def test_dare_divides_what_stays_by_its_probability(seed):
 
 
 # The paper and its code: one threshold for the whole expert.
-
-
-def whole(experts):
-    return torch.stack([torch.cat([delta.values.reshape(-1) for delta in expert]) for expert in experts])
-
-
-def cut_globally(experts, share):
-    long = whole(experts).float()  # thresholds are found in float32
-    count = max(1, int(share * long.shape[1] * (1 + 1e-12)))
-    thresholds = long.abs().sort(descending=True).values[:, count - 1 : count]
-    return whole(experts) * (long.abs() >= thresholds)
-
-
-def split(long):
-    sizes = [torch.Size(shape).numel() for shape in SHAPES]
-    return [part.view(shape) for part, shape in zip(long.split(sizes), SHAPES, strict=True)]
-
-
-def with_opposites(seed):
-    """Experts of which two cancel exactly at every third entry, so that votes of zero occur."""
-    experts = experts_of(seed, count=2)
-    opposite = []
-    for one, two in zip(*experts, strict=True):
-        values = two.values.clone().view(-1)
-        values[::3] = -one.values.view(-1)[::3]
-        opposite.append(Dense(values.view_as(two.values)))
-    return [experts[0], opposite]
-
-
-@given(seeds, st.floats(0.1, 1))
-def test_ties_of_the_paper(seed, keep):
-    experts = with_opposites(seed)
-    trimmed = cut_globally(experts, keep)
-    sign = trimmed.sum(0).sign()
-    agrees = (trimmed.sign() == sign) & (trimmed != 0)
-    expected = split((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1))
-    assert_equal(merged_by(m.TIES(preset="paper", keep=keep), experts), expected)
-
-
-@given(seeds)
-def test_ties_of_the_paper_code(seed):
-    experts = with_opposites(seed)
-    expected = []
-    for trimmed in zip(*(split(long) for long in cut_globally(experts, 0.8)), strict=True):
-        stack = torch.stack(trimmed)
-        sign = stack.sum(0).sign()
-        sign[sign == 0] = sign.sum().sign()
-        agrees = (stack.sign() == sign) & (stack != 0)
-        expected.append((stack * agrees).sum(0) / agrees.sum(0).clamp(min=1))
-    assert_equal(merged_by(m.TIES(preset="paper-code"), experts), expected)
-
-
-@given(seeds)
-def test_breadcrumbs_of_the_paper_code(seed):
-    experts = experts_of(seed)
-    assert_equal(merged_by(m.Breadcrumbs(preset="paper-code"), experts), split(cut_globally(experts, 0.9).sum(0)))
-
-
-@given(seeds, st.sampled_from([0.05, 0.2]))
-def test_breadcrumbs_of_the_whole_expert_drops_its_outliers(seed, gamma):
-    experts = experts_of(seed)
-    banded = cut_globally(experts, 0.7) - cut_globally(experts, gamma)
-    assert_equal(merged_by(m.Breadcrumbs(beta=0.3, gamma=gamma, scope="global"), experts), split(banded.sum(0)))
 
 
 def test_what_is_given_beats_the_preset():

@@ -32,6 +32,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mergekit": {"keep": 1.0, "rescale": "l1", "vote": "weighted", "divisor": "weights", "zero": "positive"},
     },
     "DELLALinear": {"mergekit": {"keep": 1.0, "rescale": "l1"}},
+    "ModelStock": {"mergekit": {"least": -1.0, "all_count": True}},
+    "SCE": {"mergekit": {"floor": 1e-6, "zero": "positive"}},
     "WUDI": {"vit": {"power": 1.0}, "roberta": {"power": 2.0}},
 }
 """What each preset fills, by the texts of the methods."""
@@ -56,11 +58,11 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "Intersection": {"agreement": [None, 1, 2]},
     "RAM": {"epsilon": [0.0, 0.01]},
     "RAMPlus": {"epsilon": [0.0, 0.01], "r": [0.1, 1.0], "alpha": [0.2, 2.0]},
-    "SCE": {"keep": [1.0, 0.5, 0.1], "zero": ["none", "positive"]},
+    "SCE": {"keep": [1.0, 0.5, 0.1], "zero": ["none", "positive"], "floor": [0.0, 0.001, 0.1]},
     "ModelStock": {"row_wise": [False, True]},
     "SLERP": {"t": [0.0, 0.3, 0.5, 1.0]},
     "NuSLERP": {"row_wise": [False, False, True]},
-    "Karcher": {"max_iterations": [0, 500], "tolerance": [1e-9]},
+    "Karcher": {"max_iterations": [0, 1, 3, 200], "tolerance": [1e-9]},
     "TSVMerge": {"share": [0.1, 0.3, 1.0]},
     "IsoCTS": {"common": [0.0, 0.3, 0.5, 0.8, 1.0]},
     "SelfRegMean": {"ridge": [0.01, 0.1, 1.0], "inputs": [0, 1], "flatten": [0.0, 0.0, 0.5, 1.0]},

@@ -89,16 +89,15 @@ def drawn_method(case: Case, name: str, count: int, single: bool = False) -> Dra
         inner = drawn_method(case, case.random.choice(inside), count, single=True)
         reference["inner"], ours["inner"] = {"method": inner.name, **inner.settings}, inner.method
     if name == "Karcher":
-        reference["rounds"] = 200 if ours["max_iterations"] else 0
+        reference["rounds"] = ours["max_iterations"]
     only_ours = ("max_iterations", "tolerance", "solver", "learning_rate", "steps", "row_wise", "column_wise")
     reference = {key: value for key, value in reference.items() if key not in only_ours}
     return Drawn(name, reference, getattr(methods, name)(**ours), preset)
 
 
-def random_experts(case: Case, drawn: Drawn, count: int) -> Experts:
+def random_experts(case: Case, drawn: Drawn, count: int, kind: str) -> Experts:
     """Write experts that a method can be compared on, most of which move the same two or three weights."""
     name = drawn.name
-    kind = case.random.choice(bases.KINDS)
     forms = case.random.choice(experts.MIXES)
     encoding = case.random.choice(["float32"] * 5 + list(experts.ENCODINGS))
     if name in COORDINATES:
@@ -122,14 +121,15 @@ def random_experts(case: Case, drawn: Drawn, count: int) -> Experts:
     return Experts(kind, places, [files.read_expert(place) for place in places])
 
 
-def merge_case(case: Case) -> None:
-    """A merge is the formula of its method, weight by weight, written or not; one that iterates is compared by where it
-    ends (`Karcher`), or by the same steps (`CtM`, `WUDI`).
+def merge_case(case: Case, name: str | None = None, kinds: Sequence[str] = bases.KINDS) -> None:
+    """A merge by a method, the named or any one, is the method's formula, weight by weight, written or not.
+
+    A method that iterates is compared by where it ends (`Karcher`), or by the same steps (`CtM`, `WUDI`).
     """
-    name = case.random.choice(NAMES)
+    name = name or case.random.choice(NAMES)
     count = case.random.choice([2, 3, 5] if name == "WUDI" else [1, 2, 2, 3, 3, 5])
     drawn = drawn_method(case, name, count)
-    parents = random_experts(case, drawn, count)
+    parents = random_experts(case, drawn, count, case.random.choice(list(kinds)))
     first, *others = parents.names
     per_weight: dict[str, Any] = {}
     if others and case.chance(0.2):

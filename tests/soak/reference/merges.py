@@ -107,15 +107,18 @@ class Weight:
     def taskarithmetic(self, weights: Any = 1.0, normalise: bool = False) -> Tensor:
         return (each(weights, self.x) * self.x).sum(0) / (each(weights, self.x).sum() if normalise else 1)
 
-    def elected(self, weights: Any = 1.0, vote: str = "sum", divisor: str = "count", zero: str = "none") -> Tensor:
-        """Add the entries on the side that most are on, as TIES does."""
+    def elected(
+        self, weights: Any = 1.0, vote: str = "sum", divisor: str = "count", zero: str = "none", least: float = 0.0
+    ) -> Tensor:
+        """Add the entries on the side that most are on, as TIES does, and divide them by at least a number."""
         weight = each(weights, self.x)
         sides = self.x * weight if vote == "weighted" else self.x
         sign = (sides.sign() if vote == "count" else sides).sum(0).sign()
         majority = {"none": 0.0, "positive": 1.0, "weight_majority": sign.sum().sign().item()}[zero]
         agrees = sides * torch.where(sign == 0, majority, sign) > 0
         parts = {"count": agrees, "weights": weight * agrees, "none": torch.ones_like(sides[:1])}[divisor].sum(0)
-        return (weight * self.x * agrees).sum(0) / torch.where(parts == 0, 1.0, parts)
+        parts = torch.where(parts == 0, 1.0, parts)
+        return (weight * self.x * agrees).sum(0) / (parts.clamp(min=least) if least else parts)
 
     def banded(self, elects: bool, keep: Any = None, beta: Any = 0.9, gamma: Any = 0.0, **settings: Any) -> Tensor:
         """Keep the share `keep` of largest entries, or those between the smallest `beta` and the largest `gamma`."""
@@ -159,14 +162,16 @@ class Weight:
         factors = torch.where(alone, 1 + r * each(ratio.clamp(max=alpha), self.x), 1.0)
         return (self.x * factors * moved).sum(0) / moved.sum(0).clamp(min=1)
 
-    def sce(self, keep: float = 1.0, zero: str = "none") -> Tensor:
+    def sce(self, keep: float = 1.0, zero: str = "none", floor: float = 0.0) -> Tensor:
         variance = self.x.var(0, unbiased=False)
         count = math.floor(keep * int((variance > 1e-30).sum()) * (1 + 1e-12))
         x = self.x * (ranks(variance) < count) if keep < 1 else self.x
-        return replace(self, x=x).elected(x.square().flatten(1).sum(1), divisor="weights", zero=zero)
+        squares = x.square().flatten(1).mean(1)
+        shares = torch.ones(len(x)) / len(x) if squares.sum() < floor else squares / squares.sum().clamp(min=1e-300)
+        return replace(self, x=x).elected(shares, divisor="weights", zero=zero, least=floor)
 
-    def modelstock(self, least: float = 0.0) -> Tensor:
-        units = normalize(self.movers.flatten(1))
+    def modelstock(self, least: float = 0.0, all_count: bool = False) -> Tensor:
+        units = normalize((self.x if all_count else self.movers).flatten(1))
         pairs = (units @ units.T)[~torch.eye(len(units), dtype=torch.bool)]
         cosine = pairs.mean().clamp(min=least) if len(pairs) else 1.0
         return cosine / (1 + max(0, len(units) - 1) * cosine) * self.x.sum(0)
@@ -180,13 +185,15 @@ class Weight:
         """Return the mean direction; with more rounds, the mean on the sphere, by its mean tangents (Karcher)."""
         shares = (each(weights, self.x) / each(weights, self.x).sum()).flatten()
         units = normalize(self.x.flatten(1))
+        # A delta of zero pulls nowhere.
+        pulls = shares * units.any(1) / (shares * units.any(1)).sum().clamp(min=1e-300)
         m = shares @ units
         if m.norm() < 1e-6:
             return self.taskarithmetic(shares)
         m = m / m.norm()
         for _ in range(rounds):
             along = (units @ m).clamp(-1, 1)
-            step = (shares * along.acos()) @ normalize(units - along[:, None] * m)
+            step = (pulls * along.acos()) @ normalize(units - along[:, None] * m)
             m = normalize(step.norm().cos() * m + step.norm().sin() * normalize(step, dim=0), dim=0)
         return (shares @ self.x.flatten(1).norm(dim=1)) * m.view_as(self.x[0])
 
