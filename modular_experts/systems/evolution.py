@@ -170,7 +170,8 @@ class Evolution(Checked):
         Raises:
             ValueError: No candidate is inside the limit; nothing has been measured.
         """
-        numbers, length = random.Random(self.seed), 1 / 6
+        numbers = random.Random(self.seed)
+        length = 1 / 6
         store = {} if store is None else store
         waiting = [genes for genes in dict.fromkeys(map(within, start)) if genes is not None]
         measured: dict[Genes, float] = {}
@@ -181,7 +182,8 @@ class Evolution(Checked):
             if waiting:
                 return waiting.pop(0), None
             for attempt in range(2 * TRIES):
-                made, parent = tuple(gene.draw(numbers) for gene in space), None
+                made = tuple(gene.draw(numbers) for gene in space)
+                parent = None
                 # If one of the two ways finds nothing new, the other may.
                 if best and (number < self.first) == (attempt >= TRIES):
                     made, parent = self._child(space, best, length, numbers)
@@ -203,16 +205,16 @@ class Evolution(Checked):
             best = sorted([(value, genes), *best], key=lambda pair: pair[0])[: self.parents]
         if not measured:
             raise ValueError(f"none of {2 * TRIES} candidates drawn at random is inside the limit; widen the limit")
-        value, found = best[0]
-        return Evolved(found, value, list(measured.items()))
+        value, genes = best[0]
+        return Evolved(genes, value, list(measured.items()))
 
     def _child(
         self, space: Sequence[Gene], best: Sequence[tuple[float, Genes]], length: float, numbers: random.Random
     ) -> tuple[Genes, float | None]:
         """Return a child of the best, and the value of the parent that it changes."""
         if len(best) > 1 and numbers.random() < self.crossover:
-            one, other = (genes for _, genes in numbers.sample(best, 2))
-            return tuple(pair[numbers.randrange(2)] for pair in zip(one, other, strict=True)), None
+            first, second = (genes for _, genes in numbers.sample(best, 2))
+            return tuple(pair[numbers.randrange(2)] for pair in zip(first, second, strict=True)), None
         value, parent = numbers.choice(best)
         certain = numbers.randrange(len(space))
         changes = [place == certain or numbers.random() < self.mutation for place in range(len(space))]

@@ -45,7 +45,10 @@ class MoLoRAExpert(NotMergeable, Expert):
             raise ValueError(f"k={k} is outside 1..{experts}, the number of experts")
         if not 0 <= balance < math.inf:
             raise ValueError(f"balance={balance} must be 0 or a positive number")
-        self.experts, self.rank, self.k, self.balance = experts, rank, k, balance
+        self.experts = experts
+        self.rank = rank
+        self.k = k
+        self.balance = balance
         self.scale = alpha / rank
         self.up, self.down = map(nn.Parameter, first_factors(weight, experts * rank))
         self.router = nn.Parameter(self.down.new_empty(experts, weight.shape[1]))
@@ -65,10 +68,11 @@ class MoLoRAExpert(NotMergeable, Expert):
         """Return the parameters and buffers, and `k` and the scale, which the record does not keep by layer."""
         return {**self.state_dict(), "k": torch.tensor(self.k), "scale": torch.tensor(self.scale, dtype=torch.float64)}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.k, self.scale = int(state_dict.get("k", self.k)), float(state_dict.get("scale", self.scale))
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> object:
+        self.k = int(state_dict.get("k", self.k))
+        self.scale = float(state_dict.get("scale", self.scale))
         tensors = {name: tensor for name, tensor in state_dict.items() if name not in ("k", "scale")}
-        return super().load_state_dict(tensors, *args, **kwargs)
+        return super().load_state_dict(tensors, strict, assign)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)
@@ -87,17 +91,25 @@ class MoLoRAExpert(NotMergeable, Expert):
 
     def _count(self, probabilities: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many tokens take each expert, with the number of tokens behind, and the sums of probabilities."""
-        probabilities, kept = probabilities.flatten(0, -2), kept.flatten(0, -2)
+        probabilities = probabilities.flatten(0, -2)
+        kept = kept.flatten(0, -2)
         # Gradient checkpointing computes a pass again after `reading` has ended.
-        self._tokens = tokens = self._tokens if (told := rows_at_hand().tokens) is None else told
+        counting = rows_at_hand().tokens
+        if counting is not None:
+            self._tokens = counting
+        tokens = self._tokens
         if tokens is not None and tokens.numel() == len(kept):
-            probabilities, kept = probabilities[tokens.flatten()], kept[tokens.flatten()]
+            probabilities = probabilities[tokens.flatten()]
+            kept = kept[tokens.flatten()]
         return torch.cat([kept.sum(0), kept.new_tensor([len(kept)], dtype=torch.int64)]), probabilities.sum(0)
 
     def extra_loss(self) -> dict[str, Tensor]:
-        use, self._use = self._use, None
+        use = self._use
+        self._use = None
         if use is None:
             return {}
-        counts, probabilities = mean_over_ranks(use[0].to(use[1].dtype)), use[1]
-        taken, tokens = counts[:-1], counts[-1].clamp(min=1e-6)
+        counts = mean_over_ranks(use[0].to(use[1].dtype))
+        probabilities = use[1]
+        taken = counts[:-1]
+        tokens = counts[-1].clamp(min=1e-6)
         return {"balance": self.balance * self.experts * (taken / tokens * (probabilities / tokens)).sum()}

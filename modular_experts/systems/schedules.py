@@ -15,15 +15,15 @@ E = TypeVar("E", bound=Expert)
 
 def experts_of(module: "TrainedModule", kind: type[E], owner: str) -> dict[str, E]:
     """Return the experts of all layers by their weight's name; raise ValueError if one is of another type."""
-    found: dict[str, E] = {}
+    experts: dict[str, E] = {}
     for name, layer in expert_layers(module.model):
         if not isinstance(layer.expert, kind):
             raise ValueError(
-                f"{owner} is for {kind.__name__}, and {name} has a {type(layer.expert).__name__}; give --expert "
-                f"{kind.__name__}, or leave {owner} out"
+                f"{owner} is for {kind.__name__}, and {name} has a {type(layer.expert).__name__}; give "
+                f"`expert={kind.__name__}`, or leave {owner} out"
             )
-        found[name] = layer.expert
-    return found
+        experts[name] = layer.expert
+    return experts
 
 
 def zero_gradients(out: Tensor, expert: Expert) -> Tensor:

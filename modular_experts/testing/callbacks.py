@@ -28,14 +28,18 @@ from modular_experts.selection.schedule import Schedule
 from modular_experts.training.estimate import SILENT, logging_from
 from modular_experts.training.module import ExpertModule
 
-_STEPS, _SAVED = 5, 3
+_STEPS = 5
+_SAVED = 3
 _SEED = 0
+
+Facts = dict[str, Any]
+"""Things that must be equal after two fits, by their names."""
 
 
 def check_callback(
     make: Callable[[], Callback],
     expert: Callable[[Tensor], Expert] = SparseExpert,
-    result: Callable[[Any], Any] | None = None,
+    result: Callable[[Any], object] | None = None,
     base: str | Path | None = None,
 ) -> None:
     """Check that a callback of `ExpertModule`, such as a `Schedule`, keeps its state within a fit.
@@ -76,18 +80,16 @@ def _check(case: "_Case") -> None:
     early = case.make()
     _compare(case.fit(early)[1], whole, "a callback must draw by the seed of its fit, not by the one when it was made")
     saved = case.folder / "saved" / f"step={_SAVED}.ckpt"
-    # What is known by steps counts after the checkpoint; tensors have names in place of steps.
-    later = {
-        name: {key: one for key, one in found.items() if not isinstance(key, int) or key > _SAVED}
-        if isinstance(found, dict)
-        else found
-        for name, found in whole.items()
-    }
+    later = dict(whole)
+    for part, facts in whole.items():
+        if isinstance(facts, dict):  # by steps, of which those after the checkpoint count, or by names
+            later[part] = {key: fact for key, fact in facts.items() if not isinstance(key, int) or key > _SAVED}
     for callback, which in ((case.make(), "fresh"), (used, "used")):
         _, rest = case.fit(callback, resume=saved)
         _compare(rest, later, f"a run that a {which} callback resumes must end as if it had not been interrupted")
     again = case.fit(used, first, rate=0.0)[1]["validation losses"]
-    before, after = whole["validation losses"][max(whole["validation losses"])], again[max(again)]
+    before = whole["validation losses"][max(whole["validation losses"])]
+    after = again[max(again)]
     assert abs(after - before) < 1e-5, (
         "a second fit must begin with all that the first one trained; at a rate of zero, the validation loss goes from "
         f"{before:.6f} to {after:.6f}"
@@ -98,7 +100,7 @@ def _check(case: "_Case") -> None:
 class _Case:
     make: Callable[[], Callback]
     expert: Callable[[Tensor], Expert]
-    result: Callable[[Any], Any] | None
+    result: Callable[[Any], object] | None
     folder: Path
     base: str | Path | None
 
@@ -107,13 +109,15 @@ class _Case:
         if self.base is None:
             self.base = self.folder / "base"
             _write_base(self.base)
-        splits = ["train"] * 5 + ["validation"]
-        rows = [{"input": f"{n} + 7 =", "target": str(n + 7), "split": splits[n % 6]} for n in range(24)]
+        rows = [
+            {"input": f"{n} + 7 =", "target": str(n + 7), "split": "validation" if n % 6 == 5 else "train"}
+            for n in range(24)
+        ]
         self.tasks.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
     def fit(
         self, callback: Callback, module: ExpertModule | None = None, rate: float = 2e-2, resume: Path | None = None
-    ) -> tuple[ExpertModule, dict[str, Any]]:
+    ) -> tuple[ExpertModule, Facts]:
         """Train a fresh module or go on with one; return it and all that must be equal."""
         seed_everything(_SEED, verbose=False)
         # What is drawn at random before the checkpoint is loaded must not matter.
@@ -128,20 +132,20 @@ class _Case:
             accelerator="cpu",
             devices=1,
             default_root_dir=self.folder,
-            callbacks=[callback, watch, *[saving] * (resume is None)],
+            callbacks=[callback, watch, saving] if resume is None else [callback, watch],
             **SILENT | {"enable_checkpointing": resume is None},
         )
         data = TaskMixture({"name": "battery", "path": str(self.tasks)}, batch_size=4, tokenizer=str(self.base), seed=0)
         trainer.fit(module, data, ckpt_path=resume)
-        found: dict[str, Any] = {"losses": watch.losses, "validation losses": watch.validations}
-        found["trained tensors"] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        facts: Facts = {"losses": watch.losses, "validation losses": watch.validations}
+        facts["trained tensors"] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         if isinstance(callback, Schedule):
             costs = callback.costs(trainer, module)
-            found["shares"] = sorted(callback.shares(module).items())
-            found["costs"] = sorted(item for item in costs.items() if not item[0].endswith(("_seconds", "_bytes")))
+            facts["shares"] = sorted(callback.shares(module).items())
+            facts["costs"] = sorted(item for item in costs.items() if not item[0].endswith(("_seconds", "_bytes")))
         if self.result is not None:
-            found["results"] = self.result(callback)
-        return module, found
+            facts["results"] = self.result(callback)
+        return module, facts
 
 
 class _Watch(Callback):
@@ -152,7 +156,7 @@ class _Watch(Callback):
         self.validations: dict[int, float] = {}
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
         self.losses[trainer.global_step] = outputs["loss"].item()
 
@@ -161,9 +165,9 @@ class _Watch(Callback):
             self.validations[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
 
 
-def _compare(found: dict[str, Any], wanted: dict[str, Any], promise: str) -> None:
+def _compare(facts: Facts, wanted: Facts, promise: str) -> None:
     for part, value in wanted.items():
-        other = found[part]
+        other = facts[part]
         if part == "trained tensors":
             nothing = torch.empty(0)
             pairs = {name: (value.get(name, nothing), other.get(name, nothing)) for name in value.keys() | other.keys()}

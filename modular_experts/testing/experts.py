@@ -61,12 +61,13 @@ def check_plan(plan: LayerPlan, compile: bool = True) -> None:
     Raises:
         AssertionError: A promise is broken; the message names it.
     """
-    given, promise = settings(plan), "the settings of a plan must be plain values that make an equal one"
+    own = settings(plan)
+    promise = "the settings of a plan must be plain values that make an equal one"
     try:
-        again = type(plan)(**json.loads(json.dumps(given)))
+        again = type(plan)(**json.loads(json.dumps(own)))
     except TypeError as error:
         raise AssertionError(f"{promise}: {error}") from error
-    assert settings(again) == given, promise
+    assert settings(again) == own, promise
     _check(_Case(_TwoBlocks, partial(inject, experts=plan)), compile)
 
 
@@ -87,7 +88,8 @@ def _two_layers(moves_bias: bool) -> nn.Module:
 class _TwoBlocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers, self.head = nn.Sequential(_Block(), _Block()), nn.Linear(24, 20)
+        self.layers = nn.Sequential(_Block(), _Block())
+        self.head = nn.Linear(24, 20)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layers(x))
@@ -96,7 +98,8 @@ class _TwoBlocks(nn.Module):
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.input_layernorm, self.self_attn = nn.LayerNorm(24), _Attention()
+        self.input_layernorm = nn.LayerNorm(24)
+        self.self_attn = _Attention()
         self.mlp = _MLP()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -107,7 +110,8 @@ class _Block(nn.Module):
 class _MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(24, 36), nn.Linear(36, 24)
+        self.up_proj = nn.Linear(24, 36)
+        self.down_proj = nn.Linear(36, 24)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(torch.tanh(self.up_proj(x)))
@@ -210,7 +214,9 @@ def _check_gradients(case: _Case, dtype: torch.dtype) -> None:
 
 
 def _check_export_reproduces(case: _Case, dtype: torch.dtype) -> None:
-    network, plain, x = case.equipped(dtype), case.plain(dtype), _inputs(dtype)
+    network = case.equipped(dtype)
+    plain = case.plain(dtype)
+    x = _inputs(dtype)
     losses = _train(network, steps=5)
     assert losses[-1] < losses[0], f"five steps must lower the loss, but it went from {losses[0]} to {losses[-1]}"
     if not all(expert.mergeable for _, expert in named_experts(network)):
@@ -227,11 +233,15 @@ def _check_export_reproduces(case: _Case, dtype: torch.dtype) -> None:
 
 def _check_state(case: _Case) -> None:
     """Check that a state gives the trained outputs, and that a type that is not mergeable has one and says why."""
-    network, twin, x = case.equipped(), case.equipped(), _inputs()
+    network = case.equipped()
+    twin = case.equipped()
+    x = _inputs()
     _train(network)
     state = {name: tensor.clone() for name, tensor in expert_state(network).items()}
     exported = {name for name, _ in task_vector(network, case.base(torch.float32))}
-    for name, expert in ((name, one) for name, one in named_experts(network) if not one.mergeable):
+    for name, expert in named_experts(network):
+        if expert.mergeable:
+            continue
         assert expert.not_mergeable_because, "a type that is not mergeable must say why"
         assert name not in exported, "a type that is not mergeable must not export deltas"
         assert state, "a type that is not mergeable must have a state"
@@ -259,7 +269,8 @@ def _check_extra_loss(case: _Case) -> None:
 
 
 def _check_eject(case: _Case, dtype: torch.dtype) -> None:
-    network, base = case.equipped(dtype), case.plain(dtype).state_dict()
+    network = case.equipped(dtype)
+    base = case.plain(dtype).state_dict()
     _train(network)
     eject(network, case.base(dtype))
     after = network.state_dict()
@@ -269,7 +280,8 @@ def _check_eject(case: _Case, dtype: torch.dtype) -> None:
 
 
 def _check_copies(case: _Case) -> None:
-    network, x = case.equipped(), _inputs()
+    network = case.equipped()
+    x = _inputs()
     _train(network)
     wanted = network(x)
     for how, twin in (("deepcopy", copy.deepcopy(network)), ("pickle", pickle.loads(pickle.dumps(network)))):
@@ -280,7 +292,9 @@ def _check_copies(case: _Case) -> None:
 
 
 def _check_state_dict(case: _Case) -> None:
-    network, twin, x = case.equipped(), case.equipped(), _inputs()
+    network = case.equipped()
+    twin = case.equipped()
+    x = _inputs()
     _train(network)
     _train(twin, steps=1)  # state that loading must replace
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -294,14 +308,16 @@ def _check_state_dict(case: _Case) -> None:
 
 
 def _check_gradient_checkpointing(case: _Case) -> None:
-    plain, recomputed = case.equipped(), case.equipped()
+    plain = case.equipped()
+    recomputed = case.equipped()
     recomputed.load_state_dict(plain.state_dict())
     losses = _train(plain), _train(recomputed, forward=lambda x: checkpoint(recomputed, x, use_reentrant=False))
     assert losses[0] == losses[1], f"gradient checkpointing must not change the losses: {losses[0]} and {losses[1]}"
 
 
 def _check_compile(case: _Case) -> None:
-    plain, compiled = case.equipped(), case.equipped()
+    plain = case.equipped()
+    compiled = case.equipped()
     compiled.load_state_dict(plain.state_dict())
     torch.compiler.reset()
     with warnings.catch_warnings():

@@ -17,7 +17,8 @@ from modular_experts.routing.gates import reading
 from modular_experts.routing.router import GRAMS
 from modular_experts.testing.methods import FORMS, close, made_delta, made_statistic
 
-_COUNT, _SHAPE = 4, (10, 12)
+_COUNT = 4
+_SHAPE = (10, 12)
 _TASKS = [f"task {number}" for number in range(_COUNT)]
 
 
@@ -56,13 +57,17 @@ class _Case:
 
     def __init__(self, router: Router, deltas: Sequence[Delta | None] | None) -> None:
         draw = torch.Generator().manual_seed(0)
-        self.router, sample = router, router.scope == "sample"
-        made = [*(made_delta(form, _SHAPE, seed) for seed, form in enumerate(FORMS[:-1])), None]
-        given = made if deltas is None else deltas
-        self.deltas: list[Delta | None] = list(given) if router.scope == "linear" else [None] * _COUNT
+        self.router = router
+        if deltas is None:
+            deltas = [*(made_delta(form, _SHAPE, seed) for seed, form in enumerate(FORMS[:-1])), None]
+        self.deltas: list[Delta | None] = list(deltas)
+        if router.scope != "linear":
+            self.deltas = [None for _ in range(_COUNT)]
         count = len(self.deltas)
-        read = 8 * len(router.depths) + GRAMS * router.reads_grams
-        size = read if sample else next(one.shape[1] for one in given if one is not None)
+        if router.scope == "sample":
+            size = 8 * len(router.depths) + (GRAMS if router.reads_grams else 0)
+        else:
+            size = next(delta.shape[1] for delta in deltas if delta is not None)
         middles = torch.randn(count, size, generator=draw)
         self.statistics: list[Tensor] = []
         if router.needs in ("prompts", "prompt_parts"):
@@ -70,19 +75,20 @@ class _Case:
         elif router.needs == "gates":
             self.statistics = list(torch.randn(count, size, generator=draw))
         elif router.needs is not None:
-            found = [made_statistic(router.needs, torch.Size(_SHAPE), seed) for seed in range(count)]
-            self.statistics = [one.values for one in found if one is not None]
+            made = [made_statistic(router.needs, torch.Size(_SHAPE), seed) for seed in range(count)]
+            self.statistics = [statistic.values for statistic in made if statistic is not None]
         self.inputs = torch.cat([*(_near(middle, 3, draw) for middle in middles), torch.linspace(-50, 50, size)[None]])
         self.tasks = [*(_TASKS[number % _COUNT] for number in range(count) for _ in range(3)), "another task"]
 
     def learned(self, router: Router, order: Sequence[int] | None = None) -> Router:
         """Return a copy of a router that has learned the experts, in an order, and is in its layer."""
         turned = range(len(self.deltas)) if order is None else order
-        found, deltas = copy.deepcopy(router), [self.deltas[number] for number in turned]
-        found.learn(deltas, [self.statistics[number] for number in turned] if self.statistics else [])
+        learned = copy.deepcopy(router)
+        deltas = [self.deltas[number] for number in turned]
+        learned.learn(deltas, [self.statistics[number] for number in turned] if self.statistics else [])
         if router.scope == "linear":
-            found.held(deltas)
-        return found
+            learned.held(deltas)
+        return learned
 
     def gates(self, router: Router, rows: Sequence[int] | None = None, dtype: torch.dtype = torch.float32) -> Gates:
         """Return the gates of all inputs, or of some."""
@@ -102,7 +108,9 @@ def _near(middle: Tensor, count: int, draw: torch.Generator) -> Tensor:
 
 
 def _check_learning(case: _Case) -> None:
-    before, taken, states = copy.deepcopy(case.deltas), [one.clone() for one in case.statistics], []
+    before = copy.deepcopy(case.deltas)
+    statistics = [statistic.clone() for statistic in case.statistics]
+    states = []
     with torch.random.fork_rng(devices=[]):
         # The second one has learned the experts in another order before.
         for seed, router in enumerate((case.router, case.learned(case.router, range(len(case.deltas))[::-1]))):
@@ -120,17 +128,19 @@ def _check_learning(case: _Case) -> None:
         if old is not None and new is not None:
             pairs = zip(old.tensors().values(), new.tensors().values(), strict=True)
             assert all(torch.equal(*pair) for pair in pairs), "learning must not change the deltas"
-    same = all(torch.equal(old, new) for old, new in zip(taken, case.statistics, strict=True))
+    same = all(torch.equal(old, new) for old, new in zip(statistics, case.statistics, strict=True))
     assert same, "learning must not change the statistics"
 
 
 def _check_gates(case: _Case, router: Router, dtype: torch.dtype) -> None:
-    gates, count = case.gates(router, dtype=dtype), len(case.deltas)
+    gates = case.gates(router, dtype=dtype)
+    count = len(case.deltas)
     wanted = (len(case.inputs), gates.ids.shape[1])
     assert gates.ids.dtype == torch.int64, f"the ids must be int64, not {gates.ids.dtype}"
     assert gates.ids.shape == gates.weights.shape == wanted, f"ids and weights must have the shape {wanted}"
     assert gates.weights.isfinite().all(), f"the weights must be finite for {dtype} inputs"
-    lowest, highest = int(gates.ids.min()), int(gates.ids.max())
+    lowest = int(gates.ids.min())
+    highest = int(gates.ids.max())
     assert 0 <= lowest <= highest <= count, f"the ids must be from 0 to {count}, not {lowest} to {highest}"
     assert highest < count or router.rejects, f"the id {count} is the fallback, which only `rejects = True` allows"
     ordered = gates.ids.sort(1).values
@@ -159,7 +169,8 @@ def _check_stored(case: _Case, router: Router) -> None:
     if router.scope == "linear":
         again.held(case.deltas)
     for part in ("ids", "weights"):
-        before, after = getattr(case.gates(router), part), getattr(case.gates(again), part)
+        before = getattr(case.gates(router), part)
+        after = getattr(case.gates(again), part)
         assert torch.equal(before, after), f"a stored router must give the same {part}"
 
 

@@ -57,15 +57,19 @@ class AdaMixExpert(Expert):
             raise ValueError(f"copies={copies} must be at least 1")
         if not 0 <= consistency < math.inf:
             raise ValueError(f"consistency={consistency} must be 0 or a positive number")
-        self.rank, self.copies, self.share_up, self.consistency = rank, copies, share_up, consistency
-        self.scale, self.dropout = alpha / rank, dropout
+        self.rank = rank
+        self.copies = copies
+        self.share_up = share_up
+        self.consistency = consistency
+        self.scale = alpha / rank
+        self.dropout = dropout
         up, down = first_factors(weight, rank)
         self.up = nn.Parameter(up.repeat(1 if share_up else copies, 1, 1))
         self.down = nn.Parameter(down.repeat(copies, 1, 1))
         self.drawn: Tensor | None = None
         """The copies of `up` and `down` in this step, for each of the equal parts of a batch: `(parts, 2)`."""
 
-    def before_fit(self, module: Any, data: Any) -> bool:
+    def before_fit(self, module: Any, data: object) -> bool:
         """Let a training predict each token twice; if experts have several weights, the largest counts."""
         if self.consistency > getattr(module.batch_losses, "weight", 0.0):
             module.batch_losses = PairedLosses(self.consistency)
@@ -82,9 +86,11 @@ class AdaMixExpert(Expert):
         base = F.linear(x, weight, bias)
         inner = F.dropout(x, self.dropout, self.training).to(self.down.dtype)
         if self.training and self.drawn is not None:
-            ups, downs = self.up[self.drawn[:, 0]], self.down[self.drawn[:, 1]]
+            ups = self.up[self.drawn[:, 0]]
+            downs = self.down[self.drawn[:, 1]]
         else:
-            ups, downs = self.up.mean(0, keepdim=True), self.down.mean(0, keepdim=True)
+            ups = self.up.mean(0, keepdim=True)
+            downs = self.down.mean(0, keepdim=True)
         added = [
             F.linear(self.scale * F.linear(part, down), up)
             for part, up, down in zip(inner.chunk(len(ups)), ups, downs, strict=False)
@@ -118,9 +124,8 @@ def paired_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     first, second = logits.chunk(2)
     sums, counts = row_sums(batch, F.cross_entropy(first, labels[: len(first)], reduction="none"))
-    one, other = first.log_softmax(-1), second.log_softmax(-1)
-    apart = [
-        F.kl_div(mine, target.detach(), reduction="sum", log_target=True)
-        for mine, target in ((one, other), (other, one))
-    ]
-    return sums, counts, 0.5 * (apart[0] + apart[1])
+    first = first.log_softmax(-1)
+    second = second.log_softmax(-1)
+    to_second = F.kl_div(first, second.detach(), reduction="sum", log_target=True)
+    to_first = F.kl_div(second, first.detach(), reduction="sum", log_target=True)
+    return sums, counts, 0.5 * (to_second + to_first)

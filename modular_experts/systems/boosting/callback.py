@@ -6,7 +6,7 @@ with larger ones in all of them, for longer, and with a learning rate that rises
 
 import logging
 import random
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -42,7 +42,9 @@ class Boosting(Schedule):
             raise ValueError(f"every={every}, the optimizer steps of a round, must be at least 1")
         if not 0 < share <= 1:
             raise ValueError(f"share={share}, the share of the blocks that a round trains, is outside (0, 1]")
-        self.every, self.share, self.seed = every, share, seed
+        self.every = every
+        self.share = share
+        self.seed = seed
 
     def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> bool:
         """Boosters become more with each round."""
@@ -51,7 +53,8 @@ class Boosting(Schedule):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if an expert cannot be boosted; log the rounds."""
         module = cast(TrainedModule, pl_module)
-        blocks, total = _blocks(module), module.length.total_steps
+        blocks = _blocks(module)
+        total = module.length.total_steps
         log.info(
             "%d rounds of %d steps, each in %d of %d blocks",
             *(-(-total // self.every), self.every, len(self.trained(module, 0)), len(blocks)),
@@ -63,7 +66,7 @@ class Boosting(Schedule):
         count = max(round(self.share * len(blocks)), 1)
         return set(random.Random(f"{seed_of(self.seed, module)}/{number}").sample(blocks, count))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Begin the next round before its first step, so that none begins after the last."""
         module = cast(TrainedModule, pl_module)
         number, later = divmod(trainer.global_step, self.every)
@@ -117,7 +120,8 @@ class WarmupRestarts(WarmupCosine):
         super().__init__(warmup)
         if not 0 < rise < every:
             raise ValueError(f"rise={rise}, the steps of a rise, must be from 1 to every - 1 = {every - 1}")
-        self.every, self.rise = every, rise
+        self.every = every
+        self.rise = rise
 
     def factor(self, step: int, total_steps: int) -> float:
         again = min((step % self.every + 1) / (self.rise + 1), 1.0) if step >= self.every else 1.0

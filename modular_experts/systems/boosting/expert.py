@@ -63,7 +63,8 @@ class BoostedLoRAExpert(LoRAExpert):
             return False
         self.ups = torch.cat([self.ups, self.scale * self.up], 1)
         self.downs = torch.cat([self.downs, self.down])
-        rows, columns = self.ups.shape[0], self.downs.shape[1]
+        rows = self.ups.shape[0]
+        columns = self.downs.shape[1]
         if self.ups.shape[1] > min(rows, columns):
             whole = self.ups @ self.downs
             self.ups = torch.eye(rows).to(whole) if rows <= columns else whole
@@ -82,5 +83,7 @@ class BoostedLoRAExpert(LoRAExpert):
         if not self.ups.shape[1]:
             return trained
         # A fresh product adds nothing, and would only raise the rank.
-        parts = [LowRank(self.ups, self.downs)] + [trained] * bool(self.up.any())
+        parts = [LowRank(self.ups, self.downs)]
+        if self.up.any():
+            parts.append(trained)
         return LowRank(torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts]))

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modular_experts.systems.compress.reform import DAMPING, BlockByBlock, oriented
-from modular_experts.systems.compress.removable import Kept, Kind, Removable
+from modular_experts.systems.compress.reform import DAMPING, BlockByBlock
+from modular_experts.systems.compress.removable import Kept, Kind, Removable, oriented
 from modular_experts.systems.evolution import Category, Gene, Genes, Mask, Whole
 
 Members = Literal["importance", "masks"]
@@ -47,8 +47,10 @@ def rank(
     The share `damping` of the mean of a Gram matrix's diagonal is added to the diagonal before it is inverted.
     """
     steps = BlockByBlock(removable, removable.model, text)
-    hidden, turned = steps.embedded, list[float]()
-    found = [{kind: list[Tensor]() for kind in removable.readers} for _ in range(3)]
+    hidden = steps.embedded
+    turned: list[float] = []
+    # Of `contribution`, `compensated` and `entrywise`.
+    tables = [{kind: list[Tensor]() for kind in removable.readers} for _ in range(3)]
     for place, block in enumerate(steps.blocks):
         firsts = [removable.makers(kind)[0] for kind in removable.readers]
         grams, after = steps.grams(place, hidden, [*firsts, *removable.readers.values()])
@@ -57,9 +59,11 @@ def rank(
             grams[name].diagonal().add_(damping * grams[name].diagonal().mean())
         inverses = {name: torch.linalg.inv(gram) for name, gram in grams.items()}
         for kind, reader in removable.readers.items():
-            weight, count = oriented(block.get_submodule(reader)).double(), getattr(removable, kind)
+            weight = oriented(block.get_submodule(reader)).double()
+            count = getattr(removable, kind)
             own, others = _removal_errors(weight, grams[reader], inverses[reader], count)
-            makers, total = removable.makers(kind), torch.zeros(count, dtype=torch.float64)
+            makers = removable.makers(kind)
+            total = torch.zeros(count, dtype=torch.float64)
             for name in (*makers, reader):
                 # Rows of a layer that makes the parts, columns of the one that reads them.
                 dim, source = (0, reader) if name == reader else (1, makers[0])
@@ -68,14 +72,14 @@ def rank(
                 units = removable.parts[f"{name}.weight"].units
                 stretches = entries.sum(dim).cpu().split([unit * count for unit in units])
                 total += torch.stack([stretch.view(count, -1).sum(1) for stretch in stretches]).sum(0)
-            for listed, scores in zip(found, (own.cpu(), others.cpu(), total), strict=True):
-                listed[kind].append(scores)
+            for table, scores in zip(tables, (own.cpu(), others.cpu(), total), strict=True):
+                table[kind].append(scores)
         pairs = zip(hidden, after, strict=True)
-        alike = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])
+        alike = torch.cat([nn.functional.cosine_similarity(*states, dim=-1).flatten() for states in pairs])
         turned.append(1 - alike.double().mean().item())
         hidden = after
         progress(place + 1)
-    return Ranking(turned, *found)
+    return Ranking(turned, *tables)
 
 
 def _removal_errors(weight: Tensor, gram: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +88,8 @@ def _removal_errors(weight: Tensor, gram: Tensor, inverse: Tensor, count: int) -
     if unit == 1:
         squares = weight.square().sum(0)
         return gram.diagonal() * squares, squares / inverse.diagonal()
-    own, others = torch.empty(count, dtype=gram.dtype), torch.empty(count, dtype=gram.dtype)
+    own = torch.empty(count, dtype=gram.dtype)
+    others = torch.empty(count, dtype=gram.dtype)
     for member in range(count):
         these = slice(member * unit, (member + 1) * unit)
         products = weight[:, these].T @ weight[:, these]
@@ -134,15 +139,19 @@ class Candidates:
     """
 
     def __init__(self, window: Window, ranking: Ranking, members: Members) -> None:
-        self.window, self.ranking, self.members = window, ranking, members
-        self._depth, self._rankings = window.removable.blocks, [ranking.contribution, ranking.compensated]
+        self.window = window
+        self.ranking = ranking
+        self.members = members
+        self._depth = window.removable.blocks
+        self._rankings = [ranking.contribution, ranking.compensated]
         self._totals: dict[Kind, int] = {kind: getattr(window.removable, kind) for kind in window.removable.readers}
         own: list[Gene] = [Category(2)]
         self._start: Genes = (0,)
         if members == "masks":
             own = [Mask(total) for total in self._totals.values()]
-            self._start = tuple("1" * total for total in self._totals.values())
-        self.space: list[Gene] = [*[Category(2)] * self._depth, Whole(1, window.removable.groups), *own * self._depth]
+            self._start = tuple("".ljust(total, "1") for total in self._totals.values())
+        stays: list[Gene] = [Category(2) for _ in range(self._depth)]
+        self.space: list[Gene] = [*stays, Whole(1, window.removable.groups), *own * self._depth]
 
     def first(self, most: int) -> list[Genes]:
         """Return the candidates that a search starts from: they lack no block, one block, and so on.

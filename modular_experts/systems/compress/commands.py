@@ -33,16 +33,18 @@ def compress(
     with progress_by_tenths(
         line=lambda what, done, total, left: f"{what}: {done / total:.0%} of the work done{left}"
     ) as bar:
-        found = make_smaller(base, tasks, out, reduction, revision, overwrite=overwrite, progress=bar)
-    parts = [f"{len(found.blocks)} of {found.all_blocks} blocks"]
-    parts += [f"{one:,} of {whole:,} {name}" for name, (one, whole) in found.sizes.items() if whole > 1]
-    share = share_text(found.parameters / found.base)
-    print(f"{', '.join(parts)}: {found.parameters:,} of {found.base:,} parameters ({share})")
-    print(f"perplexity on {found.tokens:,} tokens of the test rows:")
+        smaller = make_smaller(base, tasks, out, reduction, revision, overwrite=overwrite, progress=bar)
+    parts = [f"{len(smaller.blocks)} of {smaller.all_blocks} blocks"]
+    parts += [f"{kept:,} of {whole:,} {name}" for name, (kept, whole) in smaller.sizes.items() if whole > 1]
+    share = share_text(smaller.parameters / smaller.base)
+    print(f"{', '.join(parts)}: {smaller.parameters:,} of {smaller.base:,} parameters ({share})")
+    print(f"perplexity on {smaller.tokens:,} tokens of the test rows:")
     names = {"base": "the base", "cut": "the best candidate, as it was cut", "reformed": "the same, corrected"}
-    for name, value in found.perplexity.items():
-        print(f"  {value:>10.4g}  {names[name]}{', which was written' if name == found.written else ''}")
-    if found.written == "cut" and "reformed" in found.perplexity:
+    for name, value in smaller.perplexity.items():
+        print(f"  {value:>10.4g}  {names[name]}{', which was written' if name == smaller.written else ''}")
+    if smaller.written == "cut" and "reformed" in smaller.perplexity:
         print("on the validation rows the corrected one is the worse; more --tokens of training rows may help")
-    print(f"loaded again with transformers: the largest difference of a logit is {found.check.largest_difference:.3g}")
-    print(f"{out}: a base of {found.parameters:,} parameters; fit --base {out} trains experts on it")
+    print(
+        f"loaded again with transformers: the largest difference of a logit is {smaller.check.largest_difference:.3g}"
+    )
+    print(f"{out}: a base of {smaller.parameters:,} parameters; fit --base {out} trains experts on it")

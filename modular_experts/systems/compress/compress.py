@@ -5,11 +5,11 @@ only the best is corrected, and no weight is trained.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -67,14 +67,15 @@ class Reduction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, example in (("keep", 0.8), ("slack", 0.02)):
-            if not 0 < (value := getattr(self, name)) < 1:
+        for name, value, example in (("keep", self.keep, 0.8), ("slack", self.slack, 0.02)):
+            if not 0 < value < 1:
                 raise ValueError(f"{name}={value} must be in (0, 1), such as {example}")
         if self.members not in get_args(Members):
             raise ValueError(f"members={self.members!r} must be one of {', '.join(map(repr, get_args(Members)))}")
         least = {"evaluations": 1, "multiple": 1, "tokens": 2, "search_tokens": 2, "test_tokens": 2, "length": 2}
         for name, lowest in least.items():
-            if (value := getattr(self, name)) < lowest:
+            value = getattr(self, name)
+            if value < lowest:
                 raise ValueError(f"{name}={value} must be at least {lowest}")
 
     def window(self, removable: Removable) -> Window:
@@ -114,6 +115,7 @@ class Compressed:
 
 
 Progress = Callable[[str, float, float], None]
+Number = TypeVar("Number")
 
 
 def compress(
@@ -144,7 +146,8 @@ def compress(
             has not been loaded then. Or its weights do not have the sizes that their names imply, or the reloaded
             checkpoint differs from the model in memory; then nothing is written.
     """
-    target, opened = check_target(out, overwrite, MANIFEST), Base.open(base, revision=revision)
+    target = check_target(out, overwrite, MANIFEST)
+    opened = Base.open(base, revision=revision)
     reduction.window(Removable(opened.structure.model, opened.place)).check()
     amounts = {"train": reduction.tokens, "validation": reduction.search_tokens, "test": reduction.test_tokens}
     texts = read_texts(tasks, opened.tokenizer(), amounts, reduction.length)
@@ -157,7 +160,7 @@ def compress(
     removable = Removable(model, opened.place)
     work = json.dumps([opened.fingerprint, settings, [text.tolist() for text in texts.values()], package_versions()])
     with new_directory(target, overwrite, MANIFEST, work) as temporary:
-        small, kept, found = _made(removable, reduction, texts, temporary / _TRIALS, progress)
+        small, kept, facts = _made(removable, reduction, texts, temporary / _TRIALS, progress)
         (temporary / _TRIALS).unlink()
         _cast(small, stored)
         prompts = fixed_prompts(small)
@@ -165,9 +168,11 @@ def compress(
             small.save_pretrained(temporary, max_shard_size="5GB")
             copy_companions(opened.directory, temporary)
             check = check_reloaded(temporary, prompts.cpu(), logits(small, prompts).cpu(), _TOLERANCE, Rounding())
-        done = Compressed(*[*found, check])
-        held = {"groups": kept.groups, "channels": kept.channels}
-        members = {kind: {str(block): own.tolist() for block, own in by.items()} for kind, by in held.items()}
+        done = Compressed(**facts, check=check)
+        members = {
+            "groups": {str(block): groups.tolist() for block, groups in kept.groups.items()},
+            "channels": {str(block): channels.tolist() for block, channels in kept.channels.items()},
+        }
         from_base = {"id": opened.place, "revision": opened.revision, "fingerprint": opened.fingerprint}
         write_manifest(temporary, {"base": from_base, "settings": settings, "kept": members, "found": asdict(done)})
     progress("writing", 1, 1)
@@ -176,7 +181,7 @@ def compress(
 
 def _made(
     removable: Removable, reduction: Reduction, texts: dict[str, Tensor], trials: Path, progress: Progress
-) -> tuple[Any, Kept, Any]:
+) -> tuple[PreTrainedModel, Kept, dict[str, Any]]:
     """Return the smaller model, the parts that stay, and the fields of `Compressed` but the last."""
     depth = removable.blocks
 
@@ -187,33 +192,40 @@ def _made(
     candidates = Candidates(reduction.window(removable), ranking, reduction.members)
     kept, values = _search(candidates, reduction, texts["validation"], trials, stage("searching", depth))
     small = removable.cut(kept)
-    found = {"base": perplexity(removable.model, texts["test"]), "cut": perplexity(small, texts["test"])}
+    perplexities = {"base": perplexity(removable.model, texts["test"]), "cut": perplexity(small, texts["test"])}
     written = "cut"
     correcting = stage("correcting", depth + reduction.evaluations)
     if reform(removable, kept, small, texts["train"], correcting):
-        found["reformed"] = perplexity(small, texts["test"])
+        perplexities["reformed"] = perplexity(small, texts["test"])
         # Less error of each layer on the training rows can be more perplexity, if there are few of these rows.
         if perplexity(small, texts["validation"]) <= min(values):
             written = "reformed"
         else:
             small = removable.cut(kept)
-    first, tokens = kept.blocks[0], texts["test"].numel()
-    groups, channels = len(kept.groups[first]), len(kept.channels[first])
-    sizes = {"groups": (groups, removable.groups), "channels": (channels, removable.channels)}
-    parameters = removable.count(len(kept.blocks), groups, channels)
-    numbers = (removable.parameters, parameters, kept.blocks, depth, sizes, found, written, tokens, values)
-    return small, kept, numbers
+    first = kept.blocks[0]
+    groups = len(kept.groups[first])
+    channels = len(kept.channels[first])
+    facts = {
+        "base": removable.parameters,
+        "parameters": removable.count(len(kept.blocks), groups, channels),
+        "blocks": kept.blocks,
+        "all_blocks": depth,
+        "sizes": {"groups": (groups, removable.groups), "channels": (channels, removable.channels)},
+        "perplexity": perplexities,
+        "written": written,
+        "tokens": texts["test"].numel(),
+        "searched": values,
+    }
+    return small, kept, facts
 
 
 def _search(
     candidates: Candidates, reduction: Reduction, text: Tensor, trials: Path, progress: Callable[[int], None]
 ) -> tuple[Kept, list[float]]:
-    store: Any = JSONLines(trials)
-
     def measure(genes: Genes) -> float:
         return perplexity(candidates.window.removable.cut(candidates.kept(genes)), text)
 
-    def counted(numbers: Sequence[Any]) -> Iterator[Any]:
+    def reported(numbers: Iterable[Number]) -> Iterator[Number]:
         for done, number in enumerate(numbers, start=1):
             yield number
             progress(done)
@@ -221,12 +233,12 @@ def _search(
     # A candidate has two or three genes for each block. Few change at once, because most changes of many are worse.
     first = candidates.first(max(1, reduction.evaluations // 4))
     search = Evolution(reduction.evaluations, first=1, mutation=0.05, seed=reduction.seed).search
-    found = search(candidates.space, measure, first, candidates.within, store, counted)
-    return candidates.kept(found.best), [value for _, value in found.measured]
+    evolved = search(candidates.space, measure, first, candidates.within, JSONLines(trials), reported)
+    return candidates.kept(evolved.best), [value for _, value in evolved.measured]
 
 
 @torch.no_grad()
-def _cast(model: Any, dtype: torch.dtype) -> None:
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
 

@@ -12,15 +12,13 @@ is. With the second term the error on the text never grows, and a layer that los
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modular_experts.base.structure import is_transposed
 from modular_experts.routing.prompts import stop_at
-from modular_experts.systems.compress.removable import Kept, Removable
+from modular_experts.systems.compress.removable import Kept, Removable, oriented
 
 DAMPING = 0.01
 """Lambda, and the numbers added to a diagonal before it is inverted, as a share of the mean of the diagonal."""
@@ -28,7 +26,8 @@ DAMPING = 0.01
 
 def reformed(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     """Return the weight `(out, kept)` for the inputs that stay, in float64, by the Gram matrix `(in, in)` of all."""
-    whole, matrix = weight.double(), gram.double()
+    whole = weight.double()
+    matrix = gram.double()
     left = matrix[kept][:, kept]
     mean = left.diagonal().mean()
     # A layer that no text reaches keeps its weight.
@@ -52,7 +51,9 @@ def reform(
 
     The inputs of a block are those that the reformed blocks before it make of the text `(rows, tokens)`.
     """
-    whole, parts, count = BlockByBlock(removable, removable.model, text), BlockByBlock(removable, small, text), 0
+    whole = BlockByBlock(removable, removable.model, text)
+    parts = BlockByBlock(removable, small, text)
+    count = 0
     hidden = whole.embedded
     for place, number in enumerate(kept.blocks):
         grams, _ = whole.grams(number, hidden, removable.readers.values())
@@ -67,12 +68,6 @@ def reform(
     return count
 
 
-def oriented(layer: nn.Module) -> Tensor:
-    """Return a view `(out, in)` of a linear layer's weight."""
-    weight: Any = layer.weight
-    return weight.data.T if is_transposed(layer) else weight.data
-
-
 class BlockByBlock:
     """A model, whole or cut, that runs one block at a time over a text `(rows, tokens)`; each row is a pass of its own.
 
@@ -82,12 +77,12 @@ class BlockByBlock:
     def __init__(self, removable: Removable, model: PreTrainedModel, text: Tensor) -> None:
         self.blocks = removable.modules(model)
         self.embedded: list[Tensor] = []
-        self._others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._others: list[tuple[tuple[object, ...], dict[str, object]]] = []
         rows = text.to(model.device).split(1)
 
-        def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def note(_: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
             # Positions and masks are alike in all rows, because all are of one length and without padding.
-            self._others.append((given[1:], named))
+            self._others.append((inputs[1:], named))
 
         with ExitStack() as hooks:
             for block in self.blocks:
@@ -100,22 +95,22 @@ class BlockByBlock:
 
     def through(self, place: int, hidden: list[Tensor]) -> list[Tensor]:
         """Return what a block makes of the hidden states of each row."""
-        given, named = self._others[place]
-        outputs = [self.blocks[place](one, *given, **named) for one in hidden]
-        return [one[0] if isinstance(one, tuple) else one for one in outputs]
+        others, named = self._others[place]
+        outputs = [self.blocks[place](states, *others, **named) for states in hidden]
+        return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
     def grams(self, place: int, hidden: list[Tensor], layers: Iterable[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Return `X^T X` of the inputs of layers of a block, by their names there, and the block's outputs."""
-        found: dict[str, Tensor] = {}
+        grams: dict[str, Tensor] = {}
 
-        def take(name: str, _: nn.Module, given: tuple[Any, ...]) -> None:
-            inputs = given[0].reshape(-1, given[0].shape[-1])
+        def take(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0].reshape(-1, args[0].shape[-1])
             product = inputs.T @ inputs
-            found[name] = found[name] + product if name in found else product
+            grams[name] = grams[name] + product if name in grams else product
 
         with ExitStack() as hooks:
             for name in layers:
                 layer = self.blocks[place].get_submodule(name)
                 hooks.callback(layer.register_forward_pre_hook(partial(take, name)).remove)
             made = self.through(place, hidden)
-        return found, made
+        return grams, made

@@ -5,7 +5,7 @@ one for the MLPs' width, every block keeps equally many groups and channels, but
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -57,11 +57,12 @@ class Removable:
     """
 
     def __init__(self, model: PreTrainedModel, place: str) -> None:
-        self.model, self.place = model, place
+        self.model = model
+        self.place = place
         structure = Structure(model)
         self.parameters = sum(structure.shapes[name].numel() for name in structure.weights)
-        found = [block for block in map(block_of, structure.weights) if block]
-        self._container = found[0].rpartition(".")[0] if found else ""
+        blocks = [block for block in map(block_of, structure.weights) if block]
+        self._container = blocks[0].rpartition(".")[0] if blocks else ""
         self.blocks = int(model.config.num_hidden_layers)
         inside: list[dict[str, torch.Size]] = [
             {name: weight.shape for name, weight in block.named_parameters()} for block in self.modules(model)
@@ -79,13 +80,13 @@ class Removable:
             prices[part.kind] += shape.numel() // shape[part.dim] * sum(part.units)
         whole = sum(shape.numel() for shape in inside[0].values())
         self._outside = self.parameters - self.blocks * whole
-        self._group, self._channel = prices["groups"], prices["channels"]
+        self._group = prices["groups"]
+        self._channel = prices["channels"]
         self._rest = whole - self.groups * self._group - self.channels * self._channel
 
     def modules(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         """Return the transformer blocks of this model, or of one that was cut from it."""
-        held: Any = model.get_submodule(self._container) if self._container else ()
-        return list(held)
+        return list(model.get_submodule(self._container).children()) if self._container else []
 
     def makers(self, kind: Kind) -> list[str]:
         """Return the names within a block of the layers that make its groups or channels, all of the same inputs."""
@@ -102,8 +103,10 @@ class Removable:
 
     def indices(self, part: Part, kept: Kept, block: int) -> Tensor:
         """Return where the entries that stay lie along the dimension of a part."""
-        members, count = getattr(kept, part.kind)[block], getattr(self, part.kind)
-        stretches, start = [], 0
+        members = getattr(kept, part.kind)[block]
+        count = getattr(self, part.kind)
+        stretches = []
+        start = 0
         for unit in part.units:
             stretches.append(start + (members[:, None] * unit + torch.arange(unit)).flatten())
             start += count * unit
@@ -137,7 +140,8 @@ class Removable:
                 yield name, tensor
                 continue
             number, _, local = name.removeprefix(start).partition(".")
-            block, part = int(number), self.parts.get(local)
+            block = int(number)
+            part = self.parts.get(local)
             if block not in kept.blocks:
                 continue
             if part and len(getattr(kept, part.kind)[block]) < getattr(self, part.kind):
@@ -154,7 +158,8 @@ class Removable:
         first = kept.blocks[0]
         if len(kept.channels[first]) < self.channels:
             setattr(config, self._width_key, len(kept.channels[first]))
-        if (groups := len(kept.groups[first])) < self.groups:
+        groups = len(kept.groups[first])
+        if groups < self.groups:
             config.head_dim = self._head
             config.num_attention_heads = config.num_attention_heads // self.groups * groups
             config.num_key_value_heads = groups
@@ -162,15 +167,19 @@ class Removable:
 
     def _heads(self) -> None:
         """Find the groups of heads, or one group of all if the configuration fixes their size."""
-        config, block = self.model.config, self.modules(self.model)[0]
-        self.groups, self._head = 1, 0
-        heads, groups = int(config.num_attention_heads), getattr(config, "num_key_value_heads", None)
+        config = self.model.config
+        block = self.modules(self.model)[0]
+        self.groups = 1
+        self._head = 0
+        heads = int(config.num_attention_heads)
+        groups = getattr(config, "num_key_value_heads", None)
         for name, layer in block.named_modules():
             children = dict(layer.named_children())
-            makers = next((one for one in _ATTENTIONS if {*one, "o_proj"} <= children.keys()), None)
+            makers = next((names for names in _ATTENTIONS if {*names, "o_proj"} <= children.keys()), None)
             if makers and groups:
                 self._head = getattr(config, "head_dim", None) or config.hidden_size // heads
-                self.groups, query = int(groups), heads // int(groups) * self._head
+                self.groups = int(groups)
+                query = heads // int(groups) * self._head
                 units = (query, self._head, self._head)
                 own = [units] if len(makers) == 1 else [(unit,) for unit in units]
                 for maker, its in zip(makers, own, strict=True):
@@ -179,25 +188,25 @@ class Removable:
                 return
 
     def _channels(self) -> None:
-        config, block = self.model.config, self.modules(self.model)[0]
+        config = self.model.config
+        block = self.modules(self.model)[0]
         self._width_key = "n_inner" if hasattr(config, "n_inner") else "intermediate_size"
         for name, layer in block.named_modules():
             children = dict(layer.named_children())
-            form = next((one for one in _MLPS if {*one[0], one[1]} <= children.keys()), None)
-            if form:
-                down: Any = children[form[1]]
-                self.channels = int(down.weight.shape[0 if is_transposed(down) else 1])
-                for maker, times in form[0].items():
-                    self._add(f"{name}.{maker}", children[maker], "channels", (1,) * times)
-                self._add(f"{name}.{form[1]}", down, "channels", (1,), reads=True)
-                return
+            for makers, reader in _MLPS:
+                if {*makers, reader} <= children.keys():
+                    self.channels = oriented(children[reader]).shape[1]
+                    for maker, times in makers.items():
+                        self._add(f"{name}.{maker}", children[maker], "channels", tuple(1 for _ in range(times)))
+                    self._add(f"{name}.{reader}", children[reader], "channels", (1,), reads=True)
+                    return
         known = ", ".join("/".join([*makers, reader]) for makers, reader in _MLPS)
         raise ValueError(
             f"{self.place} is a {type(self.model).__name__}, and no known form ({known}) fits its MLPs, so it cannot "
             "be made smaller"
         )
 
-    def _add(self, name: str, layer: Any, kind: Kind, units: tuple[int, ...], reads: bool = False) -> None:
+    def _add(self, name: str, layer: nn.Module, kind: Kind, units: tuple[int, ...], reads: bool = False) -> None:
         """Note how a layer's weight, and the bias of one that makes parts, hold them."""
         transposed = is_transposed(layer)
         self.parts[f"{name}.weight"] = Part(kind, int(reads != transposed), units)
@@ -207,11 +216,23 @@ class Removable:
             self.parts[f"{name}.bias"] = Part(kind, 0, units)
 
 
+def oriented(layer: nn.Module) -> Tensor:
+    """Return a view `(out, in)` of a linear layer's weight."""
+    weight = layer.get_parameter("weight").data
+    return weight.T if is_transposed(layer) else weight
+
+
 class Unfilled(TorchFunctionMode):
     """Make layers without drawing their numbers."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if function in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_) and "tensor" in given:
-            return given["tensor"]
-        return function(*args, **given)
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        settings = kwargs or {}
+        if function in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_) and "tensor" in settings:
+            return settings["tensor"]
+        return function(*args, **settings)

@@ -3,7 +3,7 @@
 import logging
 import math
 import random
-from typing import Any, cast
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -35,11 +35,11 @@ class RandomPaths(Schedule):
         experts = experts_of(cast(TrainedModule, pl_module), GLoRAExpert, "RandomPaths").values()
         counts = [math.prod(map(len, expert.choices().values())) for expert in experts]
         if not counts:
-            raise ValueError("RandomPaths found no GLoRAExpert; give --expert GLoRAExpert, or leave it out")
+            raise ValueError("RandomPaths found no GLoRAExpert; give `expert=GLoRAExpert`, or leave it out")
         spread = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
         log.info("%d layers with %s paths each, one drawn for each step", len(counts), spread)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Draw the paths of the step that this batch is part of."""
         module = cast(TrainedModule, pl_module)
         for name, expert in experts_of(module, GLoRAExpert, "RandomPaths").items():

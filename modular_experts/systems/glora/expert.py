@@ -75,7 +75,12 @@ class GLoRAExpert(Expert):
         super().__init__()
         rows, columns = weight.shape
         check_low_rank(weight, rank)
-        self.rank, self.a, self.b, self.c, self.d, self.e = rank, a, b, c, d, e
+        self.rank = rank
+        self.a = a
+        self.b = b
+        self.c = c
+        self.d = d
+        self.e = e
         self.path = GLoRAPath(a, b, c, d, e)
         """The path that is evaluated and exported."""
         self.drawn: GLoRAPath | None = None
@@ -85,7 +90,8 @@ class GLoRAExpert(Expert):
                 raise ValueError(f"{part}={kind!r} must be one of {', '.join(KINDS[part][::-1])}")
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for part, kind in self.path._asdict().items():
-            high, wide = columns if part == "c" else rows, columns if part in "ab" else 1
+            high = columns if part == "c" else rows
+            wide = columns if part in "ab" else 1
             up = {"lora": (high, rank), "vector": (high, 1), "constant": (1, 1), "none": None}[kind]
             if up is not None:
                 self.register_parameter(f"{part}_up", nn.Parameter(torch.zeros(up, dtype=dtype, device=weight.device)))
@@ -114,8 +120,7 @@ class GLoRAExpert(Expert):
 
     def only(self, path: GLoRAPath, weight: Tensor) -> "GLoRAExpert":
         """Return an expert of this path alone, with the numbers of this expert."""
-        settings: Any = path._asdict()
-        expert = type(self)(weight, self.rank, **settings)
+        expert = type(self)(weight, self.rank, *path)  # type: ignore[arg-type]
         with torch.no_grad():
             for name, parameter in expert.named_parameters():
                 parameter.copy_(getattr(self, name)[tuple(slice(size) for size in parameter.shape)])
@@ -149,7 +154,8 @@ class GLoRAExpert(Expert):
         return self._bias_delta(self.path, bias, weight)
 
     def _delta(self, path: GLoRAPath, weight: Tensor) -> Delta:
-        factor, added = (self._product(part, kind, *weight.shape) for part, kind in (("a", path.a), ("b", path.b)))
+        factor = self._product("a", path.a, *weight.shape)
+        added = self._product("b", path.b, *weight.shape)
         if factor is None:
             return Sparse.zero(weight.shape, weight.device) if added is None else added
         moved = weight.to(factor.dtype) * (factor.up @ factor.down)

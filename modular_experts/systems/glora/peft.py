@@ -35,7 +35,8 @@ class GloraFormat(PeftFormat):
         return type(module) is nn.Linear  # PEFT's own rule
 
     def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> "GloraFormat":
-        kind, state = expert.record["kind"], expert.state()
+        kind = expert.record["kind"]
+        state = expert.state()
         if kind != "GLoRAExpert" or not state:
             raise ValueError(
                 f"{expert.name} is of kind {kind}, and a GLORA adapter needs the trained numbers of a GLoRAExpert; "
@@ -46,7 +47,8 @@ class GloraFormat(PeftFormat):
                 f"{expert.name} was trained on top of {', '.join(parents)}, whose weights its parts multiply, and a "
                 "GLORA adapter multiplies the base's weights; export it as lora, with a rank, or apply it with them"
             )
-        experts, by_weight = {}, state_by_place(state)
+        experts = {}
+        by_weight = state_by_place(state)
         for name in names:
             if name.endswith(".weight"):
                 own = by_weight.get(name, {})
@@ -56,18 +58,20 @@ class GloraFormat(PeftFormat):
         least = {"ab": "constant", "c": "none", "de": "none"}
         kinds: dict[str, str] = {}
         for parts, smallest in least.items():
-            found = (getattr(one.path, part) for one in experts.values() for part in parts)
-            kinds |= dict.fromkeys(parts, max((smallest, *found), key=KINDS[parts[0]].index))
-        return replace(self, _experts=experts, _kinds=kinds, _rank=max(one.rank for one in experts.values()))
+            held = (getattr(layer.path, part) for layer in experts.values() for part in parts)
+            kinds |= dict.fromkeys(parts, max((smallest, *held), key=KINDS[parts[0]].index))
+        return replace(self, _experts=experts, _kinds=kinds, _rank=max(layer.rank for layer in experts.values()))
 
     def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
         energy = delta.norm() ** 2
         if name.endswith(".bias"):
             return EncodedWeight(delta, {}, energy)
-        expert, (rows, columns) = self._experts[name], delta.shape
+        expert = self._experts[name]
+        rows, columns = delta.shape
         tensors: dict[str, Tensor] = {}
         for part, kind in self._kinds.items():
-            high, wide = columns if part == "c" else rows, columns if part in "ab" else 1
+            high = columns if part == "c" else rows
+            wide = columns if part in "ab" else 1
             if part in "cde" and module.bias is None:
                 kind = "none"
             stored = self._part(expert, part, kind, high, wide)

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -80,15 +80,11 @@ class PathSearch(Evolution, SearchAlgorithm):
         rows = data if isinstance(data, ValidationRows) else ValidationRows(data)
         if rows.labels != "rows" or rows.expert_of:
             raise ValueError("PathSearch measures the targets of the rows; leave labels and expert_of out")
-        if (given := len(experts) + len(merges)) != 1:
-            raise ValueError(f"PathSearch searches the paths of one expert, and {given} experts and merges are given")
+        count = len(experts) + len(merges)
+        if count != 1:
+            raise ValueError(f"PathSearch searches the paths of one expert, and {count} experts and merges are given")
         check_target(out, overwrite)
-        opened = open_expert(experts[0])
-        if opened.record["kind"] != "GLoRAExpert" or not opened.state():
-            raise ValueError(
-                f"{opened.place} ({opened.record['kind']}) has no paths to choose from; name an expert that was "
-                "trained with --expert GLoRAExpert and the callback RandomPaths, and not the result of a search"
-            )
+        opened = _with_paths(experts[0])
         parents = open_parents(opened)
         check_mergeable(parents)
         objective = objective_on_base([opened, *parents], rows)
@@ -99,25 +95,38 @@ class PathSearch(Evolution, SearchAlgorithm):
             load_expert_state(objective.model, opened.state())
             space = _Paths(objective, _Losses(Path(out), [opened, *parents], objective))
             limit = space.numbers(space.largest) if self.limit is None else self.limit
-            found = self.search(
+            evolved = self.search(
                 [Category(len(kinds)) for _, kinds in space.parts],
                 lambda genes: mean_loss(space.losses(genes)),
                 space.uniform(),
                 lambda genes: space.within(genes, limit),
                 progress=progress,
             )
-            best, largest, numbers = space.losses(found.best), space.losses(space.largest), space.numbers(found.best)
+            # Before the best paths alone are left in the model.
+            best = space.losses(evolved.best)
+            largest = space.losses(space.largest)
+            numbers = space.numbers(evolved.best)
             settings = asdict(self) | {"numbers": numbers, "rows": rows.rows, "search": type(self).__name__}
-            _write(space, found.best, opened, settings, out, overwrite)
-        trials = [(space.paths(genes), space.losses(genes)) for genes, _ in found.measured]
-        file = write_trials(out, [Trial({name: str(one[name]) for name in one}, losses) for one, losses in trials])
+            _write(space, evolved.best, opened, settings, out, overwrite)
+            trials = [space.trial(genes) for genes, _ in evolved.measured]
+        file = write_trials(out, trials)
         space.store.file.unlink()
-        most, paths = space.numbers(space.largest), space.paths(found.best)
-        return SearchedPaths(open_expert(out), paths, numbers, most, best, largest, beneath, file)
+        most = space.numbers(space.largest)
+        return SearchedPaths(open_expert(out), space.paths(evolved.best), numbers, most, best, largest, beneath, file)
+
+
+def _with_paths(place: str | Path) -> StoredExpert:
+    expert = open_expert(place)
+    if expert.record["kind"] != "GLoRAExpert" or not expert.state():
+        raise ValueError(
+            f"{expert.place} ({expert.record['kind']}) has no paths to choose from; name an expert that was "
+            "trained with `expert=GLoRAExpert` and the callback RandomPaths, and not the result of a search"
+        )
+    return expert
 
 
 def _write(
-    space: "_Paths", best: Genes, opened: StoredExpert, settings: dict[str, Any], out: str | Path, overwrite: bool
+    space: "_Paths", best: Genes, opened: StoredExpert, settings: Mapping[str, object], out: str | Path, overwrite: bool
 ) -> None:
     model = space.objective.model
     for name, path in space.paths(best).items():
@@ -157,8 +166,8 @@ class SearchedPaths(SearchResult):
 
     def report(self) -> Iterator[str]:
         for path, count in Counter(map(str, self.paths.values())).most_common(8):
-            yield f"  {path}: {count} layer{'s' * (count != 1)}"
-        losses = [mean_loss(one) for one in (self.losses, self.largest, self.base)]
+            yield f"  {path}: {count} {'layer' if count == 1 else 'layers'}"
+        losses = [mean_loss(by_task) for by_task in (self.losses, self.largest, self.base)]
         beneath = " and ".join(str(parent["name"]) for parent in self.expert.record["parents"])
         without = f"of the base with {beneath}" if beneath else "of the base alone"
         yield (
@@ -172,7 +181,8 @@ class _Paths:
     """The paths of all layers as one tuple of genes: which kind each part that has a choice is."""
 
     def __init__(self, objective: Objective, store: "_Losses") -> None:
-        self.objective, self.store = objective, store
+        self.objective = objective
+        self.store = store
         self.experts = {name: cast(GLoRAExpert, layer.expert) for name, layer in expert_layers(objective.model)}
         self.parts: list[tuple[tuple[str, str], tuple[str, ...]]] = [
             ((name, part), kinds)
@@ -181,7 +191,7 @@ class _Paths:
             if len(kinds) > 1
         ]
         self.largest: Genes = tuple(len(kinds) - 1 for _, kinds in self.parts)
-        none = GLoRAPath(*["none"] * len(KINDS))
+        none = GLoRAPath(*("none" for _ in KINDS))
         self.sizes = [
             [self.experts[name].numbers(none._replace(**{part: kind})) for kind in kinds]
             for (name, part), kinds in self.parts
@@ -191,6 +201,9 @@ class _Paths:
     def paths(self, genes: Genes) -> dict[str, GLoRAPath]:
         chosen = {place: kinds[int(gene)] for (place, kinds), gene in zip(self.parts, genes, strict=True)}
         return {name: GLoRAPath(*(chosen.get((name, part), "none") for part in KINDS)) for name in self.experts}
+
+    def trial(self, genes: Genes) -> Trial:
+        return Trial({name: str(path) for name, path in self.paths(genes).items()}, self.losses(genes))
 
     def losses(self, genes: Genes) -> dict[str, float]:
         """Return the losses by task of paths, which are measured once."""
@@ -206,7 +219,9 @@ class _Paths:
     def within(self, genes: Genes, limit: int) -> Genes:
         """Return the genes with parts at random places made smaller until the limit holds."""
         # Equal candidates are made smaller alike, so that a search repeats.
-        draws, smaller, kept = random.Random(str(genes)), [int(gene) for gene in genes], self.numbers(genes)
+        draws = random.Random(str(genes))
+        smaller = [int(gene) for gene in genes]
+        kept = self.numbers(genes)
         while kept > limit:
             place = draws.choice([place for place, gene in enumerate(smaller) if gene])
             gene = draws.randrange(smaller[place])

@@ -55,7 +55,10 @@ class GOATExpert(MoLoRAExpert):
             )
         if not (0 < rho < math.inf and 0 < ratio < math.inf):
             raise ValueError(f"rho={rho} and ratio={ratio} must be positive numbers")
-        self.rho, self.segment, self.scaling, self.ratio = rho, segment, scaling, ratio
+        self.rho = rho
+        self.segment = segment
+        self.scaling = scaling
+        self.ratio = ratio
         if scaling == "theory":
             self.scale = math.sqrt(3 * ratio * weight.shape[1] / rank)
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
 from modular_experts.systems.molora import MoLoRAExpert
@@ -35,13 +34,16 @@ class HiLo(LayerPlan):
         balance: float = 1e-3,
     ) -> None:
         self.modules = as_patterns(modules)
-        self.experts, self.ranks, self.k = list(experts), list(ranks), [k] if isinstance(k, int) else list(k)
-        self.alpha, self.balance = alpha, balance
+        self.experts = list(experts)
+        self.ranks = list(ranks)
+        self.k = [k] if isinstance(k, int) else list(k)
+        self.alpha = alpha
+        self.balance = balance
         for name, numbers in (("experts", self.experts), ("ranks", self.ranks), ("k", self.k)):
             if not numbers or min(numbers) < 1:
                 raise ValueError(f"HiLo: {name}={numbers} must be numbers of at least 1, one for each group of blocks")
 
-    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Site, Factory]:
         chosen = by_pattern(dict.fromkeys(self.modules, MoLoRAExpert), "modules")(sites)
         depths = [site.depth for site in sites if site.depth is not None]
         blocks = max(depths, default=0) + 1
@@ -52,6 +54,7 @@ class HiLo(LayerPlan):
             if len(self.ranks) == 2:
                 low, high = self.ranks
                 rank = round(low + (high - low) * depth / max(blocks - 1, 1))
-            sizes: dict[str, Any] = {"experts": count, "rank": rank, "k": min(k, count)}
-            planned[site] = partial(MoLoRAExpert, **sizes, alpha=self.alpha, balance=self.balance)
+            planned[site] = partial(
+                MoLoRAExpert, experts=count, rank=rank, k=min(k, count), alpha=self.alpha, balance=self.balance
+            )
         return planned

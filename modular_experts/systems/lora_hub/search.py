@@ -51,7 +51,8 @@ class LoRAHub(CoefficientSearch):
             return trials[-1].loss + self.penalty * weights.abs().mean().item()
 
         evolution = Evolution(self.steps, first=1, parents=1, crossover=0.0, mutation=1.0, seed=self.seed)
-        space, start = [Real(-self.bound, self.bound)] * combination.experts, (0.0,) * combination.experts
+        space = [Real(-self.bound, self.bound) for _ in range(combination.experts)]
+        start = tuple(0.0 for _ in space)
         best = torch.tensor(evolution.search(space, measured, [start], progress=progress).best, dtype=torch.float64)
         losses = next(trial.losses for trial in trials if trial.settings["weights"] == best.tolist())
         if self.objective != "loss":

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from modular_experts.routing.router import check_reading
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class LoRAIR(LayerPlan):
     """LoRAs at each linear layer; one gate for all layers gives a prompt the LoRAs of its task.
 
@@ -47,33 +49,31 @@ class LoRAIR(LayerPlan):
         prompts: The most training rows of a task that the router learns from, spread evenly over the task.
     """
 
-    def __init__(
-        self,
-        experts: int,
-        modules: str | Sequence[str] = "all-linear",
-        rank: int = 8,
-        k: int = 1,
-        alpha: float = 16.0,
-        depths: Sequence[float] = (0.0, 0.25),
-        prompts: int = 256,
-    ) -> None:
-        if experts < 2:
-            raise ValueError(f"LoRAIR: experts={experts} must be at least 2, one for each task of the data")
-        if not 1 <= k <= experts:
-            raise ValueError(f"LoRAIR: k={k} is outside 1..{experts}, the number of experts")
-        if prompts < 4:
-            raise ValueError(f"LoRAIR: prompts={prompts} must be at least 4 rows of a task")
-        check_reading("LoRAIR", depths)
-        self.modules = as_patterns(modules)
-        self.experts, self.rank, self.k, self.alpha = experts, rank, k, alpha
-        self.depths, self.prompts = list(depths), prompts
+    experts: int
+    modules: str | Sequence[str] = "all-linear"
+    rank: int = 8
+    k: int = 1
+    alpha: float = 16.0
+    depths: Sequence[float] = (0.0, 0.25)
+    prompts: int = 256
 
-    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+    def __post_init__(self) -> None:
+        if self.experts < 2:
+            raise ValueError(f"LoRAIR: experts={self.experts} must be at least 2, one for each task of the data")
+        if not 1 <= self.k <= self.experts:
+            raise ValueError(f"LoRAIR: k={self.k} is outside 1..{self.experts}, the number of experts")
+        if self.prompts < 4:
+            raise ValueError(f"LoRAIR: prompts={self.prompts} must be at least 4 rows of a task")
+        check_reading("LoRAIR", self.depths)
+        self.modules = as_patterns(self.modules)
+        self.depths = list(self.depths)
+
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Site | str, Factory]:
         gates = CurrentGates()
         loras = partial(LoRAIRExpert, gates=gates, experts=self.experts, rank=self.rank, alpha=self.alpha)
         chosen = by_pattern(dict.fromkeys(self.modules, loras), "modules")(sites)
         gate = partial(TaskGate, gates=gates, experts=self.experts, k=self.k, depths=self.depths, prompts=self.prompts)
-        return {"": gate, **chosen}
+        return {"": gate} | dict(chosen)
 
 
 class TaskGate(ModuleExpert):
@@ -90,18 +90,21 @@ class TaskGate(ModuleExpert):
         self, model: nn.Module, gates: CurrentGates, experts: int, k: int, depths: Sequence[float], prompts: int
     ) -> None:
         super().__init__()
-        self.experts, self.k, self.prompts = experts, k, prompts
+        self.experts = experts
+        self.k = k
+        self.prompts = prompts
         refer(self, model=model)
         self.router = Classifier(reject=None, depths=depths, select=TopK(k))
         self.router.experts = experts
         config: Any = model.config
-        size, device = config.get_text_config().hidden_size * len(self.router.depths), next(model.parameters()).device
+        size = config.get_text_config().hidden_size * len(self.router.depths)
+        device = next(model.parameters()).device
         # A checkpoint is loaded into tensors of its sizes.
         self.router.weight = torch.zeros(experts, size, device=device)
         self.router.bias = torch.zeros(experts, device=device)
         self._gates = PromptGates(self.router, gates)
 
-    def before_fit(self, module: Any, data: Any) -> bool:
+    def before_fit(self, module: Any, data: object) -> bool:
         """Teach the router the tasks of the data, unless it has learned, and log how well it knows others."""
         if self.router.weight.any():
             return False
@@ -130,12 +133,12 @@ class TaskGate(ModuleExpert):
 
     def _vectors(self, model: Any, tasks: Mapping[str, list[Example]], data: TaskMixture, parts: bool) -> list[Tensor]:
         """Return the vectors `(rows, size)` of some prompts of each task, and with `parts` of a part of each."""
-        found = []
+        vectors = []
         for _, examples in sorted(tasks.items()):
             batches = batches_by_length(spread_evenly(examples, self.prompts), data)
             read = prompt_statistics(model, batches, parts, self.router.depths)
-            found.append(torch.cat([read[name_of(depth)].values for depth in self.router.depths], 1))
-        return found
+            vectors.append(torch.cat([read[name_of(depth)].values for depth in self.router.depths], 1))
+        return vectors
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not kept_tokens(kwargs) and not self.router.weight.any():
@@ -161,7 +164,10 @@ class LoRAIRExpert(NotMergeable, Expert):
     ) -> None:
         super().__init__()
         check_low_rank(weight, rank)
-        self.experts, self.rank, self.scale, self.gates = experts, rank, alpha / rank, gates
+        self.experts = experts
+        self.rank = rank
+        self.scale = alpha / rank
+        self.gates = gates
         self.up, self.down = map(nn.Parameter, first_factors(weight, experts * rank))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

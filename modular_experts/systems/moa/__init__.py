@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +25,7 @@ LAYERS = (
 """The queries, keys, values and outputs of attention, and the last layer of the MLP, by the names of architectures."""
 
 
+@dataclass(eq=False)
 class MoA(LayerPlan):
     """Adapters of several kinds behind one router of each transformer block, which weighs each adapter at each token.
 
@@ -49,40 +51,37 @@ class MoA(LayerPlan):
         threshold: Largest G, from 0 (the soft form) to 1; the paper takes 0.5.
     """
 
-    def __init__(
-        self,
-        modules: str | Sequence[str] = LAYERS,
-        rank: int = 8,
-        alpha: float = 8.0,
-        adapter_size: int = 16,
-        prompts: int = 0,
-        router: Literal["linear", "swiglu"] = "linear",
-        router_width: int = 4,
-        router_input: Literal["norm", "residual"] = "norm",
-        threshold: float = 0.0,
-    ) -> None:
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"MoA: threshold={threshold} is outside [0, 1]")
-        if min(adapter_size, prompts) < 0 or router_width < 1:
+    modules: str | Sequence[str] = LAYERS
+    rank: int = 8
+    alpha: float = 8.0
+    adapter_size: int = 16
+    prompts: int = 0
+    router: Literal["linear", "swiglu"] = "linear"
+    router_width: int = 4
+    router_input: Literal["norm", "residual"] = "norm"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"MoA: threshold={self.threshold} is outside [0, 1]")
+        if min(self.adapter_size, self.prompts) < 0 or self.router_width < 1:
             raise ValueError(
-                f"MoA: adapter_size={adapter_size} and prompts={prompts} must be at least 0, and router_width="
-                f"{router_width} at least 1"
+                f"MoA: adapter_size={self.adapter_size} and prompts={self.prompts} must be at least 0, and "
+                f"router_width={self.router_width} at least 1"
             )
-        if prompts and threshold:
+        if self.prompts and self.threshold:
             raise ValueError(
-                f"MoA: prompts={prompts} are for the soft form, because attention sees whole rows; set prompts or "
+                f"MoA: prompts={self.prompts} are for the soft form, because attention sees whole rows; set prompts or "
                 "threshold to 0"
             )
-        if router not in ("linear", "swiglu") or router_input not in ("norm", "residual"):
+        if self.router not in ("linear", "swiglu") or self.router_input not in ("norm", "residual"):
             raise ValueError(
-                f"MoA: router={router!r} must be linear or swiglu, and router_input={router_input!r} norm or residual"
+                f"MoA: router={self.router!r} must be linear or swiglu, and router_input={self.router_input!r} norm or "
+                "residual"
             )
-        self.modules = as_patterns(modules)
-        self.rank, self.alpha, self.adapter_size, self.prompts = rank, alpha, adapter_size, prompts
-        self.router, self.router_width, self.router_input = router, router_width, router_input
-        self.threshold = threshold
+        self.modules = as_patterns(self.modules)
 
-    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Site | str, Factory]:
         chosen = by_pattern(dict.fromkeys(self.modules, LoRAExpert), "modules")(sites)
         blocks: dict[str, list[Site]] = {}
         for site in chosen:
@@ -90,9 +89,12 @@ class MoA(LayerPlan):
             if block is None:
                 raise ValueError(f"MoA: {site.name} is in no transformer block, so no router is there; leave it out")
             blocks.setdefault(block, []).append(site)
-        return {place: made for block, inside in blocks.items() for place, made in self._parts(block, inside).items()}
+        planned: dict[Site | str, Factory] = {}
+        for block, inside in blocks.items():
+            planned |= self._parts(block, inside)
+        return planned
 
-    def _parts(self, block: str, sites: Sequence[Site]) -> dict[Any, Factory]:
+    def _parts(self, block: str, sites: Sequence[Site]) -> dict[Site | str, Factory]:
         """Plan the router of a block, which is made first, and its adapters, which refer to it."""
         count = len(sites) + (self.adapter_size > 0) + (self.prompts > 0)
         made: list[BlockGates] = []
@@ -104,17 +106,17 @@ class MoA(LayerPlan):
         def lora(weight: Tensor, number: int = 0) -> GatedLoRA:
             return GatedLoRA(weight, made[0], number, self.rank, self.alpha)
 
-        planned: dict[Any, Factory] = {site: partial(lora, number=number) for number, site in enumerate(sites)}
+        planned: dict[Site | str, Factory] = {site: partial(lora, number=number) for number, site in enumerate(sites)}
         if self.adapter_size:
             planned[f"{block}.mlp"] = lambda module: ParallelAdapter(made[0], len(sites), self.adapter_size)
         if self.prompts:
-            found = {site.layer: site.name.rpartition(".")[0] for site in sites}
-            if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= found.keys():
+            modules = {site.layer: site.name.rpartition(".")[0] for site in sites}
+            if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= modules.keys():
                 raise ValueError(
                     f"MoA: prompts={self.prompts} need layers q_proj, k_proj, v_proj and o_proj among `modules`, and "
-                    f"{block} has {', '.join(found)}; set prompts to 0"
+                    f"{block} has {', '.join(modules)}; set prompts to 0"
                 )
-            planned[found["o_proj"]] = lambda module: PromptAttention(module, made[0], self.prompts)
+            planned[modules["o_proj"]] = lambda module: PromptAttention(module, made[0], self.prompts)
         return planned | {block: gates}
 
 
@@ -135,7 +137,9 @@ class BlockGates(ModuleExpert):
             raise ValueError(f"MoA: {type(block).__name__} has no norm of its input; MoA is for blocks with one")
         refer(self, norm=norm)
         weight = next(norm.parameters())
-        self.size, self.threshold, self.normed = weight.shape[-1], plan.threshold, plan.router_input == "norm"
+        self.size = weight.shape[-1]
+        self.threshold = plan.threshold
+        self.normed = plan.router_input == "norm"
         width = plan.router_width * adapters
         self.router: nn.Module = (
             nn.Linear(self.size, adapters) if plan.router == "linear" else SwiGLU(self.size, width, adapters)
@@ -147,7 +151,7 @@ class BlockGates(ModuleExpert):
         self.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         self._shares: Tensor | None = None
 
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.normed:
             hidden = self.norm(hidden)
@@ -167,13 +171,14 @@ class BlockGates(ModuleExpert):
         share = self._shares[..., number, None]
         if self.limit is None:
             return share * adapter(x)
-        flat, share = x.flatten(0, -2), share.flatten(0, -2)
+        flat = x.flatten(0, -2)
+        share = share.flatten(0, -2)
         taken = share[:, 0].nonzero()[:, 0]
         # Where no token takes it, the product of no rows still gives its parameters a gradient, which DDP waits for.
         added = share[taken] * adapter(flat[taken])
         return added.new_zeros(len(flat), added.shape[-1]).index_copy(0, taken, added).view(*x.shape[:-1], -1)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A copy begins without the gates of a pass.
         return vars(self) | {"_shares": None}
 
@@ -183,7 +188,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, size: int, width: int, out: int) -> None:
         super().__init__()
-        self.gate, self.up = nn.Linear(size, width, bias=False), nn.Linear(size, width, bias=False)
+        self.gate = nn.Linear(size, width, bias=False)
+        self.up = nn.Linear(size, width, bias=False)
         self.out = nn.Linear(width, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,10 +209,10 @@ class GatedLoRA(NotMergeable, LoRAExpert):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)
-        found = self.gates.gated(
+        added = self.gates.gated(
             self.number, x.to(self.down.dtype), lambda h: F.linear(self.scale * F.linear(h, self.down), self.up)
         )
-        return base + found.to(base.dtype)
+        return base + added.to(base.dtype)
 
 
 class ParallelAdapter(ModuleExpert):
@@ -220,17 +226,18 @@ class ParallelAdapter(ModuleExpert):
         super().__init__()
         refer(self, gates=gates)
         self.number = number
-        self.down, self.up = nn.Linear(gates.size, width), nn.Linear(width, gates.size)
+        self.down = nn.Linear(gates.size, width)
+        self.up = nn.Linear(width, gates.size)
         nn.init.xavier_uniform_(self.down.weight)
         for start in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(start)
         like = next(gates.parameters())
         self.to(like.device, like.dtype)
 
-    def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def after(self, args: Sequence[Tensor], kwargs: Mapping[str, Tensor], output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["hidden_states"]
-        found = self.gates.gated(self.number, x.to(self.up.weight.dtype), lambda h: self.up(F.silu(self.down(h))))
-        return output + found.to(output.dtype)
+        added = self.gates.gated(self.number, x.to(self.up.weight.dtype), lambda h: self.up(F.silu(self.down(h))))
+        return output + added.to(output.dtype)
 
 
 class PromptAttention(ModuleExpert):
@@ -265,31 +272,35 @@ class PromptAttention(ModuleExpert):
             module.get_submodule("o_proj").register_forward_pre_hook(self._add),
         ]
 
-    def _keep(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _keep(self, layer: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
         self._queries = output
 
     def _add(self, layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         assert self._queries is not None
-        found = self.gates.gated(-1, self._queries, self.found)
+        added = self.gates.gated(-1, self._queries, self.attended)
         self._queries = None
-        return (args[0] + found.to(args[0].dtype),)
+        return (args[0] + added.to(args[0].dtype),)
 
-    def found(self, queries: Tensor) -> Tensor:
+    def attended(self, queries: Tensor) -> Tensor:
         """Return what queries `(..., heads * head size)` find, before the block's gate, in the same shape."""
         layers: Any = self.attention
-        keys, values = (
-            F.linear(self.prompts.to(weight.dtype), weight, layer.bias).unflatten(1, (-1, self.head_size))
-            for layer, weight in ((layer, read_weight(layer)) for layer in (layers.k_proj, layers.v_proj))
-        )
+        keys = self._of_prompts(layers.k_proj)
+        values = self._of_prompts(layers.v_proj)
         split = queries.unflatten(-1, (-1, self.head_size))
         if hasattr(layers, "q_norm"):
-            split, keys = layers.q_norm(split), layers.k_norm(keys)
+            split = layers.q_norm(split)
+            keys = layers.k_norm(keys)
         # Several heads of queries share a head of keys.
         keys, values = (part.repeat_interleave(len(self.heads) // part.shape[1], 1) for part in (keys, values))
         scores = torch.einsum("...hd,phd->...hp", split, keys) / math.sqrt(self.head_size)
         shares = scores.to(self.prompts.dtype).softmax(-1)
-        found = torch.einsum("...hp,phd->...hd", shares, values.to(shares.dtype)) * self.heads.tanh()[:, None]
-        return found.flatten(-2)
+        by_head = torch.einsum("...hp,phd->...hd", shares, values.to(shares.dtype)) * self.heads.tanh()[:, None]
+        return by_head.flatten(-2)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _of_prompts(self, layer: Any) -> Tensor:
+        """Return what the base's layer of keys or values makes of the prompts, `(prompts, heads, head size)`."""
+        weight = read_weight(layer)
+        return F.linear(self.prompts.to(weight.dtype), weight, layer.bias).unflatten(1, (-1, self.head_size))
+
+    def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"_queries": None}

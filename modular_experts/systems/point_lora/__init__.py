@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from modular_experts.routing.prompts import Growth, check_rows, kept_tokens, pro
 from modular_experts.text import block_of
 
 
+@dataclass(eq=False)
 class PointLoRA(LayerPlan):
     """A LoRA at each linear layer, a shared MLP beside it, and tokens of the prompt once more in front of the sequence.
 
@@ -40,23 +42,21 @@ class PointLoRA(LayerPlan):
             1, a negative one to 0.5, as -0.004 of the released code does.
     """
 
-    def __init__(
-        self,
-        modules: str | Sequence[str] = "all-linear",
-        rank: int = 8,
-        tokens: int = 8,
-        hidden: int = 32,
-        alpha: float = 16.0,
-        entropy: float = 0.004,
-    ) -> None:
-        if tokens < 1 or hidden < 1:
-            raise ValueError(f"PointLoRA: tokens={tokens} and hidden={hidden} must be at least 1")
-        if not math.isfinite(entropy):
-            raise ValueError(f"PointLoRA: entropy={entropy} must be a number")
-        self.modules = as_patterns(modules)
-        self.rank, self.tokens, self.hidden, self.alpha, self.entropy = rank, tokens, hidden, alpha, entropy
+    modules: str | Sequence[str] = "all-linear"
+    rank: int = 8
+    tokens: int = 8
+    hidden: int = 32
+    alpha: float = 16.0
+    entropy: float = 0.004
 
-    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.hidden < 1:
+            raise ValueError(f"PointLoRA: tokens={self.tokens} and hidden={self.hidden} must be at least 1")
+        if not math.isfinite(self.entropy):
+            raise ValueError(f"PointLoRA: entropy={self.entropy} must be a number")
+        self.modules = as_patterns(self.modules)
+
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Site | str, Factory]:
         owner: list[TokenSelection] = []
 
         def own(module: nn.Module) -> TokenSelection:
@@ -72,7 +72,7 @@ class PointLoRA(LayerPlan):
             raise ValueError("PointLoRA: the model has no transformer blocks, in front of which tokens could stand")
         # What holds the list of blocks turns tokens into hidden states; the model around it has the head.
         body = blocks[0].rpartition(".")[0].rpartition(".")[0]
-        return {body: own, **chosen}
+        return {body: own} | dict(chosen)
 
 
 class TokenSelection(ModuleExpert):
@@ -84,7 +84,9 @@ class TokenSelection(ModuleExpert):
 
     def __init__(self, module: nn.Module, tokens: int, hidden: int, entropy: float) -> None:
         super().__init__()
-        self.tokens, self.hidden, self.entropy = tokens, hidden, entropy
+        self.tokens = tokens
+        self.hidden = hidden
+        self.entropy = entropy
         embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
         refer(self, embedding=embedding)
         self._names = list(inspect.signature(module.forward).parameters)
@@ -116,7 +118,9 @@ class TokenSelection(ModuleExpert):
         self._dropped = 0
         named = dict(zip(self._names, args, strict=False)) | kwargs
         check_rows(named)
-        ids, mask, places = named.get("input_ids"), named.get("attention_mask"), named.get("position_ids")
+        ids = named.get("input_ids")
+        mask = named.get("attention_mask")
+        places = named.get("position_ids")
         if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
             raise ValueError("PointLoRA lengthens a mask of shape (rows, length); generate with a dynamic cache")
         embedded: Tensor = self.embedding(ids) if ids is not None else named["inputs_embeds"]
@@ -154,15 +158,17 @@ class TokenSelection(ModuleExpert):
         logits = self.scorer(embedded.to(self.scorer[0].weight.dtype)).squeeze(-1)
         scores = logits.sigmoid()
         if self.training and self.entropy:
-            each = (scores * F.softplus(-logits) + (1 - scores) * F.softplus(logits)).where(prompt, 0.0)
-            means, told = each.sum(1) / prompt.sum(1).clamp(min=1), rows_at_hand().tokens
+            entropies = (scores * F.softplus(-logits) + (1 - scores) * F.softplus(logits)).where(prompt, 0.0)
+            means = entropies.sum(1) / prompt.sum(1).clamp(min=1)
+            counting = rows_at_hand().tokens
             # A filler row has no tokens that count.
-            self._entropies = means if told is None else means[told.any(1)]
+            self._entropies = means if counting is None else means[counting.any(1)]
         # A stable sort, because `topk` chooses among equal scores by chance.
         ranked = scores.detach().masked_fill(~prompt, -1.0).sort(dim=1, descending=True, stable=True).indices
         chosen = ranked[:, : self.tokens]
         chosen = chosen.masked_fill(~prompt.gather(1, chosen), -1).sort(1).values
-        there, chosen = chosen >= 0, chosen.clamp(min=0)
+        there = chosen >= 0
+        chosen = chosen.clamp(min=0)
         taken = embedded.gather(1, chosen[..., None].expand(-1, -1, embedded.shape[-1]))
         return taken * scores.gather(1, chosen)[..., None].to(taken.dtype), there
 
@@ -175,11 +181,12 @@ class TokenSelection(ModuleExpert):
         return output
 
     def extra_loss(self) -> dict[str, Tensor]:
-        found, self._entropies = self._entropies, None
-        if found is None:
+        entropies = self._entropies
+        self._entropies = None
+        if entropies is None:
             return {}
-        rows = mean_over_ranks(found.new_tensor(float(len(found)))).clamp(min=1e-6)
-        return {"entropy": self.entropy * found.sum() / rows}
+        rows = mean_over_ranks(entropies.new_tensor(float(len(entropies)))).clamp(min=1e-6)
+        return {"entropy": self.entropy * entropies.sum() / rows}
 
 
 class PointLoRAExpert(NotMergeable, LoRAExpert):

@@ -76,13 +76,14 @@ class TemplateBanks(LayerPlan):
                 "many templates give exactly; give fewer templates or a larger group"
             )
         self.modules = as_patterns(modules)
-        self.group, self.templates = group, templates
+        self.group = group
+        self.templates = templates
 
-    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Site, Factory]:
         kinds: dict[str, list[Site]] = {}
         for site in by_pattern(dict.fromkeys(self.modules, RecastExpert), "modules")(sites):
             kinds.setdefault(re.sub(rf"\b{site.depth}\b", "*", site.name, count=1), []).append(site)
-        planned: dict[Any, Factory] = {}
+        planned: dict[Site, Factory] = {}
         for alike in kinds.values():
             # By number, because `layers.10` comes before `layers.2` by name.
             alike.sort(key=lambda site: site.depth or 0)

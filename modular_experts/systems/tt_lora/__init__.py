@@ -54,7 +54,9 @@ class TTLoRAExpert(Expert):
         ins = _checked("in_factors", in_factors, columns, "inputs") or even_factors(columns, axes)[::-1]
         sizes = [*outs, *ins]
         bonds = [min(rank, math.prod(sizes[:place]), math.prod(sizes[place:])) for place in range(len(sizes) + 1)]
-        self.rank, self.scale, self._border = rank, float(alpha), len(outs)
+        self.rank = rank
+        self.scale = float(alpha)
+        self._border = len(outs)
         self.chain = " | ".join("x".join(map(str, side)) for side in (outs, ins))
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.cores = nn.ParameterList(
@@ -69,7 +71,8 @@ class TTLoRAExpert(Expert):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the products `(out, bond)` of the outputs' cores and `(bond, in)` of the inputs', without alpha."""
         cores = list(self.cores)
-        up, down = reduce(_joined, cores[: self._border]), reduce(_joined, cores[self._border :])
+        up = reduce(_joined, cores[: self._border])
+        down = reduce(_joined, cores[self._border :])
         return up.flatten(0, 1), down.flatten(1)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

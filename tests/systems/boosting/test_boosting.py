@@ -192,7 +192,7 @@ def test_the_rate_rises_again_after_each_restart() -> None:
         (lambda fit: Boosting(share=0.0), r"share=0.0, .* is outside \(0, 1\]"),
         (lambda fit: Boosting(share=1.5), r"share=1.5, .* is outside \(0, 1\]"),
         (lambda fit: WarmupRestarts(every=8, rise=8), "rise=8, the steps of a rise, must be from 1 to every - 1 = 7"),
-        (lambda fit: fit(LoRAExpert, Boosting()), "down_proj.weight has a LoRAExpert; give --expert BoostedLoRAExpert"),
+        (lambda fit: fit(LoRAExpert, Boosting()), "down_proj.weight has a LoRAExpert; give `expert=BoostedLoRAExpert`"),
     ],
 )
 def test_settings_that_cannot_be(make, sentence, fit_tiny) -> None:

@@ -165,14 +165,14 @@ def test_prompts_are_attended_to_by_a_second_softmax_behind_gates_of_heads_and_b
         own = slice(8 * (head // 2), 8 * (head // 2) + 8)
         scores = torch.stack([queries[8 * head : 8 * head + 8] @ key[own] / math.sqrt(8) for key in keys])
         wanted.append(prompts.heads[head].tanh() * (scores.softmax(0) @ values[:, own]))
-    torch.testing.assert_close(prompts.found(queries), torch.cat(wanted), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(prompts.attended(queries), torch.cat(wanted), rtol=1e-10, atol=1e-10)
     seen: list[torch.Tensor] = []
     attention.o_proj.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
     attention.q_proj.register_forward_hook(lambda layer, args, output: seen.append(output))
     with torch.no_grad():
         model(IDS)
         queries, joined = seen
-        found = gates(model)[0]._shares[..., -1, None] * prompts.found(queries)
+        found = gates(model)[0]._shares[..., -1, None] * prompts.attended(queries)
         seen.clear()
         nn.init.zeros_(prompts.heads)
         model(IDS)
