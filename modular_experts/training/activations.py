@@ -1,7 +1,7 @@
 """Turn gradient checkpointing on where a training would else take more memory than there is.
 
-`predict` would answer the same question from shapes in seconds, and needs a base on disk. Every fit asks it, so here
-three short rows, which pass two blocks of the loaded model, answer within a twentieth of a second.
+Every fit asks this, and has its model loaded: a forward pass over its longest batch counts what blocks would keep for
+the backward pass, and keeps nothing. Where no model is loaded, `predict` asks shapes.
 """
 
 import itertools
@@ -9,16 +9,17 @@ import logging
 import re
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 _GAPS = 1.1
 """Tensors were seen to take up to this many times their bytes (`docs/guides/memory.md`)."""
-_STEP = 8
-"""Tokens of the shortest row that is measured; the others have twice and three times as many."""
 
 
 class FittedModule(Protocol):
@@ -110,16 +109,50 @@ class Activations(NamedTuple):
 
 
 def activations(module: FittedModule, blocks: list[GradientCheckpointingLayer], batch: Batch) -> Activations:
-    """Return the bytes that blocks keep for the backward pass of a batch, extrapolated from three short rows."""
+    """Return the bytes that blocks keep for the backward pass of a batch, counted in a forward pass that keeps none."""
+    whole = 0
+    inputs = 0
+    is_in_block = False
+    own = itertools.chain(module.model.parameters(), module.model.buffers())
+    # The storages that are counted already, or belong to the model.
+    seen = {tensor.untyped_storage()._cdata for tensor in own}
+
+    def enter(block: nn.Module, _: object) -> None:
+        nonlocal is_in_block
+        is_in_block = True
+
+    def leave(block: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        nonlocal is_in_block, inputs
+        is_in_block = False
+        # The output of a block is the input of the next.
+        states = output if isinstance(output, Tensor) else output[0]
+        inputs += states.nbytes
+
+    def count(tensor: Tensor) -> None:
+        nonlocal whole
+        # Sparse tensors are deltas, which are there already.
+        if not is_in_block or tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            whole += storage.nbytes()
+            seen.add(storage._cdata)
+            # Another storage may take the place of one that is freed.
+            weakref.finalize(storage, seen.discard, storage._cdata)
+
     trainer = module.trainer
     device = trainer.strategy.root_device
     draw_experts(module.model, "0/0")
-    # The passes must not move the random state of the training.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.precision_plugin.forward_context():
-        short = [_KeptByBlocks(module.model, blocks).pass_of(batch, count * _STEP, device) for count in (1, 2, 3)]
-    rows, length = batch["input_ids"].shape
-    whole = _extrapolated([row.bytes for row in short], rows, length)
-    inputs = _extrapolated([row.inputs for row in short], rows, length)
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    # The pass must not move the random state of the training.
+    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    try:
+        with random_state, trainer.precision_plugin.forward_context(), saved_tensors_hooks(count, lambda nothing: None):
+            answer_logits(module.model, move_data_to_device(batch, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return Activations(whole, inputs + whole // len(blocks))
 
 
@@ -162,86 +195,3 @@ def free_bytes(device: torch.device, processes: int = 1) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return free_memory() // processes
-
-
-def _extrapolated(short: Sequence[int], rows: int, length: int) -> int:
-    """Return the bytes of a batch from the bytes of three rows, of one, two and three times `_STEP` tokens.
-
-    A row of t steps keeps `constant + linear * t + square * t^2` bytes; attention may keep the square.
-    """
-    square = (short[2] - 2 * short[1] + short[0]) / 2
-    linear = short[1] - short[0] - 3 * square
-    constant = short[0] - linear - square
-    steps = length / _STEP
-    # What does not grow, such as weights in the data type of autocast, is there once for all rows.
-    return int(constant + rows * (linear * steps + square * steps**2))
-
-
-class _KeptByBlocks:
-    """Counts the bytes that blocks keep for backward, and of their inputs, in the forward pass of a short row.
-
-    Where blocks have equal parameters, only the first two compute: experts may widen the output of the first, so the
-    second counts for all others, which return its output.
-    """
-
-    def __init__(self, model: nn.Module, blocks: list[GradientCheckpointingLayer]) -> None:
-        self.bytes = 0
-        self.inputs = 0
-        self._model = model
-        self._alike: dict[object, list[GradientCheckpointingLayer]] = {}
-        for block in blocks:
-            parts = tuple((name, part.shape, part.requires_grad) for name, part in block.named_parameters())
-            self._alike.setdefault((type(block), parts), []).append(block)
-        # For how many blocks the one that computes now counts; 0 outside of blocks.
-        self._counts_for = 0
-        # Storages that are counted already, or belong to the model. They stay here, so that no other takes their place.
-        own = itertools.chain(model.parameters(), model.buffers())
-        self._seen: dict[int, torch.UntypedStorage | None] = {tensor.untyped_storage()._cdata: None for tensor in own}
-
-    def pass_of(self, batch: Batch, tokens: int, device: torch.device) -> "_KeptByBlocks":
-        """Pass a row of `tokens` copies of the batch's first token forward, with one label."""
-        ids = batch["input_ids"][:1, :1].expand(1, tokens).to(device)
-        labels = ids.new_full(ids.shape, IGNORED)
-        labels[0, -1] = 0
-        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "task": batch["task"][:1]}
-        hooks = [hook for blocks in self._alike.values() for hook in self._hooked(blocks)]
-        try:
-            with saved_tensors_hooks(self._keep, lambda tensor: tensor):
-                answer_logits(self._model, row)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for blocks in self._alike.values():
-                for block in blocks[2:]:
-                    del block.forward
-        self._seen.clear()
-        return self
-
-    def _hooked(self, blocks: list[GradientCheckpointingLayer]) -> Iterator[RemovableHandle]:
-        """Let the first two of some equal blocks count, and the others return the output of the second."""
-        output: list[Any] = []
-
-        def enter(block: nn.Module, _: object) -> None:
-            self._counts_for = 1 if block is blocks[0] else len(blocks) - 1
-
-        def leave(block: nn.Module, _: object, returned: Tensor | tuple[Tensor, ...]) -> None:
-            # The output of a block is the input of the next.
-            states = returned if isinstance(returned, Tensor) else returned[0]
-            self.inputs += self._counts_for * states.nbytes
-            self._counts_for = 0
-            output[:] = [returned]
-
-        for block in blocks[2:]:
-            block.forward = lambda *_, **__: output[0]
-        for block in blocks[:2]:
-            yield block.register_forward_pre_hook(enter)
-            yield block.register_forward_hook(leave)
-
-    def _keep(self, tensor: Tensor) -> None:
-        """Count a tensor that backward would read; nobody goes back, and a graph that kept it would hold itself."""
-        if not self._counts_for or tensor.layout != torch.strided:  # sparse tensors are deltas
-            return
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen[storage._cdata] = storage
-            self.bytes += self._counts_for * storage.nbytes()

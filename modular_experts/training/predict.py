@@ -7,25 +7,24 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from modular_experts.base import Base
 from modular_experts.base.quantised import packed, quantised_shapes, quantiser
 from modular_experts.data import Batch, TaskMixture
-from modular_experts.data.batch import IGNORED, MOST_BATCHES, size_of
-from modular_experts.evaluation.likelihood import HEAD_BYTES, PART
+from modular_experts.data.batch import MOST_BATCHES, size_of
+from modular_experts.evaluation import batch_losses
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import context_length, expert_layers, extra_losses, inject, moves_tokens_alone
 from modular_experts.native.kernel import KeptGradient
@@ -100,9 +99,15 @@ class _LiveBytesOfShapes(LiveBytes):
         are_real = bool(inputs) and not any(isinstance(tensor, FakeTensor) for tensor in inputs)
         # `lift_fresh` makes a fake tensor of a constant, which is real.
         if are_real and func is not torch.ops.aten.lift_fresh.default:
-            # Numbers of experts, or a stand-in for a quantised weight: they are computed with.
+            # The batch, numbers of experts, or a stand-in for a quantised weight: they are computed with.
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            # The labels are real, so they tell how many places of a tensor without numbers have one.
+            args = (args[0], _numbered(args[1]), *args[2:])
+        if func is torch.ops.aten.equal.default:
+            # Whether the logits are the head's own; most models give them so.
+            return True
         if func is torch.ops.aten.nonzero.default:
             return self._chosen(inputs[0])
         if func is torch.ops.aten._grouped_mm.default:
@@ -124,22 +129,16 @@ class _LiveBytesOfShapes(LiveBytes):
         return where.new_empty(tokens, where.ndim, dtype=torch.int64)
 
 
-class BatchShape(NamedTuple):
-    """The facts of a batch that decide how much memory a step takes."""
-
-    rows: int
-    length: int
-    labelled: int
-    padded: bool
-    packed: bool
-
-    @classmethod
-    def of(cls, batch: Batch) -> "BatchShape":
-        labels = batch["labels"]
-        rows, length = labels.shape
-        is_packed = "row" in batch
-        is_padded = not is_packed and not bool(batch["attention_mask"].all())
-        return cls(rows, length, int((labels[:, 1:] != IGNORED).sum()), is_padded, is_packed)
+def _numbered(places: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the indices of a tensor with numbers in the place of each real mask."""
+    indices: list[Tensor | None] = []
+    for place in places:
+        if place is None or isinstance(place, FakeTensor) or place.dtype != torch.bool:
+            indices.append(place)
+        else:
+            with unset_fake_temporarily():
+                indices += place.nonzero(as_tuple=True)
+    return indices
 
 
 class _Planned(KeptGradient):
@@ -175,7 +174,7 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
         length = training_length(trainer, len(data.train_dataloader()))
         python = high_water(device)
         model = _shapes_of(base, module)
-        fake = FakeTensorMode()
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
         live = _LiveBytesOfShapes()
         with fake, live:
             module.model = _with_experts(module, model, device)
@@ -185,9 +184,9 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
         train = list(itertools.islice(data.train_dataloader(), MOST_BATCHES))
         validation = list(itertools.islice(data.val_dataloader(), MOST_BATCHES))
         validations = validations_of(trainer, data, length, len(validation))
-        validated = [BatchShape.of(max(validation, key=size_of))] if validations else []
+        validated = [max(validation, key=size_of)] if validations else []
         with fake, live:
-            _rehearse(module, optimizer, trainer, BatchShape.of(max(train, key=size_of)), validated)
+            _rehearse(module, optimizer, trainer, max(train, key=size_of), validated)
         choices = [
             schedule.expected_choices(trainer, module, length, 0.0)[0]
             for schedule in callbacks_of(trainer, Schedule) or [MaskSchedule()]
@@ -242,16 +241,22 @@ def _shapes_of(base: Base, module: ExpertModule) -> PreTrainedModel:
 
 
 def _rehearse(
-    module: ExpertModule, optimizer: Optimizer, trainer: Trainer, train: BatchShape, validation: list[BatchShape]
+    module: ExpertModule, optimizer: Optimizer, trainer: Trainer, train: Batch, validation: list[Batch]
 ) -> None:
     """Pass validation batches forward and take two training steps; raise if that needs numbers."""
+
+    def loss_of(batch: Batch) -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            losses, _ = batch_losses(module.model, move_data_to_device(batch, trainer.strategy.root_device))
+            return sum(extra_losses(module.model).values(), start=losses.sum())
+
     try:
-        for shape in validation:
+        for batch in validation:
             with torch.no_grad():
-                loss_of(module.model, shape, trainer)
+                loss_of(batch)
         # The second step begins with the gradients and the moments of the first.
         for _ in range(2):
-            loss = loss_of(module.model, train, trainer)
+            loss = loss_of(train)
             optimizer.zero_grad()
             loss.backward()
             del loss
@@ -308,45 +313,3 @@ def native_plans(model: nn.Module) -> int:
     """Return the bytes of the native kernels' plans: 8 for an entry, and 4 for a tile."""
     planned = [expert for expert in _with_plan(model) if expert.chooser is not None]
     return sum(expert.kept_units * (8 if expert.granularity == "element" else 4) for expert in planned)
-
-
-def loss_of(model: PreTrainedModel, shape: BatchShape, trainer: Trainer) -> Tensor:
-    """Return the loss of a batch as `batch_losses` makes it, which looks at numbers to find the labelled tokens."""
-    device = trainer.strategy.root_device
-    head: Any = model.get_output_embeddings()
-    ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64, device=device)
-    places = torch.zeros(shape.labelled, dtype=torch.int64, device=device)
-    labels = torch.zeros(shape.labelled, dtype=torch.int64, device=device)
-    in_parts = 4 * shape.labelled * head.weight.shape[0] > HEAD_BYTES and type(head) is nn.Linear
-    labelled_states: list[Tensor] = []
-
-    def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Let the head read the labelled tokens alone, or only the first of them if it reads all in parts later."""
-        states = arguments[0][places, places]
-        labelled_states.append(states)
-        return (states[None, :1] if in_parts else states[None], *arguments[1:])
-
-    def losses(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
-
-    def losses_of_part(states: Tensor, targets: Tensor) -> Tensor:
-        return losses(head(states), targets)
-
-    inputs: dict[str, Tensor] = {}
-    if shape.padded:
-        inputs = {"attention_mask": ids + 1}
-    elif shape.packed:
-        inputs = {"position_ids": ids}
-    hook = head.register_forward_pre_hook(gather)
-    try:
-        with trainer.precision_plugin.forward_context():
-            logits = model(input_ids=ids, **inputs, use_cache=False).logits[0]
-            hook.remove()
-            if in_parts and torch.is_grad_enabled():
-                parts = zip(labelled_states.pop().split(PART), labels.split(PART), strict=True)
-                rows = [checkpoint(losses_of_part, *part, use_reentrant=False) for part in parts]
-            else:
-                rows = [losses(logits, labels)]
-            return sum(extra_losses(model).values(), start=torch.cat(rows).sum())
-    finally:
-        hook.remove()

@@ -37,7 +37,7 @@ def base(request, tiny_llama_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("sparse", "32-true"), ("lora", "bf16-mixed"), ("full", "32-true")])
-def test_short_rows_tell_what_blocks_keep_of_a_batch(kind, precision, base, task_files, tmp_path) -> None:
+def test_a_pass_tells_what_blocks_keep_of_a_batch(kind, precision, base, task_files, tmp_path) -> None:
     found = module(base, KINDS[kind], modules="all-linear" if kind == "lora" else TARGET.replace("down", "k"))
     data, found.trainer = mixture(task_files, base, packing=False), trainer(tmp_path, precision=precision)
     data.setup("fit")

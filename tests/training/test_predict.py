@@ -1,6 +1,5 @@
 """A fit whose memory is predicted from shapes takes this memory with numbers."""
 
-import itertools
 import json
 import shutil
 from functools import partial
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tokenizer
-from testbed.checkpointing import saved_for_backward
 from testbed.runs import TARGET, mixture, module, trainer
 from transformers import AutoModelForCausalLM, FalconConfig
 
@@ -24,7 +22,7 @@ from modular_experts.library import make_record, write_expert
 from modular_experts.merging.route import route
 from modular_experts.routing import Energy
 from modular_experts.training.estimate import measure_fit
-from modular_experts.training.predict import BatchShape, LiveBytes, loss_of, native_plans, predict
+from modular_experts.training.predict import LiveBytes, native_plans, predict
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 KINDS = {
@@ -34,27 +32,6 @@ KINDS = {
     "full": FullExpert,
     "masked": MaskedExpert,
 }
-
-
-SETTINGS = [{"gradient_checkpointing": True}, {"values": "bfloat16"}]
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"), [*((kind, {}) for kind in KINDS), *itertools.product(["tiles"], SETTINGS)]
-)
-def test_as_much_is_kept_for_backward_as_with_numbers(kind, settings, one_block, task_files, tmp_path) -> None:
-    data, run = mixture(task_files, one_block, packing=False), trainer(tmp_path)
-    shapes, real = module(one_block, KINDS[kind], **settings), module(one_block, KINDS[kind], **settings)
-    data.setup("fit")
-    real.configure_model()
-    batch = max(data.train_dataloader(), key=lambda batch: batch["input_ids"].numel())
-    wanted = saved_for_backward(real.model.train(), lambda: batch_losses(real.model, batch)[0].sum())
-    predict(shapes, data, run)
-    shape = BatchShape.of(batch)
-    with next(shapes.model.parameters()).fake_mode:
-        found = saved_for_backward(shapes.model, lambda: loss_of(shapes.model, shape, run))
-    assert found[1] == wanted[1]
-    assert found[0] == pytest.approx(wanted[0], rel=0.02)
 
 
 def peaks(base, kind, data, run, **settings) -> tuple[int, int]:
@@ -80,15 +57,23 @@ def peaks(base, kind, data, run, **settings) -> tuple[int, int]:
     return sum(parts.values()) - parts["Python and its libraries"] - freed, live.most
 
 
-@pytest.mark.parametrize(("kind", "form"), [("tiles", None), ("full", None), ("tiles", "nf4"), ("lora", "int8")])
-def test_the_peak_on_a_plain_and_on_a_quantised_base_is_that_of_steps_with_numbers(
-    kind, form, tiny_llama_dir, task_files, tmp_path
-) -> None:
-    if form:
+@pytest.mark.parametrize(
+    ("kind", "settings", "apart"),
+    [
+        *((kind, {}, 0.02) for kind in KINDS),
+        # In a base of two small blocks, the one that is computed again is half of all.
+        ("tiles", {"gradient_checkpointing": True}, 0.25),
+        ("tiles", {"values": "bfloat16"}, 0.02),
+        ("tiles", {"quantise": "nf4"}, 0.05),
+        ("lora", {"quantise": "int8"}, 0.05),
+    ],
+)
+def test_the_peak_is_that_of_steps_with_numbers(kind, settings, apart, tiny_llama_dir, task_files, tmp_path) -> None:
+    if "quantise" in settings:
         pytest.importorskip("bitsandbytes")
     data = mixture(task_files, tiny_llama_dir, packing=False)
-    found, wanted = peaks(tiny_llama_dir, kind, data, trainer(tmp_path), quantise=form)
-    assert found == pytest.approx(wanted, rel=0.05 if form else 0.02)
+    found, wanted = peaks(tiny_llama_dir, kind, data, trainer(tmp_path), **settings)
+    assert found == pytest.approx(wanted, rel=apart)
 
 
 @pytest.mark.parametrize(("kind", "modules"), [("tiles", "all-linear"), ("lora", "q_proj")])
