@@ -16,6 +16,7 @@ from modular_experts.text import bytes_text
 
 if TYPE_CHECKING:
     from modular_experts.training.estimate import FitEstimate
+    from modular_experts.training.predict import Settings
 
 
 def run(argv: Sequence[str]) -> None:
@@ -125,8 +126,10 @@ def print_estimate(found: "FitEstimate", limit: str | None) -> None:
         print("  no expert; --out library/NAME keeps one")
     if limit:
         print(f"to fit into {limit}, add these options:" if found.changes else f"it fits into {limit} as it is")
+    short = {full: name for name, full in SHORT_NAMES.items()}
     for change in found.changes:
-        print(f"  {bytes_text(change.peak):>8}  with {change.options}")
+        options = [f"--{short.get(name, name)} {str(value).lower()}" for name, value in change.settings.items()]
+        print(f"  {bytes_text(change.peak):>8}  with {' '.join(options)}")
     ways = ["estimated from a few steps at a learning rate of 0", "predicted from shapes alone, without times"]
     print(f"{ways[found.predicted]}; nothing was written")
 

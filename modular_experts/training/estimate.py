@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,8 +60,8 @@ class TrainedWeights:
 class Change:
     """A change of a fit's settings that leaves its steps and their rows as they are."""
 
-    options: str
-    """As the command takes them."""
+    settings: Mapping[str, bool | int | str]
+    """By names such as `model.dtype`."""
     peak: int
     """The memory of the fit with this change and those before it, in bytes."""
 
@@ -77,13 +77,13 @@ class FitEstimate:
     rates: list[float]
     """The peak learning rates of the optimizer."""
     length: TrainingLength
-    choices: int
-    """How often supports are chosen."""
-    validations: int
-    bytes: dict[str, int]
-    """Memory of the base, the trained numbers with their gradients, the optimizer state, and the rest."""
     places: list[tuple[str, Path]]
     """What is written, and where."""
+    choices: int = 0
+    """How often supports are chosen."""
+    validations: int = 0
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Memory of the base, the trained numbers with their gradients, the optimizer state, and the rest."""
     seconds: dict[str, float] = field(default_factory=dict)
     """The time of steps, choices and validations, by these names."""
     on_disk: int = 0
@@ -91,7 +91,7 @@ class FitEstimate:
     predicted: bool = False
     """Whether the memory is predicted from shapes, with no base loaded; then there are neither times nor `on_disk`."""
     changes: list[Change] = field(default_factory=list)
-    """What makes the fit take as much as was allowed, cheapest first; none where it does already."""
+    """The changes that make the fit take as much as was allowed, cheapest first; empty where it does already."""
 
     @property
     def peak(self) -> int:
@@ -130,47 +130,27 @@ def measure_fit(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> Fi
     seconds["choices"] = sum(taken for _, taken in planned)
     seconds["validations"] = validations * typical_batches * probe.validation
     stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta)[0].values()]
-    return estimate_of(
-        module,
-        data,
-        trainer,
-        optimizer,
-        length=length,
+    return replace(
+        facts_of_fit(module, data, trainer, optimizer, length),
         choices=sum(number for number, _ in planned),
         validations=validations,
         seconds=seconds,
-        memory=memory_of(module, probe.optimizer, probe.python, probe.peak),
+        bytes=memory_of(module, probe.optimizer, probe.python, probe.peak),
         on_disk=sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values())),
     )
 
 
-def estimate_of(
-    module: ExpertModule,
-    data: TaskMixture,
-    trainer: Trainer,
-    optimizer: Optimizer,
-    length: TrainingLength,
-    choices: int,
-    validations: int,
-    memory: dict[str, int],
-    seconds: Mapping[str, float] | None = None,
-    on_disk: int = 0,
-    predicted: bool = False,
+def facts_of_fit(
+    module: ExpertModule, data: TaskMixture, trainer: Trainer, optimizer: Optimizer, length: TrainingLength
 ) -> FitEstimate:
-    """Return an estimate with what the module, its data, trainer and optimizer tell, and these fields."""
+    """Return an estimate without memory, times, choices and validations."""
     return FitEstimate(
         splits=data.sizes(),
         padding=data.padding(),
         weights=weights_of(module),
         rates=sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}),
-        places=written_places(trainer),
         length=length,
-        choices=choices,
-        validations=validations,
-        bytes=memory,
-        seconds=dict(seconds or {}),
-        on_disk=on_disk,
-        predicted=predicted,
+        places=written_places(trainer),
     )
 
 

@@ -32,10 +32,9 @@ from modular_experts.training.activations import free_bytes
 from modular_experts.training.estimate import FitEstimate, logging_from, measure_fit
 from modular_experts.training.even_validation import EvenValidation
 from modular_experts.training.export_expert import ExportExpert
-from modular_experts.training.fit_into import Settings, changes_to_fit, ways_to_fit
 from modular_experts.training.log_progress import lines_on_stderr
 from modular_experts.training.module import BaseModel, ExpertModule, Experts
-from modular_experts.training.predict import UnpredictableError, predict
+from modular_experts.training.predict import Settings, UnpredictableError, changes_to_fit, predict, savings_of
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +246,7 @@ def estimate_run(made: Callable[[Settings], Run], fit_into: str | int | None = N
         if most is None and not run.is_large():
             return measure_fit(run.module, _mixture(run), run.trainer)
         run.share_tokenizer()
-        found = predict(run.module, _mixture(run), run.trainer)
+        estimate = predict(run.module, _mixture(run), run.trainer)
     except UnpredictableError as error:
         if most is not None:
             raise
@@ -258,14 +257,14 @@ def estimate_run(made: Callable[[Settings], Run], fit_into: str | int | None = N
         run.release()
     if most is None:
         log.info("the base takes more than half of the free memory, and was not loaded")
-        return found
+        return estimate
 
-    def predicted(changed: Settings) -> int:
+    def peak_of(changed: Settings) -> int:
         other = made(changed)
         return predict(other.module, _mixture(other), other.trainer).peak
 
-    ways = ways_to_fit(run.module, _mixture(run).batch_size, run.trainer.accumulate_grad_batches)
-    return replace(found, changes=changes_to_fit(most, found, ways, predicted))
+    savings = savings_of(run.module, _mixture(run).batch_size, run.trainer.accumulate_grad_batches)
+    return replace(estimate, changes=changes_to_fit(most, estimate, savings, peak_of))
 
 
 def _mixture(run: Run) -> TaskMixture:

@@ -7,7 +7,8 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,11 +32,15 @@ from modular_experts.native.kernel import KeptGradient
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.selection.schedule import Schedule, callbacks_of
+from modular_experts.text import bytes_text
 from modular_experts.training import loading
 from modular_experts.training.activations import high_water, recompute
-from modular_experts.training.estimate import FitEstimate, estimate_of, logging_from, memory_of, validations_of
+from modular_experts.training.estimate import Change, FitEstimate, facts_of_fit, logging_from, memory_of, validations_of
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
+
+Settings = dict[str, dict[str, Any]]
+"""Arguments of `ExpertModule`, `TaskMixture` and Lightning's `Trainer`, by `model`, `data` and `trainer`."""
 
 
 class UnpredictableError(ValueError):
@@ -196,15 +201,11 @@ def predict(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEst
     if device.type == "cpu":
         freed = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     most = python + live.most + native_plans(module.model) + freed
-    return estimate_of(
-        module,
-        data,
-        trainer,
-        optimizer,
-        length=length,
+    return replace(
+        facts_of_fit(module, data, trainer, optimizer, length),
         choices=sum(choices),
         validations=validations,
-        memory=memory_of(module, optimizer_bytes([optimizer]), python, most),
+        bytes=memory_of(module, optimizer_bytes([optimizer]), python, most),
         predicted=True,
     )
 
@@ -313,3 +314,64 @@ def native_plans(model: nn.Module) -> int:
     """Return the bytes of the native kernels' plans: 8 for an entry, and 4 for a tile."""
     planned = [expert for expert in _with_plan(model) if expert.chooser is not None]
     return sum(expert.kept_units * (8 if expert.granularity == "element" else 4) for expert in planned)
+
+
+def changes_to_fit(
+    most: int, estimate: FitEstimate, savings: Iterator[dict[str, bool | int | str]], peak_of: Callable[[Settings], int]
+) -> list[Change]:
+    """Return changes after which the fit of an estimate takes at most `most` bytes; none if it does already.
+
+    Each of the `savings` is tried on top of the earlier ones that help, and `peak_of` predicts the memory of the fit
+    with them. Raise ValueError if all of them together are not enough.
+    """
+    peak = estimate.peak
+    changes: list[Change] = []
+    taken: Settings = {"model": {}, "data": {}, "trainer": {}}
+    for settings in savings:
+        if peak <= most:
+            return changes
+        tried = {group: dict(arguments) for group, arguments in taken.items()}
+        for name, value in settings.items():
+            group, _, argument = name.partition(".")
+            tried[group][argument] = value
+        try:
+            smaller = peak_of(tried)
+        except ValueError:  # such as values in bfloat16 of a full expert
+            continue
+        # Less than a hundredth is not worth a slower or a rounded fit.
+        if smaller < 0.99 * peak:
+            # A smaller batch takes the place of the one before it.
+            if changes and changes[-1].settings.keys() == settings.keys():
+                changes.pop()
+            changes.append(Change(settings, smaller))
+            peak = smaller
+            taken = tried
+    if peak <= most:
+        return changes
+    tried_all = ""
+    if changes:
+        arguments = (f"`{name}={value!r}`" for change in changes for name, value in change.settings.items())
+        tried_all = f" and {bytes_text(peak)} with {' '.join(arguments)}"
+    raise ValueError(
+        f"nothing makes this fit take at most {bytes_text(most)}: it takes {bytes_text(estimate.peak)}{tried_all}; "
+        "take fewer layers, a smaller share of them, shorter rows or a smaller base"
+    )
+
+
+def savings_of(module: ExpertModule, batch_size: int, parts: int) -> Iterator[dict[str, bool | int | str]]:
+    """Yield settings that take less memory, cheapest first; the steps of the fit and their rows stay the same.
+
+    Gradient checkpointing costs a second forward pass, and a batch in parts makes each product smaller; a base in
+    bfloat16 rounds the weights beside the experts, and values in bfloat16 round what is trained. A step has `parts`
+    batches of `batch_size` rows.
+    """
+    if not module.gradient_checkpointing:
+        yield {"model.gradient_checkpointing": True}
+    while batch_size % 2 == 0:
+        batch_size //= 2
+        parts *= 2
+        yield {"data.batch_size": batch_size, "trainer.accumulate_grad_batches": parts}
+    if module.dtype_name == "float32":
+        yield {"model.dtype": "bfloat16", "trainer.precision": "bf16-mixed"}
+    if module.values == "float32":
+        yield {"model.values": "bfloat16"}

@@ -125,11 +125,11 @@ def experts_routed(one_block, tmp_path) -> str:
     return str(route(places, tmp_path / "library" / "routed", Energy()).path)
 
 
-OPTIONS = [
-    "--model.gradient_checkpointing true",
-    "--batch_size 3 --trainer.accumulate_grad_batches 4",
-    "--dtype bfloat16 --trainer.precision bf16-mixed",
-    "--values bfloat16",
+CHANGES = [
+    {"model.gradient_checkpointing": True},
+    {"data.batch_size": 3, "trainer.accumulate_grad_batches": 4},
+    {"model.dtype": "bfloat16", "trainer.precision": "bf16-mixed"},
+    {"model.values": "bfloat16"},
 ]
 
 
@@ -143,13 +143,15 @@ def test_changes_come_cheapest_first_until_it_fits(settings) -> None:
     changed["trainer"] = QUIET | {"accumulate_grad_batches": 4, "precision": "bf16-mixed"}
     least = estimate_fit(**how | changed, fit_into="1GB").peak
     found = estimate_fit(**how | {"tasks": mine}, fit_into=least)
-    assert [change.options for change in found.changes] == OPTIONS
+    assert [change.settings for change in found.changes] == CHANGES
     peaks = [found.peak, *(change.peak for change in found.changes)]
     assert peaks == sorted(peaks, reverse=True)
     assert (peaks[0], peaks[-1]) == (whole.peak, least), "a changed fit takes what was said"
     assert mine.batch_size == 12
     model = changed["model"] | {"values": "float32"}
-    with pytest.raises(ValueError, match=r"nothing makes this fit take at most .* kB: it takes .* --values bfloat16;"):
+    with pytest.raises(
+        ValueError, match=r"nothing makes this fit take at most .* kB: it takes .* `model.values=.bfloat16.`;"
+    ):
         estimate_fit(**how | changed | {"model": model}, fit_into=least - 1)
 
 
