@@ -16,7 +16,6 @@ from modular_experts.text import bytes_text
 
 if TYPE_CHECKING:
     from modular_experts.training.estimate import FitEstimate
-    from modular_experts.training.predict import Settings
 
 
 def run(argv: Sequence[str]) -> None:

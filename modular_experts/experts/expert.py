@@ -23,6 +23,9 @@ class Trained(nn.Module):
     not_mergeable_because: ClassVar[str] = ""
     """The reason, as the end of a sentence: "its router chooses by the input"."""
 
+    made_by: dict[str, Any] | None = None
+    """The class and the settings of the `LayerPlan` that made it."""
+
     @property
     def moves_tokens_alone(self) -> bool:
         """Whether it looks at no other token than the one that it moves, as each delta does."""
@@ -117,8 +120,9 @@ class Expert(Trained, ABC):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output `(..., out)` for `x` `(..., in)`; here base and delta side by side."""
-        delta, name = self.delta(weight, lambda: weight), type(self).__name__
+        delta = self.delta(weight, lambda: weight)
         if not isinstance(delta, Delta):
+            name = type(self).__name__
             raise TypeError(f"{name}.delta must return a delta, got a {type(delta).__name__}; wrap a tensor in Dense")
         out = F.linear(x, weight, bias) + delta.linear(x)
         moved = None if bias is None else self.bias_delta(bias, weight)

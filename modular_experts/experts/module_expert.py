@@ -6,7 +6,9 @@ from torch import nn
 
 from modular_experts.experts.expert import Trained
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Positional = tuple[Any, ...]
+Named = dict[str, Any]
+Arguments = tuple[Positional, Named]
 """Positional and named arguments of a call."""
 
 
@@ -32,11 +34,11 @@ class ModuleExpert(Trained):
         """How many tokens it puts in front of each row at most; they take places of the model's context."""
         return 0
 
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    def before(self, args: Positional, kwargs: Named) -> Arguments | None:
         """Return the arguments that the module gets in place of these, or None to leave them as they are."""
         return None
 
-    def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(self, args: Positional, kwargs: Named, output: Any) -> object:
         """Return a replacement of the module's output; `args` and `kwargs` are the module's arguments."""
         return output
 
@@ -53,8 +55,8 @@ class ModuleExpert(Trained):
             hook.remove()
         del module.expert
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    def _before(self, module: nn.Module, args: Positional, kwargs: Named) -> Arguments | None:
         return self.before(args, kwargs)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _after(self, module: nn.Module, args: Positional, kwargs: Named, output: object) -> object:
         return self.after(args, kwargs, output)

@@ -40,7 +40,9 @@ class Selectable(Expert):
         super().__init__()
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio={keep_ratio} is outside (0, 1]; 0.05 keeps five of a hundred entries")
-        self.keep_ratio, self.granularity, self.shape = keep_ratio, granularity, weight.shape
+        self.keep_ratio = keep_ratio
+        self.granularity = granularity
+        self.shape = weight.shape
         if granularity == "block":
             if not 2 <= block_size <= min(weight.shape):
                 raise ValueError(
@@ -126,5 +128,6 @@ class Probe(KeptGradient):
 
     def _give(self, gradient: Tensor) -> None:
         assert self.total is not None
-        total, self.total = self.total, None
+        total = self.total
+        self.total = None
         self.receive(total)

@@ -49,9 +49,20 @@ class Site:
     @property
     def matrix(self) -> Tensor:
         """The weight as an expert sees it, `(out, in)`, sharing the module's memory."""
-        held: Any = self.module._parameters[self.parameter or "weight"]
-        stored = held if self.number is None else held.detach()[self.number]
-        return stored.T if self.is_transposed else stored
+        matrix = self.stored if self.number is None else self.stored.detach()[self.number]
+        return matrix.T if self.is_transposed else matrix
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter of the module that it is, or that holds the matrix."""
+        return parameter_of(self.module, self.parameter or "weight")
+
+
+def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
+    """Return a module's parameter, also while an expert's weight stands in its place as an attribute."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
 
 
 Factory = Callable[..., Trained]
@@ -99,7 +110,7 @@ def by_pattern(
     """
 
     def plan(sites: Sequence[Site]) -> dict[Site, Factory]:
-        found: dict[Site, Factory] = {}
+        chosen: dict[Site, Factory] = {}
         for pattern, factory in experts.items():
             if pattern == "all-linear":
                 matching = [site for site in sites if not site.by_name_only]
@@ -109,8 +120,8 @@ def by_pattern(
             if not matching:
                 raise ValueError(_no_match(pattern, sites, where, refused or {}))
             for site in matching:
-                found.setdefault(site, factory)
-        return found
+                chosen.setdefault(site, factory)
+        return chosen
 
     return plan
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class SparseExpert(Selectable, InPlaceExpert):
     takes_transient: ClassVar[bool] = True
 
     _written: tuple[int, torch.dtype] | None = None  # version of `values` that the weight holds, and in which dtype
-    _kernel: tuple[tuple[Any, ...], KeptGradient] | None = None  # the support and dtype of the plan, and the kernel
+    _kernel: tuple[tuple[object, ...], KeptGradient] | None = None  # the support and dtype of the plan, and the kernel
 
     def __init__(
         self,
@@ -140,7 +140,8 @@ class SparseExpert(Selectable, InPlaceExpert):
         slots, left = exchanged_slots(self.indices, units)
         if not isinstance(weight, TransientWeight):
             self._write(weight, self.anchor[left].to(weight.dtype), self.indices[left])
-            anchor, new = carried(self.anchor, slots), true_places(slots < 0)
+            anchor = carried(self.anchor, slots)
+            new = true_places(slots < 0)
             anchor[new] = self._read(weight, units[new])
             self.anchor.copy_(anchor)
         self.values.copy_(carried(self.values, slots))
@@ -161,7 +162,8 @@ class SparseExpert(Selectable, InPlaceExpert):
     @torch.no_grad()
     def resize(self, weight: Tensor, units: Tensor) -> None:
         self.restore(weight)
-        self._kept_units, self._kernel = units.numel(), None
+        self._kept_units = units.numel()
+        self._kernel = None
         self.values = nn.Parameter(self.values.new_zeros(units.numel(), *self.values.shape[1:]))
         self.indices = units.to(self.indices)
         self.anchor = self.base_of(weight, self.indices)
@@ -179,17 +181,18 @@ class SparseExpert(Selectable, InPlaceExpert):
         else:
             scatter_tiles_(weight, units, kept)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         _count_steps_as_changes()
         self._written = self._kernel = None  # a copy's version counters start anew
 
 
-def _count_change(optimizer: Optimizer, *arguments: Any) -> None:
+def _count_change(optimizer: Optimizer, *arguments: object) -> None:
     """Count a step as a change, which torch does not where an optimizer is fused or writes through `.data`."""
     for group in optimizer.param_groups:
         # The others may lie in graphs that are still to run backward.
-        torch.autograd.graph.increment_version([one for one in group["params"] if one.grad is not None])
+        moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+        torch.autograd.graph.increment_version(moved)
 
 
 @cache

@@ -24,12 +24,15 @@ from modular_experts.library import Library, StoredExpert
 from modular_experts.library.compatibility import check_mergeable, open_parents
 from modular_experts.library.described import find_class, rebuild, settings, short_name
 from modular_experts.library.expert import stored_experts_of
+from modular_experts.library.record import Facts, Record
 from modular_experts.routing.gates import Selection
 from modular_experts.routing.router import Router
 from modular_experts.text import did_you_mean
 
-MODEL, COUNT = "router", "experts"
-"""Where a state holds the router of the whole model, and there how many parents it chooses among."""
+MODEL = "router"
+"""Where a state holds the router of the whole model."""
+COUNT = "experts"
+"""Where that part of a state holds how many parents the router chooses among."""
 _NAMED = "_modular_experts_named"
 """The attribute of a model that holds the newest `NamedExperts` of it."""
 
@@ -136,7 +139,7 @@ def _plan_of(expert: StoredExpert) -> Plan:
     return partial(by_state, kind, expert)
 
 
-def by_state(kind: Any, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+def by_state(kind: Any, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Site, Factory]:
     """Plan experts of the sizes that a stored expert's state has: `kind.of_state(weight, state)` makes one."""
     by_weight = state_by_place(expert.state())
     return {site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight}
@@ -173,7 +176,7 @@ def open_route(
     return OpenedRoute(routers, members, parents[count] if len(parents) > count else None)
 
 
-def describe_router(router: Router) -> dict[str, Any]:
+def describe_router(router: Router) -> Record:
     """Return the name of a router's class and its settings, as the record of a routed expert holds them."""
     description = {"router": type(router).__name__, **settings(router)}
     if "select" in description:
@@ -181,7 +184,7 @@ def describe_router(router: Router) -> dict[str, Any]:
     return description
 
 
-def make_router(class_path: str, described: Mapping[str, Any], owner: str = "the record") -> Router:
+def make_router(class_path: str, described: Facts, owner: str = "the record") -> Router:
     """Return a router of a class with the settings that `describe_router` returned, before it has learned."""
     arguments = {name: value for name, value in described.items() if name != "router"}
     selection = dict(arguments.get("select") or {})

@@ -38,23 +38,25 @@ def ensembled(
     device = next(model.parameters()).device
     with routed(model, experts, rows=[0], check=check) as inside, ExitStack() as hooks:
 
-        def repeat(_: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
+        def repeat(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             """Give every member the whole batch; what has one dimension, such as places in a cache, holds for all."""
-            rows = len(named["input_ids"] if "input_ids" in named else args[0])
+            ids = named["input_ids"] if "input_ids" in named else args[0]
+            rows = len(ids)
             numbers = torch.arange(members, device=device).repeat_interleave(rows)[:, None]
             inside.current.gates = Gates(numbers, torch.ones(numbers.shape, device=device))
 
-            def repeated(value: Any) -> Any:
-                is_batch = isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
-                return torch.cat([value] * members) if is_batch else value
+            def repeated(value: object) -> object:
+                if isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows:
+                    return torch.cat([value for _ in experts])
+                return value
 
             return tuple(map(repeated, args)), {name: repeated(value) for name, value in named.items()}
 
-        def stack(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def stack(_: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...]:
             """Put the members' hidden states beside each other: the head sees `(rows, length, members, size)`."""
             return torch.stack(args[0].chunk(members), 2), *args[1:]
 
-        def average(_: Any, args: Any, named: Mapping[str, Any], output: Any) -> Any:
+        def average(_: nn.Module, args: object, named: Mapping[str, Any], output: Any) -> object:
             logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
             if mean == "probabilities":
                 output.logits = logits.log_softmax(-1).logsumexp(-2) - math.log(members)
@@ -65,8 +67,9 @@ def ensembled(
                 output.loss = loss_of(output.logits, labels, output.logits.shape[-1])
             return output
 
-        head = cast(Any, model).get_output_embeddings()
-        loss_of = cast(Any, model).loss_function
+        of_transformers = cast(Any, model)
+        head = of_transformers.get_output_embeddings()
+        loss_of = of_transformers.loss_function
         hooks.callback(model.register_forward_pre_hook(repeat, with_kwargs=True).remove)
         hooks.callback(head.register_forward_pre_hook(stack).remove)
         hooks.callback(model.register_forward_hook(average, with_kwargs=True).remove)

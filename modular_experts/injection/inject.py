@@ -9,7 +9,7 @@ hold the base's own orientation. A module that is not a linear layer keeps its c
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from modular_experts.experts.site import (
     by_pattern,
     make_expert,
     make_module_expert,
+    parameter_of,
 )
 from modular_experts.injection.layers import ExpertConv1D, ExpertLayer, ExpertLinear, ExpertParameter, ExpertQuantised
 from modular_experts.injection.slices import ExpertSlice
@@ -65,9 +66,12 @@ def inject(
     chosen, others = planned(model, experts, modules)
     owners = _owners(model)
     for site in chosen:
-        is_new = not site.parameter and not isinstance(site.module, ExpertLayer)
-        if is_new and len(names := owners[id(site.module.weight)]) > 1:
-            other, first = next(name for name in names if name != site.weight), names[0].removesuffix(".weight")
+        if site.parameter or isinstance(site.module, ExpertLayer):
+            continue
+        names = owners[id(site.module.weight)]
+        if len(names) > 1:
+            other = next(name for name in names if name != site.weight)
+            first = names[0].removesuffix(".weight")
             raise ValueError(
                 f"{site.weight} is the same tensor as {other} (tied): name {first} for an expert that moves both, or "
                 f"leave {site.name} out, with all-linear or, for example, (?!{re.escape(site.name)}$).*"
@@ -75,11 +79,20 @@ def inject(
     there = dict(named_experts(model))
     if not there:
         model.requires_grad_(False)
-    steps = [(name, partial(_attach, model.get_submodule(name), factory)) for name, factory in others.items()]
+    # Module experts come first: what they own is there when the experts of linear layers are made.
+    steps: list[tuple[str, Callable[[], Trained]]] = []
+    for name, factory in others.items():
+        steps.append((name, partial(_attach, model.get_submodule(name), factory)))
     dtype = next((p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()), None)
     for site, factory in chosen.items():
-        equip: Any = _equip_slice if site.number is not None else partial(_equip_whole, model)
-        steps.append((site.weight, partial(equip if site.parameter else partial(_equip, dtype), site, factory)))
+        step: Callable[[], Trained]
+        if site.number is not None:
+            step = partial(_equip_slice, site, factory)
+        elif site.parameter:
+            step = partial(_equip_whole, model, site, factory)
+        else:
+            step = partial(_equip, dtype, site, factory)
+        steps.append((site.weight, step))
     plan = None
     if isinstance(experts, LayerPlan):
         # Whoever gives the plan trusts its code.
@@ -89,8 +102,7 @@ def inject(
         if name in there:
             continue
         try:
-            made: Any = step()
-            made._made_by = plan
+            step().made_by = plan
         except Exception as error:  # passed on, with the name that is known only here
             error.add_note(f"for the expert of {name or 'the model'}")
             raise
@@ -104,10 +116,12 @@ def _attach(module: nn.Module, factory: Factory) -> Trained:
 
 
 def _equip(dtype: torch.dtype | None, site: Site, factory: Factory) -> Trained:
-    layer: Any = site.module
+    # Its class becomes one of `ExpertLayer` below.
+    layer = cast(ExpertLayer, site.module)
     quantised = is_quantised(layer)
     transposed = is_transposed(layer) and not quantised
-    if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
+    if transposed:
+        # The same parameter and shape, but laid out so that its transpose is contiguous for the expert.
         layer.weight.data = layer.weight.data.T.contiguous().T
     matrix = layer.weight.T if transposed else read_weight(layer, dtype)
     expert = make_expert(factory, matrix, site)
@@ -118,18 +132,24 @@ def _equip(dtype: torch.dtype | None, site: Site, factory: Factory) -> Trained:
             f"{type(expert).__name__} writes what it trains into the weight, and {site.weight} is quantised; take an "
             "expert beside the weight, such as SparseExpert or LoRAExpert, or load the base as plain floats"
         )
-    layer.base_class, layer.base_dtype = type(layer), matrix.dtype
+    layer.base_class = type(layer)
+    layer.base_dtype = matrix.dtype
     if trains_weight(expert):
         layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
         layer.weight.requires_grad_(True)
-    layer.__class__ = ExpertConv1D if transposed else ExpertQuantised if quantised else ExpertLinear
+    kind: type[ExpertLayer] = ExpertLinear
+    if transposed:
+        kind = ExpertConv1D
+    elif quantised:
+        kind = ExpertQuantised
+    layer.__class__ = kind
     layer.expert = expert
     return expert.train(layer.training)
 
 
 def _equip_slice(site: Site, factory: Factory) -> Trained:
     if site.is_transposed and not site.matrix.is_contiguous():
-        whole: Any = site.module._parameters[site.parameter]
+        whole = site.stored
         whole.data = whole.data.transpose(1, 2).contiguous().transpose(1, 2)
     expert = make_expert(factory, site.matrix, site)
     _check_bias(site, expert, site.matrix)
@@ -144,7 +164,7 @@ def _equip_slice(site: Site, factory: Factory) -> Trained:
 
 
 def _equip_whole(model: nn.Module, site: Site, factory: Factory) -> Trained:
-    kind: Any = factory
+    kind: object = factory
     if isinstance(factory, partial):
         # A parser's factory holds the class among its arguments.
         kind = next((part for part in (factory.func, *factory.args) if isinstance(part, type)), factory.func)
@@ -157,8 +177,10 @@ def _equip_whole(model: nn.Module, site: Site, factory: Factory) -> Trained:
             f"{site.name} is not a linear layer's weight, and {type(expert).__name__} has no delta that could move it: "
             f"{expert.not_mergeable_because}"
         )
-    tensor = site.module._parameters[site.parameter]
-    owners = [one for one in model.modules() if any(held is tensor for held in one._parameters.values())]
+    owners = []
+    for module in model.modules():
+        if any(parameter is site.stored for parameter in module._parameters.values()):
+            owners.append(module)
     layer = ExpertParameter(site, expert, owners)
     layer.train(site.module.training).put()
     return expert
@@ -175,17 +197,20 @@ def _check_bias(site: Site, expert: Expert, matrix: Tensor) -> None:
 def find_sites(model: nn.Module) -> list[Site]:
     """Return the places that an expert can take, sorted by name; layers inside of an expert are left out."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    owners, mixtures, sites = _owners(model), _mixtures(model), []
+    owners = _owners(model)
+    mixtures = _mixtures(model)
+    sites = []
     for name, module in _outside_of_experts(model):
         for key in sliced(module):
-            whole: Any = module._parameters[key]
-            for number in range(len(whole)):
-                place, flipped = f"{name}.{key}[{number}]", bool(module.is_transposed)
+            for number in range(len(parameter_of(module, key))):
+                place = f"{name}.{key}[{number}]"
+                flipped = bool(module.is_transposed)
                 sites.append(Site(place, key, depth_of(f"{name}."), module, False, key, number, flipped))
         linear = is_quantised(module) or is_linear(module) or is_transposed(module) or why_not_read(module)
         if isinstance(module, ExpertLinear | ExpertConv1D) or (linear and not _why_not(module)):
-            flipped = isinstance(module, ExpertConv1D) or is_transposed(module)
-            outputs: Any = getattr(module, "out_features", None) or module.nf
+            flipped = isinstance(module, ExpertConv1D) or bool(is_transposed(module))
+            # GPT-2's `Conv1D` calls its outputs nf.
+            outputs: int = getattr(module, "out_features", None) or cast(int, module.nf)
             routes = any(outputs == count and name.startswith(block) for block, count in mixtures)
             by_name = module is head or len(owners[id(module.weight)]) > 1 or outputs == 1 or routes
             kind = name.rpartition(".")[2]
@@ -198,8 +223,10 @@ def other_sites(model: nn.Module) -> list[Site]:
 
     Parameters of convolutions are left out, because models use them without calling the module.
     """
-    owners, sites, found = _owners(model), find_sites(model), []
-    known = {id(site.module._parameters[site.parameter or "weight"]) for site in sites}
+    owners = _owners(model)
+    sites = []
+    known = {id(site.stored) for site in find_sites(model)}
+    # A tied weight may have an expert that moves all of its uses.
     known -= {tensor for tensor, names in owners.items() if len(names) > 1}
     for name, module in _outside_of_experts(model):
         for key, tensor in module._parameters.items():
@@ -207,19 +234,18 @@ def other_sites(model: nn.Module) -> list[Site]:
             is_first = tensor is not None and owners[id(tensor)][0] == place
             is_left_out = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_quantised(module)
             if is_first and id(tensor) not in known and not is_left_out and not _why_not(module):
-                found.append(Site(place, ".".join(place.split(".")[-2:]), depth_of(place), module, True, key))
-    return sorted(found, key=lambda site: site.name)
+                sites.append(Site(place, ".".join(place.split(".")[-2:]), depth_of(place), module, True, key))
+    return sorted(sites, key=lambda site: site.name)
 
 
 def _mixtures(model: nn.Module) -> set[tuple[str, int]]:
     """Return the start of the names in each mixture-of-experts block of the base, and the number of its experts."""
-    found = ((name, getattr(module, "num_experts", None), module) for name, module in model.named_modules())
-    return {
-        (f"{name.rpartition('.')[0]}.", count)
-        for name, count, module in found
-        for one in module.parameters(recurse=False)
-        if one.dim() == 3 and len(one) == count
-    }
+    blocks: set[tuple[str, int]] = set()
+    for name, module in model.named_modules():
+        count = getattr(module, "num_experts", None)
+        if any(whole.dim() == 3 and len(whole) == count for whole in module.parameters(recurse=False)):
+            blocks.add((f"{name.rpartition('.')[0]}.", cast(int, count)))
+    return blocks
 
 
 def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> None:
@@ -249,20 +275,24 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:
     """Yield `(weight name, layer)` for each layer with an expert, sorted by name."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, ExpertLayer)]
-    yield from sorted((layer.weight_name(name), layer) for name, layer in found)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ExpertLayer)]
+    yield from sorted((layer.weight_name(name), layer) for name, layer in layers)
 
 
 def named_experts(model: nn.Module) -> list[tuple[str, Trained]]:
     """Return each expert with its name, sorted: the name of its weight, or of a module that is not a linear layer."""
-    pairs: list[Any] = [(name, layer.expert) for name, layer in expert_layers(model)]
+    pairs: list[tuple[str, Trained]] = [(name, layer.expert) for name, layer in expert_layers(model)]
     pairs += [(name, expert) for name, _, expert in _equipped_modules(model)]
     return sorted(pairs, key=lambda pair: pair[0])
 
 
 def _equipped_modules(model: nn.Module) -> list[tuple[str, nn.Module, ModuleExpert]]:
-    found: list[Any] = [(name, module, getattr(module, "expert", None)) for name, module in model.named_modules()]
-    return [one for one in found if isinstance(one[2], ModuleExpert)]
+    equipped = []
+    for name, module in model.named_modules():
+        expert = getattr(module, "expert", None)
+        if isinstance(expert, ModuleExpert):
+            equipped.append((name, module, expert))
+    return equipped
 
 
 def moves_tokens_alone(model: nn.Module) -> bool:
@@ -273,7 +303,9 @@ def moves_tokens_alone(model: nn.Module) -> bool:
 def context_length(model: nn.Module) -> int | None:
     """Return how many tokens of a row fit in the model's context behind the experts' tokens, or None for any."""
     context: int | None = getattr(model.config, "max_position_embeddings", None)
-    return None if context is None else context - sum(one.tokens_in_front for *_, one in _equipped_modules(model))
+    if context is None:
+        return None
+    return context - sum(expert.tokens_in_front for _, _, expert in _equipped_modules(model))
 
 
 def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Delta]]:
@@ -284,11 +316,14 @@ def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None)
         if not layer.expert.mergeable:
             continue
         with torch.no_grad():
-            moved = None if layer.bias is None else layer.expert.bias_delta(layer.bias, layer.matrix)
-            delta = layer.oriented(layer.expert.delta(layer.matrix, _oriented_anchor(layer, name, anchor)))
-            for place, one in ((f"{name.removesuffix('weight')}bias", moved), (name, delta)):
-                if one is not None:
-                    yield place, one.to(dtype=torch.promote_types(one.dtype, torch.float32))
+            deltas: dict[str, Delta] = {}
+            of_bias = None if layer.bias is None else layer.expert.bias_delta(layer.bias, layer.matrix)
+            if of_bias is not None:
+                deltas[f"{name.removesuffix('weight')}bias"] = of_bias
+            of_weight = layer.expert.delta(layer.matrix, _oriented_anchor(layer, name, anchor))
+            deltas[name] = layer.oriented(of_weight)
+            for place, delta in deltas.items():
+                yield place, delta.to(dtype=torch.promote_types(delta.dtype, torch.float32))
 
 
 def expert_state(model: nn.Module) -> dict[str, Tensor]:
@@ -302,11 +337,11 @@ def expert_state(model: nn.Module) -> dict[str, Tensor]:
 
 def state_by_place(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each weight or module in a result of `expert_state`, by their own names."""
-    found: dict[str, dict[str, Tensor]] = {}
+    places: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         place, _, own = name.rpartition("/")
-        found.setdefault(place, {})[own] = tensor
-    return found
+        places.setdefault(place, {})[own] = tensor
+    return places
 
 
 def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -328,7 +363,7 @@ def extra_losses(model: nn.Module) -> dict[str, Tensor]:
     for _, expert in named_experts(model):
         for name, term in expert.extra_loss().items():
             terms.setdefault(name, []).append(term)
-    return {name: torch.stack(found).sum() for name, found in terms.items()}
+    return {name: torch.stack(of_experts).sum() for name, of_experts in terms.items()}
 
 
 def draw_experts(model: nn.Module, key: str) -> None:
@@ -357,19 +392,21 @@ def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tens
 
 
 def planned(
-    model: nn.Module, experts: Any, modules: str | Sequence[str] | None
+    model: nn.Module, experts: Factory | Mapping[str, Factory] | Plan, modules: str | Sequence[str] | None
 ) -> tuple[dict[Site, Factory], dict[str, Factory]]:
     """Return the factory of each site that gets an expert, and of each other module by name; `inject` explains it."""
-    sites, others = find_sites(model), partial(other_sites, model)
+    sites = find_sites(model)
+    others = partial(other_sites, model)
     refused = {name: reason for name, module in _outside_of_experts(model) if (reason := _why_not(module))}
     if modules is not None:
-        plan = by_pattern(dict.fromkeys(as_patterns(modules), experts), "modules", refused, others)
+        factory = cast(Factory, experts)
+        plan = by_pattern(dict.fromkeys(as_patterns(modules), factory), "modules", refused, others)
     elif isinstance(experts, Mapping):
         plan = by_pattern(experts, "experts", refused, others)
     elif isinstance(experts, type | partial):
         raise ValueError("modules is missing: name the layers that get an expert, such as q_proj or all-linear")
     else:
-        plan = experts
+        plan = cast(Plan, experts)
     chosen = plan(sites)
     if not isinstance(chosen, Mapping):
         raise TypeError(f"the plan {plan} returned a {type(chosen).__name__}; it must return {{site: factory}}")
@@ -382,8 +419,8 @@ def planned(
             f"the plan gives an expert to {name}, which is not a linear layer or another module of the model"
             f"{did_you_mean(name, there)}"
         )
-    found = {site: factories.pop(site.name) for site in sites if site.name in factories}
-    return found, dict(sorted(factories.items()))
+    chosen_sites = {site: factories.pop(site.name) for site in sites if site.name in factories}
+    return chosen_sites, dict(sorted(factories.items()))
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -11,7 +11,7 @@ from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert, InPlaceExpert, trains_weight
 from modular_experts.experts.selectable import Selectable
-from modular_experts.experts.site import Site
+from modular_experts.experts.site import Site, parameter_of
 from modular_experts.native.kernel import kept_weight
 
 
@@ -97,20 +97,23 @@ class ExpertParameter(ExpertLayer):
     """
 
     bias = None
-    _now: tuple[Any, Tensor] | None = None
+    _now: tuple[tuple[object, ...], Tensor] | None = None
+    """The moved weight of the pass at hand, and the state of the expert of which it was made."""
 
     def __init__(self, site: Site, expert: Expert, owners: list[nn.Module]) -> None:
         super().__init__()
         # In a list, because `nn.Module.__setattr__` would make the owners a part of their part.
-        self.owners, self.parameter = owners, site.parameter
-        self.base_dtype, self.expert = self.weight.dtype, expert
+        self.owners = owners
+        self.parameter = site.parameter
+        self.base_dtype = self.weight.dtype
+        self.expert = expert
         if trains_weight(expert):
             self.weight.data = self.weight.data.to(torch.promote_types(self.base_dtype, torch.float32))
             self.weight.requires_grad_(True)
 
     @property
-    def weight(self) -> Any:
-        return self.owners[0]._parameters[self.parameter]
+    def weight(self) -> nn.Parameter:
+        return parameter_of(self.owners[0], self.parameter)
 
     def weight_name(self, name: str) -> str:
         return name.removesuffix("[:]")
@@ -119,8 +122,8 @@ class ExpertParameter(ExpertLayer):
         """Become a part of the first owner, and stand in for the parameter while an owner runs."""
         self.owners[0].add_module(f"{self.parameter}[:]", self)
         # Bound methods, which a copied or pickled model takes along.
-        self._hooks = [one.register_forward_pre_hook(self._enter) for one in self.owners]
-        self._hooks += [one.register_forward_hook(self._leave, always_call=True) for one in self.owners]
+        self._hooks = [owner.register_forward_pre_hook(self._enter) for owner in self.owners]
+        self._hooks += [owner.register_forward_hook(self._leave, always_call=True) for owner in self.owners]
 
     def take_out(self) -> None:
         """Leave the owners as they were."""
@@ -128,15 +131,17 @@ class ExpertParameter(ExpertLayer):
             hook.remove()
         del self.owners[0]._modules[f"{self.parameter}[:]"]
 
-    def _enter(self, owner: nn.Module, arguments: Any) -> None:
-        state = torch.is_grad_enabled(), getattr(self.expert, "probe", None), *(p._version for p in self.parameters())
+    def _enter(self, owner: nn.Module, arguments: object) -> None:
+        versions = [parameter._version for parameter in self.parameters()]
+        state = (torch.is_grad_enabled(), getattr(self.expert, "probe", None), *versions)
         # The first owner begins a pass, whose other uses share its graph: their gradients add up before they are read.
         if owner is self.owners[0] or self._now is None or self._now[0] != state:
-            self._now = state, self._moved().to(self.computing_dtype)
+            self._now = (state, self._moved().to(self.computing_dtype))
         owner.__dict__[self.parameter] = self._now[1]
 
     def _moved(self) -> Tensor:
-        expert, weight = self.expert, self.weight
+        expert = self.expert
+        weight = self.weight
         if isinstance(expert, Selectable) and expert.probe is not None:
             expert.probe.is_reached = True
             return kept_weight(expert.scored(weight)[0], expert.probe.leaf, expert.probe)
@@ -144,8 +149,8 @@ class ExpertParameter(ExpertLayer):
             return expert.moved(weight)
         return weight + expert.delta(weight, lambda: weight).dense().to(weight.dtype)
 
-    def _leave(self, owner: nn.Module, arguments: Any, output: Any) -> None:
+    def _leave(self, owner: nn.Module, arguments: object, output: object) -> None:
         owner.__dict__.pop(self.parameter, None)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_now": None}

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Routed(Injected):
 
         A router of scope `sample` then reads prompts with the changes of those experts in the first blocks.
         """
-        mixtures: list[tuple[nn.Module, Any]] = [(layer, layer.expert) for _, layer in expert_layers(self._model)]
+        mixtures = [(layer, cast(Mixture, layer.expert)) for _, layer in expert_layers(self._model)]
         eject(self._model)
         for layer, mixture in mixtures:
             # As a part of its layer, it follows the model to another device.
@@ -171,7 +171,7 @@ def routed(
     return both
 
 
-def _check_batch(count: int, _: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+def _check_batch(count: int, _: nn.Module, arguments: tuple[Tensor | None, ...], named: Mapping[str, Any]) -> None:
     """Raise ValueError if a batch has not `count` rows, or a multiple, such as beams of each row side by side."""
     inputs = [*arguments, named.get("input_ids"), named.get("inputs_embeds")]
     batch = next((len(tensor) for tensor in inputs if tensor is not None), 0)

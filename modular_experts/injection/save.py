@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from modular_experts.library import (
     write_expert,
 )
 from modular_experts.library.described import class_path
+from modular_experts.library.record import Facts, Record
 
 
 def anchor(base: Base, applied: Sequence[StoredExpert], dtype: torch.dtype, name: str) -> Tensor:
@@ -37,8 +37,8 @@ def save_expert(
     tasks: Sequence[str] = (),
     base: str | Path | Base | None = None,
     applied: Sequence[str | Path] = (),
-    scores: Mapping[str, Any] | None = None,
-    hyperparameters: Mapping[str, Any] | None = None,
+    scores: Mapping[str, float] | None = None,
+    hyperparameters: Facts | None = None,
     overwrite: bool = False,
     seed: int | None = None,
 ) -> StoredExpert:
@@ -62,11 +62,12 @@ def save_expert(
     if not named_experts(model):
         raise ValueError("the model has no experts to save; put them in before training, by inject(model, ...)")
     check_target(path, overwrite)
-    place = base or getattr(getattr(model, "config", None), "_name_or_path", None)
+    place = base or place_of_model(model)[0]
     if not place:
         raise ValueError("the model does not know where it was loaded from; name its base, such as base='models/small'")
     parents = open_experts(applied) if applied else []
-    opened, layers = Base.open(place, parents), dict(expert_layers(model))
+    opened = Base.open(place, parents)
+    layers = dict(expert_layers(model))
     shapes = Structure(model).shapes
     opened.structure.check_fit({name: shapes[name] for name in layers}, "the trained model")
 
@@ -86,29 +87,37 @@ def save_expert(
     return open_expert(path)
 
 
-def describe_experts(model: nn.Module) -> dict[str, Any]:
+def place_of_model(model: nn.Module) -> tuple[str, str | None]:
+    """Return where `from_pretrained` loaded a model from, an empty text if that is not known, and its commit."""
+    config: object = getattr(model, "config", None)
+    # Private names of transformers 5.24.
+    return str(getattr(config, "_name_or_path", "") or ""), getattr(config, "_commit_hash", None)
+
+
+def describe_experts(model: nn.Module) -> Record:
     """Return what `library.make_record` takes: `kind`, `hyperparameters` and, for experts with a state, `class_path`
     and `not_mergeable_because`; a setting with several values is a list. If one `LayerPlan` made the experts, these
     describe the plan, and `plan` is there too.
     """
     types: dict[str, Trained] = {}
-    values: dict[str, list[Any]] = {}
-    plans: list[Any] = []
+    values: dict[str, list[bool | int | float | str]] = {}
+    plans: list[Record | None] = []
     for _, expert in named_experts(model):
         types.setdefault(type(expert).__name__, expert)
-        made_by = getattr(expert, "_made_by", None)
-        plans += [] if made_by in plans else [made_by]
+        if expert.made_by not in plans:
+            plans.append(expert.made_by)
         for name, value in expert.settings().items():
             if value not in values.setdefault(name, []):
                 values[name].append(value)
     if len(plans) == 1 and plans[0] is not None:
-        (plan,) = plans
-        facts = {"kind": plan["class"].rpartition(".")[2], "hyperparameters": plan["settings"], "plan": plan}
+        plan = plans[0]
+        facts: Record = {"kind": plan["class"].rpartition(".")[2], "hyperparameters": plan["settings"], "plan": plan}
     else:
-        plain = {name: found[0] if len(found) == 1 else found for name, found in values.items()}
+        plain = {name: several[0] if len(several) == 1 else several for name, several in values.items()}
         facts = {"kind": "+".join(sorted(types)), "hyperparameters": plain}
-    if with_state := [types[name] for name in sorted(types) if types[name].state()]:
+    with_state = [types[name] for name in sorted(types) if types[name].state()]
+    if with_state:
         reasons = [expert.not_mergeable_because for expert in with_state if not expert.mergeable]
-        facts["class_path"] = "+".join(class_path(type(e)) for e in with_state)
+        facts["class_path"] = "+".join(class_path(type(expert)) for expert in with_state)
         facts["not_mergeable_because"] = " and ".join(dict.fromkeys(reasons)) or None
     return facts

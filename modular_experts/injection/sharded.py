@@ -5,7 +5,7 @@ copy: its layer adds what is trained whenever the weight is read, as beside a qu
 """
 
 import logging
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -60,18 +60,20 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
     A quantised weight stays whole in each process where its bytes cannot be parted by rows.
     """
-    trained: set[Any] = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     quantised = [module for module in model.modules() if is_quantised(module)]
-    packed: set[Any] = {module.weight for module in quantised if not hold_rows(module)}
-    layers: list[tuple[str, Any]] = [one for one in expert_layers(model) if one[1].weight not in trained | packed]
-    for name, layer in layers:
+    packed = {cast(nn.Parameter, module.weight) for module in quantised if not hold_rows(module)}
+    layers = {name: layer for name, layer in expert_layers(model) if layer.weight not in trained | packed}
+    for name, layer in layers.items():
         _check(name, layer)
-    for _, layer in layers:
-        expert, in_place = layer.expert, isinstance(layer.expert, InPlaceExpert)
-        if in_place and not isinstance(layer, ExpertQuantised):
-            expert.restore(layer.matrix, lambda: None)
+    for layer in layers.values():
+        expert = layer.expert
+        if isinstance(expert, InPlaceExpert) and not isinstance(layer, ExpertQuantised):
+            matrix = layer.matrix
+            expert.restore(matrix, matrix.detach)
             layer.__class__ = ExpertSharded
-            expert.anchor = expert.anchor.new_empty(0)
+            # Nothing overwrites the base's entries in a weight that is read anew.
+            expert.anchor = cast(Tensor, expert.anchor).new_empty(0)
         elif isinstance(layer, ExpertConv1D):
             # FSDP2 takes contiguous weights only.
             layer.weight.data = layer.weight.data.contiguous()
@@ -79,18 +81,22 @@ def shard(model: nn.Module, device: torch.device) -> None:
         if module.weight not in packed and not isinstance(module, ExpertQuantised):
             module.__class__ = QuantisedRows
     if packed:
-        parts = packed, set(model.parameters()) - trained - packed
-        sizes = [sum(one.nbytes for one in part) / 2**20 for part in parts]
-        log.info("%.0f MiB of quantised weights stay whole in each process, which share the other %.0f MiB", *sizes)
+        shared = set(model.parameters()) - trained - packed
+        log.info(
+            "%.0f MiB of quantised weights stay whole in each process, which share the other %.0f MiB",
+            sum(parameter.nbytes for parameter in packed) / 2**20,
+            sum(parameter.nbytes for parameter in shared) / 2**20,
+        )
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    blocks = dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name)))
-    for module in [*map(model.get_submodule, blocks), model]:
+    blocks = dict.fromkeys(block_of(name) for name, _ in model.named_parameters())
+    # Parameters outside of blocks belong to the model itself.
+    for module in [*(model.get_submodule(block) for block in blocks if block), model]:
         fully_shard(module, mesh=mesh, ignored_params=trained | packed)
     # Before FSDP2's own hook, which gathers the first weights.
     model.register_forward_pre_hook(_announce, prepend=True)
 
 
-def _announce(model: nn.Module, arguments: Any) -> None:
+def _announce(model: nn.Module, arguments: object) -> None:
     if not torch.is_grad_enabled():
         _going(model, 1)
 
@@ -121,7 +127,8 @@ def _check(name: str, layer: ExpertLayer) -> None:
             f"{type(expert).__name__} needs {name} whole, and shard_base parts it; {advice}, or leave shard_base out"
         )
 
-    expert, matrix = layer.expert, layer.matrix
+    expert = layer.expert
+    matrix = layer.matrix
     adds = (
         isinstance(expert, InPlaceExpert) and expert.takes_transient and type(layer) in (ExpertLinear, ExpertQuantised)
     )

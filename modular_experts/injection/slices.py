@@ -7,16 +7,16 @@ linear layer, and an expert of a matrix that no token reaches costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Collection, Mapping, Set
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.experts.expert import Expert
-from modular_experts.experts.site import Site
+from modular_experts.experts.site import Site, parameter_of
 from modular_experts.injection.layers import ExpertLayer
 from modular_experts.routing.gates import CurrentGates, Gates
 
@@ -27,19 +27,22 @@ class ExpertSlice(ExpertLayer):
     """A matrix of a parameter with an expert; a module of its own, such as `down_proj[3]`, in the one that owns it."""
 
     bias = None
+    owner: nn.Module
 
     def __init__(self, site: Site, expert: Expert) -> None:
         super().__init__()
         # `nn.Module.__setattr__` would make the owner a part of its part.
         object.__setattr__(self, "owner", site.module)
-        self.parameter, self.number, self.is_transposed = site.parameter, site.number, site.is_transposed
-        self.base_dtype, self.expert = self.whole.dtype, expert
+        self.parameter = site.parameter
+        self.number = site.number
+        self.is_transposed = site.is_transposed
+        self.base_dtype = self.whole.dtype
+        self.expert = expert
 
     @property
     def whole(self) -> nn.Parameter:
         """The parameter `(experts, ., .)`."""
-        owner: Any = self.owner
-        return owner._parameters[self.parameter]
+        return parameter_of(self.owner, self.parameter)
 
     @property
     def weight(self) -> Tensor:
@@ -51,16 +54,17 @@ class ExpertSlice(ExpertLayer):
 
     def put(self) -> None:
         """Become a part of the owner, whose forward pass then takes its matrices one by one."""
-        owner: Any = self.owner
+        owner = self.owner
         owner.add_module(f"{self.parameter}[{self.number}]", self)
+        # Attributes of an object are found before its parameters and its class's methods.
         owner.__dict__[self.parameter] = Slices(owner, self.parameter)
-        owner.forward = partial(_one_by_one, owner)
+        owner.__dict__["forward"] = partial(_one_by_one, owner)
 
     def take_out(self) -> None:
         """Leave the owner, which is as it was when its last expert leaves."""
-        owner: Any = self.owner
+        owner = self.owner
         del owner._modules[f"{self.parameter}[{self.number}]"]
-        left = {one.parameter for one in owner.children() if isinstance(one, ExpertSlice)}
+        left = {layer.parameter for layer in owner.children() if isinstance(layer, ExpertSlice)}
         if self.parameter not in left:
             del owner.__dict__[self.parameter]
             self.whole.data = self.whole.data.contiguous()
@@ -72,22 +76,30 @@ class Slices:
     """Stands for a parameter `(experts, ., .)` in the forward pass of its module; by number it gives the matrices."""
 
     def __init__(self, owner: nn.Module, parameter: str) -> None:
-        self.owner, self.parameter = owner, parameter
+        self.owner = owner
+        self.parameter = parameter
 
-    def __getitem__(self, number: Any) -> Any:
+    def __getitem__(self, number: int | Tensor) -> Tensor | _Factor:
         layer = self.owner._modules.get(f"{self.parameter}[{int(number)}]")
-        whole: Any = self.owner._parameters[self.parameter]
-        return whole[number] if layer is None else _Factor(layer)
+        if isinstance(layer, ExpertSlice):
+            return _Factor(layer)
+        return parameter_of(self.owner, self.parameter)[number]
 
 
 class _Factor:
     """A matrix with an expert, as the right factor of a product."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: ExpertSlice) -> None:
         self.layer = layer
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+    def __torch_function__(
+        cls,
+        func: Callable[..., Tensor],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
         is_product = len(args) == 2 and not kwargs and isinstance(args[1], cls)
         if not is_product or func not in (_PRODUCTS if args[1].layer.is_transposed else (F.linear,)):
             raise NotImplementedError(
@@ -97,11 +109,12 @@ class _Factor:
         return args[1].layer(args[0])
 
 
-def _one_by_one(owner: Any, *args: Any, **kwargs: Any) -> Any:
+def _one_by_one(owner: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """Run a module of experts matrix by matrix, and keep where each token goes for as long as it runs."""
-    owner.__dict__["goes_to"] = next(one for one in (*args, *kwargs.values()) if not one.is_floating_point())
+    owner.__dict__["goes_to"] = next(value for value in (*args, *kwargs.values()) if not value.is_floating_point())
     try:
-        return type(owner).forward.__wrapped__(owner, *args, **kwargs)
+        # The class's own method; transformers 5 wraps it in a choice of kernels that take all matrices at once.
+        return type(owner).forward.__wrapped__(owner, *args, **kwargs)  # type: ignore[attr-defined]
     finally:
         del owner.__dict__["goes_to"]
 
@@ -110,7 +123,10 @@ class GatesOfSlice(CurrentGates):
     """The gates of the tokens that reach a matrix, each of which takes its row's."""
 
     def __init__(self, current: CurrentGates, site: Site) -> None:
-        self._current, self._owner, self._number = current, site.module, site.number
+        self._current = current
+        self._owner = site.module
+        assert site.number is not None
+        self._number = site.number
 
     @property
     def packs(self) -> bool:  # type: ignore[override]
@@ -122,10 +138,11 @@ class GatesOfSlice(CurrentGates):
 
     @property
     def gates(self) -> Gates | None:  # type: ignore[override]
-        if (gates := self._current.gates) is None:
+        gates = self._current.gates
+        if gates is None:
             return None
-        chosen: Any = self._owner.goes_to
+        chosen = cast(Tensor, self._owner.goes_to)
         # The forward pass takes a matrix's tokens by the rank of the choice first.
-        _, tokens = torch.where((chosen == self._number).T)
+        _, tokens = torch.where(chosen.eq(self._number).T)
         rows = tokens * len(gates.ids) // len(chosen)
         return Gates(gates.ids[rows], gates.weights[rows])

@@ -50,7 +50,8 @@ def top_k(scores: Tensor, k: int, kept: Tensor | None = None) -> Tensor:
         # Most of the scores would lie above the bound, so a sample saves nothing.
         bound = _smallest_of(flat, k)
     else:
-        sample, expected = flat[::_SAMPLED], k / _SAMPLED
+        sample = flat[::_SAMPLED]
+        expected = k / _SAMPLED
         if kept is not None:
             sampled = torch.arange(0, flat.numel(), _SAMPLED, dtype=kept.dtype, device=flat.device)
             sample = sample.masked_fill(exchanged_slots(kept, sampled)[0] >= 0, -math.inf)
@@ -67,7 +68,8 @@ def top_k(scores: Tensor, k: int, kept: Tensor | None = None) -> Tensor:
     best = find_at_least(candidates, float(threshold))
     if best.numel() == k:
         return places.index_select(0, best)
-    better, ties = places[candidates > threshold], places[candidates == threshold]
+    better = places[candidates > threshold]
+    ties = places[candidates == threshold]
     return ascending(torch.cat([better, ties[: k - better.numel()]]))
 
 
@@ -98,7 +100,8 @@ def bin_of_rank(counts: Tensor, k: int) -> tuple[int, int]:
 def _smallest_of(candidates: Tensor, k: int) -> Tensor:
     # On the CPU numpy's partition is five times faster than torch's top-k.
     if candidates.device.type == "cpu" and candidates.dtype in (torch.float32, torch.float64):
-        place, copy = candidates.numel() - k, candidates.detach().clone()
+        place = candidates.numel() - k
+        copy = candidates.detach().clone()
         copy.numpy().partition(place)
         return copy[place]
     return candidates.topk(k, sorted=False).values.min()  # kthvalue has no deterministic form on CUDA

@@ -6,17 +6,19 @@ import time
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from modular_experts.data.batch import Batch, datamodule_of, loss_terms
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.library import check_fingerprint, open_experts
+from modular_experts.library.record import Record
 from modular_experts.masks import Rule, Score
 from modular_experts.selection.choice import (
     Layers,
@@ -56,7 +58,7 @@ class MaskSchedule(Schedule):
 
     def __init__(
         self,
-        score: Score | Callable[..., Any] | None = None,
+        score: Score | Callable[..., Tensor] | None = None,
         rule: Rule | None = None,
         batches: int | Literal["step"] = "step",
         seed: int | None = None,
@@ -250,9 +252,10 @@ class MaskSchedule(Schedule):
     def scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:
         """Return a scoring pass over this rank's batches for `position`, the same in every run."""
         source = datamodule_of(trainer)
-        loader: Any = trainer.train_dataloader if source is None else source.train_dataloader()
-        sampler: Any = getattr(loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
+        loader = cast(DataLoader, trainer.train_dataloader if source is None else source.train_dataloader())
+        # A loader of one's own need have no sampler.
+        sampler = getattr(loader, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
             # No training comes to an epoch of this number, so the order is used by no epoch.
             sampler.set_epoch(1_000_003 * (seed_of(self.seed, module) + 1) + position)
         drawn = itertools.islice(iter(loader), self.scoring_batches)
@@ -317,7 +320,7 @@ class MaskSchedule(Schedule):
         counts = {"selections": self.selections, "selection_passes": self.passes}
         return counts | {"selection_seconds": round(self.seconds, 3)}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Record:
         # A choice that the step at hand has not made yet is due again.
         last_position = self._last_position if self._step is None else self._last_position - 1
         return {
@@ -330,7 +333,7 @@ class MaskSchedule(Schedule):
             "touched": dict(self._exchange.touched),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Record) -> None:
         self.selections = state_dict["selections"]
         self.seconds = state_dict["seconds"]
         self.passes = state_dict["passes"]

@@ -99,7 +99,7 @@ def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
 
 def of_all_ranks(trainer: Trainer, mine: S) -> list[S]:
     """Return an object of each process of a trainer, in the order of ranks; this one has `mine`."""
-    objects = [mine] * trainer.world_size
+    objects = [mine for _ in range(trainer.world_size)]
     if trainer.world_size > 1:
         distributed.all_gather_object(objects, mine)
     return objects

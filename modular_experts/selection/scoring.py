@@ -53,12 +53,12 @@ class ScoringPass:
 
     def gradient(self, layers: Layers, receive: Receive) -> None:
         """Give the mean gradient of each weight."""
-        shares = self.shares or [1 / len(self.batches)] * len(self.batches)
+        shares = self.shares or [1 / len(self.batches) for _ in self.batches]
         self._mean(layers, lambda gradient: gradient, shares, lambda name, mean: receive(name, self.reduce(mean)))
 
     def squared_gradient(self, layers: Layers, receive: Receive) -> None:
         """Give the mean over batches of the square of each batch's gradient; all batches count the same."""
-        shares = [1 / len(self.batches)] * len(self.batches)
+        shares = [1 / len(self.batches) for _ in self.batches]
         self._mean(layers, lambda gradient: self.reduce(gradient).square(), shares, receive)
 
     def _mean(

@@ -148,7 +148,7 @@ def activations(module: FittedModule, blocks: list[GradientCheckpointingLayer], 
     # The pass must not move the random state of the training.
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     try:
-        with random_state, trainer.precision_plugin.forward_context(), saved_tensors_hooks(count, lambda nothing: None):
+        with random_state, trainer.precision_plugin.forward_context(), saved_tensors_hooks(count, lambda kept: kept):
             answer_logits(module.model, move_data_to_device(batch, device))
     finally:
         for hook in hooks:

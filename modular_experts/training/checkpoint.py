@@ -17,16 +17,19 @@ from modular_experts.data.batch import source_of
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import ExpertLayer, expert_layers, named_experts
 from modular_experts.library import StoredExpert
+from modular_experts.library.record import Facts, Record
 from modular_experts.selection.schedule import TrainingLength, callbacks_of
 from modular_experts.training.log_progress import LogProgress
 
 log = logging.getLogger(__name__)
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """Return whether a checkpoint may hold a setting: it is loaded as numbers, texts and containers of these."""
-    if isinstance(value, dict | list):
-        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(is_plain, value))
     return isinstance(value, str | int | float | None)
 
 
@@ -52,7 +55,7 @@ def as_config(value: Any) -> Any:
     raise ValueError(f"{value!r} has no form in a config; name its class, or {{class_path: ..., init_args: ...}}")
 
 
-def repeat_step(checkpoint: Mapping[str, Any], parts: int) -> bool:
+def repeat_step(checkpoint: Facts, parts: int) -> bool:
     """Let a checkpoint within a step go on from the first of the step's batches; return whether it is within one."""
     # No checkpoint holds the gradients of batches before it.
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -63,19 +66,21 @@ def repeat_step(checkpoint: Mapping[str, Any], parts: int) -> bool:
     is_within = begun > 0 or current["processed"] < current["ready"]
     if is_within:
         progress["is_last_batch"] = False
-    for counts in (current, progress["total"]) if is_within else ():
-        counts |= dict.fromkeys(counts, counts["processed"] - begun)
+        for counts in (current, progress["total"]):
+            counts |= dict.fromkeys(counts, counts["processed"] - begun)
     return is_within
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> Record:
     """Return the random state of this process: without it, dropout would differ after a resume."""
     version, numbers, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    state: Record = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
-def restore_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:
+def restore_random_state(states: Sequence[Facts], rank: int) -> None:
     """Take the random state of a rank; one that the checkpoint has no state for keeps its own."""
     if rank < len(states):
         torch.set_rng_state(states[rank]["torch"])
@@ -85,7 +90,7 @@ def restore_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None
             torch.cuda.set_rng_state(states[rank]["cuda"])
 
 
-def check_base(checkpoint: Mapping[str, Any], base: str, fingerprint: str, quantise: str | None = None) -> None:
+def check_base(checkpoint: Facts, base: str, fingerprint: str, quantise: str | None = None) -> None:
     """Raise if a checkpoint was written with another base."""
     theirs = checkpoint.get("base_fingerprint")
     if theirs != fingerprint:
@@ -93,13 +98,15 @@ def check_base(checkpoint: Mapping[str, Any], base: str, fingerprint: str, quant
             f"the checkpoint was trained on a base with fingerprint {str(theirs)[:12]}, and {base} has "
             f"{fingerprint[:12]}; give the base that it was trained on"
         )
-    if (trained := checkpoint.get("quantise")) != quantise:
+    trained = checkpoint.get("quantise")
+    if trained != quantise:
         raise ValueError(f"the checkpoint was trained with quantise={trained}, and quantise={quantise} is set now")
 
 
-def check_sizes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def check_sizes(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     """Raise if the tensors of a checkpoint have other names or sizes than the experts'."""
-    ours, theirs = ({key: tuple(tensor.shape) for key, tensor in state.items()} for state in (own, found))
+    ours = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    theirs = {key: tuple(tensor.shape) for key, tensor in stored.items()}
     unlike = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if unlike:
         raise ValueError(
@@ -109,32 +116,41 @@ def check_sizes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
         )
 
 
-def described(kind: str, settings: Mapping[str, Any]) -> str:
+def described(kind: str, settings: Facts) -> str:
     """Return the type of an expert with its settings, as they would be written in Python."""
     return f"{kind}({', '.join(f'{name}={value}' for name, value in settings.items())})"
 
 
-def trained_facts(model: nn.Module, applied: Sequence[StoredExpert]) -> dict[str, dict[str, Any]]:
+def trained_facts(model: nn.Module, applied: Sequence[StoredExpert]) -> dict[str, Record]:
     """Return which experts are trained, type and settings by place, and which lie beneath, by content hash."""
-    experts: dict[str, Any] = {}
-    for place, one in named_experts(model):
+    experts: Record = {}
+    for place, expert in named_experts(model):
         # Which kernel computes a gradient depends on the machine.
-        settings = {name: value for name, value in one.settings().items() if name != "backend"}
-        experts[place] = [type(one).__name__, settings]
-    return {"experts": experts, "applied": {one.content_hash: one.name for one in applied}}
+        settings = {name: value for name, value in expert.settings().items() if name != "backend"}
+        experts[place] = [type(expert).__name__, settings]
+    return {"experts": experts, "applied": {stored.content_hash: stored.name for stored in applied}}
 
 
-def check_facts(checkpoint: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> None:
+def check_facts(checkpoint: Facts, own: Mapping[str, Facts]) -> None:
     """Raise if a checkpoint was trained with other experts, or on top of others; older ones do not tell."""
     theirs = {name: checkpoint.get(name, facts) for name, facts in own.items()}
-    pairs = [(theirs["experts"].get(place, expert), expert) for place, expert in own["experts"].items()]
-    texts = [(described(*before), described(*now)) for before, now in pairs if before != now]
+    before = now = ""
     if own["applied"].keys() != theirs["applied"].keys():
-        both = ([f"{name} ({code[:12]})" for code, name in facts["applied"].items()] for facts in (theirs, own))
-        before, now = (f"applied=[{', '.join(names)}]" for names in both)
-        texts.append((before, now))
-    for before, now in texts:
+        before = _applied_text(theirs["applied"])
+        now = _applied_text(own["applied"])
+    for place, expert in own["experts"].items():
+        trained = theirs["experts"].get(place, expert)
+        if trained != expert:
+            before = described(*trained)
+            now = described(*expert)
+            break
+    if before:
         raise ValueError(f"the checkpoint was trained with {before}, and {now} is set now; set the former again")
+
+
+def _applied_text(applied: Mapping[str, str]) -> str:
+    names = [f"{name} ({content_hash[:12]})" for content_hash, name in applied.items()]
+    return f"applied=[{', '.join(names)}]"
 
 
 def resize_like(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -148,13 +164,15 @@ def resize_like(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             module.expert.size_like(module.matrix, theirs)
 
 
-def read_anchors(model: nn.Module, state: dict[str, Any]) -> None:
+def read_anchors(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Read a sparse expert's entries of the base from the base itself if either run has `shard_base`, without them."""
     for name, layer in model.named_modules():
-        expert, place = getattr(layer, "expert", None), f"model.{name}.expert."
-        if not isinstance(expert, SparseExpert) or (found := state.get(f"{place}anchor")) is None:
+        expert = getattr(layer, "expert", None)
+        place = f"model.{name}.expert."
+        stored = state.get(f"{place}anchor")
+        if not isinstance(layer, ExpertLayer) or not isinstance(expert, SparseExpert) or stored is None:
             continue
-        if (found.numel() == 0) != (expert.anchor.numel() == 0):
+        if (stored.numel() == 0) != (expert.anchor.numel() == 0):
             expert.restore(layer.matrix)
             state[f"{place}anchor"] = expert.base_of(layer.matrix, state[f"{place}indices"])
 
@@ -172,25 +190,31 @@ def log_training(model: nn.Module, trainer: Trainer, length: TrainingLength) -> 
     kinds = {described(type(expert).__name__, expert.settings()) for expert in experts}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     places = f"{len(layers)} weights"
-    if others := len(experts) - len(layers):
+    others = len(experts) - len(layers)
+    if others:
         places += f" and {others} other modules"
-    share = f", {trained / size:.2%} of these weights" if (size := sum(la.matrix.numel() for la in layers)) else ""
+    size = sum(layer.matrix.numel() for layer in layers)
+    share = f", {trained / size:.2%} of these weights" if size else ""
     log.info("%s in %s: %s trained parameters%s", ", ".join(sorted(kinds)), places, f"{trained:,}", share)
-    rows, parts = source_of(trainer).batch_size, trainer.accumulate_grad_batches
-    batch = [] if not rows else [f"batch size {rows}" + (f" x {parts} accumulated" if parts > 1 else "")]
     rates = sorted({f"{rate:g}" for rate in peak_rates(trainer)})
+    facts = [f"learning rate {' and '.join(rates)}"]
+    rows = source_of(trainer).batch_size
+    parts = trainer.accumulate_grad_batches
+    if rows:
+        facts.append(f"batch size {rows} x {parts} accumulated" if parts > 1 else f"batch size {rows}")
     epochs = f"{length.total_steps / length.steps_per_epoch:.3g}"
-    passes = f"{length.total_steps} steps ({epochs} epoch{'s' * (epochs != '1')})"
-    log.info("%s", ", ".join([f"learning rate {' and '.join(rates)}", *batch, passes]))
+    unit = "epoch" if epochs == "1" else "epochs"
+    facts.append(f"{length.total_steps} steps ({epochs} {unit})")
+    log.info("%s", ", ".join(facts))
 
 
-def training_facts(trainer: Trainer, dtype: str, config_file: Path | None) -> Mapping[str, Any]:
+def training_facts(trainer: Trainer, dtype: str, config_file: Path | None) -> Facts:
     """Return how an expert was trained, for its record."""
     source = source_of(trainer)
     return {
         "batch_size": source.batch_size or None,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "rows": next((one.rows for one in callbacks_of(trainer, LogProgress)), None),
+        "rows": next((progress.rows for progress in callbacks_of(trainer, LogProgress)), None),
         "dtype": dtype,
         "precision": str(trainer.precision),
         "config": None if config_file is None else str(config_file),

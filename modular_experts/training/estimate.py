@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -26,6 +26,7 @@ from modular_experts.data.batch import MOST_BATCHES, DataSource, size_of
 from modular_experts.data.tokenised import SplitSize
 from modular_experts.injection import ExpertLayer, context_length, expert_layers, named_experts
 from modular_experts.library.packing import pack
+from modular_experts.library.record import Record
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.selection.schedule import Schedule, TrainingLength, callbacks_of, seconds_between_steps
 from modular_experts.text import in_any_block
@@ -38,7 +39,7 @@ from modular_experts.training.module import ExpertModule
 
 log = logging.getLogger(__name__)
 
-SILENT: dict[str, Any] = dict.fromkeys(
+SILENT: Record = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False
 )
 """Arguments of a trainer that prints and keeps nothing."""
@@ -290,7 +291,7 @@ class _Probe(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.length = self.length  # type: ignore[assignment]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started = _now(pl_module)
         self._chosen = seconds_between_steps(trainer, cast(ExpertModule, pl_module))
 
@@ -302,7 +303,7 @@ class _Probe(Callback):
             self.forward_backward += (now - self._started - chosen) / 2
         self._started = now
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
         if trainer.global_step in (2, 3):
             self.optimizer_step += (_now(pl_module) - self._started) / 2
 
@@ -310,10 +311,10 @@ class _Probe(Callback):
         self.optimizer = optimizer_bytes(trainer.optimizers)
         self.peak = high_water(pl_module.device)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
         self._started = _now(pl_module)
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
         self.validation = _now(pl_module) - self._started  # of the last batch; the first one warms up
 
 

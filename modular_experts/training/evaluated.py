@@ -5,15 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from modular_experts.base.base import DType
-from modular_experts.data.batch import is_filler, source_of
+from modular_experts.data.batch import Batch, is_filler, source_of
 from modular_experts.evaluation import TaskScores, score_batch
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
 from modular_experts.evaluation.metrics import TextMetric
 from modular_experts.injection.sharded import await_others
 from modular_experts.library import StoredExpert, warn_unlike_training
+from modular_experts.library.record import Record
 
 
 class EvaluatedModule(LightningModule):
@@ -26,11 +28,11 @@ class EvaluatedModule(LightningModule):
     applied_experts: list[StoredExpert]
     dtype_name: DType
     preferences: Any = None
-    batch_losses: Callable[..., Any]
+    batch_losses: Callable[..., tuple[Tensor, Tensor]]
     _packs_evaluation: bool | None = None
 
     @abstractmethod
-    def model_facts(self) -> dict[str, Any]:
+    def model_facts(self) -> Record:
         """Return what identifies the model, for the results."""
 
     def on_test_start(self) -> None:
@@ -50,7 +52,7 @@ class EvaluatedModule(LightningModule):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch; within `fit` by the loss that is trained alone."""
         if self.trainer.state.fn == "fit" and self.preferences:
             self.scores.update(batch, *self.batch_losses(self.model, batch))
@@ -66,12 +68,12 @@ class EvaluatedModule(LightningModule):
         """The tokenizer that read the rows."""
         return source_of(self.trainer).tokenizer or self.tokenizer
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Return the task, input, target, if there is one, and generation of each row."""
         answers = generate_tokens(self.model, self._reader, batch, self.max_new_tokens)
         await_others(self.model)
         cut = cut_answers(self.model, self._reader, batch, answers, self.max_new_tokens)
-        self._cut += [one for one, filler in zip(cut, is_filler(batch), strict=True) if not filler]
+        self._cut += [is_cut for is_cut, filler in zip(cut, is_filler(batch), strict=True) if not filler]
         texts = answer_texts(self._reader, batch, answers)
         columns = zip(batch["task"], batch["input"], batch["target"], texts, strict=True)
         rows = [dict(zip(("task", "input", "target", "generation"), row, strict=True)) for row in columns]

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from typing import Any, cast
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -15,8 +15,10 @@ def share_done(trainer: Trainer, module: TrainedModule) -> float:
     """Return how much of a fit is done, from 0 to 1: of its steps, or of `trainer.max_time` if that ends it first."""
     shares = [trainer.global_step / module.length.total_steps]
     for timer in callbacks_of(trainer, Timer):
-        elapsed, left = timer.time_elapsed(), timer.time_remaining()
-        shares += [] if left is None else [elapsed / max(elapsed + left, 1e-9)]
+        elapsed = timer.time_elapsed()
+        left = timer.time_remaining()
+        if left is not None:
+            shares.append(elapsed / max(elapsed + left, 1e-9))
     return min(max(shares), 1.0)
 
 
@@ -37,15 +39,20 @@ class EvenValidation(Callback):
         if times < 0:
             raise ValueError(f"times={times} must be at least 1, or 0 to leave validation to the trainer")
         self.times = times
-        self.active, self.validated_step = False, 0
-        self._times = self._parts = 0
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.active = False
+        self.validated_step = 0
+        self._times = 0
+        self._parts = 0
 
     def take_over(self, trainer: Trainer) -> None:
         """Decide who validates; it must run before the callbacks' setup, where early stopping looks at the trainer."""
-        interval: Any = trainer.val_check_interval
+        self._start_afresh()
+        interval: object = trainer.val_check_interval
         free = isinstance(interval, float) and interval == 1.0 and trainer.check_val_every_n_epoch == 1
-        self.active, self.validated_step = bool(self.times and free), 0
-        self._times = self._parts = 0
+        self.active = self.times > 0 and free
         if self.active:
             # At any interval but 1.0, early stopping and checkpoints look after each validation. `_validate` decides
             # when that is, and the trainer gets its 1.0 back at the end.
@@ -57,12 +64,12 @@ class EvenValidation(Callback):
         module = cast(TrainedModule, pl_module)
         rows = source_of(trainer).batch_size or trainer.world_size
         trained = module.length.total_steps * trainer.accumulate_grad_batches * rows
-        loader: Any = trainer.val_dataloaders
-        batches = trainer.world_size * sum(trainer.num_val_batches)
-        validated = min(
-            batches * (getattr(loader, "batch_size", None) or 1), len(getattr(loader, "dataset", [])) or math.inf
-        )
-        self._times = self.worthwhile(trained, validated)
+        loader: object = trainer.val_dataloaders
+        rows_of_batch = getattr(loader, "batch_size", None) or 1
+        in_batches = trainer.world_size * sum(trainer.num_val_batches) * rows_of_batch
+        # A loader of one's own may have no data set whose rows can be counted.
+        in_all = len(getattr(loader, "dataset", [])) or math.inf
+        self._times = self.worthwhile(trained, min(in_batches, in_all))
         self._parts = self._parts_done(trainer, module)
         # A checkpoint that was written in a validation goes on after it, which Lightning asks at the first batch.
         self._validate(trainer, now=0 < trainer.global_step == self.validated_step)
@@ -71,7 +78,7 @@ class EvenValidation(Callback):
         """Return how often to validate in a fit that reads these rows, if a validation reads those."""
         return max(1, min(self.times, int(trained / validated)))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
         if self._times:
             parts = self._parts_done(trainer, cast(TrainedModule, pl_module))
             self._validate(trainer, now=parts > self._parts)
@@ -82,15 +89,16 @@ class EvenValidation(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.active:
-            trainer.val_check_interval, self.active = 1.0, False
+            trainer.val_check_interval = 1.0
+            self.active = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         return {"validated_step": self.validated_step}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.validated_step = state_dict["validated_step"]
 
     def _parts_done(self, trainer: Trainer, module: TrainedModule) -> int:

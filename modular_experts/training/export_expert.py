@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -19,6 +19,7 @@ from modular_experts.data.inputs import as_prompts
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.atomic import locked
+from modular_experts.library.record import Record
 from modular_experts.library.state import Prompt
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.selection.schedule import Schedule, TrainedModule, callbacks_of
@@ -34,7 +35,7 @@ class ExportedModule(Protocol):
     def task_vector(self) -> Iterable[tuple[str, Delta]]:
         """Yield `(weight name, delta)` for each trained weight, on the CPU."""
 
-    def record_facts(self) -> dict[str, Any]:
+    def record_facts(self) -> Record:
         """Return `kind`, `base`, `hyperparameters` and `parents` of a record, as `library.make_record` takes them."""
 
 
@@ -69,7 +70,7 @@ class ExportExpert(Callback):
         self._lock = ExitStack()
         self._start_afresh()
 
-    def take(self, **settings: Any) -> None:
+    def take(self, **settings: Path | bool | int) -> None:
         """Take settings of one fit in the place of the callback's own, which the next call takes again."""
         vars(self).update(self._own | settings)
 
@@ -82,7 +83,8 @@ class ExportExpert(Callback):
         self._lock.close()
         # The folder of this run, the content hash of its best state, and where the run that it resumes had that state.
         self._folder: Path | None = None
-        self._hash, self._places = "", list[str]()
+        self._hash = ""
+        self._places: list[str] = []
         self._resumed_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,19 +105,20 @@ class ExportExpert(Callback):
         if (self.best is None and not self._places) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # Other ranks may be on machines that do not have it.
-        found = trainer.strategy.broadcast(self._best_known())
-        if found is None:
+        known = trainer.strategy.broadcast(self._best_known())
+        if known is None:
             if self.best is not None:
                 sentence = "the best state so far, of step %d, is gone (%s); the best of later steps will be exported"
                 log.warning(sentence, self.best_step, ", ".join(self._places) or "its checkpoint does not say where")
-            self.best, self.best_step = None, 0
+            self.best = None
+            self.best_step = 0
             return
-        place, self._hash, self.best, self.best_step = found
+        place, self._hash, self.best, self.best_step = known
         if trainer.is_global_zero:
             # The other run may still need its folder, so this one takes a copy.
             _copy(Path(place), self._best_place(), overwrite=False)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Record) -> None:
         self._resumed_step = checkpoint["global_step"]
 
     def _best_known(self) -> tuple[str, str, float | None, int] | None:
@@ -141,13 +144,15 @@ class ExportExpert(Callback):
             logged = sorted(trainer.callback_metrics)
             near = did_you_mean(self.monitor, logged)
             raise ValueError(f"monitor={self.monitor!r} is not a logged metric{near}; choose from {', '.join(logged)}")
-        self.validated_step, self.newest = trainer.global_step, float(score)
+        self.validated_step = trainer.global_step
+        self.newest = float(score)
         if math.isnan(self.newest) or (self.best is not None and self.newest >= self.best):
             return
         if _is_exportable(trainer, pl_module):
             if trainer.is_global_zero:
                 self._hash = self._write(trainer, pl_module, self._best_place())
-            self.best, self.best_step = self.newest, trainer.global_step
+            self.best = self.newest
+            self.best_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -157,8 +162,9 @@ class ExportExpert(Callback):
             _copy(self._best_place(), self.target, self.overwrite)
             what = "validation loss" if self.monitor == "val_loss" else self.monitor
             name = f"step {self.best_step} of {trainer.global_step}"
-            later = f"; step {self.validated_step}, the last one validated, had {self.newest:.4g}"
-            later = later if self.best_step < self.validated_step else ""
+            later = ""
+            if self.best_step < self.validated_step:
+                later = f"; step {self.validated_step}, the last one validated, had {self.newest:.4g}"
             log.info("exported %s with %s %.4g to %s%s", name, what, self.best, self.target, later)
         else:
             self._write(trainer, pl_module, self.target)
@@ -173,13 +179,16 @@ class ExportExpert(Callback):
         for task, kept in open_expert(self.target).inputs().items():
             sentence = "kept %d inputs of %s beside it, which its tokenizer turns back into text; push leaves them out"
             log.info(sentence, len(kept), task)
-        # What interrupted runs of this expert left goes too, unless they go on in another process.
+        self._remove_folders(Path(trainer.default_root_dir))
+
+    def _remove_folders(self, root: Path) -> None:
+        """Remove the folders of this run and of interrupted runs of this expert that no other process goes on with."""
         self._lock.close()
-        others = [Path(place).parent for place in self._places]
-        found = [*Path(trainer.default_root_dir).glob(f"{self._prefix}*"), *others]
-        for folder in (one for one in found if one.name.startswith(self._prefix) and one.is_dir()):
-            with suppress(BlockingIOError), locked(folder, self.target):
-                shutil.rmtree(folder)
+        resumed = [Path(place).parent for place in self._places]
+        for folder in [*root.glob(f"{self._prefix}*"), *resumed]:
+            if folder.name.startswith(self._prefix) and folder.is_dir():
+                with suppress(BlockingIOError), locked(folder, self.target):
+                    shutil.rmtree(folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run may have nothing left to train.
@@ -192,15 +201,16 @@ class ExportExpert(Callback):
             place = self._best_place()
             log.info("the best state so far, of step %d, is an ordinary expert in %s", self.best_step, place)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Record:
         kept = {name: getattr(self, name) for name in ("best", "newest", "best_step", "validated_step")}
         places = [self.target] if self._folder is None else [self._folder / self.target.name, self.target]
         return kept | {"content_hash": self._hash, "places": [str(_absolute(place)) for place in places]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Record) -> None:
         state = dict(state_dict)
         # Version 1 had neither.
-        self._hash, self._places = state.pop("content_hash", ""), state.pop("places", [])
+        self._hash = state.pop("content_hash", "")
+        self._places = state.pop("places", [])
         vars(self).update(state)
 
     @property
@@ -220,13 +230,16 @@ class ExportExpert(Callback):
         """Return the prompts to keep; raise ValueError if the data have none to give."""
         if self.keep_inputs < 0:
             raise ValueError(f"keep_inputs={self.keep_inputs} must be 0 or more inputs")
-        found = source_of(trainer).inputs(self.keep_inputs) if self.keep_inputs else {}
-        if self.keep_inputs and not found:
+        if self.keep_inputs == 0:
+            return {}
+        inputs = source_of(trainer).inputs(self.keep_inputs)
+        if not inputs:
             raise ValueError(f"keep_inputs={self.keep_inputs} needs data that give inputs, such as a TaskMixture")
-        return as_prompts(found)
+        return as_prompts(inputs)
 
     def _write(self, trainer: Trainer, module: LightningModule, path: Path) -> str:
-        exported, trained = cast(ExportedModule, module), cast(TrainedModule, module)
+        exported = cast(ExportedModule, module)
+        trained = cast(TrainedModule, module)
         facts = exported.record_facts()
         settings = {**facts.pop("hyperparameters"), "steps": trainer.global_step}
         costs: dict[str, float] = {"optimizer_bytes": optimizer_bytes(trainer.optimizers)}
@@ -243,19 +256,33 @@ class ExportExpert(Callback):
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
         state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
-        replaces, kept = self.overwrite or path != self.target, self._inputs(trainer)
-        values = getattr(module, "values", "float32")
-        return write_expert(path, exported.task_vector(), record, replaces, state=state, encoding=values, inputs=kept)
+        return write_expert(
+            path,
+            exported.task_vector(),
+            record,
+            # The best state so far replaces the one before it.
+            overwrite=self.overwrite or path != self.target,
+            state=state,
+            encoding=getattr(module, "values", "float32"),
+            inputs=self._inputs(trainer),
+        )
 
 
 def _is_exportable(trainer: Trainer, module: LightningModule) -> bool:
-    return all(one.is_exportable(cast(TrainedModule, module)) for one in callbacks_of(trainer, Schedule))
+    return all(schedule.is_exportable(cast(TrainedModule, module)) for schedule in callbacks_of(trainer, Schedule))
 
 
 def _copy(source: Path, target: Path, overwrite: bool) -> None:
-    kept = open_expert(source)
-    state, inputs, encoding = kept.state(), kept.inputs(), kept.record.get("encoding", "float32")
-    write_expert(target, kept.items(), kept.record, overwrite, state=state, encoding=encoding, inputs=inputs)
+    expert = open_expert(source)
+    write_expert(
+        target,
+        expert.items(),
+        expert.record,
+        overwrite,
+        state=expert.state(),
+        encoding=expert.record.get("encoding", "float32"),
+        inputs=expert.inputs(),
+    )
 
 
 def _absolute(path: Path) -> Path:

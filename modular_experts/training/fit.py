@@ -4,7 +4,7 @@ import copy
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from modular_experts.data.tasks import Tasks
 from modular_experts.experts import Expert
 from modular_experts.injection.inject import planned
 from modular_experts.library import StoredExpert, check_name, check_target, open_expert
+from modular_experts.library.record import Facts, Record
 from modular_experts.selection.schedule import callbacks_of
 from modular_experts.text import bytes_of, did_you_mean
 from modular_experts.training.activations import free_bytes
@@ -38,7 +39,7 @@ from modular_experts.training.predict import Settings, UnpredictableError, chang
 
 log = logging.getLogger(__name__)
 
-TRAINER: dict[str, Any] = {
+TRAINER: Record = {
     "default_root_dir": "runs",
     "log_every_n_steps": 10,
     "use_distributed_sampler": False,
@@ -85,9 +86,9 @@ class FitSettings(TypedDict, total=False):
     keep_inputs: int
     checkpoint: str | Path | None
     fit_into: str | int | None
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    trainer: Mapping[str, Any]
+    model: Facts
+    data: Facts
+    trainer: Facts
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Run:
 
     def check_modules(self) -> None:
         """Raise before rows are read if `modules` match no layer of a base on disk."""
-        if self.module.reads_base and self.module.modules_pattern:
+        if self.module.reads_base and self.module.modules_pattern and self.module.expert:
             model = Base.open(self.module.base, revision=self.module.revision).structure.model
             planned(model, self.module.expert, self.module.modules_pattern)
 
@@ -124,9 +125,10 @@ class Run:
         """Return whether a base that is to be read takes more than half of the memory that is free."""
         if not self.module.reads_base:
             return False
-        device, dtype = self.trainer.strategy.root_device, getattr(torch, self.module.dtype_name)
         model = Base.open(self.module.base, revision=self.module.revision).structure.model
-        return 2 * dtype.itemsize * sum(one.numel() for one in model.parameters()) > free_bytes(device)
+        dtype: torch.dtype = getattr(torch, self.module.dtype_name)
+        size = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+        return 2 * size > free_bytes(self.trainer.strategy.root_device)
 
     def release(self) -> None:
         """Give the memory of weights and optimizer states back.
@@ -224,8 +226,8 @@ def estimate_fit(*arguments: Any, fit_into: str | int | None = None, **settings:
     """
 
     def made(changed: Settings) -> Run:
-        given = {group: dict(settings.get(group, {})) | changed.get(group, {}) for group in ("model", "trainer")}
-        run = prepare("fit", *arguments, **settings | given)
+        groups = {group: dict(settings.get(group, {})) | changed.get(group, {}) for group in ("model", "trainer")}
+        run = prepare("fit", *arguments, **settings | groups)
         # A mixture that was given stays as it is.
         data = copy.copy(run.data)
         vars(data).update(changed.get("data", {}))
@@ -348,7 +350,7 @@ def set_up(
     """Give a run's callbacks the place of the expert and what is kept beside it, and the module its memory."""
     if fit_into is not None:
         run.module.memory_limit = bytes_of(fit_into)
-    changes: dict[str, Any] = {}
+    changes: dict[str, bool | int] = {}
     if overwrite:
         changes["overwrite"] = True
     if keep_inputs:
@@ -408,7 +410,7 @@ def make_trainer(
     return kind(**arguments | {"callbacks": callbacks})
 
 
-def _loggers(verb: str, logger: Any, root: str) -> Any:
+def _loggers(verb: str, logger: object, root: str) -> object:
     if logger is False or (verb != "fit" and logger is None):
         # There is nothing to log, and a logger leaves a directory at every call.
         return False
@@ -438,7 +440,7 @@ def quiet() -> Iterator[None]:
 class SavedConfig(Callback):
     """Keeps the settings of a run, as YAML holds them, in its folder as config.yaml, and tells the module where."""
 
-    def __init__(self, described: Mapping[str, Any]) -> None:
+    def __init__(self, described: Facts) -> None:
         self.described = described
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,7 +1,6 @@
 """GradientMask trains only chosen entries of any parameter: weight decay and optimizer state leave the others alone."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,14 +33,15 @@ class GradientMask(Callback):
         self._masked = {}
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         for name, mask in self._read.items():
-            found = [p for full, p in trained.items() if full == name or full.endswith(f".{name}")]
-            if len(found) != 1:
+            matching = [full for full in trained if full == name or full.endswith(f".{name}")]
+            if len(matching) != 1:
                 near = did_you_mean(name, trained, cutoff=0.4)
-                raise ValueError(f"the mask {name!r} matches {len(found)} trained parameters, not one{near}")
-            (parameter,) = found
+                raise ValueError(f"the mask {name!r} matches {len(matching)} trained parameters, not one{near}")
+            parameter = trained[matching[0]]
             if parameter.shape != mask.shape:
-                shapes = tuple(mask.shape), tuple(parameter.shape)
-                raise ValueError(f"the mask of {name} has shape {shapes[0]}, the parameter {shapes[1]}")
+                raise ValueError(
+                    f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
+                )
             mask = mask.to(parameter.device, torch.bool)
             self._masked[name] = (parameter, mask, parameter.detach().clone())
 
@@ -55,7 +55,7 @@ class GradientMask(Callback):
                     value.mul_(mask)
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
         for parameter, mask, start in self._masked.values():
             parameter.copy_(torch.where(mask, parameter, start))
 

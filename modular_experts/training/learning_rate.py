@@ -65,20 +65,23 @@ def training_length(trainer: Trainer, batches: int | None = None) -> TrainingLen
     """
     # A data module can be asked; plain loaders have no position that is lost when the trainer sets them up.
     datamodule = datamodule_of(trainer)
-    if datamodule is None and batches is None:
+    if batches is None and datamodule is None:
         trainer.fit_loop.setup_data()
         batches = int(trainer.num_training_batches)
     else:
-        batches = len(datamodule.train_dataloader()) if batches is None else batches  # type: ignore[union-attr]
+        if batches is None:
+            batches = len(datamodule.train_dataloader())  # type: ignore[union-attr]
         limit = trainer.limit_train_batches
         if isinstance(limit, int):
             batches = min(batches, limit)
         elif limit is not None:
             batches = int(batches * limit)
     per_epoch = max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    bounds = [per_epoch * epochs] if epochs is not None and epochs > 0 else []
-    bounds += [steps] if steps > 0 else []
+    bounds = []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        bounds.append(per_epoch * trainer.max_epochs)
+    if trainer.max_steps > 0:
+        bounds.append(trainer.max_steps)
     if not bounds:
         raise ValueError("training has no end: give trainer.max_steps or trainer.max_epochs")
     return TrainingLength(per_epoch, min(bounds))

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +17,7 @@ from modular_experts.experts.expert import Expert, trains_weight
 from modular_experts.injection import named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.injection.routed import Routed
+from modular_experts.injection.save import place_of_model
 from modular_experts.injection.sharded import reshard
 from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.compatibility import check_mergeable
@@ -23,11 +25,11 @@ from modular_experts.library.compatibility import check_mergeable
 log = logging.getLogger(__name__)
 
 
-def place_of(base: Any, revision: str | None) -> tuple[str, str | None]:
+def place_of(base: str | Path | Base | nn.Module, revision: str | None) -> tuple[str, str | None]:
     """Return the directory or hub id of a base or a loaded model, and its revision."""
     if isinstance(base, nn.Module):
-        config: Any = getattr(base, "config", None)
-        return str(getattr(config, "_name_or_path", "") or ""), revision or getattr(config, "_commit_hash", None)
+        place, commit = place_of_model(base)
+        return place, revision or commit
     if isinstance(base, Base):
         return base.place, revision or base.revision
     return str(base), revision
@@ -109,7 +111,7 @@ def check_strategy(trainer: Trainer) -> None:
 def prepare_sharding(trainer: Trainer | None) -> None:
     """Let a trainer evaluate so that it can train after it; raise if its processes cannot share a base."""
     if trainer is None or trainer.world_size == 1:
-        raise ValueError("shard_base needs several processes, such as --trainer.devices 2; leave it out for one")
+        raise ValueError("shard_base needs several processes, such as `trainer.devices=2`; leave it out for one")
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False  # FSDP2 could not write into weights that it gathered there
 
@@ -119,13 +121,13 @@ class Reshard(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if hasattr(pl_module, "model"):
-            reshard(cast(Any, pl_module).model)
+            reshard(cast(nn.Module, pl_module.model))
 
 
 def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
     """Raise if experts that choose by the input were put on top of a routed expert."""
     routed = [expert for expert in applied if expert.is_routed]
-    chooses = [type(one).__name__ for _, one in named_experts(model) if not one.mergeable]
+    chooses = [type(expert).__name__ for _, expert in named_experts(model) if not expert.mergeable]
     if routed and chooses:
         raise ValueError(
             f"{chooses[0]} chooses by the input, as {routed[0].name} does, and the two could not be used together; "
@@ -140,7 +142,7 @@ def check_precision(trainer: Trainer) -> None:
     if weight.dtype.itemsize < torch.float32.itemsize:
         raise ValueError(
             f"trainer.precision={trainer.precision} also rounds the trained values, which must stay float32; for a "
-            "base in half the memory give --dtype bfloat16 --trainer.precision bf16-mixed"
+            "base in half the memory give `dtype='bfloat16'` `trainer.precision='bf16-mixed'`"
         )
 
 
@@ -148,12 +150,15 @@ def warn_of_slow_bfloat16(trainer: Trainer | None, dtype: str) -> None:
     """Log which settings are slow on a processor without instructions for bfloat16."""
     if trainer is None or trainer.strategy.root_device.type != "cpu":
         return
-    options = ["--dtype float32"] * (dtype == "bfloat16")
-    options += ["--trainer.precision 32-true"] * str(trainer.precision).startswith("bf16")
+    arguments = []
+    if dtype == "bfloat16":
+        arguments.append("`dtype='float32'`")
+    if str(trainer.precision).startswith("bf16"):
+        arguments.append("`trainer.precision='32-true'`")
     can = torch.cpu.get_capabilities()
     # On x86 and on ARM; a processor of another kind is not known to be slow.
     instructions = {"x86_64": ["avx512_bf16", "amx_bf16", "avx10_2"], "arm64": ["bf16"], "aarch64": ["bf16"]}
     known = instructions.get(str(can.get("architecture")), [])
-    if options and known and not any(can.get(name) for name in known):
-        avoid = f"{' and '.join(options)} avoids that"
+    if arguments and known and not any(can.get(name) for name in known):
+        avoid = f"{' and '.join(arguments)} avoids that"
         log.warning("this processor has no instructions for bfloat16, which took seven times as long; %s", avoid)

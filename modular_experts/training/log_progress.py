@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from modular_experts.library.record import Record
 from modular_experts.selection.schedule import TrainedModule, callbacks_of, seconds_between_steps
 from modular_experts.training.even_validation import share_done
 from modular_experts.training.export_expert import ExportExpert
@@ -48,7 +49,8 @@ class _StandardError(logging.Handler):
 @contextmanager
 def lines_on_stderr() -> Iterator[None]:
     """Print what this package logs, from level INFO on, to stderr, on the first rank only."""
-    logger, handler = logging.getLogger("modular_experts"), _StandardError()
+    logger = logging.getLogger("modular_experts")
+    handler = _StandardError()
     before = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -63,8 +65,10 @@ class _Clock:
     """Estimates the time left of a fit from the share of it that was done since the clock was made."""
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        self._trainer, self._module = trainer, cast(TrainedModule, module)
-        self._first, self.started = self.done(), time.monotonic()
+        self._trainer = trainer
+        self._module = cast(TrainedModule, module)
+        self._first = self.done()
+        self.started = time.monotonic()
         self.total_steps = self._module.length.total_steps
 
     def done(self) -> float:
@@ -75,7 +79,8 @@ class _Clock:
 
     def left(self) -> str:
         """Return the hours, minutes and seconds left, or an empty string before anything was done."""
-        if (done := self.done()) <= self._first:
+        done = self.done()
+        if done <= self._first:
             return ""
         seconds = (time.monotonic() - self.started) / (done - self._first) * (1 - done)
         return f"{timedelta(seconds=round(seconds))} left"
@@ -107,9 +112,17 @@ class LogProgress(Callback):
         self.last_loss: float | None = None
         """Newest validation loss."""
         self._rows: int | torch.Tensor = 0
-        self._seconds, self._clock = 0.0, cast(_Clock | None, None)
-        # For the next line: sum and number of its losses, and whether a new validation loss arrived.
-        self._sum, self._count, self._is_new, self._is_due, self._tenths = torch.zeros(()), 0, False, False, 0
+        self._seconds = 0.0
+        self._clock: _Clock | None = None
+        self._tenths = 0
+        self._start_line()
+
+    def _start_line(self) -> None:
+        """Forget what the last line told: its losses, their number, and whether a new validation loss arrived."""
+        self._sum = torch.zeros(())
+        self._count = 0
+        self._is_new = False
+        self._is_due = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -123,18 +136,21 @@ class LogProgress(Callback):
     @property
     def seconds(self) -> float:
         """How long training has taken, with its validations and the choices of supports, in all runs of this fit."""
-        return self._seconds + (time.monotonic() - self._clock.started if self._clock else 0)
+        if self._clock is None:
+            return self._seconds
+        return self._seconds + time.monotonic() - self._clock.started
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = trainer.callback_metrics.get("val_loss")
-        if trainer.state.fn != "fit" or found is None:
+        loss = trainer.callback_metrics.get("val_loss")
+        if trainer.state.fn != "fit" or loss is None:
             return
         if trainer.sanity_checking:
             # A loss on fewer rows would not compare with the later ones.
             if trainer.num_sanity_val_batches == trainer.num_val_batches:
-                self.first_loss = float(found)
+                self.first_loss = float(loss)
         else:
-            self.last_loss, self._is_new = float(found), True
+            self.last_loss = float(loss)
+            self._is_new = True
             self._log_line(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,30 +171,33 @@ class LogProgress(Callback):
         if isinstance(bar, RichProgressBar) and bar.progress and bar.train_progress_bar_id is not None:
             bar.progress.update(bar.train_progress_bar_id, description=f"Epoch {trainer.current_epoch:<4}")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         self._log_line(trainer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
         """Count rows and losses; at a tenth of the fit a line is due, which waits for a validation of this step."""
         assert self._clock is not None
         self._rows = self._rows + outputs["rows"]
         self._sum = self._sum.to(outputs["mean_loss"].device) + outputs["mean_loss"]
         self._count += 1
-        before, self._tenths = self._tenths, self._clock.tenths()
-        self._is_due |= self._tenths > before
+        tenths = self._clock.tenths()
+        self._is_due |= tenths > self._tenths
+        self._tenths = tenths
 
     def _log_line(self, trainer: Trainer) -> None:
         if not self._is_due or self._clock is None:
             return
         validation = f", validation loss {self.last_loss:.4g}" if self._is_new else ""
-        left, mean = self._clock.left(), float(self._sum) / self._count
-        line = f"step {trainer.global_step}/{self._clock.total_steps}: loss {mean:.4g}{validation}, {left}"
+        mean = float(self._sum) / self._count
+        step = f"step {trainer.global_step}/{self._clock.total_steps}"
+        line = f"{step}: loss {mean:.4g}{validation}, {self._clock.left()}"
         log.info("%s", line)
-        if show := _SHOW.get():
+        show = _SHOW.get()
+        if show:
             show(line, self._clock.tenths() / 10)
-        self._sum, self._count, self._is_new, self._is_due = torch.zeros(()), 0, False, False
+        self._start_line()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_line(trainer)
@@ -187,39 +206,51 @@ class LogProgress(Callback):
         if trainer.interrupted or not trainer.is_global_zero:
             return
         exports = callbacks_of(trainer, ExportExpert)
-        kept = [one.best for one in exports if one.best is not None and one.monitor == "val_loss"]
-        losses = [f"{loss:.4g}" for loss in (self.first_loss, min(kept, default=self.last_loss)) if loss is not None]
-        choosing = seconds_between_steps(trainer, cast(TrainedModule, pl_module))
-        log.info(
-            "trained on %d rows in %.1f s%s%s",
-            *(self.rows, self.seconds, f", {choosing:.1f} s of which chose supports" if choosing else ""),
-            f"; the validation loss {'went from' if losses[1:] else 'is'} {' to '.join(losses)}" if losses else "",
-        )
+        self._log_result(trainer, pl_module, exports)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("fast_dev_run wrote nothing, neither an expert nor a checkpoint")
             return
-        places = [f"the expert is in {one.target}" for one in exports]
-        places += [f"metrics.csv is in {one.log_dir}" for one in trainer.loggers if isinstance(one, CSVLogger)]
-        if config := cast(Path | None, getattr(pl_module, "config_file", None)):
+        places = [f"the expert is in {export.target}" for export in exports]
+        places += [f"metrics.csv is in {logger.log_dir}" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        config: Path | None = getattr(pl_module, "config_file", None)
+        if config:
             places.append(f"its settings are in {config}")
         log.info("%s", ", ".join(places))
+
+    def _log_result(self, trainer: Trainer, module: LightningModule, exports: Sequence[ExportExpert]) -> None:
+        """Log rows and time, and the validation loss at the start and of the state that is kept."""
+        kept = [export.best for export in exports if export.best is not None and export.monitor == "val_loss"]
+        ends = (self.first_loss, min(kept, default=self.last_loss))
+        losses = [f"{loss:.4g}" for loss in ends if loss is not None]
+        text = f"trained on {self.rows} rows in {self.seconds:.1f} s"
+        choosing = seconds_between_steps(trainer, cast(TrainedModule, module))
+        if choosing:
+            text += f", {choosing:.1f} s of which chose supports"
+        if len(losses) == 2:
+            text += f"; the validation loss went from {losses[0]} to {losses[1]}"
+        elif losses:
+            text += f"; the validation loss is {losses[0]}"
+        log.info("%s", text)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._shown.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
-            keeper: Any = trainer.checkpoint_callback
-            if path := keeper and (keeper.last_model_path or keeper.best_model_path):
-                log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
+            keeper = trainer.checkpoint_callback
+            path = getattr(keeper, "last_model_path", "") or getattr(keeper, "best_model_path", "")
+            if path:
+                log.info("interrupted; the same with `ckpt_path=%r` goes on from its newest checkpoint", path)
             else:
                 log.info("interrupted before the first checkpoint, which the first validation writes")
         self._shown.close()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Record:
         kept = {name: getattr(self, name) for name in ("first_loss", "last_loss", "rows")}
         return kept | {"seconds": self.seconds}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Record) -> None:
         self._seconds = state_dict["seconds"]
-        self.first_loss, self.last_loss, self._rows = (state_dict[one] for one in ("first_loss", "last_loss", "rows"))
+        self.first_loss = state_dict["first_loss"]
+        self.last_loss = state_dict["last_loss"]
+        self._rows = state_dict["rows"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, distributed, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from modular_experts.base import Base
 from modular_experts.base.base import DType
 from modular_experts.base.quantised import Quantise
-from modular_experts.data.batch import DataSource, datamodule_of, is_filler, source_of
+from modular_experts.data.batch import Batch, DataSource, datamodule_of, is_filler, source_of
 from modular_experts.data.sampler import seed_of_run
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses, check_packing, text_metrics
@@ -42,6 +43,7 @@ from modular_experts.injection import (
 from modular_experts.injection.save import anchor
 from modular_experts.injection.sharded import shard
 from modular_experts.library import StoredExpert, as_parents
+from modular_experts.library.record import Record
 from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.selection.schedule import Schedule, TrainingLength, callbacks_of, of_all_ranks
 from modular_experts.training import checkpoint as checkpoints
@@ -152,15 +154,20 @@ class ExpertModule(EvaluatedModule):
         self.base, self.revision = loading.place_of(base, revision)
         if isinstance(expert, str):
             raise ValueError(f"expert={expert!r} is a text; give a class, as LoRAExpert or partial(LoRAExpert, rank=4)")
-        self.modules_pattern, self.expert, self.experts = modules, expert, experts
+        self.modules_pattern = modules
+        self.expert = expert
+        self.experts = experts
         self.applied = list(applied or [])
         if offload_activations and gradient_checkpointing is False:
             raise ValueError("offload_activations=True is for gradient_checkpointing=True; leave one of the two out")
         self.gradient_checkpointing = True if offload_activations else gradient_checkpointing
-        self.dtype_name, self.values, self.offload_activations = dtype, values, offload_activations
+        self.dtype_name = dtype
+        self.values = values
+        self.offload_activations = offload_activations
         self.shard_base = shard_base
         self.quantise: Quantise | None = quantise or getattr(base, "quantise", None)
-        self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
+        self.optimizer = optimizer
+        self.scheduler = scheduler or WarmupLinear()
         self.learning_rate = learning_rate
         """Peak rate of the optimizer, whichever it is, if set by the time it is made; Lightning's finder sets it."""
         self.max_new_tokens = max_new_tokens
@@ -172,17 +179,18 @@ class ExpertModule(EvaluatedModule):
         self.tokenizer: Any = None
         """The base's tokenizer; read with the base, unless it was given before."""
         self.applied_experts: list[StoredExpert] = []
-        self.results: dict[str, Any] = {}
+        self.results: Record = {}
         self.memory_limit: int | None = None
         """The most bytes that a fit may take; what is there if not given."""
-        self._random_states: list[dict[str, Any]] | None = None
-        self._state_of_step: dict[str, Any] | None = None
+        self._random_states: list[Record] | None = None
+        self._state_of_step: Record | None = None
         self._resized = False
         self.batch_losses: Callable[..., Any] = batch_losses
         """Computes the losses of a training batch, as `evaluation.batch_losses`; `Trained.before_fit` may replace it by
         a function that also returns sums over target tokens, by name, which are added to the loss."""
         self._logged: dict[str, Tensor] = {}
-        self.preferences, self._start = loss, dict[str, Tensor]()
+        self.preferences = loss
+        self._start: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         """Raise before the model is loaded if settings do not fit each other, or would round what is trained."""
@@ -194,11 +202,12 @@ class ExpertModule(EvaluatedModule):
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
             raise ValueError("model.experts replaces both model.expert and model.modules; give no other beside it")
         if (self.expert is None) != (not self.modules_pattern):
-            given, missing = ("expert", "modules") if self.expert else ("modules", "expert")
-            both = "give both (--expert LoRAExpert --modules q_proj v_proj), or neither to test a base"
-            raise ValueError(f"{given} is given but not {missing}; {both}")
+            present = "expert" if self.expert else "modules"
+            missing = "modules" if self.expert else "expert"
+            both = "give both (`expert=LoRAExpert` `modules=['q_proj', 'v_proj']`), or neither to test a base"
+            raise ValueError(f"{present} is given but not {missing}; {both}")
         if stage == "fit" and not self.has_experts:
-            raise ValueError("fit has no experts to train: give --expert and --modules")
+            raise ValueError("fit has no experts to train: give `expert=` and `modules=`")
         trainer = loading.trainer_of(self)
         if trainer is not None:
             loading.check_strategy(trainer)
@@ -265,13 +274,15 @@ class ExpertModule(EvaluatedModule):
         loading.warn_of_slow_bfloat16(loading.trainer_of(self), self.dtype_name)
         if self.shard_base:
             shard(model, self.trainer.strategy.root_device)
-        self.model, self._given = model, []
+        self.model = model
+        self._given = []
         # Before a training, because an expert may count in an attribute.
         self._facts = checkpoints.trained_facts(model, self.applied_experts)
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in self.named_buffers()]
+        # A private name of torch 2.13, which its own `_set_params_and_buffers_to_ignore_for_model` sets.
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
 
     def configure_callbacks(self) -> list[Callback]:
@@ -281,8 +292,9 @@ class ExpertModule(EvaluatedModule):
         """
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         defaults = [MaskSchedule(), EvenValidation(), LogProgress(), WriteResults(), WritePredictions()]
-        defaults += [loading.Reshard()] * self.shard_base
-        added = [default for default in defaults if not any(isinstance(one, type(default)) for one in listed)]
+        if self.shard_base:
+            defaults.append(loading.Reshard())
+        added = [default for default in defaults if not callbacks_of(self.trainer, type(default))]
         if self.base:
             self.tokenizer = source_of(self.trainer).take_tokenizer(self.base, self.revision) or self.tokenizer
         for callback in [*listed, *added]:
@@ -312,10 +324,11 @@ class ExpertModule(EvaluatedModule):
                 group["lr"] = self.learning_rate
         return optimizer
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer()
         self.length = training_length(self.trainer)
-        shape, total = self.scheduler, self.length.total_steps
+        shape = self.scheduler
+        total = self.length.total_steps
         if isinstance(shape, LearningRateShape):
             scheduler: LRScheduler = LambdaLR(optimizer, lambda step: shape.factor(step, total))
         else:
@@ -334,49 +347,55 @@ class ExpertModule(EvaluatedModule):
         if source.packing:
             check_packing(self.model)
         else:
-            found = self._packs() if self.shard_base else None  # all processes take part in each pass
-            source.choose_packing(lambda: self._packs() if found is None else found)
+            # The data may not ask, and all processes take part in each pass over a sharded base.
+            packs = self._packs() if self.shard_base else None
+            source.choose_packing(lambda: self._packs() if packs is None else packs)
         recompute_if_needed(self)
         checkpoints.log_training(self.model, self.trainer, self.length)
         if self.trainer.world_size > 1:
-            for buffer in (buffer for _, expert in named_experts(self.model) for buffer in expert.buffers()):
-                distributed.broadcast(buffer, src=0)
+            for _, expert in named_experts(self.model):
+                for buffer in expert.buffers():
+                    distributed.broadcast(buffer, src=0)
 
     def _packs(self) -> bool:
         """Return whether training rows may be packed."""
         return moves_tokens_alone(self.model) and keeps_rows_apart(self.model)
 
-    def prepare_experts(self, data: Any) -> float:
+    def prepare_experts(self, data: object) -> float:
         """Let experts get ready for a training on these data; return how many seconds that took, 0 without work."""
         if isinstance(data, DataSource):
             data.learn_choices(self.preferences is not None)
-        self.batch_losses, started = batch_losses, time.monotonic()
+        self.batch_losses = batch_losses
+        started = time.monotonic()
         ready = [expert.before_fit(self, data) for _, expert in named_experts(self.model)]
         if self.preferences:
             if self.batch_losses is not batch_losses:
-                kind, (_, expert) = type(self.preferences).__name__, named_experts(self.model)[0]
+                _, expert = named_experts(self.model)[0]
+                kind = type(self.preferences).__name__
                 raise ValueError(f"{type(expert).__name__} has a loss of its own, so {kind} cannot train it")
             self.batch_losses = partial(self.preferences.batch_losses, self._start)
-        return any(ready) * (time.monotonic() - started)
+        return time.monotonic() - started if any(ready) else 0.0
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # When all set-up is over, the first step takes the random state of a checkpoint.
         draw_experts(self.model, f"{self.seed}/{self.trainer.global_step}")
-        states, self._random_states = self._random_states or [], None
-        checkpoints.restore_random_state(states, self.trainer.global_rank)
+        checkpoints.restore_random_state(self._random_states or [], self.trainer.global_rank)
+        self._random_states = None
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._state_of_step = checkpoints.random_state()
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | int]:
         """Return what backward takes (`loss`), the batch's mean per target token of all ranks plus what experts add
         (`mean_loss`), and the number of rows of all ranks (`rows`).
         """
         loss = self.loss(batch, in_step=True)
-        means, rows = self._logged, cast("int | Tensor", is_filler(batch).count(False))
+        means = self._logged
+        rows: int | Tensor = is_filler(batch).count(False)
         if self.trainer.world_size > 1:
             numbers = torch.stack([*means.values(), loss.new_tensor(rows)])
             distributed.all_reduce(numbers)
-            means, rows = dict(zip(means, numbers / self.trainer.world_size, strict=False)), numbers[-1]
+            means = dict(zip(means, numbers / self.trainer.world_size, strict=False))
+            rows = numbers[-1]
         for name, mean in means.items():
             self.log(name, mean, prog_bar=name == "loss", batch_size=len(batch["task"]))
         return {"loss": loss, "mean_loss": means["loss"], "rows": rows}
@@ -385,7 +404,7 @@ class ExpertModule(EvaluatedModule):
         super().optimizer_step(*args, **kwargs)
         write_experts(self.model)
 
-    def loss(self, batch: dict[str, Any], in_step: bool = False) -> Tensor:
+    def loss(self, batch: Batch, in_step: bool = False) -> Tensor:
         """Return the mean loss per target token of the global batch, plus the sum of the terms that experts add.
 
         Its average over ranks is the loss of one process with all rows. With `in_step`, a batch that tells of its
@@ -398,20 +417,22 @@ class ExpertModule(EvaluatedModule):
         if self.trainer.world_size > 1:
             distributed.all_reduce(count)
         tokens = count.clamp(min=1) / self.trainer.world_size
-        mean, penalties = sums.sum() / tokens, extra_losses(self.model)
+        mean = sums.sum() / tokens
+        penalties = extra_losses(self.model)
         means = {name: term / tokens for added in more for name, term in added.items()}
         loss = sum((penalties | means).values(), start=mean)
         terms = {f"penalty/{name}": term for name, term in (penalties | means).items()}
         self._logged = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
         if not in_step or "step_terms" not in batch:
             return loss
-        of_step, parts = count.new_tensor(batch["step_terms"]), self.trainer.accumulate_grad_batches
+        of_step = count.new_tensor(batch["step_terms"])
+        parts = self.trainer.accumulate_grad_batches
         if self.trainer.world_size > 1:
             distributed.all_reduce(of_step)
         share = parts * count.to(mean.dtype) / of_step.clamp(min=1)
         return share * sum(means.values(), start=mean) + parts / batch["step_batches"] * sum(penalties.values())
 
-    def model_facts(self) -> dict[str, Any]:
+    def model_facts(self) -> Record:
         """Return base, added experts and the trained kind of expert, for the results."""
         return {
             "base": self.base,
@@ -435,18 +456,20 @@ class ExpertModule(EvaluatedModule):
         kept = self.state_dict()
         return type(loaded)([name for name in loaded.missing_keys if name in kept], loaded.unexpected_keys)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["base_fingerprint"], checkpoint["quantise"] = self.fingerprint, self.quantise
+    def on_save_checkpoint(self, checkpoint: Record) -> None:
+        checkpoint["base_fingerprint"] = self.fingerprint
+        checkpoint["quantise"] = self.quantise
         is_within = checkpoints.repeat_step(checkpoint, self.trainer.accumulate_grad_batches)
         state = self._state_of_step if is_within and self._state_of_step else checkpoints.random_state()
         checkpoint["random_states"] = of_all_ranks(self.trainer, state)
         checkpoint["resized"] = self._resized
         checkpoint |= self._facts
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: Record) -> None:
         """Raise if the checkpoint was written with another base, other experts or settings, or others beneath."""
         self.configure_model()
-        if (trainer := loading.trainer_of(self)) is not None:
+        trainer = loading.trainer_of(self)
+        if trainer is not None:
             # Lightning does so after the checkpoint is loaded, which would round what was trained in float64.
             trainer.precision_plugin.convert_module(self)
         checkpoints.check_base(checkpoint, self.base, self.fingerprint, self.quantise)
@@ -469,10 +492,11 @@ class ExpertModule(EvaluatedModule):
         """Return the tensors that experts keep beside their deltas, on the CPU, by `<weight>/<name>`."""
         return {name: tensor.to("cpu") for name, tensor in expert_state(self.model).items()}
 
-    def record_facts(self) -> dict[str, Any]:
+    def record_facts(self) -> Record:
         """Return kind, base, settings, training and parents of the experts, in plain values, for their record."""
         facts = describe_experts(self.model)
-        if self.experts is None:  # of one factory, the first expert's settings; its kernel may differ by the layer
+        if self.experts is None:
+            # One factory has made all; the kernel in their settings may differ by the layer.
             facts["hyperparameters"] = next(expert_layers(self.model))[1].expert.settings()
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):

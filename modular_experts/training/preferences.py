@@ -40,30 +40,37 @@ class PreferenceLoss(ABC):
         Raises:
             ValueError: The rows of a task have no choices.
         """
-        choices, count = batch.get("choices"), len(batch["task"])
+        choices = batch.get("choices")
+        count = len(batch["task"])
         there = set(choices["row"].tolist()) if choices else set()
-        if lacking := [task for row, task in enumerate(batch["task"]) if task and row not in there]:
+        lacking = [task for row, task in enumerate(batch["task"]) if task and row not in there]
+        if lacking:
             raise ValueError(
                 f"{type(self).__name__} learns preferences, and rows of {lacking[0]} have none; give rows of prompt, "
                 "chosen and rejected, or of input, target and choices"
             )
         if choices:
-            owners, correct = choices["row"], choices["correct"]
+            owners = choices["row"]
+            correct = choices["correct"]
             both = {key: choices[key] for key in ("input_ids", "attention_mask", "labels")}
             both["task"] = [batch["task"][row] for row in owners.tolist()]
         else:
             # A batch of filler rows takes the same passes, in step with other processes, and has no pair.
-            owners, correct = torch.arange(count), torch.ones(count, dtype=torch.bool)
+            owners = torch.arange(count)
+            correct = torch.ones(count, dtype=torch.bool)
             both = batch
         # First the reference, because experts that lie in the weights write into them.
         with at_start(model, start):
             reference = batch_losses(model, both)[0]
         gains = reference - batch_losses(model, both)[0]
-        owners, correct = owners.to(gains.device), correct.to(gains.device)
+        owners = owners.to(gains.device)
+        correct = correct.to(gains.device)
         chosen = gains.new_zeros(count).index_add(0, owners[correct], gains[correct])
-        losses, owners = self.of(chosen[owners[~correct]] - gains[~correct]), owners[~correct]
-        sums = losses.new_zeros(count).index_add(0, owners, losses)
-        return sums, torch.bincount(owners, minlength=count)
+        # Each rejected choice makes a pair with its row's chosen one.
+        pairs = owners[~correct]
+        losses = self.of(chosen[pairs] - gains[~correct])
+        sums = losses.new_zeros(count).index_add(0, pairs, losses)
+        return sums, torch.bincount(pairs, minlength=count)
 
 
 @dataclass(frozen=True)
@@ -86,32 +93,36 @@ class DPO(PreferenceLoss):
 
 def start_of(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of all that training changes, by name, before anything is trained or read from a checkpoint."""
-    return {name: one.detach().clone() for name, one in _changed(model).items()}
+    return {name: tensor.detach().clone() for name, tensor in _changed(model).items()}
 
 
 @contextmanager
 def at_start(model: nn.Module, start: Start) -> Iterator[None]:
     """Set a model with experts back to its start while the context is open, without gradients and dropout."""
     changed = _changed(model)
-    now = {name: one.data for name, one in changed.items()}
+    now = {name: tensor.data for name, tensor in changed.items()}
     with torch.no_grad(), evaluation_mode(model):
         try:
-            for name, one in changed.items():
+            for name, tensor in changed.items():
                 # Values in the weight, whose number a schedule has changed, started at zero.
-                is_resized = one.requires_grad and start[name].shape != one.shape
-                one.data = torch.zeros_like(one) if is_resized else start[name].to(one.data)
+                is_resized = tensor.requires_grad and start[name].shape != tensor.shape
+                tensor.data = torch.zeros_like(tensor) if is_resized else start[name].to(tensor.data)
             write_experts(model)
             yield
         finally:
-            for name, one in changed.items():
-                one.data = now[name]
+            for name, tensor in changed.items():
+                tensor.data = now[name]
             write_experts(model)
 
 
 def _changed(model: nn.Module) -> dict[str, Tensor]:
     """Return trained parameters, and buffers of experts beside the weight, such as sums of earlier rounds."""
-    found: dict[str, Tensor] = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    changed: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            changed[name] = parameter
     for place, expert in named_experts(model):
-        if not isinstance(expert, InPlaceExpert):  # whose places of entries and base entries belong together
-            found |= {f"{place}/{name}": one for name, one in expert.named_buffers()}
-    return found
+        # The places of entries in a weight belong to the base's entries there, which stay.
+        if not isinstance(expert, InPlaceExpert):
+            changed |= {f"{place}/{name}": buffer for name, buffer in expert.named_buffers()}
+    return changed

@@ -5,12 +5,13 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 
+from modular_experts.library.record import Record
 from modular_experts.reports import Results, write_json
 from modular_experts.reports.results import unused
 from modular_experts.selection.schedule import of_all_ranks
@@ -31,13 +32,13 @@ class WriteResults(Callback):
         # Lightning would print the same numbers once more.
         trainer.validate_loop.verbose = trainer.test_loop.verbose = False
         if trainer.state.fn != "fit" and trainer.is_global_zero:
-            Console(width=80).print(Results.of_scores(cast(dict[str, Any], pl_module.results)).table())
+            Console(width=80).print(Results.of_scores(cast(Record, pl_module.results)).table())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_end(trainer, pl_module)
         if trainer.is_global_zero:
             target = unused(Path(trainer.default_root_dir) / self.file)
-            write_json(target, cast(dict[str, Any], pl_module.results))
+            write_json(target, cast(Record, pl_module.results))
             log.info("the results are in %s", target)
 
 
@@ -49,7 +50,11 @@ class WritePredictions(BasePredictionWriter):
         self.file = file
 
     def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[list[dict[str, str]]],
+        batch_indices: Sequence[object],
     ) -> None:
         rows = [row for batch in predictions for row in batch]
         ranks = of_all_ranks(trainer, rows)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +15,7 @@ from modular_experts.base.structure import weight_of
 from modular_experts.data.batch import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.experts.expert import InPlaceExpert, trains_weight
-from modular_experts.injection import expert_layers
+from modular_experts.injection import ExpertLayer, expert_layers
 from modular_experts.injection.sharded import is_sharded
 from modular_experts.library import Library, StoredExpert, check_fingerprint, open_experts
 from modular_experts.library.expert import RECORD_FILE
@@ -41,7 +41,8 @@ class TrainUnderOthers(Schedule):
         if count < 1:
             raise ValueError(f"count={count} must be at least 1")
         self.paths = [others] if isinstance(others, str) else list(others)
-        self.count, self.scale = count, scale
+        self.count = count
+        self.scale = scale
         self.seed = seed
         self.others: list[StoredExpert] = []
         self._deltas: list[Mapping[str, Delta]] = []
@@ -51,13 +52,13 @@ class TrainUnderOthers(Schedule):
         """Open the experts, before anything is loaded; raise if fewer are left than a step draws."""
         if stage != "fit":
             return
-        found: list[str | Path] = []
+        places: list[str | Path] = []
         for path in self.paths:
             directory = Path(path).expanduser()
             library = directory.is_dir() and not (directory / RECORD_FILE).is_file()
-            found += [directory / name for name in Library(directory)] if library else [path]
+            places += [directory / name for name in Library(directory)] if library else [path]
         trained = {name for name, role in source_of(trainer).roles.items() if role == "held_in"}
-        opened = [open_experts([path])[0] for path in dict.fromkeys(found)]
+        opened = [open_experts([path])[0] for path in dict.fromkeys(places)]
         self.others = [expert for expert in opened if not trained & set(expert.record["tasks"])]
         if len(self.others) < self.count:
             raise ValueError(
@@ -93,7 +94,7 @@ class TrainUnderOthers(Schedule):
         self._deltas = [dict(expert) for expert in self.others]
 
     @torch.no_grad()
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         module = cast(TrainedModule, pl_module)
         model = module.model
         drawn = random.Random(f"{seed_of(self.seed, module)}/{trainer.global_step}").sample(self._deltas, self.count)
@@ -105,7 +106,8 @@ class TrainUnderOthers(Schedule):
             if inside:
                 inside.restore(weight, weight.detach)
             kept = None if isinstance(delta, Dense | LowRank) else delta.support().long()
-            self._before[name] = kept, weight.clone() if kept is None else weight.reshape(-1)[kept]
+            values = weight.clone() if kept is None else weight.reshape(-1)[kept]
+            self._before[name] = (kept, values)
             delta.add_to(weight)
             if inside:
                 inside.reanchor(weight)
@@ -131,7 +133,7 @@ class TrainUnderOthers(Schedule):
             if inside:
                 inside.reanchor(weight)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
         _remove(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -144,11 +146,11 @@ class TrainUnderOthers(Schedule):
 
 def _remove(trainer: Trainer, module: LightningModule, only: Collection[str] | None = None) -> None:
     # The last first, because each brings back the weights that it found.
-    for one in reversed(callbacks_of(trainer, TrainUnderOthers)):
-        one.remove(cast(TrainedModule, module), only)
+    for callback in reversed(callbacks_of(trainer, TrainUnderOthers)):
+        callback.remove(cast(TrainedModule, module), only)
 
 
-def _weight(model: nn.Module, layers: Mapping[str, Any], name: str) -> tuple[Tensor, InPlaceExpert | None]:
+def _weight(model: nn.Module, layers: Mapping[str, ExpertLayer], name: str) -> tuple[Tensor, InPlaceExpert | None]:
     """Return a weight as its expert sees it, with an expert that lies in it; or the parameter of another layer."""
     if name not in layers:
         return weight_of(model, name), None

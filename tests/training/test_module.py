@@ -301,7 +301,7 @@ def test_a_precision_that_rounds_trained_values_is_refused_before_the_model_is_l
         "estimate": lambda data: measure_fit(module, data, trainer),
     }
     data = runs.mixture(task_files, tiny_llama_dir)
-    with pytest.raises(ValueError, match=rf"precision={precision} .*give --dtype bfloat16 .*bf16-mixed$"):
+    with pytest.raises(ValueError, match=rf"precision={precision} .*give `dtype=.bfloat16.` .*bf16-mixed"):
         uses[use](data)
     assert not hasattr(module, "model")
     data.setup("fit")
