@@ -17,6 +17,9 @@ def as_options(sentence: str) -> str:
         name, value = argument.groups()
         if value.startswith("{"):
             return f"--{name} '{value}'"
+        if re.fullmatch(r"'[^',]* [^',]*'", value):
+            # A shell would divide it.
+            return f"--{name} {value}"
         words = re.sub(r"[\[\]',\"]", "", value)
         return f"--{name}" if words in ("", "True") else f"--{name} {words}"
 

@@ -10,6 +10,7 @@ def test_arguments_in_backticks_become_options() -> None:
     assert as_options("give `experts=['a', 'b']` or `base=DIR`") == "give --experts a b or --base DIR"
     assert as_options("leave out `rank=`; set `trainer.max_epochs=3`") == "leave out --rank; set --trainer.max_epochs 3"
     assert as_options("such as `tasks={path: a, role: held_out}`") == "such as --tasks '{path: a, role: held_out}'"
+    assert as_options("go on with `ckpt_path='my runs/a.ckpt'`") == "go on with --ckpt_path 'my runs/a.ckpt'"
     assert as_options("`metrics.year-2=`: /(/ is wrong") == "--metrics.year-2: /(/ is wrong"
     assert as_options("got keep=3, `keep` must be smaller") == "got keep=3, `keep` must be smaller"
 

@@ -193,7 +193,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, m
     monkeypatch.setattr(ExpertModule, "training_step", interrupted)
     assert main(FIT) == 130
     said = capsys.readouterr().err
-    checkpoint = said.split("--ckpt_path '")[1].split("'")[0]
+    checkpoint = said.split("--ckpt_path ")[1].split(" ")[0]
     best = said.split("the best state so far, of step 3, is an ordinary expert in ")[1].splitlines()[0]
     assert best.startswith("runs/best-of-a-")
     assert checkpoint.endswith("step=3.ckpt")
