@@ -7,14 +7,15 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from modular_experts.cli.commands import COMPUTING, DEVICE, VERBS, Command, help_texts
 from modular_experts.study.options import READING
 
+Defined = ast.FunctionDef | ast.ClassDef
 _ROOT = Path(__file__).parents[2]
 _WIDTH, _COLUMN = 80, 26
 _Wrapper = partial(textwrap.TextWrapper, break_long_words=False, break_on_hyphens=False)
@@ -46,37 +47,73 @@ _EVERYWHERE = {
 }
 
 
-def _read_source(file: Path, name: str, whole: bool, required: dict[str, str], options: dict[str, str]) -> list[str]:
-    """Return the description and the examples of a function; add the texts of its options, as these are typed."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    found: Any = next(node for node in tree.body if getattr(node, "name", None) == name)
-    description, _, rest = (ast.get_docstring(found) or "").partition("\nArgs:\n")
-    listed, _, examples = rest.partition("\nExamples:\n")
-    texts = _COMMON | _texts(listed.partition("\n\n")[0])
-    for argument, annotation, default in _arguments(found):
-        if home := _file_of_group(file, tree, annotation):
-            _read_source(home, annotation, whole, required, options)
-            continue
-        kind = annotation.removesuffix(" | None")
-        name, text = argument.replace("dry_run", "dry-run").rstrip("_"), texts[argument]
-        option = "--tasks" if kind in ("TaskMixture", "Rows") else f"--{name}"
-        shown = _METAVARS.get(kind, f" {argument.rpartition('_')[2].upper()}")
-        if literal := re.match(r"Literal\[(.*)\]", kind):
-            shown = " {" + re.sub("[' ]", "", literal[1]) + "}"
+class SourceOption(NamedTuple):
+    """An option as a source has it; without a default it must be given."""
+
+    name: str
+    kind: str
+    default: str | None
+    text: str
+
+    def typed(self) -> str:
+        """Return the option with its dashes, and a word for what it takes."""
+        # An option such as --for is a word of Python's own.
+        name = "tasks" if self.kind in ("TaskMixture", "Rows") else self.name.rstrip("_")
+        takes = _METAVARS.get(self.kind, f" {self.name.rpartition('_')[2].upper()}")
+        if literal := re.match(r"Literal\[(.*)\]", self.kind):
+            takes = " {" + re.sub("[' ]", "", literal[1]) + "}"
+        return f"--{name.replace('dry_run', 'dry-run')}{takes}"
+
+    def told(self, whole: bool) -> str:
+        """Return the text, or its first sentence, with what is the default and where its settings are."""
+        text = self.text
         if not whole:
             text = re.split(r"(?<=[.;])(?<!e\.g\.) ", text)[0].rstrip(".;") + "."
-        if kind in _CLASSES:
-            text += f" Its settings: --{name}.help{_CLASSES[kind]}"
-        if default is None:
-            required[option + shown] = text
+        if self.kind in _CLASSES:
+            text += f" Its settings: --{self.name}.help{_CLASSES[self.kind]}"
+        if self.default is not None and not re.match("None|False|field", self.default):
+            text += f" (default: {self.default})"
+        return text
+
+
+class Source(NamedTuple):
+    """A function or a dataclass as its source has it; options of dataclasses are among its own."""
+
+    description: str
+    options: list[SourceOption]
+    examples: str
+
+
+def source_of(file: Path, name: str) -> Source:
+    """Read the source of a function or a dataclass."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    node = next(node for node in tree.body if isinstance(node, Defined) and node.name == name)
+    description, _, rest = (ast.get_docstring(node) or "").partition("\nArgs:\n")
+    listed, _, examples = rest.partition("\nExamples:\n")
+    entries = re.findall(_ENTRY, listed.partition("\n\n")[0], re.MULTILINE)
+    texts = _COMMON | {argument: " ".join(text.split()) for argument, text in entries}
+    options: list[SourceOption] = []
+    for argument, hint, value in _arguments(node):
+        kind = ast.unparse(hint)
+        if home := _file_of_group(file, tree, kind):
+            options += source_of(home, kind).options
         else:
-            tells = not re.match("None|False|field", default)
-            options[option + shown] = text + f" (default: {default})" * tells
-    return [description.strip(), textwrap.dedent(examples).rstrip()]
+            default = None if value is None else ast.unparse(value).replace("'", "")
+            options.append(SourceOption(argument, kind.removesuffix(" | None"), default, texts[argument]))
+    return Source(description.strip(), options, textwrap.dedent(examples).rstrip())
 
 
-def _texts(doc: str) -> dict[str, str]:
-    return {name: " ".join(text.split()) for name, text in re.findall(_ENTRY, doc, re.MULTILINE)}
+def _arguments(node: Defined) -> Iterator[tuple[str, ast.expr, ast.expr | None]]:
+    """Yield name, annotation and default of each argument of a function, or of each field of a dataclass."""
+    if isinstance(node, ast.ClassDef):
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                yield field.target.id, field.annotation, field.value
+        return
+    missing = [None] * (len(node.args.args) - len(node.args.defaults))
+    for argument, value in zip(node.args.args, [*missing, *node.args.defaults], strict=True):
+        if argument.annotation:
+            yield argument.arg, argument.annotation, value
 
 
 def _file_of_group(file: Path, tree: ast.Module, kind: str) -> Path | None:
@@ -90,50 +127,39 @@ def _file_of_group(file: Path, tree: ast.Module, kind: str) -> Path | None:
 
 def options_in_source(verb: str, command: Command) -> list[str]:
     """Return the names of a command's options, as its source has them."""
-
-    def names(file: Path, name: str) -> list[str]:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        defined = next(node for node in tree.body if getattr(node, "name", None) == name)
-        listed = []
-        for argument, annotation, _ in _arguments(defined):
-            home = _file_of_group(file, tree, annotation)
-            listed += names(home, annotation) if home else [argument.rstrip("_")]
-        return listed
-
-    found = names(_ROOT / f"modular_experts/{command.path}.py", command.function)
-    reading = [*READING] if "data" in found else []
-    device = ["device"] if verb in COMPUTING else []
-    return [*dict.fromkeys([*found, *reading, *device])]
-
-
-def _arguments(found: Any) -> list[tuple[str, str, str | None]]:
-    if isinstance(found, ast.ClassDef):
-        fields: list[Any] = [node for node in found.body if isinstance(node, ast.AnnAssign)]
-        given = [(one.target.id, one.annotation, one.value) for one in fields]
-    else:
-        values = [None] * (len(found.args.args) - len(found.args.defaults)) + found.args.defaults
-        given = [(one.arg, one.annotation, value) for one, value in zip(found.args.args, values, strict=True)]
-    return [(name, ast.unparse(kind), value and ast.unparse(value).replace("'", "")) for name, kind, value in given]
+    options = source_of(_ROOT / f"modular_experts/{command.path}.py", command.function).options
+    names = [option.name.rstrip("_") for option in options]
+    if "data" in names:
+        names += READING
+    if verb in COMPUTING:
+        names.append("device")
+    return [*dict.fromkeys(names)]
 
 
 def command_help(verb: str, command: Command, whole: bool) -> str:
     """Return the help of a command."""
     if not command.function:
-        summary, (sections, examples) = command.summary, help_texts(verb)
-        return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], sections, examples)
-    sections = {"required": {}, "options": {}}
-    home = _ROOT / f"modular_experts/{command.path}.py"
-    description, example = _read_source(home, command.function, whole, **sections)
-    sections["options"] |= DEVICE if whole and verb in COMPUTING else {}
-    usage = []
-    for option in sections["required"]:
-        name = option.partition(" ")[0][2:]
-        usage.append(name.upper() + " ..." * ("..." in option) if name in command.positional else option)
-    first, *others = description.split("\n\n")
-    examples = re.split(r"\n(?=modular-experts)", example)
-    # At first only a paragraph that answers a question is needed beside the first one.
-    paragraphs = [first, *(one for one in others if whole or "?" in one)]
-    return _screen(" ".join([verb, *usage]), paragraphs, sections, examples if whole else examples[:2])
+        sections, examples = help_texts(verb)
+        return _screen(verb, [f"{command.summary[0].upper()}{command.summary[1:]}."], sections, examples)
+    source = source_of(_ROOT / f"modular_experts/{command.path}.py", command.function)
+    required = {option.typed(): option.told(whole) for option in source.options if option.default is None}
+    options = {option.typed(): option.told(whole) for option in source.options if option.default is not None}
+    if whole and verb in COMPUTING:
+        options |= DEVICE
+    usage = [verb]
+    for option in required:
+        name, _, words = option.removeprefix("--").partition(" ")
+        if name in command.positional:
+            usage.append(f"{name.upper()} ..." if "..." in words else name.upper())
+        else:
+            usage.append(option)
+    first, *others = source.description.split("\n\n")
+    examples = re.split(r"\n(?=modular-experts)", source.examples)
+    if not whole:
+        # At first only a paragraph that answers a question is needed beside the first one.
+        others = [paragraph for paragraph in others if "?" in paragraph]
+        examples = examples[:2]
+    return _screen(" ".join(usage), [first, *others], {"required": required, "options": options}, examples)
 
 
 def class_help(option: str, kind: Any, given_by_us: int = 0) -> str:
@@ -157,16 +183,17 @@ def list_of_classes(option: str, kinds: Mapping[str, Any]) -> str:
 
 
 def _screen(
-    usage: str, description: Sequence[str], sections: Mapping[str, Mapping[str, str]], examples: Sequence[str]
+    usage: str, description: Sequence[str], sections: Mapping[str, dict[str, str]], examples: Sequence[str]
 ) -> str:
     screen = textwrap.wrap(f"usage: modular-experts {usage} [options]", _WIDTH, subsequent_indent=" " * 4)
     for paragraph in description:
         screen += ["", *textwrap.wrap(" ".join(paragraph.split()), _WIDTH)]
-    for title, rows in {**sections, "options": {**sections["options"], **_EVERYWHERE}}.items():
-        screen += ["", f"{title}:"] if rows else []
+    for title, own in sections.items():
+        rows = own | _EVERYWHERE if title == "options" else own
+        if rows:
+            screen += ["", f"{title}:"]
         for option, text in rows.items():
-            first, others = f"  {option}  ".ljust(_COLUMN), " " * _COLUMN
-            screen += _Wrapper(_WIDTH, first, others).wrap(text)
+            screen += _Wrapper(_WIDTH, f"  {option}  ".ljust(_COLUMN), " " * _COLUMN).wrap(text)
     screen += ["", "examples:"]
     for example in examples:
         # A line ends only before an option.
@@ -188,5 +215,6 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
     """
     shown = "\n".join(command_help(verb, command, True) for verb, command in VERBS.items())
     words = [*VERBS, *dict.fromkeys(re.findall(r"^  (--[\w-]+)", shown, re.MULTILINE))]
-    start = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" * (shell == "zsh")
-    print(f"{start}complete -o default -W '{' '.join(words)}' modular-experts")
+    if shell == "zsh":
+        print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
+    print(f"complete -o default -W '{' '.join(words)}' modular-experts")
