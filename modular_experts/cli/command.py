@@ -34,7 +34,8 @@ def check_experts(argv: Sequence[str], positional: Sequence[str]) -> None:
     for word in words:
         option, _, value = word.partition("=")
         if word.startswith("--"):
-            is_expert, word = option in ("--experts", "--merged"), value
+            is_expert = option in ("--experts", "--merged")
+            word = value
         # Prompts, names, sums, lists and patterns wait for the command.
         waits = not word or {*" =+[{*"} & {*word} or may_be_on_hub(word)
         if is_expert and not waits and (missing := missing_expert(word)):
@@ -81,7 +82,7 @@ def guarded(command: Callable[[], object]) -> int:
             raise
         notes = [f"({note})" for cause in causes for note in getattr(cause, "__notes__", ())]
         rank = os.environ.get("LOCAL_RANK", "0")
-        where = f" in process {rank}" * (rank != "0")
+        where = "" if rank == "0" else f" in process {rank}"
         # What the command has printed before comes first where both go into one file.
         with suppress(AttributeError, ValueError, OSError):
             sys.stdout.flush()

@@ -112,7 +112,8 @@ def mixes_of(experts: list[str]) -> dict[str, list[str]]:
         label, equals, places = word.partition("=")
         if not equals or "/" in label:
             # A directory may have the sign in its name.
-            label, places = "", word
+            label = ""
+            places = word
         members = [places] if Path(places).is_dir() else places.split("+")
         name = label or " + ".join(Path(place).name for place in members)
         if name in mixes:

@@ -89,11 +89,13 @@ def print_check(found: Check | None) -> None:
     if found is None:
         print("not loaded again, because check is false")
         return
-    largest, allowed, lost = found.largest_difference, found.tolerance, found.rounding
-    print(f"loaded again with transformers: the largest difference of a logit is {largest:.3g} (tolerance {allowed:g})")
-    if lost.lost > 0:
-        taken, kept = share_text(lost.lost), share_text(lost.unchanged / lost.moved)
-        print(f"rounding took {taken} of the deltas' length, and kept {kept} of the moved entries as in the base")
+    largest = f"{found.largest_difference:.3g} (tolerance {found.tolerance:g})"
+    print(f"loaded again with transformers: the largest difference of a logit is {largest}")
+    rounding = found.rounding
+    if rounding.lost > 0:
+        lost = share_text(rounding.lost)
+        kept = share_text(rounding.unchanged / rounding.moved)
+        print(f"rounding took {lost} of the deltas' length, and kept {kept} of the moved entries as in the base")
 
 
 def open_page(file: Path) -> None:

@@ -110,6 +110,6 @@ def print_class_help(spelt: Spelt, hints: Mapping[str, Any], short: Mapping[str,
         if not word and len(kinds) == 1:
             (word,) = kinds
         # The package gives a factory its first arguments.
-        given = max((len(part.__args__) - 1 for part in parts_of(hint) if get_origin(part) is Callable), default=0)
-        print(class_help(typed, class_of(f"--{typed}", hint, word), given) if word else list_of_classes(typed, kinds))
+        skipped = max((len(part.__args__) - 1 for part in parts_of(hint) if get_origin(part) is Callable), default=0)
+        print(class_help(typed, class_of(f"--{typed}", hint, word), skipped) if word else list_of_classes(typed, kinds))
         raise SystemExit(0)

@@ -121,7 +121,8 @@ def chat(
     opened = Base.open(base, first, quantise=how.quantise)
     with suppress(ImportError):
         import readline  # noqa: F401, with which a terminal edits lines
-    talk, asks = Conversation(opened, experts, how), sys.stdin.isatty()
+    talk = Conversation(opened, experts, how)
+    asks = sys.stdin.isatty()
     line = _first_line(expert, experts)
     if asks:
         print(COMMANDS, flush=True)

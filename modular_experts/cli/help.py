@@ -17,7 +17,9 @@ from modular_experts.study.options import READING
 
 Defined = ast.FunctionDef | ast.ClassDef
 _ROOT = Path(__file__).parents[2]
-_WIDTH, _COLUMN = 80, 26
+_WIDTH = 80
+_COLUMN = 26
+_MARGIN = f"{'':{_COLUMN}}"
 _Wrapper = partial(textwrap.TextWrapper, break_long_words=False, break_on_hyphens=False)
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
 _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Rows": "", "Tuning": ""}
@@ -56,7 +58,7 @@ class SourceOption(NamedTuple):
     text: str
 
     def typed(self) -> str:
-        """Return the option with its dashes, and a word for what it takes."""
+        """Return the option with its dashes, and a word for its value."""
         # An option such as --for is a word of Python's own.
         name = "tasks" if self.kind in ("TaskMixture", "Rows") else self.name.rstrip("_")
         takes = _METAVARS.get(self.kind, f" {self.name.rpartition('_')[2].upper()}")
@@ -65,7 +67,7 @@ class SourceOption(NamedTuple):
         return f"--{name.replace('dry_run', 'dry-run')}{takes}"
 
     def told(self, whole: bool) -> str:
-        """Return the text, or its first sentence, with what is the default and where its settings are."""
+        """Return the text, or its first sentence, with the default and the place of its settings."""
         text = self.text
         if not whole:
             text = re.split(r"(?<=[.;])(?<!e\.g\.) ", text)[0].rstrip(".;") + "."
@@ -110,10 +112,14 @@ def _arguments(node: Defined) -> Iterator[tuple[str, ast.expr, ast.expr | None]]
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 yield field.target.id, field.annotation, field.value
         return
-    missing = [None] * (len(node.args.args) - len(node.args.defaults))
-    for argument, value in zip(node.args.args, [*missing, *node.args.defaults], strict=True):
+    required = len(node.args.args) - len(node.args.defaults)
+    for number, argument in enumerate(node.args.args):
         if argument.annotation:
-            yield argument.arg, argument.annotation, value
+            yield (
+                argument.arg,
+                argument.annotation,
+                node.args.defaults[number - required] if number >= required else None,
+            )
 
 
 def _file_of_group(file: Path, tree: ast.Module, kind: str) -> Path | None:
@@ -178,14 +184,14 @@ def list_of_classes(option: str, kinds: Mapping[str, Any]) -> str:
     lines = [f"--{option} takes one of these, or module.Class of yours; --{option}.help NAME shows its settings:", ""]
     for name, kind in sorted(kinds.items()):
         summary = (inspect.getdoc(kind) or "").partition("\n")[0].removeprefix(f"{name}: ")
-        lines += _Wrapper(_WIDTH, f"  {name:<22}  ", " " * _COLUMN).wrap(summary or "-")
+        lines += _Wrapper(_WIDTH, f"  {name:<22}  ", _MARGIN).wrap(summary or "-")
     return "\n".join(lines)
 
 
 def _screen(
     usage: str, description: Sequence[str], sections: Mapping[str, dict[str, str]], examples: Sequence[str]
 ) -> str:
-    screen = textwrap.wrap(f"usage: modular-experts {usage} [options]", _WIDTH, subsequent_indent=" " * 4)
+    screen = textwrap.wrap(f"usage: modular-experts {usage} [options]", _WIDTH, subsequent_indent="    ")
     for paragraph in description:
         screen += ["", *textwrap.wrap(" ".join(paragraph.split()), _WIDTH)]
     for title, own in sections.items():
@@ -193,12 +199,12 @@ def _screen(
         if rows:
             screen += ["", f"{title}:"]
         for option, text in rows.items():
-            screen += _Wrapper(_WIDTH, f"  {option}  ".ljust(_COLUMN), " " * _COLUMN).wrap(text)
+            screen += _Wrapper(_WIDTH, f"  {option}  ".ljust(_COLUMN), _MARGIN).wrap(text)
     screen += ["", "examples:"]
     for example in examples:
         # A line ends only before an option.
         glued = re.sub(r" (?!--)", "\0", re.sub(r" \\\n +", " ", example))
-        lines = _Wrapper(_WIDTH - 2, "  ", " " * 6).wrap(glued)
+        lines = _Wrapper(_WIDTH - 2, "  ", "      ").wrap(glued)
         screen.append(" \\\n".join(lines).replace("\0", " "))
     return "\n".join(screen)
 

@@ -5,6 +5,7 @@ The option `--data` does not import `TaskMixture`, so that a plain merge does wi
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,11 +15,12 @@ from rich.console import Console
 from modular_experts.base import Base, DType, Origin
 from modular_experts.base.base import find_base
 from modular_experts.base.files import MANIFEST, found_or_fetched, weight_files
+from modular_experts.base.verify import Check
 from modular_experts.cli.format import counted, print_check, share_text, summary, table_of, value_text
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.described import describe
 from modular_experts.library.form import Form
-from modular_experts.library.record import RECORD_FILE
+from modular_experts.library.record import RECORD_FILE, Facts
 from modular_experts.merging.estimate import WeightEstimate, check_memory, estimate_merge, largest
 from modular_experts.merging.merged import Merged, warn_of_own_parents, write_merged
 from modular_experts.merging.remove import remove as remove_expert
@@ -169,39 +171,63 @@ def merge(
         from modular_experts.merging.distill import without_data
 
         method = without_data(opened)
-    merged, tuned, check = Merged(opened, method, per_weight), None, None
+    merged = Merged(opened, method, per_weight)
     if written.base:
         Base.open(written.base, merged.stored)  # which refuses another base than theirs
     if written.max_memory:
         check_memory(estimate_merge(merged), bytes_of(written.max_memory))
     if dry_run:
         _print_plan(merged)
-        return
-    if tune and method:
+    elif tune and method:
         tuned = _tuned(merged, method, tune, _mixture(data), written)
-        merged = Merged(merged.stored, tuned.method)
-    bar, notes = progress_bar("merging"), tuned.notes if tuned else {}
-    if written.is_checkpoint:
-        record = merged.record()
-        origin = Origin({name: record[name] for name in ("parents", "method", "per_weight")} | notes, merged.key())
-        how: Any = {"dtype": written.dtype, "tolerance": written.tolerance, "overwrite": overwrite}
-        check = Base.open(written.base, merged.stored).write(merged, out, **how, progress=bar, origin=origin)
+        _write_and_print(Merged(merged.stored, tuned.method), out, written, overwrite, tuned, "scale" in tune.grid)
     else:
-        write_merged(merged, out, overwrite, bar, notes, written.form)
-    if tuned and tune:
-        _report(tuned, "scale" not in tune.grid, out)
+        _write_and_print(merged, out, written, overwrite)
+
+
+def _write_and_print(
+    merged: Merged,
+    out: str,
+    written: Output,
+    overwrite: bool,
+    tuned: "Tuned | None" = None,
+    is_scale_given: bool = False,
+) -> None:
+    """Write a merge, and tell what it is, first how its settings were found."""
+    notes = tuned.notes if tuned else {}
+    check = None
+    if written.is_checkpoint:
+        check = _write_checkpoint(merged, out, written, overwrite, notes)
+    else:
+        write_merged(merged, out, overwrite, progress_bar("merging"), notes, written.form)
+    if tuned:
+        _report(tuned, not is_scale_given, out)
     texts = Counter(map(_method_text, merged.rules.values()))
     for text, number in texts.items():
         weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
         print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
     _print_kept(merged)
-    if written.is_checkpoint:
-        print_check(check)
-        print(f"{out}: a checkpoint of the base and the merge")
-        if merged.beside():
-            print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
-    else:
+    if not written.is_checkpoint:
         _print_experts(merged, out)
+        return
+    print_check(check)
+    print(f"{out}: a checkpoint of the base and the merge")
+    if merged.beside():
+        print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
+
+
+def _write_checkpoint(merged: Merged, out: str, written: Output, overwrite: bool, notes: Facts) -> Check | None:
+    record = merged.record()
+    origin = Origin({name: record[name] for name in ("parents", "method", "per_weight")} | {**notes}, merged.key())
+    return Base.open(written.base, merged.stored).write(
+        merged,
+        out,
+        dtype=written.dtype,
+        tolerance=written.tolerance,
+        overwrite=overwrite,
+        progress=progress_bar("merging"),
+        origin=origin,
+    )
 
 
 def _report(tuned: "Tuned", searched: bool, out: str) -> None:
@@ -214,7 +240,9 @@ def _report(tuned: "Tuned", searched: bool, out: str) -> None:
         loss = "not finite" if trial.loss == math.inf else f"{trial.loss:.4f}"
         table.add_row(*map(value_text, trial.settings.values()), loss)
     Console(markup=False, emoji=False).print(table)
-    base, best, where = mean_loss(tuned.base), tuned.best.loss, f"on validation rows of {', '.join(tuned.base)}"
+    base = mean_loss(tuned.base)
+    best = tuned.best.loss
+    where = f"on validation rows of {', '.join(tuned.base)}"
     print(f"chose the best of {len(tuned.trials)} settings {where}: loss {best:.4f}, and {base:.4f} of the base alone")
     if tuned.stored != best:
         print(f"as it is stored, in fewer bytes, the merge has a loss of {tuned.stored:.4f} there")
@@ -259,8 +287,9 @@ def _print_experts(merged: Merged, out: str) -> None:
     if cut := (stored.record["hyperparameters"] or {}).get("cut"):
         print(f"rank {cut['rank']} keeps {share_text(cut['squared_norm_kept'])} of the merge's squared norm")
     with suppress(OSError, ValueError):  # the base is on another machine
-        files, revision = ["*.json", "*.safetensors"], merged.base["revision"]
-        place = found_or_fetched("base", str(find_base(merged.stored)), revision, files, "", local_only=True)
+        files = ["*.json", "*.safetensors"]
+        base = str(find_base(merged.stored))
+        place = found_or_fetched("base", base, merged.base["revision"], files, "", local_only=True)
         size = sum(file.stat().st_size for file in weight_files(place))
         if 2 * stored.size_on_disk > size:
             print(
@@ -294,21 +323,23 @@ def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
 def _print_plan(merged: Merged) -> None:
     weights = estimate_merge(merged)
     table = table_of("weight", "shape", "method", "experts", "to read", "memory", left=3)
-    numbers = {text: n for n, text in enumerate(dict.fromkeys(_method_text(one.method) for one in weights), 1)}
+    texts = dict.fromkeys(_method_text(weight.method) for weight in weights)
+    numbers = {text: number for number, text in enumerate(texts, 1)}
     # Weights that differ in the number of their layer alone share a row.
-    groups: dict[tuple[Any, ...], list[WeightEstimate]] = {}
+    groups: dict[tuple[str, Sequence[int], str], list[WeightEstimate]] = {}
     for weight in weights:
         groups.setdefault((in_any_block(weight.name), weight.shape, _method_text(weight.method)), []).append(weight)
     for (name, shape, method), members in groups.items():
         name = (members[0].name if len(members) == 1 else name).removesuffix(".weight")
-        few, many = min(one.experts for one in members), max(one.experts for one in members)
+        few = min(weight.experts for weight in members)
+        many = max(weight.experts for weight in members)
         table.add_row(
             f"{len(members)} x {name}" if len(members) > 1 else name,
             " x ".join(map(str, shape)),
             f"{numbers[method]}: {method.partition('(')[0]}",
             str(few) if few == many else f"{few} to {many}",
-            bytes_text(sum(one.read for one in members)),
-            bytes_text(max(one.peak for one in members)),
+            bytes_text(sum(weight.read for weight in members)),
+            bytes_text(max(weight.peak for weight in members)),
         )
     Console(markup=False, emoji=False).print(table)
     for text, number in numbers.items():
@@ -323,7 +354,8 @@ def _print_plan(merged: Merged) -> None:
 
 def _print_kept(merged: Merged) -> None:
     if kept := sorted({name for expert in merged.experts for name in expert} - set(merged)):
-        print(f"at the base stay {counted(len(kept), 'weight')}: {kept[0]}{' and others' * (len(kept) > 1)}")
+        others = " and others" if len(kept) > 1 else ""
+        print(f"at the base stay {counted(len(kept), 'weight')}: {kept[0]}{others}")
 
 
 def _method_text(method: MergeMethod) -> str:

@@ -56,11 +56,8 @@ def _show(kind: type[MergeMethod]) -> None:
     about, settings = documentation(kind)
     print(f"{about}\n\n{textwrap.fill(PROMISES, 100)}\n\nSettings:")
     for setting, text in settings.items() or [("no settings", "")]:
-        print(
-            textwrap.fill(
-                f"{setting}: {text}" if text else setting, 100, initial_indent="    ", subsequent_indent=" " * 8
-            )
-        )
+        entry = f"{setting}: {text}" if text else setting
+        print(textwrap.fill(entry, 100, initial_indent="    ", subsequent_indent="        "))
     try:
         # A preset fills its settings when it is made.
         made = kind()
@@ -102,26 +99,28 @@ def interference(
     """
     file = check_free(out, overwrite) if out else None
     chosen = method or SparseAverage()
-    found = compare(experts, chosen, progress_bar("comparing"), skip)
+    compared = compare(experts, chosen, progress_bar("comparing"), skip)
     console = Console(markup=False, emoji=False)
-    console.print(_experts(found), _layers(found))
+    console.print(_experts(compared), _layers(compared))
     print("by chance alone, two experts conflict in 50 % of the entries that both move")
     print("LoRAs and full experts move nearly every entry of a weight, so their overlap is near 100 %")
     print(f"distance is to a merge with {call_text(type(chosen).__name__, vars(chosen))}")
     if file:
         from modular_experts.reports import write_json
 
-        write_json(file, found.as_dict())
+        write_json(file, compared.as_dict())
         print(f"all numbers are in {out}")
 
 
 def _experts(found: Interference) -> Table:
-    table, sums = table_of("expert", "norm", "overlap", "conflict", "cosine", "distance"), found.total
+    table = table_of("expert", "norm", "overlap", "conflict", "cosine", "distance")
+    sums = found.total
     means = [mean_of_others(pairs) for pairs in (sums.overlap, sums.conflict, sums.cosine)]
     for number, name in enumerate(found.experts):
         overlap, conflict, cosine = (mean[number].item() for mean in means)
-        norm, distance = sums.products[number, number].sqrt().item(), sums.distance[number].item()
-        cells = share_text(overlap), share_text(conflict), f"{cosine:.3f}", f"{distance:.3f}"
+        norm = sums.products[number, number].sqrt().item()
+        distance = sums.distance[number].item()
+        cells = [share_text(overlap), share_text(conflict), f"{cosine:.3f}", f"{distance:.3f}"]
         table.add_row(name, f"{norm:.3g}", *cells)
     return table
 

@@ -103,8 +103,8 @@ def statistics(
     """
     bar = progress_bar("measuring")
     measured = ValidationRows(data, rows, base, labels, max_new_tokens=max_new_tokens, dtype=dtype)
-    found = take_statistics(experts, kind, measured, overwrite, bar, steps)
-    for directory, stored in zip(experts, found, strict=True):
+    taken = take_statistics(experts, kind, measured, overwrite, bar, steps)
+    for directory, stored in zip(experts, taken, strict=True):
         place = stored.file if is_adapter(Path(directory)) else Path(directory, *stored.file.parts[-2:])
         print(f"{place}: {kind} statistics of {statistics_text(stored)}")
 
@@ -188,21 +188,27 @@ def shrink(
     """
     if to is None and (keep != 1 or rank is not None):
         raise ValueError("--keep and --rank belong to one encoding; name it, such as --to int4")
-    form, done = Form(to, keep, rank) if to else None, []
-    for one in shrink_experts(experts, measured, out, form, bound, overwrite, progress_bar("shrinking")):
+    form = Form(to, keep, rank) if to else None
+    before: list[int] = []
+    after: list[int] = []
+    missed = []
+    for shrunk in shrink_experts(experts, measured, out, form, bound, overwrite, progress_bar("shrinking")):
         table = table_of("form", "bytes", "loss")
-        table.add_row("as it was", bytes_text(one.before.bytes), f"{one.before.loss:.4f}")
-        for tried in one.tried:
-            mark = " (written)" if tried is one.chosen else ""
+        table.add_row("as it was", bytes_text(shrunk.before.bytes), f"{shrunk.before.loss:.4f}")
+        for tried in shrunk.tried:
+            mark = " (written)" if tried is shrunk.chosen else ""
             table.add_row(f"{tried.form}{mark}", bytes_text(tried.bytes), f"{tried.loss:.4f}")
-        print(f"{one.source.name}: loss on validation rows, at most {one.before.loss + bound:.4f}")
+        print(f"{shrunk.source.name}: loss on validation rows, at most {shrunk.before.loss + bound:.4f}")
         Console(markup=False, emoji=False).print(table)
-        done.append(one)
-    kept = [one for one in done if one.chosen]
-    before, after = sum(one.before.bytes for one in kept), sum(one.chosen.bytes for one in kept if one.chosen)
-    if kept:
-        print(f"{counted(len(kept), 'expert')} in {out}: {bytes_text(after)} instead of {bytes_text(before)}")
-    if missed := [one.source.name for one in done if not one.chosen]:
+        if shrunk.chosen:
+            before.append(shrunk.before.bytes)
+            after.append(shrunk.chosen.bytes)
+        else:
+            missed.append(shrunk.source.name)
+    if after:
+        sizes = f"{bytes_text(sum(after))} instead of {bytes_text(sum(before))}"
+        print(f"{counted(len(after), 'expert')} in {out}: {sizes}")
+    if missed:
         names = ", ".join(missed)
         raise ValueError(f"no smaller form of {names} keeps the loss within {bound:g}; allow more with --bound")
 

@@ -6,7 +6,7 @@ import socket
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modular_experts.base import Base, DType
 from modular_experts.base.device import device
@@ -15,6 +15,9 @@ from modular_experts.cli.sentences import as_options
 from modular_experts.library import Library
 from modular_experts.study.options import UsageError
 from modular_experts.text import bytes_of
+
+if TYPE_CHECKING:
+    from modular_experts.serving.models import Models
 
 KEY = "MODULAR_EXPERTS_API_KEY"
 URL = str
@@ -78,12 +81,7 @@ def serve(
         from modular_experts.serving.samples import sample_prompts
     except ImportError as error:
         raise UsageError(f"serve needs {error.name}: pip install 'modular-experts[serve]'") from None
-    # It warns of each piece of an answer whose client has just left.
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
-    if log_prompts:
-        served = logging.getLogger("modular_experts.serving")
-        served.setLevel(logging.INFO)
-        served.addHandler(logging.StreamHandler())
+    _set_up_logs(log_prompts)
     if not 0 <= port < 2**16:
         raise UsageError(f"--port {port} is outside 0 to 65535; 0 takes a free one")
     if min(rows, cache_tokens, most_requests, seconds) < 1:
@@ -98,6 +96,7 @@ def serve(
         models = Models(library, opened.fingerprint, opened.place, auto)
         if in_front_of and models.auto is None:
             models.find("auto")
+        # The annotations of transformers are too narrow.
         model: Any = opened.load(dtype)
         tokenizer: Any = opened.tokenizer()
         api_key = os.environ.get(KEY) or None
@@ -112,12 +111,25 @@ def serve(
             ends.callback(engine.stop)
             engine.check_base()
             app = make_app(Answerer(models, engine, tokenizer), limits)
-        count = len(models.listed()) - 1
-        auto = models.auto or f"not there: {models.why_no_auto}"
-        print(as_options(f"{opened.place} with {count} models of {Path(library)}; auto is {auto}"))
+        _print_what_is_served(models, opened, Path(library))
         print(f"answers at http://{host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it", flush=True)
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=int(seconds), server_header=False)
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _set_up_logs(log_prompts: bool) -> None:
+    # It warns of each piece of an answer whose client has just left.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    if log_prompts:
+        served = logging.getLogger("modular_experts.serving")
+        served.setLevel(logging.INFO)
+        served.addHandler(logging.StreamHandler())
+
+
+def _print_what_is_served(models: "Models", opened: Base, library: Path) -> None:
+    count = len(models.listed()) - 1
+    auto = models.auto or f"not there: {models.why_no_auto}"
+    print(as_options(f"{opened.place} with {count} models of {library}; auto is {auto}"))
 
 
 def _bound(host: str, port: int) -> socket.socket:
