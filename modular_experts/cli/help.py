@@ -78,7 +78,7 @@ class SourceOption(NamedTuple):
         return text
 
 
-class Source(NamedTuple):
+class CommandSource(NamedTuple):
     """A function or a dataclass as its source has it; options of dataclasses are among its own."""
 
     description: str
@@ -86,7 +86,7 @@ class Source(NamedTuple):
     examples: str
 
 
-def source_of(file: Path, name: str) -> Source:
+def command_source(file: Path, name: str) -> CommandSource:
     """Read the source of a function or a dataclass."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, Defined) and node.name == name)
@@ -98,11 +98,11 @@ def source_of(file: Path, name: str) -> Source:
     for argument, hint, value in _arguments(node):
         kind = ast.unparse(hint)
         if home := _file_of_group(file, tree, kind):
-            options += source_of(home, kind).options
+            options += command_source(home, kind).options
         else:
             default = None if value is None else ast.unparse(value).replace("'", "")
             options.append(SourceOption(argument, kind.removesuffix(" | None"), default, texts[argument]))
-    return Source(description.strip(), options, textwrap.dedent(examples).rstrip())
+    return CommandSource(description.strip(), options, textwrap.dedent(examples).rstrip())
 
 
 def _arguments(node: Defined) -> Iterator[tuple[str, ast.expr, ast.expr | None]]:
@@ -133,7 +133,7 @@ def _file_of_group(file: Path, tree: ast.Module, kind: str) -> Path | None:
 
 def options_in_source(verb: str, command: Command) -> list[str]:
     """Return the names of a command's options, as its source has them."""
-    options = source_of(_ROOT / f"modular_experts/{command.path}.py", command.function).options
+    options = command_source(_ROOT / f"modular_experts/{command.path}.py", command.function).options
     names = [option.name.rstrip("_") for option in options]
     if "data" in names:
         names += READING
@@ -147,7 +147,7 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
     if not command.function:
         sections, examples = help_texts(verb)
         return _screen(verb, [f"{command.summary[0].upper()}{command.summary[1:]}."], sections, examples)
-    source = source_of(_ROOT / f"modular_experts/{command.path}.py", command.function)
+    source = command_source(_ROOT / f"modular_experts/{command.path}.py", command.function)
     required = {option.typed(): option.told(whole) for option in source.options if option.default is None}
     options = {option.typed(): option.told(whole) for option in source.options if option.default is not None}
     if whole and verb in COMPUTING:

@@ -43,7 +43,7 @@ class CombinedGroup(NamedTuple):
     put: Put | None = None
 
 
-class Way(ABC):
+class MergeEntry(ABC):
     """One way to combine the experts of a kind, or to keep them apart: an entry of `merges`.
 
     Attributes:
@@ -55,8 +55,8 @@ class Way(ABC):
 
     name: str
     tune: Facts | None = None
-    fallback: "Way | None" = None
-    of: "Way | None" = None
+    fallback: "MergeEntry | None" = None
+    of: "MergeEntry | None" = None
     kept_as: ClassVar[str] = "merge"
 
     @property
@@ -77,7 +77,7 @@ class Way(ABC):
 
 
 @dataclass(frozen=True)
-class Apart(Way):
+class Apart(MergeEntry):
     """One way to keep the experts of a kind in fewer bytes.
 
     All experts have one `form`, or without it each the smallest whose loss on at most `rows` validation rows rises by

@@ -28,7 +28,7 @@ from modular_experts.methods.wrapper import with_settings
 from modular_experts.reports.results import Facts
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
-from modular_experts.study.apart import ROWS, Apart, CombinedGroup, Way, bytes_in_use, measured_apart
+from modular_experts.study.apart import ROWS, Apart, CombinedGroup, MergeEntry, bytes_in_use, measured_apart
 from modular_experts.study.parser import make
 from modular_experts.study.plan import Group, Study
 from modular_experts.study.short_forms import each_method
@@ -49,7 +49,7 @@ import_systems("search")
 
 
 @dataclass(frozen=True)
-class Merge(Way):
+class Merge(MergeEntry):
     """One way to merge the experts of a kind: settings of a merge method, or of a `CoefficientSearch` if `searched`.
 
     Attributes:
@@ -69,7 +69,7 @@ class Merge(Way):
     labels: Labels = "rows"
 
     @classmethod
-    def of_method(cls, entry: Facts, before: Mapping[str, Way]) -> "Merge | Apart":
+    def of_method(cls, entry: Facts, before: Mapping[str, MergeEntry]) -> "Merge | Apart":
         if entry.get("per_task"):
             return Apart.of_method(entry)
         method = made("`merges=`", MergeMethod, entry["method"])
@@ -87,7 +87,7 @@ class Merge(Way):
         return cls(entry.get("name", name), entry["method"], tune=tune, rows=entry.get("rows", ROWS))
 
     @classmethod
-    def of_search(cls, entry: Facts, before: Mapping[str, Way]) -> "Merge":
+    def of_search(cls, entry: Facts, before: Mapping[str, MergeEntry]) -> "Merge":
         name = entry.get("name", type(make("`merges=`", CoefficientSearch, entry["search"])).__name__)
         labels = entry.get("labels", "rows")
         if labels not in get_args(Labels):
@@ -156,7 +156,7 @@ class Merge(Way):
 
 
 @dataclass(frozen=True)
-class RouteWay(Way):
+class RouteWay(MergeEntry):
     """One way to choose among the experts of a kind by the input; the `fallback` takes what the router rejects.
 
     It chooses among the small experts `of` another way, if there is one.
@@ -169,7 +169,7 @@ class RouteWay(Way):
     kept_as: ClassVar[str] = "route"
 
     @classmethod
-    def read(cls, entry: Facts, before: Mapping[str, Way]) -> "RouteWay":
+    def read(cls, entry: Facts, before: Mapping[str, MergeEntry]) -> "RouteWay":
         router = make("`merges=`", Router, entry["route"])
         check_fallback(router, entry.get("fallback"))
         fallback = _earlier("fallback", entry, Merge, "a merge", before)
@@ -219,14 +219,14 @@ class RouteWay(Way):
 
 
 @dataclass(frozen=True)
-class Ensemble(Way):
+class Ensemble(MergeEntry):
     """One way to average what the experts of a kind predict, by a `mean` as for `ensembled`."""
 
     name: str
     mean: Mean
 
     @classmethod
-    def read(cls, entry: Facts, before: Mapping[str, Way]) -> "Ensemble":
+    def read(cls, entry: Facts, before: Mapping[str, MergeEntry]) -> "Ensemble":
         mean = entry["ensemble"]
         if mean not in MEANS:
             near = did_you_mean(mean, MEANS)
@@ -247,7 +247,7 @@ WayType = TypeVar("WayType", Merge, Apart)
 class Reader(NamedTuple):
     """Reads an entry of `merges`, which may have these settings beside its own key."""
 
-    read: Callable[[Facts, Mapping[str, Way]], Way]
+    read: Callable[[Facts, Mapping[str, MergeEntry]], MergeEntry]
     settings: tuple[str, ...]
 
 
@@ -264,7 +264,7 @@ READERS = {
 class WayOfKinds(NamedTuple):
     """A way, and the kinds of experts that it combines."""
 
-    way: Way
+    way: MergeEntry
     kinds: list[str]
 
 
@@ -304,7 +304,9 @@ def _reader(entry: Facts) -> Reader:
     return reader
 
 
-def _earlier(setting: str, entry: Facts, kind: type[WayType], words: str, before: Mapping[str, Way]) -> WayType | None:
+def _earlier(
+    setting: str, entry: Facts, kind: type[WayType], words: str, before: Mapping[str, MergeEntry]
+) -> WayType | None:
     """Return the way of a kind that stands before an entry, and that a setting of the entry names."""
     wanted = entry.get(setting)
     known = {name: way for name, way in before.items() if isinstance(way, kind)}
@@ -339,7 +341,7 @@ def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> Fa
     }
 
 
-def combine_and_test(study: Study, out: Path, way: Way, group: Group, chosen: Facts | None = None) -> Facts:
+def combine_and_test(study: Study, out: Path, way: MergeEntry, group: Group, chosen: Facts | None = None) -> Facts:
     """Combine a group of experts in one way, and test the result."""
     started = time.perf_counter()
     made_of: dict[str, str] = dict(chosen["made_of"]) if chosen else {}
@@ -378,7 +380,7 @@ def combine_and_test(study: Study, out: Path, way: Way, group: Group, chosen: Fa
     }
 
 
-def _sizes(study: Study, out: Path, way: Way, group: Group, experts: Sequence[StoredExpert]) -> dict[str, int]:
+def _sizes(study: Study, out: Path, way: MergeEntry, group: Group, experts: Sequence[StoredExpert]) -> dict[str, int]:
     """Return the bytes of the experts in use, of those that they were made of, and of their weights in bfloat16."""
     if isinstance(way, Apart) and way.method:
         shared = open_expert(out / "library" / way.shared(study, group.kind, group.seed))

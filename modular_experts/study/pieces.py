@@ -18,7 +18,7 @@ from modular_experts.library.result_key import result_key, texts_in
 from modular_experts.library.statistics import OF_INPUTS
 from modular_experts.reports.json_lines import Key, key_text
 from modular_experts.reports.results import Facts
-from modular_experts.study.apart import Way
+from modular_experts.study.apart import MergeEntry
 from modular_experts.study.merges import choose, combine_and_test
 from modular_experts.study.piece import Piece
 from modular_experts.study.plan import BASE, Study, groups
@@ -90,7 +90,7 @@ class _Plan:
         whole: dict[str, Key] = {}
         chosen: dict[tuple[str, int], Key] = {}
 
-        def needed(way: Way, tasks: Sequence[str]) -> list[Key]:
+        def needed(way: MergeEntry, tasks: Sequence[str]) -> list[Key]:
             return [trained[task] for task in tasks] + [statistics[of] for of in sorted(way.statistics)]
 
         for way, count in itertools.product(study.merges[kind], study.counts):
