@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -58,7 +58,7 @@ class MaskSchedule(Schedule):
 
     def __init__(
         self,
-        score: Score | Callable[..., Tensor] | None = None,
+        score: Score | Callable[..., Any] | None = None,  # with a return type, a config could name no function
         rule: Rule | None = None,
         batches: int | Literal["step"] = "step",
         seed: int | None = None,

@@ -62,7 +62,7 @@ def peaks(base, kind, data, run, **settings) -> tuple[int, int]:
     [
         *((kind, {}, 0.02) for kind in KINDS),
         # In a base of two small blocks, the one that is computed again is half of all.
-        ("tiles", {"gradient_checkpointing": True}, 0.25),
+        ("tiles", {"gradient_checkpointing": True}, 0.3),
         ("tiles", {"values": "bfloat16"}, 0.02),
         ("tiles", {"quantise": "nf4"}, 0.05),
         ("lora", {"quantise": "int8"}, 0.05),
