@@ -24,7 +24,7 @@ GROUPS = ("model", "data", "trainer")
 
 
 class Spelt(NamedTuple):
-    """What somebody typed, under full names, in the order in which later options beat earlier ones.
+    """What somebody typed, under full names; later options beat earlier ones, and config files come first.
 
     Attributes:
         options: Each option with its text; `config` has the settings of a file.
@@ -96,6 +96,7 @@ def spelt_out(
             spelt.options.append(("config", spelt.files[option.words[0]]))
         else:
             spelt.options.append((option.name, _text_of(option)))
+    spelt.options.sort(key=lambda option: option[0] != "config")
     return spelt
 
 

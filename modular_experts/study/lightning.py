@@ -110,9 +110,6 @@ class ExpertCLI(LightningCLI):
             raise UsageError(f"--model.modules is one pattern, {modules!r}, with a space; write [{', '.join(words)}]")
 
     def before_instantiate_classes(self) -> None:
-        self.described = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_validation=True))
-        # What checkpoints keep of the module's settings.
-        self.config_dump = self.described
         self.parser.add_instantiator(self._made_trainer, Trainer, subclasses=True)
         self.parser.add_instantiator(_made_logger, Logger, subclasses=True)
 
@@ -133,6 +130,9 @@ class ExpertCLI(LightningCLI):
 
     def make_run(self) -> Run:
         """Make module, data and trainer, and return what the trainer will run."""
+        self.described = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_validation=True))
+        # What checkpoints keep of the module's settings.
+        self.config_dump = self.described
         super().instantiate_classes()
         check_checkpoint(self.config.ckpt_path)
         run = Run(self.model, self.datamodule, self.trainer, self.config.ckpt_path)

@@ -142,31 +142,53 @@ def value_of(options: Iterable[Option], name: str) -> Any:
 
 
 def words_of(options: Iterable[Option]) -> list[str]:
-    """Return options as words of a parser, which mixes the items of a list with those of a list in an earlier config.
+    """Return options as words of a parser; configs that follow each other become one.
 
-    So a config goes without the lists that a later option replaces.
+    The parser would replace a dictionary of an earlier config whole, and mix the items of a list with those before.
     """
     words: list[tuple[str, str | Config]] = []
     for name, value in options:
-        settings = value if isinstance(value, dict) else {}
-        if isinstance(value, str) and value.startswith("["):
-            for key in reversed(name.split(".")):
-                settings = {key: settings or []}
-        words = [
-            (other, _without_lists_of(settings, held) if isinstance(held, dict) else held) for other, held in words
-        ]
+        if name == "config" and words and words[-1][0] == "config":
+            value = laid_over(words.pop()[1], value)
+        elif isinstance(value, str) and value.startswith("["):
+            words = [(other, _without(name, held) if isinstance(held, dict) else held) for other, held in words]
         words.append((name, value))
     # The parser prints the settings when it meets that option.
     words.sort(key=lambda word: word[0] == "print_config")
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in words]
 
 
-def _without_lists_of(later: Config, earlier: Config) -> Config:
-    left = dict(earlier)
+def laid_over(earlier: Any, later: Any) -> Any:
+    """Return settings under later ones; lists, and settings of another class, replace the earlier ones whole.
+
+    A name that ends in `+` appends to the list before it.
+    """
+    if isinstance(later, dict) and isinstance(earlier, str) and re.fullmatch(r"([\w.]+\.)?[A-Z]\w*", earlier):
+        # A class whose settings come now.
+        earlier = {"class_path": earlier}
+    if not isinstance(earlier, dict) or not isinstance(later, dict):
+        return later
+    if "class_path" in earlier and "class_path" in later and earlier["class_path"] != later["class_path"]:
+        return later
+    if "init_args" in later and "class_path" not in earlier:
+        earlier = {"init_args": earlier}
+    joined = dict(earlier)
     for key, value in later.items():
-        held = left.get(key)
-        if isinstance(value, list) and isinstance(held, list):
-            del left[key]
-        elif isinstance(value, dict) and isinstance(held, dict):
-            left[key] = _without_lists_of(value, held)
+        name = str(key).removesuffix("+")
+        if name != key and name in joined:
+            lists = [item if isinstance(item, list) else [item] for item in (joined[name] or [], value)]
+            joined[name] = [*lists[0], *lists[1]]
+        else:
+            joined[key] = laid_over(joined.get(key), value)
+    return _beside_class(joined)
+
+
+def _without(name: str, config: Config) -> Config:
+    """Return a config without an option, such as `data.tasks`."""
+    key, _, inner = name.partition(".")
+    left = dict(config)
+    if isinstance(left.get(key), dict) and inner:
+        left[key] = _without(inner, left[key])
+    elif not inner:
+        left.pop(key, None)
     return left

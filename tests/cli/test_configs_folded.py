@@ -83,3 +83,17 @@ def test_a_setting_of_a_class_beats_earlier_ones_in_either_notation(printed) -> 
         words = [word for name in names for word in ("--config", f"{name}.yaml")]
         settings = printed(*words)["model"]["expert"]["init_args"]
         assert settings == {"rank": rank, "alpha": 3.0, "rank_stabilized": False, "dropout": 0.1}
+
+
+def test_settings_of_a_study_join_those_of_an_earlier_config(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("first.yaml").write_text(yaml.safe_dump({"fit": {"steps": 50, "trainer": {"accelerator": "cpu"}}}))
+    Path("later.yaml").write_text(yaml.safe_dump({"fit": {"modules": "all-linear", "trainer": {"precision": 32}}}))
+    with pytest.raises(SystemExit):
+        main(["study", "--config", "first.yaml", "--config", "later.yaml", "--base", "b", "--print_config"])
+    trainer = {"accelerator": "cpu", "precision": 32}
+    assert yaml.safe_load(capsys.readouterr().out)["fit"] == {
+        "steps": 50,
+        "modules": "all-linear",
+        "trainer": trainer,
+    }
