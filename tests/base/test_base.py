@@ -35,17 +35,6 @@ def test_every_architecture_is_loaded_and_read_as_it_was_saved(tiny, architectur
     assert base.structure.weights == sorted(name for name, _ in original.named_parameters())
 
 
-def test_read_weight_finds_files_without_the_prefix(tiny, tmp_path):
-    stored = load_file(tiny("gpt2") / "model.safetensors")
-    shutil.copytree(tiny("gpt2"), tmp_path / "bare")
-    bare = {name.removeprefix("transformer."): weight for name, weight in stored.items()}
-    save_file(bare, tmp_path / "bare/model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(
-        Base.open(tmp_path / "bare").weight("transformer.h.0.attn.c_attn.weight"),
-        stored["transformer.h.0.attn.c_attn.weight"],
-    )
-
-
 def test_dtype_is_the_one_asked_for_or_else_the_stored_one(tmp_path):
     build_model("llama").bfloat16().save_pretrained(tmp_path / "half")
     for dtype, expected in (("float64", torch.float64), (None, torch.bfloat16)):

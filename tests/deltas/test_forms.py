@@ -123,16 +123,6 @@ def test_add_to_bfloat16_rounds_once(shape, seed, form):
         assert torch.equal(delta.add_to(weight.clone()), expected)
 
 
-def test_summed_first_small_steps_move_a_bfloat16_weight():
-    weight = torch.ones(1, 1, dtype=torch.bfloat16)
-    small = Sparse(torch.tensor([0], dtype=torch.int32), torch.tensor([1e-4]), torch.Size((1, 1)))
-    total = add([small] * 60)
-    assert total.add_to(weight.clone()).item() > 1
-    for _ in range(60):
-        small.add_to(weight)
-    assert weight.item() == 1, "one by one they are each rounded away"
-
-
 def test_different_shapes_and_nothing_at_all_are_refused():
     with pytest.raises(ValueError, match="different weights"):
         add([Sparse.zero((2, 3)), Sparse.zero((3, 2))])

@@ -196,10 +196,3 @@ def test_masked_expert_hides_and_does_not_erase() -> None:
     assert expert.scored(layer.weight)[1].dense()[0, 0] == 1.0  # the hidden entry still counts in the next score
     expert.reselect(layer.weight, shown)
     assert expert.delta(layer.weight, None).values.tolist() == [1.0, 8.0, 36.0]
-
-
-def test_masked_expert_gives_hidden_entries_no_gradient() -> None:
-    layer = nn.Linear(6, 6, bias=False)
-    inject(nn.Sequential(layer), lambda w: MaskedExpert(w, keep_ratio=0.25, dense_start=False), "0")
-    layer(torch.randn(5, 6)).square().sum().backward()
-    assert torch.equal(layer.expert.change.grad != 0, layer.expert.mask)

@@ -9,7 +9,6 @@ import torch
 from conftest import ARCHITECTURES, build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
-from testbed.checkpointing import check_checkpointing
 from testbed.shared_gate import SharedGate, Shift
 from torch import nn
 
@@ -130,20 +129,6 @@ def test_penalties_and_facts_of_all_parts_are_told() -> None:
     assert facts["plan"] == {"class": "testbed.shared_gate.SharedGate", "settings": settings}
     assert "its gate sees the block's input" in facts["not_mergeable_because"]
     assert not list(task_vector(model))
-
-
-def test_gradient_checkpointing_gives_the_same_gradients_in_a_padded_batch() -> None:
-    mask = torch.ones_like(IDS).index_fill(1, torch.arange(12, 15), 0)
-    batch = {"input_ids": IDS, "attention_mask": mask, "labels": IDS.where(mask == 1, -100), "task": ["a", "b"]}
-    check_checkpointing(gated, lambda one: batch_losses(one, batch)[0].sum() + sum(extra_losses(one).values()))
-
-
-def gated() -> torch.nn.Module:
-    model = build_model("llama").double()
-    torch.manual_seed(0)
-    inject(model, SharedGate())
-    filled(model)
-    return model
 
 
 def fitted(

@@ -35,7 +35,7 @@ KINDS = {
     "sparse": SPARSE | {"trainer": {"callbacks": [RANDOM]}},
     "lora": LORA | {"trainer": {"callbacks": [DRAWN]}},
 }
-MERGES = ["SparseAverage", {"class_path": "DARE", "init_args": {"keep": 0.5}}]
+MERGES = [{"class_path": "DARE", "init_args": {"keep": 0.5}}]
 
 
 @pytest.fixture

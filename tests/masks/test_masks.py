@@ -41,15 +41,6 @@ def test_a_score_of_a_half_precision_weight_has_the_gradients_precision() -> Non
     assert scores[m.WeightMagnitude()].tolist() == [[1.5, 3.0]]
 
 
-def test_random_scores_follow_the_seed() -> None:
-    weight = torch.zeros(4, 4)
-    torch.manual_seed(1)
-    first = m.RandomScore()(weight, weight, Dense(weight))
-    torch.manual_seed(1)
-    assert torch.equal(first, m.RandomScore()(weight, weight, Dense(weight)))
-    assert not torch.equal(first, m.RandomScore()(weight, weight, Dense(weight)))
-
-
 def test_grow_and_drop_exchanges_the_least_changed_for_the_best_outside() -> None:
     scores = torch.tensor([9.0, 1.0, 8.0, 7.0, 2.0, 6.0])
     kept, change = torch.tensor([0, 1, 4, 5]), torch.tensor([0.1, 5.0, 0.2, 4.0])

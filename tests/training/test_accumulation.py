@@ -180,67 +180,53 @@ def test_batches_of_ones_own_that_tell_of_no_step_count_alike(tiny_llama_dir, ta
 
 
 class SaveEverywhere(Checkpoint):
-    """Keeps a checkpoint after each batch and in each validation."""
+    """Keeps checkpoints within batches, as an exception there does, after them, and in validations.
+
+    They are of the second batch, and of all that follow the first epoch.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def _save(self, trainer, place: str) -> None:
+        if trainer.current_epoch or trainer.fit_loop.total_batch_idx == 1:
+            trainer.save_checkpoint(self.folder / f"{place}={trainer.fit_loop.total_batch_idx}.ckpt")
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        self._save(trainer, "within")
+
     def on_train_batch_end(self, trainer, pl_module, *args, **kwargs) -> None:
-        trainer.save_checkpoint(self.folder / f"batch={trainer.fit_loop.total_batch_idx}.ckpt")
+        self._save(trainer, "batch")
 
     def on_validation_end(self, trainer, pl_module) -> None:
         if not trainer.sanity_checking:
-            trainer.save_checkpoint(self.folder / f"validation={trainer.fit_loop.total_batch_idx}.ckpt")
+            self._save(trainer, "validation")
 
 
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
+        (partial(LoRAExpert, rank=2, dropout=0.3), {}),
         (partial(LoRAExpert, rank=2, dropout=0.3), {"accumulate_grad_batches": 3, "val_check_interval": 2}),
         # A choice at each step; the steps of an epoch have four batches and two.
         (partial(SparseExpert, keep_ratio=0.1), {"accumulate_grad_batches": 4}),
         (partial(MaskedExpert, keep_ratio=0.1), {"accumulate_grad_batches": 2, "limit_train_batches": 5}),
     ],
-    ids=["dropout", "choices in steps", "choices by passes"],
+    ids=["whole steps", "dropout", "choices in steps", "choices by passes"],
 )
-def test_a_run_resumed_within_a_step_repeats_the_batches_of_the_step(kind, how, fit_tiny, tmp_path) -> None:
+def test_a_run_resumed_within_a_step_or_a_batch_repeats_it(kind, how, one_block, task_files, tmp_path) -> None:
     saved = tmp_path / "saved"
 
     def end(*callbacks: Callback, **more: Any) -> dict[str, Tensor]:
-        rule = GrowAndDrop(every=1, until=1.0) if kind.func is SparseExpert else Reselect(every=1)
+        rule = GrowAndDrop(every=1, until=1.0) if kind.func is SparseExpert else Reselect(every=1, until=1.0)
         settings = {"max_steps": -1, "max_epochs": 2, "data": {"seed": 0}} | how | more
-        module, *_ = fit_tiny(kind, MaskSchedule(rule=rule, seed=0), *callbacks, **settings)
+        schedule = MaskSchedule(rule=rule, seed=0)
+        module, *_ = runs.fit(one_block, task_files, tmp_path, kind, schedule, *callbacks, **settings)
         return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
     whole, files = end(SaveEverywhere(saved), enable_checkpointing=True), sorted(saved.iterdir())
-    assert len(files) >= 2 * how.get("limit_train_batches", 6)
+    assert len(files) >= 2 * how.get("limit_train_batches", 6) + 2
     for file in files:
         rest = end(ckpt=file, seed=99)
         assert whole.keys() == rest.keys()
-        assert all(torch.equal(tensor, rest[name]) for name, tensor in whole.items()), file.stem
-
-
-class SaveWithin(Checkpoint):
-    """Saves a checkpoint between the two passes of a batch, as an exception there does."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_before_backward(self, trainer, pl_module, loss) -> None:
-        trainer.save_checkpoint(self.folder / f"batch={trainer.fit_loop.total_batch_idx}.ckpt")
-
-
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_a_run_resumed_within_a_batch_repeats_it(parts: int, fit_tiny, tmp_path) -> None:
-    saved, kind = tmp_path / "saved", partial(LoRAExpert, rank=2, dropout=0.3)
-
-    def end(*callbacks: Callback, **more: Any) -> dict[str, Tensor]:
-        settings = {"max_steps": -1, "max_epochs": 2, "data": {"seed": 0}, "accumulate_grad_batches": parts} | more
-        module, *_ = fit_tiny(kind, *callbacks, **settings)
-        return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-    whole, files = end(SaveWithin(saved), enable_checkpointing=True), sorted(saved.iterdir())
-    assert len(files) >= 12
-    for file in files:
-        rest = end(ckpt=file, seed=99)
         assert all(torch.equal(tensor, rest[name]) for name, tensor in whole.items()), file.stem
