@@ -6,10 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, build_model
-from testbed.checkpointing import check_checkpointing
 from torch import nn
 
-from modular_experts.evaluation import batch_losses
 from modular_experts.injection import eject, inject, named_experts
 from modular_experts.systems.moa import MoA
 from modular_experts.testing import check_plan
@@ -189,10 +187,3 @@ def test_generation_with_kept_keys_and_values_is_that_without() -> None:
         assert torch.equal(*written)
         base = build_model("llama").double().generate(IDS, attention_mask=mask, **options)
         assert not torch.equal(written[0], base)
-
-
-@pytest.mark.parametrize("form", ["prompts", "sparse"])
-def test_gradient_checkpointing_gives_the_same_gradients(form: str) -> None:
-    mask = torch.ones_like(IDS).index_fill(1, torch.arange(12, 15), 0)
-    batch = {"input_ids": IDS, "attention_mask": mask, "labels": IDS.where(mask == 1, -100)}
-    check_checkpointing(lambda: made(FORMS[form]), lambda model: batch_losses(model, batch)[0].sum())
