@@ -1,4 +1,4 @@
-"""Eight random fits end the same in two processes, resumed, and with divided, packed or recomputed batches.
+"""Six random fits end the same in two processes, resumed, and with divided, packed or recomputed batches.
 
 `soak` draws more kinds of experts, bases and settings.
 """
@@ -19,7 +19,8 @@ from modular_experts import FullExpert, LoRAExpert, MaskSchedule, SparseExpert, 
 from modular_experts.masks import RandomScore, SelectOnce
 from modular_experts.training.fit import end_processes
 
-CASES = range(8)
+CASES = (0, 1, 2, 4, 5, 7)
+"""Seeds of four units of sparse experts, a LoRA and a full expert, clipped or not, in whole steps or in parts."""
 SILENT = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 BATCH = 8
 
@@ -63,10 +64,11 @@ def place(one_block, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def whole(place, tmp_path_factory) -> Path:
-    """The folder of the experts of all cases, trained in the plain way."""
+    """The folder of the experts of all cases, trained in the plain way, and of checkpoints of their steps."""
     folder = tmp_path_factory.mktemp("whole")
     for case in CASES:
-        train(place, folder / str(case), case)
+        saving = ModelCheckpoint(folder / f"checkpoints-{case}", "{step}", every_n_train_steps=1, save_top_k=-1)
+        train(place, folder / str(case), case, saving, trainer={"enable_checkpointing": True})
     return folder
 
 
@@ -103,18 +105,12 @@ def test_batches_in_parts_train_the_same(place, whole, tmp_path) -> None:
         check_alike(whole, tmp_path, case)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_ends_with_the_same_bytes(place, whole, tmp_path) -> None:
     for case in CASES:
-        steps = random_fit(case)[2]["steps"]
-        stop = random.Random(-case).randint(1, steps - 1)
-        folder = tmp_path / f"checkpoints-{case}"
-        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-        train(place, tmp_path / str(case), case, saving, trainer={"enable_checkpointing": True})
-        again = ModelCheckpoint(tmp_path / "rest", "{step}", every_n_train_steps=1, save_top_k=-1)
-        checkpoint = folder / f"step={stop}.ckpt"
-        how = {"trainer": {"enable_checkpointing": True}, "checkpoint": checkpoint}
-        train(place, tmp_path / "resumed" / str(case), case, again, **how)
-        resumed = open_expert(tmp_path / "resumed" / str(case))
+        stop = random.Random(-case).randint(1, random_fit(case)[2]["steps"] - 1)
+        train(place, tmp_path / str(case), case, checkpoint=whole / f"checkpoints-{case}" / f"step={stop}.ckpt")
+        resumed = open_expert(tmp_path / str(case))
         assert resumed.content_hash == open_expert(whole / str(case)).content_hash, f"case {case} from step {stop}"
 
 
