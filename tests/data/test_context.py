@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, write_rows
+from conftest import write_rows
 from testbed import runs
 
 from modular_experts import Base, ExpertModule, LoRAExpert, TaskMixture, evaluate
@@ -24,11 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # Lightning 2.6.
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def base(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("short") / request.param
-    build_model(request.param, max_position_embeddings=CONTEXT).save_pretrained(place)
-    build_tokenizer().save_pretrained(place)
-    return place
+def base(request, tiny: Callable[..., Path]) -> Path:
+    return tiny(request.param, max_position_embeddings=CONTEXT)
 
 
 @pytest.fixture

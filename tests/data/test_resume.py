@@ -58,13 +58,12 @@ def run(
 
 
 CASES = {
-    "accumulated over the end": {"accumulate_grad_batches": 4},
-    "limited": {"limit_train_batches": 5},
-    "saved after validation": {
+    "limited, accumulated over the end": {"limit_train_batches": 5, "accumulate_grad_batches": 4},
+    "saved after validation, with steps asked for early": {
         "val_check_interval": 2,
         "saved": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+        "early": True,
     },
-    "with steps asked for early": {"early": True},
 }
 
 
