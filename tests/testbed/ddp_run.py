@@ -98,14 +98,6 @@ def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, *callbac
 SPARSE, MOMENTUM = partial(SparseExpert, keep_ratio=0.1), partial(torch.optim.SGD, lr=0.5, momentum=0.9)
 
 
-def choose_by_passes(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
-    """Train a few steps with supports chosen by extra passes; return supports after each, values and passes."""
-    schedule = MaskSchedule(FisherInformation(), GrowAndDrop(every=2, until=1.0, replace=0.4), batches=2, seed=0)
-    how = {"expert": SPARSE, "optimizer": None, "seed": ranks, "steps": 3}
-    module, _, watch = train(folder, base, files, ranks, schedule, **how)
-    return {"supports": watch.supports, "values": values(module), "passes": schedule.passes}
-
-
 def choose_in_steps(folder: Path, base: Path, files: dict[str, Path], ranks: int, parts: int, mib: int) -> dict:
     """Train a few steps that choose supports within; return supports after each, and values."""
     rule = GrowAndDrop(every=1, until=1.0, replace=0.4)
@@ -125,7 +117,7 @@ def choose_for_matrices(folder: Path, base: Path, files: dict[str, Path]) -> Non
     ways += [(1, MaskSchedule(score, rule, batches=2, seed=0)) for score in (GradientMagnitude(), FisherInformation())]
     for number, (parts, schedule) in enumerate(ways):
         how = {"optimizer": MOMENTUM, "accumulate_grad_batches": parts, "strategy": "ddp_find_unused_parameters_true"}
-        how |= {"data": runs.mixture(files, base, batch_size=2, seed=0), "steps": 8}
+        how |= {"data": runs.mixture(files, base, batch_size=2, seed=0), "steps": 5}
         model = {"expert": SPARSE, "modules": r".*experts\.down_proj\[\d+\]", "gradient_checkpointing": False}
         module, trainer, watch = train(folder, base, files, 2, schedule, model=model, **how)
         found[number] = {"supports": watch.supports, "values": values(module)}
@@ -216,7 +208,6 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
         rest, again = prepare(folder, base, ranks, enable_checkpointing=False, use_distributed_sampler=False)
         again.fit(rest, runs.mixture(files, base, seed=0), ckpt_path=folder / "step=4.ckpt")
         found["resumed"] = values(rest)
-    found["passes"] = choose_by_passes(folder, base, files, ranks)
     for parts, mib in STEPS:
         found[f"step {parts} {mib}"] = choose_in_steps(folder, base, files, ranks, parts, mib)
     for name, plan in PLANS.items():

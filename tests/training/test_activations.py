@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GROUPED, build_tokenizer
 from testbed.checkpointing import saved_for_backward
 from testbed.runs import TARGET, Losses, mixture, module, trainer
-from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modular_experts import fit
@@ -18,22 +16,12 @@ from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.training.activations import activations, held_bytes, high_water, recompute
 
 KINDS = {"sparse": partial(SparseExpert, keep_ratio=0.1), "lora": LoRAExpert, "full": FullExpert}
-DEEP = GROUPED | {"num_hidden_layers": 4}
-BASES = {
-    "eager": Gemma2Config(**DEEP, head_dim=8, attn_implementation="eager"),
-    "mixture": MixtralConfig(**DEEP, num_local_experts=4),
-}
 
 
-@pytest.fixture(scope="session", params=["llama", *BASES])
-def base(request, tiny_llama_dir, tmp_path_factory):
+@pytest.fixture(scope="session", params=["llama", "gemma2", "mixtral"])
+def base(request, tiny):
     """A base with few tokens a row, one that keeps the square of their number, and a mixture of experts."""
-    if request.param == "llama":
-        return tiny_llama_dir
-    place = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(BASES[request.param]).save_pretrained(place)
-    build_tokenizer().save_pretrained(place)
-    return place
+    return tiny(request.param)
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("sparse", "32-true"), ("lora", "bf16-mixed"), ("full", "32-true")])

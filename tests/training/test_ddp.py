@@ -72,14 +72,14 @@ def test_two_processes_resume_in_mid_epoch_whoever_divides_the_rows(found) -> No
         assert all(torch.equal(values, rank["resumed"][name]) for name, values in rank["values"].items())
 
 
-CHANGES = {"masked": [1, 2, 4], "passes": [1, 2], **{f"step {parts} {mib}": [0, -1] for parts, mib in ddp_run.STEPS}}
+CHANGES = {"masked": [1, 2, 4], **{f"step {parts} {mib}": [0, -1] for parts, mib in ddp_run.STEPS}}
 """The parts of the run that choose supports, and steps between which one process changes them."""
 
 
 @pytest.mark.parametrize("part", [*CHANGES, "under others", *ddp_run.PLANS, *ddp_run.SYSTEMS, *MIXTURES])
 def test_two_processes_train_what_one_trains(found, part: str) -> None:
-    """The paper's masks, supports chosen by passes or from the averaged gradient of a step, what shares parts, the same
-    others, draws, blocks of a round and fresh products, and mixtures."""
+    """The paper's masks, supports chosen from the averaged gradient of a step, what shares parts, the same others,
+    draws, blocks of a round and fresh products, and mixtures."""
     one, two, _ = found
     exact = part == "masked" or part.startswith("mixture")
     values, *others = (found[part]["values"] if part in CHANGES else found[part] for found in (one, *two))
@@ -105,10 +105,6 @@ def test_two_processes_train_beside_a_quantised_base(found) -> None:
 
 
 STARTS_AT_ZERO = re.compile(r"up")
-
-
-def test_two_choices_on_two_batches_take_four_passes(found) -> None:
-    assert [one["passes"]["passes"] for one in (found[0], *found[1])] == [4, 4, 4]
 
 
 def test_matrices_that_one_process_reaches_alone_wait_for_their_choice(tiny, task_files, tmp_path) -> None:

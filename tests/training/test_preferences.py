@@ -249,9 +249,7 @@ def test_two_processes_train_what_one_trains_though_one_has_batches_of_fillers_a
         torch.testing.assert_close(rank, one, rtol=1e-6, atol=1e-9)
 
 
-def test_what_cannot_be_trained_so_is_refused_in_one_sentence(one_block, file, task_files) -> None:
-    with pytest.raises(ValueError, match="a loss of preferences compares answers, and rows of upper have one each"):
-        fit(one_block, str(task_files["upper"]), LoRAExpert)
+def test_an_expert_with_a_loss_of_its_own_is_refused(one_block, file) -> None:
     for own in systems.there({"adamix": lambda: systems.of("ada_mix.AdaMixExpert")}).values():
         with pytest.raises(ValueError, match="AdaMixExpert has a loss of its own, so DPO cannot train it"):
             fit(one_block, file, own)

@@ -19,7 +19,7 @@ from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
 from modular_experts.base.quantised import quantiser
 from modular_experts.evaluation import evaluate
-from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.experts import LoRAExpert, SparseExpert
 from modular_experts.training.loading import put_applied
 from modular_experts.training.train_under_others import TrainUnderOthers
 
@@ -142,9 +142,7 @@ def test_a_base_that_is_stored_or_given_quantised_trains_alike_and_is_not_applie
         fit(other, tasks, SPARSE, out="library/other", **HOW)
 
 
-def test_what_would_write_into_a_quantised_weight_is_refused(sparse, tasks, wide) -> None:
-    with pytest.raises(ValueError, match="FullExpert writes what it trains into the weight"):
-        fit(wide, tasks, FullExpert, out="library/full", quantise="nf4", **HOW)
+def test_others_are_not_written_into_a_quantised_weight(sparse, tasks, wide) -> None:
     others = {"trainer": QUIET | {"callbacks": [TrainUnderOthers([str(sparse.path)], count=1)]}}
     reverse = [task.replace("upper", "reverse") for task in tasks]
     with pytest.raises(ValueError, match="the others cannot be written into it"):

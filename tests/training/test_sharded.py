@@ -10,7 +10,6 @@ from conftest import build_model
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from testbed import runs, sharded_run
 from testbed.forked import ended, run_on_two_ranks, start_ranks
-from testbed.mixture_bases import mixture
 
 from modular_experts.deltas import Dense
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
@@ -102,25 +101,19 @@ class Gain(LoRAExpert):
         return Dense(weight * (self.up @ self.down))
 
 
-@pytest.mark.parametrize("kind", [MaskedExpert, partial(Gain, rank=2)])
-def test_an_expert_that_needs_the_weight_whole_is_refused(kind) -> None:
-    model = build_model("llama")
-    inject(model, kind, "q_proj")
-    with pytest.raises(ValueError, match=r"needs model\.layers\.0.* whole, .* take a sparse or low-rank"):
-        shard(model, torch.device("cpu"))
-
-
-def test_a_sparse_expert_of_a_conv1d_is_refused_with_what_works_there() -> None:
-    model = build_model("gpt2")
-    inject(model, SparseExpert, "c_attn")
-    with pytest.raises(ValueError, match=r"SparseExpert needs .*c_attn.* whole, .*; take a low-rank expert for this"):
-        shard(model, torch.device("cpu"))
-
-
-def test_an_expert_of_a_matrix_in_a_mixture_is_refused() -> None:
-    model = mixture("mixtral")
-    inject(model, partial(LoRAExpert, rank=2), "down_proj")
-    with pytest.raises(ValueError, match=r"LoRAExpert needs model\.layers\.0.*down_proj\[0\] whole"):
+@pytest.mark.parametrize(
+    ("architecture", "kind", "modules", "sentence"),
+    [
+        ("llama", MaskedExpert, "q_proj", r"needs model\.layers\.0.* whole, .* take a sparse or low-rank"),
+        ("llama", partial(Gain, rank=2), "q_proj", r"needs model\.layers\.0.* whole, .* take a sparse or low-rank"),
+        ("gpt2", SparseExpert, "c_attn", r"SparseExpert needs .*c_attn.* whole, .*; take a low-rank expert for this"),
+        ("mixtral", LoRAExpert, "down_proj", r"LoRAExpert needs model\.layers\.0.*down_proj\[0\] whole"),
+    ],
+)
+def test_an_expert_that_needs_the_weight_whole_is_refused(architecture, kind, modules, sentence) -> None:
+    model = build_model(architecture)
+    inject(model, kind, modules)
+    with pytest.raises(ValueError, match=sentence):
         shard(model, torch.device("cpu"))
 
 
