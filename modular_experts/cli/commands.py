@@ -99,7 +99,9 @@ VERBS = {
     "list": Command("library", "list_library", "list the experts of a library", ("library",)),
     "show": Command("library", "show", "show everything about one expert", ("expert",)),
     "verify": Command("library", "verify", "check an expert's files and its base", ("expert",)),
-    "completion": Command("help", "completion", "print what lets bash or zsh complete commands", ("shell",)),
+    "completion": Command(
+        "completion", "completion", "let a shell complete commands, and an editor check configs", ("program", "command")
+    ),
     **dict(system_commands()),
 }
 

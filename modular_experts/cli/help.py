@@ -10,9 +10,9 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from modular_experts.cli.commands import COMPUTING, DEVICE, VERBS, Command, help_texts
+from modular_experts.cli.commands import COMPUTING, DEVICE, Command, help_texts
 from modular_experts.study.options import READING
 
 Defined = ast.FunctionDef | ast.ClassDef
@@ -90,10 +90,10 @@ def command_source(file: Path, name: str) -> CommandSource:
     """Read the source of a function or a dataclass."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, Defined) and node.name == name)
-    description, _, rest = (ast.get_docstring(node) or "").partition("\nArgs:\n")
-    listed, _, examples = rest.partition("\nExamples:\n")
-    entries = re.findall(_ENTRY, listed.partition("\n\n")[0], re.MULTILINE)
-    texts = _COMMON | {argument: " ".join(text.split()) for argument, text in entries}
+    docstring = ast.get_docstring(node) or ""
+    description = docstring.partition("\nArgs:\n")[0]
+    examples = docstring.partition("\nExamples:\n")[2]
+    texts = _COMMON | argument_texts(docstring)
     options: list[SourceOption] = []
     for argument, hint, value in _arguments(node):
         kind = ast.unparse(hint)
@@ -103,6 +103,13 @@ def command_source(file: Path, name: str) -> CommandSource:
             default = None if value is None else ast.unparse(value).replace("'", "")
             options.append(SourceOption(argument, kind.removesuffix(" | None"), default, texts[argument]))
     return CommandSource(description.strip(), options, textwrap.dedent(examples).rstrip())
+
+
+def argument_texts(docstring: str) -> dict[str, str]:
+    """Return what a docstring says of each argument."""
+    listed = docstring.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    entries = re.findall(_ENTRY, listed, re.MULTILINE)
+    return {argument: " ".join(text.split()) for argument, text in entries}
 
 
 def _arguments(node: Defined) -> Iterator[tuple[str, ast.expr, ast.expr | None]]:
@@ -207,20 +214,3 @@ def _screen(
         lines = _Wrapper(_WIDTH - 2, "  ", "      ").wrap(glued)
         screen.append(" \\\n".join(lines).replace("\0", " "))
     return "\n".join(screen)
-
-
-def completion(shell: Literal["bash", "zsh"]) -> None:
-    """Print a line for a shell's start-up file, by which it completes commands, options and paths.
-
-    Args:
-        shell: The shell that reads the line.
-
-    Examples:
-        modular-experts completion bash >> ~/.bashrc
-        modular-experts completion zsh >> ~/.zshrc
-    """
-    shown = "\n".join(command_help(verb, command, True) for verb, command in VERBS.items())
-    words = [*VERBS, *dict.fromkeys(re.findall(r"^  (--[\w-]+)", shown, re.MULTILINE))]
-    if shell == "zsh":
-        print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
-    print(f"complete -o default -W '{' '.join(words)}' modular-experts")

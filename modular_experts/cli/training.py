@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> None:
         from modular_experts.cli.words import spelt_out
         from modular_experts.study.lightning import ExpertCLI, checkpoint_file, settings_of_checkpoint
         from modular_experts.training.fit import end_processes, estimate_run, measure_run, quiet, run_fit
-    hints = _hints()
+    hints = option_hints()
     if {"--help_all", "--help-all"} & {*words}:
         _print_options(hints)
         return
@@ -54,18 +54,18 @@ def run(argv: Sequence[str]) -> None:
             end_processes()
 
 
-def _hints() -> dict[str, Any]:
+def option_hints() -> dict[str, Any]:
     """Return the annotations of the options."""
     from lightning.pytorch import Trainer
 
     from modular_experts.data import TaskMixture
     from modular_experts.training.module import ExpertModule
 
-    texts = ("seed_everything", "ckpt_path", "device", "out", "keep_inputs", "fit_into")
+    texts = ("ckpt_path", "device", "out", "keep_inputs", "fit_into")
     return {
         **{"model": ExpertModule, "data": TaskMixture, "trainer": Trainer},
         **dict.fromkeys(texts, str),
-        **{"overwrite": bool, "dry_run": bool, "trust": list[str]},
+        **{"seed_everything": int | bool, "overwrite": bool, "dry_run": bool, "trust": list[str]},
     }
 
 

@@ -18,6 +18,8 @@ from modular_experts.text import did_you_mean
 
 USUAL = ("modular_experts.ExpertModule", "modular_experts.TaskMixture", "lightning.Trainer")
 """The classes of groups that name none."""
+_NO_CHOICE = ("builtins", "collections.abc", "pathlib", "torch", "typing")
+"""Modules of types whose subclasses nobody names."""
 _VALUE = "value"  # the only argument of a parser of one value
 load_yaml = get_loader("yaml")
 """Reads YAML in which 1e-3 is a number, as it is in YAML 1.2, and a date is a text."""
@@ -78,7 +80,7 @@ def _parser_of_one(kind: Any) -> ArgumentParser:
 
 def classes_in(hint: Any) -> dict[str, Any]:
     """Return the classes that an annotation takes, by name: those in it, and the ones below them."""
-    kinds = [hint] if inspect.isclass(hint) and hint.__module__ not in ("builtins", "collections.abc", "torch") else []
+    kinds = [hint] if inspect.isclass(hint) and hint.__module__ not in _NO_CHOICE else []
     for kind in kinds:
         kinds += kind.__subclasses__()
     classes = {kind.__name__: kind for kind in kinds if not inspect.isabstract(kind) and kind.__name__[0] != "_"}
@@ -218,6 +220,10 @@ def _located(path: str) -> Any:
 
 def _settings_of(path: str) -> list[str]:
     """Return the names of the arguments of a class and of those that it hands them on to."""
-    makers = [vars(owner)["__init__"] for owner in inspect.getmro(_located(path))[:-1] if "__init__" in vars(owner)]
-    names = [name for maker in makers for name in [*inspect.signature(maker).parameters][1:]]
+    names = [name for maker in makers_of(_located(path)) for name in [*inspect.signature(maker).parameters][1:]]
     return [name for name in dict.fromkeys(names) if name not in ("args", "kwargs", "_")]
+
+
+def makers_of(kind: type) -> list[Callable[..., None]]:
+    """Return the `__init__` of a class and of those that it hands its arguments on to."""
+    return [vars(owner)["__init__"] for owner in inspect.getmro(kind)[:-1] if "__init__" in vars(owner)]

@@ -140,11 +140,3 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
         assert not re.search(r"^  --\S+( \S+)*\n(?=  --|\n)", shown, re.MULTILINE), verb
         lines = shown.splitlines()
         assert (len(lines) <= 40, max(map(len, lines)) <= 80) == (True, True), verb
-
-
-def test_bash_completes_commands_and_options(capsys) -> None:
-    assert main(["completion", "bash"]) == 0
-    words = re.search("-W '([^']+)' modular-experts$", capsys.readouterr().out.strip())[1].split()
-    assert {*VERBS, "--steps", "--weights", "--dry-run"} <= {*words}
-    assert main(["completion", "zsh"]) == 0
-    assert "bashcompinit" in capsys.readouterr().out
