@@ -5,9 +5,9 @@ here. `sources.py` reads files and the hub, and `tokenised.py` tells what is rea
 """
 
 from modular_experts.data.batch import Batch, DataSource, is_filler, prompts_of
+from modular_experts.data.epoch import Equal, Mixing, Proportional, Temperature
 from modular_experts.data.inputs import Inputs
 from modular_experts.data.mixture import TaskMixture
-from modular_experts.data.sampler import Equal, Mixing, Proportional, Temperature
 from modular_experts.data.sources import TaskSource
 from modular_experts.data.tasks import Task
 

@@ -1,7 +1,7 @@
 """Turn tasks into batches, as a LightningDataModule; a loader only pads or packs rows that are tokenised already.
 
 `tokenised.py` reads and tokenises the rows, and tells when. `setup` checks that a stage has the rows that it needs, a
-fit chooses whether to pack (`choose_packing`), and `sampler.py` draws the order of an epoch.
+fit chooses whether to pack (`choose_packing`), and `epoch.py` draws the order of an epoch.
 """
 
 import warnings
@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import LITTLE_PADDING, Batch, Collator, Example, ExampleSet, packs
-from modular_experts.data.rows import SPLITS
-from modular_experts.data.sampler import (
+from modular_experts.data.epoch import (
     EvaluationSampler,
     Mixing,
     MixtureSampler,
@@ -27,6 +26,7 @@ from modular_experts.data.sampler import (
     next_batch,
     seed_of_run,
 )
+from modular_experts.data.rows import SPLITS
 from modular_experts.data.tasks import Tasks
 from modular_experts.data.tokenised import TokenisedTasks
 

@@ -20,7 +20,7 @@ from modular_experts.base import Base
 from modular_experts.base.base import DType
 from modular_experts.base.quantised import Quantise
 from modular_experts.data.batch import Batch, DataSource, datamodule_of, is_filler, source_of
-from modular_experts.data.sampler import seed_of_run
+from modular_experts.data.epoch import seed_of_run
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses, check_packing, text_metrics
 from modular_experts.evaluation.likelihood import keeps_rows_apart

@@ -21,7 +21,7 @@ import modular_experts.methods as methods
 from modular_experts import distill, fit, generate, interference, merge, open_expert, route, search, shrink, tune
 from modular_experts.base.files import fingerprint
 from modular_experts.data import Task, TaskMixture
-from modular_experts.data.sampler import Temperature
+from modular_experts.data.epoch import Temperature
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.library import make_record, write_expert
 from modular_experts.masks import RandomScore, Reselect, SelectOnce

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from modular_experts.data.sampler import Mixing
+from modular_experts.data.epoch import Mixing
 from modular_experts.data.sources import TaskSource
 from modular_experts.deltas import Delta, add
 from modular_experts.experts import LoRAExpert

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from modular_experts import FullExpert, LoRAExpert, MaskedExpert, MaskSchedule, SparseExpert, fit, open_expert
-from modular_experts.data.sampler import Equal, Temperature
+from modular_experts.data.epoch import Equal, Temperature
 from modular_experts.masks import RandomScore, SelectOnce
 from soak import bases
 from soak.case import Case

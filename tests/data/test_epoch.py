@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from modular_experts.data.batch import FILLER
-from modular_experts.data.rows import Row
-from modular_experts.data.sampler import (
+from modular_experts.data.epoch import (
     Equal,
     EvaluationSampler,
     Mixing,
@@ -22,6 +21,7 @@ from modular_experts.data.sampler import (
     epoch_counts,
     epoch_order,
 )
+from modular_experts.data.rows import Row
 from modular_experts.data.tasks import fill_splits
 
 ROWS = [Row(f"input {number}", "x") for number in range(50)]
