@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from modular_experts import __version__
 from modular_experts.cli.command import check_experts, check_options, guarded, unknown_command
 from modular_experts.cli.commands import VERBS, importing, options_of_run
-from modular_experts.cli.sentences import OptionRecord
+from modular_experts.cli.option_names import OptionRecord
 
 HELP = """\
 usage: modular-experts COMMAND [options]

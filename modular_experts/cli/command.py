@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from modular_experts.cli.commands import COMPUTING, VERBS
-from modular_experts.cli.sentences import as_options
+from modular_experts.cli.option_names import as_options
 from modular_experts.places import may_be_on_hub, missing_expert
 from modular_experts.study.options import UsageError, unknown
 

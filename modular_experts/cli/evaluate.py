@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from modular_experts.base import Base, DType
 from modular_experts.base.quantised import Quantise
 from modular_experts.cli.format import open_page, table_of
-from modular_experts.cli.sentences import as_options
+from modular_experts.cli.option_names import as_options
 from modular_experts.data import TaskMixture
 from modular_experts.data.look import look as look_at
 from modular_experts.data.tasks import Tasks, as_tasks

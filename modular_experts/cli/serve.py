@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modular_experts.base import Base, DType
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
-from modular_experts.cli.sentences import as_options
+from modular_experts.cli.option_names import as_options
 from modular_experts.library import Library
 from modular_experts.study.options import UsageError
 from modular_experts.text import bytes_of

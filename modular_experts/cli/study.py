@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from modular_experts.cli.format import counted, duration_text, open_page
-from modular_experts.cli.sentences import as_options
+from modular_experts.cli.option_names import as_options
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section
 from modular_experts.reports.progress import progress_by_tenths

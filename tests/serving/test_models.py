@@ -13,7 +13,7 @@ from testbed import served
 
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.cli.sentences import as_options
+from modular_experts.cli.option_names import as_options
 from modular_experts.evaluation.streaming import generate
 from modular_experts.injection.attach import attached
 from modular_experts.library import make_record, open_expert, write_expert

@@ -2,7 +2,7 @@
 
 import logging
 
-from modular_experts.cli.sentences import OptionRecord, as_options
+from modular_experts.cli.option_names import OptionRecord, as_options
 
 
 def test_arguments_in_backticks_become_options() -> None:
