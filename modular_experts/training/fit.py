@@ -35,7 +35,7 @@ from modular_experts.training.even_validation import EvenValidation
 from modular_experts.training.export_expert import ExportExpert
 from modular_experts.training.log_progress import lines_on_stderr
 from modular_experts.training.module import BaseModel, ExpertModule, Experts
-from modular_experts.training.predict import Settings, UnpredictableError, changes_to_fit, predict, savings_of
+from modular_experts.training.predict_memory import Settings, UnpredictableError, changes_to_fit, predict, savings_of
 
 log = logging.getLogger(__name__)
 

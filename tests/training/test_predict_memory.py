@@ -22,7 +22,7 @@ from modular_experts.library import make_record, write_expert
 from modular_experts.merging.route import route
 from modular_experts.routing import Energy
 from modular_experts.training.estimate import measure_fit
-from modular_experts.training.predict import LiveBytes, native_plans, predict
+from modular_experts.training.predict_memory import LiveBytes, native_plans, predict
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 KINDS = {
@@ -111,7 +111,7 @@ def settings(one_block, task_files) -> dict:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch) -> None:
-    monkeypatch.setattr("modular_experts.training.predict.high_water", lambda device: 0)
+    monkeypatch.setattr("modular_experts.training.predict_memory.high_water", lambda device: 0)
 
 
 @pytest.fixture
