@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from modular_experts.base import Base
 from modular_experts.data.batch import IGNORED, Example
 from modular_experts.data.mixture import TaskMixture
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import OWN, SPLITS, Row, raise_for_bad_rows
 from modular_experts.data.tasks import Task, Tasks, repeats
-from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.library.atomic import new_file
 from modular_experts.places import check_free
 from modular_experts.reports.tables import Column, Line, Table, element, page

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from modular_experts.base import Base
 from modular_experts.data.batch import DataSource, Example
 from modular_experts.data.chat import template_hash
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits, warn_of_repeats
-from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.injection import context_length
 
 log = logging.getLogger(__name__)

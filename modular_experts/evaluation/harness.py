@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modular_experts.base import Base, DType
 from modular_experts.base.quantised import Quantise
 from modular_experts.data import TaskMixture
+from modular_experts.data.row_tokenizer import as_continuation
 from modular_experts.data.rows import Row, content_hash
 from modular_experts.data.sources import READERS
 from modular_experts.data.tasks import Task, Tasks
-from modular_experts.data.tokenize import as_continuation
 from modular_experts.evaluation.compare import RESULTS, AnyModels, comparison_facts, open_models
 from modular_experts.places import check_free
 from modular_experts.reports import Results

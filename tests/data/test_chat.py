@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from modular_experts.data.batch import IGNORED, Collator, prompts_of
 from modular_experts.data.chat import encoded, warn_once
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import Row, RowReader, content_hash
 from modular_experts.data.sources import Record
-from modular_experts.data.tokenize import RowTokenizer
 
 # As SmolLM2 and Qwen2.5 have it, with a system message of their own if there is none.
 CHATML = (

@@ -15,8 +15,8 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from modular_experts.data import Task, TaskMixture
 from modular_experts.data.batch import IGNORED, Collator, Example, packs
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import Row
-from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import batch_losses, check_packing
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import LoRAExpert

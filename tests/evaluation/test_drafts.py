@@ -10,8 +10,8 @@ import transformers
 from conftest import GROUPED, build_model, build_tokenizer
 
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet, Tokens
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import Row
-from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.deltas import Dense
 from modular_experts.evaluation import (
     TaskScores,

@@ -8,8 +8,8 @@ from conftest import build_model, build_tokenizer
 from transformers import GenerationConfig
 
 from modular_experts.data.batch import Collator
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import Row
-from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import answered, generate_texts, measure
 
 TEXTS = ["a", "reverse bat:", "a longer prompt than the others, by far:"]

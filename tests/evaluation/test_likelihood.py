@@ -11,8 +11,8 @@ import transformers
 from conftest import ARCHITECTURES, GROUPED, build_model, build_tokenizer
 
 from modular_experts.data.batch import IGNORED, Collator
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import Row
-from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import answer_logits, batch_losses, choice_log_likelihoods, greedy_matches
 
 

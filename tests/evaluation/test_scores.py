@@ -9,8 +9,8 @@ from testbed.runs import mixture, module, trainer
 
 from modular_experts.base import Base
 from modular_experts.data.batch import Collator
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import Row
-from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import TaskScores, generate_texts, greedy_matches, measure
 
 ROLES = {"a": "held_in", "b": "held_in", "c": "held_out", "unseen": "held_out"}

@@ -3,8 +3,8 @@
 from conftest import CHARACTERS, build_tokenizer
 
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet, is_filler, prompts_of
+from modular_experts.data.row_tokenizer import RowTokenizer, as_continuation
 from modular_experts.data.rows import Row
-from modular_experts.data.tokenize import RowTokenizer, as_continuation
 
 EOS = 1
 
