@@ -1,8 +1,8 @@
 """Merge methods make one delta of the deltas that several experts have for one weight.
 
 Open `method.py` first, the contract, then `average.py` and `ties.py`. `chunks.py` lets a rule work entry by entry,
-`prune.py` holds the steps that several methods share. The imports are the catalogue of `modular-experts methods` and of
-names such as `modular_experts.TIES`.
+`prune.py` and `election.py` hold steps that several methods share. The imports are the catalogue of `modular-experts
+methods` and of names such as `modular_experts.TIES`.
 """
 
 # ruff: noqa: F401 - `METHODS` finds what is imported here

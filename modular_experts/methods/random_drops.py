@@ -15,8 +15,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods.chunks import FlatEntries
+from modular_experts.methods.election import PrunedElection
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Prune, Pruned, PrunedElection, PrunedSum, PruneFirst, Shares, keep_all, prune
+from modular_experts.methods.prune import Prune, Pruned, PrunedSum, PruneFirst, Shares, keep_all, prune
 from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, paired, within
 
 RescaleOfDrops = Literal["probability", "l1", "none"]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modular_experts.deltas import Delta
+from modular_experts.methods.election import PrunedElection
 from modular_experts.methods.method import Context
 from modular_experts.methods.prune import (
     Cutoff,
     Pruned,
-    PrunedElection,
     PrunedSum,
     PruneFirst,
     Rescale,
