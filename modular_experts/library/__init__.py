@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from modular_experts.library.atomic import check_name, check_target, is_name, new_directory
+from modular_experts.library.atomic import new_directory
 from modular_experts.library.compatibility import (
     as_parents,
     check_fingerprint,
@@ -22,6 +22,7 @@ from modular_experts.library.compatibility import (
     warn_unlike_training,
 )
 from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, STATE_FILE, StoredExpert, write_expert
+from modular_experts.library.names import check_name, check_target, is_name
 from modular_experts.library.opening import is_adapter, open_expert
 from modular_experts.library.record import make_record
 from modular_experts.library.statistics import gather_statistics, open_statistics, write_statistics

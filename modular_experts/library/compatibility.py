@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 
 from modular_experts.deltas.task_vector import TaskVector
-from modular_experts.library.atomic import check_target, new_directory
+from modular_experts.library.atomic import new_directory
 from modular_experts.library.expert import StoredExpert
+from modular_experts.library.names import check_target
 from modular_experts.library.opening import is_adapter, open_expert
 from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED, Facts, Record, read_record
 

@@ -20,8 +20,9 @@ from torch import Size, Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
-from modular_experts.library.atomic import check_target, new_directory
+from modular_experts.library.atomic import new_directory
 from modular_experts.library.encoded import StoredValues, check_encoding
+from modular_experts.library.names import check_target
 from modular_experts.library.packing import NUMBERS, PackedDelta, check_layout, pack, unpack
 from modular_experts.library.record import (
     DELTA_FILE,

@@ -5,8 +5,8 @@ import os
 import time
 from pathlib import Path
 
-from modular_experts.library.atomic import check_name
 from modular_experts.library.expert import StoredExpert, check_file
+from modular_experts.library.names import check_name
 from modular_experts.library.record import RECORD_FILE, files_of, read_record
 from modular_experts.places import may_be_on_hub, missing_expert
 

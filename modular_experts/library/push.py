@@ -11,10 +11,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from modular_experts.library import StoredExpert, open_experts
-from modular_experts.library.atomic import is_name
 from modular_experts.library.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.hub import HubRepository, check_contents, find_repository, hub_errors, is_hub_model
+from modular_experts.library.names import is_name
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, ROUTED, STATE_FILE, files_of, read_record
 from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modular_experts.deltas import all_finite
-from modular_experts.library.atomic import is_name, new_file
+from modular_experts.library.atomic import new_file
 from modular_experts.library.expert import StoredExpert, hash_of_tables
+from modular_experts.library.names import is_name
 from modular_experts.library.record import Facts, plain
 from modular_experts.library.tensorfile import MappedTensors, Table, TensorFileWriter, tensor_bytes
 from modular_experts.places import check_free
