@@ -9,7 +9,7 @@ from modular_experts.data.rows import spread_evenly
 from modular_experts.data.sources import TaskSource
 from modular_experts.data.tasks import Task
 from modular_experts.library import StoredExpert
-from modular_experts.library.state import Prompt
+from modular_experts.library.kept_inputs import Prompt
 
 
 def as_prompts(examples: Mapping[str, Sequence[Example]]) -> dict[str, list[Prompt]]:

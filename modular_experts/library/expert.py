@@ -22,6 +22,7 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import new_directory
 from modular_experts.library.encoded import StoredValues, check_encoding
+from modular_experts.library.kept_inputs import INPUTS_FILE, Prompt, read_inputs, write_inputs
 from modular_experts.library.names import check_target
 from modular_experts.library.packing import NUMBERS, PackedDelta, check_layout, pack, unpack
 from modular_experts.library.record import (
@@ -41,7 +42,7 @@ from modular_experts.library.record import (
     plain,
     what_is_wrong,
 )
-from modular_experts.library.state import INPUTS_FILE, Prompt, StoredState, read_inputs, write_inputs, write_state
+from modular_experts.library.state import StoredState, write_state
 from modular_experts.library.tensorfile import MappedTensors, Table, TensorFileWriter, damaged, read_table
 from modular_experts.progress import Counted, Progress
 

@@ -10,8 +10,8 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNo
 from huggingface_hub.utils import tqdm
 
 from modular_experts.library import StoredExpert, check_name, open_statistics
+from modular_experts.library.kept_inputs import INPUTS_FILE
 from modular_experts.library.record import RECORD_FILE, files_of
-from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.places import may_be_on_hub
 from modular_experts.text import did_you_mean

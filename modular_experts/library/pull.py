@@ -10,9 +10,9 @@ from pathlib import Path
 
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert
 from modular_experts.library.hub import HubRepository, check_contents, find_repository
+from modular_experts.library.kept_inputs import INPUTS_FILE
 from modular_experts.library.names import is_name
 from modular_experts.library.record import RECORD_FILE, ROUTED, Facts, Record, files_of, read_record
-from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 

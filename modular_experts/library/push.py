@@ -14,9 +14,9 @@ from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.library.compatibility import open_parents
 from modular_experts.library.hub import HubRepository, check_contents, find_repository, hub_errors, is_hub_model
+from modular_experts.library.kept_inputs import INPUTS_FILE
 from modular_experts.library.names import is_name
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, ROUTED, STATE_FILE, files_of, read_record
-from modular_experts.library.state import INPUTS_FILE
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 

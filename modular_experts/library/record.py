@@ -16,7 +16,7 @@ its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded
 | `tasks`, `scores`       | names of the tasks it was trained on; what it scored                                    |
 | `parents`               | `name`, `content_hash`, `tasks` of each expert that it was made of or trained on top of |
 | `encoding`              | how the values are stored, if not as float32                                            |
-| `inputs`                | tasks, number and SHA-256 of the kept inputs (`state.py`), whose file may be missing    |
+| `inputs`                | tasks, number, SHA-256 of the kept inputs; their file (`kept_inputs.py`) may be missing |
 | `hyperparameters`       | settings of the kind, the exported step and the learning rate among them                |
 | `method`, `per_weight`  | of a merge: the method, `class_path` and `init_args`; methods by pattern of names       |
 | `costs`, `seed`         | memory and time of the training; seed of the run                                        |

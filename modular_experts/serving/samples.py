@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.chat import prompt_text
 from modular_experts.library import StoredExpert
-from modular_experts.library.state import Prompt
+from modular_experts.library.kept_inputs import Prompt
 
 MOST = 6
 """How many prompts the page offers at most."""

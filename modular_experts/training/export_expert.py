@@ -19,8 +19,8 @@ from modular_experts.data.inputs import as_prompts
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.atomic import locked
+from modular_experts.library.kept_inputs import Prompt
 from modular_experts.library.record import Record
-from modular_experts.library.state import Prompt
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.selection.schedule import Schedule, TrainedModule, callbacks_of
 from modular_experts.text import did_you_mean

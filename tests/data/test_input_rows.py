@@ -13,7 +13,7 @@ from modular_experts.data import Inputs
 from modular_experts.data.batch import prompts_of
 from modular_experts.experts import SparseExpert
 from modular_experts.library import open_statistics
-from modular_experts.library.state import INPUTS_FILE
+from modular_experts.library.kept_inputs import INPUTS_FILE
 from modular_experts.merging.objective import ValidationRows, objective_on_base
 
 EXPERTS = ["--experts", "library/a", "library/b"]

@@ -15,9 +15,9 @@ from testbed.random_deltas import random_delta
 from modular_experts.deltas import Sparse
 from modular_experts.library import Library, make_record, open_expert, write_expert, write_statistics
 from modular_experts.library.card import CardEntry, model_card
+from modular_experts.library.kept_inputs import INPUTS_FILE, Prompt
 from modular_experts.library.pull import pull
 from modular_experts.library.push import push
-from modular_experts.library.state import INPUTS_FILE, Prompt
 from modular_experts.merging.route import route
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing import Oracle

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from testbed.random_deltas import random_delta
 
 from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.library.state import Prompt, read_inputs, write_inputs, write_state
+from modular_experts.library.kept_inputs import Prompt, read_inputs, write_inputs
+from modular_experts.library.state import write_state
 
 BASE = {"id": "base", "revision": None, "fingerprint": "f" * 64}
 INPUTS = {
