@@ -199,6 +199,8 @@ class Softmax(Selection):
 class Threshold(Selection):
     """The experts whose share of the softmax is at least a part of the largest one, weighted by their shares of 1.
 
+    It rejects no input, because the largest share always stays; some routers do, by their `reject`.
+
     Args:
         least: The part, in (0, 1].
         temperature: Divides the scores before the softmax.
