@@ -20,7 +20,7 @@ from testbed.random_deltas import random_delta
 import modular_experts.methods as methods
 from modular_experts import distill, fit, generate, interference, merge, open_expert, route, search, shrink, tune
 from modular_experts.base.files import fingerprint
-from modular_experts.data import Task, TaskMixture
+from modular_experts.data import TaskMixture
 from modular_experts.data.epoch import Temperature
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.library import make_record, write_expert
@@ -220,12 +220,3 @@ def test_a_mask_of_an_expert_is_read_when_a_fit_begins(place, one_block, tmp_pat
         return fit(one_block, data, FullExpert, ["q_proj", "down_proj"], tmp_path / "x", **settings).content_hash
 
     assert trained(used) == trained(GradientMask(masks=str(tmp_path / "mask")))
-
-
-def test_a_task_is_an_object_that_may_be_shared(place, one_block, tmp_path) -> None:
-    task = Task("a", path=str(place / "a.jsonl"))
-
-    def made(fresh: bool) -> str:
-        return call_with(TaskMixture([task]), 1, one_block, tmp_path)
-
-    check_calls(without_seed(made), False)

@@ -167,59 +167,35 @@ def test_a_run_resumed_to_train_longer_or_no_more_keeps_the_best_state_of_before
     assert "the best state so far, of step 4, is gone" in caplog.text
 
 
+class Worse(runs.Losses):
+    """Lets the score rise with each validation."""
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        trainer.callback_metrics["mine"] = torch.tensor(float(trainer.global_step))
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("val_loss", 4), ("mine", 1)])
 def test_a_step_whose_checkpoint_was_written_before_its_validation_may_be_the_best(
-    one_block, task_files, tmp_path, caplog
+    monitor, best, one_block, task_files, tmp_path, caplog
 ) -> None:
-    place = one_block, task_files, tmp_path
-    whole = ExportExpert(str(tmp_path / "library"), "whole")
-    _rising(*place, whole)
-    assert whole.best_step == 4
+    """The best may be the first that is validated, too."""
 
-    # Lightning writes this one after the optimizer's step, and validates later.
-    def early(folder: str) -> ModelCheckpoint:
-        return ModelCheckpoint(
-            tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
-        )
+    def run(name: str, *callbacks, **how) -> ExportExpert:
+        export = ExportExpert(str(tmp_path / "library"), name, monitor=monitor)
+        # Lightning writes these after the optimizer's step, and validates later.
+        early = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
+        early = ModelCheckpoint(tmp_path / f"{name}-{len(how)}", "{step}", **early)
+        _rising(one_block, task_files, tmp_path, Worse(), export, early, *callbacks, **how)
+        return export
 
-    stopped = ExportExpert(str(tmp_path / "library"), "mine")
+    whole = run("whole")
+    assert whole.best_step == best
     with pytest.raises(SystemExit):
-        _rising(*place, stopped, early("early"), Interrupt())
-    rest = ExportExpert(str(tmp_path / "library"), "mine")
-    _rising(*place, rest, early("rest"), ckpt=tmp_path / "early" / "step=4.ckpt")
-    assert (rest.best, rest.best_step) == (whole.best, 4)
+        run("mine", Interrupt())
+    rest = run("mine", ckpt=tmp_path / "mine-0" / f"step={best}.ckpt")
+    assert (rest.best, rest.best_step) == (whole.best, best)
     assert open_expert(rest.target).content_hash == open_expert(whole.target).content_hash
     assert "is gone" not in caplog.text
-
-
-def test_the_first_validation_may_be_the_best_behind_its_checkpoint(one_block, task_files, tmp_path) -> None:
-    class Worse(runs.Losses):
-        """Lets the score rise with each validation, and stops before the third step if asked."""
-
-        def __init__(self, stops: bool) -> None:
-            super().__init__()
-            self.stops = stops
-
-        def on_validation_end(self, trainer, pl_module) -> None:
-            trainer.callback_metrics["mine"] = torch.tensor(float(trainer.global_step))
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-            if self.stops and trainer.global_step == 2:
-                raise KeyboardInterrupt
-
-    def early(folder: str) -> ModelCheckpoint:
-        return ModelCheckpoint(
-            tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
-        )
-
-    place = one_block, task_files, tmp_path
-    stopped = ExportExpert(str(tmp_path / "library"), "mine", monitor="mine")
-    with pytest.raises(SystemExit):
-        _rising(*place, Worse(True), stopped, early("early"), steps=4)
-    assert (stopped.best, stopped.best_step) == (1.0, 1)
-    rest = ExportExpert(str(tmp_path / "library"), "mine", monitor="mine")
-    _rising(*place, Worse(False), rest, early("rest"), steps=4, ckpt=tmp_path / "early" / "step=1.ckpt")
-    assert (rest.best, rest.best_step) == (1.0, 1)
-    assert open_expert(rest.target).record["hyperparameters"]["steps"] == 1
 
 
 def test_runs_under_one_folder_keep_their_best_states_apart(one_block, task_files, tmp_path) -> None:
