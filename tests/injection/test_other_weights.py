@@ -182,9 +182,9 @@ def check_resumed(fit, expert: Path, folder: Path) -> nn.Module:
     return module.model.eval()
 
 
-@pytest.mark.parametrize("kind", ["element", "lora"])
-def test_a_run_resumes_and_its_expert_gives_the_same_logits(kind: str, saved, task_files, tmp_path) -> None:
-    fit, expert = partial(trained, saved, task_files, tmp_path, {"all-linear": KINDS[kind]}), tmp_path / "library/mine"
+def test_a_run_resumes_and_its_expert_gives_the_same_logits(saved, task_files, tmp_path) -> None:
+    plan, expert = {"all-linear": KINDS["element"]}, tmp_path / "library/mine"
+    fit = partial(trained, saved, task_files, tmp_path, plan)
     model, fresh = check_resumed(fit, expert, tmp_path), Base.open(saved).load()
     before = fresh(IDS).logits
     with applied(fresh, expert):
@@ -323,12 +323,9 @@ def saved_tied(tiny) -> Path:
     return tiny("llama", tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("kind", ["masked", "full"])
-def test_a_run_of_a_tied_tensor_resumes_and_its_checkpoint_gives_the_same_logits(
-    kind: str, saved_tied, task_files, tmp_path
-) -> None:
-    fit = partial(trained, saved_tied, task_files, tmp_path, {"embed_tokens": OTHERS[kind]})
-    expert = tmp_path / "library/mine"
+def test_a_run_of_a_tied_tensor_resumes_and_its_checkpoint_gives_the_same_logits(saved_tied, task_files, tmp_path):
+    expert, plan = tmp_path / "library/mine", {"embed_tokens": FullExpert}
+    fit = partial(trained, saved_tied, task_files, tmp_path, plan)
     model = check_resumed(fit, expert, tmp_path)
     assert list(open_expert(expert)) == [EMBEDDINGS]
     apply([expert], tmp_path / "checkpoint")

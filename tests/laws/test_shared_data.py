@@ -6,7 +6,7 @@ Calls differ in what they ask of the data: a base of a shorter context, choices 
 import random
 from collections.abc import Callable
 from functools import partial
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 
 import pytest
@@ -73,11 +73,7 @@ def calls(one_block, tiny, tmp_path_factory) -> tuple[Callable[[], TaskMixture],
 def test_used_data_act_as_fresh_ones(calls) -> None:
     make, called = calls
     fresh = {name: call(make()) for name, call in called.items()}
-    draw = random.Random(1)
-    before = ["preferences", "short context", "evaluate, short context", "packed"]
-    for name in called:
-        shared = make()
-        earlier = draw.sample(before, 2)
-        for other in earlier:
-            called[other](shared)
-        assert called[name](shared) == fresh[name], f"{name} after {' and '.join(earlier)}"
+    shared, earlier = make(), cycle(["preferences", "short context", "packed", "evaluate, short context"])
+    for name, before in zip(called, earlier, strict=False):
+        called[before](shared)
+        assert called[name](shared) == fresh[name], f"{name} after {before}"

@@ -45,7 +45,7 @@ def test_it_is_fitted_merged_routed_evaluated_and_exported(run, tiny_llama_dir, 
     code, _, err = run("fit", "--base", tiny_llama_dir, "--tasks", "b.jsonl", *on_top, "--out", "library/top")
     assert code == 0, err
     assert [parent["name"] for parent in open_expert("library/top").record["parents"]] == ["routed"]
-    evaluate = ["evaluate", "--tasks", "a.jsonl", "--out", "runs/all"]
+    evaluate = ["evaluate", "--tasks", "a.jsonl", "--out", "runs/all", "--max_new_tokens", "2"]
     evaluate += ["--experts", "library/a", "library/sum", "library/gated", "library/routed"]
     evaluate += ["both=library/routed+library/top"]
     code, _, err = run(*evaluate, "--trust", "own_system")
