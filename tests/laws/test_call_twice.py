@@ -11,19 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import write_rows
 from lightning.pytorch import Callback
 from testbed.laws import check_calls, without_seed
-from testbed.random_deltas import random_delta
+from testbed.random_deltas import write_random
 
 import modular_experts.methods as methods
 from modular_experts import distill, fit, generate, interference, merge, open_expert, route, search, shrink, tune
-from modular_experts.base.files import fingerprint
 from modular_experts.data import TaskMixture
 from modular_experts.data.epoch import Temperature
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.library import make_record, write_expert
 from modular_experts.masks import RandomScore, Reselect, SelectOnce
 from modular_experts.merging.gradient_search import ATLAS, AdaMerging
 from modular_experts.routing import Arrow, Centroid, Classifier, Energy, KernelRidge, Oracle
@@ -40,16 +37,10 @@ WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": (32, 32), "model.layers.0.m
 def place(one_block, tmp_path_factory) -> Path:
     """A library of three experts, a task of many rows, and tasks of one row in each split, whose order is the same."""
     folder = tmp_path_factory.mktemp("twice")
-    base = {"id": str(one_block), "revision": None, "fingerprint": fingerprint(one_block)}
     for seed, name in enumerate(NAMES):
-        deltas = {
-            weight: random_delta("Sparse", shape, seed, torch.float32, share=0.3) for weight, shape in WEIGHTS.items()
-        }
-        write_expert(folder / "library" / name, deltas, make_record("SparseExpert", base, tasks=[name]))
-        splits = ["train", "validation", "test"]
-        write_rows(
-            folder / f"{name}.jsonl", [{"input": f"{name} 1", "target": "2", "split": split} for split in splits]
-        )
+        write_random(folder / "library" / name, one_block, WEIGHTS, seed, [name])
+        rows = [{"input": f"{name} 1", "target": "2", "split": split} for split in ("train", "validation", "test")]
+        write_rows(folder / f"{name}.jsonl", rows)
     rows = [{"input": f"{number} + 1 =", "target": str(number + 1), "split": "train"} for number in range(12)]
     write_rows(folder / "many.jsonl", rows)
     return folder

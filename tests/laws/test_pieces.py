@@ -15,12 +15,11 @@ import pytest
 import torch
 from conftest import write_rows
 from testbed.here import Apart, Here
-from testbed.random_deltas import random_delta
+from testbed.random_deltas import write_random
 
-from modular_experts.base.files import fingerprint
 from modular_experts.cli.words import annotations
 from modular_experts.data import Task, TaskMixture
-from modular_experts.library import Library, make_record, write_expert
+from modular_experts.library import Library
 from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.study import read_study, results_of, run_study
 from modular_experts.training.gradient_mask import GradientMask
@@ -57,11 +56,8 @@ def place(tmp_path, one_block, monkeypatch) -> Path:
 
 
 def write_other(path: Path, seed: int) -> None:
-    """Write an expert of one weight; another seed gives other values at other places."""
-    base = {"id": "base", "revision": None, "fingerprint": fingerprint(Path("base"))}
-    delta = random_delta("Sparse", (32, 32), seed, torch.float32, share=0.3)
-    record = make_record("SparseExpert", base, tasks=[f"other-{path.name}"])
-    write_expert(path, {"model.layers.0.self_attn.q_proj.weight": delta}, record, overwrite=True)
+    weights = {"model.layers.0.self_attn.q_proj.weight": (32, 32)}
+    write_random(path, Path("base"), weights, seed, [f"other-{path.name}"])
 
 
 def results(out: str, executor: Any = None, **changes: Any) -> dict[tuple[Any, ...], Any]:

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import write_rows
 from testbed.own_files import ScaledSum
-from testbed.random_deltas import random_delta
+from testbed.random_deltas import write_random
 
 from modular_experts import Distilled, TaskMixture, combine, merge
-from modular_experts.base.files import fingerprint
-from modular_experts.library import make_record, write_expert
 from modular_experts.routing import Constant
 
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": (32, 32), "model.layers.0.mlp.down_proj.weight": (32, 48)}
@@ -28,20 +25,12 @@ def place(tmp_path, one_block, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(one_block, "base")
     for number, name in enumerate("ab"):
-        write_own(name, number)
+        write_random(Path("library", name), Path("base"), WEIGHTS, number, [name])
         splits = ["train", "train", "validation", "test", "test"]
         rows = [{"input": f"{name}{row}", "target": str(row), "split": split} for row, split in enumerate(splits)]
         write_rows(Path(f"{name}.jsonl"), rows)
     Path("number.txt").write_text("2")
     return tmp_path
-
-
-def write_own(name: str, seed: int) -> None:
-    base = {"id": "base", "revision": None, "fingerprint": fingerprint(Path("base"))}
-    deltas = {
-        weight: random_delta("Sparse", shape, seed, torch.float32, share=0.3) for weight, shape in WEIGHTS.items()
-    }
-    write_expert(Path("library", name), deltas, make_record("SparseExpert", base, tasks=[name]), overwrite=True)
 
 
 def stops_after_one(items: Sequence[Any]) -> Iterator[Any]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from testbed import runs
+from testbed.runs import Watch
 
 from modular_experts.experts import MaskedExpert, SparseExpert
-from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import (
     SNIP,
@@ -39,17 +39,6 @@ UNITS = {
     "row": {"keep_ratio": 0.2, "granularity": "row"},
     "column": {"keep_ratio": 0.2, "granularity": "column"},
 }
-
-
-class Watch(MaskSchedule):
-    """Keeps the supports after each step, by the names of the weights."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.supports: list[dict[str, list[int]]] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.supports.append({n: la.expert.support_units().tolist() for n, la in expert_layers(pl_module.model)})
 
 
 def _entries(path: Path) -> dict[str, set[int]]:

@@ -378,27 +378,16 @@ def test_a_weight_that_is_stored_transposed_chooses_the_same_entries(tiny, task_
         torch.testing.assert_close(gradient, flat[units.long()], rtol=1e-8, atol=1e-12)
 
 
-class Between(Callback):
-    """Keeps the support with which each micro-batch ran."""
-
-    def __init__(self) -> None:
-        self.supports: list[dict[str, torch.Tensor]] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        layers = expert_layers(pl_module.model)
-        self.supports.append({name: layer.expert.support_units().clone() for name, layer in layers})
-
-
 def test_what_was_accumulated_moves_along_with_an_exchange_between_micro_batches(fit, tiny_llama_dir):
     """An entry that stays keeps its gradient of earlier micro-batches, and a newcomer starts with the next one."""
     rule = Reselect(every=1, until=1.0, unit="micro_batches")
-    schedule, between = MaskSchedule(rule=rule), Between()
-    _, look = fit(SPARSE, schedule, between, max_steps=1, accumulate_grad_batches=2)
+    schedule = runs.Watch(rule=rule)
+    _, look = fit(SPARSE, schedule, max_steps=1, accumulate_grad_batches=2)
     assert schedule.selections == 2
     # No value has moved yet, so both micro-batches ran with the base's weights.
     first, second = _dense(tiny_llama_dir, look, 0)
     for name, (units, gradient) in look.after[0].items():
-        stayed = torch.isin(units, between.supports[0][name])
+        stayed = torch.isin(units, torch.tensor(schedule.supports[0][name]))
         assert 0 < stayed.sum() < len(units)
         places = units.long()
         wanted = (first[name].flatten()[places] * stayed + second[name].flatten()[places]) / 2

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
 
+from modular_experts.base.files import fingerprint
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, TaskVector
 from modular_experts.deltas.tiles import Tile, gather_tiles, index_dtype, tile_grid
+from modular_experts.library import make_record, write_expert
 
 FORMS = ["Dense", "LowRank", "Sparse", "BlockSparse", "zero"]
 
@@ -49,6 +52,13 @@ def random_delta(
         return Sparse(indices.to(index_dtype(shape)), values.view(-1)[indices], torch.Size(shape))
     blocks = _some(math.prod(tile_grid(shape, tile)), share, draw).to(index_dtype(shape))
     return BlockSparse(blocks, gather_tiles(values, blocks, tile), torch.Size(shape))
+
+
+def write_random(path: Path, base: Path, weights: Mapping[str, Sequence[int]], seed: int, tasks: Sequence[str]) -> None:
+    """Write an expert of sparse deltas of weights with the given shapes; another seed gives other values and places."""
+    facts = {"id": str(base), "revision": None, "fingerprint": fingerprint(base)}
+    deltas = {name: random_delta("Sparse", shape, seed, torch.float32, share=0.3) for name, shape in weights.items()}
+    write_expert(path, deltas, make_record("SparseExpert", facts, tasks=tasks), overwrite=True)
 
 
 def same(one: Delta, other: Delta) -> bool:

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from modular_experts.data import TaskMixture
+from modular_experts.injection import expert_layers
+from modular_experts.selection.mask_schedule import MaskSchedule
 from modular_experts.training.module import ExpertModule
 
 TARGET = r".*\.(q_proj|down_proj)"
@@ -22,6 +24,18 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.steps.append(outputs["loss"].item())
+
+
+class Watch(MaskSchedule):
+    """Keeps the supports after each batch, by the names of the weights."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.supports: list[dict[str, list[int]]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        layers = expert_layers(pl_module.model)
+        self.supports.append({name: layer.expert.support_units().tolist() for name, layer in layers})
 
 
 def mixture(files: dict[str, Path], base: Path, **settings: Any) -> TaskMixture:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, build_model
+from testbed.systems import filled
 from torch import nn
 
 from modular_experts.injection import eject, inject, named_experts
@@ -27,16 +28,8 @@ def made(settings: dict, architecture: str = "llama", fill: bool = True) -> nn.M
     torch.manual_seed(0)
     inject(model, MoA(**({"rank": 2, "adapter_size": 3} | settings)))
     if fill:
-        filled(model)
+        filled(model, 0.3)
     return model
-
-
-def filled(model: nn.Module) -> None:
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, expert in named_experts(model):
-            for parameter in expert.parameters():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
 
 
 def gates(model: nn.Module) -> list:
@@ -64,7 +57,7 @@ def test_the_default_layers_are_there_in_each_architecture_and_start_at_the_base
     with torch.no_grad():
         # GPT-2 adds its biases in another order.
         torch.testing.assert_close(model(IDS).logits, base(IDS).logits, rtol=0, atol=1e-14)
-    filled(model)
+    filled(model, 0.3)
     with torch.no_grad():
         assert (model(IDS).logits - base(IDS).logits).abs().max() > 1e-3
     eject(model)
