@@ -10,6 +10,7 @@ from conftest import ARCHITECTURES, build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from testbed.shared_gate import SharedGate, Shift
+from testbed.systems import filled
 from torch import nn
 
 from modular_experts.base import Base
@@ -36,16 +37,6 @@ LAYERS = {"gpt2": ["c_attn", "c_proj"], "neox": ["query_key_value"], "phi3": ["q
 IDS = torch.arange(30).view(2, 15) + 3
 
 
-def filled(model: nn.Module) -> nn.Module:
-    """Move every trained parameter away from its start."""
-    made = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, expert in named_experts(model):
-            for parameter in expert.parameters():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=made))
-    return model
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_parts_go_in_are_trained_alone_and_come_out_bit_for_bit(architecture: str) -> None:
     model, base = build_model(architecture), build_model(architecture)
@@ -56,7 +47,7 @@ def test_the_parts_go_in_are_trained_alone_and_come_out_bit_for_bit(architecture
     assert sum(name.endswith(".mlp") for name in found) == 2
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, base(IDS).logits)
-    filled(model)
+    filled(model, 0.3)
     (batch_losses(model, {"input_ids": IDS, "attention_mask": IDS > 0, "labels": IDS})[0].sum()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == (".expert." in f".{name}"), name
@@ -101,7 +92,7 @@ def test_the_battery_of_plans_passes_what_keeps_the_contract_and_notices_what_do
 def test_what_is_shared_exists_once_and_follows_the_model_in_copies() -> None:
     model = build_model("llama")
     inject(model, SharedGate())
-    filled(model)
+    filled(model, 0.3)
     wanted = model(IDS).logits
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # A gate and a vector in each of two blocks, LoRAs of rank 2 at (32, 32) and (32, 48), and one factor.
@@ -177,7 +168,7 @@ def test_an_exported_expert_is_opened_by_its_plan_alone(tiny_llama_dir, task_fil
 def test_a_built_in_plan_is_kept_and_opened_by_its_name(tiny_llama_dir, tmp_path) -> None:
     model = Base.open(tiny_llama_dir).load()
     inject(model, HiLo("q_proj", experts=[1, 3], ranks=[1, 4], k=2))
-    filled(model)
+    filled(model, 0.3)
     stored = save_expert(model, tmp_path / "library/hilo", base=tiny_llama_dir)
     assert stored.record["plan"]["settings"]["experts"] == [1, 3]
     fresh = Base.open(tiny_llama_dir).load()
