@@ -49,9 +49,14 @@ def library(tmp_path_factory, one_block, task_files) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_callback_keeps_its_state_within_a_fit(name, library, one_block) -> None:
+    """And its check draws no random numbers of the process."""
     kind, expert = CASES[name]
     read = {setting: str(library / "a") for setting, value in kind.keywords.items() if value == "a"}
+    before = random.getstate(), torch.get_rng_state(), dict(os.environ)
     check_callback(partial(kind, **read), expert, base=one_block)
+    assert before[0] == random.getstate()
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert before[2] == dict(os.environ)
 
 
 def test_an_export_and_the_log_of_progress_begin_anew(tmp_path) -> None:
@@ -65,15 +70,6 @@ def test_an_export_and_the_log_of_progress_begin_anew(tmp_path) -> None:
         return [progress.rows, progress.first_loss, progress.last_loss]
 
     check_callback(LogProgress, DROPOUT, seen)
-
-
-def test_the_check_draws_no_random_numbers_of_the_process(one_block) -> None:
-    before = random.getstate(), torch.get_rng_state(), dict(os.environ)
-    check_callback(partial(EvenValidation, times=2), FullExpert, base=one_block)
-    after = random.getstate(), torch.get_rng_state(), dict(os.environ)
-    assert before[0] == after[0]
-    assert torch.equal(before[1], after[1])
-    assert before[2] == after[2]
 
 
 class ForgetsNothing(Schedule):
