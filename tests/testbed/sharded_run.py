@@ -39,6 +39,7 @@ QUANTISED = {
 QUANTISED = QUANTISED if find_spec("bitsandbytes") else {}
 WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 80}
 """Sizes of a base whose rows are whole blocks of 64 numbers; the rows of `down_proj` have 80."""
+SHORT = {"max_steps": 4, "limit_val_batches": 0}
 CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 TIED = {
     "experts": {"q_proj|down_proj": KINDS["entries"], "embed_tokens": KINDS["lora"], "norm|k_proj": FullExpert},
@@ -50,7 +51,7 @@ TIED = {
 
 
 def train(folder: Path, base: Path, files: dict[str, Path], ranks: int, kind: str, keep: str = "", **how):
-    """Train six steps; return the module and what was trained.
+    """Train six steps, or `max_steps`; return the module and what was trained.
 
     Args:
         keep: Keep checkpoints under this name, and the expert if it is its kind.
@@ -149,20 +150,20 @@ def main(folder: Path, base: Path, wide: Path, capped: Path, mixed: Path, files:
     # One process has batches with large logits, and the other has none.
     likelihood.HEAD_BYTES = 2**28 if rank_of(ranks) else 0
     on_top = {"applied": [str(folder / "library" / "lora")], "gradient_checkpointing": True}
-    found["on top"] = train(folder, base, files, ranks, "entries", model=on_top)[1]
-    module, found["tied"] = train(folder, capped, files, ranks, "entries", model=TIED)
+    found["on top"] = train(folder, base, files, ranks, "entries", model=on_top, max_steps=4)[1]
+    module, found["tied"] = train(folder, capped, files, ranks, "entries", model=TIED, max_steps=4)
     if not rank_of(ranks):  # one process alone exports
         found["moved"] = {name: delta.dense() for name, delta in module.task_vector()}
     likelihood.HEAD_BYTES = 2**28
     for form, how in QUANTISED.items():
         own = {"quantise": form, "dtype": "float32", "modules": how["modules"]}
-        module, found[form] = train(folder, wide, files, ranks, how["kind"], model=own, limit_val_batches=0)
+        module, found[form] = train(folder, wide, files, ranks, how["kind"], model=own, **SHORT)
         found[f"parted {form}"] = sorted(
             {name.split(".")[-2] for name, one in module.named_parameters() if isinstance(one, DTensor)}
         )
     # torch multiplies the matrices of a mixture, which are parted like other weights, in at most float32.
     on_attention = {"modules": "q_proj", "dtype": "float32"}
-    found["of a mixture"] = train(folder, mixed, files, ranks, "entries", model=on_attention, limit_val_batches=0)[1]
+    found["of a mixture"] = train(folder, mixed, files, ranks, "entries", model=on_attention, **SHORT)[1]
     found["scores"] = answer(folder, base, files, ranks)
     found["refusals"] = refusals(folder, base, files) if ranks > 1 else []
     found["hashes"] = [open_expert(folder / "library" / kind).content_hash for kind in KINDS]
