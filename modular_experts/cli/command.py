@@ -95,4 +95,6 @@ def _is_on_purpose(error: BaseException) -> bool:
     speaks = speaks or type(error).__name__ == "MisconfigurationException"
     *_, raised_in = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
     speaks = speaks and bool(re.match(r"(modular_experts|lightning)\b", raised_in))
+    # Lightning's callbacks refuse a wrong `monitor` so.
+    speaks = speaks or (type(error) is RuntimeError and raised_in.startswith("lightning.pytorch.callbacks."))
     return speaks or isinstance(error, OSError | UsageError)

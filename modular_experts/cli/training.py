@@ -1,6 +1,6 @@
 """Run `fit`, `validate`, `test` and `predict`: their options are arguments of the model, the data and the trainer.
 
-The command line beats the config files, and these beat a checkpoint, whose settings are read first.
+The command line beats the config files, these beat variables of the environment, and all beat a checkpoint's settings.
 """
 
 import os
@@ -24,9 +24,10 @@ def run(argv: Sequence[str]) -> None:
     if {"--help_all", "--help-all"} & {*words}:
         _print_options(hints)
         return
-    spelt = spelt_out([*_of_environment(verb), *words], hints, short=SHORT_NAMES)
+    spelt = spelt_out(words, hints, short=SHORT_NAMES)
     print_class_help(spelt, hints, SHORT_NAMES)
-    options = spelt.options
+    # Variables of the environment lie beneath config files.
+    options = [*spelt_out(_of_environment(verb), hints, short=SHORT_NAMES).options, *spelt.options]
     if word := value_of(options, "ckpt_path"):
         checkpoint = checkpoint_file(word, options)
         # The settings of a checkpoint lie beneath all others.

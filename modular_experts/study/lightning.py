@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer, cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
@@ -41,6 +41,7 @@ import_systems("callback")
 
 GROUPS = {"model": ExpertModule, "data": LightningDataModule, "trainer": Trainer}
 """The class of each group of a config, or one of those below it."""
+_HOMES = {"model.optimizer": torch.optim, "model.scheduler": torch.optim.lr_scheduler}
 _USUAL_SETTINGS = {"trainer": TRAINER}
 
 
@@ -71,7 +72,7 @@ class ExpertCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=words_of(_with_folder(options)),
+                args=words_of((name, _with_paths(name, value)) for name, value in _with_folder(options)),
                 run=False,
                 auto_configure_optimizers=False,
             )
@@ -85,12 +86,12 @@ class ExpertCLI(LightningCLI):
         for name in ("ckpt_path", "device"):
             parser.add_argument(f"--{name}", type=str | None, default=None)
         parser.add_argument("--trust", type=list[str] | None, default=None)
-        if self.verb == "fit":
-            parser.add_argument("--out", type=str | None, default=None)
-            parser.add_argument("--overwrite", type=bool, default=False)
-            parser.add_argument("--keep_inputs", type=int, default=0)
-            parser.add_argument("--dry_run", type=bool, default=False)
-            parser.add_argument("--fit_into", type=str | None, default=None)
+        # The others leave these aside, so that they read the config of a fit.
+        parser.add_argument("--out", type=str | None, default=None)
+        parser.add_argument("--overwrite", type=bool, default=False)
+        parser.add_argument("--keep_inputs", type=int, default=0)
+        parser.add_argument("--dry_run", type=bool, default=False)
+        parser.add_argument("--fit_into", type=str | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -136,8 +137,8 @@ class ExpertCLI(LightningCLI):
         super().instantiate_classes()
         check_checkpoint(self.config.ckpt_path)
         run = Run(self.model, self.datamodule, self.trainer, self.config.ckpt_path)
-        own = [self.described.get(name) for name in ("out", "overwrite", "keep_inputs", "fit_into")]
-        set_up(run, *own)
+        if self.verb == "fit":
+            set_up(run, *(self.described[name] for name in ("out", "overwrite", "keep_inputs", "fit_into")))
         return run
 
 
@@ -148,6 +149,23 @@ def _with_folder(options: Iterable[Option]) -> Iterator[Option]:
         yield option
         if value_of([option], "trainer.logger") in ("CSVLogger", "TensorBoardLogger"):
             yield "trainer.logger.save_dir", folder
+
+
+def _with_paths(name: str, value: Any) -> Any:
+    """Return the value of an option; torch's optimizers and schedulers have their paths in the place of their names.
+
+    Other packages, such as bitsandbytes, name theirs alike, and the parser takes no name that two classes have.
+    """
+    if isinstance(value, dict):
+        place = "" if name == "config" else f"{name}."
+        return {key: _with_paths((place + key).replace(".init_args", ""), inner) for key, inner in value.items()}
+    home = _HOMES.get(name.removesuffix(".class_path"))
+    if home is None or not isinstance(value, str) or not hasattr(home, value):
+        return value
+    if value == "ReduceLROnPlateau":
+        # Lightning's knows what to monitor.
+        home = cli
+    return f"{home.__name__}.{value}"
 
 
 def _made_logger(kind: type[Logger], *arguments: Any, **settings: Any) -> Logger:

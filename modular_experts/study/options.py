@@ -148,14 +148,20 @@ def words_of(options: Iterable[Option]) -> list[str]:
     """
     words: list[tuple[str, str | Config]] = []
     for name, value in options:
-        if name == "config" and words and words[-1][0] == "config":
-            value = laid_over(words.pop()[1], value)
-        elif isinstance(value, str) and value.startswith("["):
+        if name == "config":
+            words = [word for word in words if not _is_list(word[1]) or value_of([(name, value)], word[0]) is None]
+            if words and words[-1][0] == "config":
+                value = laid_over(words.pop()[1], value)
+        elif _is_list(value):
             words = [(other, _without(name, held) if isinstance(held, dict) else held) for other, held in words]
         words.append((name, value))
     # The parser prints the settings when it meets that option.
     words.sort(key=lambda word: word[0] == "print_config")
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in words]
+
+
+def _is_list(value: str | Config) -> bool:
+    return isinstance(value, str) and value.startswith("[")
 
 
 def laid_over(earlier: Any, later: Any) -> Any:

@@ -115,12 +115,16 @@ _NOISE = re.compile(
 
 
 class _Cause(NamedTuple):
-    """A line that tells what is wrong, with the option and the class whose setting it is about."""
+    """A line that tells what is wrong, with the option, and the class or the factory whose setting it is about."""
 
     option: str
     kind: str
     text: str
-    is_of_factory: bool
+    factory: str
+
+    def depth(self) -> int:
+        """Return how far inside it lies; that a class is another member of a union tells less than all others."""
+        return -1 if "correspond to a subclass" in self.text else self.option.count(".")
 
 
 def _causes(report: str) -> list[_Cause]:
@@ -134,9 +138,9 @@ def _causes(report: str) -> list[_Cause]:
         text = _ABOVE.sub("", line).strip(" -")
         if text and not _NOISE.match(text):
             keys, kinds = ([match[part] for _, match in above if match[part]] for part in ("key", "kind"))
-            factory = any(match["factory"] for _, match in above[-1:])
-            causes.append(_Cause("--" + ".".join(keys), kinds[-1] if kinds else "", text, factory))
-    return sorted(causes, key=lambda cause: -cause.option.count("."))
+            factory = above[-1][1]["factory"] if above else ""
+            causes.append(_Cause("--" + ".".join(keys), kinds[-1] if kinds else "", text, factory or ""))
+    return sorted(causes, key=_Cause.depth, reverse=True)
 
 
 def sentence_of(report: str, hint: Any = None) -> str:
@@ -150,14 +154,19 @@ def sentence_of(report: str, hint: Any = None) -> str:
     option, text, value = cause.option, cause.text, _value_in(cause.text, report)
     place = f"{option}." if option != "--" else option
     if refused := re.match(r"Option '([^']+)' is not accepted(?:.*class_path='([\w.]+)')?", text):
-        known = _settings_of(refused[2] or cause.kind)
-        if cause.is_of_factory:
+        kind = refused[2] or cause.kind
+        if cause.factory.endswith(f".{kind.rpartition('.')[2]}]"):
+            return f"{place}{refused[1]} is a setting of a class; name the class before it, with {option}"
+        known = _settings_of(kind)
+        if cause.factory:
             # The package gives its first argument.
             del known[0]
         return str(unknown("option", place + refused[1], [place + name for name in known]))
     if refused := re.match(r"the following arguments are required: (.*)|Key \"([\w.]+)\" is required", text):
         names = (refused[1] or refused[2]).split(", ")
         return f"{' and '.join(place + name for name in names)} must be given, on the command line or in --config"
+    if refused := re.match(r"Multiple subclasses with name (\w+)\. .*ambiguity: (.*)\.", cause.text):
+        return f"{option}: several classes have the name {refused[1]}; name one of {refused[2]}"
     if refused := re.match(r"Expected a dot import path string: (.*)", text):
         return f"{option}: there is no class {refused[1]!r}{_near_class(option, refused[1], report, hint)}"
     if refused := re.match(r"(?:Expected an?|Not a valid subclass of) (.*?)\. Got value: ", text):
@@ -219,8 +228,9 @@ def _located(path: str) -> Any:
 
 
 def _settings_of(path: str) -> list[str]:
-    """Return the names of the arguments of a class and of those that it hands them on to."""
-    names = [name for maker in makers_of(_located(path)) for name in [*inspect.signature(maker).parameters][1:]]
+    """Return the names of the arguments of a class and of those that it hands them on to; none if it is not known."""
+    makers = makers_of(_located(path) or object)
+    names = [name for maker in makers for name in [*inspect.signature(maker).parameters][1:]]
     return [name for name in dict.fromkeys(names) if name not in ("args", "kwargs", "_")]
 
 

@@ -111,8 +111,8 @@ def check_sizes(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None
     if unlike:
         raise ValueError(
             f"the checkpoint's experts are not those configured: {len(unlike)} tensors differ, first {unlike[0]}, "
-            f"with shape {theirs.get(unlike[0])} there and {ours.get(unlike[0])} here; give the expert and modules "
-            "of the checkpoint"
+            f"with shape {theirs.get(unlike[0])} there and {ours.get(unlike[0])} here; give `expert=` and "
+            "`modules=` as the fit that wrote it had them"
         )
 
 

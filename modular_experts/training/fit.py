@@ -55,6 +55,8 @@ _NOISE = [
     ".*sync_dist=True.*",  # losses of all processes are joined before they are logged
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*The dirpath has changed from.*",
+    # Only `out` makes the callback that exports.
+    r".*Please add the following callbacks: \['ExportExpert'\].*",
     ".*`tensorboardX` has been removed as a dependency.*",
 ]
 
@@ -341,7 +343,7 @@ def prepare(
 def check_checkpoint(checkpoint: str | Path | None) -> None:
     """Raise if a checkpoint does not exist: Lightning would look for it after all rows are read."""
     if checkpoint is not None and "://" not in str(checkpoint) and not Path(checkpoint).exists():
-        raise ValueError(f"ckpt_path={str(checkpoint)!r} is not a checkpoint; give its file, which ends in .ckpt")
+        raise ValueError(f"`ckpt_path={str(checkpoint)!r}` is not there; give a file that ends in .ckpt")
 
 
 def set_up(
@@ -429,7 +431,9 @@ def _loggers(verb: str, logger: object, root: str) -> object:
 def quiet() -> Iterator[None]:
     """Log what this package reports to stderr, on the first rank only, and of Lightning only its warnings."""
     theirs = logging_from(logging.WARNING, "lightning.pytorch", "lightning.fabric")
-    with theirs, lines_on_stderr(), warnings.catch_warnings():
+    # A profiler logs its report.
+    reports = logging_from(logging.INFO, "lightning.pytorch.profilers")
+    with theirs, reports, lines_on_stderr(), warnings.catch_warnings():
         # A user cannot mend the deprecated calls of Lightning.
         warnings.simplefilter("ignore", DeprecationWarning)
         for message in _NOISE:

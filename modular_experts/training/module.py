@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, distributed, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from modular_experts.base import Base
 from modular_experts.base.base import DType
@@ -278,6 +278,7 @@ class ExpertModule(EvaluatedModule):
         self._given = []
         # Before a training, because an expert may count in an attribute.
         self._facts = checkpoints.trained_facts(model, self.applied_experts)
+        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
@@ -303,6 +304,13 @@ class ExpertModule(EvaluatedModule):
             elif isinstance(callback, EvenValidation) and self.trainer.state.fn == "fit":
                 callback.take_over(self.trainer)
         return added
+
+    def unfreeze(self) -> "ExpertModule":
+        """Let the experts be trained again, after `freeze`; the base stays as it is."""
+        super().unfreeze()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad = name in self._trained
+        return self
 
     def make_optimizer(self) -> Optimizer:
         """Return the optimizer of the trained parameters, at its peak rate."""
@@ -333,6 +341,10 @@ class ExpertModule(EvaluatedModule):
             scheduler: LRScheduler = LambdaLR(optimizer, lambda step: shape.factor(step, total))
         else:
             scheduler = shape(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            # It needs a number of each validation; torch's own class does not say which.
+            monitor = getattr(scheduler, "monitor", "val_loss")
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -342,6 +354,9 @@ class ExpertModule(EvaluatedModule):
         if self.learning_rate is not None and set(checkpoints.peak_rates(self.trainer)) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
+        if not hasattr(self, "length"):
+            # A `configure_optimizers` of the user's has not asked for it.
+            self.length = training_length(self.trainer)
         self.prepare_experts(datamodule_of(self.trainer))
         source = source_of(self.trainer)
         if source.packing:
@@ -450,11 +465,15 @@ class ExpertModule(EvaluatedModule):
             del full[key]
         return full
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tensors, and report as missing only names that `state_dict` has: it leaves the base out."""
-        loaded = super().load_state_dict(*args, **kwargs)
+        loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
         kept = self.state_dict()
-        return type(loaded)([name for name in loaded.missing_keys if name in kept], loaded.unexpected_keys)
+        missing = [name for name in loaded.missing_keys if name in kept]
+        if strict and (missing or loaded.unexpected_keys):
+            differ = ", ".join([*missing, *loaded.unexpected_keys])
+            raise RuntimeError(f"the tensors and these experts differ, which `configure_model()` makes first: {differ}")
+        return type(loaded)(missing, loaded.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: Record) -> None:
         checkpoint["base_fingerprint"] = self.fingerprint

@@ -78,7 +78,7 @@ def test_a_wrong_pattern_and_a_missing_checkpoint_are_found_before_rows_are_read
     assert main(FIT.replace("q_proj", "query").split()) == 1
     assert "modules='query' matches no linear layer" in capsys.readouterr().err
     assert main([*FIT.split(), "--ckpt_path", "gone.ckpt"]) == 1
-    assert "ckpt_path='gone.ckpt' is not a checkpoint" in capsys.readouterr().err
+    assert "--ckpt_path gone.ckpt is not there" in capsys.readouterr().err
 
 
 SLIPS = {

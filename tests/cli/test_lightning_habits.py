@@ -1,6 +1,7 @@
 """What a Lightning user tries unread: the stock LightningCLI, `load_from_checkpoint`, metrics of a trainer."""
 
 import contextlib
+import csv
 import logging
 import sys
 import warnings
@@ -318,3 +319,105 @@ def test_a_run_goes_on_from_its_last_checkpoint_and_tests_its_best(files, capsys
     assert "goes on from step 2 of 3" in capsys.readouterr().err
     assert main(["test", *files["run"], "--ckpt_path", "best"]) == 0
     assert "held-in" in capsys.readouterr().out
+
+
+def test_every_command_reads_the_config_that_a_fit_has_saved(files, capsys) -> None:
+    assert main(["fit", *files["run"], "--out", "library/a", "--steps", "1"]) == 0
+    (config,) = Path("runs").rglob("config.yaml")
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    library = {file: file.read_bytes() for file in Path("library").rglob("*") if file.is_file()}
+    assert main(["test", "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
+    assert "held-in" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in Path("library").rglob("*") if file.is_file()} == library
+    assert main(["test", "--config", str(config), "--overwrite"]) == 2
+    assert "there is no option --overwrite" in capsys.readouterr().err
+
+
+def test_variables_of_the_environment_lie_beneath_config_files(files, settings, monkeypatch) -> None:
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEPS", "7")
+    monkeypatch.setenv("PL_FIT__MODEL__MODULES", "[v_proj, o_proj]")
+    found = settings(*files["run"])
+    assert (found["trainer"]["max_steps"], found["model"]["modules"]) == (2, ["q_proj"])
+
+
+def test_a_profiler_reports(files, caplog) -> None:
+    assert main(["fit", *files["run"], "--trainer.profiler", "simple"]) == 0
+    assert "Profiler Report" in caplog.text
+
+
+class OwnOptimizer(ExpertModule):
+    """A module that makes its optimizer in Lightning's hook."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([tensor for tensor in self.parameters() if tensor.requires_grad], lr=0.1)
+
+
+def test_a_module_may_configure_its_optimizers(files) -> None:
+    assert main(["fit", *files["run"], "--model", f"{__name__}.OwnOptimizer", "--out", "library/a"]) == 0
+    assert open_expert("library/a").record["hyperparameters"]["learning_rate"] == 0.1
+
+
+def test_the_rate_falls_where_a_monitored_number_stays(files, caplog) -> None:
+    words = ["--lr_scheduler", "ReduceLROnPlateau", "--lr_scheduler.monitor", "val_loss"]
+    words += [
+        "--lr_scheduler.patience",
+        "0",
+        "--lr_scheduler.threshold",
+        "100.0",
+        "--lr_scheduler.threshold_mode",
+        "abs",
+    ]
+    words += ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--trainer.limit_train_batches", "1", "--steps", "4"]
+    assert main(["fit", *files["run"], *words, "--trainer.callbacks+=LearningRateMonitor"]) == 0
+    (metrics,) = Path("runs").rglob("metrics.csv")
+    rates = [row["lr-SGD"] for row in csv.DictReader(metrics.open()) if row["lr-SGD"]]
+    assert [float(rate) for rate in rates] == pytest.approx([0.5, 0.5, 0.05, 0.005])
+
+
+def test_a_class_of_another_package_does_not_hide_an_optimizer_of_torch(files, settings) -> None:
+    kind = type("SGD", (torch.optim.SGD,), {"__module__": __name__})
+    assert kind in torch.optim.SGD.__subclasses__()
+    Path("sgd.yaml").write_text("optimizer: {class_path: SGD, lr: 0.5}\n")
+    for words in (["--optimizer", "SGD"], ["--config", "sgd.yaml"]):
+        assert settings(*files["run"], *words)["model"]["optimizer"]["class_path"] == "torch.optim.SGD"
+
+
+WRONG = [
+    (["--lr_scheduler", "StepLR"], "--lr_scheduler.step_size must be given"),
+    (["--optimizer.lr", "0.1"], "--optimizer.lr is a setting of a class; name the class before it, with --optimizer"),
+    (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val_los"], "val_los"),
+    (["--ckpt_path", "gone.ckpt"], "--ckpt_path gone.ckpt is not there; give a file that ends in .ckpt"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), WRONG)
+def test_what_lightning_refuses_gets_a_sentence(files, capsys, words: list[str], sentence: str) -> None:
+    assert main(["fit", *files["run"], *words]) in (1, 2)
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: ")
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_unfreeze_trains_the_experts_alone(one_block: Path, task_files: dict[str, Path]) -> None:
+    module = ExpertModule(one_block, ["q_proj"], LoRAExpert)
+    data = TaskMixture([task_files["upper"]])
+    quick = {"max_steps": 1, "accelerator": "cpu", "logger": False, "limit_val_batches": 0}
+    Trainer(**quick).fit(module, data)
+    trained = [name for name, tensor in module.named_parameters() if tensor.requires_grad]
+    base = module.model.model.embed_tokens.weight.detach().clone()
+    assert module.freeze().unfreeze() is module
+    assert [name for name, tensor in module.named_parameters() if tensor.requires_grad] == trained
+    Trainer(**quick | {"max_steps": 2}).fit(module, data)
+    assert torch.equal(module.model.model.embed_tokens.weight, base)
+
+
+def test_a_module_loads_its_own_tensors_and_names_others(one_block: Path, task_files: dict[str, Path]) -> None:
+    module = ExpertModule(one_block, ["q_proj"], LoRAExpert)
+    Trainer(max_steps=1, accelerator="cpu", logger=False, limit_val_batches=0).fit(
+        module, TaskMixture([task_files["upper"]])
+    )
+    state = module.state_dict()
+    assert not module.load_state_dict(state).missing_keys
+    with pytest.raises(RuntimeError, match=r"tensors and these experts differ.*: other"):
+        module.load_state_dict(state | {"other": torch.zeros(1)})

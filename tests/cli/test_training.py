@@ -200,7 +200,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, m
     assert main(["verify", best]) == 0
     assert not Path("library").exists()
     assert main([*FIT, "--trainer.default_root_dir", "elsewhere", "--ckpt_path", "last"]) == 1
-    assert "ckpt_path='last' is not a checkpoint" in capsys.readouterr().err
+    assert "--ckpt_path last is not there" in capsys.readouterr().err
     monkeypatch.setattr(ExpertModule, "training_step", step)
     assert main([*FIT, "--ckpt_path", "last"]) == 0
     assert "goes on from step 3 of " in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_a_check_reads_neither_base_nor_rows(place) -> None:
     assert not list(place.iterdir())
     with pytest.raises(ValueError, match=r"learning_rate=-1.* must be above 0"):
         check_fit("nowhere", ["missing.jsonl"], LoRAExpert, ["q_proj"], learning_rate=-1.0)
-    with pytest.raises(ValueError, match="is not a checkpoint; give its file"):
+    with pytest.raises(ValueError, match="is not there; give a file"):
         check_fit("nowhere", ["missing.jsonl"], LoRAExpert, ["q_proj"], checkpoint="last")
     with pytest.raises(ValueError, match="a TaskMixture has its own batch_size; set that in it"):
         check_fit("nowhere", TaskMixture(["missing.jsonl"], "nowhere", 4), LoRAExpert, ["q_proj"], batch_size=8)
