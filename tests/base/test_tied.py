@@ -159,17 +159,14 @@ def test_an_expert_of_the_tensor_that_is_two_stays_with_its_base(place):
         applied(Base.open("tied").load(), "library/rows", check=False)
 
 
-def test_an_adapter_of_the_head_alone_names_the_way_out(run, place):
+def test_an_adapter_of_the_head_alone_names_the_way_out(run, refused, place):
     config = json.loads(Path("peft/head/adapter_config.json").read_text())
     shutil.copytree("peft/head", "peft/wrong")
     Path("peft/wrong/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "tied"}))
-    code, _, err = run("merge", "peft/wrong", "peft/plain", "--method", "Average", "--out", "library/m")
-    assert code == 1
-    assert "make an untied copy, in Python Base.open('tied').untie('untied'), and give it as the base" in err
-    assert (
-        run("merge", "peft/wrong", "peft/plain", "--method", "Average", "--base", "untied", "--out", "library/m")[0]
-        == 0
-    )
+    merge = ["merge", "peft/wrong", "peft/plain", "--method", "Average", "--out", "library/m"]
+    way_out = "make an untied copy, in Python Base.open('tied').untie('untied'), and give it as the base"
+    assert way_out in refused(*merge)
+    assert run(*merge, "--base", "untied")[0] == 0
     code, _, err = run("merge", "peft/head", "peft/plain", "--method", "Average", "--out", "library/n")
     assert code == 0, err
     assert open_expert("library/m").content_hash == open_expert("library/n").content_hash

@@ -1,13 +1,11 @@
-"""Experts of blocks, MLPs and whole models, of a plan whose parts share a gate: in, out, trained, stored, resumed."""
+"""Experts of blocks, MLPs and whole models, of a plan whose parts share a gate: in, out, trained, stored."""
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_model
-from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from testbed.shared_gate import SharedGate, Shift
 from testbed.systems import filled
@@ -15,7 +13,6 @@ from torch import nn
 
 from modular_experts.base import Base
 from modular_experts.evaluation import batch_losses
-from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import (
     describe_experts,
     eject,
@@ -122,36 +119,11 @@ def test_penalties_and_facts_of_all_parts_are_told() -> None:
     assert not list(task_vector(model))
 
 
-def fitted(
-    base: Path, files: dict[str, Path], folder: Path, *callbacks, plan: LayerPlan, ckpt: Path | None = None
-) -> tuple:
-    """Train four steps; return the module and the losses."""
-    torch.manual_seed(0 if ckpt is None else 99)
-    losses = runs.Losses()
-    module = ExpertModule(str(base), experts=plan, dtype="float64")
-    trainer = runs.trainer(folder, losses, *callbacks, max_steps=4, enable_checkpointing=len(callbacks) > 0)
-    trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=ckpt)
-    return module, losses.steps
-
-
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_resumed_run_has_the_same_losses_and_ends_with_the_same_state(tiny_llama_dir, task_files, tmp_path) -> None:
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    whole, losses = fitted(tiny_llama_dir, task_files, tmp_path, saving, plan=SharedGate())
-    ckpt = tmp_path / "step=2.ckpt"
-    rest, again = fitted(tiny_llama_dir, task_files, tmp_path, plan=SharedGate(), ckpt=ckpt)
-    assert again == losses[2:]
-    state = whole.expert_state()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in rest.expert_state().items())
-    assert set(torch.load(ckpt)["state_dict"]) == {
-        name for name, parameter in whole.named_parameters() if parameter.requires_grad
-    }
-
-
 def test_an_exported_expert_is_opened_by_its_plan_alone(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
     export = ExportExpert(str(tmp_path / "library"), "shared", monitor=None)
+    module = ExpertModule(str(tiny_llama_dir), experts=SharedGate(["q_proj"], penalty=0.5), dtype="float64")
     with caplog.at_level("INFO"):
-        module, _ = fitted(tiny_llama_dir, task_files, tmp_path, export, plan=SharedGate(["q_proj"], penalty=0.5))
+        runs.trainer(tmp_path, export, max_steps=4).fit(module, runs.mixture(task_files, tiny_llama_dir, seed=0))
     assert "in 2 weights and 5 other modules: 385 trained parameters" in caplog.text
     stored = open_expert(tmp_path / "library/shared")
     assert (stored.record["kind"], stored.record["plan"]["class"]) == ("SharedGate", "testbed.shared_gate.SharedGate")
