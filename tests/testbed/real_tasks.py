@@ -15,12 +15,15 @@ from modular_experts.training.module import ExpertModule
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2"
 
 
-def mixture() -> TaskMixture:
+def task_files() -> dict[str, Path]:
     folder = os.environ.get("MODULAR_EXPERTS_DATA")
     if not folder or not SMOLLM2.is_dir():
         pytest.skip("MODULAR_EXPERTS_DATA names no folder of task files, or `make smollm2` was not run")
-    files = {name: Path(folder).resolve() / f"{name}.jsonl" for name in ("snips_intent", "clinc_banking")}
-    return runs.mixture(files, SMOLLM2, batch_size=4, eval_batch_size=8, eval_limit=4, max_length=128, seed=0)
+    return {name: Path(folder).resolve() / f"{name}.jsonl" for name in ("snips_intent", "clinc_banking")}
+
+
+def mixture() -> TaskMixture:
+    return runs.mixture(task_files(), SMOLLM2, batch_size=4, eval_batch_size=8, eval_limit=4, max_length=128, seed=0)
 
 
 def fit_six_steps(folder: Path, experts: Any, *callbacks: Callback, **settings: Any) -> ExpertModule:

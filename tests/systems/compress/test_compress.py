@@ -8,11 +8,14 @@ import conftest
 import pytest
 import torch
 from safetensors.torch import load_file
+from testbed import real_tasks
 from transformers import AutoModelForCausalLM
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
+from modular_experts.data import Task, TaskMixture
+from modular_experts.evaluation import evaluate
 from modular_experts.systems.compress.candidates import rank
 from modular_experts.systems.compress.compress import Compressed, Reduction, perplexity, read_texts
 from modular_experts.systems.compress.compress import compress as make_smaller
@@ -202,3 +205,20 @@ def test_the_config_makes_a_smaller_base(tiny_llama_dir, tmp_path, monkeypatch) 
     config = Path(__file__).parents[3] / "configs/compress/search.yaml"
     assert main(["compress", "--config", str(config), "--evaluations", "4"]) == 0
     assert Path("smaller/model.safetensors").stat().st_size < (tiny_llama_dir / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_a_smaller_smollm2_speaks_and_learns(tmp_path, monkeypatch) -> None:
+    """Slow: 80 % of the parameters of SmolLM2 take two minutes of CPU time."""
+    files = [str(file) for file in real_tasks.task_files().values()]
+    monkeypatch.chdir(tmp_path)
+    found = compress(real_tasks.SMOLLM2, files, "smaller", keep=0.8, evaluations=2, tokens=2048, test_tokens=1024)
+    assert 0.78 * found.base <= found.parameters <= 0.8 * found.base
+    perplexity = found.perplexity
+    assert perplexity["base"] < perplexity["reformed"] < perplexity["cut"]
+    fit = ["fit", "--base", "smaller", "--expert", "LoRAExpert", "--modules", "q_proj", "v_proj"]
+    assert main([*fit, "--tasks", files[0], "--steps", "20", "--out", "library/intent"]) == 0
+    data = TaskMixture([Task(path=files[0])], eval_limit=32)
+    rows = evaluate("smaller", {"base": [], "expert": ["library/intent"]}, data, max_new_tokens=None)
+    loss = {model: rows.where(model=model).mean("loss") for model in ("base", "expert")}
+    assert loss["expert"] < loss["base"]
