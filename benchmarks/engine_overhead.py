@@ -24,7 +24,7 @@ from measuring import Parser
 from modular_experts.reports.results import machine
 from modular_experts.study.engines import engine
 from modular_experts.study.piece import Piece
-from modular_experts.study.run_pieces import run
+from modular_experts.study.run_pieces import run_pieces
 
 PROCESSES = 2
 
@@ -39,9 +39,9 @@ def measured(name: str, count: int) -> dict[str, float]:
     """Return seconds: until the first results, per piece that does nothing, and of this program's CPU per piece."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=".") as folder, started(name, folder) as executor:
-        run([Piece((n,), abs, (n,)) for n in range(PROCESSES)], executor=executor).raise_failures()
+        run_pieces([Piece((n,), abs, (n,)) for n in range(PROCESSES)], executor=executor).raise_failures()
         first, used = time.perf_counter(), sum(os.times()[:4])
-        run([Piece((n,), abs, (n,)) for n in range(count)], executor=executor).raise_failures()
+        run_pieces([Piece((n,), abs, (n,)) for n in range(count)], executor=executor).raise_failures()
         ended, used = time.perf_counter(), sum(os.times()[:4]) - used
     return {"start": first - begun, "piece": (ended - first) / count, "cpu": used / count, "pieces": count}
 

@@ -32,7 +32,7 @@ from modular_experts.injection import draw_experts, extra_losses, inject, named_
 from modular_experts.reports.json_lines import JSONLines
 from modular_experts.study.piece import Piece
 from modular_experts.study.processes import LocalProcesses
-from modular_experts.study.run_pieces import run
+from modular_experts.study.run_pieces import run_pieces
 from modular_experts.systems.ada_mix import AdaMixExpert
 from modular_experts.systems.boosting import BoostedLoRAExpert
 from modular_experts.systems.glora import GLoRAExpert
@@ -141,7 +141,7 @@ def costs(store: JSONLines, part: str, names: Sequence[str], repeats: int, small
     with LocalProcesses(1) as pool:
         pieces = [Piece(("memory", name), _memory, (part, name, small)) for name in names]
         pieces.append(Piece(("time", *names), _times, (part, names, repeats, small)))
-        run(pieces, store, pool, lambda *now: print(*now, file=sys.stderr)).raise_failures()
+        run_pieces(pieces, store, pool, lambda *now: print(*now, file=sys.stderr)).raise_failures()
     peaks, times = {name: store["memory", name] for name in names}, store["time", *names]
     first = names[0]
     return [

@@ -15,7 +15,7 @@ from modular_experts.library.statistics import StoredStatistics
 from modular_experts.text import bytes_text
 
 
-def summary(expert: StoredExpert) -> str:
+def expert_line(expert: StoredExpert) -> str:
     """Return an expert in one line."""
     size = bytes_text(expert.size_on_disk)
     if expert.is_routed:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from modular_experts.base import DType
 from modular_experts.base.apply import apply as apply_experts
-from modular_experts.cli.format import counted, print_check, share_text, summary
+from modular_experts.cli.format import counted, expert_line, print_check, share_text
 from modular_experts.interop.import_expert import found_sources, import_expert, import_experts
 from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
 from modular_experts.interop.peft import export as export_expert
@@ -62,7 +62,7 @@ def import_(
             f"{origin['read_with']} states {origin['stated_weights']} of the deltas; {origin['measured_weights']} are "
             f"merged weight minus base; logits differ from PEFT's by at most {origin['largest_difference']:.1e}"
         )
-    print(f"{out}: {summary(expert)}")
+    print(f"{out}: {expert_line(expert)}")
 
 
 def _import_several(sources: list[str], out: str, base: str | None, revision: str | None, overwrite: bool) -> None:
@@ -73,7 +73,7 @@ def _import_several(sources: list[str], out: str, base: str | None, revision: st
 
     done = import_experts(sources, out, base, revision, overwrite, told)
     for expert in done.experts:
-        there = "there already, of the same files, left alone" if expert.name in done.present else summary(expert)
+        there = "there already, of the same files, left alone" if expert.name in done.present else expert_line(expert)
         print(f"{Path(out, expert.name)}: {there}")
     count = len(done.experts) + len(done.failed)
     if done.failed:
@@ -310,7 +310,7 @@ def pull(
     """
     pulled = pull_experts(repo, out, experts, revision, overwrite, statistics, progress_bar("checking"))
     for expert in pulled.experts:
-        print(f"{Path(out, expert.name)}: {summary(expert)}")
+        print(f"{Path(out, expert.name)}: {expert_line(expert)}")
     for expert in pulled.present:
         print(f"{Path(out, expert.name)}: there already with the same content hash, left alone")
     count = counted(len(pulled.experts), "expert")

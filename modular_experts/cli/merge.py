@@ -16,7 +16,7 @@ from modular_experts.base import Base, DType, Origin
 from modular_experts.base.base import find_base
 from modular_experts.base.files import MANIFEST, found_or_fetched, weight_files
 from modular_experts.base.verify import Check
-from modular_experts.cli.format import counted, print_check, share_text, summary, table_of, value_text
+from modular_experts.cli.format import counted, expert_line, print_check, share_text, table_of, value_text
 from modular_experts.library import StoredExpert, check_target, open_expert, open_experts
 from modular_experts.library.described import describe
 from modular_experts.library.form import Form
@@ -263,7 +263,7 @@ def _distill(
     print(f"merged {counted(len(experts), 'expert')} with {_method_text(method)}")
     for line in done.report():
         print(line)
-    print(f"{out}: {summary(done.expert)}")
+    print(f"{out}: {expert_line(done.expert)}")
 
 
 def _mixture(rows: Rows | None) -> "TaskMixture | None":
@@ -283,7 +283,7 @@ def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, data: "TaskMixture
 
 def _print_experts(merged: Merged, out: str) -> None:
     stored = open_expert(out)
-    print(f"{out}: {summary(stored)}")
+    print(f"{out}: {expert_line(stored)}")
     if cut := (stored.record["hyperparameters"] or {}).get("cut"):
         print(f"rank {cut['rank']} keeps {share_text(cut['squared_norm_kept'])} of the merge's squared norm")
     with suppress(OSError, ValueError):  # the base is on another machine
@@ -298,7 +298,7 @@ def _print_experts(merged: Merged, out: str) -> None:
                 f"modular-experts shrink {out} --out small --tasks ... (the fewest bytes that keep its loss)"
             )
     for name in merged.beside():
-        print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
+        print(f"{out}-{name}: for the tasks of {name}, {expert_line(open_expert(f'{out}-{name}'))}")
 
 
 def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
@@ -317,7 +317,7 @@ def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
     left = remove_expert(merged, expert, out, overwrite, progress_bar("removing"))
     count = len(left.record["parents"])
     print(f"took {expert} out of {merged}; {count} expert{'s are' if count > 1 else ' is'} left")
-    print(f"{out}: {summary(left)}")
+    print(f"{out}: {expert_line(left)}")
 
 
 def _print_plan(merged: Merged) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 from rich.console import Console
 
 from modular_experts.base import DType
-from modular_experts.cli.format import call_text, counted, duration_text, statistics_text, summary, table_of
+from modular_experts.cli.format import call_text, counted, duration_text, expert_line, statistics_text, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.injection.attach import describe_router
@@ -62,7 +62,7 @@ def search(
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     for line in done.report():
         print(line)
-    print(f"{out}: {summary(done.expert)}")
+    print(f"{out}: {expert_line(done.expert)}")
 
 
 def statistics(

@@ -29,7 +29,7 @@ from modular_experts.study.piece import Piece
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.plan import Study
 from modular_experts.study.processes import LocalProcesses, at_once
-from modular_experts.study.run_pieces import run
+from modular_experts.study.run_pieces import run_pieces
 from modular_experts.study.work import check_templates, training_bytes, warn_of_copies
 
 PIECES = "pieces.jsonl"
@@ -200,7 +200,7 @@ def run_study(
             trace = "".join(traceback.format_exception(error))
             lines[piece.key] = {"failed": failure_text(error), "trace": trace}
 
-        run(todo, lines, pool, show, failed)
+        run_pieces(todo, lines, pool, show, failed)
     after = state_of(pieces, lines)
     if before - after.done.keys():
         # An expert was trained anew and came out otherwise, so what was made of it is left to do.

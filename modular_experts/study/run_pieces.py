@@ -15,7 +15,7 @@ JobProgress = Callable[[int, int, Piece | None], None]
 """Called with how many pieces are finished, how many there are, and the piece that finished (None at the start)."""
 
 
-def run(
+def run_pieces(
     pieces: Sequence[Piece],
     store: MutableMapping[Key, object] | None = None,
     executor: Executor | None = None,

@@ -22,7 +22,7 @@ from modular_experts.study.merges import check_kinds, read_ways
 from modular_experts.study.options import SHORT_NAMES, respelt
 from modular_experts.study.parser import load_yaml, make
 from modular_experts.study.plan import BASE, MULTITASK, Measure, Study
-from modular_experts.study.short_forms import Kinds, Settings, check_files, for_seed, read_tasks, spelt_out, stored_in
+from modular_experts.study.short_forms import Kinds, Settings, check_files, for_seed, kinds_of, read_tasks, stored_in
 from modular_experts.text import did_you_mean
 from modular_experts.training.checkpoint import as_config
 
@@ -157,7 +157,7 @@ def read_experts(given: Description) -> Kinds:
     """Return the configs of the fit of each kind of experts: the shared settings, then its own."""
     if not given.experts:
         raise ValueError("a study needs a kind of expert, such as experts: {lora: {expert: LoRAExpert, steps: 200}}")
-    found = spelt_out(given.experts)
+    found = kinds_of(given.experts)
     for kind in {**found.apart, **found.joint}:
         if not NAME.fullmatch(kind) or kind in RESERVED:
             raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")

@@ -81,7 +81,7 @@ class Kinds(NamedTuple):
     named: dict[str, list[str]]
 
 
-def spelt_out(experts: Mapping[str, Any]) -> Kinds:
+def kinds_of(experts: Mapping[str, Any]) -> Kinds:
     """Tell kinds with one expert of all tasks (`joint: true`) from others, and make a kind of each value of a grid.
 
     `lora: {expert: LoRAExpert, grid: {learning_rate: [0.001, 0.003]}}` becomes the kinds `lora-0.001` and `lora-0.003`.

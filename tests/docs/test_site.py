@@ -10,6 +10,7 @@ import ast
 import importlib
 import io
 import json
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -160,8 +161,7 @@ def test_the_reference_has_every_public_name() -> None:
     public = {name for module in (modular_experts, *rooms) for name in module.__all__}
     assert not {name for name in public if not name.startswith("__") and not name.isupper()} - documented
     for path, members in re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", reference, re.MULTILINE):
-        module, _, name = path.rpartition(".")
-        found = getattr(importlib.import_module(module), name)
+        found = pkgutil.resolve_name(path)
         for member in filter(None, members.split(", ")):
             assert hasattr(found, member) or member in found.__annotations__, f"{path} has no {member}"
 

@@ -21,7 +21,7 @@ from modular_experts.reports.json_lines import JSONLines
 from modular_experts.study.engines import engine
 from modular_experts.study.piece import KilledError, Piece
 from modular_experts.study.processes import LocalProcesses
-from modular_experts.study.run_pieces import run
+from modular_experts.study.run_pieces import run_pieces
 from modular_experts.study.slurm_jobs import Call
 
 
@@ -67,7 +67,7 @@ def test_a_cluster_gives_the_bytes_of_this_machine_and_fails_as_it_does(cluster,
     for one, wanted in (("local", {"processes": 2}), (name, settings)):
         file = tmp_path / f"{one}.jsonl"
         with engine(one, **wanted) as executor:
-            found[one] = run(pieces, JSONLines(file), executor)
+            found[one] = run_pieces(pieces, JSONLines(file), executor)
     here, there = found["local"], found[name]
     # Pieces finish in another order, so lines are compared and not files.
     lines = [sorted((tmp_path / f"{one}.jsonl").read_bytes().splitlines()) for one in found]
@@ -124,7 +124,7 @@ def test_a_class_of_the_user_is_an_engine_and_gets_its_settings(tmp_path, monkey
     )
     with engine("my_pool.Pool", max_workers=3) as executor:
         assert executor._max_workers == 3
-        assert run([Piece(("a",), abs, (-1,))], executor=executor).results == {("a",): 1}
+        assert run_pieces([Piece(("a",), abs, (-1,))], executor=executor).results == {("a",): 1}
     with engine("local", processes=1) as executor:
         assert isinstance(executor, LocalProcesses)
 
@@ -146,7 +146,7 @@ def test_the_lines_of_the_guide_run_pieces_on_the_workers_of_dask(tmp_path, monk
             client = SimpleNamespace(get_executor=lambda **options: ThreadPoolExecutor(1))
             monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=lambda address: client))
         with engine("dask_pool.workers", address=address) as executor:
-            assert run([Piece(("a",), abs, (-1,))], executor=executor).results == {("a",): 1}
+            assert run_pieces([Piece(("a",), abs, (-1,))], executor=executor).results == {("a",): 1}
 
 
 def test_a_job_finds_modules_and_files_beside_the_user(tmp_path, monkeypatch) -> None:
@@ -212,6 +212,6 @@ def test_a_kill_that_concerns_one_piece_fails_it_at_once_and_stops_nothing() -> 
             return future
 
     with Knowing(2) as executor:
-        found = run([Piece(("die",), die), *(Piece((n,), abs, (n,)) for n in (1, 2))], executor=executor)
+        found = run_pieces([Piece(("die",), die), *(Piece((n,), abs, (n,)) for n in (1, 2))], executor=executor)
     assert str(found.failures["die",]) == "job 3 was killed"
     assert runs == [die, abs, abs]

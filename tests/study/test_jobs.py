@@ -16,7 +16,7 @@ import pytest
 from modular_experts.reports.json_lines import JSONLines
 from modular_experts.study.piece import Piece
 from modular_experts.study.processes import LocalProcesses
-from modular_experts.study.run_pieces import run
+from modular_experts.study.run_pieces import run_pieces
 
 
 def square(number: int) -> int:
@@ -45,28 +45,28 @@ def pieces(*numbers: int) -> list[Piece]:
 def test_results_come_by_key_which_no_two_pieces_share_and_progress_counts_them() -> None:
     seen = []
     with ThreadPoolExecutor(2) as pool:
-        found = run(pieces(1, 2, 3), executor=pool, progress=lambda *now: seen.append(now[:2]))
+        found = run_pieces(pieces(1, 2, 3), executor=pool, progress=lambda *now: seen.append(now[:2]))
     assert found.results == {("square", 1): 1, ("square", 2): 4, ("square", 3): 9}
     assert not found.failures
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     found.raise_failures()
     with pytest.raises(ValueError, match=r"two pieces have the key square 2; give each a key of its own"):
-        run(pieces(1, 2, 2))
+        run_pieces(pieces(1, 2, 2))
 
 
 def test_a_piece_whose_result_is_stored_is_not_run_again_and_one_that_failed_is(tmp_path) -> None:
     file, seen = tmp_path / "new" / "results.jsonl", []
     with ThreadPoolExecutor(1) as pool:
-        run(pieces(1, 2), JSONLines(file), pool)
-        again = run(pieces(1, 2, 3), JSONLines(file), pool, lambda *now: seen.append(now[:2]))
+        run_pieces(pieces(1, 2), JSONLines(file), pool)
+        again = run_pieces(pieces(1, 2, 3), JSONLines(file), pool, lambda *now: seen.append(now[:2]))
     assert again.results == {("square", 3): 9}
     assert seen == [(2, 3), (3, 3)]
     assert dict(JSONLines(file)) == {("square", number): number**2 for number in (1, 2, 3)}
     store = {("square", 1): 1}
     with ThreadPoolExecutor(1) as pool:
-        assert run(pieces(1, -1), store, pool).failures.keys() == {("square", -1)}
+        assert run_pieces(pieces(1, -1), store, pool).failures.keys() == {("square", -1)}
         store["square", -1] = 1
-        assert not run(pieces(1, -1), store, pool).failures
+        assert not run_pieces(pieces(1, -1), store, pool).failures
 
 
 def test_a_line_that_was_not_finished_is_replaced_by_the_next_result(tmp_path) -> None:
@@ -93,7 +93,7 @@ def test_two_writers_of_one_file_keep_each_others_results(tmp_path) -> None:
 def test_a_failure_leaves_the_others_alone_and_is_named_at_the_end(tmp_path) -> None:
     store = JSONLines(tmp_path / "results.jsonl")
     with ThreadPoolExecutor(2) as pool:
-        found = run(pieces(-1, 2, -3, 4), store, pool)
+        found = run_pieces(pieces(-1, 2, -3, 4), store, pool)
     assert set(store) == found.results.keys() == {("square", 2), ("square", 4)}
     assert found.failures.keys() == {("square", -1), ("square", -3)}
     with pytest.raises(RuntimeError, match=r"^2 of 4 pieces failed, first square -\d: .* is below zero") as raised:
@@ -104,7 +104,7 @@ def test_a_failure_leaves_the_others_alone_and_is_named_at_the_end(tmp_path) -> 
 def test_processes_have_one_thread_and_a_killed_one_fails_only_its_own_piece() -> None:
     work = [Piece(("die",), die, (0,)), *pieces(*range(6)), Piece(("threads",), threads, (0,))]
     with LocalProcesses(2) as pool:
-        found = run(work, executor=pool)
+        found = run_pieces(work, executor=pool)
     assert found.failures.keys() == {("die",)}
     assert isinstance(found.failures["die",], BrokenProcessPool)
     assert found.results == {("square", n): n * n for n in range(6)} | {("threads",): 1}
@@ -118,7 +118,7 @@ def test_an_interruption_ends_the_processes_at_once_and_takes_back_what_waits() 
     began = time.monotonic()
     pool = LocalProcesses(2)
     with pytest.raises(KeyboardInterrupt), pool:
-        run([*pieces(1), Piece(("sleep",), time.sleep, (60,))], executor=pool, progress=interrupt)
+        run_pieces([*pieces(1), Piece(("sleep",), time.sleep, (60,))], executor=pool, progress=interrupt)
     assert time.monotonic() - began < 50
     started = threading.Event()
     waiting: list[Future] = []
@@ -129,7 +129,7 @@ def test_an_interruption_ends_the_processes_at_once_and_takes_back_what_waits() 
             return waiting[-1]
 
     with Counting(1) as pool, pytest.raises(KeyboardInterrupt):
-        run([*pieces(1), Piece(("wait",), started.wait, (1,)), *pieces(2)], executor=pool, progress=interrupt)
+        run_pieces([*pieces(1), Piece(("wait",), started.wait, (1,)), *pieces(2)], executor=pool, progress=interrupt)
     assert waiting[-1].cancelled()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from modular_experts.reports.json_lines import JSONLines
 from modular_experts.study.piece import Piece
-from modular_experts.study.run_pieces import run
+from modular_experts.study.run_pieces import run_pieces
 
 DONE: list[str] = []
 
@@ -40,7 +40,7 @@ def _forget() -> None:
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_piece_runs_after_all_that_it_needs(threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
-        found = run(graph(last="left right", right="slow", left="", slow=""), executor=pool)
+        found = run_pieces(graph(last="left right", right="slow", left="", slow=""), executor=pool)
     assert found.results.keys() == {("last",), ("right",), ("left",), ("slow",)}
     assert DONE.index("slow") < DONE.index("right") < DONE.index("last") == 3
     assert DONE.index("left") < 3
@@ -49,10 +49,10 @@ def test_a_piece_runs_after_all_that_it_needs(threads: int) -> None:
 def test_what_is_ready_first_in_the_list_goes_first_and_needs_a_stored_result() -> None:
     store = {("a",): "a"}
     with ThreadPoolExecutor(1) as pool:
-        run(graph(a="", b="a", c=""), executor=pool)
+        run_pieces(graph(a="", b="a", c=""), executor=pool)
         # All that may run is handed to an executor of unknown size at once.
         assert DONE == ["a", "c", "b"]
-        assert run(graph(a="", d="a"), store, pool).results == {("d",): "d"}
+        assert run_pieces(graph(a="", d="a"), store, pool).results == {("d",): "d"}
     assert DONE == ["a", "c", "b", "d"]
 
 
@@ -61,7 +61,7 @@ def test_a_failure_stops_only_what_needs_it_directly_or_through_others() -> None
     failed: list[tuple[str, str]] = []
     work = graph(top="middle good", middle="bad", bad="", good="", beside="good")
     with ThreadPoolExecutor(2) as pool:
-        found = run(
+        found = run_pieces(
             work,
             executor=pool,
             progress=lambda done, total, piece: seen.append((done, str(piece))),
@@ -77,9 +77,9 @@ def test_a_failure_stops_only_what_needs_it_directly_or_through_others() -> None
 
 def test_a_need_that_is_not_there_and_a_circle_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^b needs c, which is not among the pieces; add it$"):
-        run(graph(a="", b="c"))
+        run_pieces(graph(a="", b="c"))
     with pytest.raises(ValueError, match=r"^pieces wait for each other: (a needs b needs a|b needs a needs b); take"):
-        run(graph(a="b", b="a"))
+        run_pieces(graph(a="b", b="a"))
 
 
 FULL = """
@@ -115,7 +115,7 @@ import time
 from modular_experts.reports.json_lines import JSONLines
 from modular_experts.study.processes import LocalProcesses
 from modular_experts.study.piece import Piece
-from modular_experts.study.run_pieces import run
+from modular_experts.study.run_pieces import run_pieces
 
 def work(number):
     before = JSONLines("results.jsonl")
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     needs = lambda n: tuple(("sum", one) for one in (n - 1, n - 2) if one >= 0)
     pieces = [Piece(("sum", n), work, (n,), needs(n)) for n in reversed(range(30))]
     with LocalProcesses(2) as pool:
-        run(pieces, JSONLines("results.jsonl"), pool).raise_failures()
+        run_pieces(pieces, JSONLines("results.jsonl"), pool).raise_failures()
 """
 
 
@@ -158,7 +158,7 @@ def test_a_piece_gets_the_results_that_it_is_given_also_those_of_an_earlier_run(
     needs = (("a",), ("unseen",), ("b",))
     work.append(Piece(("all",), joined, ("own",), needs, given=(("b",), ("a",))))
     with ThreadPoolExecutor(2) as pool:
-        assert run(work, executor=pool).results["all",] == "own b a"
+        assert run_pieces(work, executor=pool).results["all",] == "own b a"
         store = JSONLines(tmp_path / "results.jsonl")
-        run(work[:2], store, pool)
-        assert run(work, store, pool).results == {("unseen",): "unseen", ("all",): "own b a"}
+        run_pieces(work[:2], store, pool)
+        assert run_pieces(work, store, pool).results == {("unseen",): "unseen", ("all",): "own b a"}
