@@ -99,9 +99,9 @@ class Description:
             raise ValueError(f"seeds={self.seeds} must be one or more different numbers, such as [0, 1, 2]")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
-        make("--dtype", DType, self.dtype)
+        make("dtype", DType, self.dtype)
         text_metrics(self.metrics)
-        make("--measures", dict[str, Measure], {**(self.measures or {})})
+        make("measures", dict[str, Measure], {**(self.measures or {})})
         if taken := [name for name in self.measures or () if name in TAKEN]:
             raise ValueError(f"measures.{taken[0]} has a name that results have already; give another name")
 
@@ -115,37 +115,41 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
     Raises:
         ValueError: Something does not fit; nothing has run.
     """
-    given = Description(*map(as_config, (base, tasks, experts, merges)), **as_config(more))
-    held_in, held_out = read_tasks(given.tasks)
-    kinds, joint, named = read_experts(given)
-    seeds = tuple(given.seeds or [0])
-    if both := [kind for kind, configs in joint.items() if stored_in(configs)]:
-        raise ValueError(f"experts.{both[0]}: stored is for kinds with an expert for each task")
+    described = Description(*map(as_config, (base, tasks, experts, merges)), **as_config(more))
+    held_in, held_out = read_tasks(described.tasks)
+    kinds, joint, named = read_experts(described)
+    seeds = tuple(described.seeds or [0])
+    for kind, configs in joint.items():
+        if stored_in(configs):
+            raise ValueError(f"experts.{kind}: stored is for kinds with an expert for each task")
     trained = {kind: configs for kind, configs in {**kinds, **joint}.items() if not stored_in(configs)}
-    _check_fits(given, trained, next(iter(held_in.values())), seeds[0])
-    for place in {for_seed(stored_in(kinds[kind]), seed) for kind in kinds.keys() - trained for seed in seeds}:
-        Base.open(for_seed(given.base, seeds[0]), [open_expert(Path(place, task), given.base) for task in held_in])
-    ways = read_ways(given.merges or [], named)
-    counts = read_counts(given.counts or ["all"], len(held_in))  # type: ignore[arg-type]
+    _check_fits(described, trained, next(iter(held_in.values())), seeds[0])
+    stored = [stored_in(kinds[kind]) for kind in kinds.keys() - trained]
+    for place in {for_seed(folder, seed) for folder in stored for seed in seeds}:
+        Base.open(
+            for_seed(described.base, seeds[0]), [open_expert(Path(place, task), described.base) for task in held_in]
+        )
+    ways = read_ways(described.merges or [], named)
+    counts = read_counts(described.counts or ["all"], len(held_in))  # type: ignore[arg-type]
     together = [name for name, (way, _) in ways.items() if way.together]
     if together and [*counts] != [len(held_in)]:
         raise ValueError(f"{together[0]} is measured for one merge of all experts; give counts: [all]")
     study = Study(
-        base=given.base,
+        base=described.base,
         held_in=held_in,
         held_out=held_out,
         experts=kinds,
-        merges={kind: tuple(way for way, its in ways.values() if kind in its) for kind in kinds},
+        merges={kind: tuple(way for way, its_kinds in ways.values() if kind in its_kinds) for kind in kinds},
         counts=tuple(counts),
         draws={size: draws for size, draws in counts.items() if draws},
         joint=joint,
-        matrix=given.matrix,
+        matrix=described.matrix,
         seeds=seeds,
-        data=dict(given.data or {}),
-        max_new_tokens=given.max_new_tokens,
-        dtype=given.dtype,
-        metrics=named_metrics(given.metrics),
-        measures={**(given.measures or {})},
+        data=dict(described.data or {}),
+        max_new_tokens=described.max_new_tokens,
+        dtype=described.dtype,
+        metrics=named_metrics(described.metrics),
+        measures={**(described.measures or {})},
     )
     _check_names(study)
     for seed in seeds:
@@ -153,47 +157,51 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
     return study
 
 
-def read_experts(given: Description) -> Kinds:
+def read_experts(description: Description) -> Kinds:
     """Return the configs of the fit of each kind of experts: the shared settings, then its own."""
-    if not given.experts:
+    if not description.experts:
         raise ValueError("a study needs a kind of expert, such as experts: {lora: {expert: LoRAExpert, steps: 200}}")
-    found = kinds_of(given.experts)
-    for kind in {**found.apart, **found.joint}:
+    kinds = kinds_of(description.experts)
+    for kind in {**kinds.apart, **kinds.joint}:
         if not NAME.fullmatch(kind) or kind in RESERVED:
             raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
-    apart, joint = (
-        {kind: _configs(kind, settings, given.fit) for kind, settings in part.items()}
-        for part in (found.apart, found.joint)
-    )
-    if given.multitask is not None:
-        own = dict(given.multitask)
-        if kind := own.pop("kind", None):
-            check_kinds("multitask", [kind], apart)
-            joint[MULTITASK] = [*apart[kind], *[own] * bool(own)]
+    shared = description.fit
+    apart = {kind: _configs(kind, settings, shared) for kind, settings in kinds.apart.items()}
+    joint = {kind: _configs(kind, settings, shared) for kind, settings in kinds.joint.items()}
+    if description.multitask is not None:
+        own = dict(description.multitask)
+        kind = own.pop("kind", None)
+        if kind is None:
+            joint[MULTITASK] = _configs(MULTITASK, own, shared)
         else:
-            joint[MULTITASK] = _configs(MULTITASK, own, given.fit)
-    return Kinds(apart, joint, found.named)
+            check_kinds("multitask", [kind], apart)
+            joint[MULTITASK] = [*apart[kind], own] if own else apart[kind]
+    return Kinds(apart, joint, kinds.named)
 
 
-def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list[Settings]:
+def _configs(kind: str, settings: Any, shared: Settings | None) -> list[Settings]:
     """Return the configs of a fit: what all kinds share, then its own, each a file or its contents."""
-    found = [dict(shared)] if shared else []
-    for one in settings if isinstance(settings, list) else [settings]:
-        if isinstance(one, str):
-            file = Path(one).expanduser()
-            try:
-                one = load_yaml(file.read_text(encoding="utf-8"))
-            except (OSError, yaml.YAMLError) as error:
-                why = " ".join(str(error).split())
-                meant = "" if file.suffix in (".yaml", ".yml") else f"; a type of expert is {{expert: {file}}}"
-                raise ValueError(f"experts.{kind}: {file} cannot be read as a config of fit ({why}){meant}") from None
-        if not isinstance(one, Mapping):
-            raise ValueError(f"experts.{kind} is {one!r}; give a config of fit, or settings: {{expert: LoRAExpert}}")
-        found.append(dict(one))
-    own = found[bool(shared) :]
-    if stored_in(own) and (more := [key for one in own for key in one if key != "stored"]):
-        raise ValueError(f"experts.{kind}: stored takes experts as they are; leave out {more[0]}, or stored")
-    return found
+    own = [_config(kind, config) for config in (settings if isinstance(settings, list) else [settings])]
+    if stored_in(own):
+        for key in (key for config in own for key in config):
+            if key != "stored":
+                raise ValueError(f"experts.{kind}: stored takes experts as they are; leave out {key}, or stored")
+    return [dict(shared), *own] if shared else own
+
+
+def _config(kind: str, config: object) -> Settings:
+    """Return the settings of a config, which may stand as its file."""
+    if isinstance(config, str):
+        file = Path(config).expanduser()
+        try:
+            config = load_yaml(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            why = " ".join(str(error).split())
+            meant = "" if file.suffix in (".yaml", ".yml") else f"; a type of expert is {{expert: {file}}}"
+            raise ValueError(f"experts.{kind}: {file} cannot be read as a config of fit ({why}){meant}") from None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"experts.{kind} is {config!r}; give a config of fit, or settings: {{expert: LoRAExpert}}")
+    return dict(config)
 
 
 def _check_fits(given: Description, kinds: Mapping[str, list[Settings]], task: Settings, seed: int) -> None:
@@ -210,29 +218,44 @@ def _check_fits(given: Description, kinds: Mapping[str, list[Settings]], task: S
 
 def read_counts(counts: Sequence[Any] | Mapping[Any, Any], tasks: int) -> dict[int, int]:
     """Return how many random groups there are of each size, in ascending order; 0 of a size with disjoint groups."""
-    found: dict[int, int] = {}
+    groups: dict[int, int] = {}
     for entry in [counts] if isinstance(counts, Mapping) else counts:
-        for count, draws in entry.items() if isinstance(entry, Mapping) else [(entry, 0)]:
-            # A command line and the keys of a mapping give numbers as text.
-            size = tasks if count == "all" else int(str(count)) if re.fullmatch(r"\d+", str(count)) else 0
-            number = re.fullmatch(r"(\d+)( draws?)?", str(draws))
-            fits = count == "all" or 2 <= size <= tasks
-            if number is None or (isinstance(entry, Mapping) and not int(number[1])) or not fits:
+        # A size alone has disjoint groups.
+        pairs = entry.items() if isinstance(entry, Mapping) else [(entry, "")]
+        for count, draws in pairs:
+            size, number = _size_of(count, tasks), _draws_of(draws)
+            if size is None or number is None:
                 raise ValueError(
                     f"counts holds {entry}; give numbers from 2 to the {tasks} held-in tasks, or `all`: [2, 5, all], "
                     "or random groups: [2: 10 draws, all]"
                 )
-            wanted = _drawn(int(number[1]), size, tasks)
-            if found.setdefault(size, wanted) != wanted:
+            wanted = _drawn(number, size, tasks)
+            if groups.setdefault(size, wanted) != wanted:
                 raise ValueError(f"counts names {size} experts twice, with other groups; leave one of the two out")
-    return dict(sorted(found.items()))
+    return dict(sorted(groups.items()))
+
+
+def _size_of(count: object, tasks: int) -> int | None:
+    """Return the size of a group, which keys of a mapping give as text; None if there is no such group."""
+    if count == "all":
+        return tasks
+    is_size = re.fullmatch(r"\d+", str(count)) and 2 <= int(str(count)) <= tasks
+    return int(str(count)) if is_size else None
+
+
+def _draws_of(draws: object) -> int | None:
+    """Return the number in `10 draws`, 0 without draws; None if it is not a number from 1 up."""
+    if draws == "":
+        return 0
+    written = re.fullmatch(r"(\d+)( draws?)?", str(draws))
+    return (int(written[1]) or None) if written else None
 
 
 def _drawn(wanted: int, size: int, tasks: int) -> int:
     """Return how many groups are drawn at random; 0 for the group of all experts, which drawn is the same."""
     most = math.comb(tasks, size)
     if most < wanted:
-        groups = f"{most} different group{'s' * (most > 1)}"
+        groups = "1 different group" if most == 1 else f"{most} different groups"
         sentence = "counts: %d experts have only %s of %d, so the study takes each once instead of %d draws"
         log.warning(sentence, tasks, groups, size, wanted)
     return 0 if size == tasks else min(wanted, most)

@@ -30,20 +30,28 @@ def read_tasks(tasks: Any) -> tuple[dict[str, Settings], dict[str, Settings]]:
         for key in by_role:
             if key not in ROLES:
                 raise ValueError(f"tasks.{key} is neither held_in nor held_out{did_you_mean(key, ROLES)}")
-    found: dict[str, dict[str, Settings]] = {role: {} for role in ROLES}
+    tasks_of_role: dict[str, dict[str, Settings]] = {role: {} for role in ROLES}
     for role, listed in by_role.items():
-        for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
-            for one in named_tasks(entry) if isinstance(entry, str) else [dict(entry)]:
-                (task,) = make("--tasks", list[Task], [one | {"role": role}])
-                if any(task.name in known for known in found.values()):
-                    raise ValueError(
-                        f"two tasks have the name {task.name!r}; results are kept by name, so name one of them: "
-                        f"{{name: {task.name}-2, ...}}"
-                    )
-                found[role][task.name] = one | {"name": task.name, "role": role}
-    if not found["held_in"]:
+        for settings in _settings_of_tasks(listed):
+            (task,) = make("tasks", list[Task], [settings | {"role": role}])
+            if any(task.name in known for known in tasks_of_role.values()):
+                raise ValueError(
+                    f"two tasks have the name {task.name!r}; results are kept by name, so name one of them: "
+                    f"{{name: {task.name}-2, ...}}"
+                )
+            tasks_of_role[role][task.name] = settings | {"name": task.name, "role": role}
+    if not tasks_of_role["held_in"]:
         raise ValueError("a study needs tasks that get experts, such as tasks: {held_in: tasks/*.jsonl}")
-    return found["held_in"], found["held_out"]
+    return tasks_of_role["held_in"], tasks_of_role["held_out"]
+
+
+def _settings_of_tasks(listed: Any) -> Iterator[Settings]:
+    """Yield the settings of each task in what stands under a role: a list, or one task."""
+    for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
+        if isinstance(entry, str):
+            yield from named_tasks(entry)
+        else:
+            yield dict(entry)
 
 
 def named_tasks(word: str) -> list[Settings]:
@@ -89,42 +97,66 @@ def kinds_of(experts: Mapping[str, Any]) -> Kinds:
     mapping from the names that they get in the names of kinds: `{trainer.callbacks: {once: [...], grow: [...]}}`.
     """
     kinds = Kinds({}, {}, {})
-    for name, given in experts.items():
-        found, is_joint = [(name, given)], isinstance(given, Mapping) and bool(given.get("joint"))
-        if isinstance(given, Mapping):
-            grid = given.get("grid") or {}
-            if not isinstance(grid, Mapping) or not all(isinstance(of, list | dict) and of for of in grid.values()):
-                raise ValueError(
-                    f"experts.{name}.grid is {grid!r}; give lists of values: {{learning_rate: [0.001, 0.003]}}"
-                )
-            own = {key: value for key, value in given.items() if key not in ("grid", "joint")}
-            named = [of.items() if isinstance(of, dict) else [(_word(one), one) for one in of] for of in grid.values()]
-            found = [
-                ("-".join([name, *(word for word, _ in pairs)]), [own, *map(_nested, grid, [one for _, one in pairs])])
-                for pairs in itertools.product(*named)
-            ]
-        for kind, configs in found:
+    for name, settings in experts.items():
+        is_joint = isinstance(settings, Mapping) and bool(settings.get("joint"))
+        home = kinds.joint if is_joint else kinds.apart
+        of_grid = _kinds_of_grid(name, settings) if isinstance(settings, Mapping) else {name: settings}
+        for kind, configs in of_grid.items():
             if kind in {**kinds.apart, **kinds.joint}:
-                raise ValueError(
-                    f"two kinds of experts would be called {kind}; give the values of the grid of {name} names: "
-                    "{expert: {small: {...}, large: {...}}}"
-                )
-            (kinds.joint if is_joint else kinds.apart)[kind] = configs
-            kinds.named.update({} if is_joint else {kind: [kind]})
-        kinds.named.update({} if is_joint else {name: [kind for kind, _ in found]})
+                raise _same_name(kind, name)
+            home[kind] = configs
+            if not is_joint:
+                kinds.named[kind] = [kind]
+        if not is_joint:
+            kinds.named[name] = [*of_grid]
     return kinds
+
+
+def _kinds_of_grid(name: str, settings: Mapping[str, Any]) -> dict[str, list[Settings]]:
+    """Return the configs of each kind of a grid by its name; without a grid, of the one kind."""
+    grid = settings.get("grid") or {}
+    if not isinstance(grid, Mapping) or not all(isinstance(values, list | dict) and values for values in grid.values()):
+        raise ValueError(f"experts.{name}.grid is {grid!r}; give lists of values: {{learning_rate: [0.001, 0.003]}}")
+    shared = {key: value for key, value in settings.items() if key not in ("grid", "joint")}
+    kinds: dict[str, list[Settings]] = {}
+    for choice in itertools.product(*map(_named_values, grid.values())):
+        words = [word for word, _ in choice]
+        own = [_nested(key, value) for key, (_, value) in zip(grid, choice, strict=True)]
+        kind = "-".join([name, *words])
+        if kind in kinds:
+            raise _same_name(kind, name)
+        kinds[kind] = [shared, *own]
+    return kinds
+
+
+def _same_name(kind: str, name: str) -> ValueError:
+    return ValueError(
+        f"two kinds of experts would be called {kind}; give the values of the grid of {name} names: "
+        "{expert: {small: {...}, large: {...}}}"
+    )
+
+
+def _named_values(values: list[Any] | dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the values of a key of a grid, each with its word in the name of a kind."""
+    if isinstance(values, dict):
+        return [*values.items()]
+    return [(_word(value), value) for value in values]
 
 
 def stored_in(configs: Iterable[Mapping[str, Any]]) -> str | None:
     """Return the directory that holds the experts of a kind, named after their tasks; None for a kind to be trained."""
-    return next((str(one["stored"]) for one in configs if "stored" in one), None)
+    return next((str(config["stored"]) for config in configs if "stored" in config), None)
 
 
 def each_method(merges: Iterable[Any]) -> Iterator[Any]:
     """Yield the entries of `merges`, and one for each method of an entry that lists several."""
     for entry in merges:
         methods = entry.get("method") if isinstance(entry, Mapping) else None
-        yield from [{**entry, "method": one} for one in methods] if isinstance(methods, list) else [entry]
+        if isinstance(methods, list):
+            for method in methods:
+                yield {**entry, "method": method}
+        else:
+            yield entry
 
 
 def for_seed(settings: Any, seed: int) -> Any:
