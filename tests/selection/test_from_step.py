@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from testbed import runs
+from testbed.kept_tiles import kept_tiles
 from testbed.pairwise import pairwise
 from torch.utils.checkpoint import checkpoint
 
@@ -81,21 +82,6 @@ def _dense(base, look: Look, step: int, turn: bool = False) -> list[dict[str, to
     return found
 
 
-def _kept(expert: SparseExpert, gradient: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of some units, read from a dense one by a mask of each unit's number."""
-    (height, width), (out, inner) = expert.tile, expert.shape
-    wide = -(-inner // width)
-    rows, columns = torch.arange(out)[:, None], torch.arange(inner)[None]
-    numbers = rows // height * wide + columns // width
-    if expert.tile == (1, 1):
-        return torch.stack([gradient[numbers == unit] for unit in units.tolist()]).view(-1)
-    kept = torch.zeros(len(units), height, width, dtype=gradient.dtype)
-    for place, unit in enumerate(units.tolist()):
-        for row, column in (numbers == unit).nonzero().tolist():
-            kept[place, row % height, column % width] = gradient[row, column]
-    return kept
-
-
 def test_the_first_choice_is_that_of_a_scoring_pass_over_the_training_batch(fit, tiny_llama_dir, tmp_path):
     """Bit for bit, in float32, and so is the gradient that the kept entries get."""
     schedule = MaskSchedule(rule=SelectOnce(), batches="step")
@@ -136,7 +122,7 @@ def test_the_chosen_units_train_by_the_sum_over_micro_batches_of_the_dense_gradi
             expert = layers[name].expert
             total = sum(one[name] for one in gradients) / parts
             # The loss is float32, and so is a third of its gradient.
-            torch.testing.assert_close(gradient, _kept(expert, total, units), rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(gradient, kept_tiles(total, expert.tile, units.tolist()), rtol=1e-6, atol=1e-9)
             ranked = expert.unit_scores((total if mib else gradients[0][name]).abs())
             if step == 0:
                 assert torch.equal(units.long(), ranked.topk(units.numel()).indices.sort().values)
@@ -315,7 +301,9 @@ def test_a_layer_that_some_micro_batches_reach_trains_by_these(kind, reached: tu
     chosen, waiting = step.finish()
     assert waiting == ([] if reached[1] else ["0.weight"])
     units = chosen.get("0.weight", layer.expert.support_units())
-    torch.testing.assert_close(layer.expert.values.grad, _kept(layer.expert, dense.grad, units), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        layer.expert.values.grad, kept_tiles(dense.grad, layer.expert.tile, units.tolist()), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("share", "waits"), [(0.5, True), (1 - 6e-8, False)], ids=["some ranks", "all ranks"])
