@@ -151,12 +151,8 @@ def test_an_expert_of_a_matrix_that_no_token_reaches_costs_nothing() -> None:
 
 def trained(base: Path, files, folder: Path, plan, *callbacks: Callback, ckpt=None, task="upper", **settings) -> tuple:
     """Train the experts of a plan; return the module, the trainer and the losses of the steps."""
-    torch.manual_seed(0)
-    losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-    module = runs.module(base, None, experts=plan, optimizer=optimizer, scheduler=ConstantRate())
-    trainer = runs.trainer(folder, losses, *callbacks, limit_val_batches=0, **settings)
-    trainer.fit(module, runs.mixture({task: files[task]}, base, seed=0), ckpt_path=ckpt)
-    return module, trainer, losses.steps
+    how = {"own": {"experts": plan, "scheduler": ConstantRate()}, "data": {"seed": 0}, "limit_val_batches": 0}
+    return runs.fit(base, {task: files[task]}, folder, None, *callbacks, ckpt=ckpt, **how, **settings)
 
 
 def check_resumed(fit, expert: Path, folder: Path) -> nn.Module:

@@ -145,9 +145,9 @@ def test_the_same_seed_twice_gives_the_same_supports_whatever_the_score(units, t
 def test_the_support_of_a_weight_stored_the_other_way_round_is_shared_alike(units: str, tiny, task_files, tmp_path):
     def train(name: str, **settings: Any) -> Path:
         export = ExportExpert(str(tmp_path / "library"), name, monitor=None)
-        module = runs.module(tiny("gpt2"), partial(SparseExpert, **UNITS[units]), modules=conftest.TARGETS["gpt2"])
-        trainer = runs.trainer(tmp_path, export, MaskSchedule(seed=0, **settings), max_steps=2)
-        trainer.fit(module, runs.mixture(task_files, tiny("gpt2"), seed=0))
+        kind, schedule = partial(SparseExpert, **UNITS[units]), MaskSchedule(seed=0, **settings)
+        how = {"own": {"modules": conftest.TARGETS["gpt2"]}, "data": {"seed": 0}, "max_steps": 2}
+        runs.fit(tiny("gpt2"), task_files, tmp_path, kind, export, schedule, **how)
         return export.target
 
     first = train("first", rule=SelectOnce())

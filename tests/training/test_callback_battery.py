@@ -41,9 +41,8 @@ CASES: dict[str, tuple[partial, Callable]] = {
 def library(tmp_path_factory, one_block, task_files) -> Path:
     """A sparse expert of all linear layers."""
     folder = tmp_path_factory.mktemp("others")
-    module = runs.module(one_block, SparseExpert, modules="all-linear")
     export = ExportExpert(str(folder / "library"), "a", monitor=None)
-    runs.trainer(folder, export, max_steps=1).fit(module, runs.mixture(task_files, one_block))
+    runs.fit(one_block, task_files, folder, SparseExpert, export, own={"modules": "all-linear"}, max_steps=1)
     return folder / "library"
 
 

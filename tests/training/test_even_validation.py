@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
@@ -41,9 +40,8 @@ def _one_task(files: dict[str, Path]) -> dict[str, Path]:
 
 
 def _fit(base: Path, files: dict[str, Path], folder: Path, *callbacks: Callback, **settings: Any) -> Validated:
-    seen = Validated()
-    data = runs.mixture(_one_task(files), base, batch_size=2, eval_batch_size=2)
-    runs.trainer(folder, seen, *callbacks, **settings).fit(runs.module(base, LORA), data)
+    seen, data = Validated(), {"batch_size": 2, "eval_batch_size": 2}
+    runs.fit(base, _one_task(files), folder, LORA, seen, *callbacks, data=data, **settings)
     return seen
 
 
@@ -121,13 +119,11 @@ def test_a_run_resumed_from_any_validation_goes_on_with_the_same_losses_and_vali
     """An epoch is six steps: one checkpoint is of its middle, one of its end."""
 
     def run(ckpt: Path | None = None) -> tuple[list[float], list[int], Any]:
-        losses, seen = runs.Losses(), Validated()
-        torch.manual_seed(0)
-        module = runs.module(one_block, partial(LoRAExpert, rank=2, dropout=0.3))
+        seen, kind = Validated(), partial(LoRAExpert, rank=2, dropout=0.3)
         saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", enable_version_counter=False)
-        trainer = runs.trainer(tmp_path, losses, seen, saving, max_steps=18, enable_checkpointing=True)
-        trainer.fit(module, runs.mixture(task_files, one_block), ckpt_path=ckpt)
-        return losses.steps, seen.steps, trainer.fit_loop.epoch_loop._batches_that_stepped
+        how = {"max_steps": 18, "enable_checkpointing": True, "ckpt": ckpt}
+        _, trainer, losses = runs.fit(one_block, task_files, tmp_path, kind, seen, saving, **how)
+        return losses, seen.steps, trainer.fit_loop.epoch_loop._batches_that_stepped
 
     whole, validated, logged = run()
     assert validated == [3, 6, 9, 12, 15, 18]

@@ -33,14 +33,10 @@ def test_the_best_state_is_exported_and_nothing_else_left(one_block, task_files,
                 states[trainer.global_step] = (score, {n: d.dense().clone() for n, d in pl_module.task_vector()})
 
     export, remember = ExportExpert(str(tmp_path / "library"), "mine"), Remember()
-    module = runs.module(
-        one_block,
-        SPARSE,
-        optimizer=partial(torch.optim.SGD, lr=1.0),
-        scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: -1.0 if step > 5 else 1.0),
-    )
-    trainer = runs.trainer(tmp_path, remember, export, max_steps=10, val_check_interval=2)
-    trainer.fit(module, runs.mixture(task_files, one_block))
+    rates = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: -1.0 if step > 5 else 1.0)
+    own = {"optimizer": partial(torch.optim.SGD, lr=1.0), "scheduler": rates}
+    how = {"max_steps": 10, "val_check_interval": 2}
+    runs.fit(one_block, task_files, tmp_path, SPARSE, remember, export, own=own, **how)
     best = min(states, key=lambda step: states[step][0])
     assert best < 10
     stored = open_expert(export.target)
@@ -129,15 +125,12 @@ class Interrupt(runs.Losses):
 
 def _rising(base, files, folder, *callbacks, expert=SPARSE, steps=8, ckpt=None, **settings):
     """Train with a rate that turns negative: of the validations, one after each step, the fourth is the best."""
-    torch.manual_seed(0)
     rates = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: -1.0 if step > 3 else 1.0)
-    module = runs.module(base, expert, optimizer=partial(torch.optim.SGD, lr=1.0), scheduler=rates)
-    settings = {"val_check_interval": 1, "enable_checkpointing": True} | settings
+    own = {"optimizer": partial(torch.optim.SGD, lr=1.0), "scheduler": rates}
+    settings = {"val_check_interval": 1, "enable_checkpointing": True, "max_steps": steps} | settings
     keep = {"filename": "{step}", "save_top_k": -1, "save_on_train_epoch_end": False, "enable_version_counter": False}
     saving = ModelCheckpoint(folder / "saved", **keep)
-    trainer = runs.trainer(folder, *callbacks, saving, max_steps=steps, **settings)
-    trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=ckpt)
-    return module
+    runs.fit(base, files, folder, expert, *callbacks, saving, own=own, data={"seed": 0}, ckpt=ckpt, **settings)
 
 
 def test_a_run_resumed_to_train_longer_or_no_more_keeps_the_best_state_of_before(

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateFinder
 from testbed import runs
-from testbed.runs import mixture, module, trainer
 from testbed.systems import of, there
 
 from modular_experts import ExpertModule, ExportExpert, TaskMixture, check_fit, estimate_fit, fit
@@ -147,12 +146,9 @@ def test_values_in_bfloat16_are_refused_for_the_weight_itself(place, tiny_llama_
 
 
 @pytest.mark.filterwarnings("ignore")  # the finder loads a checkpoint of its own, and warns of evaluation mode
-def test_a_found_rate_trains_as_the_same_rate_typed_in(tiny_llama_dir, task_files, tmp_path):
+def test_a_found_rate_trains_as_the_same_rate_typed_in(fitted):
     def run(*callbacks, rate=None):
-        seed_everything(0, verbose=False)
-        trained = module(tiny_llama_dir, SparseExpert, learning_rate=rate)
-        trainer(tmp_path, *callbacks, limit_val_batches=0).fit(trained, mixture(task_files, tiny_llama_dir))
-        return trained
+        return fitted(SparseExpert, *callbacks, own={"optimizer": None, "learning_rate": rate})[0]
 
     found = run(LearningRateFinder(num_training_steps=20, min_lr=1e-4, max_lr=0.1))
     assert 1e-4 < found.learning_rate < 0.1

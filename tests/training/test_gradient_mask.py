@@ -17,10 +17,9 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
 def _fit(base, files, folder, *callbacks, expert=FullExpert) -> object:
-    module = runs.module(base, expert, optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5))
-    trainer = runs.trainer(folder, *callbacks, gradient_clip_val=1.0, limit_val_batches=0)
-    trainer.fit(module, runs.mixture(files, base))
-    return module
+    own = {"optimizer": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5)}
+    how = {"gradient_clip_val": 1.0, "limit_val_batches": 0}
+    return runs.fit(base, files, folder, expert, *callbacks, own=own, **how)[0]
 
 
 @pytest.fixture

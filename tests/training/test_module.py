@@ -279,11 +279,10 @@ def test_penalties_join_the_loss_and_are_logged_by_name(fitted, tiny_llama_dir, 
 
 
 @pytest.mark.parametrize(("kind", "precision"), [*zip(KINDS, ["32-true", "bf16-mixed"] * len(KINDS), strict=False)])
-def test_trained_values_are_float32_beside_a_bfloat16_base(kind, precision, tiny_llama_dir, task_files, tmp_path):
+def test_trained_values_are_float32_beside_a_bfloat16_base(kind, precision, fitted):
     """And a rate at which nothing moves leaves no rounding of the base in the delta."""
-    module = runs.module(tiny_llama_dir, KINDS[kind], dtype="bfloat16", learning_rate=1e-12)
-    trainer = runs.trainer(tmp_path, max_steps=2, precision=precision, limit_val_batches=0)
-    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    own = {"optimizer": None, "dtype": "bfloat16", "learning_rate": 1e-12}
+    module, *_ = fitted(KINDS[kind], own=own, max_steps=2, precision=precision)
     assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
     largest = max(float(delta.dense().abs().max()) for _, delta in module.task_vector())
     assert largest == 0 if kind == "full" else 0 < largest < 1e-11
@@ -308,7 +307,7 @@ def test_a_precision_that_rounds_trained_values_is_refused_before_the_model_is_l
     assert len(list(data.train_dataloader())) == 6
 
 
-def test_length_is_that_of_the_fit(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_length_is_that_of_the_fit(fitted) -> None:
     """Six batches an epoch."""
     wanted = [
         ({"max_steps": 7}, (6, 7)),
@@ -319,9 +318,7 @@ def test_length_is_that_of_the_fit(tiny_llama_dir, task_files, tmp_path) -> None
         ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 0.5}, (3, 6)),
     ]
     for settings, (per_epoch, total) in wanted:
-        module = runs.module(tiny_llama_dir, KINDS["lora"], scheduler=Constant())
-        trainer = runs.trainer(tmp_path, limit_val_batches=0, **settings)
-        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+        module, trainer, _ = fitted(KINDS["lora"], own={"scheduler": Constant()}, **settings)
         assert (module.length.steps_per_epoch, module.length.total_steps) == (per_epoch, total)
         assert trainer.global_step == total
 
@@ -369,28 +366,22 @@ def test_a_learning_rate_is_the_peak_of_the_optimizer_and_is_logged(
 def test_the_fused_step_of_the_default_optimizer_is_that_of_plain_adamw(architecture, tiny, task_files, tmp_path):
     """GPT-2 lays its weights out transposed, and a fused step passes over bare memory."""
     base, found = tiny(architecture), []
+    how = {"max_steps": 5, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "limit_val_batches": 0}
     for optimizer in (None, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)):
-        seed_everything(0, verbose=False)
-        losses = runs.Losses()
-        module = runs.module(base, FullExpert, modules="all-linear", optimizer=optimizer)
-        module.learning_rate = 1e-3
-        how = {"max_steps": 5, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "limit_val_batches": 0}
-        trainer = runs.trainer(tmp_path, losses, **how)
-        trainer.fit(module, runs.mixture(task_files, base))
+        own = {"modules": "all-linear", "optimizer": optimizer, "learning_rate": None if optimizer else 1e-3}
+        _, trainer, losses = runs.fit(base, task_files, tmp_path, FullExpert, own=own, **how)
         assert (trainer.optimizers[0].param_groups[0]["fused"] is True) == (optimizer is None)
-        found.append(losses.steps)
+        found.append(losses)
     assert found[0][-1] < found[0][0]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-def test_the_default_optimizer_clips_in_mixed_precision(precision, tiny_llama_dir, task_files, tmp_path) -> None:
+def test_the_default_optimizer_clips_in_mixed_precision(precision, fitted) -> None:
     """Lightning refuses to clip where an optimizer undoes the scale of gradients itself, as a fused one does."""
-    module = runs.module(tiny_llama_dir, KINDS["lora"])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if precision == "16-mixed" else None
-    mixed = MixedPrecision(precision, "cpu", scaler)
-    trainer = runs.trainer(tmp_path, max_steps=2, gradient_clip_val=0.5, plugins=[mixed], limit_val_batches=0)
-    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    how = {"gradient_clip_val": 0.5, "plugins": [MixedPrecision(precision, "cpu", scaler)]}
+    _, trainer, _ = fitted(KINDS["lora"], own={"optimizer": None}, max_steps=2, **how)
     assert trainer.global_step == 2
     assert not trainer.optimizers[0].param_groups[0]["fused"]
 
@@ -458,20 +449,14 @@ def test_a_run_killed_in_mid_epoch_resumes_with_the_same_losses(tiny_llama_dir, 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(precision, tiny_llama_dir, task_files, tmp_path):
+def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(precision, fit_tiny, tmp_path):
     """Validations fall between the ends of epochs."""
 
     def run(folder: Path, steps: int, ckpt: Path | None = None) -> list[float]:
-        losses = runs.Losses()
-        torch.manual_seed(0)
-        module = runs.module(tiny_llama_dir, KINDS["element"], scheduler=Constant())
         saving = ModelCheckpoint(folder, save_top_k=-1, filename="{step}", save_on_train_epoch_end=True)
         schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9))
-        trainer = runs.trainer(
-            folder, losses, saving, schedule, max_steps=steps, enable_checkpointing=True, precision=precision
-        )
-        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
-        return losses.steps
+        how = {"own": {"scheduler": Constant()}, "enable_checkpointing": True, "precision": precision}
+        return fit_tiny(KINDS["element"], saving, schedule, ckpt=ckpt, max_steps=steps, **how)[2]
 
     whole = run(tmp_path / "whole", 14)
     for step in (6, 12):  # an epoch is six

@@ -9,9 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import build_model
-from lightning.pytorch import seed_everything
 from testbed.random_deltas import random_delta
-from testbed.runs import Losses, mixture, module, trainer
 from torch import nn
 
 from modular_experts.base.device import device
@@ -75,14 +73,11 @@ def test_kept_gradients_are_the_dense_ones(tile, dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["entries", "LoRA"])
-def test_autocast_trains_a_bfloat16_base_in_float32(kind, tiny_llama_dir, task_files, tmp_path) -> None:
-    seed_everything(0, verbose=False)
-    losses = Losses()
-    place = {"accelerator": device().type, "precision": "bf16-mixed", "max_steps": 12, "limit_val_batches": 0}
-    run = trainer(tmp_path, losses, **place)
-    trained = module(tiny_llama_dir, KINDS[kind], dtype="bfloat16", learning_rate=0.05)
-    run.fit(trained, mixture(task_files, tiny_llama_dir))
-    assert sum(losses.steps[-2:]) < sum(losses.steps[:2])
+def test_autocast_trains_a_bfloat16_base_in_float32(kind, fitted) -> None:
+    own = {"optimizer": None, "dtype": "bfloat16", "learning_rate": 0.05}
+    how = {"accelerator": device().type, "precision": "bf16-mixed", "max_steps": 12}
+    trained, _, losses = fitted(KINDS[kind], own=own, **how)
+    assert sum(losses[-2:]) < sum(losses[:2])
     assert all(one.dtype == torch.float32 for one in trained.parameters() if one.requires_grad)
 
 
@@ -113,26 +108,20 @@ def test_a_compiled_model_takes_the_same_steps(kind) -> None:
 
 @pytest.mark.gpu_multi
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_train_what_one_trains(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_two_gpus_train_what_one_trains(fit_tiny, tmp_path) -> None:
     found = []
     for devices in (1, 2):
-        seed_everything(0, verbose=False)
         how = {"accelerator": "cuda", "devices": devices, "strategy": "ddp_spawn" if devices > 1 else "auto"}
-        trained = module(tiny_llama_dir, KINDS["entries"])
-        export = ExportExpert(str(tmp_path), f"of-{devices}")
-        trainer(tmp_path, export, **how).fit(trained, mixture(task_files, tiny_llama_dir))
+        fit_tiny(KINDS["entries"], ExportExpert(str(tmp_path), f"of-{devices}"), **how)
         found.append({name: delta.dense() for name, delta in Library(tmp_path)[f"of-{devices}"].items()})
     for name, delta in found[0].items():
         torch.testing.assert_close(found[1][name], delta, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.skipif(device().type == "cpu", reason="a CPU has no other memory")
-def test_inputs_of_blocks_on_the_cpu_train_the_same(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_inputs_of_blocks_on_the_cpu_train_the_same(fit_tiny) -> None:
     losses = []
     for offload in (False, True):
-        seed_everything(0, verbose=False)
-        losses.append(Losses())
-        found = module(tiny_llama_dir, LoRAExpert, gradient_checkpointing=True, offload_activations=offload)
-        run = trainer(tmp_path, losses[-1], max_steps=3, accelerator=device().type)
-        run.fit(found, mixture(task_files, tiny_llama_dir))
-    assert losses[0].steps == losses[1].steps
+        own = {"optimizer": None, "gradient_checkpointing": True, "offload_activations": offload}
+        losses.append(fit_tiny(LoRAExpert, own=own, max_steps=3, accelerator=device().type)[2])
+    assert losses[0] == losses[1]

@@ -31,12 +31,8 @@ def library(tmp_path_factory, one_block, task_files):
     folder = tmp_path_factory.mktemp("others")
     for name, expert in {"a": SPARSE, "b": BLOCK, "c": LORA}.items():
         export = ExportExpert(str(folder / "library"), name, monitor=None)
-        optimizer = partial(torch.optim.AdamW, lr=5e-2)
-        module = runs.module(one_block, expert, optimizer=optimizer)
-        files = {"upper": task_files["upper"]}
-        runs.trainer(folder, export, ONCE(), max_steps=2, limit_val_batches=0).fit(
-            module, runs.mixture(files, one_block)
-        )
+        own, files = {"optimizer": partial(torch.optim.AdamW, lr=5e-2)}, {"upper": task_files["upper"]}
+        runs.fit(one_block, files, folder, expert, export, ONCE(), own=own, max_steps=2, limit_val_batches=0)
     return folder / "library"
 
 
@@ -59,12 +55,8 @@ def fit_reverse(one_block, task_files, tmp_path):
     """Train an expert of a task that the library does not have, and return its module."""
 
     def fit(expert, *callbacks, base=one_block, module=None, file=task_files["reverse"], **settings):
-        torch.manual_seed(0)
-        optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-        module = runs.module(base, expert, **({"optimizer": optimizer} | (module or {})))
-        data = runs.mixture({"reverse": file}, base, seed=0)
-        runs.trainer(tmp_path, *callbacks, limit_val_batches=0, **settings).fit(module, data)
-        return module
+        how = {"own": module, "data": {"seed": 0}, "limit_val_batches": 0} | settings
+        return runs.fit(base, {"reverse": file}, tmp_path, expert, *callbacks, **how)[0]
 
     return fit
 
