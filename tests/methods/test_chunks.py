@@ -47,17 +47,6 @@ def test_tiles_stay_tiles_and_are_never_cut(tile, size, numbers):
     assert all(row % tile[0] == 0 for row in first_rows)
 
 
-@given(sizes, deltas_of_one_weight())
-def test_entries_of_a_chunk_say_where_they_are(size, deltas):
-    for delta in deltas:
-        rebuilt = torch.zeros(delta.shape.numel(), dtype=torch.float64)
-        with chunks_of_size(size):
-            for chunk in chunks_of([delta]):
-                entries = chunk.entries(0)
-                rebuilt[entries.flat()] = entries.values.double()
-        torch.testing.assert_close(rebuilt.view(delta.shape), delta.dense().double(), rtol=1e-12, atol=1e-12)
-
-
 @given(
     size=sizes,
     most=st.sampled_from([1, 10, 2**17]),

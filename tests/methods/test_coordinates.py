@@ -77,12 +77,6 @@ def test_the_result_is_of_the_rank_of_all_experts_and_nothing_is_made_dense():
     assert_merged(m.CoreSpace().merge(turned), merged.dense(), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("forms", [("LowRank", "Sparse"), ("Dense", "Dense")])
-def test_other_forms_are_merged_as_they_are(forms):
-    deltas = [random_delta(form, (8, 6), seed) for seed, form in enumerate(forms)]
-    assert_merged(m.CoreSpace(scale=2.0).merge(deltas), 2.0 * m.TIES().merge(deltas).dense())
-
-
 def test_loras_stay_in_factors():
     loras = [random_delta("LowRank", (60, 70), seed) for seed in range(4)]
     with factors_only():

@@ -97,14 +97,6 @@ def test_directions_that_cancel_are_averaged():
         assert_merged(MultiSLERP().merge(deltas), Average().merge(deltas).dense(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [NuSLERP, MultiSLERP, Karcher])
-def test_only_ratios_of_weights_count(kind):
-    deltas = [random_delta("Dense", (3, 4), seed) for seed in range(3)]
-    merged = kind([1.0, 2.0, 5.0]).merge(deltas).dense()
-    torch.testing.assert_close(kind([0.125, 0.25, 0.625]).merge(deltas).dense(), merged, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(kind([2.0] * 3).merge(deltas).dense(), kind().merge(deltas).dense())
-
-
 EXACT = {"max_iterations": 200, "tolerance": 0.0}
 SKEWED = [1.0, 2.0, 5.0]
 

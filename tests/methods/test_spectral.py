@@ -10,7 +10,7 @@ from testbed.random_deltas import forms, random_delta, seeds, shapes
 
 import modular_experts.methods as ours
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
+from modular_experts.methods.spectrum import as_delta, spectrum
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -43,14 +43,6 @@ def test_low_rank_factors_that_repeat_themselves_count_once():
     found = spectrum(LowRank(torch.cat([up, up], 1), torch.cat([down, down])))
     assert found.count == 2
     torch.testing.assert_close(product(found), 2 * up.double() @ down.double(), **CLOSE)
-
-
-@given(shapes, seeds, forms)
-def test_left_factor_has_the_left_side_of_the_delta(shape, seed, form):
-    delta = random_delta(form, shape, seed)
-    factor, dense = left_factor(delta), delta.dense().double()
-    torch.testing.assert_close(factor @ factor.T, dense @ dense.T, **CLOSE)
-    assert factor.shape[1] <= (delta.rank if isinstance(delta, LowRank) else min(shape))
 
 
 @pytest.mark.parametrize(("rank", "form"), [(0, Sparse), (2, LowRank), (3, Dense)])
@@ -97,26 +89,6 @@ METHODS = [
     ours.WUDI(learning_rate=1e-2, steps=20),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
-
-
-def assert_same(one, other):
-    assert_merged(one, other.dense(), rtol=1e-6, atol=1e-7)
-
-
-@each_method
-@given(st.lists(seeds, min_size=2, max_size=4, unique=True))
-def test_low_rank_experts_merge_to_what_their_dense_forms_do(method, numbers):
-    deltas = [random_delta("LowRank", (12, 14), seed) for seed in numbers]
-    assert_same(method.merge(deltas), method.merge([Dense(delta.dense()) for delta in deltas]))
-
-
-@each_method
-def test_sparse_experts_merge_to_what_their_dense_forms_do(method):
-    for form in ("Sparse", "BlockSparse"):
-        deltas = [random_delta(form, (12, 14), seed, share=0.6) for seed in range(3)]
-        merged = method.merge(deltas)
-        assert isinstance(merged, Dense | LowRank)
-        assert_same(merged, method.merge([Dense(delta.dense()) for delta in deltas]))
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not isinstance(method, ours.KnOTS)], ids=str)
