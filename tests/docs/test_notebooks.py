@@ -7,7 +7,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient.exceptions import CellExecutionError
 from run_notebooks import METADATA, NOTEBOOKS, code_cells, execute, read
 from testbed.documents import short
 
@@ -73,12 +72,6 @@ def test_without_a_base_the_first_cell_says_what_to_run(notebook: Path, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no runs/quickstart/base yet: run `make quickstart` in the"):
         exec(code_cells(read(notebook))[0].source, {})
-
-
-def test_a_warning_stops_a_notebook(tmp_path: Path) -> None:
-    cell = nbformat.v4.new_code_cell("import warnings\n\nwarnings.warn('this is old', FutureWarning)")
-    with pytest.raises(CellExecutionError, match=r"FutureWarning.*this is old"):
-        execute(nbformat.v4.new_notebook(cells=[cell]), tmp_path)
 
 
 def test_the_commands_of_the_second_work_with_its_cells_as_a_file(place: Path, monkeypatch, capsys) -> None:
