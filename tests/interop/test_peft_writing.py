@@ -34,11 +34,7 @@ def expected_logits(base, deltas, tokens=None):
 CASES = {
     "lora of embeddings": ("llama", [*LLAMA, "model.embed_tokens.weight", "lm_head.weight"], "LowRank", LoraFormat()),
     "lora of conv1d and embeddings": ("gpt2", [*GPT2, "transformer.wpe.weight"], "LowRank", LoraFormat()),
-    "lora below its largest rank": ("llama", LLAMA, "LowRank", LoraFormat(rank=5)),
-    "lora of all ranks": ("llama", LLAMA, "Dense", LoraFormat(rank=48)),
-    "super-tuning": ("llama", LLAMA, "Sparse", SupertuningFormat()),
     "super-tuning of tiles": ("llama", LLAMA, "BlockSparse", SupertuningFormat()),
-    "shira": ("llama", LLAMA, "Sparse", ShiraFormat()),
     "shira of tiles": ("llama", LLAMA, "BlockSparse", ShiraFormat()),
 }
 
@@ -56,16 +52,12 @@ def test_peft_computes_what_base_plus_deltas_does_and_reading_back_gives_the_sam
     assert 0 <= written.check.mean_difference <= written.check.largest_difference < 1e-5
     assert written.relative_error < 1e-6
     assert list(written.weights) == sorted(names)
-    if form == "Dense":
-        return  # a product of all ranks is the delta but for rounding
     back = dict(read_peft(tmp_path / "adapter").deltas)
     assert back.keys() == set(expert)
     for name, delta in expert.items():
         assert torch.equal(back[name].dense(), delta.dense()), name
         if form == "LowRank":
             assert torch.equal(back[name].up, delta.up)
-        if form == "Sparse":
-            assert torch.equal(back[name].indices[back[name].values != 0], delta.indices)  # the others are padding
         assert written.weights[name].lost == 0.0
 
 
@@ -178,11 +170,10 @@ def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, 
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
-MIXTURES = [("mixtral", {"all-linear": 2}), ("gpt_oss", {"all-linear": 2})]
-PARTS = [("mixtral", {"down_proj": 3, "q_proj": 2}), ("gpt_oss", {"gate_up_proj[1]": 3})]
+MIXTURES = [("mixtral", {"all-linear": 2}), ("gpt_oss", {"all-linear": 2}), ("gpt_oss", {"gate_up_proj[1]": 3})]
 
 
-@pytest.mark.parametrize(("kind", "ranks"), MIXTURES + PARTS)
+@pytest.mark.parametrize(("kind", "ranks"), MIXTURES)
 def test_matrices_of_a_mixture_of_experts_go_to_peft_and_back(kind, ranks, tmp_path) -> None:
     """They become PEFT's `target_parameters`; the first base stores `(out, in)`, the other `(in, out)`."""
     mixture(kind).save_pretrained(tmp_path / "base")

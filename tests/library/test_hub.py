@@ -159,17 +159,6 @@ def test_only_an_experts_own_files_go_and_come(hub, library, tmp_path):
     assert contents(tmp_path / "other") == own
 
 
-def test_pulled_a_commit_stays_what_it_was(hub, library, tmp_path):
-    first = push([library / "a"], REPO).commit
-    shutil.rmtree(library / "a")
-    write(library / "a", seed=99)
-    push([library / "a"], REPO, overwrite=True)
-    assert pull(REPO, tmp_path / "new").experts[0].content_hash == open_expert(library / "a").content_hash
-    old = pull(REPO, tmp_path / "old", revision=first)
-    assert old.commit == first
-    assert old.experts[0].content_hash != open_expert(library / "a").content_hash
-
-
 def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
     expert = open_expert(library / "a")
     write_statistics(expert, "fisher", [("w0", DataStatistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
@@ -298,14 +287,6 @@ def test_names_that_no_expert_may_have_are_refused(hub, library, tmp_path):
         with pytest.raises(ValueError, match="cannot be the name of an expert"):
             pull(REPO, tmp_path / "other", [name])
         assert not (tmp_path / "other").exists()
-
-
-def test_a_damaged_expert_is_not_pushed(hub, library):
-    file = library / "b/delta.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(ValueError, match=r"b/delta.safetensors is damaged"):
-        push(experts_of(library), REPO)
-    assert hub.requests == []
 
 
 # What the hub says

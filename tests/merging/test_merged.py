@@ -70,15 +70,6 @@ def test_a_merge_with_its_own_parents_is_named_before_it_begins(library, caplog)
     assert "ab is a merge of one and two: merged with it, they count twice; leave out the merge or" in message
 
 
-def test_released_memory_is_read_again_from_the_file(library):
-    expert = open_expert(library / "one")
-    delta = expert["a.weight"]
-    before = delta.values.clone()
-    expert.release("a.weight")
-    assert torch.equal(delta.values, before)
-    assert torch.equal(expert["a.weight"].values, before)
-
-
 def test_one_weight_is_in_memory_at_a_time(library, monkeypatch):
     alive, most = [], 0
     read = Merged.deltas_of

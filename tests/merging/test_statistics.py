@@ -11,14 +11,13 @@ import torch
 from conftest import build_model, write_rows
 from testbed.random_deltas import random_delta
 from testbed.runs import mixture
-from transformers.pytorch_utils import Conv1D
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
 from modular_experts.data import TaskMixture
-from modular_experts.evaluation.gram import gram, merged_grams
+from modular_experts.evaluation.gram import gram
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merging.fisher_information import fisher
 from modular_experts.merging.objective import ValidationRows
@@ -65,21 +64,6 @@ def state(model):
     return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
 
-def test_fisher_is_the_mean_over_rows_of_squared_gradients(batches):
-    model = build_model("llama").double()
-    expected, rows = dict.fromkeys(WEIGHTS, 0.0), list(rows_of(batches))
-    for ids, first in rows:
-        likelihoods = model(ids).logits.log_softmax(-1)[0, first - 1 : -1]
-        total = likelihoods.gather(1, ids[0, first:, None]).sum()
-        gradients = torch.autograd.grad(total, [model.get_parameter(name) for name in WEIGHTS])
-        for name, gradient in zip(WEIGHTS, gradients, strict=True):
-            expected[name] += gradient.square() / len(rows)
-    found = fisher(model, batches, WEIGHTS)
-    assert list(found) == WEIGHTS
-    for name, one in found.items():
-        torch.testing.assert_close(one.values, expected[name], rtol=1e-9, atol=1e-15)
-
-
 def test_fisher_does_not_depend_on_batches_and_leaves_the_model_as_it_was(batches, tiny_llama_dir, task_files):
     model = build_model("llama").train()
     model.get_parameter(WEIGHTS[1]).requires_grad_(False)
@@ -98,20 +82,6 @@ def test_fisher_does_not_depend_on_batches_and_leaves_the_model_as_it_was(batche
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
-def test_gram_is_the_mean_of_products_of_inputs_without_padding(architecture, batches):
-    model = build_model(architecture).double()
-    kinds = (torch.nn.Linear, Conv1D)
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
-    found = gram(model, batches, [f"{name}.weight" for name in layers])
-    inputs = hooked_inputs(model, rows_of(batches), layers)
-    for name in layers:
-        one, x = found[f"{name}.weight"], inputs[name]
-        assert model.get_parameter(f"{name}.weight").shape[one.inputs] == x.shape[1]
-        assert one.inputs == (0 if architecture == "gpt2" and "lm_head" not in name else 1)
-        torch.testing.assert_close(one.values, x.T @ x / len(x), rtol=1e-8, atol=1e-10)
-
-
 def test_gram_knows_no_other_weights_and_leaves_no_hook_and_no_rows_are_refused(batches):
     model = build_model("llama")
     assert set(gram(model, batches, [WEIGHTS[0], WEIGHTS[3]]).values()) == {None}
@@ -121,43 +91,6 @@ def test_gram_knows_no_other_weights_and_leaves_no_hook_and_no_rows_are_refused(
         fisher(model, [], WEIGHTS)
     with pytest.raises(ValueError, match="at least one row, and there was none"):
         gram(model, [], WEIGHTS)
-
-
-def solved(deltas, grams):
-    """RegMean with its default reduction, as the paper writes it."""
-    reduced = [0.9 * gram + 0.1 * torch.diag(gram.diagonal()) for gram in grams]
-    return sum(d @ g for d, g in zip(deltas, reduced, strict=True)) @ torch.linalg.inv(sum(reduced))
-
-
-def test_merged_gram_takes_inputs_behind_the_merged_blocks(batches):
-    model = build_model("llama").double()
-    names, data = [f"{name}.weight" for name in LINEAR], [batches[:1], batches[1:]]
-    shapes = {name: model.get_parameter(name).shape for name in names}
-    numbered = [list(enumerate(names, first)) for first in (1, 5)]
-    experts = [{name: random_delta("Dense", shapes[name], 7 * n) * 0.1 for n, name in one} for one in numbered]
-    del experts[1][names[1]]
-    before = state(model)
-    found = merged_grams(model, experts, data, names[::-1])
-    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-
-    def inputs(weights, part):  # of a fresh model with the weights moved
-        other = build_model("llama").double()
-        with torch.no_grad():
-            for name, delta in weights.items():
-                other.get_parameter(name).add_(delta)
-        return {f"{n}.weight": x.T @ x / len(x) for n, x in hooked_inputs(other, rows_of(part), LINEAR).items()}
-
-    zeros = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
-    dense = [zeros | {name: delta.dense() for name, delta in expert.items()} for expert in experts]
-    first = [inputs({n: own[n] for n in names[:2]}, part) for own, part in zip(dense, data, strict=True)]
-    merged = {n: solved([own[n] for own in dense], [grams[n] for grams in first]) for n in names[:2]}
-    second = [inputs(merged | {names[2]: own[names[2]]}, part) for own, part in zip(dense, data, strict=True)]
-    alone = inputs(dense[0], data[0])
-    for number in range(2):
-        for name in names[:2]:
-            torch.testing.assert_close(found[number][name].values, first[number][name], rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(found[number][names[2]].values, second[number][names[2]], rtol=1e-8, atol=1e-10)
-    assert not torch.allclose(found[0][names[2]].values, alone[names[2]], rtol=1e-4), "behind the expert's own block"
 
 
 # From experts and task files to a merge.

@@ -8,8 +8,7 @@ import torch
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.interop.mergekit import recipe as mergekit_recipe
 from modular_experts.interop.mergekit.recipe import layer_shares, parse_rules, read_recipe, sparse_difference, value_at
-from modular_experts.methods import TIES, Average, ModelStock, TaskArithmetic
-from modular_experts.methods.method import Context
+from modular_experts.methods import Average, ModelStock, TaskArithmetic
 
 LEVELS = """
 merge_method: ties
@@ -136,13 +135,6 @@ def test_weights_that_cancel_are_not_divided_by(step):
     assert isinstance(step(f"merge_method: task_arithmetic\n{cancel}".replace("e-9", "e-3")), Average)
 
 
-def test_ties_gets_every_setting_that_mergekit_means_by_it(step):
-    method = step("merge_method: ties\nparameters: {weight: 0.5, lambda: 3, rescale: true}")
-    assert isinstance(method, TIES)
-    assert (method.scope, method.vote, method.divisor, method.zero) == ("weight", "weighted", "weights", "positive")
-    assert (method.keep, method.weights, method.scale, method.rescale) == ([1.0, 1.0], [0.5, 0.5], 3, "l1")
-
-
 def test_nuslerp_and_model_stock_are_ours_with_the_preset_of_mergekit(step):
     nuslerp = "merge_method: nuslerp\nparameters: {weight: 0.25, nuslerp_flatten: %s, nuslerp_row_wise: %s}"
     for flatten, row_wise, expected in [(1, 1, (False, False)), (0, 0, (True, False)), (0, 1, (False, True))]:
@@ -153,25 +145,6 @@ def test_nuslerp_and_model_stock_are_ours_with_the_preset_of_mergekit(step):
     stock = "merge_method: model_stock\nparameters: {filter_wise: %s}"
     assert step(stock % "true") == ModelStock(row_wise=True, preset="mergekit")
     assert step(stock % "false") == ModelStock(preset="mergekit")
-
-
-SETTINGS = "weight: 0.7, density: 0.6"
-PRUNING = dict.fromkeys(["task_arithmetic", "ties", "dare_ties", "breadcrumbs", "della"], SETTINGS)
-
-
-@pytest.mark.parametrize(("method", "settings"), [*PRUNING.items(), ("sce", "select_topk: 0.3")])
-def test_differences_held_entry_by_entry_merge_as_dense_ones_do(step, method, settings):
-    draw = torch.Generator().manual_seed(0)
-    start = torch.randn(30, 20, generator=draw).bfloat16()
-    moved = [torch.rand(start.shape, generator=draw) < 0.08 for _ in range(2)]
-    tuned = [torch.where(few, torch.randn(start.shape, generator=draw).bfloat16(), start) for few in moved]
-    merge = step(f"merge_method: {method}\nparameters: {{{settings}}}", start.numel()).merge
-    sparse = [sparse_difference(one, start) for one in tuned]
-    dense = [Dense(one.dense()) for one in sparse]
-    assert [type(delta) for delta in sparse] == [Sparse] * 2
-    merged = merge(sparse, Context(MLP))
-    assert not merged.is_empty
-    torch.testing.assert_close(merged.dense(), merge(dense, Context(MLP)).dense(), rtol=1e-6, atol=3e-7)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)

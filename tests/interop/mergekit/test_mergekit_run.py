@@ -1,7 +1,6 @@
-"""Recipes run on tiny models, against the same arithmetic written out in float64."""
+"""Recipes run on tiny models; `tests/soak/families/recipes.py` compares each method with its formula."""
 
 import json
-import math
 import shutil
 from functools import partial
 
@@ -53,29 +52,6 @@ def assert_merge(merged, expected):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=3e-7, msg=told)
 
 
-def of_layer(name, numbers):
-    """Interpolate three numbers over the three layers; all else has the first."""
-    return numbers[int(name.split(".")[2])] if ".layers." in name else numbers[0]
-
-
-def test_linear_with_a_gradient_and_filters_equals_the_written_out_mean(run, place):
-    merged = run("""
-merge_method: linear
-models:
-  - {model: a, parameters: {weight: [0.2, 1.0]}}
-  - {model: b, parameters: {weight: [{filter: mlp, value: 0.3}, {filter: q_proj, value: [1, 0, 1]}]}}
-parameters: {weight: 0.5}
-""")
-    a, b = tensors(place, "a"), tensors(place, "b")
-
-    def expected(name):
-        one = of_layer(name, [0.2, 0.6, 1.0])
-        other = 0.3 if "mlp" in name else of_layer(name, [1, 0, 1]) if "q_proj" in name else 0.5
-        return (one * a[name] + other * b[name]) / (one + other)
-
-    assert_merge(merged, {name: expected(name) for name in a})
-
-
 def test_linear_that_is_not_normalised_scales_the_base_too(run, place):
     merged = run(
         "merge_method: linear\nbase_model: base\nmodels: [{model: a}, {model: b, parameters: {weight: 0.5}}]\n"
@@ -83,66 +59,6 @@ def test_linear_that_is_not_normalised_scales_the_base_too(run, place):
     )
     base, a, b = (tensors(place, name) for name in ("base", "a", "b"))
     assert_merge(merged, {name: 0.75 * a[name] + 0.5 * b[name] + 0.75 * base[name] for name in a})
-
-
-def keep_largest(tensor, count):
-    order = tensor.abs().flatten().argsort(descending=True)
-    kept = torch.zeros_like(tensor).flatten()
-    kept[order[:count]] = tensor.flatten()[order[:count]]
-    return kept.view_as(tensor)
-
-
-def elect(deltas, weights, normalize):
-    weighted = torch.stack([weight * delta for weight, delta in zip(weights, deltas, strict=True)])
-    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    agrees = (weighted.sign() == sign).double()
-    divisor = (agrees * torch.tensor(weights).view(-1, *[1] * deltas[0].ndim)).sum(0)
-    divisor[divisor == 0] = 1.0
-    return (weighted * agrees).sum(0) / (divisor if normalize else 1.0)
-
-
-def differences_from_base(place, *names):
-    base = tensors(place, "base")
-    return base, [{key: (tensors(place, name)[key] - base[key]).float().double() for key in base} for name in names]
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_ties_keeps_whole_numbers_of_entries_rounded_down_and_lets_weights_vote(run, place, normalize):
-    merged = run(f"""
-merge_method: ties
-base_model: base
-models:
-  - {{model: a, parameters: {{weight: 0.9, density: [0.29, 0.5, 1.0]}}}}
-  - {{model: b, parameters: {{weight: 0.4, density: [{{filter: mlp, value: 0.1}}, {{value: 0.35}}]}}}}
-parameters: {{lambda: 0.5, normalize: {str(normalize).lower()}}}
-""")
-    base, (a, b) = differences_from_base(place, "a", "b")
-
-    def expected(name):
-        size = base[name].numel()
-        shares = of_layer(name, [0.29, 0.5, 1.0]), 0.1 if "mlp" in name else 0.35
-        counts = [math.floor(share * size) for share in shares]
-        kept = [keep_largest(delta[name], count) for delta, count in zip((a, b), counts, strict=True)]
-        return base[name] + 0.5 * elect(kept, [0.9, 0.4], normalize)
-
-    assert_merge(merged, {name: expected(name) for name in base})
-
-
-def test_dare_keeps_the_length_and_its_seed_gives_the_same_merge(run, place):
-    recipe = """
-merge_method: dare_linear
-base_model: base
-models: [{model: a, parameters: {weight: 1, density: 0.3}}]
-"""
-    base, (a,) = differences_from_base(place, "a")
-    merged, again, other = run(recipe), run(recipe), run(recipe, seed=1)
-    name = "model.embed_tokens.weight"
-    assert torch.equal(merged[name], again[name])
-    assert not torch.equal(merged[name], other[name])
-    delta = merged[name] - base[name]
-    assert delta.abs().sum().item() == pytest.approx(a[name].abs().sum().item(), rel=1e-4)
-    kept = (delta != 0).double().mean().item()
-    assert abs(kept - 0.3) < 4 * (0.3 * 0.7 / delta.numel()) ** 0.5
 
 
 def test_merge_is_an_ordinary_checkpoint_in_the_asked_data_type(run, place, tmp_path):
