@@ -62,6 +62,13 @@ def file(name: str) -> str:
     return f"benchmarks/studies/{name}.yaml"
 
 
+def short(name: str) -> str:
+    """Write a study with the first learning rate of each grid: the others are read as it is."""
+    text = (STUDIES / f"{name}.yaml").read_text()
+    Path(f"{name}.yaml").write_text(re.sub(r"(learning_rate: (?:&\w+ )?\[[^],]*)[^]]*", r"\1", text))
+    return f"{name}.yaml"
+
+
 OF_SUITE = sorted({one.stem for one in STUDIES.glob("*.yaml")} - SHARED - OF_REAL_TASKS)
 TOGETHER = [["suite", *["ten-tasks"] * (name in TEN_TASKS), name] for name in OF_SUITE]
 TOGETHER += [["real", "merging", "real-kinds"], ["real", "routing", "real-kinds"], ["real", "few-bytes"]]
@@ -69,7 +76,7 @@ TOGETHER += [["real", "merging", "real-kinds"], ["real", "routing", "real-kinds"
 
 @pytest.mark.parametrize("names", TOGETHER, ids=" ".join)
 def test_the_files_of_each_study_fit(place: Path, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    study(*map(file, names), status=True)
+    study(*map(short, names), status=True)
     assert re.search(r"^tests +0 of \d\d+ done", capsys.readouterr().out, re.MULTILINE)
 
 
