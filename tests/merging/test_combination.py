@@ -20,7 +20,6 @@ def objective(tiny_llama_dir, task_files):
 
 
 MEASURES = [
-    pytest.param(batch_losses, loss_by_hand, False, id="losses"),
     pytest.param(batch_entropies, entropy_by_hand, False, id="entropies"),
     pytest.param(batch_losses, loss_by_hand, True, id="rows"),
 ]

@@ -10,29 +10,11 @@ from testbed.runs import mixture
 from testbed.searching import objective_on, random_experts, same_bits, state
 
 from modular_experts.base import Base
-from modular_experts.base.apply import applied, apply_deltas
+from modular_experts.base.apply import applied
 from modular_experts.data.batch import IGNORED
 from modular_experts.deltas import Dense
-from modular_experts.evaluation import measure
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merging.objective import Objective, Trial, own_experts
-
-
-def test_it_is_the_loss_that_measure_gives(tiny_llama_dir, task_files) -> None:
-    objective = objective_on(tiny_llama_dir, task_files)
-    data = mixture({name: task_files[name] for name in ("upper", "reverse")}, tiny_llama_dir)
-    data.setup("validate")
-    model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
-    expert = random_experts(objective)[0]
-    for scale in (0.0, 1.0, -0.5):
-        changed = Base.open(tiny_llama_dir).load()
-        apply_deltas(changed, [{name: delta * scale for name, delta in expert.items()}])
-        found = measure(changed, tokenizer, data.val_dataloader(), data.roles, max_new_tokens=None)
-        losses = objective.losses_with(expert, scale)
-        assert losses == pytest.approx({name: task["loss"] for name, task in found["tasks"].items()}, rel=1e-5)
-        assert Trial({}, losses).loss == pytest.approx(found["held_in"]["loss"], rel=1e-5)
-    plain = measure(model, tokenizer, data.val_dataloader(), data.roles, max_new_tokens=None)["held_in"]["loss"]
-    assert Trial({}, objective.losses()).loss == pytest.approx(plain, rel=1e-5)
 
 
 def test_rows_of_a_length_share_a_batch_and_batches_of_all_lengths_alternate(tiny_llama_dir, tmp_path) -> None:

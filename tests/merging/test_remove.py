@@ -5,7 +5,6 @@ import torch
 from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
-from modular_experts.deltas import Dense, Sparse
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.library.form import Form
 from modular_experts.merging.merged import merge
@@ -48,18 +47,6 @@ def test_result_is_the_merge_of_the_others(tmp_path, forms, method):
         assert [parent["name"] for parent in left.record["parents"]] == rest
         assert left.record["method"] == again.record["method"]
         assert left.record["tasks"] == sorted(rest, key=lambda task: sorted(names).index(task))
-
-
-def test_what_the_expert_had_cancelled_comes_back(tmp_path):
-    kept = torch.zeros(12, 15)
-    kept[0, 2] = 0.5
-    deltas = {"one": Dense(kept), "two": Sparse(torch.tensor([2, 9]), torch.tensor([-0.5, 1.0]), kept.shape)}
-    for name, delta in deltas.items():
-        write_expert(tmp_path / name, {"a.weight": delta}, make_record("X", BASE, tasks=[name]))
-    whole = merge([tmp_path / name for name in deltas], TaskArithmetic(), tmp_path / "all")
-    assert whole.kept_entries() == {"a.weight": 1}
-    left = remove(tmp_path / "all", tmp_path / "two", tmp_path / "left")
-    assert torch.equal(left["a.weight"].dense(), kept)
 
 
 def test_a_task_that_another_expert_has_too_stays(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from modular_experts.base.files import fingerprint
 from modular_experts.data import TaskMixture
-from modular_experts.deltas import LowRank, Sparse
+from modular_experts.deltas import LowRank
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.library.form import Form
 from modular_experts.merging.merged import Merged, merge
@@ -18,7 +18,6 @@ from modular_experts.merging.objective import ValidationRows, objective_on_base
 SHAPES = {"mlp.up_proj": (48, 32), "mlp.gate_proj": (48, 32), "mlp.down_proj": (32, 48), "self_attn.q_proj": (32, 32)}
 PLACES = {f"model.layers.{layer}.{name}.weight": shape for layer in range(2) for name, shape in SHAPES.items()}
 RANK = 6
-Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
@@ -144,26 +143,6 @@ def test_the_settings_that_were_tuned_are_written_in_the_form_that_is_asked_for(
     assert set(stored.forms().values()) == {"LowRank"}
     assert stored.record["encoding"] == "bfloat16"
     assert stored.record["hyperparameters"]["cut"]["rank"] == 2
-
-
-def test_a_rank_cuts_sparse_matrices_and_leaves_vectors(place):
-    norm, draw = "model.norm.weight", torch.Generator().manual_seed(0)
-    for name in ("upper", "reverse"):
-        matrix = torch.where(torch.rand(32, 32, generator=draw) < 0.2, torch.randn(32, 32, generator=draw), 0.0)
-        deltas = {}
-        for weight, values in ((Q, matrix.view(-1)), (norm, torch.eye(1, 32)[0])):
-            places = values.nonzero()[:, 0]
-            deltas[weight] = Sparse(places.int(), values[places], torch.Size((32, 32) if weight == Q else (32,)))
-        write_expert(f"library/sparse-{name}", deltas, open_expert(f"library/{name}").record)
-    both = ["library/sparse-upper", "library/sparse-reverse"]
-    whole, few = (merge(both, "Average", f"library/{rank}", form=Form(rank=rank)) for rank in (None, 3))
-    left, sizes, right = torch.linalg.svd(whole[Q].dense().double())
-    nearest = left[:, :3] * sizes[:3] @ right[:3]
-    torch.testing.assert_close(few[Q].dense().double(), nearest, rtol=1e-4, atol=1e-6)
-    assert few.forms() == {Q: "LowRank", norm: "Sparse"}
-    assert torch.equal(few[norm].dense(), whole[norm].dense())
-    kept = (sizes[:3].square().sum() + 1) / (sizes.square().sum() + 1)
-    assert few.record["hyperparameters"]["cut"]["squared_norm_kept"] == pytest.approx(kept.item())
 
 
 @pytest.mark.parametrize("count", [3, len(PLACES)])
