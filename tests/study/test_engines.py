@@ -20,7 +20,6 @@ import pytest
 from modular_experts.reports.json_lines import JSONLines
 from modular_experts.study.engines import engine
 from modular_experts.study.piece import KilledError, Piece
-from modular_experts.study.processes import LocalProcesses
 from modular_experts.study.run_pieces import run_pieces
 from modular_experts.study.slurm_jobs import Call
 
@@ -115,18 +114,6 @@ def test_slurm_cancels_its_jobs_on_an_error_and_refuses_wrong_options(slurm_star
     with engine("slurm", partition="gpu", **settings) as executor:
         refused = executor.submit(abs, -1).exception(20)
     assert re.search("[Ii]nvalid partition", str(refused))
-
-
-def test_a_class_of_the_user_is_an_engine_and_gets_its_settings(tmp_path, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_pool.py").write_text(
-        "from concurrent.futures import ThreadPoolExecutor\n\n\nclass Pool(ThreadPoolExecutor):\n    pass\n"
-    )
-    with engine("my_pool.Pool", max_workers=3) as executor:
-        assert executor._max_workers == 3
-        assert run_pieces([Piece(("a",), abs, (-1,))], executor=executor).results == {("a",): 1}
-    with engine("local", processes=1) as executor:
-        assert isinstance(executor, LocalProcesses)
 
 
 def test_the_lines_of_the_guide_run_pieces_on_the_workers_of_dask(tmp_path, monkeypatch) -> None:

@@ -1,9 +1,6 @@
 """A piece runs after those that it needs, a failure stops only what needs it, and no interruption loses a result."""
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -108,46 +105,6 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path: Path) -> Non
     assert "no result could be stored (File too large): 'results.jsonl'" in done.stdout
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"][1] for line in lines] == [0, 1, 2, 4]
-
-
-CHAIN = """
-import time
-from modular_experts.reports.json_lines import JSONLines
-from modular_experts.study.processes import LocalProcesses
-from modular_experts.study.piece import Piece
-from modular_experts.study.run_pieces import run_pieces
-
-def work(number):
-    before = JSONLines("results.jsonl")
-    assert all(("sum", one) in before for one in (number - 1, number - 2) if one >= 0), "it ran before what it needs"
-    time.sleep(0.02)
-    return number + sum(before[("sum", one)] for one in (number - 1, number - 2) if one >= 0)
-
-if __name__ == "__main__":
-    needs = lambda n: tuple(("sum", one) for one in (n - 1, n - 2) if one >= 0)
-    pieces = [Piece(("sum", n), work, (n,), needs(n)) for n in reversed(range(30))]
-    with LocalProcesses(2) as pool:
-        run_pieces(pieces, JSONLines("results.jsonl"), pool).raise_failures()
-"""
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(CHAIN)
-    command, file = [sys.executable, "program.py"], tmp_path / "results.jsonl"
-    draw = random.Random(0)
-    for _ in range(3):
-        before = file.read_bytes().count(b"\n") if file.exists() else 0
-        with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-            while not file.exists() or file.read_bytes().count(b"\n") <= before:
-                assert process.poll() is None, "it ended before it could be killed"
-                time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.1))
-            os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(command, cwd=tmp_path, check=True)
-    wanted: list[int] = []
-    for number in range(30):
-        wanted.append(number + sum(wanted[-2:]))
-    assert dict(JSONLines(file)) == {("sum", number): value for number, value in enumerate(wanted)}
 
 
 def test_a_piece_gets_the_results_that_it_is_given_also_those_of_an_earlier_run(tmp_path) -> None:

@@ -2,46 +2,14 @@
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 
 from modular_experts.experts import Expert
 from modular_experts.study.options import SHORT_NAMES, UsageError, full_names, words_of
 from modular_experts.study.parser import make
-
-WORDS = [
-    (str, "0123", "0123"),
-    (str | None, "0123", "0123"),
-    (str | None, "[hello]", "[hello]"),
-    (str | None, "no", "no"),
-    (str | None, "null", None),
-    (str | timedelta | None, "10:00:00:00", "10:00:00:00"),
-    (int | str, "12", 12),
-    (int | str, "all", "all"),
-    (float | list[float], "[0.5, 1]", [0.5, 1.0]),
-    (bool | int, "true", True),
-    (bool | int, "3", 3),
-    (list[int] | str | int, "auto", "auto"),
-    (list[int] | str | int, "[0, 1]", [0, 1]),
-    (Any, "1e-3", 0.001),
-    (Literal[64, 32] | Literal["16-true", "32"], "32", 32),
-    (dict[str, list[Any]], "{keep: [0.1, 0.2]}", {"keep": [0.1, 0.2]}),
-    (str | list[str], "[qv]_proj", "[qv]_proj"),
-    (tuple[float, float], "[0.9, 1]", (0.9, 1.0)),
-    (bool, "no", False),
-]
-
-
-@pytest.mark.parametrize(("hint", "word", "meant"), WORDS)
-def test_a_typed_word_is_a_text_where_one_may_stand_and_yaml_elsewhere(hint: Any, word: str, meant: Any) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--x", type=hint)
-    found = parser.parse_args([f"--x={word}"]).x
-    assert (found, type(found)) == (meant, type(meant))
 
 
 def test_a_factory_gets_its_first_arguments_later() -> None:

@@ -123,14 +123,6 @@ def test_the_tokenizer_spells_any_text_and_knows_each_word_of_the_suite(finished
     assert len(tokenizer(" reverse c a b = b a c")["input_ids"]) == 8
 
 
-def test_nothing_that_is_there_is_made_again(finished) -> None:
-    """Nor is anything written: the file of results is the same."""
-    out, results, _ = finished
-    before = (out / "pieces.jsonl").read_bytes()
-    assert numbers(made(out)[1]) == numbers(results)
-    assert (out / "pieces.jsonl").read_bytes() == before
-
-
 def test_a_run_that_lost_results_or_experts_makes_only_these_again_with_the_same_numbers(finished, tmp_path) -> None:
     """A result counts only with its expert in the library."""
     copy = tmp_path / "copy"
