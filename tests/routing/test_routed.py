@@ -182,15 +182,6 @@ def test_selections() -> None:
         TopK(4).check(3)
 
 
-def test_segments_hold_each_input_of_an_expert_once_and_in_order() -> None:
-    gates = Gates(torch.tensor([[2, 0], [0, 1], [2, 1]]), torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 2.0]]))
-    found = [
-        (s.expert, None if s.places is None else s.places.tolist(), None if s.weights is None else s.weights.tolist())
-        for s in gates.segments
-    ]
-    assert found == [(0, [1], [0.5]), (1, [1, 2], [0.5, 2.0]), (2, [0, 2], None)]
-
-
 def test_what_cannot_be_routed_is_refused() -> None:
     model = build_model("llama")
     experts = experts_of(model)
@@ -206,8 +197,6 @@ def test_what_cannot_be_routed_is_refused() -> None:
         routed(model, [*experts, smaller], rows=[0])
     with pytest.raises(ValueError, match="has learned 3 experts, and 2 are given"):
         routed(model, experts[:2], centroid(model))
-    with routed(model, experts, rows=[0]), pytest.raises(ValueError, match="the model has experts already"):
-        routed(model, experts, rows=[0])
     packed = torch.arange(5, 11)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
     whole = r"reads whole prompts, which it cannot in packed rows; leave data\.packing out"
     with routed(model, experts, centroid(model)), pytest.raises(ValueError, match=whole):
