@@ -96,15 +96,6 @@ def test_sums_stay_exact_in_a_module_cast_to_bfloat16() -> None:
     assert scores.compute()["tasks"]["a"]["loss"] == pytest.approx(1.001, rel=1e-6)
 
 
-def test_reset_begins_anew_and_nothing_goes_into_a_checkpoint() -> None:
-    scores = TaskScores(ROLES)
-    update(scores, ROWS)
-    assert dict(scores.state_dict()) == {}
-    scores.reset()
-    update(scores, ROWS[3:])
-    assert list(scores.compute()["tasks"]) == ["c"]
-
-
 def test_measure_gives_the_results_of_a_test(tiny_llama_dir, task_files, tmp_path) -> None:
     tested, data = module(tiny_llama_dir, None, max_new_tokens=6), mixture(task_files, tiny_llama_dir)
     trainer(tmp_path).test(tested, data, verbose=False)

@@ -37,8 +37,6 @@ PATTERNS = {
     "alpha_pattern": {r"layers\.1\..*": 5, "down_proj": 1, "q_proj": 9},
 }
 ADAPTERS = {
-    "lora": ("llama", lora(lora_alpha=7), LowRank),
-    "patterns": ("llama", lora(**PATTERNS), LowRank),
     "patterns and rslora": ("llama", lora(use_rslora=True, **PATTERNS), LowRank),
     "embeddings": ("llama", lora(target_modules=["embed_tokens", "lm_head", "v_proj"], use_rslora=True), LowRank),
     "dora on embeddings": ("llama", lora(target_modules=["embed_tokens", "o_proj"], use_dora=True), None),
@@ -46,14 +44,12 @@ ADAPTERS = {
     "trained biases": ("qwen2", lora(bias="all"), None),
     "biases of the adapted": ("qwen2", lora(bias="lora_only"), None),
     "lora bias": ("qwen2", lora(target_modules=["q_proj", "v_proj"], lora_bias=True, lora_alpha=3), None),
-    "conv1d": ("gpt2", gpt2(lora_alpha=3), LowRank),
     "conv1d, wrongly declared": ("gpt2", gpt2(fan_in_fan_out=False), LowRank),
     "dora on conv1d": ("gpt2", gpt2(use_dora=True), None),
     "biases of conv1d": ("gpt2", gpt2(bias="all"), None),
     "lora bias of conv1d": ("gpt2", gpt2(lora_bias=True, use_rslora=True), None),
     "shira and modules to save": ("llama", one_module(ShiraConfig, r=2, modules_to_save=["lm_head"]), None),
     "super-tuning of the smallest": ("llama", one_module(SupertuningConfig, sparsity=0.7, select_top=False), Sparse),
-    "supra": ("llama", one_module(SupertuningConfig, sparsity=0.9, r=2), None),
     "supra with its own alpha": ("llama", one_module(SupertuningConfig, sparsity=0.9, r=3, lora_alpha=5), None),
 }
 

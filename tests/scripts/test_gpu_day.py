@@ -5,10 +5,7 @@ import subprocess
 from types import ModuleType
 
 import pytest
-import yaml
 from testbed.documents import ROOT
-
-from modular_experts.__main__ import main
 
 
 @pytest.fixture
@@ -74,17 +71,3 @@ def test_the_tests_of_a_gpu_are_found(script, monkeypatch) -> None:
         file = next(word for word in words if word.startswith("tests/"))
         assert f"pytest.mark.{mark}\n" in (ROOT / file).read_text()
         assert words[words.index("-m", 2) + 1] == mark
-
-
-def test_the_config_of_a_gpu_is_that_of_the_peers_table(capsys, monkeypatch) -> None:
-    """Its settings are read, and as many numbers are trained as by a LoRA of rank 32."""
-    monkeypatch.setattr("sys.argv", ["modular-experts"])
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", str(ROOT / "configs/gpu/metamath.yaml"), "--print_config"])
-    found = yaml.safe_load(capsys.readouterr().out)
-    assert found["data"]["batch_size"] * found["trainer"]["max_steps"] == 20_000
-    assert found["model"]["optimizer"]["init_args"].items() >= {"lr": 1e-4, "weight_decay": 0.1}.items()
-    shapes = [(3072, 3072), (1024, 3072)]  # q_proj and v_proj of Llama-3.2-3B
-    lora = sum(32 * (out + inputs) for out, inputs in shapes)
-    kept = found["model"]["expert"]["init_args"]["keep_ratio"] * sum(out * inputs for out, inputs in shapes)
-    assert kept == pytest.approx(lora, rel=0.05)

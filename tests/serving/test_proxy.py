@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import threading
 import time
@@ -15,18 +14,11 @@ import httpx
 import pytest
 import torch
 import uvicorn
-import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from testbed import runs, served
-from testbed.real_tasks import SMOLLM2
-from testbed.scripts import BENCHMARKS
+from testbed import served
 
 from modular_experts.base import Base
-from modular_experts.deltas import Sparse
-from modular_experts.injection.attach import attached
-from modular_experts.library import make_record, write_expert
-from modular_experts.merging.route import route
 from modular_experts.routing import Centroid
 from modular_experts.serving.answers import Answerer
 from modular_experts.serving.app import Limits, make_app
@@ -34,7 +26,6 @@ from modular_experts.serving.models import Models
 from modular_experts.serving.proxy import _message, make_proxy
 from modular_experts.serving.requests import ChatRequest
 
-REAL = BENCHMARKS / "studies" / "real.yaml"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PARTS = [b'data: {"choices": []}\n\n', "data: {'schön'}\n\n".encode(), b"data: [DONE]\n\n"]
 
@@ -247,40 +238,6 @@ def test_in_front_of_the_packages_own_server_answers_are_its_own(proxied, librar
             assert texts[0] == texts[1] == one.json()["choices"][0]["text"]
         answer = client.post(TEXT, json={"model": "nobody", "prompt": "one"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
-
-
-@pytest.mark.slow
-def test_prompts_of_fifteen_real_tasks_get_what_the_router_alone_chooses_in_a_batch(tmp_path):
-    """Each task has an expert that moves nothing, because the router learns the tasks from their rows alone."""
-    folder = os.environ.get("MODULAR_EXPERTS_DATA")
-    if not folder or not SMOLLM2.is_dir():
-        pytest.skip("MODULAR_EXPERTS_DATA names no folder of task files, or `make smollm2` was not run")
-    base = Base.open(SMOLLM2)
-    names = [Path(file).stem for file in yaml.safe_load(REAL.read_text())["tasks"]["held_in"]]
-    weight = "model.layers.0.self_attn.v_proj.weight"
-    nothing = {weight: Sparse(torch.empty(0).int(), torch.empty(0), base.structure.model.get_parameter(weight).shape)}
-    for name in names:
-        write_expert(tmp_path / name, nothing, make_record("SparseExpert", base.facts, tasks=[name]))
-    files = {name: Path(folder).resolve() / f"{name}.jsonl" for name in names}
-    data = runs.mixture(files, SMOLLM2, eval_limit=2, max_length=256)
-    route([tmp_path / name for name in names], tmp_path / "route", data=data, rows=24)
-    data.setup("test")
-    rows = [(one.task, one.tokens.ids[: one.tokens.prompt].tolist()) for one in data.test_dataloader().dataset.examples]
-    model, tokenizer, alone = base.load("float32"), base.tokenizer(), []
-    with attached(model, tmp_path / "route") as routed, torch.inference_mode():
-        for first in range(0, len(rows), 12):
-            padded = {"input_ids": [ids for _, ids in rows[first : first + 12]]}
-            model(**tokenizer.pad(padded, padding_side="left", return_tensors="pt"))
-            alone += [[*names, "base"][number] for number in routed.current.gates.ids[:, 0].tolist()]
-    with listening(Stub().app) as address:
-        app = make_proxy(Models(tmp_path, base.fingerprint, base.place), model, tokenizer, address, Limits())
-        with listening(app) as proxy, httpx.Client(base_url=proxy, timeout=60) as client:
-            answers = [client.post(TEXT, json={"model": "auto", "prompt": ids}) for _, ids in rows]
-    assert [one.headers["x-expert"] for one in answers] == alone
-    right = sum(name == task for name, (task, _) in zip(alone, rows, strict=True))
-    print(f"{right} of {len(rows)} prompts go to the expert of their task")
-    assert len(rows) == 30
-    assert right >= 20
 
 
 def test_the_command_starts_it(library):
