@@ -279,6 +279,11 @@ def _mixture(run: Run) -> TaskMixture:
 
 def measure_run(verb: str, run: Run) -> None:
     """Let a trainer `validate`, `test` or `predict`, with or without experts in the model."""
+    if run.module.has_experts and run.checkpoint is None:
+        log.warning(
+            "the model has experts that nobody has trained; `ckpt_path=` takes those of a checkpoint, and without "
+            "`expert=` and `modules=` the base is measured alone"
+        )
     run.share_tokenizer()
     method = getattr(run.trainer, verb)
     if verb == "validate":

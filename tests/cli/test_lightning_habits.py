@@ -421,3 +421,12 @@ def test_a_module_loads_its_own_tensors_and_names_others(one_block: Path, task_f
     assert not module.load_state_dict(state).missing_keys
     with pytest.raises(RuntimeError, match=r"tensors and these experts differ.*: other"):
         module.load_state_dict(state | {"other": torch.zeros(1)})
+
+
+def test_untrained_experts_are_measured_with_a_warning(files, caplog) -> None:
+    assert main(["validate", *files["run"]]) == 0
+    assert "experts that nobody has trained; --ckpt_path takes" in caplog.text
+    caplog.clear()
+    assert main(["fit", *files["run"]]) == 0
+    assert main(["validate", *files["run"], "--ckpt_path", "last"]) == 0
+    assert "nobody has trained" not in caplog.text
