@@ -75,11 +75,14 @@ def test_fisher_does_not_depend_on_batches_and_leaves_the_model_as_it_was(batche
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_gram_knows_no_other_weights_and_leaves_no_hook_and_no_rows_are_refused(batches):
+def test_gram_knows_linear_weights_alone_and_leaves_no_hook_and_no_rows_are_refused(batches):
     model = build_model("llama")
     assert set(gram(model, batches, [WEIGHTS[0], WEIGHTS[3]]).values()) == {None}
     gram(model, batches, WEIGHTS)
     assert not any(module._forward_pre_hooks for module in model.modules())
+    # GPT-2's layers store `(in, out)`, but for its head.
+    names = ["transformer.h.0.attn.c_attn.weight", "lm_head.weight"]
+    assert [one.inputs for one in gram(build_model("gpt2"), batches, names).values()] == [0, 1]
     with pytest.raises(ValueError, match="at least one row with a target"):
         fisher(model, [], WEIGHTS)
     with pytest.raises(ValueError, match="at least one row, and there was none"):

@@ -7,7 +7,7 @@ import pytest
 from soak.case import Case, end_of
 from soak.families import all_families
 
-CASES = {"by-token": 3, "cut": 8, "distill": 3, "export": 5, "file": 5, "hub": 1, "recipe": 12}
+CASES = {"by-token": 3, "cut": 8, "distill": 3, "export": 5, "file": 5, "hub": 2, "recipe": 12}
 CASES |= {"remove": 4, "search": 5, "shrink": 4, "statistics": 8, "tune": 4}
 """How many cases of a family."""
 
