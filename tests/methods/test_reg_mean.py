@@ -1,4 +1,4 @@
-"""RegMean against least squares on the inputs themselves; SelfRegMean on vectors and transposed weights."""
+"""RegMean against least squares on the inputs themselves."""
 
 import math
 
@@ -10,7 +10,7 @@ from testbed.merging import assert_merged, factors_only
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.methods import Average, RegMean, SelfRegMean
+from modular_experts.methods import Average, RegMean
 from modular_experts.methods.method import Context, DataStatistic
 
 
@@ -92,14 +92,3 @@ def test_low_rank_experts_are_never_made_dense():
         merged = merge(RegMean(), deltas, grams)
     assert isinstance(merged, LowRank)
     assert_merged(merged, merge(RegMean(), [Dense(delta.dense()) for delta in deltas], grams).dense())
-
-
-@given(deltas_of_one_weight())
-def test_inputs_along_the_other_dimension_are_those_of_the_transposed_weight(deltas):
-    turned = SelfRegMean().merge([delta.T for delta in deltas]).T
-    assert_merged(turned, SelfRegMean(inputs=0).merge(deltas).dense(), rtol=1e-7, atol=1e-9)
-
-
-def test_vectors_are_averaged_over_the_experts_that_move_them():
-    deltas = [Dense(torch.tensor([2.0, 0.0])), Dense(torch.tensor([4.0, 1.0]))]
-    assert SelfRegMean(scale=2.0).merge(deltas).dense().tolist() == [6.0, 2.0]

@@ -5,7 +5,7 @@ The settings of a method inside another have dotted names, and its needs and rec
 
 import pytest
 import torch
-from testbed.merging import assert_merged, factors_only, merge_all, tasks_of
+from testbed.merging import assert_merged, merge_all, tasks_of
 from testbed.random_deltas import random_delta
 
 import modular_experts.methods as m
@@ -14,14 +14,6 @@ from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merging.merged import Merged
 from modular_experts.methods.method import Context, Needs
 from modular_experts.methods.wrapper import setting_names, with_settings
-
-
-def test_a_low_rank_merge_is_measured_by_its_factors():
-    loras = [random_delta("LowRank", (12, 14), seed) for seed in range(3)]
-    with factors_only():
-        merged = m.Rescaled(m.TSVMerge()).merge([*loras, Sparse.zero((12, 14))])
-    assert isinstance(merged, LowRank)
-    assert merged.norm() == pytest.approx(sum(lora.dense() for lora in loras).norm().item() / 3**0.5)
 
 
 @pytest.mark.parametrize("kind", [m.Rescaled, m.SVC])
@@ -80,12 +72,6 @@ def test_experts_of_tasks_are_scaled_too():
     assert_merged(found, 3.0 * m.EMR().per_task(deltas, 1, Context(prepared=prepared)).dense())
 
 
-def test_what_all_experts_do_is_counted_once_and_what_one_does_stays():
-    both, own = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
-    both[0, 0], own[1, 1] = 2.0, 5.0
-    assert_merged(m.SVC(m.TaskArithmetic()).merge([Dense(both), Dense(both), Dense(both + own)]), both + own)
-
-
 def test_a_vector_is_a_single_row():
     deltas = [Dense(torch.tensor([2.0, 0.0])), Dense(torch.tensor([4.0, 3.0])), Sparse.zero((2,))]
     rows = [Dense(delta.dense()[None]) for delta in deltas]
@@ -93,13 +79,6 @@ def test_a_vector_is_a_single_row():
     assert torch.equal(method.merge(deltas).dense(), method.merge(rows).dense()[0])
     shares = [max(0.5, 12 / 4), max(0.5, (24 + 9) / 25)]
     torch.testing.assert_close(method.merge(deltas).dense(), torch.tensor([6.0, 3.0]) * 0.5 * 2 / sum(shares))
-
-
-def test_low_rank_experts_stay_low_rank():
-    loras = [random_delta("LowRank", (12, 14), seed) for seed in range(3)]
-    merged = m.SVC(m.Average()).merge(loras)
-    assert merged.rank <= 6
-    torch.testing.assert_close(merged.dense(), m.SVC(m.Average()).merge([Dense(one.dense()) for one in loras]).dense())
 
 
 @pytest.mark.parametrize("kind", [m.SVC, m.Rescaled, m.LiNeS, m.KnOTS, m.CoreSpace, m.CtM])

@@ -16,12 +16,6 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 EAST, NORTH, UP = (Dense(row[None]) for row in torch.eye(3, dtype=torch.float64))
 
 
-def angle(one, other):
-    """The angle between two directions, from the sum and the difference of their unit vectors."""
-    one, other = one / one.norm(), other / other.norm()
-    return 2 * math.atan2((one - other).norm(), (one + other).norm())
-
-
 @pytest.mark.parametrize("cosine", [0.99951, 1.0, -0.99951, -1.0])
 def test_nearly_parallel_deltas_go_the_straight_way(cosine):
     sine = math.sqrt(max(0.0, 1 - cosine**2))
@@ -42,16 +36,16 @@ def test_opposite_deltas_of_one_length_cancel():
     assert_merged(SLERP().merge([EAST, EAST * -1.0, UP]), 0.5 * UP.dense())
 
 
-weights_of_five = st.lists(st.floats(0.1, 5), min_size=5, max_size=5)
+three_numbers = st.lists(st.floats(0.1, 5), min_size=3, max_size=3)
 
 
 @pytest.mark.parametrize("row_wise", [False, True])
-@given(shapes, seeds, forms, st.lists(st.floats(0.1, 5), min_size=3, max_size=3), weights_of_five)
+@given(shapes, seeds, forms, three_numbers, three_numbers)
 def test_deltas_of_one_direction_are_averaged(row_wise, shape, seed, form, lengths, weights):
     delta = random_delta(form, shape, seed)
     deltas = [delta * length for length in lengths]
-    merged = NuSLERP(weights[:3], row_wise=row_wise).merge(deltas)
-    assert_merged(merged, Average(weights[:3]).merge(deltas).dense(), **CLOSE)
+    merged = NuSLERP(weights, row_wise=row_wise).merge(deltas)
+    assert_merged(merged, Average(weights).merge(deltas).dense(), **CLOSE)
 
 
 def arc(one, other, t):
@@ -97,7 +91,6 @@ def test_directions_that_cancel_are_averaged():
         assert_merged(MultiSLERP().merge(deltas), Average().merge(deltas).dense(), rtol=1e-5, atol=1e-6)
 
 
-EXACT = {"max_iterations": 200, "tolerance": 0.0}
 SKEWED = [1.0, 2.0, 5.0]
 
 
@@ -106,21 +99,6 @@ def nearby_deltas(seed, count=3, shape=(3, 4), spread=0.8):
     centre = random_delta("Dense", shape, seed)
     around = [random_delta("Dense", shape, seed + 1 + place) * spread for place in range(count)]
     return [(centre + delta) * (1.0 + place) for place, delta in enumerate(around)]
-
-
-def way(start, goal):
-    """The tangent at a unit vector that leads along the arc to a goal, as long as the arc."""
-    aside = goal / goal.norm() - (goal * start).sum() / goal.norm() * start
-    return angle(start, goal) * aside / aside.norm()
-
-
-@given(seeds, st.lists(st.floats(0.1, 5), min_size=4, max_size=4))
-def test_ways_to_all_experts_cancel_at_the_mean(seed, weights):
-    deltas = nearby_deltas(seed, count=4)
-    merged = Karcher(weights, **EXACT).merge(deltas).dense()
-    mean = merged / merged.norm()
-    left = sum(weight * way(mean, delta.dense()) for weight, delta in zip(weights, deltas, strict=True))
-    assert left.norm() < 1e-6
 
 
 def test_tolerance_ends_the_steps():
@@ -134,10 +112,3 @@ def test_directions_that_cancel_have_no_karcher_mean_and_are_averaged():
     irregular = random_delta("Dense", (5, 7), 1)
     deltas = [irregular * 0.3, irregular * -1.7]
     assert_merged(Karcher().merge(deltas), Average().merge(deltas).dense(), rtol=1e-6, atol=1e-9)
-
-
-def test_delta_of_zero_counts_only_in_the_length():
-    deltas = nearby_deltas(5)
-    for still in (Sparse.zero((3, 4)), Dense(torch.zeros(3, 4, dtype=torch.float64))):
-        assert_merged(Karcher().merge([*deltas[:2], still, deltas[2]]), 3 / 4 * Karcher().merge(deltas).dense())
-        assert Karcher().merge([still, still]).dense().count_nonzero() == 0

@@ -115,7 +115,7 @@ def test_stored_values_are_rounded_once(method):
     "method",
     [
         *(ours.TSVMerge(), ours.IsoC(), ours.IsoCTS(), ours.KnOTS(), ours.WUDI(solver="exact")),
-        ours.ModelStock(),
+        *(ours.ModelStock(), ours.SVC(ours.TaskArithmetic()), ours.Rescaled(ours.TSVMerge())),
         *(ours.SLERP(t=0.3), ours.NuSLERP(row_wise=True), ours.MultiSLERP(), ours.Karcher(max_iterations=2)),
     ],
     ids=str,
