@@ -101,9 +101,19 @@ def test_a_failure_leaves_the_others_alone_and_is_named_at_the_end(tmp_path) -> 
     assert isinstance(raised.value.__cause__, ValueError), "the trace of the first failure is not shown"
 
 
-def test_processes_have_one_thread_and_a_killed_one_fails_only_its_own_piece() -> None:
+def meet(place: str, number: int) -> str:
+    """Wait until three calls have come, so that each has a process of its own, and return the device that it sees."""
+    Path(place, str(number)).touch()
+    while len(os.listdir(place)) < 3:
+        time.sleep(0.01)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_processes_have_one_thread_and_one_device_and_a_killed_one_fails_only_its_own_piece(tmp_path) -> None:
     work = [Piece(("die",), die, (0,)), *pieces(*range(6)), Piece(("threads",), threads, (0,))]
-    with LocalProcesses(2) as pool:
+    with LocalProcesses(3, devices=["5", "GPU-7"]) as pool:
+        devices = [pool.submit(meet, str(tmp_path), number) for number in range(3)]
+        assert sorted(one.result(60) for one in devices) == ["5", "5", "GPU-7"]
         found = run_pieces(work, executor=pool)
     assert found.failures.keys() == {("die",)}
     assert isinstance(found.failures["die",], BrokenProcessPool)
@@ -162,23 +172,9 @@ def test_a_process_at_work_ends_with_the_program_that_started_it(tmp_path: Path)
         assert not reader.is_alive(), "the process at work lives on"
 
 
-def meet(place: str, number: int) -> str:
-    """Wait until three calls have come, so that each has a process of its own, and return the device that it sees."""
-    Path(place, str(number)).touch()
-    while len(os.listdir(place)) < 3:
-        time.sleep(0.01)
-    return os.environ["CUDA_VISIBLE_DEVICES"]
-
-
-def test_each_process_sees_one_device_and_three_processes_share_two(tmp_path) -> None:
-    with LocalProcesses(3, devices=["5", "GPU-7"]) as pool:
-        found = [pool.submit(meet, str(tmp_path), number) for number in range(3)]
-        assert sorted(one.result(60) for one in found) == ["5", "5", "GPU-7"]
-    assert LocalProcesses(devices=range(3)).processes == min(3, LocalProcesses(devices=range(8)).processes)
-
-
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells how much memory is free")
 def test_no_more_processes_run_than_fit_into_memory() -> None:
+    assert LocalProcesses(devices=range(3)).processes == min(3, LocalProcesses(devices=range(8)).processes)
     assert LocalProcesses(bytes_each=10**18).processes == 1
     free = int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
     assert LocalProcesses(bytes_each=free * 2 // 5, devices=range(8)).processes in (1, 2)
