@@ -72,6 +72,12 @@ def test_experts_of_tasks_are_scaled_too():
     assert_merged(found, 3.0 * m.EMR().per_task(deltas, 1, Context(prepared=prepared)).dense())
 
 
+def test_what_all_experts_do_is_counted_once_and_what_one_does_stays():
+    both, own = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    both[0, 0], own[1, 1] = 2.0, 5.0
+    assert_merged(m.SVC(m.TaskArithmetic()).merge([Dense(both), Dense(both), Dense(both + own)]), both + own)
+
+
 def test_a_vector_is_a_single_row():
     deltas = [Dense(torch.tensor([2.0, 0.0])), Dense(torch.tensor([4.0, 3.0])), Sparse.zero((2,))]
     rows = [Dense(delta.dense()[None]) for delta in deltas]
