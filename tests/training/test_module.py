@@ -96,9 +96,7 @@ def test_an_expert_trained_on_top_of_another_adds_to_it(fitted, tiny_llama_dir, 
     first = ExportExpert(str(tmp_path / "library"), "first", monitor=None)
     fitted(KINDS["element"], first)
     second = ExportExpert(str(tmp_path / "library"), "second", monitor=None)
-    upper = runs.module(tiny_llama_dir, FullExpert, applied=[str(first.target)])
-    trainer = runs.trainer(tmp_path, second, limit_val_batches=0)
-    trainer.fit(upper, runs.mixture(task_files, tiny_llama_dir))
+    upper, trainer, _ = fitted(FullExpert, second, own={"applied": [str(first.target)]})
     trainer.test(upper, runs.mixture(task_files, tiny_llama_dir), verbose=False)
     both = runs.module(tiny_llama_dir, None, applied=[str(first.target), str(second.target)])
     runs.trainer(tmp_path).test(both, runs.mixture(task_files, tiny_llama_dir), verbose=False)
@@ -129,7 +127,7 @@ def test_a_checkpoint_holds_trained_tensors_alone_and_goes_into_no_other_base_or
 
 
 def test_a_checkpoint_goes_on_with_the_settings_and_on_top_of_the_experts_that_it_was_trained_with(
-    fitted, tiny_llama_dir, task_files, tmp_path
+    fitted, tmp_path
 ) -> None:
     under = [ExportExpert(str(tmp_path / "library"), name, monitor=None) for name in ("one", "two")]
     for number, export in enumerate(under):
@@ -137,13 +135,11 @@ def test_a_checkpoint_goes_on_with_the_settings_and_on_top_of_the_experts_that_i
     one, two = (str(export.target) for export in under)
 
     def run(path: Path | None, applied: list[str], expert=KINDS["lora"], rate: float = 1e-2) -> list[float]:
-        optimizer, losses = partial(torch.optim.SGD, lr=rate), runs.Losses()
-        module = runs.module(tiny_llama_dir, expert, applied=applied, optimizer=optimizer)
-        trainer = runs.trainer(tmp_path, losses, max_steps=2 if path else 1, limit_val_batches=0)
-        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=path)
+        own = {"applied": applied, "optimizer": partial(torch.optim.SGD, lr=rate)}
+        _, trainer, losses = fitted(expert, own=own, ckpt=path, max_steps=2 if path else 1)
         if path is None:
             trainer.save_checkpoint(tmp_path / "a.ckpt")
-        return losses.steps
+        return losses
 
     run(None, [one])
     path = tmp_path / "a.ckpt"

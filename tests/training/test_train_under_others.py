@@ -139,11 +139,9 @@ def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(librar
 
 
 def test_experts_of_the_trained_task_are_left_out(library, one_block, task_files, tmp_path) -> None:
-    others = TrainUnderOthers(str(library), count=1)
+    others, files = TrainUnderOthers(str(library), count=1), {"upper": task_files["upper"]}
     with pytest.raises(ValueError, match=r"count=1 others cannot be drawn from 0 experts .* without those of upper"):
-        runs.trainer(tmp_path, others).fit(
-            runs.module(one_block, SPARSE), runs.mixture({"upper": task_files["upper"]}, one_block)
-        )
+        runs.fit(one_block, files, tmp_path, SPARSE, others)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
