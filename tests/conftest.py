@@ -65,7 +65,7 @@ ARCHITECTURES = sorted(TARGETS)
 
 LONG = """
 docs/test_site docs/test_configs docs/test_paper_configs docs/test_notebooks study/test_study study/test_study_killed
-bench/test_studies bench/test_scripts training/test_combine training/test_module training/test_ddp
+bench/test_studies bench/test_scripts merging/test_combine training/test_module training/test_ddp
 training/test_sharded methods/test_merge_battery systems/test_own_system training/test_callback_battery
 tests/test_architecture laws/test_pieces laws/test_call_twice laws/test_same_training soak/test_soak
 """

@@ -59,7 +59,7 @@ class ExpertCLI(LightningCLI):
 
     def __init__(self, verb: str, options: Sequence[Option]) -> None:
         self.verb = verb
-        self.options = options
+        self.options = options if verb == "fit" else [*_without_fit(options)]
         refuse_dangerous_imports()
         with warnings.catch_warnings():
             # Lightning's command line calls what jsonargparse has a newer name for.
@@ -72,7 +72,7 @@ class ExpertCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=words_of((name, _with_paths(name, value)) for name, value in _with_folder(options)),
+                args=words_of((name, _with_paths(name, value)) for name, value in _with_folder(self.options)),
                 run=False,
                 auto_configure_optimizers=False,
             )
@@ -86,12 +86,12 @@ class ExpertCLI(LightningCLI):
         for name in ("ckpt_path", "device"):
             parser.add_argument(f"--{name}", type=str | None, default=None)
         parser.add_argument("--trust", type=list[str] | None, default=None)
-        # The others leave these aside, so that they read the config of a fit.
-        parser.add_argument("--out", type=str | None, default=None)
-        parser.add_argument("--overwrite", type=bool, default=False)
-        parser.add_argument("--keep_inputs", type=int, default=0)
-        parser.add_argument("--dry_run", type=bool, default=False)
-        parser.add_argument("--fit_into", type=str | None, default=None)
+        if self.verb == "fit":
+            parser.add_argument("--out", type=str | None, default=None)
+            parser.add_argument("--overwrite", type=bool, default=False)
+            parser.add_argument("--keep_inputs", type=int, default=0)
+            parser.add_argument("--dry_run", type=bool, default=False)
+            parser.add_argument("--fit_into", type=str | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -140,6 +140,14 @@ class ExpertCLI(LightningCLI):
         if self.verb == "fit":
             set_up(run, *(self.described[name] for name in ("out", "overwrite", "keep_inputs", "fit_into")))
         return run
+
+
+def _without_fit(options: Iterable[Option]) -> Iterator[Option]:
+    """Yield options; configs go without what a fit alone has, so that every command reads the config of a fit."""
+    for name, value in options:
+        if isinstance(value, dict):
+            value = {key: setting for key, setting in value.items() if key not in FIT_ALONE}
+        yield name, value
 
 
 def _with_folder(options: Iterable[Option]) -> Iterator[Option]:

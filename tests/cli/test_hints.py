@@ -136,7 +136,7 @@ def test_the_commands_of_hints_and_examples_can_be_parsed(tmp_path, monkeypatch)
     found = sorted(commands())
     assert len(found) > 30
     for line in found:
-        words = shlex.split(re.split(" <| >>", line)[0])[1:]
+        words = shlex.split(re.split(" <| >>?", line)[0])[1:]
         if "--config" in words or any(word.endswith((".help", "--help")) for word in words):
             continue
         written = io.StringIO()
