@@ -8,16 +8,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from tempfile import TemporaryFile
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, write_rows
-from testbed.here import Here, work_here
+from testbed.forked import ended, forked
+from testbed.here import STUDY, Here, work_here
 from testbed.peft_adapters import PEFT_WARNINGS
-from testbed.scripts import BENCHMARKS, run_script, shown
+from testbed.scripts import BENCHMARKS, run_commands_here, run_script, shown
 
 from modular_experts.deltas import Sparse
 from modular_experts.injection import inject
@@ -36,6 +38,31 @@ def script(monkeypatch):
     return load
 
 
+def test_sparse_step_trains_the_same_number_of_entries_in_each_row(monkeypatch) -> None:
+    elsewhere = subprocess.run
+
+    # Processes that measure are copies of this one, with its peak.
+    def run(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        if words[0] != sys.executable:  # a compiler
+            return elsewhere(words, **how)
+        with TemporaryFile("w+") as printed:
+            assert ended(forked(lambda: print(run_script("sparse_step.py", *words[2:]), file=printed, flush=True))) == 0
+            printed.seek(0)
+            return subprocess.CompletedProcess(words, 0, printed.read())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    report = json.loads(run_script("sparse_step.py", "--quick", "--json"))
+    assert report["complete"] is True
+    rows = {row["name"]: row for row in report["model"]["rows"]}
+    kept = 2 * 16 * (2 * (256 + 256) + 2 * (128 + 256) + 3 * (512 + 256))
+    linear = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256) + 1024 * 256
+    for name, row in rows.items():
+        if name not in ("frozen", "full"):
+            assert abs(row["kept"] / kept - 1) < 0.02
+            backward = 1.5 if "LoRA" in name else 0.5
+            assert row["floor"] == pytest.approx(1 + backward * row["kept"] / linear)
+
+
 def test_packing(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(64)]
@@ -48,6 +75,27 @@ def test_packing(tmp_path: Path) -> None:
         assert row["padding"]["packed"] < row["padding"]["plain"]
         assert row["loss"]["packed"] == pytest.approx(row["loss"]["plain"], rel=1e-5)
     assert shown("packing", report).count("\n| two | ") == 2
+
+
+def test_study_cost(one_block, monkeypatch) -> None:
+    run_commands_here(monkeypatch)
+    work_here(monkeypatch, *STUDY)
+    report = json.loads(run_script("study_cost.py", str(one_block), "--quick", "--json"))
+    assert report["bare"] < report["study"]
+    assert "testing 2 experts on 10 tasks" in shown("study_cost", report)
+
+
+def test_time_to_quality(one_block, tmp_path: Path, monkeypatch) -> None:
+    run_commands_here(monkeypatch)
+    rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(16)]
+    rows += [{"input": "xx", "target": "ab", "split": "validation"}]
+    write_rows(tmp_path / "task.jsonl", rows)
+    words = ["--quick", "--json", "--data", tmp_path, "--task", "task", "--model", one_block, "--seeds", "3"]
+    words += ["--out", tmp_path / "runs.jsonl", "--tries", "full:1e-4:9"]
+    report = json.loads(run_script("time_to_quality.py", *words))
+    peer, full, *_ = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert report["rows"][0]["gap"] == [pytest.approx(full["loss"] - peer["loss"])]
+    assert report["rows"][0]["cpu"] == [pytest.approx(full["cpu"] / peer["cpu"])]
 
 
 def test_own_expert(tmp_path, one_block, task_files) -> None:
@@ -125,6 +173,40 @@ def test_mixtures_of_related_cost_train_as_many_numbers_as_the_lora(script) -> N
     assert counts.pop("HiLo, fewer") < 0.8 * counts["MoLoRA"]
     for name, count in counts.items():
         assert round(abs(count / reference - 1), 6) <= 0.02, name
+
+
+def test_both_sides_of_merge_speed_agree(script, tmp_path, monkeypatch) -> None:
+    """Where a program and two modules that merge as ours stand in the place of a Python with mergekit."""
+    from modular_experts.interop.mergekit.recipe import merge_recipe, read_recipe
+
+    work = script("merge_work")
+
+    # Merges run in this process: each takes a second, 2 MB before the work, 3 MB in it and 4 MB at most.
+    def watch(python: str, kind: str, **task: Any) -> dict[str, Any]:
+        result = work.KINDS[kind](**json.loads(json.dumps(task)))()
+        return {"cpu": 1.0, "anonymous_before": 2e6, "anonymous": 3e6, "peak": 4e6, "found": result}
+
+    for module in (work, script("merge_speed")):
+        monkeypatch.setattr(module, "watch", watch)
+
+    def run_merge(recipe: dict[str, Any], out: str, options: dict[str, Any]) -> None:
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        merge_recipe(read_recipe(tmp_path / "recipe.yaml"), out)
+
+    config, merge = ModuleType("mergekit.config"), ModuleType("mergekit.merge")
+    config.MergeConfiguration = SimpleNamespace(model_validate=dict)
+    merge.MergeOptions, merge.run_merge = dict, run_merge
+    for stub in (ModuleType("mergekit"), config, merge):
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    options = ["--mergekit", program, "--tiny", "--methods", "linear", "ties", "--experts", "2", "3"]
+    options += ["--repeats", "1", "--folder", tmp_path / "inputs", "--json", tmp_path / "report.json"]
+    assert "Sparse experts to a checkpoint" in run_script("merge_speed.py", *options)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["merges"]) == 4
+    assert all(row["unequal_of_moved"] < 0.01 for row in report["merges"])
 
 
 @pytest.mark.slow

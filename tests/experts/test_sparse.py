@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.injection import inject
+from modular_experts.injection import inject, write_experts
 from modular_experts.native.kernel import kept_linear
 from modular_experts.native.kernel_choice import make_kernel
 
@@ -73,6 +73,19 @@ def test_autocast_computes_in_bfloat16_and_trains_float32() -> None:
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_weight_holds_what_the_last_step_moved_as_soon_as_it_is_written() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = [layer.weight.detach().clone() for layer in model]
+    inject(model, SparseExpert, ".*")
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    write_experts(model)
+    for layer, base in zip(model, before, strict=True):
+        assert layer.expert.values.any()
+        assert torch.equal(layer.weight, base + layer.expert.delta(layer.weight, None).dense())
 
 
 def test_a_step_too_small_for_bfloat16_is_not_lost() -> None:
@@ -183,3 +196,10 @@ def test_masked_expert_hides_and_does_not_erase() -> None:
     assert expert.scored(layer.weight)[1].dense()[0, 0] == 1.0  # the hidden entry still counts in the next score
     expert.reselect(layer.weight, shown)
     assert expert.delta(layer.weight, None).values.tolist() == [1.0, 8.0, 36.0]
+
+
+def test_masked_expert_gives_hidden_entries_no_gradient() -> None:
+    layer = nn.Linear(6, 6, bias=False)
+    inject(nn.Sequential(layer), lambda w: MaskedExpert(w, keep_ratio=0.25, dense_start=False), "0")
+    layer(torch.randn(5, 6)).square().sum().backward()
+    assert torch.equal(layer.expert.change.grad != 0, layer.expert.mask)

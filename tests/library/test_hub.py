@@ -84,7 +84,7 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, library, tmp_path):
     assert hub.repositories[REPO].messages[1] == "Add a, b"
 
 
-def test_a_state_goes_and_comes_like_deltas(hub, library, tmp_path):
+def test_a_state_goes_and_comes_like_deltas_and_disappears_with_its_expert(hub, library, tmp_path):
     reason = "its output depends on the input"
     state = {"w0/router": torch.arange(6.0).view(2, 3)}
     record = make_record("Mixture", BASE, tasks=["first"], not_mergeable_because=reason)
@@ -95,6 +95,10 @@ def test_a_state_goes_and_comes_like_deltas(hub, library, tmp_path):
     pull(REPO, tmp_path / "other")
     assert contents(tmp_path / "other") == contents(library)
     assert torch.equal(open_expert(tmp_path / "other/routed").state()["w0/router"], state["w0/router"])
+    shutil.rmtree(library / "routed")
+    write(library / "routed")
+    assert push(experts_of(library), REPO, overwrite=True).removed == ["routed/state.safetensors"]
+    assert "routed/state.safetensors" not in hub.repositories[REPO].files()
 
 
 def test_the_experts_behind_a_router_go_and_come_with_it(hub, library, tmp_path):
@@ -155,15 +159,36 @@ def test_only_an_experts_own_files_go_and_come(hub, library, tmp_path):
     assert contents(tmp_path / "other") == own
 
 
-def test_damaged_statistics_are_refused(hub, library, tmp_path):
+def test_pulled_a_commit_stays_what_it_was(hub, library, tmp_path):
+    first = push([library / "a"], REPO).commit
+    shutil.rmtree(library / "a")
+    write(library / "a", seed=99)
+    push([library / "a"], REPO, overwrite=True)
+    assert pull(REPO, tmp_path / "new").experts[0].content_hash == open_expert(library / "a").content_hash
+    old = pull(REPO, tmp_path / "old", revision=first)
+    assert old.commit == first
+    assert old.experts[0].content_hash != open_expert(library / "a").content_hash
+
+
+def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
     expert = open_expert(library / "a")
     write_statistics(expert, "fisher", [("w0", DataStatistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
+    push([library / "a"], REPO)
+    assert "a/statistics/fisher.safetensors" not in hub.repositories[REPO].files()
     push([library / "a"], REPO, statistics=True)
+    pull(REPO, tmp_path / "without")
+    pull(REPO, tmp_path / "with", statistics=True)
+    assert set(contents(tmp_path / "without" / "a")) == set(FILES)
+    assert contents(tmp_path / "with" / "a") == contents(library / "a")
     good = hub.repositories[REPO].files()["a/statistics/fisher.safetensors"]
     change(hub, **{"a__statistics__fisher.safetensors": good[:-1] + b"\x7f"})
     with pytest.raises(ValueError, match="the numbers of w0 are not what was written"):
         pull(REPO, tmp_path / "damaged", statistics=True)
     assert not (tmp_path / "damaged").exists()
+    shutil.rmtree(library / "a")
+    write(library / "a", seed=99)
+    push([library / "a"], REPO, overwrite=True)  # they belonged to other contents
+    assert "a/statistics/fisher.safetensors" not in hub.repositories[REPO].files()
 
 
 # What is there already
@@ -181,7 +206,7 @@ def test_what_the_library_has_is_left_alone(hub, library, tmp_path):
 
 
 def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_request(hub, library, tmp_path):
-    """A directory of someone else is never replaced."""
+    """A damaged copy is not taken for the expert either, and a directory of someone else is never replaced."""
     push(experts_of(library), REPO)
     other = write(tmp_path / "other" / "b", seed=99)
     hub.requests.clear()
@@ -190,6 +215,14 @@ def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_r
     assert list(Library(tmp_path / "other")) == ["b"]
     assert open_expert(tmp_path / "other/b").content_hash == other.content_hash
     assert not any(request.endswith("delta.safetensors") for request in hub.requests)
+    pull(REPO, tmp_path / "other", overwrite=True)
+    assert contents(tmp_path / "other") == contents(library)
+    file = tmp_path / "other/a/delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(FileExistsError, match="exists already"):
+        pull(REPO, tmp_path / "other")
+    pull(REPO, tmp_path / "other", overwrite=True)
+    assert contents(tmp_path / "other") == contents(library)
     (tmp_path / "else/a").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="cannot be replaced"):
         pull(REPO, tmp_path / "else", overwrite=True)
@@ -203,6 +236,8 @@ def test_another_expert_of_the_same_name_is_not_replaced_unasked(hub, library):
     with pytest.raises(FileExistsError, match=f"{REPO} has another expert called a; .*`overwrite=True`"):
         push(experts_of(library), REPO)
     assert hub.repositories[REPO].files() == there
+    push(experts_of(library), REPO, overwrite=True)
+    assert hub.repositories[REPO].files()["a/expert.json"] == (library / "a/expert.json").read_bytes()
 
 
 def test_private_is_private(hub, library, tmp_path, monkeypatch):
@@ -263,6 +298,14 @@ def test_names_that_no_expert_may_have_are_refused(hub, library, tmp_path):
         with pytest.raises(ValueError, match="cannot be the name of an expert"):
             pull(REPO, tmp_path / "other", [name])
         assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_expert_is_not_pushed(hub, library):
+    file = library / "b/delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ValueError, match=r"b/delta.safetensors is damaged"):
+        push(experts_of(library), REPO)
+    assert hub.requests == []
 
 
 # What the hub says

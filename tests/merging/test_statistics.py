@@ -11,13 +11,14 @@ import torch
 from conftest import build_model, write_rows
 from testbed.random_deltas import random_delta
 from testbed.runs import mixture
+from transformers.pytorch_utils import Conv1D
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
 from modular_experts.data import TaskMixture
-from modular_experts.evaluation.gram import gram
+from modular_experts.evaluation.gram import gram, merged_grams
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merging.fisher_information import fisher
 from modular_experts.merging.objective import ValidationRows
@@ -36,6 +37,13 @@ def batches(tiny_llama_dir, task_files):
     found = list(data.val_dataloader())
     assert any((batch["attention_mask"] == 0).any() for batch in found)
     return found
+
+
+def rows_of(batches):
+    """Token ids of each row without padding, and where its target begins."""
+    for batch in batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            yield ids[: mask.sum()][None], int((labels != -100).int().argmax())
 
 
 def hooked_inputs(model, rows, names):
@@ -57,6 +65,21 @@ def state(model):
     return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
 
+def test_fisher_is_the_mean_over_rows_of_squared_gradients(batches):
+    model = build_model("llama").double()
+    expected, rows = dict.fromkeys(WEIGHTS, 0.0), list(rows_of(batches))
+    for ids, first in rows:
+        likelihoods = model(ids).logits.log_softmax(-1)[0, first - 1 : -1]
+        total = likelihoods.gather(1, ids[0, first:, None]).sum()
+        gradients = torch.autograd.grad(total, [model.get_parameter(name) for name in WEIGHTS])
+        for name, gradient in zip(WEIGHTS, gradients, strict=True):
+            expected[name] += gradient.square() / len(rows)
+    found = fisher(model, batches, WEIGHTS)
+    assert list(found) == WEIGHTS
+    for name, one in found.items():
+        torch.testing.assert_close(one.values, expected[name], rtol=1e-9, atol=1e-15)
+
+
 def test_fisher_does_not_depend_on_batches_and_leaves_the_model_as_it_was(batches, tiny_llama_dir, task_files):
     model = build_model("llama").train()
     model.get_parameter(WEIGHTS[1]).requires_grad_(False)
@@ -75,18 +98,66 @@ def test_fisher_does_not_depend_on_batches_and_leaves_the_model_as_it_was(batche
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_gram_knows_linear_weights_alone_and_leaves_no_hook_and_no_rows_are_refused(batches):
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
+def test_gram_is_the_mean_of_products_of_inputs_without_padding(architecture, batches):
+    model = build_model(architecture).double()
+    kinds = (torch.nn.Linear, Conv1D)
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    found = gram(model, batches, [f"{name}.weight" for name in layers])
+    inputs = hooked_inputs(model, rows_of(batches), layers)
+    for name in layers:
+        one, x = found[f"{name}.weight"], inputs[name]
+        assert model.get_parameter(f"{name}.weight").shape[one.inputs] == x.shape[1]
+        assert one.inputs == (0 if architecture == "gpt2" and "lm_head" not in name else 1)
+        torch.testing.assert_close(one.values, x.T @ x / len(x), rtol=1e-8, atol=1e-10)
+
+
+def test_gram_knows_no_other_weights_and_leaves_no_hook_and_no_rows_are_refused(batches):
     model = build_model("llama")
     assert set(gram(model, batches, [WEIGHTS[0], WEIGHTS[3]]).values()) == {None}
     gram(model, batches, WEIGHTS)
     assert not any(module._forward_pre_hooks for module in model.modules())
-    # GPT-2's layers store `(in, out)`, but for its head.
-    names = ["transformer.h.0.attn.c_attn.weight", "lm_head.weight"]
-    assert [one.inputs for one in gram(build_model("gpt2"), batches, names).values()] == [0, 1]
     with pytest.raises(ValueError, match="at least one row with a target"):
         fisher(model, [], WEIGHTS)
     with pytest.raises(ValueError, match="at least one row, and there was none"):
         gram(model, [], WEIGHTS)
+
+
+def solved(deltas, grams):
+    """RegMean with its default reduction, as the paper writes it."""
+    reduced = [0.9 * gram + 0.1 * torch.diag(gram.diagonal()) for gram in grams]
+    return sum(d @ g for d, g in zip(deltas, reduced, strict=True)) @ torch.linalg.inv(sum(reduced))
+
+
+def test_merged_gram_takes_inputs_behind_the_merged_blocks(batches):
+    model = build_model("llama").double()
+    names, data = [f"{name}.weight" for name in LINEAR], [batches[:1], batches[1:]]
+    shapes = {name: model.get_parameter(name).shape for name in names}
+    numbered = [list(enumerate(names, first)) for first in (1, 5)]
+    experts = [{name: random_delta("Dense", shapes[name], 7 * n) * 0.1 for n, name in one} for one in numbered]
+    del experts[1][names[1]]
+    before = state(model)
+    found = merged_grams(model, experts, data, names[::-1])
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+    def inputs(weights, part):  # of a fresh model with the weights moved
+        other = build_model("llama").double()
+        with torch.no_grad():
+            for name, delta in weights.items():
+                other.get_parameter(name).add_(delta)
+        return {f"{n}.weight": x.T @ x / len(x) for n, x in hooked_inputs(other, rows_of(part), LINEAR).items()}
+
+    zeros = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
+    dense = [zeros | {name: delta.dense() for name, delta in expert.items()} for expert in experts]
+    first = [inputs({n: own[n] for n in names[:2]}, part) for own, part in zip(dense, data, strict=True)]
+    merged = {n: solved([own[n] for own in dense], [grams[n] for grams in first]) for n in names[:2]}
+    second = [inputs(merged | {names[2]: own[names[2]]}, part) for own, part in zip(dense, data, strict=True)]
+    alone = inputs(dense[0], data[0])
+    for number in range(2):
+        for name in names[:2]:
+            torch.testing.assert_close(found[number][name].values, first[number][name], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found[number][names[2]].values, second[number][names[2]], rtol=1e-8, atol=1e-10)
+    assert not torch.allclose(found[0][names[2]].values, alone[names[2]], rtol=1e-4), "behind the expert's own block"
 
 
 # From experts and task files to a merge.
@@ -119,17 +190,46 @@ def take(kind, *arguments):
     return command("statistics", "--kind", kind, "--tasks", json.dumps(TASKS), *arguments)
 
 
-def test_the_command_says_what_it_took_and_each_method_merges_it(place, capsys):
-    for kind, method in {"gram": "RegMean", "fisher": "Fisher", "merged_gram": "RegMeanPlusPlus"}.items():
+def outputs_distance(merged):
+    """The sum over experts of how far the outputs are from the expert's, on its validation rows, by each layer."""
+    distances = defaultdict(float)
+    for expert, task in zip(map(open_expert, EXPERTS), TASKS, strict=True):
+        model = Base.open(expert.record["base"]["id"]).load()
+        data = TaskMixture([task], tokenizer=expert.record["base"]["id"])
+        with applied(model, [expert]):
+            inputs = hooked_inputs(model, rows_of(data.val_dataloader()), LINEAR)
+        for layer, x in inputs.items():
+            name = f"{layer}.weight"
+            own = expert[name].dense() if name in expert else 0.0
+            distances[name] += (x @ (merged[name].dense() - own).T).square().sum().item() / len(x)
+    return distances
+
+
+def test_reg_mean_from_stored_experts_is_nearer_to_their_outputs_than_the_average(place, capsys):
+    assert take("gram") == 0
+    out, told = capsys.readouterr().out.splitlines(), "statistics/gram.safetensors: gram statistics of 3 weights on 6"
+    assert out[0].startswith(f"library/upper/{told} rows of upper")
+    assert out[1].startswith(f"library/reverse/{told}")
+    assert command("merge", "--method", "RegMean", "--method.reduce", "1", "--out", "library/near") == 0
+    assert command("merge", "--method", "Average", "--out", "library/mean") == 0
+    near, mean = outputs_distance(open_expert("library/near")), outputs_distance(open_expert("library/mean"))
+    assert len(near) == 3
+    for name, distance in near.items():
+        assert distance < 0.9 * mean[name]
+    assert main(["show", "library/upper"]) == 0
+    assert "gram: 3 weights on 6 rows of upper" in " ".join(capsys.readouterr().out.split())
+
+
+def test_fisher_and_reg_mean_plus_plus_merge_what_was_stored_for_them(place, capsys):
+    for kind, method in {"fisher": "Fisher", "merged_gram": "RegMeanPlusPlus"}.items():
         assert take(kind, "--rows", "4") == 0
-        told = f"statistics/{kind}.safetensors: {kind} statistics of 3 weights on 4 rows of"
-        for task, line in zip(("upper", "reverse"), capsys.readouterr().out.splitlines(), strict=False):
-            assert line.startswith(f"library/{task}/{told} {task}")
+        assert open_statistics(open_expert(EXPERTS[0]), kind).facts["tasks"] == {"upper": 4}
         assert command("merge", "--method", method, "--out", f"library/{method}") == 0
         assert len(open_expert(f"library/{method}")) == 3
-        capsys.readouterr()
-    assert main(["show", "library/upper"]) == 0
-    assert "gram: 3 weights on 4 rows of upper" in " ".join(capsys.readouterr().out.split())
+    alone = ["--experts", "[library/upper]", "--method", "RegMeanPlusPlus", "--out", "library/alone"]
+    assert main(["merge", *alone]) == 1
+    assert "merged_gram statistics of" in (error := capsys.readouterr().err)
+    assert "were taken in a merge of other experts" in error
 
 
 @pytest.mark.parametrize("kind", ["fisher", "gram", "merged_gram", "prompts", "prompt_parts"])

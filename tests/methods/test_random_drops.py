@@ -1,13 +1,23 @@
 """What DARE and DELLA drop depends on seed, weight, expert and entry, and on nothing else."""
 
+import math
+
 import pytest
 import torch
-from testbed.random_deltas import random_delta
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import DARE, DELLA, DELLALinear
+from modular_experts.methods import DARE, DARETIES, DELLA, TIES, DELLALinear, TaskArithmetic
 from modular_experts.methods.chunks import chunks_of_size
-from modular_experts.methods.random_drops import uniform
+from modular_experts.methods.method import Context
+from modular_experts.methods.random_drops import stream_keys, uniform
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # products of low-rank factors round differently in parts
+KINDS = [DARE, DARETIES, DELLA, DELLALinear]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+LONG = Dense(torch.full((100, 1000), 1.0))
 
 
 def test_numbers_are_those_of_splitmix64():
@@ -15,6 +25,45 @@ def test_numbers_are_those_of_splitmix64():
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     found = uniform(torch.arange(1, 4), 1234567)
     assert found.tolist() == [(number >> 11) * 2.0**-53 for number in expected]
+
+
+def test_numbers_are_uniform_and_those_of_two_streams_unrelated():
+    flat = torch.arange(200_000)
+    one, other = (uniform(flat, key) for key in stream_keys(0, "weight", 2))
+    counts = torch.histc(one, 20, 0, 1)
+    assert (counts / 10_000 - 1).abs().max() < 0.05
+    assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.01
+    assert abs(torch.corrcoef(torch.stack([one[1:], one[:-1]]))[0, 1]) < 0.01
+
+
+@each_kind
+def test_seed_weight_and_place_change_what_is_dropped(kind):
+    def kept(seed=0, name="a", place=0):
+        deltas = [Sparse.zero(LONG.shape)] * place + [LONG]
+        return kind(keep=0.5, seed=seed).merge(deltas, Context(name)).dense() != 0
+
+    first = kept()
+    assert torch.equal(first, kept())
+    for other in (kept(seed=1), kept(name="b"), kept(place=1)):
+        assert 0.4 < (first == other).double().mean() < 0.6
+
+
+@each_kind
+@given(st.integers(1, 9), st.integers(1, 9), seeds)
+def test_form_of_the_delta_does_not_matter(kind, height, width, seed):
+    tiles = random_delta("BlockSparse", (height, width), seed)
+    same = [tiles, tiles.by_entries(), Dense(tiles.dense())]
+    first, *others = [kind(keep=0.5, seed=seed).merge([delta, delta]).dense() for delta in same]
+    for other in others:
+        assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.9])
+def test_dare_keeps_the_share_and_the_mean(keep):
+    merged = DARE(keep=keep).merge([LONG]).dense()
+    error = 4 * math.sqrt(keep * (1 - keep) / 100_000)
+    assert abs((merged != 0).double().mean() - keep) < error
+    assert abs(merged.mean() - 1) < error / keep
 
 
 @pytest.mark.parametrize("method", [DARE(keep=0.5, rescale="l1"), DELLA(keep=0.5, rescale="l1")])
@@ -25,6 +74,30 @@ def test_rescaled_by_magnitudes_single_entries_are_those_of_the_dense_delta(meth
     assert isinstance(found, Sparse)
     torch.testing.assert_close(found.dense(), dense.dense(), rtol=1e-12, atol=0)
     assert found.support_size == found.values.count_nonzero() == dense.values.count_nonzero()
+
+
+@given(deltas_of_one_weight())
+def test_dare_at_keep_1_is_task_arithmetic_and_ties_and_della_without_spread_is_dare(deltas):
+    added, elected = TaskArithmetic().merge(deltas).dense(), TIES(keep=1.0).merge(deltas).dense()
+    for kind, expected in ((DARE, added), (DELLALinear, added), (DARETIES, elected), (DELLA, elected)):
+        torch.testing.assert_close(kind(keep=1.0).merge(deltas).dense(), expected, **CLOSE)
+    assert torch.equal(DELLALinear(keep=0.4, epsilon=0.0).merge(deltas).dense(), DARE(keep=0.4).merge(deltas).dense())
+
+
+def test_della_keeps_large_entries_more_often():
+    rows, width = 20_000, 5
+    values = torch.tensor([3.0, -1.0, 5.0, 2.0, -4.0]).expand(rows, width)
+    kept = DELLALinear(keep=0.5, epsilon=0.3).merge([Dense(values.contiguous())]).dense() != 0
+    # Ranks of the magnitudes 3, 1, 5, 2, 4 are 2, 0, 4, 1, 3; each step is 2 * 0.3 / 4.
+    expected = torch.tensor([0.5, 0.2, 0.8, 0.35, 0.65])
+    assert (kept.float().mean(0) - expected).abs().max() < 0.015
+
+
+def test_della_divides_what_stays_by_its_probability():
+    values = torch.tensor([[3.0, -1.0, 5.0]])
+    merged = [DELLALinear(keep=0.5, epsilon=0.3, seed=seed).merge([Dense(values)]).dense() for seed in range(40)]
+    found = {round(value, 4) for delta in merged for value in delta.view(-1).tolist()}
+    assert found == {0.0, round(3 / 0.5, 4), round(-1 / 0.2, 4), round(5 / 0.8, 4)}
 
 
 def test_equal_magnitudes_and_missing_entries_rank_by_place():

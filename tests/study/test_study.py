@@ -5,6 +5,7 @@ import gc
 import gzip
 import json
 import re
+import resource
 import shutil
 import sys
 import weakref
@@ -611,3 +612,33 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(settings) ->
     assert not [place for place in [*folders, *files] if place.exists()]
     assert kept.exists()
     assert held.exists()
+
+
+def test_a_full_disk_loses_nothing_and_leaves_nothing_half_made(settings, tiny_llama_dir, capsys) -> None:
+    """The limit on a file's size lets a line and an expert be written in part, as a disk does that is full."""
+    settings |= {"base": str(tiny_llama_dir), "merges": []}
+    assert study(settings) == 0
+    known, limits = numbers(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    shutil.rmtree("runs/mine")
+    capsys.readouterr()
+
+    def told(limit: int) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            assert study(settings) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return capsys.readouterr()
+
+    assert "no result could be stored (File too large)" in told(1_000).err
+    # An expert has 16 kB, the lines with two errors and the frames that led to them some 12.
+    assert "failed: experts lora upper 0: " in told(15_500).out
+    assert study(settings, "--status") == 0
+    status = capsys.readouterr().out
+    for task in ("upper", "reverse"):
+        assert re.search(rf"^failed: experts lora {task} 0: .*File too large: '.*-{task}'$", status, re.MULTILINE)
+    assert not [*Path("runs/mine").glob("library/*")]
+    assert study(settings, "--retry") == 0
+    assert numbers() == known
+    capsys.readouterr()
+    assert re.search(r"^error: .*File too large: '.*report.html'$", told(12_000).err, re.MULTILINE)

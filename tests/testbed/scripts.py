@@ -1,12 +1,15 @@
-"""Run scripts of `benchmarks/` in this process: importing torch again takes seconds."""
+"""Run scripts of `benchmarks/`, and commands that they start, in this process: importing torch again takes seconds."""
 
 import gc
 import importlib
 import io
 import json
+import resource
 import runpy
+import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -63,3 +66,39 @@ def _run_printing_to(file: TextIO, commands: Sequence[Sequence[object]]) -> None
             code = main([str(word) for word in words])
         print(json.dumps([code, told.getvalue()]), file=file)
     file.flush()
+
+
+def run_commands_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `subprocess.run` run Python's scripts and our command here, and count their CPU time as children's."""
+
+    def run(words: Sequence[str], **how: Any) -> subprocess.CompletedProcess[Any]:
+        python, *rest = words
+        if python != sys.executable:  # matplotlib looks for fonts
+            return elsewhere(words, **how)
+        code, printed, told = 0, io.StringIO(), io.StringIO()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            warnings.catch_warnings(),
+            redirect_stdout(printed),
+            redirect_stderr(told),
+        ):
+            warnings.simplefilter("ignore")
+            patch.chdir(how["cwd"])
+            for name, value in how["env"].items():
+                patch.setenv(name, value)
+            if rest[:2] == ["-m", "modular_experts"]:
+                patch.setattr(sys, "argv", rest[1:])
+                code = main(rest[2:])
+            elif rest[0] == "-c":
+                exec(rest[1], {"__name__": "__main__"})
+            else:
+                patch.setattr(sys, "argv", rest)
+                runpy.run_path(rest[0], run_name="__main__")
+        done = subprocess.CompletedProcess(words, code, printed.getvalue(), told.getvalue())
+        if how.get("check"):
+            done.check_returncode()
+        return done
+
+    elsewhere, usage = subprocess.run, resource.getrusage
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(resource, "getrusage", lambda _: usage(resource.RUSAGE_SELF))

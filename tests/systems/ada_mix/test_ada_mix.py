@@ -3,11 +3,13 @@
 import itertools
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed.checkpointing import check_checkpointing
 from testbed.systems import filled, five_steps, random_weight
 from torch import nn
@@ -212,3 +214,16 @@ def test_each_step_and_layer_draws_anew_and_micro_batches_share_a_draw(fit_tiny)
     assert all(len(set(map(tuple, drawn.values()))) > 1 for drawn in draws.drawn)
     assert all(len(pairs) == 2 for drawn in draws.drawn for pairs in drawn.values())
     assert draws.logged[-1]["penalty/consistency"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_with_draws_resumes_exactly(fit_tiny, tmp_path) -> None:
+    def run(name: str, ckpt: Path | None = None):
+        saving = ModelCheckpoint(tmp_path / name, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        expert = partial(AdaMixExpert, copies=3, dropout=0.1)
+        return fit_tiny(expert, saving, own={"dtype": "float64"}, ckpt=ckpt, enable_checkpointing=True, max_steps=4)
+
+    whole, _, losses = run("whole")
+    again, _, rest = run("again", tmp_path / "whole" / "step=2.ckpt")
+    assert rest == losses[2:]
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
