@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from modular_experts.cli.command import unknown_command
 from modular_experts.cli.commands import VERBS, importing, options_of_run
 from modular_experts.cli.help import argument_texts, options_in_source
 from modular_experts.cli.words import annotations, hint_at, members_of
@@ -34,18 +35,20 @@ complete -o default -F _modular_experts modular-experts"""
 def completion(program: Literal["bash", "zsh", "jsonschema"], command: str = "fit") -> None:
     """Print what completes commands in a shell, or configs in an editor.
 
-    `bash` and `zsh` print lines for the shell's start-up file, by which it completes commands, options, names of
-    classes and paths. `jsonschema` prints a JSON schema of the config files of a command, by which an editor completes
-    and checks them; its YAML plugin reads it where a config begins with `# yaml-language-server: $schema=fit.json`.
+    `bash` and `zsh` print lines for the shell's start-up file; the shell then completes commands, options, names of
+    classes and paths. `jsonschema` prints a JSON schema of a command's configs; an editor with a YAML plugin completes
+    and checks a config that begins with `# yaml-language-server: $schema=fit.json`.
 
     Args:
-        program: What reads the text.
-        command: Of `jsonschema`: the command whose configs it describes.
+        program: The program that reads the text.
+        command: The command whose configs the JSON schema describes.
 
     Examples:
         modular-experts completion bash >> ~/.bashrc
         modular-experts completion jsonschema study > study.json
     """
+    if command not in VERBS:
+        raise unknown_command(command)
     if program == "jsonschema":
         print(json.dumps(config_schema(command), indent=1))
         return
@@ -69,7 +72,7 @@ def _hints(verb: str) -> dict[str, Any]:
     """Return the annotations of a command's options, under the names that configs have."""
     command = VERBS[verb]
     with importing():
-        # Whatever brings classes that options name.
+        # It imports the classes that options name.
         importlib.import_module("modular_experts.study.lightning")
         module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
     short = READING
@@ -125,8 +128,8 @@ class _Schema:
         """Return the schema of an annotation; what it does not know may be anything."""
         origin, inner = get_origin(hint), get_args(hint)
         if hint in _JSON_TYPES:
-            # YAML of version 1.1 reads 1e-3 as a text.
-            return {"type": _JSON_TYPES[hint]} if hint is not float else {"type": ["number", "string"]}
+            # Editors read YAML 1.1, in which 1e-3 is a text.
+            return {"type": ["number", "string"] if hint is float else _JSON_TYPES[hint]}
         if origin is Literal:
             return {"enum": [*inner]}
         if origin in (Union, types.UnionType):
@@ -149,7 +152,8 @@ class _Schema:
 
     def _settings_of(self, name: str, kind: Any) -> dict[str, Any]:
         if name not in self.definitions:
-            self.definitions[name] = {}  # a setting may be of the same class
+            # One of its settings may be of the same class.
+            self.definitions[name] = {}
             texts = argument_texts(inspect.getdoc(kind) or "")
             settings: dict[str, Any] = {}
             for maker in makers_of(kind):

@@ -149,6 +149,7 @@ def words_of(options: Iterable[Option]) -> list[str]:
     words: list[tuple[str, str | Config]] = []
     for name, value in options:
         if name == "config":
+            # The config beats the lists before it.
             words = [word for word in words if not _is_list(word[1]) or value_of([(name, value)], word[0]) is None]
             if words and words[-1][0] == "config":
                 value = laid_over(words.pop()[1], value)

@@ -95,6 +95,11 @@ def test_the_schema_takes_classes_of_ones_own(fit_schema: Draft202012Validator) 
     assert fit_schema.is_valid(own | {"x-common": {}, "trainer": {"max_steps": 1}})
 
 
+def test_an_unknown_command_is_refused_with_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "jsonschema", "merg"]) == 2
+    assert capsys.readouterr().err == "error: there is no command merg; did you mean merge?\n"
+
+
 def test_the_command_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "jsonschema", "merge"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(config_schema("merge")))
