@@ -21,6 +21,7 @@ import warnings
 
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", "The `srun` command is available on your system")  # as in pyproject.toml
+warnings.filterwarnings("ignore", "There is no current event loop")  # of tornado, from Python 3.12 on
 warnings.filterwarnings("ignore", module="ipykernel")  # it warns of its own doings when it shuts down
 """
 METADATA = {
