@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, Trainer, cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -56,6 +55,8 @@ class ExpertCLI(LightningCLI):
         verb: The method of the trainer that will run, such as `fit`.
         options: Options under their full names; `config` has the settings of a file.
     """
+
+    parser: RunParser
 
     def __init__(self, verb: str, options: Sequence[Option]) -> None:
         self.verb = verb
@@ -131,7 +132,7 @@ class ExpertCLI(LightningCLI):
 
     def make_run(self) -> Run:
         """Make module, data and trainer, and return what the trainer will run."""
-        self.described = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_validation=True))
+        self.described = self.parser.settings(self.config, skip_unset=False, skip_validation=True)
         # What checkpoints keep of the module's settings.
         self.config_dump = self.described
         super().instantiate_classes()
