@@ -32,7 +32,7 @@ from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
 from modular_experts.data.batch import IGNORED, prompts_of
 from modular_experts.evaluation import answer_text, batch_losses, choice_log_likelihoods, generate_tokens
-from modular_experts.evaluation.drafts import losses_and_answers, packs_evaluation
+from modular_experts.evaluation.drafts import choices_behind_prompts, losses_and_answers, packs_evaluation
 from modular_experts.library import open_expert
 
 TASKS = ["banking77", "blimp_pick", "clinc_banking", "clinc_work", "country_capital", "gsm8k_number", "snips_slots"]
@@ -66,7 +66,8 @@ def compare(model: Any, tokenizer: Any, data: TaskMixture, new_tokens: int) -> d
                     answers[current] = generate_tokens(model, tokenizer, batch, new_tokens)
                     sums, _ = batch_losses(model, batch)
                 if "choices" in batch:
-                    choice_log_likelihoods(model, batch["choices"], packed=current == "packed")
+                    likelihoods = choices_behind_prompts if current == "packed" else choice_log_likelihoods
+                    likelihoods(model, batch["choices"] | {"task": ["" for _ in batch["choices"]["row"]]})
             seconds[current] += time.process_time() - began
             losses[current] += float(sums.sum())
             count = counts[current]
@@ -79,9 +80,13 @@ def compare(model: Any, tokenizer: Any, data: TaskMixture, new_tokens: int) -> d
             count.update(needed=tokens + steps, answers=labelled + written)
             if "choices" in batch:
                 choices = batch["choices"]
-                count.update(
-                    needed=int(choices["attention_mask"].sum()), answers=int((choices["labels"] != IGNORED).sum())
-                )
+                compared = int((choices["labels"] != IGNORED).sum())
+                needed = int(choices["attention_mask"].sum())
+                if current == "packed":
+                    # Each prompt is read once for all of its choices.
+                    prompts = zip(choices["row"].tolist(), prompts_of(choices), strict=True)
+                    needed = compared + sum(map(len, dict(prompts).values()))
+                count.update(needed=needed, answers=compared)
             texts = [answer_text(tokenizer, row, end) for row, end in zip(answers[current], batch["end"], strict=True)]
             count["right"] += sum(text == target.strip() for text, target in zip(texts, batch["target"], strict=True))
         rows += len(batch["task"])

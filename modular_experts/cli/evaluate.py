@@ -29,6 +29,11 @@ class Reading:
         eval_limit: The most test rows of one task, spread evenly over its file.
         max_new_tokens: Length limit of a generated answer.
         batch_size: Rows that are measured at once; changes the speed only.
+        shots: Demonstrations before each row; they are training rows of its task with their targets, the same for
+            every model.
+        shots_seed: Seed of the draw of demonstrations.
+        label_choices: Compare labels by likelihood; they are the targets of a task's training rows where these come
+            again, and stand in for `choices` that rows lack.
         metrics: Metrics beside exact match and Rouge-L: number, json, year=/[0-9]{4}/, mine.length. An answer must have
             the target's last number, the same JSON, or the same text where the regular expression finds one; a function
             of yours gets answer and target.
@@ -42,6 +47,9 @@ class Reading:
     dtype: DType = "float32"
     quantise: Quantise | None = None
     metrics: list[str] | None = None
+    shots: int = 0
+    shots_seed: int = 0
+    label_choices: bool = False
 
 
 def evaluate(
@@ -84,6 +92,9 @@ def evaluate(
         max_length=reading.max_length,
         eval_limit=reading.eval_limit,
         chat_template=reading.chat_template,
+        shots=reading.shots,
+        shots_seed=reading.shots_seed,
+        label_choices=reading.label_choices,
     )
     opened: str | Base | None = base
     if reading.quantise:
@@ -132,6 +143,8 @@ def look(
     validation_ratio: float = 0.1,
     test_ratio: float = 0.1,
     split_seed: int = 0,
+    shots: int = 0,
+    shots_seed: int = 0,
 ) -> None:
     """Show how `fit` reads the rows of tasks: as which tokens, what it learns, how long they are, which repeat.
 
@@ -144,13 +157,16 @@ def look(
         validation_ratio: Share of a task's rows without a `split` that go to validation.
         test_ratio: Share of a task's rows without a `split` that go to the test.
         split_seed: Seed of this division.
+        shots: Demonstrations before each row; they are other training rows of its task with their targets.
+        shots_seed: Seed of the draw of demonstrations.
 
     Examples:
         modular-experts look a.jsonl b.csv --base DIR
         modular-experts look --base DIR --tasks chats.jsonl --page look.html
     """
     ratios = {"validation_ratio": validation_ratio, "test_ratio": test_ratio, "split_seed": split_seed}
-    seen = look_at(base, tasks, page, overwrite, max_length=max_length, chat_template=chat_template, **ratios)
+    shown = {"shots": shots, "shots_seed": shots_seed}
+    seen = look_at(base, tasks, page, overwrite, max_length=max_length, chat_template=chat_template, **ratios, **shown)
     print(as_options(str(seen)))
     if page:
         print(f"\nthe page is {page}")

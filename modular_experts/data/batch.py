@@ -75,7 +75,10 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A tokenised row; `choices` are the row's prompt with each choice in the target's place, `end` ends an answer."""
+    """A tokenised row; `choices` are the row's prompt with each choice in the target's place, `end` ends an answer.
+
+    `shots` demonstrations stand in the prompt before the row's own.
+    """
 
     task: str
     input: str
@@ -85,6 +88,7 @@ class Example:
     correct: int = 0
     end: int | None = None
     number: int = 0
+    shots: int = 0
 
 
 def fitted(prompt: Ids, answer: int, longest: int) -> Ids:

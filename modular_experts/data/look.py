@@ -122,9 +122,10 @@ def _looked(task: Task, rows: Mapping[str, list[Row]], data: TaskMixture) -> Loo
     shown: list[tuple[str, list[tuple[str, bool]]]] = []
     for split, split_rows in rows.items():
         learn = split == "train"
-        examples, cut, bad = tokenize(task.name, split_rows, learn)
+        shown_before = data.demonstrations(task.name, split_rows)
+        examples, cut, bad = tokenize(task.name, split_rows, learn, shown_before)
         raise_for_bad_rows(bad)
-        whole = uncut(task.name, split_rows, learn)[0] if cut else examples
+        whole = uncut(task.name, split_rows, learn, shown_before)[0] if cut else examples
         places = [f"{row.where} ({split})" for row in split_rows]
         sizes = [len(example.tokens.ids) for example in whole]
         lengths |= zip(places, sizes, strict=True)

@@ -60,6 +60,11 @@ class TaskMixture(TokenisedTasks, LightningDataModule):
             and its experts are deltas; with true, a model that mixes rows is refused.
         chat_template: Put the input as a user's message through the tokenizer's chat template; `messages` always go
             through it.
+        shots: Demonstrations before each row: other training rows of its task with their targets, the same for every
+            model. They take the place that the row leaves in `max_length`, so that a long row has fewer.
+        shots_seed: Seed of the draw of demonstrations, apart from `seed`.
+        label_choices: Compare the likelihoods of the labels of the task's training rows in the test of rows that have
+            no `choices`. Targets are labels if there are at most 100, each of three training rows on average.
     """
 
     def __init__(
@@ -77,6 +82,9 @@ class TaskMixture(TokenisedTasks, LightningDataModule):
         eval_limit: int | None = None,
         chat_template: bool = False,
         packing: bool | None = None,
+        shots: int = 0,
+        shots_seed: int = 0,
+        label_choices: bool = False,
     ) -> None:
         for name, value in (
             ("batch_size", batch_size),
@@ -87,7 +95,18 @@ class TaskMixture(TokenisedTasks, LightningDataModule):
                 raise ValueError(f"{name}={value} must be at least 1")
         LightningDataModule.__init__(self)
         TokenisedTasks.__init__(
-            self, tasks, tokenizer, max_length, chat_template, eval_limit, validation_ratio, test_ratio, split_seed
+            self,
+            tasks,
+            tokenizer,
+            max_length,
+            chat_template,
+            eval_limit,
+            validation_ratio,
+            test_ratio,
+            split_seed,
+            shots,
+            shots_seed,
+            label_choices,
         )
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

@@ -1,15 +1,19 @@
 """Tokenise rows of text into examples; `chat.py` tokenises conversations.
 
-Input and target are tokenised apart, without special tokens, and end-of-sequence follows the target.
+Input and target are tokenised apart, without special tokens, and end-of-sequence follows the target, also in each
+demonstration before a row.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens, fitted
 from modular_experts.data.chat import ConversationTokenizer, prompt_text
+from modular_experts.data.demonstrations import as_turns, behind_turns
 from modular_experts.data.rows import Row
 
 
@@ -54,27 +58,33 @@ class RowTokenizer:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def __call__(self, task: str, rows: Sequence[Row], learn: bool = False) -> tuple[list[Example], int, list[str]]:
+    def __call__(
+        self, task: str, rows: Sequence[Row], learn: bool = False, demonstrations: Sequence[Sequence[Row]] = ()
+    ) -> tuple[list[Example], int, list[str]]:
         """Tokenise the rows of a task; return examples in their order, how many lost tokens, and sentences on bad ones.
 
-        Conversations to `learn` have each turn of the assistant as a target, not only the last.
+        Conversations to `learn` have each turn of the assistant as a target, not only the last. With `demonstrations`,
+        a list for each row, these stand in the prompt before it: as turns of a conversation with a chat template. A row
+        that would be too long has fewer of them.
         """
+        before = [list(own) for own in demonstrations] or [[] for _ in rows]
         if talks := [row for row in rows if row.messages]:
             tokenize = ConversationTokenizer(self.tokenizer, self.longest, self._filled)
-            talk_examples, cut, refused = tokenize(task, talks, learn, self.learns_choices or not learn)
+            pairs = zip(rows, before, strict=True)
+            whole = [replace(row, messages=behind_turns(row, own)) for row, own in pairs if row.messages]
+            talk_examples, cut, refused = tokenize(task, whole, learn, self.learns_choices or not learn)
             mixed = f"this row has texts, and {talks[0].where} is a conversation; write all rows of a task alike"
             return talk_examples, cut, [*(f"{row.where}: {mixed}" for row in rows if not row.messages), *refused]
-        texts = [row.input for row in rows]
-        if self.chat_template:
-            texts = [prompt_text(self.tokenizer, [{"role": "user", "content": text}]) for text in texts]
-        prompts = self._ids(texts)
+        texts = self._texts(rows)
         targets = self._ends(texts, [[row.target or ""] for row in rows])
         options = self._ends(texts, [() if learn and not self.learns_choices else row.choices for row in rows])
+        most_tokens = [max(map(len, [*own, *others])) for own, others in zip(targets, options, strict=True)]
+        prompts = self._prompts(rows, before, most_tokens)
         end = self.tokenizer.eos_token_id
         examples: list[Example] = []
         problems: list[str] = []
         cut = 0
-        for row, prompt, (target,), choices in zip(rows, prompts, targets, options, strict=True):
+        for row, own, prompt, (target,), choices in zip(rows, before, prompts, targets, options, strict=True):
             if row.target is None:
                 target = []
             answers = [target, *choices]
@@ -88,12 +98,45 @@ class RowTokenizer:
                 problems.append(f"{row.where}: the target or a choice fills {self._filled}")
                 continue
             cut += len(kept) < len(prompt)
-            correct = row.choices.index(str(row.target)) if row.choices else 0
             tokens, *others = (
                 Tokens(torch.tensor([*kept, *answer], dtype=torch.int32), len(kept)) for answer in answers
             )
-            examples.append(Example(task, row.input, row.target, tokens, tuple(others), correct, end, len(examples)))
+            example = Example(task, row.input, row.target, tokens, tuple(others), correct_of(row), end, len(examples))
+            examples.append(replace(example, shots=len(own)))
         return examples, cut, problems
+
+    def _texts(self, rows: Sequence[Row], demonstrations: Sequence[Sequence[Row]] = ()) -> list[str]:
+        """Return the text that asks for the answer to each row; a chat template has demonstrations as turns before."""
+        if not self.chat_template:
+            return [row.input for row in rows]
+        before = demonstrations or [() for _ in rows]
+        talks = [[*as_turns(own), *as_turns([row])[:1]] for row, own in zip(rows, before, strict=True)]
+        return [prompt_text(self.tokenizer, talk) for talk in talks]
+
+    def _prompts(self, rows: Sequence[Row], before: Sequence[list[Row]], answers: Sequence[int]) -> list[list[int]]:
+        """Return the tokens of each prompt, and drop demonstrations of `before` that leave its answer no room."""
+        prompts = self._ids_behind(rows, before)
+        while long := [n for n, ids in enumerate(prompts) if before[n] and len(ids) + answers[n] > self.longest]:
+            for number in long:
+                del before[number][0]
+            shorter = self._ids_behind([rows[number] for number in long], [before[number] for number in long])
+            for number, ids in zip(long, shorter, strict=True):
+                prompts[number] = ids
+        return prompts
+
+    def _ids_behind(self, rows: Sequence[Row], before: Sequence[Sequence[Row]]) -> list[list[int]]:
+        """Return the tokens of each prompt with its demonstrations."""
+        prompts = self._ids(self._texts(rows, before))
+        if self.chat_template:
+            return prompts
+        shown = {(row.input, str(row.target)): row for own in before for row in own}
+        inputs = [row.input for row in shown.values()]
+        ends = self._ends(inputs, [[str(row.target)] for row in shown.values()])
+        ids = {key: [*ids, *end] for key, ids, (end,) in zip(shown, self._ids(inputs), ends, strict=True)}
+        return [
+            [*chain.from_iterable(ids[row.input, str(row.target)] for row in own), *prompt]
+            for own, prompt in zip(before, prompts, strict=True)
+        ]
 
     def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Return the tokens of each prompt's targets, with end-of-sequence, all made in one call of the tokenizer."""
@@ -109,6 +152,11 @@ class RowTokenizer:
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def correct_of(row: Row) -> int:
+    """Return the number of the right choice; of labels that lack the target, none is right."""
+    return row.choices.index(str(row.target)) if row.target in row.choices else len(row.choices)
 
 
 def as_continuation(prompt: str, target: str) -> str:

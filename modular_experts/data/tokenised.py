@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Self, TypedDict
+from typing import NamedTuple, NotRequired, Self, TypedDict
 
 from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from modular_experts.base import Base
 from modular_experts.data.batch import DataSource, Example
 from modular_experts.data.chat import template_hash
+from modular_experts.data.demonstrations import drawn, labels_of
 from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits, warn_of_repeats
@@ -35,10 +36,17 @@ log = logging.getLogger(__name__)
 
 
 class ReadingFacts(TypedDict):
-    """How rows become tokens: the most of them in a row, and a hash of the chat template, or None without one."""
+    """How rows become tokens.
+
+    Attributes:
+        max_length: The most tokens of a row.
+        chat_template: Hash of the chat template; None without one.
+        shots: Demonstrations before each row, if there are any.
+    """
 
     max_length: int
     chat_template: str | None
+    shots: NotRequired[int]
 
 
 class TaskContents(TypedDict):
@@ -70,6 +78,7 @@ class ExamplesKey(NamedTuple):
         longest: The most tokens of a row.
         learns_choices: Whether training rows carry their choices.
         chat_template: Whether inputs go through the chat template.
+        shots, shots_seed, label_choices: As for `TaskMixture`.
     """
 
     task: str
@@ -78,6 +87,9 @@ class ExamplesKey(NamedTuple):
     longest: int
     learns_choices: bool
     chat_template: bool
+    shots: int
+    shots_seed: int
+    label_choices: bool
 
 
 class TaskExamples(NamedTuple):
@@ -111,6 +123,9 @@ class TokenisedTasks(DataSource):
         validation_ratio: float,
         test_ratio: float,
         split_seed: int,
+        shots: int = 0,
+        shots_seed: int = 0,
+        label_choices: bool = False,
     ) -> None:
         if min(validation_ratio, test_ratio) < 0 or validation_ratio + test_ratio >= 1:
             raise ValueError(f"{validation_ratio=} and {test_ratio=} must be 0 or more and leave rows to train on")
@@ -122,6 +137,11 @@ class TokenisedTasks(DataSource):
         self.validation_ratio = validation_ratio
         self.test_ratio = test_ratio
         self.split_seed = split_seed
+        if shots < 0:
+            raise ValueError(f"{shots=} must be 0 or more demonstrations before each row")
+        self.shots = shots
+        self.shots_seed = shots_seed
+        self.label_choices = label_choices
         self.trainer: Trainer | None = None
         self.context: int | None = None
         """How many tokens of a row the model can read, where a model is known (`fit_context`)."""
@@ -184,8 +204,8 @@ class TokenisedTasks(DataSource):
     def only(self, names: Sequence[str]) -> Self:
         """Return the mixture of some of the tasks, in the given order.
 
-        Both mixtures share the rows that either has read and tokenised, so change no setting of one but `eval_limit`
-        and `chat_template`.
+        Both mixtures share the rows that either has read and tokenised, so change no setting of one but `eval_limit`,
+        `chat_template` and `shots`.
         """
         by_name = {task.name: task for task in self.tasks}
         part = copy.copy(self)
@@ -198,7 +218,10 @@ class TokenisedTasks(DataSource):
         asked = [read[task] for task in tasks if task in read] or list(read.values())
         is_chat = self.chat_template or any(task.rows and task.rows[0].messages for task in asked)
         template = template_hash(self.row_tokenizer().tokenizer) if is_chat else None
-        return {"max_length": self.max_length, "chat_template": template}
+        facts: ReadingFacts = {"max_length": self.max_length, "chat_template": template}
+        if self.shots:
+            facts["shots"] = self.shots
+        return facts
 
     @property
     def contents(self) -> dict[str, TaskContents]:
@@ -316,8 +339,18 @@ class TokenisedTasks(DataSource):
             key = self._key(name, kind)
             if key in self._examples:
                 continue
-            examples, cut, bad = tokenize(name, own, learn=kind == "train")
+            learn = kind == "train"
+            if self.shots and learn and own and own[0].messages:
+                raise ValueError(
+                    f"{name}: all turns of a conversation are learned, and demonstrations would be, too; leave "
+                    f"shots={self.shots} out, or give rows of input and target"
+                )
+            examples, cut, bad = tokenize(
+                name, self._with_labels(name, own, learn), learn, self.demonstrations(name, own)
+            )
             problems += bad
+            if self.shots and examples and not own[0].messages:
+                self._log_shots(name, kind, [example.shots for example in examples], tokenize.limit)
             if cut:
                 which = f"{cut} of {len(own)} {kind} rows are longer than {tokenize.limit}"
                 self._log(f"{name}: {which} and lost their start", logging.WARNING)
@@ -325,8 +358,50 @@ class TokenisedTasks(DataSource):
                 self._examples[key] = TaskExamples(examples, cut)
         raise_for_bad_rows(problems)
 
+    def training_rows(self, task: str) -> list[Row]:
+        """Return the training rows of a task, which has targets in them, whatever its role."""
+        return [row for row in self._read()[task].rows if row.split == "train" and row.target is not None]
+
+    def demonstrations(self, task: str, rows: Sequence[Row]) -> list[list[Row]]:
+        """Return the training rows that stand before each of a task's rows; an empty list without `shots`."""
+        if not self.shots:
+            return []
+        training = self.training_rows(task)
+        if not training:
+            raise ValueError(
+                f"task {task!r} has no training rows for shots={self.shots} to show before each row; give some of its "
+                "rows the split 'train'"
+            )
+        return drawn(rows, training, self.shots, self.shots_seed)
+
+    def _with_labels(self, task: str, rows: Sequence[Row], learn: bool) -> Sequence[Row]:
+        """Return the rows that have no choices with the labels of the task's training rows in their place."""
+        if not self.label_choices or learn or any(row.choices or row.messages for row in rows):
+            return rows
+        labels = labels_of(self.training_rows(task))
+        if not labels:
+            self._log(f"{task}: the targets of its training rows do not come again, so they are not compared as labels")
+        return [row if row.target is None else replace(row, choices=labels) for row in rows]
+
+    def _log_shots(self, task: str, kind: str, shots: Sequence[int], limit: str) -> None:
+        """Say how many demonstrations rows have."""
+        self._log(f"{task}: {max(shots)} demonstrations stand before each of {len(shots)} {kind} rows")
+        if fewer := sum(count < max(shots) for count in shots):
+            sentence = f"{fewer} of {len(shots)} {kind} rows have fewer than {max(shots)} demonstrations, down to "
+            self._log(f"{task}: {sentence}{min(shots)}, in {limit} tokens", logging.WARNING)
+
     def _key(self, task: str, kind: str) -> ExamplesKey:
-        return ExamplesKey(task, kind, self._limit(kind), self.longest, self._learns_choices, self.chat_template)
+        return ExamplesKey(
+            task,
+            kind,
+            self._limit(kind),
+            self.longest,
+            self._learns_choices,
+            self.chat_template,
+            self.shots,
+            self.shots_seed,
+            self.label_choices,
+        )
 
     def _limit(self, kind: str) -> int | None:
         return None if "train" in kind else self.eval_limit

@@ -11,12 +11,19 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from modular_experts.data.batch import IGNORED, Batch, prompts_of, repacked
 from modular_experts.evaluation.generation import answer_rooms
-from modular_experts.evaluation.likelihood import answer_logits, keeps_rows_apart, row_sums, with_cache
+from modular_experts.evaluation.likelihood import (
+    answer_logits,
+    choice_log_likelihoods,
+    keeps_rows_apart,
+    row_sums,
+    with_cache,
+)
 from modular_experts.injection import moves_tokens_alone
 from modular_experts.routing.gates import reading
 
@@ -61,6 +68,64 @@ def losses_and_answers(
         del packed, logits
         _decode(model, state, lengths, answers, going, stops, rooms)
     return losses, answers
+
+
+@torch.no_grad()
+def choices_behind_prompts(model: PreTrainedModel, choices: Batch, lines: int = 32) -> Tensor:
+    """Return what `choice_log_likelihoods` gives, reading the prompt of a row once for all of its choices.
+
+    `packs_evaluation` must be true of the model. `lines` choices are read in a forward pass, each with a copy of the
+    keys and values of its prompt.
+    """
+    owner = choices["row"].tolist()
+    places = {row: place for place, row in enumerate(dict.fromkeys(owner))}
+    first = torch.tensor([owner.index(row) for row in places], device=choices["row"].device)
+    prompts = prompts_of(choices)
+    if max(map(len, prompts)) == 1:  # Without kept keys and values a pass begins anew, also for routers.
+        return choice_log_likelihoods(model, choices)
+    batch = {key: choices[key][first] for key in ("input_ids", "attention_mask")}
+    # Without its answers, a row is all prompt.
+    batch["attention_mask"] = batch["attention_mask"] * (choices["labels"][first] == IGNORED)
+    batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+    packed = with_cache(model, repacked(batch | {"task": [choices["task"][number] for number in first.tolist()]}))
+    answer_logits(model, packed)
+    scores = []
+    for start in range(0, len(owner), lines):
+        numbers = range(start, min(start + lines, len(owner)))
+        rows = [places[owner[number]] for number in numbers]
+        # The last token of a prompt is read again, as it predicts the first token of the answer.
+        lengths = [len(prompts[number]) - 1 for number in numbers]
+        state = _state(packed["cache"], packed["row"], rows, lengths)
+        answers = [choices["labels"][number][choices["labels"][number] != IGNORED] for number in numbers]
+        scores.append(
+            _log_likelihoods(model, state, [prompts[number][-1:] for number in numbers], answers, rows, lengths)
+        )
+    return torch.cat(scores)
+
+
+def _log_likelihoods(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    last: Sequence[Tensor],
+    answers: Sequence[Tensor],
+    rows: Sequence[int],
+    lengths: Sequence[int],
+) -> Tensor:
+    """Return the summed log-likelihood of each answer behind its kept prompt and the `last` token of that."""
+    device = model.device
+    read = [torch.cat([token, answer[:-1]]) for token, answer in zip(last, answers, strict=True)]
+    ids = pad_sequence(read, batch_first=True)
+    wanted = pad_sequence(list(answers), batch_first=True, padding_value=IGNORED)
+    before = torch.tensor(lengths, device=device)[:, None]
+    kept = torch.arange(int(before.max()), device=device) >= before.max() - before
+    places = torch.arange(ids.shape[1], device=device)
+    mask = torch.cat([kept, wanted != IGNORED], 1).long()
+    row = torch.tensor(rows, device=device)[:, None].expand_as(ids)
+    with reading(row=row):
+        output = model(input_ids=ids, attention_mask=mask, position_ids=before + places, cache=cache, use_cache=True)
+    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED)
+    return -losses.view_as(wanted).sum(1)
 
 
 def _goes_on(answer: list[int], stops: set[int], most: int) -> bool:

@@ -4,7 +4,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,7 +64,7 @@ class Measuring:
 
     Args:
         limit: The most rows of one task. They are the first ones of a benchmark, and spread evenly over a task file.
-        num_fewshot: Examples in the prompt of a benchmark; the benchmark's own number by default.
+        shots: Demonstrations before each row; by default as many as a benchmark asks for, and none of a task file.
         max_new_tokens: Length limit of a generated answer to a row of a task file; benchmarks have their own.
         batch_size: Rows that are measured at once. It changes scores in their last digits.
         dtype: Data type of the base.
@@ -72,7 +72,7 @@ class Measuring:
     """
 
     limit: int | None = None
-    num_fewshot: int | None = None
+    shots: int | None = None
     max_new_tokens: int = 64
     batch_size: int = 16
     dtype: DType = "float32"
@@ -129,7 +129,7 @@ def harness(
     ours: dict[str, HarnessTask] = {}
     roles: dict[str, str] = {}
     if files:
-        mixture = TaskMixture(files, eval_limit=limit)
+        mixture = TaskMixture(files, eval_limit=limit, shots=measuring.shots or 0)
         ours = harness_tasks(mixture, tokenizer, measuring.max_new_tokens)
         roles = mixture.roles
     facts = comparison_facts(opened, measuring.dtype, models) | {"max_new_tokens": measuring.max_new_tokens}
@@ -138,7 +138,7 @@ def harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     suites = [Suite(_loaded_files(ours), add_bos=False)] if ours else []
     if names:
-        suites.append(Suite(_loaded_benchmarks(names, measuring.num_fewshot), limit=limit))
+        suites.append(Suite(_loaded_benchmarks(names, measuring.shots), limit=limit))
     rows: list[MutableFacts] = []
     loaded = opened.load(measuring.dtype)
     for model in models:
@@ -175,6 +175,9 @@ def harness_tasks(
                 f"task {name!r} holds conversations, and tasks of the harness hold inputs and targets; measure it with "
                 "modular-experts evaluate"
             )
+        if data.shots:
+            pairs = zip(rows, data.demonstrations(name, rows), strict=True)
+            rows = [replace(row, input=_shown(shown, tokenizer) + row.input) for row, shown in pairs]
         made = {name: _generation(name, rows, tokenizer, max_new_tokens)}
         if with_choices := [row for row in rows if row.choices]:
             made[name + CHOICES] = _choice(name + CHOICES, with_choices, tokenizer)
@@ -182,6 +185,12 @@ def harness_tasks(
             raise ValueError(f"two tasks of the harness would be called {taken!r}; give one another name")
         tasks |= made
     return tasks
+
+
+def _shown(demonstrations: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return demonstrations as text, each with the end that training gives a target."""
+    texts = [row.input + as_continuation(row.input, str(row.target)) for row in demonstrations]
+    return "".join(text + str(tokenizer.eos_token) for text in texts)
 
 
 def _generation(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, longest: int) -> HarnessTask:
@@ -254,7 +263,7 @@ def _loaded_files(tasks: Mapping[str, HarnessTask]) -> Facts:
     return TaskManager(include_defaults=False).load(list(map(from_memory, tasks.values())))
 
 
-def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> Facts:
+def _loaded_benchmarks(names: Sequence[str], shots: int | None) -> Facts:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -272,8 +281,8 @@ def _loaded_benchmarks(names: Sequence[str], num_fewshot: int | None) -> Facts:
         ) from error
     for task in loaded["tasks"].values():
         # As the harness's own command does: a benchmark that insists on 0 keeps it.
-        if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        if task.get_config("num_fewshot") is None or (shots is not None and task.get_config("num_fewshot") != 0):
+            task.set_config(key="num_fewshot", value=shots or 0)
     return loaded
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from modular_experts.data.batch import IGNORED, Batch, repacked
+from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.injection.sharded import is_sharded
 from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import evaluation_mode
@@ -196,7 +196,7 @@ def with_cache(model: PreTrainedModel, packed: Batch) -> Batch:
 
 
 @torch.no_grad()
-def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16, packed: bool = False) -> Tensor:
+def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16) -> Tensor:
     """Return the summed log-likelihood `(m,)` of each of a batch's `choices`, `rows` of them in a forward pass.
 
     `task` among the choices, a list of m names, is for routers that choose by it.
@@ -208,7 +208,7 @@ def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16, pac
         part = {key: tensor[:, :length] for key, tensor in part.items()}
         if "task" in choices:
             part["task"] = choices["task"][first : first + rows]
-        scores.append(-batch_losses(model, repacked(part) if packed else part)[0])
+        scores.append(-batch_losses(model, part)[0])
     return torch.cat(scores)
 
 

@@ -7,7 +7,7 @@ from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, repacked
-from modular_experts.evaluation.drafts import losses_and_answers, packs_evaluation
+from modular_experts.evaluation.drafts import choices_behind_prompts, losses_and_answers, packs_evaluation
 from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
 from modular_experts.evaluation.metrics import TEXT_METRICS, TextMetric
@@ -84,7 +84,8 @@ def score_batch(
     choices = None
     if "choices" in batch:
         tasks = [batch["task"][row] for row in batch["choices"]["row"].tolist()]
-        choices = choice_log_likelihoods(model, batch["choices"] | {"task": tasks}, packed=packed)
+        compare = choices_behind_prompts if packed else choice_log_likelihoods
+        choices = compare(model, batch["choices"] | {"task": tasks})
     if not max_new_tokens:
         scores.update(batch, *batch_losses(model, repacked(batch) if packed else batch), None, choices)
         return None

@@ -286,6 +286,8 @@ def warn_unlike_training(
                 unlike.append("another chat template")
         if now.get("max_length", math.inf) < trained.get("max_length", 0):
             unlike.append(f"{now['max_length']} instead of {trained['max_length']} tokens a row (`max_length=`)")
+        if now.get("shots", 0) < trained.get("shots", 0):
+            unlike.append(f"{now.get('shots', 0)} instead of {trained['shots']} demonstrations (`shots=`)")
         if dtype != trained.get("dtype", dtype):
             unlike.append(f"a base in {dtype} instead of {trained['dtype']} (`dtype=`)")
         if unlike:

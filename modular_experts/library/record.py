@@ -29,6 +29,7 @@ its tensors (`hash_of_all`). Format 4 is an expert with encoded values (`encoded
 | ` dtype`, ` precision`  | of the base, and of the trainer, such as `bf16-mixed`                                   |
 | ` quantised`            | `form`, `library` and `settings`, or the `quantization_config` of the base               |
 | ` max_length`, ` chat_template` | the most tokens of a row; hash of the template, or null                         |
+| ` shots`                        | how many demonstrations stood before each row, if any                           |
 | ` data`, ` config`      | of each task `rows` by split and their `hash`; the file with the configuration          |
 """
 

@@ -25,12 +25,16 @@ ELSEWHERE = {
     **dict.fromkeys(("train_file", "dataset", "data"), "--tasks"),
     **dict.fromkeys(("lr", "learning-rate"), "--learning_rate"),
     **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_epochs"), "--trainer.max_epochs"),
+    **dict.fromkeys(("num_fewshot", "fewshot", "n_shot"), "--shots"),
     **dict.fromkeys(("r", "rank", "lora_r", "lora_rank"), "--expert.rank"),
     **dict.fromkeys(("density", "densities"), "--method.keep"),
     **dict.fromkeys(("weight", "weights", "lambda"), "--method.scale"),
     **{"max_steps": "--steps", "per_device_train_batch_size": "--batch_size", "output_dir": "--out", "output": "--out"},
 }
-READING = {name: f"data.{name}" for name in ("tasks", "max_length", "chat_template", "eval_limit")}
+READING = {
+    name: f"data.{name}"
+    for name in ("tasks", "max_length", "chat_template", "eval_limit", "shots", "shots_seed", "label_choices")
+}
 """Short names of the settings of `data`, in every command that has it."""
 SHORT_NAMES = {
     "base": "model.base",

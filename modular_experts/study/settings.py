@@ -29,7 +29,18 @@ from modular_experts.training.checkpoint import as_config
 log = logging.getLogger(__name__)
 
 RESERVED = (MULTITASK, BASE, "merge", "route")
-DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limit", "chat_template", "eval_batch_size")
+DATA = (
+    "max_length",
+    "validation_ratio",
+    "test_ratio",
+    "split_seed",
+    "eval_limit",
+    "chat_template",
+    "eval_batch_size",
+    "shots",
+    "shots_seed",
+    "label_choices",
+)
 """Settings of `TaskMixture` that hold for the training and for every measurement alike."""
 
 Count = int | str

@@ -21,7 +21,7 @@ from modular_experts.evaluation import (
     generate_tokens,
     score_batch,
 )
-from modular_experts.evaluation.drafts import losses_and_answers, packs_evaluation
+from modular_experts.evaluation.drafts import choices_behind_prompts, losses_and_answers, packs_evaluation
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import find_sites, inject, moves_tokens_alone
 from modular_experts.injection.routed import routed
@@ -154,6 +154,35 @@ def test_rows_are_packed_behind_routers(name: str, router: Router) -> None:
         assert answers == generate_tokens(model, tokenizer, batch, STEPS)
 
 
+def choices_of(tokenizer: Any, prompts: list[str]) -> Any:
+    """Three choices of unlike lengths for each prompt."""
+    rows = [Row(prompt, "a", choices=("a", "bcd ef", "xy")) for prompt in prompts]
+    batch = Collator(pad_id=0)(RowTokenizer(tokenizer)("t", rows)[0])
+    return batch["choices"] | {"task": ["t" for _ in batch["choices"]["row"]]}
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, ["a", "b"]], ids=["some", "of one token"])
+@pytest.mark.parametrize("lines", [2, 32])
+@pytest.mark.parametrize("name", MODELS)
+def test_choices_behind_a_prompt_that_is_read_once_are_as_likely(name: str, lines: int, prompts: list[str]) -> None:
+    model = decided(name)
+    choices = choices_of(build_tokenizer(), prompts)
+    wanted = choice_log_likelihoods(model, choices)
+    assert wanted.std() > 1
+    torch.testing.assert_close(choices_behind_prompts(model, choices, lines), wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "router"), ROUTED)
+def test_choices_behind_a_prompt_have_its_gates(name: str, router: Router) -> None:
+    model = decided(name)
+    if isinstance(router, Drawn):
+        router.learn([None] * 3, [])
+    with routed(model, three_experts(model), router):
+        choices = choices_of(build_tokenizer(), PROMPTS)
+        wanted = choice_log_likelihoods(model, choices)
+        torch.testing.assert_close(choices_behind_prompts(model, choices, 4), wanted, rtol=1e-4, atol=1e-3)
+
+
 def test_choices_go_to_the_expert_of_their_task() -> None:
     model, tokenizer = decided("llama"), build_tokenizer()
     rows = [Row("pick", "a", choices=("a", "bcd")), Row("reverse", "c", choices=("c", "z"))]
@@ -199,8 +228,6 @@ def test_scores_are_the_same_with_choices_and_where_the_context_ends_answers() -
         Row("reverse", "c" * 4, choices=("c" * 4, "z")),
     ]
     batch = Collator(pad_id=0)(RowTokenizer(tokenizer, max_length=48)("t", rows)[0])
-    packed = choice_log_likelihoods(model, batch["choices"], rows=3, packed=True)
-    torch.testing.assert_close(packed, choice_log_likelihoods(model, batch["choices"]), rtol=1e-5, atol=1e-4)
     for most in (None, 4, 16, 60):
         found = []
         for packed in (False, True):

@@ -118,6 +118,17 @@ def test_both_types_of_task_have_the_scores_of_evaluate(place, tmp_path, no_netw
         harness(None, models, tasks, out=tmp_path)
 
 
+def test_demonstrations_of_a_task_file_are_those_of_evaluate(place, tmp_path, no_network):
+    models = {"turn": place / "library" / "turn"}
+    file = tmp_path / "turn.jsonl"
+    file.write_text((place / "turn.jsonl").read_text().replace('"validation"', '"train"'))
+    data = TaskMixture([file], shots=2)
+    shown = numbers(evaluate(None, models, data, max_new_tokens=TOKENS))
+    measuring = Measuring(shots=2, max_new_tokens=TOKENS)
+    assert numbers(harness(None, models, [file], measuring=measuring)) == pytest.approx(shown)
+    assert shown != numbers(evaluate(None, models, [file], max_new_tokens=TOKENS))
+
+
 def export_tasks(place: Path, out: Path) -> list[str]:
     """Write tasks of the harness, with their rows, as files."""
     out.mkdir()
@@ -157,7 +168,7 @@ def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place
     settings = tmp_path / "tasks" / "turn_choices.yaml"
     settings.write_text(settings.read_text().replace("num_fewshot: 0\n", ""))
     twice = {"one": expert, "two": expert}
-    how = [Measuring(num_fewshot=shots, max_new_tokens=TOKENS) for shots in (None, 3)]
+    how = [Measuring(shots=shots, max_new_tokens=TOKENS) for shots in (None, 3)]
     scores = [harness(None, twice, ",".join(names), measuring=one) for one in how]
     asked = [found.facts["harness"]["tasks"] for found in scores]
     assert [found["turn_choices"]["num_fewshot"] for found in asked] == [0, 3]
