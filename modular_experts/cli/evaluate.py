@@ -16,6 +16,7 @@ from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
 from modular_experts.evaluation.compare import REPORT, RESULTS, open_models
 from modular_experts.evaluation.comparison_page import every_task
+from modular_experts.evaluation.forgetting import forgetting_table
 from modular_experts.evaluation.harness import Measuring
 from modular_experts.evaluation.harness import harness as measure_by_harness
 from modular_experts.study.options import UsageError
@@ -26,7 +27,7 @@ class Reading:
     """How test rows are read and answered.
 
     Args:
-        eval_limit: The most test rows of one task, spread evenly over its file.
+        eval_limit: The most test rows of one task; they are spread evenly over its file.
         max_new_tokens: Length limit of a generated answer.
         batch_size: Rows that are measured at once; changes the speed only.
         shots: Demonstrations before each row; they are training rows of its task with their targets, the same for
@@ -61,6 +62,7 @@ def evaluate(
     held_out: Tasks | None = None,
     overwrite: bool = False,
     open: bool = False,
+    forgetting: str | None = None,
 ) -> None:
     """Measure a base, experts and checkpoints on the test rows of tasks, and compare them in a table and on a page.
 
@@ -75,6 +77,7 @@ def evaluate(
         held_out: Further tasks, which no expert was trained on; their means are apart.
         overwrite: Replace the results in `out`.
         open: Show the page in the browser at the end.
+        forgetting: File of texts on which the rise of the loss is measured.
 
     Examples:
         modular-experts evaluate --base DIR --experts library/a library/both \\
@@ -101,7 +104,7 @@ def evaluate(
         opened, _ = open_models(base, mixes)
         opened.quantise = reading.quantise
     results = evaluate_experts(
-        opened, mixes, data, reading.max_new_tokens, reading.dtype, reading.metrics, out, overwrite
+        opened, mixes, data, reading.max_new_tokens, reading.dtype, reading.metrics, out, overwrite, forgetting
     )
     console = Console(width=80)
     console.print(results.table())
@@ -109,6 +112,8 @@ def evaluate(
         table = every_task(results).text()
         if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
             console.print("", table)
+    if forgetting:
+        console.print("", forgetting_table(results.facts["forgetting"]).text())
     if out is None:
         return
     print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")

@@ -21,6 +21,7 @@ from modular_experts.data.tasks import Tasks
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.evaluation.comparison_page import write_comparison
+from modular_experts.evaluation.forgetting import Texts, forgotten, read_texts
 from modular_experts.evaluation.intervals import compared_means
 from modular_experts.evaluation.measure import measure
 from modular_experts.evaluation.metrics import Metrics, TextMetric, named_metrics, text_metrics
@@ -57,6 +58,7 @@ def evaluate(
     metrics: Metrics | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    forgetting: str | Path | None = None,
 ) -> Results:
     """Measure a base with experts on the test rows of tasks, and return rows that print as a table.
 
@@ -82,6 +84,8 @@ def evaluate(
             and its target by name, or their dotted paths, `number`, `json`, or regular expressions.
         out: Directory of the files.
         overwrite: Replace the results in `out`.
+        forgetting: A file of texts on which each model's loss is measured, too: how far it rises above the base's
+            tells what the model has forgotten. The base must be among the models, as `{"base": []}`.
 
     Raises:
         FileExistsError: `out` holds results and may not be replaced; nothing was measured.
@@ -91,21 +95,27 @@ def evaluate(
     """
     folder = None if out is None else check_free(Path(out, RESULTS), overwrite).parent
     opened, models = open_models(base, experts)
+    alone = [model.title for model in models if not model.experts and not model.checkpoint]
+    if forgetting is not None and not alone:
+        raise ValueError(f"forgetting={str(forgetting)!r} compares with the base; add {{'base': []}} to the models")
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.take_tokenizer(opened)
     data.setup("test")
     warn_unlike_training([expert for model in models for expert in model.stored], data.reading_of, dtype)
     # A function without a path may be another one in the next call, and so may a task vector that is not stored.
     named = named_metrics(metrics)
+    texts = None if forgetting is None else read_texts(forgetting, data.take_tokenizer(opened))
     known = JSONLines(folder / MEASURED) if folder and not any(map(callable, named.values())) else {}
     with progress_by_tenths(line="measuring {}: {} of {} rows{}".format, transient=True) as show:
-        scores = _scores(opened, models, data, dtype, max_new_tokens, named, known, show)
+        scores = _scores(opened, models, data, dtype, max_new_tokens, named, known, show, texts)
     facts = comparison_facts(opened, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
     facts["examples"] = examples_of([(title, own["examples"]) for title, own in scores.items()])
     rows: list[MutableFacts] = []
     for model in models:
         rows += map(dict, Results.of_scores(scores[model.title], model.title, model.names).rows)
+    if texts:
+        facts["forgetting"] = forgotten(texts, {title: own["texts"] for title, own in scores.items()}, alone[0])
     facts["means"] = compared_means(rows, {title: own["values"] for title, own in scores.items()})
     results = Results(rows, facts)
     if folder:
@@ -123,14 +133,16 @@ def _scores(
     metrics: Mapping[str, TextMetric | str],
     known: MutableMapping[Key, Facts],
     show: Callable[[str, float, float], None],
+    texts: Texts | None,
 ) -> dict[str, Facts]:
     """Return the scores of each model by its title: those that are known, and new ones, which join them."""
     examples: Sequence[Example] = data.test_dataloader().dataset.examples  # type: ignore[attr-defined]
     loaded = base.load(dtype)
     tokenizer = data.take_tokenizer(base)
     same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles, "values", metrics)
+    about_texts = [texts.digest] if texts else []
     functions = text_metrics(metrics)
-    keys = {model.title: (result_key(*same, model.hashes),) for model in models}
+    keys = {model.title: (result_key(*same, model.hashes, *about_texts),) for model in models}
     new = [model for model in models if keys[model.title] not in known]
     done = 0
     total = len(new) * len(examples)
@@ -156,6 +168,8 @@ def _scores(
             scores[title] = measure(
                 whole, tokenizer, batches, data.roles, max_new_tokens, functions, EXAMPLES, values=True
             )
+            if texts:
+                scores[title] = {**scores[title], "texts": texts.losses(whole)}
         if model.hashes is not None:
             known[keys[title]] = scores[title]
         done += len(examples)

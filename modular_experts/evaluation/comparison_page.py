@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from modular_experts.evaluation.forgetting import forgetting_table
 from modular_experts.reports import Results
 from modular_experts.reports.page import Section, answers_section, telling_example, write_page
 from modular_experts.reports.results import METRICS, ROLES, SHARES, format_of, leads
@@ -22,6 +23,10 @@ def write_comparison(results: Results, file: Path) -> None:
         if any(_is_own(results, model, task) for model in models for task in results.values("task")):
             parts.append(note("Underlined: a task on which the model, or an expert in it, was trained."))
         sections.append(Section("Every task", title, parts))
+    if "forgetting" in facts:
+        texts = facts["forgetting"]
+        told = note(f"The loss of {texts['tokens']} tokens in nats per token, and its rise above the base's.")
+        sections.append(Section("Forgetting", "What the models forget", [forgetting_table(texts).html(), told]))
     lede = [element("p", "On the base ", element("code", str(facts["base"])), class_="lede")]
     if rows:
         sections.append(answers_section(rows, metric))
