@@ -77,7 +77,7 @@ def evaluate(
         held_out: Further tasks, which no expert was trained on; their means are apart.
         overwrite: Replace the results in `out`.
         open: Show the page in the browser at the end.
-        forgetting: File of texts on which the rise of the loss is measured.
+        forgetting: Texts for the rise of the loss; a file with one behind the other, in UTF-8.
 
     Examples:
         modular-experts evaluate --base DIR --experts library/a library/both \\
