@@ -10,8 +10,10 @@ from modular_experts.base import Base
 from modular_experts.data.chat import Messages
 from modular_experts.evaluation.streaming import AS_USUAL, Answering, Conversation, routes_of
 from modular_experts.evaluation.streaming import generate as generate_answer
+from modular_experts.injection.routed import Routed
 from modular_experts.library import Library, StoredExpert, is_adapter, open_expert
 from modular_experts.library.record import RECORD_FILE
+from modular_experts.routing.prompts import is_rejected, rejection_notice
 from modular_experts.study.options import UsageError
 
 COMMANDS = """\
@@ -173,11 +175,15 @@ def _obey(talk: Conversation, line: str) -> None:
 
 
 def _chosen(talk: Conversation) -> str:
-    """Return which experts the route in use chose for the last prompt, as the end of a line."""
-    gates = getattr(getattr(talk.experts.used, "current", None), "gates", None)
-    if gates is None:
+    """Return which experts the route in use chose for the last prompt, or that it rejected it, as the end of a line."""
+    used = talk.experts.used
+    if not isinstance(used, Routed) or used.current.gates is None:
         return ""
+    gates = used.current.gates
     route = talk.library[talk.experts.names[0]]
-    behind = [*(str(parent["name"]) for parent in route.record["parents"]), "base"]
+    names = [*(str(parent["name"]) for parent in route.record["parents"]), "base"]
+    if used.router is not None and is_rejected(used.router, gates).all():
+        name = names[used.router.experts]
+        return f"  [{rejection_notice(None if name == 'base' else name)}]"
     pairs = zip(gates.ids[0].tolist(), gates.weights[0].tolist(), strict=True)
-    return f"  [{', '.join(behind[number] for number, weight in pairs if weight)}]"
+    return f"  [{', '.join(names[number] for number, weight in pairs if weight)}]"

@@ -18,7 +18,7 @@ from modular_experts.injection.attach import NamedExperts, attached
 from modular_experts.injection.routed import Routed
 from modular_experts.library import Library, StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
-from modular_experts.routing.prompts import choose_form, is_rejected, vectors_for
+from modular_experts.routing.prompts import choose_form, is_rejected, rejection_notice, vectors_for
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +102,11 @@ def generate(
             reading = _read_by_route(model, tokenizer, put, prompt, messages) or reading
         answer = _answer(model, tokenizer, reading, how, write)
         model.to("cpu")  # type: ignore[arg-type]
-        router, gates = (put.router, put.current.gates) if isinstance(put, Routed) else (None, None)
-        if router is not None and gates is not None and is_rejected(router, gates).all():
-            log.warning("the router rejects this prompt, so its fallback answers, or the base alone without one")
+        if isinstance(put, Routed) and put.router is not None and put.current.gates is not None:
+            behind = put.members[put.router.experts :]
+            fallback = [member.name for member in behind if isinstance(member, StoredExpert)]
+            if is_rejected(put.router, put.current.gates).all():
+                log.warning("%s", rejection_notice(fallback[0] if fallback else None))
     return answer
 
 

@@ -90,6 +90,11 @@ def is_rejected(router: Router, gates: Gates) -> Tensor:
     return ((gates.ids == router.experts) | (gates.weights == 0)).all(1)
 
 
+def rejection_notice(fallback: str | None) -> str:
+    """Say that the router rejects a prompt and what answers it: the fallback of this name, or the base."""
+    return f"no expert takes this prompt; {fallback or 'the base'} answers"
+
+
 class FormChoice(NamedTuple):
     """The form in which a prompt is answered, and how well each expert fits the prompt in its own form.
 

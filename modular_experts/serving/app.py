@@ -155,6 +155,7 @@ class _Server:
             "model": body.model,
             "expert": choice.name,
             "confidence": choice.confidence,
+            "notice": choice.notice,
         }
         if body.stream:
             events = self._events(body, head | {"object": body.part_object}, answer, parts)

@@ -16,7 +16,7 @@ from modular_experts.injection.attach import make_router, open_route
 from modular_experts.library import Library, StoredExpert, check_fingerprint, is_adapter, open_expert
 from modular_experts.library.opening import version_of
 from modular_experts.library.record import MERGE, RECORD_FILE, ROUTED
-from modular_experts.routing.prompts import choose_form, gates_among, vectors_for
+from modular_experts.routing.prompts import choose_form, gates_among, rejection_notice, vectors_for
 from modular_experts.text import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -44,10 +44,12 @@ class ChosenExperts(NamedTuple):
         experts: The experts, and how much of each.
         confidence: The router's share for them, from 0 to 1, as the softmax of its scores; None where it rejected the
             prompt, or the request named the experts.
+        is_rejected: Whether a router rejected the prompt, so that its fallback or the base answers.
     """
 
     experts: Weighted
     confidence: float | None = None
+    is_rejected: bool = False
 
     @property
     def members(self) -> list[StoredExpert]:
@@ -64,11 +66,18 @@ class ChosenExperts(NamedTuple):
         return "+".join(terms) or BASE
 
     @property
+    def notice(self) -> str | None:
+        """A sentence for the user where no expert takes the prompt, or None."""
+        return rejection_notice(self.name if self.experts else None) if self.is_rejected else None
+
+    @property
     def headers(self) -> dict[str, str]:
         """What an answer tells of the choice."""
         headers = {"x-expert": self.name}
         if self.confidence is not None:
             headers["x-expert-confidence"] = f"{self.confidence:.4f}"
+        if self.notice is not None:
+            headers["x-expert-notice"] = self.notice
         return headers
 
 
@@ -101,7 +110,8 @@ class Route:
         if form.is_chat is None:
             fallback = self.members[router.experts :]
             is_chat = readings.members[router.experts] if fallback else readings.base
-            return ChosenExperts([(expert, 1.0) for expert in fallback]), readings.by_form[is_chat]
+            choice = ChosenExperts([(expert, 1.0) for expert in fallback], is_rejected=True)
+            return choice, readings.by_form[is_chat]
         # Where all experts read alike, the router's own gates hold, also of a router that makes them in its own way.
         allowed = None if form.allowed.all() else form.allowed
         gates = gates_among(router, vectors[form.is_chat], allowed)

@@ -116,6 +116,11 @@ def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, ta
     monkeypatch.setattr(sys, "stdin", io.StringIO("upper bat:"))
     answer = generate(None, "upper bat:", "library/r", 5)
     assert run("chat", "library", "--expert", "auto", "--max_new_tokens", "5") == (0, f"{answer}  [upper]\n", "")
+    strict = ["--router", "Centroid", "--router.reject", "0.99", "--fallback", "library/first", "--tasks", tasks]
+    assert run("route", *EXPERTS[:-1], *strict, "--out", "library/strict")[0] == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("zq xj"))
+    out = run("chat", "library", "--expert", "strict", "--max_new_tokens", "5")[1]
+    assert out.endswith("  [no expert takes this prompt; first answers]\n")
     how = ["--base", tiny_llama_dir, "--experts", "library/r", "--tasks", task_files["upper"]]
     assert run("test", *how, "--trainer.logger", "false")[0] == 0
     (results,) = place.rglob("results.json")

@@ -133,6 +133,8 @@ def test_a_route_chooses_by_the_prompt_as_its_router_does(routed, tiny_llama_dir
             choice, _ = models.find(name).choose(reader, served.plainly(ids))
             assert choice.name == expert
             assert 0.5 < choice.confidence <= 1
+            assert choice.notice is None
+            assert "x-expert-notice" not in choice.headers
         both, _ = models.find("both").choose(reader, served.plainly(ids))
         with torch.no_grad(), attached(reader, library / "both") as there:
             reader(torch.tensor([ids]))
@@ -153,11 +155,19 @@ def test_a_rejected_prompt_takes_the_fallback_or_the_base(routed, tiny_llama_dir
         route = models.find(name)
         choice, _ = route.choose(reader, served.plainly([90, 7, 80, 9, 70], len(route.members)))
         assert (choice.name, choice.confidence) == (expected, None)
+        notice = f"no expert takes this prompt; {'the base' if expected == 'base' else expected} answers"
+        assert choice.notice == choice.headers["x-expert-notice"] == notice
     assert [one.name for one in models.find("spared").members] == ["upper", "reverse", "spare"]
     make(Centroid(reject=None), "all")
-    for name, told in (("all", []), ("route", ["the router rejects this prompt"])):
+    sentences = {
+        "all": [],
+        "route": ["no expert takes this prompt; the base answers"],
+        "spared": ["no expert takes this prompt; spare answers"],
+    }
+    for name, expected_sentences in sentences.items():
+        caplog.clear()
         generate(tiny_llama_dir, "zq xj", library / name, max_new_tokens=2)
-        assert [line.partition(",")[0] for line in caplog.messages if "rejects" in line] == told
+        assert [line for line in caplog.messages if "no expert" in line] == expected_sentences
 
 
 def test_routes_that_cannot_be_served_say_so(routed, tiny_llama_dir) -> None:
