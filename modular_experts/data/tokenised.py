@@ -359,7 +359,7 @@ class TokenisedTasks(DataSource):
         raise_for_bad_rows(problems)
 
     def training_rows(self, task: str) -> list[Row]:
-        """Return the training rows of a task, which has targets in them, whatever its role."""
+        """Return the training rows of a task that have a target, whatever its role."""
         return [row for row in self._read()[task].rows if row.split == "train" and row.target is not None]
 
     def demonstrations(self, task: str, rows: Sequence[Row]) -> list[list[Row]]:
@@ -386,9 +386,10 @@ class TokenisedTasks(DataSource):
     def _log_shots(self, task: str, kind: str, shots: Sequence[int], limit: str) -> None:
         """Say how many demonstrations rows have."""
         self._log(f"{task}: {max(shots)} demonstrations stand before each of {len(shots)} {kind} rows")
-        if fewer := sum(count < max(shots) for count in shots):
-            sentence = f"{fewer} of {len(shots)} {kind} rows have fewer than {max(shots)} demonstrations, down to "
-            self._log(f"{task}: {sentence}{min(shots)}, in {limit} tokens", logging.WARNING)
+        if fewer := sum(count < self.shots for count in shots):
+            sentence = f"{fewer} of {len(shots)} {kind} rows have fewer than {self.shots} demonstrations"
+            why = f"others leave no room in {limit}, or there are no other training rows"
+            self._log(f"{task}: {sentence}, down to {min(shots)}: {why}", logging.WARNING)
 
     def _key(self, task: str, kind: str) -> ExamplesKey:
         return ExamplesKey(

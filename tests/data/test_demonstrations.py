@@ -122,6 +122,7 @@ def test_all_rows_of_a_mixture_have_them_and_the_log_tells(tmp_path: Path, caplo
         shots = {name: {row.shots for row in rows} for name, rows in data.examples("test").items()}
     assert shots == {"a": {4}, "b": {2}}
     assert "a: 4 demonstrations stand before each of 3 test rows" in caplog.text
+    assert "b: 2 of 2 test rows have fewer than 4 demonstrations, down to 2: " in caplog.text
     assert {row.shots for row in data.examples("train")["a"]} == {4}
     assert data.reading_of(["a"])["shots"] == 4
     plain = TaskMixture([str(held_in)], tokenizer=build_tokenizer())
