@@ -81,7 +81,8 @@ def choices_behind_prompts(model: PreTrainedModel, choices: Batch, lines: int = 
     places = {row: place for place, row in enumerate(dict.fromkeys(owner))}
     first = torch.tensor([owner.index(row) for row in places], device=choices["row"].device)
     prompts = prompts_of(choices)
-    if max(map(len, prompts)) == 1:  # Without kept keys and values a pass begins anew, also for routers.
+    if min(map(len, prompts)) == 1:
+        # Such a prompt leaves no keys and values, without which a pass begins anew, also for routers.
         return choice_log_likelihoods(model, choices)
     batch = {key: choices[key][first] for key in ("input_ids", "attention_mask")}
     # Without its answers, a row is all prompt.
