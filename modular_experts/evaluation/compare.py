@@ -104,11 +104,13 @@ def evaluate(
     warn_unlike_training([expert for model in models for expert in model.stored], data.reading_of, dtype)
     # A function without a path may be another one in the next call, and so may a task vector that is not stored.
     named = named_metrics(metrics)
-    texts = None if forgetting is None else read_texts(forgetting, data.take_tokenizer(opened))
+    texts = None if forgetting is None else read_texts(forgetting, data.row_tokenizer())
     known = JSONLines(folder / MEASURED) if folder and not any(map(callable, named.values())) else {}
     with progress_by_tenths(line="measuring {}: {} of {} rows{}".format, transient=True) as show:
         scores = _scores(opened, models, data, dtype, max_new_tokens, named, known, show, texts)
     facts = comparison_facts(opened, dtype, models) | {"max_new_tokens": max_new_tokens}
+    if data.shots:
+        facts |= {"shots": data.shots, "shots_seed": data.shots_seed}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
     facts["examples"] = examples_of([(title, own["examples"]) for title, own in scores.items()])
     rows: list[MutableFacts] = []

@@ -89,8 +89,10 @@ def _about(results: Results) -> str:
     rows = {task: results.where(task=task).rows[0]["rows"] for task in results.values("task")}
     tokens = results.facts["max_new_tokens"]
     answers = f" Answers are greedy, and at most {tokens} tokens long." if tokens else ""
+    shots = results.facts.get("shots")
+    shown = f" Up to {shots} demonstrations of its task stand before each row." if shots else ""
     return (
         f"Each number is a mean over tasks, of {sum(rows.values())} test rows in all; ± is half the 95 % interval over "
         "such rows: Wilson's where a row is right or wrong, else a bootstrap. Bold: best, or not significantly worse "
-        f"(paired 95 % interval). The loss is in nats per target token.{answers}"
+        f"(paired 95 % interval). The loss is in nats per target token.{answers}{shown}"
     )

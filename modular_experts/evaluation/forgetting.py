@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from modular_experts.data.batch import Collator, Example, Tokens
+from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.evaluation.intervals import drawn_means, ends
 from modular_experts.evaluation.likelihood import batch_losses
 from modular_experts.injection import context_length
@@ -39,8 +40,8 @@ class Texts:
     def losses(self, model: PreTrainedModel, rows: int = 8) -> list[tuple[float, int]]:
         """Return the summed loss of each piece in nats, and how many tokens it counts."""
         length = min(PIECE, context_length(model) or PIECE)
-        pieces = [piece for piece in self.ids.split(length) if len(piece) > min(PROMPT, length // 2)]
         prompt = min(PROMPT, length // 2)
+        pieces = [piece for piece in self.ids.split(length) if len(piece) > prompt]
         examples = [Example("text", "", "", Tokens(piece, prompt)) for piece in pieces]
         losses: list[tuple[float, int]] = []
         with evaluation_mode(model):
@@ -51,12 +52,12 @@ class Texts:
         return losses
 
 
-def read_texts(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Texts:
+def read_texts(file: str | Path, reader: RowTokenizer) -> Texts:
     """Read a file of texts, such as articles one behind the other, in UTF-8.
 
     Raises:
         FileNotFoundError: It is not there.
-        ValueError: It holds something else than text, or less than two pieces' prompts.
+        ValueError: It holds something else than text, or too little of it.
     """
     place = Path(file).expanduser()
     if not place.is_file():
@@ -65,11 +66,10 @@ def read_texts(file: str | Path, tokenizer: PreTrainedTokenizerBase) -> Texts:
         text = place.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"forgetting={str(file)!r} is not text in UTF-8; convert it") from None
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = reader.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     if len(ids) <= 2 * PROMPT:
         raise ValueError(f"forgetting={str(file)!r} has {len(ids)} tokens; give texts of more than {2 * PROMPT}")
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Texts(place, torch.tensor(ids, dtype=torch.int32), pad)
+    return Texts(place, torch.tensor(ids, dtype=torch.int32), reader.pad_id)
 
 
 def forgotten(texts: Texts, losses: Mapping[str, Sequence[Sequence[float]]], base: str) -> Facts:

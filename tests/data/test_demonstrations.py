@@ -8,6 +8,7 @@ import pytest
 from conftest import CHARACTERS, build_tokenizer, write_rows
 from transformers import PreTrainedTokenizerFast
 
+from modular_experts import evaluate
 from modular_experts.data import TaskMixture
 from modular_experts.data.demonstrations import drawn, labels_of
 from modular_experts.data.row_tokenizer import RowTokenizer
@@ -130,6 +131,15 @@ def test_all_rows_of_a_mixture_have_them_and_the_log_tells(tmp_path: Path, caplo
     narrow = TaskMixture([str(held_in)], tokenizer=build_tokenizer(), shots=4, max_length=45)
     counts = [row.shots for row in narrow.examples("test")["a"]]
     assert max(counts) < 4
+
+
+def test_a_comparison_tells_of_them_in_its_results_and_on_its_page(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = rows_of(("train", 4), ("test", 2))
+    data = TaskMixture(str(write_rows(tmp_path / "a.jsonl", rows)), shots=3, shots_seed=5)
+    found = evaluate(tiny_llama_dir, [], data, 1, out=tmp_path / "out")
+    assert (found.facts["shots"], found.facts["shots_seed"]) == (3, 5)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Up to 3 demonstrations of its task stand before each row." in page
 
 
 def test_bad_demonstrations_get_a_sentence(tmp_path: Path) -> None:
