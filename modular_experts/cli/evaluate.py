@@ -77,7 +77,7 @@ def evaluate(
         held_out: Further tasks, which no expert was trained on; their means are apart.
         overwrite: Replace the results in `out`.
         open: Show the page in the browser at the end.
-        forgetting: Texts for the rise of the loss; a file with one behind the other, in UTF-8.
+        forgetting: File of texts; the rise of the loss on them tells what a model forgot.
 
     Examples:
         modular-experts evaluate --base DIR --experts library/a library/both \\

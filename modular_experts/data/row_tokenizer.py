@@ -110,8 +110,10 @@ class RowTokenizer:
         if not self.chat_template:
             return [row.input for row in rows]
         before = demonstrations or [() for _ in rows]
-        talks = [[*as_turns(own), *as_turns([row])[:1]] for row, own in zip(rows, before, strict=True)]
-        return [prompt_text(self.tokenizer, talk) for talk in talks]
+        asked = [{"role": "user", "content": row.input} for row in rows]
+        return [
+            prompt_text(self.tokenizer, [*as_turns(own), message]) for own, message in zip(before, asked, strict=True)
+        ]
 
     def _prompts(self, rows: Sequence[Row], before: Sequence[list[Row]], answers: Sequence[int]) -> list[list[int]]:
         """Return the tokens of each prompt, and drop demonstrations of `before` that leave its answer no room."""
