@@ -15,6 +15,7 @@ _HOMES = {
     "modular_experts.injection": ("eject", "inject"),
     "modular_experts.merging.route": ("route",),
     "modular_experts.merging.combine": ("combine",),
+    "modular_experts.merging.adapt": ("adapt",),
     "modular_experts.injection.attach": ("NamedExperts",),
     "modular_experts.injection.routed": ("routed",),
     "modular_experts.injection.save": ("save_expert",),

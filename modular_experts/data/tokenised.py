@@ -212,6 +212,15 @@ class TokenisedTasks(DataSource):
         part.tasks = [by_name[name] for name in names]
         return part
 
+    def of_rows(self, rows: Mapping[str, Sequence[Row]]) -> Self:
+        """Return the mixture of some rows of these tasks, which have their splits already."""
+        part = self.only(list(rows))
+        part.trainer = None
+        part.eval_limit = None
+        part._rows = {name: TaskRows(list(own)) for name, own in rows.items()}
+        part._examples = {}
+        return part
+
     def reading_of(self, tasks: Iterable[str]) -> ReadingFacts:
         """Return how rows of some tasks, or of all if it has none of these, become tokens."""
         read = self._read()
