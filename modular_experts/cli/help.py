@@ -134,7 +134,9 @@ def _file_of_group(file: Path, tree: ast.Module, kind: str) -> Path | None:
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     homes = [f"{node.module}".replace(".", "/") for node in imports if kind in [name.name for name in node.names]]
     home = _ROOT / f"{homes[0]}.py" if homes else file
-    is_group = home.is_file() and re.search(rf"@dataclass.*\nclass {kind}\b", home.read_text(encoding="utf-8"))
+    is_group = home.is_file() and re.search(
+        rf"@dataclass.*\nclass {re.escape(kind)}\b", home.read_text(encoding="utf-8")
+    )
     return home if is_group and kind.isidentifier() else None
 
 

@@ -1,17 +1,21 @@
-"""Run the commands that use rows of tasks: `combine`, `search`, `statistics`, `route`, `shrink`."""
+"""Run the commands that use rows of tasks: `adapt`, `combine`, `search`, `statistics`, `route`, `shrink`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from torch import Tensor
 
 from modular_experts.base import DType
 from modular_experts.cli.format import call_text, counted, duration_text, expert_line, statistics_text, table_of
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
+from modular_experts.experts import Expert, SparseExpert
 from modular_experts.injection.attach import describe_router
 from modular_experts.library import is_adapter
 from modular_experts.library.form import Form
+from modular_experts.merging.adapt import adapt as adapt_experts
 from modular_experts.merging.combine import combine as combine_experts
 from modular_experts.merging.combine_measure import Way
 from modular_experts.merging.combine_plan import WorkPlan
@@ -62,6 +66,57 @@ def search(
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     for line in done.report():
         print(line)
+    print(f"{out}: {expert_line(done.expert)}")
+
+
+def adapt(
+    experts: list[str],
+    data: TaskMixture,
+    out: str,
+    expert: Callable[[Tensor], Expert] | None = None,
+    modules: str | list[str] = "all-linear",
+    steps: int = 32,
+    learning_rate: float | None = None,
+    folds: int = 3,
+    neighbours: int = 4,
+    seed: int = 0,
+    overwrite: bool = False,
+    base: str | None = None,
+    dtype: DType = "float32",
+) -> None:
+    """Train an expert of a new task on few rows, from the best start that experts of other tasks give.
+
+    The starts are the base, the nearest expert (the one with the lowest loss on the rows), a weighted sum of the
+    nearest ones, and the average of all. Start and number of steps are chosen by the loss on rows that were left out.
+
+    Args:
+        experts: Directories of experts of other tasks, such as library/*, which the shell expands.
+        data: The new task. Its training and validation rows are divided into folds; its test rows are not read.
+        out: Directory of the expert, which holds start and training in one delta.
+        expert: The type of expert that is trained on top of the start. Default: SparseExpert.
+        modules: The layers that it trains.
+        steps: The most steps of training; the folds choose 0, a quarter, a half, three quarters or all of them.
+        learning_rate: Peak rate; the type's own if not given.
+        folds: How many parts of the rows are left out in turn, from 2 to 4.
+        neighbours: How many of the nearest experts get a coefficient.
+        seed: Seed of the folds and of the trainings.
+        dtype: Data type of the base.
+
+    Examples:
+        modular-experts adapt --experts library/a library/b --tasks new.jsonl --out library/new
+        modular-experts evaluate --experts library/new --tasks new.jsonl --out runs/new
+    """
+    how = (steps, learning_rate, folds, neighbours, seed, overwrite, base, dtype)
+    done = adapt_experts(experts, data, out, expert or SparseExpert, modules, *how, progress_bar("adapting"))
+    print(f"loss on {counted(done.rows, 'row')} of {done.expert.record['tasks'][0]}, each while it was left out")
+    table = table_of("start", "loss", "after training", "steps")
+    for start in done.starts.values():
+        trained = [f"{start.loss(start.best_steps):.4f}", str(start.best_steps)] if len(start.losses) > 1 else []
+        table.add_row(start.name, f"{start.loss(0):.4f}", *trained)
+    Console(markup=False, emoji=False).print(table)
+    print(f"chosen: {done.chosen}, trained for {counted(done.steps, 'step')}")
+    for place, weight in done.weights.items():
+        print(f"  {weight:.3f} of {place}")
     print(f"{out}: {expert_line(done.expert)}")
 
 
