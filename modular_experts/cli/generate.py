@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from modular_experts.base import Base
+from modular_experts.data import TaskMixture
 from modular_experts.data.chat import Messages
 from modular_experts.evaluation.streaming import AS_USUAL, Answering, Conversation, routes_of
 from modular_experts.evaluation.streaming import generate as generate_answer
@@ -30,6 +31,7 @@ def generate(
     experts: list[str] | None = None,
     chat_template: bool | None = None,
     how: Answering = AS_USUAL,
+    data: TaskMixture | None = None,
 ) -> None:
     """Answer a prompt with a base and experts, and print the answer while it comes.
 
@@ -42,11 +44,13 @@ def generate(
         chat_template: Put the prompt as a user's message through the tokenizer's chat template; by default as the
             experts were trained.
         how: How it is answered.
+        data: A task of which --shots training rows stand before the prompt as demonstrations.
 
     Examples:
         modular-experts generate --base DIR "The capital of France is"
         modular-experts generate --experts library/a library/b "Which card did I use?"
         modular-experts generate --experts library "Which card did I use?"
+        modular-experts generate --base DIR --tasks a.jsonl --shots 4 "Which card did I use?"
     """
     experts = list(experts or [])
     if prompt is None and experts and " " in experts[-1] and not Path(experts[-1]).is_dir():
@@ -78,6 +82,7 @@ def generate(
         chat_template=chat_template,
         dtype=how.dtype,
         write=partial(print, end="", flush=True),
+        data=data,
     )
     print()
 

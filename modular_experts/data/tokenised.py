@@ -28,7 +28,7 @@ from modular_experts.data.batch import DataSource, Example
 from modular_experts.data.chat import template_hash
 from modular_experts.data.demonstrations import drawn, labels_of
 from modular_experts.data.row_tokenizer import RowTokenizer
-from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
+from modular_experts.data.rows import SPLITS, Message, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits, warn_of_repeats
 from modular_experts.injection import context_length
 
@@ -382,6 +382,20 @@ class TokenisedTasks(DataSource):
                 "rows the split 'train'"
             )
         return drawn(rows, training, self.shots, self.shots_seed)
+
+    def prompt_behind_demonstrations(self, text: str) -> list[int]:
+        """Return the tokens of a prompt that is in no row, behind `shots` training rows of the one task."""
+        if len(self.tasks) != 1 or not self.shots:
+            given = f"tasks={', '.join(self.roles)} and shots={self.shots}"
+            raise ValueError(f"{given}: demonstrations before a prompt come from one task; name one, with shots=4")
+        (task,) = self.roles
+        asked: tuple[Message, ...] = ({"role": "user", "content": text},)
+        is_talk = any(row.messages for row in self.training_rows(task))
+        row = Row(text, None, where="the prompt", messages=asked if is_talk else ())
+        examples, _, problems = self.row_tokenizer()(task, [row], demonstrations=self.demonstrations(task, [row]))
+        raise_for_bad_rows(problems)
+        tokens = examples[0].tokens
+        return tokens.ids[: tokens.prompt].tolist()
 
     def _with_labels(self, task: str, rows: Sequence[Row], learn: bool) -> Sequence[Row]:
         """Return the rows that have no choices with the labels of the task's training rows in their place."""

@@ -12,6 +12,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.base.device import device
 from modular_experts.base.quantised import Quantise
+from modular_experts.data import TaskMixture
 from modular_experts.data.chat import Messages, PromptReading, encoded, read_as_each, reads_chat, template_hash
 from modular_experts.evaluation.generation import answer_room, continued
 from modular_experts.injection.attach import NamedExperts, attached
@@ -63,6 +64,7 @@ def generate(
     chat_template: bool | None = None,
     dtype: DType = "float32",
     write: Callable[[str], object] | None = None,
+    data: TaskMixture | None = None,
 ) -> str:
     """Return the answer of a base with experts to one prompt, without white space at its ends.
 
@@ -77,6 +79,7 @@ def generate(
             were trained, by their records; behind a route, as the chosen expert was.
         dtype: Data type of the base.
         write: Takes each piece of the answer as it comes.
+        data: A task of which `data.shots` training rows stand before the prompt as demonstrations.
 
     Raises:
         FileNotFoundError: The base was not found.
@@ -94,10 +97,12 @@ def generate(
     template = template_hash(tokenizer) if is_chat else None
     warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype)
     reading = encoded(tokenizer, prompt, is_chat)
+    if data is not None:
+        reading = _behind_demonstrations(reading, prompt, data, opened_base)
     model = opened_base.load(dtype)
     with attached(model, opened, check=False) as put:
         model.to(device())  # type: ignore[arg-type]
-        if isinstance(prompt, str) and chat_template is None:
+        if isinstance(prompt, str) and chat_template is None and data is None:
             messages = [{"role": "user", "content": prompt}]
             reading = _read_by_route(model, tokenizer, put, prompt, messages) or reading
         answer = _answer(model, tokenizer, reading, how, write)
@@ -108,6 +113,17 @@ def generate(
             if is_rejected(put.router, put.current.gates).all():
                 log.warning("%s", rejection_notice(fallback[0] if fallback else None))
     return answer
+
+
+def _behind_demonstrations(
+    reading: PromptReading, prompt: str | Messages, data: TaskMixture, base: Base
+) -> PromptReading:
+    """Return a prompt with demonstrations of a task before it, as rows of the task are read."""
+    if not isinstance(prompt, str):
+        raise ValueError("demonstrations stand before a text, and messages are given; leave the system message out")
+    data.chat_template = reading.is_chat
+    data.read_for(base)
+    return reading._replace(ids=data.prompt_behind_demonstrations(prompt))
 
 
 def routes_of(library: Library) -> list[str]:

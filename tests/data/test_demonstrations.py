@@ -5,14 +5,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CHARACTERS, build_tokenizer, write_rows
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from modular_experts import evaluate
+from modular_experts import evaluate, generate
+from modular_experts.base import Base
 from modular_experts.data import TaskMixture
+from modular_experts.data.chat import PromptReading
 from modular_experts.data.demonstrations import drawn, labels_of
 from modular_experts.data.row_tokenizer import RowTokenizer
 from modular_experts.data.rows import Row
+from modular_experts.evaluation.streaming import _behind_demonstrations
 
 EOS = 1
 TEMPLATE = (
@@ -183,3 +187,45 @@ def test_rows_without_choices_get_the_labels_in_the_test_alone(
     batch = next(iter(data.test_dataloader()))
     # No label is right for a target that no training row has.
     assert batch["choices"]["correct"].sum() == len(test["a"]) - 1 + len(test["b"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_of_no_row_has_the_demonstrations_that_a_row_would_have(tmp_path: Path, chat: bool) -> None:
+    rows = rows_of(("train", 9), ("test", 1))
+    data = TaskMixture(
+        str(write_rows(tmp_path / "a.jsonl", rows)), tokenizer=chat_tokenizer(), shots=3, chat_template=chat
+    )
+    (row,) = data.examples("test")["a"]
+    assert row.shots == 3
+    assert data.prompt_behind_demonstrations(row.input) == row.tokens.ids[: row.tokens.prompt].tolist()
+    data.shots = 0
+    with pytest.raises(ValueError, match="tasks=a and shots=0: demonstrations before a prompt come from one task"):
+        data.prompt_behind_demonstrations("x")
+
+
+def test_a_prompt_has_demonstrations_that_are_conversations(tmp_path: Path) -> None:
+    talks = [
+        [{"role": "user", "content": f"in {number}"}, {"role": "assistant", "content": "b"}] for number in range(3)
+    ]
+    place = write_rows(tmp_path / "d.jsonl", [{"messages": talk, "split": "train"} for talk in talks])
+    tokenizer = chat_tokenizer()
+    data = TaskMixture(str(place), tokenizer=tokenizer, shots=3)
+    text = tokenizer.decode(data.prompt_behind_demonstrations("ask"))
+    assert text.endswith("assistant: ")
+    assert text.count("user: ask") == 1
+    assert text.count("assistant: b") == 3
+
+
+def test_generate_shows_demonstrations_to_a_model(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """The answer is that to the prompt which the row tokenizer makes."""
+    place = str(write_rows(tmp_path / "a.jsonl", rows_of(("train", 9))))
+    data = TaskMixture(place, shots=3)
+    answer = generate(tiny_llama_dir, "ask", max_new_tokens=8, data=data)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    prompt = torch.tensor([data.prompt_behind_demonstrations("ask")])
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    tokenizer = data.row_tokenizer().tokenizer
+    assert answer == tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    asked = [{"role": "user", "content": "a"}]
+    with pytest.raises(ValueError, match="leave the system message out"):
+        _behind_demonstrations(PromptReading([], [], True), asked, data, Base.open(tiny_llama_dir))
