@@ -75,7 +75,7 @@ def adapt(
     out: str,
     expert: Callable[[Tensor], Expert] | None = None,
     modules: str | list[str] = "all-linear",
-    steps: int = 32,
+    steps: int = 16,
     learning_rate: float | None = None,
     folds: int = 3,
     neighbours: int = 4,
@@ -84,10 +84,10 @@ def adapt(
     base: str | None = None,
     dtype: DType = "float32",
 ) -> None:
-    """Train an expert of a new task on few rows, from the best start that experts of other tasks give.
+    """Train an expert of a new task on few rows, from the base or from a weighted sum of experts of other tasks.
 
-    The starts are the base, the nearest expert (the one with the lowest loss on the rows), a weighted sum of the
-    nearest ones, and the average of all. Start and number of steps are chosen by the loss on rows that were left out.
+    The nearest experts have the lowest losses on the rows; each gets a coefficient by gradient descent. The loss on
+    rows that were left out chooses the start and the number of steps.
 
     Args:
         experts: Directories of experts of other tasks, such as library/*, which the shell expands.
@@ -110,13 +110,12 @@ def adapt(
     done = adapt_experts(experts, data, out, expert or SparseExpert, modules, *how, progress_bar("adapting"))
     print(f"loss on {counted(done.rows, 'row')} of {done.expert.record['tasks'][0]}, each while it was left out")
     table = table_of("start", "loss", "after training", "steps")
-    for start in done.starts.values():
-        trained = [f"{start.loss(start.best_steps):.4f}", str(start.best_steps)] if len(start.losses) > 1 else []
-        table.add_row(start.name, f"{start.loss(0):.4f}", *trained)
+    for name, start in done.starts.items():
+        table.add_row(name, f"{start.loss(0):.4f}", f"{start.loss(start.best_steps):.4f}", str(start.best_steps))
     Console(markup=False, emoji=False).print(table)
     print(f"chosen: {done.chosen}, trained for {counted(done.steps, 'step')}")
     for place, weight in done.weights.items():
-        print(f"  {weight:.3f} of {place}")
+        print(f"  {weight:.3f} of {place}, whose loss alone is {done.alone[place]:.4f}")
     print(f"{out}: {expert_line(done.expert)}")
 
 

@@ -7,7 +7,7 @@ left out: where training starts, and how many steps it takes. So rows that are l
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,12 @@ from modular_experts.deltas import Sum
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import SparseExpert
 from modular_experts.library import StoredExpert, as_parents, check_target, open_expert, open_experts, write_expert
+from modular_experts.library.record import Facts, Record
 from modular_experts.merging.combination import Combination
 from modular_experts.merging.gradient_search import descend, first_coefficients
 from modular_experts.merging.merged import Merged, write_merged
 from modular_experts.merging.objective import Objective
-from modular_experts.methods import SparseAverage, TaskArithmetic
+from modular_experts.methods import TaskArithmetic
 from modular_experts.progress import Counted, Progress
 from modular_experts.routing.prompts import evaluation_mode
 from modular_experts.training.estimate import logging_from
@@ -44,7 +45,6 @@ COEFFICIENT_RATE = 0.1
 """Steps of Adam for the coefficients of the neighbours, and its rate, which falls to 0."""
 BATCH = 16
 """The most rows that are measured at once."""
-STARTS = ("base", "nearest", "neighbours", "merge")
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,12 @@ class Start:
     """A place where training may start, and what it gave on rows that were left out.
 
     Attributes:
-        name: `base`, `nearest`, `neighbours` or `merge`.
         tokens: The target tokens of each row `(rows,)`.
         losses: The summed loss of each row, while it was left out, `(rows,)`; by the steps of training, from 0.
     """
 
-    name: str
     tokens: Tensor
-    losses: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, Tensor]
 
     def loss(self, steps: int) -> float:
         """Return the loss on left-out rows after some steps, in nats a target token."""
@@ -77,11 +75,12 @@ class Adapted:
 
     Attributes:
         expert: The expert; its delta is the sum of what its start and its training moved.
-        starts: All starts by name; the base and the best start of the library have losses after training.
+        starts: The two starts, `base` and `neighbours`.
         chosen: The start from which the expert was trained.
         steps: How many steps it was trained.
         weights: The coefficient of each expert in the start, by its directory.
         rows: How many rows were divided into folds.
+        alone: The loss of each expert of the library on all rows, by its directory, in nats a target token.
     """
 
     expert: StoredExpert
@@ -90,6 +89,7 @@ class Adapted:
     steps: int
     weights: dict[str, float]
     rows: int
+    alone: dict[str, float]
 
 
 def adapt(
@@ -98,7 +98,7 @@ def adapt(
     out: str | Path,
     expert: ExpertKind = SparseExpert,
     modules: str | list[str] = "all-linear",
-    steps: int = 32,
+    steps: int = 16,
     learning_rate: float | None = None,
     folds: int = 3,
     neighbours: int = 4,
@@ -108,11 +108,11 @@ def adapt(
     dtype: DType = "float32",
     progress: Progress = iter,
 ) -> Adapted:
-    """Train an expert of a new task on few rows, from the best of four starts: the base, or what a library gives.
+    """Train an expert of a new task on few rows, from the base or from a weighted sum of experts of other tasks.
 
-    These are the nearest expert (the one with the lowest loss on the rows), a weighted sum of the nearest ones (each
-    with a coefficient, by gradient on the rows), and the SparseAverage of all. The best of these and the base are
-    trained, and the lowest loss on rows that were left out decides between them.
+    The nearest experts have the lowest losses on the rows. Gradient descent on the rows finds a coefficient for each,
+    from 1 for the nearest and 0 for the others. Both starts are trained; the lowest loss on rows that were left out
+    decides between them.
 
     Args:
         experts: Experts of other tasks.
@@ -147,44 +147,61 @@ def adapt(
     settings: dict[str, Any] = {"expert": expert, "modules": modules, "seed": seed}
     settings |= {"learning_rate": learning_rate} if learning_rate else {}
     with tempfile.TemporaryDirectory(prefix="adapt-") as scratch:
+        place = Path(scratch)
         model = opened_base.load(dtype).to(device())  # type: ignore[arg-type]
-        starts, placed = _Library(model, rows, opened, neighbours, Path(scratch)).starts(parts, progress)
+        losses, tokens = rows.losses(model)
+        of_experts: list[Tensor] = []
+        for member in progress(Counted(opened, "experts")):
+            with applied(model, member, check=False):
+                of_experts.append(rows.losses(model)[0])
+        of_neighbours = torch.zeros_like(losses)
+        near: list[_Neighbours] = []
+        for left_out in progress(Counted([*parts, []], "folds")):
+            learned = rows.without(left_out)
+            order = sorted(range(len(opened)), key=lambda expert: float(of_experts[expert][learned].sum()))
+            nearest = [opened[expert] for expert in order[:neighbours]]
+            near.append(_weighted(model, rows, learned, nearest, place / f"neighbours-{len(near)}"))
+            with applied(model, near[-1].sum, check=False):
+                of_neighbours += rows.losses(model, left_out)[0]
+        starts = {"base": Start(tokens, {0: losses}), "neighbours": Start(tokens, {0: of_neighbours})}
         # Each training loads a base of its own.
         del model
-        train = _Trainings(opened_base, rows, Path(scratch), dtype, settings)
-        best = min(STARTS[1:], key=lambda name: starts[name].loss(0))
+        train = _Trainings(opened_base, rows, place, dtype, settings)
         marks = sorted({max(1, round(steps * quarter / 4)) for quarter in (1, 2, 3, 4)})
-        trainings = [(name, fold) for name in ("base", best) for fold in range(len(parts))]
+        trainings = [(name, fold) for name in starts for fold in range(len(parts))]
         for name, fold in progress(Counted(trainings, "trainings")):
-            left_out = parts[fold]
-            watch = _LeftOut(rows, left_out, marks)
-            train(rows.without(left_out), placed[fold][name].beneath, steps, watch)
-            for step, losses in watch.losses.items():
-                kept = starts[name].losses.setdefault(step, torch.zeros_like(losses))
-                kept[left_out] = losses[left_out]
-        chosen = min(("base", best), key=lambda name: starts[name].loss(starts[name].best_steps))
+            watch = _LeftOut(rows, parts[fold], marks)
+            beneath = near[fold].sum if name == "neighbours" else None
+            train(rows.without(parts[fold]), beneath, steps, watch)
+            for step, found in watch.losses.items():
+                starts[name].losses[step] = starts[name].losses.get(step, 0) + found
+        chosen = min(starts, key=lambda name: starts[name].loss(starts[name].best_steps))
         count = starts[chosen].best_steps
-        start = placed[-1][chosen]
         if chosen == "base" and count == 0:
             raise ValueError(
                 f"neither an expert nor training on these {len(rows)} rows lowers the loss on left-out rows below the "
                 f"base's, {starts['base'].loss(0):.4f}; give more rows, or a smaller learning_rate"
             )
-        summed = [*start.beneath]
+        start, weights = near[-1] if chosen == "neighbours" else (None, {})
+        summed = [start] if start else []
         if count:
-            place = Path(scratch, "trained", target.name)
-            train(range(len(rows)), start.beneath, count, out=place)
-            summed.append(open_expert(place))
-        adapted = {"start": chosen, "weights": start.weights, "folds": len(parts), "rows": len(rows), "steps": count}
-        record = summed[-1].record
-        record = record | {
-            "tasks": [rows.task],
-            "parents": as_parents([member for member in opened if str(member.place) in start.weights]),
-            "hyperparameters": {**(record["hyperparameters"] or {}), "adapted": adapted},
-            "scores": {"left_out_loss": starts[chosen].loss(count)},
-        }
+            train(range(len(rows)), start, count, out=place / "trained" / target.name)
+            summed.append(open_expert(place / "trained" / target.name))
+        adapted = {"start": chosen, "weights": weights, "folds": len(parts), "rows": len(rows), "steps": count}
+        record = _record_of(summed[-1], adapted, rows.task, starts[chosen].loss(count), opened)
         write_expert(target, Sum(summed), record, overwrite)
-    return Adapted(open_expert(target), starts, chosen, count, start.weights, len(rows))
+    alone = {str(own.place): float(of.sum() / tokens.sum()) for own, of in zip(opened, of_experts, strict=True)}
+    return Adapted(open_expert(target), starts, chosen, count, weights, len(rows), alone)
+
+
+def _record_of(last: StoredExpert, adapted: Facts, task: str, loss: float, experts: Sequence[StoredExpert]) -> Record:
+    """Return the record of the training, or of the start where nothing was trained, with what was chosen."""
+    return last.record | {
+        "tasks": [task],
+        "parents": as_parents([member for member in experts if str(member.place) in adapted["weights"]]),
+        "hyperparameters": {**(last.record["hyperparameters"] or {}), "adapted": adapted},
+        "scores": {"left_out_loss": loss},
+    }
 
 
 def divided(count: int, folds: int, seed: int) -> list[list[int]]:
@@ -258,68 +275,26 @@ class _LeftOut(Callback):
             self.losses[step], _ = self._rows.losses(pl_module.model, self._left_out)  # type: ignore[arg-type]
 
 
-class _Placed(NamedTuple):
-    """A start as it is used: the expert below the training, none for the base, and what it consists of."""
+class _Neighbours(NamedTuple):
+    """A weighted sum of experts, and the coefficient of each by its directory."""
 
-    beneath: list[StoredExpert]
+    sum: StoredExpert
     weights: dict[str, float]
 
 
-class _Library:
-    """Makes the starts of a library, from the losses of its experts on the rows."""
-
-    def __init__(
-        self, model: PreTrainedModel, rows: _Rows, experts: Sequence[StoredExpert], neighbours: int, scratch: Path
-    ) -> None:
-        self._model = model
-        self._rows = rows
-        self._experts = experts
-        self._neighbours = neighbours
-        self._scratch = scratch
-        self._merge = write_merged(Merged(experts, SparseAverage()), scratch / "merge")
-
-    def starts(
-        self, folds: Sequence[Sequence[int]], progress: Progress
-    ) -> tuple[dict[str, Start], list[dict[str, _Placed]]]:
-        """Return what each start gives on left-out rows, and the starts of each fold; the last ones are of all rows."""
-        alone, tokens = self._rows.losses(self._model)
-        losses = [self._losses_with(member) for member in progress(Counted([*self._experts, self._merge], "experts"))]
-        starts = {name: Start(name, tokens, {0: torch.zeros_like(alone)}) for name in STARTS}
-        starts["base"].losses[0] += alone
-        starts["merge"].losses[0] += losses.pop()
-        placed = []
-        for left_out in progress(Counted([*folds, []], "folds")):
-            learned = self._rows.without(left_out)
-            order = sorted(range(len(losses)), key=lambda number: (float(losses[number][learned].sum()), number))
-            near = [self._experts[number] for number in order[: self._neighbours]]
-            weighted = self._weighted(near, learned)
-            if left_out:
-                starts["nearest"].losses[0][left_out] = losses[order[0]][left_out]
-                starts["neighbours"].losses[0] += self._losses_with(weighted.beneath[0], left_out)
-            own = [_Placed([], {}), _Placed(near[:1], {str(near[0].place): 1.0}), weighted, self._average()]
-            placed.append(dict(zip(STARTS, own, strict=True)))
-        return starts, placed
-
-    def _losses_with(self, expert: StoredExpert, numbers: Sequence[int] | None = None) -> Tensor:
-        with applied(self._model, expert, check=False):
-            return self._rows.losses(self._model, numbers)[0]
-
-    def _average(self) -> _Placed:
-        return _Placed([self._merge], {str(member.place): 1 / len(self._experts) for member in self._experts})
-
-    def _weighted(self, near: Sequence[StoredExpert], numbers: Sequence[int]) -> _Placed:
-        """Return the sum of some experts whose coefficients lower the loss on some rows, from 1 for the first."""
-        part = self._rows.mixture(numbers, "validation")
-        part.eval_batch_size = BATCH
-        objective = Objective(self._model, part)
-        with Combination(self._model, near) as combination:
-            first = first_coefficients(combination, "expert", [1.0])
-            how = (COEFFICIENT_RATE, COEFFICIENT_STEPS)
-            coefficients, _ = descend(combination, objective, batch_losses, first, *how, decay=True)
-        weights = coefficients[0].tolist()
-        place = Path(tempfile.mkdtemp(dir=self._scratch), "neighbours")
-        merged = write_merged(Merged(near, TaskArithmetic(weights=weights)), place)
-        return _Placed([merged], {str(member.place): weight for member, weight in zip(near, weights, strict=True)})
+def _weighted(
+    model: PreTrainedModel, rows: _Rows, numbers: Sequence[int], experts: Sequence[StoredExpert], out: Path
+) -> _Neighbours:
+    """Write the sum of some experts whose coefficients lower the loss on some rows, from 1 for the first."""
+    part = rows.mixture(numbers, "validation")
+    part.eval_batch_size = BATCH
+    with Combination(model, experts) as combination:
+        first = first_coefficients(combination, "expert", [1.0])
+        how = (COEFFICIENT_RATE, COEFFICIENT_STEPS)
+        coefficients, _ = descend(combination, Objective(model, part), batch_losses, first, *how, decay=True)
+    weights = coefficients[0].tolist()
+    written = write_merged(Merged(experts, TaskArithmetic(weights=weights)), out)
+    return _Neighbours(written, {str(own.place): weight for own, weight in zip(experts, weights, strict=True)})
 
 
 @dataclass(frozen=True)
@@ -335,15 +310,15 @@ class _Trainings:
     def __call__(
         self,
         numbers: Sequence[int],
-        beneath: Sequence[StoredExpert],
+        beneath: StoredExpert | None,
         steps: int,
         callback: Callback | None = None,
         out: Path | None = None,
     ) -> None:
-        """Train on some rows; what was trained is written alone, without its start."""
+        """Train on some rows, on top of an expert; what was trained is written without it."""
         trainer = {"callbacks": [callback] if callback else [], "logger": False, "enable_checkpointing": False}
         trainer |= {"enable_progress_bar": False, "limit_val_batches": 0, "default_root_dir": str(self.scratch)}
-        model = {"applied": [str(expert.path) for expert in beneath], "dtype": self.dtype}
+        model = {"applied": [str(beneath.path)] if beneath else [], "dtype": self.dtype}
         data = self.rows.mixture(numbers, "train")
         # A dozen lines of each training would hide what is measured.
         with quiet(), logging_from(logging.WARNING, "modular_experts"):

@@ -17,7 +17,7 @@ from modular_experts.base.apply import applied
 from modular_experts.data.batch import Collator
 from modular_experts.evaluation import batch_losses
 from modular_experts.library import open_experts, write_expert
-from modular_experts.merging.adapt import Start, _Library, _Rows, divided
+from modular_experts.merging.adapt import Start, _Rows, _weighted, divided
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 
@@ -48,10 +48,11 @@ def test_the_expert_of_the_same_mapping_is_the_nearest_and_its_loss_that_of_base
     model = Base.open(one_block).load()
     with applied(model, place / "library/same"), torch.no_grad():
         sums, counts = batch_losses(model, Collator(data.row_tokenizer().pad_id, texts=False)(rows))
-    assert done.starts["nearest"].loss(0) == pytest.approx(float(sums.sum() / counts.sum()), rel=1e-4)
-    assert done.starts["nearest"].loss(0) < done.starts["base"].loss(0)
-    assert done.chosen != "base"
-    assert str(place / "library/same") in done.weights
+    same, other = (done.alone[str(place / "library" / name)] for name in ("same", "other"))
+    assert same == pytest.approx(float(sums.sum() / counts.sum()), rel=1e-4)
+    assert same < min(other, done.starts["base"].loss(0))
+    assert done.chosen == "neighbours"
+    assert next(iter(done.weights)) == str(place / "library/same")
     assert done.steps == done.starts[done.chosen].best_steps
     assert "same" in [parent["name"] for parent in done.expert.record["parents"]]
 
@@ -116,10 +117,10 @@ def test_coefficients_of_neighbours_lower_the_loss_below_the_nearest_expert_s(pl
     model = base.load()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     with tempfile.TemporaryDirectory() as scratch:
-        weighted = _Library(model, rows, library, 2, Path(scratch))._weighted(library, range(len(rows)))
-        with applied(model, weighted.beneath[0]):
+        weighted = _weighted(model, rows, range(len(rows)), library, Path(scratch, "sum"))
+        with applied(model, weighted.sum):
             found, _ = rows.losses(model)
-        for name, delta in weighted.beneath[0].items():
+        for name, delta in weighted.sum.items():
             summed = sum(weighted.weights[str(own.place)] * own[name].dense() for own in library)
             torch.testing.assert_close(delta.dense(), summed, rtol=1e-4, atol=1e-6)
         with applied(model, library[0]):
@@ -130,7 +131,7 @@ def test_coefficients_of_neighbours_lower_the_loss_below_the_nearest_expert_s(pl
 
 def test_the_lowest_loss_over_all_left_out_rows_names_the_number_of_steps():
     losses = {0: torch.tensor([2.0, 4.0, 1.0]), 8: torch.tensor([1.0, 1.0, 2.0]), 16: torch.tensor([0.0, 0.0, 5.0])}
-    start = Start("base", torch.tensor([2.0, 1.0, 1.0]), losses)
+    start = Start(torch.tensor([2.0, 1.0, 1.0]), losses)
     assert start.loss(0) == 7 / 4
     assert start.best_steps == 8
 
@@ -168,7 +169,7 @@ def test_the_command_tells_each_start_and_what_it_chose(place, tmp_path, capsys)
     main([*run, "--out", str(tmp_path / "made"), "--steps", "4", "--folds", "2", "--expert", "LoRAExpert"])
     printed = capsys.readouterr().out
     assert "loss on 12 rows of new, each while it was left out" in printed
-    for start_name in ("base", "nearest", "neighbours", "merge"):
+    for start_name in ("base", "neighbours"):
         assert re.search(rf"^ {start_name} +\d+\.\d{{4}}", printed, re.MULTILINE)
     chosen = open_expert(tmp_path / "made").record["hyperparameters"]["adapted"]
     assert f"chosen: {chosen['start']}, trained for {chosen['steps']} steps" in printed
