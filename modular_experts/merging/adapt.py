@@ -74,7 +74,7 @@ class Adapted:
     """What `adapt` measured, chose and wrote.
 
     Attributes:
-        expert: The expert; its delta is the sum of what its start and its training moved.
+        expert: The expert; its delta is the sum of the deltas of its start and its training.
         starts: The two starts, `base` and `neighbours`.
         chosen: The start from which the expert was trained.
         steps: How many steps it was trained.
@@ -195,7 +195,7 @@ def adapt(
 
 
 def _record_of(last: StoredExpert, adapted: Facts, task: str, loss: float, experts: Sequence[StoredExpert]) -> Record:
-    """Return the record of the training, or of the start where nothing was trained, with what was chosen."""
+    """Return the record of the training, or of the start where nothing was trained, and add the choices."""
     return last.record | {
         "tasks": [task],
         "parents": as_parents([member for member in experts if str(member.place) in adapted["weights"]]),
