@@ -148,33 +148,16 @@ def adapt(
     settings |= {"learning_rate": learning_rate} if learning_rate else {}
     with tempfile.TemporaryDirectory(prefix="adapt-") as scratch:
         place = Path(scratch)
-        model = opened_base.load(dtype).to(device())  # type: ignore[arg-type]
-        losses, tokens = rows.losses(model)
-        of_experts: list[Tensor] = []
-        for member in progress(Counted(opened, "experts")):
-            with applied(model, member, check=False):
-                of_experts.append(rows.losses(model)[0])
-        of_neighbours = torch.zeros_like(losses)
-        near: list[_Neighbours] = []
-        for left_out in progress(Counted([*parts, []], "folds")):
-            learned = rows.without(left_out)
-            order = sorted(range(len(opened)), key=lambda expert: float(of_experts[expert][learned].sum()))
-            nearest = [opened[expert] for expert in order[:neighbours]]
-            near.append(_weighted(model, rows, learned, nearest, place / f"neighbours-{len(near)}"))
-            with applied(model, near[-1].sum, check=False):
-                of_neighbours += rows.losses(model, left_out)[0]
-        starts = {"base": Start(tokens, {0: losses}), "neighbours": Start(tokens, {0: of_neighbours})}
-        # Each training loads a base of its own.
-        del model
+        before = _before_training(opened, opened_base.load(dtype), rows, parts, neighbours, place, progress)
         train = _Trainings(opened_base, rows, place, dtype, settings)
-        marks = sorted({max(1, round(steps * quarter / 4)) for quarter in (1, 2, 3, 4)})
-        trainings = [(name, fold) for name in starts for fold in range(len(parts))]
-        for name, fold in progress(Counted(trainings, "trainings")):
-            watch = _LeftOut(rows, parts[fold], marks)
-            beneath = near[fold].sum if name == "neighbours" else None
-            train(rows.without(parts[fold]), beneath, steps, watch)
-            for step, found in watch.losses.items():
-                starts[name].losses[step] = starts[name].losses.get(step, 0) + found
+        sums_of_folds: dict[str, list[StoredExpert | None]] = {
+            "base": [None for _ in parts],
+            "neighbours": [near.sum for near in before.neighbours],
+        }
+        starts = {}
+        for name, sums in sums_of_folds.items():
+            trained = _losses_after_training(train, rows, parts, sums, steps, progress)
+            starts[name] = Start(before.tokens, {0: before.losses[name]} | trained)
         chosen = min(starts, key=lambda name: starts[name].loss(starts[name].best_steps))
         count = starts[chosen].best_steps
         if chosen == "base" and count == 0:
@@ -182,7 +165,7 @@ def adapt(
                 f"neither an expert nor training on these {len(rows)} rows lowers the loss on left-out rows below the "
                 f"base's, {starts['base'].loss(0):.4f}; give more rows, or a smaller learning_rate"
             )
-        start, weights = near[-1] if chosen == "neighbours" else (None, {})
+        start, weights = before.of_all_rows if chosen == "neighbours" else (None, {})
         summed = [start] if start else []
         if count:
             train(range(len(rows)), start, count, out=place / "trained" / target.name)
@@ -190,8 +173,79 @@ def adapt(
         adapted = {"start": chosen, "weights": weights, "folds": len(parts), "rows": len(rows), "steps": count}
         record = _record_of(summed[-1], adapted, rows.task, starts[chosen].loss(count), opened)
         write_expert(target, Sum(summed), record, overwrite)
-    alone = {str(own.place): float(of.sum() / tokens.sum()) for own, of in zip(opened, of_experts, strict=True)}
-    return Adapted(open_expert(target), starts, chosen, count, weights, len(rows), alone)
+    return Adapted(open_expert(target), starts, chosen, count, weights, len(rows), before.alone)
+
+
+class _Neighbours(NamedTuple):
+    """A weighted sum of experts, and the coefficient of each by its directory."""
+
+    sum: StoredExpert
+    weights: dict[str, float]
+
+
+class _BeforeTraining(NamedTuple):
+    """The target tokens of each row, and losses before any training.
+
+    `losses` has the loss of each row, while it was left out, by the start; `neighbours` a sum for each fold.
+    """
+
+    tokens: Tensor
+    losses: dict[str, Tensor]
+    neighbours: list[_Neighbours]
+    of_all_rows: _Neighbours
+    alone: dict[str, float]
+
+
+def _before_training(
+    experts: Sequence[StoredExpert],
+    model: PreTrainedModel,
+    rows: "_Rows",
+    parts: Sequence[Sequence[int]],
+    neighbours: int,
+    out: Path,
+    progress: Progress,
+) -> _BeforeTraining:
+    """Measure the base, each expert, and for each fold the weighted sum of the nearest experts."""
+    model.to(device())  # type: ignore[arg-type]
+    of_base, tokens = rows.losses(model)
+    of_experts: list[Tensor] = []
+    for expert in progress(Counted(experts, "experts")):
+        with applied(model, expert, check=False):
+            of_experts.append(rows.losses(model)[0])
+
+    def weighted(learned: Sequence[int], name: str) -> _Neighbours:
+        order = sorted(range(len(experts)), key=lambda expert: float(of_experts[expert][learned].sum()))
+        nearest = [experts[expert] for expert in order[:neighbours]]
+        return _weighted(model, rows, learned, nearest, out / name)
+
+    of_sums = torch.zeros_like(of_base)
+    near: list[_Neighbours] = []
+    for left_out in progress(Counted(parts, "folds")):
+        near.append(weighted(rows.without(left_out), f"neighbours-{len(near)}"))
+        with applied(model, near[-1].sum, check=False):
+            of_sums += rows.losses(model, left_out)[0]
+    of_all = weighted(rows.without([]), "neighbours")
+    alone = {str(own.place): float(of.sum() / tokens.sum()) for own, of in zip(experts, of_experts, strict=True)}
+    return _BeforeTraining(tokens, {"base": of_base, "neighbours": of_sums}, near, of_all, alone)
+
+
+def _losses_after_training(
+    train: "_Trainings",
+    rows: "_Rows",
+    parts: Sequence[Sequence[int]],
+    starts: Sequence[StoredExpert | None],
+    steps: int,
+    progress: Progress,
+) -> dict[int, Tensor]:
+    """Train from the start of each fold, and return the loss of each left-out row by the steps of training."""
+    marks = sorted({max(1, round(steps * quarter / 4)) for quarter in (1, 2, 3, 4)})
+    losses = {mark: torch.zeros(len(rows), dtype=torch.float64) for mark in marks}
+    for left_out, start in progress(Counted(list(zip(parts, starts, strict=True)), "trainings")):
+        watch = _LeftOut(rows, left_out, marks)
+        train(rows.without(left_out), start, steps, watch)
+        for mark in marks:
+            losses[mark] += watch.losses[mark]
+    return losses
 
 
 def _record_of(last: StoredExpert, adapted: Facts, task: str, loss: float, experts: Sequence[StoredExpert]) -> Record:
@@ -273,13 +327,6 @@ class _LeftOut(Callback):
         step = trainer.global_step
         if step in self._marks and step not in self.losses:
             self.losses[step], _ = self._rows.losses(pl_module.model, self._left_out)  # type: ignore[arg-type]
-
-
-class _Neighbours(NamedTuple):
-    """A weighted sum of experts, and the coefficient of each by its directory."""
-
-    sum: StoredExpert
-    weights: dict[str, float]
 
 
 def _weighted(
