@@ -21,6 +21,7 @@ from testbed.here import STUDY, Here, work_here
 from testbed.peft_adapters import PEFT_WARNINGS
 from testbed.scripts import BENCHMARKS, run_commands_here, run_script, shown
 
+from modular_experts import SparseExpert, TaskMixture, fit
 from modular_experts.deltas import Sparse
 from modular_experts.injection import inject
 from modular_experts.library import make_record, write_expert
@@ -104,6 +105,17 @@ def test_own_expert(tmp_path, one_block, task_files) -> None:
     printed = run_script("own_expert.py", one_block, task_files["upper"], task_files["reverse"], *how)
     assert [row["router"] for row in json.loads(file.read_text())] == ["Centroid", "Classifier", "KernelRidge"]
     assert "| 4 | `KernelRidge` | " in printed
+
+
+def test_new_task(tmp_path, one_block, task_files) -> None:
+    file = tmp_path / "report.json"
+    data = TaskMixture(task_files["upper"])
+    expert = fit(one_block, data, SparseExpert, "q_proj", tmp_path / "upper", steps=2, trainer={"logger": False})
+    how = ["--library", expert.path, "--tasks", task_files["first"], "--draws", 1, "--few", 4, "--many", 6, "--random"]
+    printed = run_script("new_task.py", one_block, *how, "--steps", 2, 3, "--json", file)
+    ((draw,),) = json.loads(file.read_text()).values()
+    assert list(draw) == ["4 rows, a new expert", "6 rows, a new expert", "4 rows, adapt", "the same, random values"]
+    assert f"| 4 rows, adapt | {draw['4 rows, adapt']['loss']:.2f}, " in printed
 
 
 @pytest.mark.filterwarnings("ignore")

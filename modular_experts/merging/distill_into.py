@@ -1,0 +1,190 @@
+"""Train one expert that does what many do: each answers inputs of its own task, and the new one learns the answers.
+
+No labels are needed. `distill.py` finds coefficients of a merge from the same answers, which is faster and keeps less.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Unpack
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
+
+from modular_experts.base import Base, DType
+from modular_experts.base.apply import applied
+from modular_experts.base.device import device
+from modular_experts.data import Inputs, TaskMixture
+from modular_experts.data.batch import Batch, Collator, Example
+from modular_experts.evaluation import answer_logits
+from modular_experts.experts import SparseExpert
+from modular_experts.injection import context_length
+from modular_experts.library import StoredExpert, as_parents, check_target, open_expert, open_experts, write_expert
+from modular_experts.library.compatibility import training_in_common
+from modular_experts.library.record import Facts
+from modular_experts.merging.merged import warn_of_own_parents
+from modular_experts.merging.objective import ANSWERED_ROWS, Prediction, answers_of, batch_divergences, own_experts
+from modular_experts.merging.objective import prediction as prediction_of
+from modular_experts.progress import Counted, Progress
+from modular_experts.training.fit import ExpertKind, FitSettings, fit
+
+Learned = Literal["predictions", "answers"]
+VALIDATED = 16
+"""One of so many inputs of a task measures how well the expert repeats answers, and is not learned."""
+
+
+def distill_into(
+    experts: Sequence[str | Path | StoredExpert],
+    out: str | Path,
+    into: ExpertKind = SparseExpert,
+    modules: str | list[str] = "all-linear",
+    data: TaskMixture | None = None,
+    learn: Learned = "predictions",
+    rows: int = 400,
+    max_new_tokens: int = 64,
+    base: str | None = None,
+    dtype: DType | None = None,
+    progress: Progress = iter,
+    **settings: Unpack[FitSettings],
+) -> StoredExpert:
+    """Train one expert on what many experts answer to inputs of their own tasks.
+
+    Args:
+        experts: Directories of the experts, or opened ones.
+        out: Directory of the expert.
+        into: The type of the new expert.
+        modules: The layers that it trains.
+        data: Tasks, whose training inputs are taken; if not given, the inputs that the experts keep.
+        learn: Lower the divergence `KL(expert || new expert)` from what a task's own expert predicts at each token of
+            its answer; or the cross-entropy of its answer alone, as if it were the label.
+        rows: The most inputs of one task.
+        max_new_tokens: The most tokens of an expert's answer.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        dtype: Data type of the base; as it is stored if not given.
+        progress: Wraps the tasks whose inputs are answered.
+        **settings: What `FitSettings` lists, such as `steps`; without them, three epochs.
+
+    Raises:
+        FileExistsError: `out` exists; nothing has been read yet.
+        ValueError: There are no inputs, or a task has no expert of its own.
+    """
+    target = check_target(out, settings.get("overwrite", False))
+    if min(rows, max_new_tokens) < 1:
+        raise ValueError(f"rows={rows} and max_new_tokens={max_new_tokens} must be at least 1")
+    opened = open_experts(experts, base=base)
+    warn_of_own_parents(opened)
+    opened_base = Base.open(base, opened)
+    inputs = _inputs(data, opened, opened_base, rows)
+    own = own_experts(opened, list(inputs.roles))
+    model = opened_base.load(dtype).to(device())  # type: ignore[arg-type]
+    inputs.fit_context(context_length(model))
+    answered = _Answers(model, own, inputs, max_new_tokens, learn == "predictions", progress)
+    taught = _Taught(inputs, answered, training_in_common(opened))
+    trainer = dict(settings.pop("trainer", {}))
+    if learn == "predictions":
+        trainer["callbacks"] = [_LearnPredictions(), *trainer.get("callbacks", [])]
+    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
+        fit(model, taught, into, modules, Path(scratch, target.name), trainer=trainer, **settings)
+        trained = open_expert(Path(scratch, target.name))
+        distilled = {"learn": learn, "rows": {task: len(part) for task, part in taught.answers.items()}}
+        record = trained.record | {
+            "parents": as_parents(opened),
+            "hyperparameters": trained.record["hyperparameters"] | {"distilled": distilled},
+        }
+        write_expert(target, trained.items(), record, settings.get("overwrite", False))
+    return open_expert(target)
+
+
+def _inputs(data: TaskMixture | None, experts: Sequence[StoredExpert], base: Base, rows: int) -> Inputs:
+    """Return at most some training inputs of each task, read as the experts were trained."""
+    if data is None or isinstance(data, Inputs):
+        inputs = data or Inputs.kept_by([expert for expert in experts if not expert.is_merge])
+        inputs = inputs.only([*inputs.roles])
+        inputs.take_tokenizer(base)
+        inputs.eval_limit = rows
+        return inputs
+    data.read_for(base)
+    return Inputs.read_from(data, ["train"], rows)
+
+
+class _Answers:
+    """Rows with the answers of their tasks' own experts, and what the experts predict at each token of them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        own: Mapping[str, StoredExpert],
+        inputs: Inputs,
+        max_new_tokens: int,
+        predict: bool,
+        progress: Progress,
+    ) -> None:
+        self.rows: dict[str, list[Example]] = {}
+        self.predictions: dict[Example, Prediction] = {}
+        collate = Collator(inputs.row_tokenizer().pad_id, texts=False)
+        prompts = inputs.input_examples(["train"])
+        for task in progress(Counted(prompts, "tasks")):
+            rows = answers_of(own[task], prompts[task], model, inputs, ANSWERED_ROWS, max_new_tokens)
+            # A row may have no answer where the model's context ends.
+            self.rows[task] = [row for row in rows if len(row.tokens.ids) > row.tokens.prompt]
+            if predict:
+                with applied(model, own[task], check=False):
+                    self._predict(model, self.rows[task], collate)
+
+    @torch.no_grad()
+    def _predict(self, model: PreTrainedModel, rows: Sequence[Example], collate: Collator) -> None:
+        ordered = sorted(rows, key=lambda row: len(row.tokens.ids))
+        for first in range(0, len(ordered), ANSWERED_ROWS):
+            part = ordered[first : first + ANSWERED_ROWS]
+            logits, _ = answer_logits(model, collate(part))
+            found = prediction_of(logits)
+            counts = [len(row.tokens.ids) - row.tokens.prompt for row in part]
+            split = zip(found.ids.cpu().split(counts), found.likelihoods.cpu().split(counts), strict=True)
+            self.predictions |= {row: Prediction(*own) for row, own in zip(part, split, strict=True)}
+
+
+class _Taught(Inputs):
+    """Inputs with the answers of experts as targets; a few validate, and the others train."""
+
+    def __init__(self, inputs: Inputs, answers: _Answers, reading: Facts) -> None:
+        super().__init__(inputs.prompts, tokenizer=inputs.tokenizer, max_length=inputs.max_length)
+        self.context = inputs.context
+        self.answers = answers.rows
+        self._predictions = answers.predictions
+        self._reading = reading
+
+    def examples(self, split: str) -> dict[str, list[Example]]:
+        """Return the rows of `train` or `validation`."""
+        validates = split == "validation"
+        parts = {
+            task: [row for number, row in enumerate(rows) if (number % VALIDATED == VALIDATED - 1) == validates]
+            for task, rows in self.answers.items()
+        }
+        return {task: rows for task, rows in parts.items() if rows}
+
+    def reading_of(self, tasks: object) -> Facts:
+        """Return what the records of all experts say about how rows become tokens."""
+        return {key: self._reading[key] for key in ("max_length", "chat_template") if key in self._reading}
+
+    @property
+    def contents(self) -> dict[str, Facts]:
+        """Nothing: the rows are in no file."""
+        return {}
+
+    def _training_batch(self, examples: Sequence[Example]) -> Batch:
+        batch = super()._training_batch(examples)
+        # Packs change the order of rows.
+        order = batch["row"][batch["row"] >= 0].unique_consecutive().tolist() if "row" in batch else range(len(examples))
+        parts = [self._predictions[examples[row]] for row in order if examples[row] in self._predictions]
+        if parts:
+            ids, likelihoods = zip(*parts, strict=True)
+            batch["prediction"] = Prediction(torch.cat(ids), torch.cat(likelihoods))
+        return batch
+
+
+class _LearnPredictions(Callback):
+    """Lets a module lower the divergence from what experts predict, in place of the cross-entropy."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.batch_losses = batch_divergences  # type: ignore[assignment]
