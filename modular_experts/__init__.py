@@ -39,6 +39,7 @@ _HOMES = {
     "modular_experts.merging.search": ("search",),
     "modular_experts.merging.tune": ("tune",),
     "modular_experts.merging.distill": ("distill",),
+    "modular_experts.merging.distill_into": ("distill_into",),
     "modular_experts.merging.shrink": ("shrink",),
     "modular_experts.base": ("Base",),
     "modular_experts.base.device": ("use_device",),

@@ -84,6 +84,7 @@ VERBS = {
         "methods", "interference", "show how experts get in each other's way, before they are merged", ("experts",)
     ),
     "adapt": Command("search", "adapt", "train an expert of a new task on few rows, from a library", ("experts",)),
+    "distill": Command("search", "distill", "train one expert that does what many do, without labels", ("experts",)),
     "combine": Command("search", "combine", "find the best of merges and routers within some bytes", ("experts",)),
     "merge": Command("merge", "merge", "merge experts into one expert", ("experts",)),
     "search": Command("search", "search", "find on validation rows how much of each expert to merge", ("experts",)),
@@ -106,8 +107,8 @@ VERBS = {
     **dict(system_commands()),
 }
 
-COMPUTING = {"adapt", "chat", "combine", "compress", "evaluate", "fit", "generate", "harness", "merge", "predict"}
-COMPUTING |= {"quickstart", "route", "search", "serve", "shrink", "statistics", "study", "test", "validate"}
+COMPUTING = {"adapt", "chat", "combine", "compress", "distill", "evaluate", "fit", "generate", "harness", "merge"}
+COMPUTING |= {"predict", "quickstart", "route", "search", "serve", "shrink", "statistics", "study", "test", "validate"}
 """Commands that load a model and compute with it, on the device that `--device` names."""
 DEVICE = {"--device NAME": "Where models compute: cpu, cuda, cuda:1. (default: a GPU if there is one)"}
 

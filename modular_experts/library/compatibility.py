@@ -125,9 +125,9 @@ def _report_refused(refused: Mapping[str, ValueError], fitting: int, skip: bool 
 def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
     """Log a sentence for each expert that was trained on top of others which are not among these."""
     for expert in experts:
-        # `adapt` writes what its parents do into the deltas.
-        holds_parents = expert.is_routed or expert.is_merge or "adapted" in (expert.record["hyperparameters"] or {})
-        parents = [] if holds_parents else expert.record["parents"]
+        # The deltas of `adapt` and `distill` hold what the parents do.
+        is_whole = not {"adapted", "distilled"}.isdisjoint(expert.record["hyperparameters"] or {})
+        parents = [] if is_whole or expert.is_routed or expert.is_merge else expert.record["parents"]
         lacking = [parent for parent in parents if not any(other.is_listed_as(parent) for other in experts)]
         missing = ", ".join(str(parent["name"]) for parent in lacking)
         if missing:

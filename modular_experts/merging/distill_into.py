@@ -17,12 +17,13 @@ from modular_experts.base.apply import applied
 from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
 from modular_experts.data.batch import Batch, Collator, Example
+from modular_experts.data.tasks import Tasks
+from modular_experts.data.tokenised import ReadingFacts, TaskContents
 from modular_experts.evaluation import answer_logits
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, as_parents, check_target, open_expert, open_experts, write_expert
 from modular_experts.library.compatibility import training_in_common
-from modular_experts.library.record import Facts
 from modular_experts.merging.merged import warn_of_own_parents
 from modular_experts.merging.objective import ANSWERED_ROWS, Prediction, answers_of, batch_divergences, own_experts
 from modular_experts.merging.objective import prediction as prediction_of
@@ -39,12 +40,12 @@ def distill_into(
     out: str | Path,
     into: ExpertKind = SparseExpert,
     modules: str | list[str] = "all-linear",
-    data: TaskMixture | None = None,
+    tasks: Tasks | TaskMixture | None = None,
     learn: Learned = "predictions",
     rows: int = 400,
     max_new_tokens: int = 64,
     base: str | None = None,
-    dtype: DType | None = None,
+    dtype: DType = "float32",
     progress: Progress = iter,
     **settings: Unpack[FitSettings],
 ) -> StoredExpert:
@@ -55,15 +56,15 @@ def distill_into(
         out: Directory of the expert.
         into: The type of the new expert.
         modules: The layers that it trains.
-        data: Tasks, whose training inputs are taken; if not given, the inputs that the experts keep.
+        tasks: The experts' tasks, whose training inputs are taken; if not given, the inputs that the experts keep.
         learn: Lower the divergence `KL(expert || new expert)` from what a task's own expert predicts at each token of
             its answer; or the cross-entropy of its answer alone, as if it were the label.
         rows: The most inputs of one task.
         max_new_tokens: The most tokens of an expert's answer.
         base: The base's directory or hub id; the one in the experts' records by default.
-        dtype: Data type of the base; as it is stored if not given.
+        dtype: Data type of the base.
         progress: Wraps the tasks whose inputs are answered.
-        **settings: What `FitSettings` lists, such as `steps`; without them, three epochs.
+        **settings: What `FitSettings` lists but `model` and `data`; without a length, three epochs.
 
     Raises:
         FileExistsError: `out` exists; nothing has been read yet.
@@ -75,17 +76,18 @@ def distill_into(
     opened = open_experts(experts, base=base)
     warn_of_own_parents(opened)
     opened_base = Base.open(base, opened)
-    inputs = _inputs(data, opened, opened_base, rows)
+    inputs = _inputs(tasks, opened, opened_base, rows)
     own = own_experts(opened, list(inputs.roles))
     model = opened_base.load(dtype).to(device())  # type: ignore[arg-type]
     inputs.fit_context(context_length(model))
     answered = _Answers(model, own, inputs, max_new_tokens, learn == "predictions", progress)
-    taught = _Taught(inputs, answered, training_in_common(opened))
-    trainer = dict(settings.pop("trainer", {}))
+    taught = _Taught(inputs, answered, training_in_common(opened).get("chat_template"))
+    taught.batch_size = settings.pop("batch_size", taught.batch_size)
     if learn == "predictions":
-        trainer["callbacks"] = [_LearnPredictions(), *trainer.get("callbacks", [])]
+        trainer = settings.get("trainer", {})
+        settings["trainer"] = {**trainer, "callbacks": [_LearnPredictions(), *trainer.get("callbacks", [])]}
     with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
-        fit(model, taught, into, modules, Path(scratch, target.name), trainer=trainer, **settings)
+        fit(model, taught, into, modules, Path(scratch, target.name), **settings)
         trained = open_expert(Path(scratch, target.name))
         distilled = {"learn": learn, "rows": {task: len(part) for task, part in taught.answers.items()}}
         record = trained.record | {
@@ -96,14 +98,14 @@ def distill_into(
     return open_expert(target)
 
 
-def _inputs(data: TaskMixture | None, experts: Sequence[StoredExpert], base: Base, rows: int) -> Inputs:
-    """Return at most some training inputs of each task, read as the experts were trained."""
-    if data is None or isinstance(data, Inputs):
-        inputs = data or Inputs.kept_by([expert for expert in experts if not expert.is_merge])
-        inputs = inputs.only([*inputs.roles])
+def _inputs(tasks: Tasks | TaskMixture | None, experts: Sequence[StoredExpert], base: Base, rows: int) -> Inputs:
+    """Return at most some training inputs of each task, or those that the experts keep."""
+    if tasks is None:
+        inputs = Inputs.kept_by([expert for expert in experts if not expert.is_merge])
         inputs.take_tokenizer(base)
         inputs.eval_limit = rows
         return inputs
+    data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks)
     data.read_for(base)
     return Inputs.read_from(data, ["train"], rows)
 
@@ -147,35 +149,38 @@ class _Answers:
 class _Taught(Inputs):
     """Inputs with the answers of experts as targets; a few validate, and the others train."""
 
-    def __init__(self, inputs: Inputs, answers: _Answers, reading: Facts) -> None:
+    def __init__(self, inputs: Inputs, answers: _Answers, template: str | None) -> None:
         super().__init__(inputs.prompts, tokenizer=inputs.tokenizer, max_length=inputs.max_length)
         self.context = inputs.context
         self.answers = answers.rows
         self._predictions = answers.predictions
-        self._reading = reading
+        self._template = template
 
     def examples(self, split: str) -> dict[str, list[Example]]:
         """Return the rows of `train` or `validation`."""
         validates = split == "validation"
+        # The first row always trains.
         parts = {
-            task: [row for number, row in enumerate(rows) if (number % VALIDATED == VALIDATED - 1) == validates]
+            task: [row for number, row in enumerate(rows) if (number % VALIDATED == 1) == validates]
             for task, rows in self.answers.items()
         }
         return {task: rows for task, rows in parts.items() if rows}
 
-    def reading_of(self, tasks: object) -> Facts:
-        """Return what the records of all experts say about how rows become tokens."""
-        return {key: self._reading[key] for key in ("max_length", "chat_template") if key in self._reading}
+    def reading_of(self, tasks: object) -> ReadingFacts:
+        """Return how the experts' rows became tokens."""
+        return {"max_length": self.max_length, "chat_template": self._template}
 
     @property
-    def contents(self) -> dict[str, Facts]:
+    def contents(self) -> dict[str, TaskContents]:
         """Nothing: the rows are in no file."""
         return {}
 
     def _training_batch(self, examples: Sequence[Example]) -> Batch:
         batch = super()._training_batch(examples)
         # Packs change the order of rows.
-        order = batch["row"][batch["row"] >= 0].unique_consecutive().tolist() if "row" in batch else range(len(examples))
+        order = (
+            batch["row"][batch["row"] >= 0].unique_consecutive().tolist() if "row" in batch else range(len(examples))
+        )
         parts = [self._predictions[examples[row]] for row in order if examples[row] in self._predictions]
         if parts:
             ids, likelihoods = zip(*parts, strict=True)
