@@ -19,7 +19,7 @@ from modular_experts.merging.adapt import adapt as adapt_experts
 from modular_experts.merging.combine import combine as combine_experts
 from modular_experts.merging.combine_measure import Way
 from modular_experts.merging.combine_plan import WorkPlan
-from modular_experts.merging.distill_into import Learned, distill_into
+from modular_experts.merging.distill import Learned, distill_into
 from modular_experts.merging.gradient_search import ATLAS
 from modular_experts.merging.objective import ValidationRows
 from modular_experts.merging.route import route as route_experts

@@ -1,46 +1,51 @@
-"""Merge by the experts' answers to inputs: the method `Distilled`, as a search from stored experts.
+"""Learn from experts' answers to inputs of their own tasks, without labels: a merge, or one new expert.
 
-By block it goes through the transformer blocks in the memory of one block of all experts. In each, the merged model's
-hidden states come as near as possible to the states that each task's own expert has there on its own inputs, as in
-ProDistill (Xu et al., ICML 2025), there with a coefficient for each entry.
+`distill` finds coefficients of a merge, the method `Distilled`. `distill_into` trains an expert on what the experts
+predict, which takes longer and keeps more.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal, Unpack
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import applied
+from modular_experts.base.device import device
 from modular_experts.data import Inputs, TaskMixture
-from modular_experts.data.batch import Batch
-from modular_experts.deltas import Delta
-from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
-from modular_experts.library.described import describe
-from modular_experts.merging.combination import Combination
-from modular_experts.merging.gradient_search import ATLAS, descend, first_coefficients
-from modular_experts.merging.merged import Merged, warn_of_own_parents
+from modular_experts.data.batch import Batch, Collator, Example
+from modular_experts.data.tasks import Tasks
+from modular_experts.data.tokenised import ReadingFacts, TaskContents
+from modular_experts.evaluation import answer_logits
+from modular_experts.experts import SparseExpert
+from modular_experts.injection import context_length
+from modular_experts.library import StoredExpert, as_parents, check_target, open_expert, open_experts, write_expert
+from modular_experts.library.compatibility import training_in_common
+from modular_experts.merging.gradient_search import ATLAS
+from modular_experts.merging.merged import warn_of_own_parents
 from modular_experts.merging.objective import (
+    ANSWERED_ROWS,
     Objective,
-    Trial,
+    Prediction,
     ValidationRows,
+    answers_of,
+    batch_divergences,
     objective_on_base,
     own_experts,
-    record_notes,
-    write_trials,
+    prediction,
 )
-from modular_experts.merging.search import Found, Searched, places_of, search
-from modular_experts.methods import Distilled, IsoC, MergeMethod, SelfRegMean, TaskArithmetic
+from modular_experts.merging.search import Searched, places_of, search
+from modular_experts.methods import Distilled, IsoC, MergeMethod, SelfRegMean
 from modular_experts.progress import Counted, Progress
-from modular_experts.routing.prompts import stop_at
-from modular_experts.text import block_of
+from modular_experts.training.fit import ExpertKind, FitSettings, fit
 
-Run = Callable[[Batch, Tensor | None], tuple[Tensor, Tensor]]
+Learned = Literal["predictions", "answers"]
+VALIDATED = 16
+"""One of so many inputs of a task measures how well the expert repeats answers, and is not learned."""
 
 
 def without_data(experts: Sequence[StoredExpert]) -> MergeMethod:
@@ -64,7 +69,7 @@ def distill(
 
     Args:
         experts: Directories of the experts, or opened ones.
-        out: Directory of the merged expert. Unless it goes `by` block, the merge that it starts from is written beside.
+        out: Directory of the merged expert. The merge that it starts from is written beside.
         method: The settings; the defaults if not given.
         data: Tasks, whose training and validation inputs are taken; if not given, the inputs that the experts keep.
         overwrite: Whether files that exist may be replaced.
@@ -80,8 +85,7 @@ def distill(
     opened = open_experts(experts, base=base)
     warn_of_own_parents(opened)
     start = method.start or without_data(opened)
-    beside = places_of([start], opened, out) if method.by == "model" else []
-    for target in [out, *beside]:
+    for target in [out, *places_of([start], opened, out)]:
         check_target(target, overwrite)
     data = data or Inputs.kept_by(opened)
     if not isinstance(data, Inputs):
@@ -91,136 +95,165 @@ def distill(
     data = data.only([*data.roles])
     data.eval_batch_size = method.batch
     rows = ValidationRows(data, method.rows, base, "experts", {}, method.max_new_tokens, dtype)
-    if method.by == "model":
-        algorithm = ATLAS(method.steps, method.learning_rate, objective="distill", per="row", decay=True)
-        return search(opened, algorithm, rows, out, [start], overwrite, progress, read)
-
-    return _distill_by_block(opened, read(opened, rows, progress=progress), method, start, out, overwrite, progress)
+    algorithm = ATLAS(method.steps, method.learning_rate, objective="distill", per="row", decay=True)
+    return search(opened, algorithm, rows, out, [start], overwrite, progress, read)
 
 
-def _distill_by_block(
-    experts: Sequence[StoredExpert],
-    objective: Objective,
-    method: Distilled,
-    start: MergeMethod,
+def distill_into(
+    experts: Sequence[str | Path | StoredExpert],
     out: str | Path,
-    overwrite: bool,
-    progress: Progress,
-) -> Searched:
-    """Search block by block, and write the merge."""
-    base_losses = objective.losses()
-    own = own_experts(experts, list(objective.batches))
-    deltas, outcome = _search_blocks(objective, [Merged(experts, start), *experts], own, method, progress)
-    outcome = replace(outcome, losses=objective.losses_with(deltas))
-    settings = {"search": "Distilled", **vars(method), "start": describe(start), **objective.origin}
-    notes = record_notes(settings, outcome.losses)
-    record = Merged(experts, TaskArithmetic()).record() | {"method": None} | notes
-    write_expert(out, deltas, record, overwrite)
-    shown = [type(start).__name__, *(str(expert.place) for expert in experts)]
-    return Searched(open_expert(out), shown, outcome, base_losses, write_trials(out, outcome.trials))
+    into: ExpertKind = SparseExpert,
+    modules: str | list[str] = "all-linear",
+    tasks: Tasks | TaskMixture | None = None,
+    learn: Learned = "predictions",
+    rows: int = 400,
+    max_new_tokens: int = 64,
+    base: str | None = None,
+    dtype: DType = "float32",
+    progress: Progress = iter,
+    **settings: Unpack[FitSettings],
+) -> StoredExpert:
+    """Train one expert on what many experts answer to inputs of their own tasks.
 
+    Args:
+        experts: Directories of the experts, or opened ones.
+        out: Directory of the expert.
+        into: The type of the new expert.
+        modules: The layers that it trains.
+        tasks: The experts' tasks, whose training inputs are taken; if not given, the inputs that the experts keep.
+        learn: Lower the divergence `KL(expert || new expert)` from what a task's own expert predicts at each token of
+            its answer; or the cross-entropy of its answer alone, as if it were the label.
+        rows: The most inputs of one task.
+        max_new_tokens: The most tokens of an expert's answer.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        dtype: Data type of the base.
+        progress: Wraps the tasks whose inputs are answered.
+        **settings: What `FitSettings` lists but `model` and `data`; without a length, three epochs.
 
-def _search_blocks(
-    objective: Objective,
-    experts: Sequence[Mapping[str, Delta]],
-    own: Mapping[str, Mapping[str, Delta]],
-    method: Distilled,
-    progress: Progress,
-) -> tuple[dict[str, Delta], Found]:
-    """Return the deltas of the merge; and its coefficients, block after block, with the distances of each step.
-
-    The first of the experts is the merge to start from. Its deltas outside of the blocks go into the result as they
-    are, and act on no state during the search. Batches keep their hidden states meanwhile.
+    Raises:
+        FileExistsError: `out` exists; nothing has been read yet.
+        ValueError: There are no inputs, or a task has no expert of its own.
     """
-    model = objective.model
-    names = sorted({name for expert in experts for name in expert})
-    blocks = [block for block in map(block_of, names) if block]
-    if not blocks:
-        raise ValueError("by=block needs experts that move weights of transformer blocks; take by=model")
-    parent = blocks[0].rpartition(".")[0]
-    count = len(model.get_submodule(parent))
-    every_batch = [batch for batches in objective.batches.values() for batch in batches]
-    deltas = {name: experts[0][name] for name in names if block_of(name) is None and name in experts[0]}
-    coefficients = [torch.zeros(0, len(experts))]
-    trials: list[Trial] = []
-    # A batch's states are `(rows, length, 2, size)`: of the merged model, and of the task's own expert.
-    for number in progress(Counted(range(count), "blocks")):
-        run = _runner(model, parent, number)
-        inside = [name for name in names if block_of(name) == f"{parent}.{number}"]
-        for task, expert in own.items():
-            with applied(model, _some(expert, inside), check=False):
-                _pass_experts(run, objective.batches[task], is_first=number == 0)
-        with Combination(model, [_some(expert, inside) for expert in experts], 1) as combination:
-            if inside:
-                start = first_coefficients(combination, "row", [1.0])
-                aim = partial(_distances, run)
-                best, steps = descend(
-                    combination, objective, aim, start, method.learning_rate, method.steps, decay=True
-                )
-                deltas |= dict(combination.deltas(best))
-                coefficients.append(best)
-                trials += [Trial({"block": number, **trial.settings}, trial.losses) for trial in steps]
-            with torch.no_grad():
-                for batch in every_batch:
-                    batch["states"][:, :, 0] = run(batch, batch["states"][:, :, 0])[1]
-    for batch in every_batch:
-        del batch["states"]
-    return deltas, Found(torch.cat(coefficients), {}, trials)
+    target = check_target(out, settings.get("overwrite", False))
+    if min(rows, max_new_tokens) < 1:
+        raise ValueError(f"rows={rows} and max_new_tokens={max_new_tokens} must be at least 1")
+    opened = open_experts(experts, base=base)
+    warn_of_own_parents(opened)
+    opened_base = Base.open(base, opened)
+    inputs = _inputs(tasks, opened, opened_base, rows)
+    own = own_experts(opened, list(inputs.roles))
+    model = opened_base.load(dtype).to(device())  # type: ignore[arg-type]
+    inputs.fit_context(context_length(model))
+    answered = _Answers(model, own, inputs, max_new_tokens, learn == "predictions", progress)
+    taught = _Taught(inputs, answered, training_in_common(opened).get("chat_template"))
+    taught.batch_size = settings.pop("batch_size", taught.batch_size)
+    if learn == "predictions":
+        trainer = settings.get("trainer", {})
+        settings["trainer"] = {**trainer, "callbacks": [_LearnPredictions(), *trainer.get("callbacks", [])]}
+    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
+        fit(model, taught, into, modules, Path(scratch, target.name), **settings)
+        trained = open_expert(Path(scratch, target.name))
+        distilled = {"learn": learn, "rows": {task: len(part) for task, part in taught.answers.items()}}
+        record = trained.record | {
+            "parents": as_parents(opened),
+            "hyperparameters": trained.record["hyperparameters"] | {"distilled": distilled},
+        }
+        write_expert(target, trained.items(), record, settings.get("overwrite", False))
+    return open_expert(target)
 
 
-@torch.no_grad()
-def _pass_experts(run: Run, batches: Sequence[Batch], is_first: bool) -> None:
-    """Pass the states of a task's own expert through a block; the first block finds the embeddings there."""
-    for batch in batches:
-        if is_first:
-            embeddings = run(batch, None)[0]
-            batch["states"] = torch.stack([embeddings, embeddings], 2)
-        batch["states"][:, :, 1] = run(batch, batch["states"][:, :, 1])[1]
+def _inputs(tasks: Tasks | TaskMixture | None, experts: Sequence[StoredExpert], base: Base, rows: int) -> Inputs:
+    """Return at most some training inputs of each task, or those that the experts keep."""
+    if tasks is None:
+        inputs = Inputs.kept_by([expert for expert in experts if not expert.is_merge])
+        inputs.take_tokenizer(base)
+        inputs.eval_limit = rows
+        return inputs
+    data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks)
+    data.read_for(base)
+    return Inputs.read_from(data, ["train"], rows)
 
 
-def _some(expert: Mapping[str, Delta], names: Sequence[str]) -> dict[str, Delta]:
-    """Return the deltas of some weights, as far as an expert moves them."""
-    return {name: expert[name] for name in names if name in expert}
+class _Answers:
+    """Rows with the answers of their tasks' own experts, and what the experts predict at each token of them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        own: Mapping[str, StoredExpert],
+        inputs: Inputs,
+        max_new_tokens: int,
+        predict: bool,
+        progress: Progress,
+    ) -> None:
+        self.rows: dict[str, list[Example]] = {}
+        self.predictions: dict[Example, Prediction] = {}
+        collate = Collator(inputs.row_tokenizer().pad_id, texts=False)
+        prompts = inputs.input_examples(["train"])
+        for task in progress(Counted(prompts, "tasks")):
+            rows = answers_of(own[task], prompts[task], model, inputs, ANSWERED_ROWS, max_new_tokens)
+            # A row may have no answer where the model's context ends.
+            self.rows[task] = [row for row in rows if len(row.tokens.ids) > row.tokens.prompt]
+            if predict:
+                with applied(model, own[task], check=False):
+                    self._predict(model, self.rows[task], collate)
+
+    @torch.no_grad()
+    def _predict(self, model: PreTrainedModel, rows: Sequence[Example], collate: Collator) -> None:
+        ordered = sorted(rows, key=lambda row: len(row.tokens.ids))
+        for first in range(0, len(ordered), ANSWERED_ROWS):
+            part = ordered[first : first + ANSWERED_ROWS]
+            logits, _ = answer_logits(model, collate(part))
+            found = prediction(logits)
+            counts = [len(row.tokens.ids) - row.tokens.prompt for row in part]
+            split = zip(found.ids.cpu().split(counts), found.likelihoods.cpu().split(counts), strict=True)
+            self.predictions |= {row: Prediction(*own) for row, own in zip(part, split, strict=True)}
 
 
-def _runner(model: PreTrainedModel, parent: str, number: int) -> Run:
-    """Return a function from a batch and hidden states (None: embeddings) to the states before and behind a block."""
-    owner, _, attribute = parent.rpartition(".")
-    holder = model.get_submodule(owner)
-    blocks = model.get_submodule(parent)
-    block = blocks[number]  # type: ignore[index]
-    config: Any = holder.config
-    kinds = getattr(config, "layer_types", None)
+class _Taught(Inputs):
+    """Inputs with the answers of experts as targets; a few validate, and the others train."""
 
-    def run(batch: Batch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        seen: list[Tensor] = []
+    def __init__(self, inputs: Inputs, answers: _Answers, template: str | None) -> None:
+        super().__init__(inputs.prompts, tokenizer=inputs.tokenizer, max_length=inputs.max_length)
+        self.context = inputs.context
+        self.answers = answers.rows
+        self._predictions = answers.predictions
+        self._template = template
 
-        def enter(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen.append(arguments[0] if hidden is None else hidden)
-            return (seen[0], *arguments[1:])
+    def examples(self, split: str) -> dict[str, list[Example]]:
+        """Return the rows of `train` or `validation`."""
+        validates = split == "validation"
+        # The first row always trains.
+        parts = {
+            task: [row for number, row in enumerate(rows) if (number % VALIDATED == 1) == validates]
+            for task, rows in self.answers.items()
+        }
+        return {task: rows for task, rows in parts.items() if rows}
 
-        hook = block.register_forward_pre_hook(enter)
-        # The model makes masks and positions, and passes the states through this block alone, as its first.
-        setattr(holder, attribute, nn.ModuleList([block]))
-        if kinds:
-            config.layer_types = kinds[number:]
-        try:
-            with stop_at(block, behind=True) as reached:
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        finally:
-            setattr(holder, attribute, blocks)
-            hook.remove()
-            if kinds:
-                config.layer_types = kinds
-        return seen[0], reached[0]
+    def reading_of(self, tasks: object) -> ReadingFacts:
+        """Return how the experts' rows became tokens."""
+        return {"max_length": self.max_length, "chat_template": self._template}
 
-    return run
+    @property
+    def contents(self) -> dict[str, TaskContents]:
+        """Nothing: the rows are in no file."""
+        return {}
+
+    def _training_batch(self, examples: Sequence[Example]) -> Batch:
+        batch = super()._training_batch(examples)
+        # Packs change the order of rows.
+        order = (
+            batch["row"][batch["row"] >= 0].unique_consecutive().tolist() if "row" in batch else range(len(examples))
+        )
+        parts = [self._predictions[examples[row]] for row in order if examples[row] in self._predictions]
+        if parts:
+            ids, likelihoods = zip(*parts, strict=True)
+            batch["prediction"] = Prediction(torch.cat(ids), torch.cat(likelihoods))
+        return batch
 
 
-def _distances(run: Run, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each row's squared distances over the squared lengths of the expert's states, and its tokens."""
-    own = batch["states"][:, :, 1].float()
-    tokens = batch["attention_mask"]
-    away = (run(batch, batch["states"][:, :, 0])[1].float() - own).square().sum(-1)
-    # States of padding may be zero.
-    return (tokens * away / (own.square().sum(-1) + 1 - tokens)).sum(1), tokens.sum(1)
+class _LearnPredictions(Callback):
+    """Lets a module lower the divergence from what experts predict, in place of the cross-entropy."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.batch_losses = batch_divergences  # type: ignore[assignment]

@@ -5,11 +5,10 @@ ProDistill (Xu et al., ICML 2025) learns one for each entry, also without labels
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import Checks, above, at_least, one_of
+from modular_experts.methods.settings import Checks, above, at_least
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,10 @@ class Distilled(MergeMethod):
         learning_rate: Adam's first rate.
         rows: The most inputs of one task; with fewer than `steps` times `batch`, inputs come again.
         max_new_tokens: The most tokens of an expert's answer.
-        by: Compare what whole models predict; or one `block` after another, the hidden states behind it, which holds
-            one block of all experts in memory.
     """
 
     checks = Checks(**dict.fromkeys(("steps", "batch", "rows", "max_new_tokens"), at_least(1)))
-    checks |= Checks(learning_rate=above(0), by=one_of(Literal["model", "block"]))
+    checks |= Checks(learning_rate=above(0))
     needs = Needs(inputs=True)
 
     start: MergeMethod | None = None
@@ -43,7 +40,6 @@ class Distilled(MergeMethod):
     learning_rate: float = 0.02
     rows: int = 320
     max_new_tokens: int = 64
-    by: Literal["model", "block"] = "model"
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         raise ValueError("Distilled compares whole models on inputs, and cannot merge one weight; call distill")

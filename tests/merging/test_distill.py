@@ -4,21 +4,17 @@ import json
 import shutil
 
 import pytest
-import torch
-from conftest import build_model
 from testbed.runs import mixture
 from testbed.searching import descent, objective_on
 
-from modular_experts import Average, Base, Distilled, IsoC, SelfRegMean, applied, distill, merge, open_expert, search
+from modular_experts import Distilled, IsoC, SelfRegMean, distill, merge, open_expert, search
 from modular_experts.base.files import fingerprint
 from modular_experts.data import Inputs, TaskMixture
-from modular_experts.deltas import Dense
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.library import make_record, write_expert
-from modular_experts.merging.distill import _runner, without_data
+from modular_experts.merging.distill import without_data
 from modular_experts.merging.gradient_search import ATLAS
-from modular_experts.merging.objective import MEASURES, ValidationRows, objective_on_base
-from modular_experts.text import block_of
+from modular_experts.merging.objective import ValidationRows
 
 TASKS = ("upper", "reverse")
 EXPERTS = ["library/upper", "library/reverse"]
@@ -96,56 +92,3 @@ def test_loras_start_from_a_merge_for_loras(place) -> None:
     write_expert("library/low", low, upper.record)
     assert without_data([open_expert("library/low")]) == IsoC()
     assert without_data([open_expert("library/low"), upper]) == SelfRegMean(flatten=0.5)
-
-
-WINDOWS = {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 2}
-WINDOWS |= {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "phi3", "qwen2"])
-def test_blocks_alone_pass_states_as_the_model_does(architecture) -> None:
-    model = build_model(architecture, **WINDOWS if architecture == "qwen2" else {})
-    names = {block_of(name) for name, _ in model.named_parameters()} - {None}
-    parent = min(names).rpartition(".")[0]
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    batch = {"input_ids": torch.arange(10).view(2, 5) + 3, "attention_mask": mask}
-    whole = model(**batch, output_hidden_states=True, use_cache=False).hidden_states
-    states = None
-    for number in range(len(names)):
-        entered, states = _runner(model, parent, number)(batch, states)
-        torch.testing.assert_close(entered[mask == 1], whole[number][mask == 1])
-    assert len(model.get_submodule(parent)) == len(names)
-
-
-def test_block_after_block_comes_nearer_to_the_experts_states(place) -> None:
-    settings = FEW | {"steps": 20, "learning_rate": 0.2}
-    experts = [open_expert(one) for one in EXPERTS]
-    start = merge(EXPERTS, without_data(experts), "library/start")
-    done = distill(EXPERTS, "library/block", Distilled(**settings, by="block"))
-    assert {trial.settings["block"] for trial in done.found.trials} == {0, 1}
-    assert done.expert.keys() == start.keys()
-    data = Inputs.kept_by(experts)
-    objective = objective_on_base(experts, ValidationRows(data, 12, labels="experts", max_new_tokens=3), distills=True)
-    distance = {}
-    for expert in (start, done.expert):
-        with applied(objective.model, expert, check=False):
-            distance[expert.name] = sum(objective.losses(MEASURES["distill"]).values())
-    assert distance["block"] < 0.8 * distance["start"]
-    rows = sum(shape[0] for shape in done.expert.shapes().values())
-    assert done.found.coefficients.shape == (rows, 3)
-    assert done.expert.record["hyperparameters"]["by"] == "block"
-
-
-def test_experts_outside_of_blocks_cannot_be_compared_block_by_block(place) -> None:
-    head = open_expert(EXPERTS[0])
-    weight = torch.randn(Base.open(None, [head]).load().lm_head.weight.shape)
-    write_expert("library/head", {"lm_head.weight": Dense(weight)}, head.record, inputs=head.inputs())
-    with pytest.raises(ValueError, match="by=block needs experts that move weights of transformer blocks"):
-        distill(["library/head"], "library/one", Distilled(**FEW, start=Average(), by="block"))
-
-
-def test_a_merge_of_one_expert_keeps_it(place) -> None:
-    """All states are the expert's own from the start, so no coefficient has a gradient."""
-    found = distill(EXPERTS[:1], "library/one", Distilled(**FEW, start=Average(), by="block"))
-    own = open_expert(EXPERTS[0])
-    assert all(torch.allclose(found.expert[name].dense(), own[name].dense(), atol=1e-6) for name in own)

@@ -11,7 +11,7 @@ from modular_experts.base.files import fingerprint
 from modular_experts.data import Inputs
 from modular_experts.data.batch import IGNORED
 from modular_experts.library import open_experts
-from modular_experts.merging.distill_into import VALIDATED, _Answers, _Taught
+from modular_experts.merging.distill import VALIDATED, _Answers, _Taught
 from modular_experts.merging.objective import batch_divergences, own_experts
 
 TASKS = ("first", "second")
