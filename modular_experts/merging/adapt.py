@@ -6,10 +6,10 @@ left out: where training starts, and how many steps it takes. So rows that are l
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -36,7 +36,7 @@ from modular_experts.methods import TaskArithmetic
 from modular_experts.progress import Counted, Progress
 from modular_experts.routing.prompts import evaluation_mode
 from modular_experts.training.estimate import logging_from
-from modular_experts.training.fit import ExpertKind, prepare, quiet, run_fit
+from modular_experts.training.fit import ExpertKind, FitSettings, fit
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ COEFFICIENT_RATE = 0.1
 """Steps of Adam for the coefficients of the neighbours, and its rate, which falls to 0."""
 BATCH = 16
 """The most rows that are measured at once."""
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,13 @@ def adapt(
     opened_base = Base.open(base, opened)
     rows = _Rows(tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks), opened, opened_base)
     parts = divided(len(rows), min(folds, len(rows)), seed)
-    settings: dict[str, Any] = {"expert": expert, "modules": modules, "seed": seed}
-    settings |= {"learning_rate": learning_rate} if learning_rate else {}
+    settings: FitSettings = {"seed": seed}
+    if learning_rate is not None:
+        settings["learning_rate"] = learning_rate
     with tempfile.TemporaryDirectory(prefix="adapt-") as scratch:
         place = Path(scratch)
         before = _before_training(opened, opened_base.load(dtype), rows, parts, neighbours, place, progress)
-        train = _Trainings(opened_base, rows, place, dtype, settings)
+        train = _Trainings(opened_base, rows, place, dtype, expert, modules, settings)
         sums_of_folds: dict[str, list[StoredExpert | None]] = {
             "base": [None for _ in parts],
             "neighbours": [near.sum for near in before.neighbours],
@@ -242,7 +244,7 @@ def _losses_after_training(
     losses = {mark: torch.zeros(len(rows), dtype=torch.float64) for mark in marks}
     for left_out, start in progress(Counted(list(zip(parts, starts, strict=True)), "trainings")):
         watch = _LeftOut(rows, left_out, marks)
-        train(rows.without(left_out), start, steps, watch)
+        train(rows.without(left_out), start, steps, [watch])
         for mark in marks:
             losses[mark] += watch.losses[mark]
     return losses
@@ -352,27 +354,22 @@ class _Trainings:
     rows: _Rows
     scratch: Path
     dtype: DType
-    settings: Mapping[str, Any]
+    kind: ExpertKind
+    modules: str | list[str]
+    settings: FitSettings
 
     def __call__(
         self,
         numbers: Sequence[int],
         beneath: StoredExpert | None,
         steps: int,
-        callback: Callback | None = None,
+        callbacks: Sequence[Callback] = (),
         out: Path | None = None,
     ) -> None:
         """Train on some rows, on top of an expert; what was trained is written without it."""
-        trainer = {"callbacks": [callback] if callback else [], "logger": False, "enable_checkpointing": False}
-        trainer |= {"enable_progress_bar": False, "limit_val_batches": 0, "default_root_dir": str(self.scratch)}
+        trainer = QUIET | {"callbacks": list(callbacks), "default_root_dir": str(self.scratch)}
         model = {"applied": [str(beneath.path)] if beneath else [], "dtype": self.dtype}
-        data = self.rows.mixture(numbers, "train")
+        how: FitSettings = {**self.settings, "steps": steps, "model": model, "trainer": trainer}
         # A dozen lines of each training would hide what is measured.
-        with quiet(), logging_from(logging.WARNING, "modular_experts"):
-            run = prepare(
-                "fit", self.base.place, data, out=out, steps=steps, model=model, trainer=trainer, **self.settings
-            )
-            try:
-                run_fit(run)
-            finally:
-                run.release()
+        with logging_from(logging.WARNING, "modular_experts"):
+            fit(self.base.place, self.rows.mixture(numbers, "train"), self.kind, self.modules, out, **how)

@@ -48,11 +48,11 @@ class _StandardError(logging.Handler):
 
 @contextmanager
 def lines_on_stderr() -> Iterator[None]:
-    """Print what this package logs, from level INFO on, to stderr, on the first rank only."""
+    """Print what this package logs to stderr, on the first rank only: from INFO on, or from the level that is set."""
     logger = logging.getLogger("modular_experts")
     handler = _StandardError()
     before = logger.level
-    logger.setLevel(logging.INFO)
+    logger.setLevel(before or logging.INFO)
     logger.addHandler(handler)
     try:
         yield
